@@ -1,0 +1,8897 @@
+/* besa.h - v0.1 - prune LLaMA-family language models by BESA - MIT or public domain, see LICENSE
+ *
+ * BESA (Blockwise Parameter-Efficient Sparsity Allocation, ICLR 2024, arXiv 2402.16880) prunes a decoder-only
+ * transformer one block at a time. How much of each layer and of each weight row goes is learned, by gradient descent
+ * on the block's output error through a differentiable sparsity rate. This file is the method, its baselines (Wanda,
+ * SparseGPT, magnitude), checkpoint reading and writing, and a CPU backend. It needs a C11 or C++17 compiler and libc.
+ *
+ * QUICK START
+ *
+ *     #define BESA_IMPLEMENTATION          // in exactly one .c, .cpp or .cu file
+ *     #include "besa.h"
+ *
+ *     besa_error error;
+ *     besa_checkpoint *model;
+ *     besa_prune_options options = {0};    // zero means the documented default
+ *     besa_calibration data = {0};
+ *     options.rates.target = 0.5;
+ *     data.ids = ids, data.nsamples = 128, data.seqlen = 2048;   // int32_t ids[128 * 2048], see besa_tokens_sample
+ *     besa_result result = besa_checkpoint_open(&model, "SmolLM2-135M", &error);
+ *     if (result == BESA_OK) {
+ *         result = besa_prune(model, "SmolLM2-135M-50", NULL, &data, &options, NULL, &error);
+ *         besa_checkpoint_close(model);
+ *     }
+ *     if (result != BESA_OK) puts(error.message);
+ *
+ * Compile with -O3 -fopenmp and link -lm. Without OpenMP one thread runs. examples/quickstart.c is the whole program.
+ *
+ * CONTENTS: search for the marker
+ *
+ *     >>api-common         results, errors, element types
+ *     >>api-backend        the seam: arrays, not models
+ *     >>api-layer          level 3: rates of any linear layers, in a training loop of your own
+ *     >>api-block          level 2: one decoder block whose weights are in the caller's memory
+ *     >>api-checkpoint     level 1: a Hugging Face directory in, a pruned one out
+ *     >>base               errors, memory arenas, element types, the layers of a block
+ *     >>json               a strict reader of JSON texts
+ *     >>safetensors        mapped checkpoint files and their tensor table
+ *     >>tokens             token files and the sequences cut out of them
+ *     >>config             config.json, and the tensors a model of its shape must have
+ *     >>cpu-gemm           the CPU's matrix product: C = alpha A B [+ C] [+ bias]
+ *     >>cpu-kernels        the CPU backend: loops for any instruction set, workspace, memory
+ *     >>cpu-block          matrix products, the block's pieces, loss and head on the CPU
+ *     >>cpu-sparsity       scores, ranks, masks, rates and the optimiser on the CPU
+ *     >>cpu-sparsegpt      SparseGPT on the CPU: factor of the inverse Hessian, slabs of weights
+ *     >>cpu-backend        the CPU's table of operations
+ *     >>rates              importance, ranks, learnable rates, the exact projection (level 3)
+ *     >>optimisers         one step over the theta of all layers
+ *     >>projection         the exact count
+ *     >>block              one decoder block, forward and backward (level 2)
+ *     >>pruner             pruning one block: the passes over its calibration tokens (level 2)
+ *     >>writer             the output directory: complete or not there
+ *     >>pipeline           the whole model, block by block (level 1)
+ *     >>report             the report as JSON
+ *
+ * HOOKS, defined before the implementation is included
+ *
+ *     BESA_MALLOC(bytes), BESA_REALLOC(p, bytes), BESA_FREE(p)   all three or none; default: libc
+ *     BESA_ASSERT(condition)      programmer's errors only; default: assert
+ *     BESA_API                    linkage of the public functions; default: extern
+ *     BESA_NO_STDIO               leave out level 1 (files): levels 2 and 3 need no operating system
+ *     BESA_CBLAS                  float products through cblas_sgemm of the CBLAS that you link
+ *
+ * OPTIONS (besa_prune_options, besa_rate_options; 0 means the value in brackets)
+ *
+ *     method                      [besa] wanda, sparsegpt, magnitude
+ *     rates.target                sparsity in (0, 1); the count of every block is floor(target N + 1/2), exactly
+ *     rates.form                  [hierarchical] a rate vector per layer and one per row group; row; layer
+ *     rates.layer_scale           [1] s_L: how far a layer's rates may move
+ *     rates.row_scale             [1] s_R: how far a row's rate may move from its layer's
+ *     rates.group_rows            [1] rows that share a rate; BESA_ALL_ROWS: all of a layer
+ *     rates.candidates            [100] D: rates 1, 1 - 1/D, ..., 0
+ *     rates.penalty               [1] lambda of lambda ((sparsity - target) / target)^2
+ *     rates.optimizer, lr, d_coef [Prodigy, 1, 5]; AdamW: lr [0.01]; also beta1, beta2, d0, weight_decay
+ *     rates.plain_softmax         [0] softmax(theta) instead of softmax(sigmoid(theta))
+ *     rates.zero_start            [0] start at rate 1/2, as the paper's code does, instead of at the target
+ *     importance                  [wanda] magnitude, sparsegpt, sparsegpt squared
+ *     epochs, batch_size          [1, 1]
+ *     norm_all, dense_stream      [0, 0] loss norms over all tokens; reference from the dense model's own stream
+ *     no_projection               [0] leave the sparsity where learning ended
+ *     pattern_n, pattern_m        [none] n of every m; not with besa
+ *     magnitude_per_row           [0] magnitude: each row at the target instead of each layer
+ *     fixed                       [none] layers that stay dense or have a rate of their own
+ *     memory_budget               [none] bytes of backend memory; micro-batches shrink to fit
+ *
+ * MEMORY AND TIME
+ *
+ *     One device and one host allocation hold everything, and besa_plan says their sizes beforehand, to the byte. N weights
+ *     and R rows in a block, T tokens in all, t at a time, hidden size d, intermediate size i, activations of 4 bytes:
+ *         weights and pruned weights   2 N x 2 bytes (bf16, f16) or 4        ranks        2 N bytes
+ *         one layer's gradient         4 x largest layer                     rates        7 x 4 x 101 R bytes
+ *         X and Yref                   2 x 4 T d (3 with dense_stream)       activations  about 4 t (13 d + 4 i)
+ *         SparseGPT's Hessians         4 (3 d^2 + i^2) bytes                 test stream  4 d per token
+ *     Nothing grows with the number of blocks. Time is about 10 FLOP per weight and token for BESA, 4 for Wanda and
+ *     6.4 for SparseGPT.
+ *
+ * ERRORS
+ *
+ *     Every fallible function returns a besa_result and, where it takes a besa_error, says in words which file, tensor or
+ *     option it was, what was expected and what was found. Nothing is printed, nothing exits, there is no global state.
+ *     An output directory appears under its name when it is complete, and not before.
+ *
+ * THREADS AND DETERMINISM
+ *
+ *     Objects may be used from one thread at a time each; a backend is used by one object at a time. The same call gives
+ *     the same bytes for any number of threads, unless BESA_CBLAS is defined.
+ *
+ * LIMITS
+ *
+ *     Llama 1/2/3, Mistral, Qwen2 and Qwen3 checkpoints in F32, F16 or BF16 safetensors. Level 1 needs POSIX (mmap, flock)
+ *     and a little-endian machine. At most 1024 blocks. N:M patterns are for the baselines.
+ *
+ * REFERENCES
+ *
+ *     BESA arXiv 2402.16880; Wanda arXiv 2306.11695; SparseGPT arXiv 2301.00774; Prodigy arXiv 2306.06101.
+ *
+ * HISTORY
+ *
+ *     0.1   first release
+ */
+
+/* Files are mapped and locked by POSIX calls that strict -std=c11 hides; libc fixes the choice at its first header. */
+#if defined(BESA_IMPLEMENTATION) && !defined(BESA_NO_STDIO)
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE 1
+#endif
+#if defined(__APPLE__) && !defined(_DARWIN_C_SOURCE)
+#define _DARWIN_C_SOURCE 1
+#endif
+#ifndef _FILE_OFFSET_BITS
+#define _FILE_OFFSET_BITS 64
+#endif
+#endif
+
+#ifndef BESA_H
+#define BESA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define BESA_VERSION_MAJOR 0
+#define BESA_VERSION_MINOR 1
+
+#ifndef BESA_API
+#define BESA_API extern
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ============================================================================================
+ * // >>api-common            results, errors, element types
+ * ============================================================================================ */
+
+/* Every fallible function returns one of these; the text beside each is besa_result_string(). */
+#define BESA_RESULTS(X)                                                                            \
+    X(BESA_OK, "success")                                                                          \
+    X(BESA_ERROR_OPTION, "an option is out of range or contradicts another")                       \
+    X(BESA_ERROR_MEMORY, "out of memory, or the memory budget is too small")                       \
+    X(BESA_ERROR_NOT_FOUND, "a file or directory does not exist")                                  \
+    X(BESA_ERROR_EXISTS, "the output exists already, or is the input")                             \
+    X(BESA_ERROR_READ, "a file could not be read")                                                 \
+    X(BESA_ERROR_WRITE, "a file could not be written")                                             \
+    X(BESA_ERROR_JSON, "a JSON file is malformed")                                                 \
+    X(BESA_ERROR_FORMAT, "a file is truncated, or its header is malformed")                        \
+    X(BESA_ERROR_UNSUPPORTED, "a model, dtype or setting outside what is supported")               \
+    X(BESA_ERROR_TENSOR, "a tensor is missing, or its shape or dtype contradicts the config")      \
+    X(BESA_ERROR_NOT_FINITE, "a weight, activation or loss is NaN or infinite")                    \
+    X(BESA_ERROR_TOKEN, "a token id is outside the vocabulary")                                    \
+    X(BESA_ERROR_TOKENS, "too few tokens")                                                         \
+    X(BESA_ERROR_TARGET, "the target sparsity cannot be reached")                                  \
+    X(BESA_ERROR_NUMERIC, "a Hessian is not positive definite")                                    \
+    X(BESA_ERROR_CANCELLED, "the progress callback asked to stop")                                 \
+    X(BESA_ERROR_DEVICE, "the device or its driver reported an error")                             \
+    X(BESA_ERROR_RESUME, "an unfinished output belongs to another run")
+
+typedef enum besa_result {
+#define BESA__ENUM(name, text) name,
+    BESA_RESULTS(BESA__ENUM)
+#undef BESA__ENUM
+    BESA_RESULT_COUNT
+} besa_result;
+
+/* What went wrong, in words: the file, tensor or option, what was expected and what was found.
+ * A plain struct of the caller's; every parameter of this type may be NULL. */
+typedef struct besa_error {
+    besa_result code;
+    char message[1024];
+} besa_error;
+
+/* Element types of checkpoints. Activations on the CPU are BESA_F32. */
+typedef enum besa_dtype { BESA_F32 = 0, BESA_F16 = 1, BESA_BF16 = 2 } besa_dtype;
+
+/* The constant text of a result; never NULL. */
+BESA_API const char *besa_result_string(besa_result code);
+
+/* Bytes of one element: 4 or 2. */
+BESA_API size_t besa_dtype_size(besa_dtype dtype);
+
+/* An option of 0 means its default. Where 0 itself would be a sensible value (marked NONE below), this asks for it. */
+#define BESA_NONE (-1)
+#define BESA_ALL_ROWS (-1)
+
+/* ============================================================================================
+ * // >>api-backend           the seam: arrays, not models
+ * ============================================================================================
+ *
+ * The method is written once against this table. The CPU fills it in below, CUDA in besa_cuda.cuh, and a third
+ * backend is a third filled-in table. A backend knows arrays; which pass runs when is not its affair.
+ *
+ * Pointers are device pointers unless a comment says host; byte offsets into an allocation are valid pointers.
+ * "act" is an element of be->activation_dtype; weights have the dtype that the call names; all else is float.
+ * Matrices are row-major, weights (R, C) as in Hugging Face checkpoints: y = x W'.
+ * Compute operations run in order on the compute queue and may return before they are done; transfers name their
+ * queue. A non-zero return is a failure, described in be->error, after which only free and destroy are called.
+ * Sums are cut by size alone: the same inputs give the same bytes on one device for any thread count. */
+
+typedef enum besa_queue { BESA_QUEUE_COMPUTE, BESA_QUEUE_UPLOAD, BESA_QUEUE_DOWNLOAD, BESA_QUEUE_COUNT } besa_queue;
+#define BESA_EVENT_COUNT 16 /* events are small numbers that order queues */
+
+typedef struct besa_backend besa_backend;
+
+/* The largest sizes that operations will be called with; zero where a group of operations is not used. */
+typedef struct besa_workload {
+    int64_t rows, columns;                      /* the largest of any layer */
+    int64_t tokens, seqlen;                     /* of one micro-batch */
+    int64_t num_attention_heads, num_key_value_heads, head_dim;
+    int64_t hessian_columns;                    /* 0 without SparseGPT */
+    int64_t candidates;                         /* D + 1 of the rates; 0: any number */
+} besa_workload;
+
+/* Sizes of one attention call: T = batch * seqlen tokens, query head i reads key/value head i / (heads / kv_heads). */
+typedef struct besa_attention_shape {
+    int64_t batch, seqlen;
+    int64_t num_attention_heads, num_key_value_heads, head_dim;
+    int64_t sliding_window;                     /* token t sees t - window + 1 .. t; 0: all before it */
+} besa_attention_shape;
+
+/* How a group of rows gets its rate from the logits theta_L of its layer and theta_g of its own, each (D+1):
+ * z_d = c p_d + s_L u(theta_L[d]) + s_R u(theta_g[d]),
+ * u(x) = sigmoid(x) - 1/2, or x itself where plain is set; beta = softmax(z), alpha = sum_d beta_d p_d. */
+typedef struct besa_rate_shape {
+    int64_t rows, columns;                      /* R, C of the layer */
+    int64_t group_rows;                         /* rows that share one rate; groups G = ceil(R / group_rows) */
+    int64_t candidates;                         /* D + 1: p_d = 1 - d/D, k_d = ((D - d) C) / D, d = 0 .. D. k_D = 0, so
+                                                   bucket sums need only D buckets: a weight in bucket b is pruned
+                                                   by candidates 0 .. b */
+    float tilt;                                 /* c */
+    float layer_scale, row_scale;               /* s_L, s_R */
+    int plain;
+} besa_rate_shape;
+
+/* The sparsity penalty lambda ((S - t) / t)^2 as one layer sees it: dL/dalpha_g = coefficient (S - t) rows_g / R. */
+typedef struct besa_penalty {
+    const float *mean;                          /* device: S, the weighted mean rate of all layers */
+    float coefficient;                          /* 2 lambda / t^2 * (weights of this layer / weights of all) */
+    float target;                               /* t */
+} besa_penalty;
+
+typedef enum besa_optimizer_kind { BESA_PRODIGY, BESA_ADAMW } besa_optimizer_kind;
+
+/* One optimiser step over n parameters (section "optimisers"). Only theta0, s and scalars may be NULL, for AdamW. */
+typedef struct besa_optimizer_step {
+    besa_optimizer_kind kind;
+    double lr, beta1, beta2, beta3, eps, weight_decay;
+    double d0, d_coef, growth_rate;             /* Prodigy; growth_rate 0: d may grow at any rate */
+    int64_t step;                               /* 1, 2, ...: AdamW's bias correction */
+    int64_t n;
+    float *theta;                               /* (n) updated */
+    const float *theta0;                        /* (n) start values; Prodigy only */
+    const float *grad;                          /* (n) */
+    float *m, *v, *s;                           /* (n) state, zero before the first step; s is Prodigy's */
+    double *scalars;                            /* (4) d, dmax, numerator, unused; d = dmax = d0 before the first step */
+} besa_optimizer_step;
+
+struct besa_backend {
+    const char *name;
+    void *context;                              /* the backend's own */
+    besa_dtype activation_dtype;
+    int unified_memory;                         /* device pointers are host pointers */
+    void *workspace;                            /* scratch of all operations: set by whoever calls them to at least
+                                                   workspace_size() bytes, 256-byte aligned, device memory */
+    size_t workspace_bytes;
+    besa_error error;                           /* of the last failed operation */
+
+    /* ---- memory and order ------------------------------------------------------------------ */
+    void (*destroy)(besa_backend *be);          /* frees what the backend itself holds */
+    size_t (*workspace_size)(besa_backend *be, const besa_workload *w);
+    besa_result (*alloc)(besa_backend *be, void **device, size_t bytes); /* 256-byte aligned */
+    void (*free)(besa_backend *be, void *device);
+    besa_result (*host_alloc)(besa_backend *be, void **host, size_t bytes); /* pinned where that means something */
+    void (*host_free)(besa_backend *be, void *host);
+    besa_result (*memory_info)(besa_backend *be, size_t *free_bytes, size_t *total_bytes);
+    /* Host memory must stay as it is until the queue has been synchronised, or an event after it has passed. */
+    besa_result (*upload)(besa_backend *be, besa_queue q, void *device, const void *host, size_t bytes);
+    besa_result (*download)(besa_backend *be, besa_queue q, void *host, const void *device, size_t bytes);
+    besa_result (*copy)(besa_backend *be, besa_queue q, void *dst, const void *src, size_t bytes);
+    besa_result (*zero)(besa_backend *be, besa_queue q, void *dst, size_t bytes);
+    besa_result (*record)(besa_backend *be, besa_queue q, int event); /* the event: all that q holds now */
+    besa_result (*wait)(besa_backend *be, besa_queue q, int event);   /* q goes on after the event */
+    besa_result (*synchronize)(besa_backend *be, besa_queue q);       /* the host waits for all of q */
+
+    /* ---- matrix products ------------------------------------------------------------------- */
+    /* Y(T,R) = X(T,C) W(R,C)' [+ Y] [+ bias(R)]; all sums in float. accumulate adds to what Y holds. */
+    besa_result (*linear_forward)(besa_backend *be, void *y, const void *x, const void *w, besa_dtype dtype,
+                                  const float *bias, int64_t tokens, int64_t rows, int64_t columns, int accumulate);
+    /* dX(T,C) = dY(T,R) W(R,C) [+ dX] */
+    besa_result (*linear_backward_input)(besa_backend *be, void *dx, const void *dy, const void *w, besa_dtype dtype,
+                                         int64_t tokens, int64_t rows, int64_t columns, int accumulate);
+    /* dW(R,C) = dY(T,R)' X(T,C), float, assigned */
+    besa_result (*linear_backward_weight)(besa_backend *be, float *dw, const void *dy, const void *x,
+                                          int64_t tokens, int64_t rows, int64_t columns);
+    /* H(C,C) += scale X(T,C)' X(T,C), float; only the lower triangle needs to be right */
+    besa_result (*gram)(besa_backend *be, float *h, const void *x, float scale, int64_t tokens, int64_t columns);
+
+    /* ---- the block's pieces ---------------------------------------------------------------- */
+    /* dst(n) = src(n) in another element type, rounded to nearest even */
+    besa_result (*convert)(besa_backend *be, void *dst, besa_dtype dst_dtype, const void *src, besa_dtype src_dtype,
+                           int64_t n);
+    /* Y(N,d) = X / rms * g, rms = sqrt(mean(X^2) + eps); inv_rms(N) = 1 / rms is kept for the backward pass;
+     * y may be x */
+    besa_result (*rmsnorm_forward)(besa_backend *be, void *y, float *inv_rms, const void *x, const float *g,
+                                   int64_t n, int64_t d, float eps);
+    /* dX(N,d) = inv_rms (g dY - X inv_rms^2 mean(g dY X)) [+ dX]; dX may be dY */
+    besa_result (*rmsnorm_backward)(besa_backend *be, void *dx, const void *dy, const void *x, const float *g,
+                                    const float *inv_rms, int64_t n, int64_t d, int accumulate);
+    /* In place on X(T, heads * dh): pairs (i, i + dh/2) of each head turned by the angle of position t % seqlen;
+     * cos, sin (seqlen, dh/2). direction 1 forward, -1 backward (the transposed turn). */
+    besa_result (*rope)(besa_backend *be, void *x, const float *cosine, const float *sine, int64_t tokens,
+                        int64_t seqlen, int64_t heads, int64_t head_dim, int direction);
+    /* O(T, heads*dh) = softmax_causal(Q K' / sqrt(dh)) V, per sequence and head */
+    besa_result (*attention_forward)(besa_backend *be, void *o, const void *q, const void *k, const void *v,
+                                     const besa_attention_shape *s);
+    /* dQ, dK, dV assigned, from dO; the probabilities are computed again from Q and K */
+    besa_result (*attention_backward)(besa_backend *be, void *dq, void *dk, void *dv, const void *d_o, const void *q,
+                                      const void *k, const void *v, const besa_attention_shape *s);
+    /* Z(n) = silu(G) U, silu(x) = x sigmoid(x) */
+    besa_result (*swiglu_forward)(besa_backend *be, void *z, const void *gate, const void *up, int64_t n);
+    /* dG = dZ U silu'(G), dU = dZ silu(G); dG may be G and dU may be U */
+    besa_result (*swiglu_backward)(besa_backend *be, void *dgate, void *dup, const void *dz, const void *gate,
+                                   const void *up, int64_t n);
+
+    /* ---- statistics and loss --------------------------------------------------------------- */
+    /* out(d) += column sums of X(T,d)^2; T may be larger than the workload's tokens */
+    besa_result (*column_sumsq)(besa_backend *be, float *out, const void *x, int64_t tokens, int64_t d);
+    /* loss(1) += scale / d * sum ((Yref - Y) / norm_c)^2 with norm_c^2 = sumsq(d), columns of norm 0 left out;
+     * dY = its derivative, assigned, or NULL; dY may be Y */
+    besa_result (*block_loss)(besa_backend *be, float *loss, void *dy, const void *y, const void *yref,
+                              const float *sumsq, float scale, int64_t tokens, int64_t d);
+
+    /* ---- sparsity -------------------------------------------------------------------------- */
+    /* S(R,C) = |W|^power * scale(C) (power 1 or 2; scale NULL: 1). A weight that is 0 scores -1: before all others */
+    besa_result (*score)(besa_backend *be, float *s, const void *w, besa_dtype dtype, const float *scale, int power,
+                         int64_t rows, int64_t columns);
+    /* y(n) = x(n)^exponent; y may be x; 1 / infinity is 0 */
+    besa_result (*power)(besa_backend *be, float *y, const float *x, float exponent, int64_t n);
+    /* y(n) = value */
+    besa_result (*fill)(besa_backend *be, int32_t *y, int32_t value, int64_t n);
+    /* zeros(R) = number of weights of the row that are 0; not_finite(1) += number that are NaN or infinite */
+    besa_result (*count_zeros)(besa_backend *be, int32_t *zeros, int32_t *not_finite, const void *w, besa_dtype dtype,
+                               int64_t rows, int64_t columns);
+    /* rank(R,C) = position of j in the stable ascending order of row r; 16 bits, 32 where C > 65536 */
+    besa_result (*rank_rows)(besa_backend *be, void *rank, const float *s, int64_t rows, int64_t columns);
+    /* What = rank >= n[r] ? W : +0; What may be W */
+    besa_result (*mask_apply)(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
+                              const int32_t *n, int64_t rows, int64_t columns);
+    /* What = W without its `count` smallest scores over the whole layer, ties by position; What may be W */
+    besa_result (*mask_smallest)(besa_backend *be, void *what, const void *w, besa_dtype dtype, const float *s,
+                                 int64_t count, int64_t rows, int64_t columns);
+    /* In every m consecutive columns the n smallest scores are pruned, ties by position; columns % m == 0 */
+    besa_result (*mask_pattern)(besa_backend *be, void *what, const void *w, besa_dtype dtype, const float *s, int n,
+                                int m, int64_t rows, int64_t columns);
+    /* sums(R,D)[r, bucket[rank[r,j]]] += dW[r,j] W[r,j]; bucket(C) is the largest d with rank < k_d, 0 .. D-1 */
+    besa_result (*bucket_gradient)(besa_backend *be, float *sums, const float *dw, const void *w, besa_dtype dtype,
+                                   const void *rank, const uint16_t *bucket, int64_t rows, int64_t columns,
+                                   int64_t buckets);
+    /* alpha(G) and n(R) = floor(alpha C), not below zeros(R), from theta_layer(D+1) and theta_row(G,D+1);
+     * a theta whose scale is 0 may be NULL. beta is recomputed in the backward pass. */
+    besa_result (*rate_forward)(besa_backend *be, float *alpha, int32_t *n, const float *theta_layer,
+                                const float *theta_row, const int32_t *zeros, const besa_rate_shape *s);
+    /* mean(1) [+]= share * mean of alpha(G) weighted by the rows of each group */
+    besa_result (*rate_mean)(besa_backend *be, float *mean, const float *alpha, float share, int accumulate,
+                             const besa_rate_shape *s);
+    /* dtheta assigned: dL/dbeta[g,d] = - sum over rows of g, buckets b >= d of sums[r,b] + penalty p_d, then the
+     * softmax and sigmoid; dtheta_layer is the sum over groups. NULL where the scale is 0. */
+    besa_result (*rate_backward)(besa_backend *be, float *dtheta_layer, float *dtheta_row, const float *sums,
+                                 const float *theta_layer, const float *theta_row, const besa_penalty *penalty,
+                                 const besa_rate_shape *s);
+    /* One step of Prodigy or AdamW over all parameters together */
+    besa_result (*optimizer_step)(besa_backend *be, const besa_optimizer_step *o);
+
+    /* ---- SparseGPT ------------------------------------------------------------------------- */
+    /* H(C,C) in: a Gram matrix (lower triangle); out: the upper Cholesky factor U of inv(H + damping), zeros below,
+     * dead(C) = 1 where the input column was zero: H_jj = 1 there, before damping * mean(diag) is added */
+    besa_result (*hessian_factor)(besa_backend *be, float *h, int32_t *dead, float damping, int64_t columns);
+    /* diag(C) = U_jj, +infinity where dead(C) */
+    besa_result (*diagonal)(besa_backend *be, float *diag, const float *u, const int32_t *dead, int64_t columns);
+    /* Slab of columns first .. first+width-1 of Wf(R,C), float, in place; first and width are multiples of m: dead columns become 0; pruned are the
+     * floor(width R target) + 1 smallest w^2 / U_jj^2 of the slab as it was, or n of every m (as updated) where
+     * m > 0; err(R,width) = w / U_jj of each pruned weight, 0 of a kept one, taken off the slab's later columns */
+    besa_result (*sparsegpt_slab)(besa_backend *be, float *wf, float *err, const float *u, const int32_t *dead,
+                                  int64_t first, int64_t width, double target, int n, int m, int64_t rows,
+                                  int64_t columns);
+    /* Wf[:, first+width:] -= err(R,width) U[first:first+width, first+width:] */
+    besa_result (*sparsegpt_push)(besa_backend *be, float *wf, const float *err, const float *u, int64_t first,
+                                  int64_t width, int64_t rows, int64_t columns);
+
+    /* ---- head ------------------------------------------------------------------------------ */
+    /* logits(T,V) = H(T,d) W(V,d)', float */
+    besa_result (*logits)(besa_backend *be, float *out, const void *h, const void *w, besa_dtype dtype, int64_t tokens,
+                          int64_t vocab, int64_t d);
+    /* Running log-sum-exp over chunks of the vocabulary: state(T,3) = max, sum of exp, logit of the target; first
+     * starts it; logits(T,count) are those of ids first_id .. ; target(T), -1 for none */
+    besa_result (*nll_update)(besa_backend *be, float *state, const float *logits, const int32_t *target,
+                              int64_t first_id, int64_t count, int64_t tokens, int first);
+    /* sum(windows), double: over the window's tokens with target >= 0 of max + log(sum) - logit of the target */
+    besa_result (*nll_sum)(besa_backend *be, double *sum, const float *state, const int32_t *target, int64_t windows,
+                           int64_t seqlen);
+};
+
+typedef struct besa_cpu_options {
+    int threads;                                /* 0: as many as OpenMP would use; 1 without OpenMP */
+    int bf16;                                   /* products on operands rounded to bf16, sums in float: twice the speed
+                                                   with AVX512-BF16, the same numbers without */
+} besa_cpu_options;
+
+/* Fill in the CPU backend, which is the definition of every operation. options may be NULL; the backend holds no
+ * memory until an operation needs its workspace; be->destroy(be) ends it. BESA_ERROR_OPTION, BESA_ERROR_MEMORY. */
+BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *options, besa_error *error);
+
+typedef struct besa_cuda_options {
+    int device;
+    int fp32;                                   /* 1: activations and products in float; default: bf16 with float sums.
+                                                   Devices below sm_80 always use float */
+} besa_cuda_options;
+
+/* Fill in the CUDA backend: defined by besa_cuda.cuh in the one .cu file that defines BESA_IMPLEMENTATION and BESA_CUDA,
+ * and callable from C. options may be NULL: device 0. BESA_ERROR_DEVICE where there is no driver or no such device. */
+BESA_API besa_result besa_cuda_backend(besa_backend *be, const besa_cuda_options *options, besa_error *error);
+
+/* ============================================================================================
+ * // >>api-layer             level 3: rates of any linear layers, in a training loop of your own
+ * ============================================================================================
+ *
+ *   besa_rates_create(&rates, be, shapes, count, &options, &error);
+ *   for each layer:   besa_rates_rank(rates, i, W, importance, statistic, scratch, &error)   once
+ *   for each step:    besa_rates_forward(rates, &error)                              theta -> alpha, n
+ *                     for each layer: besa_rates_mask(rates, i, W, What, &error);    What = W M
+ *                     ... your forward and backward pass with What gives dW = dL/dWhat ...
+ *                     for each layer: besa_rates_gradient(rates, i, W, dW, &error)   adds: call it per micro-batch
+ *                     besa_rates_step(rates, &error)                                 optimiser, penalty included
+ *   besa_rates_project(rates, &error);                                               exact counts from the last theta
+ *   for each layer:   besa_rates_mask(rates, i, W, What, &error)
+ *
+ * These functions bring their own workspace and leave be->workspace as it was. The backend must outlive the rates.
+ */
+
+typedef enum besa_importance {
+    BESA_IMPORTANCE_WANDA,                      /* |W| norm2(X_j), Wanda's score: the default */
+    BESA_IMPORTANCE_MAGNITUDE,                  /* |W| */
+    BESA_IMPORTANCE_SPARSEGPT,                  /* W^2 / U_jj, as the published code writes it */
+    BESA_IMPORTANCE_SPARSEGPT_SQUARED           /* W^2 / U_jj^2, as the paper writes it */
+} besa_importance;
+
+typedef enum besa_rate_form {
+    BESA_RATES_HIERARCHICAL,                    /* a rate logit vector per layer and one per row group: the default */
+    BESA_RATES_ROW,                             /* row groups only: the paper's row-wise form */
+    BESA_RATES_LAYER                            /* one rate per layer: the paper's layer-wise form */
+} besa_rate_form;
+
+/* How rates are parametrised and learned. A zero-filled struct means the defaults, in brackets. */
+typedef struct besa_rate_options {
+    double target;                              /* sparsity in (0, 1); required, but where an n:m pattern gives it */
+    besa_rate_form form;
+    double layer_scale, row_scale;              /* s_L, s_R [1 each, NONE], as far as the form has them */
+    int plain_softmax;                          /* softmax(theta) instead of softmax(sigmoid(theta)) */
+    int zero_start;                             /* start where all logits are 0 (rate 1/2) instead of at the target */
+    int candidates;                             /* D [100]: D + 1 rates 1, 1 - 1/D, ..., 0; 1 .. 65535 */
+    int64_t group_rows;                         /* rows per rate [1]; BESA_ALL_ROWS: all rows of a layer */
+    double penalty;                             /* lambda [1, NONE] */
+    besa_optimizer_kind optimizer;
+    double lr;                                  /* [1 for Prodigy, 0.01 for AdamW] */
+    double beta1, beta2;                        /* [0.9, 0.999, NONE]; Prodigy's beta3 is sqrt(beta2) */
+    double weight_decay;                        /* [0], decoupled */
+    double d0, d_coef;                          /* Prodigy [1e-6, 5] */
+} besa_rate_options;
+
+/* One linear layer: W (rows, columns), y = x W'. */
+typedef struct besa_layer_shape {
+    int64_t rows, columns;
+    besa_dtype dtype;
+} besa_layer_shape;
+
+typedef struct besa_rates besa_rates;           /* the rates of a set of layers and their optimiser */
+
+/* Bytes of backend memory that besa_rates_create will take for these layers; 0 if an option is out of range. */
+BESA_API size_t besa_rates_size(besa_backend *be, const besa_layer_shape *layers, int count,
+                                const besa_rate_options *options);
+
+/* Create the rates of `count` layers that share one optimiser and one target. Ranks (2 bytes per
+ * weight, 4 above 65536 columns), bucket sums (4 R D bytes), theta and optimiser state live in one allocation of the
+ * backend, owned by *rates until besa_rates_destroy.
+ * BESA_ERROR_OPTION names the option; BESA_ERROR_MEMORY. Equations: sections "rates" and "optimisers" below. */
+BESA_API besa_result besa_rates_create(besa_rates **rates, besa_backend *be, const besa_layer_shape *layers,
+                                       int count, const besa_rate_options *options, besa_error *error);
+BESA_API void besa_rates_destroy(besa_rates *rates); /* NULL is fine */
+
+/* Score the weights of one layer and keep each weight's rank in its row; resets nothing else.
+ *   w           (R,C) device, the layer's dtype
+ *   statistic   (C) device floats, what the importance needs of the layer's inputs: for wanda the sums of squares of
+ *               the input columns (be->column_sumsq), for the sparsegpt forms U_jj (be->hessian_factor, be->diagonal);
+ *               NULL for magnitude
+ *   scratch     (R + 1, C) device floats, free to use again on return
+ * NaN and infinite weights are counted: besa_rates_project and besa_rates_status report them as
+ * BESA_ERROR_NOT_FINITE. Does not wait for the device. */
+BESA_API besa_result besa_rates_rank(besa_rates *rates, int layer, const void *w, besa_importance importance,
+                                     const float *statistic, float *scratch, besa_error *error);
+
+/* Hold one layer at a sparsity of its own (0: dense): no theta, not part of the target. A negative sparsity makes
+ * it learn again. To be called before the first step. */
+BESA_API besa_result besa_rates_fix(besa_rates *rates, int layer, double sparsity, besa_error *error);
+
+/* Start again for other weights: theta and optimiser as after besa_rates_create, no layer fixed. */
+BESA_API besa_result besa_rates_reset(besa_rates *rates, besa_error *error);
+
+/* theta -> alpha_g = sum_d beta_d p_d of every group, n_r = max(floor(alpha_g C), source zeros of r) of every row. */
+BESA_API besa_result besa_rates_forward(besa_rates *rates, besa_error *error);
+
+/* pruned(R,C) = W where rank >= n, +0 elsewhere. w, pruned: device, the layer's dtype; pruned may be w. */
+BESA_API besa_result besa_rates_mask(besa_rates *rates, int layer, const void *w, void *pruned, besa_error *error);
+
+/* Add dW * W into each row's bucket sums: all of dL/dbeta comes from these (straight-through estimator).
+ *   w    (R,C) device: the dense weight, as it was ranked
+ *   dw   (R,C) device floats: dL/dWhat. Ignored for a fixed layer */
+BESA_API besa_result besa_rates_gradient(besa_rates *rates, int layer, const void *w, const float *dw,
+                                         besa_error *error);
+
+/* One optimiser step: besa_rates_backward, then besa_rates_optimize. alpha and n change with the next forward. */
+BESA_API besa_result besa_rates_step(besa_rates *rates, besa_error *error);
+
+/* Bucket sums -> gradient of all theta, the penalty's included; empties the sums. */
+BESA_API besa_result besa_rates_backward(besa_rates *rates, besa_error *error);
+
+/* The optimiser's step from that gradient. */
+BESA_API besa_result besa_rates_optimize(besa_rates *rates, besa_error *error);
+
+/* The number of parameters, and where they and their gradient lie: device, one flat array each over all layers, per
+ * layer theta_L (D+1) and then theta_g (groups, D+1), as far as the form has them. For an optimiser of your own, or to
+ * sum gradients over processes. Either pointer may be NULL. */
+BESA_API int64_t besa_rates_parameters(besa_rates *rates, float **theta, float **grad);
+
+/* From theta as it is, choose n of every row so that exactly floor(target N + 1/2) of the N weights go: one constant is added to every
+ * logit(alpha), remainders go to the largest fractional parts, ties by (layer, row). Rows never keep fewer
+ * than 0 nor prune fewer than their source zeros; BESA_ERROR_TARGET where those alone exceed the count.
+ * Waits for the device. */
+BESA_API besa_result besa_rates_project(besa_rates *rates, besa_error *error);
+
+/* Copy out a layer's alpha (groups) and n (rows) as of the last forward or projection; host memory or NULL; waits. */
+BESA_API besa_result besa_rates_read(besa_rates *rates, int layer, float *alpha, int32_t *n, besa_error *error);
+
+/* Prodigy's d, and the mean alpha of the learned layers as of the last forward, weighted by their sizes; waits for the
+ * device. Both may be NULL. BESA_ERROR_NOT_FINITE if a weight or a gradient was not finite. */
+BESA_API besa_result besa_rates_status(besa_rates *rates, double *d, double *mean_rate, besa_error *error);
+
+/* ============================================================================================
+ * // >>api-block             level 2: one decoder block whose weights are in the caller's memory
+ * ============================================================================================ */
+
+enum { BESA_Q, BESA_K, BESA_V, BESA_O, BESA_GATE, BESA_UP, BESA_DOWN, BESA_LAYERS };
+
+typedef enum besa_rope_type { BESA_ROPE_DEFAULT, BESA_ROPE_LINEAR, BESA_ROPE_LLAMA3 } besa_rope_type;
+
+typedef struct besa_rope {
+    besa_rope_type type;
+    double theta;                               /* base */
+    double factor;                              /* linear, llama3 */
+    double low_freq_factor, high_freq_factor, original_max_position_embeddings; /* llama3 */
+} besa_rope;
+
+typedef struct besa_block_shape {
+    int64_t hidden_size, intermediate_size;
+    int64_t num_attention_heads, num_key_value_heads, head_dim;
+    int64_t sliding_window;                     /* 0: none */
+    double rms_norm_eps;
+    besa_rope rope;
+} besa_block_shape;
+
+/* A decoder block: device pointers, owned by the caller. Biases are NULL where the model has none, q_norm and k_norm
+ * (head_dim) too; they are applied per head before rope. Norms and biases are float whatever the dtype. */
+typedef struct besa_block {
+    besa_block_shape shape;
+    besa_dtype dtype;
+    const void *weight[BESA_LAYERS];            /* (R,C) of besa_block_layer() */
+    const float *bias[BESA_LAYERS];             /* (R) or NULL */
+    const float *norm1, *norm2;                 /* (hidden_size) */
+    const float *q_norm, *k_norm;               /* (head_dim) or NULL */
+    const float *rope_cos, *rope_sin;           /* (seqlen, head_dim / 2), from besa_rope_table() */
+} besa_block;
+
+/* What a forward pass leaves for the backward pass, device, carved from one buffer by besa_activations_init(). For T
+ * tokens: a, h1, m, dm (T, hidden_size); q, q_raw, attn, dattn, dq (T, heads * head_dim); k, k_raw, v, dk, dv
+ * (T, kv_heads * head_dim); gate, up, z, dz (T, intermediate_size); inv_rms1, inv_rms2 (T), inv_rms_q (T * heads),
+ * inv_rms_k (T * kv_heads). */
+typedef struct besa_activations {
+    void *a, *q, *k, *v, *attn, *h1, *m, *gate, *up, *z; /* act; q, k after norm and rope */
+    void *q_raw, *k_raw;                        /* before the q/k norms; NULL without them */
+    float *inv_rms1, *inv_rms2, *inv_rms_q, *inv_rms_k;
+    void *dz, *dm, *dattn, *dq, *dk, *dv;       /* backward only; NULL where not asked for */
+    float *dw;                                  /* (R,C) of the largest layer; backward only */
+} besa_activations;
+
+/* Receives dL/dW (R,C) of one layer; dw is reused for the next layer on return. */
+typedef besa_result (*besa_weight_gradient)(void *user, int layer, const float *dw);
+
+/* "q_proj" .. "down_proj". */
+BESA_API const char *besa_layer_name(int layer);
+
+/* Rows and columns of a layer's weight. */
+BESA_API void besa_block_layer(const besa_block_shape *shape, int layer, int64_t *rows, int64_t *columns);
+
+/* Fill cosine, sine (seqlen, head_dim / 2), host memory, with the angles t * inv_freq_i of the shape's rope. */
+BESA_API void besa_rope_table(const besa_block_shape *shape, int64_t seqlen, float *cosine, float *sine);
+
+/* Bytes of a buffer for besa_activations_init(), device memory of the caller, 256-byte aligned. tokens = batch * seqlen;
+ * qk_norm 1: the block has q/k norms; backward 1: besa_block_backward will be called. */
+BESA_API size_t besa_activations_size(const besa_backend *be, const besa_block_shape *shape, int qk_norm,
+                                      int64_t tokens, int backward);
+BESA_API void besa_activations_init(besa_activations *acts, void *device, const besa_backend *be,
+                                    const besa_block_shape *shape, int qk_norm, int64_t tokens, int backward);
+
+/* The workload of a block's passes, for be->workspace_size(). */
+BESA_API besa_workload besa_block_workload(const besa_block_shape *shape, int64_t batch, int64_t seqlen);
+
+/* Y(T,d) = F(W, X) for T = batch * seqlen tokens: pre-norm attention and SwiGLU as section "block" writes them out.
+ * x, y: device, act; y may be x (then there is no dx in the backward pass), or NULL where only acts are wanted.
+ * be->workspace must hold be->workspace_size(be, besa_block_workload(shape, batch, seqlen)). */
+BESA_API besa_result besa_block_forward(besa_backend *be, const besa_block *block, besa_activations *acts,
+                                        const void *x, void *y, int64_t batch, int64_t seqlen, besa_error *error);
+
+/* From dY(T,d) the gradient of every weight, handed to `gradient` one layer at a time (down, gate, up, o, q, k, v),
+ * and dX(T,d) where dx is not NULL. Needs acts as the forward pass left them and overwrites gate and up; on return dy
+ * is dL/dh1, h1 = x + attn Wo'. dx may be dy. Workspace as for the forward pass. */
+BESA_API besa_result besa_block_backward(besa_backend *be, const besa_block *block, besa_activations *acts,
+                                         const void *x, void *dy, void *dx, int64_t batch, int64_t seqlen,
+                                         besa_weight_gradient gradient, void *user, besa_error *error);
+
+typedef enum besa_method { BESA_METHOD_BESA, BESA_METHOD_WANDA, BESA_METHOD_SPARSEGPT, BESA_METHOD_MAGNITUDE
+} besa_method;
+
+/* The passes over the calibration tokens of one block, and what a progress report names. */
+typedef enum besa_pass { BESA_PASS_READ, BESA_PASS_DENSE, BESA_PASS_RANK, BESA_PASS_LEARN, BESA_PASS_COMMIT,
+                         BESA_PASS_WRITE, BESA_PASS_COUNT } besa_pass;
+
+typedef struct besa_progress {
+    int64_t block, blocks;
+    besa_pass pass;
+    double fraction;                            /* of the whole run, or of besa_pruner_run's one block, 0 .. 1 */
+    double seconds, seconds_left;
+} besa_progress;
+
+/* Called often; return non-zero to stop the run with BESA_ERROR_CANCELLED. */
+typedef int (*besa_progress_callback)(void *user, const besa_progress *progress);
+
+/* Called after every learning step of a block: a place to trace it with besa_rates_read and besa_rates_status. */
+typedef struct besa_step {
+    int64_t block, step, steps;                 /* step counts from 1; alpha is that of the step's forward pass */
+    besa_rates *rates;
+    besa_backend *be;
+    const float *loss;                          /* (1) device: the step's reconstruction loss, without the penalty; read
+                                                   it with be->download and be->synchronize */
+} besa_step;
+typedef besa_result (*besa_step_callback)(void *user, const besa_step *step);
+
+/* A layer, or all layers that a pattern matches, held at a sparsity of its own; 0 keeps it dense. */
+typedef struct besa_fixed_rate {
+    const char *pattern;                        /* glob over the tensor name, or whole dotted parts of it:
+                                                   "v_proj", "layers.0", "*.mlp.*" */
+    double sparsity;                            /* 0 <= sparsity < 1 */
+} besa_fixed_rate;
+
+/* How to prune. A zero-filled struct with rates.target set prunes with BESA's default preset. */
+typedef struct besa_prune_options {
+    besa_method method;
+    besa_rate_options rates;                    /* rates.target is the sparsity of every method */
+    int pattern_n, pattern_m;                   /* n of every m consecutive weights pruned; 0: unstructured; not BESA */
+    int magnitude_per_row;                      /* magnitude: each row at the target instead of each layer */
+    besa_importance importance;                 /* BESA only */
+    int64_t epochs, batch_size;                 /* BESA [1, 1]; batch in sequences */
+    int norm_all;                               /* channel norms of the loss over all tokens, not per batch */
+    int dense_stream;                           /* Yref from the dense model's own stream, not from the pruned prefix */
+    int no_projection;                          /* leave the sparsity where learning ended, as the paper's code does */
+    const besa_fixed_rate *fixed;               /* the first match counts; these layers are not part of the target */
+    int64_t num_fixed;
+    size_t memory_budget;                       /* bytes of backend memory, 0: no limit; else micro-batches shrink */
+    besa_progress_callback progress;
+    besa_step_callback step;
+    void *user;                                 /* of both callbacks */
+} besa_prune_options;
+
+typedef struct besa_layer_report {
+    int64_t weights, pruned;                    /* pruned counts every zero that is written */
+    int64_t source_zeros;
+    double rate_min, rate_mean, rate_max, rate_std; /* n / C over the rows */
+} besa_layer_report;
+
+typedef struct besa_block_report {
+    besa_layer_report layer[BESA_LAYERS];
+    double sparsity;
+    /* Reconstruction losses (1/d) sum ((Yref - Y) / norm)^2, averaged over sequences: the first 8, and all in loss_all.
+     * Baselines learn nothing: all are of their mask, and loss_all is of the first 8. NaN in a resumed block. */
+    double loss_uniform;                        /* the importance's mask with floor(target C) weights of every row */
+    double loss_before, loss_after;             /* the masks before learning, and those written */
+    double loss_all;
+    double d;                                   /* Prodigy's d at the end */
+    double mean_rate;                           /* mean alpha when learning ended, before the projection */
+    double seconds[BESA_PASS_COUNT];
+} besa_block_report;
+
+typedef struct besa_pruner besa_pruner;         /* the memory and state that pruning a block takes */
+
+/* Make what is needed to prune blocks of one shape on `nsamples` sequences of `seqlen` tokens. One allocation.
+ * BESA_ERROR_OPTION names the option, BESA_ERROR_MEMORY the bytes wanted. */
+BESA_API besa_result besa_pruner_create(besa_pruner **pruner, besa_backend *be, const besa_block_shape *shape,
+                                        besa_dtype dtype, int qk_norm, const besa_prune_options *options,
+                                        int64_t nsamples, int64_t seqlen, besa_error *error);
+BESA_API void besa_pruner_destroy(besa_pruner *pruner); /* NULL is fine */
+
+/* Prune one block.
+ *   block    the dense weights, device; rope tables for at least seqlen positions
+ *   name     prefix of tensor names for options.fixed, such as "model.layers.3."; NULL: none
+ *   x        (nsamples * seqlen, hidden_size) device, act: in, the block's inputs; out, the pruned block's outputs
+ *   dense_x  the same of the dense stream, in and out; NULL unless options.dense_stream
+ *   pruned   device, room for each layer's weight in the block's dtype: the result, +0 where pruned; not the weights
+ *            themselves
+ *   report   may be NULL
+ * The block has the shape, dtype and q/k norms given at create (BESA_ERROR_OPTION). After an error x and dense_x are
+ * undefined. Brings its own workspace. */
+BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *block, const char *name, void *x,
+                                     void *dense_x, void *const pruned[BESA_LAYERS], besa_block_report *report,
+                                     besa_error *error);
+
+/* ============================================================================================
+ * // >>api-checkpoint        level 1: a Hugging Face directory in, a pruned one out
+ * ============================================================================================ */
+
+#define BESA_MAX_LAYERS 1024
+
+/* config.json as far as the forward pass needs it. */
+typedef struct besa_config {
+    char model_type[16];                        /* "llama", "mistral", "qwen2", "qwen3" */
+    int64_t vocab_size, num_hidden_layers, max_position_embeddings;
+    besa_block_shape block;                     /* sliding_window 0 here: see window[] */
+    int64_t sliding_window;                     /* of the layers that have one */
+    uint8_t window[BESA_MAX_LAYERS];            /* 1: this layer slides */
+    int qk_norm;                                /* Qwen3 */
+    int tie_word_embeddings;
+} besa_config;
+
+typedef struct besa_tensor {
+    const char *name;                           /* owned by the checkpoint, as is data */
+    const char *dtype_name;                     /* as in the file: "F32", "BF16", "I64", ... */
+    int supported;                              /* dtype below is valid: F32, F16 or BF16 */
+    besa_dtype dtype;
+    int ndim;
+    int64_t shape[8];
+    const void *data;                           /* mapped; any alignment */
+    size_t bytes;
+    int file;                                   /* which shard, and where in it */
+    uint64_t offset;
+} besa_tensor;
+
+typedef struct besa_checkpoint besa_checkpoint; /* an open checkpoint: mapped files, tensor table, config */
+
+/* Open a directory with config.json and model.safetensors, or its shards with model.safetensors.index.json. Every
+ * header is checked; weights are mapped, not read. Close with besa_checkpoint_close.
+ * Errors: NOT_FOUND, READ, JSON, FORMAT, UNSUPPORTED, TENSOR, MEMORY; the message names file, key or tensor. */
+BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const char *directory, besa_error *error);
+BESA_API void besa_checkpoint_close(besa_checkpoint *checkpoint); /* NULL is fine */
+BESA_API const besa_config *besa_checkpoint_config(const besa_checkpoint *checkpoint);
+BESA_API int64_t besa_checkpoint_tensor_count(const besa_checkpoint *checkpoint);
+BESA_API const besa_tensor *besa_checkpoint_tensor(const besa_checkpoint *checkpoint, int64_t index); /* file order */
+BESA_API const besa_tensor *besa_checkpoint_find(const besa_checkpoint *checkpoint, const char *name); /* or NULL */
+
+/* A token file: .npy (uint16, int32, uint32 or int64; 1-D stream or 2-D sequences), or raw little-endian .u16 / .i32
+ * / .bin (uint16). */
+typedef struct besa_tokens {
+    int32_t *ids;                               /* (count), owned */
+    int64_t count;
+    int64_t rows, columns;                      /* of a 2-D file; 0, 0 for a stream */
+} besa_tokens;
+
+BESA_API besa_result besa_tokens_load(besa_tokens *tokens, const char *path, besa_error *error);
+BESA_API void besa_tokens_free(besa_tokens *tokens);
+
+/* Cut (nsamples, seqlen) ids out of tokens, into memory of the caller. A 2-D file gives the first seqlen ids of its
+ * first nsamples rows. A stream is cut from its start where seed is 0; else window i starts at
+ * splitmix64(seed, i) mod (count - seqlen + 1). BESA_ERROR_TOKENS, BESA_ERROR_TOKEN names position and id. */
+BESA_API besa_result besa_tokens_sample(const besa_tokens *tokens, int64_t nsamples, int64_t seqlen, uint64_t seed,
+                                        int64_t vocab_size, int32_t *ids, besa_error *error);
+
+typedef struct besa_report {
+    int64_t num_blocks;
+    besa_block_report *block;                   /* (num_blocks), owned */
+    int64_t weights, pruned;                    /* of all prunable layers */
+    double sparsity, target;
+    double seconds;
+    double perplexity;                          /* of test_ids; 0 where not asked for */
+    int64_t resumed_blocks;                     /* taken over from an unfinished run */
+    char *notes;                                /* lines: warnings, files not copied; owned, NULL if there are none */
+} besa_report;
+
+/* The run's memory and cost, worked out from shapes before anything is allocated. */
+typedef struct besa_plan_result {
+    size_t device_bytes;                        /* the backend arena, to the byte */
+    size_t host_bytes;                          /* the staging buffer of the host, to the byte */
+    size_t mapped_block_bytes;                  /* checkpoint pages resident at a time: one block's, or a part of the
+                                                   embedding or head */
+    uint64_t disk_bytes;                        /* of the output's weight files */
+    int64_t micro_batch;                        /* sequences per forward pass */
+    double flop;                                /* of all products, the report's and a dense stream's included */
+} besa_plan_result;
+
+/* What to prune on. ids (nsamples, seqlen) from besa_tokens_sample. */
+typedef struct besa_calibration {
+    const int32_t *ids;
+    int64_t nsamples, seqlen;
+    const int32_t *test_ids;                    /* (test_windows, test_seqlen) measured on the way */
+    int64_t test_windows, test_seqlen;          /* 0 windows: no perplexity */
+} besa_calibration;
+
+/* Prune the checkpoint into a new directory.
+ *   be            NULL: the CPU backend with its defaults
+ *   output        must not exist; appears when it is complete. NULL: nothing is written (measure only).
+ *                 An interrupted run leaves output.partial and goes on from it when called again with the same
+ *                 arguments; any other arguments there are BESA_ERROR_RESUME.
+ *   report        may be NULL; release with besa_report_free
+ * Errors: all of them; the message names the culprit, and nothing that looks valid is left: an output.partial that has
+ * finished blocks stays, to be gone on from or deleted, any other is removed. */
+BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *output, besa_backend *be,
+                                const besa_calibration *calibration, const besa_prune_options *options,
+                                besa_report *report, besa_error *error);
+
+/* What besa_prune would take, for the same arguments; ids need not be set. */
+BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *be, const besa_calibration *calibration,
+                               const besa_prune_options *options, besa_plan_result *plan, besa_error *error);
+
+/* Start from a preset, before other options are set: "default"; "published-row", "published-layer": the paper's code, zero start and no exact
+ * projection. Only rates.target, fixed rates, budget and callbacks are kept. BESA_ERROR_OPTION. */
+BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, besa_error *error);
+
+/* Perplexity of (windows, seqlen) ids, block by block: exp of the mean over windows of the mean negative
+ * log-likelihood of ids 2 .. seqlen given those before, as WikiText-2 perplexities are reported.
+ *   nll   (windows) host, the mean of each window, or NULL */
+BESA_API besa_result besa_perplexity(const besa_checkpoint *checkpoint, besa_backend *be, const int32_t *ids,
+                                     int64_t windows, int64_t seqlen, double *perplexity, double *nll,
+                                     besa_progress_callback progress, void *user, besa_error *error);
+
+/* The logits of every position (count * seqlen, vocab_size), host floats of the caller: for tests and small models. */
+BESA_API besa_result besa_logits(const besa_checkpoint *checkpoint, besa_backend *be, const int32_t *ids,
+                                 int64_t count, int64_t seqlen, float *logits, besa_error *error);
+
+/* The report as a JSON text, owned by the caller (BESA_FREE), or NULL without memory. */
+BESA_API char *besa_report_json(const besa_report *report);
+BESA_API void besa_report_free(besa_report *report);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* BESA_H */
+
+#ifdef BESA_IMPLEMENTATION
+#ifndef BESA_IMPLEMENTATION_DONE
+#define BESA_IMPLEMENTATION_DONE
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#if defined(BESA_MALLOC) != defined(BESA_FREE) || defined(BESA_MALLOC) != defined(BESA_REALLOC)
+#error "besa.h: define all of BESA_MALLOC, BESA_REALLOC and BESA_FREE, or none"
+#endif
+#ifndef BESA_MALLOC
+#define BESA_MALLOC(bytes) malloc(bytes)
+#define BESA_REALLOC(pointer, bytes) realloc(pointer, bytes)
+#define BESA_FREE(pointer) free(pointer)
+#endif
+#ifndef BESA_ASSERT
+#include <assert.h>
+#define BESA_ASSERT(condition) assert(condition)
+#endif
+
+/* ============================================================================================
+ * // >>base                  errors, memory arenas, element types, the layers of a block
+ * ============================================================================================
+ * Everything below uses this section; it uses only libc. */
+
+#define BESA__TRY(call)                                                                            \
+    do {                                                                                           \
+        besa_result besa__try = (call);                                                            \
+        if (besa__try != BESA_OK) return besa__try;                                                \
+    } while (0)
+
+/* Parallel loops: the iteration space is cut by size, so results never depend on the number of threads. */
+#define BESA__PRAGMA(text) _Pragma(#text)
+#if defined(_OPENMP)
+#define BESA__PARALLEL_FOR(threads) BESA__PRAGMA(omp parallel for schedule(dynamic, 1) num_threads(threads))
+#define BESA__THREAD_INDEX() omp_get_thread_num()
+#else
+#define BESA__PARALLEL_FOR(threads) (void)(threads);
+#define BESA__THREAD_INDEX() 0
+#endif
+
+#if defined(__GNUC__)
+#define BESA__PRINTF(text, first) __attribute__((__format__(__printf__, text, first)))
+#define BESA__UNUSED __attribute__((unused))
+#else
+#define BESA__PRINTF(text, first)
+#define BESA__UNUSED
+#endif
+
+BESA_API const char *besa_result_string(besa_result code)
+{
+    static const char *const text[] = {
+#define BESA__TEXT(name, words) words,
+        BESA_RESULTS(BESA__TEXT)
+#undef BESA__TEXT
+    };
+    return (unsigned)code < BESA_RESULT_COUNT ? text[code] : "unknown result";
+}
+
+/* Fill in *error (may be NULL) and return the code. */
+static besa_result besa__fail(besa_error *error, besa_result code, const char *format, ...) BESA__PRINTF(3, 4);
+static besa_result besa__fail(besa_error *error, besa_result code, const char *format, ...)
+{
+    if (error) {
+        va_list args;
+        va_start(args, format);
+        error->code = code;
+        vsnprintf(error->message, sizeof error->message, format, args);
+        va_end(args);
+    }
+    return code;
+}
+
+/* BESA_MALLOC with an error that says what the memory was for. */
+BESA__UNUSED static besa_result besa__malloc(void **memory, size_t bytes, const char *what, besa_error *error)
+{
+    *memory = BESA_MALLOC(bytes ? bytes : 1);
+    if (*memory) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_MEMORY, "out of host memory: %zu bytes for %s", bytes, what);
+}
+
+/* A block of memory handed out from its start. With base NULL it only counts: sizes are worked out by the very code
+ * that later places the arrays, so that a plan is right to the byte. */
+typedef struct besa__arena {
+    unsigned char *base;
+    size_t used;
+} besa__arena;
+
+#define BESA__ALIGN 256
+
+static void *besa__take(besa__arena *arena, size_t bytes)
+{
+    void *p = arena->base ? arena->base + arena->used : NULL;
+    arena->used += (bytes + BESA__ALIGN - 1) / BESA__ALIGN * BESA__ALIGN;
+    return p;
+}
+
+static float *besa__take_floats(besa__arena *arena, int64_t count)
+{
+    return (float *)besa__take(arena, (size_t)count * sizeof(float));
+}
+
+BESA_API size_t besa_dtype_size(besa_dtype dtype) { return dtype == BESA_F32 ? 4 : 2; }
+
+/* A pointer moved by a number of elements. */
+static void *besa__at(void *base, besa_dtype dtype, int64_t elements)
+{
+    return (unsigned char *)base + (size_t)elements * besa_dtype_size(dtype);
+}
+
+static const void *besa__at_const(const void *base, besa_dtype dtype, int64_t elements)
+{
+    return (const unsigned char *)base + (size_t)elements * besa_dtype_size(dtype);
+}
+
+static inline uint32_t besa__float_bits(float x)
+{
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+
+static inline float besa__bits_float(uint32_t u)
+{
+    float x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+
+static inline float besa__bf16_to_f32(uint16_t h) { return besa__bits_float((uint32_t)h << 16); }
+
+/* Round to nearest even; NaN stays NaN. */
+static inline uint16_t besa__f32_to_bf16(float x)
+{
+    uint32_t u = besa__float_bits(x);
+    uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+    uint32_t quiet_nan = (u >> 16) | 0x40u;
+    return (uint16_t)((u & 0x7FFFFFFFu) > 0x7F800000u ? quiet_nan : rounded);
+}
+
+/* Exact: half's exponent is moved by a multiplication, which also renormalises subnormals. */
+static inline float besa__f16_to_f32(uint16_t h)
+{
+    uint32_t magnitude = (uint32_t)(h & 0x7FFFu) << 13, sign = (uint32_t)(h & 0x8000u) << 16;
+    float scaled = besa__bits_float(magnitude) * 5.192296858534828e33f; /* 2^112 */
+    uint32_t special = 0x7F800000u | magnitude;                          /* infinity and NaN */
+    return besa__bits_float(((h & 0x7C00u) == 0x7C00u ? special : besa__float_bits(scaled)) | sign);
+}
+
+/* Round to nearest even, overflow to infinity, subnormals kept; NaN stays NaN. */
+static inline uint16_t besa__f32_to_f16(float x)
+{
+    uint32_t u = besa__float_bits(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7FFFFFFFu, h;
+    if (magnitude > 0x7F800000u) h = 0x7E00u;
+    else if (magnitude >= 0x477FF000u) h = 0x7C00u;
+    else if (magnitude < 0x38800000u) { /* subnormal half: adding 1/2 aligns and rounds the bits that stay */
+        h = besa__float_bits(besa__bits_float(magnitude) + 0.5f) - 0x3F000000u;
+    } else h = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+    return (uint16_t)(sign | h);
+}
+
+static inline int64_t besa__min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t besa__max(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t besa__parts(int64_t n, int64_t size) { return (n + size - 1) / size; } /* of at most size each */
+
+/* The error of a failed backend operation, handed on. */
+static besa_result besa__pass_error(const besa_backend *be, besa_result result, besa_error *error)
+{
+    if (result == BESA_OK || !error) return result;
+    if (be->error.code == result) *error = be->error;
+    else besa__fail(error, result, "%s", besa_result_string(result)); /* from a callback of the caller */
+    return result;
+}
+
+/* Operations take scratch memory from be->workspace. Public functions put their own there while they run, and what was
+ * there before back when they return. */
+typedef struct besa__workspace {
+    void *memory;
+    size_t bytes;
+} besa__workspace;
+
+static besa__workspace besa__use_workspace(besa_backend *be, void *memory, size_t bytes)
+{
+    besa__workspace before = {be->workspace, be->workspace_bytes};
+    be->workspace = memory;
+    be->workspace_bytes = bytes;
+    return before;
+}
+
+/* The seven prunable layers of a block. */
+static const char *const besa__layer_paths[BESA_LAYERS] = {
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj",    "mlp.up_proj",      "mlp.down_proj"};
+
+BESA_API const char *besa_layer_name(int layer)
+{
+    if (layer < 0 || layer >= BESA_LAYERS) return "?";
+    return strchr(besa__layer_paths[layer], '.') + 1;
+}
+
+BESA_API void besa_block_layer(const besa_block_shape *shape, int layer, int64_t *rows, int64_t *columns)
+{
+    int64_t q = shape->num_attention_heads * shape->head_dim, kv = shape->num_key_value_heads * shape->head_dim;
+    int64_t d = shape->hidden_size, i = shape->intermediate_size;
+    *rows = layer == BESA_Q ? q : layer == BESA_K || layer == BESA_V ? kv : layer == BESA_O || layer == BESA_DOWN ? d : i;
+    *columns = layer == BESA_O ? q : layer == BESA_DOWN ? i : d;
+}
+
+/* ============================================================================================
+ * // >>json                  a strict reader of JSON texts
+ * ============================================================================================
+ * Owns the parsed form of config.json, of shard indices and of safetensors headers. Uses only the base section;
+ * never touches files. UTF-8 and escapes are checked, duplicate keys refused, errors give the byte position. */
+#ifndef BESA_NO_STDIO
+
+#define BESA__JSON_DEPTH 64
+#define BESA__JSON_VALUES (1u << 24)
+
+typedef enum besa__json_type {
+    BESA__JSON_NULL, BESA__JSON_FALSE, BESA__JSON_TRUE, BESA__JSON_NUMBER, BESA__JSON_STRING, BESA__JSON_ARRAY,
+    BESA__JSON_OBJECT
+} besa__json_type;
+
+static const char *const besa__json_words[] = { "null", "false", "true" }; /* of the first three types */
+
+/* Values lie in the order of the text: the first element or member of value i is value i + 1. */
+typedef struct besa__json_value {
+    const char *key;                            /* of an object's member, else NULL */
+    const char *string;                         /* decoded; no NUL inside */
+    double number;
+    int64_t integer;
+    uint32_t next;                              /* sibling, 0: none */
+    uint32_t count;                             /* of elements or members */
+    besa__json_type type;
+    int is_integer;                             /* written without fraction or exponent, and fits */
+} besa__json_value;
+
+typedef struct besa__json {
+    besa__json_value *values;
+    uint32_t count, capacity;
+    char *text;                                 /* owned; strings are decoded in place */
+    size_t size, position;
+    const char *name;                           /* for messages: the file */
+    besa_error *error;
+} besa__json;
+
+static besa_result besa__json_fail(const besa__json *json, const char *what)
+{
+    return besa__fail(json->error, BESA_ERROR_JSON, "%s: byte %zu: %s", json->name, json->position, what);
+}
+
+static void besa__json_skip_space(besa__json *json)
+{
+    const char *s = json->text + json->position;
+    while (*s == ' ' || *s == '\t' || *s == '\n' || *s == '\r') s++;
+    json->position = (size_t)(s - json->text);
+}
+
+/* Bytes of the UTF-8 character at s, 0 if it is not one. A NUL ends the text, so no byte past the end is used. */
+static size_t besa__utf8_length(const unsigned char *s)
+{
+    size_t n = s[0] < 0x80 ? 1 : s[0] >= 0xC2 && s[0] <= 0xDF ? 2 : (s[0] & 0xF0) == 0xE0 ? 3
+               : s[0] >= 0xF0 && s[0] <= 0xF4 ? 4 : 0;
+    for (size_t i = 1; i < n; i++)
+        if ((s[i] & 0xC0) != 0x80) return 0;
+    if ((s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xED && s[1] > 0x9F)) return 0; /* overlong, surrogates */
+    if ((s[0] == 0xF0 && s[1] < 0x90) || (s[0] == 0xF4 && s[1] > 0x8F)) return 0; /* overlong, above U+10FFFF */
+    return n;
+}
+
+static int besa__json_hex4(const char *s, uint32_t *code)
+{
+    *code = 0;
+    for (int i = 0; i < 4; i++) {
+        int c = (unsigned char)s[i], digit = c >= '0' && c <= '9' ? c - '0' : (c | 32) >= 'a' && (c | 32) <= 'f'
+                                             ? (c | 32) - 'a' + 10 : -1;
+        if (digit < 0) return 0;
+        *code = *code * 16 + (uint32_t)digit;
+    }
+    return 1;
+}
+
+/* Decode the escape at json->position to *w, which it moves; a decoded escape is never longer than its text. */
+static besa_result besa__json_escape(besa__json *json, unsigned char **w)
+{
+    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+    const char *s = json->text + json->position, *simple = s[1] ? strchr(from, s[1]) : NULL;
+    if (simple) {
+        *(*w)++ = (unsigned char)to[simple - from];
+        json->position += 2;
+        return BESA_OK;
+    }
+    uint32_t code, low;
+    if (s[1] != 'u' || !besa__json_hex4(s + 2, &code)) return besa__json_fail(json, "malformed escape");
+    json->position += 6;
+    if (code >= 0xD800 && code <= 0xDFFF) {
+        int pair = code < 0xDC00 && s[6] == '\\' && s[7] == 'u' && besa__json_hex4(s + 8, &low) && low >= 0xDC00 &&
+                   low <= 0xDFFF;
+        if (!pair) return besa__json_fail(json, "half of a surrogate pair");
+        code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+        json->position += 6;
+    }
+    if (code == 0) return besa__json_fail(json, "NUL characters in strings are not supported");
+    if (code < 0x80) *(*w)++ = (unsigned char)code;
+    else if (code < 0x800) *(*w)++ = (unsigned char)(0xC0 | code >> 6);
+    else if (code < 0x10000) *(*w)++ = (unsigned char)(0xE0 | code >> 12);
+    else {
+        *(*w)++ = (unsigned char)(0xF0 | code >> 18);
+        *(*w)++ = (unsigned char)(0x80 | (code >> 12 & 0x3F));
+    }
+    if (code >= 0x800) *(*w)++ = (unsigned char)(0x80 | (code >> 6 & 0x3F));
+    if (code >= 0x80) *(*w)++ = (unsigned char)(0x80 | (code & 0x3F));
+    return BESA_OK;
+}
+
+static besa_result besa__json_read_string(besa__json *json, const char **string)
+{
+    unsigned char *w = (unsigned char *)json->text + ++json->position;
+    *string = (const char *)w;
+    for (;;) {
+        const unsigned char *r = (const unsigned char *)json->text + json->position;
+        if (*r == '"') break;
+        if (*r < 0x20)
+            return besa__json_fail(json, json->position >= json->size ? "the text ends in a string"
+                                                                      : "control character in a string");
+        if (*r == '\\') {
+            BESA__TRY(besa__json_escape(json, &w));
+            continue;
+        }
+        size_t n = besa__utf8_length(r);
+        if (!n) return besa__json_fail(json, "not UTF-8");
+        memmove(w, r, n);
+        w += n;
+        json->position += n;
+    }
+    *w = 0;
+    json->position++;
+    return BESA_OK;
+}
+
+static size_t besa__json_digits(const char *s)
+{
+    size_t n = 0;
+    while (s[n] >= '0' && s[n] <= '9') n++;
+    return n;
+}
+
+/* Digits are handed to strtod without a decimal point, as "12345e-2": right in any locale. */
+static besa_result besa__json_read_number(besa__json *json, besa__json_value *value)
+{
+    char digits[352];
+    const char *s = json->text + json->position, *start = s;
+    size_t whole, fraction = 0, sign = *s == '-';
+    long exponent = 0;
+    s += sign;
+    whole = besa__json_digits(s);
+    if (!whole || (*s == '0' && whole > 1)) return besa__json_fail(json, "malformed number");
+    s += whole;
+    if (*s == '.') {
+        fraction = besa__json_digits(++s);
+        if (!fraction) return besa__json_fail(json, "malformed number");
+        s += fraction;
+    }
+    if (whole + fraction > 320) return besa__json_fail(json, "a number of more than 320 digits");
+    memcpy(digits, start, sign + whole);
+    if (fraction) memcpy(digits + sign + whole, start + sign + whole + 1, fraction);
+    value->is_integer = !fraction && *s != 'e' && *s != 'E';
+    if (*s == 'e' || *s == 'E') {
+        int negative = *++s == '-';
+        s += *s == '-' || *s == '+';
+        size_t n = besa__json_digits(s);
+        if (!n) return besa__json_fail(json, "malformed number");
+        for (size_t i = 0; i < n && exponent < 100000; i++) exponent = exponent * 10 + (s[i] - '0');
+        if (negative) exponent = -exponent;
+        s += n;
+    }
+    snprintf(digits + sign + whole + fraction, 24, "e%ld", exponent - (long)fraction);
+    value->number = strtod(digits, NULL);
+    if (!(fabs(value->number) <= 1.7976931348623157e308)) return besa__json_fail(json, "number out of range");
+    for (size_t i = sign; i < sign + whole && value->is_integer; i++) {
+        int digit = digits[i] - '0';
+        if (value->integer < (INT64_MIN + digit) / 10) value->is_integer = 0; /* negative: reaches INT64_MIN */
+        else value->integer = value->integer * 10 - digit;
+    }
+    if (!sign && value->integer == INT64_MIN) value->is_integer = 0;
+    else if (!sign) value->integer = -value->integer;
+    json->position += (size_t)(s - start);
+    return BESA_OK;
+}
+
+static int besa__compare_strings(const void *a, const void *b)
+{
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
+
+static besa_result besa__json_check_unique(besa__json *json, uint32_t object)
+{
+    uint32_t count = json->values[object].count, n = 0;
+    const char *few[8], **keys = few, *twice = NULL;
+    if (count > 8) {
+        void *memory;
+        BESA__TRY(besa__malloc(&memory, count * sizeof *keys, "the keys of a JSON object", json->error));
+        keys = (const char **)memory;
+    }
+    for (uint32_t i = object + 1; n < count; i = json->values[i].next) keys[n++] = json->values[i].key;
+    if (count > 1) qsort(keys, count, sizeof *keys, besa__compare_strings);
+    for (uint32_t i = 1; i < count && !twice; i++)
+        if (!strcmp(keys[i - 1], keys[i])) twice = keys[i];
+    if (keys != few) BESA_FREE(keys);
+    if (!twice) return BESA_OK;
+    return besa__fail(json->error, BESA_ERROR_JSON,
+                      "%s: byte %zu: the object that ends here has the key \"%.200s\" twice",
+                      json->name, json->position, twice);
+}
+
+static besa_result besa__json_read_value(besa__json *json, const char *key, int depth);
+
+static besa_result besa__json_read_container(besa__json *json, uint32_t self, int depth)
+{
+    char close = json->text[json->position++] == '{' ? '}' : ']';
+    uint32_t previous = 0;
+    besa__json_skip_space(json);
+    if (json->text[json->position] == close) {
+        json->position++;
+        return BESA_OK;
+    }
+    for (;;) {
+        const char *key = NULL;
+        uint32_t child = json->count;
+        besa__json_skip_space(json);
+        if (close == '}') {
+            if (json->text[json->position] != '"') return besa__json_fail(json, "expected a key");
+            BESA__TRY(besa__json_read_string(json, &key));
+            besa__json_skip_space(json);
+            if (json->text[json->position] != ':') return besa__json_fail(json, "expected ':'");
+            json->position++;
+        }
+        BESA__TRY(besa__json_read_value(json, key, depth + 1));
+        if (previous) json->values[previous].next = child;
+        previous = child;
+        json->values[self].count++;
+        besa__json_skip_space(json);
+        if (json->text[json->position] == close) break;
+        if (json->text[json->position] != ',')
+            return besa__json_fail(json, close == '}' ? "expected ',' or '}'" : "expected ',' or ']'");
+        json->position++;
+    }
+    json->position++;
+    return close == '}' ? besa__json_check_unique(json, self) : BESA_OK;
+}
+
+static besa_result besa__json_read_value(besa__json *json, const char *key, int depth)
+{
+    if (depth > BESA__JSON_DEPTH) return besa__json_fail(json, "nested too deeply");
+    if (json->count == json->capacity) {
+        uint32_t capacity = json->capacity ? json->capacity * 2 : 64;
+        void *more = capacity > BESA__JSON_VALUES ? NULL : BESA_REALLOC(json->values, capacity * sizeof *json->values);
+        if (!more)
+            return besa__fail(json->error, BESA_ERROR_MEMORY, "%s: out of host memory for %lu JSON values", json->name,
+                              (unsigned long)capacity);
+        json->values = (besa__json_value *)more;
+        json->capacity = capacity;
+    }
+    uint32_t self = json->count++;
+    besa__json_value *value = json->values + self;
+    memset(value, 0, sizeof *value);
+    value->key = key;
+    besa__json_skip_space(json);
+    const char *s = json->text + json->position;
+    if (*s == '{' || *s == '[') {
+        value->type = *s == '{' ? BESA__JSON_OBJECT : BESA__JSON_ARRAY;
+        return besa__json_read_container(json, self, depth);
+    }
+    if (*s == '"') {
+        value->type = BESA__JSON_STRING;
+        return besa__json_read_string(json, &value->string);
+    }
+    if (*s == '-' || (*s >= '0' && *s <= '9')) {
+        value->type = BESA__JSON_NUMBER;
+        return besa__json_read_number(json, value);
+    }
+    for (int i = 0; i < 3; i++) {
+        if (strncmp(s, besa__json_words[i], strlen(besa__json_words[i]))) continue;
+        value->type = (besa__json_type)(BESA__JSON_NULL + i);
+        json->position += strlen(besa__json_words[i]);
+        return BESA_OK;
+    }
+    return besa__json_fail(json, json->position >= json->size ? "the text ends too early" : "expected a value");
+}
+
+/* Parse text (size bytes and a NUL), which json takes over. Value 0 is the root. besa__json_free in any case. */
+static besa_result besa__json_parse(besa__json *json, char *text, size_t size, const char *name, besa_error *error)
+{
+    memset(json, 0, sizeof *json);
+    json->text = text;
+    json->size = size;
+    json->name = name;
+    json->error = error;
+    BESA__TRY(besa__json_read_value(json, NULL, 0));
+    besa__json_skip_space(json);
+    return json->position == size ? BESA_OK : besa__json_fail(json, "unexpected text after the end");
+}
+
+static void besa__json_free(besa__json *json)
+{
+    BESA_FREE(json->values);
+    BESA_FREE(json->text);
+    memset(json, 0, sizeof *json);
+}
+
+static const besa__json_value *besa__json_first(const besa__json_value *parent)
+{
+    return parent->count ? parent + 1 : NULL;
+}
+
+static const besa__json_value *besa__json_next(const besa__json *json, const besa__json_value *value)
+{
+    return value->next ? json->values + value->next : NULL;
+}
+
+/* A member by its key, or NULL. */
+static const besa__json_value *besa__json_get(const besa__json *json, const besa__json_value *object, const char *key)
+{
+    const besa__json_value *value = object->type == BESA__JSON_OBJECT ? besa__json_first(object) : NULL;
+    while (value && strcmp(value->key, key)) value = besa__json_next(json, value);
+    return value;
+}
+
+/* A value as text for a message; returns buffer. */
+static const char *besa__json_show(const besa__json_value *value, char *buffer, size_t size)
+{
+    if (!value) snprintf(buffer, size, "(absent)");
+    else if (value->type == BESA__JSON_STRING) snprintf(buffer, size, "\"%.100s\"", value->string);
+    else if (value->type == BESA__JSON_NUMBER && value->is_integer)
+        snprintf(buffer, size, "%lld", (long long)value->integer);
+    else if (value->type == BESA__JSON_NUMBER) snprintf(buffer, size, "%.10g", value->number);
+    else if (value->type == BESA__JSON_ARRAY) snprintf(buffer, size, "a list of %lu", (unsigned long)value->count);
+    else if (value->type == BESA__JSON_OBJECT) snprintf(buffer, size, "an object of %lu", (unsigned long)value->count);
+    else snprintf(buffer, size, "%s", besa__json_words[value->type]);
+    return buffer;
+}
+
+#endif /* BESA_NO_STDIO */
+
+/* ============================================================================================
+ * // >>safetensors           mapped checkpoint files and their tensor table
+ * ============================================================================================
+ * Owns struct besa_checkpoint: the shards' mappings and every tensor's name, shape and place. A file is 8 bytes of
+ * header length, the header (JSON) and the data, which the tensors fill without overlap or hole. Uses json and POSIX;
+ * knows nothing of models. The index may only name files of its own directory; links are followed. */
+#ifndef BESA_NO_STDIO
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#if defined(__GLIBC__) && !defined(__USE_MISC)
+#error "besa.h: POSIX is hidden: include besa.h before other headers where BESA_IMPLEMENTATION is defined, or use -std=gnu11 or -D_DEFAULT_SOURCE"
+#endif
+
+#define BESA__HEADER_LIMIT 100000000u           /* bytes, the format's own limit; ours for any JSON file */
+typedef char besa__off_t_is_64_bits[sizeof(off_t) >= 8 ? 1 : -1];
+
+typedef struct besa__shard {
+    char *name;                                 /* in the directory */
+    unsigned char *base;                        /* mapping */
+    size_t size;
+    size_t data;                                /* where the tensors begin: 8 + header length */
+    char *text;                                 /* the header, decoded in place: names of tensors live here */
+} besa__shard;
+
+struct besa_checkpoint {
+    char *directory;
+    const char *index;                          /* name of the index file, NULL for a single file */
+    besa__shard *shards;
+    int64_t num_shards;
+    besa_tensor *tensors;                       /* by shard and offset */
+    int64_t num_tensors, capacity;
+    const besa_tensor **sorted;                 /* by name */
+    besa_config config;
+    int bias[BESA_LAYERS];                      /* 1: the config gives the layer a bias */
+};
+
+static const char besa__single_name[] = "model.safetensors";
+static const char besa__index_name[] = "model.safetensors.index.json";
+
+/* directory/name, for BESA_FREE. */
+static besa_result besa__join(char **path, const char *directory, const char *name, besa_error *error)
+{
+    size_t n = strlen(directory), m = strlen(name);
+    void *memory;
+    BESA__TRY(besa__malloc(&memory, n + m + 2, "a path", error));
+    *path = (char *)memory;
+    memcpy(*path, directory, n);
+    (*path)[n] = '/';
+    memcpy(*path + n + 1, name, m + 1);
+    return BESA_OK;
+}
+
+/* Open a regular file for reading. */
+static besa_result besa__open_file(int *fd, size_t *size, const char *path, besa_error *error)
+{
+    struct stat st;
+    *fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* O_NONBLOCK: a FIFO must not hang us */
+    if (*fd < 0)
+        return besa__fail(error, errno == ENOENT || errno == ENOTDIR ? BESA_ERROR_NOT_FOUND : BESA_ERROR_READ,
+                          "%s: %s", path, strerror(errno));
+    int failed = fstat(*fd, &st);
+    if (!failed && S_ISREG(st.st_mode) && (uint64_t)st.st_size <= SIZE_MAX / 2) {
+        *size = (size_t)st.st_size;
+        return BESA_OK;
+    }
+    besa__fail(error, BESA_ERROR_READ, "%s: %s", path, failed ? strerror(errno) : "not a regular file");
+    close(*fd);
+    return BESA_ERROR_READ;
+}
+
+/* Map a file; base is NULL where it is empty. */
+static besa_result besa__map_file(unsigned char **base, size_t *size, const char *path, besa_error *error)
+{
+    int fd, reason;
+    *base = NULL;
+    BESA__TRY(besa__open_file(&fd, size, path, error));
+    void *map = *size ? mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fd, 0) : NULL;
+    reason = errno;
+    close(fd);
+    if (map == MAP_FAILED)
+        return besa__fail(error, BESA_ERROR_READ, "%s: cannot map %zu bytes: %s", path, *size, strerror(reason));
+    *base = (unsigned char *)map;
+    return BESA_OK;
+}
+
+static void besa__unmap(unsigned char *base, size_t size)
+{
+    if (base) munmap(base, size);
+}
+
+/* Read count bytes at offset; short reads and EINTR are gone on with. */
+static besa_result besa__read_at(int fd, void *memory, size_t count, uint64_t offset, const char *path,
+                                 besa_error *error)
+{
+    for (size_t done = 0; done < count;) {
+        size_t part = count - done < (1u << 30) ? count - done : (1u << 30);
+        ssize_t n = pread(fd, (unsigned char *)memory + done, part, (off_t)(offset + done));
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0)
+            return besa__fail(error, BESA_ERROR_READ, "%s: %s", path, n ? strerror(errno) : "shorter than it was");
+        done += (size_t)n;
+    }
+    return BESA_OK;
+}
+
+/* Read and parse a JSON file. besa__json_free in any case. */
+static besa_result besa__json_load(besa__json *json, const char *path, besa_error *error)
+{
+    int fd;
+    size_t size = 0;
+    void *text = NULL;
+    memset(json, 0, sizeof *json);
+    BESA__TRY(besa__open_file(&fd, &size, path, error));
+    besa_result result = BESA_OK;
+    if (size > BESA__HEADER_LIMIT)
+        result = besa__fail(error, BESA_ERROR_JSON, "%s: %zu bytes, more than %u", path, size, BESA__HEADER_LIMIT);
+    if (result == BESA_OK) result = besa__malloc(&text, size + 1, path, error);
+    if (result == BESA_OK) result = besa__read_at(fd, text, size, 0, path, error);
+    close(fd);
+    if (result != BESA_OK) {
+        BESA_FREE(text);
+        return result;
+    }
+    ((char *)text)[size] = 0;
+    return besa__json_parse(json, (char *)text, size, path, error);
+}
+
+/* Give the pages of a range of a mapped shard back to the system; they can be read again. */
+static void besa__release_range(const besa__shard *shard, uint64_t offset, size_t bytes)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), first = (size_t)offset / page * page;
+    if (bytes) madvise(shard->base + first, (size_t)offset + bytes - first, MADV_DONTNEED);
+}
+
+/* The same for a tensor that is not needed for now. */
+static void besa__release_pages(const besa_checkpoint *checkpoint, const besa_tensor *tensor)
+{
+    if (tensor) besa__release_range(checkpoint->shards + tensor->file, tensor->offset, tensor->bytes);
+}
+
+static const struct {
+    char name[16];
+    unsigned bits;
+} besa__safetensors_dtypes[] = {
+    { "F32", 32 }, { "F16", 16 }, { "BF16", 16 }, /* the supported ones, in the order of besa_dtype */
+    { "F64", 64 }, { "I64", 64 }, { "U64", 64 }, { "C64", 64 }, { "I32", 32 }, { "U32", 32 }, { "I16", 16 },
+    { "U16", 16 }, { "I8", 8 }, { "U8", 8 }, { "BOOL", 8 }, { "F8_E4M3", 8 }, { "F8_E5M2", 8 }, { "F8_E8M0", 8 },
+    { "F8_E4M3FNUZ", 8 }, { "F8_E5M2FNUZ", 8 }, { "F6_E2M3", 6 }, { "F6_E3M2", 6 }, { "F4", 4 },
+};
+
+/* Shape and dtype of one entry; the bytes they come to are compared by the caller. */
+static besa_result besa__parse_shape(besa_tensor *tensor, uint64_t *bytes, const besa__json *json,
+                                     const besa__json_value *entry, const char *path, besa_error *error)
+{
+    const besa__json_value *dtype = besa__json_get(json, entry, "dtype"), *shape = besa__json_get(json, entry, "shape");
+    size_t known = sizeof besa__safetensors_dtypes / sizeof *besa__safetensors_dtypes, kind = 0;
+    uint64_t elements = 1, bits;
+    if (!dtype || dtype->type != BESA__JSON_STRING || !shape || shape->type != BESA__JSON_ARRAY)
+        return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: no dtype or no shape", path, tensor->name);
+    while (kind < known && strcmp(dtype->string, besa__safetensors_dtypes[kind].name)) kind++;
+    if (kind == known)
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: tensor %.200s: unknown dtype \"%.40s\"", path,
+                          tensor->name, dtype->string);
+    if (shape->count > 8)
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: tensor %.200s: %lu dimensions, at most 8 are supported",
+                          path, tensor->name, (unsigned long)shape->count);
+    tensor->dtype_name = besa__safetensors_dtypes[kind].name;
+    tensor->supported = kind < 3;
+    tensor->dtype = kind < 3 ? (besa_dtype)kind : BESA_F32;
+    bits = besa__safetensors_dtypes[kind].bits;
+    const besa__json_value *size = besa__json_first(shape);
+    for (; size; size = besa__json_next(json, size)) {
+        if (!size->is_integer || size->integer < 0)
+            return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: a size in its shape is no count", path,
+                              tensor->name);
+        if (size->integer && elements > (uint64_t)INT64_MAX / bits / (uint64_t)size->integer)
+            return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: its shape overflows 64 bits", path,
+                              tensor->name);
+        elements *= (uint64_t)size->integer;
+        tensor->shape[tensor->ndim++] = size->integer;
+    }
+    if (elements * bits % 8)
+        return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: its elements do not fill whole bytes", path,
+                          tensor->name);
+    *bytes = elements * bits / 8;
+    return BESA_OK;
+}
+
+/* One entry of a header: appended to the checkpoint's tensors. */
+static besa_result besa__parse_tensor(besa_checkpoint *checkpoint, int64_t file, const besa__json *json,
+                                      const besa__json_value *entry, const char *path, besa_error *error)
+{
+    const besa__shard *shard = checkpoint->shards + file;
+    const besa__json_value *offsets = besa__json_get(json, entry, "data_offsets"), *first, *last;
+    uint64_t bytes = 0, available = shard->size - shard->data;
+    if (checkpoint->num_tensors == checkpoint->capacity) {
+        int64_t capacity = checkpoint->capacity ? checkpoint->capacity * 2 : 256;
+        void *more = BESA_REALLOC(checkpoint->tensors, (size_t)capacity * sizeof(besa_tensor));
+        if (!more)
+            return besa__fail(error, BESA_ERROR_MEMORY, "out of host memory for %lld tensors", (long long)capacity);
+        checkpoint->tensors = (besa_tensor *)more;
+        checkpoint->capacity = capacity;
+    }
+    besa_tensor *tensor = checkpoint->tensors + checkpoint->num_tensors;
+    memset(tensor, 0, sizeof *tensor);
+    tensor->name = entry->key;
+    tensor->file = (int)file;
+    BESA__TRY(besa__parse_shape(tensor, &bytes, json, entry, path, error));
+    first = offsets && offsets->type == BESA__JSON_ARRAY && offsets->count == 2 ? besa__json_first(offsets) : NULL;
+    last = first ? besa__json_next(json, first) : NULL;
+    if (!last || !first->is_integer || !last->is_integer || first->integer < 0 || last->integer < first->integer)
+        return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: data_offsets are not [begin, end]", path,
+                          tensor->name);
+    if ((uint64_t)last->integer > available)
+        return besa__fail(error, BESA_ERROR_FORMAT,
+                          "%s: tensor %.200s: ends at byte %lld of the data, the file has %llu: "
+                          "truncated?", path, tensor->name, (long long)last->integer, (unsigned long long)available);
+    if ((uint64_t)(last->integer - first->integer) != bytes)
+        return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: %lld bytes by its data_offsets, %llu by its "
+                          "shape and dtype", path, tensor->name, (long long)(last->integer - first->integer),
+                          (unsigned long long)bytes);
+    tensor->bytes = (size_t)bytes;
+    tensor->offset = shard->data + (uint64_t)first->integer;
+    tensor->data = shard->base + tensor->offset;
+    checkpoint->num_tensors++;
+    return BESA_OK;
+}
+
+static int besa__compare_offsets(const void *a, const void *b)
+{
+    const besa_tensor *x = (const besa_tensor *)a, *y = (const besa_tensor *)b;
+    if (x->offset != y->offset) return x->offset < y->offset ? -1 : 1;
+    if (x->bytes != y->bytes) return x->bytes < y->bytes ? -1 : 1;
+    return strcmp(x->name, y->name);
+}
+
+/* Every byte of a shard's data belongs to exactly one tensor; first is the shard's first tensor in the table. */
+static besa_result besa__check_layout(besa_checkpoint *checkpoint, const besa__shard *shard, int64_t first,
+                                      const char *path, besa_error *error)
+{
+    uint64_t end = shard->data;
+    const char *before = "the header";
+    int64_t count = checkpoint->num_tensors - first;
+    if (count) qsort(checkpoint->tensors + first, (size_t)count, sizeof(besa_tensor), besa__compare_offsets);
+    for (int64_t i = first; i < checkpoint->num_tensors; i++) {
+        const besa_tensor *tensor = checkpoint->tensors + i;
+        if (tensor->offset != end)
+            return besa__fail(error, BESA_ERROR_FORMAT,
+                              "%s: tensor %.200s begins at byte %llu, %.200s ends at %llu: %s",
+                              path, tensor->name, (unsigned long long)tensor->offset, before, (unsigned long long)end,
+                              tensor->offset < end ? "they overlap" : "a hole");
+        end += tensor->bytes;
+        before = tensor->name;
+    }
+    if (end == shard->size) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_FORMAT, "%s: %llu bytes after the last tensor", path,
+                      (unsigned long long)(shard->size - end));
+}
+
+/* All entries of a parsed header. */
+static besa_result besa__parse_header(besa_checkpoint *checkpoint, int64_t file, const besa__json *json,
+                                      const char *path, besa_error *error)
+{
+    int64_t first = checkpoint->num_tensors;
+    const besa__json_value *entry = besa__json_first(json->values);
+    for (; entry; entry = besa__json_next(json, entry)) {
+        if (entry->type != BESA__JSON_OBJECT)
+            return besa__fail(error, BESA_ERROR_FORMAT, "%s: header entry %.200s is not an object", path, entry->key);
+        if (!strcmp(entry->key, "__metadata__")) continue;
+        BESA__TRY(besa__parse_tensor(checkpoint, file, json, entry, path, error));
+    }
+    return besa__check_layout(checkpoint, checkpoint->shards + file, first, path, error);
+}
+
+/* Read the header of a shard whose base and size are set, and add its tensors to the table. */
+static besa_result besa__read_header(besa_checkpoint *checkpoint, int64_t file, const char *path, besa_error *error)
+{
+    besa__shard *shard = checkpoint->shards + file;
+    besa__json json;
+    void *text;
+    uint64_t length = 0;
+    for (size_t i = 0; i < 8 && shard->size >= 8; i++) length |= (uint64_t)shard->base[i] << (8 * i);
+    if (shard->size < 8 || length > shard->size - 8)
+        return besa__fail(error, BESA_ERROR_FORMAT,
+                          "%s: truncated, or no safetensors file: %zu bytes, a header of %llu",
+                          path, shard->size, (unsigned long long)length);
+    if (length > BESA__HEADER_LIMIT || length < 2 || shard->base[8] != '{')
+        return besa__fail(error, BESA_ERROR_FORMAT, "%s: no safetensors file: its header of %llu bytes %s", path,
+                          (unsigned long long)length,
+                          length > BESA__HEADER_LIMIT ? "is too long" : "is no JSON object");
+    BESA__TRY(besa__malloc(&text, (size_t)length + 1, path, error));
+    memcpy(text, shard->base + 8, (size_t)length);
+    ((char *)text)[length] = 0;
+    shard->data = 8 + (size_t)length;
+    besa_result result = besa__json_parse(&json, (char *)text, (size_t)length, path, error);
+    if (result == BESA_OK) result = besa__parse_header(checkpoint, file, &json, path, error);
+    shard->text = json.text;
+    json.text = NULL;
+    besa__json_free(&json);
+    return result;
+}
+
+static int besa__compare_names(const void *a, const void *b)
+{
+    return strcmp((*(const besa_tensor *const *)a)->name, (*(const besa_tensor *const *)b)->name);
+}
+
+static besa_result besa__sort_tensors(besa_checkpoint *checkpoint, besa_error *error)
+{
+    void *memory;
+    size_t count = (size_t)checkpoint->num_tensors;
+    BESA__TRY(besa__malloc(&memory, count * sizeof *checkpoint->sorted, "the tensor table", error));
+    checkpoint->sorted = (const besa_tensor **)memory;
+    for (size_t i = 0; i < count; i++) checkpoint->sorted[i] = checkpoint->tensors + i;
+    if (count > 1) qsort(checkpoint->sorted, count, sizeof *checkpoint->sorted, besa__compare_names);
+    for (size_t i = 1; i < count; i++) {
+        const besa_tensor *a = checkpoint->sorted[i - 1], *b = checkpoint->sorted[i];
+        if (!strcmp(a->name, b->name))
+            return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s is in two shards: %.200s and %.200s",
+                              checkpoint->directory, a->name, checkpoint->shards[a->file].name,
+                              checkpoint->shards[b->file].name);
+    }
+    return BESA_OK;
+}
+
+BESA_API const besa_tensor *besa_checkpoint_find(const besa_checkpoint *checkpoint, const char *name)
+{
+    int64_t low = 0, high = checkpoint->num_tensors;
+    while (low < high) {
+        int64_t middle = low + (high - low) / 2;
+        int order = strcmp(name, checkpoint->sorted[middle]->name);
+        if (!order) return checkpoint->sorted[middle];
+        if (order < 0) high = middle;
+        else low = middle + 1;
+    }
+    return NULL;
+}
+
+/* A shard is a plain file name of the index's own directory. */
+static int besa__is_shard_name(const char *name)
+{
+    size_t n = strlen(name), m = strlen(".safetensors");
+    return n > m && !strcmp(name + n - m, ".safetensors") && !strpbrk(name, "/\\") && name[0] != '.';
+}
+
+/* The distinct file names of a weight_map, sorted, become the checkpoint's shards. */
+static besa_result besa__list_shards(besa_checkpoint *checkpoint, const besa__json *json, const besa__json_value *map,
+                                     const char *path, besa_error *error)
+{
+    void *memory;
+    size_t count = 0, distinct = 0;
+    BESA__TRY(besa__malloc(&memory, map->count * sizeof(char *), "the shards' names", error));
+    const char **names = (const char **)memory;
+    besa_result result = BESA_OK;
+    for (const besa__json_value *v = besa__json_first(map); v && result == BESA_OK; v = besa__json_next(json, v)) {
+        if (v->type != BESA__JSON_STRING)
+            result = besa__fail(error, BESA_ERROR_FORMAT, "%s: weight_map: tensor %.200s names no file", path, v->key);
+        else if (!besa__is_shard_name(v->string))
+            result = besa__fail(error, BESA_ERROR_FORMAT, "%s: weight_map: tensor %.200s is in \"%.200s\", which is no "
+                                "*.safetensors file of the same directory", path, v->key, v->string);
+        else names[count++] = v->string;
+    }
+    if (result == BESA_OK) {
+        qsort(names, count, sizeof *names, besa__compare_strings);
+        for (size_t i = 0; i < count; i++)
+            if (!i || strcmp(names[i], names[i - 1])) names[distinct++] = names[i];
+        result = besa__malloc(&memory, distinct * sizeof(besa__shard), "the shards", error);
+    }
+    if (result == BESA_OK) {
+        checkpoint->shards = (besa__shard *)memory;
+        checkpoint->num_shards = (int64_t)distinct;
+        memset(memory, 0, distinct * sizeof(besa__shard));
+    }
+    for (size_t i = 0; i < distinct && result == BESA_OK; i++) {
+        size_t bytes = strlen(names[i]) + 1;
+        result = besa__malloc(&memory, bytes, "a shard's name", error);
+        if (result == BESA_OK) checkpoint->shards[i].name = (char *)memcpy(memory, names[i], bytes);
+    }
+    BESA_FREE(names);
+    return result;
+}
+
+static besa_result besa__map_shard(besa_checkpoint *checkpoint, int64_t file, besa_error *error)
+{
+    char *path = NULL;
+    BESA__TRY(besa__join(&path, checkpoint->directory, checkpoint->shards[file].name, error));
+    besa__shard *shard = checkpoint->shards + file;
+    besa_result result = besa__map_file(&shard->base, &shard->size, path, error);
+    if (result == BESA_OK) {
+        result = besa__read_header(checkpoint, file, path, error);
+        besa__release_range(shard, 0, shard->data);
+    }
+    if (result == BESA_ERROR_NOT_FOUND && checkpoint->index)
+        besa__fail(error, result, "%s: the shard is missing that %s names", path, checkpoint->index);
+    BESA_FREE(path);
+    return result;
+}
+
+static besa_result besa__open_indexed(besa_checkpoint *checkpoint, const besa__json *json, const char *path,
+                                      besa_error *error)
+{
+    const besa__json_value *map = besa__json_get(json, json->values, "weight_map");
+    if (!map || map->type != BESA__JSON_OBJECT || !map->count)
+        return besa__fail(error, BESA_ERROR_FORMAT, "%s: no weight_map, or an empty one", path);
+    BESA__TRY(besa__list_shards(checkpoint, json, map, path, error));
+    for (int64_t i = 0; i < checkpoint->num_shards; i++) BESA__TRY(besa__map_shard(checkpoint, i, error));
+    BESA__TRY(besa__sort_tensors(checkpoint, error));
+    for (const besa__json_value *v = besa__json_first(map); v; v = besa__json_next(json, v)) {
+        const besa_tensor *tensor = besa_checkpoint_find(checkpoint, v->key);
+        if (!tensor || strcmp(checkpoint->shards[tensor->file].name, v->string))
+            return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s should be in %.200s, but is %s%.200s", path,
+                              v->key, v->string, tensor ? "in " : "missing there",
+                              tensor ? checkpoint->shards[tensor->file].name : "");
+    }
+    return BESA_OK;
+}
+
+/* Map model.safetensors, or else the shards of model.safetensors.index.json, and build the tensor table. */
+static besa_result besa__open_weights(besa_checkpoint *checkpoint, besa_error *error)
+{
+    char *single = NULL, *index = NULL;
+    besa__json json;
+    struct stat st;
+    memset(&json, 0, sizeof json);
+    besa_result result = besa__join(&single, checkpoint->directory, besa__single_name, error);
+    if (result == BESA_OK) result = besa__join(&index, checkpoint->directory, besa__index_name, error);
+    if (result != BESA_OK) { /* no memory */
+    } else if (!lstat(single, &st)) {
+        void *memory;
+        result = besa__malloc(&memory, sizeof(besa__shard), "the shards", error);
+        if (result == BESA_OK) {
+            checkpoint->shards = (besa__shard *)memset(memory, 0, sizeof(besa__shard));
+            checkpoint->num_shards = 1;
+            result = besa__malloc(&memory, sizeof besa__single_name, "a shard's name", error);
+        }
+        if (result == BESA_OK) {
+            checkpoint->shards->name = (char *)memcpy(memory, besa__single_name, sizeof besa__single_name);
+            result = besa__map_shard(checkpoint, 0, error);
+        }
+        if (result == BESA_OK) result = besa__sort_tensors(checkpoint, error);
+    } else if (!lstat(index, &st)) {
+        checkpoint->index = besa__index_name;
+        result = besa__json_load(&json, index, error);
+        if (result == BESA_OK) result = besa__open_indexed(checkpoint, &json, index, error);
+    } else {
+        result = besa__fail(error, BESA_ERROR_NOT_FOUND, "%s: neither %s nor %s in it", checkpoint->directory,
+                            besa__single_name, besa__index_name);
+    }
+    besa__json_free(&json);
+    BESA_FREE(single);
+    BESA_FREE(index);
+    return result;
+}
+
+BESA_API void besa_checkpoint_close(besa_checkpoint *checkpoint)
+{
+    if (!checkpoint) return;
+    for (int64_t i = 0; i < checkpoint->num_shards; i++) {
+        besa__unmap(checkpoint->shards[i].base, checkpoint->shards[i].size);
+        BESA_FREE(checkpoint->shards[i].text);
+        BESA_FREE(checkpoint->shards[i].name);
+    }
+    BESA_FREE(checkpoint->shards);
+    BESA_FREE(checkpoint->tensors);
+    BESA_FREE(checkpoint->sorted);
+    BESA_FREE(checkpoint->directory);
+    BESA_FREE(checkpoint);
+}
+
+BESA_API const besa_config *besa_checkpoint_config(const besa_checkpoint *checkpoint) { return &checkpoint->config; }
+
+BESA_API int64_t besa_checkpoint_tensor_count(const besa_checkpoint *checkpoint) { return checkpoint->num_tensors; }
+
+BESA_API const besa_tensor *besa_checkpoint_tensor(const besa_checkpoint *checkpoint, int64_t index)
+{
+    return index >= 0 && index < checkpoint->num_tensors ? checkpoint->tensors + index : NULL;
+}
+
+#endif /* BESA_NO_STDIO */
+
+/* ============================================================================================
+ * // >>tokens                token files and the sequences cut out of them
+ * ============================================================================================
+ * Owns the reading of .npy and raw token files. Uses the file helpers of safetensors. */
+#ifndef BESA_NO_STDIO
+
+/* Element kinds of token files. */
+typedef struct besa__npy {
+    size_t data;                                /* where the elements begin */
+    size_t width;                               /* bytes of one */
+    int is_signed;
+    int64_t dims[2];
+    int ndim;
+} besa__npy;
+
+typedef struct besa__npy_parser {
+    const char *s, *path;
+    besa__npy *npy;
+    besa_error *error;
+} besa__npy_parser;
+
+static besa_result besa__npy_fail(const besa__npy_parser *p, const char *what)
+{
+    return besa__fail(p->error, BESA_ERROR_FORMAT, "%s: malformed .npy header: %s", p->path, what);
+}
+
+static void besa__npy_space(besa__npy_parser *p)
+{
+    while (*p->s == ' ' || *p->s == '\t' || *p->s == '\n' || *p->s == '\r') p->s++;
+}
+
+/* Skip space, then one expected character; 0 if it is another. */
+static int besa__npy_accept(besa__npy_parser *p, char c)
+{
+    besa__npy_space(p);
+    if (*p->s != c) return 0;
+    p->s++;
+    return 1;
+}
+
+/* A quoted string of up to 31 plain characters. */
+static besa_result besa__npy_string(besa__npy_parser *p, char text[32])
+{
+    size_t n = 0;
+    besa__npy_space(p);
+    char quote = *p->s;
+    if (quote != '\'' && quote != '"') return besa__npy_fail(p, "expected a string");
+    for (p->s++; *p->s && *p->s != quote; p->s++) {
+        if (n == 31 || *p->s == '\\') return besa__npy_fail(p, "a string that no token file has");
+        text[n++] = *p->s;
+    }
+    if (!*p->s) return besa__npy_fail(p, "a string without end");
+    p->s++;
+    text[n] = 0;
+    return BESA_OK;
+}
+
+static besa_result besa__npy_shape(besa__npy_parser *p)
+{
+    if (!besa__npy_accept(p, '(')) return besa__npy_fail(p, "shape is no tuple");
+    while (!besa__npy_accept(p, ')')) {
+        int64_t size = 0;
+        if (p->npy->ndim == 2)
+            return besa__fail(p->error, BESA_ERROR_UNSUPPORTED, "%s: more than 2 dimensions; supported are 1 and 2",
+                              p->path);
+        if (!besa__json_digits(p->s)) return besa__npy_fail(p, "a size in shape is no number");
+        for (; *p->s >= '0' && *p->s <= '9'; p->s++) {
+            if (size > INT64_MAX / 16 / 10) return besa__npy_fail(p, "shape overflows 64 bits");
+            size = size * 10 + (*p->s - '0');
+        }
+        p->npy->dims[p->npy->ndim++] = size;
+        if (besa__npy_accept(p, ',')) besa__npy_space(p);
+        else if (*p->s != ')' || p->npy->ndim == 1) return besa__npy_fail(p, "shape is no tuple");
+    }
+    return p->npy->ndim ? BESA_OK : besa__npy_fail(p, "a scalar");
+}
+
+static besa_result besa__npy_descr(besa__npy_parser *p)
+{
+    char text[32];
+    BESA__TRY(besa__npy_string(p, text));
+    if (!strcmp(text, "<u2")) p->npy->width = 2;
+    else if (!strcmp(text, "<i4") || !strcmp(text, "<u4")) p->npy->width = 4;
+    else if (!strcmp(text, "<i8")) p->npy->width = 8;
+    else
+        return besa__fail(p->error, BESA_ERROR_UNSUPPORTED,
+                          "%s: dtype '%s' (descr); supported are '<u2', '<i4', '<u4' and "
+                          "'<i8': save it as numpy.uint16, int32, uint32 or int64", p->path, text);
+    p->npy->is_signed = text[1] == 'i';
+    return BESA_OK;
+}
+
+/* {'descr': '<u2', 'fortran_order': False, 'shape': (3, 4), }, keys in any order, each once. */
+static besa_result besa__npy_dict(besa__npy_parser *p)
+{
+    int seen = 0;
+    char key[32];
+    if (!besa__npy_accept(p, '{')) return besa__npy_fail(p, "no dictionary");
+    while (!besa__npy_accept(p, '}')) {
+        BESA__TRY(besa__npy_string(p, key));
+        int which = !strcmp(key, "descr") ? 1 : !strcmp(key, "fortran_order") ? 2 : !strcmp(key, "shape") ? 4 : 0;
+        if (!which || (seen & which)) return besa__npy_fail(p, "an unknown key, or one twice");
+        seen |= which;
+        if (!besa__npy_accept(p, ':')) return besa__npy_fail(p, "expected ':'");
+        besa__npy_space(p);
+        if (which == 1) BESA__TRY(besa__npy_descr(p));
+        else if (which == 4) BESA__TRY(besa__npy_shape(p));
+        else if (!strncmp(p->s, "False", 5)) p->s += 5;
+        else if (!strncmp(p->s, "True", 4))
+            return besa__fail(p->error, BESA_ERROR_UNSUPPORTED, "%s: fortran_order is True; save it in C order",
+                              p->path);
+        else return besa__npy_fail(p, "fortran_order is neither True nor False");
+        if (!besa__npy_accept(p, ',') && *p->s != '}') return besa__npy_fail(p, "expected ',' or '}'");
+    }
+    besa__npy_space(p);
+    return seen == 7 && !*p->s ? BESA_OK : besa__npy_fail(p, "a key is missing, or text follows");
+}
+
+static besa_result besa__npy_header(besa__npy *npy, const unsigned char *file, size_t size, const char *path,
+                                    besa_error *error)
+{
+    besa__npy_parser p = { NULL, path, npy, error };
+    size_t at = 10, length;
+    void *text;
+    if (size < 12 || memcmp(file, "\x93NUMPY", 6)) return besa__npy_fail(&p, "no .npy file, or truncated");
+    if (file[6] < 1 || file[6] > 3 || file[7] != 0)
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: .npy version %d.%d; supported are 1.0, 2.0 and 3.0", path,
+                          file[6], file[7]);
+    length = (size_t)file[8] | (size_t)file[9] << 8;
+    if (file[6] > 1) {
+        length |= (size_t)file[10] << 16 | (size_t)file[11] << 24;
+        at = 12;
+    }
+    if (length > size - at || length > 65536) return besa__npy_fail(&p, "truncated, or too long");
+    BESA__TRY(besa__malloc(&text, length + 1, path, error));
+    memcpy(text, file + at, length);
+    ((char *)text)[length] = 0;
+    p.s = (const char *)text;
+    npy->data = at + length;
+    besa_result result = strlen(p.s) == length ? besa__npy_dict(&p) : besa__npy_fail(&p, "a NUL character");
+    BESA_FREE(text);
+    return result;
+}
+
+/* Raw files have one element kind by their name. */
+static besa_result besa__token_format(besa__npy *npy, const unsigned char *file, size_t size, const char *path,
+                                      besa_error *error)
+{
+    const char *dot = strrchr(path, '.');
+    memset(npy, 0, sizeof *npy);
+    npy->ndim = 1;
+    if (dot && (!strcmp(dot, ".u16") || !strcmp(dot, ".bin"))) npy->width = 2;
+    else if (dot && !strcmp(dot, ".i32")) npy->width = 4, npy->is_signed = 1;
+    else if (dot && !strcmp(dot, ".npy")) {
+        npy->ndim = 0;
+        BESA__TRY(besa__npy_header(npy, file, size, path, error));
+    } else {
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED,
+                          "%s: no known kind of token file; supported are .npy, raw .u16 "
+                          "and .bin (uint16) and .i32", path);
+    }
+    size_t bytes = size - npy->data;
+    if (dot[1] != 'n') {
+        npy->dims[0] = (int64_t)(bytes / npy->width);
+        if (bytes % npy->width)
+            return besa__fail(error, BESA_ERROR_FORMAT,
+                              "%s: %zu bytes are no whole number of %zu-byte tokens: truncated?",
+                              path, bytes, npy->width);
+        return BESA_OK;
+    }
+    uint64_t rows = (uint64_t)npy->dims[0], columns = npy->ndim == 2 ? (uint64_t)npy->dims[1] : 1;
+    if ((columns && rows > bytes / npy->width / columns) || rows * columns * npy->width != bytes)
+        return besa__fail(error, BESA_ERROR_FORMAT,
+                          "%s: %zu bytes after the header, its shape asks for %llu x %llu tokens "
+                          "of %zu: truncated?", path, bytes, (unsigned long long)rows,
+                          (unsigned long long)columns, npy->width);
+    return BESA_OK;
+}
+
+static int64_t besa__token_at(const unsigned char *s, size_t width, int is_signed)
+{
+    uint64_t u = 0;
+    for (size_t b = 0; b < width; b++) u |= (uint64_t)s[b] << (8 * b);
+    if (width == 4 && is_signed && (u & 0x80000000u)) u |= 0xFFFFFFFF00000000u;
+    return u <= INT64_MAX ? (int64_t)u : -(int64_t)~u - 1;
+}
+
+static besa_result besa__tokens_read(besa_tokens *tokens, const unsigned char *file, size_t size, const char *path,
+                                     besa_error *error)
+{
+    besa__npy npy;
+    void *memory;
+    BESA__TRY(besa__token_format(&npy, file, size, path, error));
+    int64_t count = npy.dims[0] * (npy.ndim == 2 ? npy.dims[1] : 1);
+    if (!count) return besa__fail(error, BESA_ERROR_TOKENS, "%s: holds no tokens", path);
+    BESA__TRY(besa__malloc(&memory, (size_t)count * sizeof(int32_t), path, error));
+    int32_t *ids = (int32_t *)memory;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t id = besa__token_at(file + npy.data + (size_t)i * npy.width, npy.width, npy.is_signed);
+        if (id < 0 || id > INT32_MAX) {
+            BESA_FREE(ids);
+            return besa__fail(error, BESA_ERROR_TOKEN, "%s: token %lld is %lld; ids are 0 .. 2147483647", path,
+                              (long long)i, (long long)id);
+        }
+        ids[i] = (int32_t)id;
+    }
+    tokens->ids = ids;
+    tokens->count = count;
+    tokens->rows = npy.ndim == 2 ? npy.dims[0] : 0;
+    tokens->columns = npy.ndim == 2 ? npy.dims[1] : 0;
+    return BESA_OK;
+}
+
+BESA_API besa_result besa_tokens_load(besa_tokens *tokens, const char *path, besa_error *error)
+{
+    unsigned char *file;
+    size_t size = 0;
+    memset(tokens, 0, sizeof *tokens);
+    if (!path) return besa__fail(error, BESA_ERROR_OPTION, "no token file given");
+    BESA__TRY(besa__map_file(&file, &size, path, error));
+    besa_result result = besa__tokens_read(tokens, file, size, path, error);
+    besa__unmap(file, size);
+    return result;
+}
+
+BESA_API void besa_tokens_free(besa_tokens *tokens)
+{
+    if (!tokens) return;
+    BESA_FREE(tokens->ids);
+    memset(tokens, 0, sizeof *tokens);
+}
+
+/* Output i (0, 1, ...) of the splitmix64 generator started with seed. */
+static uint64_t besa__splitmix64(uint64_t seed, uint64_t i)
+{
+    uint64_t z = seed + (i + 1) * 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+BESA_API besa_result besa_tokens_sample(const besa_tokens *tokens, int64_t nsamples, int64_t seqlen, uint64_t seed,
+                                        int64_t vocab_size, int32_t *ids, besa_error *error)
+{
+    if (nsamples < 1 || seqlen < 1 || vocab_size < 1)
+        return besa__fail(error, BESA_ERROR_OPTION,
+                          "nsamples = %lld, seqlen = %lld, vocab_size = %lld: each must be at "
+                          "least 1", (long long)nsamples, (long long)seqlen, (long long)vocab_size);
+    if (tokens->columns && (nsamples > tokens->rows || seqlen > tokens->columns))
+        return besa__fail(error, BESA_ERROR_TOKENS,
+                          "%lld sequences of %lld tokens asked for, the file has %lld of %lld",
+                          (long long)nsamples, (long long)seqlen, (long long)tokens->rows, (long long)tokens->columns);
+    if (!tokens->columns && (seqlen > tokens->count || (!seed && nsamples > tokens->count / seqlen)))
+        return besa__fail(error, BESA_ERROR_TOKENS, "%lld sequences of %lld tokens asked for, the file has %lld tokens",
+                          (long long)nsamples, (long long)seqlen, (long long)tokens->count);
+    for (int64_t i = 0; i < nsamples; i++) {
+        int64_t start = tokens->columns ? i * tokens->columns : i * seqlen;
+        if (!tokens->columns && seed)
+            start = (int64_t)(besa__splitmix64(seed, (uint64_t)i) % (uint64_t)(tokens->count - seqlen + 1));
+        for (int64_t t = 0; t < seqlen; t++) {
+            int32_t id = tokens->ids[start + t];
+            if (id < 0 || id >= vocab_size)
+                return besa__fail(error, BESA_ERROR_TOKEN, "token %lld is %ld, the vocabulary has %lld",
+                                  (long long)(start + t), (long)id, (long long)vocab_size);
+            ids[i * seqlen + t] = id;
+        }
+    }
+    return BESA_OK;
+}
+
+#endif /* BESA_NO_STDIO */
+
+/* ============================================================================================
+ * // >>config                config.json, and the tensors a model of its shape must have
+ * ============================================================================================
+ * Owns the meaning of config.json: keys, their defaults and what is refused follow Hugging Face transformers (4 and
+ * 5). Binds tensor names to blocks and opens checkpoints. Uses json and safetensors. */
+#ifndef BESA_NO_STDIO
+
+typedef struct besa__config_reader {
+    const besa__json *json;
+    const besa__json_value *root;
+    const char *path;
+    besa_error *error;
+} besa__config_reader;
+
+/* A block's tensors; NULL where the model has none. */
+typedef struct besa__block_tensors {
+    const besa_tensor *weight[BESA_LAYERS];
+    const besa_tensor *bias[BESA_LAYERS];
+    const besa_tensor *norm1, *norm2, *q_norm, *k_norm;
+} besa__block_tensors;
+
+typedef struct besa__model {
+    const besa_tensor *embedding;               /* (vocab, d) */
+    const besa_tensor *norm;                    /* (d) */
+    const besa_tensor *head;                    /* (vocab, d); the embedding where tied */
+    besa_dtype dtype;                           /* of all prunable weights */
+} besa__model;
+
+static besa_result besa__config_refuse(const besa__config_reader *r, const char *key, const besa__json_value *value,
+                                       const char *supported)
+{
+    char text[128];
+    return besa__fail(r->error, BESA_ERROR_UNSUPPORTED, "%s: %s = %s is not supported; supported: %s", r->path, key,
+                      besa__json_show(value, text, sizeof text), supported);
+}
+
+/* A member of the root that is there and not null, or NULL. */
+static const besa__json_value *besa__config_get(const besa__config_reader *r, const char *key)
+{
+    const besa__json_value *value = besa__json_get(r->json, r->root, key);
+    return value && value->type != BESA__JSON_NULL ? value : NULL;
+}
+
+/* An integer from 1 to most. fallback is taken where the key is absent or null; 0 makes the key required. */
+static besa_result besa__config_integer(const besa__config_reader *r, const char *key, int64_t fallback, int64_t most,
+                                        int64_t *out)
+{
+    const besa__json_value *value = besa__config_get(r, key);
+    char supported[48];
+    *out = fallback;
+    if (!value && fallback) return BESA_OK;
+    snprintf(supported, sizeof supported, "an integer from 1 to %lld", (long long)most);
+    if (!value || !value->is_integer || value->integer < 1 || value->integer > most)
+        return besa__config_refuse(r, key, value, supported);
+    *out = value->integer;
+    return BESA_OK;
+}
+
+static besa_result besa__config_bool(const besa__config_reader *r, const char *key, int *out)
+{
+    const besa__json_value *value = besa__config_get(r, key);
+    *out = value && value->type == BESA__JSON_TRUE;
+    if (value && value->type != BESA__JSON_TRUE && value->type != BESA__JSON_FALSE)
+        return besa__config_refuse(r, key, value, "true, false");
+    return BESA_OK;
+}
+
+/* A positive number of an object (shown as prefix.key); fallback 0 makes it required. */
+static besa_result besa__config_positive(const besa__config_reader *r, const besa__json_value *object,
+                                         const char *prefix, const char *key, double fallback, double *out)
+{
+    const besa__json_value *value = object ? besa__json_get(r->json, object, key) : NULL;
+    char name[96];
+    *out = fallback;
+    if (value && value->type == BESA__JSON_NULL) value = NULL;
+    if (!value && fallback > 0) return BESA_OK;
+    snprintf(name, sizeof name, "%s%s", prefix, key);
+    if (!value || value->type != BESA__JSON_NUMBER || !(value->number > 0) || value->number > 1e15)
+        return besa__config_refuse(r, name, value, "a positive number");
+    *out = value->number;
+    return BESA_OK;
+}
+
+/* The architecture by model_type, and `architectures` must agree; 0 .. 3. */
+static besa_result besa__config_architecture(const besa__config_reader *r, besa_config *config, int *kind)
+{
+    static const char *const types[] = { "llama", "mistral", "qwen2", "qwen3" };
+    static const char *const classes[] = { "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM",
+                                           "Qwen3ForCausalLM" };
+    const besa__json_value *type = besa__config_get(r, "model_type"), *list = besa__config_get(r, "architectures");
+    for (*kind = 0; *kind < 4; ++*kind)
+        if (type && type->type == BESA__JSON_STRING && !strcmp(type->string, types[*kind])) break;
+    if (*kind == 4) return besa__config_refuse(r, "model_type", type, "\"llama\", \"mistral\", \"qwen2\", \"qwen3\"");
+    snprintf(config->model_type, sizeof config->model_type, "%s", types[*kind]);
+    if (!list) return BESA_OK;
+    const besa__json_value *name = list->type == BESA__JSON_ARRAY && list->count == 1 ? besa__json_first(list) : NULL;
+    int known = name && name->type == BESA__JSON_STRING &&
+                (!strcmp(name->string, classes[*kind]) || (!*kind && !strcmp(name->string, "LLaMAForCausalLM")));
+    return known ? BESA_OK : besa__config_refuse(r, "architectures", name ? name : list, classes[*kind]);
+}
+
+/* Settings that change the forward pass and are not implemented: only their neutral values pass. */
+static besa_result besa__config_refuse_unknown(const besa__config_reader *r, int kind)
+{
+    static const char *const absent[] = {
+        "quantization_config", "compression_config", "num_local_experts", "num_experts", "n_routed_experts",
+        "attn_logit_softcapping", "final_logit_softcapping", "no_rope_layers", "attention_chunk_size", "use_qk_norm",
+        "use_mrope", "is_encoder_decoder", "alibi"
+    };
+    const besa__json_value *value = besa__config_get(r, "hidden_act");
+    if (value && (value->type != BESA__JSON_STRING ||
+                  (strcmp(value->string, "silu") && strcmp(value->string, "swish"))))
+        return besa__config_refuse(r, "hidden_act", value, "\"silu\"");
+    for (size_t i = 0; i < sizeof absent / sizeof *absent; i++) {
+        value = besa__config_get(r, absent[i]);
+        if (value && value->type != BESA__JSON_FALSE)
+            return besa__config_refuse(r, absent[i], value, "null, or no such key");
+    }
+    value = besa__config_get(r, "partial_rotary_factor");
+    if (value && (value->type != BESA__JSON_NUMBER || fabs(value->number - 1) > 0))
+        return besa__config_refuse(r, "partial_rotary_factor", value, "1");
+    value = besa__config_get(r, "attention_bias");
+    if (kind == 1 && value && value->type != BESA__JSON_FALSE)
+        return besa__config_refuse(r, "attention_bias", value, "false, for mistral");
+    value = besa__config_get(r, "sliding_window");
+    if (kind == 0 && value) return besa__config_refuse(r, "sliding_window", value, "null, for llama");
+    return BESA_OK;
+}
+
+/* rope_parameters, or the older rope_theta and rope_scaling. */
+static besa_result besa__config_rope(const besa__config_reader *r, besa_rope *rope)
+{
+    const besa__json_value *object = besa__config_get(r, "rope_scaling"), *type = NULL, *partial;
+    const char *prefix = "rope_scaling.";
+    if (!object || (object->type == BESA__JSON_OBJECT && !object->count)) {
+        object = besa__config_get(r, "rope_parameters");
+        prefix = "rope_parameters.";
+    }
+    if (object && object->type != BESA__JSON_OBJECT)
+        return besa__config_refuse(r, *(prefix + 5) == 's' ? "rope_scaling" : "rope_parameters", object,
+                                   "an object, or null");
+    for (const besa__json_value *v = object ? besa__json_first(object) : NULL; v; v = besa__json_next(r->json, v))
+        if (v->type == BESA__JSON_OBJECT)
+            return besa__config_refuse(r, v->key, v, "one set of rope parameters for all layers");
+    BESA__TRY(besa__config_positive(r, r->root, "", "rope_theta", 10000, &rope->theta));
+    BESA__TRY(besa__config_positive(r, object, prefix, "rope_theta", rope->theta, &rope->theta));
+    if (!object) return BESA_OK;
+    partial = besa__json_get(r->json, object, "partial_rotary_factor");
+    if (partial && partial->type != BESA__JSON_NULL && !(fabs(partial->number - 1) <= 0))
+        return besa__config_refuse(r, "partial_rotary_factor", partial, "1");
+    type = besa__json_get(r->json, object, "rope_type");
+    if (!type) type = besa__json_get(r->json, object, "type");
+    if (!type || (type->type == BESA__JSON_STRING && !strcmp(type->string, "default"))) return BESA_OK;
+    if (type->type == BESA__JSON_STRING && !strcmp(type->string, "linear")) rope->type = BESA_ROPE_LINEAR;
+    else if (type->type == BESA__JSON_STRING && !strcmp(type->string, "llama3")) rope->type = BESA_ROPE_LLAMA3;
+    else {
+        char name[48];
+        snprintf(name, sizeof name, "%s%s", prefix, type->key);
+        return besa__config_refuse(r, name, type, "\"default\", \"linear\", \"llama3\"");
+    }
+    BESA__TRY(besa__config_positive(r, object, prefix, "factor", 0, &rope->factor));
+    if (rope->type == BESA_ROPE_LINEAR) return BESA_OK;
+    BESA__TRY(besa__config_positive(r, object, prefix, "low_freq_factor", 0, &rope->low_freq_factor));
+    BESA__TRY(besa__config_positive(r, object, prefix, "high_freq_factor", 0, &rope->high_freq_factor));
+    BESA__TRY(besa__config_positive(r, object, prefix, "original_max_position_embeddings", 0,
+                                    &rope->original_max_position_embeddings));
+    if (rope->high_freq_factor > rope->low_freq_factor) return BESA_OK;
+    return besa__config_refuse(r, "high_freq_factor", besa__json_get(r->json, object, "high_freq_factor"),
+                               "a number above low_freq_factor");
+}
+
+/* Which layers slide. Mistral: all or none. Qwen: layer_types, or from max_window_layers on. */
+static besa_result besa__config_windows(const besa__config_reader *r, besa_config *config, int kind)
+{
+    const besa__json_value *types = besa__config_get(r, "layer_types");
+    int64_t first = 0, window = 0;
+    int sliding = kind == 1, given = besa__json_get(r->json, r->root, "sliding_window") != NULL;
+    if (kind >= 2) {
+        const besa__json_value *value = besa__config_get(r, "max_window_layers");
+        BESA__TRY(besa__config_bool(r, "use_sliding_window", &sliding));
+        if (value && (!value->is_integer || value->integer < 0))
+            return besa__config_refuse(r, "max_window_layers", value, "an integer from 0 on");
+        first = value ? value->integer : 28;
+    }
+    if (sliding && (besa__config_get(r, "sliding_window") || !given))
+        BESA__TRY(besa__config_integer(r, "sliding_window", 4096, INT64_C(1) << 40, &window));
+    for (int64_t i = 0; i < config->num_hidden_layers; i++) config->window[i] = (uint8_t)(window && i >= first);
+    if (types && (types->type != BESA__JSON_ARRAY || types->count != (uint64_t)config->num_hidden_layers))
+        return besa__config_refuse(r, "layer_types", types, "a list of num_hidden_layers strings");
+    int64_t i = 0;
+    for (const besa__json_value *v = types ? besa__json_first(types) : NULL; v; v = besa__json_next(r->json, v), i++) {
+        char name[40];
+        int slides = v->type == BESA__JSON_STRING && !strcmp(v->string, "sliding_attention");
+        int full = v->type == BESA__JSON_STRING && !strcmp(v->string, "full_attention");
+        snprintf(name, sizeof name, "layer_types[%lld]", (long long)i);
+        if (!slides && !full) return besa__config_refuse(r, name, v, "\"full_attention\", \"sliding_attention\"");
+        if (slides && !window)
+            return besa__config_refuse(r, name, v, "\"full_attention\", as no sliding_window is in use");
+        if (full && kind == 1 && window)
+            return besa__config_refuse(r, name, v, "\"sliding_attention\", as mistral's sliding_window is set");
+        config->window[i] = (uint8_t)slides;
+    }
+    for (i = 0; i < config->num_hidden_layers; i++)
+        if (config->window[i]) config->sliding_window = window;
+    return BESA_OK;
+}
+
+/* Sizes of the model and of its attention. */
+static besa_result besa__config_sizes(const besa__config_reader *r, besa_config *config, int kind)
+{
+    besa_block_shape *b = &config->block;
+    const int64_t most = 1 << 24;
+    int heads_given = besa__json_get(r->json, r->root, "num_key_value_heads") != NULL;
+    int dim_given = besa__json_get(r->json, r->root, "head_dim") != NULL;
+    BESA__TRY(besa__config_integer(r, "vocab_size", 0, most, &config->vocab_size));
+    BESA__TRY(besa__config_integer(r, "hidden_size", 0, most, &b->hidden_size));
+    BESA__TRY(besa__config_integer(r, "intermediate_size", 0, most, &b->intermediate_size));
+    BESA__TRY(besa__config_integer(r, "num_hidden_layers", 0, BESA_MAX_LAYERS, &config->num_hidden_layers));
+    BESA__TRY(besa__config_integer(r, "max_position_embeddings", 2048, (int64_t)1 << 40,
+                                   &config->max_position_embeddings));
+    BESA__TRY(besa__config_integer(r, "num_attention_heads", 0, 1 << 16, &b->num_attention_heads));
+    int64_t groups = heads_given || !kind ? b->num_attention_heads : kind == 1 ? 8 : 32; /* transformers' defaults */
+    BESA__TRY(besa__config_integer(r, "num_key_value_heads", groups, b->num_attention_heads, &b->num_key_value_heads));
+    if (b->num_key_value_heads > b->num_attention_heads || b->num_attention_heads % b->num_key_value_heads)
+        return besa__fail(r->error, BESA_ERROR_UNSUPPORTED, "%s: num_attention_heads = %lld is no multiple of "
+                          "num_key_value_heads = %lld", r->path, (long long)b->num_attention_heads,
+                          (long long)b->num_key_value_heads);
+    int64_t derived = b->hidden_size / b->num_attention_heads;
+    if (kind == 3 && !dim_given) derived = 128;
+    else if (!besa__config_get(r, "head_dim") && b->hidden_size % b->num_attention_heads)
+        return besa__fail(r->error, BESA_ERROR_UNSUPPORTED,
+                          "%s: hidden_size = %lld is no multiple of num_attention_heads "
+                          "= %lld, and head_dim is not given", r->path, (long long)b->hidden_size,
+                          (long long)b->num_attention_heads);
+    BESA__TRY(besa__config_integer(r, "head_dim", derived, 1 << 16, &b->head_dim));
+    if (b->head_dim % 2 || b->head_dim * b->num_attention_heads > most)
+        return besa__fail(r->error, BESA_ERROR_UNSUPPORTED,
+                          "%s: head_dim = %lld with %lld heads; supported: an even number, "
+                          "heads * head_dim up to %lld", r->path, (long long)b->head_dim,
+                          (long long)b->num_attention_heads, (long long)most);
+    return BESA_OK;
+}
+
+/* bias[layer] = 1 for each layer that has one. */
+static besa_result besa__config_read(const besa__config_reader *r, besa_config *config, int bias[BESA_LAYERS])
+{
+    int kind, attention = 0, mlp = 0;
+    if (r->root->type != BESA__JSON_OBJECT)
+        return besa__fail(r->error, BESA_ERROR_JSON, "%s: no JSON object", r->path);
+    BESA__TRY(besa__config_architecture(r, config, &kind));
+    BESA__TRY(besa__config_refuse_unknown(r, kind));
+    BESA__TRY(besa__config_sizes(r, config, kind));
+    BESA__TRY(besa__config_rope(r, &config->block.rope));
+    BESA__TRY(besa__config_windows(r, config, kind));
+    BESA__TRY(besa__config_positive(r, r->root, "", "rms_norm_eps", 1e-6, &config->block.rms_norm_eps));
+    BESA__TRY(besa__config_bool(r, "tie_word_embeddings", &config->tie_word_embeddings));
+    BESA__TRY(besa__config_bool(r, "attention_bias", &attention));
+    BESA__TRY(besa__config_bool(r, "mlp_bias", &mlp));
+    if (kind && mlp) return besa__config_refuse(r, "mlp_bias", besa__config_get(r, "mlp_bias"), "false, but for llama");
+    bias[BESA_Q] = bias[BESA_K] = bias[BESA_V] = kind == 2 || attention;
+    bias[BESA_O] = kind != 2 && attention;
+    bias[BESA_GATE] = bias[BESA_UP] = bias[BESA_DOWN] = mlp;
+    config->qk_norm = kind == 3;
+    return BESA_OK;
+}
+
+static besa_result besa__config_load(besa_config *config, int bias[BESA_LAYERS], const char *directory,
+                                     besa_error *error)
+{
+    char *path;
+    besa__json json;
+    memset(config, 0, sizeof *config);
+    BESA__TRY(besa__join(&path, directory, "config.json", error));
+    besa_result result = besa__json_load(&json, path, error);
+    besa__config_reader reader = { &json, json.values, path, error };
+    if (result == BESA_OK) result = besa__config_read(&reader, config, bias);
+    besa__json_free(&json);
+    BESA_FREE(path);
+    return result;
+}
+
+/* Find a tensor and check it: (rows, columns), or (rows) where columns is 0. */
+static besa_result besa__need(const besa_tensor **out, const besa_checkpoint *checkpoint, const char *name,
+                              int64_t rows, int64_t columns, besa_error *error)
+{
+    const besa_tensor *tensor = *out = besa_checkpoint_find(checkpoint, name);
+    char found[96] = "";
+    size_t n = 0;
+    if (!tensor)
+        return besa__fail(error, BESA_ERROR_TENSOR, "%s: tensor %s is missing; config.json asks for it",
+                          checkpoint->directory, name);
+    if (tensor->ndim == (columns ? 2 : 1) && tensor->shape[0] == rows && (!columns || tensor->shape[1] == columns)) {
+        if (tensor->supported) return BESA_OK;
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: tensor %s has dtype %s; supported: F32, F16, BF16",
+                          checkpoint->directory, name, tensor->dtype_name);
+    }
+    for (int i = 0; i < tensor->ndim && n < sizeof found - 24; i++)
+        n += (size_t)snprintf(found + n, sizeof found - n, "%s%lld", i ? ", " : "", (long long)tensor->shape[i]);
+    return besa__fail(error, BESA_ERROR_TENSOR,
+                      columns ? "%s: tensor %s has shape [%s], config.json asks for [%lld, %lld]"
+                                                        : "%s: tensor %s has shape [%s], config.json asks for [%lld]",
+                      checkpoint->directory, name, found, (long long)rows, (long long)columns);
+}
+
+/* The same for a tensor of a block that is only there if the config says so. */
+static besa_result besa__need_if(int wanted, const besa_tensor **out, const besa_checkpoint *checkpoint,
+                                 const char *name, int64_t rows, besa_error *error)
+{
+    *out = NULL;
+    if (wanted) return besa__need(out, checkpoint, name, rows, 0, error);
+    if (!besa_checkpoint_find(checkpoint, name)) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_TENSOR, "%s: tensor %s is there, but by config.json a %s has none",
+                      checkpoint->directory, name, checkpoint->config.model_type);
+}
+
+/* The tensors of one block, each checked against the config. */
+static besa_result besa__block_bind(besa__block_tensors *tensors, const besa_checkpoint *checkpoint, int64_t block,
+                                    besa_error *error)
+{
+    const besa_block_shape *s = &checkpoint->config.block;
+    char name[96];
+    int64_t rows, columns;
+    memset(tensors, 0, sizeof *tensors);
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        const char *path = besa__layer_paths[i];
+        besa_block_layer(s, i, &rows, &columns);
+        snprintf(name, sizeof name, "model.layers.%lld.%s.weight", (long long)block, path);
+        BESA__TRY(besa__need(&tensors->weight[i], checkpoint, name, rows, columns, error));
+        snprintf(name, sizeof name, "model.layers.%lld.%s.bias", (long long)block, path);
+        BESA__TRY(besa__need_if(checkpoint->bias[i], &tensors->bias[i], checkpoint, name, rows, error));
+    }
+    snprintf(name, sizeof name, "model.layers.%lld.input_layernorm.weight", (long long)block);
+    BESA__TRY(besa__need(&tensors->norm1, checkpoint, name, s->hidden_size, 0, error));
+    snprintf(name, sizeof name, "model.layers.%lld.post_attention_layernorm.weight", (long long)block);
+    BESA__TRY(besa__need(&tensors->norm2, checkpoint, name, s->hidden_size, 0, error));
+    snprintf(name, sizeof name, "model.layers.%lld.self_attn.q_norm.weight", (long long)block);
+    BESA__TRY(besa__need_if(checkpoint->config.qk_norm, &tensors->q_norm, checkpoint, name, s->head_dim, error));
+    snprintf(name, sizeof name, "model.layers.%lld.self_attn.k_norm.weight", (long long)block);
+    return besa__need_if(checkpoint->config.qk_norm, &tensors->k_norm, checkpoint, name, s->head_dim, error);
+}
+
+/* Embedding, norm and head, and a check of every tensor of every block. */
+static besa_result besa__model_bind(besa__model *model, const besa_checkpoint *checkpoint, besa_error *error)
+{
+    static const char layers[] = "model.layers.";
+    const besa_config *c = &checkpoint->config;
+    besa__block_tensors block;
+    memset(model, 0, sizeof *model);
+    BESA__TRY(besa__need(&model->embedding, checkpoint, "model.embed_tokens.weight", c->vocab_size,
+                         c->block.hidden_size, error));
+    BESA__TRY(besa__need(&model->norm, checkpoint, "model.norm.weight", c->block.hidden_size, 0, error));
+    model->head = model->embedding;
+    if (!c->tie_word_embeddings)
+        BESA__TRY(besa__need(&model->head, checkpoint, "lm_head.weight", c->vocab_size, c->block.hidden_size, error));
+    for (int64_t i = 0; i < c->num_hidden_layers; i++) {
+        BESA__TRY(besa__block_bind(&block, checkpoint, i, error));
+        if (!i) model->dtype = block.weight[0]->dtype;
+        for (int j = 0; j < BESA_LAYERS; j++)
+            if (block.weight[j]->dtype != model->dtype)
+                return besa__fail(error, BESA_ERROR_UNSUPPORTED,
+                                  "%s: tensor %s has dtype %s, others of the layers another; "
+                                  "supported: one dtype for all of them", checkpoint->directory, block.weight[j]->name,
+                                  block.weight[j]->dtype_name);
+    }
+    for (int64_t i = 0; i < checkpoint->num_tensors; i++) {
+        const char *name = checkpoint->tensors[i].name, *digits = name + sizeof layers - 1;
+        if (strncmp(name, layers, sizeof layers - 1) || *digits < '0' || *digits > '9') continue;
+        if (strtoll(digits, NULL, 10) >= c->num_hidden_layers)
+            return besa__fail(error, BESA_ERROR_TENSOR,
+                              "%s: tensor %.200s is there, but config.json says num_hidden_layers "
+                              "= %lld", checkpoint->directory, name, (long long)c->num_hidden_layers);
+    }
+    return BESA_OK;
+}
+
+static besa_result besa__checkpoint_load(besa_checkpoint *checkpoint, const char *directory, besa_error *error)
+{
+    besa__model model;
+    struct stat st;
+    void *memory;
+    size_t n = strlen(directory);
+    while (n > 1 && directory[n - 1] == '/') n--;
+    BESA__TRY(besa__malloc(&memory, n + 1, "a path", error));
+    checkpoint->directory = (char *)memcpy(memory, directory, n);
+    checkpoint->directory[n] = 0;
+    if (stat(checkpoint->directory, &st))
+        return besa__fail(error, errno == ENOENT || errno == ENOTDIR ? BESA_ERROR_NOT_FOUND : BESA_ERROR_READ, "%s: %s",
+                          directory, strerror(errno));
+    if (!S_ISDIR(st.st_mode)) return besa__fail(error, BESA_ERROR_NOT_FOUND, "%s: not a directory", directory);
+    BESA__TRY(besa__config_load(&checkpoint->config, checkpoint->bias, checkpoint->directory, error));
+    BESA__TRY(besa__open_weights(checkpoint, error));
+    return besa__model_bind(&model, checkpoint, error);
+}
+
+BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const char *directory, besa_error *error)
+{
+    void *memory;
+    *checkpoint = NULL;
+    if (!directory || !*directory) return besa__fail(error, BESA_ERROR_OPTION, "no checkpoint directory given");
+    BESA__TRY(besa__malloc(&memory, sizeof **checkpoint, "a checkpoint", error));
+    besa_checkpoint *opened = (besa_checkpoint *)memset(memory, 0, sizeof **checkpoint);
+    besa_result result = besa__checkpoint_load(opened, directory, error);
+    if (result == BESA_OK) *checkpoint = opened;
+    else besa_checkpoint_close(opened);
+    return result;
+}
+
+#endif /* BESA_NO_STDIO */
+
+/* ============================================================================================
+ * // >>cpu-gemm              the CPU's matrix product: C = alpha A B [+ C] [+ bias]
+ * ============================================================================================
+ * The scheme is the one of GotoBLAS and BLIS. The product is cut into blocks (m, n, k) of at most
+ * MC x NC x KC. Of each block both operands are packed: converted to fp32 (or rounded to bf16),
+ * and laid out as panels in the order in which the micro-kernel reads them, MR rows of A or NR
+ * columns of B side by side. The micro-kernel keeps an MR x NR tile of C in registers and runs over k:
+ *
+ *     KC = 512    a tile of C is read and written once per 512 steps of k, which hides it. A panel of A
+ *                 (24 KB) stays in the first-level cache; a panel of B (64 KB) streams from the second
+ *     MC, NC      768 and 1024: every element packed is used for 768 or more multiply-adds. Both
+ *                 blocks (3.7 MB) live in the last-level cache, shared by the threads
+ *     TM, TN      a thread takes tiles of 192 x 128 of C: their panels (640 KB) fit the second level
+ *
+ * The threads pack panels together, then share out the tiles. The sum behind one element of C is
+ * cut by k alone, at multiples of the block length, and every tile takes its steps in the same order:
+ * the bytes do not depend on the number of threads. Ragged edges are packed with zeros and
+ * written by way of a full tile on the stack, thus with the same arithmetic.
+ *
+ * Calls: the number formats and nothing else. Owns no memory: the caller gives the scratch. */
+typedef struct besa__gemm_args {       /* C (m,n) = alpha A (m,k) B (k,n) [+ C] [+ bias] */
+    int64_t m, n, k;
+    const void *a; int64_t a_row, a_col; besa_dtype a_dtype;   /* A(i,p) = a[i*a_row + p*a_col] */
+    const void *b; int64_t b_row, b_col; besa_dtype b_dtype;   /* B(p,j) = b[p*b_row + j*b_col] */
+    float *c; int64_t c_row;           /* C(i,j) = c[i*c_row + j] */
+    float alpha;
+    int accumulate;                    /* 1: added to C, 0: C is overwritten (never read) */
+    const float *bias;                 /* (n) added to every row, or NULL */
+    int lower;                         /* 1: only tiles that touch i >= j are computed (Gram matrices) */
+} besa__gemm_args;
+
+enum {
+    BESA__GEMM_MC = 768, BESA__GEMM_NC = 1024, BESA__GEMM_KC = 512,   /* multiples of every MR, of every NR */
+    BESA__GEMM_TM = 192, BESA__GEMM_TN = 128,
+    BESA__GEMM_TILE_MAX = 12 * 32                                      /* the largest MR x NR */
+};
+
+/* One operand as packing sees it: `outer` runs over the rows of A or the columns of B. */
+typedef struct besa__gemm_operand {
+    const void *data; besa_dtype dtype;
+    int64_t outer_step, k_step;        /* in elements */
+    int round;                         /* 1: round to bf16 */
+} besa__gemm_operand;
+
+/* dst (units, width) = the panel of `count` <= width outer positions and `k` positions that starts at
+   element `at`; zeros beyond. A unit is one float, or two bf16 that follow each other in k. */
+typedef void besa__gemm_pack_fn(float *dst, int64_t width, const besa__gemm_operand *x, int64_t at,
+                                int64_t count, int64_t k);
+
+/* C tile (MR, NR) = alpha sum_u a(u, MR) b(u, NR) [+ C if add] [+ bias (NR) if not NULL] */
+typedef void besa__gemm_tile_fn(int64_t units, const float *a, const float *b, float *c, int64_t c_row,
+                                float alpha, int add, const float *bias);
+
+typedef struct besa__gemm_kernel {
+    int64_t mr, nr, unit;              /* unit: elements of k in four bytes, 1 or 2 */
+    besa__gemm_pack_fn *pack;
+    besa__gemm_tile_fn *tile;
+} besa__gemm_kernel;
+
+/* ---- portable C ---- */
+
+/* dst (count) = fp32 of the elements at, at + step, ... */
+static void besa__gemm_read(float *dst, const besa__gemm_operand *x, int64_t at, int64_t step, int64_t count) {
+    if (x->dtype == BESA_F32) {
+        const float *s = (const float *)x->data + at;
+        for (int64_t i = 0; i < count; i++) dst[i] = s[i * step];
+    } else {
+        const uint16_t *s = (const uint16_t *)x->data + at;
+        if (x->dtype == BESA_BF16) for (int64_t i = 0; i < count; i++) dst[i] = besa__bf16_to_f32(s[i * step]);
+        else                       for (int64_t i = 0; i < count; i++) dst[i] = besa__f16_to_f32(s[i * step]);
+    }
+    if (x->round && x->dtype != BESA_BF16)
+        for (int64_t i = 0; i < count; i++) dst[i] = besa__bf16_to_f32(besa__f32_to_bf16(dst[i]));
+}
+
+static void besa__gemm_pack_c(float *dst, int64_t width, const besa__gemm_operand *x, int64_t at,
+                              int64_t count, int64_t k) {
+    float run[64];
+    if (count < width) memset(dst, 0, (size_t)(width * k) * sizeof *dst);
+    if (x->outer_step == 1) {
+        for (int64_t p = 0; p < k; p++) besa__gemm_read(dst + p * width, x, at + p * x->k_step, 1, count);
+        return;
+    }
+    for (int64_t p0 = 0; p0 < k; p0 += 64) {
+        int64_t length = besa__min(64, k - p0);
+        for (int64_t i = 0; i < count; i++) {
+            besa__gemm_read(run, x, at + i * x->outer_step + p0 * x->k_step, x->k_step, length);
+            for (int64_t p = 0; p < length; p++) dst[(p0 + p) * width + i] = run[p];
+        }
+    }
+}
+
+/* 4 x 8, plain loops that a compiler vectorises for any instruction set */
+static inline void besa__gemm_tile_c(int64_t units, const float *a, const float *b, float *c, int64_t c_row,
+                                     float alpha, int add, const float *bias) {
+    float sum[4][8];
+    memset(sum, 0, sizeof sum);
+    for (int64_t p = 0; p < units; p++, a += 4, b += 8)
+        for (int i = 0; i < 4; i++)
+            for (int j = 0; j < 8; j++) sum[i][j] += a[i] * b[j];
+    for (int i = 0; i < 4; i++, c += c_row)
+        for (int j = 0; j < 8; j++) {
+            float base = (bias ? bias[j] : 0.0f) + (add ? c[j] : 0.0f);
+            c[j] = base + alpha * sum[i][j];
+        }
+}
+
+/* ---- AArch64: 8 x 8 in NEON ---- */
+#if defined(__aarch64__) && defined(__ARM_NEON)
+#define BESA__GEMM_NEON 1
+#include <arm_neon.h>
+
+#define BESA__GEMM_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define BESA__GEMM_ZERO(i) float32x4_t l##i = vdupq_n_f32(0.0f), h##i = vdupq_n_f32(0.0f);
+#define BESA__GEMM_STEP(i) l##i = vfmaq_n_f32(l##i, bl, a[i]); h##i = vfmaq_n_f32(h##i, bh, a[i]);
+#define BESA__GEMM_SAVE(i)                                                                           \
+    vst1q_f32(c, vfmaq_n_f32(add ? vaddq_f32(bias_l, vld1q_f32(c)) : bias_l, l##i, alpha));           \
+    vst1q_f32(c + 4, vfmaq_n_f32(add ? vaddq_f32(bias_h, vld1q_f32(c + 4)) : bias_h, h##i, alpha));   \
+    c += c_row;
+
+static void besa__gemm_tile_neon(int64_t units, const float *a, const float *b, float *c, int64_t c_row,
+                                 float alpha, int add, const float *bias) {
+    float32x4_t bias_l = bias ? vld1q_f32(bias) : vdupq_n_f32(0.0f);
+    float32x4_t bias_h = bias ? vld1q_f32(bias + 4) : vdupq_n_f32(0.0f);
+    BESA__GEMM_ROWS(BESA__GEMM_ZERO)
+    for (int64_t p = 0; p < units; p++, a += 8, b += 8) {
+        float32x4_t bl = vld1q_f32(b), bh = vld1q_f32(b + 4);
+        BESA__GEMM_ROWS(BESA__GEMM_STEP)
+    }
+    BESA__GEMM_ROWS(BESA__GEMM_SAVE)
+}
+#undef BESA__GEMM_ROWS
+#undef BESA__GEMM_ZERO
+#undef BESA__GEMM_STEP
+#undef BESA__GEMM_SAVE
+#endif
+
+/* ---- x86-64: AVX2 and AVX-512, compiled for any target and chosen at run time ---- */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(BESA_NO_SIMD)
+#define BESA__GEMM_X86 1
+#include <immintrin.h>
+#ifndef __clang__                      /* g++ 12 warns of its own _mm512_undefined_epi32 */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#define BESA__GEMM_AVX2 __attribute__((target("avx2,fma")))
+#define BESA__GEMM_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
+#define BESA__GEMM_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+
+/* 6 x 16: twelve of the sixteen registers hold C. The rows are written out by macros so that they
+   stay in registers at every level of optimisation. */
+#define BESA__GEMM_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5)
+#define BESA__GEMM_ZERO(i) __m256 l##i = _mm256_setzero_ps(), h##i = _mm256_setzero_ps();
+#define BESA__GEMM_STEP(i)                                                                           \
+    ai = _mm256_broadcast_ss(a + i);                                                                 \
+    l##i = _mm256_fmadd_ps(ai, bl, l##i); h##i = _mm256_fmadd_ps(ai, bh, h##i);
+#define BESA__GEMM_SAVE(i)                                                                           \
+    bl = bias_l; bh = bias_h;                                                                        \
+    if (add) { bl = _mm256_add_ps(bl, _mm256_loadu_ps(c)); bh = _mm256_add_ps(bh, _mm256_loadu_ps(c + 8)); } \
+    _mm256_storeu_ps(c, _mm256_fmadd_ps(ai, l##i, bl));                                              \
+    _mm256_storeu_ps(c + 8, _mm256_fmadd_ps(ai, h##i, bh));                                          \
+    c += c_row;
+
+BESA__GEMM_AVX2 static void besa__gemm_tile_avx2(int64_t units, const float *a, const float *b, float *c,
+                                                 int64_t c_row, float alpha, int add, const float *bias) {
+    __m256 ai, bl, bh, bias_l, bias_h;
+    BESA__GEMM_ROWS(BESA__GEMM_ZERO)
+    for (int64_t p = 0; p < units; p++, a += 6, b += 16) {
+        bl = _mm256_load_ps(b);
+        bh = _mm256_load_ps(b + 8);
+        BESA__GEMM_ROWS(BESA__GEMM_STEP)
+    }
+    ai = _mm256_set1_ps(alpha);
+    bias_l = bias ? _mm256_loadu_ps(bias) : _mm256_setzero_ps();
+    bias_h = bias ? _mm256_loadu_ps(bias + 8) : _mm256_setzero_ps();
+    BESA__GEMM_ROWS(BESA__GEMM_SAVE)
+}
+#undef BESA__GEMM_ROWS
+#undef BESA__GEMM_ZERO
+#undef BESA__GEMM_STEP
+#undef BESA__GEMM_SAVE
+
+/* 12 x 32: twenty-four of the thirty-two registers hold C. One unit of k is a float, or, in the second
+   kernel, a pair of bf16 whose two products are added in one step: the same loop, twice the k. */
+#define BESA__GEMM_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
+#define BESA__GEMM_ZERO(i) __m512 l##i = _mm512_setzero_ps(), h##i = _mm512_setzero_ps();
+#define BESA__GEMM_STEP(i)                                                                           \
+    ai = _mm512_set1_ps(a[i]);                                                                       \
+    l##i = _mm512_fmadd_ps(ai, bl, l##i); h##i = _mm512_fmadd_ps(ai, bh, h##i);
+#define BESA__GEMM_STEP_BF16(i)                                                                      \
+    ai = _mm512_set1_ps(a[i]);                                                                       \
+    l##i = _mm512_dpbf16_ps(l##i, (__m512bh)ai, (__m512bh)bl);                                       \
+    h##i = _mm512_dpbf16_ps(h##i, (__m512bh)ai, (__m512bh)bh);
+#define BESA__GEMM_SAVE(i)                                                                           \
+    bl = bias_l; bh = bias_h;                                                                        \
+    if (add) { bl = _mm512_add_ps(bl, _mm512_loadu_ps(c)); bh = _mm512_add_ps(bh, _mm512_loadu_ps(c + 16)); } \
+    _mm512_storeu_ps(c, _mm512_fmadd_ps(ai, l##i, bl));                                              \
+    _mm512_storeu_ps(c + 16, _mm512_fmadd_ps(ai, h##i, bh));                                         \
+    c += c_row;
+#define BESA__GEMM_BODY(step)                                                                        \
+    __m512 ai, bl, bh, bias_l, bias_h;                                                               \
+    BESA__GEMM_ROWS(BESA__GEMM_ZERO)                                                                 \
+    for (int64_t p = 0; p < units; p++, a += 12, b += 32) {                                          \
+        bl = _mm512_load_ps(b);                                                                      \
+        bh = _mm512_load_ps(b + 16);                                                                 \
+        BESA__GEMM_ROWS(step)                                                                        \
+    }                                                                                                \
+    ai = _mm512_set1_ps(alpha);                                                                      \
+    bias_l = bias ? _mm512_loadu_ps(bias) : _mm512_setzero_ps();                                     \
+    bias_h = bias ? _mm512_loadu_ps(bias + 16) : _mm512_setzero_ps();                                \
+    BESA__GEMM_ROWS(BESA__GEMM_SAVE)
+
+BESA__GEMM_AVX512 static void besa__gemm_tile_avx512(int64_t units, const float *a, const float *b, float *c,
+                                                     int64_t c_row, float alpha, int add, const float *bias) {
+    BESA__GEMM_BODY(BESA__GEMM_STEP)
+}
+BESA__GEMM_AVX512_BF16 static void besa__gemm_tile_avx512_bf16(int64_t units, const float *a, const float *b,
+                                                               float *c, int64_t c_row, float alpha, int add,
+                                                               const float *bias) {
+    BESA__GEMM_BODY(BESA__GEMM_STEP_BF16)
+}
+#undef BESA__GEMM_ROWS
+#undef BESA__GEMM_ZERO
+#undef BESA__GEMM_STEP
+#undef BESA__GEMM_STEP_BF16
+#undef BESA__GEMM_SAVE
+#undef BESA__GEMM_BODY
+
+static inline uint16_t besa__gemm_mask(int64_t count) {     /* of the first `count` of 16 lanes */
+    return (uint16_t)(count >= 16 ? 0xffffu : count <= 0 ? 0u : (1u << count) - 1u);
+}
+
+/* The fp32 bits of up to 16 elements that follow each other; nothing is read beyond `count`. */
+BESA__GEMM_AVX512 static inline __m512i besa__gemm_load_avx512(const besa__gemm_operand *x, int64_t at,
+                                                               int64_t count) {
+    __mmask16 mask = besa__gemm_mask(count);
+    __m512i v, up, number;
+    if (x->dtype == BESA_F32) v = _mm512_maskz_loadu_epi32(mask, (const float *)x->data + at);
+    else {
+        __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)x->data + at);
+        if (x->dtype == BESA_BF16) return _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+        v = _mm512_castps_si512(_mm512_cvtph_ps(half));
+    }
+    if (!x->round) return v;
+    /* to the nearest bf16, ties to even: add 0x7fff plus the lowest bit that stays; a NaN stays quiet */
+    up = _mm512_and_si512(_mm512_srli_epi32(v, 16), _mm512_set1_epi32(1));
+    number = _mm512_add_epi32(v, _mm512_add_epi32(up, _mm512_set1_epi32(0x7fff)));
+    mask = _mm512_cmp_ps_mask(_mm512_castsi512_ps(v), _mm512_castsi512_ps(v), _CMP_UNORD_Q);
+    number = _mm512_mask_or_epi32(number, mask, v, _mm512_set1_epi32(0x400000));
+    return _mm512_and_si512(number, _mm512_set1_epi32((int)0xffff0000u));
+}
+
+/* The outer positions follow each other in memory: a row of the panel is a copy. The rows may lie a page
+   apart, where no prefetcher of the hardware follows: they are asked for 16 rows ahead. */
+BESA__GEMM_AVX512 static void besa__gemm_pack_rows_avx512(float *dst, int64_t width, const besa__gemm_operand *x,
+                                                          int64_t at, int64_t count, int64_t k, int64_t unit) {
+    int64_t size = x->dtype == BESA_F32 ? 4 : 2;
+    uintptr_t step = (uintptr_t)(x->k_step * size), ahead = (uintptr_t)x->data + (uintptr_t)(at * size) + 16 * step;
+    for (int64_t p = 0; p < k; p += unit, dst += width, at += unit * x->k_step, ahead += (uintptr_t)unit * step)
+        for (int64_t i = 0; i < width; i += 16) {
+            __m512i v = besa__gemm_load_avx512(x, at + i, count - i);
+            _mm_prefetch((const char *)(ahead + (uintptr_t)(i * size)), _MM_HINT_T0);
+            if (unit == 2) {
+                __m512i odd = _mm512_setzero_si512();
+                _mm_prefetch((const char *)(ahead + step + (uintptr_t)(i * size)), _MM_HINT_T0);
+                if (p + 1 < k) odd = besa__gemm_load_avx512(x, at + x->k_step + i, count - i);
+                v = _mm512_or_si512(_mm512_srli_epi32(v, 16), odd);
+            }
+            _mm512_mask_storeu_epi32(dst + i, besa__gemm_mask(width - i), v);
+        }
+}
+
+/* dst (units) = one run along k */
+BESA__GEMM_AVX512 static void besa__gemm_run_avx512(uint32_t *dst, const besa__gemm_operand *x, int64_t at,
+                                                    int64_t k, int64_t unit) {
+    static const uint16_t odd_words[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                           33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    __m512i upper = _mm512_loadu_si512(odd_words);
+    for (int64_t p = 0; p < k; p += 16 * unit, dst += 16) {
+        __m512i v = besa__gemm_load_avx512(x, at + p, k - p);
+        if (unit == 2) v = _mm512_permutex2var_epi16(v, upper, besa__gemm_load_avx512(x, at + p + 16, k - p - 16));
+        _mm512_storeu_si512(dst, v);
+    }
+}
+
+BESA__GEMM_AVX512 static inline __m128i besa__gemm_quarter(const char *from) {
+    return _mm_loadu_si128((const __m128i *)(const void *)from);
+}
+
+/* dst (4, width) = four columns of `rows` lines that lie `stride` bytes apart: 4 x 4 blocks, transposed side by side */
+BESA__GEMM_AVX512 static inline void besa__gemm_transpose_avx512(float *dst, int64_t width, const char *from,
+                                                                 int64_t stride, int64_t rows, int64_t columns) {
+    __m512i r[4], lo01, hi01, lo23, hi23;
+    __mmask16 mask = besa__gemm_mask(rows);
+    for (int q = 0; q < 4; q++, from += stride) {
+        __m512i v = _mm512_castsi128_si512(besa__gemm_quarter(from));
+        v = _mm512_mask_broadcast_i32x4(v, 0x00f0, besa__gemm_quarter(from + 4 * stride));
+        v = _mm512_mask_broadcast_i32x4(v, 0x0f00, besa__gemm_quarter(from + 8 * stride));
+        if (rows > 12) v = _mm512_mask_broadcast_i32x4(v, 0xf000, besa__gemm_quarter(from + 12 * stride));
+        r[q] = v;
+    }
+    lo01 = _mm512_unpacklo_epi32(r[0], r[1]), hi01 = _mm512_unpackhi_epi32(r[0], r[1]);
+    lo23 = _mm512_unpacklo_epi32(r[2], r[3]), hi23 = _mm512_unpackhi_epi32(r[2], r[3]);
+    _mm512_mask_storeu_epi32(dst, mask, _mm512_unpacklo_epi64(lo01, lo23));
+    if (columns > 1) _mm512_mask_storeu_epi32(dst + width, mask, _mm512_unpackhi_epi64(lo01, lo23));
+    if (columns > 2) _mm512_mask_storeu_epi32(dst + 2 * width, mask, _mm512_unpacklo_epi64(hi01, hi23));
+    if (columns > 3) _mm512_mask_storeu_epi32(dst + 3 * width, mask, _mm512_unpackhi_epi64(hi01, hi23));
+}
+
+/* run (16, 64) = 16 outer positions from `at` on, `count` of them real, and `k` positions: in units, one line each */
+BESA__GEMM_AVX512 static void besa__gemm_stage_avx512(uint32_t *run, const besa__gemm_operand *x, int64_t at,
+                                                      int64_t count, int64_t k, int64_t unit) {
+    float line[128];
+    besa__gemm_operand copied = {line, BESA_F32, 0, 1, 0};
+    for (int64_t i = 0; i < 16; i++, run += 64, at += x->outer_step)
+        if (i >= count) memset(run, 0, 64 * sizeof *run);
+        else if (x->k_step == 1) besa__gemm_run_avx512(run, x, at, k, unit);
+        else {
+            besa__gemm_read(line, x, at, x->k_step, k);
+            besa__gemm_run_avx512(run, &copied, 0, k, unit);
+        }
+}
+
+/* Any other stride: 16 outer positions at a time are brought to lines of 64 units along k, unless they
+   have that form already, and transposed. */
+BESA__GEMM_AVX512 static void besa__gemm_pack_columns_avx512(float *dst, int64_t width, const besa__gemm_operand *x,
+                                                             int64_t at, int64_t count, int64_t k, int64_t unit) {
+    int ready = x->k_step == 1 && (unit == 2 ? x->dtype == BESA_BF16 : x->dtype == BESA_F32 && !x->round);
+    int64_t size = x->dtype == BESA_F32 ? 4 : 2;
+    uint32_t run[16 * 64];
+    for (int64_t i0 = 0; i0 < width; i0 += 16)
+        for (int64_t p0 = 0; p0 < k; p0 += 64 * unit) {
+            int64_t length = besa__min(64 * unit, k - p0), units = (length + unit - 1) / unit;
+            int64_t from = at + i0 * x->outer_step + p0 * x->k_step, stride = 64 * 4;
+            const char *lines = (const char *)run;
+            if (ready && count == width && length % (4 * unit) == 0) {
+                lines = (const char *)x->data + from * size;
+                stride = x->outer_step * size;
+            } else besa__gemm_stage_avx512(run, x, from, count - i0, length, unit);
+            for (int64_t u = 0; u < units; u += 4)
+                besa__gemm_transpose_avx512(dst + (p0 / unit + u) * width + i0, width, lines + 4 * u, stride,
+                                            besa__min(16, width - i0), units - u);
+        }
+}
+
+BESA__GEMM_AVX512 static void besa__gemm_pack_avx512(float *dst, int64_t width, const besa__gemm_operand *x,
+                                                     int64_t at, int64_t count, int64_t k) {
+    if (x->outer_step == 1) besa__gemm_pack_rows_avx512(dst, width, x, at, count, k, 1);
+    else besa__gemm_pack_columns_avx512(dst, width, x, at, count, k, 1);
+}
+BESA__GEMM_AVX512 static void besa__gemm_pack_avx512_bf16(float *dst, int64_t width, const besa__gemm_operand *x,
+                                                          int64_t at, int64_t count, int64_t k) {
+    if (x->outer_step == 1) besa__gemm_pack_rows_avx512(dst, width, x, at, count, k, 2);
+    else besa__gemm_pack_columns_avx512(dst, width, x, at, count, k, 2);
+}
+#ifndef __clang__
+#pragma GCC diagnostic pop
+#endif
+#endif /* BESA__GEMM_X86 */
+
+static besa__gemm_kernel besa__gemm_choose(int bf16) {
+    besa__gemm_kernel kernel = {4, 8, 1, besa__gemm_pack_c, besa__gemm_tile_c};
+    (void)bf16;
+#if defined(BESA__GEMM_NEON)
+    kernel.mr = 8;
+    kernel.tile = besa__gemm_tile_neon;
+#elif defined(BESA__GEMM_X86)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+        int paired = bf16 && __builtin_cpu_supports("avx512bf16");
+        kernel.mr = 12, kernel.nr = 32, kernel.unit = paired ? 2 : 1;
+        kernel.pack = paired ? besa__gemm_pack_avx512_bf16 : besa__gemm_pack_avx512;
+        kernel.tile = paired ? besa__gemm_tile_avx512_bf16 : besa__gemm_tile_avx512;
+    } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        kernel.mr = 6, kernel.nr = 16, kernel.tile = besa__gemm_tile_avx2;
+    }
+#endif
+    return kernel;
+}
+
+/* ---- blocks, panels and tiles ---- */
+
+/* The block that is being worked on: rows i0.., columns j0.., and p0.. of k, of sizes m, n, k. */
+typedef struct besa__gemm_block {
+    const besa__gemm_args *g;
+    besa__gemm_kernel kernel;
+    besa__gemm_operand a, b;
+    int64_t i0, j0, p0, m, n, k, units;
+    float *a_packed, *b_packed;        /* panels (m / MR)(units, MR) and (n / NR)(units, NR) */
+} besa__gemm_block;
+
+/* Packs panel `index`: the panels of A come first, then those of B. */
+static void besa__gemm_pack_panel(const besa__gemm_block *s, int64_t index) {
+    int64_t mr = s->kernel.mr, nr = s->kernel.nr, panels = besa__parts(s->m, mr);
+    if (index < panels) {
+        int64_t i = index * mr, at = (s->i0 + i) * s->a.outer_step + s->p0 * s->a.k_step;
+        s->kernel.pack(s->a_packed + i * s->units, mr, &s->a, at, besa__min(mr, s->m - i), s->k);
+    } else {
+        int64_t j = (index - panels) * nr, at = (s->j0 + j) * s->b.outer_step + s->p0 * s->b.k_step;
+        s->kernel.pack(s->b_packed + j * s->units, nr, &s->b, at, besa__min(nr, s->n - j), s->k);
+    }
+}
+
+/* One micro-tile at (i, j) of the block; at the edges it is computed whole, on the stack. */
+static void besa__gemm_micro(const besa__gemm_block *s, int64_t i, int64_t j) {
+    const besa__gemm_args *g = s->g;
+    int64_t mr = s->kernel.mr, nr = s->kernel.nr;
+    int64_t rows = besa__min(mr, s->m - i), columns = besa__min(nr, s->n - j);
+    const float *a = s->a_packed + i * s->units, *b = s->b_packed + j * s->units;
+    const float *bias = g->bias && s->p0 == 0 ? g->bias + s->j0 + j : NULL;
+    float *c = g->c + (s->i0 + i) * g->c_row + s->j0 + j;
+    float edge[BESA__GEMM_TILE_MAX], edge_bias[BESA__GEMM_TILE_MAX];
+    size_t bytes = (size_t)columns * sizeof *c;
+    int add = g->accumulate || s->p0 > 0;
+#ifdef __GNUC__
+    for (int64_t r = 0; r < rows; r++)            /* C comes from afar: it arrives while the sums are formed */
+        for (int64_t q = 0; q < columns; q += 16) __builtin_prefetch(c + r * g->c_row + q, 1);
+#endif
+    if (rows == mr && columns == nr) {
+        s->kernel.tile(s->units, a, b, c, g->c_row, g->alpha, add, bias);
+        return;
+    }
+    memset(edge, 0, sizeof edge);
+    memset(edge_bias, 0, (size_t)nr * sizeof *edge_bias);
+    if (bias) memcpy(edge_bias, bias, bytes);
+    for (int64_t r = 0; add && r < rows; r++) memcpy(edge + r * nr, c + r * g->c_row, bytes);
+    s->kernel.tile(s->units, a, b, edge, nr, g->alpha, add, bias ? edge_bias : NULL);
+    for (int64_t r = 0; r < rows; r++) memcpy(c + r * g->c_row, edge + r * nr, bytes);
+}
+
+/* Tile `index` of the block, TM x TN of C, one panel of B after another. */
+static void besa__gemm_tile(const besa__gemm_block *s, int64_t index) {
+    int64_t down = besa__parts(s->m, BESA__GEMM_TM);
+    int64_t i0 = index % down * BESA__GEMM_TM, i1 = besa__min(i0 + BESA__GEMM_TM, s->m);
+    int64_t j0 = index / down * BESA__GEMM_TN, j1 = besa__min(j0 + BESA__GEMM_TN, s->n);
+    if (s->g->lower && s->i0 + i1 <= s->j0 + j0) return;      /* wholly above the diagonal */
+    for (int64_t j = j0; j < j1; j += s->kernel.nr)
+        for (int64_t i = i0; i < i1; i += s->kernel.mr) besa__gemm_micro(s, i, j);
+}
+
+/* work(block, 0), ..., work(block, count - 1) in any order */
+static void besa__gemm_share(const besa__gemm_block *s, void (*work)(const besa__gemm_block *, int64_t),
+                             int64_t count, int threads) {
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+        for (int64_t index = 0; index < count; index++) work(s, index);
+        return;
+    }
+#endif
+    (void)threads;
+    for (int64_t index = 0; index < count; index++) work(s, index);
+}
+
+/* The length of equal blocks, a multiple of `grain` and at most `most`. */
+static int64_t besa__gemm_cut(int64_t total, int64_t most, int64_t grain) {
+    int64_t length = besa__parts(total, besa__parts(total > 0 ? total : 1, most));
+    return besa__parts(length > 0 ? length : 1, grain) * grain;
+}
+
+static void besa__gemm_run(const besa__gemm_args *g, int threads, int bf16, void *scratch) {
+    besa__gemm_block s;
+    int64_t mc, nc, kc;
+    s.g = g;
+    s.kernel = besa__gemm_choose(bf16);
+    s.a.data = g->a, s.a.dtype = g->a_dtype, s.a.outer_step = g->a_row, s.a.k_step = g->a_col, s.a.round = bf16;
+    s.b.data = g->b, s.b.dtype = g->b_dtype, s.b.outer_step = g->b_col, s.b.k_step = g->b_row, s.b.round = bf16;
+    s.a_packed = (float *)scratch;
+    s.b_packed = s.a_packed + BESA__GEMM_MC * BESA__GEMM_KC;
+    mc = besa__gemm_cut(g->m, BESA__GEMM_MC, s.kernel.mr);
+    nc = besa__gemm_cut(g->n, BESA__GEMM_NC, s.kernel.nr);
+    kc = besa__gemm_cut(g->k, BESA__GEMM_KC * s.kernel.unit, 8 * s.kernel.unit);
+    for (s.j0 = 0; s.j0 < g->n; s.j0 += nc)
+        for (s.p0 = 0; s.p0 == 0 || s.p0 < g->k; s.p0 += kc)
+            for (s.i0 = 0; s.i0 < g->m; s.i0 += mc) {
+                int64_t b_panels, tiles;
+                s.m = besa__min(mc, g->m - s.i0);
+                s.n = besa__min(nc, g->n - s.j0);
+                s.k = besa__min(kc, g->k - s.p0);
+                s.units = besa__parts(s.k, s.kernel.unit);
+                b_panels = s.i0 == 0 ? besa__parts(s.n, s.kernel.nr) : 0;    /* packed once for all rows */
+                besa__gemm_share(&s, besa__gemm_pack_panel, besa__parts(s.m, s.kernel.mr) + b_panels, threads);
+                tiles = besa__parts(s.m, BESA__GEMM_TM) * besa__parts(s.n, BESA__GEMM_TN);
+                besa__gemm_share(&s, besa__gemm_tile, tiles, threads);
+            }
+}
+
+/* Bytes of 64-byte aligned scratch that a product with that many threads needs. */
+static size_t besa__gemm_scratch(int threads) {
+    (void)threads;                     /* the packed blocks are shared */
+    return (size_t)(BESA__GEMM_MC + BESA__GEMM_NC) * BESA__GEMM_KC * sizeof(float);
+}
+
+/* The product by one thread, for use inside a parallel region; scratch of besa__gemm_scratch(1) bytes. */
+static void besa__gemm_serial(const besa__gemm_args *g, int bf16, void *scratch) {
+    besa__gemm_run(g, 1, bf16, scratch);
+}
+
+#ifdef BESA_CBLAS
+#include <cblas.h>
+
+/* The lines of an operand: along k where k is contiguous, else along the outer index. */
+static int64_t besa__gemm_line_step(const besa__gemm_operand *x) { return x->k_step == 1 ? x->outer_step : x->k_step; }
+
+static int besa__gemm_blas_can(const besa__gemm_operand *x, int64_t outer, int64_t k) {
+    int64_t step = besa__gemm_line_step(x);
+    if (outer < 1 || k < 1 || outer > INT32_MAX || k > INT32_MAX) return 0;
+    if (x->dtype != BESA_F32) return 1;
+    return (x->k_step == 1 || x->outer_step == 1) && step >= (x->k_step == 1 ? k : outer) && step <= INT32_MAX;
+}
+
+/* The block (outer, k) at `at` in fp32: where it lies, or line by line converted to `room`. */
+static const float *besa__gemm_blas_operand(const besa__gemm_operand *x, int64_t at, int64_t outer, int64_t k,
+                                            float *room, int *ld) {
+    int along_k = x->k_step == 1;
+    int64_t lines = along_k ? outer : k, length = along_k ? k : outer, step = besa__gemm_line_step(x);
+    *ld = (int)(x->dtype == BESA_F32 ? step : length);
+    if (x->dtype == BESA_F32) return (const float *)x->data + at;
+    for (int64_t i = 0; i < lines; i++)
+        besa__gemm_read(room + i * length, x, at + i * step, along_k ? 1 : x->outer_step, length);
+    return room;
+}
+
+/* The product by the BLAS the user links, whole or, where operands are converted, block by block.
+   Returns 0 if BLAS has no words for the strides. */
+static int besa__gemm_blas(const besa__gemm_args *g, float *scratch) {
+    besa__gemm_operand a = {g->a, g->a_dtype, g->a_row, g->a_col, 0}, b = {g->b, g->b_dtype, g->b_col, g->b_row, 0};
+    int convert = a.dtype != BESA_F32 || b.dtype != BESA_F32;
+    int64_t mc = g->m, nc = g->n, kc = g->k;
+    if (!besa__gemm_blas_can(&a, g->m, g->k) || !besa__gemm_blas_can(&b, g->n, g->k) || g->c_row > INT32_MAX) return 0;
+    if (convert || g->lower) mc = BESA__GEMM_MC, nc = BESA__GEMM_NC;
+    if (convert) kc = BESA__GEMM_KC;
+    for (int64_t i = 0; g->bias && i < g->m; i++)
+        for (int64_t j = 0; j < g->n; j++)
+            g->c[i * g->c_row + j] = g->bias[j] + (g->accumulate ? g->c[i * g->c_row + j] : 0.0f);
+    for (int64_t j0 = 0; j0 < g->n; j0 += nc)
+        for (int64_t p0 = 0; p0 < g->k; p0 += kc)
+            for (int64_t i0 = 0; i0 < g->m; i0 += mc) {
+                int64_t m = besa__min(mc, g->m - i0), n = besa__min(nc, g->n - j0);
+                int64_t k = besa__min(kc, g->k - p0);
+                const float *x, *y;
+                int x_ld, y_ld;
+                if (g->lower && i0 + m <= j0) continue;
+                x = besa__gemm_blas_operand(&a, i0 * a.outer_step + p0 * a.k_step, m, k, scratch, &x_ld);
+                y = besa__gemm_blas_operand(&b, j0 * b.outer_step + p0 * b.k_step, n, k,
+                                            scratch + BESA__GEMM_MC * BESA__GEMM_KC, &y_ld);
+                cblas_sgemm(CblasRowMajor, a.k_step == 1 ? CblasNoTrans : CblasTrans,
+                            b.k_step == 1 ? CblasTrans : CblasNoTrans, (int)m, (int)n, (int)k, g->alpha, x, x_ld,
+                            y, y_ld, g->accumulate || g->bias || p0 > 0 ? 1.0f : 0.0f, g->c + i0 * g->c_row + j0,
+                            (int)g->c_row);
+            }
+    return 1;
+}
+#endif
+
+/* The product by `threads` threads; bf16 = 1 rounds both operands to bf16 and sums in fp32. */
+static void besa__gemm(const besa__gemm_args *g, int threads, int bf16, void *scratch) {
+#ifdef BESA_CBLAS
+    if (!bf16 && besa__gemm_blas(g, (float *)scratch)) return;
+#endif
+    besa__gemm_run(g, threads, bf16, scratch);
+}
+
+/* ============================================================================================
+ * // >>cpu-kernels           the CPU backend: loops for any instruction set, workspace, memory
+ * ============================================================================================
+ * A kernel is a plain loop over contiguous floats. BESA__KERNEL compiles its one body three times, for AVX-512, for
+ * AVX2 with FMA and for the target of the build, and calls what the processor has. Sums run in 32 lanes that are
+ * added up pairwise in the end. Calls section base only; the operations below are made of these kernels. */
+
+#if defined(__GNUC__)
+#define BESA__INLINE static inline __attribute__((__always_inline__))
+#else
+#define BESA__INLINE static inline
+#endif
+
+/* Before a loop whose output may be its input: element i depends on no other element. */
+#if defined(__clang__)
+#define BESA__ELEMENTWISE _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define BESA__ELEMENTWISE _Pragma("GCC ivdep")
+#else
+#define BESA__ELEMENTWISE
+#endif
+#if defined(__clang__) /* without optimisation clang warns that it did not vectorise */
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wpass-failed"
+#endif
+
+#ifndef BESA_SIMD_MAX
+#define BESA_SIMD_MAX 2 /* tests lower it: 1 without AVX-512, 0 without AVX2 */
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(BESA_NO_SIMD)
+static inline int besa__cpu_simd(void)
+{
+    if (BESA_SIMD_MAX >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return 2;
+    return BESA_SIMD_MAX >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+}
+#define BESA__KERNEL_AS(type, give, name, params, args)                                            \
+    __attribute__((__target__("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))                     \
+    static type name##_avx512 params { give name##_body args; }                                    \
+    __attribute__((__target__("avx2,fma"))) static type name##_avx2 params { give name##_body args; } \
+    static type name params                                                                        \
+    {                                                                                              \
+        int simd = besa__cpu_simd();                                                               \
+        if (simd == 2) give name##_avx512 args;                                                    \
+        else if (simd == 1) give name##_avx2 args;                                                 \
+        else give name##_body args;                                                                \
+    }
+#else
+#define BESA__KERNEL_AS(type, give, name, params, args) static type name params { give name##_body args; }
+#endif
+#define BESA__KERNEL(name, params, args) BESA__KERNEL_AS(void, , name, params, args)
+#define BESA__KERNEL_FLOAT(name, params, args) BESA__KERNEL_AS(float, return, name, params, args)
+
+enum { BESA__LANES = 32 };
+
+BESA__INLINE float besa__lanes_sum(float *lane /* (32), overwritten */)
+{
+    for (int width = BESA__LANES / 2; width > 0; width /= 2)
+        for (int l = 0; l < width; l++) lane[l] += lane[l + width];
+    return lane[0];
+}
+
+/* exp(x) to about one ulp, in a form that vectorises: x = k ln 2 + r, |r| <= ln 2 / 2, exp(x) = 2^k exp(r).
+ * Overflow gives infinity, underflow 0 by way of subnormals, NaN stays NaN. Limits are kept by comparing bits. */
+BESA__INLINE float besa__exp(float x)
+{
+    const float magic = 12582912.0f; /* 1.5 2^23: adding it rounds to an integer */
+    uint32_t bits = besa__float_bits(x);
+    uint32_t nan = (uint32_t)((int32_t)(0x7F800000u - (bits & 0x7FFFFFFFu)) >> 31); /* all ones for NaN */
+    uint32_t low = bits < 0xC2D20000u ? bits : 0xC2D20000u;                         /* max(x, -105) */
+    int32_t high = (int32_t)low < 0x42B20000 ? (int32_t)low : 0x42B20000;           /* min(x, 89) */
+    float y = besa__bits_float((uint32_t)high), t = y * 1.44269504f + magic, n = t - magic;
+    float r = (y - n * 0.693359375f) + n * 2.12194440e-4f, p = 1.98412698e-4f;
+    int32_t k = (int32_t)(besa__float_bits(t) - besa__float_bits(magic)), half = k >> 1;
+    p = p * r + 1.38888889e-3f;
+    p = p * r + 8.33333333e-3f;
+    p = p * r + 4.16666667e-2f;
+    p = p * r + 1.66666667e-1f;
+    p = p * r + 0.5f;
+    p = p * (r * r) + r;
+    p = p + 1.0f;
+    p = p * besa__bits_float((uint32_t)(half + 127) << 23) * besa__bits_float((uint32_t)(k - half + 127) << 23);
+    return besa__bits_float(besa__float_bits(p) | nan);
+}
+
+BESA__INLINE float besa__sigmoid(float x) { return 1.0f / (1.0f + besa__exp(-x)); }
+
+/* sqrt(x), x >= 0, to about one ulp: libm's may set errno, which keeps loops from being vectorised.
+ * y -> 1 / sqrt(x) by Newton's iteration from a first guess that halves the exponent. */
+BESA__INLINE float besa__sqrt(float x)
+{
+    float y = besa__bits_float(0x5F375A86u - (besa__float_bits(x) >> 1)), root;
+    for (int i = 0; i < 3; i++) y = y * (1.5f - 0.5f * x * y * y);
+    root = x * y;
+    return root + 0.5f * y * (x - root * root);
+}
+
+/* sum x y */
+BESA__INLINE float besa__cpu_dot_body(const float *x, const float *y, int64_t n)
+{
+    float lane[BESA__LANES];
+    int64_t i = 0;
+    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
+    for (; i + BESA__LANES <= n; i += BESA__LANES)
+        for (int l = 0; l < BESA__LANES; l++) lane[l] += x[i + l] * y[i + l];
+    for (; i < n; i++) lane[i % BESA__LANES] += x[i] * y[i];
+    return besa__lanes_sum(lane);
+}
+BESA__KERNEL_FLOAT(besa__cpu_dot, (const float *x, const float *y, int64_t n), (x, y, n))
+
+/* max x; n >= 1 */
+BESA__INLINE float besa__cpu_row_max_body(const float *x, int64_t n)
+{
+    float lane[BESA__LANES], m;
+    int64_t i = 0;
+    for (int l = 0; l < BESA__LANES; l++) lane[l] = x[0];
+    for (; i + BESA__LANES <= n; i += BESA__LANES)
+        for (int l = 0; l < BESA__LANES; l++) lane[l] = lane[l] < x[i + l] ? x[i + l] : lane[l];
+    for (; i < n; i++) lane[i % BESA__LANES] = lane[i % BESA__LANES] < x[i] ? x[i] : lane[i % BESA__LANES];
+    m = lane[0];
+    for (int l = 1; l < BESA__LANES; l++) m = m < lane[l] ? lane[l] : m;
+    return m;
+}
+BESA__KERNEL_FLOAT(besa__cpu_row_max, (const float *x, int64_t n), (x, n))
+
+/* y = exp(x - shift), their sum returned; y may be x */
+BESA__INLINE float besa__cpu_exp_sum_body(float *y, const float *x, float shift, int64_t n)
+{
+    float lane[BESA__LANES];
+    int64_t i = 0;
+    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
+    for (; i + BESA__LANES <= n; i += BESA__LANES) {
+        float e[BESA__LANES];
+        for (int l = 0; l < BESA__LANES; l++) e[l] = besa__exp(x[i + l] - shift);
+        for (int l = 0; l < BESA__LANES; l++) lane[l] += e[l];
+        for (int l = 0; l < BESA__LANES; l++) y[i + l] = e[l];
+    }
+    for (; i < n; i++) {
+        y[i] = besa__exp(x[i] - shift);
+        lane[i % BESA__LANES] += y[i];
+    }
+    return besa__lanes_sum(lane);
+}
+BESA__KERNEL_FLOAT(besa__cpu_exp_sum, (float *y, const float *x, float shift, int64_t n), (y, x, shift, n))
+
+/* sum exp(x - shift) */
+BESA__INLINE float besa__cpu_sum_exp_body(const float *x, float shift, int64_t n)
+{
+    float lane[BESA__LANES];
+    int64_t i = 0;
+    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
+    for (; i + BESA__LANES <= n; i += BESA__LANES)
+        for (int l = 0; l < BESA__LANES; l++) lane[l] += besa__exp(x[i + l] - shift);
+    for (; i < n; i++) lane[i % BESA__LANES] += besa__exp(x[i] - shift);
+    return besa__lanes_sum(lane);
+}
+BESA__KERNEL_FLOAT(besa__cpu_sum_exp, (const float *x, float shift, int64_t n), (x, shift, n))
+
+/* y += a x */
+BESA__INLINE void besa__cpu_axpy_body(float *y, float a, const float *x, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) y[i] += a * x[i];
+}
+BESA__KERNEL(besa__cpu_axpy, (float *y, float a, const float *x, int64_t n), (y, a, x, n))
+
+/* x *= a */
+BESA__INLINE void besa__cpu_scale_body(float *x, float a, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) x[i] *= a;
+}
+BESA__KERNEL(besa__cpu_scale, (float *x, float a, int64_t n), (x, a, n))
+
+/* y = x in float */
+BESA__INLINE void besa__cpu_widen_bf16_body(float *y, const uint16_t *x, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) y[i] = besa__bf16_to_f32(x[i]);
+}
+BESA__KERNEL(besa__cpu_widen_bf16, (float *y, const uint16_t *x, int64_t n), (y, x, n))
+
+BESA__INLINE void besa__cpu_widen_f16_body(float *y, const uint16_t *x, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) y[i] = besa__f16_to_f32(x[i]);
+}
+BESA__KERNEL(besa__cpu_widen_f16, (float *y, const uint16_t *x, int64_t n), (y, x, n))
+
+BESA__INLINE void besa__cpu_narrow_bf16_body(uint16_t *y, const float *x, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) y[i] = besa__f32_to_bf16(x[i]);
+}
+BESA__KERNEL(besa__cpu_narrow_bf16, (uint16_t *y, const float *x, int64_t n), (y, x, n))
+
+/* y (n) = elements at .. at + n - 1 of x, in float */
+static void besa__cpu_widen(float *y, const void *x, besa_dtype dtype, int64_t at, int64_t n)
+{
+    const void *from = besa__at_const(x, dtype, at);
+    if (dtype == BESA_BF16) besa__cpu_widen_bf16(y, (const uint16_t *)from, n);
+    else if (dtype == BESA_F16) besa__cpu_widen_f16(y, (const uint16_t *)from, n);
+    else memcpy(y, from, (size_t)n * sizeof *y);
+}
+
+/* elements at .. at + n - 1 of y = x (n), rounded to nearest even */
+static void besa__cpu_narrow(void *y, besa_dtype dtype, int64_t at, const float *x, int64_t n)
+{
+    void *to = besa__at(y, dtype, at);
+    if (dtype == BESA_BF16) besa__cpu_narrow_bf16((uint16_t *)to, x, n);
+    else if (dtype == BESA_F32) memcpy(to, x, (size_t)n * sizeof *x);
+    else for (int64_t i = 0; i < n; i++) ((uint16_t *)to)[i] = besa__f32_to_f16(x[i]);
+}
+
+/* ---- context, tasks, workspace ------------------------------------------------------------- */
+
+typedef struct besa__cpu {
+    int threads, bf16;
+} besa__cpu;
+
+static inline const besa__cpu *besa__cpu_of(const besa_backend *be) { return (const besa__cpu *)be->context; }
+
+/* The number of threads for so many tasks. */
+static int besa__cpu_team(const besa_backend *be, int64_t tasks)
+{
+    int threads = besa__cpu_of(be)->threads;
+    return tasks < threads ? (int)besa__max(tasks, 1) : threads;
+}
+
+/* Rows of one task: about 32768 elements. */
+static int64_t besa__cpu_grain(int64_t columns) { return besa__max(32768 / besa__max(columns, 1), 1); }
+
+/* The workspace as an empty arena; BESA__CPU_FITS checks what was taken of it. */
+static besa__arena besa__cpu_work(const besa_backend *be)
+{
+    besa__arena work;
+    work.base = (unsigned char *)be->workspace;
+    work.used = 0;
+    return work;
+}
+
+/* For each operation with workspace a function `..._place` takes its arrays from an arena; workspace_size runs it on
+ * an arena without memory. */
+#define BESA__CPU_FITS(be, work) BESA_ASSERT((work).used <= (be)->workspace_bytes)
+
+static besa_result besa__cpu_alloc(besa_backend *be, void **device, size_t bytes)
+{
+    void *raw;
+    unsigned char *aligned;
+    *device = NULL;
+    if (bytes > SIZE_MAX - 2 * BESA__ALIGN)
+        return besa__fail(&be->error, BESA_ERROR_MEMORY, "out of memory: %zu bytes wanted", bytes);
+    BESA__TRY(besa__malloc(&raw, bytes + 2 * BESA__ALIGN, "the CPU backend", &be->error));
+    aligned = (unsigned char *)raw + (2 * BESA__ALIGN - (uintptr_t)raw % BESA__ALIGN);
+    memcpy(aligned - sizeof raw, &raw, sizeof raw);
+    *device = aligned;
+    return BESA_OK;
+}
+
+static void besa__cpu_free(besa_backend *be, void *device)
+{
+    void *raw;
+    (void)be;
+    if (!device) return;
+    memcpy(&raw, (unsigned char *)device - sizeof raw, sizeof raw); /* alloc left it there */
+    BESA_FREE(raw);
+}
+
+static besa_result besa__cpu_memory_info(besa_backend *be, size_t *free_bytes, size_t *total_bytes)
+{
+    (void)be;
+    *free_bytes = *total_bytes = 0; /* not known */
+    return BESA_OK;
+}
+
+static besa_result besa__cpu_upload(besa_backend *be, besa_queue q, void *dst, const void *src, size_t bytes)
+{
+    (void)be, (void)q;
+    if (bytes) memmove(dst, src, bytes);
+    return BESA_OK;
+}
+
+static besa_result besa__cpu_zero(besa_backend *be, besa_queue q, void *dst, size_t bytes)
+{
+    (void)be, (void)q;
+    if (bytes) memset(dst, 0, bytes);
+    return BESA_OK;
+}
+
+static besa_result besa__cpu_event(besa_backend *be, besa_queue q, int event)
+{
+    (void)be, (void)q, (void)event; /* operations are done when they return */
+    return BESA_OK;
+}
+
+static besa_result besa__cpu_synchronize(besa_backend *be, besa_queue q)
+{
+    (void)be, (void)q;
+    return BESA_OK;
+}
+
+/* dst(n) = src(n) */
+static besa_result besa__cpu_convert(besa_backend *be, void *dst, besa_dtype dst_dtype, const void *src,
+                                     besa_dtype src_dtype, int64_t n)
+{
+    int64_t grain = 32768, tasks = besa__parts(n, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t end = besa__min(n, (task + 1) * grain);
+        for (int64_t i = task * grain; i < end; i += 512) {
+            float part[512];
+            int64_t count = besa__min(512, end - i);
+            if (dst_dtype == src_dtype)
+                memmove(besa__at(dst, dst_dtype, i), besa__at_const(src, src_dtype, i),
+                        (size_t)count * besa_dtype_size(src_dtype));
+            else {
+                besa__cpu_widen(part, src, src_dtype, i, count);
+                besa__cpu_narrow(dst, dst_dtype, i, part, count);
+            }
+        }
+    }
+    return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>cpu-block             matrix products, the block's pieces, loss and head on the CPU
+ * ============================================================================================
+ * T tokens, C columns, R rows; activations are float. Products go to section cpu-gemm; the rest are the formulas of
+ * api-backend over kernels. Tasks are runs of rows whose length depends on the sizes alone. */
+
+/* ---- matrix products ----------------------------------------------------------------------- */
+
+static besa__gemm_args besa__cpu_product(float *c, int64_t m, int64_t n, int64_t k)
+{
+    besa__gemm_args g;
+    memset(&g, 0, sizeof g);
+    g.m = m, g.n = n, g.k = k;
+    g.c = c, g.c_row = n;
+    g.alpha = 1.0f;
+    return g;
+}
+
+/* A(i,p) = a[i row + p column], and B likewise */
+static void besa__cpu_operand_a(besa__gemm_args *g, const void *a, besa_dtype dtype, int64_t row, int64_t column)
+{
+    g->a = a, g->a_dtype = dtype, g->a_row = row, g->a_col = column;
+}
+
+static void besa__cpu_operand_b(besa__gemm_args *g, const void *b, besa_dtype dtype, int64_t row, int64_t column)
+{
+    g->b = b, g->b_dtype = dtype, g->b_row = row, g->b_col = column;
+}
+
+static void *besa__cpu_gemm_place(besa__arena *work, int threads)
+{
+    return besa__take(work, besa__gemm_scratch(threads));
+}
+
+/* The product by all threads, with its scratch at the start of the workspace. */
+static void besa__cpu_multiply(besa_backend *be, const besa__gemm_args *g, int bf16)
+{
+    const besa__cpu *cpu = besa__cpu_of(be);
+    besa__arena work = besa__cpu_work(be);
+    void *scratch = besa__cpu_gemm_place(&work, cpu->threads);
+    BESA__CPU_FITS(be, work);
+    besa__gemm(g, cpu->threads, bf16, scratch);
+}
+
+/* Y(T,R) = X(T,C) W(R,C)' [+ Y] [+ bias(R)] */
+static besa_result besa__cpu_linear_forward(besa_backend *be, void *y, const void *x, const void *w, besa_dtype dtype,
+                                            const float *bias, int64_t tokens, int64_t rows, int64_t columns,
+                                            int accumulate)
+{
+    besa__gemm_args g = besa__cpu_product((float *)y, tokens, rows, columns);
+    besa__cpu_operand_a(&g, x, BESA_F32, columns, 1);
+    besa__cpu_operand_b(&g, w, dtype, 1, columns);
+    g.bias = bias;
+    g.accumulate = accumulate;
+    besa__cpu_multiply(be, &g, besa__cpu_of(be)->bf16);
+    return BESA_OK;
+}
+
+/* dX(T,C) = dY(T,R) W(R,C) [+ dX] */
+static besa_result besa__cpu_linear_backward_input(besa_backend *be, void *dx, const void *dy, const void *w,
+                                                   besa_dtype dtype, int64_t tokens, int64_t rows, int64_t columns,
+                                                   int accumulate)
+{
+    besa__gemm_args g = besa__cpu_product((float *)dx, tokens, columns, rows);
+    besa__cpu_operand_a(&g, dy, BESA_F32, rows, 1);
+    besa__cpu_operand_b(&g, w, dtype, columns, 1);
+    g.accumulate = accumulate;
+    besa__cpu_multiply(be, &g, besa__cpu_of(be)->bf16);
+    return BESA_OK;
+}
+
+/* dW(R,C) = dY(T,R)' X(T,C) */
+static besa_result besa__cpu_linear_backward_weight(besa_backend *be, float *dw, const void *dy, const void *x,
+                                                    int64_t tokens, int64_t rows, int64_t columns)
+{
+    besa__gemm_args g = besa__cpu_product(dw, rows, columns, tokens);
+    besa__cpu_operand_a(&g, dy, BESA_F32, 1, rows);
+    besa__cpu_operand_b(&g, x, BESA_F32, columns, 1);
+    besa__cpu_multiply(be, &g, besa__cpu_of(be)->bf16);
+    return BESA_OK;
+}
+
+/* H(C,C) += scale X(T,C)' X(T,C), the lower triangle */
+static besa_result besa__cpu_gram(besa_backend *be, float *h, const void *x, float scale, int64_t tokens,
+                                  int64_t columns)
+{
+    besa__gemm_args g = besa__cpu_product(h, columns, columns, tokens);
+    besa__cpu_operand_a(&g, x, BESA_F32, 1, columns);
+    besa__cpu_operand_b(&g, x, BESA_F32, columns, 1);
+    g.alpha = scale;
+    g.accumulate = 1;
+    g.lower = 1;
+    besa__cpu_multiply(be, &g, besa__cpu_of(be)->bf16);
+    return BESA_OK;
+}
+
+/* logits(T,V) = H(T,d) W(V,d)' */
+static besa_result besa__cpu_logits(besa_backend *be, float *out, const void *h, const void *w, besa_dtype dtype,
+                                    int64_t tokens, int64_t vocab, int64_t d)
+{
+    return besa__cpu_linear_forward(be, out, h, w, dtype, NULL, tokens, vocab, d, 0);
+}
+
+/* ---- rmsnorm ------------------------------------------------------------------------------- */
+
+/* y = x r g */
+BESA__INLINE void besa__cpu_norm_row_body(float *y, const float *x, const float *g, float r, int64_t d)
+{
+    BESA__ELEMENTWISE
+    for (int64_t c = 0; c < d; c++) y[c] = x[c] * r * g[c];
+}
+BESA__KERNEL(besa__cpu_norm_row, (float *y, const float *x, const float *g, float r, int64_t d), (y, x, g, r, d))
+
+/* sum x y g */
+BESA__INLINE float besa__cpu_dot3_body(const float *x, const float *y, const float *g, int64_t d)
+{
+    float lane[BESA__LANES];
+    int64_t i = 0;
+    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
+    for (; i + BESA__LANES <= d; i += BESA__LANES)
+        for (int l = 0; l < BESA__LANES; l++) lane[l] += x[i + l] * y[i + l] * g[i + l];
+    for (; i < d; i++) lane[i % BESA__LANES] += x[i] * y[i] * g[i];
+    return besa__lanes_sum(lane);
+}
+BESA__KERNEL_FLOAT(besa__cpu_dot3, (const float *x, const float *y, const float *g, int64_t d), (x, y, g, d))
+
+/* dx = [dx +] r g dy - x t */
+BESA__INLINE void besa__cpu_norm_back_row_body(float *dx, const float *dy, const float *x, const float *g, float r,
+                                               float t, int64_t d, int accumulate)
+{
+    if (accumulate) {
+        BESA__ELEMENTWISE
+        for (int64_t c = 0; c < d; c++) dx[c] += r * g[c] * dy[c] - x[c] * t;
+    } else {
+        BESA__ELEMENTWISE
+        for (int64_t c = 0; c < d; c++) dx[c] = r * g[c] * dy[c] - x[c] * t;
+    }
+}
+BESA__KERNEL(besa__cpu_norm_back_row,
+             (float *dx, const float *dy, const float *x, const float *g, float r, float t, int64_t d, int accumulate),
+             (dx, dy, x, g, r, t, d, accumulate))
+
+/* Y(N,d) = X inv_rms g, inv_rms(N) = 1 / sqrt(mean(X^2) + eps) */
+static besa_result besa__cpu_rmsnorm_forward(besa_backend *be, void *y, float *inv_rms, const void *x, const float *g,
+                                             int64_t n, int64_t d, float eps)
+{
+    int64_t grain = besa__cpu_grain(d), tasks = besa__parts(n, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t i = task * grain; i < besa__min(n, (task + 1) * grain); i++) {
+            const float *row = (const float *)x + i * d;
+            inv_rms[i] = 1.0f / sqrtf(besa__cpu_dot(row, row, d) / (float)d + eps);
+            besa__cpu_norm_row((float *)y + i * d, row, g, inv_rms[i], d);
+        }
+    return BESA_OK;
+}
+
+/* dX(N,d) = inv_rms (g dY - X inv_rms^2 mean(g dY X)) [+ dX] */
+static besa_result besa__cpu_rmsnorm_backward(besa_backend *be, void *dx, const void *dy, const void *x, const float *g,
+                                              const float *inv_rms, int64_t n, int64_t d, int accumulate)
+{
+    int64_t grain = besa__cpu_grain(d), tasks = besa__parts(n, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t i = task * grain; i < besa__min(n, (task + 1) * grain); i++) {
+            const float *x_row = (const float *)x + i * d, *dy_row = (const float *)dy + i * d;
+            float r = inv_rms[i], mean = besa__cpu_dot3(dy_row, x_row, g, d) / (float)d;
+            besa__cpu_norm_back_row((float *)dx + i * d, dy_row, x_row, g, r, r * r * r * mean, d, accumulate);
+        }
+    return BESA_OK;
+}
+
+/* ---- rope ---------------------------------------------------------------------------------- */
+
+/* the heads of one token: (a, b) = (a cos - b sin, b cos + a sin), sin negated for direction -1 */
+BESA__INLINE void besa__cpu_rope_row_body(float *x, const float *cosine, const float *sine, float direction,
+                                          int64_t heads, int64_t half)
+{
+    for (int64_t h = 0; h < heads; h++, x += 2 * half) {
+        float *y = x + half;
+        BESA__ELEMENTWISE
+        for (int64_t i = 0; i < half; i++) {
+            float a = x[i], b = y[i], s = direction * sine[i];
+            x[i] = a * cosine[i] - b * s;
+            y[i] = b * cosine[i] + a * s;
+        }
+    }
+}
+BESA__KERNEL(besa__cpu_rope_row,
+             (float *x, const float *cosine, const float *sine, float direction, int64_t heads, int64_t half),
+             (x, cosine, sine, direction, heads, half))
+
+/* X(T, heads * dh) in place, token t at position t % seqlen of cos, sin (seqlen, dh / 2) */
+static besa_result besa__cpu_rope(besa_backend *be, void *x, const float *cosine, const float *sine, int64_t tokens,
+                                  int64_t seqlen, int64_t heads, int64_t head_dim, int direction)
+{
+    int64_t grain = besa__cpu_grain(heads * head_dim), tasks = besa__parts(tokens, grain), half = head_dim / 2;
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t t = task * grain; t < besa__min(tokens, (task + 1) * grain); t++)
+            besa__cpu_rope_row((float *)x + t * heads * head_dim, cosine + t % seqlen * half,
+                               sine + t % seqlen * half, (float)direction, heads, half);
+    return BESA_OK;
+}
+
+/* ---- attention ----------------------------------------------------------------------------- */
+/* One task is one query head of one sequence. Its scores exist for BESA__CPU_QUERIES queries at a time, and only for
+ * the keys that one of these queries sees. */
+
+enum { BESA__CPU_QUERIES = 96 }; /* a multiple of every tile's rows */
+
+typedef struct besa__cpu_head {
+    const float *q, *k, *v;            /* (T, dh) with rows q_step, k_step apart */
+    int64_t q_step, k_step, seqlen, head_dim, window;
+    int bf16;
+    void *gemm;                        /* what follows is per thread: scratch of products, */
+    float *p, *dp;                     /* (QUERIES, T) probabilities and their gradient */
+    float *sum;                        /* (QUERIES) */
+} besa__cpu_head;
+
+/* One set of per-thread arrays of attention. */
+static void besa__cpu_attention_place(besa__arena *work, besa__cpu_head *head, int64_t seqlen, int backward)
+{
+    head->gemm = besa__cpu_gemm_place(work, 1);
+    head->p = besa__take_floats(work, BESA__CPU_QUERIES * seqlen);
+    head->dp = backward ? besa__take_floats(work, BESA__CPU_QUERIES * seqlen) : NULL;
+    head->sum = besa__take_floats(work, BESA__CPU_QUERIES);
+}
+
+/* Query head `index` % heads of sequence index / heads. */
+static void besa__cpu_head_set(besa__cpu_head *head, const besa_backend *be, const besa_attention_shape *s,
+                               int64_t index, const float *q, const float *k, const float *v)
+{
+    int64_t sequence = index / s->num_attention_heads, h = index % s->num_attention_heads;
+    int64_t kv = h / (s->num_attention_heads / s->num_key_value_heads), first = sequence * s->seqlen;
+    head->bf16 = besa__cpu_of(be)->bf16;
+    head->seqlen = s->seqlen, head->head_dim = s->head_dim, head->window = s->sliding_window;
+    head->q_step = s->num_attention_heads * s->head_dim;
+    head->k_step = s->num_key_value_heads * s->head_dim;
+    head->q = q + first * head->q_step + h * s->head_dim;
+    head->k = k + first * head->k_step + kv * s->head_dim;
+    head->v = v + first * head->k_step + kv * s->head_dim;
+}
+
+/* The first key that query i sees. */
+static int64_t besa__cpu_first_key(const besa__cpu_head *head, int64_t i)
+{
+    return head->window > 0 ? besa__max(0, i - head->window + 1) : 0;
+}
+
+/* p(n, keys) = exp(scores - row maximum) of queries i0 .. i0+n-1 and keys j0 .. j0+keys-1, 0 where masked;
+ * sum(n) = row sums, so that p / sum is the softmax */
+static void besa__cpu_attention_scores(const besa__cpu_head *head, int64_t i0, int64_t n, int64_t j0, int64_t keys)
+{
+    besa__gemm_args g = besa__cpu_product(head->p, n, keys, head->head_dim);
+    besa__cpu_operand_a(&g, head->q + i0 * head->q_step, BESA_F32, head->q_step, 1);
+    besa__cpu_operand_b(&g, head->k + j0 * head->k_step, BESA_F32, 1, head->k_step);
+    g.alpha = 1.0f / sqrtf((float)head->head_dim);
+    besa__gemm_serial(&g, head->bf16, head->gemm);
+    for (int64_t i = 0; i < n; i++) {
+        float *row = head->p + i * keys;
+        int64_t begin = besa__cpu_first_key(head, i0 + i) - j0, end = i0 + i + 1 - j0;
+        for (int64_t j = 0; j < begin; j++) row[j] = 0.0f;
+        head->sum[i] = besa__cpu_exp_sum(row + begin, row + begin, besa__cpu_row_max(row + begin, end - begin), end - begin);
+        for (int64_t j = end; j < keys; j++) row[j] = 0.0f;
+    }
+}
+
+/* O (T, dh) of one head */
+static void besa__cpu_attention_forward_head(const besa__cpu_head *head, float *o)
+{
+    for (int64_t i0 = 0; i0 < head->seqlen; i0 += BESA__CPU_QUERIES) {
+        int64_t n = besa__min(BESA__CPU_QUERIES, head->seqlen - i0);
+        int64_t j0 = besa__cpu_first_key(head, i0), keys = i0 + n - j0;
+        besa__gemm_args g = besa__cpu_product(o + i0 * head->q_step, n, head->head_dim, keys);
+        besa__cpu_attention_scores(head, i0, n, j0, keys);
+        besa__cpu_operand_a(&g, head->p, BESA_F32, keys, 1);
+        besa__cpu_operand_b(&g, head->v + j0 * head->k_step, BESA_F32, head->k_step, 1);
+        g.c_row = head->q_step;
+        besa__gemm_serial(&g, head->bf16, head->gemm);
+        for (int64_t i = 0; i < n; i++)
+            besa__cpu_scale(g.c + i * head->q_step, 1.0f / head->sum[i], head->head_dim);
+    }
+}
+
+/* O(T, heads * dh) = softmax_causal(Q K' / sqrt(dh)) V */
+static besa_result besa__cpu_attention_forward(besa_backend *be, void *o, const void *q, const void *k, const void *v,
+                                               const besa_attention_shape *s)
+{
+    int64_t tasks = s->batch * s->num_attention_heads;
+    besa__arena work = besa__cpu_work(be), one = {NULL, 0};
+    besa__cpu_head sizes;
+    besa__cpu_attention_place(&one, &sizes, s->seqlen, 0);
+    work.used = one.used * (size_t)besa__cpu_of(be)->threads;
+    BESA__CPU_FITS(be, work);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        besa__cpu_head head;
+        besa__arena mine;
+        mine.base = work.base + one.used * (size_t)BESA__THREAD_INDEX();
+        mine.used = 0;
+        besa__cpu_attention_place(&mine, &head, s->seqlen, 0);
+        besa__cpu_head_set(&head, be, s, task, (const float *)q, (const float *)k, (const float *)v);
+        besa__cpu_attention_forward_head(&head, (float *)o + (head.q - (const float *)q));
+    }
+    return BESA_OK;
+}
+
+/* dp (n) = p (dp - sum p dp): the derivative of the softmax */
+BESA__INLINE void besa__cpu_softmax_back_body(float *dp, const float *p, float dot, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t j = 0; j < n; j++) dp[j] = p[j] * (dp[j] - dot);
+}
+BESA__KERNEL(besa__cpu_softmax_back, (float *dp, const float *p, float dot, int64_t n), (dp, p, dot, n))
+
+/* Queries i0 .. i0+n-1: p and dp as scores and their gradient dS, from dO:
+ * dP = dO V', dS = P (dP - sum_j P dP) */
+static void besa__cpu_attention_backward_scores(const besa__cpu_head *head, const float *d_o, int64_t i0, int64_t n,
+                                                int64_t j0, int64_t keys)
+{
+    besa__gemm_args g = besa__cpu_product(head->dp, n, keys, head->head_dim);
+    besa__cpu_attention_scores(head, i0, n, j0, keys);
+    besa__cpu_operand_a(&g, d_o + i0 * head->q_step, BESA_F32, head->q_step, 1);
+    besa__cpu_operand_b(&g, head->v + j0 * head->k_step, BESA_F32, 1, head->k_step);
+    besa__gemm_serial(&g, head->bf16, head->gemm);
+    for (int64_t i = 0; i < n; i++) {
+        float *p = head->p + i * keys, *dp = head->dp + i * keys;
+        besa__cpu_scale(p, 1.0f / head->sum[i], keys);
+        besa__cpu_softmax_back(dp, p, besa__cpu_dot(p, dp, keys), keys);
+    }
+}
+
+/* dQ (T, dh) of one head, assigned; dK, dV (T, dh), rows dk_step apart, assigned too */
+static void besa__cpu_attention_backward_head(const besa__cpu_head *head, float *dq, float *dk, float *dv,
+                                              int64_t dk_step, const float *d_o)
+{
+    for (int64_t t = 0; t < head->seqlen; t++) {
+        memset(dk + t * dk_step, 0, (size_t)head->head_dim * sizeof *dk);
+        memset(dv + t * dk_step, 0, (size_t)head->head_dim * sizeof *dv);
+    }
+    for (int64_t i0 = 0; i0 < head->seqlen; i0 += BESA__CPU_QUERIES) {
+        int64_t n = besa__min(BESA__CPU_QUERIES, head->seqlen - i0);
+        int64_t j0 = besa__cpu_first_key(head, i0), keys = i0 + n - j0;
+        besa__gemm_args g = besa__cpu_product(dq + i0 * head->q_step, n, head->head_dim, keys);
+        besa__cpu_attention_backward_scores(head, d_o, i0, n, j0, keys);
+        besa__cpu_operand_a(&g, head->dp, BESA_F32, keys, 1); /* dQ = dS K / sqrt(dh) */
+        besa__cpu_operand_b(&g, head->k + j0 * head->k_step, BESA_F32, head->k_step, 1);
+        g.c_row = head->q_step;
+        g.alpha = 1.0f / sqrtf((float)head->head_dim);
+        besa__gemm_serial(&g, head->bf16, head->gemm);
+        g.m = keys, g.k = n; /* dK += dS' Q / sqrt(dh) */
+        g.c = dk + j0 * dk_step, g.c_row = dk_step;
+        g.accumulate = 1;
+        besa__cpu_operand_a(&g, head->dp, BESA_F32, 1, keys);
+        besa__cpu_operand_b(&g, head->q + i0 * head->q_step, BESA_F32, head->q_step, 1);
+        besa__gemm_serial(&g, head->bf16, head->gemm);
+        g.c = dv + j0 * dk_step; /* dV += P' dO */
+        g.alpha = 1.0f;
+        besa__cpu_operand_a(&g, head->p, BESA_F32, 1, keys);
+        besa__cpu_operand_b(&g, d_o + i0 * head->q_step, BESA_F32, head->q_step, 1);
+        besa__gemm_serial(&g, head->bf16, head->gemm);
+    }
+}
+
+/* dst(T, kv_heads * dh) = sum over the query heads of each kv head of part(batch * heads, seqlen, dh) */
+static void besa__cpu_attention_reduce(besa_backend *be, float *dst, const float *part, const besa_attention_shape *s)
+{
+    int64_t grain = 64, pieces = besa__parts(s->seqlen, grain), tasks = s->batch * s->num_key_value_heads * pieces;
+    int64_t share = s->num_attention_heads / s->num_key_value_heads, dh = s->head_dim;
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t sequence = task / pieces / s->num_key_value_heads, kv = task / pieces % s->num_key_value_heads;
+        int64_t begin = task % pieces * grain, end = besa__min(s->seqlen, begin + grain);
+        for (int64_t t = begin; t < end; t++) {
+            float *row = dst + ((sequence * s->seqlen + t) * s->num_key_value_heads + kv) * dh;
+            const float *from = part + ((sequence * s->num_attention_heads + kv * share) * s->seqlen + t) * dh;
+            memcpy(row, from, (size_t)dh * sizeof *row);
+            for (int64_t h = 1; h < share; h++) besa__cpu_axpy(row, 1.0f, from + h * s->seqlen * dh, dh);
+        }
+    }
+}
+
+/* dK and dV of every query head, (batch * heads, seqlen, dh) each; not used where each has a kv head of its own */
+static void besa__cpu_attention_parts_place(besa__arena *work, float **dk, float **dv, int64_t tokens, int64_t heads,
+                                            int64_t kv_heads, int64_t head_dim)
+{
+    *dk = *dv = NULL;
+    if (heads == kv_heads) return;
+    *dk = besa__take_floats(work, tokens * heads * head_dim);
+    *dv = besa__take_floats(work, tokens * heads * head_dim);
+}
+
+/* dQ(T, heads * dh), dK, dV (T, kv_heads * dh) */
+static besa_result besa__cpu_attention_backward(besa_backend *be, void *dq, void *dk, void *dv, const void *d_o,
+                                                const void *q, const void *k, const void *v,
+                                                const besa_attention_shape *s)
+{
+    int64_t tasks = s->batch * s->num_attention_heads, dh = s->head_dim;
+    besa__arena work = besa__cpu_work(be), one = {NULL, 0};
+    besa__cpu_head sizes;
+    float *dk_part, *dv_part;
+    unsigned char *base;
+    besa__cpu_attention_parts_place(&work, &dk_part, &dv_part, s->batch * s->seqlen, s->num_attention_heads,
+                                    s->num_key_value_heads, dh);
+    base = work.base + work.used;
+    besa__cpu_attention_place(&one, &sizes, s->seqlen, 1);
+    work.used += one.used * (size_t)besa__cpu_of(be)->threads;
+    BESA__CPU_FITS(be, work);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        besa__cpu_head head;
+        besa__arena mine;
+        int64_t at, k_at;
+        mine.base = base + one.used * (size_t)BESA__THREAD_INDEX();
+        mine.used = 0;
+        besa__cpu_attention_place(&mine, &head, s->seqlen, 1);
+        besa__cpu_head_set(&head, be, s, task, (const float *)q, (const float *)k, (const float *)v);
+        at = head.q - (const float *)q;
+        k_at = dk_part ? task * s->seqlen * dh : head.k - (const float *)k;
+        besa__cpu_attention_backward_head(&head, (float *)dq + at, (dk_part ? dk_part : (float *)dk) + k_at,
+                                          (dv_part ? dv_part : (float *)dv) + k_at, dk_part ? dh : head.k_step,
+                                          (const float *)d_o + at);
+    }
+    if (dk_part) {
+        besa__cpu_attention_reduce(be, (float *)dk, dk_part, s);
+        besa__cpu_attention_reduce(be, (float *)dv, dv_part, s);
+    }
+    return BESA_OK;
+}
+
+/* ---- swiglu -------------------------------------------------------------------------------- */
+
+BESA__INLINE void besa__cpu_swiglu_run_body(float *z, const float *gate, const float *up, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) z[i] = gate[i] * besa__sigmoid(gate[i]) * up[i];
+}
+BESA__KERNEL(besa__cpu_swiglu_run, (float *z, const float *gate, const float *up, int64_t n), (z, gate, up, n))
+
+/* silu'(x) = s (1 + x (1 - s)), s = sigmoid(x) */
+BESA__INLINE void besa__cpu_swiglu_back_run_body(float *dgate, float *dup, const float *dz, const float *gate,
+                                                 const float *up, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float x = gate[i], s = besa__sigmoid(x), u = up[i], d = dz[i];
+        dgate[i] = d * u * s * (1.0f + x * (1.0f - s));
+        dup[i] = d * x * s;
+    }
+}
+BESA__KERNEL(besa__cpu_swiglu_back_run,
+             (float *dgate, float *dup, const float *dz, const float *gate, const float *up, int64_t n),
+             (dgate, dup, dz, gate, up, n))
+
+/* Z(n) = silu(G) U */
+static besa_result besa__cpu_swiglu_forward(besa_backend *be, void *z, const void *gate, const void *up, int64_t n)
+{
+    int64_t grain = 16384, tasks = besa__parts(n, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * grain;
+        besa__cpu_swiglu_run((float *)z + at, (const float *)gate + at, (const float *)up + at,
+                             besa__min(grain, n - at));
+    }
+    return BESA_OK;
+}
+
+/* dG = dZ U silu'(G), dU = dZ silu(G) */
+static besa_result besa__cpu_swiglu_backward(besa_backend *be, void *dgate, void *dup, const void *dz, const void *gate,
+                                             const void *up, int64_t n)
+{
+    int64_t grain = 16384, tasks = besa__parts(n, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * grain;
+        besa__cpu_swiglu_back_run((float *)dgate + at, (float *)dup + at, (const float *)dz + at,
+                                  (const float *)gate + at, (const float *)up + at, besa__min(grain, n - at));
+    }
+    return BESA_OK;
+}
+
+/* ---- statistics and loss ------------------------------------------------------------------- */
+
+/* acc += x^2 */
+BESA__INLINE void besa__cpu_add_squares_body(float *acc, const float *x, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) acc[i] += x[i] * x[i];
+}
+BESA__KERNEL(besa__cpu_add_squares, (float *acc, const float *x, int64_t n), (acc, x, n))
+
+enum { BESA__CPU_SUM_PARTS = 32, BESA__CPU_LOSS_ROWS = 16 };
+
+/* Partial sums (parts, d) over runs of rows */
+static float *besa__cpu_column_sumsq_place(besa__arena *work, int64_t tokens, int64_t d)
+{
+    return besa__take_floats(work, besa__min(BESA__CPU_SUM_PARTS, tokens) * d);
+}
+
+/* out(d) += column sums of X(T,d)^2 */
+static besa_result besa__cpu_column_sumsq(besa_backend *be, float *out, const void *x, int64_t tokens, int64_t d)
+{
+    int64_t run = besa__max(besa__parts(tokens, BESA__CPU_SUM_PARTS), 1);
+    int64_t tasks = besa__parts(tokens, run);
+    besa__arena work = besa__cpu_work(be);
+    float *part = besa__cpu_column_sumsq_place(&work, tokens, d);
+    BESA__CPU_FITS(be, work);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        memset(part + task * d, 0, (size_t)d * sizeof *part);
+        for (int64_t t = task * run; t < besa__min(tokens, (task + 1) * run); t++)
+            besa__cpu_add_squares(part + task * d, (const float *)x + t * d, d);
+    }
+    for (int64_t task = 0; task < tasks; task++) besa__cpu_axpy(out, 1.0f, part + task * d, d);
+    return BESA_OK;
+}
+
+/* sum w (a - b)^2 */
+BESA__INLINE float besa__cpu_loss_row_body(const float *a, const float *b, const float *w, int64_t d)
+{
+    float lane[BESA__LANES];
+    int64_t i = 0;
+    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
+    for (; i + BESA__LANES <= d; i += BESA__LANES)
+        for (int l = 0; l < BESA__LANES; l++) lane[l] += w[i + l] * ((a[i + l] - b[i + l]) * (a[i + l] - b[i + l]));
+    for (; i < d; i++) lane[i % BESA__LANES] += w[i] * ((a[i] - b[i]) * (a[i] - b[i]));
+    return besa__lanes_sum(lane);
+}
+BESA__KERNEL_FLOAT(besa__cpu_loss_row, (const float *a, const float *b, const float *w, int64_t d), (a, b, w, d))
+
+/* dy = factor w (a - b) */
+BESA__INLINE void besa__cpu_loss_back_row_body(float *dy, const float *a, const float *b, const float *w, float factor,
+                                               int64_t d)
+{
+    BESA__ELEMENTWISE
+    for (int64_t c = 0; c < d; c++) dy[c] = factor * w[c] * (a[c] - b[c]);
+}
+BESA__KERNEL(besa__cpu_loss_back_row,
+             (float *dy, const float *a, const float *b, const float *w, float factor, int64_t d),
+             (dy, a, b, w, factor, d))
+
+/* weight(d) = 1 / norm2, or 0, and the partial sums of runs of rows */
+static void besa__cpu_block_loss_place(besa__arena *work, float **weight, double **part, int64_t tokens, int64_t d)
+{
+    *weight = besa__take_floats(work, d);
+    *part = (double *)besa__take(work, (size_t)besa__parts(tokens, BESA__CPU_LOSS_ROWS) * sizeof **part);
+}
+
+/* loss(1) += scale / d * sum_{t,c} (Yref - Y)^2 / norm2_c; dY = 2 scale / d * (Y - Yref) / norm2_c */
+static besa_result besa__cpu_block_loss(besa_backend *be, float *loss, void *dy, const void *y, const void *yref,
+                                        const float *norm2, float scale, int64_t tokens, int64_t d)
+{
+    int64_t grain = BESA__CPU_LOSS_ROWS, tasks = besa__parts(tokens, grain);
+    besa__arena work = besa__cpu_work(be);
+    float *weight;
+    double *part, sum = 0.0;
+    besa__cpu_block_loss_place(&work, &weight, &part, tokens, d);
+    BESA__CPU_FITS(be, work);
+    for (int64_t c = 0; c < d; c++) weight[c] = norm2[c] > 0.0f ? 1.0f / norm2[c] : 0.0f;
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        part[task] = 0.0;
+        for (int64_t t = task * grain; t < besa__min(tokens, (task + 1) * grain); t++) {
+            const float *a = (const float *)y + t * d, *b = (const float *)yref + t * d;
+            part[task] += (double)besa__cpu_loss_row(a, b, weight, d);
+            if (dy) besa__cpu_loss_back_row((float *)dy + t * d, a, b, weight, 2.0f * scale / (float)d, d);
+        }
+    }
+    for (int64_t task = 0; task < tasks; task++) sum += part[task];
+    *loss += (float)((double)scale / (double)d * sum);
+    return BESA_OK;
+}
+
+/* ---- head ---------------------------------------------------------------------------------- */
+
+/* state (3) = max, sum of exp(. - max), logit of the target, with `count` more logits */
+static void besa__cpu_nll_row(float *state, const float *logits, int64_t target, int64_t count, int first)
+{
+    float largest = besa__cpu_row_max(logits, count);
+    double sum = 0.0;
+    if (first) state[0] = largest, state[1] = state[2] = 0.0f;
+    if (largest > state[0]) {
+        state[1] *= expf(state[0] - largest);
+        state[0] = largest;
+    }
+    for (int64_t i = 0; i < count; i += 4096)
+        sum += (double)besa__cpu_sum_exp(logits + i, state[0], besa__min(4096, count - i));
+    state[1] = (float)((double)state[1] + sum);
+    if (target >= 0 && target < count) state[2] = logits[target];
+}
+
+/* state(T,3) with logits(T,count) of ids first_id .. */
+static besa_result besa__cpu_nll_update(besa_backend *be, float *state, const float *logits, const int32_t *target,
+                                        int64_t first_id, int64_t count, int64_t tokens, int first)
+{
+    int64_t grain = besa__cpu_grain(count), tasks = besa__parts(tokens, grain);
+    if (count < 1) return BESA_OK;
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t t = task * grain; t < besa__min(tokens, (task + 1) * grain); t++)
+            besa__cpu_nll_row(state + 3 * t, logits + t * count, target[t] < 0 ? -1 : target[t] - first_id, count,
+                              first);
+    return BESA_OK;
+}
+
+/* sum(windows) = over the window's tokens with a target of max + log(sum) - logit */
+static besa_result besa__cpu_nll_sum(besa_backend *be, double *sum, const float *state, const int32_t *target,
+                                     int64_t windows, int64_t seqlen)
+{
+    BESA__PARALLEL_FOR(besa__cpu_team(be, windows))
+    for (int64_t w = 0; w < windows; w++) {
+        double total = 0.0;
+        for (int64_t t = w * seqlen; t < (w + 1) * seqlen; t++)
+            if (target[t] >= 0)
+                total += (double)state[3 * t] + log((double)state[3 * t + 1]) - (double)state[3 * t + 2];
+        sum[w] = total;
+    }
+    return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>cpu-sparsity          scores, ranks, masks, rates and the optimiser on the CPU
+ * ============================================================================================
+ * Formulas stand beside the table of operations and in section rates. Ranks have 16 bits, 32 above 65536 columns. Sums over rows that go
+ * to one number are cut into parts whose number depends on the sizes alone, and added in order. */
+
+/* ---- scores and zeros ---------------------------------------------------------------------- */
+
+/* s = |w|^power scale, -1 where w is 0; scale NULL: 1; s may be w */
+BESA__INLINE void besa__cpu_score_run_body(float *s, const float *w, const float *scale, int power, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t j = 0; j < n; j++) {
+        float magnitude = w[j] < 0.0f ? -w[j] : w[j];
+        float value = (power == 2 ? magnitude * magnitude : magnitude) * (scale ? scale[j] : 1.0f);
+        s[j] = w[j] == 0.0f ? -1.0f : value;
+    }
+}
+BESA__KERNEL(besa__cpu_score_run, (float *s, const float *w, const float *scale, int power, int64_t n),
+             (s, w, scale, power, n))
+
+/* S(R,C) = |W|^power scale(C) */
+static besa_result besa__cpu_score(besa_backend *be, float *s, const void *w, besa_dtype dtype, const float *scale,
+                                   int power, int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++)
+            for (int64_t j = 0; j < columns; j += 512) {
+                float part[512];
+                int64_t n = besa__min(512, columns - j);
+                besa__cpu_widen(part, w, dtype, r * columns + j, n);
+                besa__cpu_score_run(s + r * columns + j, part, scale ? scale + j : NULL, power, n);
+            }
+    return BESA_OK;
+}
+
+/* y(n) = x(n)^exponent */
+static besa_result besa__cpu_power(besa_backend *be, float *y, const float *x, float exponent, int64_t n)
+{
+    (void)be;
+    for (int64_t i = 0; i < n; i++) y[i] = powf(x[i], exponent);
+    return BESA_OK;
+}
+
+/* y(n) = value */
+static besa_result besa__cpu_fill(besa_backend *be, int32_t *y, int32_t value, int64_t n)
+{
+    (void)be;
+    for (int64_t i = 0; i < n; i++) y[i] = value;
+    return BESA_OK;
+}
+
+/* counts (2) += elements that are +0 or -0, that are infinite or NaN; `exponent` has the bits of the exponent set */
+#define BESA__CPU_COUNT_KERNEL(name, type)                                                         \
+    BESA__INLINE void name##_body(int32_t *counts, const type *w, type exponent, int64_t n)        \
+    {                                                                                              \
+        int32_t zeros = 0, special = 0;                                                            \
+        for (int64_t j = 0; j < n; j++) {                                                          \
+            zeros += (type)(w[j] << 1) == 0;                                                       \
+            special += (type)(w[j] & exponent) == exponent;                                        \
+        }                                                                                          \
+        counts[0] += zeros, counts[1] += special;                                                  \
+    }                                                                                              \
+    BESA__KERNEL(name, (int32_t *counts, const type *w, type exponent, int64_t n), (counts, w, exponent, n))
+BESA__CPU_COUNT_KERNEL(besa__cpu_count_run16, uint16_t)
+BESA__CPU_COUNT_KERNEL(besa__cpu_count_run32, uint32_t)
+
+static int32_t *besa__cpu_count_zeros_place(besa__arena *work, int64_t rows)
+{
+    return (int32_t *)besa__take(work, (size_t)rows * sizeof(int32_t));
+}
+
+/* zeros(R); not_finite(1) += */
+static besa_result besa__cpu_count_zeros(besa_backend *be, int32_t *zeros, int32_t *not_finite, const void *w,
+                                         besa_dtype dtype, int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
+    besa__arena work = besa__cpu_work(be);
+    int32_t *special = besa__cpu_count_zeros_place(&work, rows);
+    BESA__CPU_FITS(be, work);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
+            const void *row = besa__at_const(w, dtype, r * columns);
+            int32_t counts[2] = {0, 0};
+            if (dtype == BESA_F32) besa__cpu_count_run32(counts, (const uint32_t *)row, 0x7F800000u, columns);
+            else besa__cpu_count_run16(counts, (const uint16_t *)row, dtype == BESA_BF16 ? 0x7F80u : 0x7C00u, columns);
+            zeros[r] = counts[0];
+            special[r] = counts[1];
+        }
+    for (int64_t r = 0; r < rows; r++) *not_finite += special[r];
+    return BESA_OK;
+}
+
+/* ---- ranks --------------------------------------------------------------------------------- */
+
+/* Keys in the order of the numbers: negative ones are complemented, -0 becomes +0. */
+BESA__INLINE void besa__cpu_keys_body(uint32_t *key, const float *s, int64_t n)
+{
+    for (int64_t j = 0; j < n; j++) {
+        uint32_t u = besa__float_bits(s[j] + 0.0f);
+        key[j] = u ^ ((uint32_t)((int32_t)u >> 31) | 0x80000000u);
+    }
+}
+BESA__KERNEL(besa__cpu_keys, (uint32_t *key, const float *s, int64_t n), (key, s, n))
+
+/* A thread's arrays for sorting a row: keys and positions, (C) each, twice */
+typedef struct besa__cpu_sort {
+    uint32_t *key[2], *position[2];
+} besa__cpu_sort;
+
+static void besa__cpu_sort_place(besa__arena *work, besa__cpu_sort *sort, int64_t columns)
+{
+    for (int i = 0; i < 2; i++) {
+        sort->key[i] = (uint32_t *)besa__take(work, (size_t)columns * sizeof(uint32_t));
+        sort->position[i] = (uint32_t *)besa__take(work, (size_t)columns * sizeof(uint32_t));
+    }
+}
+
+/* Stable radix sort of key[0], byte by byte from the lowest; returns the positions in ascending order. */
+static const uint32_t *besa__cpu_sort_row(besa__cpu_sort *sort, int64_t columns)
+{
+    uint32_t count[4][256];
+    int now = 0;
+    memset(count, 0, sizeof count);
+    for (int64_t j = 0; j < columns; j++) {
+        uint32_t key = sort->key[0][j];
+        sort->position[0][j] = (uint32_t)j;
+        for (int b = 0; b < 4; b++) count[b][(key >> (8 * b)) & 255u]++;
+    }
+    for (int b = 0; b < 4; b++) {
+        const uint32_t *key = sort->key[now], *position = sort->position[now];
+        uint32_t *next_key = sort->key[1 - now], *next_position = sort->position[1 - now], start = 0;
+        if (count[b][(key[0] >> (8 * b)) & 255u] == (uint32_t)columns) continue; /* all the same */
+        for (int i = 0; i < 256; i++) {
+            uint32_t n = count[b][i];
+            count[b][i] = start;
+            start += n;
+        }
+        for (int64_t j = 0; j < columns; j++) {
+            uint32_t to = count[b][(key[j] >> (8 * b)) & 255u]++;
+            next_key[to] = key[j];
+            next_position[to] = position[j];
+        }
+        now = 1 - now;
+    }
+    return sort->position[now];
+}
+
+/* rank(R,C) = position of j in the stable ascending order of row r of S */
+static besa_result besa__cpu_rank_rows(besa_backend *be, void *rank, const float *s, int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
+    besa__arena work = besa__cpu_work(be), one = {NULL, 0};
+    besa__cpu_sort sizes;
+    besa__cpu_sort_place(&one, &sizes, columns);
+    work.used = one.used * (size_t)besa__cpu_of(be)->threads;
+    BESA__CPU_FITS(be, work);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        besa__cpu_sort sort;
+        besa__arena mine;
+        mine.base = work.base + one.used * (size_t)BESA__THREAD_INDEX();
+        mine.used = 0;
+        besa__cpu_sort_place(&mine, &sort, columns);
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
+            const uint32_t *order;
+            besa__cpu_keys(sort.key[0], s + r * columns, columns);
+            order = besa__cpu_sort_row(&sort, columns);
+            if (columns > 65536)
+                for (int64_t j = 0; j < columns; j++) ((uint32_t *)rank)[r * columns + order[j]] = (uint32_t)j;
+            else
+                for (int64_t j = 0; j < columns; j++) ((uint16_t *)rank)[r * columns + order[j]] = (uint16_t)j;
+        }
+    }
+    return BESA_OK;
+}
+
+/* ---- masks --------------------------------------------------------------------------------- */
+
+/* what = rank >= n ? w : 0; what may be w */
+#define BESA__CPU_MASK_KERNEL(name, weight_type, rank_type)                                        \
+    BESA__INLINE void name##_body(weight_type *what, const weight_type *w, const rank_type *rank, rank_type n, \
+                                  int64_t columns)                                                 \
+    {                                                                                              \
+        BESA__ELEMENTWISE                                                                          \
+        for (int64_t j = 0; j < columns; j++) what[j] = rank[j] >= n ? w[j] : 0;                   \
+    }                                                                                              \
+    BESA__KERNEL(name, (weight_type *what, const weight_type *w, const rank_type *rank, rank_type n, int64_t columns), \
+                 (what, w, rank, n, columns))
+BESA__CPU_MASK_KERNEL(besa__cpu_mask_16_16, uint16_t, uint16_t)
+BESA__CPU_MASK_KERNEL(besa__cpu_mask_16_32, uint16_t, uint32_t)
+BESA__CPU_MASK_KERNEL(besa__cpu_mask_32_16, uint32_t, uint16_t)
+BESA__CPU_MASK_KERNEL(besa__cpu_mask_32_32, uint32_t, uint32_t)
+
+/* one row, weights of any dtype as bits */
+static void besa__cpu_mask_row(void *what, const void *w, besa_dtype dtype, const void *rank, int64_t n,
+                               int64_t columns)
+{
+    const uint16_t *rank16 = (const uint16_t *)rank;
+    const uint32_t *rank32 = (const uint32_t *)rank;
+    if (n >= columns) memset(what, 0, (size_t)columns * besa_dtype_size(dtype));
+    else if (dtype == BESA_F32 && columns > 65536)
+        besa__cpu_mask_32_32((uint32_t *)what, (const uint32_t *)w, rank32, (uint32_t)n, columns);
+    else if (dtype == BESA_F32)
+        besa__cpu_mask_32_16((uint32_t *)what, (const uint32_t *)w, rank16, (uint16_t)n, columns);
+    else if (columns > 65536)
+        besa__cpu_mask_16_32((uint16_t *)what, (const uint16_t *)w, rank32, (uint32_t)n, columns);
+    else
+        besa__cpu_mask_16_16((uint16_t *)what, (const uint16_t *)w, rank16, (uint16_t)n, columns);
+}
+
+/* What = rank >= n[r] ? W : +0 */
+static besa_result besa__cpu_mask_apply(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
+                                        const int32_t *n, int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++)
+            besa__cpu_mask_row(besa__at(what, dtype, r * columns), besa__at_const(w, dtype, r * columns), dtype,
+                               (const unsigned char *)rank + (size_t)(r * columns) * (columns > 65536 ? 4 : 2),
+                               n[r] > 0 ? n[r] : 0, columns);
+    return BESA_OK;
+}
+
+/* Radix select: the key that stands at place `place` in the order of all keys, 11 bits at a time from the top, and how
+ * many keys are smaller. Each thread counts rows into a histogram of its own; counts are integers, so their sum does
+ * not depend on who counted what. */
+typedef struct besa__cpu_select {
+    void (*keys)(const struct besa__cpu_select *select, uint32_t *key, int64_t row); /* the keys of one row */
+    const void *data;                  /* for keys */
+    int64_t rows, columns;
+    uint32_t *key, *count;             /* (threads, columns), (threads, 2048) */
+} besa__cpu_select;
+
+static void besa__cpu_select_place(besa__arena *work, besa__cpu_select *select, int64_t columns, int threads)
+{
+    select->key = (uint32_t *)besa__take(work, (size_t)(columns * threads) * sizeof(uint32_t));
+    select->count = (uint32_t *)besa__take(work, (size_t)threads * 2048 * sizeof(uint32_t));
+}
+
+/* count(threads, 2048) = keys whose bits above `shift + bits` are those of prefix, by the `bits` bits from shift */
+static void besa__cpu_select_count(besa_backend *be, besa__cpu_select *select, uint32_t prefix, int shift, int bits)
+{
+    int64_t grain = besa__cpu_grain(select->columns), tasks = besa__parts(select->rows, grain);
+    memset(select->count, 0, (size_t)besa__cpu_of(be)->threads * 2048 * sizeof(uint32_t));
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        uint32_t *key = select->key + BESA__THREAD_INDEX() * select->columns;
+        uint32_t *count = select->count + (int64_t)BESA__THREAD_INDEX() * 2048, digits = (1u << bits) - 1u;
+        for (int64_t r = task * grain; r < besa__min(select->rows, (task + 1) * grain); r++) {
+            select->keys(select, key, r);
+            for (int64_t j = 0; j < select->columns; j++)
+                if (shift + bits == 32 || key[j] >> (shift + bits) == prefix >> (shift + bits))
+                    count[(key[j] >> shift) & digits]++;
+        }
+    }
+}
+
+static uint32_t besa__cpu_select_run(besa_backend *be, besa__cpu_select *select, int64_t place, int64_t *smaller)
+{
+    static const int shifts[3] = {21, 10, 0}, widths[3] = {11, 11, 10};
+    uint32_t prefix = 0;
+    *smaller = 0;
+    for (int pass = 0; pass < 3; pass++) {
+        uint32_t digit = 0;
+        besa__cpu_select_count(be, select, prefix, shifts[pass], widths[pass]);
+        for (;; digit++) {
+            int64_t here = 0;
+            for (int t = 0; t < besa__cpu_of(be)->threads; t++) here += select->count[(int64_t)t * 2048 + digit];
+            if (*smaller + here > place || digit == (1u << widths[pass]) - 1u) break;
+            *smaller += here;
+        }
+        prefix |= digit << shifts[pass];
+    }
+    return prefix;
+}
+
+static void besa__cpu_score_keys(const besa__cpu_select *select, uint32_t *key, int64_t row)
+{
+    besa__cpu_keys(key, (const float *)select->data + row * select->columns, select->columns);
+}
+
+/* the select's arrays and for each row the number of its keys that equal the threshold */
+static void besa__cpu_mask_smallest_place(besa__arena *work, besa__cpu_select *select, int64_t **ties, int64_t rows,
+                                          int64_t columns, int threads)
+{
+    besa__cpu_select_place(work, select, columns, threads);
+    *ties = (int64_t *)besa__take(work, (size_t)rows * sizeof(int64_t));
+}
+
+/* What's bits = W's with those of column j zeroed */
+static void besa__cpu_prune(void *what, besa_dtype dtype, int64_t j)
+{
+    if (dtype == BESA_F32) ((uint32_t *)what)[j] = 0;
+    else ((uint16_t *)what)[j] = 0;
+}
+
+/* one row: keys below the threshold go, and the first `ties` that equal it */
+static void besa__cpu_mask_below(void *what, besa_dtype dtype, const uint32_t *key, uint32_t threshold, int64_t ties,
+                                 int64_t columns)
+{
+    for (int64_t j = 0; j < columns; j++) {
+        if (key[j] > threshold || (key[j] == threshold && ties <= 0)) continue;
+        if (key[j] == threshold) ties--;
+        besa__cpu_prune(what, dtype, j);
+    }
+}
+
+/* What = W without its `count` smallest scores, ties by position */
+static besa_result besa__cpu_mask_smallest(besa_backend *be, void *what, const void *w, besa_dtype dtype,
+                                           const float *s, int64_t count, int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain), smaller, *ties, left;
+    besa__arena work = besa__cpu_work(be);
+    besa__cpu_select select;
+    uint32_t threshold;
+    if (count <= 0) return besa__cpu_upload(be, BESA_QUEUE_COMPUTE, what, w, (size_t)(rows * columns) * besa_dtype_size(dtype));
+    select.keys = besa__cpu_score_keys;
+    select.data = s;
+    select.rows = rows, select.columns = columns;
+    besa__cpu_mask_smallest_place(&work, &select, &ties, rows, columns, besa__cpu_of(be)->threads);
+    BESA__CPU_FITS(be, work);
+    threshold = besa__cpu_select_run(be, &select, count - 1, &smaller);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        uint32_t *key = select.key + BESA__THREAD_INDEX() * columns;
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
+            besa__cpu_score_keys(&select, key, r);
+            ties[r] = 0;
+            for (int64_t j = 0; j < columns; j++) ties[r] += key[j] == threshold;
+        }
+    }
+    left = count - smaller;
+    for (int64_t r = 0; r < rows; r++) { /* the ties that may still go when row r begins */
+        int64_t here = ties[r];
+        ties[r] = left;
+        left -= here;
+    }
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        uint32_t *key = select.key + BESA__THREAD_INDEX() * columns;
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
+            void *row = besa__at(what, dtype, r * columns);
+            besa__cpu_score_keys(&select, key, r);
+            memmove(row, besa__at_const(w, dtype, r * columns), (size_t)columns * besa_dtype_size(dtype));
+            besa__cpu_mask_below(row, dtype, key, threshold, ties[r], columns);
+        }
+    }
+    return BESA_OK;
+}
+
+/* The place of element j in the stable ascending order of s (m). */
+static int besa__cpu_place(const float *s, int m, int j)
+{
+    int place = 0;
+    for (int i = 0; i < m; i++) place += s[i] < s[j] || (i < j && !(s[i] > s[j]));
+    return place;
+}
+
+/* In every m consecutive columns the n smallest scores are pruned, ties by position */
+static besa_result besa__cpu_mask_pattern(besa_backend *be, void *what, const void *w, besa_dtype dtype, const float *s,
+                                          int n, int m, int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
+            void *row = besa__at(what, dtype, r * columns);
+            memmove(row, besa__at_const(w, dtype, r * columns), (size_t)columns * besa_dtype_size(dtype));
+            for (int64_t j = 0; j + m <= columns; j += m)
+                for (int i = 0; i < m; i++)
+                    if (besa__cpu_place(s + r * columns + j, m, i) < n) besa__cpu_prune(row, dtype, j + i);
+        }
+    return BESA_OK;
+}
+
+/* ---- bucketed gradient --------------------------------------------------------------------- */
+
+BESA__INLINE void besa__cpu_times_bf16_body(float *y, const float *x, const uint16_t *w, int64_t n)
+{
+    for (int64_t j = 0; j < n; j++) y[j] = x[j] * besa__bf16_to_f32(w[j]);
+}
+BESA__KERNEL(besa__cpu_times_bf16, (float *y, const float *x, const uint16_t *w, int64_t n), (y, x, w, n))
+
+BESA__INLINE void besa__cpu_times_f16_body(float *y, const float *x, const uint16_t *w, int64_t n)
+{
+    for (int64_t j = 0; j < n; j++) y[j] = x[j] * besa__f16_to_f32(w[j]);
+}
+BESA__KERNEL(besa__cpu_times_f16, (float *y, const float *x, const uint16_t *w, int64_t n), (y, x, w, n))
+
+BESA__INLINE void besa__cpu_times_f32_body(float *y, const float *x, const float *w, int64_t n)
+{
+    for (int64_t j = 0; j < n; j++) y[j] = x[j] * w[j];
+}
+BESA__KERNEL(besa__cpu_times_f32, (float *y, const float *x, const float *w, int64_t n), (y, x, w, n))
+
+/* y (n) += sum over i of x (rows, n) */
+BESA__INLINE void besa__cpu_add_rows_body(float *y, const float *x, int64_t rows, int64_t n)
+{
+    int64_t j = 0;
+    for (; j + BESA__LANES <= n; j += BESA__LANES) {
+        float lane[BESA__LANES];
+        for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
+        for (int64_t i = 0; i < rows; i++)
+            for (int l = 0; l < BESA__LANES; l++) lane[l] += x[i * n + j + l];
+        for (int l = 0; l < BESA__LANES; l++) y[j + l] += lane[l];
+    }
+    for (int64_t i = 0; i < rows && j < n; i++) {
+        BESA__ELEMENTWISE
+        for (int64_t k = j; k < n; k++) y[k] += x[i * n + k];
+    }
+}
+BESA__KERNEL(besa__cpu_add_rows, (float *y, const float *x, int64_t rows, int64_t n), (y, x, rows, n))
+
+enum { BESA__CPU_BUCKETS = 65536 }; /* the most */
+
+/* Ranks of a row are all different, so the products of a row can be stored by rank, without reading a sum back: element
+ * i of bucket b at (i, b) of a cell array, which is then summed over i. */
+typedef struct besa__cpu_cells {
+    uint32_t *cell;                    /* (C) of each rank: i * buckets + b */
+    uint32_t *fill;                    /* (buckets) how many ranks each bucket has */
+    float *value;                      /* per thread: (length, buckets); the cells of no rank stay 0 */
+    int64_t length;                    /* of the fullest bucket */
+} besa__cpu_cells;
+
+/* Returns the bytes of a thread's value. A bucket has at most ceil(C / buckets) ranks. */
+static size_t besa__cpu_cells_place(besa__arena *work, besa__cpu_cells *cells, int64_t columns, int64_t buckets)
+{
+    besa__arena one = {NULL, 0};
+    cells->cell = (uint32_t *)besa__take(work, (size_t)columns * sizeof(uint32_t));
+    cells->fill = (uint32_t *)besa__take(work, (size_t)buckets * sizeof(uint32_t));
+    cells->value = (float *)(void *)(work->base ? work->base + work->used : NULL);
+    besa__take_floats(&one, columns + buckets);
+    return one.used;
+}
+
+static void besa__cpu_cells_set(besa__cpu_cells *cells, const uint16_t *bucket, int64_t columns, int64_t buckets)
+{
+    cells->length = 0;
+    memset(cells->fill, 0, (size_t)buckets * sizeof(uint32_t));
+    for (int64_t j = 0; j < columns; j++) {
+        int64_t i = cells->fill[bucket[j]]++;
+        cells->cell[j] = (uint32_t)(i * buckets + bucket[j]);
+        cells->length = besa__max(cells->length, i + 1);
+    }
+    BESA_ASSERT(cells->length * buckets <= columns + buckets);
+}
+
+/* value[cell[rank]] = g; n elements from `at` of the ranks */
+static void besa__cpu_cells_store(float *value, const uint32_t *cell, const float *g, const void *rank, int64_t at,
+                                  int64_t n, int64_t columns)
+{
+    const uint16_t *rank16 = (const uint16_t *)rank + at;
+    const uint32_t *rank32 = (const uint32_t *)rank + at;
+    if (columns > 65536)
+        for (int64_t j = 0; j < n; j++) value[cell[rank32[j]]] = g[j];
+    else
+        for (int64_t j = 0; j < n; j++) value[cell[rank16[j]]] = g[j];
+}
+
+/* Asks for `bytes` bytes that will be read about 1024 elements later. */
+static inline void besa__cpu_ahead(const void *p, int64_t size, int64_t bytes)
+{
+#if defined(__GNUC__)
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch((const void *)((uintptr_t)p + (uintptr_t)(1024 * size + b)));
+#else
+    (void)p, (void)size, (void)bytes;
+#endif
+}
+
+/* sums(R,D)[r, bucket[rank[r,j]]] += dW[r,j] W[r,j] */
+static besa_result besa__cpu_bucket_gradient(besa_backend *be, float *sums, const float *dw, const void *w,
+                                             besa_dtype dtype, const void *rank, const uint16_t *bucket, int64_t rows,
+                                             int64_t columns, int64_t buckets)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
+    int64_t width = (int64_t)besa_dtype_size(dtype), rank_width = columns > 65536 ? 4 : 2;
+    besa__arena work = besa__cpu_work(be);
+    besa__cpu_cells cells;
+    size_t stride = besa__cpu_cells_place(&work, &cells, columns, buckets);
+    work.used += stride * (size_t)besa__cpu_of(be)->threads;
+    BESA__CPU_FITS(be, work);
+    besa__cpu_cells_set(&cells, bucket, columns, buckets);
+    memset(cells.value, 0, stride * (size_t)besa__cpu_of(be)->threads);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        float *value = cells.value + (size_t)BESA__THREAD_INDEX() * (stride / sizeof(float));
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
+            for (int64_t j = 0; j < columns; j += 512) {
+                float g[512];
+                int64_t at = r * columns + j, n = besa__min(512, columns - j);
+                const void *part = besa__at_const(w, dtype, at);
+                if (dtype == BESA_BF16) besa__cpu_times_bf16(g, dw + at, (const uint16_t *)part, n);
+                else if (dtype == BESA_F16) besa__cpu_times_f16(g, dw + at, (const uint16_t *)part, n);
+                else besa__cpu_times_f32(g, dw + at, (const float *)part, n);
+                for (int64_t k = 0; k < n; k += 32) { /* the stores take longer than the reading, if that goes on meanwhile */
+                    besa__cpu_ahead(dw + at + k, 4, 128);
+                    besa__cpu_ahead(besa__at_const(part, dtype, k), width, 32 * width);
+                    besa__cpu_ahead((const unsigned char *)rank + (at + k) * rank_width, rank_width, 32 * rank_width);
+                    besa__cpu_cells_store(value, cells.cell, g + k, rank, at + k, besa__min(32, n - k), columns);
+                }
+            }
+            besa__cpu_add_rows(sums + r * buckets, value, cells.length, buckets);
+        }
+    }
+    return BESA_OK;
+}
+
+/* ---- rates --------------------------------------------------------------------------------- */
+
+/* z = base + scale u(theta), u(x) = sigmoid(x) - 1/2, or x where plain is set */
+BESA__INLINE void besa__cpu_logits_run_body(float *z, const float *base, const float *theta, float scale, int plain,
+                                            int64_t n)
+{
+    if (plain) {
+        BESA__ELEMENTWISE
+        for (int64_t d = 0; d < n; d++) z[d] = base[d] + scale * theta[d];
+    } else {
+        BESA__ELEMENTWISE
+        for (int64_t d = 0; d < n; d++) z[d] = base[d] + scale * (besa__sigmoid(theta[d]) - 0.5f);
+    }
+}
+BESA__KERNEL(besa__cpu_logits_run,
+             (float *z, const float *base, const float *theta, float scale, int plain, int64_t n),
+             (z, base, theta, scale, plain, n))
+
+/* dtheta = dz scale u'(theta) */
+BESA__INLINE void besa__cpu_logits_back_body(float *dtheta, const float *dz, const float *theta, float scale, int plain,
+                                             int64_t n)
+{
+    if (plain) {
+        BESA__ELEMENTWISE
+        for (int64_t d = 0; d < n; d++) dtheta[d] = dz[d] * scale;
+    } else {
+        BESA__ELEMENTWISE
+        for (int64_t d = 0; d < n; d++) {
+            float u = besa__sigmoid(theta[d]);
+            dtheta[d] = dz[d] * scale * (u * (1.0f - u));
+        }
+    }
+}
+BESA__KERNEL(besa__cpu_logits_back,
+             (float *dtheta, const float *dz, const float *theta, float scale, int plain, int64_t n),
+             (dtheta, dz, theta, scale, plain, n))
+
+/* sums (2) = sum x, sum x y in double */
+BESA__INLINE void besa__cpu_moments_body(double *sums, const float *x, const float *y, int64_t n)
+{
+    double a[8], b[8];
+    int64_t i = 0;
+    for (int l = 0; l < 8; l++) a[l] = b[l] = 0.0;
+    for (; i + 8 <= n; i += 8)
+        for (int l = 0; l < 8; l++) {
+            a[l] += (double)x[i + l];
+            b[l] += (double)x[i + l] * (double)y[i + l];
+        }
+    for (; i < n; i++) {
+        a[i % 8] += (double)x[i];
+        b[i % 8] += (double)x[i] * (double)y[i];
+    }
+    sums[0] = ((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7]));
+    sums[1] = ((b[0] + b[1]) + (b[2] + b[3])) + ((b[4] + b[5]) + (b[6] + b[7]));
+}
+BESA__KERNEL(besa__cpu_moments, (double *sums, const float *x, const float *y, int64_t n), (sums, x, y, n))
+
+/* dz = (dbeta - mean) beta */
+BESA__INLINE void besa__cpu_beta_back_body(float *dz, const float *dbeta, const float *beta, float mean, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t d = 0; d < n; d++) dz[d] = (dbeta[d] - mean) * beta[d];
+}
+BESA__KERNEL(besa__cpu_beta_back, (float *dz, const float *dbeta, const float *beta, float mean, int64_t n),
+             (dz, dbeta, beta, mean, n))
+
+/* p(D+1) candidates and base(D+1) = c p + s_L u(theta_L): shared; then per thread */
+typedef struct besa__cpu_rates {
+    float *p, *base;
+    float *part;                       /* backward: sums of dz over runs of groups, (parts, D+1) */
+    float *beta, *dbeta;               /* (D+1) of a thread */
+} besa__cpu_rates;
+
+/* Runs of groups whose dz are summed on their own: fewer the more candidates there are. */
+static int64_t besa__cpu_rate_parts(int64_t groups, int64_t candidates)
+{
+    int64_t most = besa__max(1, besa__min(64, BESA__CPU_BUCKETS / candidates));
+    return besa__min(groups, most);
+}
+
+static size_t besa__cpu_rates_place(besa__arena *work, besa__cpu_rates *rates, int64_t candidates, int64_t parts)
+{
+    besa__arena one = {NULL, 0};
+    rates->p = besa__take_floats(work, candidates);
+    rates->base = besa__take_floats(work, candidates);
+    rates->part = besa__take_floats(work, parts * candidates);
+    rates->beta = (float *)(work->base ? work->base + work->used : NULL);
+    besa__take_floats(&one, candidates);
+    besa__take_floats(&one, candidates);
+    return one.used;
+}
+
+/* Set p and base; returns the groups. `stride` bytes lie between the threads' arrays from rates->beta on. */
+static int64_t besa__cpu_rates_begin(besa_backend *be, besa__cpu_rates *rates, size_t *stride, int64_t parts,
+                                     const float *theta_layer, const besa_rate_shape *s)
+{
+    besa__arena work = besa__cpu_work(be);
+    int64_t last = s->candidates - 1;
+    *stride = besa__cpu_rates_place(&work, rates, s->candidates, parts);
+    work.used += *stride * (size_t)besa__cpu_of(be)->threads;
+    BESA__CPU_FITS(be, work);
+    for (int64_t d = 0; d <= last; d++) {
+        rates->p[d] = last > 0 ? (float)((double)(last - d) / (double)last) : 1.0f;
+        rates->base[d] = s->tilt * rates->p[d];
+    }
+    if (theta_layer)
+        besa__cpu_logits_run(rates->base, rates->base, theta_layer, s->layer_scale, s->plain, s->candidates);
+    return besa__parts(s->rows, s->group_rows);
+}
+
+/* This thread's beta and dbeta. */
+static besa__cpu_rates besa__cpu_rates_mine(const besa__cpu_rates *rates, size_t stride)
+{
+    besa__cpu_rates mine = *rates;
+    mine.beta = (float *)(void *)((unsigned char *)(void *)rates->beta + stride * (size_t)BESA__THREAD_INDEX());
+    mine.dbeta = (float *)(void *)((unsigned char *)(void *)mine.beta + stride / 2);
+    return mine;
+}
+
+/* beta = softmax(z) of group g; returns alpha = sum beta p */
+static double besa__cpu_rates_beta(const besa__cpu_rates *rates, const float *theta_row, int64_t g,
+                                   const besa_rate_shape *s)
+{
+    double sums[2];
+    if (theta_row)
+        besa__cpu_logits_run(rates->beta, rates->base, theta_row + g * s->candidates, s->row_scale, s->plain,
+                             s->candidates);
+    else memcpy(rates->beta, rates->base, (size_t)s->candidates * sizeof(float));
+    besa__cpu_exp_sum(rates->beta, rates->beta, besa__cpu_row_max(rates->beta, s->candidates), s->candidates);
+    besa__cpu_moments(sums, rates->beta, rates->p, s->candidates);
+    besa__cpu_scale(rates->beta, (float)(1.0 / sums[0]), s->candidates);
+    return sums[1] / sums[0];
+}
+
+enum { BESA__CPU_GROUPS = 32 }; /* of one task */
+
+/* alpha(G), n(R) = max(floor(alpha C), zeros), the product in float as the published code has it */
+static besa_result besa__cpu_rate_forward(besa_backend *be, float *alpha, int32_t *n, const float *theta_layer,
+                                          const float *theta_row, const int32_t *zeros, const besa_rate_shape *s)
+{
+    besa__cpu_rates rates;
+    size_t stride;
+    int64_t groups = besa__cpu_rates_begin(be, &rates, &stride, 0, s->layer_scale == 0.0f ? NULL : theta_layer, s);
+    int64_t tasks = besa__parts(groups, BESA__CPU_GROUPS);
+    if (s->row_scale == 0.0f) theta_row = NULL;
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        besa__cpu_rates mine = besa__cpu_rates_mine(&rates, stride);
+        for (int64_t g = task * BESA__CPU_GROUPS; g < besa__min(groups, (task + 1) * BESA__CPU_GROUPS); g++) {
+            alpha[g] = (float)besa__cpu_rates_beta(&mine, theta_row, g, s);
+            float share = floorf(alpha[g] * (float)s->columns);
+            int64_t pruned = share > 0.0f ? besa__min((int64_t)share, s->columns) : 0; /* 0 where alpha is NaN */
+            for (int64_t r = g * s->group_rows; n && r < besa__min(s->rows, (g + 1) * s->group_rows); r++)
+                n[r] = (int32_t)(zeros ? besa__max(pruned, zeros[r]) : pruned);
+        }
+    }
+    return BESA_OK;
+}
+
+/* mean(1) [+]= share * sum_g alpha_g rows_g / R */
+static besa_result besa__cpu_rate_mean(besa_backend *be, float *mean, const float *alpha, float share, int accumulate,
+                                       const besa_rate_shape *s)
+{
+    int64_t groups = besa__parts(s->rows, s->group_rows);
+    double sum = 0.0;
+    (void)be;
+    for (int64_t g = 0; g < groups; g++)
+        sum += (double)alpha[g] * (double)besa__min(s->group_rows, s->rows - g * s->group_rows);
+    *mean = (accumulate ? *mean : 0.0f) + (float)((double)share * sum / (double)s->rows);
+    return BESA_OK;
+}
+
+/* mine->dbeta = dL/dz of group g, from dL/dbeta_d = - sum over rows and buckets b >= d of sums[r,b] + slope p_d with
+ * slope = slope_of_row times the rows of g */
+static void besa__cpu_rate_group_backward(const besa__cpu_rates *mine, const float *sums, const float *theta_row,
+                                          int64_t g, double slope_of_row, const besa_rate_shape *s)
+{
+    int64_t last = s->candidates - 1, end = besa__min(s->rows, (g + 1) * s->group_rows);
+    double run = 0.0, moments[2], slope = slope_of_row * (double)(end - g * s->group_rows);
+    memset(mine->dbeta, 0, (size_t)s->candidates * sizeof(float));
+    for (int64_t r = g * s->group_rows; r < end; r++) besa__cpu_axpy(mine->dbeta, 1.0f, sums + r * last, last);
+    for (int64_t d = last; d >= 0; d--) {
+        run += (double)mine->dbeta[d];
+        mine->dbeta[d] = (float)(slope * (double)mine->p[d] - run);
+    }
+    besa__cpu_rates_beta(mine, theta_row, g, s);
+    besa__cpu_moments(moments, mine->beta, mine->dbeta, s->candidates);
+    besa__cpu_beta_back(mine->dbeta, mine->dbeta, mine->beta, (float)(moments[1] / moments[0]), s->candidates);
+}
+
+/* dtheta_row(G,D+1) and dtheta_layer(D+1), assigned */
+static besa_result besa__cpu_rate_backward(besa_backend *be, float *dtheta_layer, float *dtheta_row, const float *sums,
+                                           const float *theta_layer, const float *theta_row,
+                                           const besa_penalty *penalty, const besa_rate_shape *s)
+{
+    besa__cpu_rates rates;
+    size_t stride;
+    int64_t groups = besa__parts(s->rows, s->group_rows), n = s->candidates;
+    int64_t parts = besa__cpu_rate_parts(groups, n), run = besa__parts(groups, parts);
+    double slope = 0.0;
+    besa__cpu_rates_begin(be, &rates, &stride, parts, s->layer_scale == 0.0f ? NULL : theta_layer, s);
+    if (s->row_scale == 0.0f) theta_row = dtheta_row = NULL;
+    if (s->layer_scale == 0.0f) dtheta_layer = NULL;
+    if (penalty && penalty->coefficient != 0.0f)
+        slope = (double)penalty->coefficient * ((double)*penalty->mean - (double)penalty->target) / (double)s->rows;
+    parts = besa__parts(groups, run);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, parts))
+    for (int64_t part = 0; part < parts; part++) {
+        besa__cpu_rates mine = besa__cpu_rates_mine(&rates, stride);
+        memset(mine.part + part * n, 0, (size_t)n * sizeof(float));
+        for (int64_t g = part * run; g < besa__min(groups, (part + 1) * run); g++) {
+            besa__cpu_rate_group_backward(&mine, sums, theta_row, g, slope, s);
+            if (dtheta_layer) besa__cpu_axpy(mine.part + part * n, 1.0f, mine.dbeta, n);
+            if (dtheta_row)
+                besa__cpu_logits_back(dtheta_row + g * n, mine.dbeta, theta_row + g * n, s->row_scale, s->plain, n);
+        }
+    }
+    if (!dtheta_layer) return BESA_OK;
+    memset(dtheta_layer, 0, (size_t)n * sizeof(float));
+    for (int64_t part = 0; part < parts; part++) besa__cpu_axpy(dtheta_layer, 1.0f, rates.part + part * n, n);
+    besa__cpu_logits_back(dtheta_layer, dtheta_layer, theta_layer, s->layer_scale, s->plain, n);
+    return BESA_OK;
+}
+
+/* ---- optimisers ---------------------------------------------------------------------------- */
+
+/* Prodigy's m, v, s: x = beta x + c g; v with g^2 */
+BESA__INLINE void besa__cpu_prodigy_state_body(const besa_optimizer_step *o, int64_t at, int64_t n, float d, float gain)
+{
+    float *m = o->m + at, *v = o->v + at, *s = o->s + at;
+    float b1 = (float)o->beta1, b2 = (float)o->beta2, b3 = (float)o->beta3;
+    float c1 = d * (float)(1.0 - o->beta1), c2 = d * d * (float)(1.0 - o->beta2);
+    const float *grad = o->grad + at;
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float g = grad[i];
+        m[i] = b1 * m[i] + c1 * g;
+        v[i] = b2 * v[i] + c2 * g * g;
+        s[i] = b3 * s[i] + gain * g;
+    }
+}
+BESA__KERNEL(besa__cpu_prodigy_state, (const besa_optimizer_step *o, int64_t at, int64_t n, float d, float gain),
+             (o, at, n, d, gain))
+
+/* sums (2) += <g, theta0 - theta>, sum |s| */
+BESA__INLINE void besa__cpu_prodigy_sums_body(double *sums, const besa_optimizer_step *o, int64_t at, int64_t n)
+{
+    const float *g = o->grad + at, *x0 = o->theta0 + at, *x = o->theta + at, *s = o->s + at;
+    double a[8], b[8];
+    int64_t i = 0;
+    for (int l = 0; l < 8; l++) a[l] = b[l] = 0.0;
+    for (; i + 8 <= n; i += 8)
+        for (int l = 0; l < 8; l++) {
+            a[l] += (double)g[i + l] * (double)(x0[i + l] - x[i + l]);
+            b[l] += (double)besa__bits_float(besa__float_bits(s[i + l]) & 0x7FFFFFFFu);
+        }
+    for (; i < n; i++) {
+        a[i % 8] += (double)g[i] * (double)(x0[i] - x[i]);
+        b[i % 8] += (double)besa__bits_float(besa__float_bits(s[i]) & 0x7FFFFFFFu);
+    }
+    for (int l = 0; l < 8; l++) sums[0] += a[l], sums[1] += b[l];
+}
+BESA__KERNEL(besa__cpu_prodigy_sums, (double *sums, const besa_optimizer_step *o, int64_t at, int64_t n),
+             (sums, o, at, n))
+
+/* theta = theta keep - rate m / (sqrt(v) / root + eps) */
+BESA__INLINE void besa__cpu_optimizer_move_body(const besa_optimizer_step *o, int64_t at, int64_t n, float keep,
+                                                float rate, float root, float eps)
+{
+    float *x = o->theta + at, *m = o->m + at, *v = o->v + at;
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) x[i] = keep * x[i] - rate * m[i] / (besa__sqrt(v[i]) / root + eps);
+}
+BESA__KERNEL(besa__cpu_optimizer_move,
+             (const besa_optimizer_step *o, int64_t at, int64_t n, float keep, float rate, float root, float eps),
+             (o, at, n, keep, rate, root, eps))
+
+/* AdamW's m = beta1 m + (1-beta1) g, v = beta2 v + (1-beta2) g^2 */
+BESA__INLINE void besa__cpu_adamw_state_body(const besa_optimizer_step *o, int64_t at, int64_t n)
+{
+    float *m = o->m + at, *v = o->v + at, b1 = (float)o->beta1, b2 = (float)o->beta2;
+    float c1 = (float)(1.0 - o->beta1), c2 = (float)(1.0 - o->beta2);
+    const float *grad = o->grad + at;
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float g = grad[i];
+        m[i] = b1 * m[i] + c1 * g;
+        v[i] = b2 * v[i] + c2 * g * g;
+    }
+}
+BESA__KERNEL(besa__cpu_adamw_state, (const besa_optimizer_step *o, int64_t at, int64_t n), (o, at, n))
+
+enum { BESA__CPU_STEP_PARTS = 1024, BESA__CPU_STEP_RUN = 8192 };
+
+static double *besa__cpu_optimizer_place(besa__arena *work)
+{
+    return (double *)besa__take(work, 2 * BESA__CPU_STEP_PARTS * sizeof(double));
+}
+
+/* Decoupled weight decay, bias correction: theta = theta (1 - lr decay) - lr / c1 m / (sqrt(v / c2) + eps) */
+static besa_result besa__cpu_adamw(besa_backend *be, const besa_optimizer_step *o, int64_t run, int64_t tasks)
+{
+    double c1 = 1.0 - pow(o->beta1, (double)o->step), c2 = 1.0 - pow(o->beta2, (double)o->step);
+    float keep = (float)(1.0 - o->lr * o->weight_decay);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * run, n = besa__min(run, o->n - at);
+        besa__cpu_adamw_state(o, at, n);
+        besa__cpu_optimizer_move(o, at, n, keep, (float)(o->lr / c1), (float)sqrt(c2), (float)o->eps);
+    }
+    return BESA_OK;
+}
+
+/* One step over n parameters. Prodigy (arXiv 2306.06101) or AdamW; scalars (4) = d, dmax, numerator */
+static besa_result besa__cpu_optimizer_step(besa_backend *be, const besa_optimizer_step *o)
+{
+    int64_t run = besa__max(BESA__CPU_STEP_RUN, besa__parts(o->n, BESA__CPU_STEP_PARTS));
+    int64_t tasks = besa__parts(o->n, run);
+    double sum[2] = {0.0, 0.0}, d, dlr, gain, numerator, estimate, *part;
+    besa__arena work = besa__cpu_work(be);
+    if (o->kind != BESA_PRODIGY) return besa__cpu_adamw(be, o, run, tasks);
+    d = o->scalars[0], dlr = d * o->lr, gain = d / o->d0 * dlr;
+    part = besa__cpu_optimizer_place(&work);
+    BESA__CPU_FITS(be, work);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * run, n = besa__min(run, o->n - at);
+        part[2 * task] = part[2 * task + 1] = 0.0;
+        besa__cpu_prodigy_state(o, at, n, (float)d, (float)gain);
+        besa__cpu_prodigy_sums(part + 2 * task, o, at, n);
+    }
+    for (int64_t task = 0; task < tasks; task++) sum[0] += part[2 * task], sum[1] += part[2 * task + 1];
+    if (sum[1] == 0.0) return BESA_OK; /* no gradient yet: nothing moves */
+    numerator = o->beta3 * o->scalars[2] + gain * sum[0];
+    estimate = o->d_coef * numerator / sum[1];
+    if (d == o->d0 && estimate > d) d = estimate;
+    if (estimate > o->scalars[1]) o->scalars[1] = estimate;
+    if (o->growth_rate > 0.0) d *= o->growth_rate; /* 0: no limit */
+    o->scalars[0] = o->growth_rate > 0.0 && d < o->scalars[1] ? d : o->scalars[1];
+    o->scalars[2] = numerator;
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        besa__cpu_optimizer_move(o, task * run, besa__min(run, o->n - task * run),
+                                 (float)(1.0 - dlr * o->weight_decay), (float)dlr, 1.0f,
+                                 (float)(o->scalars[0] * o->eps));
+    return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>cpu-sparsegpt         SparseGPT on the CPU: factor of the inverse Hessian, slabs of weights
+ * ============================================================================================
+ * SparseGPT (arXiv 2301.00774). All in float; products go to section cpu-gemm, never in bf16. The factor: H = W'W with
+ * W lower triangular (Cholesky, last block of rows first), Z = W^-1, U = Z' : then U'U = Z Z' = inv(H), U upper. */
+
+enum { BESA__CPU_FACTOR = 128 /* rows of a block */, BESA__CPU_STRIP = 1024 /* columns of one product */ };
+
+typedef struct besa__cpu_factor {
+    float *h;                          /* (C,C) */
+    int64_t columns;
+    float *inverse;                    /* (FACTOR, FACTOR) of the diagonal block */
+    float *panel;                      /* (FACTOR, C) */
+} besa__cpu_factor;
+
+static void besa__cpu_factor_place(besa__arena *work, besa__cpu_factor *f, int threads, int64_t columns)
+{
+    besa__cpu_gemm_place(work, threads); /* first, where besa__cpu_multiply has it */
+    f->columns = columns;
+    f->inverse = besa__take_floats(work, BESA__CPU_FACTOR * BESA__CPU_FACTOR);
+    f->panel = besa__take_floats(work, BESA__CPU_FACTOR * columns);
+}
+
+/* dead(C), ones on the diagonal there, then damping * mean(diag) on all of it */
+static void besa__cpu_hessian_damp(const besa__cpu_factor *f, int32_t *dead, float damping)
+{
+    double sum = 0.0;
+    float add;
+    for (int64_t j = 0; j < f->columns; j++) {
+        float *diagonal = f->h + j * f->columns + j;
+        dead[j] = *diagonal == 0.0f;
+        if (dead[j]) *diagonal = 1.0f;
+        sum += (double)*diagonal;
+    }
+    add = (float)((double)damping * sum / (double)f->columns);
+    for (int64_t j = 0; j < f->columns; j++) f->h[j * f->columns + j] += add;
+}
+
+/* In place D(n,n) -> W, D = W'W, lower triangles, rows `step` apart. Returns -1, or the column whose pivot is bad. */
+static int64_t besa__cpu_factor_block(float *d, int64_t n, int64_t step)
+{
+    for (int64_t p = n - 1; p >= 0; p--) {
+        float *row = d + p * step, pivot = row[p];
+        if (!(pivot > 0.0f) || pivot > 3.0e38f) return p;
+        besa__cpu_scale(row, 1.0f / sqrtf(pivot), p);
+        row[p] = sqrtf(pivot);
+        for (int64_t i = 0; i < p; i++) besa__cpu_axpy(d + i * step, -row[i], row, i + 1);
+    }
+    return -1;
+}
+
+/* Z(n,n) = W^-1, lower triangular, zeros above; rows of W `step` apart */
+static void besa__cpu_invert_block(float *z, const float *w, int64_t n, int64_t step)
+{
+    memset(z, 0, (size_t)(n * n) * sizeof *z);
+    for (int64_t i = 0; i < n; i++) {
+        for (int64_t k = 0; k < i; k++) besa__cpu_axpy(z + i * n, w[i * step + k], z + k * n, k + 1);
+        besa__cpu_scale(z + i * n, -1.0f / w[i * step + i], i);
+        z[i * n + i] = 1.0f / w[i * step + i];
+    }
+}
+
+/* H -> W in the lower triangle, blocks of rows from the last to the first; -1 or the bad column */
+static int64_t besa__cpu_factor_lower(besa_backend *be, const besa__cpu_factor *f)
+{
+    int64_t c = f->columns, blocks = besa__parts(c, BESA__CPU_FACTOR);
+    for (int64_t block = blocks - 1; block >= 0; block--) {
+        int64_t i0 = block * BESA__CPU_FACTOR, n = besa__min(BESA__CPU_FACTOR, c - i0);
+        float *rows = f->h + i0 * c;
+        int64_t bad = besa__cpu_factor_block(rows + i0, n, c);
+        besa__gemm_args g = besa__cpu_product(rows, n, i0, n);
+        if (bad >= 0) return i0 + bad;
+        if (i0 == 0) break;
+        besa__cpu_invert_block(f->inverse, rows + i0, n, c);
+        for (int64_t i = 0; i < n; i++) memcpy(f->panel + i * i0, rows + i * c, (size_t)i0 * sizeof(float));
+        besa__cpu_operand_a(&g, f->inverse, BESA_F32, 1, n); /* the block's rows: (W_bb^-1)' H_b */
+        besa__cpu_operand_b(&g, f->panel, BESA_F32, i0, 1);
+        g.c_row = c;
+        besa__cpu_multiply(be, &g, 0);
+        g = besa__cpu_product(f->h, i0, i0, n); /* what is above: H -= W_b' W_b */
+        besa__cpu_operand_a(&g, rows, BESA_F32, 1, c);
+        besa__cpu_operand_b(&g, rows, BESA_F32, c, 1);
+        g.c_row = c;
+        g.alpha = -1.0f;
+        g.accumulate = 1;
+        g.lower = 1;
+        besa__cpu_multiply(be, &g, 0);
+    }
+    return -1;
+}
+
+/* W -> Z = W^-1 in place, blocks of rows from the first to the last: Z_b = W_bb^-1 (-W_b Z_before | 1) */
+static void besa__cpu_invert_lower(besa_backend *be, const besa__cpu_factor *f)
+{
+    int64_t c = f->columns;
+    for (int64_t i0 = 0; i0 < c; i0 += BESA__CPU_FACTOR) {
+        int64_t n = besa__min(BESA__CPU_FACTOR, c - i0);
+        float *rows = f->h + i0 * c;
+        besa__gemm_args g;
+        besa__cpu_invert_block(f->inverse, rows + i0, n, c);
+        for (int64_t j0 = 0; j0 < i0; j0 += BESA__CPU_STRIP) { /* Z_before is 0 above row j0 */
+            g = besa__cpu_product(f->panel + j0, n, besa__min(BESA__CPU_STRIP, i0 - j0), i0 - j0);
+            besa__cpu_operand_a(&g, rows + j0, BESA_F32, c, 1);
+            besa__cpu_operand_b(&g, f->h + j0 * c + j0, BESA_F32, c, 1);
+            g.c_row = i0;
+            besa__cpu_multiply(be, &g, 0);
+        }
+        if (i0 > 0) {
+            g = besa__cpu_product(rows, n, i0, n);
+            besa__cpu_operand_a(&g, f->inverse, BESA_F32, n, 1);
+            besa__cpu_operand_b(&g, f->panel, BESA_F32, i0, 1);
+            g.c_row = c;
+            g.alpha = -1.0f;
+            besa__cpu_multiply(be, &g, 0);
+        }
+        for (int64_t i = 0; i < n; i++)
+            memcpy(rows + i * c + i0, f->inverse + i * n, (size_t)n * sizeof(float));
+    }
+}
+
+/* The strict upper triangle: zeros, or (transpose) what is below, which becomes zero. */
+static void besa__cpu_upper(besa_backend *be, const besa__cpu_factor *f, int transpose)
+{
+    int64_t c = f->columns, tile = 64, tasks = besa__parts(c, tile);
+    float *h = f->h;
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t i1 = besa__min(c, (task + 1) * tile);
+        for (int64_t j0 = task * tile; j0 < c; j0 += tile)
+            for (int64_t i = task * tile; i < i1; i++)
+                for (int64_t j = besa__max(i + 1, j0); j < besa__min(c, j0 + tile); j++) {
+                    h[i * c + j] = transpose ? h[j * c + i] : 0.0f;
+                    if (transpose) h[j * c + i] = 0.0f;
+                }
+    }
+}
+
+/* H(C,C) -> U, U'U = inv(H + damping mean(diag)) */
+static besa_result besa__cpu_hessian_factor(besa_backend *be, float *h, int32_t *dead, float damping, int64_t columns)
+{
+    besa__arena work = besa__cpu_work(be);
+    besa__cpu_factor f;
+    int64_t bad;
+    besa__cpu_factor_place(&work, &f, besa__cpu_of(be)->threads, columns);
+    BESA__CPU_FITS(be, work);
+    f.h = h;
+    besa__cpu_hessian_damp(&f, dead, damping);
+    bad = besa__cpu_factor_lower(be, &f);
+    if (bad >= 0)
+        return besa__fail(&be->error, BESA_ERROR_NUMERIC,
+                          "the Hessian of %lld columns is not positive definite at column %lld (more damping or more "
+                          "calibration tokens may help)", (long long)columns, (long long)bad);
+    besa__cpu_upper(be, &f, 0);
+    besa__cpu_invert_lower(be, &f);
+    besa__cpu_upper(be, &f, 1);
+    return BESA_OK;
+}
+
+/* diag(C) = U_jj, infinity where dead */
+static besa_result besa__cpu_diagonal(besa_backend *be, float *diag, const float *u, const int32_t *dead,
+                                      int64_t columns)
+{
+    (void)be;
+    for (int64_t j = 0; j < columns; j++) diag[j] = dead[j] ? besa__bits_float(0x7F800000u) : u[j * columns + j];
+    return BESA_OK;
+}
+
+/* ---- slabs --------------------------------------------------------------------------------- */
+
+typedef struct besa__cpu_slab {
+    float *w, *err;                    /* of row 0: (R, width), rows `columns` and `width` apart */
+    const float *u;                    /* (width, width) on U's diagonal, rows `columns` apart */
+    const int32_t *dead;               /* (width) */
+    float *scale;                      /* (width) = 1 / U_jj^2 */
+    int64_t width, columns;
+    uint32_t threshold;                /* of keys */
+    int n, m;
+} besa__cpu_slab;
+
+static void besa__cpu_slab_place(besa__arena *work, besa__cpu_slab *slab, besa__cpu_select *select, int64_t width,
+                                 int threads)
+{
+    besa__cpu_select_place(work, select, width, threads);
+    slab->scale = besa__take_floats(work, width);
+}
+
+/* key = key of w^2 scale */
+BESA__INLINE void besa__cpu_saliency_keys_body(uint32_t *key, const float *w, const float *scale, int64_t n)
+{
+    for (int64_t j = 0; j < n; j++) key[j] = besa__float_bits(w[j] * w[j] * scale[j]) | 0x80000000u;
+}
+BESA__KERNEL(besa__cpu_saliency_keys, (uint32_t *key, const float *w, const float *scale, int64_t n), (key, w, scale, n))
+
+static void besa__cpu_slab_keys(const besa__cpu_select *select, uint32_t *key, int64_t row)
+{
+    const besa__cpu_slab *slab = (const besa__cpu_slab *)select->data;
+    besa__cpu_saliency_keys(key, slab->w + row * slab->columns, slab->scale, slab->width);
+}
+
+/* go[i] = 1 for the n smallest w^2 scale of columns first .. first+m-1, as far as the slab reaches; 0 for the others */
+static void besa__cpu_slab_group(const besa__cpu_slab *slab, uint32_t *go, const float *w, int64_t first)
+{
+    int64_t end = besa__min(slab->width, first + slab->m);
+    for (int64_t j = first; j < end; j++) {
+        float s = w[j] * w[j] * slab->scale[j];
+        int place = 0;
+        for (int64_t i = first; i < end; i++) {
+            float other = w[i] * w[i] * slab->scale[i];
+            place += other < s || (i < j && !(other > s));
+        }
+        go[j] = place < slab->n;
+    }
+}
+
+/* One row, left to right: a pruned weight's error e = w / U_ii is taken off the later columns along U[i, i+1:]. */
+static void besa__cpu_slab_row(const besa__cpu_slab *slab, uint32_t *go, int64_t row)
+{
+    float *w = slab->w + row * slab->columns, *err = slab->err + row * slab->width;
+    besa__cpu_saliency_keys(go, w, slab->scale, slab->width);
+    for (int64_t i = 0; i < slab->width; i++) go[i] = go[i] <= slab->threshold;
+    for (int64_t i = 0; i < slab->width; i++) {
+        const float *u = slab->u + i * slab->columns;
+        if (slab->m > 0 && i % slab->m == 0) besa__cpu_slab_group(slab, go, w, i);
+        err[i] = go[i] ? w[i] / u[i] : 0.0f;
+        if (err[i] != 0.0f) besa__cpu_axpy(w + i + 1, -err[i], u + i + 1, slab->width - i - 1);
+        if (go[i]) w[i] = 0.0f;
+    }
+}
+
+/* Dead columns of the slab become 0. */
+static void besa__cpu_slab_bury(const besa__cpu_slab *slab, int64_t rows)
+{
+    for (int64_t j = 0; j < slab->width; j++)
+        for (int64_t r = 0; slab->dead[j] && r < rows; r++) slab->w[r * slab->columns + j] = 0.0f;
+}
+
+/* Columns first .. first+width-1 of Wf(R,C) */
+static besa_result besa__cpu_sparsegpt_slab(besa_backend *be, float *wf, float *err, const float *u,
+                                            const int32_t *dead, int64_t first, int64_t width, double target, int n,
+                                            int m, int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(width * 16), tasks = besa__parts(rows, grain), smaller;
+    besa__arena work = besa__cpu_work(be);
+    besa__cpu_select select;
+    besa__cpu_slab slab;
+    slab.w = wf + first, slab.err = err, slab.u = u + first * columns + first, slab.dead = dead + first;
+    slab.width = width, slab.columns = columns, slab.n = n, slab.m = m;
+    besa__cpu_slab_place(&work, &slab, &select, width, besa__cpu_of(be)->threads);
+    BESA__CPU_FITS(be, work);
+    for (int64_t j = 0; j < width; j++) slab.scale[j] = 1.0f / (slab.u[j * columns + j] * slab.u[j * columns + j]);
+    besa__cpu_slab_bury(&slab, rows);
+    slab.threshold = 0;
+    if (m == 0) {
+        double place = floor((double)width * (double)rows * target);
+        select.keys = besa__cpu_slab_keys;
+        select.data = &slab;
+        select.rows = rows, select.columns = width;
+        slab.threshold = besa__cpu_select_run(be, &select, besa__min((int64_t)place, width * rows - 1), &smaller);
+    }
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++)
+            besa__cpu_slab_row(&slab, select.key + BESA__THREAD_INDEX() * width, r);
+    return BESA_OK;
+}
+
+/* Wf[:, first+width:] -= err(R,width) U[first:first+width, first+width:] */
+static besa_result besa__cpu_sparsegpt_push(besa_backend *be, float *wf, const float *err, const float *u,
+                                            int64_t first, int64_t width, int64_t rows, int64_t columns)
+{
+    int64_t next = first + width;
+    besa__gemm_args g = besa__cpu_product(wf + next, rows, columns - next, width);
+    if (next >= columns) return BESA_OK;
+    besa__cpu_operand_a(&g, err, BESA_F32, width, 1);
+    besa__cpu_operand_b(&g, u + first * columns + next, BESA_F32, columns, 1);
+    g.c_row = columns;
+    g.alpha = -1.0f;
+    g.accumulate = 1;
+    besa__cpu_multiply(be, &g, 0);
+    return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>cpu-backend           the CPU's table of operations
+ * ============================================================================================ */
+
+/* Rates, bucket sums and the optimiser; 0 candidates: as many as there may be. */
+static size_t besa__cpu_rates_bytes(int64_t columns, int64_t candidates, int threads)
+{
+    besa__arena work = {NULL, 0}, cell_work = {NULL, 0}, step_work = {NULL, 0};
+    besa__cpu_rates rates;
+    besa__cpu_cells cells;
+    int64_t n = candidates > 0 ? candidates : BESA__CPU_BUCKETS;
+    size_t stride = besa__cpu_rates_place(&work, &rates, n, besa__cpu_rate_parts(INT64_MAX, n));
+    work.used += stride * (size_t)threads;
+    stride = besa__cpu_cells_place(&cell_work, &cells, columns, n);
+    cell_work.used += stride * (size_t)threads;
+    besa__cpu_optimizer_place(&step_work);
+    size_t most = work.used > cell_work.used ? work.used : cell_work.used;
+    return most > step_work.used ? most : step_work.used;
+}
+
+static size_t besa__cpu_attention_bytes(const besa_workload *w, int threads)
+{
+    besa__arena work = {NULL, 0}, one = {NULL, 0};
+    besa__cpu_head head;
+    float *dk, *dv;
+    if (w->num_attention_heads <= 0 || w->tokens <= 0) return 0;
+    besa__cpu_attention_parts_place(&work, &dk, &dv, w->tokens, w->num_attention_heads, w->num_key_value_heads,
+                                    w->head_dim);
+    besa__cpu_attention_place(&one, &head, w->seqlen, 1);
+    return work.used + one.used * (size_t)threads;
+}
+
+static size_t besa__cpu_hessian_bytes(const besa_workload *w, int threads)
+{
+    besa__arena work = {NULL, 0}, slab_work = {NULL, 0};
+    besa__cpu_factor factor;
+    besa__cpu_slab slab;
+    besa__cpu_select select;
+    if (w->hessian_columns <= 0) return 0;
+    besa__cpu_factor_place(&work, &factor, threads, w->hessian_columns);
+    besa__cpu_slab_place(&slab_work, &slab, &select, w->hessian_columns, threads);
+    return work.used > slab_work.used ? work.used : slab_work.used;
+}
+
+/* The most that any operation takes. */
+static size_t besa__cpu_workspace_size(besa_backend *be, const besa_workload *w)
+{
+    int threads = besa__cpu_of(be)->threads;
+    besa__arena work[5] = {{NULL, 0}, {NULL, 0}, {NULL, 0}, {NULL, 0}, {NULL, 0}};
+    besa__cpu_sort sort;
+    besa__cpu_select select;
+    int64_t *ties;
+    float *weight;
+    double *part;
+    size_t most[8], largest = 0;
+    if (w->tokens > 0) besa__cpu_gemm_place(&work[0], threads);
+    besa__cpu_column_sumsq_place(&work[1], w->tokens, w->columns);
+    besa__cpu_block_loss_place(&work[2], &weight, &part, w->tokens, w->columns);
+    besa__cpu_sort_place(&work[3], &sort, w->columns);
+    besa__cpu_mask_smallest_place(&work[4], &select, &ties, w->rows, w->columns, threads); /* and count_zeros */
+    for (int i = 0; i < 5; i++) most[i] = work[i].used;
+    most[3] *= (size_t)threads;
+    most[5] = besa__cpu_rates_bytes(w->columns, w->candidates, threads);
+    most[6] = besa__cpu_attention_bytes(w, threads);
+    most[7] = besa__cpu_hessian_bytes(w, threads);
+    for (int i = 0; i < 8; i++) largest = most[i] > largest ? most[i] : largest;
+    return largest;
+}
+
+static void besa__cpu_destroy(besa_backend *be)
+{
+    BESA_FREE(be->context);
+    memset(be, 0, sizeof *be);
+}
+
+static void besa__cpu_fill_memory(besa_backend *be)
+{
+    be->destroy = besa__cpu_destroy;
+    be->workspace_size = besa__cpu_workspace_size;
+    be->alloc = besa__cpu_alloc;
+    be->free = besa__cpu_free;
+    be->host_alloc = besa__cpu_alloc;
+    be->host_free = besa__cpu_free;
+    be->memory_info = besa__cpu_memory_info;
+    be->upload = besa__cpu_upload;
+    be->download = besa__cpu_upload;
+    be->copy = besa__cpu_upload;
+    be->zero = besa__cpu_zero;
+    be->record = besa__cpu_event;
+    be->wait = besa__cpu_event;
+    be->synchronize = besa__cpu_synchronize;
+}
+
+static void besa__cpu_fill_block(besa_backend *be)
+{
+    be->linear_forward = besa__cpu_linear_forward;
+    be->linear_backward_input = besa__cpu_linear_backward_input;
+    be->linear_backward_weight = besa__cpu_linear_backward_weight;
+    be->gram = besa__cpu_gram;
+    be->convert = besa__cpu_convert;
+    be->rmsnorm_forward = besa__cpu_rmsnorm_forward;
+    be->rmsnorm_backward = besa__cpu_rmsnorm_backward;
+    be->rope = besa__cpu_rope;
+    be->attention_forward = besa__cpu_attention_forward;
+    be->attention_backward = besa__cpu_attention_backward;
+    be->swiglu_forward = besa__cpu_swiglu_forward;
+    be->swiglu_backward = besa__cpu_swiglu_backward;
+    be->column_sumsq = besa__cpu_column_sumsq;
+    be->block_loss = besa__cpu_block_loss;
+    be->logits = besa__cpu_logits;
+    be->nll_update = besa__cpu_nll_update;
+    be->nll_sum = besa__cpu_nll_sum;
+}
+
+static void besa__cpu_fill_sparsity(besa_backend *be)
+{
+    be->score = besa__cpu_score;
+    be->power = besa__cpu_power;
+    be->fill = besa__cpu_fill;
+    be->count_zeros = besa__cpu_count_zeros;
+    be->rank_rows = besa__cpu_rank_rows;
+    be->mask_apply = besa__cpu_mask_apply;
+    be->mask_smallest = besa__cpu_mask_smallest;
+    be->mask_pattern = besa__cpu_mask_pattern;
+    be->bucket_gradient = besa__cpu_bucket_gradient;
+    be->rate_forward = besa__cpu_rate_forward;
+    be->rate_mean = besa__cpu_rate_mean;
+    be->rate_backward = besa__cpu_rate_backward;
+    be->optimizer_step = besa__cpu_optimizer_step;
+    be->hessian_factor = besa__cpu_hessian_factor;
+    be->diagonal = besa__cpu_diagonal;
+    be->sparsegpt_slab = besa__cpu_sparsegpt_slab;
+    be->sparsegpt_push = besa__cpu_sparsegpt_push;
+}
+
+BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *options, besa_error *error)
+{
+    besa__cpu *cpu;
+    void *memory;
+    int threads = options ? options->threads : 0;
+    memset(be, 0, sizeof *be);
+    if (threads < 0 || threads > 1024)
+        return besa__fail(error, BESA_ERROR_OPTION, "threads is %d, expected 0 to 1024", threads);
+#if defined(_OPENMP)
+    if (threads == 0) threads = omp_get_max_threads();
+#else
+    threads = 1;
+#endif
+    BESA__TRY(besa__malloc(&memory, sizeof *cpu, "the CPU backend", error));
+    cpu = (besa__cpu *)memory;
+    cpu->threads = threads;
+    cpu->bf16 = options && options->bf16;
+    be->name = cpu->bf16 ? "CPU, bf16 products" : "CPU";
+    be->context = cpu;
+    be->activation_dtype = BESA_F32;
+    be->unified_memory = 1;
+    besa__cpu_fill_memory(be);
+    besa__cpu_fill_block(be);
+    besa__cpu_fill_sparsity(be);
+    return BESA_OK;
+}
+
+#if defined(__clang__)
+#pragma clang diagnostic pop
+#endif
+
+/* ============================================================================================
+ * // >>rates                 importance, ranks, learnable rates, the exact projection (level 3)
+ * ============================================================================================
+ * Owns besa_rates: what is learned, per layer and together. Calls the backend table; knows layers, not blocks.
+ *
+ * Per group g of rows the rate is alpha_g = sum_d beta_d p_d with beta = softmax(z), p_d = 1 - d/D and
+ *     z_d = c p_d + s_L u(theta_L[d]) + s_R u(theta_g[d]),      u(x) = sigmoid(x) - 1/2.
+ * Row r prunes its n_r = floor(alpha C) lowest ranks. c makes the rate at theta = 0 the target, so that any target in
+ * (0, 1) can be reached; the published form is c = 0, which confines alpha to 0.376 .. 0.624. */
+
+typedef struct besa__rate_layer {
+    besa_layer_shape shape;
+    besa_rate_shape rate;
+    int64_t groups;
+    double fixed;                               /* its own sparsity, or negative: learned */
+    int ranked;
+    double share;                               /* of the learned weights */
+    int64_t theta_layer, theta_row;             /* first parameter; negative: none */
+    void *rank;                                 /* (R,C) 16 or 32 bits */
+    uint16_t *bucket;                           /* (C) */
+    int32_t *zeros, *n;                         /* (R) source zeros; weights pruned */
+    float *alpha;                               /* (G) */
+    float *sums;                                /* (R,D) bucket sums of dW * W */
+} besa__rate_layer;
+
+struct besa_rates {
+    besa_backend *be;
+    besa_rate_options options;                  /* with the defaults filled in */
+    int count, learns;                          /* learns 0: ranks and masks only, no theta */
+    besa__rate_layer *layer;                    /* (count) */
+    void *memory, *workspace;                   /* memory: owned, NULL inside an arena */
+    size_t workspace_bytes;
+    float tilt;
+    int64_t parameters, step;
+    float *theta, *theta0, *grad, *m, *v, *s;   /* (parameters) */
+    double *scalars;                            /* (4) d, dmax, numerator, unused */
+    float *mean;                                /* (1) S: mean rate of the learned layers */
+    int32_t *not_finite;                        /* (count) NaN and infinite weights of each layer */
+};
+
+/* What an option of 0, or BESA_NONE for a true 0, stands for. */
+static double besa__default(double value, double standard)
+{
+    return value == 0 ? standard : value == BESA_NONE ? 0 : value;
+}
+
+/* Mean rate at theta = 0 for a tilt c: sum_d softmax(c p)_d p_d, rising in c. */
+static double besa__tilted_rate(double c, int candidates)
+{
+    double sum = 0, rate = 0;
+    for (int d = 0; d <= candidates; d++) {
+        double p = 1.0 - (double)d / candidates;
+        double beta = exp(c > 0 ? c * (p - 1) : c * p);
+        sum += beta;
+        rate += beta * p;
+    }
+    return rate / sum;
+}
+
+static float besa__solve_tilt(double target, int candidates)
+{
+    double low = -1e7, high = 1e7;
+    for (int i = 0; i < 200; i++) {
+        double c = 0.5 * (low + high);
+        if (besa__tilted_rate(c, candidates) < target) low = c;
+        else high = c;
+    }
+    return (float)(fabs(high) < 1e-6 ? 0.0 : 0.5 * (low + high));
+}
+
+/* Check the options and fill in what 0 stands for; to be done once, as BESA_NONE becomes 0. */
+static besa_result besa__rate_defaults(besa_rate_options *o, besa_error *error)
+{
+    if (!(o->target > 0 && o->target < 1))
+        return besa__fail(error, BESA_ERROR_OPTION, "target sparsity is %g, expected 0 < target < 1", o->target);
+    if (o->candidates < 0 || o->candidates > 65535)
+        return besa__fail(error, BESA_ERROR_OPTION, "candidates is %d, expected 1 .. 65535", o->candidates);
+    if (o->group_rows < BESA_ALL_ROWS)
+        return besa__fail(error, BESA_ERROR_OPTION, "group_rows is %lld, expected 1 or more, or BESA_ALL_ROWS",
+                          (long long)o->group_rows);
+    if ((unsigned)o->form > BESA_RATES_LAYER || (unsigned)o->optimizer > BESA_ADAMW)
+        return besa__fail(error, BESA_ERROR_OPTION, "form is %d, optimizer is %d: not a value of their enums",
+                          (int)o->form, (int)o->optimizer);
+    if (o->candidates == 0) o->candidates = 100;
+    if (o->group_rows == 0) o->group_rows = 1;
+    o->layer_scale = o->form == BESA_RATES_ROW ? 0 : besa__default(o->layer_scale, 1);
+    o->row_scale = o->form == BESA_RATES_LAYER ? 0 : besa__default(o->row_scale, 1);
+    o->penalty = besa__default(o->penalty, 1);
+    o->lr = besa__default(o->lr, o->optimizer == BESA_PRODIGY ? 1 : 0.01);
+    o->beta1 = besa__default(o->beta1, 0.9);
+    o->beta2 = besa__default(o->beta2, 0.999);
+    o->weight_decay = besa__default(o->weight_decay, 0);
+    o->d0 = besa__default(o->d0, 1e-6);
+    o->d_coef = besa__default(o->d_coef, 5);
+    if (!(o->layer_scale >= 0 && o->row_scale >= 0 && o->layer_scale + o->row_scale > 0 && o->layer_scale <= 1e4 &&
+          o->row_scale <= 1e4))
+        return besa__fail(error, BESA_ERROR_OPTION, "layer_scale %g and row_scale %g: expected 0 .. 10000, not both 0",
+                          o->layer_scale, o->row_scale);
+    if (!(o->penalty >= 0 && o->penalty < 1e30 && o->lr > 0 && o->lr < 1e30 && o->d0 > 0 && o->d0 < 1e30 &&
+          o->d_coef > 0 && o->d_coef < 1e30 && o->weight_decay >= 0 && o->weight_decay < 1e30))
+        return besa__fail(error, BESA_ERROR_OPTION,
+                          "penalty %g, lr %g, d0 %g, d_coef %g, weight_decay %g: expected finite and positive", o->penalty,
+                          o->lr, o->d0, o->d_coef, o->weight_decay);
+    if (!(o->beta1 >= 0 && o->beta1 < 1 && o->beta2 >= 0 && o->beta2 < 1))
+        return besa__fail(error, BESA_ERROR_OPTION, "beta1 %g and beta2 %g: expected 0 <= beta < 1", o->beta1, o->beta2);
+    return BESA_OK;
+}
+
+static size_t besa__rank_bytes(int64_t columns) { return columns > 65536 ? 4 : 2; }
+
+/* Fill in one layer and place its arrays; theta's offsets are counted in rates->parameters. */
+static void besa__rate_layer_place(besa_rates *rates, besa__rate_layer *layer, besa__arena *arena)
+{
+    const besa_rate_options *o = &rates->options;
+    int64_t rows = layer->shape.rows, columns = layer->shape.columns;
+    besa_rate_shape *s = &layer->rate;
+    s->rows = rows;
+    s->columns = columns;
+    s->group_rows = o->group_rows == BESA_ALL_ROWS || o->group_rows > rows ? rows : o->group_rows;
+    s->candidates = o->candidates + 1;
+    s->tilt = rates->tilt;
+    s->layer_scale = (float)o->layer_scale;
+    s->row_scale = (float)o->row_scale;
+    s->plain = o->plain_softmax;
+    layer->groups = (rows + s->group_rows - 1) / s->group_rows;
+    layer->theta_layer = layer->theta_row = -1;
+    layer->rank = besa__take(arena, (size_t)(rows * columns) * besa__rank_bytes(columns));
+    layer->zeros = (int32_t *)besa__take(arena, (size_t)rows * sizeof(int32_t));
+    layer->n = (int32_t *)besa__take(arena, (size_t)rows * sizeof(int32_t));
+    if (!rates->learns) return;
+    layer->bucket = (uint16_t *)besa__take(arena, (size_t)columns * sizeof(uint16_t));
+    layer->alpha = besa__take_floats(arena, layer->groups);
+    layer->sums = besa__take_floats(arena, rows * o->candidates);
+    if (s->layer_scale > 0) {
+        layer->theta_layer = rates->parameters;
+        rates->parameters += s->candidates;
+    }
+    if (s->row_scale > 0) {
+        layer->theta_row = rates->parameters;
+        rates->parameters += layer->groups * s->candidates;
+    }
+}
+
+/* Place everything that the rates of these layers keep on the device; with arena->base NULL this only counts. */
+static void besa__rates_place(besa_rates *rates, besa__rate_layer *storage, const besa_layer_shape *shapes, int count,
+                              besa__arena *arena)
+{
+    rates->layer = storage;
+    rates->count = count;
+    rates->parameters = 0;
+    memset(storage, 0, (size_t)count * sizeof *storage);
+    for (int i = 0; i < count; i++) {
+        storage[i].shape = shapes[i];
+        besa__rate_layer_place(rates, &storage[i], arena);
+    }
+    rates->not_finite = (int32_t *)besa__take(arena, (size_t)count * sizeof(int32_t));
+    if (!rates->learns) return;
+    rates->theta = besa__take_floats(arena, rates->parameters);
+    rates->theta0 = besa__take_floats(arena, rates->parameters);
+    rates->grad = besa__take_floats(arena, rates->parameters);
+    rates->m = besa__take_floats(arena, rates->parameters);
+    rates->v = besa__take_floats(arena, rates->parameters);
+    rates->s = besa__take_floats(arena, rates->parameters);
+    rates->scalars = (double *)besa__take(arena, 4 * sizeof(double));
+    rates->mean = besa__take_floats(arena, 1);
+}
+
+/* Weights of the learned layers, and each one's share of them. */
+static int64_t besa__rates_share(besa_rates *rates)
+{
+    int64_t total = 0;
+    for (int i = 0; i < rates->count; i++)
+        if (rates->layer[i].fixed < 0) total += rates->layer[i].shape.rows * rates->layer[i].shape.columns;
+    for (int i = 0; i < rates->count; i++) {
+        besa__rate_layer *layer = &rates->layer[i];
+        layer->share = layer->fixed < 0 ? (double)(layer->shape.rows * layer->shape.columns) / (double)total : 0;
+    }
+    return total;
+}
+
+/* bucket[rank] = the largest candidate d with rank < k_d = ((D - d) C) / D: the weight is pruned by candidates 0 .. d. */
+static besa_result besa__upload_buckets(besa_rates *rates, besa__rate_layer *layer)
+{
+    besa_backend *be = rates->be;
+    int64_t buckets = layer->rate.candidates - 1, columns = layer->shape.columns, d = buckets - 1;
+    size_t bytes = (size_t)columns * sizeof(uint16_t);
+    uint16_t *table = NULL;
+    void *memory;
+    besa_result result = besa__malloc(&memory, bytes, "a bucket table", &be->error);
+    if (result != BESA_OK) return result;
+    table = (uint16_t *)memory;
+    for (int64_t rank = 0; rank < columns; rank++) {
+        while (rank >= ((buckets - d) * columns) / buckets) d--;
+        table[rank] = (uint16_t)d;
+    }
+    result = be->upload(be, BESA_QUEUE_COMPUTE, layer->bucket, table, bytes);
+    if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
+    BESA_FREE(table);
+    return result;
+}
+
+static besa_result besa__rates_reset(besa_rates *rates)
+{
+    besa_backend *be = rates->be;
+    size_t bytes = (size_t)rates->parameters * sizeof(float);
+    double scalars[4];
+    scalars[0] = scalars[1] = rates->options.d0;
+    scalars[2] = scalars[3] = 0;
+    for (int i = 0; i < rates->count; i++) {
+        rates->layer[i].fixed = -1;
+        rates->layer[i].ranked = 0;
+        BESA__TRY(be->fill(be, rates->layer[i].n, 0, rates->layer[i].shape.rows));
+    }
+    besa__rates_share(rates);
+    rates->step = 0;
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->not_finite, (size_t)rates->count * sizeof(int32_t)));
+    if (!rates->learns) return BESA_OK;
+    float *state[6] = {rates->theta, rates->theta0, rates->grad, rates->m, rates->v, rates->s};
+    for (int i = 0; i < 6; i++) BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, state[i], bytes));
+    for (int i = 0; i < rates->count; i++) {
+        besa__rate_layer *layer = &rates->layer[i];
+        size_t sums = (size_t)(layer->shape.rows * (layer->rate.candidates - 1)) * sizeof(float);
+        BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, layer->sums, sums));
+        BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, layer->alpha, (size_t)layer->groups * sizeof(float)));
+    }
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->mean, sizeof(float)));
+    BESA__TRY(be->upload(be, BESA_QUEUE_COMPUTE, rates->scalars, scalars, sizeof scalars));
+    return be->synchronize(be, BESA_QUEUE_COMPUTE);
+}
+
+/* n_r = floor(rate C) of every row. */
+static besa_result besa__uniform_counts(besa_rates *rates, int index, double rate)
+{
+    const besa__rate_layer *layer = &rates->layer[index];
+    int32_t n = (int32_t)floor(rate * (double)layer->shape.columns);
+    return rates->be->fill(rates->be, layer->n, n, layer->shape.rows);
+}
+
+/* Hold a layer at a sparsity of its own, or (negative) make it learn. */
+static besa_result besa__rates_fix(besa_rates *rates, int index, double sparsity)
+{
+    rates->layer[index].fixed = sparsity;
+    besa__rates_share(rates);
+    return sparsity < 0 ? BESA_OK : besa__uniform_counts(rates, index, sparsity);
+}
+
+/* Once after placing: what never changes. */
+static besa_result besa__rates_start(besa_rates *rates)
+{
+    if (rates->learns)
+        for (int i = 0; i < rates->count; i++) BESA__TRY(besa__upload_buckets(rates, &rates->layer[i]));
+    return besa__rates_reset(rates);
+}
+
+/* scale(C): the score's factor per column, from what the importance needs of the layer's inputs; may be statistic. */
+static besa_result besa__importance_scale(besa_backend *be, float *scale, const float *statistic,
+                                          besa_importance importance, int64_t columns)
+{
+    float exponent = importance == BESA_IMPORTANCE_WANDA ? 0.5f : importance == BESA_IMPORTANCE_SPARSEGPT ? -1.0f : -2.0f;
+    return be->power(be, scale, statistic, exponent, columns);
+}
+
+static int besa__importance_power(besa_importance importance)
+{
+    return importance == BESA_IMPORTANCE_SPARSEGPT || importance == BESA_IMPORTANCE_SPARSEGPT_SQUARED ? 2 : 1;
+}
+
+/* scale (C): the factor, or NULL. scratch (R,C) receives the scores. */
+static besa_result besa__rates_rank_scaled(besa_rates *rates, int index, const void *w, const float *scale, int power,
+                                    float *scratch)
+{
+    besa_backend *be = rates->be;
+    besa__rate_layer *layer = &rates->layer[index];
+    int64_t rows = layer->shape.rows, columns = layer->shape.columns;
+    layer->ranked = 1;
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->not_finite + index, sizeof(int32_t)));
+    BESA__TRY(be->score(be, scratch, w, layer->shape.dtype, scale, power, rows, columns));
+    BESA__TRY(be->rank_rows(be, layer->rank, scratch, rows, columns));
+    return be->count_zeros(be, layer->zeros, rates->not_finite + index, w, layer->shape.dtype, rows, columns);
+}
+
+static besa_result besa__rates_forward(besa_rates *rates)
+{
+    besa_backend *be = rates->be;
+    int first = 1;
+    for (int i = 0; i < rates->count; i++) {
+        besa__rate_layer *layer = &rates->layer[i];
+        if (layer->fixed >= 0) continue;
+        const float *theta_layer = layer->theta_layer < 0 ? NULL : rates->theta + layer->theta_layer;
+        const float *theta_row = layer->theta_row < 0 ? NULL : rates->theta + layer->theta_row;
+        BESA__TRY(be->rate_forward(be, layer->alpha, layer->n, theta_layer, theta_row, layer->zeros, &layer->rate));
+        BESA__TRY(be->rate_mean(be, rates->mean, layer->alpha, (float)layer->share, !first, &layer->rate));
+        first = 0;
+    }
+    return BESA_OK;
+}
+
+static besa_result besa__rates_mask(besa_rates *rates, int index, const void *w, void *pruned)
+{
+    const besa__rate_layer *layer = &rates->layer[index];
+    return rates->be->mask_apply(rates->be, pruned, w, layer->shape.dtype, layer->rank, layer->n, layer->shape.rows,
+                                 layer->shape.columns);
+}
+
+static besa_result besa__rates_gradient(besa_rates *rates, int index, const void *w, const float *dw)
+{
+    const besa__rate_layer *layer = &rates->layer[index];
+    if (layer->fixed >= 0) return BESA_OK;
+    return rates->be->bucket_gradient(rates->be, layer->sums, dw, w, layer->shape.dtype, layer->rank, layer->bucket,
+                                      layer->shape.rows, layer->shape.columns, layer->rate.candidates - 1);
+}
+
+/* From the bucket sums to dtheta, with the penalty lambda ((S - t)/t)^2:
+ * dL/dalpha_g = 2 lambda (S - t)/t^2 (n_layer / N) (rows_g / R). */
+static besa_result besa__rates_backward(besa_rates *rates)
+{
+    besa_backend *be = rates->be;
+    double t = rates->options.target;
+    for (int i = 0; i < rates->count; i++) {
+        besa__rate_layer *layer = &rates->layer[i];
+        if (layer->fixed >= 0) continue;
+        besa_penalty penalty;
+        penalty.mean = rates->mean;
+        penalty.coefficient = (float)(2 * rates->options.penalty / (t * t) * layer->share);
+        penalty.target = (float)t;
+        float *dlayer = layer->theta_layer < 0 ? NULL : rates->grad + layer->theta_layer;
+        float *drow = layer->theta_row < 0 ? NULL : rates->grad + layer->theta_row;
+        const float *theta_layer = layer->theta_layer < 0 ? NULL : rates->theta + layer->theta_layer;
+        const float *theta_row = layer->theta_row < 0 ? NULL : rates->theta + layer->theta_row;
+        BESA__TRY(be->rate_backward(be, dlayer, drow, layer->sums, theta_layer, theta_row, &penalty, &layer->rate));
+        size_t bytes = (size_t)(layer->shape.rows * (layer->rate.candidates - 1)) * sizeof(float);
+        BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, layer->sums, bytes));
+    }
+    return BESA_OK;
+}
+
+/* // >>optimisers            one step over the theta of all layers
+ * Prodigy (arXiv 2306.06101) estimates its own step size d from how far theta has come along the gradients:
+ *     dlr = d lr,     gain = (d / d0) dlr,     num = beta3 num + gain <g, theta0 - theta>
+ *     m = beta1 m + (1 - beta1) d g,   v = beta2 v + (1 - beta2) d^2 g^2,   s = beta3 s + gain g
+ *     dhat = d_coef num / sum|s|;   while d == d0: d = max(d, dhat);   dmax = max(dmax, dhat);   d = min(dmax, d growth)
+ *     theta -= dlr m / (sqrt(v) + d eps)      with dlr from before; nothing moves while sum|s| = 0
+ * d is one number over the theta of all layers, so all parameters go through one call. Gradients are 1e-8 and below:
+ * eps = 1e-8 matters, and a loss scale would have to be undone first. */
+static besa_result besa__rates_optimize(besa_rates *rates)
+{
+    const besa_rate_options *o = &rates->options;
+    besa_optimizer_step step;
+    memset(&step, 0, sizeof step);
+    step.kind = o->optimizer;
+    step.lr = o->lr;
+    step.beta1 = o->beta1;
+    step.beta2 = o->beta2;
+    step.beta3 = sqrt(o->beta2);
+    step.eps = 1e-8;
+    step.weight_decay = o->weight_decay;
+    step.d0 = o->d0;
+    step.d_coef = o->d_coef;
+    step.step = ++rates->step;
+    step.n = rates->parameters;
+    step.theta = rates->theta;
+    step.theta0 = rates->theta0;
+    step.grad = rates->grad;
+    step.m = rates->m;
+    step.v = rates->v;
+    step.s = rates->s;
+    step.scalars = rates->scalars;
+    return rates->be->optimizer_step(rates->be, &step);
+}
+
+/* // >>projection            the exact count
+ * All learned rows are shifted together in logit space until exactly floor(target N + 1/2) weights go. */
+typedef struct besa__projection_row {
+    double logit;                               /* of the row's learned rate */
+    double exact;                               /* shifted rate times C */
+    int64_t columns, zeros, n;
+    int64_t index;                              /* order of (layer, row) */
+} besa__projection_row;
+
+/* n = max(floor(exact), zeros) of every row for one shift; returns the sum. */
+static int64_t besa__project_shift(besa__projection_row *row, int64_t rows, double shift)
+{
+    int64_t total = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        row[r].exact = (double)row[r].columns / (1 + exp(-(row[r].logit + shift)));
+        int64_t n = (int64_t)floor(row[r].exact);
+        if (n < row[r].zeros) n = row[r].zeros;
+        if (n > row[r].columns) n = row[r].columns;
+        row[r].n = n;
+        total += n;
+    }
+    return total;
+}
+
+static int besa__by_fraction(const void *left, const void *right)
+{
+    const besa__projection_row *a = (const besa__projection_row *)left, *b = (const besa__projection_row *)right;
+    double fa = a->exact - (double)a->n, fb = b->exact - (double)b->n;
+    if (fa != fb) return fa > fb ? -1 : 1;
+    return a->index < b->index ? -1 : 1;
+}
+
+static int besa__by_index(const void *left, const void *right)
+{
+    const besa__projection_row *a = (const besa__projection_row *)left, *b = (const besa__projection_row *)right;
+    return a->index < b->index ? -1 : a->index > b->index;
+}
+
+/* Choose n of every row so that their sum is count; zeros <= n <= columns. */
+static besa_result besa__project_rows(besa__projection_row *row, int64_t rows, int64_t count, besa_error *error)
+{
+    int64_t zeros = 0, total;
+    double low = -60, high = 60;
+    for (int64_t r = 0; r < rows; r++) zeros += row[r].zeros;
+    if (zeros > count)
+        return besa__fail(error, BESA_ERROR_TARGET,
+                          "target asks for %lld pruned weights, but %lld weights are zero already", (long long)count,
+                          (long long)zeros);
+    for (int i = 0; i < 80; i++) {
+        double shift = 0.5 * (low + high);
+        if (besa__project_shift(row, rows, shift) <= count) low = shift;
+        else high = shift;
+    }
+    total = besa__project_shift(row, rows, low);
+    qsort(row, (size_t)rows, sizeof *row, besa__by_fraction);
+    while (total < count)
+        for (int64_t r = 0; r < rows && total < count; r++)
+            if (row[r].n < row[r].columns) {
+                row[r].n++;
+                total++;
+            }
+    qsort(row, (size_t)rows, sizeof *row, besa__by_index);
+    return BESA_OK;
+}
+
+/* Rows of one layer into the projection's table: alpha (G) and zeros (R) are what the device holds. 0 on NaN. */
+static int besa__projection_fill(besa__projection_row *row, const besa__rate_layer *layer, const float *alpha,
+                                  const int32_t *zeros, int64_t first)
+{
+    for (int64_t r = 0; r < layer->shape.rows; r++) {
+        double rate = (double)alpha[r / layer->rate.group_rows];
+        if (!isfinite(rate)) return 0;
+        rate = rate < 1e-7 ? 1e-7 : rate > 1 - 1e-7 ? 1 - 1e-7 : rate;
+        row[r].logit = log(rate / (1 - rate));
+        row[r].columns = layer->shape.columns;
+        row[r].zeros = zeros[r];
+        row[r].index = first + r;
+    }
+    return 1;
+}
+
+/* Waits for the device. *bad_layer is set on BESA_ERROR_NOT_FINITE. */
+static besa_result besa__check_finite(besa_rates *rates, int *bad_layer)
+{
+    besa_backend *be = rates->be;
+    for (int i = 0; i < rates->count; i++) {
+        int32_t count;
+        BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, &count, rates->not_finite + i, sizeof count));
+        BESA__TRY(be->synchronize(be, BESA_QUEUE_COMPUTE));
+        if (count == 0) continue;
+        *bad_layer = i;
+        return besa__fail(&be->error, BESA_ERROR_NOT_FINITE, "%d NaN or infinite weights in layer %d", (int)count, i);
+    }
+    return BESA_OK;
+}
+
+/* Read the rates of all learned layers, project, and send the counts back. Host scratch: row (total_rows), alpha and
+ * counts (rows of the largest layer). */
+static besa_result besa__project_layers(besa_rates *rates, besa__projection_row *row, float *alpha, int32_t *counts,
+                                        int64_t total_rows)
+{
+    besa_backend *be = rates->be;
+    int64_t first = 0, weights = besa__rates_share(rates);
+    for (int i = 0; i < rates->count; i++) {
+        besa__rate_layer *layer = &rates->layer[i];
+        if (layer->fixed >= 0) continue;
+        BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, alpha, layer->alpha, (size_t)layer->groups * sizeof(float)));
+        BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, counts, layer->zeros,
+                               (size_t)layer->shape.rows * sizeof(int32_t)));
+        BESA__TRY(be->synchronize(be, BESA_QUEUE_COMPUTE));
+        if (!besa__projection_fill(row + first, layer, alpha, counts, first))
+            return besa__fail(&be->error, BESA_ERROR_NOT_FINITE, "rates of layer %d are not finite", i);
+        first += layer->shape.rows;
+    }
+    int64_t count = (int64_t)floor(rates->options.target * (double)weights + 0.5);
+    BESA__TRY(besa__project_rows(row, total_rows, count, &be->error));
+    first = 0;
+    for (int i = 0; i < rates->count; i++) {
+        besa__rate_layer *layer = &rates->layer[i];
+        if (layer->fixed >= 0) continue;
+        for (int64_t r = 0; r < layer->shape.rows; r++) counts[r] = (int32_t)row[first + r].n;
+        BESA__TRY(be->upload(be, BESA_QUEUE_COMPUTE, layer->n, counts, (size_t)layer->shape.rows * sizeof(int32_t)));
+        BESA__TRY(be->synchronize(be, BESA_QUEUE_COMPUTE));
+        first += layer->shape.rows;
+    }
+    return BESA_OK;
+}
+
+/* From the rates as they are now to exact counts. */
+static besa_result besa__rates_project(besa_rates *rates)
+{
+    BESA__TRY(besa__rates_forward(rates));
+    besa_error *error = &rates->be->error;
+    int64_t rows = 0, most = 0;
+    for (int i = 0; i < rates->count; i++) {
+        if (rates->layer[i].fixed >= 0) continue;
+        rows += rates->layer[i].shape.rows;
+        if (rates->layer[i].shape.rows > most) most = rates->layer[i].shape.rows;
+    }
+    if (rows == 0) return BESA_OK;
+    size_t row_bytes = (size_t)rows * sizeof(besa__projection_row);
+    size_t alpha_bytes = (size_t)most * sizeof(float), count_bytes = (size_t)most * sizeof(int32_t);
+    void *memory;
+    BESA__TRY(besa__malloc(&memory, row_bytes + alpha_bytes + count_bytes, "the projection", error));
+    unsigned char *base = (unsigned char *)memory;
+    besa_result result = besa__project_layers(rates, (besa__projection_row *)memory, (float *)(base + row_bytes),
+                                              (int32_t *)(base + row_bytes + alpha_bytes), rows);
+    BESA_FREE(memory);
+    return result;
+}
+
+/* ---- the public functions of level 3 ------------------------------------------------------- */
+
+static besa_result besa__rates_init(besa_rates *rates, besa_backend *be, const besa_rate_options *options, int learns,
+                                    besa_error *error)
+{
+    memset(rates, 0, sizeof *rates);
+    rates->be = be;
+    rates->options = *options;
+    rates->learns = learns;
+    BESA__TRY(besa__rate_defaults(&rates->options, error));
+    rates->tilt = rates->options.zero_start ? 0 : besa__solve_tilt(rates->options.target, rates->options.candidates);
+    return BESA_OK;
+}
+
+static besa_result besa__check_layers(const besa_layer_shape *layers, int count, besa_error *error)
+{
+    if (count < 1) return besa__fail(error, BESA_ERROR_OPTION, "count of layers is %d, expected 1 or more", count);
+    for (int i = 0; i < count; i++)
+        if (layers[i].rows < 1 || layers[i].columns < 1 || layers[i].rows > INT32_MAX || layers[i].columns > INT32_MAX)
+            return besa__fail(error, BESA_ERROR_OPTION, "layer %d is %lld x %lld, expected 1 .. 2^31 - 1 each way", i,
+                              (long long)layers[i].rows, (long long)layers[i].columns);
+    return BESA_OK;
+}
+
+static besa_workload besa__layers_workload(const besa_layer_shape *layers, int count)
+{
+    besa_workload work;
+    memset(&work, 0, sizeof work);
+    for (int i = 0; i < count; i++) {
+        work.rows = besa__max(work.rows, layers[i].rows);
+        work.columns = besa__max(work.columns, layers[i].columns);
+    }
+    return work;
+}
+
+/* Everything besa_rates_create allocates on the device. */
+static size_t besa__rates_layout(besa_rates *rates, besa__rate_layer *storage, const besa_layer_shape *layers, int count,
+                                 void *memory)
+{
+    besa_workload work = besa__layers_workload(layers, count);
+    besa__arena arena;
+    arena.base = (unsigned char *)memory;
+    arena.used = 0;
+    work.candidates = rates->options.candidates + 1;
+    besa__rates_place(rates, storage, layers, count, &arena);
+    rates->workspace_bytes = rates->be->workspace_size(rates->be, &work);
+    rates->workspace = besa__take(&arena, rates->workspace_bytes);
+    return arena.used;
+}
+
+BESA_API size_t besa_rates_size(besa_backend *be, const besa_layer_shape *layers, int count,
+                                const besa_rate_options *options)
+{
+    besa_rates rates;
+    if (besa__check_layers(layers, count, NULL) != BESA_OK) return 0;
+    if (besa__rates_init(&rates, be, options, 1, NULL) != BESA_OK) return 0;
+    besa__rate_layer *storage = (besa__rate_layer *)BESA_MALLOC((size_t)count * sizeof(besa__rate_layer));
+    if (!storage) return 0;
+    size_t bytes = besa__rates_layout(&rates, storage, layers, count, NULL);
+    BESA_FREE(storage);
+    return bytes;
+}
+
+/* Every public function on rates begins with enter and ends with leave: between them operations use the rates' own
+ * workspace, after them the caller's again. */
+static besa__workspace besa__rates_enter(besa_rates *rates)
+{
+    return rates->workspace ? besa__use_workspace(rates->be, rates->workspace, rates->workspace_bytes)
+                            : besa__use_workspace(rates->be, rates->be->workspace, rates->be->workspace_bytes);
+}
+
+static besa_result besa__rates_leave(besa_rates *rates, besa__workspace callers, besa_result result, besa_error *error)
+{
+    rates->be->workspace = callers.memory;
+    rates->be->workspace_bytes = callers.bytes;
+    return besa__pass_error(rates->be, result, error);
+}
+
+static besa_result besa__rates_allocate(besa_rates *rates, const besa_layer_shape *layers, int count, besa_error *error)
+{
+    besa__rate_layer *storage = (besa__rate_layer *)(void *)(rates + 1);
+    size_t bytes = besa__rates_layout(rates, storage, layers, count, NULL);
+    BESA__TRY(besa__pass_error(rates->be, rates->be->alloc(rates->be, &rates->memory, bytes), error));
+    besa__rates_layout(rates, storage, layers, count, rates->memory);
+    besa__workspace callers = besa__rates_enter(rates);
+    return besa__rates_leave(rates, callers, besa__rates_start(rates), error);
+}
+
+BESA_API besa_result besa_rates_create(besa_rates **rates, besa_backend *be, const besa_layer_shape *layers,
+                                       int count, const besa_rate_options *options, besa_error *error)
+{
+    void *memory;
+    *rates = NULL;
+    BESA__TRY(besa__check_layers(layers, count, error));
+    BESA__TRY(besa__malloc(&memory, sizeof(besa_rates) + (size_t)count * sizeof(besa__rate_layer), "rates", error));
+    besa_rates *made = (besa_rates *)memory;
+    besa_result result = besa__rates_init(made, be, options, 1, error);
+    if (result == BESA_OK) result = besa__rates_allocate(made, layers, count, error);
+    if (result != BESA_OK) besa_rates_destroy(made);
+    else *rates = made;
+    return result;
+}
+
+BESA_API void besa_rates_destroy(besa_rates *rates)
+{
+    if (!rates) return;
+    if (rates->memory) rates->be->free(rates->be, rates->memory);
+    BESA_FREE(rates);
+}
+
+static besa_result besa__check_layer(const besa_rates *rates, int layer, int ranked, besa_error *error)
+{
+    if (layer < 0 || layer >= rates->count)
+        return besa__fail(error, BESA_ERROR_OPTION, "layer is %d, expected 0 .. %d", layer, rates->count - 1);
+    if (ranked && !rates->layer[layer].ranked)
+        return besa__fail(error, BESA_ERROR_OPTION, "layer %d has no ranks yet: call besa_rates_rank first", layer);
+    return BESA_OK;
+}
+
+BESA_API besa_result besa_rates_rank(besa_rates *rates, int layer, const void *w, besa_importance importance,
+                                     const float *statistic, float *scratch, besa_error *error)
+{
+    BESA__TRY(besa__check_layer(rates, layer, 0, error));
+    besa_backend *be = rates->be;
+    const besa_layer_shape *shape = &rates->layer[layer].shape;
+    float *scale = NULL;
+    besa_result result = BESA_OK;
+    besa__workspace callers = besa__rates_enter(rates);
+    if (importance != BESA_IMPORTANCE_MAGNITUDE) {
+        scale = scratch + shape->rows * shape->columns;
+        result = besa__importance_scale(be, scale, statistic, importance, shape->columns);
+    }
+    if (result == BESA_OK)
+        result = besa__rates_rank_scaled(rates, layer, w, scale, besa__importance_power(importance), scratch);
+    return besa__rates_leave(rates, callers, result, error);
+}
+
+BESA_API besa_result besa_rates_fix(besa_rates *rates, int layer, double sparsity, besa_error *error)
+{
+    BESA__TRY(besa__check_layer(rates, layer, 0, error));
+    if (!(sparsity < 1))
+        return besa__fail(error, BESA_ERROR_OPTION, "sparsity of a fixed layer is %g, expected below 1", sparsity);
+    besa__workspace callers = besa__rates_enter(rates);
+    return besa__rates_leave(rates, callers, besa__rates_fix(rates, layer, sparsity), error);
+}
+
+BESA_API besa_result besa_rates_reset(besa_rates *rates, besa_error *error)
+{
+    besa__workspace callers = besa__rates_enter(rates);
+    return besa__rates_leave(rates, callers, besa__rates_reset(rates), error);
+}
+
+BESA_API besa_result besa_rates_forward(besa_rates *rates, besa_error *error)
+{
+    besa__workspace callers = besa__rates_enter(rates);
+    return besa__rates_leave(rates, callers, besa__rates_forward(rates), error);
+}
+
+BESA_API besa_result besa_rates_mask(besa_rates *rates, int layer, const void *w, void *pruned, besa_error *error)
+{
+    BESA__TRY(besa__check_layer(rates, layer, 1, error));
+    besa__workspace callers = besa__rates_enter(rates);
+    return besa__rates_leave(rates, callers, besa__rates_mask(rates, layer, w, pruned), error);
+}
+
+BESA_API besa_result besa_rates_gradient(besa_rates *rates, int layer, const void *w, const float *dw,
+                                         besa_error *error)
+{
+    BESA__TRY(besa__check_layer(rates, layer, 1, error));
+    besa__workspace callers = besa__rates_enter(rates);
+    return besa__rates_leave(rates, callers, besa__rates_gradient(rates, layer, w, dw), error);
+}
+
+BESA_API besa_result besa_rates_backward(besa_rates *rates, besa_error *error)
+{
+    besa__workspace callers = besa__rates_enter(rates);
+    return besa__rates_leave(rates, callers, besa__rates_backward(rates), error);
+}
+
+BESA_API besa_result besa_rates_optimize(besa_rates *rates, besa_error *error)
+{
+    besa__workspace callers = besa__rates_enter(rates);
+    return besa__rates_leave(rates, callers, besa__rates_optimize(rates), error);
+}
+
+BESA_API besa_result besa_rates_step(besa_rates *rates, besa_error *error)
+{
+    BESA__TRY(besa_rates_backward(rates, error));
+    return besa_rates_optimize(rates, error);
+}
+
+BESA_API int64_t besa_rates_parameters(besa_rates *rates, float **theta, float **grad)
+{
+    if (theta) *theta = rates->theta;
+    if (grad) *grad = rates->grad;
+    return rates->parameters;
+}
+
+BESA_API besa_result besa_rates_project(besa_rates *rates, besa_error *error)
+{
+    int bad_layer;
+    for (int i = 0; i < rates->count; i++) BESA__TRY(besa__check_layer(rates, i, 1, error));
+    besa__workspace callers = besa__rates_enter(rates);
+    besa_result result = besa__check_finite(rates, &bad_layer);
+    if (result == BESA_OK) result = besa__rates_project(rates);
+    return besa__rates_leave(rates, callers, result, error);
+}
+
+BESA_API besa_result besa_rates_read(besa_rates *rates, int layer, float *alpha, int32_t *n, besa_error *error)
+{
+    BESA__TRY(besa__check_layer(rates, layer, 0, error));
+    besa_backend *be = rates->be;
+    const besa__rate_layer *one = &rates->layer[layer];
+    besa_result result = BESA_OK;
+    if (alpha) result = be->download(be, BESA_QUEUE_COMPUTE, alpha, one->alpha, (size_t)one->groups * sizeof(float));
+    if (n && result == BESA_OK)
+        result = be->download(be, BESA_QUEUE_COMPUTE, n, one->n, (size_t)one->shape.rows * sizeof(int32_t));
+    if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
+    for (int64_t g = 0; alpha && one->fixed >= 0 && g < one->groups; g++) alpha[g] = (float)one->fixed;
+    return besa__pass_error(be, result, error);
+}
+
+BESA_API besa_result besa_rates_status(besa_rates *rates, double *d, double *mean_rate, besa_error *error)
+{
+    besa_backend *be = rates->be;
+    double scalars[4];
+    float mean;
+    int bad_layer;
+    besa_result result = be->download(be, BESA_QUEUE_COMPUTE, scalars, rates->scalars, sizeof scalars);
+    if (result == BESA_OK) result = be->download(be, BESA_QUEUE_COMPUTE, &mean, rates->mean, sizeof mean);
+    if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
+    if (result == BESA_OK) result = besa__check_finite(rates, &bad_layer);
+    if (result != BESA_OK) return besa__pass_error(be, result, error);
+    if (!isfinite(scalars[0]) || !isfinite(mean))
+        return besa__fail(error, BESA_ERROR_NOT_FINITE, "mean rate is %g and Prodigy's d is %g: a gradient was not finite",
+                          (double)mean, scalars[0]);
+    if (d) *d = scalars[0];
+    if (mean_rate) *mean_rate = (double)mean;
+    return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>block                 one decoder block, forward and backward (level 2)
+ * ============================================================================================
+ * Owns the order of the pieces and which buffer holds what; the pieces themselves are backend operations.
+ *
+ *   a = rmsnorm(x; g1)     q, k, v = a Wq', a Wk', a Wv'     q, k = rope(norm(q)), rope(norm(k))
+ *   attn = softmax_causal(q k' / sqrt(dh)) v                 h1 = x + attn Wo'
+ *   m = rmsnorm(h1; g2)    z = silu(m Wg') * (m Wu')         y = h1 + z Wd' */
+
+/* The wavelength of pair i is 2 pi theta^(2 i / dh). llama3 stretches long wavelengths by `factor`, leaves short ones
+ * and blends between (Llama 3.1's rope scaling). */
+static double besa__inverse_frequency(const besa_rope *rope, int64_t pair, int64_t head_dim)
+{
+    double f = pow(rope->theta, -2.0 * (double)pair / (double)head_dim);
+    if (rope->type == BESA_ROPE_LINEAR) return f / rope->factor;
+    if (rope->type == BESA_ROPE_DEFAULT) return f;
+    double turns = rope->original_max_position_embeddings * f / 6.283185307179586; /* over the original context */
+    if (turns < rope->low_freq_factor) return f / rope->factor;
+    if (turns > rope->high_freq_factor) return f;
+    double smooth = (turns - rope->low_freq_factor) / (rope->high_freq_factor - rope->low_freq_factor);
+    return (1 - smooth) * f / rope->factor + smooth * f;
+}
+
+BESA_API void besa_rope_table(const besa_block_shape *shape, int64_t seqlen, float *cosine, float *sine)
+{
+    int64_t half = shape->head_dim / 2;
+    for (int64_t i = 0; i < half; i++) {
+        float f = (float)besa__inverse_frequency(&shape->rope, i, shape->head_dim);
+        for (int64_t t = 0; t < seqlen; t++) {
+            double angle = (double)((float)t * f); /* in float, as the models were trained */
+            cosine[t * half + i] = (float)cos(angle);
+            sine[t * half + i] = (float)sin(angle);
+        }
+    }
+}
+
+BESA_API besa_workload besa_block_workload(const besa_block_shape *shape, int64_t batch, int64_t seqlen)
+{
+    besa_workload work;
+    memset(&work, 0, sizeof work);
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(shape, i, &rows, &columns);
+        if (rows > work.rows) work.rows = rows;
+        if (columns > work.columns) work.columns = columns;
+    }
+    work.tokens = batch * seqlen;
+    work.seqlen = seqlen;
+    work.num_attention_heads = shape->num_attention_heads;
+    work.num_key_value_heads = shape->num_key_value_heads;
+    work.head_dim = shape->head_dim;
+    return work;
+}
+
+static int64_t besa__largest_layer(const besa_block_shape *shape)
+{
+    int64_t most = 0, rows, columns;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        besa_block_layer(shape, i, &rows, &columns);
+        if (rows * columns > most) most = rows * columns;
+    }
+    return most;
+}
+
+/* Place the activations of `tokens` tokens. */
+static void besa__activations_place(besa_activations *acts, besa__arena *arena, besa_dtype dtype,
+                                    const besa_block_shape *s, int qk_norm, int64_t tokens, int backward)
+{
+    size_t e = besa_dtype_size(dtype) * (size_t)tokens;
+    size_t d = e * (size_t)s->hidden_size, i = e * (size_t)s->intermediate_size;
+    size_t q = e * (size_t)(s->num_attention_heads * s->head_dim), kv = e * (size_t)(s->num_key_value_heads * s->head_dim);
+    memset(acts, 0, sizeof *acts);
+    acts->a = besa__take(arena, d);
+    acts->q = besa__take(arena, q);
+    acts->k = besa__take(arena, kv);
+    acts->v = besa__take(arena, kv);
+    acts->attn = besa__take(arena, q);
+    acts->h1 = besa__take(arena, d);
+    acts->m = besa__take(arena, d);
+    acts->gate = besa__take(arena, i);
+    acts->up = besa__take(arena, i);
+    acts->z = besa__take(arena, i);
+    acts->inv_rms1 = besa__take_floats(arena, tokens);
+    acts->inv_rms2 = besa__take_floats(arena, tokens);
+    if (qk_norm) {
+        acts->q_raw = besa__take(arena, q);
+        acts->k_raw = besa__take(arena, kv);
+        acts->inv_rms_q = besa__take_floats(arena, tokens * s->num_attention_heads);
+        acts->inv_rms_k = besa__take_floats(arena, tokens * s->num_key_value_heads);
+    }
+    if (!backward) return;
+    acts->dz = besa__take(arena, i);
+    acts->dm = besa__take(arena, d);
+    acts->dattn = besa__take(arena, q);
+    acts->dq = besa__take(arena, q);
+    acts->dk = besa__take(arena, kv);
+    acts->dv = besa__take(arena, kv);
+    acts->dw = besa__take_floats(arena, besa__largest_layer(s));
+}
+
+BESA_API size_t besa_activations_size(const besa_backend *be, const besa_block_shape *shape, int qk_norm,
+                                      int64_t tokens, int backward)
+{
+    besa_activations acts;
+    besa__arena arena = {NULL, 0};
+    besa__activations_place(&acts, &arena, be->activation_dtype, shape, qk_norm, tokens, backward);
+    return arena.used;
+}
+
+BESA_API void besa_activations_init(besa_activations *acts, void *device, const besa_backend *be,
+                                    const besa_block_shape *shape, int qk_norm, int64_t tokens, int backward)
+{
+    besa__arena arena;
+    arena.base = (unsigned char *)device;
+    arena.used = 0;
+    besa__activations_place(acts, &arena, be->activation_dtype, shape, qk_norm, tokens, backward);
+}
+
+/* y = x W' of one layer of the block, or y += */
+static besa_result besa__layer_forward(besa_backend *be, const besa_block *b, int layer, void *y, const void *x,
+                                       int64_t tokens, int accumulate)
+{
+    int64_t rows, columns;
+    besa_block_layer(&b->shape, layer, &rows, &columns);
+    return be->linear_forward(be, y, x, b->weight[layer], b->dtype, b->bias[layer], tokens, rows, columns, accumulate);
+}
+
+static besa_result besa__layer_backward_input(besa_backend *be, const besa_block *b, int layer, void *dx, const void *dy,
+                                              int64_t tokens, int accumulate)
+{
+    int64_t rows, columns;
+    besa_block_layer(&b->shape, layer, &rows, &columns);
+    return be->linear_backward_input(be, dx, dy, b->weight[layer], b->dtype, tokens, rows, columns, accumulate);
+}
+
+static besa_attention_shape besa__attention_shape(const besa_block_shape *shape, int64_t batch, int64_t seqlen)
+{
+    besa_attention_shape s;
+    s.batch = batch;
+    s.seqlen = seqlen;
+    s.num_attention_heads = shape->num_attention_heads;
+    s.num_key_value_heads = shape->num_key_value_heads;
+    s.head_dim = shape->head_dim;
+    s.sliding_window = shape->sliding_window;
+    return s;
+}
+
+/* q, k, v from a = rmsnorm(x), with the q/k norms where the model has them, and rope. */
+static besa_result besa__qkv_forward(besa_backend *be, const besa_block *b, besa_activations *acts, int64_t tokens,
+                                     int64_t seqlen)
+{
+    const besa_block_shape *s = &b->shape;
+    int64_t heads = s->num_attention_heads, kv_heads = s->num_key_value_heads, dh = s->head_dim;
+    float eps = (float)s->rms_norm_eps;
+    void *q = b->q_norm ? acts->q_raw : acts->q, *k = b->k_norm ? acts->k_raw : acts->k;
+    BESA__TRY(besa__layer_forward(be, b, BESA_Q, q, acts->a, tokens, 0));
+    BESA__TRY(besa__layer_forward(be, b, BESA_K, k, acts->a, tokens, 0));
+    BESA__TRY(besa__layer_forward(be, b, BESA_V, acts->v, acts->a, tokens, 0));
+    if (b->q_norm)
+        BESA__TRY(be->rmsnorm_forward(be, acts->q, acts->inv_rms_q, q, b->q_norm, tokens * heads, dh, eps));
+    if (b->k_norm)
+        BESA__TRY(be->rmsnorm_forward(be, acts->k, acts->inv_rms_k, k, b->k_norm, tokens * kv_heads, dh, eps));
+    BESA__TRY(be->rope(be, acts->q, b->rope_cos, b->rope_sin, tokens, seqlen, heads, dh, 1));
+    return be->rope(be, acts->k, b->rope_cos, b->rope_sin, tokens, seqlen, kv_heads, dh, 1);
+}
+
+/* y NULL: only the layers' inputs are wanted, and the last product is left out. */
+static besa_result besa__block_forward(besa_backend *be, const besa_block *b, besa_activations *acts, const void *x,
+                                       void *y, int64_t batch, int64_t seqlen)
+{
+    const besa_block_shape *s = &b->shape;
+    int64_t tokens = batch * seqlen, d = s->hidden_size;
+    size_t stream = besa_dtype_size(be->activation_dtype) * (size_t)(tokens * d);
+    besa_attention_shape attention = besa__attention_shape(s, batch, seqlen);
+    float eps = (float)s->rms_norm_eps;
+    BESA__TRY(be->rmsnorm_forward(be, acts->a, acts->inv_rms1, x, b->norm1, tokens, d, eps));
+    BESA__TRY(besa__qkv_forward(be, b, acts, tokens, seqlen));
+    BESA__TRY(be->attention_forward(be, acts->attn, acts->q, acts->k, acts->v, &attention));
+    BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, acts->h1, x, stream));
+    BESA__TRY(besa__layer_forward(be, b, BESA_O, acts->h1, acts->attn, tokens, 1));
+    BESA__TRY(be->rmsnorm_forward(be, acts->m, acts->inv_rms2, acts->h1, b->norm2, tokens, d, eps));
+    BESA__TRY(besa__layer_forward(be, b, BESA_GATE, acts->gate, acts->m, tokens, 0));
+    BESA__TRY(besa__layer_forward(be, b, BESA_UP, acts->up, acts->m, tokens, 0));
+    BESA__TRY(be->swiglu_forward(be, acts->z, acts->gate, acts->up, tokens * s->intermediate_size));
+    if (!y) return BESA_OK;
+    BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, y, acts->h1, stream));
+    return besa__layer_forward(be, b, BESA_DOWN, y, acts->z, tokens, 1);
+}
+
+/* What the backward pass needs at every layer. */
+typedef struct besa__backward {
+    besa_backend *be;
+    const besa_block *block;
+    besa_activations *acts;
+    int64_t batch, seqlen, tokens;
+    unsigned layers;                            /* bit i: layer i's gradient is wanted */
+    besa_weight_gradient gradient;
+    void *user;
+} besa__backward;
+
+/* dW = dy' x of one layer, handed to the caller. */
+static besa_result besa__layer_gradient(const besa__backward *p, int layer, const void *dy, const void *x)
+{
+    int64_t rows, columns;
+    if (!(p->layers >> layer & 1u)) return BESA_OK;
+    besa_block_layer(&p->block->shape, layer, &rows, &columns);
+    BESA__TRY(p->be->linear_backward_weight(p->be, p->acts->dw, dy, x, p->tokens, rows, columns));
+    return p->gradient(p->user, layer, p->acts->dw);
+}
+
+/* From dy at the block's output to dy at h1; gate and up become their own gradients. */
+static besa_result besa__mlp_backward(const besa__backward *p, void *dy)
+{
+    besa_backend *be = p->be;
+    const besa_block *b = p->block;
+    besa_activations *acts = p->acts;
+    int64_t d = b->shape.hidden_size;
+    BESA__TRY(besa__layer_gradient(p, BESA_DOWN, dy, acts->z));
+    BESA__TRY(besa__layer_backward_input(be, b, BESA_DOWN, acts->dz, dy, p->tokens, 0));
+    BESA__TRY(be->swiglu_backward(be, acts->gate, acts->up, acts->dz, acts->gate, acts->up,
+                                  p->tokens * b->shape.intermediate_size));
+    BESA__TRY(besa__layer_gradient(p, BESA_GATE, acts->gate, acts->m));
+    BESA__TRY(besa__layer_gradient(p, BESA_UP, acts->up, acts->m));
+    BESA__TRY(besa__layer_backward_input(be, b, BESA_GATE, acts->dm, acts->gate, p->tokens, 0));
+    BESA__TRY(besa__layer_backward_input(be, b, BESA_UP, acts->dm, acts->up, p->tokens, 1));
+    return be->rmsnorm_backward(be, dy, acts->dm, acts->h1, b->norm2, acts->inv_rms2, p->tokens, d, 1);
+}
+
+/* From dy at h1 to the gradients of o, q, k and v; dq, dk, dv are left at the projections' outputs. */
+static besa_result besa__attention_backward(const besa__backward *p, const void *dy)
+{
+    besa_backend *be = p->be;
+    const besa_block *b = p->block;
+    const besa_block_shape *s = &b->shape;
+    besa_activations *acts = p->acts;
+    int64_t heads = s->num_attention_heads, kv_heads = s->num_key_value_heads, dh = s->head_dim;
+    besa_attention_shape attention = besa__attention_shape(s, p->batch, p->seqlen);
+    BESA__TRY(besa__layer_backward_input(be, b, BESA_O, acts->dattn, dy, p->tokens, 0));
+    BESA__TRY(be->attention_backward(be, acts->dq, acts->dk, acts->dv, acts->dattn, acts->q, acts->k, acts->v,
+                                     &attention));
+    BESA__TRY(be->rope(be, acts->dq, b->rope_cos, b->rope_sin, p->tokens, p->seqlen, heads, dh, -1));
+    BESA__TRY(be->rope(be, acts->dk, b->rope_cos, b->rope_sin, p->tokens, p->seqlen, kv_heads, dh, -1));
+    if (b->q_norm)
+        BESA__TRY(be->rmsnorm_backward(be, acts->dq, acts->dq, acts->q_raw, b->q_norm, acts->inv_rms_q,
+                                       p->tokens * heads, dh, 0));
+    if (b->k_norm)
+        BESA__TRY(be->rmsnorm_backward(be, acts->dk, acts->dk, acts->k_raw, b->k_norm, acts->inv_rms_k,
+                                       p->tokens * kv_heads, dh, 0));
+    BESA__TRY(besa__layer_gradient(p, BESA_Q, acts->dq, acts->a));
+    BESA__TRY(besa__layer_gradient(p, BESA_K, acts->dk, acts->a));
+    return besa__layer_gradient(p, BESA_V, acts->dv, acts->a);
+}
+
+/* dx = dy + the gradient through q, k, v and the first norm. */
+static besa_result besa__input_backward(const besa__backward *p, const void *x, const void *dy, void *dx)
+{
+    besa_backend *be = p->be;
+    const besa_block *b = p->block;
+    besa_activations *acts = p->acts;
+    int64_t d = b->shape.hidden_size;
+    BESA__TRY(besa__layer_backward_input(be, b, BESA_Q, acts->dm, acts->dq, p->tokens, 0));
+    BESA__TRY(besa__layer_backward_input(be, b, BESA_K, acts->dm, acts->dk, p->tokens, 1));
+    BESA__TRY(besa__layer_backward_input(be, b, BESA_V, acts->dm, acts->dv, p->tokens, 1));
+    BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, dx, dy, besa_dtype_size(be->activation_dtype) * (size_t)(p->tokens * d)));
+    return be->rmsnorm_backward(be, dx, acts->dm, x, b->norm1, acts->inv_rms1, p->tokens, d, 1);
+}
+
+static besa_result besa__block_backward(const besa__backward *p, const void *x, void *dy, void *dx)
+{
+    const unsigned qkv = 1u << BESA_Q | 1u << BESA_K | 1u << BESA_V;
+    BESA__TRY(besa__mlp_backward(p, dy));
+    BESA__TRY(besa__layer_gradient(p, BESA_O, dy, p->acts->attn));
+    if (!dx && !(p->layers & qkv)) return BESA_OK;
+    BESA__TRY(besa__attention_backward(p, dy));
+    return dx ? besa__input_backward(p, x, dy, dx) : BESA_OK;
+}
+
+BESA_API besa_result besa_block_forward(besa_backend *be, const besa_block *block, besa_activations *acts,
+                                        const void *x, void *y, int64_t batch, int64_t seqlen, besa_error *error)
+{
+    return besa__pass_error(be, besa__block_forward(be, block, acts, x, y, batch, seqlen), error);
+}
+
+BESA_API besa_result besa_block_backward(besa_backend *be, const besa_block *block, besa_activations *acts,
+                                         const void *x, void *dy, void *dx, int64_t batch, int64_t seqlen,
+                                         besa_weight_gradient gradient, void *user, besa_error *error)
+{
+    besa__backward pass;
+    pass.be = be;
+    pass.block = block;
+    pass.acts = acts;
+    pass.batch = batch;
+    pass.seqlen = seqlen;
+    pass.tokens = batch * seqlen;
+    pass.layers = (1u << BESA_LAYERS) - 1;
+    pass.gradient = gradient;
+    pass.user = user;
+    be->error.code = BESA_OK;
+    return besa__pass_error(be, besa__block_backward(&pass, x, dy, dx), error);
+}
+
+/* ============================================================================================
+ * // >>pruner                pruning one block: the passes over its calibration tokens (level 2)
+ * ============================================================================================
+ * Owns the order of the passes and the arrays that they share; calls rates and block, never files.
+ *
+ *   dense    statistics of every layer's input; the reference output Yref
+ *   rank     scores and ranks, or the baseline's mask
+ *   learn    BESA: per batch mask -> forward -> loss -> backward -> rate gradient -> step
+ *   commit   exact projection, final mask, X = F(What, X) */
+
+enum { BESA__INPUT_A, BESA__INPUT_ATTN, BESA__INPUT_M, BESA__INPUT_Z, BESA__INPUTS }; /* what layers read */
+enum { BESA__LOSS_UNIFORM, BESA__LOSS_BEFORE, BESA__LOSS_AFTER, BESA__LOSS_REST, BESA__LOSS_STEP, BESA__LOSSES };
+
+#define BESA__REPORT_SEQUENCES 8                /* the report's losses come from the first sequences */
+#define BESA__SLAB 128                          /* columns that SparseGPT treats together */
+#define BESA__CHUNK_TOKENS 2048                 /* passes without an optimiser go by about so many tokens */
+
+/* Where a run is, for the progress callback. The unit of work is one forward pass over the calibration tokens. */
+typedef struct besa__meter {
+    besa_progress_callback callback;
+    void *user;
+    int64_t block, blocks, first_block;
+    double start, began;                        /* clock at the run's start, and at its first_block's */
+    double units, done;                         /* of work: per block; in this block */
+} besa__meter;
+
+struct besa_pruner {
+    besa_backend *be;
+    besa_prune_options options;                 /* with the defaults filled in */
+    besa_block_shape shape;
+    besa_dtype dtype;
+    int qk_norm;
+    int64_t nsamples, seqlen, chunk, reference; /* sequences: all, at a time, with a reference output */
+    besa__meter meter;
+    void *memory;                               /* owned; NULL inside a larger arena */
+    void *workspace;
+    size_t workspace_bytes;
+    besa_activations acts;
+    besa_rates rates;
+    besa__rate_layer layer[BESA_LAYERS];
+    double fixed[BESA_LAYERS];                  /* of this block: sparsity, or negative: the method decides */
+    void *yref, *y;                             /* (reference, seqlen, d), (chunk, seqlen, d) act */
+    float *channel_sumsq;                       /* (d) of Yref over the batch at hand: carried from chunk to chunk */
+    float *losses;                              /* (BESA__LOSSES) */
+    float *statistic[BESA__INPUTS];             /* (columns) */
+    float *gram[BESA__INPUTS];                  /* (columns, columns), SparseGPT only; then its factor U */
+    int32_t *dead[BESA__INPUTS];                /* (columns) */
+    float *scores;                              /* (R,C) of the largest layer: acts.dw where BESA learns; SparseGPT's
+                                                   weights as floats */
+    float *slab_error;                          /* (R, 128), SparseGPT only */
+    int32_t *counts, *not_finite;               /* (most rows); (1) */
+    const void *yref_of_run;                    /* yref, or the dense stream */
+};
+
+static double besa__seconds(void)
+{
+    struct timespec now;
+    timespec_get(&now, TIME_UTC);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* Add the seconds since *clock to *total and move *clock on. */
+static void besa__lap(double *clock, double *total)
+{
+    double now = besa__seconds();
+    *total += now - *clock;
+    *clock = now;
+}
+
+/* Count `units` of work as done and tell the callback. */
+static besa_result besa__tick(besa__meter *meter, besa_pass pass, double units, besa_error *error)
+{
+    meter->done += units;
+    if (!meter->callback) return BESA_OK;
+    besa_progress now;
+    double in_block = meter->units > 0 ? meter->done / meter->units : 0;
+    double ran = (double)(meter->block - meter->first_block) + (in_block < 1 ? in_block : 1);
+    now.block = meter->block;
+    now.blocks = meter->blocks;
+    now.pass = pass;
+    now.fraction = ((double)meter->first_block + ran) / (double)meter->blocks;
+    now.seconds = besa__seconds() - meter->start;
+    double left = (double)(meter->blocks - meter->first_block) - ran;
+    now.seconds_left = ran > 0 ? (besa__seconds() - meter->began) / ran * left : 0;
+    if (!meter->callback(meter->user, &now)) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_CANCELLED, "stopped by the progress callback in block %lld of %lld",
+                      (long long)meter->block, (long long)meter->blocks);
+}
+
+/* ---- options ------------------------------------------------------------------------------- */
+
+static int besa__glob(const char *pattern, const char *text)
+{
+    const char *star = NULL, *retry = NULL;
+    while (*text) {
+        if (*pattern == '*') {
+            star = ++pattern;
+            retry = text;
+        } else if (*pattern == '?' || *pattern == *text) {
+            pattern++;
+            text++;
+        } else if (star) {
+            pattern = star;
+            text = ++retry;
+        } else return 0;
+    }
+    while (*pattern == '*') pattern++;
+    return *pattern == 0;
+}
+
+/* A pattern with * or ? is a glob over the whole name; any other must be one or more whole dotted parts of it. */
+static int besa__match(const char *pattern, const char *name)
+{
+    size_t length = strlen(pattern);
+    if (length == 0) return 0;
+    if (strpbrk(pattern, "*?")) return besa__glob(pattern, name);
+    for (const char *at = strstr(name, pattern); at; at = strstr(at + 1, pattern))
+        if ((at == name || at[-1] == '.') && (at[length] == 0 || at[length] == '.')) return 1;
+    return 0;
+}
+
+static besa_result besa__pattern_defaults(besa_prune_options *o, const besa_block_shape *shape, besa_error *error)
+{
+    int n = o->pattern_n, m = o->pattern_m;
+    if (n < 1 || m < 2 || n >= m || m > 64)
+        return besa__fail(error, BESA_ERROR_OPTION, "pattern %d:%d, expected 1 <= n < m <= 64", n, m);
+    if (o->method == BESA_METHOD_BESA)
+        return besa__fail(error, BESA_ERROR_OPTION,
+                          "pattern %d:%d with method besa: learned rates are unstructured; use wanda, sparsegpt or "
+                          "magnitude for a pattern", n, m);
+    if (o->rates.target != 0 && fabs(o->rates.target - (double)n / m) > 1e-9)
+        return besa__fail(error, BESA_ERROR_OPTION, "target sparsity %g contradicts the pattern %d:%d, which is %g",
+                          o->rates.target, n, m, (double)n / m);
+    o->rates.target = (double)n / m;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(shape, i, &rows, &columns);
+        if (columns % m != 0)
+            return besa__fail(error, BESA_ERROR_OPTION, "pattern %d:%d: %s has %lld input columns, not a multiple of %d",
+                              n, m, besa_layer_name(i), (long long)columns, m);
+    }
+    return BESA_OK;
+}
+
+/* Check the options and fill in what 0 stands for. */
+static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_shape *shape, besa_error *error)
+{
+    if ((unsigned)o->method > BESA_METHOD_MAGNITUDE || (unsigned)o->importance > BESA_IMPORTANCE_SPARSEGPT_SQUARED)
+        return besa__fail(error, BESA_ERROR_OPTION, "method is %d, importance is %d: not a value of their enums",
+                          (int)o->method, (int)o->importance);
+    if (o->epochs < 0 || o->batch_size < 0 || o->num_fixed < 0 || o->epochs > 1000000)
+        return besa__fail(error, BESA_ERROR_OPTION, "epochs %lld, batch_size %lld, num_fixed %lld: expected 0 or more",
+                          (long long)o->epochs, (long long)o->batch_size, (long long)o->num_fixed);
+    if (o->epochs == 0) o->epochs = 1;
+    if (o->batch_size == 0) o->batch_size = 1;
+    if (o->pattern_n != 0 || o->pattern_m != 0) BESA__TRY(besa__pattern_defaults(o, shape, error));
+    for (int64_t i = 0; i < o->num_fixed; i++)
+        if (!o->fixed)
+            return besa__fail(error, BESA_ERROR_OPTION, "num_fixed is %lld, but fixed is NULL", (long long)o->num_fixed);
+        else if (!(o->fixed[i].sparsity >= 0 && o->fixed[i].sparsity < 1) || !o->fixed[i].pattern)
+            return besa__fail(error, BESA_ERROR_OPTION, "fixed rate %g for \"%s\", expected 0 <= rate < 1",
+                              o->fixed[i].sparsity, o->fixed[i].pattern ? o->fixed[i].pattern : "(null)");
+    return besa__rate_defaults(&o->rates, error);
+}
+
+/* The sparsity that the caller fixed for a layer of the block called name, or -1. */
+static double besa__fixed_rate(const besa_prune_options *o, const char *name, int layer)
+{
+    char full[256];
+    snprintf(full, sizeof full, "%s%s", name ? name : "", besa__layer_paths[layer]);
+    for (int64_t i = 0; i < o->num_fixed; i++)
+        if (besa__match(o->fixed[i].pattern, full)) return o->fixed[i].sparsity;
+    return -1;
+}
+
+/* ---- memory -------------------------------------------------------------------------------- */
+
+static int besa__uses_gram(const besa_prune_options *o)
+{
+    if (o->method == BESA_METHOD_SPARSEGPT) return 1;
+    return o->method == BESA_METHOD_BESA && besa__importance_power(o->importance) == 2;
+}
+
+static int besa__uses_column_norms(const besa_prune_options *o)
+{
+    if (o->method == BESA_METHOD_WANDA) return 1;
+    return o->method == BESA_METHOD_BESA && o->importance == BESA_IMPORTANCE_WANDA;
+}
+
+static int besa__uses_magnitude(const besa_prune_options *o)
+{
+    return !besa__uses_gram(o) && !besa__uses_column_norms(o);
+}
+
+static int besa__input_of_layer(int layer)
+{
+    return layer <= BESA_V ? BESA__INPUT_A : layer == BESA_O ? BESA__INPUT_ATTN : layer <= BESA_UP ? BESA__INPUT_M
+                                                                                                   : BESA__INPUT_Z;
+}
+
+static int64_t besa__input_columns(const besa_block_shape *s, int input)
+{
+    return input == BESA__INPUT_ATTN ? s->num_attention_heads * s->head_dim
+                                     : input == BESA__INPUT_Z ? s->intermediate_size : s->hidden_size;
+}
+
+/* The rates of the block's layers; baselines use only their ranks and masks, SparseGPT nothing. */
+static void besa__pruner_rates_place(besa_pruner *p, besa__arena *arena)
+{
+    besa_layer_shape shapes[BESA_LAYERS];
+    if (p->options.method == BESA_METHOD_SPARSEGPT) return;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        besa_block_layer(&p->shape, i, &shapes[i].rows, &shapes[i].columns);
+        shapes[i].dtype = p->dtype;
+    }
+    besa__rates_place(&p->rates, p->layer, shapes, BESA_LAYERS, arena);
+}
+
+/* Place every array of the pruner; with arena->base NULL this only counts. */
+static void besa__pruner_place(besa_pruner *p, besa__arena *arena)
+{
+    const besa_block_shape *s = &p->shape;
+    int learns = p->options.method == BESA_METHOD_BESA, gram = besa__uses_gram(&p->options);
+    size_t sequence = besa_dtype_size(p->be->activation_dtype) * (size_t)(p->seqlen * s->hidden_size);
+    besa_workload work = besa_block_workload(s, p->chunk, p->seqlen);
+    work.candidates = learns ? p->rates.options.candidates + 1 : 1;
+    besa__activations_place(&p->acts, arena, p->be->activation_dtype, s, p->qk_norm, p->chunk * p->seqlen, learns);
+    besa__pruner_rates_place(p, arena);
+    p->yref = p->options.dense_stream ? NULL : besa__take(arena, sequence * (size_t)p->reference);
+    p->y = besa__take(arena, sequence * (size_t)p->chunk);
+    p->channel_sumsq = besa__take_floats(arena, s->hidden_size);
+    p->losses = besa__take_floats(arena, BESA__LOSSES);
+    for (int i = 0; i < BESA__INPUTS; i++) {
+        int64_t columns = besa__input_columns(s, i);
+        p->statistic[i] = besa__take_floats(arena, columns);
+        if (!gram) continue;
+        p->gram[i] = besa__take_floats(arena, columns * columns);
+        p->dead[i] = (int32_t *)besa__take(arena, (size_t)columns * sizeof(int32_t));
+        if (columns > work.hessian_columns) work.hessian_columns = columns;
+    }
+    p->scores = learns ? p->acts.dw : besa__take_floats(arena, besa__largest_layer(s));
+    p->slab_error = p->options.method == BESA_METHOD_SPARSEGPT ? besa__take_floats(arena, work.rows * BESA__SLAB) : NULL;
+    p->counts = (int32_t *)besa__take(arena, (size_t)work.rows * sizeof(int32_t));
+    p->not_finite = (int32_t *)besa__take(arena, sizeof(int32_t));
+    p->workspace_bytes = p->be->workspace_size(p->be, &work);
+    p->workspace = besa__take(arena, p->workspace_bytes);
+}
+
+/* Sequences that go through a pass together: about 2048 tokens. A larger batch is accumulated over several. */
+static int64_t besa__preferred_chunk(int64_t nsamples, int64_t seqlen)
+{
+    return besa__min(nsamples, besa__max(1, BESA__CHUNK_TOKENS / seqlen));
+}
+
+/* Everything but memory. */
+static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const besa_block_shape *shape, besa_dtype dtype,
+                                     int qk_norm, const besa_prune_options *options, int64_t nsamples, int64_t seqlen,
+                                     besa_error *error)
+{
+    memset(p, 0, sizeof *p);
+    p->be = be;
+    p->options = *options;
+    p->shape = *shape;
+    p->dtype = dtype;
+    p->qk_norm = qk_norm;
+    p->nsamples = nsamples;
+    p->seqlen = seqlen;
+    if (nsamples < 1 || seqlen < 1)
+        return besa__fail(error, BESA_ERROR_OPTION, "nsamples is %lld, seqlen is %lld: expected 1 or more",
+                          (long long)nsamples, (long long)seqlen);
+    BESA__TRY(besa__prune_defaults(&p->options, shape, error));
+    besa_prune_options *o = &p->options;
+    int learns = o->method == BESA_METHOD_BESA;
+    if (!learns) o->dense_stream = 0;
+    if (!learns) o->batch_size = 1;
+    if (o->batch_size > nsamples) o->batch_size = nsamples;
+    p->chunk = besa__preferred_chunk(nsamples, seqlen);
+    p->reference = learns || nsamples < BESA__REPORT_SEQUENCES ? nsamples : BESA__REPORT_SEQUENCES;
+    p->meter.callback = o->progress;
+    p->meter.user = o->user;
+    p->meter.blocks = 1;
+    p->meter.start = p->meter.began = besa__seconds();
+    p->meter.units = 2.5 + (learns ? 3 * (double)o->epochs : 0);
+    if (o->method == BESA_METHOD_SPARSEGPT) return BESA_OK;
+    besa_rate_options rates = options->rates;   /* as the caller gave them: the rates fill in the defaults themselves */
+    rates.target = o->rates.target;
+    return besa__rates_init(&p->rates, be, &rates, learns, error);
+}
+
+/* Bytes of the pruner's arrays. */
+static size_t besa__pruner_bytes(besa_pruner *p)
+{
+    besa__arena arena = {NULL, 0};
+    besa__pruner_place(p, &arena);
+    return arena.used;
+}
+
+/* Halve *chunk until size(user) fits the budget (0: no limit); size may adapt what depends on the chunk. */
+static besa_result besa__fit_budget(int64_t *chunk, size_t (*size)(void *), void *user, size_t budget, besa_error *error)
+{
+    size_t bytes = size(user);
+    while (budget != 0 && bytes > budget && *chunk > 1) {
+        *chunk = (*chunk + 1) / 2;
+        bytes = size(user);
+    }
+    if (budget == 0 || bytes <= budget) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_MEMORY, "memory_budget is %zu bytes, the smallest that works here is %zu", budget,
+                      bytes);
+}
+
+/* Once the arrays are placed. */
+static besa_result besa__pruner_start(besa_pruner *p)
+{
+    besa__workspace callers = besa__use_workspace(p->be, p->workspace, p->workspace_bytes);
+    besa_result result = p->rates.count > 0 ? besa__rates_start(&p->rates) : BESA_OK;
+    besa__use_workspace(p->be, callers.memory, callers.bytes);
+    return result;
+}
+
+/* ---- the passes ---------------------------------------------------------------------------- */
+
+static void *besa__sequence(const besa_pruner *p, void *x, int64_t index)
+{
+    return besa__at(x, p->be->activation_dtype, index * p->seqlen * p->shape.hidden_size);
+}
+
+static const void *besa__sequence_const(const besa_pruner *p, const void *x, int64_t index)
+{
+    return besa__at_const(x, p->be->activation_dtype, index * p->seqlen * p->shape.hidden_size);
+}
+
+/* The reconstruction loss of `count` sequences from `first`, whose outputs are y (count * seqlen, d):
+ *     L = (1/d) sum over tokens t and channels c of ((Yref[t,c] - Y[t,c]) / norm2(Yref[:,c]))^2
+ * is added to *loss, and its derivative goes to dy (NULL: not wanted; may be y). Channel norms are those of the
+ * optimiser's batch that a sequence belongs to, or of all tokens (norm_all). They are worked out where a batch begins
+ * and kept for the chunks that follow, so sequences must come in order.
+ * mean_over 0 adds the sum that is differentiated. For the report, mean_over is the number of sequences that the whole
+ * is about: losses of batches are then averaged, weighted by their sequences. */
+static besa_result besa__pruner_loss(besa_pruner *p, float *loss, void *dy, const void *y, int64_t first, int64_t count,
+                                     int64_t mean_over)
+{
+    besa_backend *be = p->be;
+    int64_t d = p->shape.hidden_size, batch = p->options.batch_size;
+    for (int64_t s = first; s < first + count;) {
+        int64_t start = s / batch * batch, end = besa__min(start + batch, p->reference);
+        int64_t stop = besa__min(end, first + count);
+        int64_t normed = p->options.norm_all ? p->reference : end - start; /* sequences that the norms are over */
+        float scale = mean_over ? (float)((double)normed / (double)mean_over) : 1.0f;
+        if (!p->options.norm_all && s == start) {
+            BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->channel_sumsq, (size_t)d * sizeof(float)));
+            BESA__TRY(be->column_sumsq(be, p->channel_sumsq, besa__sequence_const(p, p->yref_of_run, s),
+                                       (end - s) * p->seqlen, d));
+        }
+        BESA__TRY(be->block_loss(be, loss, dy ? besa__sequence(p, dy, s - first) : NULL,
+                                 besa__sequence_const(p, y, s - first), besa__sequence_const(p, p->yref_of_run, s),
+                                 p->channel_sumsq, scale, (stop - s) * p->seqlen, d));
+        s = stop;
+    }
+    return BESA_OK;
+}
+
+/* Channel norms over every reference token, for norm_all. */
+static besa_result besa__norms_of_all(besa_pruner *p)
+{
+    besa_backend *be = p->be;
+    int64_t d = p->shape.hidden_size;
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->channel_sumsq, (size_t)d * sizeof(float)));
+    return be->column_sumsq(be, p->channel_sumsq, p->yref_of_run, p->reference * p->seqlen, d);
+}
+
+/* Add one chunk's layer inputs to the statistics. */
+static besa_result besa__add_statistics(besa_pruner *p, int64_t tokens)
+{
+    besa_backend *be = p->be;
+    const void *input[BESA__INPUTS];
+    input[BESA__INPUT_A] = p->acts.a;
+    input[BESA__INPUT_ATTN] = p->acts.attn;
+    input[BESA__INPUT_M] = p->acts.m;
+    input[BESA__INPUT_Z] = p->acts.z;
+    float scale = (float)(2.0 / (double)(p->nsamples * p->seqlen)); /* H = 2/N X'X */
+    for (int i = 0; i < BESA__INPUTS; i++) {
+        int64_t columns = besa__input_columns(&p->shape, i);
+        if (p->gram[i]) BESA__TRY(be->gram(be, p->gram[i], input[i], scale, tokens, columns));
+        else BESA__TRY(be->column_sumsq(be, p->statistic[i], input[i], tokens, columns));
+    }
+    return BESA_OK;
+}
+
+static besa_result besa__clear_statistics(besa_pruner *p)
+{
+    besa_backend *be = p->be;
+    for (int i = 0; i < BESA__INPUTS; i++) {
+        size_t columns = (size_t)besa__input_columns(&p->shape, i), bytes = columns * sizeof(float);
+        BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->statistic[i], bytes));
+        if (p->gram[i]) BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->gram[i], bytes * columns));
+    }
+    return be->zero(be, BESA_QUEUE_COMPUTE, p->losses, BESA__LOSSES * sizeof(float));
+}
+
+/* Pass 1. The dense block over all sequences: statistics, and Yref as far as it is needed. */
+static besa_result besa__dense_pass(besa_pruner *p, const besa_block *block, const void *x, void *dense_x,
+                                    besa_error *error)
+{
+    besa_backend *be = p->be;
+    int statistics = besa__uses_gram(&p->options) || besa__uses_column_norms(&p->options);
+    int64_t last = statistics ? p->nsamples : p->reference;
+    BESA__TRY(besa__pass_error(be, besa__clear_statistics(p), error));
+    for (int64_t i = 0, count; i < last; i += count) {
+        int64_t end = i < p->reference ? p->reference : last; /* chunks with and without a reference apart */
+        count = besa__min(p->chunk, end - i);
+        void *y = dense_x || i >= p->reference ? NULL : besa__sequence(p, p->yref, i);
+        BESA__TRY(besa__pass_error(be, besa__block_forward(be, block, &p->acts, besa__sequence_const(p, x, i), y, count,
+                                                       p->seqlen), error));
+        if (statistics) BESA__TRY(besa__pass_error(be, besa__add_statistics(p, count * p->seqlen), error));
+        if (dense_x)
+            BESA__TRY(besa__pass_error(be, besa__block_forward(be, block, &p->acts, besa__sequence(p, dense_x, i),
+                                                           besa__sequence(p, dense_x, i), count, p->seqlen), error));
+        BESA__TRY(besa__tick(&p->meter, BESA_PASS_DENSE, (double)count / (double)p->nsamples, error));
+    }
+    p->yref_of_run = dense_x ? dense_x : p->yref;
+    return p->options.norm_all ? besa__pass_error(be, besa__norms_of_all(p), error) : BESA_OK;
+}
+
+/* Turn Gram matrices into factors and column sums into the scores' factors. */
+static besa_result besa__finish_statistics(besa_pruner *p)
+{
+    besa_backend *be = p->be;
+    const besa_prune_options *o = &p->options;
+    if (besa__uses_magnitude(o)) return BESA_OK;
+    for (int i = 0; i < BESA__INPUTS; i++) {
+        int64_t columns = besa__input_columns(&p->shape, i);
+        if (p->gram[i]) {
+            BESA__TRY(be->hessian_factor(be, p->gram[i], p->dead[i], 0.01f, columns));
+            if (o->method == BESA_METHOD_SPARSEGPT) continue;
+            BESA__TRY(be->diagonal(be, p->statistic[i], p->gram[i], p->dead[i], columns));
+        }
+        besa_importance importance = o->method == BESA_METHOD_BESA ? o->importance : BESA_IMPORTANCE_WANDA;
+        BESA__TRY(besa__importance_scale(be, p->statistic[i], p->statistic[i], importance, columns));
+    }
+    return BESA_OK;
+}
+
+/* SparseGPT: slabs of columns from left to right; a slab's errors are pushed to all columns right of it. */
+static besa_result besa__sparsegpt_layer(besa_pruner *p, const void *w, void *pruned, int layer, double target, int n,
+                                         int m)
+{
+    besa_backend *be = p->be;
+    int input = besa__input_of_layer(layer);
+    int64_t rows, columns;
+    besa_block_layer(&p->shape, layer, &rows, &columns);
+    int64_t slab = m > 0 ? BESA__SLAB / m * m : BESA__SLAB; /* no group of m is split */
+    BESA__TRY(be->convert(be, p->scores, BESA_F32, w, p->dtype, rows * columns));
+    for (int64_t first = 0; first < columns; first += slab) {
+        int64_t width = besa__min(slab, columns - first);
+        BESA__TRY(be->sparsegpt_slab(be, p->scores, p->slab_error, p->gram[input], p->dead[input], first, width, target, n,
+                                     m, rows, columns));
+        if (first + width < columns)
+            BESA__TRY(be->sparsegpt_push(be, p->scores, p->slab_error, p->gram[input], first, width, rows, columns));
+    }
+    return be->convert(be, pruned, p->dtype, p->scores, BESA_F32, rows * columns);
+}
+
+/* Rank a layer for masks by row, and mask it at once where its rate is known. */
+static besa_result besa__rank_layer(besa_pruner *p, const besa_block *block, int layer, void *pruned)
+{
+    const besa_prune_options *o = &p->options;
+    const float *scale = besa__uses_magnitude(o) ? NULL : p->statistic[besa__input_of_layer(layer)];
+    int power = o->method == BESA_METHOD_BESA ? besa__importance_power(o->importance) : 1;
+    double rate = p->fixed[layer] >= 0 || o->method == BESA_METHOD_BESA ? p->fixed[layer] : o->rates.target;
+    BESA__TRY(besa__rates_rank_scaled(&p->rates, layer, block->weight[layer], scale, power, p->scores));
+    if (rate < 0) return BESA_OK;
+    BESA__TRY(besa__rates_fix(&p->rates, layer, rate));
+    return besa__rates_mask(&p->rates, layer, block->weight[layer], pruned);
+}
+
+/* Pass 2 for one layer. */
+static besa_result besa__rank_or_prune(besa_pruner *p, const besa_block *block, int layer, void *pruned)
+{
+    besa_backend *be = p->be;
+    const besa_prune_options *o = &p->options;
+    const void *w = block->weight[layer];
+    int64_t rows, columns;
+    besa_block_layer(&p->shape, layer, &rows, &columns);
+    int is_fixed = p->fixed[layer] >= 0;
+    double target = is_fixed ? p->fixed[layer] : o->rates.target;
+    int n = is_fixed ? 0 : o->pattern_n, m = is_fixed ? 0 : o->pattern_m;
+    if (is_fixed && target == 0) {
+        if (p->rates.count > 0) BESA__TRY(besa__rates_fix(&p->rates, layer, 0));
+        return be->copy(be, BESA_QUEUE_COMPUTE, pruned, w, besa_dtype_size(p->dtype) * (size_t)(rows * columns));
+    }
+    if (o->method == BESA_METHOD_SPARSEGPT) return besa__sparsegpt_layer(p, w, pruned, layer, target, n, m);
+    int whole_layer = o->method == BESA_METHOD_MAGNITUDE && !o->magnitude_per_row;
+    if (m == 0 && !whole_layer) return besa__rank_layer(p, block, layer, pruned);
+    const float *scale = o->method == BESA_METHOD_MAGNITUDE ? NULL : p->statistic[besa__input_of_layer(layer)];
+    BESA__TRY(be->score(be, p->scores, w, p->dtype, scale, 1, rows, columns));
+    if (m > 0) return be->mask_pattern(be, pruned, w, p->dtype, p->scores, n, m, rows, columns);
+    int64_t count = (int64_t)floor(target * (double)(rows * columns));
+    return be->mask_smallest(be, pruned, w, p->dtype, p->scores, count, rows, columns);
+}
+
+static besa_result besa__rank_pass(besa_pruner *p, const besa_block *block, void *const pruned[BESA_LAYERS],
+                                   besa_error *error)
+{
+    BESA__TRY(besa__pass_error(p->be, besa__finish_statistics(p), error));
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        BESA__TRY(besa__pass_error(p->be, besa__rank_or_prune(p, block, i, pruned[i]), error));
+        BESA__TRY(besa__tick(&p->meter, BESA_PASS_RANK, 0.5 / (double)BESA_LAYERS, error));
+    }
+    return BESA_OK;
+}
+
+/* The masks of every learned layer, as the rates have them now. */
+static besa_result besa__mask_learned(besa_pruner *p, const besa_block *block, void *const pruned[BESA_LAYERS])
+{
+    for (int i = 0; i < BESA_LAYERS; i++)
+        if (p->rates.layer[i].fixed < 0) BESA__TRY(besa__rates_mask(&p->rates, i, block->weight[i], pruned[i]));
+    return BESA_OK;
+}
+
+/* The loss of a block on the report's sequences, into one slot. */
+static besa_result besa__report_loss(besa_pruner *p, const besa_block *masked, const void *x, int slot)
+{
+    besa_backend *be = p->be;
+    int64_t last = besa__min(BESA__REPORT_SEQUENCES, p->reference);
+    for (int64_t i = 0, count; i < last; i += count) {
+        count = besa__min(p->chunk, last - i);
+        BESA__TRY(besa__block_forward(be, masked, &p->acts, besa__sequence_const(p, x, i), p->y, count, p->seqlen));
+        BESA__TRY(besa__pruner_loss(p, p->losses + slot, NULL, p->y, i, count, last));
+    }
+    return BESA_OK;
+}
+
+/* The uniform mask, floor(target C) of every row, and the mask at the start of learning: measured once where learning
+ * starts at the target, as the two then differ by the rounding of a few rows at most. */
+static besa_result besa__losses_before(besa_pruner *p, const besa_block *block, const besa_block *masked,
+                                       void *const pruned[BESA_LAYERS], const void *x)
+{
+    for (int i = 0; i < BESA_LAYERS; i++)
+        if (p->rates.layer[i].fixed < 0) BESA__TRY(besa__uniform_counts(&p->rates, i, p->options.rates.target));
+    BESA__TRY(besa__mask_learned(p, block, pruned));
+    BESA__TRY(besa__report_loss(p, masked, x, BESA__LOSS_UNIFORM));
+    if (!p->options.rates.zero_start)
+        return p->be->copy(p->be, BESA_QUEUE_COMPUTE, p->losses + BESA__LOSS_BEFORE, p->losses + BESA__LOSS_UNIFORM,
+                           sizeof(float));
+    BESA__TRY(besa__rates_forward(&p->rates));
+    BESA__TRY(besa__mask_learned(p, block, pruned));
+    return besa__report_loss(p, masked, x, BESA__LOSS_BEFORE);
+}
+
+/* What the gradient of one layer is for: its rows' bucket sums. */
+typedef struct besa__learner {
+    besa_pruner *pruner;
+    const besa_block *block;                    /* dense: the rate gradient multiplies by W */
+} besa__learner;
+
+static besa_result besa__learn_gradient(void *user, int layer, const float *dw)
+{
+    besa__learner *learner = (besa__learner *)user;
+    return besa__rates_gradient(&learner->pruner->rates, layer, learner->block->weight[layer], dw);
+}
+
+/* One optimiser step on sequences first .. first + batch - 1, in as many pieces as memory asks for. */
+static besa_result besa__learn_step(besa_pruner *p, const besa__backward *backward, void *const pruned[BESA_LAYERS],
+                                    const void *x, int64_t first)
+{
+    besa_backend *be = p->be;
+    const besa_block *dense = ((const besa__learner *)backward->user)->block;
+    int64_t end = besa__min(first + p->options.batch_size, p->nsamples);
+    BESA__TRY(besa__rates_forward(&p->rates));
+    BESA__TRY(besa__mask_learned(p, dense, pruned));
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->losses + BESA__LOSS_STEP, sizeof(float)));
+    for (int64_t i = first, count; i < end; i += count) {
+        besa__backward piece = *backward;
+        count = besa__min(p->chunk, end - i);
+        piece.batch = count;
+        piece.tokens = count * p->seqlen;
+        const void *input = besa__sequence_const(p, x, i);
+        BESA__TRY(besa__block_forward(be, piece.block, &p->acts, input, p->y, count, p->seqlen));
+        BESA__TRY(besa__pruner_loss(p, p->losses + BESA__LOSS_STEP, p->y, p->y, i, count, 0));
+        BESA__TRY(besa__block_backward(&piece, input, p->y, NULL));
+    }
+    BESA__TRY(besa__rates_backward(&p->rates));
+    return besa__rates_optimize(&p->rates);
+}
+
+/* Pass 3. BESA: learn the rates, one optimiser step per batch of sequences. */
+static besa_result besa__learn_pass(besa_pruner *p, const besa_block *block, const besa_block *masked,
+                                    void *const pruned[BESA_LAYERS], const void *x, besa_error *error)
+{
+    int64_t batch = p->options.batch_size, batches = (p->nsamples + batch - 1) / batch;
+    int64_t steps = p->options.epochs * batches;
+    besa__learner learner = {p, block};
+    besa__backward backward;
+    memset(&backward, 0, sizeof backward);
+    backward.be = p->be;
+    backward.block = masked;
+    backward.acts = &p->acts;
+    backward.seqlen = p->seqlen;
+    backward.gradient = besa__learn_gradient;
+    backward.user = &learner;
+    for (int i = 0; i < BESA_LAYERS; i++)
+        if (p->rates.layer[i].fixed < 0) backward.layers |= 1u << i;
+    if (backward.layers == 0) return BESA_OK;
+    BESA__TRY(besa__pass_error(p->be, besa__losses_before(p, block, masked, pruned, x), error));
+    for (int64_t s = 0; s < steps; s++) {
+        BESA__TRY(besa__pass_error(p->be, besa__learn_step(p, &backward, pruned, x, s % batches * batch), error));
+        BESA__TRY(besa__tick(&p->meter, BESA_PASS_LEARN, 3.0 / (double)batches, error));
+        if (!p->options.step) continue;
+        besa_step step = {p->meter.block, s + 1, steps, &p->rates, p->be, p->losses + BESA__LOSS_STEP};
+        besa_result result = p->options.step(p->options.user, &step);
+        if (result != BESA_OK)
+            return besa__fail(error, result, "the step callback returned %s", besa_result_string(result));
+    }
+    return BESA_OK;
+}
+
+/* Final masks: the rates as learned, projected onto the exact count unless that is not wanted. */
+static besa_result besa__final_masks(besa_pruner *p, const besa_block *block, void *const pruned[BESA_LAYERS])
+{
+    if (p->options.no_projection) BESA__TRY(besa__rates_forward(&p->rates));
+    else BESA__TRY(besa__rates_project(&p->rates));
+    return besa__mask_learned(p, block, pruned);
+}
+
+/* Sequences of the commit pass's next chunk: the report's are kept apart, and those with a reference. */
+static int64_t besa__commit_chunk(const besa_pruner *p, int64_t first)
+{
+    int64_t shown = besa__min(BESA__REPORT_SEQUENCES, p->reference);
+    int64_t end = first < shown ? shown : first < p->reference ? p->reference : p->nsamples;
+    return besa__min(p->chunk, end - first);
+}
+
+/* Pass 4. X = F(What, X), and the loss on the way. */
+static besa_result besa__commit_pass(besa_pruner *p, const besa_block *masked, void *x, besa_error *error)
+{
+    besa_backend *be = p->be;
+    int64_t shown = besa__min(BESA__REPORT_SEQUENCES, p->reference);
+    for (int64_t i = 0, count; i < p->nsamples; i += count) {
+        count = besa__commit_chunk(p, i);
+        void *at = besa__sequence(p, x, i);
+        BESA__TRY(besa__pass_error(be, besa__block_forward(be, masked, &p->acts, at, at, count, p->seqlen), error));
+        float *loss = p->losses + (i < shown ? BESA__LOSS_AFTER : BESA__LOSS_REST);
+        int64_t of = i < shown ? shown : p->reference - shown;
+        if (i < p->reference) BESA__TRY(besa__pass_error(be, besa__pruner_loss(p, loss, NULL, at, i, count, of), error));
+        BESA__TRY(besa__tick(&p->meter, BESA_PASS_COMMIT, (double)count / (double)p->nsamples, error));
+    }
+    return BESA_OK;
+}
+
+/* ---- the report ---------------------------------------------------------------------------- */
+
+/* zeros of every row of a weight, into host counts (rows). Waits for the device. */
+static besa_result besa__read_zeros(besa_pruner *p, const void *w, int64_t rows, int64_t columns, int32_t *counts,
+                                    int32_t *not_finite)
+{
+    besa_backend *be = p->be;
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->not_finite, sizeof(int32_t)));
+    BESA__TRY(be->count_zeros(be, p->counts, p->not_finite, w, p->dtype, rows, columns));
+    BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, counts, p->counts, (size_t)rows * sizeof(int32_t)));
+    BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, not_finite, p->not_finite, sizeof(int32_t)));
+    return be->synchronize(be, BESA_QUEUE_COMPUTE);
+}
+
+static void besa__rate_spread(besa_layer_report *r, const int32_t *counts, int64_t rows, int64_t columns)
+{
+    double sum = 0, squares = 0;
+    r->weights = rows * columns;
+    r->pruned = 0;
+    r->rate_min = 1;
+    r->rate_max = 0;
+    for (int64_t i = 0; i < rows; i++) {
+        double rate = (double)counts[i] / (double)columns;
+        r->pruned += counts[i];
+        sum += rate;
+        squares += rate * rate;
+        if (rate < r->rate_min) r->rate_min = rate;
+        if (rate > r->rate_max) r->rate_max = rate;
+    }
+    r->rate_mean = sum / (double)rows;
+    double variance = squares / (double)rows - r->rate_mean * r->rate_mean;
+    r->rate_std = variance > 0 ? sqrt(variance) : 0;
+}
+
+/* Source zeros and finiteness of the dense weights (source 1), or what was written (source 0). */
+static besa_result besa__report_layers(besa_pruner *p, const void *const weight[BESA_LAYERS], const char *name, int source,
+                                       besa_block_report *report, int32_t *counts, besa_error *error)
+{
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        int32_t not_finite;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        BESA__TRY(besa__pass_error(p->be, besa__read_zeros(p, weight[i], rows, columns, counts, &not_finite), error));
+        if (not_finite != 0)
+            return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s.weight: %d %sweights are NaN or infinite",
+                              name ? name : "", besa__layer_paths[i], (int)not_finite, source ? "" : "pruned ");
+        besa_layer_report *layer = &report->layer[i];
+        if (!source) besa__rate_spread(layer, counts, rows, columns);
+        for (int64_t r = 0; r < rows && source; r++) layer->source_zeros += counts[r];
+    }
+    return BESA_OK;
+}
+
+static besa_result besa__report_losses(besa_pruner *p, const char *name, besa_block_report *report, besa_error *error)
+{
+    besa_backend *be = p->be;
+    float loss[BESA__LOSSES];
+    int learned = 0;
+    besa_result result = be->download(be, BESA_QUEUE_COMPUTE, loss, p->losses, sizeof loss);
+    if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
+    BESA__TRY(besa__pass_error(be, result, error));
+    for (int i = 0; i < BESA_LAYERS; i++) learned |= p->options.method == BESA_METHOD_BESA && p->fixed[i] < 0;
+    double shown = (double)besa__min(BESA__REPORT_SEQUENCES, p->reference), all = (double)p->reference;
+    report->loss_after = (double)loss[BESA__LOSS_AFTER];
+    report->loss_uniform = learned ? (double)loss[BESA__LOSS_UNIFORM] : report->loss_after;
+    report->loss_before = learned ? (double)loss[BESA__LOSS_BEFORE] : report->loss_after;
+    report->loss_all = (shown * report->loss_after + (all - shown) * (double)loss[BESA__LOSS_REST]) / all;
+    if (isfinite(report->loss_all) && isfinite(report->loss_uniform)) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s: the reconstruction loss is not finite: activations overflow",
+                      name ? name : "block");
+}
+
+/* All passes; counts is host scratch for the rows of the largest layer. */
+static besa_result besa__pruner_passes(besa_pruner *p, const besa_block *block, const char *name, void *x, void *dense_x,
+                                       void *const pruned[BESA_LAYERS], besa_block_report *report, int32_t *counts,
+                                       besa_error *error)
+{
+    besa_block masked = *block;
+    double clock = besa__seconds(), *seconds = report->seconds;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        masked.weight[i] = pruned[i];
+        p->fixed[i] = besa__fixed_rate(&p->options, name, i);
+    }
+    BESA__TRY(besa__report_layers(p, block->weight, name, 1, report, counts, error));
+    if (p->rates.count > 0) BESA__TRY(besa__pass_error(p->be, besa__rates_reset(&p->rates), error));
+    BESA__TRY(besa__dense_pass(p, block, x, dense_x, error));
+    besa__lap(&clock, &seconds[BESA_PASS_DENSE]);
+    BESA__TRY(besa__rank_pass(p, block, pruned, error));
+    besa__lap(&clock, &seconds[BESA_PASS_RANK]);
+    if (p->options.method == BESA_METHOD_BESA) {
+        BESA__TRY(besa__learn_pass(p, block, &masked, pruned, x, error));
+        besa__lap(&clock, &seconds[BESA_PASS_LEARN]);
+        BESA__TRY(besa__pass_error(p->be, besa__final_masks(p, block, pruned), error));
+        BESA__TRY(besa_rates_status(&p->rates, &report->d, &report->mean_rate, error));
+    }
+    BESA__TRY(besa__commit_pass(p, &masked, x, error));
+    BESA__TRY(besa__report_losses(p, name, report, error));
+    BESA__TRY(besa__report_layers(p, masked.weight, name, 0, report, counts, error));
+    besa__lap(&clock, &seconds[BESA_PASS_COMMIT]);
+    return BESA_OK;
+}
+
+static void besa__report_sparsity(besa_block_report *report)
+{
+    int64_t weights = 0, zeros = 0;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        weights += report->layer[i].weights;
+        zeros += report->layer[i].pruned;
+    }
+    report->sparsity = weights > 0 ? (double)zeros / (double)weights : 0;
+}
+
+static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, const char *name, void *x, void *dense_x,
+                                    void *const pruned[BESA_LAYERS], besa_block_report *report, besa_error *error)
+{
+    void *counts;
+    besa_workload work = besa_block_workload(&p->shape, 1, 1);
+    memset(report, 0, sizeof *report);
+    p->meter.done = 0;
+    BESA__TRY(besa__malloc(&counts, (size_t)work.rows * sizeof(int32_t), "row counts", error));
+    besa__workspace callers = besa__use_workspace(p->be, p->workspace, p->workspace_bytes);
+    besa_result result = besa__pruner_passes(p, block, name, x, dense_x, pruned, report, (int32_t *)counts, error);
+    besa__use_workspace(p->be, callers.memory, callers.bytes);
+    BESA_FREE(counts);
+    besa__report_sparsity(report);
+    return result;
+}
+
+/* ---- the public functions ------------------------------------------------------------------ */
+
+static size_t besa__pruner_size(void *pruner) { return besa__pruner_bytes((besa_pruner *)pruner); }
+
+static besa_result besa__pruner_allocate(besa_pruner *p, besa_error *error)
+{
+    besa__arena arena = {NULL, 0};
+    BESA__TRY(besa__fit_budget(&p->chunk, besa__pruner_size, p, p->options.memory_budget, error));
+    BESA__TRY(besa__pass_error(p->be, p->be->alloc(p->be, &p->memory, besa__pruner_bytes(p)), error));
+    arena.base = (unsigned char *)p->memory;
+    besa__pruner_place(p, &arena);
+    return besa__pass_error(p->be, besa__pruner_start(p), error);
+}
+
+BESA_API besa_result besa_pruner_create(besa_pruner **pruner, besa_backend *be, const besa_block_shape *shape,
+                                        besa_dtype dtype, int qk_norm, const besa_prune_options *options,
+                                        int64_t nsamples, int64_t seqlen, besa_error *error)
+{
+    void *memory;
+    *pruner = NULL;
+    BESA__TRY(besa__malloc(&memory, sizeof(besa_pruner), "a pruner", error));
+    besa_pruner *made = (besa_pruner *)memory;
+    besa_result result = besa__pruner_init(made, be, shape, dtype, qk_norm, options, nsamples, seqlen, error);
+    if (result == BESA_OK) result = besa__pruner_allocate(made, error);
+    if (result != BESA_OK) besa_pruner_destroy(made);
+    else *pruner = made;
+    return result;
+}
+
+BESA_API void besa_pruner_destroy(besa_pruner *pruner)
+{
+    if (!pruner) return;
+    if (pruner->memory) pruner->be->free(pruner->be, pruner->memory);
+    BESA_FREE(pruner);
+}
+
+BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *block, const char *name, void *x,
+                                     void *dense_x, void *const pruned[BESA_LAYERS], besa_block_report *report,
+                                     besa_error *error)
+{
+    besa_block_report local;
+    if (pruner->options.dense_stream && !dense_x)
+        return besa__fail(error, BESA_ERROR_OPTION, "dense_stream is set, but dense_x is NULL");
+    if (!pruner->options.dense_stream) dense_x = NULL;
+    const besa_block_shape *s = &block->shape, *made = &pruner->shape;
+    if (s->hidden_size != made->hidden_size || s->intermediate_size != made->intermediate_size ||
+        s->num_attention_heads != made->num_attention_heads || s->num_key_value_heads != made->num_key_value_heads ||
+        s->head_dim != made->head_dim || block->dtype != pruner->dtype || (block->q_norm && !pruner->qk_norm) ||
+        (block->k_norm && !pruner->qk_norm))
+        return besa__fail(error, BESA_ERROR_OPTION, "the block's shape, dtype or q/k norms are not those of the pruner");
+    pruner->meter.start = pruner->meter.began = besa__seconds();
+    return besa__pruner_run(pruner, block, name, x, dense_x, pruned, report ? report : &local, error);
+}
+
+/* ============================================================================================
+ * // >>writer                the output directory: complete or not there
+ * ============================================================================================
+ * Owns OUT.partial, which becomes OUT by a rename once all is on disk. It starts as a copy of the source without the
+ * prunable weights; blocks come in one after another. Its journal has one line per step that is on disk,
+ *     besa-journal 1 | run FINGERPRINT | copied | block 0 HASH | block 1 HASH ...
+ * each ending in the hash of its own text, so that a torn line counts for nothing. A step's bytes are synced before
+ * its line is. While the directory is renamed the journal waits beside it, so that a kill at any point either leaves
+ * something to go on from or the finished output. Uses safetensors, config and POSIX; knows nothing of pruning. */
+#ifndef BESA_NO_STDIO
+
+#include <dirent.h>
+#include <sys/file.h>
+
+#define BESA__JOURNAL "besa-journal"
+#define BESA__CHUNK ((size_t)8 << 20)           /* bytes copied or hashed at a time; a multiple of 8 */
+
+/* A block's checksum; .end is the journal's size with the line "run" [0], "copied" [1], and that of block b [b + 2]. */
+typedef struct besa__mark {
+    uint64_t checksum, end;
+} besa__mark;
+
+typedef struct besa__writer {
+    const besa_checkpoint *checkpoint;
+    char *output, *partial;                     /* paths, for messages and opening */
+    const char *name, *partial_name;            /* their last parts, in the parent directory */
+    char *aside_name;                           /* of the journal while the directory is renamed */
+    unsigned char *prunable;                    /* (num_tensors) 1: comes in with its block */
+    int *files;                                 /* (num_shards) descriptors, as are the next three; -1: not open */
+    int parent, directory, journal;
+    int created, locked;                        /* we made the directory; the journal is ours */
+    int worthless;                              /* nothing in it is worth keeping: a failure deletes it */
+    int copied;                                 /* all but the prunable weights is on disk */
+    int64_t blocks, done;
+    besa__mark *marks;                          /* (blocks + 2) */
+    uint64_t journal_end;
+    besa__block_tensors current;                /* of block number done */
+    uint64_t hash[BESA_LAYERS];                 /* of its weights, as far as written */
+    int written[BESA_LAYERS];
+} besa__writer;
+
+/* 64-bit FNV-1a over words of 8 bytes, then single bytes, with a shift so that high bits reach low ones. Data may be
+ * hashed in pieces if all but the last are multiples of 8. */
+#define BESA__HASH_START 0xCBF29CE484222325u
+static uint64_t besa__hash(uint64_t h, const void *data, size_t bytes)
+{
+    const unsigned char *s = (const unsigned char *)data;
+    for (; bytes >= 8; bytes -= 8, s += 8) {
+        uint64_t word;
+        memcpy(&word, s, 8);
+        h = (h ^ word) * 0x100000001B3u;
+        h ^= h >> 29;
+    }
+    for (; bytes; bytes--, s++) h = (h ^ *s) * 0x100000001B3u;
+    return h;
+}
+
+/* Append a line to a text that grows by BESA_REALLOC; without memory the line is lost. */
+static void besa__notes_add(char **notes, const char *format, ...) BESA__PRINTF(2, 3);
+static void besa__notes_add(char **notes, const char *format, ...)
+{
+    char line[512];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(line, sizeof line, format, args);
+    va_end(args);
+    size_t n = *notes ? strlen(*notes) : 0, m = strlen(line);
+    char *text = (char *)BESA_REALLOC(*notes, n + m + 2);
+    if (!text) return;
+    memcpy(text + n, line, m);
+    memcpy(text + n + m, "\n", 2);
+    *notes = text;
+}
+
+/* A failed system call on partial/name. */
+static besa_result besa__writer_fail(const besa__writer *w, const char *name, int reason, besa_error *error)
+{
+    return besa__fail(error, BESA_ERROR_WRITE, "%s/%s: %s", w->partial, name, strerror(reason));
+}
+
+static besa_result besa__write_at(const besa__writer *w, int fd, const char *name, const void *bytes, size_t count,
+                                  uint64_t offset, besa_error *error)
+{
+    for (size_t done = 0; done < count;) {
+        size_t part = count - done < BESA__CHUNK ? count - done : BESA__CHUNK;
+        ssize_t n = pwrite(fd, (const unsigned char *)bytes + done, part, (off_t)(offset + done));
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) return besa__writer_fail(w, name, n ? errno : ENOSPC, error);
+        done += (size_t)n;
+    }
+    return BESA_OK;
+}
+
+static besa_result besa__sync(const besa__writer *w, int fd, const char *name, besa_error *error)
+{
+    int failed;
+    do failed = fsync(fd);
+    while (failed && errno == EINTR);
+    if (!failed || errno == EINVAL || errno == ENOTSUP) return BESA_OK; /* some file systems do not sync directories */
+    return besa__writer_fail(w, name, errno, error);
+}
+
+/* Give a new file its full size, on disk where the file system can promise that. */
+static besa_result besa__allocate(const besa__writer *w, int fd, const char *name, uint64_t size, besa_error *error)
+{
+    int reason = EOPNOTSUPP;
+#ifndef __APPLE__
+    do reason = posix_fallocate(fd, 0, (off_t)size);
+    while (reason == EINTR);
+#endif
+    if (reason == EOPNOTSUPP || reason == EINVAL || reason == ENOSYS) reason = ftruncate(fd, (off_t)size) ? errno : 0;
+    return reason ? besa__writer_fail(w, name, reason, error) : BESA_OK;
+}
+
+/* Copy a range of a source shard, giving its pages back. */
+static besa_result besa__copy_range(const besa__writer *w, int64_t file, uint64_t offset, uint64_t bytes,
+                                    besa_error *error)
+{
+    const besa__shard *shard = w->checkpoint->shards + file;
+    for (uint64_t at = offset, end = offset + bytes; at < end;) {
+        size_t part = end - at < BESA__CHUNK ? (size_t)(end - at) : BESA__CHUNK;
+        BESA__TRY(besa__write_at(w, w->files[file], shard->name, shard->base + at, part, at, error));
+        besa__release_range(shard, at, part);
+        at += part;
+    }
+    return BESA_OK;
+}
+
+/* Append a line and its hash to the journal, and sync it. */
+static besa_result besa__journal_add(besa__writer *w, const char *text, besa_error *error)
+{
+    char line[512];
+    int n = snprintf(line, sizeof line, "%s %016llx\n", text,
+                     (unsigned long long)besa__hash(BESA__HASH_START, text, strlen(text)));
+    BESA__TRY(besa__write_at(w, w->journal, BESA__JOURNAL, line, (size_t)n, w->journal_end, error));
+    BESA__TRY(besa__sync(w, w->journal, BESA__JOURNAL, error));
+    w->journal_end += (uint64_t)n;
+    return BESA_OK;
+}
+
+/* The next line's text, or NULL at the end or at a line that is torn; moves *at past it. */
+static const char *besa__journal_line(char **at)
+{
+    char *line = *at, *end = strchr(line, '\n'), hash[17];
+    if (!end || end - line < 18) return NULL;
+    char *split = end - 17;
+    snprintf(hash, sizeof hash, "%016llx",
+             (unsigned long long)besa__hash(BESA__HASH_START, line, (size_t)(split - line)));
+    if (*split != ' ' || memcmp(hash, split + 1, 16)) return NULL;
+    *split = 0;
+    *at = end + 1;
+    return line;
+}
+
+/* Take over what the journal says: whether the copy is complete, and the blocks done with their hashes. */
+static besa_result besa__journal_parse(besa__writer *w, char *text, const char *run, besa_error *error)
+{
+    char *at = text;
+    const char *line = besa__journal_line(&at);
+    if (strncmp(text, BESA__JOURNAL, strlen(text) < 12 ? strlen(text) : 12))
+        return besa__fail(error, BESA_ERROR_EXISTS, "%s: holds a %s that is none; move the directory away", w->partial,
+                          BESA__JOURNAL);
+    if (line && !strcmp(line, BESA__JOURNAL " 1")) line = besa__journal_line(&at);
+    else if (line) line = "of another version";
+    if (!line) return BESA_OK; /* killed before anything else was written */
+    if (strcmp(line, run))
+        return besa__fail(error, BESA_ERROR_RESUME,
+                          "%s: an unfinished run with other options, tokens or checkpoint; finish "
+                          "it with the same arguments, or remove the directory to start again", w->partial);
+    w->journal_end = w->marks[0].end = (uint64_t)(at - text);
+    line = besa__journal_line(&at);
+    w->copied = line && !strcmp(line, "copied");
+    w->marks[1].end = (uint64_t)(at - text);
+    while (w->copied && w->done < w->blocks && (line = besa__journal_line(&at)) != NULL) {
+        char expected[48];
+        const char *hash = strrchr(line, ' ');
+        w->marks[w->done].checksum = hash ? strtoull(hash + 1, NULL, 16) : 0;
+        snprintf(expected, sizeof expected, "block %lld %016llx", (long long)w->done,
+                 (unsigned long long)w->marks[w->done].checksum);
+        if (strcmp(line, expected)) break;
+        w->done++;
+        w->marks[w->done + 1].end = (uint64_t)(at - text);
+    }
+    if (w->copied) w->journal_end = w->marks[w->done + 1].end;
+    return BESA_OK;
+}
+
+static besa_result besa__journal_read(besa__writer *w, const char *fingerprint, besa_error *error)
+{
+    struct stat st;
+    void *text;
+    char run[448];
+    if (strchr(fingerprint, '\n') || strlen(fingerprint) > 400)
+        return besa__fail(error, BESA_ERROR_OPTION, "fingerprint: not one line of up to 400 characters");
+    snprintf(run, sizeof run, "run %s", fingerprint);
+    if (fstat(w->journal, &st)) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
+    size_t size = st.st_size < (1 << 20) ? (size_t)st.st_size : 1 << 20;
+    BESA__TRY(besa__malloc(&text, size + 1, "the journal", error));
+    ((char *)text)[size] = 0;
+    besa_result result = besa__read_at(w->journal, text, size, 0, w->partial, error);
+    if (result == BESA_OK) result = besa__journal_parse(w, (char *)text, run, error);
+    BESA_FREE(text);
+    BESA__TRY(result);
+    w->worthless = !w->copied;
+    if (ftruncate(w->journal, (off_t)w->journal_end)) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
+    if (w->journal_end) return BESA_OK;
+    BESA__TRY(besa__journal_add(w, BESA__JOURNAL " 1", error));
+    BESA__TRY(besa__journal_add(w, run, error));
+    w->marks[0].end = w->journal_end;
+    BESA__TRY(besa__sync(w, w->directory, ".", error));
+    return besa__sync(w, w->parent, "..", error);
+}
+
+/* Same file: by device and number. */
+static int besa__is_same(const struct stat *a, const struct stat *b)
+{
+    return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
+}
+
+/* OUT must not exist, its parent must, and lie outside the source. Opens the parent. */
+static besa_result besa__writer_open_parent(besa__writer *w, besa_error *error)
+{
+    struct stat out, source;
+    char *slash = strrchr(w->output, '/'), *real_parent, *real_source;
+    const char *parent = slash == w->output ? "/" : ".";
+    if (slash && slash != w->output) {
+        *slash = 0;
+        parent = w->output;
+    }
+    w->parent = open(parent, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int reason = errno;
+    real_parent = realpath(parent, NULL);
+    real_source = realpath(w->checkpoint->directory, NULL);
+    if (slash) *slash = '/';
+    size_t n = real_source ? strlen(real_source) : 0;
+    int inside = real_parent && n && !strncmp(real_parent, real_source, n) &&
+                 (real_parent[n] == '/' || !real_parent[n]);
+    free(real_parent);
+    free(real_source);
+    if (w->parent < 0)
+        return besa__fail(error, reason == ENOENT || reason == ENOTDIR ? BESA_ERROR_NOT_FOUND : BESA_ERROR_WRITE,
+                          "%s: its parent directory: %s", w->output, strerror(reason));
+    int is_source = !stat(w->checkpoint->directory, &source) && !fstatat(w->parent, w->name, &out, 0) &&
+                    besa__is_same(&out, &source);
+    if (!*w->name || !fstatat(w->parent, w->name, &out, AT_SYMLINK_NOFOLLOW))
+        return besa__fail(error, BESA_ERROR_EXISTS, "%s: %s", w->output,
+                          is_source ? "the output is the input" : "exists already");
+    if (inside) return besa__fail(error, BESA_ERROR_EXISTS, "%s: the output lies inside the input %s", w->output,
+                                  w->checkpoint->directory);
+    return BESA_OK;
+}
+
+static int besa__is_empty_directory(int directory)
+{
+    int fd = openat(directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC), empty = 1;
+    DIR *list = fd < 0 ? NULL : fdopendir(fd);
+    if (!list && fd >= 0) close(fd);
+    for (struct dirent *e; list && (e = readdir(list)) != NULL;)
+        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) empty = 0;
+    if (list) closedir(list);
+    return list && empty;
+}
+
+/* Make or open OUT.partial, and lock its journal. */
+static besa_result besa__writer_lock(besa__writer *w, besa_error *error)
+{
+    struct stat a, b;
+    const int flags = O_RDWR | O_CLOEXEC | O_NOFOLLOW;
+    int aside = 0;
+    w->created = !mkdirat(w->parent, w->partial_name, 0777);
+    if (!w->created && errno != EEXIST)
+        return besa__fail(error, BESA_ERROR_WRITE, "%s: %s", w->partial, strerror(errno));
+    if (w->created) unlinkat(w->parent, w->aside_name, 0); /* of a run whose directory has been removed */
+    w->directory = openat(w->parent, w->partial_name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+    if (w->directory < 0)
+        return besa__fail(error, errno == ENOTDIR || errno == ELOOP ? BESA_ERROR_EXISTS : BESA_ERROR_WRITE,
+                          "%s: %s; it is needed for the unfinished output", w->partial, strerror(errno));
+    w->journal = openat(w->directory, BESA__JOURNAL, flags);
+    if (w->journal < 0 && errno == ENOENT) aside = (w->journal = openat(w->parent, w->aside_name, flags)) >= 0;
+    if (w->journal < 0 && errno == ENOENT) {
+        if (!besa__is_empty_directory(w->directory))
+            return besa__fail(error, BESA_ERROR_EXISTS, "%s: exists and is no unfinished output; move it away",
+                              w->partial);
+        w->journal = openat(w->directory, BESA__JOURNAL, flags | O_CREAT, 0666);
+    }
+    if (w->journal < 0) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
+    if (flock(w->journal, LOCK_EX | LOCK_NB)) {
+        if (errno != EWOULDBLOCK) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
+        return besa__fail(error, BESA_ERROR_RESUME, "%s: another process is writing it", w->partial);
+    }
+    if (aside && renameat(w->parent, w->aside_name, w->directory, BESA__JOURNAL))
+        return besa__writer_fail(w, BESA__JOURNAL, errno, error);
+    int same = !fstat(w->directory, &a) && !fstatat(w->parent, w->partial_name, &b, AT_SYMLINK_NOFOLLOW) &&
+               besa__is_same(&a, &b);
+    same = same && !fstat(w->journal, &a) && !fstatat(w->directory, BESA__JOURNAL, &b, AT_SYMLINK_NOFOLLOW) &&
+           besa__is_same(&a, &b);
+    if (!same) return besa__fail(error, BESA_ERROR_RESUME, "%s: another process has just finished it", w->partial);
+    w->locked = 1;
+    return BESA_OK;
+}
+
+/* Why a file of the source directory is not part of the output; NULL if it is. */
+static const char *besa__why_left_out(const besa_checkpoint *checkpoint, const char *name, const struct stat *st)
+{
+    static const char *const endings[] = { ".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".ot",
+                                           ".onnx", ".gguf", ".index.json", ".npy", ".u16", ".i32" };
+    if (name[0] == '.') return "hidden";
+    if (!st) return "a dangling link";
+    if (S_ISDIR(st->st_mode)) return "a subdirectory";
+    if (!S_ISREG(st->st_mode)) return "not a regular file";
+    if (checkpoint->index && !strcmp(name, checkpoint->index)) return NULL;
+    if (!strcmp(name, BESA__JOURNAL)) return "of an unfinished run";
+    int weights = !strncmp(name, "pytorch_model", 13) || !strncmp(name, "consolidated", 12);
+    for (size_t i = 0, n = strlen(name); i < sizeof endings / sizeof *endings; i++) {
+        size_t m = strlen(endings[i]);
+        weights = weights || (n > m && !strcmp(name + n - m, endings[i]));
+    }
+    return weights ? "not part of this checkpoint" : NULL;
+}
+
+static besa_result besa__copy_file(const besa__writer *w, const char *name, besa_error *error)
+{
+    char *path;
+    unsigned char *bytes = NULL;
+    size_t size = 0;
+    BESA__TRY(besa__join(&path, w->checkpoint->directory, name, error));
+    besa_result result = besa__map_file(&bytes, &size, path, error);
+    BESA_FREE(path);
+    BESA__TRY(result);
+    int fd = openat(w->directory, name, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0666);
+    if (fd < 0) result = besa__writer_fail(w, name, errno, error);
+    if (result == BESA_OK) result = besa__write_at(w, fd, name, bytes, size, 0, error);
+    if (result == BESA_OK) result = besa__sync(w, fd, name, error);
+    if (fd >= 0 && close(fd) && result == BESA_OK) result = besa__writer_fail(w, name, errno, error);
+    besa__unmap(bytes, size);
+    return result;
+}
+
+/* Copy what lies beside the weights; note what is left out. */
+static besa_result besa__copy_others(const besa__writer *w, char **notes, besa_error *error)
+{
+    struct dirent **list = NULL;
+    const char *directory = w->checkpoint->directory;
+    int count = scandir(directory, &list, NULL, alphasort);
+    int source = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    besa_result result = BESA_OK;
+    if (count < 0 || source < 0) result = besa__fail(error, BESA_ERROR_READ, "%s: %s", directory, strerror(errno));
+    for (int i = 0; i < count && result == BESA_OK; i++) {
+        struct stat st;
+        const char *name = list[i]->d_name, *why;
+        int known = !strcmp(name, ".") || !strcmp(name, "..");
+        for (int64_t s = 0; s < w->checkpoint->num_shards; s++)
+            known = known || !strcmp(name, w->checkpoint->shards[s].name);
+        if (known) continue;
+        why = besa__why_left_out(w->checkpoint, name, fstatat(source, name, &st, 0) ? NULL : &st);
+        if (!why) result = besa__copy_file(w, name, error);
+        else if (notes) besa__notes_add(notes, "not copied: %s (%s)", name, why);
+    }
+    for (int i = 0; i < count; i++) free(list[i]);
+    free(list);
+    if (source >= 0) close(source);
+    return result;
+}
+
+/* Open the output's shards. A copy that is said to be complete, but whose files are not there in full, is none. */
+static besa_result besa__writer_open_files(besa__writer *w, besa_error *error)
+{
+    for (int64_t i = 0; i < w->checkpoint->num_shards && w->copied; i++) {
+        struct stat st;
+        const besa__shard *shard = w->checkpoint->shards + i;
+        w->files[i] = openat(w->directory, shard->name, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+        if ((w->files[i] < 0 && errno != ENOENT) || (w->files[i] >= 0 && fstat(w->files[i], &st)))
+            return besa__writer_fail(w, shard->name, errno, error);
+        if (w->files[i] < 0 || (uint64_t)st.st_size != shard->size) w->copied = 0;
+    }
+    w->worthless = !w->copied;
+    for (int64_t i = 0; i < w->checkpoint->num_shards && !w->copied; i++) {
+        const besa__shard *shard = w->checkpoint->shards + i;
+        if (w->files[i] >= 0) close(w->files[i]);
+        w->files[i] = openat(w->directory, shard->name, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0666);
+        if (w->files[i] < 0) return besa__writer_fail(w, shard->name, errno, error);
+    }
+    return BESA_OK;
+}
+
+/* Everything but the prunable weights, and the room for those. */
+static besa_result besa__writer_copy(besa__writer *w, besa_error *error)
+{
+    const besa_checkpoint *c = w->checkpoint;
+    w->done = 0;
+    w->journal_end = w->marks[0].end;
+    if (ftruncate(w->journal, (off_t)w->journal_end)) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
+    for (int64_t i = 0; i < c->num_shards; i++)
+        BESA__TRY(besa__allocate(w, w->files[i], c->shards[i].name, c->shards[i].size, error));
+    for (int64_t i = 0; i < c->num_shards; i++) BESA__TRY(besa__copy_range(w, i, 0, c->shards[i].data, error));
+    for (int64_t i = 0; i < c->num_tensors; i++)
+        if (!w->prunable[i])
+            BESA__TRY(besa__copy_range(w, c->tensors[i].file, c->tensors[i].offset, c->tensors[i].bytes, error));
+    for (int64_t i = 0; i < c->num_shards; i++) BESA__TRY(besa__sync(w, w->files[i], c->shards[i].name, error));
+    BESA__TRY(besa__sync(w, w->directory, ".", error));
+    BESA__TRY(besa__journal_add(w, "copied", error));
+    w->marks[1].end = w->journal_end;
+    w->copied = 1;
+    w->worthless = 0;
+    return BESA_OK;
+}
+
+static besa_result besa__writer_read(besa__writer *w, const besa_tensor *tensor, void *memory, besa_error *error)
+{
+    return besa__read_at(w->files[tensor->file], memory, tensor->bytes, tensor->offset, w->partial, error);
+}
+
+/* The hash of a block is that of its seven tensors' hashes. */
+static uint64_t besa__block_hash(const uint64_t hash[BESA_LAYERS])
+{
+    return besa__hash(BESA__HASH_START, hash, BESA_LAYERS * sizeof *hash);
+}
+
+/* Keep the leading blocks whose bytes on disk are those that were written. */
+static besa_result besa__writer_verify(besa__writer *w, besa_error *error)
+{
+    void *buffer;
+    int64_t good = 0;
+    besa_result result = BESA_OK;
+    BESA__TRY(besa__malloc(&buffer, BESA__CHUNK, "reading back", error));
+    for (; good < w->done && result == BESA_OK; good++) {
+        uint64_t hash[BESA_LAYERS];
+        result = besa__block_bind(&w->current, w->checkpoint, good, error);
+        for (int i = 0; i < BESA_LAYERS && result == BESA_OK; i++) {
+            const besa_tensor *t = w->current.weight[i];
+            hash[i] = BESA__HASH_START;
+            for (size_t at = 0; at < t->bytes && result == BESA_OK; at += BESA__CHUNK) {
+                size_t part = t->bytes - at < BESA__CHUNK ? t->bytes - at : BESA__CHUNK;
+                result = besa__read_at(w->files[t->file], buffer, part, t->offset + at, w->partial, error);
+                if (result == BESA_OK) hash[i] = besa__hash(hash[i], buffer, part);
+            }
+        }
+        if (result == BESA_OK && besa__block_hash(hash) != w->marks[good].checksum) break;
+    }
+    BESA_FREE(buffer);
+    BESA__TRY(result);
+    w->done = good;
+    w->journal_end = w->marks[good + 1].end;
+    return ftruncate(w->journal, (off_t)w->journal_end) ? besa__writer_fail(w, BESA__JOURNAL, errno, error) : BESA_OK;
+}
+
+/* Turn to block number done. */
+static besa_result besa__writer_next(besa__writer *w, besa_error *error)
+{
+    memset(&w->current, 0, sizeof w->current);
+    memset(w->written, 0, sizeof w->written);
+    return w->done < w->blocks ? besa__block_bind(&w->current, w->checkpoint, w->done, error) : BESA_OK;
+}
+
+static void besa__writer_close(besa__writer *w)
+{
+    for (int64_t i = 0; w->files && i < w->checkpoint->num_shards; i++)
+        if (w->files[i] >= 0) close(w->files[i]);
+    if (w->directory >= 0) close(w->directory);
+    if (w->parent >= 0) close(w->parent);
+    if (w->journal >= 0) close(w->journal); /* the lock goes with it */
+    BESA_FREE(w->files);
+    BESA_FREE(w->prunable);
+    BESA_FREE(w->marks);
+    BESA_FREE(w->output);
+    BESA_FREE(w->partial);
+    BESA_FREE(w->aside_name);
+    BESA_FREE(w);
+}
+
+/* Delete OUT.partial, the journal last. */
+static void besa__writer_discard(besa__writer *w)
+{
+    int fd = openat(w->directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    DIR *list = fd < 0 ? NULL : fdopendir(fd);
+    if (!list && fd >= 0) close(fd);
+    for (struct dirent *e; list && (e = readdir(list)) != NULL;)
+        if (strcmp(e->d_name, BESA__JOURNAL)) unlinkat(w->directory, e->d_name, 0);
+    if (list) closedir(list);
+    unlinkat(w->directory, BESA__JOURNAL, 0);
+    unlinkat(w->parent, w->partial_name, AT_REMOVEDIR);
+}
+
+/* Memory, names, and which tensors come in with their blocks. */
+static besa_result besa__writer_init(besa__writer *w, const char *output, besa_error *error)
+{
+    static const char partial[] = ".partial", aside[] = "." BESA__JOURNAL;
+    const besa_checkpoint *c = w->checkpoint;
+    size_t n = strlen(output);
+    void *memory;
+    while (n > 1 && output[n - 1] == '/') n--;
+    BESA__TRY(besa__malloc(&memory, n + 1, "a path", error));
+    w->output = (char *)memcpy(memory, output, n);
+    w->output[n] = 0;
+    BESA__TRY(besa__malloc(&memory, n + sizeof partial, "a path", error));
+    w->partial = (char *)memcpy(memory, w->output, n);
+    memcpy(w->partial + n, partial, sizeof partial);
+    const char *slash = strrchr(w->output, '/');
+    size_t first = slash ? (size_t)(slash - w->output) + 1 : 0, m = strlen(w->partial + first);
+    w->name = w->output + first;
+    w->partial_name = w->partial + first;
+    BESA__TRY(besa__malloc(&memory, m + sizeof aside, "a path", error));
+    w->aside_name = (char *)memcpy(memory, w->partial_name, m);
+    memcpy(w->aside_name + m, aside, sizeof aside);
+    BESA__TRY(besa__malloc(&memory, ((size_t)w->blocks + 2) * sizeof *w->marks, "the journal", error));
+    w->marks = (besa__mark *)memset(memory, 0, ((size_t)w->blocks + 2) * sizeof *w->marks);
+    BESA__TRY(besa__malloc(&memory, (size_t)c->num_shards * sizeof(int), "the shards", error));
+    w->files = (int *)memset(memory, 0xFF, (size_t)c->num_shards * sizeof(int));
+    BESA__TRY(besa__malloc(&memory, (size_t)c->num_tensors, "the tensor table", error));
+    w->prunable = (unsigned char *)memset(memory, 0, (size_t)c->num_tensors);
+    for (int64_t b = 0; b < w->blocks; b++) {
+        BESA__TRY(besa__block_bind(&w->current, c, b, error));
+        for (int i = 0; i < BESA_LAYERS; i++) w->prunable[w->current.weight[i] - c->tensors] = 1;
+    }
+    return BESA_OK;
+}
+
+static besa_result besa__writer_start(besa__writer *w, const char *output, const char *fingerprint, char **notes,
+                                      besa_error *error)
+{
+    BESA__TRY(besa__writer_init(w, output, error));
+    BESA__TRY(besa__writer_open_parent(w, error));
+    BESA__TRY(besa__writer_lock(w, error));
+    BESA__TRY(besa__journal_read(w, fingerprint, error));
+    BESA__TRY(besa__writer_open_files(w, error));
+    BESA__TRY(besa__copy_others(w, notes, error));
+    BESA__TRY(w->copied ? besa__writer_verify(w, error) : besa__writer_copy(w, error));
+    return besa__writer_next(w, error);
+}
+
+/* Begin an output, or go on with an unfinished one of the same fingerprint (one line). done_blocks are on disk
+ * already. Lines are appended to *notes (NULL to start with, for BESA_FREE); notes may be NULL.
+ * Errors: EXISTS, NOT_FOUND, RESUME, READ, WRITE, MEMORY. A failed begin leaves nothing new behind. */
+BESA__UNUSED static besa_result besa__writer_open(besa__writer **writer, const besa_checkpoint *checkpoint,
+                                                  const char *output, const char *fingerprint, int64_t blocks,
+                                                  int64_t *done_blocks, char **notes, besa_error *error)
+{
+    void *memory;
+    *writer = NULL;
+    *done_blocks = 0;
+    if (!output || !*output) return besa__fail(error, BESA_ERROR_OPTION, "no output directory given");
+    BESA__TRY(besa__malloc(&memory, sizeof **writer, "the writer", error));
+    besa__writer *w = (besa__writer *)memset(memory, 0, sizeof **writer);
+    w->checkpoint = checkpoint;
+    w->blocks = blocks;
+    w->parent = w->directory = w->journal = -1;
+    besa_result result = besa__writer_start(w, output, fingerprint, notes, error);
+    if (result == BESA_OK) {
+        *writer = w;
+        *done_blocks = w->done;
+        return BESA_OK;
+    }
+    if (w->locked && (w->worthless || w->created)) besa__writer_discard(w);
+    else if (w->created && !w->locked) unlinkat(w->parent, w->partial_name, AT_REMOVEDIR);
+    besa__writer_close(w);
+    return result;
+}
+
+/* New bytes of one prunable weight of the current block. Weights that never come keep the source's bytes. */
+BESA__UNUSED static besa_result besa__writer_write(besa__writer *w, const besa_tensor *tensor, const void *bytes,
+                                                   besa_error *error)
+{
+    int i = 0;
+    while (i < BESA_LAYERS && w->current.weight[i] != tensor) i++;
+    if (i == BESA_LAYERS)
+        return besa__fail(error, BESA_ERROR_OPTION, "%s: not a prunable weight of block %lld", tensor->name,
+                          (long long)w->done);
+    BESA__TRY(besa__write_at(w, w->files[tensor->file], w->checkpoint->shards[tensor->file].name, bytes, tensor->bytes,
+                             tensor->offset, error));
+    w->hash[i] = besa__hash(BESA__HASH_START, bytes, tensor->bytes);
+    w->written[i] = 1;
+    return BESA_OK;
+}
+
+/* The current block is complete: on return it is on disk and in the journal. */
+BESA__UNUSED static besa_result besa__writer_block_done(besa__writer *w, int64_t block, besa_error *error)
+{
+    char line[64];
+    if (block != w->done || block >= w->blocks)
+        return besa__fail(error, BESA_ERROR_OPTION, "block %lld is not the current one", (long long)block);
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        const besa_tensor *t = w->current.weight[i];
+        if (w->written[i]) continue;
+        BESA__TRY(besa__writer_write(w, t, t->data, error));
+        besa__release_pages(w->checkpoint, t);
+    }
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int file = w->current.weight[i]->file, synced = 0;
+        for (int j = 0; j < i; j++) synced = synced || w->current.weight[j]->file == file;
+        if (!synced) BESA__TRY(besa__sync(w, w->files[file], w->checkpoint->shards[file].name, error));
+    }
+    w->marks[block].checksum = besa__block_hash(w->hash);
+    snprintf(line, sizeof line, "block %lld %016llx", (long long)block, (unsigned long long)w->marks[block].checksum);
+    BESA__TRY(besa__journal_add(w, line, error));
+    w->marks[block + 2].end = w->journal_end;
+    w->done++;
+    return besa__writer_next(w, error);
+}
+
+static besa_result besa__writer_rename(besa__writer *w, besa_error *error)
+{
+    struct stat st;
+    if (w->done != w->blocks)
+        return besa__fail(error, BESA_ERROR_OPTION, "%s: %lld of %lld blocks are done", w->partial, (long long)w->done,
+                          (long long)w->blocks);
+    if (renameat(w->directory, BESA__JOURNAL, w->parent, w->aside_name))
+        return besa__writer_fail(w, BESA__JOURNAL, errno, error);
+    besa_result result = besa__sync(w, w->parent, "..", error);
+    if (result == BESA_OK) result = besa__sync(w, w->directory, ".", error);
+    if (result == BESA_OK && !fstatat(w->parent, w->name, &st, AT_SYMLINK_NOFOLLOW))
+        result = besa__fail(error, BESA_ERROR_EXISTS, "%s: has come to exist; the complete output is %s", w->output,
+                            w->partial);
+    if (result == BESA_OK && renameat(w->parent, w->partial_name, w->parent, w->name))
+        result = besa__fail(error, BESA_ERROR_WRITE, "%s: renaming %s: %s", w->output, w->partial, strerror(errno));
+    if (result != BESA_OK) {
+        renameat(w->parent, w->aside_name, w->directory, BESA__JOURNAL);
+        return result;
+    }
+    result = besa__sync(w, w->parent, "..", NULL);
+    unlinkat(w->parent, w->aside_name, 0);
+    if (result == BESA_OK) return BESA_OK;
+    return besa__fail(error, result, "%s: complete, but its parent directory could not be synced", w->output);
+}
+
+/* All blocks are done: OUT.partial becomes OUT. Closes the writer in any case; a failure leaves what can be resumed. */
+BESA__UNUSED static besa_result besa__writer_finish(besa__writer *w, besa_error *error)
+{
+    besa_result result = besa__writer_rename(w, error);
+    besa__writer_close(w);
+    return result;
+}
+
+/* Stop without an output. OUT.partial stays and can be resumed (0), is deleted if no block is done, not even by an
+ * earlier run (1), or in any case (2). NULL is fine. */
+BESA__UNUSED static void besa__writer_abandon(besa__writer *w, int remove_it)
+{
+    if (!w) return;
+    if (remove_it > 1 || (remove_it && !w->done)) besa__writer_discard(w);
+    besa__writer_close(w);
+}
+
+#endif /* BESA_NO_STDIO */
+
+#ifndef BESA_NO_STDIO
+/* ============================================================================================
+ * // >>pipeline              the whole model, block by block (level 1)
+ * ============================================================================================
+ * Owns one block's weights on the device and the streams of activations that pass through; calls the pruner, the
+ * checkpoint and the writer. One layout function places every array, and the plan is that function run on nothing. */
+
+#define BESA__VOCAB_CHUNK 4096                  /* rows of the output head at a time */
+
+/* Sequences on their way through the model. */
+typedef struct besa__stream {
+    const int32_t *ids;                         /* (count, seqlen) host */
+    int64_t count, seqlen, chunk;               /* chunk: sequences per forward pass */
+    void *x;                                    /* (count * seqlen, d) act */
+} besa__stream;
+
+typedef struct besa__run {
+    const besa_checkpoint *checkpoint;
+    const besa_config *config;
+    besa__model model;
+    besa_backend *be, cpu;                      /* cpu: what be points to where the caller gave none */
+    besa__workspace callers;                    /* the backend's workspace before the run */
+    int has_pruner, has_dense, has_test;
+    besa_pruner pruner;
+    besa__stream calibration, dense, test;
+    int64_t positions;                          /* of the rope tables */
+    /* device */
+    void *device;
+    void *weight[BESA_LAYERS], *pruned[BESA_LAYERS];
+    float *bias[BESA_LAYERS], *norm1, *norm2, *q_norm, *k_norm, *rope_cos, *rope_sin;
+    void *rows;                                 /* embedding rows of one chunk, or head rows, in the file's dtype */
+    besa_activations acts;                      /* the test stream's */
+    void *workspace;
+    size_t workspace_bytes;
+    float *logits, *nll_state;
+    int32_t *targets;
+    double *nll_sums;
+    /* host */
+    void *host;                                 /* staging for rows, vectors and tables */
+    size_t host_bytes;
+} besa__run;
+
+/* ---- layout -------------------------------------------------------------------------------- */
+
+static int64_t besa__vocab_chunk(const besa__run *run)
+{
+    return besa__min(run->config->vocab_size, BESA__VOCAB_CHUNK);
+}
+
+static size_t besa__stream_bytes(const besa__run *run, const besa__stream *s)
+{
+    return besa_dtype_size(run->be->activation_dtype) * (size_t)(s->count * s->seqlen * run->config->block.hidden_size);
+}
+
+/* One block's weights and vectors, and with a pruner its pruned weights. */
+static void besa__run_place_block(besa__run *run, besa__arena *arena)
+{
+    const besa_block_shape *s = &run->config->block;
+    int64_t half = s->head_dim / 2;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(s, i, &rows, &columns);
+        size_t bytes = besa_dtype_size(run->model.dtype) * (size_t)(rows * columns);
+        run->weight[i] = besa__take(arena, bytes);
+        if (run->has_pruner) run->pruned[i] = besa__take(arena, bytes);
+        run->bias[i] = besa__take_floats(arena, rows);
+    }
+    run->norm1 = besa__take_floats(arena, s->hidden_size);
+    run->norm2 = besa__take_floats(arena, s->hidden_size);
+    run->q_norm = besa__take_floats(arena, s->head_dim);
+    run->k_norm = besa__take_floats(arena, s->head_dim);
+    run->rope_cos = besa__take_floats(arena, run->positions * half);
+    run->rope_sin = besa__take_floats(arena, run->positions * half);
+}
+
+/* Activations of the test stream and what the head needs. */
+static void besa__run_place_test(besa__run *run, besa__arena *arena)
+{
+    const besa_block_shape *s = &run->config->block;
+    int64_t chunk_tokens = run->test.chunk * run->test.seqlen, tokens = run->test.count * run->test.seqlen;
+    besa_workload work = besa_block_workload(s, run->test.chunk, run->test.seqlen);
+    work.rows = besa__max(work.rows, besa__vocab_chunk(run));
+    besa__activations_place(&run->acts, arena, run->be->activation_dtype, s, run->config->qk_norm, chunk_tokens, 0);
+    run->logits = besa__take_floats(arena, chunk_tokens * besa__vocab_chunk(run));
+    run->nll_state = besa__take_floats(arena, 3 * tokens);
+    run->targets = (int32_t *)besa__take(arena, (size_t)tokens * sizeof(int32_t));
+    run->nll_sums = (double *)besa__take(arena, (size_t)run->test.count * sizeof(double));
+    run->workspace_bytes = run->be->workspace_size(run->be, &work);
+    run->workspace = besa__take(arena, run->workspace_bytes);
+}
+
+/* Rows of the embedding or the head that are staged at a time. */
+static int64_t besa__staged_rows(const besa__run *run)
+{
+    return besa__max(BESA__CHUNK_TOKENS, besa__vocab_chunk(run));
+}
+
+/* Place every array of the run; with arena->base NULL this only counts. */
+static void besa__run_place(besa__run *run, besa__arena *arena)
+{
+    size_t row = (size_t)run->config->block.hidden_size * sizeof(float);
+    besa__run_place_block(run, arena);
+    run->rows = besa__take(arena, (size_t)besa__staged_rows(run) * row);
+    if (run->has_pruner) run->calibration.x = besa__take(arena, besa__stream_bytes(run, &run->calibration));
+    if (run->has_dense) run->dense.x = besa__take(arena, besa__stream_bytes(run, &run->dense));
+    if (run->has_test) run->test.x = besa__take(arena, besa__stream_bytes(run, &run->test));
+    if (run->has_test) besa__run_place_test(run, arena);
+    if (run->has_pruner) besa__pruner_place(&run->pruner, arena);
+}
+
+static size_t besa__run_size(void *user)
+{
+    besa__arena arena = {NULL, 0};
+    besa__run *run = (besa__run *)user;
+    if (run->has_test) run->test.chunk = besa__min(run->test.chunk, besa__max(1, run->pruner.chunk * run->pruner.seqlen
+                                                                                     / run->test.seqlen));
+    besa__run_place(run, &arena);
+    return arena.used;
+}
+
+/* Staging on the host: the largest of embedding rows, a block's vectors, the rope tables and the targets. */
+static size_t besa__run_host_size(const besa__run *run)
+{
+    const besa_block_shape *s = &run->config->block;
+    int64_t vectors = 2 * s->hidden_size + 2 * s->head_dim, tables = run->positions * s->head_dim;
+    int64_t rows = BESA__CHUNK_TOKENS * s->hidden_size, targets = run->test.count * run->test.seqlen;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t layer_rows, columns;
+        besa_block_layer(s, i, &layer_rows, &columns);
+        vectors += layer_rows;
+    }
+    int64_t weight = run->be->unified_memory ? 0 : besa__largest_layer(s); /* pruned weights on their way home */
+    return sizeof(float) * (size_t)besa__max(weight, besa__max(besa__max(vectors, tables), besa__max(rows, targets)));
+}
+
+/* ---- opening and closing a run ------------------------------------------------------------- */
+
+static besa_result besa__run_init(besa__run *run, const besa_checkpoint *checkpoint, besa_backend *be, besa_error *error)
+{
+    memset(run, 0, sizeof *run);
+    run->checkpoint = checkpoint;
+    run->config = besa_checkpoint_config(checkpoint);
+    run->be = be ? be : &run->cpu;
+    if (!be) BESA__TRY(besa_cpu_backend(&run->cpu, NULL, error));
+    run->callers = besa__use_workspace(run->be, NULL, 0);
+    return besa__model_bind(&run->model, checkpoint, error);
+}
+
+static besa_result besa__run_test(besa__run *run, const int32_t *ids, int64_t windows, int64_t seqlen, besa_error *error)
+{
+    if (windows < 1 || seqlen < 2)
+        return besa__fail(error, BESA_ERROR_TOKENS, "%lld windows of %lld tokens: expected at least 1 window of 2 tokens",
+                          (long long)windows, (long long)seqlen);
+    run->has_test = 1;
+    run->test.ids = ids;
+    run->test.count = windows;
+    run->test.seqlen = seqlen;
+    run->test.chunk = besa__min(windows, besa__max(1, BESA__CHUNK_TOKENS / seqlen));
+    run->positions = besa__max(run->positions, seqlen);
+    return BESA_OK;
+}
+
+static besa_result besa__run_calibration(besa__run *run, const besa_calibration *c, const besa_prune_options *options,
+                                         besa_error *error)
+{
+    run->has_pruner = 1;
+    BESA__TRY(besa__pruner_init(&run->pruner, run->be, &run->config->block, run->model.dtype, run->config->qk_norm,
+                                options, c->nsamples, c->seqlen, error));
+    run->calibration.ids = c->ids;
+    run->calibration.count = c->nsamples;
+    run->calibration.seqlen = c->seqlen;
+    run->positions = c->seqlen;
+    run->dense = run->calibration;
+    run->has_dense = run->pruner.options.dense_stream;
+    run->pruner.meter.blocks = run->config->num_hidden_layers;
+    if (c->test_windows > 0) return besa__run_test(run, c->test_ids, c->test_windows, c->test_seqlen, error);
+    return BESA_OK;
+}
+
+static besa_result besa__run_allocate(besa__run *run, size_t bytes, besa_error *error)
+{
+    besa_backend *be = run->be;
+    besa__arena arena = {NULL, 0};
+    BESA__TRY(besa__pass_error(be, be->alloc(be, &run->device, bytes), error));
+    run->host_bytes = besa__run_host_size(run);
+    BESA__TRY(besa__pass_error(be, be->host_alloc(be, &run->host, run->host_bytes), error));
+    arena.base = (unsigned char *)run->device;
+    besa__run_place(run, &arena);
+    return run->has_pruner ? besa__pass_error(be, besa__pruner_start(&run->pruner), error) : BESA_OK;
+}
+
+static void besa__run_close(besa__run *run)
+{
+    besa_backend *be = run->be;
+    besa__use_workspace(be, run->callers.memory, run->callers.bytes);
+    if (be->destroy) {
+        if (run->host) be->host_free(be, run->host);
+        if (run->device) be->free(be, run->device);
+    }
+    if (be == &run->cpu && be->destroy) be->destroy(be);
+}
+
+/* ---- blocks and streams -------------------------------------------------------------------- */
+
+/* count elements of a mapped tensor from `first`, as floats; the tensor's address may be odd. */
+static besa_result besa__tensor_floats(float *out, const besa_tensor *tensor, int64_t first, int64_t count,
+                                       besa_error *error)
+{
+    size_t size = besa_dtype_size(tensor->dtype);
+    const unsigned char *at = (const unsigned char *)tensor->data + (size_t)first * size;
+    for (int64_t i = 0; i < count; i++, at += size) {
+        uint16_t half = 0;
+        if (tensor->dtype == BESA_F32) memcpy(&out[i], at, 4);
+        else memcpy(&half, at, 2);
+        if (tensor->dtype == BESA_F16) out[i] = besa__f16_to_f32(half);
+        if (tensor->dtype == BESA_BF16) out[i] = besa__bf16_to_f32(half);
+        if (!isfinite(out[i]))
+            return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s: element %lld is %g", tensor->name, (long long)(first + i),
+                              (double)out[i]);
+    }
+    return BESA_OK;
+}
+
+/* One norm or bias to the device through the host staging; a missing tensor gives NULL. */
+static besa_result besa__load_vector(besa__run *run, float **staging, float *device, const besa_tensor *tensor,
+                                     const float **out, besa_error *error)
+{
+    *out = NULL;
+    if (!tensor) return BESA_OK;
+    int64_t count = tensor->shape[0];
+    BESA__TRY(besa__tensor_floats(*staging, tensor, 0, count, error));
+    BESA__TRY(besa__pass_error(run->be, run->be->upload(run->be, BESA_QUEUE_COMPUTE, device, *staging,
+                                                    (size_t)count * sizeof(float)), error));
+    *staging += count;
+    *out = device;
+    return BESA_OK;
+}
+
+static void besa__block_name(char *name, size_t size, int64_t block)
+{
+    snprintf(name, size, "model.layers.%lld.", (long long)block);
+}
+
+/* Bring one block to the device. */
+static besa_result besa__load_block(besa__run *run, int64_t index, besa_block *block, besa_error *error)
+{
+    besa_backend *be = run->be;
+    besa__block_tensors t;
+    float *staging = (float *)run->host;
+    BESA__TRY(besa__block_bind(&t, run->checkpoint, index, error));
+    memset(block, 0, sizeof *block);
+    block->shape = run->config->block;
+    block->shape.sliding_window = run->config->window[index] ? run->config->sliding_window : 0;
+    block->dtype = run->model.dtype;
+    block->rope_cos = run->rope_cos;
+    block->rope_sin = run->rope_sin;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        BESA__TRY(besa__pass_error(be, be->upload(be, BESA_QUEUE_COMPUTE, run->weight[i], t.weight[i]->data,
+                                              t.weight[i]->bytes), error));
+        block->weight[i] = run->weight[i];
+        BESA__TRY(besa__load_vector(run, &staging, run->bias[i], t.bias[i], &block->bias[i], error));
+    }
+    BESA__TRY(besa__load_vector(run, &staging, run->norm1, t.norm1, &block->norm1, error));
+    BESA__TRY(besa__load_vector(run, &staging, run->norm2, t.norm2, &block->norm2, error));
+    BESA__TRY(besa__load_vector(run, &staging, run->q_norm, t.q_norm, &block->q_norm, error));
+    BESA__TRY(besa__load_vector(run, &staging, run->k_norm, t.k_norm, &block->k_norm, error));
+    BESA__TRY(besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error));
+    for (int i = 0; i < BESA_LAYERS; i++) besa__release_pages(run->checkpoint, t.weight[i]);
+    return BESA_OK;
+}
+
+static besa_result besa__load_rope(besa__run *run, besa_error *error)
+{
+    besa_backend *be = run->be;
+    int64_t count = run->positions * (run->config->block.head_dim / 2);
+    size_t bytes = (size_t)count * sizeof(float);
+    float *cosine = (float *)run->host, *sine = cosine + count;
+    besa_rope_table(&run->config->block, run->positions, cosine, sine);
+    besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, run->rope_cos, cosine, bytes);
+    if (result == BESA_OK) result = be->upload(be, BESA_QUEUE_COMPUTE, run->rope_sin, sine, bytes);
+    if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
+    return besa__pass_error(be, result, error);
+}
+
+/* Ids are checked before anything is written. */
+static besa_result besa__check_ids(const besa__run *run, const besa__stream *s, const char *what, besa_error *error)
+{
+    if (!s->ids) return besa__fail(error, BESA_ERROR_OPTION, "%s ids are NULL", what);
+    for (int64_t t = 0; t < s->count * s->seqlen; t++)
+        if (s->ids[t] < 0 || s->ids[t] >= run->config->vocab_size)
+            return besa__fail(error, BESA_ERROR_TOKEN, "%s token %lld is %lld, expected 0 .. %lld", what, (long long)t,
+                              (long long)s->ids[t], (long long)run->config->vocab_size - 1);
+    return BESA_OK;
+}
+
+/* X = rows of the embedding, gathered on the host and converted on the device. */
+static besa_result besa__stream_embed(besa__run *run, besa__stream *s, besa_error *error)
+{
+    besa_backend *be = run->be;
+    const besa_tensor *table = run->model.embedding;
+    int64_t d = run->config->block.hidden_size, tokens = s->count * s->seqlen;
+    float *staging = (float *)run->host;
+    for (int64_t i = 0; i < tokens; i += BESA__CHUNK_TOKENS) {
+        int64_t count = besa__min(BESA__CHUNK_TOKENS, tokens - i);
+        for (int64_t t = 0; t < count; t++)
+            BESA__TRY(besa__tensor_floats(staging + t * d, table, s->ids[i + t] * d, d, error));
+        void *x = besa__at(s->x, be->activation_dtype, i * d);
+        besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, run->rows, staging, (size_t)(count * d) * sizeof(float));
+        if (result == BESA_OK) result = be->convert(be, x, be->activation_dtype, run->rows, BESA_F32, count * d);
+        if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
+        BESA__TRY(besa__pass_error(be, result, error));
+        besa__release_pages(run->checkpoint, table);
+    }
+    return BESA_OK;
+}
+
+/* X = F(W, X), chunk by chunk in place. */
+static besa_result besa__stream_forward(besa__run *run, besa__stream *s, const besa_block *block, besa_activations *acts)
+{
+    besa_backend *be = run->be;
+    for (int64_t i = 0, count; i < s->count; i += count) {
+        count = besa__min(s->chunk, s->count - i);
+        void *x = besa__at(s->x, be->activation_dtype, i * s->seqlen * run->config->block.hidden_size);
+        BESA__TRY(besa__block_forward(be, block, acts, x, x, count, s->seqlen));
+    }
+    return BESA_OK;
+}
+
+static besa_result besa__test_forward(besa__run *run, const besa_block *block, besa_error *error)
+{
+    if (!run->has_test) return BESA_OK;
+    besa__use_workspace(run->be, run->workspace, run->workspace_bytes);
+    return besa__pass_error(run->be, besa__stream_forward(run, &run->test, block, &run->acts), error);
+}
+
+/* ---- the head ------------------------------------------------------------------------------ */
+
+/* target of a position = the id after it in its window, -1 at the end. */
+static besa_result besa__load_targets(besa__run *run)
+{
+    const besa__stream *s = &run->test;
+    int32_t *targets = (int32_t *)run->host;
+    int64_t tokens = s->count * s->seqlen;
+    for (int64_t t = 0; t < tokens; t++) targets[t] = (t + 1) % s->seqlen == 0 ? -1 : s->ids[t + 1];
+    BESA__TRY(run->be->upload(run->be, BESA_QUEUE_COMPUTE, run->targets, targets, (size_t)tokens * sizeof(int32_t)));
+    return run->be->synchronize(run->be, BESA_QUEUE_COMPUTE);
+}
+
+/* Logits of one chunk of sequences and one chunk of the vocabulary: into the running log-sum-exp, or to the host. */
+static besa_result besa__head_chunk(besa__run *run, int64_t first_id, int64_t ids, int64_t i, int64_t count, float *out)
+{
+    besa_backend *be = run->be;
+    int64_t seqlen = run->test.seqlen, d = run->config->block.hidden_size, vocab = run->config->vocab_size;
+    int64_t tokens = count * seqlen, t0 = i * seqlen;
+    const void *x = besa__at_const(run->test.x, be->activation_dtype, t0 * d);
+    BESA__TRY(be->logits(be, run->logits, x, run->rows, run->model.head->dtype, tokens, ids, d));
+    if (!out)
+        return be->nll_update(be, run->nll_state + 3 * t0, run->logits, run->targets + t0, first_id, ids, tokens,
+                              first_id == 0);
+    for (int64_t t = 0; t < tokens; t++)
+        BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, out + (t0 + t) * vocab + first_id, run->logits + t * ids,
+                               (size_t)ids * sizeof(float)));
+    return be->synchronize(be, BESA_QUEUE_COMPUTE);
+}
+
+/* The final norm and the output head over the test stream; the head is read once, a chunk of rows at a time. */
+static besa_result besa__head_pass(besa__run *run, float *out, besa_error *error)
+{
+    besa_backend *be = run->be;
+    const besa__stream *s = &run->test;
+    const besa_tensor *head = run->model.head;
+    int64_t d = run->config->block.hidden_size, vocab = run->config->vocab_size, step = besa__vocab_chunk(run);
+    float *staging = (float *)run->host;
+    const float *norm;
+    BESA__TRY(besa__load_vector(run, &staging, run->norm1, run->model.norm, &norm, error));
+    BESA__TRY(besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error)); /* staging is used again */
+    BESA__TRY(besa__pass_error(be, besa__load_targets(run), error));
+    for (int64_t i = 0; i < s->count; i += s->chunk) {
+        int64_t tokens = besa__min(s->chunk, s->count - i) * s->seqlen;
+        void *x = besa__at(s->x, be->activation_dtype, i * s->seqlen * d);
+        BESA__TRY(besa__pass_error(be, be->rmsnorm_forward(be, x, run->acts.inv_rms1, x, norm, tokens, d,
+                                                       (float)run->config->block.rms_norm_eps), error));
+    }
+    for (int64_t id = 0; id < vocab; id += step) {
+        int64_t ids = besa__min(step, vocab - id);
+        size_t size = besa_dtype_size(head->dtype) * (size_t)d;
+        const unsigned char *rows = (const unsigned char *)head->data + (size_t)id * size;
+        BESA__TRY(besa__pass_error(be, be->upload(be, BESA_QUEUE_COMPUTE, run->rows, rows, (size_t)ids * size), error));
+        for (int64_t i = 0; i < s->count; i += s->chunk)
+            BESA__TRY(besa__pass_error(be, besa__head_chunk(run, id, ids, i, besa__min(s->chunk, s->count - i), out), error));
+        BESA__TRY(besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error));
+        besa__release_pages(run->checkpoint, head);
+    }
+    return BESA_OK;
+}
+
+/* exp of the mean over windows; nll (windows) may be NULL. */
+static besa_result besa__test_perplexity(besa__run *run, double *perplexity, double *nll, besa_error *error)
+{
+    besa_backend *be = run->be;
+    const besa__stream *s = &run->test;
+    double sum = 0, *window = (double *)run->host;
+    BESA__TRY(besa__head_pass(run, NULL, error));
+    besa_result result = be->nll_sum(be, run->nll_sums, run->nll_state, run->targets, s->count, s->seqlen);
+    if (result == BESA_OK)
+        result = be->download(be, BESA_QUEUE_COMPUTE, window, run->nll_sums, (size_t)s->count * sizeof(double));
+    if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
+    BESA__TRY(besa__pass_error(be, result, error));
+    for (int64_t i = 0; i < s->count; i++) {
+        double mean = window[i] / (double)(s->seqlen - 1);
+        if (!isfinite(mean))
+            return besa__fail(error, BESA_ERROR_NOT_FINITE, "the log-likelihood of window %lld is %g", (long long)i, mean);
+        sum += mean;
+        if (nll) nll[i] = mean;
+    }
+    *perplexity = exp(sum / (double)s->count);
+    return BESA_OK;
+}
+
+/* The dense model over the test stream. */
+static besa_result besa__run_dense(besa__run *run, besa_progress_callback progress, void *user, besa_error *error)
+{
+    besa__meter meter;
+    memset(&meter, 0, sizeof meter);
+    meter.callback = progress;
+    meter.user = user;
+    meter.blocks = run->config->num_hidden_layers;
+    meter.units = 1;
+    meter.start = meter.began = besa__seconds();
+    BESA__TRY(besa__load_rope(run, error));
+    BESA__TRY(besa__stream_embed(run, &run->test, error));
+    for (int64_t i = 0; i < run->config->num_hidden_layers; i++) {
+        besa_block block;
+        meter.block = i;
+        meter.done = 0;
+        BESA__TRY(besa__load_block(run, i, &block, error));
+        BESA__TRY(besa__test_forward(run, &block, error));
+        BESA__TRY(besa__tick(&meter, BESA_PASS_DENSE, 1, error));
+    }
+    return BESA_OK;
+}
+
+static besa_result besa__open_dense(besa__run *run, const besa_checkpoint *checkpoint, besa_backend *be,
+                                    const int32_t *ids, int64_t windows, int64_t seqlen, besa_error *error)
+{
+    BESA__TRY(besa__run_init(run, checkpoint, be, error));
+    BESA__TRY(besa__run_test(run, ids, windows, seqlen, error));
+    BESA__TRY(besa__check_ids(run, &run->test, "test", error));
+    run->pruner.chunk = run->test.chunk; /* the test stream's chunk needs no cap */
+    run->pruner.seqlen = seqlen;
+    return besa__run_allocate(run, besa__run_size(run), error);
+}
+
+BESA_API besa_result besa_perplexity(const besa_checkpoint *checkpoint, besa_backend *be, const int32_t *ids,
+                                     int64_t windows, int64_t seqlen, double *perplexity, double *nll,
+                                     besa_progress_callback progress, void *user, besa_error *error)
+{
+    besa__run run;
+    besa_result result = besa__open_dense(&run, checkpoint, be, ids, windows, seqlen, error);
+    if (result == BESA_OK) result = besa__run_dense(&run, progress, user, error);
+    if (result == BESA_OK) result = besa__test_perplexity(&run, perplexity, nll, error);
+    besa__run_close(&run);
+    return result;
+}
+
+BESA_API besa_result besa_logits(const besa_checkpoint *checkpoint, besa_backend *be, const int32_t *ids,
+                                 int64_t count, int64_t seqlen, float *logits, besa_error *error)
+{
+    besa__run run;
+    besa_result result = besa__open_dense(&run, checkpoint, be, ids, count, seqlen, error);
+    if (result == BESA_OK) result = besa__run_dense(&run, NULL, NULL, error);
+    if (result == BESA_OK) result = besa__head_pass(&run, logits, error);
+    besa__run_close(&run);
+    return result;
+}
+
+/* ---- pruning ------------------------------------------------------------------------------- */
+
+BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, besa_error *error)
+{
+    besa_prune_options preset;
+    memset(&preset, 0, sizeof preset);
+    if (strcmp(name, "published-row") == 0) {
+        preset.rates.form = BESA_RATES_ROW;
+        preset.rates.zero_start = 1;
+        preset.rates.penalty = 5;
+        preset.rates.d_coef = 5;
+        preset.no_projection = 1;
+    } else if (strcmp(name, "published-layer") == 0) {
+        preset.rates.form = BESA_RATES_LAYER;
+        preset.rates.zero_start = 1;
+        preset.rates.penalty = 5;
+        preset.rates.d_coef = 50;
+        preset.dense_stream = 1;
+        preset.no_projection = 1;
+    } else if (strcmp(name, "default") != 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "preset is \"%s\", expected default, published-row or published-layer",
+                          name);
+    preset.rates.target = options->rates.target;
+    preset.fixed = options->fixed;
+    preset.num_fixed = options->num_fixed;
+    preset.memory_budget = options->memory_budget;
+    preset.progress = options->progress;
+    preset.step = options->step;
+    preset.user = options->user;
+    *options = preset;
+    return BESA_OK;
+}
+
+/* A hash of the source: every tensor's name, dtype, place and first bytes. */
+static uint64_t besa__source_hash(const besa_checkpoint *checkpoint)
+{
+    uint64_t hash = BESA__HASH_START;
+    for (int64_t i = 0; i < besa_checkpoint_tensor_count(checkpoint); i++) {
+        const besa_tensor *t = besa_checkpoint_tensor(checkpoint, i);
+        hash = besa__hash(hash, t->name, strlen(t->name));
+        hash = besa__hash(hash, t->dtype_name, strlen(t->dtype_name));
+        hash = besa__hash(hash, &t->offset, sizeof t->offset);
+        hash = besa__hash(hash, t->data, t->bytes < 64 ? t->bytes : 64);
+    }
+    return hash;
+}
+
+/* All that decides the output's bytes, as one line for the journal. */
+static void besa__fingerprint(char *line, size_t size, const besa__run *run, const besa_calibration *c)
+{
+    const besa_prune_options *o = &run->pruner.options;
+    const besa_rate_options *r = &o->rates;
+    char options[768];
+    uint64_t fixed = BESA__HASH_START;
+    for (int64_t i = 0; i < o->num_fixed; i++) {
+        fixed = besa__hash(fixed, o->fixed[i].pattern, strlen(o->fixed[i].pattern) + 1);
+        fixed = besa__hash(fixed, &o->fixed[i].sparsity, sizeof(double));
+    }
+    int length = snprintf(options, sizeof options,
+             "%s,%d,%lld,%d,%d,%d:%d,%d,%.17g,%d,%.17g,%.17g,%d,%d,%d,%lld,%.17g,%d,%.17g,%.17g,%.17g,%.17g,%.17g,%.17g,"
+             "%lld,%lld,%d,%d,%d,%016llx",
+             run->be->name, (int)run->be->activation_dtype, (long long)run->pruner.chunk, (int)o->method,
+             (int)o->importance, o->pattern_n, o->pattern_m, o->magnitude_per_row, r->target, (int)r->form, r->layer_scale,
+             r->row_scale, r->plain_softmax, r->zero_start, r->candidates, (long long)r->group_rows, r->penalty,
+             (int)r->optimizer, r->lr, r->beta1, r->beta2, r->weight_decay, r->d0, r->d_coef, (long long)o->epochs,
+             (long long)o->batch_size, o->norm_all, o->dense_stream, o->no_projection, (unsigned long long)fixed);
+    size_t tokens = (size_t)(c->nsamples * c->seqlen) * sizeof(int32_t);
+    snprintf(line, size, "besa %d.%d method %d sparsity %g tokens %lldx%lld %016llx source %016llx options %016llx",
+             BESA_VERSION_MAJOR, BESA_VERSION_MINOR, (int)o->method, r->target, (long long)c->nsamples,
+             (long long)c->seqlen, (unsigned long long)besa__hash(BESA__HASH_START, c->ids, tokens),
+             (unsigned long long)besa__source_hash(run->checkpoint),
+             (unsigned long long)besa__hash(BESA__HASH_START, options, (size_t)length));
+}
+
+/* Bring the pruned block home, through the staging where memory is not unified, and write it. */
+static besa_result besa__write_block(besa__run *run, besa__writer *writer, int64_t index, besa_error *error)
+{
+    besa__block_tensors t;
+    BESA__TRY(besa__block_bind(&t, run->checkpoint, index, error));
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        const void *bytes = run->pruned[i];
+        if (!run->be->unified_memory) {
+            besa_result result = run->be->download(run->be, BESA_QUEUE_COMPUTE, run->host, bytes, t.weight[i]->bytes);
+            if (result == BESA_OK) result = run->be->synchronize(run->be, BESA_QUEUE_COMPUTE);
+            BESA__TRY(besa__pass_error(run->be, result, error));
+            bytes = run->host;
+        }
+        BESA__TRY(besa__writer_write(writer, t.weight[i], bytes, error));
+    }
+    return besa__writer_block_done(writer, index, error);
+}
+
+/* Weights of a finished block, from the unfinished output to the device. */
+static besa_result besa__read_pruned(besa__run *run, besa__writer *writer, int64_t index, besa_error *error)
+{
+    besa_backend *be = run->be;
+    besa__block_tensors t;
+    BESA__TRY(besa__block_bind(&t, run->checkpoint, index, error));
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        void *bytes = be->unified_memory ? run->pruned[i] : run->host;
+        BESA__TRY(besa__writer_read(writer, t.weight[i], bytes, error));
+        if (bytes == run->pruned[i]) continue;
+        besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, run->pruned[i], bytes, t.weight[i]->bytes);
+        if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
+        BESA__TRY(besa__pass_error(be, result, error));
+    }
+    return BESA_OK;
+}
+
+/* The report of a block that an earlier run finished: counts are counted again, the rest is not known. */
+static besa_result besa__report_reloaded(besa__run *run, const besa_block *block, int64_t index,
+                                         besa_block_report *report, besa_error *error)
+{
+    char name[64];
+    void *counts;
+    const void *pruned[BESA_LAYERS];
+    memset(report, 0, sizeof *report);
+    report->loss_uniform = report->loss_before = report->loss_after = report->loss_all = (double)NAN;
+    report->d = report->mean_rate = (double)NAN;
+    for (int i = 0; i < BESA_LAYERS; i++) pruned[i] = run->pruned[i];
+    besa__block_name(name, sizeof name, index);
+    BESA__TRY(besa__malloc(&counts, (size_t)besa_block_workload(&block->shape, 1, 1).rows * sizeof(int32_t), "row counts",
+                           error));
+    besa_result result = besa__report_layers(&run->pruner, block->weight, name, 1, report, (int32_t *)counts, error);
+    if (result == BESA_OK)
+        result = besa__report_layers(&run->pruner, pruned, name, 0, report, (int32_t *)counts, error);
+    BESA_FREE(counts);
+    besa__report_sparsity(report);
+    return result;
+}
+
+/* Take over a block that an earlier run finished; *block comes in dense and leaves pruned. */
+static besa_result besa__reload_block(besa__run *run, besa__writer *writer, int64_t index, besa_block *block,
+                                      besa_block_report *report, besa_error *error)
+{
+    besa_backend *be = run->be;
+    BESA__TRY(besa__read_pruned(run, writer, index, error));
+    if (run->has_dense)
+        BESA__TRY(besa__pass_error(be, besa__stream_forward(run, &run->dense, block, &run->pruner.acts), error));
+    BESA__TRY(besa__report_reloaded(run, block, index, report, error));
+    for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = run->pruned[i];
+    for (int64_t i = 0, count; i < run->calibration.count; i += count) { /* cut as the commit pass cuts: same bytes */
+        count = besa__commit_chunk(&run->pruner, i);
+        void *x = besa__sequence(&run->pruner, run->calibration.x, i);
+        BESA__TRY(besa__pass_error(be, besa__block_forward(be, block, &run->pruner.acts, x, x, count,
+                                                           run->calibration.seqlen), error));
+    }
+    return BESA_OK;
+}
+
+/* Prune (or take over) block `index` and write it. */
+static besa_result besa__run_block(besa__run *run, besa__writer *writer, int64_t index, int64_t done,
+                                   besa_block_report *report, besa_error *error)
+{
+    besa_block block;
+    char name[64];
+    double clock = besa__seconds(), read = 0;
+    besa__block_name(name, sizeof name, index);
+    run->pruner.meter.block = index;
+    BESA__TRY(besa__load_block(run, index, &block, error));
+    besa__lap(&clock, &read);
+    besa__use_workspace(run->be, run->pruner.workspace, run->pruner.workspace_bytes);
+    if (index < done) {
+        BESA__TRY(besa__tick(&run->pruner.meter, BESA_PASS_COMMIT, 0, error));
+        BESA__TRY(besa__reload_block(run, writer, index, &block, report, error));
+        return besa__test_forward(run, &block, error);
+    }
+    if (index == done) run->pruner.meter.began = clock;
+    BESA__TRY(besa__pruner_run(&run->pruner, &block, name, run->calibration.x, run->has_dense ? run->dense.x : NULL,
+                               run->pruned, report, error));
+    for (int i = 0; i < BESA_LAYERS; i++) block.weight[i] = run->pruned[i];
+    report->seconds[BESA_PASS_READ] = read;
+    clock = besa__seconds();
+    if (writer) BESA__TRY(besa__write_block(run, writer, index, error));
+    besa__lap(&clock, &report->seconds[BESA_PASS_WRITE]);
+    return besa__test_forward(run, &block, error);
+}
+
+/* The extreme mean rate that sigmoids can reach: every candidate's logit moves by at most s/2 either way, and the
+ * best choice raises all candidates on one side of a cut. high 1: the largest rate; 0: the smallest. */
+static double besa__reachable_rate(const besa_rates *rates, int high)
+{
+    double scale = rates->options.layer_scale + rates->options.row_scale, best = high ? 0 : 1;
+    double all[2] = {0, 0}, upper[2] = {0, 0}; /* sums of exp(c p) and exp(c p) p over all candidates; over d <= cut */
+    int last = rates->options.candidates;
+    for (int pass = 0; pass < 2; pass++)
+        for (int d = 0; d <= last; d++) {
+            double p = 1.0 - (double)d / last, weight = exp((double)rates->tilt * (p - (rates->tilt > 0)));
+            double *sums = pass ? upper : all, up = exp(high ? 0.5 * scale : -0.5 * scale);
+            sums[0] += weight;
+            sums[1] += weight * p;
+            if (!pass) continue;
+            double rate = (up * upper[1] + (all[1] - upper[1]) / up) / (up * upper[0] + (all[0] - upper[0]) / up);
+            if (high ? rate > best : rate < best) best = rate;
+        }
+    return best;
+}
+
+/* A warning where learning alone cannot reach the target. */
+static void besa__note_range(const besa__run *run, besa_report *report)
+{
+    const besa_prune_options *o = &run->pruner.options;
+    if (o->method != BESA_METHOD_BESA || o->rates.plain_softmax || !o->no_projection) return;
+    double low = besa__reachable_rate(&run->pruner.rates, 0), high = besa__reachable_rate(&run->pruner.rates, 1);
+    if (o->rates.target >= low && o->rates.target <= high) return;
+    besa__notes_add(&report->notes,
+                    "warning: target %g is outside the rates %.3f .. %.3f that these options can reach without projection",
+                    o->rates.target, low, high);
+}
+
+static void besa__report_totals(besa_report *report, double target, double start)
+{
+    report->weights = report->pruned = 0;
+    for (int64_t b = 0; b < report->num_blocks; b++)
+        for (int i = 0; i < BESA_LAYERS; i++) {
+            report->weights += report->block[b].layer[i].weights;
+            report->pruned += report->block[b].layer[i].pruned;
+        }
+    report->sparsity = (double)report->pruned / (double)report->weights;
+    report->target = target;
+    report->seconds = besa__seconds() - start;
+}
+
+/* All blocks, and the perplexity where it is asked for. */
+static besa_result besa__run_prune(besa__run *run, besa__writer *writer, int64_t done, besa_report *report,
+                                   besa_error *error)
+{
+    BESA__TRY(besa__load_rope(run, error));
+    BESA__TRY(besa__stream_embed(run, &run->calibration, error));
+    if (run->has_dense) BESA__TRY(besa__stream_embed(run, &run->dense, error));
+    if (run->has_test) BESA__TRY(besa__stream_embed(run, &run->test, error));
+    run->calibration.chunk = run->dense.chunk = run->pruner.chunk;
+    run->pruner.meter.first_block = done;
+    for (int64_t i = 0; i < run->config->num_hidden_layers; i++)
+        BESA__TRY(besa__run_block(run, writer, i, done, &report->block[i], error));
+    return run->has_test ? besa__test_perplexity(run, &report->perplexity, NULL, error) : BESA_OK;
+}
+
+/* Once memory is there: open the output, run, and close the output as the result asks. */
+static besa_result besa__prune_into(besa__run *run, const char *output, const besa_calibration *calibration,
+                                    besa_report *report, besa_error *error)
+{
+    besa__writer *writer = NULL;
+    int64_t done = 0, blocks = run->config->num_hidden_layers;
+    char fingerprint[256];
+    besa__note_range(run, report);
+    if (output) {
+        besa__fingerprint(fingerprint, sizeof fingerprint, run, calibration);
+        BESA__TRY(besa__writer_open(&writer, run->checkpoint, output, fingerprint, blocks, &done, &report->notes, error));
+    }
+    report->resumed_blocks = done;
+    besa_result result = besa__run_prune(run, writer, done, report, error);
+    if (!writer) return result;
+    if (result == BESA_OK) return besa__writer_finish(writer, error);
+    besa__writer_abandon(writer, 1); /* finished blocks are kept */
+    return result;
+}
+
+/* A fixed rate that matches no layer is a slip of the pen. */
+static besa_result besa__check_fixed(const besa__run *run, const besa_prune_options *options, besa_error *error)
+{
+    for (int64_t f = 0; f < options->num_fixed; f++) {
+        int matches = 0;
+        for (int64_t b = 0; b < run->config->num_hidden_layers && !matches; b++)
+            for (int i = 0; i < BESA_LAYERS && !matches; i++) {
+                char name[64], full[128];
+                besa__block_name(name, sizeof name, b);
+                snprintf(full, sizeof full, "%s%s", name, besa__layer_paths[i]);
+                matches = besa__match(options->fixed[f].pattern, full);
+            }
+        if (!matches)
+            return besa__fail(error, BESA_ERROR_OPTION, "fixed rate %g: \"%s\" matches no layer, as model.layers.0.%s is one",
+                              options->fixed[f].sparsity, options->fixed[f].pattern, besa__layer_paths[0]);
+    }
+    return BESA_OK;
+}
+
+static besa_result besa__prune_start(besa__run *run, const besa_checkpoint *checkpoint, besa_backend *be,
+                                     const besa_calibration *calibration, const besa_prune_options *options, size_t *bytes,
+                                     besa_error *error)
+{
+    BESA__TRY(besa__run_init(run, checkpoint, be, error));
+    BESA__TRY(besa__run_calibration(run, calibration, options, error));
+    BESA__TRY(besa__check_fixed(run, options, error));
+    BESA__TRY(besa__fit_budget(&run->pruner.chunk, besa__run_size, run, options->memory_budget, error));
+    *bytes = besa__run_size(run);
+    return BESA_OK;
+}
+
+BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *output, besa_backend *be,
+                                const besa_calibration *calibration, const besa_prune_options *options,
+                                besa_report *report, besa_error *error)
+{
+    besa__run run;
+    besa_report local;
+    size_t bytes = 0;
+    double start = besa__seconds();
+    if (!report) report = &local;
+    memset(report, 0, sizeof *report);
+    besa_result result = besa__prune_start(&run, checkpoint, be, calibration, options, &bytes, error);
+    if (result == BESA_OK) result = besa__check_ids(&run, &run.calibration, "calibration", error);
+    if (result == BESA_OK && run.has_test) result = besa__check_ids(&run, &run.test, "test", error);
+    if (result == BESA_OK) result = besa__run_allocate(&run, bytes, error);
+    if (result == BESA_OK) {
+        void *blocks;
+        report->num_blocks = run.config->num_hidden_layers;
+        result = besa__malloc(&blocks, (size_t)report->num_blocks * sizeof(besa_block_report), "the report", error);
+        if (result == BESA_OK) memset(blocks, 0, (size_t)report->num_blocks * sizeof(besa_block_report));
+        report->block = (besa_block_report *)blocks;
+    }
+    if (result == BESA_OK) result = besa__prune_into(&run, output, calibration, report, error);
+    if (result == BESA_OK) besa__report_totals(report, run.pruner.options.rates.target, start);
+    besa__run_close(&run);
+    if (result != BESA_OK || report == &local) besa_report_free(report);
+    return result;
+}
+
+/* FLOP of all products: 2 per weight and token forward, 3.7 more in the learning step (q, k and v need no input
+ * gradient), attention's causal half, and Gram matrices. */
+static double besa__plan_flop(const besa__run *run)
+{
+    const besa_block_shape *s = &run->config->block;
+    const besa_prune_options *o = &run->pruner.options;
+    double tokens = (double)(run->pruner.nsamples * run->pruner.seqlen), weights = 0, gram = 0, qkv = 0;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(s, i, &rows, &columns);
+        weights += (double)rows * (double)columns;
+        if (i <= BESA_V) qkv += (double)rows * (double)columns;
+    }
+    for (int i = 0; i < BESA__INPUTS; i++) gram += (double)besa__input_columns(s, i) * (double)besa__input_columns(s, i);
+    double attention = 2 * (double)(s->num_attention_heads * s->head_dim * run->pruner.seqlen);
+    double forward = 2 * weights + attention, backward = 4 * weights - 2 * qkv + 2.5 * attention;
+    double dense = besa__uses_magnitude(o) ? (double)run->pruner.reference / (double)run->pruner.nsamples : 1;
+    double flop = (1 + dense + run->has_dense) * forward + (besa__uses_gram(o) ? gram : 0);
+    if (o->method == BESA_METHOD_BESA) flop += (double)o->epochs * (forward + backward);
+    flop *= tokens * (double)run->config->num_hidden_layers;
+    if (!run->has_test) return flop;
+    double head = 2 * (double)run->config->vocab_size * (double)s->hidden_size;
+    return flop + (double)(run->test.count * run->test.seqlen) * (head + forward * (double)run->config->num_hidden_layers);
+}
+
+BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *be, const besa_calibration *calibration,
+                               const besa_prune_options *options, besa_plan_result *plan, besa_error *error)
+{
+    besa__run run;
+    memset(plan, 0, sizeof *plan);
+    besa_result result = besa__prune_start(&run, checkpoint, be, calibration, options, &plan->device_bytes, error);
+    if (result == BESA_OK) {
+        plan->host_bytes = besa__run_host_size(&run);
+        plan->micro_batch = run.pruner.chunk;
+        plan->flop = besa__plan_flop(&run);
+        for (int64_t i = 0; i < checkpoint->num_shards; i++) plan->disk_bytes += checkpoint->shards[i].size;
+        for (int i = 0; i < BESA_LAYERS; i++) {
+            int64_t rows, columns;
+            besa_block_layer(&run.config->block, i, &rows, &columns);
+            plan->mapped_block_bytes += besa_dtype_size(run.model.dtype) * (size_t)(rows * columns);
+        }
+    }
+    besa__run_close(&run);
+    return result;
+}
+
+/* ============================================================================================
+ * // >>report                the report as JSON
+ * ============================================================================================ */
+
+/* Text that grows; after a failed allocation text is NULL and everything more is ignored. */
+typedef struct besa__text {
+    char *text;
+    size_t length, room;
+} besa__text;
+
+static void besa__append(besa__text *t, const char *format, ...) BESA__PRINTF(2, 3);
+static void besa__append(besa__text *t, const char *format, ...)
+{
+    for (int attempt = 0; t->text && attempt < 2; attempt++) {
+        va_list args;
+        va_start(args, format);
+        int wrote = vsnprintf(t->text + t->length, t->room - t->length, format, args);
+        va_end(args);
+        if (wrote < 0) return;
+        if ((size_t)wrote < t->room - t->length) {
+            t->length += (size_t)wrote;
+            return;
+        }
+        t->room = 2 * t->room + (size_t)wrote;
+        char *grown = (char *)BESA_REALLOC(t->text, t->room);
+        if (!grown) BESA_FREE(t->text);
+        t->text = grown;
+    }
+}
+
+/* JSON has no NaN: null stands for it. */
+static void besa__append_number(besa__text *t, const char *key, double value, const char *after)
+{
+    if (isfinite(value)) besa__append(t, "\"%s\": %.9g%s", key, value, after);
+    else besa__append(t, "\"%s\": null%s", key, after);
+}
+
+static void besa__append_string(besa__text *t, const char *string)
+{
+    besa__append(t, "\"");
+    for (; *string; string++) {
+        unsigned char c = (unsigned char)*string;
+        if (c == '\n') besa__append(t, "\\n");
+        else if (c == '"' || c == '\\') besa__append(t, "\\%c", c);
+        else if (c < 0x20) besa__append(t, "\\u%04x", c);
+        else besa__append(t, "%c", c);
+    }
+    besa__append(t, "\"");
+}
+
+static void besa__append_layer(besa__text *t, const besa_layer_report *layer, int index)
+{
+    double weights = layer->weights > 0 ? (double)layer->weights : 1;
+    besa__append(t, "      {\"name\": \"%s\", \"weights\": %lld, \"pruned\": %lld, \"source_zeros\": %lld, ",
+                 besa__layer_paths[index], (long long)layer->weights, (long long)layer->pruned,
+                 (long long)layer->source_zeros);
+    besa__append_number(t, "sparsity", (double)layer->pruned / weights, ", ");
+    besa__append_number(t, "rate_min", layer->rate_min, ", ");
+    besa__append_number(t, "rate_mean", layer->rate_mean, ", ");
+    besa__append_number(t, "rate_max", layer->rate_max, ", ");
+    besa__append_number(t, "rate_std", layer->rate_std, index + 1 < BESA_LAYERS ? "},\n" : "}\n");
+}
+
+static void besa__append_block(besa__text *t, const besa_block_report *b, int64_t index)
+{
+    static const char *const pass[BESA_PASS_COUNT] = {"read", "dense", "rank", "learn", "commit", "write"};
+    besa__append(t, "    {\"block\": %lld, ", (long long)index);
+    besa__append_number(t, "sparsity", b->sparsity, ", ");
+    besa__append_number(t, "loss_uniform", b->loss_uniform, ", ");
+    besa__append_number(t, "loss_before", b->loss_before, ", ");
+    besa__append_number(t, "loss_after", b->loss_after, ", ");
+    besa__append_number(t, "loss_all", b->loss_all, ",\n     ");
+    besa__append_number(t, "prodigy_d", b->d, ", ");
+    besa__append_number(t, "mean_rate", b->mean_rate, ",\n     \"seconds\": {");
+    for (int i = 0; i < BESA_PASS_COUNT; i++)
+        besa__append_number(t, pass[i], b->seconds[i], i + 1 < BESA_PASS_COUNT ? ", " : "},\n     \"layers\": [\n");
+    for (int i = 0; i < BESA_LAYERS; i++) besa__append_layer(t, &b->layer[i], i);
+    besa__append(t, "     ]}");
+}
+
+BESA_API char *besa_report_json(const besa_report *report)
+{
+    besa__text t;
+    t.length = 0;
+    t.room = 4096;
+    t.text = (char *)BESA_MALLOC(t.room);
+    besa__append(&t, "{\n  ");
+    besa__append_number(&t, "target", report->target, ",\n  ");
+    besa__append_number(&t, "sparsity", report->sparsity, ",\n  ");
+    besa__append(&t, "\"weights\": %lld,\n  \"pruned\": %lld,\n  ", (long long)report->weights, (long long)report->pruned);
+    besa__append_number(&t, "seconds", report->seconds, ",\n  ");
+    if (report->perplexity > 0) besa__append_number(&t, "perplexity", report->perplexity, ",\n  ");
+    besa__append(&t, "\"resumed_blocks\": %lld,\n  \"notes\": ", (long long)report->resumed_blocks);
+    besa__append_string(&t, report->notes ? report->notes : "");
+    besa__append(&t, ",\n  \"blocks\": [");
+    for (int64_t i = 0; i < report->num_blocks; i++) {
+        besa__append(&t, i ? ",\n" : "\n");
+        besa__append_block(&t, &report->block[i], i);
+    }
+    besa__append(&t, "\n  ]\n}\n");
+    return t.text;
+}
+
+BESA_API void besa_report_free(besa_report *report)
+{
+    if (!report) return;
+    BESA_FREE(report->block);
+    BESA_FREE(report->notes);
+    memset(report, 0, sizeof *report);
+}
+#endif /* BESA_NO_STDIO */
+
+#if defined(BESA_CUDA) && defined(__CUDACC__)
+#include "besa_cuda.cuh"
+#endif
+#endif /* BESA_IMPLEMENTATION_DONE */
+#endif /* BESA_IMPLEMENTATION */

@@ -1,0 +1,1404 @@
+/* backend_ops.h - one list of cases for every operation of a besa_backend.
+ *
+ *   int besa_test_backend(besa_backend *be, const char *mode);
+ *
+ * mode "test": each operation against a plain double-precision version, written here from its formula.
+ * mode "grad": each backward operation against central differences of that version, along random directions.
+ * mode "perf": GB/s beside the bandwidth of a copy, or GFLOP/s.
+ * Data goes in and out through the table alone; activations are rounded to be->activation_dtype before both sides see
+ * them, and the tolerance depends on it. Outputs and workspace hold NaN bytes before each operation, the workspace is
+ * exactly as large as workspace_size() says and is followed by a guard. Include after besa.h with its implementation.
+ * Prints PASS, FAIL or SKIP per case and `N passed, N failed, N skipped`; returns the number of failures. */
+#ifndef BESA_BACKEND_OPS_H
+#define BESA_BACKEND_OPS_H
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum { OPS_BUFFERS = 64, OPS_GUARD = 4096 };
+
+typedef struct ops {
+    besa_backend *be;
+    const char *mode;
+    int quiet;
+    double product_tolerance;          /* relative error of matrix products, 0: by the activations' type */
+    uint64_t random, hash;             /* hash: of all bytes that came down in this case */
+    void *buffer[OPS_BUFFERS];         /* device memory of this case */
+    void *host[4 * OPS_BUFFERS];       /* host memory of this case */
+    int buffers, hosts;
+    void *workspace;
+    size_t workspace_bytes;
+    char detail[1400];
+    int failed;
+    double seconds, work;              /* perf: of one call, bytes or FLOP */
+    const char *unit;
+} ops;
+
+typedef struct ops_case {
+    const char *name;
+    void (*run)(ops *t, const struct ops_case *c);
+    int64_t n[6];
+    besa_dtype dtype;
+    const char *modes;                 /* any of t, g, p */
+} ops_case;
+
+/* ---- data ---------------------------------------------------------------------------------- */
+
+static double ops_uniform(ops *t) /* -1 .. 1 */
+{
+    t->random = t->random * 6364136223846793005u + 1442695040888963407u;
+    return (double)(t->random >> 11) / 4503599627370496.0 - 1.0;
+}
+
+static void ops_fail(ops *t, const char *what, double got, double limit)
+{
+    if (t->failed++ == 0) snprintf(t->detail, sizeof t->detail, "%s: %g, limit %g", what, got, limit);
+}
+
+static void ops_call(ops *t, besa_result result, const char *what)
+{
+    if (result != BESA_OK && t->failed++ == 0)
+        snprintf(t->detail, sizeof t->detail, "%s: %s (%s)", what, besa_result_string(result), t->be->error.message);
+}
+
+static void *ops_host(ops *t, size_t bytes)
+{
+    void *p = calloc(bytes ? bytes : 1, 1);
+    if (!p || t->hosts == 4 * OPS_BUFFERS) abort();
+    t->host[t->hosts++] = p;
+    return p;
+}
+
+static double *ops_doubles(ops *t, int64_t n) { return (double *)ops_host(t, (size_t)n * sizeof(double)); }
+static float *ops_floats(ops *t, int64_t n) { return (float *)ops_host(t, (size_t)n * sizeof(float)); }
+
+/* Device memory full of NaN bytes. */
+static void *ops_device(ops *t, size_t bytes)
+{
+    void *p, *poison = malloc(bytes ? bytes : 1);
+    if (!poison || t->buffers == OPS_BUFFERS) abort();
+    memset(poison, 0xFF, bytes);
+    ops_call(t, t->be->alloc(t->be, &p, bytes), "alloc");
+#ifndef OPS_NO_POISON /* for memory checkers, which have their own mark for memory that was never written */
+    ops_call(t, t->be->upload(t->be, BESA_QUEUE_COMPUTE, p, poison, bytes), "upload");
+    ops_call(t, t->be->synchronize(t->be, BESA_QUEUE_COMPUTE), "synchronize");
+#endif
+    free(poison);
+    t->buffer[t->buffers++] = p;
+    return p;
+}
+
+static void *ops_put(ops *t, const void *data, size_t bytes)
+{
+    void *p = ops_device(t, bytes);
+    ops_call(t, t->be->upload(t->be, BESA_QUEUE_COMPUTE, p, data, bytes), "upload");
+    ops_call(t, t->be->synchronize(t->be, BESA_QUEUE_COMPUTE), "synchronize");
+    return p;
+}
+
+static void ops_get(ops *t, void *data, const void *device, size_t bytes)
+{
+    const unsigned char *byte = (const unsigned char *)data;
+    ops_call(t, t->be->download(t->be, BESA_QUEUE_COMPUTE, data, device, bytes), "download");
+    ops_call(t, t->be->synchronize(t->be, BESA_QUEUE_COMPUTE), "synchronize");
+    for (size_t i = 0; i < bytes; i++) t->hash = (t->hash ^ byte[i]) * 1099511628211u;
+}
+
+static double ops_round(besa_dtype dtype, double x)
+{
+    if (dtype == BESA_BF16) return (double)besa__bf16_to_f32(besa__f32_to_bf16((float)x));
+    if (dtype == BESA_F16) return (double)besa__f16_to_f32(besa__f32_to_f16((float)x));
+    return (double)(float)x;
+}
+
+/* values of x (n) are rounded to dtype and sent */
+static void *ops_send(ops *t, double *x, besa_dtype dtype, int64_t n)
+{
+    unsigned char *data = (unsigned char *)ops_host(t, (size_t)n * besa_dtype_size(dtype));
+    for (int64_t i = 0; i < n; i++) {
+        float f = (float)x[i];
+        uint16_t h = dtype == BESA_BF16 ? besa__f32_to_bf16(f) : besa__f32_to_f16(f);
+        x[i] = ops_round(dtype, x[i]);
+        if (dtype == BESA_F32) memcpy(data + 4 * i, &f, 4);
+        else memcpy(data + 2 * i, &h, 2);
+    }
+    return ops_put(t, data, (size_t)n * besa_dtype_size(dtype));
+}
+
+static double *ops_random(ops *t, int64_t n, double scale)
+{
+    double *x = ops_doubles(t, n);
+    for (int64_t i = 0; i < n; i++) x[i] = scale * ops_uniform(t);
+    return x;
+}
+
+static void *ops_act(ops *t, double *x, int64_t n) { return ops_send(t, x, t->be->activation_dtype, n); }
+static void *ops_float(ops *t, double *x, int64_t n) { return ops_send(t, x, BESA_F32, n); }
+static void *ops_act_out(ops *t, int64_t n) { return ops_device(t, (size_t)n * besa_dtype_size(t->be->activation_dtype)); }
+static float *ops_float_out(ops *t, int64_t n) { return (float *)ops_device(t, (size_t)n * sizeof(float)); }
+
+static double *ops_fetch(ops *t, const void *device, besa_dtype dtype, int64_t n)
+{
+    unsigned char *data = (unsigned char *)ops_host(t, (size_t)n * besa_dtype_size(dtype));
+    double *x = ops_doubles(t, n);
+    ops_get(t, data, device, (size_t)n * besa_dtype_size(dtype));
+    for (int64_t i = 0; i < n; i++) {
+        float f = 0;
+        uint16_t h = 0;
+        if (dtype == BESA_F32) memcpy(&f, data + 4 * i, 4);
+        else memcpy(&h, data + 2 * i, 2);
+        x[i] = (double)(dtype == BESA_F32 ? f : dtype == BESA_BF16 ? besa__bf16_to_f32(h) : besa__f16_to_f32(h));
+    }
+    return x;
+}
+
+/* relative root-mean-square error, and the largest single error beside the root mean square */
+static void ops_near(ops *t, const char *what, const double *got, const double *want, int64_t n, double limit)
+{
+    double error = 0, norm = 0, worst = 0, rms;
+    for (int64_t i = 0; i < n; i++) {
+        double e = fabs(got[i] - want[i]);
+        if (!(got[i] - want[i] == got[i] - want[i])) e = got[i] == want[i] ? 0 : 1e30;
+        error += e * e, norm += want[i] * want[i];
+        worst = e > worst ? e : worst;
+    }
+    rms = sqrt(norm / (double)(n ? n : 1));
+    if (!(sqrt(error) <= limit * sqrt(norm) + 1e-30)) ops_fail(t, what, sqrt(error / (norm > 0 ? norm : 1)), limit);
+    if (!(worst <= 30 * limit * rms + 1e-30)) ops_fail(t, what, worst / (rms > 0 ? rms : 1), 30 * limit);
+}
+
+static void ops_near_act(ops *t, const char *what, const void *device, const double *want, int64_t n, double limit)
+{
+    besa_dtype dtype = t->be->activation_dtype;
+    ops_near(t, what, ops_fetch(t, device, dtype, n), want, n, dtype == BESA_F32 ? limit : 1e-2);
+}
+
+static void ops_same(ops *t, const char *what, const void *device, const void *want, size_t bytes)
+{
+    unsigned char *got = (unsigned char *)ops_host(t, bytes);
+    ops_get(t, got, device, bytes);
+    for (size_t i = 0; i < bytes; i++)
+        if (got[i] != ((const unsigned char *)want)[i]) {
+            ops_fail(t, what, (double)i, (double)bytes);
+            return;
+        }
+}
+
+static void ops_workspace(ops *t, const besa_workload *w)
+{
+    size_t bytes = t->be->workspace_size(t->be, w);
+    t->workspace = ops_device(t, bytes + OPS_GUARD);
+    t->be->workspace = t->workspace;
+    t->be->workspace_bytes = t->workspace_bytes = bytes;
+}
+
+static void ops_guard(ops *t)
+{
+    unsigned char guard[OPS_GUARD];
+    uint64_t hash = t->hash;
+#ifdef OPS_NO_POISON
+    return;
+#endif
+    if (!t->workspace) return;
+    ops_get(t, guard, (unsigned char *)t->workspace + t->workspace_bytes, sizeof guard);
+    t->hash = hash;
+    for (int i = 0; i < OPS_GUARD; i++)
+        if (guard[i] != 0xFF) {
+            ops_fail(t, "workspace overrun", i, 0);
+            return;
+        }
+}
+
+static besa_workload ops_sizes(int64_t rows, int64_t columns, int64_t tokens)
+{
+    besa_workload w;
+    memset(&w, 0, sizeof w);
+    w.rows = rows, w.columns = columns, w.tokens = tokens, w.seqlen = tokens;
+    return w;
+}
+
+static double ops_products(const ops *t, double limit) { return t->product_tolerance > 0 ? t->product_tolerance : limit; }
+static int ops_is(const ops *t, const char *mode) { return strcmp(t->mode, mode) == 0; }
+
+#ifndef OPS_CLOCK
+#define OPS_CLOCK CLOCK_MONOTONIC      /* CLOCK_PROCESS_CPUTIME_ID: one thread on a busy machine */
+#endif
+static double ops_now(void)
+{
+    struct timespec now;
+    clock_gettime(OPS_CLOCK, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* perf: repeats the call for a quarter of a second, five times, and keeps the fastest */
+#define OPS_TIME(t, work_, unit_, call)                                                            \
+    do {                                                                                           \
+        double ops__best = 1e30;                                                                   \
+        (t)->work = (work_), (t)->unit = (unit_);                                                  \
+        call;                                                                                      \
+        for (int ops__i = 0; ops__i < 5; ops__i++) {                                               \
+            int ops__n = 0;                                                                        \
+            double ops__t0 = ops_now(), ops__t1;                                                   \
+            do {                                                                                   \
+                call;                                                                              \
+                (void)(t)->be->synchronize((t)->be, BESA_QUEUE_COMPUTE);                           \
+                ops__n++, ops__t1 = ops_now();                                                     \
+            } while (ops__t1 - ops__t0 < 0.05);                                                    \
+            if ((ops__t1 - ops__t0) / ops__n < ops__best) ops__best = (ops__t1 - ops__t0) / ops__n; \
+        }                                                                                          \
+        (t)->seconds = ops__best;                                                                  \
+    } while (0)
+
+/* grad: want = (f(x + h u) - f(x - h u)) / 2h for a random direction u, against <grad, u>; f reads x */
+typedef double ops_function(const void *user);
+static void ops_gradient(ops *t, const char *what, double *x, const double *grad, int64_t n, double h, ops_function *f,
+                         const void *user, double limit)
+{
+    double *keep = ops_doubles(t, n), *u = ops_random(t, n, 1.0);
+    double up, down, got = 0, want, size = 0;
+    memcpy(keep, x, (size_t)n * sizeof *x);
+    for (int64_t i = 0; i < n; i++) x[i] = keep[i] + h * u[i];
+    up = f(user);
+    for (int64_t i = 0; i < n; i++) x[i] = keep[i] - h * u[i];
+    down = f(user);
+    memcpy(x, keep, (size_t)n * sizeof *x);
+    want = (up - down) / (2 * h);
+    for (int64_t i = 0; i < n; i++) got += grad[i] * u[i], size += grad[i] * grad[i];
+    size = sqrt(size) + 1e-12;
+    if (t->be->activation_dtype != BESA_F32) limit = 2e-2;
+    if (!(fabs(got - want) <= limit * size)) ops_fail(t, what, (got - want) / size, limit);
+}
+
+/* ---- matrix products ----------------------------------------------------------------------- */
+
+/* c (m,n) = [c +] alpha sum_p a[i ai + p ap] b[p bp + j bj] */
+static void ref_product(double *c, const double *a, int64_t ai, int64_t ap, const double *b, int64_t bp, int64_t bj,
+                        int64_t m, int64_t n, int64_t k, double alpha, int add)
+{
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < n; j++) {
+            double sum = 0;
+            for (int64_t p = 0; p < k; p++) sum += a[i * ai + p * ap] * b[p * bp + j * bj];
+            c[i * n + j] = (add ? c[i * n + j] : 0) + alpha * sum;
+        }
+}
+
+static void ops_linear(ops *t, const ops_case *c)
+{
+    int64_t T = c->n[0], R = c->n[1], C = c->n[2];
+    int bias = (int)c->n[3], add = (int)c->n[4];
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(R, C, T);
+    double limit = ops_products(t, 3e-6);
+    double *x = ops_random(t, T * C, 1), *w = ops_random(t, R * C, 1), *b = ops_random(t, R, 1);
+    double *y = ops_random(t, T * R, 1), *dx = ops_random(t, T * C, 1), *dw = ops_doubles(t, R * C);
+    void *dx_ = ops_act(t, dx, T * C), *x_ = ops_act(t, x, T * C), *w_ = ops_send(t, w, c->dtype, R * C);
+    void *b_ = ops_float(t, b, R), *y_ = ops_act(t, y, T * R), *dy_ = ops_act(t, y, T * R);
+    float *dw_ = ops_float_out(t, R * C);
+    double *dy = ops_doubles(t, T * R);
+    memcpy(dy, y, (size_t)(T * R) * sizeof *dy);
+    ops_workspace(t, &sizes);
+    if (ops_is(t, "perf")) {
+        OPS_TIME(t, 2.0 * (double)T * (double)R * (double)C, "GFLOP/s",
+                 ops_call(t, be->linear_forward(be, y_, x_, w_, c->dtype, NULL, T, R, C, 0), "linear_forward"));
+        return;
+    }
+    ref_product(y, x, C, 1, w, 1, C, T, R, C, 1, add);
+    for (int64_t i = 0; bias && i < T * R; i++) y[i] += b[i % R];
+    ref_product(dx, dy, R, 1, w, C, 1, T, C, R, 1, add);
+    ref_product(dw, dy, 1, R, x, C, 1, R, C, T, 1, 0);
+    ops_call(t, be->linear_forward(be, y_, x_, w_, c->dtype, bias ? (float *)b_ : NULL, T, R, C, add), "linear_forward");
+    ops_call(t, be->linear_backward_input(be, dx_, dy_, w_, c->dtype, T, R, C, add), "linear_backward_input");
+    ops_call(t, be->linear_backward_weight(be, dw_, dy_, x_, T, R, C), "linear_backward_weight");
+    ops_near_act(t, "linear_forward", y_, y, T * R, limit);
+    ops_near_act(t, "linear_backward_input", dx_, dx, T * C, limit);
+    ops_near(t, "linear_backward_weight", ops_fetch(t, dw_, BESA_F32, R * C), dw, R * C, limit);
+}
+
+static void ops_gram(ops *t, const ops_case *c)
+{
+    int64_t T = c->n[0], C = c->n[1];
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(1, C, T);
+    double *x = ops_random(t, T * C, 1), *h = ops_random(t, C * C, 1), *got;
+    void *x_ = ops_act(t, x, T * C);
+    float *h_ = (float *)ops_float(t, h, C * C);
+    ops_workspace(t, &sizes);
+    if (ops_is(t, "perf")) {
+        OPS_TIME(t, (double)T * (double)C * (double)C, "GFLOP/s", ops_call(t, be->gram(be, h_, x_, 0.1f, T, C), "gram"));
+        return;
+    }
+    ref_product(h, x, 1, C, x, C, 1, C, C, T, (double)0.1f, 1);
+    ops_call(t, be->gram(be, h_, x_, 0.1f, T, C), "gram");
+    got = ops_fetch(t, h_, BESA_F32, C * C);
+    for (int64_t i = 0; i < C; i++)
+        for (int64_t j = i + 1; j < C; j++) got[i * C + j] = h[i * C + j]; /* free to hold anything */
+    t->hash = 0;
+    ops_near(t, "gram", got, h, C * C, ops_products(t, 3e-6));
+}
+
+/* ---- the block's pieces -------------------------------------------------------------------- */
+
+static void ops_convert(ops *t, const ops_case *c)
+{
+    static const float special[] = {0.0f, -0.0f, 1.0f, 65504.0f, 65519.0f, 65520.0f, 1e-7f, 6e-8f, 3e-8f, -2.98e-8f,
+                                    6.1e-5f, 1e30f, 3.4e38f, 1.00390625f, 1.01171875f, -1e-40f};
+    besa_backend *be = t->be;
+    int64_t n = c->n[0];
+    for (int from = 0; from < 3; from++)
+        for (int to = 0; to < 3; to++) {
+            besa_dtype a = (besa_dtype)from, b = (besa_dtype)to;
+            double *x = ops_random(t, n, 3), *want = ops_doubles(t, n);
+            void *x_, *y_ = ops_device(t, (size_t)n * besa_dtype_size(b));
+            for (int64_t i = 0; i < n && i < 16; i++) x[i] = (double)special[i];
+            if (n > 18) x[16] = (double)INFINITY, x[17] = -(double)INFINITY;
+            x_ = ops_send(t, x, a, n);
+            for (int64_t i = 0; i < n; i++) want[i] = ops_round(b, x[i]);
+            ops_call(t, be->convert(be, y_, b, x_, a, n), "convert");
+            x = ops_fetch(t, y_, b, n);
+            for (int64_t i = 0; i < n; i++)
+                if (!(x[i] == want[i]) || signbit(x[i]) != signbit(want[i])) ops_fail(t, "convert", x[i], want[i]);
+            if (ops_is(t, "perf") && from == 2 && to == 0)
+                OPS_TIME(t, 6.0 * (double)n, "GB/s", ops_call(t, be->convert(be, y_, b, x_, a, n), "convert"));
+        }
+}
+
+typedef struct ref_norm {
+    const double *x, *g, *dy;
+    double *y;
+    int64_t n, d;
+    double eps;
+} ref_norm;
+
+static double ref_rmsnorm(const void *user) /* y; returns <dy, y> */
+{
+    const ref_norm *r = (const ref_norm *)user;
+    double total = 0;
+    for (int64_t i = 0; i < r->n; i++) {
+        double sum = 0;
+        for (int64_t c = 0; c < r->d; c++) sum += r->x[i * r->d + c] * r->x[i * r->d + c];
+        for (int64_t c = 0; c < r->d; c++) {
+            double y = r->x[i * r->d + c] / sqrt(sum / (double)r->d + r->eps) * r->g[c];
+            if (r->y) r->y[i * r->d + c] = y;
+            total += y * r->dy[i * r->d + c];
+        }
+    }
+    return total;
+}
+
+static void ops_rmsnorm(ops *t, const ops_case *c)
+{
+    int64_t n = c->n[0], d = c->n[1];
+    int add = (int)c->n[2];
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(1, d, n);
+    double *x = ops_random(t, n * d, 2), *g = ops_random(t, d, 1), *dy = ops_random(t, n * d, 1);
+    double *y = ops_doubles(t, n * d), *dx = ops_random(t, n * d, 1), *grad;
+    void *x_ = ops_act(t, x, n * d), *dy_ = ops_act(t, dy, n * d), *dx_ = ops_act(t, dx, n * d), *y_ = ops_act_out(t, n * d);
+    float *g_ = (float *)ops_float(t, g, d), *inv = ops_float_out(t, n);
+    ref_norm r = {x, g, dy, y, n, d, (double)1e-5f};
+    ops_workspace(t, &sizes);
+    ops_call(t, be->rmsnorm_forward(be, y_, inv, x_, g_, n, d, 1e-5f), "rmsnorm_forward");
+    if (ops_is(t, "perf")) {
+        double bytes = (double)(n * d) * (double)besa_dtype_size(be->activation_dtype);
+        if (add) OPS_TIME(t, 4 * bytes, "GB/s", ops_call(t, be->rmsnorm_backward(be, dx_, dy_, x_, g_, inv, n, d, 1), ""));
+        else OPS_TIME(t, 2 * bytes, "GB/s", ops_call(t, be->rmsnorm_forward(be, y_, inv, x_, g_, n, d, 1e-5f), ""));
+        return;
+    }
+    ref_rmsnorm(&r);
+    ops_near_act(t, "rmsnorm_forward", y_, y, n * d, 1e-6);
+    if (add) {
+        ops_call(t, be->rmsnorm_backward(be, dx_, dy_, x_, g_, inv, n, d, 1), "rmsnorm_backward");
+        grad = ops_fetch(t, dx_, be->activation_dtype, n * d);
+        for (int64_t i = 0; i < n * d; i++) grad[i] -= dx[i];
+    } else { /* in place */
+        ops_call(t, be->rmsnorm_backward(be, dy_, dy_, x_, g_, inv, n, d, 0), "rmsnorm_backward");
+        grad = ops_fetch(t, dy_, be->activation_dtype, n * d);
+    }
+    r.y = NULL;
+    if (ops_is(t, "grad")) ops_gradient(t, "rmsnorm_backward", x, grad, n * d, 1e-5, ref_rmsnorm, &r, 1e-5);
+    else
+        for (int64_t i = 0; i < n; i++) {
+            double sum = 0, dot = 0;
+            for (int64_t j = 0; j < d; j++) {
+                sum += x[i * d + j] * x[i * d + j];
+                dot += x[i * d + j] * dy[i * d + j] * g[j];
+            }
+            for (int64_t j = 0; j < d; j++) {
+                double q = 1 / sqrt(sum / (double)d + r.eps);
+                y[i * d + j] = q * (g[j] * dy[i * d + j] - x[i * d + j] * q * q * dot / (double)d);
+                if (d == 1) y[i] += q * dy[i] * g[0], grad[i] += q * dy[i] * g[0]; /* all but cancels: a scale for the error */
+            }
+        }
+    if (ops_is(t, "test")) ops_near(t, "rmsnorm_backward", grad, y, n * d, be->activation_dtype == BESA_F32 ? 3e-6 : 2e-2);
+}
+
+static void ops_rope(ops *t, const ops_case *c)
+{
+    int64_t T = c->n[0], L = c->n[1], heads = c->n[2], dh = c->n[3], half = dh / 2, n = T * heads * dh;
+    besa_backend *be = t->be;
+    double *x = ops_random(t, n, 1), *y = ops_doubles(t, n), *co = ops_doubles(t, L * half), *si = ops_doubles(t, L * half);
+    void *x_ = ops_act(t, x, n);
+    float *co_, *si_;
+    for (int64_t i = 0; i < L * half; i++) {
+        double angle = (double)(i / half) * pow(10000, -2.0 * (double)(i % half) / (double)dh);
+        co[i] = cos(angle), si[i] = sin(angle);
+    }
+    co_ = (float *)ops_float(t, co, L * half), si_ = (float *)ops_float(t, si, L * half);
+    if (ops_is(t, "perf")) {
+        OPS_TIME(t, 2.0 * (double)n * (double)besa_dtype_size(be->activation_dtype), "GB/s",
+                 ops_call(t, be->rope(be, x_, co_, si_, T, L, heads, dh, 1), "rope"));
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        int64_t token = i / (heads * dh), j = i % dh, k = token % L * half + j % half;
+        y[i] = j < half ? x[i] * co[k] - x[i + half] * si[k] : x[i] * co[k] + x[i - half] * si[k];
+    }
+    ops_call(t, be->rope(be, x_, co_, si_, T, L, heads, dh, 1), "rope");
+    ops_near_act(t, "rope", x_, y, n, 1e-6);
+    ops_call(t, be->rope(be, x_, co_, si_, T, L, heads, dh, -1), "rope"); /* the transpose of a turn is its inverse */
+    ops_near_act(t, "rope back", x_, x, n, 1e-6);
+}
+
+typedef struct ref_att {
+    const besa_attention_shape *s;
+    const double *q, *k, *v, *d_o;
+    double *o, *dq, *dk, *dv;          /* all or none */
+    double *p, *dp;                    /* (seqlen) */
+} ref_att;
+
+static double ref_attention(const void *user) /* returns <dO, O> */
+{
+    const ref_att *r = (const ref_att *)user;
+    const besa_attention_shape *s = r->s;
+    int64_t dh = s->head_dim, H = s->num_attention_heads, K = s->num_key_value_heads, L = s->seqlen;
+    double total = 0, scale = 1 / sqrt((double)dh);
+    for (int64_t b = 0; b < s->batch; b++)
+        for (int64_t h = 0; h < H; h++)
+            for (int64_t i = 0; i < L; i++) {
+                int64_t qi = ((b * L + i) * H + h) * dh, first = 0;
+                double most = -1e300, sum = 0, dot = 0;
+                if (s->sliding_window > 0 && i - s->sliding_window + 1 > 0) first = i - s->sliding_window + 1;
+                for (int64_t j = first; j <= i; j++) {
+                    int64_t kj = ((b * L + j) * K + h / (H / K)) * dh;
+                    r->p[j] = 0;
+                    for (int64_t e = 0; e < dh; e++) r->p[j] += scale * r->q[qi + e] * r->k[kj + e];
+                    most = r->p[j] > most ? r->p[j] : most;
+                }
+                for (int64_t j = first; j <= i; j++) sum += r->p[j] = exp(r->p[j] - most);
+                for (int64_t j = first; j <= i; j++) {
+                    int64_t kj = ((b * L + j) * K + h / (H / K)) * dh;
+                    r->p[j] /= sum;
+                    r->dp[j] = 0;
+                    for (int64_t e = 0; e < dh; e++) {
+                        r->dp[j] += r->d_o[qi + e] * r->v[kj + e];
+                        if (r->o) r->o[qi + e] += r->p[j] * r->v[kj + e];
+                    }
+                    dot += r->p[j] * r->dp[j];
+                }
+                total += dot;
+                for (int64_t j = first; r->o && j <= i; j++) {
+                    int64_t kj = ((b * L + j) * K + h / (H / K)) * dh;
+                    double ds = scale * r->p[j] * (r->dp[j] - dot);
+                    for (int64_t e = 0; e < dh; e++) {
+                        r->dq[qi + e] += ds * r->k[kj + e];
+                        r->dk[kj + e] += ds * r->q[qi + e];
+                        r->dv[kj + e] += r->p[j] * r->d_o[qi + e];
+                    }
+                }
+            }
+    return total;
+}
+
+static void ops_attention(ops *t, const ops_case *c)
+{
+    besa_attention_shape s = {c->n[0], c->n[1], c->n[2], c->n[3], c->n[4], c->n[5]};
+    int64_t T = s.batch * s.seqlen, n = T * s.num_attention_heads * s.head_dim, m = T * s.num_key_value_heads * s.head_dim;
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(1, 1, T);
+    double *q = ops_random(t, n, 2), *k = ops_random(t, m, 2), *v = ops_random(t, m, 1), *d_o = ops_random(t, n, 1);
+    void *q_ = ops_act(t, q, n), *k_ = ops_act(t, k, m), *v_ = ops_act(t, v, m), *do_ = ops_act(t, d_o, n);
+    void *o_ = ops_act_out(t, n), *dq_ = ops_act_out(t, n), *dk_ = ops_act_out(t, m), *dv_ = ops_act_out(t, m);
+    ref_att r = {&s, q, k, v, d_o, NULL, NULL, NULL, NULL, NULL, NULL};
+    double limit = ops_products(t, 5e-6), flop;
+    besa_dtype act = be->activation_dtype;
+    sizes.seqlen = s.seqlen;
+    sizes.num_attention_heads = s.num_attention_heads, sizes.num_key_value_heads = s.num_key_value_heads;
+    sizes.head_dim = s.head_dim;
+    ops_workspace(t, &sizes);
+    if (ops_is(t, "perf")) { /* FLOP of the visible half */
+        flop = 2.0 * (double)n * (double)s.seqlen;
+        if (c->dtype == BESA_F32)
+            OPS_TIME(t, flop, "GFLOP/s", ops_call(t, be->attention_forward(be, o_, q_, k_, v_, &s), ""));
+        else OPS_TIME(t, 2.5 * flop, "GFLOP/s",
+                      ops_call(t, be->attention_backward(be, dq_, dk_, dv_, do_, q_, k_, v_, &s), ""));
+        return;
+    }
+    ops_call(t, be->attention_forward(be, o_, q_, k_, v_, &s), "attention_forward");
+    ops_call(t, be->attention_backward(be, dq_, dk_, dv_, do_, q_, k_, v_, &s), "attention_backward");
+    r.p = ops_doubles(t, s.seqlen), r.dp = ops_doubles(t, s.seqlen);
+    if (ops_is(t, "grad")) {
+        ops_gradient(t, "dq", q, ops_fetch(t, dq_, act, n), n, 1e-5, ref_attention, &r, 4 * limit);
+        ops_gradient(t, "dk", k, ops_fetch(t, dk_, act, m), m, 1e-5, ref_attention, &r, 4 * limit);
+        ops_gradient(t, "dv", v, ops_fetch(t, dv_, act, m), m, 1e-5, ref_attention, &r, 4 * limit);
+        return;
+    }
+    r.o = ops_doubles(t, n), r.dq = ops_doubles(t, n), r.dk = ops_doubles(t, m), r.dv = ops_doubles(t, m);
+    ref_attention(&r);
+    ops_near_act(t, "attention_forward", o_, r.o, n, limit);
+    ops_near_act(t, "dv", dv_, r.dv, m, limit);
+    if (s.seqlen > 1) { /* of one token alone dQ and dK are zero */
+        ops_near_act(t, "dq", dq_, r.dq, n, limit);
+        ops_near_act(t, "dk", dk_, r.dk, m, limit);
+    }
+}
+
+typedef struct ref_glu {
+    const double *g, *u, *dz;
+    double *z;
+    int64_t n;
+} ref_glu;
+
+static double ref_swiglu(const void *user)
+{
+    const ref_glu *r = (const ref_glu *)user;
+    double total = 0;
+    for (int64_t i = 0; i < r->n; i++) {
+        double z = r->g[i] / (1 + exp(-r->g[i])) * r->u[i];
+        if (r->z) r->z[i] = z;
+        total += z * r->dz[i];
+    }
+    return total;
+}
+
+static void ops_swiglu(ops *t, const ops_case *c)
+{
+    int64_t n = c->n[0];
+    besa_backend *be = t->be;
+    double *g = ops_random(t, n, 4), *u = ops_random(t, n, 1), *dz = ops_random(t, n, 1), *z = ops_doubles(t, n);
+    double *dg = ops_doubles(t, n), *du = ops_doubles(t, n), bytes = (double)n * (double)besa_dtype_size(be->activation_dtype);
+    void *g_, *u_ = ops_act(t, u, n), *dz_ = ops_act(t, dz, n), *z_ = ops_act_out(t, n);
+    ref_glu r = {g, u, dz, z, n};
+    if (ops_is(t, "test") && n > 4) g[0] = 100, g[1] = -100, g[2] = 0, g[3] = -88.5;
+    g_ = ops_act(t, g, n);
+    ops_call(t, be->swiglu_forward(be, z_, g_, u_, n), "swiglu_forward");
+    if (ops_is(t, "perf")) {
+        if (c->n[1]) {
+            void *x_ = ops_act_out(t, n), *y_ = ops_act_out(t, n);
+            OPS_TIME(t, 5 * bytes, "GB/s", ops_call(t, be->swiglu_backward(be, x_, y_, dz_, g_, u_, n), ""));
+        } else OPS_TIME(t, 3 * bytes, "GB/s", ops_call(t, be->swiglu_forward(be, z_, g_, u_, n), ""));
+        return;
+    }
+    ref_swiglu(&r);
+    ops_near_act(t, "swiglu_forward", z_, z, n, 1e-6);
+    ops_call(t, be->swiglu_backward(be, g_, u_, dz_, g_, u_, n), "swiglu_backward"); /* in place */
+    r.z = NULL;
+    if (ops_is(t, "grad")) {
+        ops_gradient(t, "dgate", g, ops_fetch(t, g_, be->activation_dtype, n), n, 1e-5, ref_swiglu, &r, 1e-5);
+        ops_gradient(t, "dup", u, ops_fetch(t, u_, be->activation_dtype, n), n, 1e-5, ref_swiglu, &r, 1e-5);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        double s = 1 / (1 + exp(-g[i]));
+        dg[i] = dz[i] * u[i] * s * (1 + g[i] * (1 - s));
+        du[i] = dz[i] * g[i] * s;
+    }
+    ops_near_act(t, "dgate", g_, dg, n, 1e-6);
+    ops_near_act(t, "dup", u_, du, n, 1e-6);
+}
+
+/* ---- statistics and loss ------------------------------------------------------------------- */
+
+static void ops_sumsq(ops *t, const ops_case *c)
+{
+    int64_t T = c->n[0], d = c->n[1];
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(1, d, T);
+    double *x = ops_random(t, T * d, 1), *out = ops_random(t, d, 1);
+    void *x_ = ops_act(t, x, T * d);
+    float *out_ = (float *)ops_float(t, out, d);
+    ops_workspace(t, &sizes);
+    if (ops_is(t, "perf")) {
+        OPS_TIME(t, (double)(T * d) * (double)besa_dtype_size(be->activation_dtype), "GB/s",
+                 ops_call(t, be->column_sumsq(be, out_, x_, T, d), ""));
+        return;
+    }
+    for (int64_t i = 0; i < T * d; i++) out[i % d] += x[i] * x[i];
+    ops_call(t, be->column_sumsq(be, out_, x_, T, d), "column_sumsq");
+    ops_near(t, "column_sumsq", ops_fetch(t, out_, BESA_F32, d), out, d, 1e-6);
+}
+
+typedef struct ref_los {
+    const double *y, *yref, *norm2;
+    int64_t T, d;
+    double scale;
+} ref_los;
+
+static double ref_loss(const void *user)
+{
+    const ref_los *r = (const ref_los *)user;
+    double sum = 0;
+    for (int64_t i = 0; i < r->T * r->d; i++)
+        if (r->norm2[i % r->d] > 0) sum += (r->yref[i] - r->y[i]) * (r->yref[i] - r->y[i]) / r->norm2[i % r->d];
+    return r->scale / (double)r->d * sum;
+}
+
+static void ops_loss(ops *t, const ops_case *c)
+{
+    int64_t T = c->n[0], d = c->n[1], n = T * d;
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(1, d, T);
+    double *y = ops_random(t, n, 1), *yref = ops_random(t, n, 1), *norm2 = ops_random(t, d, 1), *dy = ops_doubles(t, n);
+    double one[1] = {1.5}, want;
+    void *y_ = ops_act(t, y, n), *yref_ = ops_act(t, yref, n);
+    float *norm2_, *loss_ = (float *)ops_float(t, one, 1);
+    ref_los r = {y, yref, norm2, T, d, (double)0.7f};
+    for (int64_t j = 0; j < d; j++) norm2[j] = j % 7 == 3 ? 0 : fabs(norm2[j]) + 0.1;
+    norm2_ = (float *)ops_float(t, norm2, d);
+    ops_workspace(t, &sizes);
+    if (ops_is(t, "perf")) {
+        void *dy_ = ops_act_out(t, n);
+        OPS_TIME(t, 3.0 * (double)n * (double)besa_dtype_size(be->activation_dtype), "GB/s",
+                 ops_call(t, be->block_loss(be, loss_, dy_, y_, yref_, norm2_, 0.7f, T, d), ""));
+        return;
+    }
+    ops_call(t, be->block_loss(be, loss_, NULL, y_, yref_, norm2_, 0.7f, T, d), "block_loss");
+    ops_call(t, be->block_loss(be, loss_, y_, y_, yref_, norm2_, 0.7f, T, d), "block_loss");
+    want = 1.5 + 2 * ref_loss(&r);
+    ops_near(t, "block_loss", ops_fetch(t, loss_, BESA_F32, 1), &want, 1, 1e-6);
+    if (ops_is(t, "grad"))
+        ops_gradient(t, "dy", y, ops_fetch(t, y_, be->activation_dtype, n), n, 1e-5, ref_loss, &r, 1e-5);
+    for (int64_t i = 0; i < n; i++)
+        dy[i] = norm2[i % d] > 0 ? 2 * r.scale / (double)d * (y[i] - yref[i]) / norm2[i % d] : 0;
+    ops_near_act(t, "dy", y_, dy, n, 1e-6);
+}
+
+/* ---- sparsity ------------------------------------------------------------------------------ */
+
+/* random weights with zeros of both signs and repeated values */
+static double *ops_weights(ops *t, int64_t n)
+{
+    double *w = ops_random(t, n, 1);
+    for (int64_t i = 0; i < n; i++) {
+        if (i % 11 == 3) w[i] = i % 2 ? 0.0 : -0.0;
+        if (i % 13 == 5) w[i] = 0.25;
+    }
+    return w;
+}
+
+static void ops_score(ops *t, const ops_case *c)
+{
+    int64_t R = c->n[0], C = c->n[1];
+    int power = (int)c->n[2], scaled = (int)c->n[3];
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(R, C, 0);
+    double *w = ops_weights(t, R * C), *scale = ops_random(t, C, 1), *s = ops_doubles(t, R * C), *powers = ops_doubles(t, C);
+    int32_t *zeros = (int32_t *)ops_host(t, (size_t)R * 4), special[1] = {7}, fill[3] = {-5, -5, -5};
+    void *w_, *zeros_ = ops_device(t, (size_t)R * 4), *special_ = ops_put(t, special, 4), *fill_ = ops_device(t, 12);
+    float *scale_, *s_ = ops_float_out(t, R * C);
+    for (int64_t j = 0; j < C; j++) scale[j] = fabs(scale[j]) + 0.1;
+    scale_ = (float *)ops_float(t, scale, C);
+    w_ = ops_send(t, w, c->dtype, R * C);
+    ops_workspace(t, &sizes);
+    if (ops_is(t, "perf")) {
+        double bytes = (double)besa_dtype_size(c->dtype) * (double)(R * C);
+        if (c->n[4]) OPS_TIME(t, bytes, "GB/s", ops_call(t, be->count_zeros(be, (int32_t *)zeros_, (int32_t *)special_, w_, c->dtype, R, C), ""));
+        else OPS_TIME(t, bytes + 4.0 * (double)(R * C), "GB/s", ops_call(t, be->score(be, s_, w_, c->dtype, scale_, power, R, C), ""));
+        return;
+    }
+    for (int64_t i = 0; i < R * C; i++) {
+        s[i] = w[i] == 0 ? -1 : pow(fabs(w[i]), power) * (scaled ? scale[i % C] : 1);
+        zeros[i / C] += w[i] == 0;
+    }
+    ops_call(t, be->score(be, s_, w_, c->dtype, scaled ? scale_ : NULL, power, R, C), "score");
+    ops_near(t, "score", ops_fetch(t, s_, BESA_F32, R * C), s, R * C, 3e-7);
+    ops_call(t, be->count_zeros(be, (int32_t *)zeros_, (int32_t *)special_, w_, c->dtype, R, C), "count_zeros");
+    ops_same(t, "zeros", zeros_, zeros, (size_t)R * 4);
+    ops_same(t, "not finite", special_, special, 4);
+    w[R * C - 1] = (double)NAN, w[0] = -(double)INFINITY; /* one of each */
+    special[0] += R * C > 1 ? 2 : 1;
+    w_ = ops_send(t, w, c->dtype, R * C);
+    ops_call(t, be->count_zeros(be, (int32_t *)zeros_, (int32_t *)special_, w_, c->dtype, R, C), "count_zeros");
+    ops_same(t, "not finite", special_, special, 4);
+    ops_call(t, be->fill(be, (int32_t *)fill_, -5, 3), "fill");
+    ops_same(t, "fill", fill_, fill, 12);
+    for (int64_t j = 0; j < C; j++) powers[j] = j % 5 == 2 ? 0 : pow(scale[j], -2);
+    for (int64_t j = 2; j < C; j += 5) scale[j] = (double)INFINITY;
+    scale_ = (float *)ops_float(t, scale, C);
+    ops_call(t, be->power(be, scale_, scale_, -2.0f, C), "power");
+    ops_near(t, "power", ops_fetch(t, scale_, BESA_F32, C), powers, C, 1e-6);
+}
+
+static const float *ops_sort_keys;
+static int ops_sort_compare(const void *a, const void *b)
+{
+    int64_t i = *(const int64_t *)a, j = *(const int64_t *)b;
+    if (ops_sort_keys[i] < ops_sort_keys[j]) return -1;
+    if (ops_sort_keys[i] > ops_sort_keys[j]) return 1;
+    return i < j ? -1 : i > j;
+}
+
+/* order (n) = positions of keys, ascending and stable */
+static void ref_sort(const float *keys, int64_t n, int64_t *order)
+{
+    for (int64_t i = 0; i < n; i++) order[i] = i;
+    ops_sort_keys = keys;
+    qsort(order, (size_t)n, sizeof *order, ops_sort_compare);
+}
+
+/* scores as they come: -1 for zeros, ties, a negative number, both zeros */
+static float *ops_scores(ops *t, int64_t n)
+{
+    float *s = ops_floats(t, n);
+    for (int64_t i = 0; i < n; i++) {
+        double x = ops_uniform(t);
+        s[i] = (float)fabs(x);
+        if (i % 17 == 1) s[i] = -1.0f;
+        if (i % 19 == 4) s[i] = 0.5f;
+        if (i % 23 == 6) s[i] = i % 2 ? -0.0f : 0.0f;
+        if (i % 29 == 8) s[i] = (float)(1e-30 * x);
+    }
+    return s;
+}
+
+static void ops_write_rank(void *rank, int64_t C, int64_t i, int64_t value)
+{
+    if (C > 65536) ((uint32_t *)rank)[i] = (uint32_t)value;
+    else ((uint16_t *)rank)[i] = (uint16_t)value;
+}
+
+static void *ops_ranks(ops *t, const float *s, int64_t R, int64_t C, size_t *bytes)
+{
+    int64_t *order = (int64_t *)ops_host(t, (size_t)C * sizeof *order);
+    void *rank = ops_host(t, *bytes = (size_t)(R * C) * (C > 65536 ? 4 : 2));
+    for (int64_t r = 0; r < R; r++) {
+        ref_sort(s + r * C, C, order);
+        for (int64_t j = 0; j < C; j++) ops_write_rank(rank, C, r * C + order[j], j);
+    }
+    return rank;
+}
+
+static void ops_rank(ops *t, const ops_case *c)
+{
+    int64_t R = c->n[0], C = c->n[1];
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(R, C, 0);
+    float *s = ops_scores(t, R * C), *s_ = (float *)ops_put(t, s, (size_t)(R * C) * 4);
+    size_t bytes;
+    void *rank = ops_ranks(t, s, R, C, &bytes), *rank_ = ops_device(t, bytes);
+    ops_workspace(t, &sizes);
+    if (ops_is(t, "perf")) {
+        OPS_TIME(t, 6.0 * (double)(R * C), "GB/s", ops_call(t, be->rank_rows(be, rank_, s_, R, C), ""));
+        return;
+    }
+    ops_call(t, be->rank_rows(be, rank_, s_, R, C), "rank_rows");
+    ops_same(t, "rank_rows", rank_, rank, bytes);
+}
+
+/* weights as stored, and a masked copy */
+static void ops_zero(unsigned char *w, besa_dtype dtype, int64_t i)
+{
+    memset(w + (size_t)i * besa_dtype_size(dtype), 0, besa_dtype_size(dtype));
+}
+
+static void ops_mask(ops *t, const ops_case *c)
+{
+    int64_t R = c->n[0], C = c->n[1], count;
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(R, C, 0);
+    size_t bytes, wide = (size_t)(R * C) * besa_dtype_size(c->dtype);
+    double *w = ops_weights(t, R * C);
+    float *s = ops_scores(t, R * C), *s_ = (float *)ops_put(t, s, (size_t)(R * C) * 4);
+    void *rank = ops_ranks(t, s, R, C, &bytes), *rank_ = ops_put(t, rank, bytes), *w_ = ops_send(t, w, c->dtype, R * C);
+    void *out_ = ops_device(t, wide), *n_;
+    int32_t *n = (int32_t *)ops_host(t, (size_t)R * 4);
+    unsigned char *raw = (unsigned char *)ops_host(t, wide), *want = (unsigned char *)ops_host(t, wide);
+    int64_t *order = (int64_t *)ops_host(t, (size_t)(R * C) * sizeof *order);
+    for (int64_t r = 0; r < R; r++)
+        n[r] = (int32_t)(r % 3 == 0 ? C / 2 : r % 3 == 1 ? (r % 2 ? C : 0) : (int64_t)(0.3 * (double)C));
+    n_ = ops_put(t, n, (size_t)R * 4);
+    ops_workspace(t, &sizes);
+    if (ops_is(t, "perf")) {
+        double traffic = (double)(R * C) * (2 + 2 * (double)besa_dtype_size(c->dtype));
+        if (c->n[2] == 1)
+            OPS_TIME(t, 8.0 * (double)(R * C), "GB/s", ops_call(t, be->mask_smallest(be, out_, w_, c->dtype, s_, R * C / 2, R, C), ""));
+        else if (c->n[2] == 2)
+            OPS_TIME(t, 8.0 * (double)(R * C), "GB/s", ops_call(t, be->mask_pattern(be, out_, w_, c->dtype, s_, 2, 4, R, C), ""));
+        else OPS_TIME(t, traffic, "GB/s", ops_call(t, be->mask_apply(be, out_, w_, c->dtype, rank_, (const int32_t *)n_, R, C), ""));
+        return;
+    }
+    ops_get(t, raw, w_, wide);
+    memcpy(want, raw, wide);
+    for (int64_t i = 0; i < R * C; i++) {
+        int64_t k = C > 65536 ? (int64_t)((uint32_t *)rank)[i] : (int64_t)((uint16_t *)rank)[i];
+        if (k < n[i / C]) ops_zero(want, c->dtype, i);
+    }
+    ops_call(t, be->mask_apply(be, out_, w_, c->dtype, rank_, (const int32_t *)n_, R, C), "mask_apply");
+    ops_same(t, "mask_apply", out_, want, wide);
+    ref_sort(s, R * C, order);
+    count = R * C * 3 / 5;
+    memcpy(want, raw, wide);
+    for (int64_t i = 0; i < count; i++) ops_zero(want, c->dtype, order[i]);
+    ops_call(t, be->mask_smallest(be, out_, w_, c->dtype, s_, count, R, C), "mask_smallest");
+    ops_same(t, "mask_smallest", out_, want, wide);
+    if (C % 4 == 0) {
+        memcpy(want, raw, wide);
+        for (int64_t i = 0; i < R * C; i += 4) {
+            ref_sort(s + i, 4, order);
+            for (int k = 0; k < 2; k++) ops_zero(want, c->dtype, i + order[k]);
+        }
+        ops_call(t, be->mask_pattern(be, out_, w_, c->dtype, s_, 2, 4, R, C), "mask_pattern");
+        ops_same(t, "mask_pattern", out_, want, wide);
+    }
+    memcpy(want, raw, wide);
+    for (int64_t i = 0; i < R * C; i++) {
+        int64_t k = C > 65536 ? (int64_t)((uint32_t *)rank)[i] : (int64_t)((uint16_t *)rank)[i];
+        if (k < n[i / C]) ops_zero(want, c->dtype, i);
+    }
+    ops_call(t, be->mask_apply(be, w_, w_, c->dtype, rank_, (const int32_t *)n_, R, C), "mask_apply"); /* in place */
+    ops_same(t, "mask_apply in place", w_, want, wide);
+}
+
+static void ops_bucket(ops *t, const ops_case *c)
+{
+    int64_t R = c->n[0], C = c->n[1], D = c->n[2];
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(R, C, 0);
+    double *w = ops_weights(t, R * C), *dw = ops_random(t, R * C, 1), *sums = ops_random(t, R * D, 1);
+    float *s = ops_scores(t, R * C), *dw_ = (float *)ops_float(t, dw, R * C), *sums_ = (float *)ops_float(t, sums, R * D);
+    size_t bytes;
+    void *rank = ops_ranks(t, s, R, C, &bytes), *rank_ = ops_put(t, rank, bytes), *w_ = ops_send(t, w, c->dtype, R * C);
+    uint16_t *bucket = (uint16_t *)ops_host(t, (size_t)C * 2), *bucket_;
+    for (int64_t j = 0; j < C; j++)
+        for (int64_t d = 0; d < D; d++)
+            if (j < ((D - d) * C) / D) bucket[j] = (uint16_t)d;
+    bucket_ = (uint16_t *)ops_put(t, bucket, (size_t)C * 2);
+    ops_workspace(t, &sizes);
+    if (ops_is(t, "perf")) {
+        OPS_TIME(t, (double)(R * C) * (6 + (double)besa_dtype_size(c->dtype)), "GB/s",
+                 ops_call(t, be->bucket_gradient(be, sums_, dw_, w_, c->dtype, rank_, bucket_, R, C, D), ""));
+        return;
+    }
+    for (int64_t i = 0; i < R * C; i++) {
+        int64_t k = C > 65536 ? (int64_t)((uint32_t *)rank)[i] : (int64_t)((uint16_t *)rank)[i];
+        sums[i / C * D + bucket[k]] += dw[i] * w[i];
+    }
+    ops_call(t, be->bucket_gradient(be, sums_, dw_, w_, c->dtype, rank_, bucket_, R, C, D), "bucket_gradient");
+    ops_near(t, "bucket_gradient", ops_fetch(t, sums_, BESA_F32, R * D), sums, R * D, 2e-6);
+}
+
+typedef struct ref_rat {
+    const besa_rate_shape *s;
+    const double *layer, *row, *sums;  /* sums (R,D) */
+    double *alpha, *beta;              /* (G), (D+1) */
+    double lambda, target;             /* penalty lambda ((S - t) / t)^2, S = mean alpha */
+} ref_rat;
+
+/* The loss whose gradient the rates take: - sum of beta_gd times the bucket sums, and the penalty. */
+static double ref_rates(const void *user)
+{
+    const ref_rat *r = (const ref_rat *)user;
+    const besa_rate_shape *s = r->s;
+    int64_t D = s->candidates - 1, G = (s->rows + s->group_rows - 1) / s->group_rows;
+    double loss = 0, mean = 0;
+    for (int64_t g = 0; g < G; g++) {
+        double sum = 0, most = -1e300;
+        r->alpha[g] = 0;
+        for (int64_t d = 0; d <= D; d++) {
+            double a = r->layer ? r->layer[d] : 0, b = r->row ? r->row[g * (D + 1) + d] : 0;
+            if (!s->plain) a = 1 / (1 + exp(-a)) - 0.5, b = 1 / (1 + exp(-b)) - 0.5;
+            r->beta[d] = (double)s->tilt * (1 - (double)d / (double)D) + (double)s->layer_scale * a + (double)s->row_scale * b;
+            most = r->beta[d] > most ? r->beta[d] : most;
+        }
+        for (int64_t d = 0; d <= D; d++) sum += r->beta[d] = exp(r->beta[d] - most);
+        for (int64_t d = 0; d <= D; d++) {
+            r->beta[d] /= sum;
+            r->alpha[g] += r->beta[d] * (1 - (double)d / (double)D);
+            for (int64_t q = g * s->group_rows; q < s->rows && q < (g + 1) * s->group_rows; q++)
+                for (int64_t b = d; b < D; b++) loss -= r->beta[d] * r->sums[q * D + b];
+        }
+        mean += r->alpha[g] * (double)((g + 1) * s->group_rows < s->rows ? s->group_rows : s->rows - g * s->group_rows) / (double)s->rows;
+    }
+    return loss + r->lambda * (mean - r->target) * (mean - r->target) / r->target / r->target;
+}
+
+static void ops_rates(ops *t, const ops_case *c)
+{
+    int64_t R = c->n[0], C = c->n[1], D = c->n[2], G = (R + c->n[3] - 1) / c->n[3];
+    int form = (int)c->n[4], plain = (int)c->n[5]; /* form: 0 both, 1 rows, 2 layer */
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(R, C, 0);
+    besa_rate_shape s = {R, C, c->n[3], D + 1, 0.7f, form == 1 ? 0.0f : 1.5f, form == 2 ? 0.0f : 0.5f, plain};
+    double *layer = ops_random(t, D + 1, 2), *row = ops_random(t, G * (D + 1), 2), *sums = ops_random(t, R * D, 1e-3);
+    double *grad_row, *grad_layer, mean = 0, share = 0.25, zero[1] = {0.125};
+    float *layer_ = (float *)ops_float(t, layer, D + 1), *row_ = (float *)ops_float(t, row, G * (D + 1));
+    float *sums_ = (float *)ops_float(t, sums, R * D), *alpha_ = ops_float_out(t, G), *mean_ = (float *)ops_float(t, zero, 1);
+    float *dlayer_ = ops_float_out(t, D + 1), *drow_ = ops_float_out(t, G * (D + 1));
+    int32_t *zeros = (int32_t *)ops_host(t, (size_t)R * 4), *zeros_, *n = (int32_t *)ops_host(t, (size_t)R * 4);
+    int32_t *n_ = (int32_t *)ops_device(t, (size_t)R * 4);
+    ref_rat r = {&s, form == 1 ? NULL : layer, form == 2 ? NULL : row, sums, NULL, NULL, 0.3, 0.5};
+    besa_penalty penalty;
+    double *alpha;
+    zeros[R - 1] = (int32_t)C;
+    zeros_ = (int32_t *)ops_put(t, zeros, (size_t)R * 4);
+    r.alpha = ops_doubles(t, G), r.beta = ops_doubles(t, D + 1);
+    ops_workspace(t, &sizes);
+    ref_rates(&r);
+    ops_call(t, be->rate_forward(be, alpha_, n_, form == 1 ? NULL : layer_, form == 2 ? NULL : row_, zeros_, &s), "rate_forward");
+    alpha = ops_fetch(t, alpha_, BESA_F32, G);
+    ops_near(t, "alpha", alpha, r.alpha, G, 3e-7);
+    for (int64_t i = 0; i < R; i++) {
+        n[i] = (int32_t)floorf((float)alpha[i / s.group_rows] * (float)C);
+        if (n[i] < zeros[i]) n[i] = zeros[i];
+        mean += alpha[i / s.group_rows] / (double)R;
+    }
+    ops_same(t, "n", n_, n, (size_t)R * 4);
+    ops_call(t, be->rate_mean(be, mean_, alpha_, (float)share, 1, &s), "rate_mean");
+    mean = zero[0] + share * mean;
+    ops_near(t, "mean", ops_fetch(t, mean_, BESA_F32, 1), &mean, 1, 1e-6);
+    mean = 0;
+    for (int64_t i = 0; i < R; i++) mean += r.alpha[i / s.group_rows] / (double)R;
+    mean_ = (float *)ops_float(t, &mean, 1);
+    penalty.mean = mean_, penalty.coefficient = (float)(2 * r.lambda / r.target / r.target), penalty.target = (float)r.target;
+    if (ops_is(t, "perf")) {
+        double bytes = 4.0 * (double)(G * (D + 1));
+        if (c->dtype == BESA_F32) OPS_TIME(t, bytes, "GB/s", ops_call(t, be->rate_forward(be, alpha_, n_, layer_, row_, zeros_, &s), ""));
+        else OPS_TIME(t, 3 * bytes, "GB/s", ops_call(t, be->rate_backward(be, dlayer_, drow_, sums_, layer_, row_, &penalty, &s), ""));
+        return;
+    }
+    ops_call(t, be->rate_backward(be, form == 1 ? NULL : dlayer_, form == 2 ? NULL : drow_, sums_,
+                                  form == 1 ? NULL : layer_, form == 2 ? NULL : row_, &penalty, &s), "rate_backward");
+    if (form != 1) {
+        grad_layer = ops_fetch(t, dlayer_, BESA_F32, D + 1);
+        ops_gradient(t, "dtheta_layer", layer, grad_layer, D + 1, 1e-4, ref_rates, &r, 1e-4);
+    }
+    if (form != 2) {
+        grad_row = ops_fetch(t, drow_, BESA_F32, G * (D + 1));
+        ops_gradient(t, "dtheta_row", row, grad_row, G * (D + 1), 1e-4, ref_rates, &r, 1e-4);
+    }
+}
+
+static void ops_optimizer(ops *t, const ops_case *c)
+{
+    int64_t n = c->n[0];
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(1, 1, 0);
+    besa_optimizer_step o;
+    double *x = ops_random(t, n, c->n[1] ? 1 : 1e-4), *x0 = ops_doubles(t, n), *m = ops_doubles(t, n), *v = ops_doubles(t, n), *s = ops_doubles(t, n);
+    double *g = ops_doubles(t, n), scalars[4] = {1e-6, 1e-6, 0, 0}, want[4] = {1e-6, 1e-6, 0, 0}, *got;
+    float *x_ = (float *)ops_float(t, x, n), *grad_ = ops_float_out(t, n);
+    memcpy(x0, x, (size_t)n * sizeof *x);
+    memset(&o, 0, sizeof o);
+    o.kind = c->n[1] ? BESA_ADAMW : BESA_PRODIGY;
+    o.lr = c->n[1] ? 0.01f : 1.0f, o.beta1 = 0.9f, o.beta2 = 0.999f, o.beta3 = sqrtf(0.999f), o.eps = 1e-8f;
+    o.weight_decay = c->n[2] ? 0.1f : 0.0f;
+    o.d0 = 1e-6, o.d_coef = 5, o.growth_rate = c->n[2] ? 1.5 : 0, o.n = n;
+    o.theta = x_, o.theta0 = (float *)ops_float(t, x0, n), o.grad = grad_;
+    o.m = (float *)ops_float(t, m, n), o.v = (float *)ops_float(t, v, n), o.s = (float *)ops_float(t, s, n);
+    o.scalars = (double *)ops_put(t, scalars, sizeof scalars);
+    ops_workspace(t, &sizes);
+    for (o.step = 1; o.step <= 12; o.step++) {
+        double b1 = (double)o.beta1, b2 = (double)o.beta2, b3 = (double)o.beta3, d = want[0], dlr = d * (double)o.lr, sum = 0, num = b3 * want[2];
+        float *gf = ops_floats(t, n);
+        for (int64_t i = 0; i < n; i++) {
+            g[i] = ops_round(BESA_F32, o.step == 1 && !c->n[1] && c->n[2] ? 0 : 1e-3 * (x[i] + 0.5 * sin((double)i)));
+            gf[i] = (float)g[i];
+        }
+        ops_call(t, be->upload(be, BESA_QUEUE_COMPUTE, grad_, gf, (size_t)n * 4), "upload");
+        ops_call(t, be->optimizer_step(be, &o), "optimizer_step");
+        if (c->n[1]) {
+            for (int64_t i = 0; i < n; i++) {
+                m[i] = b1 * m[i] + (1 - b1) * g[i];
+                v[i] = b2 * v[i] + (1 - b2) * g[i] * g[i];
+                x[i] -= (double)o.lr * (double)o.weight_decay * x[i];
+                x[i] -= (double)o.lr / (1 - pow(b1, (double)o.step)) * m[i] /
+                        (sqrt(v[i]) / sqrt(1 - pow(b2, (double)o.step)) + (double)o.eps);
+            }
+            continue;
+        }
+        for (int64_t i = 0; i < n; i++) {
+            num += d / o.d0 * dlr * g[i] * (x0[i] - x[i]);
+            m[i] = b1 * m[i] + (1 - b1) * d * g[i];
+            v[i] = b2 * v[i] + (1 - b2) * d * d * g[i] * g[i];
+            s[i] = b3 * s[i] + d / o.d0 * dlr * g[i];
+            sum += fabs(s[i]);
+        }
+        if (sum == 0) continue;
+        if (d == o.d0) d = d > o.d_coef * num / sum ? d : o.d_coef * num / sum;
+        want[1] = want[1] > o.d_coef * num / sum ? want[1] : o.d_coef * num / sum;
+        want[0] = o.growth_rate > 0 && d * o.growth_rate < want[1] ? d * o.growth_rate : want[1];
+        want[2] = num;
+        for (int64_t i = 0; i < n; i++)
+            x[i] += -dlr * (double)o.weight_decay * x[i] - dlr * m[i] / (sqrt(v[i]) + want[0] * (double)o.eps);
+    }
+    if (ops_is(t, "perf")) {
+        OPS_TIME(t, 4.0 * (double)n * (c->n[1] ? 7 : 14), "GB/s", ops_call(t, be->optimizer_step(be, &o), ""));
+        return;
+    }
+    got = ops_fetch(t, x_, BESA_F32, n);
+    for (int64_t i = 0; i < n; i++) got[i] -= x0[i], x[i] -= x0[i];
+    ops_near(t, "theta", got, x, n, 1e-3);
+    if (!c->n[1]) {
+        ops_get(t, scalars, o.scalars, sizeof scalars);
+        ops_near(t, "scalars", scalars, want, 3, 1e-4);
+    }
+}
+
+/* ---- SparseGPT ----------------------------------------------------------------------------- */
+
+/* u (C,C) = upper Cholesky factor of inv(h), all in double */
+static void ref_factor(ops *t, double *u, const double *h, int64_t C)
+{
+    double *l = ops_doubles(t, C * C), *inv = ops_doubles(t, C * C);
+    for (int64_t j = 0; j < C; j++) /* h = l l' */
+        for (int64_t i = j; i < C; i++) {
+            double sum = h[i * C + j];
+            for (int64_t k = 0; k < j; k++) sum -= l[i * C + k] * l[j * C + k];
+            l[i * C + j] = i == j ? sqrt(sum) : sum / l[j * C + j];
+        }
+    for (int64_t e = 0; e < C; e++) { /* columns of the inverse */
+        for (int64_t i = 0; i < C; i++) {
+            double sum = i == e;
+            for (int64_t k = 0; k < i; k++) sum -= l[i * C + k] * inv[k * C + e];
+            inv[i * C + e] = sum / l[i * C + i];
+        }
+        for (int64_t i = C - 1; i >= 0; i--) {
+            double sum = inv[i * C + e];
+            for (int64_t k = i + 1; k < C; k++) sum -= l[k * C + i] * inv[k * C + e];
+            inv[i * C + e] = sum / l[i * C + i];
+        }
+    }
+    for (int64_t j = 0; j < C; j++) /* inv = u'u */
+        for (int64_t i = j; i < C; i++) {
+            double sum = inv[i * C + j];
+            for (int64_t k = 0; k < j; k++) sum -= u[k * C + i] * u[k * C + j];
+            u[j * C + i] = i == j ? sqrt(sum) : sum / u[j * C + j];
+        }
+}
+
+/* H of random inputs, column 2 dead */
+static double *ops_hessian(ops *t, int64_t C, int32_t *dead)
+{
+    int64_t T = 2 * C + 8;
+    double *x = ops_random(t, T * C, 1), *h = ops_doubles(t, C * C);
+    if (C > 200) { /* a quick one: diagonal plus rank 8 */
+        for (int64_t i = 0; i < C; i++)
+            for (int64_t j = 0; j < C; j++) {
+                h[i * C + j] = i == j;
+                for (int k = 0; k < 8; k++) h[i * C + j] += x[k * C + i] * x[k * C + j];
+            }
+        for (int64_t i = 0; i < C; i++) h[i * C + 2] = h[2 * C + i] = 0;
+    } else {
+        for (int64_t i = 0; i < T; i++)
+            for (int64_t j = 0; j < C; j++) x[i * C + j] = j == 2 ? 0 : x[i * C + j] + (j > 0 ? 0.5 * x[i * C + j - 1] : 0);
+        ref_product(h, x, 1, C, x, C, 1, C, C, T, 2.0 / (double)T, 0);
+    }
+    if (C > 2) dead[2] = 1;
+    return h;
+}
+
+static void ops_factor(ops *t, const ops_case *c)
+{
+    int64_t C = c->n[0];
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(1, C, 0);
+    int32_t *dead = (int32_t *)ops_host(t, (size_t)C * 4);
+    double *h = ops_hessian(t, C, dead), *u = ops_doubles(t, C * C), *diag = ops_doubles(t, C), mean = 0, *got;
+    float *h_ = (float *)ops_float(t, h, C * C), *diag_ = ops_float_out(t, C), *bad_;
+    void *dead_ = ops_device(t, (size_t)C * 4);
+    sizes.hessian_columns = C;
+    ops_workspace(t, &sizes);
+    if (ops_is(t, "perf")) {
+        float *keep_ = (float *)ops_float(t, h, C * C);
+        OPS_TIME(t, 2.0 / 3 * (double)C * (double)C * (double)C, "GFLOP/s",
+                 (ops_call(t, be->copy(be, BESA_QUEUE_COMPUTE, h_, keep_, (size_t)(C * C) * 4), ""),
+                  ops_call(t, be->hessian_factor(be, h_, (int32_t *)dead_, 0.01f, C), "")));
+        return;
+    }
+    for (int64_t i = 0; i < C; i++) {
+        if (h[i * C + i] == 0) h[i * C + i] = 1;
+        mean += h[i * C + i] / (double)C;
+    }
+    for (int64_t i = 0; i < C; i++) h[i * C + i] += (double)0.01f * mean;
+    ref_factor(t, u, h, C);
+    ops_call(t, be->hessian_factor(be, h_, (int32_t *)dead_, 0.01f, C), "hessian_factor");
+    ops_near(t, "U", got = ops_fetch(t, h_, BESA_F32, C * C), u, C * C, 1e-4);
+    for (int64_t i = 0; i < C; i++)
+        for (int64_t j = 0; j < i; j++)
+            if (got[i * C + j] != 0) ops_fail(t, "U below its diagonal", got[i * C + j], 0);
+    ops_same(t, "dead", dead_, dead, (size_t)C * 4);
+    for (int64_t j = 0; j < C; j++) diag[j] = dead[j] ? (double)INFINITY : got[j * C + j];
+    ops_call(t, be->diagonal(be, diag_, h_, (const int32_t *)dead_, C), "diagonal");
+    got = ops_fetch(t, diag_, BESA_F32, C);
+    for (int64_t j = 0; j < C; j++)
+        if (got[j] != diag[j]) ops_fail(t, "diagonal", got[j], diag[j]);
+    for (int64_t i = 0; i < C * C; i++) h[i] = i % (C + 1) == 0 ? 1 : 0;
+    h[(C / 2) * (C + 1)] = -5;
+    bad_ = (float *)ops_float(t, h, C * C);
+    if (be->hessian_factor(be, bad_, (int32_t *)dead_, 0.0f, C) != BESA_ERROR_NUMERIC) ops_fail(t, "negative pivot accepted", 0, 0);
+}
+
+/* one slab in double, as besa-method.md section 8 says */
+static void ref_slab(ops *t, double *w, double *err, const double *u, const int32_t *dead, int64_t first, int64_t width,
+                     double target, int n, int m, int64_t R, int64_t C)
+{
+    float *score = ops_floats(t, R * width);
+    int64_t *order = (int64_t *)ops_host(t, (size_t)(R * width + 1) * sizeof *order), place;
+    float threshold = -1;
+    for (int64_t i = 0; i < R * width; i++) {
+        int64_t j = first + i % width;
+        double *x = w + i / width * C + j;
+        if (dead[j]) *x = 0;
+        score[i] = (float)(*x * *x / (u[j * C + j] * u[j * C + j]));
+    }
+    if (m == 0) {
+        place = (int64_t)floor((double)(width * R) * target);
+        ref_sort(score, R * width, order);
+        threshold = score[order[place < R * width ? place : R * width - 1]];
+    }
+    for (int64_t r = 0; r < R; r++)
+        for (int64_t i = 0; i < width; i++) {
+            double *x = w + r * C + first, d = u[(first + i) * (C + 1)];
+            if (m > 0 && i % m == 0) {
+                float part[64];
+                for (int k = 0; k < m; k++) part[k] = (float)(x[i + k] * x[i + k] / u[(first + i + k) * (C + 1)] / u[(first + i + k) * (C + 1)]);
+                ref_sort(part, m, order);
+                for (int k = 0; k < m; k++) score[r * width + i + order[k]] = k < n ? -2.0f : 1.0f;
+            }
+            err[r * width + i] = 0;
+            if (score[r * width + i] > threshold) continue;
+            err[r * width + i] = x[i] / d;
+            for (int64_t j = i + 1; j < width; j++) x[j] -= err[r * width + i] * u[(first + i) * C + first + j];
+            x[i] = 0;
+        }
+}
+
+static void ops_slab(ops *t, const ops_case *c)
+{
+    int64_t R = c->n[0], C = c->n[1], first = c->n[2], width = c->n[3], rest = C - first - width;
+    int n = (int)c->n[4], m = (int)c->n[5];
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(R, C, 1);
+    int32_t *dead = (int32_t *)ops_host(t, (size_t)C * 4);
+    double *h = ops_hessian(t, C, dead), *u = ops_doubles(t, C * C), *w = ops_random(t, R * C, 1), *err = ops_doubles(t, R * width);
+    float *w_, *u_, *err_ = ops_float_out(t, R * width);
+    int32_t *dead_;
+    for (int64_t i = 0; i < C; i++) h[i * C + i] += 0.1;
+    ref_factor(t, u, h, C);
+    dead_ = (int32_t *)ops_put(t, dead, (size_t)C * 4);
+    w_ = (float *)ops_float(t, w, R * C), u_ = (float *)ops_float(t, u, C * C);
+    sizes.hessian_columns = C;
+    ops_workspace(t, &sizes);
+    if (ops_is(t, "perf")) {
+        if (m < 0) OPS_TIME(t, 2.0 * (double)R * (double)width * (double)rest, "GFLOP/s",
+                            ops_call(t, be->sparsegpt_push(be, w_, err_, u_, first, width, R, C), ""));
+        else {
+            float *keep_ = (float *)ops_float(t, w, R * C);
+            OPS_TIME(t, 12.0 * (double)(R * width), "GB/s",
+                     (ops_call(t, be->copy(be, BESA_QUEUE_COMPUTE, w_, keep_, (size_t)(R * C) * 4), ""),
+                      ops_call(t, be->sparsegpt_slab(be, w_, err_, u_, dead_, first, width, 0.5, n, m, R, C), "")));
+        }
+        return;
+    }
+    ref_slab(t, w, err, u, dead, first, width, 0.5, n, m, R, C);
+    ops_call(t, be->sparsegpt_slab(be, w_, err_, u_, dead_, first, width, 0.5, n, m, R, C), "sparsegpt_slab");
+    ops_near(t, "slab", ops_fetch(t, w_, BESA_F32, R * C), w, R * C, 1e-5);
+    ops_near(t, "err", ops_fetch(t, err_, BESA_F32, R * width), err, R * width, 1e-5);
+    for (int64_t r = 0; r < R; r++)
+        for (int64_t j = 0; j < rest; j++)
+            for (int64_t i = 0; i < width; i++)
+                w[r * C + first + width + j] -= err[r * width + i] * u[(first + i) * C + first + width + j];
+    ops_call(t, be->sparsegpt_push(be, w_, err_, u_, first, width, R, C), "sparsegpt_push");
+    ops_near(t, "push", ops_fetch(t, w_, BESA_F32, R * C), w, R * C, 1e-5);
+}
+
+/* ---- head ---------------------------------------------------------------------------------- */
+
+static void ops_nll(ops *t, const ops_case *c)
+{
+    int64_t windows = c->n[0], L = c->n[1], V = c->n[2], d = c->n[3], T = windows * L, cut = V * 2 / 3;
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(V, d, T);
+    double *h = ops_random(t, T * d, 3), *w = ops_random(t, V * d, 1), *logits = ops_doubles(t, T * V), *want = ops_doubles(t, windows);
+    double *got = ops_doubles(t, windows);
+    void *h_ = ops_act(t, h, T * d), *w_ = ops_send(t, w, c->dtype, V * d), *sum_ = ops_device(t, (size_t)windows * 8);
+    float *a_ = ops_float_out(t, T * V), *state_ = ops_float_out(t, T * 3);
+    int32_t *target = (int32_t *)ops_host(t, (size_t)T * 4), *target_;
+    for (int64_t i = 0; i < T; i++) target[i] = i % L == L - 1 ? -1 : (int32_t)((i * 7919) % V);
+    target_ = (int32_t *)ops_put(t, target, (size_t)T * 4);
+    ops_workspace(t, &sizes);
+    if (ops_is(t, "perf")) {
+        ops_call(t, be->logits(be, a_, h_, w_, c->dtype, T, V, d), "logits");
+        OPS_TIME(t, 4.0 * (double)(T * V), "GB/s", ops_call(t, be->nll_update(be, state_, a_, target_, 0, V, T, 1), ""));
+        return;
+    }
+    ref_product(logits, h, d, 1, w, 1, d, T, V, d, 1, 0);
+    ops_call(t, be->logits(be, a_, h_, w_, c->dtype, T, V, d), "logits");
+    ops_near(t, "logits", ops_fetch(t, a_, BESA_F32, T * V), logits, T * V, ops_products(t, 3e-6));
+    for (int64_t i = 0; i < T; i++) {
+        double most = -1e300, sum = 0;
+        if (target[i] < 0) continue;
+        for (int64_t j = 0; j < V; j++) most = logits[i * V + j] > most ? logits[i * V + j] : most;
+        for (int64_t j = 0; j < V; j++) sum += exp(logits[i * V + j] - most);
+        want[i / L] += most + log(sum) - logits[i * V + target[i]];
+    }
+    for (int64_t part = 0; part < 2; part++) { /* the vocabulary in two chunks */
+        int64_t at = part ? cut : 0, count = part ? V - cut : cut;
+        size_t bytes = (size_t)(count * d) * besa_dtype_size(c->dtype);
+        void *part_ = ops_device(t, bytes);
+        if (count == 0) continue;
+        ops_call(t, be->copy(be, BESA_QUEUE_COMPUTE, part_, besa__at(w_, c->dtype, at * d), bytes), "copy");
+        ops_call(t, be->logits(be, a_, h_, part_, c->dtype, T, count, d), "logits");
+        ops_call(t, be->nll_update(be, state_, a_, target_, at, count, T, at == 0), "nll_update");
+    }
+    ops_call(t, be->nll_sum(be, (double *)sum_, state_, target_, windows, L), "nll_sum");
+    ops_get(t, got, sum_, (size_t)windows * 8);
+    ops_near(t, "nll", got, want, windows, ops_products(t, 2e-6));
+}
+
+/* ---- the list ------------------------------------------------------------------------------ */
+
+#define OPS_TYPES(name, run, modes, ...) \
+    {name " f32", run, {__VA_ARGS__}, BESA_F32, modes}, {name " f16", run, {__VA_ARGS__}, BESA_F16, modes}, \
+    {name " bf16", run, {__VA_ARGS__}, BESA_BF16, modes}
+
+static const ops_case ops_cases[] = {
+    OPS_TYPES("linear 1x1x1", ops_linear, "t", 1, 1, 1, 0, 0), OPS_TYPES("linear 1x33x127", ops_linear, "t", 1, 33, 127, 1, 1),
+    OPS_TYPES("linear 65x31x1000", ops_linear, "t", 65, 31, 1000, 1, 0), OPS_TYPES("linear 130x200x77", ops_linear, "t", 130, 200, 77, 0, 1),
+    {"gram 70x33", ops_gram, {70, 33}, BESA_F32, "t"}, {"gram 1x1", ops_gram, {1, 1}, BESA_F32, "t"}, {"gram 33x300", ops_gram, {33, 300}, BESA_F32, "t"},
+    {"convert 1", ops_convert, {1}, BESA_F32, "t"}, {"convert 1000", ops_convert, {1000}, BESA_F32, "t"}, {"convert 70001", ops_convert, {70001}, BESA_F32, "t"},
+    {"rmsnorm 1x1", ops_rmsnorm, {1, 1, 0}, BESA_F32, "t"}, {"rmsnorm 3x31", ops_rmsnorm, {3, 31, 1}, BESA_F32, "tg"},
+    {"rmsnorm 200x127", ops_rmsnorm, {200, 127, 0}, BESA_F32, "tg"}, {"rmsnorm 77x1000 add", ops_rmsnorm, {77, 1000, 1}, BESA_F32, "tg"},
+    {"rope 1x1 dh 2", ops_rope, {1, 1, 1, 2}, BESA_F32, "t"}, {"rope 40/20 3 heads dh 64", ops_rope, {40, 20, 3, 64}, BESA_F32, "t"},
+    {"rope 1000/500 5 heads dh 18", ops_rope, {1000, 500, 5, 18}, BESA_F32, "t"},
+    {"attention one token", ops_attention, {2, 1, 4, 2, 16, 0}, BESA_F32, "t"}, {"attention 2x33 mha", ops_attention, {2, 33, 3, 3, 20, 0}, BESA_F32, "tg"},
+    {"attention 1x200 gqa 6/2", ops_attention, {1, 200, 6, 2, 64, 0}, BESA_F32, "tg"}, {"attention 2x193 gqa 4/1", ops_attention, {2, 193, 4, 1, 31, 0}, BESA_F32, "tg"},
+    {"attention 1x300 window 40", ops_attention, {1, 300, 4, 2, 32, 40}, BESA_F32, "tg"}, {"attention 1x97 window 1", ops_attention, {1, 97, 2, 2, 8, 1}, BESA_F32, "t"},
+    {"attention 1x150 window 200", ops_attention, {1, 150, 2, 1, 8, 200}, BESA_F32, "tg"},
+    {"swiglu 1", ops_swiglu, {1}, BESA_F32, "t"}, {"swiglu 33", ops_swiglu, {33}, BESA_F32, "tg"}, {"swiglu 50001", ops_swiglu, {50001}, BESA_F32, "tg"},
+    {"column_sumsq 1x1", ops_sumsq, {1, 1}, BESA_F32, "t"}, {"column_sumsq 33x127", ops_sumsq, {33, 127}, BESA_F32, "t"},
+    {"column_sumsq 1000x1000", ops_sumsq, {1000, 1000}, BESA_F32, "t"},
+    {"block_loss 1x31", ops_loss, {1, 31}, BESA_F32, "tg"}, {"block_loss 100x127", ops_loss, {100, 127}, BESA_F32, "tg"}, {"block_loss 33x1000", ops_loss, {33, 1000}, BESA_F32, "tg"},
+    OPS_TYPES("score 1x1", ops_score, "t", 1, 1, 1, 0), OPS_TYPES("score 3x31", ops_score, "t", 3, 31, 1, 1),
+    OPS_TYPES("score 70x1000 squared", ops_score, "t", 70, 1000, 2, 1), OPS_TYPES("score 5x127 squared", ops_score, "t", 5, 127, 2, 0),
+    {"rank 1x1", ops_rank, {1, 1}, BESA_F32, "t"}, {"rank 7x31", ops_rank, {7, 31}, BESA_F32, "t"}, {"rank 100x1000", ops_rank, {100, 1000}, BESA_F32, "t"},
+    {"rank 2x65536", ops_rank, {2, 65536}, BESA_F32, "t"}, {"rank 2x70000", ops_rank, {2, 70000}, BESA_F32, "t"},
+    OPS_TYPES("mask 1x1", ops_mask, "t", 1, 1), OPS_TYPES("mask 9x33", ops_mask, "t", 9, 33), OPS_TYPES("mask 70x1000", ops_mask, "t", 70, 1000),
+    OPS_TYPES("mask 3x70000", ops_mask, "t", 3, 70000), OPS_TYPES("mask 3x65536", ops_mask, "t", 3, 65536),
+    OPS_TYPES("bucket 1x1", ops_bucket, "t", 1, 1, 100), OPS_TYPES("bucket 9x127", ops_bucket, "t", 9, 127, 100), OPS_TYPES("bucket 70x1000", ops_bucket, "t", 70, 1000, 100),
+    OPS_TYPES("bucket 2x70000", ops_bucket, "t", 2, 70000, 10), OPS_TYPES("bucket 2x33 D 9000", ops_bucket, "t", 2, 33, 9000), OPS_TYPES("bucket 2x500 D 1", ops_bucket, "t", 2, 500, 1),
+    {"rates 33x127 both", ops_rates, {33, 127, 100, 1, 0, 0}, BESA_F32, "tg"}, {"rates 1x1 row", ops_rates, {1, 1, 100, 1, 1, 0}, BESA_F32, "tg"},
+    {"rates 300x1000 row plain", ops_rates, {300, 1000, 100, 1, 1, 1}, BESA_F32, "tg"}, {"rates 100x31 layer", ops_rates, {100, 31, 100, 100, 2, 0}, BESA_F32, "tg"},
+    {"rates 100x200 groups of 7", ops_rates, {100, 200, 10, 7, 0, 0}, BESA_F32, "tg"}, {"rates 65x50 D 1 plain", ops_rates, {65, 50, 1, 1, 0, 1}, BESA_F32, "tg"},
+    {"rates 3x2000 D 1999", ops_rates, {3, 2000, 1999, 2, 0, 0}, BESA_F32, "tg"},
+    {"prodigy 1", ops_optimizer, {1, 0, 0}, BESA_F32, "t"}, {"prodigy 20001", ops_optimizer, {20001, 0, 0}, BESA_F32, "t"},
+    {"prodigy 1000 growth decay", ops_optimizer, {1000, 0, 1}, BESA_F32, "t"}, {"adamw 20001", ops_optimizer, {20001, 1, 0}, BESA_F32, "t"}, {"adamw 31 decay", ops_optimizer, {31, 1, 1}, BESA_F32, "t"},
+    {"factor 3", ops_factor, {3}, BESA_F32, "t"}, {"factor 31", ops_factor, {31}, BESA_F32, "t"}, {"factor 128", ops_factor, {128}, BESA_F32, "t"},
+    {"factor 150", ops_factor, {150}, BESA_F32, "t"}, {"factor 300", ops_factor, {300}, BESA_F32, "t"},
+    {"slab 5x96 50 %", ops_slab, {5, 96, 0, 32, 0, 0}, BESA_F32, "t"}, {"slab 40x150 50 %", ops_slab, {40, 150, 22, 128, 0, 0}, BESA_F32, "t"},
+    {"slab 33x128 2:4", ops_slab, {33, 128, 32, 64, 2, 4}, BESA_F32, "t"}, {"slab 1x192 4:8", ops_slab, {1, 192, 0, 128, 4, 8}, BESA_F32, "t"},
+    OPS_TYPES("nll 3x31 V 127", ops_nll, "t", 3, 31, 127, 33), OPS_TYPES("nll 1x2 V 1", ops_nll, "t", 1, 2, 1, 8), OPS_TYPES("nll 2x40 V 5000", ops_nll, "t", 2, 40, 5000, 16),
+
+    OPS_TYPES("linear 4096x1536x576", ops_linear, "p", 4096, 1536, 576, 0, 0), {"gram 4096x1536", ops_gram, {4096, 1536}, BESA_F32, "p"},
+    {"convert bf16 to f32 10M", ops_convert, {10000000}, BESA_F32, "p"}, {"rmsnorm forward 8192x576", ops_rmsnorm, {8192, 576, 0}, BESA_F32, "p"},
+    {"rmsnorm backward 8192x576", ops_rmsnorm, {8192, 576, 1}, BESA_F32, "p"}, {"rope 8192x576", ops_rope, {8192, 512, 9, 64}, BESA_F32, "p"},
+    {"attention forward 8x512 9/3 dh 64", ops_attention, {8, 512, 9, 3, 64, 0}, BESA_F32, "p"}, {"attention backward 8x512 9/3 dh 64", ops_attention, {8, 512, 9, 3, 64, 0}, BESA_BF16, "p"},
+    {"attention forward 2x2048 9/3 dh 64", ops_attention, {2, 2048, 9, 3, 64, 0}, BESA_F32, "p"},
+    {"swiglu forward 4096x1536", ops_swiglu, {4096 * 1536, 0}, BESA_F32, "p"}, {"swiglu backward 4096x1536", ops_swiglu, {4096 * 1536, 1}, BESA_F32, "p"},
+    {"column_sumsq 8192x1536", ops_sumsq, {8192, 1536}, BESA_F32, "p"}, {"block_loss 8192x576", ops_loss, {8192, 576}, BESA_F32, "p"},
+    {"score 4096x4096 bf16", ops_score, {4096, 4096, 1, 1, 0}, BESA_BF16, "p"}, {"count_zeros 4096x4096 bf16", ops_score, {4096, 4096, 1, 1, 1}, BESA_BF16, "p"},
+    {"rank 2048x1536", ops_rank, {2048, 1536}, BESA_F32, "p"}, {"rank 400x11008", ops_rank, {400, 11008}, BESA_F32, "p"},
+    OPS_TYPES("mask_apply 2048x4096", ops_mask, "p", 2048, 4096, 0), {"mask_apply 1536x576 bf16", ops_mask, {1536, 576, 0}, BESA_BF16, "p"},
+    {"mask_smallest 2048x4096 bf16", ops_mask, {2048, 4096, 1}, BESA_BF16, "p"},
+    {"mask_pattern 2048x4096 bf16", ops_mask, {2048, 4096, 2}, BESA_BF16, "p"},
+    OPS_TYPES("bucket 2048x4096", ops_bucket, "p", 2048, 4096, 100), {"bucket 1536x576 bf16", ops_bucket, {1536, 576, 100}, BESA_BF16, "p"},
+    {"rate_forward 5000 groups", ops_rates, {5000, 576, 100, 1, 0, 0}, BESA_F32, "p"}, {"rate_backward 5000 groups", ops_rates, {5000, 576, 100, 1, 0, 0}, BESA_BF16, "p"},
+    {"prodigy 500k", ops_optimizer, {500000, 0, 0}, BESA_F32, "p"}, {"adamw 500k", ops_optimizer, {500000, 1, 0}, BESA_F32, "p"},
+    {"factor 576", ops_factor, {576}, BESA_F32, "p"}, {"factor 1536", ops_factor, {1536}, BESA_F32, "p"}, {"factor 4096", ops_factor, {4096}, BESA_F32, "p"},
+    {"slab 1536x576", ops_slab, {1536, 576, 128, 128, 0, 0}, BESA_F32, "p"}, {"slab 2:4 1536x576", ops_slab, {1536, 576, 128, 128, 2, 4}, BESA_F32, "p"},
+    {"push 1536x576", ops_slab, {1536, 576, 0, 128, 0, -1}, BESA_F32, "p"}, {"nll 512x49152", ops_nll, {1, 512, 49152, 64}, BESA_BF16, "p"},
+};
+enum { OPS_CASES = sizeof ops_cases / sizeof *ops_cases };
+
+/* GB/s of a copy, reads and writes counted; all threads where the host's memory is the device's */
+static double ops_copy_bandwidth(besa_backend *be, int threads)
+{
+    size_t bytes = (size_t)256 << 20, part = bytes / 64;
+    double best = 1e30;
+    void *a, *b;
+    if (be->alloc(be, &a, bytes) != BESA_OK || be->alloc(be, &b, bytes) != BESA_OK) return 0;
+    (void)be->zero(be, BESA_QUEUE_COMPUTE, a, bytes);
+    (void)be->zero(be, BESA_QUEUE_COMPUTE, b, bytes);
+    for (int i = 0; i < 6; i++) {
+        double t0, t1;
+        (void)be->synchronize(be, BESA_QUEUE_COMPUTE);
+        t0 = ops_now();
+        if (be->unified_memory) {
+            BESA__PARALLEL_FOR(threads)
+            for (int64_t k = 0; k < 64; k++) memcpy((char *)b + (size_t)k * part, (char *)a + (size_t)k * part, part);
+        } else (void)be->copy(be, BESA_QUEUE_COMPUTE, b, a, bytes);
+        (void)be->synchronize(be, BESA_QUEUE_COMPUTE);
+        t1 = ops_now();
+        best = t1 - t0 < best ? t1 - t0 : best;
+    }
+    be->free(be, a), be->free(be, b);
+    return 2.0 * (double)bytes / best * 1e-9;
+}
+
+/* One case; its hash is of all bytes that the backend gave. */
+static void ops_run_case(ops *t, int index)
+{
+    const ops_case *c = &ops_cases[index];
+    t->random = 88172645463325252u + (uint64_t)index;
+    t->hash = 14695981039346656037u;
+    t->buffers = t->hosts = t->failed = 0;
+    t->workspace = NULL;
+    t->be->workspace = NULL, t->be->workspace_bytes = 0;
+    c->run(t, c);
+    ops_guard(t);
+    for (int i = 0; i < t->buffers; i++) t->be->free(t->be, t->buffer[i]);
+    for (int i = 0; i < t->hosts; i++) free(t->host[i]);
+}
+
+static void ops_print_speed(const ops *t, const char *name, double bandwidth)
+{
+    double rate = 1e-9 * t->work / t->seconds;
+    printf("PASS %-38s %9.3f ms %8.1f %s", name, 1e3 * t->seconds, rate, t->unit);
+    if (t->unit[1] == 'B') printf(" (%.0f %% of a copy)", 100 * rate / bandwidth);
+    printf("\n");
+}
+
+/* hashes (OPS_CASES) may be NULL; counts (3) = passed, failed, skipped are added to */
+static void ops_run(ops *t, const char *filter, double bandwidth, uint64_t *hashes, int counts[3])
+{
+    for (int i = 0; i < OPS_CASES; i++) {
+        const ops_case *c = &ops_cases[i];
+        if (!strchr(c->modes, t->mode[0]) || (filter && !strstr(c->name, filter))) continue;
+        ops_run_case(t, i);
+        counts[t->failed ? 1 : 0]++;
+        if (hashes) hashes[i] = t->hash;
+        if (t->failed) printf("FAIL %s %s\n", c->name, t->detail);
+        else if (ops_is(t, "perf"))
+            ops_print_speed(t, c->name, bandwidth);
+        else if (!t->quiet) printf("PASS %s\n", c->name);
+    }
+}
+
+BESA__UNUSED static int besa_test_backend(besa_backend *be, const char *mode)
+{
+    ops t;
+    int counts[3] = {0, 0, 0};
+    double bandwidth = 0;
+    memset(&t, 0, sizeof t);
+    t.be = be, t.mode = mode;
+    if (ops_is(&t, "perf")) {
+        bandwidth = ops_copy_bandwidth(be, 64);
+        printf("copy bandwidth %.1f GB/s, reads and writes\n", bandwidth);
+    }
+    ops_run(&t, NULL, bandwidth, NULL, counts);
+    printf("%d passed, %d failed, %d skipped\n", counts[0], counts[1], counts[2]);
+    return counts[1];
+}
+#endif

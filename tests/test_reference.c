@@ -1,0 +1,772 @@
+/* test_reference - the library against arrays computed by independent PyTorch code (data/reference/README.md).
+ *
+ *     test_reference REFERENCE_DIRECTORY [part of a test's name]
+ *
+ * Tolerances are about ten times the error measured with gcc and clang on x86-64, as a fraction of the largest
+ * element; TEST_VERBOSE=1 prints what is measured. The CPU backend is the one under test: device pointers are host
+ * pointers here. */
+#define BESA_IMPLEMENTATION
+#include "besa.h"
+#include "test.h"
+
+static const char *g_reference;                 /* the directory */
+static besa_backend g_be;
+static besa_error g_error;
+
+static const char *folder(const char *name)
+{
+    static char path[4][512];
+    static int turn;
+    turn = (turn + 1) % 4;
+    snprintf(path[turn], sizeof path[turn], "%s/%s", g_reference, name);
+    return path[turn];
+}
+
+/* The workspace for what follows; it only grows. A pruner or besa_logits set their own, hence the assignment. */
+static void set_workspace(besa_workload w)
+{
+    static void *memory;
+    static size_t bytes;
+    size_t wanted = g_be.workspace_size(&g_be, &w);
+    if (wanted > bytes) memory = take((bytes = wanted) + 256);
+    g_be.workspace = (void *)(((uintptr_t)memory + 255) & ~(uintptr_t)255);
+    g_be.workspace_bytes = bytes;
+}
+
+#define OP(call) CHECK((call) == BESA_OK, "%s: %s", #call, g_be.error.message)
+
+/* ---- blocks ---------------------------------------------------------------------------------- */
+
+static const char *const g_layer[BESA_LAYERS] = { "q", "k", "v", "o", "gate", "up", "down" };
+
+/* The block of one folder: weights as floats, sizes from its shape.json. */
+static besa_block read_block(const char *directory, int64_t seqlen)
+{
+    besa_block b;
+    besa_block_shape *s = &b.shape;
+    char name[32];
+    float *cosine, *sine;
+    array a;
+    memset(&b, 0, sizeof b);
+    s->hidden_size = (int64_t)json_number(directory, "shape.json", "hidden_size");
+    s->intermediate_size = (int64_t)json_number(directory, "shape.json", "intermediate_size");
+    s->num_attention_heads = (int64_t)json_number(directory, "shape.json", "num_attention_heads");
+    s->num_key_value_heads = (int64_t)json_number(directory, "shape.json", "num_key_value_heads");
+    s->head_dim = (int64_t)json_number(directory, "shape.json", "head_dim");
+    s->rms_norm_eps = json_number(directory, "shape.json", "rms_norm_eps");
+    s->rope.theta = json_number(directory, "shape.json", "rope_theta");
+    if (strstr(directory, "block_"))
+        s->sliding_window = (int64_t)json_number(directory, "shape.json", "sliding_window");
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        int64_t rows, columns;
+        besa_block_layer(s, l, &rows, &columns);
+        snprintf(name, sizeof name, "w_%s", g_layer[l]);
+        b.weight[l] = npy_load(directory, name, rows, columns, 0).f;
+        snprintf(name, sizeof name, "bias_%s", g_layer[l]);
+        a = npy_read(directory, name);
+        b.bias[l] = a.f;
+    }
+    b.norm1 = npy_load(directory, "norm1", s->hidden_size, 0, 0).f;
+    b.norm2 = npy_load(directory, "norm2", s->hidden_size, 0, 0).f;
+    b.q_norm = npy_read(directory, "q_norm").f;
+    b.k_norm = npy_read(directory, "k_norm").f;
+    cosine = take_floats(seqlen * s->head_dim / 2);
+    sine = take_floats(seqlen * s->head_dim / 2);
+    besa_rope_table(s, seqlen, cosine, sine);
+    b.rope_cos = cosine;
+    b.rope_sin = sine;
+    return b;
+}
+
+static besa_activations new_activations(const besa_block *b, int64_t tokens)
+{
+    besa_activations acts;
+    size_t bytes = besa_activations_size(&g_be, &b->shape, b->q_norm != NULL, tokens, 1);
+    besa_activations_init(&acts, take(bytes + 256), &g_be, &b->shape, b->q_norm != NULL, tokens, 1);
+    return acts;
+}
+
+struct gradients { const char *directory; const besa_block *block; int seen; };
+
+/* Compare each layer's gradient with grad_<layer>, as the backward pass hands it out. */
+static besa_result compare_gradient(void *user, int layer, const float *dw)
+{
+    struct gradients *g = (struct gradients *)user;
+    int64_t rows, columns;
+    char name[32];
+    array want;
+    besa_block_layer(&g->block->shape, layer, &rows, &columns);
+    snprintf(name, sizeof name, "grad_%s", g_layer[layer]);
+    want = npy_load(g->directory, name, rows, columns, 0);
+    CHECK_CLOSE(name, dw, want.v, want.count, 1e-5);
+    g->seen |= 1 << layer;
+    return BESA_OK;
+}
+
+/* Forward pass, every activation, the loss, its gradient at every weight and at the input. */
+static void test_block(const char *name)
+{
+    const char *dir = folder(name);
+    int64_t batch = (int64_t)json_number(dir, "shape.json", "batch");
+    int64_t seqlen = (int64_t)json_number(dir, "shape.json", "seqlen"), tokens = batch * seqlen;
+    besa_block b = read_block(dir, seqlen);
+    int64_t d = b.shape.hidden_size, attention = b.shape.num_attention_heads * b.shape.head_dim;
+    besa_activations acts = new_activations(&b, tokens);
+    array h = npy_load(dir, "h", batch, seqlen, d), yref = npy_load(dir, "yref", batch, seqlen, d);
+    array loss = npy_load(dir, "loss", 1, 0, 0);
+    float *y = take_floats(tokens * d), *dy = take_floats(tokens * d), *dx = take_floats(tokens * d);
+    float *norm2 = take_floats(d), *got_loss = take_floats(1);
+    struct { const char *name; const void *got; int64_t width; } act[5];
+    struct gradients g;
+    act[0].name = "act_a", act[0].got = acts.a, act[0].width = d;
+    act[1].name = "act_attn", act[1].got = acts.attn, act[1].width = attention;
+    act[2].name = "act_h1", act[2].got = acts.h1, act[2].width = d;
+    act[3].name = "act_m", act[3].got = acts.m, act[3].width = d;
+    act[4].name = "act_z", act[4].got = acts.z, act[4].width = b.shape.intermediate_size;
+    g.directory = dir, g.block = &b, g.seen = 0;
+
+    set_workspace(besa_block_workload(&b.shape, batch, seqlen));
+    CHECK_OK(besa_block_forward(&g_be, &b, &acts, h.f, y, batch, seqlen, &g_error), g_error);
+    CHECK_CLOSE("y", y, npy_load(dir, "y", batch, seqlen, d).v, tokens * d, 1e-5);
+    for (int i = 0; i < 5; i++)
+        CHECK_CLOSE(act[i].name, (const float *)act[i].got, npy_load(dir, act[i].name, batch, seqlen, act[i].width).v,
+                    tokens * act[i].width, 1e-5);
+
+    OP(g_be.column_sumsq(&g_be, norm2, yref.f, tokens, d));
+    OP(g_be.block_loss(&g_be, got_loss, dy, y, yref.f, norm2, 1.0f, tokens, d));
+    CHECK_CLOSE("loss", got_loss, loss.v, 1, 1e-5);
+    CHECK_OK(besa_block_backward(&g_be, &b, &acts, h.f, dy, dx, batch, seqlen, compare_gradient, &g, &g_error), g_error);
+    CHECK(g.seen == 127, "gradients of layers %x only", (unsigned)g.seen);
+    CHECK_CLOSE("grad_h", dx, npy_load(dir, "grad_h", batch, seqlen, d).v, tokens * d, 1e-5);
+}
+
+/* ---- the sparse layer ------------------------------------------------------------------------ */
+
+/* bucket[rank] = the largest d with rank < k_d: from the definition, one candidate after the other. */
+static uint16_t *bucket_table(int64_t columns, int64_t buckets)
+{
+    uint16_t *bucket = (uint16_t *)take((size_t)columns * sizeof *bucket);
+    for (int64_t rank = 0; rank < columns; rank++)
+        for (int64_t c = 0; c < buckets; c++)
+            if (rank < (buckets - c) * columns / buckets) bucket[rank] = (uint16_t)c;
+    return bucket;
+}
+
+/* The published layer: ranks, rates, hard mask, output and the gradient that reaches theta. `layer_theta` moves the
+ * one group of the layer-wise case from the row logits to the layer's: both must give the same. */
+static void test_sparse_layer(const char *name, int plain, int64_t groups, int layer_theta)
+{
+    enum { R = 12, C = 203, T = 30, D = 100 };
+    const char *dir = folder(name);
+    array w = npy_load(dir, "weight", R, C, 0), norm = npy_load(dir, "colnorm", C, 0, 0);
+    array x = npy_load(dir, "x", T, C, 0), dy = npy_load(dir, "dy", T, R, 0);
+    array theta = npy_load(dir, "theta", groups > 1 ? groups : D + 1, groups > 1 ? D + 1 : 0, 0);
+    array rank = npy_read(dir, "rank"), mask = npy_load(dir, "mask", R, C, 0);
+    float *score = take_floats(R * C), *alpha = take_floats(groups), *what = take_floats(R * C), *y = take_floats(T * R);
+    float *dw = take_floats(R * C), *sums = take_floats(R * D), *dtheta = take_floats(groups * (D + 1)), mean = 0;
+    uint16_t *got_rank = (uint16_t *)take(R * C * 2), *bucket = bucket_table(C, D);
+    int32_t n[R], zeros[R];
+    int wrong = 0;
+    besa_rate_shape s;
+    besa_penalty penalty;
+    besa_workload load;
+    memset(&s, 0, sizeof s);
+    memset(&load, 0, sizeof load);
+    memset(zeros, 0, sizeof zeros);
+    memset(&penalty, 0, sizeof penalty);
+    s.rows = R, s.columns = C, s.group_rows = R / groups, s.candidates = D + 1, s.plain = plain;
+    s.layer_scale = layer_theta ? 1.0f : 0.0f, s.row_scale = layer_theta ? 0.0f : 1.0f;
+    penalty.mean = &mean, penalty.target = 0.5f;
+    load.rows = R, load.columns = C, load.tokens = T, load.seqlen = T;
+    set_workspace(load);
+
+    OP(g_be.score(&g_be, score, w.f, BESA_F32, norm.f, 1, R, C));
+    OP(g_be.rank_rows(&g_be, got_rank, score, R, C));
+    if (rank.v) {                               /* row 3 has equal scores: the order must be stable */
+        for (int i = 0; i < R * C; i++) wrong += got_rank[i] != rank.v[i];
+        CHECK(wrong == 0, "%d ranks differ", wrong);
+    }
+    OP(g_be.rate_forward(&g_be, alpha, n, layer_theta ? theta.f : NULL, layer_theta ? NULL : theta.f, zeros, &s));
+    for (int64_t g = 1; layer_theta && g < groups; g++) alpha[g] = alpha[0];
+    CHECK_CLOSE("alpha", alpha, npy_load(dir, "alpha", groups, 0, 0).v, groups, 1e-6);
+    OP(g_be.mask_apply(&g_be, what, w.f, BESA_F32, got_rank, n, R, C));
+    for (int i = 0, kept; i < R * C; i++) {
+        kept = memcmp(&what[i], &w.f[i], 4) == 0;
+        wrong += kept != (mask.v[i] != 0) || (!kept && memcmp(&what[i], "\0\0\0", 4));
+    }
+    CHECK(wrong == 0, "%d weights of the masked layer differ", wrong);
+    OP(g_be.linear_forward(&g_be, y, x.f, what, BESA_F32, NULL, T, R, C, 0));
+    CHECK_CLOSE("y", y, npy_load(dir, "y", T, R, 0).v, T * R, 2e-6);
+    OP(g_be.linear_backward_weight(&g_be, dw, dy.f, x.f, T, R, C));
+    OP(g_be.bucket_gradient(&g_be, sums, dw, w.f, BESA_F32, got_rank, bucket, R, C, D));
+    OP(g_be.rate_backward(&g_be, layer_theta ? dtheta : NULL, layer_theta ? NULL : dtheta, sums,
+                          layer_theta ? theta.f : NULL, layer_theta ? NULL : theta.f, &penalty, &s));
+    CHECK_CLOSE("grad_theta", dtheta, npy_load(dir, "grad_theta", theta.shape[0], theta.shape[1], 0).v, theta.count, 1e-5);
+}
+
+/* The same layer through besa_rates: a start at the target, masks as deep as n says, an exact projection, and a step
+ * that follows the gradient down. */
+static void test_rates_api(void)
+{
+    enum { R = 12, C = 203 };
+    const char *dir = folder("sparse_row_sigmoid");
+    array w = npy_load(dir, "weight", R, C, 0), norm = npy_load(dir, "colnorm", C, 0, 0), rank = npy_read(dir, "rank");
+    float *what = take_floats(R * C), *dw = take_floats(R * C), *scratch = take_floats((R + 1) * C), alpha[R], sumsq[C];
+    static const double target[] = { 0.003, 0.02, 0.3, 0.5, 0.7, 0.97, 0.999 };
+    besa_layer_shape shape;
+    besa_workload load;
+    memset(&load, 0, sizeof load);
+    shape.rows = R, shape.columns = C, shape.dtype = BESA_F32;
+    load.rows = R, load.columns = C;
+    set_workspace(load);
+    for (int j = 0; j < C; j++) sumsq[j] = norm.f[j] * norm.f[j];
+    for (int i = 0; i < R * C; i++) dw[i] = w.f[i]; /* dL/dW W > 0: pruning lowers the loss, so rates want to rise */
+    for (size_t t = 0; t < sizeof target / sizeof *target; t++) {
+        besa_rates *rates = NULL;
+        besa_rate_options o;
+        double d = 0, start = 0, mean = 0;
+        int32_t n[R];
+        int64_t count = 0, zeros = 0, wrong = 0;
+        memset(&o, 0, sizeof o);
+        o.target = target[t];
+        o.form = BESA_RATES_ROW;
+        o.penalty = BESA_NONE;
+        CHECK_OK(besa_rates_create(&rates, &g_be, &shape, 1, &o, &g_error), g_error);
+        if (!rates) return;
+        CHECK_OK(besa_rates_rank(rates, 0, w.f, BESA_IMPORTANCE_WANDA, sumsq, scratch, &g_error), g_error);
+        CHECK_OK(besa_rates_forward(rates, &g_error), g_error);
+        CHECK_OK(besa_rates_status(rates, &d, &start, &g_error), g_error);
+        CHECK(fabs(start - target[t]) < 1e-5 && d == 1e-6, "target %g starts at %g, d %g", target[t], start, d);
+        for (int step = 0; step < 12; step++) {
+            CHECK_OK(besa_rates_gradient(rates, 0, w.f, dw, &g_error), g_error);
+            CHECK_OK(besa_rates_step(rates, &g_error), g_error);
+            CHECK_OK(besa_rates_forward(rates, &g_error), g_error);
+        }
+        CHECK_OK(besa_rates_status(rates, &d, &mean, &g_error), g_error);
+        CHECK(mean > start && d > 1e-6, "target %g: mean rate %.9g from %.9g, d %g", target[t], mean, start, d);
+        CHECK_OK(besa_rates_read(rates, 0, alpha, n, &g_error), g_error);
+        for (int r = 0; r < R; r++) {
+            double exact = (double)alpha[r] * C;
+            CHECK(n[r] == (int)floor(exact) || fabs(exact - rint(exact)) < 1e-4, "n %d at alpha C %g", n[r], exact);
+        }
+        CHECK_OK(besa_rates_project(rates, &g_error), g_error);
+        CHECK_OK(besa_rates_read(rates, 0, NULL, n, &g_error), g_error);
+        CHECK_OK(besa_rates_mask(rates, 0, w.f, what, &g_error), g_error);
+        for (int i = 0; i < R * C; i++) {
+            zeros += what[i] == 0;
+            wrong += what[i] != (rank.v[i] >= n[i / C] ? w.f[i] : 0);
+        }
+        for (int r = 0; r < R; r++) {
+            count += n[r];
+            for (int q = 0; q < R; q++) CHECK(alpha[r] <= alpha[q] || n[r] >= n[q], "the higher rate prunes less");
+        }
+        CHECK(zeros == (int64_t)floor(target[t] * R * C + 0.5) && count == zeros && wrong == 0,
+              "target %g: %d pruned, n adds up to %d, %d weights wrong", target[t], (int)zeros, (int)count, (int)wrong);
+        besa_rates_destroy(rates);
+    }
+}
+
+/* ---- scores, factors and baselines ----------------------------------------------------------- */
+
+static besa_workload hessian_workload(int64_t rows, int64_t columns, int64_t tokens)
+{
+    besa_workload w;
+    memset(&w, 0, sizeof w);
+    w.rows = rows, w.columns = w.hessian_columns = columns, w.tokens = w.seqlen = tokens;
+    return w;
+}
+
+/* w^2 / U_jj and w^2 / U_jj^2 of the published code; the dead column's scores mean nothing there. */
+static void test_sparsegpt_score(const char *name, int squared)
+{
+    enum { R = 8, C = 40, B = 3, T = 50, DEAD = 7 };
+    const char *dir = folder(name);
+    array w = npy_load(dir, "weight", R, C, 0), x = npy_load(dir, "x", B, T, C);
+    array want_h = npy_load(dir, "hessian", C, C, 0), want = npy_load(dir, "score", R, C, 0);
+    float *h = take_floats(C * C), *scale = take_floats(C), *score = take_floats(R * C);
+    double lower[C * C];
+    int32_t dead[C];
+    set_workspace(hessian_workload(R, C, T));
+    for (int b = 0; b < B; b++) OP(g_be.gram(&g_be, h, x.f + b * T * C, 2.0f / B, T, C));
+    for (int i = 0; i < C; i++)                 /* only the lower triangle needs to be there */
+        for (int j = 0; j < C; j++) {
+            lower[i * C + j] = j <= i ? want_h.v[i * C + j] : 0;
+            if (j > i) h[i * C + j] = 0;
+        }
+    CHECK_CLOSE("hessian", h, lower, C * C, 2e-6);
+    OP(g_be.hessian_factor(&g_be, h, dead, 0.01f, C));
+    for (int j = 0; j < C; j++) CHECK(dead[j] == (j == DEAD), "dead[%d] = %d", j, dead[j]);
+    OP(g_be.diagonal(&g_be, scale, h, dead, C));
+    for (int j = 0; j < C; j++) scale[j] = squared ? 1 / (scale[j] * scale[j]) : 1 / scale[j];
+    OP(g_be.score(&g_be, score, w.f, BESA_F32, scale, 2, R, C));
+    for (int r = 0; r < R; r++) score[r * C + DEAD] = (float)want.v[r * C + DEAD];
+    CHECK_CLOSE("score", score, want.v, R * C, 1e-5);
+}
+
+/* The factor of the inverse and the three ways of choosing: masks must agree but for ties within rounding, the
+ * updated weights to rounding in rows whose masks agree. */
+static void test_sparsegpt(void)
+{
+    enum { R = 24, C = 256, T = 600, SLAB = 128 };
+    static const struct { const char *file; int n, m; } form[] = { { "pruned_50", 0, 0 }, { "pruned_2of4", 2, 4 },
+                                                                   { "pruned_4of8", 4, 8 } };
+    const char *dir = folder("sparsegpt");
+    array w = npy_load(dir, "weight", R, C, 0), x = npy_load(dir, "x", T, C, 0);
+    float *u = take_floats(C * C), *wf = take_floats(R * C), *err = take_floats(R * SLAB);
+    int32_t dead[C];
+    set_workspace(hessian_workload(R, C, T));
+    OP(g_be.gram(&g_be, u, x.f, 2.0f / T, T, C));
+    OP(g_be.hessian_factor(&g_be, u, dead, 0.01f, C));
+    CHECK_CLOSE("chol_upper_of_inverse", u, npy_load(dir, "chol_upper_of_inverse", C, C, 0).v, C * C, 1e-5);
+    for (int f = 0; f < 3; f++) {
+        array want = npy_load(dir, form[f].file, R, C, 0);
+        int differ = 0;
+        memcpy(wf, w.f, R * C * sizeof *wf);
+        for (int64_t first = 0; first < C; first += SLAB) {
+            OP(g_be.sparsegpt_slab(&g_be, wf, err, u, dead, first, SLAB, 0.5, form[f].n, form[f].m, R, C));
+            if (first + SLAB < C) OP(g_be.sparsegpt_push(&g_be, wf, err, u, first, SLAB, R, C));
+        }
+        for (int i = 0; i < R * C; i++) differ += (wf[i] == 0) != (want.v[i] == 0);
+        CHECK(differ == 0, "%s: %d weights are pruned in one and kept in the other", form[f].file, differ);
+        CHECK_CLOSE(form[f].file, wf, want.v, R * C, 1e-5);
+    }
+}
+
+static void test_wanda(void)
+{
+    enum { R = 24, C = 256 };
+    static const struct { const char *file; int n, m; } form[] = { { "keep_50", 0, 0 }, { "keep_2of4", 2, 4 },
+                                                                   { "keep_4of8", 4, 8 } };
+    const char *dir = folder("wanda");
+    array w = npy_load(dir, "weight", R, C, 0), norm = npy_load(dir, "colnorm", C, 0, 0);
+    float *score = take_floats(R * C), *what = take_floats(R * C);
+    void *rank = take(R * C * 2);
+    int32_t n[R];
+    besa_workload load;
+    memset(&load, 0, sizeof load);
+    load.rows = R, load.columns = C;
+    set_workspace(load);
+    for (int r = 0; r < R; r++) n[r] = C / 2;
+    OP(g_be.score(&g_be, score, w.f, BESA_F32, norm.f, 1, R, C));
+    OP(g_be.rank_rows(&g_be, rank, score, R, C));
+    for (int f = 0; f < 3; f++) {
+        array keep = npy_load(dir, form[f].file, R, C, 0);
+        int wrong = 0;
+        if (form[f].m) OP(g_be.mask_pattern(&g_be, what, w.f, BESA_F32, score, form[f].n, form[f].m, R, C));
+        else OP(g_be.mask_apply(&g_be, what, w.f, BESA_F32, rank, n, R, C));
+        for (int i = 0; i < R * C; i++) wrong += what[i] != (keep.v[i] != 0 ? w.f[i] : 0);
+        CHECK(wrong == 0, "%s: %d weights differ", form[f].file, wrong);
+    }
+}
+
+/* ---- optimisers ------------------------------------------------------------------------------ */
+
+/* Prodigy's 40 steps. The method sees only theta0 - theta, which floats near 1 cannot hold while d is 1e-6; so the
+ * problem is moved to start at 0, as rates do, and x - x0 compared: with the stored gradients and with the gradients
+ * where our own steps lead. Started at x0 itself the rounding of theta is most of the error. */
+static void test_prodigy(void)
+{
+    enum { N = 20, STEPS = 40, STORED = 0, OWN = 1, IN_PLACE = 2 };
+    const char *dir = folder("prodigy");
+    array a = npy_load(dir, "A", N, N, 0), b = npy_load(dir, "b", N, 0, 0), x0 = npy_load(dir, "x0", N, 0, 0);
+    array grads = npy_load(dir, "grads", STEPS, N, 0), x = npy_load(dir, "x", STEPS, N, 0);
+    array d = npy_load(dir, "d", STEPS, 0, 0);
+    set_workspace(hessian_workload(N, N, N));
+    for (int mode = STORED; mode <= IN_PLACE; mode++) {
+        float theta[N] = { 0 }, theta0[N] = { 0 }, grad[N], m[N] = { 0 }, v[N] = { 0 }, s[N] = { 0 };
+        double scalars[4] = { 1e-6, 1e-6, 0, 0 }, tolerance = mode == STORED ? 1e-4 : 1e-2;
+        besa_optimizer_step o;
+        memset(&o, 0, sizeof o);
+        o.kind = BESA_PRODIGY, o.lr = 1, o.beta1 = 0.9f, o.beta2 = 0.999f, o.beta3 = sqrtf(0.999f), o.eps = 1e-8f;
+        o.d0 = 1e-6, o.d_coef = 5, o.growth_rate = INFINITY;
+        o.n = N, o.theta = theta, o.theta0 = theta0, o.grad = grad, o.m = m, o.v = v, o.s = s, o.scalars = scalars;
+        if (mode == IN_PLACE) memcpy(theta, x0.f, sizeof theta), memcpy(theta0, x0.f, sizeof theta);
+        for (o.step = 1; o.step <= STEPS; o.step++) {
+            int64_t t = o.step - 1;
+            double want[N];
+            float got_d;
+            for (int i = 0; i < N; i++) {
+                double g = -b.v[i];
+                for (int j = 0; j < N; j++) g += a.v[i * N + j] * (x0.v[j] + (double)theta[j]);
+                grad[i] = mode == OWN ? (float)g : grads.f[t * N + i];
+                want[i] = x.v[t * N + i] - (mode == IN_PLACE ? 0 : x0.v[i]);
+            }
+            OP(g_be.optimizer_step(&g_be, &o));
+            got_d = (float)scalars[0];
+            CHECK_CLOSE("d", &got_d, d.v + t, 1, tolerance);
+            CHECK_CLOSE("x", theta, want, N, tolerance);
+        }
+    }
+}
+
+/* AdamW with decoupled weight decay against its formula in double. */
+static void test_adamw(void)
+{
+    enum { N = 1000, STEPS = 30 };
+    static float theta[N], grad[N], m[N], v[N], s[N];
+    static double want[N], wm[N], wv[N];
+    double scalars[4] = { 0, 0, 0, 0 };
+    besa_optimizer_step o;
+    memset(&o, 0, sizeof o);
+    o.kind = BESA_ADAMW, o.lr = 0.01f, o.beta1 = 0.9f, o.beta2 = 0.999f, o.beta3 = sqrtf(0.999f), o.eps = 1e-8f;
+    o.weight_decay = 0.05f;
+    o.n = N, o.theta = theta, o.theta0 = theta, o.grad = grad, o.m = m, o.v = v, o.s = s, o.scalars = scalars;
+    set_workspace(hessian_workload(N, 1, 1));
+    for (int i = 0; i < N; i++) want[i] = theta[i] = sinf((float)i);
+    for (o.step = 1; o.step <= STEPS; o.step++) {
+        for (int i = 0; i < N; i++) {           /* gradients from 1 down to 1e-9: eps matters for the last */
+            double g = grad[i] = cosf((float)(i * 7 + o.step)) * powf(10.0f, (float)(-i % 10)), lr = o.lr, mh, vh;
+            wm[i] = o.beta1 * wm[i] + (1 - (double)o.beta1) * g;
+            wv[i] = o.beta2 * wv[i] + (1 - (double)o.beta2) * g * g;
+            mh = wm[i] / (1 - pow(o.beta1, (double)o.step));
+            vh = wv[i] / (1 - pow(o.beta2, (double)o.step));
+            want[i] -= lr * o.weight_decay * want[i] + lr * mh / (sqrt(vh) + o.eps);
+        }
+        OP(g_be.optimizer_step(&g_be, &o));
+    }
+    CHECK_CLOSE("theta", theta, want, N, 1e-5);
+}
+
+/* ---- the published loop ---------------------------------------------------------------------- */
+
+enum { STEPS = 16, CANDIDATES = 101 };
+
+typedef struct trace {
+    const char *dir;
+    besa_block block;
+    int64_t seqlen, hidden, rows[BESA_LAYERS], columns[BESA_LAYERS], first_row[BESA_LAYERS + 1], weights;
+    double penalty, target, d_coef;
+    array h, yref, l2, loss, d, sparsity, alpha;
+    int step;                                   /* steps seen by the callback */
+    double loss_error[STEPS], d_error[STEPS], alpha_error[STEPS], alpha_spread[STEPS];
+} trace;
+
+static void read_trace(trace *t, const char *name)
+{
+    memset(t, 0, sizeof *t);
+    t->dir = folder(name);
+    t->seqlen = (int64_t)json_number(t->dir, "shape.json", "seqlen");
+    t->penalty = json_number(t->dir, "shape.json", "penalty");
+    t->target = json_number(t->dir, "shape.json", "target");
+    t->d_coef = json_number(t->dir, "shape.json", "d_coef");
+    t->block = read_block(t->dir, t->seqlen);
+    t->hidden = t->block.shape.hidden_size;
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        besa_block_layer(&t->block.shape, l, &t->rows[l], &t->columns[l]);
+        t->first_row[l + 1] = t->first_row[l] + t->rows[l];
+        t->weights += t->rows[l] * t->columns[l];
+    }
+    t->h = npy_load(t->dir, "h", STEPS, t->seqlen, t->hidden);
+    t->yref = npy_load(t->dir, "yref", STEPS, t->seqlen, t->hidden);
+    t->l2 = npy_load(t->dir, "l2", STEPS, 0, 0);
+    t->loss = npy_load(t->dir, "loss", STEPS, 0, 0);
+    t->d = npy_load(t->dir, "d", STEPS, 0, 0);
+    t->sparsity = npy_load(t->dir, "sparsity", STEPS, 0, 0);
+    t->alpha = npy_load(t->dir, "alpha", STEPS, t->first_row[BESA_LAYERS], 0);
+}
+
+/* One layer of the pinned loop below. */
+typedef struct pinned_layer {
+    float *what, *sums, *theta, *theta0, *grad, *alpha;
+    void *rank;
+    uint16_t *bucket;
+    int32_t *n, *zeros;
+    besa_rate_shape shape;
+} pinned_layer;
+
+typedef struct pinned {
+    trace *t;
+    pinned_layer layer[BESA_LAYERS];
+} pinned;
+
+static besa_result pinned_gradient(void *user, int l, const float *dw)
+{
+    pinned *p = (pinned *)user;
+    pinned_layer *a = &p->layer[l];
+    memset(a->sums, 0, (size_t)(p->t->rows[l] * (CANDIDATES - 1)) * sizeof(float));
+    return g_be.bucket_gradient(&g_be, a->sums, dw, p->t->block.weight[l], BESA_F32, a->rank, a->bucket, p->t->rows[l],
+                                p->t->columns[l], CANDIDATES - 1);
+}
+
+/* Ranks from the dense block's inputs over all sequences; theta of all layers lies in one array for the optimiser. */
+static void pinned_setup(pinned *p, trace *t, float *theta, float *theta0, float *grad)
+{
+    int64_t tokens = STEPS * t->seqlen;
+    besa_activations acts = new_activations(&t->block, tokens);
+    float *y = take_floats(tokens * t->hidden);
+    memset(p, 0, sizeof *p);
+    p->t = t;
+    CHECK_OK(besa_block_forward(&g_be, &t->block, &acts, t->h.f, y, STEPS, t->seqlen, &g_error), g_error);
+    CHECK_CLOSE("yref", y, t->yref.v, t->yref.count, 2e-6);
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        pinned_layer *a = &p->layer[l];
+        int64_t R = t->rows[l], C = t->columns[l];
+        const void *input = l <= BESA_V ? acts.a : l == BESA_O ? acts.attn : l == BESA_DOWN ? acts.z : acts.m;
+        float *norm = take_floats(C), *score = take_floats(R * C);
+        a->what = take_floats(R * C), a->sums = take_floats(R * (CANDIDATES - 1)), a->alpha = take_floats(R);
+        a->rank = take((size_t)(R * C) * 2), a->bucket = bucket_table(C, CANDIDATES - 1);
+        a->n = (int32_t *)take((size_t)R * 4), a->zeros = (int32_t *)take((size_t)R * 4);
+        a->theta = theta + t->first_row[l] * CANDIDATES, a->theta0 = theta0 + t->first_row[l] * CANDIDATES;
+        a->grad = grad + t->first_row[l] * CANDIDATES;
+        a->shape.rows = R, a->shape.columns = C, a->shape.group_rows = 1, a->shape.candidates = CANDIDATES;
+        a->shape.row_scale = 1;
+        OP(g_be.column_sumsq(&g_be, norm, input, tokens, C));
+        for (int64_t j = 0; j < C; j++) norm[j] = sqrtf(norm[j]);
+        OP(g_be.score(&g_be, score, t->block.weight[l], BESA_F32, norm, 1, R, C));
+        OP(g_be.rank_rows(&g_be, a->rank, score, R, C));
+    }
+}
+
+/* The masks that the reference had at a step, from the rates it stored after the step before. At step 0 its fp32 sum
+ * of equal candidates is just below 1/2, so that rows lose C/2 - 1 weights. */
+static void pinned_masks(pinned *p, int step)
+{
+    trace *t = p->t;
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        pinned_layer *a = &p->layer[l];
+        for (int64_t r = 0; r < t->rows[l]; r++) {
+            float alpha = step ? t->alpha.f[(step - 1) * t->first_row[BESA_LAYERS] + t->first_row[l] + r] : 0.4999999f;
+            a->n[r] = (int32_t)(alpha * (float)t->columns[l]);
+        }
+        OP(g_be.mask_apply(&g_be, a->what, t->block.weight[l], BESA_F32, a->rank, a->n, t->rows[l], t->columns[l]));
+    }
+}
+
+/* The loop written out over the backend, with the reference's masks at every step: the only jumps are taken as it took
+ * them, so what is left is rounding. Losses and final weights agree with the fp32 trace; d and rates agree closely with
+ * the same loop in fp64 and, as that one does, to about 1 % with the fp32 trace, whose own rounding that is. */
+static void test_trace_pinned(const char *name)
+{
+    trace t;
+    pinned p;
+    read_trace(&t, name);
+    {
+        int64_t d = t.hidden, rows = t.first_row[BESA_LAYERS], n = rows * CANDIDATES, wrong = 0;
+        float *theta = take_floats(n), *theta0 = take_floats(n), *grad = take_floats(n), *norm2 = take_floats(d);
+        float *alpha = take_floats(rows), *y = take_floats(t.seqlen * d), *dy = take_floats(t.seqlen * d), mean = 0;
+        double scalars[4] = { 1e-6, 1e-6, 0, 0 };
+        besa_activations acts = new_activations(&t.block, t.seqlen);
+        besa_block sparse = t.block;
+        besa_optimizer_step o;
+        array d64 = npy_load(t.dir, "d_fp64", STEPS, 0, 0), alpha64 = npy_load(t.dir, "alpha_fp64", STEPS, rows, 0);
+        set_workspace(besa_block_workload(&t.block.shape, STEPS, t.seqlen));
+        pinned_setup(&p, &t, theta, theta0, grad);
+        memset(&o, 0, sizeof o);
+        o.kind = BESA_PRODIGY, o.lr = 1, o.beta1 = 0.9f, o.beta2 = 0.999f, o.beta3 = sqrtf(0.999f), o.eps = 1e-8f;
+        o.d0 = 1e-6, o.d_coef = t.d_coef, o.growth_rate = INFINITY, o.n = n;
+        o.theta = theta, o.theta0 = theta0, o.grad = grad, o.scalars = scalars;
+        o.m = take_floats(n), o.v = take_floats(n), o.s = take_floats(n);
+        for (int l = 0; l < BESA_LAYERS; l++) sparse.weight[l] = p.layer[l].what;
+        for (int step = 0; step <= STEPS; step++) {
+            const float *x = t.h.f + step * t.seqlen * d, *yref = t.yref.f + step * t.seqlen * d;
+            float l2 = 0, total, got_d;
+            for (int l = 0; l < BESA_LAYERS; l++) {
+                pinned_layer *a = &p.layer[l];
+                float share = (float)((double)(t.rows[l] * t.columns[l]) / (double)t.weights);
+                OP(g_be.rate_forward(&g_be, a->alpha, a->n, NULL, a->theta, a->zeros, &a->shape));
+                OP(g_be.rate_mean(&g_be, &mean, a->alpha, share, l > 0, &a->shape));
+                memcpy(alpha + t.first_row[l], a->alpha, (size_t)t.rows[l] * sizeof(float));
+            }
+            pinned_masks(&p, step);
+            if (step) {
+                CHECK_CLOSE("alpha_fp64", alpha, alpha64.v + (step - 1) * rows, rows, 1e-3);
+                CHECK_CLOSE("alpha", alpha, t.alpha.v + (step - 1) * rows, rows,
+                            fmin(0.06, 2e-6 * pow(2.5, step)));
+            }
+            if (step == STEPS) break;
+            CHECK_CLOSE("sparsity", &mean, t.sparsity.v + step, 1, 2e-3);
+            memset(norm2, 0, (size_t)d * sizeof *norm2);
+            OP(g_be.column_sumsq(&g_be, norm2, yref, t.seqlen, d));
+            CHECK_OK(besa_block_forward(&g_be, &sparse, &acts, x, y, 1, t.seqlen, &g_error), g_error);
+            OP(g_be.block_loss(&g_be, &l2, dy, y, yref, norm2, 1.0f, t.seqlen, d));
+            CHECK_CLOSE("l2", &l2, t.l2.v + step, 1, 1e-5);
+            total = l2 + (float)(t.penalty * pow(((double)mean - t.target) / t.target, 2));
+            CHECK_CLOSE("loss", &total, t.loss.v + step, 1, 1e-4);
+            CHECK_OK(besa_block_backward(&g_be, &sparse, &acts, x, dy, NULL, 1, t.seqlen, pinned_gradient, &p, &g_error),
+                     g_error);
+            for (int l = 0; l < BESA_LAYERS; l++) {
+                pinned_layer *a = &p.layer[l];
+                besa_penalty penalty;
+                penalty.mean = &mean;
+                penalty.target = (float)t.target;
+                penalty.coefficient = (float)(2 * t.penalty / (t.target * t.target) *
+                                              (double)(t.rows[l] * t.columns[l]) / (double)t.weights);
+                OP(g_be.rate_backward(&g_be, NULL, a->grad, a->sums, NULL, a->theta, &penalty, &a->shape));
+            }
+            o.step = step + 1;
+            OP(g_be.optimizer_step(&g_be, &o));
+            got_d = (float)scalars[0];
+            CHECK_CLOSE("d_fp64", &got_d, d64.v + step, 1, 2e-4);
+            CHECK_CLOSE("d", &got_d, t.d.v + step, 1, 1.5e-2);
+        }
+        for (int l = 0; l < BESA_LAYERS; l++) {
+            char file[32];
+            array want;
+            snprintf(file, sizeof file, "pruned_%s", g_layer[l]);
+            want = npy_load(t.dir, file, t.rows[l], t.columns[l], 0);
+            for (int64_t i = 0; i < want.count; i++) wrong += p.layer[l].what[i] != want.f[i];
+        }
+        CHECK(wrong == 0, "%d final weights differ", (int)wrong);
+    }
+}
+
+static besa_result trace_step(void *user, const besa_step *step)
+{
+    trace *t = (trace *)user;
+    double d = 0;
+    int64_t i = step->step - 1, rows = t->first_row[BESA_LAYERS];
+    if (i >= STEPS) return BESA_ERROR_OPTION;
+    besa_rates_forward(step->rates, NULL);
+    besa_rates_status(step->rates, &d, NULL, NULL);
+    t->loss_error[i] = fabs((double)*step->loss - t->l2.v[i]) / t->l2.v[i];
+    t->d_error[i] = fabs(d - t->d.v[i]) / t->d.v[i];
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        float *alpha = take_floats(t->rows[l]);
+        besa_rates_read(step->rates, l, alpha, NULL, NULL);
+        for (int64_t r = 0; r < t->rows[l]; r++) {
+            double want = t->alpha.v[i * rows + t->first_row[l] + r];
+            t->alpha_error[i] += ((double)alpha[r] - want) * ((double)alpha[r] - want) / (double)rows;
+            t->alpha_spread[i] += (want - 0.5) * (want - 0.5) / (double)rows;
+        }
+    }
+    t->alpha_error[i] = sqrt(t->alpha_error[i]);
+    t->alpha_spread[i] = sqrt(t->alpha_spread[i]);
+    if (getenv("TEST_VERBOSE"))
+        printf("    step %2d: loss off by %.2e, d by %.2e, alpha by %.2e of %.2e\n", (int)step->step, t->loss_error[i],
+               t->d_error[i], t->alpha_error[i], t->alpha_spread[i]);
+    t->step = (int)step->step;
+    return BESA_OK;
+}
+
+static besa_result (*g_rate_forward)(besa_backend *, float *, int32_t *, const float *, const float *, const int32_t *,
+                                     const besa_rate_shape *);
+
+/* rate_forward with the reference's rounding: its fp32 sum over equal candidates is 1.5e-7 below 1/2, so that every row
+ * starts with one weight more than an exact 1/2 would keep. */
+static besa_result rounded_rate_forward(besa_backend *be, float *alpha, int32_t *n, const float *theta_layer,
+                                        const float *theta_row, const int32_t *zeros, const besa_rate_shape *s)
+{
+    besa_result r = g_rate_forward(be, alpha, n, theta_layer, theta_row, zeros, s);
+    for (int64_t g = 0; r == BESA_OK && g < s->rows; g++) { /* groups of one row */
+        alpha[g] -= 1.5e-7f;
+        n[g] = (int32_t)(alpha[g] * (float)s->columns);
+    }
+    return r;
+}
+
+/* The same run by besa_pruner_run, which takes its own jumps: a row at rate 1/2 is a hair from losing one weight more,
+ * so runs part within rounding's reach from the first steps on and the bounds widen with the steps. */
+static void test_trace(const char *name, double alpha_bound, double mask_bound)
+{
+    trace t;
+    besa_prune_options o;
+    besa_pruner *pruner = NULL;
+    besa_block_report report;
+    void *pruned[BESA_LAYERS];
+    float *x;
+    int64_t differ = 0;
+    read_trace(&t, name);
+    x = take_floats(t.h.count);
+    memcpy(x, t.h.f, (size_t)t.h.count * sizeof *x);
+    for (int l = 0; l < BESA_LAYERS; l++) pruned[l] = take_floats(t.rows[l] * t.columns[l]);
+    memset(&o, 0, sizeof o);
+    memset(&report, 0, sizeof report);
+    o.rates.target = t.target;
+    CHECK_OK(besa_preset(&o, "published-row", &g_error), g_error);
+    o.rates.d_coef = t.d_coef;
+    o.rates.penalty = t.penalty > 0 ? t.penalty : BESA_NONE;
+    o.step = trace_step;
+    o.user = &t;
+    g_rate_forward = g_be.rate_forward;
+    g_be.rate_forward = rounded_rate_forward;
+    CHECK_OK(besa_pruner_create(&pruner, &g_be, &t.block.shape, BESA_F32, 0, &o, STEPS, t.seqlen, &g_error), g_error);
+    if (!pruner) return;
+    CHECK_OK(besa_pruner_run(pruner, &t.block, NULL, x, NULL, pruned, &report, &g_error), g_error);
+    besa_pruner_destroy(pruner);
+    g_be.rate_forward = g_rate_forward;
+    CHECK(t.step == STEPS, "%d steps", t.step);
+    for (int i = 0; i < STEPS; i++) {           /* step 1 is the same masks; then the coins fall differently */
+        CHECK(t.loss_error[i] <= (i ? 0.15 : 1e-5), "step %d: loss off by %.3g", i + 1, t.loss_error[i]);
+        CHECK(t.d_error[i] <= 0.2, "step %d: d off by %.3g", i + 1, t.d_error[i]);
+        CHECK(t.alpha_error[i] <= 3e-7 + alpha_bound * t.alpha_spread[i], "step %d: rates off by %.3g of %.3g", i + 1,
+              t.alpha_error[i], t.alpha_spread[i]);
+    }
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        char file[32];
+        array want;
+        snprintf(file, sizeof file, "pruned_%s", g_layer[l]);
+        want = npy_load(t.dir, file, t.rows[l], t.columns[l], 0);
+        for (int64_t i = 0; i < want.count; i++) differ += ((float *)pruned[l])[i] != want.f[i];
+    }
+    if (getenv("TEST_VERBOSE")) printf("    %d of %d final weights differ\n", (int)differ, (int)t.weights);
+    CHECK((double)differ <= mask_bound * (double)t.weights, "%d of %d final weights differ", (int)differ, (int)t.weights);
+    CHECK(fabs(report.sparsity - t.sparsity.v[STEPS - 1]) < 0.02, "sparsity %g", report.sparsity);
+}
+
+/* ---- checkpoints ----------------------------------------------------------------------------- */
+
+/* Every architecture, element type and file layout: logits as transformers has them after loading the directory in
+ * fp32, and the negative log-likelihood that follows. The first set of logits was made with rope frequencies rounded to
+ * the checkpoint's type, which transformers itself does not repeat: that rounding is the tolerance. */
+static void test_checkpoint(const char *name, double rounding)
+{
+    enum { COUNT = 2, SEQLEN = 40, VOCAB = 199 };
+    char dir[512];
+    besa_checkpoint *checkpoint = NULL;
+    array ids, logits, exact;
+    int32_t id[COUNT * SEQLEN];
+    float *got = take_floats(COUNT * SEQLEN * VOCAB);
+    double ppl = 0, nll[COUNT] = { 0, 0 }, want = 0, rounded;
+    snprintf(dir, sizeof dir, "%s/%s", folder("checkpoints"), name);
+    ids = npy_load(dir, "ids", COUNT, SEQLEN, 0);
+    logits = npy_load(dir, "logits", COUNT, SEQLEN, VOCAB);
+    exact = npy_load(dir, "logits_loaded", COUNT, SEQLEN, VOCAB);
+    rounded = json_number(dir, "expected.json", "nll_per_token");
+    for (int i = 0; i < COUNT * SEQLEN; i++) id[i] = (int32_t)ids.v[i];
+    for (int i = 0; i < COUNT * SEQLEN; i++) {
+        double sum = 0;
+        for (int v = 0; v < VOCAB; v++) sum += exp(exact.v[i * VOCAB + v]);
+        if ((i + 1) % SEQLEN) want += (log(sum) - exact.v[i * VOCAB + id[i + 1]]) / (COUNT * (SEQLEN - 1));
+    }
+    CHECK_OK(besa_checkpoint_open(&checkpoint, dir, &g_error), g_error);
+    if (!checkpoint) return;
+    CHECK_OK(besa_logits(checkpoint, &g_be, id, COUNT, SEQLEN, got, &g_error), g_error);
+    CHECK_CLOSE("logits", got, exact.v, exact.count, 1e-5);
+    CHECK_CLOSE("logits with rounded rope", got, logits.v, logits.count, rounding);
+    CHECK_OK(besa_perplexity(checkpoint, &g_be, id, COUNT, SEQLEN, &ppl, nll, NULL, NULL, &g_error), g_error);
+    CHECK(fabs((nll[0] + nll[1]) / 2 - want) < 1e-6 && fabs(log(ppl) - want) < 1e-6, "nll %.9g and %.9g, expected %.9g",
+          (nll[0] + nll[1]) / 2, log(ppl), want);
+    CHECK(fabs(log(ppl) - rounded) < 0.1 * rounding, "nll %.9g, with rounded rope %.9g", log(ppl), rounded);
+    besa_checkpoint_close(checkpoint);
+}
+
+int main(int argc, char **argv)
+{
+    static const char *const block[] = { "block_mha", "block_gqa", "block_qkv_bias", "block_sliding_window", "block_qk_norm" };
+    static const struct { const char *name; double rounding; } model[] = {
+        { "llama_mha_f16", 5e-4 }, { "llama3_gqa_tied_bf16", 5e-3 }, { "mistral_gqa_bf16", 5e-3 },
+        { "qwen2_bias_tied_bf16", 5e-3 }, { "qwen3_qknorm_f32", 1e-4 } };
+    if (argc < 2) return fprintf(stderr, "usage: %s REFERENCE_DIRECTORY [part of a test's name]\n", argv[0]), 2;
+    g_reference = argv[1];
+    test.only = argc > 2 ? argv[2] : NULL;
+    if (besa_cpu_backend(&g_be, NULL, &g_error) != BESA_OK) return fprintf(stderr, "%s\n", g_error.message), 1;
+    for (int i = 0; i < 5; i++) TEST(block[i]) test_block(block[i]);
+    TEST("sparse_row_sigmoid") test_sparse_layer("sparse_row_sigmoid", 0, 12, 0);
+    TEST("sparse_row_softmax") test_sparse_layer("sparse_row_softmax", 1, 12, 0);
+    TEST("sparse_layer_sigmoid as one row group") test_sparse_layer("sparse_layer_sigmoid", 0, 1, 0);
+    TEST("sparse_layer_sigmoid as layer logits") test_sparse_layer("sparse_layer_sigmoid", 0, 1, 1);
+    TEST("rates by the layer API") test_rates_api();
+    TEST("score_sparsegpt") test_sparsegpt_score("score_sparsegpt", 0);
+    TEST("score_sparsegpt_git") test_sparsegpt_score("score_sparsegpt_git", 1);
+    TEST("sparsegpt") test_sparsegpt();
+    TEST("wanda") test_wanda();
+    TEST("prodigy") test_prodigy();
+    TEST("adamw") test_adamw();
+    TEST("trace_published_penalty with its masks") test_trace_pinned("trace_published_penalty");
+    TEST("trace_published_no_penalty with its masks") test_trace_pinned("trace_published_no_penalty");
+    TEST("trace_published_penalty") test_trace("trace_published_penalty", 0.3, 0.02);
+    TEST("trace_published_no_penalty") test_trace("trace_published_no_penalty", 0.5, 0.1);
+    for (int i = 0; i < 5; i++) TEST(model[i].name) test_checkpoint(model[i].name, model[i].rounding);
+    g_be.destroy(&g_be);
+    return test_finish();
+}
