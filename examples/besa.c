@@ -1,0 +1,430 @@
+/* besa - prune LLaMA-family checkpoints from the command line. `besa --help` explains it.
+ *
+ * options.h reads the command line; here are progress, the commands in turn, and main. */
+#define BESA_IMPLEMENTATION
+#include "../besa.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include "options.h"
+
+#define TRY(call)                                                                                  \
+    do {                                                                                           \
+        besa_result try_result = (call);                                                           \
+        if (try_result != BESA_OK) return try_result;                                              \
+    } while (0)
+
+/* ---- numbers and progress ------------------------------------------------------------------ */
+
+typedef struct text { char s[32]; } text;
+
+/* 1234567 as "1.23 M" */
+static text with_unit(double x, const char *unit)
+{
+    static const char *const prefix[] = {"", "k", "M", "G", "T", "P", "E"};
+    text t;
+    int i = 0;
+    for (; x >= 999.5 && i < 6; i++) x /= 1000;
+    snprintf(t.s, sizeof t.s, "%.3g %s%s", x, prefix[i], unit);
+    return t;
+}
+
+/* Seconds as 0:07 or 1:02:03 */
+static text as_clock(double seconds)
+{
+    text t;
+    long long n = seconds > 0 && seconds < 1e12 ? (long long)(seconds + 0.5) : 0;
+    if (n < 3600) snprintf(t.s, sizeof t.s, "%lld:%02lld", n / 60, n % 60);
+    else snprintf(t.s, sizeof t.s, "%lld:%02lld:%02lld", n / 3600, n / 60 % 60, n % 60);
+    return t;
+}
+
+static volatile sig_atomic_t interrupted; /* Ctrl-C was pressed */
+
+static void on_interrupt(int number)
+{
+    interrupted = 1;
+    signal(number, SIG_DFL); /* pressed again, it ends the program at once */
+}
+
+typedef struct progress_view {
+    const char *label;
+    int quiet, terminal;
+    int64_t block;
+    double drawn; /* when, in the run's seconds */
+} progress_view;
+
+static void draw_bar(progress_view *view, const besa_progress *p)
+{
+    static const char *const pass[BESA_PASS_COUNT] = {"read", "dense", "rank", "learn", "commit", "write"};
+    static const char full[] = "####################", empty[] = "....................";
+    int width = (int)(p->fraction * 20);
+    fprintf(stderr, "\r%s [%.*s%.*s] %3.0f %%, block %lld/%lld %s, %s left\033[K", view->label, width, full, 20 - width,
+            empty, p->fraction * 100, (long long)p->block + 1, (long long)p->blocks, pass[p->pass],
+            as_clock(p->seconds_left).s);
+    view->drawn = p->seconds;
+}
+
+static int show_progress(void *user, const besa_progress *p)
+{
+    progress_view *view = (progress_view *)user;
+    if (view->quiet) return interrupted;
+    if (view->terminal && (view->drawn < 0 || p->seconds - view->drawn > 0.1)) draw_bar(view, p);
+    if (!view->terminal && p->block > view->block)
+        fprintf(stderr, "%s: %lld of %lld blocks in %s, %s left\n", view->label, (long long)p->block,
+                (long long)p->blocks, as_clock(p->seconds).s, as_clock(p->seconds_left).s);
+    view->block = p->block;
+    return interrupted;
+}
+
+static progress_view begin_progress(const settings *s, const char *label)
+{
+    progress_view view = {label, s->quiet, isatty(STDERR_FILENO), 0, -1};
+    if (s->command->bit == COMPARE && !view.terminal) view.quiet = 1; /* the growing table shows it */
+    return view;
+}
+
+static void end_progress(const progress_view *view)
+{
+    if (view->drawn >= 0) fprintf(stderr, "\r\033[K");
+}
+
+/* ---- what the commands share --------------------------------------------------------------- */
+
+struct job {
+    settings *s;
+    besa_checkpoint *checkpoint;
+    besa_backend backend;
+    besa_calibration calibration;
+    int32_t *ids, *test_ids;
+    besa_error error;
+};
+
+/* Cut ids(count, seqlen) out of a token file. Sizes of 0 become the file's own: those of a 2-D file, and of a stream
+ * windows of 2048 or what the model takes, at most `most` of them. */
+static besa_result load_windows(job *j, const char *path, int64_t most, uint64_t seed, int64_t *count, int64_t *seqlen,
+                                int32_t **ids)
+{
+    const besa_config *config = besa_checkpoint_config(j->checkpoint);
+    const int64_t longest = config->max_position_embeddings < 2048 ? config->max_position_embeddings : 2048;
+    besa_tokens file;
+    TRY(besa_tokens_load(&file, path, &j->error));
+    if (!*seqlen) *seqlen = file.rows ? file.columns : file.count < longest ? file.count + !file.count : longest;
+    if (!*count) *count = file.rows ? file.rows : file.count / *seqlen < most && !seed ? file.count / *seqlen : most;
+    if (!*count) *count = 1; /* and the library says that the file is too short */
+    *ids = (int32_t *)calloc((size_t)*count, (size_t)*seqlen * sizeof **ids);
+    besa_result result = BESA_ERROR_MEMORY;
+    if (*ids) result = besa_tokens_sample(&file, *count, *seqlen, seed, config->vocab_size, *ids, &j->error);
+    besa_tokens_free(&file);
+    return result;
+}
+
+/* Open the checkpoint, the backend and the tokens, as far as the command has them. */
+static besa_result open_job(job *j)
+{
+    const settings *s = j->s;
+    besa_calibration *c = &j->calibration;
+    besa_cpu_options cpu = {s->threads, s->bf16};
+    TRY(besa_checkpoint_open(&j->checkpoint, s->path[0], &j->error));
+    TRY(besa_cpu_backend(&j->backend, &cpu, &j->error));
+    c->nsamples = s->nsamples;
+    c->seqlen = s->seqlen;
+    if (s->command->bit & RUN && s->tokens)
+        TRY(load_windows(j, s->tokens, 128, (uint64_t)s->seed, &c->nsamples, &c->seqlen, &j->ids));
+    if (!c->nsamples) c->nsamples = 128; /* a plan needs no tokens */
+    if (!c->seqlen) c->seqlen = 2048;
+    c->test_windows = s->windows;
+    c->test_seqlen = s->test_seqlen ? s->test_seqlen : c->seqlen;
+    if (s->test) TRY(load_windows(j, s->test, INT64_MAX, 0, &c->test_windows, &c->test_seqlen, &j->test_ids));
+    c->ids = j->ids;
+    c->test_ids = j->test_ids;
+    return BESA_OK;
+}
+
+static void close_job(job *j)
+{
+    if (j->backend.destroy) j->backend.destroy(&j->backend);
+    besa_checkpoint_close(j->checkpoint);
+    free(j->ids);
+    free(j->test_ids);
+}
+
+static besa_result prune(job *j, const char *output, progress_view *view, besa_report *report)
+{
+    j->s->prune.progress = show_progress;
+    j->s->prune.user = view;
+    besa_result result = besa_prune(j->checkpoint, output, &j->backend, &j->calibration, &j->s->prune, report,
+                                    &j->error);
+    end_progress(view);
+    return result;
+}
+
+static besa_result measure(job *j, const char *label, const int32_t *ids, int64_t windows, int64_t seqlen,
+                           double *perplexity, double *nll)
+{
+    progress_view view = begin_progress(j->s, label);
+    besa_result result = besa_perplexity(j->checkpoint, &j->backend, ids, windows, seqlen, perplexity, nll,
+                                         show_progress, &view, &j->error);
+    end_progress(&view);
+    return result;
+}
+
+/* ---- prune, plan --------------------------------------------------------------------------- */
+
+static const char *method_name(besa_method method)
+{
+    static const char *const names[] = {"besa", "wanda", "sparsegpt", "magnitude"};
+    return names[method];
+}
+
+static besa_result write_report(const char *path, FILE *file, const besa_report *r, besa_error *error)
+{
+    char *json = besa_report_json(r);
+    int written = json && fputs(json, file) >= 0;
+    free(json);
+    if (fclose(file) == 0 && written) return BESA_OK;
+    snprintf(error->message, sizeof error->message, "%s could not be written", path);
+    return BESA_ERROR_WRITE;
+}
+
+static void print_summary(const settings *s, const besa_report *r)
+{
+    printf("%s: sparsity %.6f of %s weights, target %g, by %s in %s\n", s->path[1], r->sparsity,
+           with_unit((double)r->weights, "").s, r->target, method_name(s->prune.method), as_clock(r->seconds).s);
+    if (r->resumed_blocks) printf("blocks taken over from the run before: %lld\n", (long long)r->resumed_blocks);
+    if (r->perplexity > 0) printf("perplexity %.4f\n", r->perplexity);
+    if (r->notes) printf("%s", r->notes);
+}
+
+static besa_result run_prune(job *j)
+{
+    const settings *s = j->s;
+    progress_view view = begin_progress(s, method_name(s->prune.method));
+    besa_report report;
+    FILE *file = s->report ? fopen(s->report, "w") : NULL; /* now, as the work may take hours */
+    if (s->report && !file) {
+        snprintf(j->error.message, sizeof j->error.message, "%s: %s", s->report, strerror(errno));
+        return BESA_ERROR_WRITE;
+    }
+    besa_result result = prune(j, s->path[1], &view, &report);
+    if (result) {
+        if (file) fclose(file);
+        return result;
+    }
+    print_summary(s, &report);
+    if (file) result = write_report(s->report, file, &report, &j->error);
+    besa_report_free(&report);
+    return result;
+}
+
+static besa_result run_plan(job *j)
+{
+    const besa_calibration *c = &j->calibration;
+    besa_plan_result p;
+    TRY(besa_plan(j->checkpoint, &j->backend, c, &j->s->prune, &p, &j->error));
+    printf("%s on %lld sequences of %lld tokens, %lld at a time\n", method_name(j->s->prune.method),
+           (long long)c->nsamples, (long long)c->seqlen, (long long)p.micro_batch);
+    printf("memory  %10s  for the run's arrays\n", with_unit((double)p.device_bytes + (double)p.host_bytes, "B").s);
+    printf("        %10s  of the mapped checkpoint at a time\n", with_unit((double)p.mapped_block_bytes, "B").s);
+    printf("disk    %10s  for the pruned checkpoint\n", with_unit((double)p.disk_bytes, "B").s);
+    printf("work    %10s  in matrix products\n", with_unit(p.flop, "FLOP").s);
+    return BESA_OK;
+}
+
+/* ---- eval ---------------------------------------------------------------------------------- */
+
+static void print_eval(int json, double perplexity, const double *nll, int64_t windows, int64_t seqlen)
+{
+    if (!json) {
+        printf("perplexity %.4f over %lld windows of %lld tokens\n", perplexity, (long long)windows, (long long)seqlen);
+        return;
+    }
+    printf("{\"perplexity\": %.9g, \"windows\": %lld, \"seqlen\": %lld, \"nll\": [", perplexity,
+           (long long)windows, (long long)seqlen);
+    for (int64_t i = 0; i < windows; i++) printf("%s%.9g", i ? ", " : "", nll[i]);
+    printf("]}\n");
+}
+
+static besa_result run_eval(job *j)
+{
+    const settings *s = j->s;
+    int64_t windows = s->windows, seqlen = s->seqlen;
+    double perplexity;
+    TRY(load_windows(j, s->tokens, INT64_MAX, 0, &windows, &seqlen, &j->ids));
+    double *nll = (double *)malloc((size_t)windows * sizeof *nll);
+    besa_result result = nll ? measure(j, "eval", j->ids, windows, seqlen, &perplexity, nll) : BESA_ERROR_MEMORY;
+    if (!result) print_eval(s->json, perplexity, nll, windows, seqlen);
+    free(nll);
+    return result;
+}
+
+/* ---- compare ------------------------------------------------------------------------------- */
+
+/* Prune and measure once, and append the figures to the row's line. */
+static besa_result compare_one(job *j, const row *r, double sparsity, char *line, size_t size)
+{
+    besa_report report;
+    char label[MAX_NAME + 32];
+    snprintf(label, sizeof label, "%s %g %%", r->label, 100 * sparsity);
+    progress_view view = begin_progress(j->s, label);
+    j->s->prune.method = r->method;
+    j->s->prune.rates.target = sparsity;
+    TRY(prune(j, NULL, &view, &report));
+    const size_t used = strlen(line);
+    snprintf(line + used, size - used, "  %10.3f %7.4f %6.1f", report.perplexity, report.sparsity, report.seconds);
+    besa_report_free(&report);
+    return BESA_OK;
+}
+
+static besa_result run_compare(job *j)
+{
+    settings *s = j->s;
+    const besa_calibration *c = &j->calibration;
+    double dense;
+    TRY(measure(j, "dense", c->test_ids, c->test_windows, c->test_seqlen, &dense, NULL));
+    printf("calibrated on %lld x %lld tokens, perplexity on %lld x %lld\n\n%-20s", (long long)c->nsamples,
+           (long long)c->seqlen, (long long)c->test_windows, (long long)c->test_seqlen, "");
+    for (int k = 0; k < s->num_sparsities; k++) printf("  %8.4g %% reached    sec", 100 * s->sparsity[k]);
+    printf("\n%-20s  %10.3f\n", "dense", dense);
+    for (int i = 0; i < s->num_rows; i++) {
+        char line[MAX_LIST * 64]; /* printed when it is complete, as progress overwrites the line on a terminal */
+        const row r = s->rows[i];
+        read_arguments(s, row_preset(s, &r));
+        snprintf(line, sizeof line, "%-20s", r.label);
+        for (int k = 0; k < s->num_sparsities; k++) TRY(compare_one(j, &r, s->sparsity[k], line, sizeof line));
+        printf("%s\n", line);
+        fflush(stdout);
+    }
+    return BESA_OK;
+}
+
+/* ---- info ---------------------------------------------------------------------------------- */
+
+/* The number of zeros, of either sign, in a tensor; its data may lie at any address. */
+static int64_t count_zeros(const besa_tensor *t)
+{
+    const size_t size = besa_dtype_size(t->dtype);
+    const uint32_t magnitude = size == 4 ? 0x7FFFFFFFu : 0x7FFFu;
+    const unsigned char *data = (const unsigned char *)t->data;
+    int64_t zeros = 0;
+    for (size_t i = 0; i < t->bytes; i += size) {
+        uint32_t bits = 0;
+        memcpy(&bits, data + i, size);
+        zeros += (bits & magnitude) == 0;
+    }
+    return zeros;
+}
+
+static const besa_tensor *find_layer(const besa_checkpoint *checkpoint, int64_t block, int layer)
+{
+    char name[MAX_NAME];
+    snprintf(name, sizeof name, "model.layers.%lld.%s.%s.weight", (long long)block,
+             layer < BESA_GATE ? "self_attn" : "mlp", besa_layer_name(layer));
+    return besa_checkpoint_find(checkpoint, name);
+}
+
+static void print_shape(const besa_config *c, int json)
+{
+    const struct { const char *name; int64_t value; } size[] = {
+        {"num_hidden_layers", c->num_hidden_layers}, {"hidden_size", c->block.hidden_size},
+        {"intermediate_size", c->block.intermediate_size}, {"num_attention_heads", c->block.num_attention_heads},
+        {"num_key_value_heads", c->block.num_key_value_heads}, {"head_dim", c->block.head_dim},
+        {"vocab_size", c->vocab_size}};
+    printf(json ? "{\"%s\": \"%s\"" : "%-20s %s\n", "model_type", c->model_type);
+    for (size_t i = 0; i < sizeof size / sizeof size[0]; i++)
+        printf(json ? ", \"%s\": %lld" : "%-20s %lld\n", size[i].name, (long long)size[i].value);
+}
+
+static besa_result run_info(job *j)
+{
+    const besa_config *config = besa_checkpoint_config(j->checkpoint);
+    const int json = j->s->json;
+    double weights = 0, zeros = 0;
+    print_shape(config, json);
+    printf(json ? ",\n \"layers\": [" : "\nsparsity");
+    for (int i = 0; i < BESA_LAYERS && !json; i++) printf(" %9s", besa_layer_name(i));
+    for (int64_t b = 0; b < config->num_hidden_layers; b++) {
+        if (!json) printf("\n%8lld", (long long)b);
+        for (int i = 0; i < BESA_LAYERS; i++) {
+            const besa_tensor *t = find_layer(j->checkpoint, b, i);
+            double n = (double)t->shape[0] * (double)t->shape[1], z = (double)count_zeros(t);
+            weights += n;
+            zeros += z;
+            if (!json) printf(" %9.4f", z / n);
+            else printf("%s\n  {\"name\": \"%s\", \"dtype\": \"%s\", \"shape\": [%lld, %lld], \"sparsity\": %.6f}",
+                        b + i ? "," : "", t->name, t->dtype_name, (long long)t->shape[0], (long long)t->shape[1],
+                        z / n);
+        }
+    }
+    printf(json ? "],\n \"weights\": %.0f, \"zeros\": %.0f, \"sparsity\": %.6f}\n"
+                : "\n\n%.0f weights, %.0f of them zero: %.4f\n", weights, zeros, zeros / weights);
+    return BESA_OK;
+}
+
+/* ---- main ---------------------------------------------------------------------------------- */
+
+static const command commands[] = {
+    {"prune", PRUNE, 2, 2, run_prune, "SRC DST", "prune the checkpoint in one directory into another",
+     "Prunes the checkpoint in directory SRC into the new directory DST, which appears when it is complete.\n"
+     "A run that was stopped goes on where it was when the same command is given again.\n\n"
+     "  besa prune llama pruned --tokens c4.npy --sparsity 0.5\n"
+     "  besa prune llama pruned --tokens c4.npy --method sparsegpt --pattern 2:4 --report pruned.json\n"
+     "  besa prune llama pruned --tokens c4.npy --skip layers.0 --fix v_proj=0.3 --test wikitext2.npy\n"},
+    {"plan", PLAN, 1, 2, run_plan, "SRC [DST]", "say what prune would take, of memory, disk and work",
+     "Says what `besa prune` with the same options would take, from the shapes alone.\n\n"
+     "  besa plan llama --nsamples 128 --seqlen 2048 --memory 8G\n"},
+    {"compare", COMPARE, 1, 1, run_compare, "SRC", "try methods and sparsities, writing nothing to disk",
+     "Prunes SRC in memory by every method at every sparsity and prints perplexity, sparsity and seconds.\n"
+     "Options under BESA apply to its rows; besa:published-row and besa:published-layer are rows with a preset.\n\n"
+     "  besa compare llama --tokens c4.npy --test wikitext2.npy --sparsity .5,.6,.7 --method wanda,besa\n"},
+    {"eval", EVAL, 1, 1, run_eval, "DIR", "measure perplexity",
+     "Prints exp of the mean negative log-likelihood of tokens 2 .. T of every window of T tokens.\n\n"
+     "  besa eval pruned --tokens wikitext2.npy --seqlen 2048\n"},
+    {"info", INFO, 1, 1, run_info, "DIR", "show the shape and the sparsity of every layer",
+     "Shows the shape of the checkpoint in DIR and the share of zeros in every layer that can be pruned.\n"},
+    {NULL, 0, 0, 0, NULL, NULL, NULL, NULL},
+};
+
+static int run_command(settings *s)
+{
+    job j;
+    memset(&j, 0, sizeof j);
+    j.s = s;
+    signal(SIGINT, on_interrupt);
+    besa_result result = open_job(&j);
+    if (!result) result = s->command->run(&j);
+    close_job(&j);
+    if (result == BESA_OK) return 0;
+    fflush(stdout);
+    if (result == BESA_ERROR_CANCELLED) {
+        fprintf(stderr, "besa %s: stopped%s\n", s->command->name,
+                s->command->bit == PRUNE ? "; the same command continues the run" : "");
+        return 130;
+    }
+    fprintf(stderr, "besa %s: %s\n", s->command->name,
+            j.error.message[0] ? j.error.message : besa_result_string(result));
+    return 1;
+}
+
+int main(int argc, char **argv)
+{
+    static settings s;
+    const char *name = argc > 1 ? argv[1] : "";
+    for (s.command = commands; s.command->name && strcmp(s.command->name, name); s.command++) { }
+    if (!s.command->name) {
+        int asked = !strcmp(name, "--help") || !strcmp(name, "-h") || !strcmp(name, "help");
+        if (*name && !asked) fprintf(stderr, "besa: unknown command '%s'\n\n", name);
+        print_general_help(asked ? stdout : stderr, commands);
+        return asked ? 0 : 2;
+    }
+    s.arguments = argv + 2;
+    read_arguments(&s, NULL);
+    if (s.help) {
+        print_help(s.command);
+        return 0;
+    }
+    check_arguments(&s);
+    return run_command(&s);
+}

@@ -1,0 +1,97 @@
+/* BESA on one linear layer of a network of your own: y = x W', then silu, then whatever follows.
+ *
+ * Everything that is not a besa_ call is yours and may be anything; besa.h gives masks and takes dL/dWhat, the
+ * gradient at the masked weights. Here the loss is the squared distance to what the dense layer gives behind the silu,
+ * relative to the size of that. */
+#define BESA_IMPLEMENTATION
+#include "../besa.h"
+
+enum { T = 256, C = 128, R = 96, STEPS = 100 }; /* tokens, input columns, output rows */
+static float x[T * C], w[R * C], pruned[R * C], target[T * R], dw[R * C], scratch[(R + 1) * C], squares[C];
+static double energy; /* sum of target^2 */
+
+#define CHECK(call)                                                                                \
+    do {                                                                                           \
+        if (call) return fprintf(stderr, "%s\n", error.message), 1;                                \
+    } while (0)
+
+static double uniform(void) /* in [-1, 1) */
+{
+    static uint32_t state = 1;
+    state = state * 1664525u + 1013904223u;
+    return (double)(state >> 8) / 8388608.0 - 1;
+}
+
+static double sigmoid(double y) { return 1 / (1 + exp(-y)); }
+
+/* Your forward and backward pass: the loss with weights v, and dv = dloss/dv. */
+static double loss_and_gradient(const float *v, float *dv)
+{
+    double loss = 0;
+    memset(dv, 0, sizeof dw);
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) {
+            double y = 0;
+            for (int c = 0; c < C; c++) y += (double)x[t * C + c] * v[r * C + c];
+            double s = sigmoid(y), error = y * s - target[t * R + r];
+            double dy = 2 * error * (s + y * s * (1 - s)) / energy;
+            loss += error * error / energy;
+            for (int c = 0; c < C; c++) dv[r * C + c] += (float)(dy * x[t * C + c]);
+        }
+    return loss;
+}
+
+/* Inputs and rows of different size, as real layers have them; target is what the dense layer gives. */
+static void make_layer(void)
+{
+    for (int i = 0; i < T * C; i++) x[i] = (float)(uniform() * exp(i % C % 5 - 2.0));
+    for (int i = 0; i < R * C; i++) w[i] = (float)(uniform() * exp(i / C % 4 - 3.0));
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) {
+            double y = 0;
+            for (int c = 0; c < C; c++) y += (double)x[t * C + c] * w[r * C + c];
+            target[t * R + r] = (float)(y * sigmoid(y));
+            energy += target[t * R + r] * target[t * R + r];
+        }
+    for (int i = 0; i < T * C; i++) squares[i % C] += x[i] * x[i];
+}
+
+int main(void)
+{
+    besa_error error;
+    besa_backend be;
+    besa_rates *rates;
+    besa_layer_shape shape = {R, C, BESA_F32};
+    besa_rate_options options = {0};
+    options.target = 0.5;
+    options.form = BESA_RATES_ROW;
+    options.row_scale = 2; /* one layer with an exact gradient may go further than a whole model's rows */
+    options.d_coef = 1;
+    make_layer();
+    CHECK(besa_cpu_backend(&be, NULL, &error));
+    CHECK(besa_rates_create(&rates, &be, &shape, 1, &options, &error));
+    CHECK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_WANDA, squares, scratch, &error));
+    for (int step = 0; step <= STEPS; step++) {
+        if (step == STEPS) CHECK(besa_rates_project(rates, &error)); /* the last masks have the target exactly */
+        else CHECK(besa_rates_forward(rates, &error));
+        CHECK(besa_rates_mask(rates, 0, w, pruned, &error));
+        double loss = loss_and_gradient(pruned, dw);
+        if (step % 10 == 0) {
+            int32_t n[R], least = C, most = 0, sum = 0;
+            CHECK(besa_rates_read(rates, 0, NULL, n, &error));
+            for (int r = 0; r < R; r++) {
+                sum += n[r];
+                least = n[r] < least ? n[r] : least;
+                most = n[r] > most ? n[r] : most;
+            }
+            printf("step %3d  loss %.5f  sparsity %.4f  rows %.3f .. %.3f\n", step, loss, (double)sum / (R * C),
+                   (double)least / C, (double)most / C);
+        }
+        if (step == STEPS) break;
+        CHECK(besa_rates_gradient(rates, 0, w, dw, &error));
+        CHECK(besa_rates_step(rates, &error));
+    }
+    besa_rates_destroy(rates);
+    be.destroy(&be);
+    return 0;
+}

@@ -1,0 +1,361 @@
+/* The options of the command line: their table, how it is read, and the help that is printed from it.
+ * Part of besa.c; it knows the library only by the fields that options set. */
+#include <float.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- options ------------------------------------------------------------------------------- */
+
+enum { MAX_FIXED = 256, MAX_LIST = 32, MAX_NAME = 128 };
+
+/* The commands, as bits: which of them has an option. */
+enum {
+    PRUNE = 1, PLAN = 2, COMPARE = 4, EVAL = 8, INFO = 16,
+    ONE = PRUNE | PLAN, RUN = ONE | COMPARE, ALL = RUN | EVAL | INFO
+};
+
+typedef struct row { /* of a comparison: "wanda", "besa", "besa:published-row" */
+    char label[MAX_NAME];
+    besa_method method;
+} row;
+
+typedef struct settings {
+    const struct command *command;
+    char **arguments; /* after the command's name, ended by NULL */
+    const char *path[2];
+    int num_paths;
+    const char *tokens, *test, *report, *preset;
+    int64_t nsamples, seqlen, test_seqlen, windows; /* 0: the default */
+    int64_t seed;
+    int threads, bf16, json, quiet, help;
+    besa_prune_options prune;
+    besa_fixed_rate fixed[MAX_FIXED];
+    char pattern[MAX_FIXED][MAX_NAME]; /* of fixed[] */
+    double sparsity[MAX_LIST];         /* of a comparison, as are rows */
+    row rows[MAX_LIST];
+    int num_sparsities, num_rows;
+} settings;
+
+typedef enum kind {
+    HEADING, FLAG, TEXT, CHOICE, PATTERN, SKIP, METHODS, /* these are not numbers */
+    INT, COUNT, SEED, ROWS, NUMBER, PENALTY, POSITIVE, SHARE, SHARES, FIX, BYTES
+} kind;
+
+/* What each kind of number admits. */
+static const struct { double least, most; int whole; const char *words; } ranges[] = {
+    [INT] = {1, 65535, 1, "a whole number from 1 to 65535"},
+    [COUNT] = {1, 1e9, 1, "a whole number from 1 to 1000000000"},
+    [SEED] = {0, 9e15, 1, "a whole number from 0 to 9000000000000000"},
+    [ROWS] = {1, 1e9, 1, "a whole number from 1, or all"},
+    [NUMBER] = {0, DBL_MAX, 0, "a number from 0"},
+    [PENALTY] = {0, DBL_MAX, 0, "a number from 0"},
+    [POSITIVE] = {DBL_MIN, DBL_MAX, 0, "a number above 0"},
+    [SHARE] = {DBL_MIN, 1 - DBL_EPSILON, 0, "a number above 0 and below 1"},
+    [SHARES] = {DBL_MIN, 1 - DBL_EPSILON, 0, "a number above 0 and below 1"},
+    [FIX] = {0, 1 - DBL_EPSILON, 0, "a number from 0 and below 1"},
+    [BYTES] = {1, 1e18, 0, "a number of bytes, as 500M or 24G"},
+};
+
+typedef struct option {
+    const char *name;  /* without "--" */
+    kind kind;
+    size_t offset;     /* of the field in settings, where one field is all */
+    int commands;
+    const char *value; /* what follows; the names of a CHOICE in the order of its enum */
+    const char *help;
+} option;
+
+static const char method_names[] = "besa|wanda|sparsegpt|magnitude";
+
+#define AT(field) offsetof(settings, field)
+
+static const option options[] = {
+    {"Data", HEADING, 0, RUN | EVAL, "", ""},
+    {"tokens", TEXT, AT(tokens), RUN | EVAL, "FILE", "ids to calibrate (eval: to measure) on: .npy, .u16, .i32, .bin"},
+    {"nsamples", COUNT, AT(nsamples), RUN, "N", "calibration sequences [128 or fewer; rows of a 2-D file]"},
+    {"seqlen", COUNT, AT(seqlen), RUN | EVAL, "T", "tokens of a sequence [2048, or the model's limit; columns of a 2-D file]"},
+    {"seed", SEED, AT(seed), RUN, "K", "0: sequences follow one another from the file's start; else drawn [0]"},
+    {"test", TEXT, AT(test), RUN, "FILE", "ids to measure perplexity on; compare needs them"},
+    {"test-seqlen", COUNT, AT(test_seqlen), RUN, "T", "tokens of a test window [as --seqlen]"},
+    {"windows", COUNT, AT(windows), RUN | EVAL, "K", "test windows, from the file's start [all]"},
+
+    {"Method", HEADING, 0, RUN, "", ""},
+    {"method", CHOICE, AT(prune.method), ONE, method_names, "how to choose what goes [besa]"},
+    {"method", METHODS, 0, COMPARE, "A,B,...", "of besa, besa:PRESET, wanda, sparsegpt, magnitude [all but presets]"},
+    {"sparsity", SHARE, AT(prune.rates.target), ONE, "S", "share of the weights that become zero [0.5]"},
+    {"sparsity", SHARES, 0, COMPARE, "S,S,...", "shares of the weights that become zero [0.5]"},
+    {"pattern", PATTERN, 0, RUN, "N:M", "prune N of every M consecutive weights, as 2:4; not with besa"},
+    {"per-row", FLAG, AT(prune.magnitude_per_row), RUN, "", "magnitude: each row has the sparsity, not only the layer"},
+    {"skip", SKIP, 0, RUN, "PATTERN", "keep layers dense: v_proj, layers.0, '*.mlp.*'; repeatable"},
+    {"fix", FIX, 0, RUN, "PATTERN=S", "hold layers at a sparsity of their own; repeatable, the first match counts"},
+
+    {"BESA", HEADING, 0, RUN, "", ""},
+    {"preset", TEXT, AT(preset), RUN, "default|published-row|published-layer",
+     "what the options below start from; published: as the paper's code"},
+    {"rates", CHOICE, AT(prune.rates.form), RUN, "hierarchical|row|layer", "what has learned rates [hierarchical]"},
+    {"layer-scale", POSITIVE, AT(prune.rates.layer_scale), RUN, "X", "how far the rates of layers move [1]"},
+    {"row-scale", POSITIVE, AT(prune.rates.row_scale), RUN, "X", "how far the rates of rows move [1]"},
+    {"group-rows", ROWS, AT(prune.rates.group_rows), RUN, "N|all", "rows that share a rate [1]"},
+    {"candidates", INT, AT(prune.rates.candidates), RUN, "D", "rates are mixtures of 1, 1 - 1/D, ..., 0 [100]"},
+    {"plain-softmax", FLAG, AT(prune.rates.plain_softmax), RUN, "", "softmax of the logits, without the sigmoid"},
+    {"zero-start", FLAG, AT(prune.rates.zero_start), RUN, "", "start at a rate of 1/2 instead of at the sparsity"},
+    {"importance", CHOICE, AT(prune.importance), RUN, "wanda|magnitude|sparsegpt|sparsegpt-squared",
+     "which weights of a row go first [wanda]"},
+    {"optimizer", CHOICE, AT(prune.rates.optimizer), RUN, "prodigy|adamw", "what learns the rates [prodigy]"},
+    {"lr", POSITIVE, AT(prune.rates.lr), RUN, "X", "learning rate [prodigy 1, adamw 0.01]"},
+    {"d-coef", POSITIVE, AT(prune.rates.d_coef), RUN, "X", "Prodigy: factor on the step size that it finds [5]"},
+    {"weight-decay", NUMBER, AT(prune.rates.weight_decay), RUN, "X", "AdamW [0]"},
+    {"lambda", PENALTY, AT(prune.rates.penalty), RUN, "X", "weight of the sparsity penalty [1]"},
+    {"epochs", COUNT, AT(prune.epochs), RUN, "N", "passes over the calibration sequences [1]"},
+    {"batch-size", COUNT, AT(prune.batch_size), RUN, "N", "sequences of a learning step [1]"},
+    {"norm-all", FLAG, AT(prune.norm_all), RUN, "", "channel norms of the loss from all sequences, not the batch"},
+    {"dense-stream", FLAG, AT(prune.dense_stream), RUN, "",
+     "aim at the dense model, not at the dense block on pruned inputs"},
+    {"no-projection", FLAG, AT(prune.no_projection), RUN, "", "leave the sparsity where learning ends, near S"},
+
+    {"Run", HEADING, 0, ALL, "", ""},
+    {"threads", INT, AT(threads), RUN | EVAL, "K", "[all cores; 1 where built without OpenMP]"},
+    {"bf16", FLAG, AT(bf16), RUN | EVAL, "", "products in bfloat16: faster where the processor has them"},
+    {"memory", BYTES, AT(prune.memory_budget), RUN, "N[K|M|G]", "bytes to stay within [no limit]"},
+    {"report", TEXT, AT(report), ONE, "FILE", "write what happened in every layer, as JSON"},
+    {"json", FLAG, AT(json), EVAL | INFO, "", "print JSON"},
+    {"quiet", FLAG, AT(quiet), RUN | EVAL, "", "no progress"},
+    {"help", FLAG, AT(help), ALL, "", "print this"},
+};
+
+typedef struct job job;
+
+typedef struct command {
+    const char *name;
+    int bit, min_paths, max_paths;
+    besa_result (*run)(job *j);
+    const char *paths, *summary, *text;
+} command;
+
+/* ---- reading the command line -------------------------------------------------------------- */
+
+_Noreturn static void usage_error(const settings *s, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    fprintf(stderr, "besa %s: ", s->command->name);
+    vfprintf(stderr, format, args);
+    fprintf(stderr, "\n`besa %s --help` lists the options.\n", s->command->name);
+    va_end(args);
+    exit(2);
+}
+
+static double read_number(const settings *s, const option *o, const char *text)
+{
+    char *end;
+    double x = strtod(text, &end);
+    int exponent = o->kind != BYTES ? 0 : *end == 'K' ? 3 : *end == 'M' ? 6 : *end == 'G' ? 9 : 0;
+    x *= pow(10, exponent);
+    if (end == text || end[exponent > 0] || !(x >= ranges[o->kind].least && x <= ranges[o->kind].most) ||
+        (ranges[o->kind].whole && x != floor(x)))
+        usage_error(s, "--%s: '%s' is not %s", o->name, text, ranges[o->kind].words);
+    return x;
+}
+
+/* The position of a word in "a|b|c", or -1. */
+static int find_choice(const char *list, const char *word, size_t length)
+{
+    for (int i = 0; *list; i++) {
+        size_t n = strcspn(list, "|");
+        if (n == length && memcmp(list, word, n) == 0) return i;
+        list += n + (list[n] == '|');
+    }
+    return -1;
+}
+
+/* "2:4" */
+static void read_pattern(settings *s, const option *o, const char *text)
+{
+    char rest;
+    if (sscanf(text, "%d:%d%c", &s->prune.pattern_n, &s->prune.pattern_m, &rest) != 2 || s->prune.pattern_n < 1 ||
+        s->prune.pattern_m <= s->prune.pattern_n)
+        usage_error(s, "--%s: '%s' is not N:M with N below M, as 2:4", o->name, text);
+}
+
+/* "PATTERN=S"; the PATTERN of a SKIP has S = 0. */
+static void read_fixed(settings *s, const option *o, const char *text)
+{
+    const char *end = o->kind == FIX ? strrchr(text, '=') : text + strlen(text);
+    int64_t i = s->prune.num_fixed;
+    if (!end || end == text || end - text >= MAX_NAME) usage_error(s, "--%s: '%s' is not %s", o->name, text, o->value);
+    if (i == MAX_FIXED) usage_error(s, "--%s: more than %d patterns", o->name, MAX_FIXED);
+    snprintf(s->pattern[i], MAX_NAME, "%.*s", (int)(end - text), text);
+    s->fixed[i].pattern = s->pattern[i];
+    s->fixed[i].sparsity = o->kind == FIX ? read_number(s, o, end + 1) : 0;
+    s->prune.fixed = s->fixed;
+    s->prune.num_fixed++;
+}
+
+/* "besa" or "besa:published-row" */
+static row read_row(const settings *s, const option *o, const char *word)
+{
+    row r;
+    int method = find_choice(method_names, word, strcspn(word, ":"));
+    if (method < 0) usage_error(s, "--%s: '%s' is not one of %s", o->name, word, method_names);
+    if (method != BESA_METHOD_BESA && strchr(word, ':'))
+        usage_error(s, "--%s: '%s': only besa has presets", o->name, word);
+    snprintf(r.label, sizeof r.label, "%s", word);
+    r.method = (besa_method)method;
+    return r;
+}
+
+/* "a,b,c", each a sparsity or a method */
+static void read_list(settings *s, const option *o, const char *text)
+{
+    int *count = o->kind == SHARES ? &s->num_sparsities : &s->num_rows;
+    for (*count = 0; *text; ++*count) {
+        char word[MAX_NAME];
+        size_t n = strcspn(text, ",");
+        if (n >= sizeof word || *count == MAX_LIST) usage_error(s, "--%s: the list is too long", o->name);
+        snprintf(word, sizeof word, "%.*s", (int)n, text);
+        if (o->kind == SHARES) s->sparsity[*count] = read_number(s, o, word);
+        else s->rows[*count] = read_row(s, o, word);
+        text += n + (text[n] == ',');
+    }
+}
+
+static void read_value(settings *s, const option *o, const char *text)
+{
+    void *field = (char *)s + o->offset;
+    int choice;
+    switch (o->kind) {
+    case HEADING: case FLAG: break;
+    case TEXT: *(const char **)field = text; break;
+    case CHOICE:
+        choice = find_choice(o->value, text, strlen(text));
+        if (choice < 0) usage_error(s, "--%s: '%s' is not one of %s", o->name, text, o->value);
+        memcpy(field, &choice, sizeof choice); /* the field is an enum */
+        break;
+    case PATTERN: read_pattern(s, o, text); break;
+    case SKIP: case FIX: read_fixed(s, o, text); break;
+    case METHODS: case SHARES: read_list(s, o, text); break;
+    case INT: *(int *)field = (int)read_number(s, o, text); break;
+    case COUNT: case SEED: *(int64_t *)field = (int64_t)read_number(s, o, text); break;
+    case ROWS: *(int64_t *)field = strcmp(text, "all") ? (int64_t)read_number(s, o, text) : BESA_ALL_ROWS; break;
+    case NUMBER: case POSITIVE: case SHARE: *(double *)field = read_number(s, o, text); break;
+    case PENALTY: /* the library takes 0 for its default */
+        *(double *)field = read_number(s, o, text);
+        if (*(double *)field <= 0) *(double *)field = BESA_NONE;
+        break;
+    case BYTES: *(size_t *)field = (size_t)read_number(s, o, text); break;
+    }
+}
+
+/* The command's option of that name, or NULL. */
+static const option *find_option(const settings *s, const char *name)
+{
+    for (size_t i = 0; i < sizeof options / sizeof options[0]; i++) {
+        const option *o = &options[i];
+        if (o->kind != HEADING && (o->commands & s->command->bit) && strcmp(o->name, name) == 0) return o;
+    }
+    return NULL;
+}
+
+/* Is a "no-" and then b? */
+static int negates(const char *a, const char *b) { return strncmp(a, "no-", 3) == 0 && strcmp(a + 3, b) == 0; }
+
+/* --flag sets; --no-flag, or --projection for --no-projection, takes back what a preset has set. */
+static int read_flag(settings *s, const char *name)
+{
+    for (size_t i = 0; i < sizeof options / sizeof options[0]; i++) {
+        const option *o = &options[i];
+        int same = strcmp(o->name, name) == 0;
+        if (o->kind != FLAG || !(o->commands & s->command->bit)) continue;
+        if (!same && !negates(o->name, name) && !negates(name, o->name)) continue;
+        *(int *)(void *)((char *)s + o->offset) = same;
+        return 1;
+    }
+    return 0;
+}
+
+/* Read "--flag", "--name value" or "--name=value" at arguments[i]; returns how many arguments that took. */
+static int read_option(settings *s, int i)
+{
+    const char *argument = strcmp(s->arguments[i], "-h") ? s->arguments[i] : "--help";
+    const char *equals = strchr(argument, '=');
+    char name[MAX_NAME];
+    if (strncmp(argument, "--", 2)) usage_error(s, "unknown option %s", argument);
+    snprintf(name, sizeof name, "%.*s", (int)strcspn(argument + 2, "="), argument + 2);
+    if (!equals && read_flag(s, name)) return 1;
+    const option *o = find_option(s, name);
+    if (!o) usage_error(s, "unknown option --%s", name);
+    if (o->kind == FLAG) usage_error(s, "--%s takes no value", name);
+    const char *value = equals ? equals + 1 : s->arguments[i + 1];
+    if (!value || !*value) usage_error(s, "--%s needs a value: --%s %s", name, name, o->value);
+    read_value(s, o, value);
+    return equals ? 1 : 2;
+}
+
+/* A preset (or NULL) is where the method's options start from; the whole command line is then laid over it. */
+static void read_arguments(settings *s, const char *preset)
+{
+    besa_error error = {BESA_OK, ""};
+    memset(&s->prune, 0, sizeof s->prune);
+    s->prune.rates.target = 0.5;
+    if (preset && besa_preset(&s->prune, preset, &error)) usage_error(s, "--preset: %s", error.message);
+    if (s->command->bit == COMPARE) {
+        read_list(s, find_option(s, "sparsity"), "0.5");
+        read_list(s, find_option(s, "method"), "magnitude,wanda,sparsegpt,besa");
+    }
+    s->num_paths = 0;
+    for (int i = 0; s->arguments[i];) {
+        if (s->arguments[i][0] == '-') i += read_option(s, i);
+        else if (s->num_paths < s->command->max_paths) s->path[s->num_paths++] = s->arguments[i++];
+        else usage_error(s, "'%s' is one argument too many", s->arguments[i]);
+    }
+}
+
+/* The preset of a row: after the colon of its label, else --preset. */
+static const char *row_preset(const settings *s, const row *r)
+{
+    const char *colon = strchr(r->label, ':');
+    return colon ? colon + 1 : s->preset;
+}
+
+static void check_arguments(settings *s)
+{
+    if (s->num_paths < s->command->min_paths) usage_error(s, "it wants %s", s->command->paths);
+    if (!s->tokens && s->command->bit & (PRUNE | COMPARE | EVAL)) usage_error(s, "--tokens FILE is missing");
+    if (!s->test && s->command->bit == COMPARE) usage_error(s, "--test FILE is missing");
+    for (int i = 0; i < s->num_rows; i++) read_arguments(s, row_preset(s, &s->rows[i]));
+    if (s->preset) read_arguments(s, s->preset);
+}
+
+/* ---- help ---------------------------------------------------------------------------------- */
+
+static void print_help(const command *c)
+{
+    printf("usage: besa %s %s [options]\n\n%s", c->name, c->paths, c->text);
+    for (size_t i = 0; i < sizeof options / sizeof options[0]; i++) {
+        const option *o = &options[i];
+        char left[MAX_NAME];
+        if (!(o->commands & c->bit)) continue;
+        int n = snprintf(left, sizeof left, "--%s %s", o->name, o->value);
+        if (o->kind == HEADING) printf("\n%s\n", o->name);
+        else printf("  %-22s%s%*s%s\n", left, n > 21 ? "\n" : "", n > 21 ? 24 : 0, "", o->help);
+    }
+    if (c->bit & RUN)
+        printf("\nThe opposite of a flag takes back what a preset sets: --projection, --no-zero-start.\n");
+}
+
+static void print_general_help(FILE *file, const command *c)
+{
+    fprintf(file, "besa %d.%d prunes Hugging Face checkpoints of the LLaMA family: Llama, Mistral, Qwen2, Qwen3.\n\n",
+            BESA_VERSION_MAJOR, BESA_VERSION_MINOR);
+    for (; c->name; c++) fprintf(file, "  besa %-7s %-9s  %s\n", c->name, c->paths, c->summary);
+    fprintf(file, "\n"
+        "besa COMMAND --help explains a command. Text goes in as files of token ids, which tokenize.py makes.\n"
+        "To try it on the model that lies beside this program:\n\n"
+        "  ./besa prune stories260K pruned --tokens stories260K/calibration_tokens.npy --seqlen 256 --sparsity 0.5\n"
+        "  ./besa eval pruned --tokens stories260K/test_tokens.npy --seqlen 256\n\n"
+        "Exit status: 0; 1 where the work fails; 2 for a wrong command line; 130 after Ctrl-C.\n");
+}
