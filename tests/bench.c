@@ -1,0 +1,295 @@
+/* bench - speed and memory, printed; nothing here passes or fails.
+ *
+ *     bench CHECKPOINT TOKENS [NSAMPLES SEQLEN]
+ *
+ * Products at the shapes of SmolLM2-135M beside OpenBLAS (where libopenblas.so is found at run time), passes bound by
+ * memory beside memcpy, and one prune run of the checkpoint: time per pass, what is not a product, arena and plan. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <dlfcn.h>
+#include <sys/resource.h>
+#include <time.h>
+
+#define BESA_IMPLEMENTATION
+#include "besa.h"
+#include "test.h"
+
+static besa_error g_error;
+
+static double seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* The best time of a statement over at least 5 runs and 0.15 seconds. */
+#define BEST_TIME(result, statement)                                                               \
+    do {                                                                                           \
+        double best_start = seconds();                                                             \
+        (result) = 1e30;                                                                           \
+        for (int best_i = 0; best_i < 5 || seconds() - best_start < 0.15; best_i++) {              \
+            double best_t = seconds();                                                             \
+            statement;                                                                             \
+            best_t = seconds() - best_t;                                                           \
+            if (best_t < (result)) (result) = best_t;                                              \
+        }                                                                                          \
+    } while (0)
+
+static void fail(const char *what)
+{
+    fprintf(stderr, "%s\n", what);
+    exit(1);
+}
+
+static besa_backend cpu_backend(int threads, int bf16)
+{
+    besa_backend be;
+    besa_cpu_options cpu;
+    memset(&cpu, 0, sizeof cpu);
+    cpu.threads = threads;
+    cpu.bf16 = bf16;
+    if (besa_cpu_backend(&be, &cpu, &g_error) != BESA_OK) fail(g_error.message);
+    return be;
+}
+
+static void set_workspace(besa_backend *be, const besa_workload *w)
+{
+    be->workspace_bytes = be->workspace_size(be, w);
+    be->workspace = take(be->workspace_bytes + 256);
+    be->workspace = (void *)(((uintptr_t)be->workspace + 255) & ~(uintptr_t)255);
+}
+
+static float *noise(int64_t n)
+{
+    float *p = take_floats(n);
+    uint32_t u = 12345;
+    for (int64_t i = 0; i < n; i++) p[i] = (float)((u = u * 1664525u + 1013904223u) >> 8) / 8388608.0f - 1;
+    return p;
+}
+
+/* ---- products -------------------------------------------------------------------------------- */
+
+typedef void (*sgemm_function)(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda,
+                               const float *b, int ldb, float beta, float *c, int ldc);
+enum { ROW_MAJOR = 101, PLAIN = 111, TRANSPOSED = 112 };
+
+static void bench_products(void)
+{
+    static const struct { const char *name; int rows, columns; } shape[] = {
+        { "q, o     ", 576, 576 }, { "k, v     ", 192, 576 }, { "gate, up ", 1536, 576 }, { "down     ", 576, 1536 } };
+    enum { TOKENS = 2048 };
+    static const char *const library[] = { "libopenblas.so.0", "libopenblas.so" };
+    void *dl = NULL;
+    sgemm_function sgemm = NULL;
+    void (*set_threads)(int) = NULL;
+    for (int i = 0; i < 2 && !dl; i++) dl = dlopen(library[i], RTLD_NOW);
+    if (dl) {
+        *(void **)&sgemm = dlsym(dl, "cblas_sgemm");
+        *(void **)&set_threads = dlsym(dl, "openblas_set_num_threads");
+    }
+    printf("products, %d tokens, GFLOP/s%s\n", TOKENS, sgemm ? "" : " (no OpenBLAS to compare with)");
+    printf("  threads layer      kind             fp32   OpenBLAS   ratio    bf16   ratio to fp32\n");
+    for (int threads = 1; threads <= 2; threads++) {
+        double sum[3] = { 0, 0, 0 };
+        for (int s = 0; s < 4; s++) {
+            int R = shape[s].rows, C = shape[s].columns;
+            float *x = noise((int64_t)TOKENS * C), *w = noise((int64_t)R * C), *dy = noise((int64_t)TOKENS * R);
+            float *y = take_floats((int64_t)TOKENS * R), *dx = take_floats((int64_t)TOKENS * C);
+            float *dw = take_floats((int64_t)R * C);
+            double gflop = 2e-9 * TOKENS * R * C;
+            besa_workload load;
+            memset(&load, 0, sizeof load);
+            load.rows = R, load.columns = C, load.tokens = load.seqlen = TOKENS;
+            for (int kind = 0; kind < 3; kind++) {
+                static const char *const name[] = { "Y = X W' ", "dX = dY W", "dW = dY'X" };
+                double t[3] = { 0, 1e30, 0 };
+                for (int bf16 = 0; bf16 < 2; bf16++) {
+                    besa_backend be = cpu_backend(threads, bf16);
+                    set_workspace(&be, &load);
+                    if (kind == 0) BEST_TIME(t[bf16 * 2], be.linear_forward(&be, y, x, w, BESA_F32, NULL, TOKENS, R, C, 0));
+                    if (kind == 1) BEST_TIME(t[bf16 * 2], be.linear_backward_input(&be, dx, dy, w, BESA_F32, TOKENS, R, C, 0));
+                    if (kind == 2) BEST_TIME(t[bf16 * 2], be.linear_backward_weight(&be, dw, dy, x, TOKENS, R, C));
+                    be.destroy(&be);
+                }
+                if (set_threads) set_threads(threads);
+                if (sgemm && kind == 0)
+                    BEST_TIME(t[1], sgemm(ROW_MAJOR, PLAIN, TRANSPOSED, TOKENS, R, C, 1, x, C, w, C, 0, y, R));
+                if (sgemm && kind == 1) BEST_TIME(t[1], sgemm(ROW_MAJOR, PLAIN, PLAIN, TOKENS, C, R, 1, dy, R, w, C, 0, dx, C));
+                if (sgemm && kind == 2) BEST_TIME(t[1], sgemm(ROW_MAJOR, TRANSPOSED, PLAIN, R, C, TOKENS, 1, dy, R, x, C, 0, dw, C));
+                for (int i = 0; i < 3; i++) sum[i] += t[i] * (s == 0 || s == 3 ? 1 : 2) * (s == 0 ? 2 : 1);
+                printf("  %d       %s  %s     %7.1f    %7.1f    %4.2f %7.1f    %4.2f\n", threads, shape[s].name, name[kind],
+                       gflop / t[0], sgemm ? gflop / t[1] : 0, sgemm ? t[1] / t[0] : 0, gflop / t[2], t[0] / t[2]);
+            }
+        }
+        printf("  %d       one block's products: %.2f of OpenBLAS's speed, bf16 %.2f of fp32's\n", threads,
+               sgemm ? sum[1] / sum[0] : 0, sum[0] / sum[2]);
+    }
+}
+
+/* ---- passes bound by memory ------------------------------------------------------------------ */
+
+static void bench_passes(int threads)
+{
+    enum { R = 4096, C = 2048, D = 100 };       /* larger than any cache */
+    int64_t n = (int64_t)R * C;
+    float *w = noise(n), *s = take_floats(n), *what = take_floats(n), *dw = noise(n), *scale = noise(C);
+    float *sums = take_floats((int64_t)R * D), *inv = take_floats(R), *norm = take_floats(C), *loss = take_floats(1);
+    uint16_t *rank = (uint16_t *)take((size_t)n * 2), *bucket = (uint16_t *)take(C * 2), *w16 = (uint16_t *)take((size_t)n * 2);
+    uint16_t *what16 = (uint16_t *)take((size_t)n * 2);
+    int32_t *keep = (int32_t *)take(R * 4), *zeros = (int32_t *)take(R * 4);
+    besa_backend be = cpu_backend(threads, 0);
+    besa_workload load;
+    double copy, t;
+    int32_t bad = 0;
+    memset(&load, 0, sizeof load);
+    load.rows = R, load.columns = C, load.tokens = load.seqlen = R;
+    set_workspace(&be, &load);
+    for (int r = 0; r < R; r++) keep[r] = C / 2;
+    for (int j = 0; j < C; j++) bucket[j] = (uint16_t)((C - 1 - j) * D / C);
+    be.convert(&be, w16, BESA_BF16, w, BESA_F32, n);
+    BEST_TIME(copy, memcpy(what, w, (size_t)n * 4)); /* one thread: a copy by several is what the pass itself would be */
+    copy = 8e-9 * (double)n / copy;
+    printf("passes bound by memory, %d x %d, %d threads, GB/s (memcpy by one thread: %.1f)\n", R, C, threads, copy);
+#define PASS(name, bytes, call)                                                                    \
+    do {                                                                                           \
+        BEST_TIME(t, call);                                                                        \
+        printf("  %-34s %6.1f   %4.2f of memcpy   %6.2f ms\n", name, (bytes) * 1e-9 / t, (bytes) * 1e-9 / t / copy, 1e3 * t); \
+    } while (0)
+    PASS("copy (device)", 8.0 * (double)n, be.copy(&be, BESA_QUEUE_COMPUTE, what, w, (size_t)n * 4));
+    PASS("score, f32", 8.0 * (double)n, be.score(&be, s, w, BESA_F32, scale, 1, R, C));
+    PASS("score, bf16", 6.0 * (double)n, be.score(&be, s, w16, BESA_BF16, scale, 1, R, C));
+    PASS("rank_rows (a sort)", 6.0 * (double)n, be.rank_rows(&be, rank, s, R, C));
+    PASS("mask_apply, f32", 10.0 * (double)n, be.mask_apply(&be, what, w, BESA_F32, rank, keep, R, C));
+    PASS("mask_apply, bf16", 6.0 * (double)n, be.mask_apply(&be, what16, w16, BESA_BF16, rank, keep, R, C));
+    PASS("bucket_gradient, f32", 10.0 * (double)n, be.bucket_gradient(&be, sums, dw, w, BESA_F32, rank, bucket, R, C, D));
+    PASS("bucket_gradient, bf16", 8.0 * (double)n, be.bucket_gradient(&be, sums, dw, w16, BESA_BF16, rank, bucket, R, C, D));
+    PASS("count_zeros, f32", 4.0 * (double)n, be.count_zeros(&be, zeros, &bad, w, BESA_F32, R, C));
+    PASS("convert, bf16 to f32", 6.0 * (double)n, be.convert(&be, what, BESA_F32, w16, BESA_BF16, n));
+    PASS("column_sumsq", 4.0 * (double)n, be.column_sumsq(&be, norm, w, R, C));
+    PASS("rmsnorm_forward", 8.0 * (double)n, be.rmsnorm_forward(&be, what, inv, w, scale, R, C, 1e-5f));
+    PASS("rmsnorm_backward", 12.0 * (double)n, be.rmsnorm_backward(&be, what, dw, w, scale, inv, R, C, 0));
+    PASS("swiglu_forward", 12.0 * (double)n, be.swiglu_forward(&be, s, w, dw, n));
+    PASS("swiglu_backward", 20.0 * (double)n, be.swiglu_backward(&be, what, s, dw, w, dw, n));
+    PASS("block_loss", 12.0 * (double)n, be.block_loss(&be, loss, what, w, dw, norm, 1, R, C));
+#undef PASS
+    be.destroy(&be);
+}
+
+/* ---- a run ----------------------------------------------------------------------------------- */
+
+static struct watch {
+    besa_backend inner;                         /* the table that the timed one calls */
+    double products, attention;
+    size_t live, peak;
+    struct { void *p; size_t bytes; } block[64];
+} g_watch;
+
+#define TIMED(slot, call)                                                                          \
+    do {                                                                                           \
+        double timed_start = seconds();                                                            \
+        besa_result timed_result = (call);                                                         \
+        g_watch.slot += seconds() - timed_start;                                                   \
+        return timed_result;                                                                       \
+    } while (0)
+
+static besa_result timed_forward(besa_backend *be, void *y, const void *x, const void *w, besa_dtype t, const float *b,
+                                 int64_t n, int64_t r, int64_t c, int a)
+{ TIMED(products, g_watch.inner.linear_forward(be, y, x, w, t, b, n, r, c, a)); }
+static besa_result timed_input(besa_backend *be, void *dx, const void *dy, const void *w, besa_dtype t, int64_t n, int64_t r,
+                               int64_t c, int a)
+{ TIMED(products, g_watch.inner.linear_backward_input(be, dx, dy, w, t, n, r, c, a)); }
+static besa_result timed_weight(besa_backend *be, float *dw, const void *dy, const void *x, int64_t n, int64_t r, int64_t c)
+{ TIMED(products, g_watch.inner.linear_backward_weight(be, dw, dy, x, n, r, c)); }
+static besa_result timed_gram(besa_backend *be, float *h, const void *x, float s, int64_t n, int64_t c)
+{ TIMED(products, g_watch.inner.gram(be, h, x, s, n, c)); }
+static besa_result timed_attention(besa_backend *be, void *o, const void *q, const void *k, const void *v,
+                                   const besa_attention_shape *s)
+{ TIMED(attention, g_watch.inner.attention_forward(be, o, q, k, v, s)); }
+static besa_result timed_attention_back(besa_backend *be, void *dq, void *dk, void *dv, const void *d_o, const void *q,
+                                        const void *k, const void *v, const besa_attention_shape *s)
+{ TIMED(attention, g_watch.inner.attention_backward(be, dq, dk, dv, d_o, q, k, v, s)); }
+static besa_result watched_alloc(besa_backend *be, void **p, size_t bytes)
+{
+    besa_result r = g_watch.inner.alloc(be, p, bytes);
+    for (int i = 0; r == BESA_OK && i < 64; i++)
+        if (!g_watch.block[i].p) {
+            g_watch.block[i].p = *p, g_watch.block[i].bytes = bytes;
+            if ((g_watch.live += bytes) > g_watch.peak) g_watch.peak = g_watch.live;
+            break;
+        }
+    return r;
+}
+static void watched_free(besa_backend *be, void *p)
+{
+    for (int i = 0; p && i < 64; i++)
+        if (g_watch.block[i].p == p) g_watch.live -= g_watch.block[i].bytes, g_watch.block[i].p = NULL;
+    g_watch.inner.free(be, p);
+}
+
+static void bench_run(const besa_checkpoint *checkpoint, const int32_t *ids, int64_t nsamples, int64_t seqlen,
+                      besa_method method, int bf16)
+{
+    static const char *const name[] = { "besa", "wanda", "sparsegpt", "magnitude" };
+    static const char *const pass[BESA_PASS_COUNT] = { "read", "dense", "rank", "learn", "commit", "write" };
+    besa_calibration c;
+    besa_prune_options o;
+    besa_plan_result plan;
+    besa_report report;
+    besa_backend be = cpu_backend(0, bf16);
+    double t, part[BESA_PASS_COUNT] = { 0 };
+    struct rusage usage;
+    memset(&c, 0, sizeof c);
+    memset(&o, 0, sizeof o);
+    memset(&g_watch, 0, sizeof g_watch);
+    memset(&report, 0, sizeof report);
+    c.ids = ids, c.nsamples = nsamples, c.seqlen = seqlen;
+    o.rates.target = 0.5;
+    o.method = method;
+    g_watch.inner = be;
+    be.linear_forward = timed_forward, be.linear_backward_input = timed_input, be.linear_backward_weight = timed_weight;
+    be.gram = timed_gram, be.attention_forward = timed_attention, be.attention_backward = timed_attention_back;
+    be.alloc = watched_alloc, be.free = watched_free;
+    if (besa_plan(checkpoint, &be, &c, &o, &plan, &g_error) != BESA_OK) fail(g_error.message);
+    t = seconds();
+    if (besa_prune(checkpoint, NULL, &be, &c, &o, &report, &g_error) != BESA_OK) fail(g_error.message);
+    t = seconds() - t;
+    for (int64_t b = 0; b < report.num_blocks; b++)
+        for (int p = 0; p < BESA_PASS_COUNT; p++) part[p] += report.block[b].seconds[p];
+    printf("%s%s, %d x %d tokens: %.2f s;", name[method], bf16 ? " with bf16 products" : "", (int)nsamples, (int)seqlen, t);
+    for (int p = 0; p < BESA_PASS_COUNT; p++) printf(" %s %.2f", pass[p], part[p]);
+    printf("\n  products %.2f s, attention %.2f s, the rest %.1f %% of the run; %.1f GFLOP/s over all\n", g_watch.products,
+           g_watch.attention, 100 * (1 - (g_watch.products + g_watch.attention) / t), plan.flop * 1e-9 / t);
+    getrusage(RUSAGE_SELF, &usage);
+    printf("  arena %zu bytes, plan %zu; micro-batch %d; peak resident so far %.1f MB\n", g_watch.peak, plan.device_bytes,
+           (int)plan.micro_batch, (double)usage.ru_maxrss / 1e3);
+    besa_report_free(&report);
+    be.free = g_watch.inner.free;
+    be.destroy(&be);
+}
+
+int main(int argc, char **argv)
+{
+    besa_checkpoint *checkpoint = NULL;
+    besa_tokens tokens;
+    int32_t *ids;
+    int64_t nsamples = argc > 4 ? atoll(argv[3]) : 64, seqlen = argc > 4 ? atoll(argv[4]) : 512;
+    if (argc < 3) return fprintf(stderr, "usage: %s CHECKPOINT TOKENS [NSAMPLES SEQLEN]\n", argv[0]), 2;
+    if (besa_checkpoint_open(&checkpoint, argv[1], &g_error) != BESA_OK ||
+        besa_tokens_load(&tokens, argv[2], &g_error) != BESA_OK) fail(g_error.message);
+    ids = (int32_t *)take((size_t)(nsamples * seqlen) * sizeof *ids);
+    if (besa_tokens_sample(&tokens, nsamples, seqlen, 0, besa_checkpoint_config(checkpoint)->vocab_size, ids, &g_error) !=
+        BESA_OK) fail(g_error.message);
+    if (!getenv("BENCH_RUN_ONLY")) {
+        bench_products();
+        bench_passes(1);
+        bench_passes(2);
+    }
+    for (int method = BESA_METHOD_BESA; method <= BESA_METHOD_MAGNITUDE; method++)
+        bench_run(checkpoint, ids, nsamples, seqlen, (besa_method)method, 0);
+    bench_run(checkpoint, ids, nsamples, seqlen, BESA_METHOD_BESA, 1);
+    besa_tokens_free(&tokens);
+    besa_checkpoint_close(checkpoint);
+    return test_finish();
+}

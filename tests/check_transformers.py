@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""What `besa prune` writes, loaded by transformers with no extra argument, has the perplexity that `besa eval` says.
+
+    check_transformers.py BESA STORIES260K CHECKPOINTS [MODEL TOKENS.npy]
+
+BESA is the command line program, CHECKPOINTS a directory of small checkpoints, MODEL one more checkpoint to try.
+Needs torch, transformers and numpy; prints SKIP without them.
+"""
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+try:
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+except ImportError as e:
+    print(f"SKIP comparison with transformers: {e}")
+    sys.exit(0)
+
+TOLERANCE = 1e-3
+
+
+def besa(program, *arguments):
+    done = subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"besa {' '.join(map(str, arguments))}: {done.stderr.strip() or done.returncode}")
+    return done.stdout
+
+
+def transformers_perplexity(directory, tokens, seqlen, windows):
+    model = AutoModelForCausalLM.from_pretrained(directory).float().eval()
+    ids = torch.tensor(tokens[: windows * seqlen].astype(np.int64)).view(windows, seqlen)
+    total = 0.0
+    with torch.no_grad():
+        for row in ids:
+            logits = model(row[None]).logits[0, :-1].double()
+            total += torch.nn.functional.cross_entropy(logits, row[1:]).item()
+    return float(np.exp(total / windows))
+
+
+def check(program, source, tokens_file, method, extra, nsamples, seqlen, windows, work):
+    name = f"transformers loads {source.name}, {method}{' ' + ' '.join(extra) if extra else ''}"
+    output = work / f"{source.name}-{method}-{len(extra)}"
+    try:
+        if method == "dense":
+            output = source
+        else:
+            besa(program, "prune", source, output, "--tokens", tokens_file, "--method", method, "--sparsity", 0.5,
+                 "--nsamples", nsamples, "--seqlen", seqlen, *extra)
+        ours = json.loads(besa(program, "eval", output, "--tokens", tokens_file, "--seqlen", seqlen, "--windows", windows,
+                               "--json"))
+        theirs = transformers_perplexity(output, np.load(tokens_file).reshape(-1), seqlen, windows)
+        close = ours["windows"] == windows and abs(ours["perplexity"] / theirs - 1) < TOLERANCE
+        print(f"{'PASS' if close else 'FAIL'} {name}: {ours['perplexity']:.5f}, transformers {theirs:.5f}", flush=True)
+        return close
+    except Exception as e:  # whatever stops one model must not stop the others
+        print(f"FAIL {name}: {type(e).__name__}: {e}", flush=True)
+        return False
+
+
+def main():
+    if len(sys.argv) not in (4, 6):
+        sys.exit(__doc__)
+    program, stories, checkpoints = (pathlib.Path(a).resolve() for a in sys.argv[1:4])
+    good = True
+    with tempfile.TemporaryDirectory() as temp:
+        work = pathlib.Path(temp)
+        for method, extra in (("dense", []), ("besa", []), ("wanda", []), ("sparsegpt", []), ("magnitude", []),
+                              ("wanda", ["--pattern", "2:4"])):
+            good &= check(program, stories, stories / "test_tokens.npy", method, extra, 16, 128, 20, work)
+        for source in sorted(p for p in checkpoints.iterdir() if p.is_dir()):
+            vocab = json.loads((source / "config.json").read_text())["vocab_size"]
+            tokens = work / f"{source.name}.npy"
+            np.save(tokens, np.random.default_rng(1).integers(0, vocab, 8 * 64).astype(np.uint16))
+            for method in ("dense", "besa", "sparsegpt"):
+                good &= check(program, source, tokens, method, [], 8, 64, 8, work)
+        if len(sys.argv) == 6:
+            model, tokens = (pathlib.Path(a).resolve() for a in sys.argv[4:6])
+            for method in ("dense", "besa"):
+                good &= check(program, model, tokens, method, [], 4, 256, 4, work)
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1340 @@
+/* test_pipeline - whole runs: a checkpoint in, a pruned one out, and everything that can go wrong on the way.
+ *
+ *     test_pipeline STORIES260K_DIRECTORY REFERENCE_DIRECTORY [part of a test's name]
+ *     test_pipeline --child SOURCE OUTPUT TOKENS           one small run, for the tests that kill it */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <signal.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+/* Host memory of the library, counted; allocation number g_fail_at fails. */
+static int64_t g_allocations, g_fail_at, g_live;
+
+static int fail_now(void)
+{
+    return __atomic_add_fetch(&g_allocations, 1, __ATOMIC_RELAXED) == __atomic_load_n(&g_fail_at, __ATOMIC_RELAXED);
+}
+
+static void *counted_malloc(size_t bytes)
+{
+    void *p = fail_now() ? NULL : malloc(bytes);
+    if (p) __atomic_add_fetch(&g_live, 1, __ATOMIC_RELAXED);
+    return p;
+}
+
+static void *counted_realloc(void *old, size_t bytes)
+{
+    void *p = fail_now() ? NULL : realloc(old, bytes);
+    if (p && !old) __atomic_add_fetch(&g_live, 1, __ATOMIC_RELAXED);
+    return p;
+}
+
+static void counted_free(void *p)
+{
+    if (p) __atomic_sub_fetch(&g_live, 1, __ATOMIC_RELAXED);
+    free(p);
+}
+
+#define BESA_MALLOC(bytes) counted_malloc(bytes)
+#define BESA_REALLOC(pointer, bytes) counted_realloc(pointer, bytes)
+#define BESA_FREE(pointer) counted_free(pointer)
+#define BESA_IMPLEMENTATION
+#include "besa.h"
+#include "test.h"
+#include "fixture.h"
+
+static const char *g_stories, *g_reference;
+static besa_tokens g_calibration, g_test;       /* of stories260K */
+
+/* One call of besa_prune and all that it needs. */
+typedef struct setup {
+    const char *source, *output;
+    int64_t nsamples, seqlen, skip_tokens;
+    int64_t windows;                            /* of 64 test tokens; 0: no perplexity */
+    int threads;
+    besa_backend *be;                           /* NULL: a CPU backend of `threads` threads */
+    besa_prune_options options;
+    besa_report report;
+    besa_error error;
+} setup;
+
+static setup new_setup(const char *output, besa_method method, double target)
+{
+    setup s;
+    memset(&s, 0, sizeof s);
+    s.source = g_stories;
+    s.output = output;
+    s.nsamples = 32;                            /* steps enough for rates to move */
+    s.seqlen = 16;
+    s.threads = 2;
+    s.options.method = method;
+    s.options.rates.target = target;
+    return s;
+}
+
+/* Open the source, cut tokens, prune. The report is the caller's to free. */
+static besa_result run(setup *s)
+{
+    besa_checkpoint *checkpoint = NULL;
+    besa_backend own, *be = s->be;
+    besa_cpu_options cpu;
+    besa_calibration c;
+    besa_result r = besa_checkpoint_open(&checkpoint, s->source, &s->error);
+    int64_t vocab = 0, n = s->nsamples * s->seqlen;
+    int32_t *ids = (int32_t *)calloc((size_t)n, sizeof *ids), *test_ids = NULL;
+    memset(&c, 0, sizeof c);
+    memset(&cpu, 0, sizeof cpu);
+    memset(&s->report, 0, sizeof s->report);
+    cpu.threads = s->threads;
+    if (r == BESA_OK) {                         /* the reference checkpoints have fewer words */
+        vocab = besa_checkpoint_config(checkpoint)->vocab_size;
+        for (int64_t i = 0; i < n; i++) ids[i] = (int32_t)(g_calibration.ids[s->skip_tokens + i] % vocab);
+    }
+    if (s->windows) {
+        test_ids = (int32_t *)calloc((size_t)s->windows * 64, sizeof *test_ids);
+        for (int64_t i = 0; vocab && i < s->windows * 64; i++) test_ids[i] = (int32_t)(g_test.ids[i] % vocab);
+        c.test_windows = s->windows, c.test_seqlen = 64;
+    }
+    c.ids = ids, c.nsamples = s->nsamples, c.seqlen = s->seqlen, c.test_ids = test_ids;
+    if (r == BESA_OK && !be) {
+        r = besa_cpu_backend(&own, &cpu, &s->error);
+        be = r == BESA_OK ? &own : NULL;
+    }
+    if (r == BESA_OK) r = besa_prune(checkpoint, s->output, be, &c, &s->options, &s->report, &s->error);
+    if (be == &own) own.destroy(&own);
+    besa_checkpoint_close(checkpoint);
+    free(ids);
+    free(test_ids);
+    return r;
+}
+
+#define CHECK_RUN(s) CHECK_OK(run(s), (s)->error)
+
+static void expect(setup *s, besa_result want, const char *word)
+{
+    besa_result got = run(s);
+    CHECK(got == want, "got %s (%s), expected %s", besa_result_string(got), got ? s->error.message : "",
+          besa_result_string(want));
+    CHECK(got == BESA_OK || s->error.code == got, "the error's code is not the result");
+    CHECK(strstr(s->error.message, word), "\"%s\" does not name %s", s->error.message, word);
+    CHECK(!s->output || !exists(s->output) || want == BESA_ERROR_EXISTS, "an output was left");
+    besa_report_free(&s->report);
+}
+
+static const char *partial_of(const char *output)
+{
+    static char path[600];
+    snprintf(path, sizeof path, "%s.partial", output);
+    return path;
+}
+
+static void discard(const char *output)
+{
+    remove_tree(output);
+    remove_tree(partial_of(output));
+}
+
+static double directory_perplexity(const char *directory, int64_t windows, int64_t seqlen, int threads)
+{
+    besa_checkpoint *checkpoint = NULL;
+    besa_backend be;
+    besa_error error;
+    besa_cpu_options cpu;
+    double ppl = 0;
+    int32_t *ids;
+    memset(&cpu, 0, sizeof cpu);
+    cpu.threads = threads;
+    CHECK_OK(besa_checkpoint_open(&checkpoint, directory, &error), error);
+    if (!checkpoint) return 0;
+    ids = (int32_t *)calloc((size_t)(windows * seqlen), sizeof *ids);
+    for (int64_t i = 0; i < windows * seqlen; i++)
+        ids[i] = (int32_t)(g_test.ids[i] % besa_checkpoint_config(checkpoint)->vocab_size);
+    CHECK_OK(besa_cpu_backend(&be, &cpu, &error), error);
+    CHECK_OK(besa_perplexity(checkpoint, &be, ids, windows, seqlen, &ppl, NULL, NULL, NULL, &error), error);
+    be.destroy(&be);
+    free(ids);
+    besa_checkpoint_close(checkpoint);
+    return ppl;
+}
+
+/* ---- what an output directory must be -------------------------------------------------------- */
+
+static const char *const g_part[BESA_LAYERS] = { "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                                                 "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj" };
+
+/* All bytes but the weights: other files equal, safetensors equal in size and header. */
+static void verify_files(const char *source, const char *output)
+{
+    DIR *d = opendir(output);
+    struct dirent *e;
+    int files = 0;
+    while (d && (e = readdir(d)) != NULL) {
+        char a[1024], b[1024];
+        size_t length = strlen(e->d_name), na, nb;
+        if (e->d_name[0] == '.') continue;
+        files++;
+        snprintf(a, sizeof a, "%s/%s", source, e->d_name);
+        snprintf(b, sizeof b, "%s/%s", output, e->d_name);
+        if (length > 12 && !strcmp(e->d_name + length - 12, ".safetensors")) {
+            unsigned char *pa = read_bytes(a, &na), *pb = read_bytes(b, &nb);
+            uint64_t header = 8;
+            for (int i = 0; pa && i < 8; i++) header += (uint64_t)pa[i] << 8 * i;
+            CHECK(pa && pb && na == nb && header <= na && !memcmp(pa, pb, header), "%s: header or size changed", e->d_name);
+            free(pa);
+            free(pb);
+        } else CHECK(same_file(a, b), "%s is not the source's", e->d_name);
+    }
+    if (d) closedir(d);
+    CHECK(files > 1, "%s holds %d files", output, files);
+}
+
+static int64_t published_slab_count(int64_t rows, int64_t columns, double target)
+{
+    int64_t count = 0;
+    for (int64_t first = 0; first < columns; first += 128) {
+        int64_t width = columns - first < 128 ? columns - first : 128;
+        count += (int64_t)floor((double)(width * rows) * target) + 1;
+    }
+    return count;
+}
+
+/* One layer: every weight kept bit for bit or +0, the method's count, the pattern. Returns the number of zeros. */
+static int64_t verify_layer(const besa_tensor *in, const besa_tensor *out, const besa_prune_options *o, double target,
+                            int fixed)
+{
+    int64_t R = in->shape[0], C = in->shape[1], zeros = 0, changed = 0, minus = 0, group_low = 0, group_high = 0;
+    int64_t group = o->rates.group_rows > 0 ? o->rates.group_rows : o->rates.group_rows == BESA_ALL_ROWS ? R : 1;
+    size_t size = besa_dtype_size(in->dtype);
+    int updates = o->method == BESA_METHOD_SPARSEGPT;
+    const unsigned char *a = (const unsigned char *)in->data, *b = (const unsigned char *)out->data;
+    for (int64_t r = 0; r < R; r++) {
+        int64_t row = 0, in_group = 0, source = 0;
+        for (int64_t j = 0; j < C; j++) {
+            const unsigned char *pa = a + (size_t)(r * C + j) * size, *pb = b + (size_t)(r * C + j) * size;
+            int zero = !memcmp(pb, "\0\0\0", size), top = pb[size - 1];
+            source += !memcmp(pa, "\0\0\0", size) || (pa[size - 1] == 0x80 && !memcmp(pa, "\0\0\0", size - 1));
+            minus += top == 0x80 && !memcmp(pb, "\0\0\0", size - 1);
+            changed += !zero && !updates && memcmp(pa, pb, size) != 0;
+            row += zero;
+            in_group += zero;
+            if (o->pattern_m && !fixed && (j + 1) % o->pattern_m == 0) {
+                CHECK(updates || source > 0 ? in_group >= o->pattern_n : in_group == o->pattern_n,
+                      "%s: %d zeros in a group of row %d", in->name, (int)in_group, (int)r);
+                in_group = 0;
+            }
+        }
+        zeros += row;
+        if (o->pattern_m || fixed) continue;
+        if (o->method == BESA_METHOD_WANDA || (o->method == BESA_METHOD_MAGNITUDE && o->magnitude_per_row)) {
+            int64_t want = (int64_t)floor((double)C * target);
+            CHECK(row == (want > source ? want : source), "%s row %d: %d zeros, expected %d", in->name, (int)r, (int)row,
+                  (int)want);
+        }
+        if (o->method == BESA_METHOD_BESA && source == 0 && !o->no_projection) { /* rows of a group differ by one at most */
+            if (r % group == 0) group_low = group_high = row;
+            if (row < group_low) group_low = row;
+            if (row > group_high) group_high = row;
+            CHECK(group_high - group_low <= 1, "%s: rows of one group prune %d to %d", in->name, (int)group_low,
+                  (int)group_high);
+        }
+    }
+    CHECK(changed == 0, "%s: %d kept weights changed", in->name, (int)changed);
+    CHECK(minus == 0 || fixed, "%s: %d weights are -0", in->name, (int)minus);
+    if (o->method == BESA_METHOD_SPARSEGPT && !o->pattern_m && !fixed) {
+        int64_t want = published_slab_count(R, C, target), ties = in->dtype == BESA_F32 ? 0 : 3; /* equal scores go too */
+        CHECK(zeros >= want && zeros <= want + ties, "%s: %d zeros, expected %d", in->name, (int)zeros, (int)want);
+    }
+    if (o->method == BESA_METHOD_MAGNITUDE && !o->magnitude_per_row && !o->pattern_m && !fixed)
+        CHECK(llabs(zeros - (int64_t)floor(target * (double)(R * C) + 0.5)) <= 1, "%s: %d zeros of %d", in->name,
+              (int)zeros, (int)(R * C));
+    return zeros;
+}
+
+/* The whole directory and the report that came with it. */
+static void verify(const setup *s)
+{
+    besa_checkpoint *in = NULL, *out = NULL;
+    const besa_prune_options *o = &s->options;
+    const besa_report *report = &s->report;
+    besa_error error;
+    int64_t blocks, all = 0, pruned = 0;
+    verify_files(s->source, s->output);
+    CHECK(!exists(partial_of(s->output)), "%s.partial was left", s->output);
+    CHECK_OK(besa_checkpoint_open(&in, s->source, &error), error);
+    CHECK_OK(besa_checkpoint_open(&out, s->output, &error), error);
+    if (!in || !out) return;
+    CHECK(besa_checkpoint_tensor_count(in) == besa_checkpoint_tensor_count(out), "tensor counts differ");
+    for (int64_t i = 0; i < besa_checkpoint_tensor_count(in); i++) {
+        const besa_tensor *a = besa_checkpoint_tensor(in, i), *b = besa_checkpoint_tensor(out, i);
+        int prunable = 0;
+        for (int l = 0; l < BESA_LAYERS; l++) {
+            const char *p = strstr(a->name, g_part[l]);
+            prunable |= p && !strcmp(p + strlen(g_part[l]), ".weight");
+        }
+        CHECK(!strcmp(a->name, b->name) && a->bytes == b->bytes, "tensor %d is another one", (int)i);
+        CHECK(prunable || !memcmp(a->data, b->data, a->bytes), "%s changed", a->name);
+    }
+    blocks = besa_checkpoint_config(in)->num_hidden_layers;
+    CHECK(report->num_blocks == blocks && report->block, "the report has %d blocks", (int)report->num_blocks);
+    for (int64_t n = 0; n < blocks; n++) {
+        int64_t weights = 0, zeros = 0;
+        for (int l = 0; l < BESA_LAYERS; l++) {
+            const besa_layer_report *lr = &report->block[n].layer[l];
+            const besa_tensor *a, *b;
+            const besa_fixed_rate *f = NULL;
+            char name[128];
+            int64_t z;
+            snprintf(name, sizeof name, "model.layers.%d.%s.weight", (int)n, g_part[l]);
+            a = besa_checkpoint_find(in, name);
+            b = besa_checkpoint_find(out, name);
+            for (int64_t i = 0; i < o->num_fixed && !f; i++) if (strstr(name, o->fixed[i].pattern)) f = &o->fixed[i];
+            z = verify_layer(a, b, o, f ? f->sparsity : o->rates.target, f != NULL);
+            if (f && f->sparsity == 0) CHECK(!memcmp(a->data, b->data, a->bytes), "%s changed", name);
+            else if (f) CHECK(fabs((double)z - f->sparsity * (double)(a->shape[0] * a->shape[1])) <= (double)a->shape[0],
+                              "%s: %d zeros at a fixed %g", name, (int)z, f->sparsity);
+            if (!f) weights += a->shape[0] * a->shape[1], zeros += z;
+            all += a->shape[0] * a->shape[1];
+            pruned += z;
+            CHECK(lr->weights == a->shape[0] * a->shape[1] && lr->pruned == z, "%s: report says %d of %d, file has %d", name,
+                  (int)lr->pruned, (int)lr->weights, (int)z);
+            CHECK(lr->rate_min <= lr->rate_mean + 1e-9 && lr->rate_mean <= lr->rate_max + 1e-9 && lr->rate_std >= 0 &&
+                  fabs(lr->rate_mean - (double)z / (double)lr->weights) < 1e-6, "%s: rates %g %g %g", name, lr->rate_min,
+                  lr->rate_mean, lr->rate_max);
+        }
+        if (o->method == BESA_METHOD_BESA && !o->no_projection)
+            CHECK(zeros == (int64_t)floor(o->rates.target * (double)weights + 0.5), "block %d: %d zeros of %d at %g", (int)n,
+                  (int)zeros, (int)weights, o->rates.target);
+    }
+    CHECK(report->weights == all && report->pruned == pruned &&
+          fabs(report->sparsity - (double)pruned / (double)all) < 1e-9 && report->target == o->rates.target,
+          "report: %d of %d, files: %d of %d", (int)report->pruned, (int)report->weights, (int)pruned, (int)all);
+    besa_checkpoint_close(in);
+    besa_checkpoint_close(out);
+    if (s->windows) {
+        double ppl = directory_perplexity(s->output, s->windows, 64, s->threads);
+        CHECK(ppl == report->perplexity, "perplexity %.17g on the way, %.17g from the files", report->perplexity, ppl);
+    }
+}
+
+/* Run, verify, forget; the perplexity. */
+static double run_and_verify(setup *s)
+{
+    double ppl;
+    besa_result r = run(s);
+    CHECK(r == BESA_OK, "%s: %s", besa_result_string(r), s->error.message);
+    if (r == BESA_OK) verify(s);
+    ppl = s->report.perplexity;
+    besa_report_free(&s->report);
+    return ppl;
+}
+
+/* ---- outputs --------------------------------------------------------------------------------- */
+
+static void test_dense_perplexity(void)
+{
+    double one, two;
+    CHECK(g_test.count / 256 == 254, "%d windows", (int)(g_test.count / 256));
+    two = directory_perplexity(g_stories, 254, 256, 2);
+    one = directory_perplexity(g_stories, 254, 256, 1);
+    CHECK(fabs(two - 4.986) < 0.001, "perplexity %.5f", two);
+    CHECK(one == two, "perplexity %.17g with one thread, %.17g with two", one, two);
+}
+
+static void test_methods(void)
+{
+    static const double target[] = { 0.02, 0.3, 0.5, 0.7, 0.97 };
+    static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_WANDA, BESA_METHOD_SPARSEGPT, BESA_METHOD_MAGNITUDE };
+    double ppl[4][5];
+    for (int m = 0; m < 4; m++)
+        for (int t = 0; t < 5; t++) {
+            setup s = new_setup(temp_path("out"), method[m], target[t]);
+            s.nsamples = 32, s.seqlen = 64, s.windows = 60;
+            ppl[m][t] = run_and_verify(&s);
+            discard(s.output);
+        }
+    for (int t = 2; t < 4; t++)                 /* what the method is for */
+        CHECK(ppl[0][t] < ppl[1][t], "at %g: besa %.3f, wanda %.3f", target[t], ppl[0][t], ppl[1][t]);
+    for (int m = 0; m < 4; m++)
+        for (int t = 1; t < 5; t++) CHECK(ppl[m][t] > ppl[m][t - 1], "method %d: %g at %g", m, ppl[m][t], target[t]);
+    {
+        setup s = new_setup(temp_path("out"), BESA_METHOD_MAGNITUDE, 0.5);
+        s.options.magnitude_per_row = 1;
+        run_and_verify(&s);
+        discard(s.output);
+    }
+}
+
+static void test_patterns(void)
+{
+    static const besa_method method[] = { BESA_METHOD_WANDA, BESA_METHOD_SPARSEGPT, BESA_METHOD_MAGNITUDE };
+    const char *model = temp_path("model48");
+    setup s;
+    fixture_random_llama(model, 2, 48, 96, 4, 2, 64, BESA_BF16);
+    for (int m = 0; m < 3; m++)
+        for (int form = 0; form < 3; form++) {  /* 2:4, 4:8, 1:4 */
+            s = new_setup(temp_path("out"), method[m], form < 2 ? 0.5 : 0.25);
+            s.source = model;
+            s.options.pattern_n = form == 0 ? 2 : form == 1 ? 4 : 1;
+            s.options.pattern_m = form == 1 ? 8 : 4;
+            run_and_verify(&s);
+            discard(s.output);
+        }
+    s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
+    s.options.pattern_n = 2, s.options.pattern_m = 4;
+    expect(&s, BESA_ERROR_OPTION, "attern");
+    s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
+    s.options.pattern_n = 4, s.options.pattern_m = 8; /* down_proj has 172 columns */
+    expect(&s, BESA_ERROR_OPTION, "172");
+    s.options.pattern_n = 4, s.options.pattern_m = 4;
+    expect(&s, BESA_ERROR_OPTION, "attern");
+}
+
+/* Every way to parametrise and learn the rates: exact counts still, and an effect on the weights. */
+static void test_besa_options(void)
+{
+    enum { COUNT = 17 };
+    const char *plain = temp_path("plain");
+    setup base = new_setup(plain, BESA_METHOD_BESA, 0.5);
+    run_and_verify(&base);
+    for (int i = 0; i < COUNT; i++) {
+        char first[256];
+        setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
+        besa_prune_options *o = &s.options;
+        switch (i) {
+        case 0: o->rates.group_rows = BESA_ALL_ROWS; break;
+        case 1: o->rates.group_rows = 5; break;  /* divides no layer */
+        case 2: o->rates.form = BESA_RATES_ROW; break;
+        case 3: o->rates.form = BESA_RATES_LAYER; break;
+        case 4: o->rates.layer_scale = 3, o->rates.row_scale = 0.5; break;
+        case 5: o->rates.plain_softmax = 1; break;
+        case 6: o->rates.optimizer = BESA_ADAMW; break;
+        case 7: o->epochs = 2; break;
+        case 8: o->batch_size = 3; break;        /* ten steps of 3 sequences, one of 2 */
+        case 9: o->dense_stream = 1; break;
+        case 10: o->norm_all = 1; break;
+        case 11: o->importance = BESA_IMPORTANCE_MAGNITUDE; break;
+        case 12: o->importance = BESA_IMPORTANCE_SPARSEGPT; break;
+        case 13: o->importance = BESA_IMPORTANCE_SPARSEGPT_SQUARED; break;
+        case 14: o->rates.candidates = 16; break;
+        case 15: o->rates.zero_start = 1, o->rates.penalty = 8; break;
+        case 16: o->rates.d_coef = 50, o->rates.penalty = BESA_NONE; break;
+        }
+        CHECK(run(&s) == BESA_OK, "case %d: %s", i, s.error.message);
+        verify(&s);
+        for (int64_t b = 0; b < s.report.num_blocks; b++) {
+            const besa_block_report *r = &s.report.block[b];
+            CHECK(isfinite(r->loss_uniform) && isfinite(r->loss_before) && isfinite(r->loss_after) && r->loss_after > 0 &&
+                  r->loss_uniform > 0, "case %d block %d: losses %g %g %g", i, (int)b, r->loss_uniform, r->loss_before,
+                  r->loss_after);
+        }
+        CHECK(compare_directories(plain, s.output, NULL, first) == 1, "case %d changes nothing", i);
+        besa_report_free(&s.report);
+        discard(s.output);
+    }
+    discard(plain);
+}
+
+static void test_fixed_layers(void)
+{
+    static const besa_fixed_rate fixed[] = { { "layers.0", 0 }, { "v_proj", 0.3 }, { "mlp.gate_proj", 0 } };
+    static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_WANDA, BESA_METHOD_SPARSEGPT, BESA_METHOD_MAGNITUDE };
+    for (int m = 0; m < 4; m++) {
+        setup s = new_setup(temp_path("out"), method[m], 0.6);
+        s.options.fixed = fixed;
+        s.options.num_fixed = 3;
+        run_and_verify(&s);
+        discard(s.output);
+    }
+}
+
+static void test_presets(void)
+{
+    static const char *const preset[] = { "default", "published-row", "published-layer" };
+    static const double target[] = { 0.5, 0.7, 0.3 };
+    besa_error error;
+    besa_prune_options o;
+    for (int p = 0; p < 3; p++)
+        for (int t = 0; t < 3; t++) {
+            setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, target[t]);
+            int warned;
+            CHECK_OK(besa_preset(&s.options, preset[p], &error), error);
+            CHECK(s.options.rates.target == target[t], "the preset changed the target");
+            CHECK(run(&s) == BESA_OK, "%s: %s", preset[p], s.error.message);
+            verify(&s);
+            warned = s.report.notes && strstr(s.report.notes, "0.376") && strstr(s.report.notes, "0.624");
+            CHECK(warned == (p > 0 && t > 0), "%s at %g: notes \"%s\"", preset[p], target[t], s.report.notes);
+            if (p > 0) CHECK(s.report.sparsity > 0.37 && s.report.sparsity < 0.63, "%s at %g reaches %g", preset[p],
+                             target[t], s.report.sparsity);
+            besa_report_free(&s.report);
+            discard(s.output);
+        }
+    memset(&o, 0, sizeof o);
+    CHECK(besa_preset(&o, "nonsense", &error) == BESA_ERROR_OPTION && strstr(error.message, "nonsense"), "%s", error.message);
+}
+
+/* All architectures, element types and file layouts: sharded outputs with the source's index. */
+static void test_reference_checkpoints(void)
+{
+    static const char *const model[] = { "llama_mha_f16", "llama3_gqa_tied_bf16", "mistral_gqa_bf16",
+                                         "qwen2_bias_tied_bf16", "qwen3_qknorm_f32" };
+    static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_SPARSEGPT };
+    for (int i = 0; i < 5; i++)
+        for (int m = 0; m < 2; m++) {
+            char source[512];
+            setup s = new_setup(temp_path("out"), method[m], 0.5);
+            snprintf(source, sizeof source, "%s/checkpoints/%s", g_reference, model[i]);
+            s.source = source;
+            s.windows = 4;
+            run_and_verify(&s);
+            discard(s.output);
+        }
+}
+
+/* The report as JSON, and what besa_prune says about files that it leaves out. */
+static void test_report_and_files(void)
+{
+    const char *model = temp_path("files"), *links = temp_path("links");
+    setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
+    static const char *const small[] = { "tokenizer.json", "merges.txt", "README.md" };
+    static const char *const left[] = { "pytorch_model.bin", "consolidated.00.pth", "pytorch_model-00001-of-00002.bin" };
+    char *json, path[600], to[600];
+    besa_report empty;
+    fixture_random_llama(model, 2, 32, 64, 4, 2, 64, BESA_F32);
+    for (int i = 0; i < 3; i++) {
+        snprintf(path, sizeof path, "%s/%s", model, small[i]);
+        write_bytes(path, small[i], strlen(small[i]));
+        snprintf(path, sizeof path, "%s/%s", model, left[i]);
+        write_bytes(path, "weights", 7);
+    }
+    snprintf(path, sizeof path, "%s/original", model);
+    mkdir(path, 0777);
+    snprintf(path, sizeof path, "%s/original/consolidated.00.pth", model);
+    write_bytes(path, "weights", 7);
+    s.source = model;
+    s.windows = 4;
+    CHECK_RUN(&s);
+    verify(&s);
+    for (int i = 0; i < 3; i++) {
+        snprintf(path, sizeof path, "%s/%s", s.output, small[i]);
+        CHECK(exists(path), "%s was not copied", small[i]);
+        snprintf(path, sizeof path, "%s/%s", s.output, left[i]);
+        CHECK(!exists(path), "%s was copied", left[i]);
+        CHECK(s.report.notes && strstr(s.report.notes ? s.report.notes : "", left[i]), "notes \"%s\" do not name %s", s.report.notes, left[i]);
+    }
+    snprintf(path, sizeof path, "%s/original", s.output);
+    CHECK(!exists(path), "original/ was copied");
+    json = besa_report_json(&s.report);
+    CHECK(json && strstr(json, "\"perplexity\"") && strstr(json, "\"sparsity\"") && strstr(json, "q_proj") &&
+          json[0] == '{', "report: %.200s", json ? json : "NULL");
+    if (json) counted_free(json);
+    besa_report_free(&s.report);
+    memset(&empty, 0, sizeof empty);
+    besa_report_free(&empty);
+
+    mkdir(links, 0777);                         /* as a cache of downloads lays it out */
+    snprintf(to, sizeof to, "%s/config.json", links);
+    snprintf(path, sizeof path, "../files/config.json");
+    CHECK(symlink(path, to) == 0, "symlink");
+    snprintf(to, sizeof to, "%s/model.safetensors", links);
+    snprintf(path, sizeof path, "../files/model.safetensors");
+    CHECK(symlink(path, to) == 0, "symlink");
+    {
+        setup l = new_setup(temp_path("out2"), BESA_METHOD_BESA, 0.5);
+        struct stat st;
+        l.source = links;
+        l.windows = 4;
+        CHECK_RUN(&l);
+        verify(&l);
+        snprintf(path, sizeof path, "%s/model.safetensors", l.output);
+        CHECK(lstat(path, &st) == 0 && S_ISREG(st.st_mode), "the output is a link");
+        snprintf(to, sizeof to, "%s/model.safetensors", s.output);
+        CHECK(same_file(path, to), "links change the result");
+        besa_report_free(&l.report);
+        discard(l.output);
+    }
+    discard(s.output);
+}
+
+/* ---- sources with zeros, other types and bad weights ----------------------------------------- */
+
+static int prunable(const char *name) { return strstr(name, "_proj.weight") != NULL; }
+
+/* 30 % zeros, a quarter of them -0; input column 5 of block 1's q, k, v is dead. */
+static void many_zeros(const char *name, float *v, int64_t rows, int64_t columns)
+{
+    uint64_t state = (uint64_t)(rows * 977 + columns) + strlen(name);
+    for (int64_t i = 0; prunable(name) && i < rows * columns; i++) {
+        float u = fixture_random(&state);
+        if (u < -0.4f) v[i] = u < -0.85f ? -0.0f : 0.0f;
+    }
+    if (strstr(name, "layers.1.input_layernorm")) v[5] = 0;
+}
+
+static void dead_column(const char *name, float *v, int64_t rows, int64_t columns)
+{
+    (void)rows, (void)columns;
+    if (strstr(name, "layers.1.input_layernorm")) v[5] = 0;
+}
+
+static void one_nan(const char *name, float *v, int64_t rows, int64_t columns)
+{
+    if (strstr(name, "layers.2.mlp.up_proj")) v[rows * columns / 2] = NAN;
+}
+
+static void one_infinity(const char *name, float *v, int64_t rows, int64_t columns)
+{
+    if (strstr(name, "layers.4.self_attn.k_proj")) v[rows * columns - 1] = -INFINITY;
+}
+
+static besa_checkpoint *open_stories(void)
+{
+    besa_checkpoint *checkpoint = NULL;
+    besa_error error;
+    if (besa_checkpoint_open(&checkpoint, g_stories, &error) != BESA_OK) {
+        printf("FAIL %s\n", error.message);
+        exit(1);
+    }
+    return checkpoint;
+}
+
+/* Number of weights of a column that are not zero in the output. */
+static int64_t column_kept(const char *directory, const char *name, int64_t column)
+{
+    besa_checkpoint *checkpoint = NULL;
+    const besa_tensor *t;
+    int64_t kept = -1;
+    if (besa_checkpoint_open(&checkpoint, directory, NULL) == BESA_OK && (t = besa_checkpoint_find(checkpoint, name))) {
+        size_t size = besa_dtype_size(t->dtype);
+        kept = 0;
+        for (int64_t r = 0; r < t->shape[0]; r++)
+            kept += memcmp((const char *)t->data + (size_t)(r * t->shape[1] + column) * size, "\0\0\0", size) != 0;
+    }
+    besa_checkpoint_close(checkpoint);
+    return kept;
+}
+
+static void test_element_types(void)
+{
+    static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_WANDA, BESA_METHOD_SPARSEGPT, BESA_METHOD_MAGNITUDE };
+    besa_checkpoint *stories = open_stories();
+    for (int type = 1; type <= 2; type++) {
+        const char *model = temp_path(type == 1 ? "f16" : "bf16");
+        fixture_variant(model, stories, g_stories, (besa_dtype)type, NULL);
+        for (int m = 0; m < 4; m++) {
+            setup s = new_setup(temp_path("out"), method[m], 0.5);
+            s.source = model;
+            s.windows = 8;
+            run_and_verify(&s);
+            discard(s.output);
+        }
+    }
+    besa_checkpoint_close(stories);
+}
+
+static void test_source_zeros(void)
+{
+    static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_WANDA, BESA_METHOD_MAGNITUDE };
+    besa_checkpoint *stories = open_stories();
+    for (int type = 0; type <= 2; type++) {
+        const char *model = temp_path("zeros%d", type);
+        fixture_variant(model, stories, g_stories, (besa_dtype)type, many_zeros);
+        for (int m = 0; m < 3; m++) {
+            setup s = new_setup(temp_path("out"), method[m], 0.6);
+            s.source = model;
+            CHECK_RUN(&s);
+            verify(&s);
+            for (int64_t b = 0; b < s.report.num_blocks; b++)
+                for (int l = 0; l < BESA_LAYERS; l++) {
+                    const besa_layer_report *r = &s.report.block[b].layer[l];
+                    double share = (double)r->source_zeros / (double)r->weights;
+                    CHECK(share > 0.25 && share < 0.35, "%d source zeros of %d", (int)r->source_zeros, (int)r->weights);
+                }
+            besa_report_free(&s.report);
+            discard(s.output);
+        }
+        {                                       /* fewer than there are zeros: no mask can do that */
+            setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.1);
+            s.source = model;
+            expect(&s, BESA_ERROR_TARGET, "");
+            discard(s.output);
+        }
+    }
+    besa_checkpoint_close(stories);
+}
+
+/* A dead input column scores 0: it goes first, but not beyond the count. */
+static void test_dead_column(void)
+{
+    static const besa_importance importance[] = { BESA_IMPORTANCE_WANDA, BESA_IMPORTANCE_SPARSEGPT,
+                                                  BESA_IMPORTANCE_SPARSEGPT_SQUARED };
+    besa_checkpoint *stories = open_stories();
+    const char *model = temp_path("dead");
+    fixture_variant(model, stories, g_stories, BESA_F32, dead_column);
+    besa_checkpoint_close(stories);
+    for (int i = 0; i < 5; i++) {
+        setup s = new_setup(temp_path("out"), i < 3 ? BESA_METHOD_BESA : i == 3 ? BESA_METHOD_WANDA : BESA_METHOD_SPARSEGPT,
+                            i < 3 ? 0.3 : 0.02);
+        s.source = model;
+        if (i < 3) s.options.importance = importance[i];
+        CHECK(run(&s) == BESA_OK, "case %d: %s", i, s.error.message);
+        if (i < 4) verify(&s);
+        for (int l = 0; l < 3; l++) {
+            char name[128];
+            snprintf(name, sizeof name, "model.layers.1.%s.weight", g_part[l]);
+            CHECK(column_kept(s.output, name, 5) == 0, "case %d: %s keeps weights of a dead column", i, name);
+        }
+        besa_report_free(&s.report);
+        discard(s.output);
+    }
+}
+
+static void test_not_finite(void)
+{
+    static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_WANDA, BESA_METHOD_SPARSEGPT, BESA_METHOD_MAGNITUDE };
+    besa_checkpoint *stories = open_stories();
+    fixture_variant(temp_path("nan"), stories, g_stories, BESA_F32, one_nan);
+    fixture_variant(temp_path("inf"), stories, g_stories, BESA_BF16, one_infinity);
+    besa_checkpoint_close(stories);
+    for (int m = 0; m < 4; m++) {
+        setup s = new_setup(temp_path("out"), method[m], 0.5);
+        s.source = temp_path("nan");
+        expect(&s, BESA_ERROR_NOT_FINITE, "model.layers.2.mlp.up_proj.weight");
+        discard(s.output);
+        s.source = temp_path("inf");
+        expect(&s, BESA_ERROR_NOT_FINITE, "model.layers.4.self_attn.k_proj.weight");
+        discard(s.output);
+    }
+}
+
+/* ---- refusals -------------------------------------------------------------------------------- */
+
+static void test_bad_options(void)
+{
+    static const double target[] = { 0, 1, -0.5, 1.5, NAN, INFINITY };
+    static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_WANDA };
+    setup s;
+    for (int t = 0; t < 6; t++)
+        for (int m = 0; m < 2; m++) {
+            s = new_setup(temp_path("out"), method[m], target[t]);
+            expect(&s, BESA_ERROR_OPTION, "target");
+        }
+    for (int i = 0; i < 9; i++) {
+        static const besa_fixed_rate bad = { "v_proj", 1.0 };
+        s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
+        switch (i) {
+        case 0: s.options.rates.candidates = 70000; break;
+        case 1: s.options.rates.candidates = -3; break;
+        case 2: s.options.epochs = -1; break;
+        case 3: s.options.batch_size = -1; break;
+        case 4: s.options.fixed = &bad, s.options.num_fixed = 1; break;
+        case 5: s.options.rates.penalty = -2; break;
+        case 6: s.options.rates.beta1 = 1.5; break;
+        case 7: s.options.method = (besa_method)77; break;
+        case 8: s.options.rates.group_rows = -7; break;
+        }
+        CHECK(run(&s) == BESA_ERROR_OPTION, "bad option %d: %s", i, s.error.message);
+        CHECK(!exists(s.output) && !exists(partial_of(s.output)), "bad option %d leaves files", i);
+        besa_report_free(&s.report);
+        discard(s.output);
+    }
+}
+
+static void test_bad_tokens(void)
+{
+    besa_checkpoint *checkpoint = open_stories();
+    besa_calibration c;
+    besa_prune_options o;
+    besa_error error;
+    int32_t ids[64];
+    memset(&c, 0, sizeof c);
+    memset(&o, 0, sizeof o);
+    memset(ids, 0, sizeof ids);
+    o.rates.target = 0.5;
+    c.ids = ids, c.nsamples = 2, c.seqlen = 32;
+    for (int i = 0; i < 2; i++) {
+        ids[37] = i ? -1 : 512;
+        CHECK(besa_prune(checkpoint, temp_path("out"), NULL, &c, &o, NULL, &error) == BESA_ERROR_TOKEN &&
+              strstr(error.message, i ? "-1" : "512") && !exists(temp_path("out")), "%s", error.message);
+        discard(temp_path("out"));
+    }
+    CHECK(besa_tokens_sample(&g_calibration, 1000, 1000, 0, 512, ids, &error) == BESA_ERROR_TOKENS, "%s", error.message);
+    CHECK(besa_tokens_sample(&g_calibration, 1, 32, 0, 3, ids, &error) == BESA_ERROR_TOKEN, "%s", error.message);
+    c.nsamples = 0;
+    CHECK(besa_prune(checkpoint, temp_path("out"), NULL, &c, &o, NULL, &error) != BESA_OK, "no sequences");
+    c.nsamples = 2, c.seqlen = 0;
+    CHECK(besa_prune(checkpoint, temp_path("out"), NULL, &c, &o, NULL, &error) != BESA_OK, "no tokens");
+    besa_checkpoint_close(checkpoint);
+}
+
+static void test_output_place(void)
+{
+    const char *model = temp_path("place");
+    char path[600];
+    setup s;
+    fixture_random_llama(model, 1, 32, 64, 4, 2, 64, BESA_F32);
+    s = new_setup(model, BESA_METHOD_WANDA, 0.5);
+    s.source = model;
+    expect(&s, BESA_ERROR_EXISTS, "place");
+    snprintf(path, sizeof path, "%s/", model);
+    s.output = path;
+    expect(&s, BESA_ERROR_EXISTS, "place");
+    snprintf(path, sizeof path, "%s/../place/.", model);
+    expect(&s, BESA_ERROR_EXISTS, "place");
+    mkdir(temp_path("empty"), 0777);
+    s.output = temp_path("empty");
+    expect(&s, BESA_ERROR_EXISTS, "empty");
+    write_bytes(temp_path("file"), "x", 1);
+    s.output = temp_path("file");
+    expect(&s, BESA_ERROR_EXISTS, "file");
+    s.output = temp_path("no/such/place");
+    CHECK(run(&s) != BESA_OK && strstr(s.error.message, "no/such"), "%s", s.error.message);
+    besa_report_free(&s.report);
+    s.output = NULL;                            /* measure only */
+    s.windows = 2;
+    CHECK_RUN(&s);
+    CHECK(s.report.perplexity > 1 && s.report.sparsity > 0.4, "perplexity %g", s.report.perplexity);
+    besa_report_free(&s.report);
+}
+
+/* A disk that is full: files may not grow past a limit. */
+static void test_full_disk(void)
+{
+    struct rlimit old, small;
+    setup s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
+    void (*handler)(int) = signal(SIGXFSZ, SIG_IGN);
+    besa_result r;
+    fflush(stdout);
+    getrlimit(RLIMIT_FSIZE, &old);
+    small = old;
+    small.rlim_cur = 400 * 1000;
+    setrlimit(RLIMIT_FSIZE, &small);
+    r = run(&s);
+    setrlimit(RLIMIT_FSIZE, &old);
+    signal(SIGXFSZ, handler);
+    CHECK(r == BESA_ERROR_WRITE, "%s: %s", besa_result_string(r), s.error.message);
+    CHECK(!exists(s.output), "an output was left");
+    besa_report_free(&s.report);
+    if (exists(partial_of(s.output))) {         /* room again: it goes on */
+        CHECK_RUN(&s);
+        verify(&s);
+        besa_report_free(&s.report);
+    }
+    discard(s.output);
+}
+
+/* ---- determinism and memory ------------------------------------------------------------------ */
+
+static void test_threads(void)
+{
+    static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_SPARSEGPT, BESA_METHOD_WANDA };
+    static const int threads[] = { 1, 2, 3, 8 };
+    for (int m = 0; m < 3; m++) {
+        double ppl[4];
+        for (int t = 0; t < 4; t++) {
+            setup s = new_setup(temp_path("threads%d", threads[t]), method[m], 0.5);
+            char first[256];
+            s.threads = threads[t];
+            s.windows = 8;
+            CHECK_RUN(&s);
+            ppl[t] = s.report.perplexity;
+            CHECK(ppl[t] == ppl[0], "%d threads: perplexity %.17g, one thread %.17g", threads[t], ppl[t], ppl[0]);
+            CHECK(compare_directories(temp_path("threads1"), s.output, NULL, first) == 0,
+                  "method %d, %d threads: %s differs", (int)method[m], threads[t], first);
+            besa_report_free(&s.report);
+        }
+        for (int t = 0; t < 4; t++) discard(temp_path("threads%d", threads[t]));
+    }
+}
+
+/* A CPU backend that counts what is allocated from it. */
+static struct counted {
+    besa_result (*alloc)(besa_backend *be, void **device, size_t bytes);
+    void (*release)(besa_backend *be, void *device);
+    besa_result (*host_alloc)(besa_backend *be, void **host, size_t bytes);
+    void (*host_release)(besa_backend *be, void *host);
+    struct { void *p; size_t bytes; int host; } block[256];
+    size_t live[2], peak[2];
+    int fail_at, calls;
+} g_counted;
+
+static besa_result counted_take(besa_backend *be, void **p, size_t bytes, int host)
+{
+    besa_result r;
+    if (++g_counted.calls == g_counted.fail_at) return BESA_ERROR_MEMORY;
+    r = host ? g_counted.host_alloc(be, p, bytes) : g_counted.alloc(be, p, bytes);
+    for (int i = 0; r == BESA_OK && i < 256; i++)
+        if (!g_counted.block[i].p) {
+            g_counted.block[i].p = *p, g_counted.block[i].bytes = bytes, g_counted.block[i].host = host;
+            g_counted.live[host] += bytes;
+            if (g_counted.live[host] > g_counted.peak[host]) g_counted.peak[host] = g_counted.live[host];
+            break;
+        }
+    return r;
+}
+
+static void counted_give(besa_backend *be, void *p, int host)
+{
+    for (int i = 0; p && i < 256; i++)
+        if (g_counted.block[i].p == p) {
+            g_counted.live[host] -= g_counted.block[i].bytes;
+            g_counted.block[i].p = NULL;
+            break;
+        }
+    if (host) g_counted.host_release(be, p);
+    else g_counted.release(be, p);
+}
+
+static besa_result counted_alloc(besa_backend *be, void **p, size_t bytes) { return counted_take(be, p, bytes, 0); }
+static besa_result counted_host_alloc(besa_backend *be, void **p, size_t bytes) { return counted_take(be, p, bytes, 1); }
+static void counted_release(besa_backend *be, void *p) { counted_give(be, p, 0); }
+static void counted_host_release(besa_backend *be, void *p) { counted_give(be, p, 1); }
+
+static besa_backend counted_backend(int fail_at)
+{
+    besa_backend be;
+    besa_cpu_options cpu;
+    besa_error error;
+    memset(&cpu, 0, sizeof cpu);
+    memset(&g_counted, 0, sizeof g_counted);
+    cpu.threads = 2;
+    CHECK_OK(besa_cpu_backend(&be, &cpu, &error), error);
+    g_counted.alloc = be.alloc, g_counted.release = be.free;
+    g_counted.host_alloc = be.host_alloc, g_counted.host_release = be.host_free;
+    g_counted.fail_at = fail_at;
+    be.alloc = counted_alloc, be.free = counted_release;
+    be.host_alloc = counted_host_alloc, be.host_free = counted_host_release;
+    return be;
+}
+
+static besa_plan_result plan_of(const setup *s, besa_result *result)
+{
+    besa_checkpoint *checkpoint = NULL;
+    besa_calibration c;
+    besa_plan_result plan;
+    besa_backend be;
+    besa_error error;
+    besa_cpu_options cpu;
+    static int32_t test_ids[64];
+    memset(&c, 0, sizeof c);
+    memset(&plan, 0, sizeof plan);
+    memset(&cpu, 0, sizeof cpu);
+    cpu.threads = 2;
+    c.nsamples = s->nsamples, c.seqlen = s->seqlen;
+    c.test_windows = s->windows, c.test_seqlen = s->windows ? 64 : 0, c.test_ids = s->windows ? test_ids : NULL;
+    CHECK_OK(besa_cpu_backend(&be, &cpu, &error), error);
+    CHECK_OK(besa_checkpoint_open(&checkpoint, s->source, &error), error);
+    *result = checkpoint ? besa_plan(checkpoint, &be, &c, &s->options, &plan, &error) : BESA_ERROR_READ;
+    besa_checkpoint_close(checkpoint);
+    be.destroy(&be);
+    return plan;
+}
+
+/* What is allocated at the peak is what besa_plan said, to the byte, and all of it is given back. */
+static void test_plan(void)
+{
+    for (int i = 0; i < 9; i++) {
+        setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
+        besa_plan_result plan;
+        besa_result r;
+        besa_backend be;
+        char model[512];
+        switch (i) {
+        case 1: s.options.method = BESA_METHOD_WANDA; break;
+        case 2: s.options.method = BESA_METHOD_SPARSEGPT; break;
+        case 3: s.options.method = BESA_METHOD_MAGNITUDE, s.windows = 5; break;
+        case 4: s.options.dense_stream = 1, s.options.norm_all = 1; break;
+        case 5: s.options.importance = BESA_IMPORTANCE_SPARSEGPT, s.options.batch_size = 3; break;
+        case 6: s.options.rates.optimizer = BESA_ADAMW, s.options.rates.group_rows = 5, s.nsamples = 3; break;
+        case 7: snprintf(model, sizeof model, "%s/checkpoints/qwen3_qknorm_f32", g_reference), s.source = model; break;
+        case 8: s.windows = 40; break;
+        }
+        plan = plan_of(&s, &r);
+        CHECK(r == BESA_OK, "case %d: %s", i, besa_result_string(r));
+        be = counted_backend(0);
+        s.be = &be;
+        CHECK(run(&s) == BESA_OK, "case %d: %s", i, s.error.message);
+        CHECK(g_counted.peak[0] == plan.device_bytes, "case %d: %zu bytes at the peak, plan %zu", i, g_counted.peak[0],
+              plan.device_bytes);
+        CHECK(g_counted.peak[1] == plan.host_bytes, "case %d: %zu host bytes at the peak, plan %zu", i, g_counted.peak[1],
+              plan.host_bytes);
+        CHECK(g_counted.live[0] == 0 && g_counted.live[1] == 0, "case %d: %zu bytes not given back", i,
+              g_counted.live[0] + g_counted.live[1]);
+        CHECK(plan.flop > 0 && plan.micro_batch >= 1 && plan.mapped_block_bytes > 0, "case %d: plan is not filled in", i);
+        {
+            struct stat st;
+            char path[600];
+            snprintf(path, sizeof path, "%s/model.safetensors", s.output);
+            if (stat(path, &st) == 0)
+                CHECK(plan.disk_bytes >= (uint64_t)st.st_size && plan.disk_bytes < (uint64_t)st.st_size + 4000000,
+                      "case %d: plan says %.0f bytes of disk for a file of %.0f", i, (double)plan.disk_bytes,
+                      (double)st.st_size);
+        }
+        besa_report_free(&s.report);
+        be.destroy(&be);
+        discard(s.output);
+    }
+}
+
+/* A smaller budget means smaller micro-batches and the same result but for rounding; one too small names the bytes. */
+static void test_budget(void)
+{
+    setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
+    besa_plan_result full, less;
+    besa_result result;
+    double ppl;
+    s.nsamples = 16, s.seqlen = 64, s.windows = 16;
+    s.options.batch_size = 8;
+    full = plan_of(&s, &result);
+    CHECK(result == BESA_OK, "%s", besa_result_string(result));
+    ppl = run_and_verify(&s);
+    discard(s.output);
+    CHECK(full.micro_batch > 1, "micro-batch %d without a budget", (int)full.micro_batch);
+    for (int percent = 90; percent >= 30; percent -= 20) {
+        besa_result r;
+        double with;
+        s.options.memory_budget = full.device_bytes / 100 * (size_t)percent;
+        less = plan_of(&s, &r);
+        if (r == BESA_ERROR_MEMORY && percent < 90) break; /* too little for a micro-batch of one */
+        CHECK(r == BESA_OK, "%d %%: %s", percent, besa_result_string(r));
+        CHECK(less.micro_batch < full.micro_batch && less.device_bytes <= s.options.memory_budget,
+              "budget %zu: micro-batch %d, %zu bytes", s.options.memory_budget, (int)less.micro_batch, less.device_bytes);
+        with = run_and_verify(&s);
+        CHECK(fabs(log(with / ppl)) < 0.02, "perplexity %g with %d %% of the memory, %g with all", with, percent, ppl);
+        discard(s.output);
+    }
+    s.options.memory_budget = 10000;
+    expect(&s, BESA_ERROR_MEMORY, "10000");
+    discard(s.output);
+}
+
+static int open_files(void)
+{
+    DIR *d = opendir("/proc/self/fd");
+    int n = 0;
+    while (d && readdir(d)) n++;
+    if (d) closedir(d);
+    return n;
+}
+
+static int mapped_files(void)                   /* mappings of files below g_temp or the source */
+{
+    FILE *f = fopen("/proc/self/maps", "r");
+    char line[2048];
+    int n = 0;
+    while (f && fgets(line, sizeof line, f)) n += strstr(line, ".safetensors") != NULL || strstr(line, g_temp) != NULL;
+    if (f) fclose(f);
+    return n;
+}
+
+/* The n-th allocation fails, for every n: each time a result, nothing leaked, nothing that looks like an output. */
+static void test_allocation_failures(void)
+{
+    const char *model = temp_path("tiny");
+    static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_SPARSEGPT };
+    fixture_random_llama(model, 2, 16, 24, 2, 1, 32, BESA_F32);
+    for (int m = 0; m < 2; m++) {
+        int64_t n = 1;
+        int done = 0, fds = open_files(), maps = mapped_files();
+        for (; !done && n < 20000; n += n < 1500 ? 1 : 37) {
+            setup s = new_setup(temp_path("out"), method[m], 0.5);
+            int64_t live = g_live;
+            besa_result r;
+            s.source = model;
+            s.nsamples = 2, s.seqlen = 8, s.windows = 1, s.threads = 1;
+            g_allocations = 0, g_fail_at = n;
+            r = run(&s);
+            done = g_allocations < n;
+            g_fail_at = 0;
+            CHECK(r == BESA_ERROR_MEMORY || r == BESA_OK, "allocation %d: %s (%s)", (int)n, besa_result_string(r),
+                  s.error.message);
+            CHECK(!done || r == BESA_OK, "no allocation failed, but %s", s.error.message);
+            CHECK(r == BESA_OK || !exists(s.output), "allocation %d leaves an output", (int)n);
+            if (r == BESA_OK) verify(&s);
+            besa_report_free(&s.report);
+            CHECK(g_live == live, "allocation %d: %d blocks leaked", (int)n, (int)(g_live - live));
+            discard(s.output);
+        }
+        CHECK(done, "a small run makes more than %d allocations", (int)n);
+        if (getenv("TEST_VERBOSE")) printf("    %d allocations\n", (int)n - 2);
+        CHECK(open_files() == fds && mapped_files() == maps, "%d files and %d mappings left open", open_files() - fds,
+              mapped_files() - maps);
+    }
+    for (int n = 1, done = 0; !done && n < 200; n++) { /* the device runs out */
+        setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
+        besa_backend be = counted_backend(n);
+        besa_result r;
+        s.source = model;
+        s.nsamples = 2, s.seqlen = 8, s.windows = 1;
+        s.be = &be;
+        r = run(&s);
+        done = g_counted.calls < n;
+        CHECK(r == (done ? BESA_OK : BESA_ERROR_MEMORY), "device allocation %d: %s", n, besa_result_string(r));
+        CHECK(g_counted.live[0] == 0 && g_counted.live[1] == 0, "device allocation %d: memory not given back", n);
+        besa_report_free(&s.report);
+        be.destroy(&be);
+        discard(s.output);
+    }
+}
+
+/* ---- interrupted runs ------------------------------------------------------------------------ */
+
+static struct { int64_t calls, stop_at; double last; } g_progress;
+
+static int count_progress(void *user, const besa_progress *p)
+{
+    (void)user;
+    g_progress.calls++;
+    CHECK(p->fraction >= g_progress.last - 1e-9 && p->fraction <= 1 + 1e-9 && p->block >= 0 && p->block <= p->blocks &&
+          p->pass >= 0 && p->pass < BESA_PASS_COUNT && isfinite(p->seconds_left) && p->seconds >= 0,
+          "progress: block %d, fraction %g after %g", (int)p->block, p->fraction, g_progress.last);
+    g_progress.last = p->fraction;
+    return g_progress.calls == g_progress.stop_at;
+}
+
+static setup interrupted_setup(const char *output, int64_t stop_at)
+{
+    setup s = new_setup(output, BESA_METHOD_BESA, 0.5);
+    s.nsamples = 6, s.seqlen = 16, s.windows = 2;
+    s.options.rates.d_coef = 1000;              /* so that few steps move the rates */
+    s.options.progress = count_progress;
+    g_progress.calls = 0, g_progress.stop_at = stop_at, g_progress.last = 0;
+    return s;
+}
+
+/* Stop at every single call of the progress callback; what was begun goes on and ends with the same bytes. */
+static void test_cancel(void)
+{
+    const char *whole = temp_path("whole");
+    setup s = interrupted_setup(whole, -1);
+    int64_t calls, resumed = 0, live = g_live;
+    double ppl;
+    CHECK_RUN(&s);
+    ppl = s.report.perplexity;
+    besa_report_free(&s.report);
+    calls = g_progress.calls;
+    CHECK(calls >= 5 && g_progress.last > 0.9, "%d calls, the last at %g", (int)calls, g_progress.last);
+    for (int64_t stop = 1; stop <= calls; stop += 1 + calls / 300) {
+        char first[256];
+        besa_result r;
+        s = interrupted_setup(temp_path("out"), stop);
+        r = run(&s);
+        besa_report_free(&s.report);
+        CHECK(r == BESA_ERROR_CANCELLED, "stop %d: %s", (int)stop, besa_result_string(r));
+        CHECK(!exists(s.output), "stop %d leaves an output", (int)stop);
+        s = interrupted_setup(s.output, -1);
+        s.threads = stop % 2 ? 3 : 1;           /* which must not matter */
+        CHECK_RUN(&s);
+        resumed += s.report.resumed_blocks;
+        CHECK(s.report.perplexity == ppl, "stop %d: perplexity %.17g, uninterrupted %.17g", (int)stop, s.report.perplexity, ppl);
+        if (stop % 5 == 0) verify(&s);
+        besa_report_free(&s.report);
+        CHECK(compare_directories(whole, s.output, NULL, first) == 0, "stop %d: %s differs", (int)stop, first);
+        CHECK(!exists(partial_of(s.output)), "stop %d: the partial output is still there", (int)stop);
+        discard(s.output);
+    }
+    CHECK(resumed > calls / 4, "%d blocks taken over in %d runs", (int)resumed, (int)calls);
+    CHECK(g_live == live, "%d blocks leaked", (int)(g_live - live));
+    discard(whole);
+}
+
+/* A partial output belongs to the run that began it, and survives the attempts of others. */
+static void test_resume_refused(void)
+{
+    setup s = interrupted_setup(temp_path("whole"), -1);
+    const char *other = temp_path("other");
+    besa_checkpoint *stories = open_stories();
+    char first[256];
+    int64_t calls;
+    CHECK_RUN(&s);
+    besa_report_free(&s.report);
+    calls = g_progress.calls;
+    fixture_variant(other, stories, g_stories, BESA_F32, dead_column);
+    besa_checkpoint_close(stories);
+    s = interrupted_setup(temp_path("out"), calls * 3 / 4);
+    CHECK(run(&s) == BESA_ERROR_CANCELLED, "%s", s.error.message);
+    besa_report_free(&s.report);
+    for (int i = 0; i < 9; i++) {
+        s = interrupted_setup(temp_path("out"), -1);
+        switch (i) {
+        case 0: s.options.rates.target = 0.6; break;
+        case 1: s.options.method = BESA_METHOD_WANDA; break;
+        case 2: s.skip_tokens = 1; break;
+        case 3: s.source = other; break;
+        case 4: s.options.rates.d_coef = 999; break;
+        case 5: s.nsamples = 5; break;
+        case 6: s.options.norm_all = 1; break;
+        case 7: s.options.rates.form = BESA_RATES_ROW; break;
+        case 8: s.options.epochs = 2; break;
+        }
+        CHECK(run(&s) == BESA_ERROR_RESUME, "case %d: %s", i, s.error.message);
+        CHECK(!exists(s.output), "case %d leaves an output", i);
+        besa_report_free(&s.report);
+    }
+    s = interrupted_setup(temp_path("out"), -1);
+    CHECK_RUN(&s);
+    CHECK(s.report.resumed_blocks >= 1, "nothing was taken over");
+    besa_report_free(&s.report);
+    CHECK(compare_directories(temp_path("whole"), s.output, NULL, first) == 0, "%s differs", first);
+    discard(s.output);
+    discard(temp_path("whole"));
+}
+
+static double seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* The run of --child: the same in this process and in one that gets killed. */
+static setup child_setup(const char *source, const char *output)
+{
+    setup s = new_setup(output, BESA_METHOD_BESA, 0.5);
+    s.source = source;
+    s.nsamples = 16;
+    s.seqlen = 64;
+    return s;
+}
+
+static pid_t start_child(const char *source, const char *output, const char *tokens)
+{
+    pid_t pid = fork();
+    if (pid == 0) {
+        execl("/proc/self/exe", "test_pipeline", "--child", source, output, tokens, (char *)NULL);
+        _exit(127);
+    }
+    return pid;
+}
+
+/* kill -9 at random moments, twice before the run may end; the output is absent or whole, and the same in the end. */
+static void test_kill(void)
+{
+    const char *whole = temp_path("whole"), *out = temp_path("out");
+    char tokens[600], first[256];
+    setup s = child_setup(g_stories, whole);
+    uint64_t state = 7;
+    double t = seconds();
+    int64_t resumed = 0, killed = 0;
+    int status;
+    snprintf(tokens, sizeof tokens, "%s/calibration_tokens.npy", g_stories);
+    waitpid(start_child(g_stories, out, tokens), &status, 0);
+    t = seconds() - t;
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the child failed");
+    CHECK_RUN(&s);
+    besa_report_free(&s.report);
+    CHECK(compare_directories(whole, out, NULL, first) == 0, "another process: %s differs", first);
+    for (int round = 0; round < 12; round++) {
+        discard(out);
+        for (int k = 0; k < 2 && !exists(out); k++) {
+            pid_t pid = start_child(g_stories, out, tokens);
+            usleep((useconds_t)(1e6 * t * (0.55 + 0.5 * (double)fixture_random(&state))));
+            kill(pid, SIGKILL);
+            waitpid(pid, &status, 0);
+            killed += WIFSIGNALED(status);
+            CHECK(!exists(out) || compare_directories(whole, out, NULL, first) == 0, "round %d: %s is not whole", round, first);
+        }
+        if (!exists(out)) {
+            s = child_setup(g_stories, out);
+            CHECK_RUN(&s);
+            resumed += s.report.resumed_blocks;
+            besa_report_free(&s.report);
+        }
+        CHECK(compare_directories(whole, out, NULL, first) == 0, "round %d: %s differs", round, first);
+    }
+    CHECK(killed > 4 && resumed > 0, "%d runs killed, %d blocks taken over", (int)killed, (int)resumed);
+    discard(out);
+    discard(whole);
+}
+
+/* A damaged partial output is noticed: the block's checksum in the journal, and the run ends with the right bytes. */
+static void test_damaged_partial(void)
+{
+    setup s = interrupted_setup(temp_path("whole"), -1);
+    char path[700], first[256];
+    int64_t calls;
+    unsigned char *p;
+    size_t n;
+    besa_result r;
+    CHECK_RUN(&s);
+    besa_report_free(&s.report);
+    calls = g_progress.calls;
+    s = interrupted_setup(temp_path("out"), calls * 3 / 4);
+    CHECK(run(&s) == BESA_ERROR_CANCELLED, "%s", s.error.message);
+    besa_report_free(&s.report);
+    snprintf(path, sizeof path, "%s/model.safetensors", partial_of(s.output));
+    p = read_bytes(path, &n);
+    if (CHECK(p && n > 700000, "%s is not there", path)) {
+        for (size_t i = n / 16 * 4; i < n / 16 * 4 + 4000; i += 4) p[i] ^= 0x5A; /* mantissas: all stays finite */
+        write_bytes(path, p, n);
+    }
+    free(p);
+    s = interrupted_setup(s.output, -1);
+    r = run(&s);                                /* begun again from the damage, or refused: never passed on */
+    besa_report_free(&s.report);
+    CHECK(r != BESA_OK || compare_directories(temp_path("whole"), s.output, NULL, first) == 0, "damage was passed on: %s",
+          first);
+    discard(s.output);
+    discard(temp_path("whole"));
+}
+
+/* ---------------------------------------------------------------------------------------------- */
+
+static int child(char **argv)
+{
+    besa_error error;
+    setup s = child_setup(argv[0], argv[1]);
+    int failed = besa_tokens_load(&g_calibration, argv[2], &error) != BESA_OK || run(&s) != BESA_OK;
+    besa_report_free(&s.report);
+    besa_tokens_free(&g_calibration);
+    return failed;
+}
+
+int main(int argc, char **argv)
+{
+    char path[600];
+    besa_error error;
+    if (argc == 5 && !strcmp(argv[1], "--child")) return child(argv + 2);
+    if (argc < 3) return fprintf(stderr, "usage: %s STORIES260K REFERENCE [part of a test's name]\n", argv[0]), 2;
+    g_stories = argv[1];
+    g_reference = argv[2];
+    test.only = argc > 3 ? argv[3] : NULL;
+    temp_create();
+    snprintf(path, sizeof path, "%s/calibration_tokens.npy", g_stories);
+    if (besa_tokens_load(&g_calibration, path, &error) != BESA_OK) return printf("FAIL %s\n", error.message), 1;
+    snprintf(path, sizeof path, "%s/test_tokens.npy", g_stories);
+    if (besa_tokens_load(&g_test, path, &error) != BESA_OK) return printf("FAIL %s\n", error.message), 1;
+    TEST("dense perplexity") test_dense_perplexity();
+    TEST("methods and targets") test_methods();
+    TEST("N:M patterns") test_patterns();
+    TEST("BESA's options") test_besa_options();
+    TEST("fixed layers") test_fixed_layers();
+    TEST("presets") test_presets();
+    TEST("reference checkpoints pruned") test_reference_checkpoints();
+    TEST("report, small files, links") test_report_and_files();
+    TEST("f16 and bf16") test_element_types();
+    TEST("source zeros") test_source_zeros();
+    TEST("dead input column") test_dead_column();
+    TEST("weights that are not finite") test_not_finite();
+    TEST("bad options") test_bad_options();
+    TEST("bad tokens") test_bad_tokens();
+    TEST("output place") test_output_place();
+    TEST("full disk") test_full_disk();
+    TEST("threads") test_threads();
+    TEST("plan") test_plan();
+    TEST("memory budget") test_budget();
+    TEST("allocation failures") test_allocation_failures();
+    TEST("cancel and resume") test_cancel();
+    TEST("resume refused") test_resume_refused();
+    TEST("kill and resume") test_kill();
+    TEST("damaged partial output") test_damaged_partial();
+    besa_tokens_free(&g_calibration);
+    besa_tokens_free(&g_test);
+    return test_finish();
+}
