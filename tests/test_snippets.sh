@@ -1,0 +1,54 @@
+#!/bin/sh
+# test_snippets.sh HEADER README WORK - what is written for readers is true: the header's contents name its sections
+# in their order, the quick start in its manual compiles, and so does every C block of the README.
+header=$1 readme=$2 work=$3 cc=${CC:-cc}
+include=$(dirname "$header")
+rm -rf "$work" && mkdir -p "$work" || exit 1
+
+verdict() { if [ "$1" -eq 0 ]; then echo "PASS $2"; else echo "FAIL $2"; failed=1; fi; }
+failed=0
+
+# A section opens with a comment line "// >>name"; the manual's contents list has ">>name" without the slashes.
+sed -n 's,^[ /*]*// >>\([a-z0-9-]*\).*,\1,p' "$header" >"$work/sections"
+sed '/define BESA_H$/q' "$header" | grep -v '// >>' | grep -o '>>[a-z0-9][a-z0-9-]*' | sed 's/>>//' >"$work/contents"
+diff "$work/contents" "$work/sections" | sed 's/^</    contents only:/; s/^>/    section only:/' | grep -v '^[0-9-]'
+cmp -s "$work/contents" "$work/sections" && [ "$(wc -l <"$work/sections")" -gt 5 ]
+verdict $? "contents and sections of the header agree"
+[ -z "$(sort "$work/sections" | uniq -d)" ]
+verdict $? "section markers are unique"
+
+# Wrap a snippet that is not a program: its preprocessor lines first, the rest in a function.
+compile()
+{
+    if grep -q 'main *(' "$1"; then cp "$1" "$1.c"
+    else
+        { grep '^ *#' "$1"; grep -q 'include "besa.h"' "$1" || echo '#include "besa.h"'
+          echo 'void snippet(void);'; echo 'void snippet(void)'; echo '{'; grep -v '^ *#' "$1"; echo '}'; } >"$1.c"
+    fi
+    $cc -std=gnu11 -Wall -Wextra -Wno-unused -I"$include" -c "$1.c" -o "$1.o" 2>"$1.log"
+    status=$?
+    [ $status -eq 0 ] || sed 's/^/    /' "$1.log" | head -20
+    return $status
+}
+
+awk -v work="$work" '/^```c$/ { n++; f = sprintf("%s/readme%d", work, n); next } /^```/ { f = "" } f { print >f }' "$readme"
+found=0
+for block in "$work"/readme?*; do
+    [ -f "$block" ] || continue
+    case $block in *.c|*.o|*.log) continue ;; esac
+    found=1
+    compile "$block"
+    verdict $? "README, C block $(basename "$block" | tr -dc 0-9)"
+done
+[ $found -eq 1 ] || { echo "FAIL the README has no C block"; failed=1; }
+
+# The manual's quick start: the indented lines below its title; a line of prose in it begins with "...".
+sed -n '/^ \* QUICK START/,/^ \* [^ ]/p' "$header" | sed -n 's/^ \*     //p' | grep -v '^ *\.\.\.' >"$work/quickstart"
+if [ "$(wc -l <"$work/quickstart")" -gt 5 ]; then
+    { grep '^ *#' "$work/quickstart"; printf '#include <stdio.h>\nvoid quick_start(int32_t *ids);\nvoid quick_start(int32_t *ids)\n{\n'
+      grep -v '^ *#' "$work/quickstart"; echo '}'; } >"$work/quick.c"
+    $cc -std=gnu11 -Wall -Wextra -I"$include" -c "$work/quick.c" -o "$work/quick.o" 2>"$work/quick.log" || sed 's/^/    /' "$work/quick.log" | head
+    [ -f "$work/quick.o" ]
+    verdict $? "the quick start in the header compiles"
+else echo "FAIL the header's manual has no quick start"; failed=1; fi
+exit $failed
