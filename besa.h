@@ -2648,7 +2648,8 @@ typedef struct besa__gemm_kernel {
 /* ---- portable C ---- */
 
 /* dst (count) = fp32 of the elements at, at + step, ... */
-static void besa__gemm_read(float *dst, const besa__gemm_operand *x, int64_t at, int64_t step, int64_t count) {
+static void besa__gemm_read(float *dst, const besa__gemm_operand *x, int64_t at, int64_t step, int64_t count)
+{
     if (x->dtype == BESA_F32) {
         const float *s = (const float *)x->data + at;
         for (int64_t i = 0; i < count; i++) dst[i] = s[i * step];
@@ -2662,7 +2663,8 @@ static void besa__gemm_read(float *dst, const besa__gemm_operand *x, int64_t at,
 }
 
 static void besa__gemm_pack_c(float *dst, int64_t width, const besa__gemm_operand *x, int64_t at,
-                              int64_t count, int64_t k) {
+                              int64_t count, int64_t k)
+{
     float run[64];
     if (count < width) memset(dst, 0, (size_t)(width * k) * sizeof *dst);
     if (x->outer_step == 1) {
@@ -2680,7 +2682,8 @@ static void besa__gemm_pack_c(float *dst, int64_t width, const besa__gemm_operan
 
 /* 4 x 8, plain loops that a compiler vectorises for any instruction set */
 static inline void besa__gemm_tile_c(int64_t units, const float *a, const float *b, float *c, int64_t c_row,
-                                     float alpha, int add, const float *bias) {
+                                     float alpha, int add, const float *bias)
+{
     float sum[4][8];
     memset(sum, 0, sizeof sum);
     for (int64_t p = 0; p < units; p++, a += 4, b += 8)
@@ -2707,7 +2710,8 @@ static inline void besa__gemm_tile_c(int64_t units, const float *a, const float 
     c += c_row;
 
 static void besa__gemm_tile_neon(int64_t units, const float *a, const float *b, float *c, int64_t c_row,
-                                 float alpha, int add, const float *bias) {
+                                 float alpha, int add, const float *bias)
+{
     float32x4_t bias_l = bias ? vld1q_f32(bias) : vdupq_n_f32(0.0f);
     float32x4_t bias_h = bias ? vld1q_f32(bias + 4) : vdupq_n_f32(0.0f);
     BESA__GEMM_ROWS(BESA__GEMM_ZERO)
@@ -2751,7 +2755,8 @@ static void besa__gemm_tile_neon(int64_t units, const float *a, const float *b, 
     c += c_row;
 
 BESA__GEMM_AVX2 static void besa__gemm_tile_avx2(int64_t units, const float *a, const float *b, float *c,
-                                                 int64_t c_row, float alpha, int add, const float *bias) {
+                                                 int64_t c_row, float alpha, int add, const float *bias)
+{
     __m256 ai, bl, bh, bias_l, bias_h;
     BESA__GEMM_ROWS(BESA__GEMM_ZERO)
     for (int64_t p = 0; p < units; p++, a += 6, b += 16) {
@@ -2800,12 +2805,14 @@ BESA__GEMM_AVX2 static void besa__gemm_tile_avx2(int64_t units, const float *a, 
     BESA__GEMM_ROWS(BESA__GEMM_SAVE)
 
 BESA__GEMM_AVX512 static void besa__gemm_tile_avx512(int64_t units, const float *a, const float *b, float *c,
-                                                     int64_t c_row, float alpha, int add, const float *bias) {
+                                                     int64_t c_row, float alpha, int add, const float *bias)
+{
     BESA__GEMM_BODY(BESA__GEMM_STEP)
 }
 BESA__GEMM_AVX512_BF16 static void besa__gemm_tile_avx512_bf16(int64_t units, const float *a, const float *b,
                                                                float *c, int64_t c_row, float alpha, int add,
-                                                               const float *bias) {
+                                                               const float *bias)
+{
     BESA__GEMM_BODY(BESA__GEMM_STEP_BF16)
 }
 #undef BESA__GEMM_ROWS
@@ -2821,7 +2828,8 @@ static inline uint16_t besa__gemm_mask(int64_t count) {     /* of the first `cou
 
 /* The fp32 bits of up to 16 elements that follow each other; nothing is read beyond `count`. */
 BESA__GEMM_AVX512 static inline __m512i besa__gemm_load_avx512(const besa__gemm_operand *x, int64_t at,
-                                                               int64_t count) {
+                                                               int64_t count)
+{
     __mmask16 mask = besa__gemm_mask(count);
     __m512i v, up, number;
     if (x->dtype == BESA_F32) v = _mm512_maskz_loadu_epi32(mask, (const float *)x->data + at);
@@ -2842,7 +2850,8 @@ BESA__GEMM_AVX512 static inline __m512i besa__gemm_load_avx512(const besa__gemm_
 /* The outer positions follow each other in memory: a row of the panel is a copy. The rows may lie a page
    apart, where no prefetcher of the hardware follows: they are asked for 16 rows ahead. */
 BESA__GEMM_AVX512 static void besa__gemm_pack_rows_avx512(float *dst, int64_t width, const besa__gemm_operand *x,
-                                                          int64_t at, int64_t count, int64_t k, int64_t unit) {
+                                                          int64_t at, int64_t count, int64_t k, int64_t unit)
+{
     int64_t size = x->dtype == BESA_F32 ? 4 : 2;
     uintptr_t step = (uintptr_t)(x->k_step * size), ahead = (uintptr_t)x->data + (uintptr_t)(at * size) + 16 * step;
     for (int64_t p = 0; p < k; p += unit, dst += width, at += unit * x->k_step, ahead += (uintptr_t)unit * step)
@@ -2861,7 +2870,8 @@ BESA__GEMM_AVX512 static void besa__gemm_pack_rows_avx512(float *dst, int64_t wi
 
 /* dst (units) = one run along k */
 BESA__GEMM_AVX512 static void besa__gemm_run_avx512(uint32_t *dst, const besa__gemm_operand *x, int64_t at,
-                                                    int64_t k, int64_t unit) {
+                                                    int64_t k, int64_t unit)
+{
     static const uint16_t odd_words[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                            33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
     __m512i upper = _mm512_loadu_si512(odd_words);
@@ -2872,13 +2882,15 @@ BESA__GEMM_AVX512 static void besa__gemm_run_avx512(uint32_t *dst, const besa__g
     }
 }
 
-BESA__GEMM_AVX512 static inline __m128i besa__gemm_quarter(const char *from) {
+BESA__GEMM_AVX512 static inline __m128i besa__gemm_quarter(const char *from)
+{
     return _mm_loadu_si128((const __m128i *)(const void *)from);
 }
 
 /* dst (4, width) = four columns of `rows` lines that lie `stride` bytes apart: 4 x 4 blocks, transposed side by side */
 BESA__GEMM_AVX512 static inline void besa__gemm_transpose_avx512(float *dst, int64_t width, const char *from,
-                                                                 int64_t stride, int64_t rows, int64_t columns) {
+                                                                 int64_t stride, int64_t rows, int64_t columns)
+{
     __m512i r[4], lo01, hi01, lo23, hi23;
     __mmask16 mask = besa__gemm_mask(rows);
     for (int q = 0; q < 4; q++, from += stride) {
@@ -2898,7 +2910,8 @@ BESA__GEMM_AVX512 static inline void besa__gemm_transpose_avx512(float *dst, int
 
 /* run (16, 64) = 16 outer positions from `at` on, `count` of them real, and `k` positions: in units, one line each */
 BESA__GEMM_AVX512 static void besa__gemm_stage_avx512(uint32_t *run, const besa__gemm_operand *x, int64_t at,
-                                                      int64_t count, int64_t k, int64_t unit) {
+                                                      int64_t count, int64_t k, int64_t unit)
+{
     float line[128];
     besa__gemm_operand copied = {line, BESA_F32, 0, 1, 0};
     for (int64_t i = 0; i < 16; i++, run += 64, at += x->outer_step)
@@ -2913,7 +2926,8 @@ BESA__GEMM_AVX512 static void besa__gemm_stage_avx512(uint32_t *run, const besa_
 /* Any other stride: 16 outer positions at a time are brought to lines of 64 units along k, unless they
    have that form already, and transposed. */
 BESA__GEMM_AVX512 static void besa__gemm_pack_columns_avx512(float *dst, int64_t width, const besa__gemm_operand *x,
-                                                             int64_t at, int64_t count, int64_t k, int64_t unit) {
+                                                             int64_t at, int64_t count, int64_t k, int64_t unit)
+{
     int ready = x->k_step == 1 && (unit == 2 ? x->dtype == BESA_BF16 : x->dtype == BESA_F32 && !x->round);
     int64_t size = x->dtype == BESA_F32 ? 4 : 2;
     uint32_t run[16 * 64];
@@ -2933,12 +2947,14 @@ BESA__GEMM_AVX512 static void besa__gemm_pack_columns_avx512(float *dst, int64_t
 }
 
 BESA__GEMM_AVX512 static void besa__gemm_pack_avx512(float *dst, int64_t width, const besa__gemm_operand *x,
-                                                     int64_t at, int64_t count, int64_t k) {
+                                                     int64_t at, int64_t count, int64_t k)
+{
     if (x->outer_step == 1) besa__gemm_pack_rows_avx512(dst, width, x, at, count, k, 1);
     else besa__gemm_pack_columns_avx512(dst, width, x, at, count, k, 1);
 }
 BESA__GEMM_AVX512 static void besa__gemm_pack_avx512_bf16(float *dst, int64_t width, const besa__gemm_operand *x,
-                                                          int64_t at, int64_t count, int64_t k) {
+                                                          int64_t at, int64_t count, int64_t k)
+{
     if (x->outer_step == 1) besa__gemm_pack_rows_avx512(dst, width, x, at, count, k, 2);
     else besa__gemm_pack_columns_avx512(dst, width, x, at, count, k, 2);
 }
@@ -2947,7 +2963,8 @@ BESA__GEMM_AVX512 static void besa__gemm_pack_avx512_bf16(float *dst, int64_t wi
 #endif
 #endif /* BESA__GEMM_X86 */
 
-static besa__gemm_kernel besa__gemm_choose(int bf16) {
+static besa__gemm_kernel besa__gemm_choose(int bf16)
+{
     besa__gemm_kernel kernel = {4, 8, 1, besa__gemm_pack_c, besa__gemm_tile_c};
     (void)bf16;
 #if defined(BESA__GEMM_NEON)
@@ -2978,7 +2995,8 @@ typedef struct besa__gemm_block {
 } besa__gemm_block;
 
 /* Packs panel `index`: the panels of A come first, then those of B. */
-static void besa__gemm_pack_panel(const besa__gemm_block *s, int64_t index) {
+static void besa__gemm_pack_panel(const besa__gemm_block *s, int64_t index)
+{
     int64_t mr = s->kernel.mr, nr = s->kernel.nr, panels = besa__parts(s->m, mr);
     if (index < panels) {
         int64_t i = index * mr, at = (s->i0 + i) * s->a.outer_step + s->p0 * s->a.k_step;
@@ -2990,7 +3008,8 @@ static void besa__gemm_pack_panel(const besa__gemm_block *s, int64_t index) {
 }
 
 /* One micro-tile at (i, j) of the block; at the edges it is computed whole, on the stack. */
-static void besa__gemm_micro(const besa__gemm_block *s, int64_t i, int64_t j) {
+static void besa__gemm_micro(const besa__gemm_block *s, int64_t i, int64_t j)
+{
     const besa__gemm_args *g = s->g;
     int64_t mr = s->kernel.mr, nr = s->kernel.nr;
     int64_t rows = besa__min(mr, s->m - i), columns = besa__min(nr, s->n - j);
@@ -3017,7 +3036,8 @@ static void besa__gemm_micro(const besa__gemm_block *s, int64_t i, int64_t j) {
 }
 
 /* Tile `index` of the block, TM x TN of C, one panel of B after another. */
-static void besa__gemm_tile(const besa__gemm_block *s, int64_t index) {
+static void besa__gemm_tile(const besa__gemm_block *s, int64_t index)
+{
     int64_t down = besa__parts(s->m, BESA__GEMM_TM);
     int64_t i0 = index % down * BESA__GEMM_TM, i1 = besa__min(i0 + BESA__GEMM_TM, s->m);
     int64_t j0 = index / down * BESA__GEMM_TN, j1 = besa__min(j0 + BESA__GEMM_TN, s->n);
@@ -3028,7 +3048,8 @@ static void besa__gemm_tile(const besa__gemm_block *s, int64_t index) {
 
 /* work(block, 0), ..., work(block, count - 1) in any order */
 static void besa__gemm_share(const besa__gemm_block *s, void (*work)(const besa__gemm_block *, int64_t),
-                             int64_t count, int threads) {
+                             int64_t count, int threads)
+{
 #ifdef _OPENMP
     if (threads > 1) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
@@ -3041,12 +3062,14 @@ static void besa__gemm_share(const besa__gemm_block *s, void (*work)(const besa_
 }
 
 /* The length of equal blocks, a multiple of `grain` and at most `most`. */
-static int64_t besa__gemm_cut(int64_t total, int64_t most, int64_t grain) {
+static int64_t besa__gemm_cut(int64_t total, int64_t most, int64_t grain)
+{
     int64_t length = besa__parts(total, besa__parts(total > 0 ? total : 1, most));
     return besa__parts(length > 0 ? length : 1, grain) * grain;
 }
 
-static void besa__gemm_run(const besa__gemm_args *g, int threads, int bf16, void *scratch) {
+static void besa__gemm_run(const besa__gemm_args *g, int threads, int bf16, void *scratch)
+{
     besa__gemm_block s;
     int64_t mc, nc, kc;
     s.g = g;
@@ -3074,13 +3097,15 @@ static void besa__gemm_run(const besa__gemm_args *g, int threads, int bf16, void
 }
 
 /* Bytes of 64-byte aligned scratch that a product with that many threads needs. */
-static size_t besa__gemm_scratch(int threads) {
+static size_t besa__gemm_scratch(int threads)
+{
     (void)threads;                     /* the packed blocks are shared */
     return (size_t)(BESA__GEMM_MC + BESA__GEMM_NC) * BESA__GEMM_KC * sizeof(float);
 }
 
 /* The product by one thread, for use inside a parallel region; scratch of besa__gemm_scratch(1) bytes. */
-static void besa__gemm_serial(const besa__gemm_args *g, int bf16, void *scratch) {
+static void besa__gemm_serial(const besa__gemm_args *g, int bf16, void *scratch)
+{
     besa__gemm_run(g, 1, bf16, scratch);
 }
 
@@ -3090,7 +3115,8 @@ static void besa__gemm_serial(const besa__gemm_args *g, int bf16, void *scratch)
 /* The lines of an operand: along k where k is contiguous, else along the outer index. */
 static int64_t besa__gemm_line_step(const besa__gemm_operand *x) { return x->k_step == 1 ? x->outer_step : x->k_step; }
 
-static int besa__gemm_blas_can(const besa__gemm_operand *x, int64_t outer, int64_t k) {
+static int besa__gemm_blas_can(const besa__gemm_operand *x, int64_t outer, int64_t k)
+{
     int64_t step = besa__gemm_line_step(x);
     if (outer < 1 || k < 1 || outer > INT32_MAX || k > INT32_MAX) return 0;
     if (x->dtype != BESA_F32) return 1;
@@ -3099,7 +3125,8 @@ static int besa__gemm_blas_can(const besa__gemm_operand *x, int64_t outer, int64
 
 /* The block (outer, k) at `at` in fp32: where it lies, or line by line converted to `room`. */
 static const float *besa__gemm_blas_operand(const besa__gemm_operand *x, int64_t at, int64_t outer, int64_t k,
-                                            float *room, int *ld) {
+                                            float *room, int *ld)
+{
     int along_k = x->k_step == 1;
     int64_t lines = along_k ? outer : k, length = along_k ? k : outer, step = besa__gemm_line_step(x);
     *ld = (int)(x->dtype == BESA_F32 ? step : length);
@@ -3111,7 +3138,8 @@ static const float *besa__gemm_blas_operand(const besa__gemm_operand *x, int64_t
 
 /* The product by the BLAS the user links, whole or, where operands are converted, block by block.
    Returns 0 if BLAS has no words for the strides. */
-static int besa__gemm_blas(const besa__gemm_args *g, float *scratch) {
+static int besa__gemm_blas(const besa__gemm_args *g, float *scratch)
+{
     besa__gemm_operand a = {g->a, g->a_dtype, g->a_row, g->a_col, 0}, b = {g->b, g->b_dtype, g->b_col, g->b_row, 0};
     int convert = a.dtype != BESA_F32 || b.dtype != BESA_F32;
     int64_t mc = g->m, nc = g->n, kc = g->k;
@@ -3141,11 +3169,15 @@ static int besa__gemm_blas(const besa__gemm_args *g, float *scratch) {
 }
 #endif
 
+enum { BESA__GEMM_SERIAL = 1 << 22 };   /* multiply-adds that are done before a second thread has woken up */
+
 /* The product by `threads` threads; bf16 = 1 rounds both operands to bf16 and sums in fp32. */
-static void besa__gemm(const besa__gemm_args *g, int threads, int bf16, void *scratch) {
+static void besa__gemm(const besa__gemm_args *g, int threads, int bf16, void *scratch)
+{
 #ifdef BESA_CBLAS
     if (!bf16 && besa__gemm_blas(g, (float *)scratch)) return;
 #endif
+    if ((double)g->m * (double)g->n * (double)g->k < (double)BESA__GEMM_SERIAL) threads = 1;
     besa__gemm_run(g, threads, bf16, scratch);
 }
 
