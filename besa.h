@@ -107,7 +107,8 @@
  * LIMITS
  *
  *     Llama 1/2/3, Mistral, Qwen2 and Qwen3 checkpoints in F32, F16 or BF16 safetensors. Level 1 needs POSIX (mmap, flock)
- *     and a little-endian machine. At most 1024 blocks. N:M patterns are for the baselines.
+ *     and a little-endian machine. Files are mapped: a source that is truncated while it is read ends the process (SIGBUS).
+ *     At most 1024 blocks. N:M patterns are for the baselines.
  *
  * REFERENCES
  *
@@ -391,7 +392,8 @@ struct besa_backend {
 
     /* ---- SparseGPT ------------------------------------------------------------------------- */
     /* H(C,C) in: a Gram matrix (lower triangle); out: the upper Cholesky factor U of inv(H + damping), zeros below,
-     * dead(C) = 1 where the input column was zero: H_jj = 1 there, before damping * mean(diag) is added */
+     * dead(C) = 1 where the input column was zero: H_jj = 1 there, before damping * mean(diag) is added.
+     * BESA_ERROR_NUMERIC, here or from the next synchronize, where H is not positive definite */
     besa_result (*hessian_factor)(besa_backend *be, float *h, int32_t *dead, float damping, int64_t columns);
     /* diag(C) = U_jj, +infinity where dead(C) */
     besa_result (*diagonal)(besa_backend *be, float *diag, const float *u, const int32_t *dead, int64_t columns);
@@ -4054,9 +4056,9 @@ static void besa__cpu_block_loss_place(besa__arena *work, float **weight, double
     *part = (double *)besa__take(work, (size_t)besa__parts(tokens, BESA__CPU_LOSS_ROWS) * sizeof **part);
 }
 
-/* loss(1) += scale / d * sum_{t,c} (Yref - Y)^2 / norm2_c; dY = 2 scale / d * (Y - Yref) / norm2_c */
+/* loss(1) += scale / d * sum_{t,c} (Yref - Y)^2 / sumsq_c; dY = 2 scale / d * (Y - Yref) / sumsq_c */
 static besa_result besa__cpu_block_loss(besa_backend *be, float *loss, void *dy, const void *y, const void *yref,
-                                        const float *norm2, float scale, int64_t tokens, int64_t d)
+                                        const float *sumsq, float scale, int64_t tokens, int64_t d)
 {
     int64_t grain = BESA__CPU_LOSS_ROWS, tasks = besa__parts(tokens, grain);
     besa__arena work = besa__cpu_work(be);
@@ -4064,7 +4066,7 @@ static besa_result besa__cpu_block_loss(besa_backend *be, float *loss, void *dy,
     double *part, sum = 0.0;
     besa__cpu_block_loss_place(&work, &weight, &part, tokens, d);
     BESA__CPU_FITS(be, work);
-    for (int64_t c = 0; c < d; c++) weight[c] = norm2[c] > 0.0f ? 1.0f / norm2[c] : 0.0f;
+    for (int64_t c = 0; c < d; c++) weight[c] = sumsq[c] > 0.0f ? 1.0f / sumsq[c] : 0.0f;
     BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
     for (int64_t task = 0; task < tasks; task++) {
         part[task] = 0.0;
@@ -5278,7 +5280,7 @@ static size_t besa__cpu_rates_bytes(int64_t columns, int64_t candidates, int thr
     besa__arena work = {NULL, 0}, cell_work = {NULL, 0}, step_work = {NULL, 0};
     besa__cpu_rates rates;
     besa__cpu_cells cells;
-    int64_t n = candidates > 0 ? candidates : BESA__CPU_BUCKETS;
+    int64_t n = candidates > 0 ? candidates : (int64_t)BESA__CPU_BUCKETS;
     size_t stride = besa__cpu_rates_place(&work, &rates, n, besa__cpu_rate_parts(INT64_MAX, n));
     work.used += stride * (size_t)threads;
     stride = besa__cpu_cells_place(&cell_work, &cells, columns, n);
@@ -5324,7 +5326,7 @@ static size_t besa__cpu_workspace_size(besa_backend *be, const besa_workload *w)
     double *part;
     size_t most[8], largest = 0;
     if (w->tokens > 0) besa__cpu_gemm_place(&work[0], threads);
-    besa__cpu_column_sumsq_place(&work[1], w->tokens, w->columns);
+    besa__cpu_column_sumsq_place(&work[1], BESA__CPU_SUM_PARTS, w->columns); /* of any number of tokens */
     besa__cpu_block_loss_place(&work[2], &weight, &part, w->tokens, w->columns);
     besa__cpu_sort_place(&work[3], &sort, w->columns);
     besa__cpu_mask_smallest_place(&work[4], &select, &ties, w->rows, w->columns, threads); /* and count_zeros */
@@ -6627,7 +6629,7 @@ static besa_result besa__pattern_defaults(besa_prune_options *o, const besa_bloc
         return besa__fail(error, BESA_ERROR_OPTION,
                           "pattern %d:%d with method besa: learned rates are unstructured; use wanda, sparsegpt or "
                           "magnitude for a pattern", n, m);
-    if (o->rates.target != 0 && fabs(o->rates.target - (double)n / m) > 1e-9)
+    if (o->rates.target != 0 && fabs(o->rates.target - (double)n / m) > 1e-3)
         return besa__fail(error, BESA_ERROR_OPTION, "target sparsity %g contradicts the pattern %d:%d, which is %g",
                           o->rates.target, n, m, (double)n / m);
     o->rates.target = (double)n / m;
@@ -6751,6 +6753,31 @@ static int64_t besa__preferred_chunk(int64_t nsamples, int64_t seqlen)
     return besa__min(nsamples, besa__max(1, BESA__CHUNK_TOKENS / seqlen));
 }
 
+/* Sizes whose products with a model's widths stay within 63 bits. */
+static besa_result besa__check_tokens(const char *what, int64_t count, int64_t seqlen, besa_error *error)
+{
+    if (count >= 1 && seqlen >= 1 && count <= ((int64_t)1 << 36) / seqlen) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_OPTION, "%lld %s of %lld tokens: expected 1 to 2^36 tokens in all",
+                      (long long)count, what, (long long)seqlen);
+}
+
+static besa_result besa__check_shape(const besa_block_shape *s, besa_dtype dtype, besa_error *error)
+{
+    const int64_t most = (int64_t)1 << 24;
+    if ((unsigned)dtype > BESA_BF16)
+        return besa__fail(error, BESA_ERROR_OPTION, "dtype is %d: not a value of besa_dtype", (int)dtype);
+    if (s->hidden_size < 1 || s->hidden_size > most || s->intermediate_size < 1 || s->intermediate_size > most)
+        return besa__fail(error, BESA_ERROR_OPTION, "hidden_size %lld, intermediate_size %lld: expected 1 .. 2^24",
+                          (long long)s->hidden_size, (long long)s->intermediate_size);
+    if (s->num_attention_heads < 1 || s->num_attention_heads > 65536 || s->num_key_value_heads < 1 ||
+        s->num_attention_heads % s->num_key_value_heads != 0 || s->head_dim < 2 || s->head_dim % 2 != 0 ||
+        s->head_dim > 65536)
+        return besa__fail(error, BESA_ERROR_OPTION, "%lld attention heads, %lld key/value heads, head_dim %lld: expected heads "
+                          "to be a multiple of key/value heads, and head_dim even", (long long)s->num_attention_heads,
+                          (long long)s->num_key_value_heads, (long long)s->head_dim);
+    return BESA_OK;
+}
+
 /* Everything but memory. */
 static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const besa_block_shape *shape, besa_dtype dtype,
                                      int qk_norm, const besa_prune_options *options, int64_t nsamples, int64_t seqlen,
@@ -6764,9 +6791,8 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     p->qk_norm = qk_norm;
     p->nsamples = nsamples;
     p->seqlen = seqlen;
-    if (nsamples < 1 || seqlen < 1)
-        return besa__fail(error, BESA_ERROR_OPTION, "nsamples is %lld, seqlen is %lld: expected 1 or more",
-                          (long long)nsamples, (long long)seqlen);
+    BESA__TRY(besa__check_shape(shape, dtype, error));
+    BESA__TRY(besa__check_tokens("calibration sequences", nsamples, seqlen, error));
     BESA__TRY(besa__prune_defaults(&p->options, shape, error));
     besa_prune_options *o = &p->options;
     int learns = o->method == BESA_METHOD_BESA;
@@ -7214,8 +7240,8 @@ static besa_result besa__report_losses(besa_pruner *p, const char *name, besa_bl
     report->loss_before = learned ? (double)loss[BESA__LOSS_BEFORE] : report->loss_after;
     report->loss_all = (shown * report->loss_after + (all - shown) * (double)loss[BESA__LOSS_REST]) / all;
     if (isfinite(report->loss_all) && isfinite(report->loss_uniform)) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s: the reconstruction loss is not finite: activations overflow",
-                      name ? name : "block");
+    return besa__fail(error, BESA_ERROR_NOT_FINITE, "the reconstruction loss of %s* is not finite: activations overflow",
+                      name ? name : "the block ");
 }
 
 /* All passes; counts is host scratch for the rows of the largest layer. */
@@ -7343,6 +7369,7 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
 #include <sys/file.h>
 
 #define BESA__JOURNAL "besa-journal"
+#define BESA__CONFIG "config.json"
 #define BESA__CHUNK ((size_t)8 << 20)           /* bytes copied or hashed at a time; a multiple of 8 */
 
 /* A block's checksum; .end is the journal's size with the line "run" [0], "copied" [1], and that of block b [b + 2]. */
@@ -7678,7 +7705,7 @@ static besa_result besa__copy_others(const besa__writer *w, char **notes, besa_e
     for (int i = 0; i < count && result == BESA_OK; i++) {
         struct stat st;
         const char *name = list[i]->d_name, *why;
-        int known = !strcmp(name, ".") || !strcmp(name, "..");
+        int known = !strcmp(name, ".") || !strcmp(name, "..") || !strcmp(name, BESA__CONFIG); /* it comes last */
         for (int64_t s = 0; s < w->checkpoint->num_shards; s++)
             known = known || !strcmp(name, w->checkpoint->shards[s].name);
         if (known) continue;
@@ -7713,6 +7740,18 @@ static besa_result besa__writer_open_files(besa__writer *w, besa_error *error)
     return BESA_OK;
 }
 
+/* Headers, and every tensor that is not pruned. */
+static besa_result besa__copy_unpruned(besa__writer *w, besa_error *error)
+{
+    const besa_checkpoint *c = w->checkpoint;
+    for (int64_t i = 0; i < c->num_shards; i++) BESA__TRY(besa__copy_range(w, i, 0, c->shards[i].data, error));
+    for (int64_t i = 0; i < c->num_tensors; i++)
+        if (!w->prunable[i])
+            BESA__TRY(besa__copy_range(w, c->tensors[i].file, c->tensors[i].offset, c->tensors[i].bytes, error));
+    for (int64_t i = 0; i < c->num_shards; i++) BESA__TRY(besa__sync(w, w->files[i], c->shards[i].name, error));
+    return BESA_OK;
+}
+
 /* Everything but the prunable weights, and the room for those. */
 static besa_result besa__writer_copy(besa__writer *w, besa_error *error)
 {
@@ -7722,11 +7761,7 @@ static besa_result besa__writer_copy(besa__writer *w, besa_error *error)
     if (ftruncate(w->journal, (off_t)w->journal_end)) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
     for (int64_t i = 0; i < c->num_shards; i++)
         BESA__TRY(besa__allocate(w, w->files[i], c->shards[i].name, c->shards[i].size, error));
-    for (int64_t i = 0; i < c->num_shards; i++) BESA__TRY(besa__copy_range(w, i, 0, c->shards[i].data, error));
-    for (int64_t i = 0; i < c->num_tensors; i++)
-        if (!w->prunable[i])
-            BESA__TRY(besa__copy_range(w, c->tensors[i].file, c->tensors[i].offset, c->tensors[i].bytes, error));
-    for (int64_t i = 0; i < c->num_shards; i++) BESA__TRY(besa__sync(w, w->files[i], c->shards[i].name, error));
+    BESA__TRY(besa__copy_unpruned(w, error));
     BESA__TRY(besa__sync(w, w->directory, ".", error));
     BESA__TRY(besa__journal_add(w, "copied", error));
     w->marks[1].end = w->journal_end;
@@ -7854,7 +7889,11 @@ static besa_result besa__writer_start(besa__writer *w, const char *output, const
     BESA__TRY(besa__journal_read(w, fingerprint, error));
     BESA__TRY(besa__writer_open_files(w, error));
     BESA__TRY(besa__copy_others(w, notes, error));
-    BESA__TRY(w->copied ? besa__writer_verify(w, error) : besa__writer_copy(w, error));
+    if (!w->copied) BESA__TRY(besa__writer_copy(w, error));
+    else {
+        BESA__TRY(besa__writer_verify(w, error));     /* finished blocks by their checksums, */
+        BESA__TRY(besa__copy_unpruned(w, error));     /* and what has none is written again */
+    }
     return besa__writer_next(w, error);
 }
 
@@ -7933,6 +7972,7 @@ static besa_result besa__writer_rename(besa__writer *w, besa_error *error)
     if (w->done != w->blocks)
         return besa__fail(error, BESA_ERROR_OPTION, "%s: %lld of %lld blocks are done", w->partial, (long long)w->done,
                           (long long)w->blocks);
+    BESA__TRY(besa__copy_file(w, BESA__CONFIG, error)); /* only now does the directory look like a checkpoint */
     if (renameat(w->directory, BESA__JOURNAL, w->parent, w->aside_name))
         return besa__writer_fail(w, BESA__JOURNAL, errno, error);
     besa_result result = besa__sync(w, w->parent, "..", error);
@@ -8124,6 +8164,7 @@ static besa_result besa__run_test(besa__run *run, const int32_t *ids, int64_t wi
     if (windows < 1 || seqlen < 2)
         return besa__fail(error, BESA_ERROR_TOKENS, "%lld windows of %lld tokens: expected at least 1 window of 2 tokens",
                           (long long)windows, (long long)seqlen);
+    BESA__TRY(besa__check_tokens("test windows", windows, seqlen, error));
     run->has_test = 1;
     run->test.ids = ids;
     run->test.count = windows;
@@ -8387,7 +8428,9 @@ static besa_result besa__test_perplexity(besa__run *run, double *perplexity, dou
         if (nll) nll[i] = mean;
     }
     *perplexity = exp(sum / (double)s->count);
-    return BESA_OK;
+    if (isfinite(*perplexity)) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_NOT_FINITE, "the perplexity overflows: mean negative log-likelihood is %g",
+                      sum / (double)s->count);
 }
 
 /* The dense model over the test stream. */
@@ -8480,16 +8523,31 @@ BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, 
     return BESA_OK;
 }
 
-/* A hash of the source: every tensor's name, dtype, place and first bytes. */
+/* A file as part of a hash: its size and when it was last changed. */
+static uint64_t besa__file_hash(uint64_t hash, const char *directory, const char *name)
+{
+    char *path;
+    struct stat st;
+    if (besa__join(&path, directory, name, NULL) != BESA_OK) return hash;
+    if (stat(path, &st) == 0) {
+        int64_t facts[2] = {(int64_t)st.st_size, (int64_t)st.st_mtime};
+        hash = besa__hash(hash, facts, sizeof facts);
+    }
+    BESA_FREE(path);
+    return hash;
+}
+
+/* A hash of the source: its config and shards as files, and every tensor's name, dtype and place. */
 static uint64_t besa__source_hash(const besa_checkpoint *checkpoint)
 {
-    uint64_t hash = BESA__HASH_START;
-    for (int64_t i = 0; i < besa_checkpoint_tensor_count(checkpoint); i++) {
-        const besa_tensor *t = besa_checkpoint_tensor(checkpoint, i);
+    uint64_t hash = besa__file_hash(BESA__HASH_START, checkpoint->directory, BESA__CONFIG);
+    for (int64_t i = 0; i < checkpoint->num_shards; i++)
+        hash = besa__file_hash(hash, checkpoint->directory, checkpoint->shards[i].name);
+    for (int64_t i = 0; i < checkpoint->num_tensors; i++) {
+        const besa_tensor *t = &checkpoint->tensors[i];
         hash = besa__hash(hash, t->name, strlen(t->name));
         hash = besa__hash(hash, t->dtype_name, strlen(t->dtype_name));
         hash = besa__hash(hash, &t->offset, sizeof t->offset);
-        hash = besa__hash(hash, t->data, t->bytes < 64 ? t->bytes : 64);
     }
     return hash;
 }
@@ -8670,6 +8728,14 @@ static void besa__report_totals(besa_report *report, double target, double start
     report->seconds = besa__seconds() - start;
 }
 
+/* Where it happened, behind the message. */
+static void besa__add_block(besa_error *error, int64_t index)
+{
+    if (!error) return;
+    size_t length = strlen(error->message);
+    snprintf(error->message + length, sizeof error->message - length, " [model.layers.%lld]", (long long)index);
+}
+
 /* All blocks, and the perplexity where it is asked for. */
 static besa_result besa__run_prune(besa__run *run, besa__writer *writer, int64_t done, besa_report *report,
                                    besa_error *error)
@@ -8680,8 +8746,12 @@ static besa_result besa__run_prune(besa__run *run, besa__writer *writer, int64_t
     if (run->has_test) BESA__TRY(besa__stream_embed(run, &run->test, error));
     run->calibration.chunk = run->dense.chunk = run->pruner.chunk;
     run->pruner.meter.first_block = done;
-    for (int64_t i = 0; i < run->config->num_hidden_layers; i++)
-        BESA__TRY(besa__run_block(run, writer, i, done, &report->block[i], error));
+    for (int64_t i = 0; i < run->config->num_hidden_layers; i++) {
+        besa_result result = besa__run_block(run, writer, i, done, &report->block[i], error);
+        if (result == BESA_ERROR_NUMERIC || result == BESA_ERROR_TARGET || result == BESA_ERROR_NOT_FINITE)
+            besa__add_block(error, i);
+        BESA__TRY(result);
+    }
     return run->has_test ? besa__test_perplexity(run, &report->perplexity, NULL, error) : BESA_OK;
 }
 
@@ -8724,6 +8794,23 @@ static besa_result besa__check_fixed(const besa__run *run, const besa_prune_opti
     return BESA_OK;
 }
 
+/* Tensors that are copied as they are must be finite too. */
+static besa_result besa__check_copied(const besa__run *run, besa_error *error)
+{
+    const besa_tensor *copied[3] = {run->model.embedding, run->model.norm, run->model.head};
+    for (int i = 0; i < 3; i++) {
+        const besa_tensor *t = copied[i];
+        if (i == 2 && t == run->model.embedding) continue;
+        int64_t size = (int64_t)besa_dtype_size(t->dtype), count = (int64_t)t->bytes / size;
+        for (int64_t first = 0; first < count; first += 4096) {
+            float part[4096];
+            BESA__TRY(besa__tensor_floats(part, t, first, besa__min(4096, count - first), error));
+        }
+        besa__release_pages(run->checkpoint, t);
+    }
+    return BESA_OK;
+}
+
 static besa_result besa__prune_start(besa__run *run, const besa_checkpoint *checkpoint, besa_backend *be,
                                      const besa_calibration *calibration, const besa_prune_options *options, size_t *bytes,
                                      besa_error *error)
@@ -8749,6 +8836,7 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
     besa_result result = besa__prune_start(&run, checkpoint, be, calibration, options, &bytes, error);
     if (result == BESA_OK) result = besa__check_ids(&run, &run.calibration, "calibration", error);
     if (result == BESA_OK && run.has_test) result = besa__check_ids(&run, &run.test, "test", error);
+    if (result == BESA_OK) result = besa__check_copied(&run, error);
     if (result == BESA_OK) result = besa__run_allocate(&run, bytes, error);
     if (result == BESA_OK) {
         void *blocks;
@@ -8759,6 +8847,9 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
     }
     if (result == BESA_OK) result = besa__prune_into(&run, output, calibration, report, error);
     if (result == BESA_OK) besa__report_totals(report, run.pruner.options.rates.target, start);
+    if (result == BESA_OK && options->num_fixed == 0 && fabs(report->sparsity - report->target) > 0.02)
+        besa__notes_add(&report->notes, "warning: sparsity %.4f is not the target %.4f: tied scores or zeros in the source",
+                        report->sparsity, report->target);
     besa__run_close(&run);
     if (result != BESA_OK || report == &local) besa_report_free(report);
     return result;

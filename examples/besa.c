@@ -118,6 +118,8 @@ static besa_result load_windows(job *j, const char *path, int64_t most, uint64_t
     besa_result result = BESA_ERROR_MEMORY;
     if (*ids) result = besa_tokens_sample(&file, *count, *seqlen, seed, config->vocab_size, *ids, &j->error);
     besa_tokens_free(&file);
+    size_t length = strlen(j->error.message);
+    if (result) snprintf(j->error.message + length, sizeof j->error.message - length, " [%s]", path);
     return result;
 }
 
@@ -179,12 +181,13 @@ static const char *method_name(besa_method method)
     return names[method];
 }
 
-static besa_result write_report(const char *path, FILE *file, const besa_report *r, besa_error *error)
+static besa_result write_report(const char *path, const besa_report *r, besa_error *error)
 {
     char *json = besa_report_json(r);
-    int written = json && fputs(json, file) >= 0;
+    FILE *file = fopen(path, "w");
+    int written = json && file && fputs(json, file) >= 0;
     free(json);
-    if (fclose(file) == 0 && written) return BESA_OK;
+    if (file && fclose(file) == 0 && written) return BESA_OK;
     snprintf(error->message, sizeof error->message, "%s could not be written", path);
     return BESA_ERROR_WRITE;
 }
@@ -203,18 +206,15 @@ static besa_result run_prune(job *j)
     const settings *s = j->s;
     progress_view view = begin_progress(s, method_name(s->prune.method));
     besa_report report;
-    FILE *file = s->report ? fopen(s->report, "w") : NULL; /* now, as the work may take hours */
+    FILE *file = s->report ? fopen(s->report, "a") : NULL; /* can it be written? The work may take hours */
     if (s->report && !file) {
         snprintf(j->error.message, sizeof j->error.message, "%s: %s", s->report, strerror(errno));
         return BESA_ERROR_WRITE;
     }
-    besa_result result = prune(j, s->path[1], &view, &report);
-    if (result) {
-        if (file) fclose(file);
-        return result;
-    }
+    if (file) fclose(file);
+    TRY(prune(j, s->path[1], &view, &report));
     print_summary(s, &report);
-    if (file) result = write_report(s->report, file, &report, &j->error);
+    besa_result result = s->report ? write_report(s->report, &report, &j->error) : BESA_OK;
     besa_report_free(&report);
     return result;
 }
@@ -411,6 +411,7 @@ static int run_command(settings *s)
 int main(int argc, char **argv)
 {
     static settings s;
+    signal(SIGXFSZ, SIG_IGN); /* a file limit is an error to report, not a death */
     const char *name = argc > 1 ? argv[1] : "";
     for (s.command = commands; s.command->name && strcmp(s.command->name, name); s.command++) { }
     if (!s.command->name) {

@@ -120,7 +120,7 @@ static const option options[] = {
     {"Run", HEADING, 0, ALL, "", ""},
     {"threads", INT, AT(threads), RUN | EVAL, "K", "[all cores; 1 where built without OpenMP]"},
     {"bf16", FLAG, AT(bf16), RUN | EVAL, "", "products in bfloat16: faster where the processor has them"},
-    {"memory", BYTES, AT(prune.memory_budget), RUN, "N[K|M|G]", "bytes to stay within [no limit]"},
+    {"memory", BYTES, AT(prune.memory_budget), RUN, "N[K|M|G|T]", "bytes to stay within [no limit]"},
     {"report", TEXT, AT(report), ONE, "FILE", "write what happened in every layer, as JSON"},
     {"json", FLAG, AT(json), EVAL | INFO, "", "print JSON"},
     {"quiet", FLAG, AT(quiet), RUN | EVAL, "", "no progress"},
@@ -153,7 +153,7 @@ static double read_number(const settings *s, const option *o, const char *text)
 {
     char *end;
     double x = strtod(text, &end);
-    int exponent = o->kind != BYTES ? 0 : *end == 'K' ? 3 : *end == 'M' ? 6 : *end == 'G' ? 9 : 0;
+    int exponent = o->kind != BYTES ? 0 : *end == 'K' ? 3 : *end == 'M' ? 6 : *end == 'G' ? 9 : *end == 'T' ? 12 : 0;
     x *= pow(10, exponent);
     if (end == text || end[exponent > 0] || !(x >= ranges[o->kind].least && x <= ranges[o->kind].most) ||
         (ranges[o->kind].whole && x != floor(x)))
@@ -295,12 +295,14 @@ static int read_option(settings *s, int i)
     return equals ? 1 : 2;
 }
 
+enum { UNSET = -1 };
+
 /* A preset (or NULL) is where the method's options start from; the whole command line is then laid over it. */
 static void read_arguments(settings *s, const char *preset)
 {
     besa_error error = {BESA_OK, ""};
     memset(&s->prune, 0, sizeof s->prune);
-    s->prune.rates.target = 0.5;
+    s->prune.rates.target = UNSET;
     if (preset && besa_preset(&s->prune, preset, &error)) usage_error(s, "--preset: %s", error.message);
     if (s->command->bit == COMPARE) {
         read_list(s, find_option(s, "sparsity"), "0.5");
@@ -312,6 +314,7 @@ static void read_arguments(settings *s, const char *preset)
         else if (s->num_paths < s->command->max_paths) s->path[s->num_paths++] = s->arguments[i++];
         else usage_error(s, "'%s' is one argument too many", s->arguments[i]);
     }
+    if (s->prune.rates.target == UNSET) s->prune.rates.target = s->prune.pattern_m ? 0 : 0.5; /* 0: the pattern's */
 }
 
 /* The preset of a row: after the colon of its label, else --preset. */
@@ -326,6 +329,11 @@ static void check_arguments(settings *s)
     if (s->num_paths < s->command->min_paths) usage_error(s, "it wants %s", s->command->paths);
     if (!s->tokens && s->command->bit & (PRUNE | COMPARE | EVAL)) usage_error(s, "--tokens FILE is missing");
     if (!s->test && s->command->bit == COMPARE) usage_error(s, "--test FILE is missing");
+    if (!s->test && s->command->bit == PRUNE && (s->windows || s->test_seqlen))
+        usage_error(s, "--windows and --test-seqlen are about --test FILE, which is missing");
+    for (int i = 0; s->report && i < s->num_paths; i++)
+        if (!strncmp(s->report, s->path[i], strlen(s->path[i])) && strchr("/", s->report[strlen(s->path[i])]))
+            usage_error(s, "--report %s lies in %s", s->report, s->path[i]);
     for (int i = 0; i < s->num_rows; i++) read_arguments(s, row_preset(s, &s->rows[i]));
     if (s->preset) read_arguments(s, s->preset);
 }

@@ -746,7 +746,8 @@ static void test_writer(int sharded)
 
     /* an uninterrupted run is the reference of the others */
     check_error("writer: begins", besa__writer_open(&w, c, ref, "fp 1", 3, &done, &notes, &err), BESA_OK, NULL);
-    check("writer: nothing under the final name yet", done == 0 && !exists(ref) && exists(partial(ref, "/config.json")));
+    check("writer: nothing under the final name yet", done == 0 && !exists(ref) && exists(partial(ref, "/besa-journal")));
+    check("writer: nothing that opens as a checkpoint", !exists(partial(ref, "/config.json")));
     static const char *const left_out[] = { "original (a subdirectory)", "pytorch_model.bin (", "consolidated.00.pth", "extra.safetensors",
                                             "model.gguf", "pytorch_model.bin.index.json", ".gitattributes (hidden)", "dangling (a dangling link)", "pipe (not" };
     for (size_t i = 0; i < sizeof left_out / sizeof *left_out; i++)

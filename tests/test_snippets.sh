@@ -17,10 +17,10 @@ verdict $? "contents and sections of the header agree"
 [ -z "$(sort "$work/sections" | uniq -d)" ]
 verdict $? "section markers are unique"
 
-# Wrap a snippet that is not a program: its preprocessor lines first, the rest in a function.
+# Wrap a snippet that has no function of its own: its preprocessor lines first, the rest in a function.
 compile()
 {
-    if grep -q 'main *(' "$1"; then cp "$1" "$1.c"
+    if grep -q '^{' "$1"; then cp "$1" "$1.c"
     else
         { grep '^ *#' "$1"; grep -q 'include "besa.h"' "$1" || echo '#include "besa.h"'
           echo 'void snippet(void);'; echo 'void snippet(void)'; echo '{'; grep -v '^ *#' "$1"; echo '}'; } >"$1.c"
