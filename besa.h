@@ -3,7 +3,7 @@
  * BESA (Blockwise Parameter-Efficient Sparsity Allocation, ICLR 2024, arXiv 2402.16880) prunes a decoder-only
  * transformer one block at a time. How much of each layer and of each weight row goes is learned, by gradient descent
  * on the block's output error through a differentiable sparsity rate. This file is the method, its baselines (Wanda,
- * SparseGPT, magnitude), checkpoint reading and writing, and a CPU backend. It needs a C11 or C++17 compiler and libc.
+ * SparseGPT, magnitude), checkpoint reading and writing, and a CPU backend. It needs a C11 or C++17 compiler, libc and libm.
  *
  * QUICK START
  *
@@ -23,7 +23,7 @@
  *     }
  *     if (result != BESA_OK) puts(error.message);
  *
- * Compile with -O3 -fopenmp and link -lm. Without OpenMP one thread runs. examples/quickstart.c is the whole program.
+ * In the file with BESA_IMPLEMENTATION include besa.h first. Compile with -O3 -fopenmp and link -lm. Without OpenMP one thread runs. examples/quickstart.c is the whole program.
  *
  * CONTENTS: search for the marker
  *
@@ -57,13 +57,14 @@
  *     BESA_MALLOC(bytes), BESA_REALLOC(p, bytes), BESA_FREE(p)   all three or none; default: libc
  *     BESA_ASSERT(condition)      programmer's errors only; default: assert
  *     BESA_API                    linkage of the public functions; default: extern
- *     BESA_NO_STDIO               leave out level 1 (files): levels 2 and 3 need no operating system
+ *     BESA_NO_STDIO               leave out level 1: levels 2 and 3 need no file system
  *     BESA_CBLAS                  float products through cblas_sgemm of the CBLAS that you link
  *
  * OPTIONS (besa_prune_options, besa_rate_options; 0 means the value in brackets)
  *
  *     method                      [besa] wanda, sparsegpt, magnitude
- *     rates.target                sparsity in (0, 1); the count of every block is floor(target N + 1/2), exactly
+ *     rates.target                sparsity in (0, 1). BESA prunes floor(target N + 1/2) weights of every block, exactly;
+ *                                 baselines count as published: by row, layer, or slab of 128 columns
  *     rates.form                  [hierarchical] a rate vector per layer and one per row group; row; layer
  *     rates.layer_scale           [1] s_L: how far a layer's rates may move
  *     rates.row_scale             [1] s_R: how far a row's rate may move from its layer's
@@ -90,6 +91,7 @@
  *         one layer's gradient         4 x largest layer                     rates        7 x 4 x 101 R bytes
  *         X and Yref                   2 x 4 T d (3 with dense_stream)       activations  about 4 t (13 d + 4 i)
  *         SparseGPT's Hessians         4 (3 d^2 + i^2) bytes                 test stream  4 d per token
+ *         workspace                    a few MB, more with more threads
  *     Nothing grows with the number of blocks. Time is about 10 FLOP per weight and token for BESA, 4 for Wanda and
  *     6.4 for SparseGPT.
  *
@@ -102,7 +104,7 @@
  * THREADS AND DETERMINISM
  *
  *     Objects may be used from one thread at a time each; a backend is used by one object at a time. The same call gives
- *     the same bytes for any number of threads, unless BESA_CBLAS is defined.
+ *     the same bytes for any number of threads, with one build on one processor, unless BESA_CBLAS is defined.
  *
  * LIMITS
  *
@@ -454,6 +456,10 @@ BESA_API besa_result besa_cuda_backend(besa_backend *be, const besa_cuda_options
  *   besa_rates_project(rates, &error);                                               exact counts from the last theta
  *   for each layer:   besa_rates_mask(rates, i, W, What, &error)
  *
+ * The defaults are those of whole models. For one layer with a gradient of little noise rates may move further:
+ * examples/layer.c has form ROW, row_scale 2 and d_coef 1. The penalty is added to your loss as it is, so lambda is to be
+ * seen beside the loss's size.
+ *
  * These functions bring their own workspace and leave be->workspace as it was. The backend must outlive the rates.
  */
 
@@ -682,8 +688,8 @@ typedef struct besa_fixed_rate {
 
 /* How to prune. A zero-filled struct with rates.target set prunes with BESA's default preset. */
 typedef struct besa_prune_options {
-    besa_method method;
     besa_rate_options rates;                    /* rates.target is the sparsity of every method */
+    besa_method method;
     int pattern_n, pattern_m;                   /* n of every m consecutive weights pruned; 0: unstructured; not BESA */
     int magnitude_per_row;                      /* magnitude: each row at the target instead of each layer */
     besa_importance importance;                 /* BESA only */
@@ -8715,6 +8721,22 @@ static void besa__note_range(const besa__run *run, besa_report *report)
                     o->rates.target, low, high);
 }
 
+/* Warnings that a run can give before it begins. */
+static void besa__note_settings(const besa__run *run, besa_report *report)
+{
+    const besa_pruner *p = &run->pruner;
+    int64_t batches = besa__parts(p->nsamples, p->options.batch_size), longest = run->config->max_position_embeddings;
+    int64_t steps = p->options.epochs * batches, needed = 32;
+    besa__note_range(run, report);
+    if (p->options.method == BESA_METHOD_BESA && steps < needed)
+        besa__notes_add(&report->notes,
+                        "warning: %lld learning steps a block (sequences x epochs / batch size): rates hardly move in less than "
+                        "%lld", (long long)steps, (long long)needed);
+    if (run->positions > longest)
+        besa__notes_add(&report->notes, "warning: sequences of %lld tokens, the model's max_position_embeddings is %lld",
+                        (long long)run->positions, (long long)longest);
+}
+
 static void besa__report_totals(besa_report *report, double target, double start)
 {
     report->weights = report->pruned = 0;
@@ -8762,7 +8784,7 @@ static besa_result besa__prune_into(besa__run *run, const char *output, const be
     besa__writer *writer = NULL;
     int64_t done = 0, blocks = run->config->num_hidden_layers;
     char fingerprint[256];
-    besa__note_range(run, report);
+    besa__note_settings(run, report);
     if (output) {
         besa__fingerprint(fingerprint, sizeof fingerprint, run, calibration);
         BESA__TRY(besa__writer_open(&writer, run->checkpoint, output, fingerprint, blocks, &done, &report->notes, error));

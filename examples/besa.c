@@ -136,7 +136,8 @@ static besa_result open_job(job *j)
     if (s->command->bit & RUN && s->tokens)
         TRY(load_windows(j, s->tokens, 128, (uint64_t)s->seed, &c->nsamples, &c->seqlen, &j->ids));
     if (!c->nsamples) c->nsamples = 128; /* a plan needs no tokens */
-    if (!c->seqlen) c->seqlen = 2048;
+    const int64_t longest = besa_checkpoint_config(j->checkpoint)->max_position_embeddings;
+    if (!c->seqlen) c->seqlen = longest < 2048 ? longest : 2048;
     c->test_windows = s->windows;
     c->test_seqlen = s->test_seqlen ? s->test_seqlen : c->seqlen;
     if (s->test) TRY(load_windows(j, s->test, INT64_MAX, 0, &c->test_windows, &c->test_seqlen, &j->test_ids));

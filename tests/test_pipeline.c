@@ -526,7 +526,7 @@ static void test_report_and_files(void)
         CHECK(exists(path), "%s was not copied", small[i]);
         snprintf(path, sizeof path, "%s/%s", s.output, left[i]);
         CHECK(!exists(path), "%s was copied", left[i]);
-        CHECK(s.report.notes && strstr(s.report.notes ? s.report.notes : "", left[i]), "notes \"%s\" do not name %s", s.report.notes, left[i]);
+        CHECK(s.report.notes && strstr(s.report.notes ? s.report.notes : "", left[i]), "notes \"%s\" do not name %s", s.report.notes ? s.report.notes : "", left[i]);
     }
     snprintf(path, sizeof path, "%s/original", s.output);
     CHECK(!exists(path), "original/ was copied");
