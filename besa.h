@@ -81,7 +81,7 @@
  *     pattern_n, pattern_m        [none] n of every m; not with besa
  *     magnitude_per_row           [0] magnitude: each row at the target instead of each layer
  *     fixed                       [none] layers that stay dense or have a rate of their own
- *     memory_budget               [none] bytes of backend memory; micro-batches shrink to fit
+ *     device_memory               [none] bytes of backend memory; micro-batches shrink to fit
  *
  * MEMORY AND TIME
  *
@@ -699,7 +699,7 @@ typedef struct besa_prune_options {
     int no_projection;                          /* leave the sparsity where learning ended, as the paper's code does */
     const besa_fixed_rate *fixed;               /* the first match counts; these layers are not part of the target */
     int64_t num_fixed;
-    size_t memory_budget;                       /* bytes of backend memory, 0: no limit; else micro-batches shrink */
+    size_t device_memory;                       /* bytes of backend memory, 0: no limit; else micro-batches shrink */
     besa_progress_callback progress;
     besa_step_callback step;
     void *user;                                 /* of both callbacks */
@@ -6835,7 +6835,7 @@ static besa_result besa__fit_budget(int64_t *chunk, size_t (*size)(void *), void
         bytes = size(user);
     }
     if (budget == 0 || bytes <= budget) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_MEMORY, "memory_budget is %zu bytes, the smallest that works here is %zu", budget,
+    return besa__fail(error, BESA_ERROR_MEMORY, "device_memory is %zu bytes, the smallest that works here is %zu", budget,
                       bytes);
 }
 
@@ -7313,7 +7313,7 @@ static size_t besa__pruner_size(void *pruner) { return besa__pruner_bytes((besa_
 static besa_result besa__pruner_allocate(besa_pruner *p, besa_error *error)
 {
     besa__arena arena = {NULL, 0};
-    BESA__TRY(besa__fit_budget(&p->chunk, besa__pruner_size, p, p->options.memory_budget, error));
+    BESA__TRY(besa__fit_budget(&p->chunk, besa__pruner_size, p, p->options.device_memory, error));
     BESA__TRY(besa__pass_error(p->be, p->be->alloc(p->be, &p->memory, besa__pruner_bytes(p)), error));
     arena.base = (unsigned char *)p->memory;
     besa__pruner_place(p, &arena);
@@ -8521,7 +8521,7 @@ BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, 
     preset.rates.target = options->rates.target;
     preset.fixed = options->fixed;
     preset.num_fixed = options->num_fixed;
-    preset.memory_budget = options->memory_budget;
+    preset.device_memory = options->device_memory;
     preset.progress = options->progress;
     preset.step = options->step;
     preset.user = options->user;
@@ -8840,7 +8840,7 @@ static besa_result besa__prune_start(besa__run *run, const besa_checkpoint *chec
     BESA__TRY(besa__run_init(run, checkpoint, be, error));
     BESA__TRY(besa__run_calibration(run, calibration, options, error));
     BESA__TRY(besa__check_fixed(run, options, error));
-    BESA__TRY(besa__fit_budget(&run->pruner.chunk, besa__run_size, run, options->memory_budget, error));
+    BESA__TRY(besa__fit_budget(&run->pruner.chunk, besa__run_size, run, options->device_memory, error));
     *bytes = besa__run_size(run);
     return BESA_OK;
 }

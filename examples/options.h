@@ -120,7 +120,7 @@ static const option options[] = {
     {"Run", HEADING, 0, ALL, "", ""},
     {"threads", INT, AT(threads), RUN | EVAL, "K", "[all cores; 1 where built without OpenMP]"},
     {"bf16", FLAG, AT(bf16), RUN | EVAL, "", "products in bfloat16: faster where the processor has them"},
-    {"memory", BYTES, AT(prune.memory_budget), RUN, "N[K|M|G|T]", "bytes to stay within [no limit]"},
+    {"memory", BYTES, AT(prune.device_memory), RUN, "N[K|M|G|T]", "bytes to stay within [no limit]"},
     {"report", TEXT, AT(report), ONE, "FILE", "write what happened in every layer, as JSON"},
     {"json", FLAG, AT(json), EVAL | INFO, "", "print JSON"},
     {"quiet", FLAG, AT(quiet), RUN | EVAL, "", "no progress"},

@@ -999,17 +999,17 @@ static void test_budget(void)
     for (int percent = 90; percent >= 30; percent -= 20) {
         besa_result r;
         double with;
-        s.options.memory_budget = full.device_bytes / 100 * (size_t)percent;
+        s.options.device_memory = full.device_bytes / 100 * (size_t)percent;
         less = plan_of(&s, &r);
         if (r == BESA_ERROR_MEMORY && percent < 90) break; /* too little for a micro-batch of one */
         CHECK(r == BESA_OK, "%d %%: %s", percent, besa_result_string(r));
-        CHECK(less.micro_batch < full.micro_batch && less.device_bytes <= s.options.memory_budget,
-              "budget %zu: micro-batch %d, %zu bytes", s.options.memory_budget, (int)less.micro_batch, less.device_bytes);
+        CHECK(less.micro_batch < full.micro_batch && less.device_bytes <= s.options.device_memory,
+              "budget %zu: micro-batch %d, %zu bytes", s.options.device_memory, (int)less.micro_batch, less.device_bytes);
         with = run_and_verify(&s);
         CHECK(fabs(log(with / ppl)) < 0.02, "perplexity %g with %d %% of the memory, %g with all", with, percent, ppl);
         discard(s.output);
     }
-    s.options.memory_budget = 10000;
+    s.options.device_memory = 10000;
     expect(&s, BESA_ERROR_MEMORY, "10000");
     discard(s.output);
 }
