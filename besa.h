@@ -47,6 +47,7 @@
  *     >>optimisers         one step over the theta of all layers
  *     >>projection         the exact count
  *     >>block              one decoder block, forward and backward (level 2)
+ *     >>streams            activations of all sequences, on the device or streamed from the host
  *     >>pruner             pruning one block: the passes over its calibration tokens (level 2)
  *     >>writer             the output directory: complete or not there
  *     >>pipeline           the whole model, block by block (level 1)
@@ -81,18 +82,21 @@
  *     pattern_n, pattern_m        [none] n of every m; not with besa
  *     magnitude_per_row           [0] magnitude: each row at the target instead of each layer
  *     fixed                       [none] layers that stay dense or have a rate of their own
- *     device_memory               [none] bytes of backend memory; micro-batches shrink to fit
+ *     device_memory               [what the device has free; none on the CPU] bytes of backend memory: to fit, activations
+ *                                 move to the host, then micro-batches shrink
  *
  * MEMORY AND TIME
  *
  *     One device and one host allocation hold everything, and besa_plan says their sizes beforehand, to the byte. N weights
- *     and R rows in a block, T tokens in all, t at a time, hidden size d, intermediate size i, activations of 4 bytes:
- *         weights and pruned weights   2 N x 2 bytes (bf16, f16) or 4        ranks        2 N bytes
+ *     and R rows in a block, T tokens in all, t at a time, hidden size d, intermediate size i, activations of a = 4 bytes
+ *     (CUDA: 2), weights of w = 2 bytes (bf16, f16) or 4:
+ *         weights and pruned weights   2 w N (CUDA: 4 w N, of two blocks)    ranks        2 N bytes
  *         one layer's gradient         4 x largest layer                     rates        7 x 4 x 101 R bytes
- *         X and Yref                   2 x 4 T d (3 with dense_stream)       activations  about 4 t (13 d + 4 i)
- *         SparseGPT's Hessians         4 (3 d^2 + i^2) bytes                 test stream  4 d per token
- *         workspace                    a few MB, more with more threads
- *     Nothing grows with the number of blocks. Time is about 10 FLOP per weight and token for BESA, 4 for Wanda and
+ *         X and Yref                   2 a T d                               activations  about a t (13 d + 4 i)
+ *         SparseGPT's Hessians         4 (3 d^2 + i^2) bytes                 test stream  a d per token
+ *         channel norms                4 d per learning step                 workspace    some MB, more with more threads
+ *     Where a device_memory is not enough, the test's activations, Yref and X live in pinned host memory and come batch by
+ *     batch while others compute. Nothing grows with the number of blocks. Time is about 10 FLOP per weight and token for BESA, 4 for Wanda and
  *     6.4 for SparseGPT.
  *
  * ERRORS
@@ -215,11 +219,15 @@ BESA_API size_t besa_dtype_size(besa_dtype dtype);
  * "act" is an element of be->activation_dtype; weights have the dtype that the call names; all else is float.
  * Matrices are row-major, weights (R, C) as in Hugging Face checkpoints: y = x W'.
  * Compute operations run in order on the compute queue and may return before they are done; transfers name their
- * queue. A non-zero return is a failure, described in be->error, after which only free and destroy are called.
+ * queue. A non-zero return is a failure, described in be->error, after which only synchronize, free and destroy are
+ * called; after BESA_ERROR_NUMERIC downloads too.
  * Sums are cut by size alone: the same inputs give the same bytes on one device for any thread count. */
 
-typedef enum besa_queue { BESA_QUEUE_COMPUTE, BESA_QUEUE_UPLOAD, BESA_QUEUE_DOWNLOAD, BESA_QUEUE_COUNT } besa_queue;
-#define BESA_EVENT_COUNT 16 /* events are small numbers that order queues */
+/* Operations run on the compute queue. Upload and download carry activations in step with it; stage carries the next
+ * block's weights in and the last block's out, and never waits for the others. */
+typedef enum besa_queue { BESA_QUEUE_COMPUTE, BESA_QUEUE_UPLOAD, BESA_QUEUE_DOWNLOAD, BESA_QUEUE_STAGE, BESA_QUEUE_COUNT
+} besa_queue;
+#define BESA_EVENT_COUNT 32 /* events are small numbers that order queues */
 
 typedef struct besa_backend besa_backend;
 
@@ -230,6 +238,7 @@ typedef struct besa_workload {
     int64_t num_attention_heads, num_key_value_heads, head_dim;
     int64_t hessian_columns;                    /* 0 without SparseGPT */
     int64_t candidates;                         /* D + 1 of the rates; 0: any number */
+    int64_t projected_rows;                     /* rows of all layers together, for project_counts */
 } besa_workload;
 
 /* Sizes of one attention call: T = batch * seqlen tokens, query head i reads key/value head i / (heads / kv_heads). */
@@ -300,7 +309,9 @@ struct besa_backend {
     besa_result (*copy)(besa_backend *be, besa_queue q, void *dst, const void *src, size_t bytes);
     besa_result (*zero)(besa_backend *be, besa_queue q, void *dst, size_t bytes);
     besa_result (*record)(besa_backend *be, besa_queue q, int event); /* the event: all that q holds now */
-    besa_result (*wait)(besa_backend *be, besa_queue q, int event);   /* q goes on after the event */
+    besa_result (*wait)(besa_backend *be, besa_queue q, int event);   /* q goes on after the event; at once where it was
+                                                                         never recorded */
+    besa_result (*elapsed)(besa_backend *be, int first, int second, double *seconds); /* between two events that passed */
     besa_result (*synchronize)(besa_backend *be, besa_queue q);       /* the host waits for all of q */
 
     /* ---- matrix products ------------------------------------------------------------------- */
@@ -377,13 +388,12 @@ struct besa_backend {
     besa_result (*bucket_gradient)(besa_backend *be, float *sums, const float *dw, const void *w, besa_dtype dtype,
                                    const void *rank, const uint16_t *bucket, int64_t rows, int64_t columns,
                                    int64_t buckets);
-    /* alpha(G) and n(R) = floor(alpha C), not below zeros(R), from theta_layer(D+1) and theta_row(G,D+1);
-     * a theta whose scale is 0 may be NULL. beta is recomputed in the backward pass. */
+    /* alpha(R), the same for all rows of a group, and n(R) = floor(alpha C), not below zeros(R), from theta_layer(D+1)
+     * and theta_row(G,D+1); a theta whose scale is 0 may be NULL. beta is recomputed in the backward pass. */
     besa_result (*rate_forward)(besa_backend *be, float *alpha, int32_t *n, const float *theta_layer,
                                 const float *theta_row, const int32_t *zeros, const besa_rate_shape *s);
-    /* mean(1) [+]= share * mean of alpha(G) weighted by the rows of each group */
-    besa_result (*rate_mean)(besa_backend *be, float *mean, const float *alpha, float share, int accumulate,
-                             const besa_rate_shape *s);
+    /* mean(1) [+]= share * mean of alpha(R) */
+    besa_result (*rate_mean)(besa_backend *be, float *mean, const float *alpha, float share, int accumulate, int64_t rows);
     /* dtheta assigned: dL/dbeta[g,d] = - sum over rows of g, buckets b >= d of sums[r,b] + penalty p_d, then the
      * softmax and sigmoid; dtheta_layer is the sum over groups. NULL where the scale is 0. */
     besa_result (*rate_backward)(besa_backend *be, float *dtheta_layer, float *dtheta_row, const float *sums,
@@ -391,6 +401,13 @@ struct besa_backend {
                                  const besa_rate_shape *s);
     /* One step of Prodigy or AdamW over all parameters together */
     besa_result (*optimizer_step)(besa_backend *be, const besa_optimizer_step *o);
+    /* n(R) whose sum is count: with exact_r = columns_r sigmoid(logit(alpha_r) + shift), alpha kept within
+     * 1e-7 .. 1 - 1e-7, n_r = floor(exact_r), but not below least_r nor above columns_r, for the largest shift in
+     * -60 .. 60 whose sum does not exceed count; what is missing goes, one each, to the largest exact_r - n_r, ties by
+     * row, again and again. A row with 0 columns is left out: its n stays. excess(1) = 0 where that worked; where it
+     * cannot, n stays and excess is by how much the sum of least exceeds count, or -1: an alpha is not finite. */
+    besa_result (*project_counts)(besa_backend *be, int32_t *n, int64_t *excess, const float *alpha, const int32_t *least,
+                                  const int32_t *columns, int64_t count, int64_t rows);
 
     /* ---- SparseGPT ------------------------------------------------------------------------- */
     /* H(C,C) in: a Gram matrix (lower triangle); out: the upper Cholesky factor U of inv(H + damping), zeros below,
@@ -563,7 +580,7 @@ BESA_API int64_t besa_rates_parameters(besa_rates *rates, float **theta, float *
  * Waits for the device. */
 BESA_API besa_result besa_rates_project(besa_rates *rates, besa_error *error);
 
-/* Copy out a layer's alpha (groups) and n (rows) as of the last forward or projection; host memory or NULL; waits. */
+/* Copy out a layer's alpha (rows) and n (rows) as of the last forward or projection; host memory or NULL; waits. */
 BESA_API besa_result besa_rates_read(besa_rates *rates, int layer, float *alpha, int32_t *n, besa_error *error);
 
 /* Prodigy's d, and the mean alpha of the learned layers as of the last forward, weighted by their sizes; waits for the
@@ -699,7 +716,7 @@ typedef struct besa_prune_options {
     int no_projection;                          /* leave the sparsity where learning ended, as the paper's code does */
     const besa_fixed_rate *fixed;               /* the first match counts; these layers are not part of the target */
     int64_t num_fixed;
-    size_t device_memory;                       /* bytes of backend memory, 0: no limit; else micro-batches shrink */
+    size_t device_memory;                       /* bytes of backend memory [what is free; the CPU: no limit] */
     besa_progress_callback progress;
     besa_step_callback step;
     void *user;                                 /* of both callbacks */
@@ -726,7 +743,8 @@ typedef struct besa_block_report {
 
 typedef struct besa_pruner besa_pruner;         /* the memory and state that pruning a block takes */
 
-/* Make what is needed to prune blocks of one shape on `nsamples` sequences of `seqlen` tokens. One allocation.
+/* Make what is needed to prune blocks of one shape on `nsamples` sequences of `seqlen` tokens: one allocation on the
+ * device, one on the host.
  * BESA_ERROR_OPTION names the option, BESA_ERROR_MEMORY the bytes wanted. */
 BESA_API besa_result besa_pruner_create(besa_pruner **pruner, besa_backend *be, const besa_block_shape *shape,
                                         besa_dtype dtype, int qk_norm, const besa_prune_options *options,
@@ -742,7 +760,7 @@ BESA_API void besa_pruner_destroy(besa_pruner *pruner); /* NULL is fine */
  *            themselves
  *   report   may be NULL
  * The block has the shape, dtype and q/k norms given at create (BESA_ERROR_OPTION). After an error x and dense_x are
- * undefined. Brings its own workspace. */
+ * undefined. Brings its own workspace; waits for the device once, at its end. */
 BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *block, const char *name, void *x,
                                      void *dense_x, void *const pruned[BESA_LAYERS], besa_block_report *report,
                                      besa_error *error);
@@ -820,7 +838,9 @@ typedef struct besa_report {
 /* The run's memory and cost, worked out from shapes before anything is allocated. */
 typedef struct besa_plan_result {
     size_t device_bytes;                        /* the backend arena, to the byte */
-    size_t host_bytes;                          /* the staging buffer of the host, to the byte */
+    size_t host_bytes;                          /* staging, and activations that live on the host: pinned, to the byte */
+    int x_on_host, yref_on_host, test_on_host;  /* 1: the budget sends X, Yref (or the dense stream), the test's
+                                                   activations to the host, and they come to the device batch by batch */
     size_t mapped_block_bytes;                  /* checkpoint pages resident at a time: one block's, or a part of the
                                                    embedding or head */
     uint64_t disk_bytes;                        /* of the output's weight files */
@@ -983,6 +1003,14 @@ static void *besa__take(besa__arena *arena, size_t bytes)
 static float *besa__take_floats(besa__arena *arena, int64_t count)
 {
     return (float *)besa__take(arena, (size_t)count * sizeof(float));
+}
+
+/* A clock; only differences mean anything. */
+static double besa__seconds(void)
+{
+    struct timespec now;
+    timespec_get(&now, TIME_UTC);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
 BESA_API size_t besa_dtype_size(besa_dtype dtype) { return dtype == BESA_F32 ? 4 : 2; }
@@ -1567,7 +1595,14 @@ static void besa__release_range(const besa__shard *shard, uint64_t offset, size_
     if (bytes) madvise(shard->base + first, (size_t)offset + bytes - first, MADV_DONTNEED);
 }
 
-/* The same for a tensor that is not needed for now. */
+/* A tensor whose bytes will be read soon: the system may begin. */
+static void besa__expect_pages(const besa_checkpoint *checkpoint, const besa_tensor *tensor)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), first = (size_t)tensor->offset / page * page;
+    madvise(checkpoint->shards[tensor->file].base + first, (size_t)tensor->offset + tensor->bytes - first, MADV_WILLNEED);
+}
+
+/* The pages of a tensor that is not needed for now. */
 static void besa__release_pages(const besa_checkpoint *checkpoint, const besa_tensor *tensor)
 {
     if (tensor) besa__release_range(checkpoint->shards + tensor->file, tensor->offset, tensor->bytes);
@@ -3407,6 +3442,7 @@ static void besa__cpu_narrow(void *y, besa_dtype dtype, int64_t at, const float 
 
 typedef struct besa__cpu {
     int threads, bf16;
+    double event[BESA_EVENT_COUNT];             /* clock when it was recorded */
 } besa__cpu;
 
 static inline const besa__cpu *besa__cpu_of(const besa_backend *be) { return (const besa__cpu *)be->context; }
@@ -3478,9 +3514,25 @@ static besa_result besa__cpu_zero(besa_backend *be, besa_queue q, void *dst, siz
     return BESA_OK;
 }
 
-static besa_result besa__cpu_event(besa_backend *be, besa_queue q, int event)
+/* Operations are done when they return: an event is the time of its record, and nothing waits. */
+static besa_result besa__cpu_record(besa_backend *be, besa_queue q, int event)
 {
-    (void)be, (void)q, (void)event; /* operations are done when they return */
+    (void)q;
+    BESA_ASSERT(event >= 0 && event < BESA_EVENT_COUNT);
+    ((besa__cpu *)be->context)->event[event] = besa__seconds();
+    return BESA_OK;
+}
+
+static besa_result besa__cpu_wait(besa_backend *be, besa_queue q, int event)
+{
+    (void)be, (void)q, (void)event;
+    return BESA_OK;
+}
+
+static besa_result besa__cpu_elapsed(besa_backend *be, int first, int second, double *seconds)
+{
+    const besa__cpu *cpu = besa__cpu_of(be);
+    *seconds = cpu->event[second] - cpu->event[first];
     return BESA_OK;
 }
 
@@ -4782,7 +4834,7 @@ static double besa__cpu_rates_beta(const besa__cpu_rates *rates, const float *th
 
 enum { BESA__CPU_GROUPS = 32 }; /* of one task */
 
-/* alpha(G), n(R) = max(floor(alpha C), zeros), the product in float as the published code has it */
+/* alpha(R), n(R) = max(floor(alpha C), zeros), the product in float as the published code has it */
 static besa_result besa__cpu_rate_forward(besa_backend *be, float *alpha, int32_t *n, const float *theta_layer,
                                           const float *theta_row, const int32_t *zeros, const besa_rate_shape *s)
 {
@@ -4795,26 +4847,25 @@ static besa_result besa__cpu_rate_forward(besa_backend *be, float *alpha, int32_
     for (int64_t task = 0; task < tasks; task++) {
         besa__cpu_rates mine = besa__cpu_rates_mine(&rates, stride);
         for (int64_t g = task * BESA__CPU_GROUPS; g < besa__min(groups, (task + 1) * BESA__CPU_GROUPS); g++) {
-            alpha[g] = (float)besa__cpu_rates_beta(&mine, theta_row, g, s);
-            float share = floorf(alpha[g] * (float)s->columns);
+            float rate = (float)besa__cpu_rates_beta(&mine, theta_row, g, s), share = floorf(rate * (float)s->columns);
             int64_t pruned = share > 0.0f ? besa__min((int64_t)share, s->columns) : 0; /* 0 where alpha is NaN */
-            for (int64_t r = g * s->group_rows; n && r < besa__min(s->rows, (g + 1) * s->group_rows); r++)
-                n[r] = (int32_t)(zeros ? besa__max(pruned, zeros[r]) : pruned);
+            for (int64_t r = g * s->group_rows; r < besa__min(s->rows, (g + 1) * s->group_rows); r++) {
+                alpha[r] = rate;
+                if (n) n[r] = (int32_t)(zeros ? besa__max(pruned, zeros[r]) : pruned);
+            }
         }
     }
     return BESA_OK;
 }
 
-/* mean(1) [+]= share * sum_g alpha_g rows_g / R */
+/* mean(1) [+]= share * sum_r alpha_r / R */
 static besa_result besa__cpu_rate_mean(besa_backend *be, float *mean, const float *alpha, float share, int accumulate,
-                                       const besa_rate_shape *s)
+                                       int64_t rows)
 {
-    int64_t groups = besa__parts(s->rows, s->group_rows);
     double sum = 0.0;
     (void)be;
-    for (int64_t g = 0; g < groups; g++)
-        sum += (double)alpha[g] * (double)besa__min(s->group_rows, s->rows - g * s->group_rows);
-    *mean = (accumulate ? *mean : 0.0f) + (float)((double)share * sum / (double)s->rows);
+    for (int64_t r = 0; r < rows; r++) sum += (double)alpha[r];
+    *mean = (accumulate ? *mean : 0.0f) + (float)((double)share * sum / (double)rows);
     return BESA_OK;
 }
 
@@ -4991,6 +5042,81 @@ static besa_result besa__cpu_optimizer_step(besa_backend *be, const besa_optimiz
         besa__cpu_optimizer_move(o, task * run, besa__min(run, o->n - task * run),
                                  (float)(1.0 - dlr * o->weight_decay), (float)dlr, 1.0f,
                                  (float)(o->scalars[0] * o->eps));
+    return BESA_OK;
+}
+
+/* ---- the exact count ----------------------------------------------------------------------- */
+
+typedef struct besa__cpu_projected {
+    double logit, exact;                        /* of the row's rate; shifted rate times columns */
+    int64_t columns, least, n, row;
+} besa__cpu_projected;
+
+/* n = floor(exact) within least .. columns of every row for one shift; returns the sum. */
+static int64_t besa__cpu_project_shift(besa__cpu_projected *p, int64_t rows, double shift)
+{
+    int64_t total = 0;
+    for (int64_t i = 0; i < rows; i++) {
+        p[i].exact = (double)p[i].columns / (1 + exp(-(p[i].logit + shift)));
+        p[i].n = besa__min(p[i].columns, besa__max(p[i].least, (int64_t)floor(p[i].exact)));
+        total += p[i].n;
+    }
+    return total;
+}
+
+static int besa__cpu_by_fraction(const void *left, const void *right)
+{
+    const besa__cpu_projected *a = (const besa__cpu_projected *)left, *b = (const besa__cpu_projected *)right;
+    double fa = a->exact - (double)a->n, fb = b->exact - (double)b->n;
+    if (fa != fb) return fa > fb ? -1 : 1;
+    return a->row < b->row ? -1 : 1;
+}
+
+/* Choose n of every row so that their sum is count. */
+static void besa__cpu_project(besa__cpu_projected *p, int64_t rows, int64_t count)
+{
+    double low = -60, high = 60;
+    for (int i = 0; i < 80; i++) {
+        double shift = 0.5 * (low + high);
+        if (besa__cpu_project_shift(p, rows, shift) <= count) low = shift;
+        else high = shift;
+    }
+    int64_t missing = count - besa__cpu_project_shift(p, rows, low), before = -1;
+    qsort(p, (size_t)rows, sizeof *p, besa__cpu_by_fraction);
+    while (missing > 0 && missing != before) {
+        before = missing;
+        for (int64_t i = 0; i < rows && missing > 0; i++)
+            if (p[i].n < p[i].columns) {
+                p[i].n++;
+                missing--;
+            }
+    }
+}
+
+/* n(R) whose sum is count; excess(1) says whether that can be */
+static besa_result besa__cpu_project_counts(besa_backend *be, int32_t *n, int64_t *excess, const float *alpha,
+                                            const int32_t *least, const int32_t *columns, int64_t count, int64_t rows)
+{
+    besa__arena work = besa__cpu_work(be);
+    besa__cpu_projected *p = (besa__cpu_projected *)besa__take(&work, (size_t)rows * sizeof *p);
+    int64_t used = 0, sum = 0;
+    BESA__CPU_FITS(be, work);
+    *excess = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        double rate = (double)alpha[r];
+        if (columns[r] == 0) continue;
+        if (!isfinite(rate)) *excess = -1;
+        rate = rate < 1e-7 ? 1e-7 : rate > 1 - 1e-7 ? 1 - 1e-7 : rate;
+        p[used].logit = log(rate / (1 - rate));
+        p[used].columns = columns[r];
+        p[used].least = least[r];
+        p[used++].row = r;
+        sum += least[r];
+    }
+    if (*excess == 0 && sum > count) *excess = sum - count;
+    if (*excess != 0) return BESA_OK;
+    besa__cpu_project(p, used, count);
+    for (int64_t i = 0; i < used; i++) n[p[i].row] = (int32_t)p[i].n;
     return BESA_OK;
 }
 
@@ -5330,7 +5456,7 @@ static size_t besa__cpu_workspace_size(besa_backend *be, const besa_workload *w)
     int64_t *ties;
     float *weight;
     double *part;
-    size_t most[8], largest = 0;
+    size_t most[9], largest = 0;
     if (w->tokens > 0) besa__cpu_gemm_place(&work[0], threads);
     besa__cpu_column_sumsq_place(&work[1], BESA__CPU_SUM_PARTS, w->columns); /* of any number of tokens */
     besa__cpu_block_loss_place(&work[2], &weight, &part, w->tokens, w->columns);
@@ -5341,7 +5467,8 @@ static size_t besa__cpu_workspace_size(besa_backend *be, const besa_workload *w)
     most[5] = besa__cpu_rates_bytes(w->columns, w->candidates, threads);
     most[6] = besa__cpu_attention_bytes(w, threads);
     most[7] = besa__cpu_hessian_bytes(w, threads);
-    for (int i = 0; i < 8; i++) largest = most[i] > largest ? most[i] : largest;
+    most[8] = (size_t)w->projected_rows * sizeof(besa__cpu_projected);
+    for (int i = 0; i < 9; i++) largest = most[i] > largest ? most[i] : largest;
     return largest;
 }
 
@@ -5364,8 +5491,9 @@ static void besa__cpu_fill_memory(besa_backend *be)
     be->download = besa__cpu_upload;
     be->copy = besa__cpu_upload;
     be->zero = besa__cpu_zero;
-    be->record = besa__cpu_event;
-    be->wait = besa__cpu_event;
+    be->record = besa__cpu_record;
+    be->wait = besa__cpu_wait;
+    be->elapsed = besa__cpu_elapsed;
     be->synchronize = besa__cpu_synchronize;
 }
 
@@ -5405,6 +5533,7 @@ static void besa__cpu_fill_sparsity(besa_backend *be)
     be->rate_mean = besa__cpu_rate_mean;
     be->rate_backward = besa__cpu_rate_backward;
     be->optimizer_step = besa__cpu_optimizer_step;
+    be->project_counts = besa__cpu_project_counts;
     be->hessian_factor = besa__cpu_hessian_factor;
     be->diagonal = besa__cpu_diagonal;
     be->sparsegpt_slab = besa__cpu_sparsegpt_slab;
@@ -5425,7 +5554,7 @@ BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *
     threads = 1;
 #endif
     BESA__TRY(besa__malloc(&memory, sizeof *cpu, "the CPU backend", error));
-    cpu = (besa__cpu *)memory;
+    cpu = (besa__cpu *)memset(memory, 0, sizeof *cpu);
     cpu->threads = threads;
     cpu->bf16 = options && options->bf16;
     be->name = cpu->bf16 ? "CPU, bf16 products" : "CPU";
@@ -5463,7 +5592,8 @@ typedef struct besa__rate_layer {
     void *rank;                                 /* (R,C) 16 or 32 bits */
     uint16_t *bucket;                           /* (C) */
     int32_t *zeros, *n;                         /* (R) source zeros; weights pruned */
-    float *alpha;                               /* (G) */
+    int32_t *columns;                           /* (R) C of each row, 0 where the layer is fixed */
+    float *alpha;                               /* (R); these four are the layer's part of the rates' arrays */
     float *sums;                                /* (R,D) bucket sums of dW * W */
 } besa__rate_layer;
 
@@ -5475,10 +5605,13 @@ struct besa_rates {
     void *memory, *workspace;                   /* memory: owned, NULL inside an arena */
     size_t workspace_bytes;
     float tilt;
-    int64_t parameters, step;
+    int64_t parameters, step, rows;             /* rows of all layers */
+    int32_t *zeros, *n, *columns;               /* (rows) */
+    float *alpha;                               /* (rows) */
     float *theta, *theta0, *grad, *m, *v, *s;   /* (parameters) */
-    double *scalars;                            /* (4) d, dmax, numerator, unused */
+    double *scalars, *scalars0;                 /* (4) d, dmax, numerator, unused; what they start from */
     float *mean;                                /* (1) S: mean rate of the learned layers */
+    int64_t *excess;                            /* (1) whether the projection worked, from be->project_counts */
     int32_t *not_finite;                        /* (count) NaN and infinite weights of each layer */
 };
 
@@ -5569,11 +5702,8 @@ static void besa__rate_layer_place(besa_rates *rates, besa__rate_layer *layer, b
     layer->groups = (rows + s->group_rows - 1) / s->group_rows;
     layer->theta_layer = layer->theta_row = -1;
     layer->rank = besa__take(arena, (size_t)(rows * columns) * besa__rank_bytes(columns));
-    layer->zeros = (int32_t *)besa__take(arena, (size_t)rows * sizeof(int32_t));
-    layer->n = (int32_t *)besa__take(arena, (size_t)rows * sizeof(int32_t));
     if (!rates->learns) return;
     layer->bucket = (uint16_t *)besa__take(arena, (size_t)columns * sizeof(uint16_t));
-    layer->alpha = besa__take_floats(arena, layer->groups);
     layer->sums = besa__take_floats(arena, rows * o->candidates);
     if (s->layer_scale > 0) {
         layer->theta_layer = rates->parameters;
@@ -5582,6 +5712,31 @@ static void besa__rate_layer_place(besa_rates *rates, besa__rate_layer *layer, b
     if (s->row_scale > 0) {
         layer->theta_row = rates->parameters;
         rates->parameters += layer->groups * s->candidates;
+    }
+}
+
+/* Place the arrays that run over the rows of all layers. */
+static void besa__rates_place_rows(besa_rates *rates, besa__arena *arena)
+{
+    size_t bytes;
+    rates->rows = 0;
+    for (int i = 0; i < rates->count; i++) rates->rows += rates->layer[i].shape.rows;
+    bytes = (size_t)rates->rows * sizeof(int32_t);
+    rates->zeros = (int32_t *)besa__take(arena, bytes);
+    rates->n = (int32_t *)besa__take(arena, bytes);
+    if (rates->learns) {
+        rates->columns = (int32_t *)besa__take(arena, bytes);
+        rates->alpha = besa__take_floats(arena, rates->rows);
+        rates->excess = (int64_t *)besa__take(arena, sizeof(int64_t));
+    }
+    if (!arena->base) return;
+    for (int64_t i = 0, first = 0; i < rates->count; first += rates->layer[i++].shape.rows) {
+        besa__rate_layer *layer = &rates->layer[i];
+        layer->zeros = rates->zeros + first;
+        layer->n = rates->n + first;
+        if (!rates->learns) continue;
+        layer->columns = rates->columns + first;
+        layer->alpha = rates->alpha + first;
     }
 }
 
@@ -5597,6 +5752,7 @@ static void besa__rates_place(besa_rates *rates, besa__rate_layer *storage, cons
         storage[i].shape = shapes[i];
         besa__rate_layer_place(rates, &storage[i], arena);
     }
+    besa__rates_place_rows(rates, arena);
     rates->not_finite = (int32_t *)besa__take(arena, (size_t)count * sizeof(int32_t));
     if (!rates->learns) return;
     rates->theta = besa__take_floats(arena, rates->parameters);
@@ -5606,6 +5762,7 @@ static void besa__rates_place(besa_rates *rates, besa__rate_layer *storage, cons
     rates->v = besa__take_floats(arena, rates->parameters);
     rates->s = besa__take_floats(arena, rates->parameters);
     rates->scalars = (double *)besa__take(arena, 4 * sizeof(double));
+    rates->scalars0 = (double *)besa__take(arena, 4 * sizeof(double));
     rates->mean = besa__take_floats(arena, 1);
 }
 
@@ -5643,20 +5800,20 @@ static besa_result besa__upload_buckets(besa_rates *rates, besa__rate_layer *lay
     return result;
 }
 
+/* Everything as before the first step. Does not wait for the device. */
 static besa_result besa__rates_reset(besa_rates *rates)
 {
     besa_backend *be = rates->be;
     size_t bytes = (size_t)rates->parameters * sizeof(float);
-    double scalars[4];
-    scalars[0] = scalars[1] = rates->options.d0;
-    scalars[2] = scalars[3] = 0;
     for (int i = 0; i < rates->count; i++) {
-        rates->layer[i].fixed = -1;
-        rates->layer[i].ranked = 0;
-        BESA__TRY(be->fill(be, rates->layer[i].n, 0, rates->layer[i].shape.rows));
+        besa__rate_layer *layer = &rates->layer[i];
+        layer->fixed = -1;
+        layer->ranked = 0;
+        if (rates->learns) BESA__TRY(be->fill(be, layer->columns, (int32_t)layer->shape.columns, layer->shape.rows));
     }
     besa__rates_share(rates);
     rates->step = 0;
+    BESA__TRY(be->fill(be, rates->n, 0, rates->rows));
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->not_finite, (size_t)rates->count * sizeof(int32_t)));
     if (!rates->learns) return BESA_OK;
     float *state[6] = {rates->theta, rates->theta0, rates->grad, rates->m, rates->v, rates->s};
@@ -5665,11 +5822,11 @@ static besa_result besa__rates_reset(besa_rates *rates)
         besa__rate_layer *layer = &rates->layer[i];
         size_t sums = (size_t)(layer->shape.rows * (layer->rate.candidates - 1)) * sizeof(float);
         BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, layer->sums, sums));
-        BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, layer->alpha, (size_t)layer->groups * sizeof(float)));
     }
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->alpha, (size_t)rates->rows * sizeof(float)));
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->mean, sizeof(float)));
-    BESA__TRY(be->upload(be, BESA_QUEUE_COMPUTE, rates->scalars, scalars, sizeof scalars));
-    return be->synchronize(be, BESA_QUEUE_COMPUTE);
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->excess, sizeof(int64_t)));
+    return be->copy(be, BESA_QUEUE_COMPUTE, rates->scalars, rates->scalars0, 4 * sizeof(double));
 }
 
 /* n_r = floor(rate C) of every row. */
@@ -5683,16 +5840,24 @@ static besa_result besa__uniform_counts(besa_rates *rates, int index, double rat
 /* Hold a layer at a sparsity of its own, or (negative) make it learn. */
 static besa_result besa__rates_fix(besa_rates *rates, int index, double sparsity)
 {
-    rates->layer[index].fixed = sparsity;
+    besa__rate_layer *layer = &rates->layer[index];
+    int32_t columns = sparsity < 0 ? (int32_t)layer->shape.columns : 0;
+    layer->fixed = sparsity;
     besa__rates_share(rates);
+    if (rates->learns) BESA__TRY(rates->be->fill(rates->be, layer->columns, columns, layer->shape.rows));
     return sparsity < 0 ? BESA_OK : besa__uniform_counts(rates, index, sparsity);
 }
 
-/* Once after placing: what never changes. */
+/* Once after placing: what never changes. Waits for the device. */
 static besa_result besa__rates_start(besa_rates *rates)
 {
-    if (rates->learns)
+    besa_backend *be = rates->be;
+    double scalars[4] = {rates->options.d0, rates->options.d0, 0, 0};
+    if (rates->learns) {
         for (int i = 0; i < rates->count; i++) BESA__TRY(besa__upload_buckets(rates, &rates->layer[i]));
+        BESA__TRY(be->upload(be, BESA_QUEUE_COMPUTE, rates->scalars0, scalars, sizeof scalars));
+        BESA__TRY(be->synchronize(be, BESA_QUEUE_COMPUTE));
+    }
     return besa__rates_reset(rates);
 }
 
@@ -5733,7 +5898,7 @@ static besa_result besa__rates_forward(besa_rates *rates)
         const float *theta_layer = layer->theta_layer < 0 ? NULL : rates->theta + layer->theta_layer;
         const float *theta_row = layer->theta_row < 0 ? NULL : rates->theta + layer->theta_row;
         BESA__TRY(be->rate_forward(be, layer->alpha, layer->n, theta_layer, theta_row, layer->zeros, &layer->rate));
-        BESA__TRY(be->rate_mean(be, rates->mean, layer->alpha, (float)layer->share, !first, &layer->rate));
+        BESA__TRY(be->rate_mean(be, rates->mean, layer->alpha, (float)layer->share, !first, layer->shape.rows));
         first = 0;
     }
     return BESA_OK;
@@ -5813,154 +5978,61 @@ static besa_result besa__rates_optimize(besa_rates *rates)
 }
 
 /* // >>projection            the exact count
- * All learned rows are shifted together in logit space until exactly floor(target N + 1/2) weights go. */
-typedef struct besa__projection_row {
-    double logit;                               /* of the row's learned rate */
-    double exact;                               /* shifted rate times C */
-    int64_t columns, zeros, n;
-    int64_t index;                              /* order of (layer, row) */
-} besa__projection_row;
-
-/* n = max(floor(exact), zeros) of every row for one shift; returns the sum. */
-static int64_t besa__project_shift(besa__projection_row *row, int64_t rows, double shift)
+ * All learned rows are shifted together in logit space until exactly floor(target N + 1/2) weights go, N of the learned
+ * layers. Does not wait: rates->excess tells whether it worked. */
+static int64_t besa__rates_count(besa_rates *rates)
 {
-    int64_t total = 0;
-    for (int64_t r = 0; r < rows; r++) {
-        row[r].exact = (double)row[r].columns / (1 + exp(-(row[r].logit + shift)));
-        int64_t n = (int64_t)floor(row[r].exact);
-        if (n < row[r].zeros) n = row[r].zeros;
-        if (n > row[r].columns) n = row[r].columns;
-        row[r].n = n;
-        total += n;
-    }
-    return total;
+    return (int64_t)floor(rates->options.target * (double)besa__rates_share(rates) + 0.5);
 }
 
-static int besa__by_fraction(const void *left, const void *right)
+static besa_result besa__rates_project(besa_rates *rates)
 {
-    const besa__projection_row *a = (const besa__projection_row *)left, *b = (const besa__projection_row *)right;
-    double fa = a->exact - (double)a->n, fb = b->exact - (double)b->n;
-    if (fa != fb) return fa > fb ? -1 : 1;
-    return a->index < b->index ? -1 : 1;
+    besa_backend *be = rates->be;
+    BESA__TRY(besa__rates_forward(rates));
+    return be->project_counts(be, rates->n, rates->excess, rates->alpha, rates->zeros, rates->columns,
+                              besa__rates_count(rates), rates->rows);
 }
 
-static int besa__by_index(const void *left, const void *right)
+/* What came back in rates->excess. */
+static besa_result besa__check_excess(besa_rates *rates, int64_t excess, besa_error *error)
 {
-    const besa__projection_row *a = (const besa__projection_row *)left, *b = (const besa__projection_row *)right;
-    return a->index < b->index ? -1 : a->index > b->index;
+    if (excess < 0) return besa__fail(error, BESA_ERROR_NOT_FINITE, "rates are not finite: a gradient was not");
+    if (excess == 0) return BESA_OK;
+    int64_t count = besa__rates_count(rates);
+    return besa__fail(error, BESA_ERROR_TARGET, "target asks for %lld pruned weights, but %lld weights are zero already",
+                      (long long)count, (long long)(count + excess));
 }
 
-/* Choose n of every row so that their sum is count; zeros <= n <= columns. */
-static besa_result besa__project_rows(besa__projection_row *row, int64_t rows, int64_t count, besa_error *error)
+static besa_result besa__check_status(double d, float mean, besa_error *error)
 {
-    int64_t zeros = 0, total;
-    double low = -60, high = 60;
-    for (int64_t r = 0; r < rows; r++) zeros += row[r].zeros;
-    if (zeros > count)
-        return besa__fail(error, BESA_ERROR_TARGET,
-                          "target asks for %lld pruned weights, but %lld weights are zero already", (long long)count,
-                          (long long)zeros);
-    for (int i = 0; i < 80; i++) {
-        double shift = 0.5 * (low + high);
-        if (besa__project_shift(row, rows, shift) <= count) low = shift;
-        else high = shift;
-    }
-    total = besa__project_shift(row, rows, low);
-    qsort(row, (size_t)rows, sizeof *row, besa__by_fraction);
-    while (total < count)
-        for (int64_t r = 0; r < rows && total < count; r++)
-            if (row[r].n < row[r].columns) {
-                row[r].n++;
-                total++;
-            }
-    qsort(row, (size_t)rows, sizeof *row, besa__by_index);
-    return BESA_OK;
+    if (isfinite(d) && isfinite(mean)) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_NOT_FINITE, "mean rate is %g and Prodigy's d is %g: a gradient was not finite",
+                      (double)mean, d);
 }
 
-/* Rows of one layer into the projection's table: alpha (G) and zeros (R) are what the device holds. 0 on NaN. */
-static int besa__projection_fill(besa__projection_row *row, const besa__rate_layer *layer, const float *alpha,
-                                  const int32_t *zeros, int64_t first)
-{
-    for (int64_t r = 0; r < layer->shape.rows; r++) {
-        double rate = (double)alpha[r / layer->rate.group_rows];
-        if (!isfinite(rate)) return 0;
-        rate = rate < 1e-7 ? 1e-7 : rate > 1 - 1e-7 ? 1 - 1e-7 : rate;
-        row[r].logit = log(rate / (1 - rate));
-        row[r].columns = layer->shape.columns;
-        row[r].zeros = zeros[r];
-        row[r].index = first + r;
-    }
-    return 1;
-}
-
-/* Waits for the device. *bad_layer is set on BESA_ERROR_NOT_FINITE. */
-static besa_result besa__check_finite(besa_rates *rates, int *bad_layer)
+/* Waits for the device. */
+static besa_result besa__check_weights(besa_rates *rates)
 {
     besa_backend *be = rates->be;
     for (int i = 0; i < rates->count; i++) {
         int32_t count;
         BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, &count, rates->not_finite + i, sizeof count));
         BESA__TRY(be->synchronize(be, BESA_QUEUE_COMPUTE));
-        if (count == 0) continue;
-        *bad_layer = i;
-        return besa__fail(&be->error, BESA_ERROR_NOT_FINITE, "%d NaN or infinite weights in layer %d", (int)count, i);
+        if (count != 0)
+            return besa__fail(&be->error, BESA_ERROR_NOT_FINITE, "%d NaN or infinite weights in layer %d", (int)count, i);
     }
     return BESA_OK;
 }
 
-/* Read the rates of all learned layers, project, and send the counts back. Host scratch: row (total_rows), alpha and
- * counts (rows of the largest layer). */
-static besa_result besa__project_layers(besa_rates *rates, besa__projection_row *row, float *alpha, int32_t *counts,
-                                        int64_t total_rows)
+/* Likewise. */
+static besa_result besa__check_projection(besa_rates *rates)
 {
     besa_backend *be = rates->be;
-    int64_t first = 0, weights = besa__rates_share(rates);
-    for (int i = 0; i < rates->count; i++) {
-        besa__rate_layer *layer = &rates->layer[i];
-        if (layer->fixed >= 0) continue;
-        BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, alpha, layer->alpha, (size_t)layer->groups * sizeof(float)));
-        BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, counts, layer->zeros,
-                               (size_t)layer->shape.rows * sizeof(int32_t)));
-        BESA__TRY(be->synchronize(be, BESA_QUEUE_COMPUTE));
-        if (!besa__projection_fill(row + first, layer, alpha, counts, first))
-            return besa__fail(&be->error, BESA_ERROR_NOT_FINITE, "rates of layer %d are not finite", i);
-        first += layer->shape.rows;
-    }
-    int64_t count = (int64_t)floor(rates->options.target * (double)weights + 0.5);
-    BESA__TRY(besa__project_rows(row, total_rows, count, &be->error));
-    first = 0;
-    for (int i = 0; i < rates->count; i++) {
-        besa__rate_layer *layer = &rates->layer[i];
-        if (layer->fixed >= 0) continue;
-        for (int64_t r = 0; r < layer->shape.rows; r++) counts[r] = (int32_t)row[first + r].n;
-        BESA__TRY(be->upload(be, BESA_QUEUE_COMPUTE, layer->n, counts, (size_t)layer->shape.rows * sizeof(int32_t)));
-        BESA__TRY(be->synchronize(be, BESA_QUEUE_COMPUTE));
-        first += layer->shape.rows;
-    }
-    return BESA_OK;
-}
-
-/* From the rates as they are now to exact counts. */
-static besa_result besa__rates_project(besa_rates *rates)
-{
-    BESA__TRY(besa__rates_forward(rates));
-    besa_error *error = &rates->be->error;
-    int64_t rows = 0, most = 0;
-    for (int i = 0; i < rates->count; i++) {
-        if (rates->layer[i].fixed >= 0) continue;
-        rows += rates->layer[i].shape.rows;
-        if (rates->layer[i].shape.rows > most) most = rates->layer[i].shape.rows;
-    }
-    if (rows == 0) return BESA_OK;
-    size_t row_bytes = (size_t)rows * sizeof(besa__projection_row);
-    size_t alpha_bytes = (size_t)most * sizeof(float), count_bytes = (size_t)most * sizeof(int32_t);
-    void *memory;
-    BESA__TRY(besa__malloc(&memory, row_bytes + alpha_bytes + count_bytes, "the projection", error));
-    unsigned char *base = (unsigned char *)memory;
-    besa_result result = besa__project_layers(rates, (besa__projection_row *)memory, (float *)(base + row_bytes),
-                                              (int32_t *)(base + row_bytes + alpha_bytes), rows);
-    BESA_FREE(memory);
-    return result;
+    int64_t excess;
+    BESA__TRY(besa__check_weights(rates));
+    BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, &excess, rates->excess, sizeof excess));
+    BESA__TRY(be->synchronize(be, BESA_QUEUE_COMPUTE));
+    return besa__check_excess(rates, excess, &be->error);
 }
 
 /* ---- the public functions of level 3 ------------------------------------------------------- */
@@ -6008,6 +6080,7 @@ static size_t besa__rates_layout(besa_rates *rates, besa__rate_layer *storage, c
     arena.used = 0;
     work.candidates = rates->options.candidates + 1;
     besa__rates_place(rates, storage, layers, count, &arena);
+    work.projected_rows = rates->rows;
     rates->workspace_bytes = rates->be->workspace_size(rates->be, &work);
     rates->workspace = besa__take(&arena, rates->workspace_bytes);
     return arena.used;
@@ -6163,11 +6236,10 @@ BESA_API int64_t besa_rates_parameters(besa_rates *rates, float **theta, float *
 
 BESA_API besa_result besa_rates_project(besa_rates *rates, besa_error *error)
 {
-    int bad_layer;
     for (int i = 0; i < rates->count; i++) BESA__TRY(besa__check_layer(rates, i, 1, error));
     besa__workspace callers = besa__rates_enter(rates);
-    besa_result result = besa__check_finite(rates, &bad_layer);
-    if (result == BESA_OK) result = besa__rates_project(rates);
+    besa_result result = besa__rates_project(rates);
+    if (result == BESA_OK) result = besa__check_projection(rates);
     return besa__rates_leave(rates, callers, result, error);
 }
 
@@ -6177,11 +6249,11 @@ BESA_API besa_result besa_rates_read(besa_rates *rates, int layer, float *alpha,
     besa_backend *be = rates->be;
     const besa__rate_layer *one = &rates->layer[layer];
     besa_result result = BESA_OK;
-    if (alpha) result = be->download(be, BESA_QUEUE_COMPUTE, alpha, one->alpha, (size_t)one->groups * sizeof(float));
-    if (n && result == BESA_OK)
-        result = be->download(be, BESA_QUEUE_COMPUTE, n, one->n, (size_t)one->shape.rows * sizeof(int32_t));
+    size_t rows = (size_t)one->shape.rows;
+    if (alpha) result = be->download(be, BESA_QUEUE_COMPUTE, alpha, one->alpha, rows * sizeof(float));
+    if (n && result == BESA_OK) result = be->download(be, BESA_QUEUE_COMPUTE, n, one->n, rows * sizeof(int32_t));
     if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
-    for (int64_t g = 0; alpha && one->fixed >= 0 && g < one->groups; g++) alpha[g] = (float)one->fixed;
+    for (size_t r = 0; alpha && one->fixed >= 0 && r < rows; r++) alpha[r] = (float)one->fixed;
     return besa__pass_error(be, result, error);
 }
 
@@ -6190,15 +6262,12 @@ BESA_API besa_result besa_rates_status(besa_rates *rates, double *d, double *mea
     besa_backend *be = rates->be;
     double scalars[4];
     float mean;
-    int bad_layer;
     besa_result result = be->download(be, BESA_QUEUE_COMPUTE, scalars, rates->scalars, sizeof scalars);
     if (result == BESA_OK) result = be->download(be, BESA_QUEUE_COMPUTE, &mean, rates->mean, sizeof mean);
     if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
-    if (result == BESA_OK) result = besa__check_finite(rates, &bad_layer);
+    if (result == BESA_OK) result = besa__check_weights(rates);
     if (result != BESA_OK) return besa__pass_error(be, result, error);
-    if (!isfinite(scalars[0]) || !isfinite(mean))
-        return besa__fail(error, BESA_ERROR_NOT_FINITE, "mean rate is %g and Prodigy's d is %g: a gradient was not finite",
-                          (double)mean, scalars[0]);
+    BESA__TRY(besa__check_status(scalars[0], mean, error));
     if (d) *d = scalars[0];
     if (mean_rate) *mean_rate = (double)mean;
     return BESA_OK;
@@ -6506,9 +6575,145 @@ BESA_API besa_result besa_block_backward(besa_backend *be, const besa_block *blo
 }
 
 /* ============================================================================================
+ * // >>streams               activations of all sequences, on the device or streamed from the host
+ * ============================================================================================
+ * Owns where the activations of a set of sequences lie. Passes go through them in chunks: open, compute, close. A
+ * resident stream is one array on the device. A streamed one lies in pinned host memory and comes through two slots on
+ * the device: while one is computed on, the next chunk is on its way up and the last on its way home. */
+
+enum { BESA__STREAM_EVENTS = 6 };               /* of each slot: it is filled, computed on, home */
+enum { BESA__STREAM_X, BESA__STREAM_YREF, BESA__STREAM_DENSE, BESA__STREAM_TEST }; /* which events are whose */
+
+typedef struct besa__stream {
+    besa_backend *be;
+    int64_t count, seqlen, width;               /* (count, seqlen, width) act */
+    int64_t chunk;                              /* most sequences at a time */
+    int streamed, event;                        /* event: the first of BESA__STREAM_EVENTS */
+    void *x;                                    /* all of it: device, or host where streamed */
+    void *slot[2];                              /* (chunk, seqlen, width) device, where streamed */
+    int64_t first[2], held[2];                  /* the sequences in a slot; held 0: none */
+    int open;                                   /* the slot that was opened last */
+} besa__stream;
+
+static void besa__stream_init(besa__stream *s, besa_backend *be, int which, int64_t count, int64_t seqlen, int64_t width)
+{
+    memset(s, 0, sizeof *s);
+    s->be = be;
+    s->count = s->chunk = count;
+    s->seqlen = seqlen;
+    s->width = width;
+    s->event = BESA_PASS_COUNT + which * BESA__STREAM_EVENTS; /* the first few are marks between passes */
+    BESA_ASSERT(s->event + BESA__STREAM_EVENTS <= BESA_EVENT_COUNT);
+}
+
+static int besa__stream_filled(const besa__stream *s, int slot) { return s->event + slot; }
+static int besa__stream_computed(const besa__stream *s, int slot) { return s->event + 2 + slot; }
+static int besa__stream_home(const besa__stream *s, int slot) { return s->event + 4 + slot; }
+
+/* Bytes of so many sequences. */
+static size_t besa__stream_bytes(const besa__stream *s, int64_t sequences)
+{
+    return besa_dtype_size(s->be->activation_dtype) * (size_t)(sequences * s->seqlen * s->width);
+}
+
+/* Sequence `index` of an array like the stream's. */
+static void *besa__stream_at(const besa__stream *s, void *x, int64_t index)
+{
+    return besa__at(x, s->be->activation_dtype, index * s->seqlen * s->width);
+}
+
+static void besa__stream_place(besa__stream *s, besa__arena *device, besa__arena *host)
+{
+    size_t all = besa__stream_bytes(s, s->count), chunk = besa__stream_bytes(s, besa__min(s->chunk, s->count));
+    s->x = besa__take(s->streamed ? host : device, all);
+    for (int i = 0; i < 2; i++) s->slot[i] = s->streamed ? besa__take(device, chunk) : NULL;
+}
+
+/* Start a chunk on its way into a slot, once the slot is free and what came home from either is there. */
+static besa_result besa__stream_fetch(besa__stream *s, int slot, int64_t first, int64_t count)
+{
+    besa_backend *be = s->be;
+    BESA__TRY(be->wait(be, BESA_QUEUE_UPLOAD, besa__stream_computed(s, slot)));
+    for (int i = 0; i < 2; i++) BESA__TRY(be->wait(be, BESA_QUEUE_UPLOAD, besa__stream_home(s, i)));
+    BESA__TRY(be->upload(be, BESA_QUEUE_UPLOAD, s->slot[slot], besa__stream_at(s, s->x, first), besa__stream_bytes(s, count)));
+    s->first[slot] = first;
+    s->held[slot] = count;
+    return be->record(be, BESA_QUEUE_UPLOAD, besa__stream_filled(s, slot));
+}
+
+/* The slot that holds the chunk, or -1. */
+static int besa__stream_find(const besa__stream *s, int64_t first, int64_t count)
+{
+    for (int i = 0; i < 2; i++)
+        if (s->held[i] == count && s->first[i] == first) return i;
+    return -1;
+}
+
+/* *x = the sequences from `first`, on the device until close. Sequences that will be opened next, `next` of them from
+ * next_first, are sent for in advance. */
+static besa_result besa__stream_open(besa__stream *s, int64_t first, int64_t count, int64_t next_first, int64_t next,
+                                     void **x)
+{
+    besa_backend *be = s->be;
+    *x = besa__stream_at(s, s->x, first);
+    if (!s->streamed) return BESA_OK;
+    int slot = besa__stream_find(s, first, count);
+    if (slot < 0) BESA__TRY(besa__stream_fetch(s, slot = 1 - s->open, first, count));
+    BESA__TRY(be->wait(be, BESA_QUEUE_COMPUTE, besa__stream_filled(s, slot)));
+    s->open = slot;
+    *x = s->slot[slot];
+    if (next < 1 || besa__stream_find(s, next_first, next) >= 0) return BESA_OK;
+    return besa__stream_fetch(s, 1 - slot, next_first, next);
+}
+
+/* The same for sequences that will be overwritten: what they hold does not matter. */
+static besa_result besa__stream_begin(besa__stream *s, int64_t first, int64_t count, void **x)
+{
+    besa_backend *be = s->be;
+    *x = besa__stream_at(s, s->x, first);
+    if (!s->streamed) return BESA_OK;
+    s->open = 1 - s->open;
+    s->first[s->open] = first;
+    s->held[s->open] = count;
+    *x = s->slot[s->open];
+    BESA__TRY(be->wait(be, BESA_QUEUE_COMPUTE, besa__stream_filled(s, s->open)));
+    return be->wait(be, BESA_QUEUE_COMPUTE, besa__stream_home(s, s->open));
+}
+
+/* The open chunk is computed on; changed: it is other than it was, and goes home. */
+static besa_result besa__stream_close(besa__stream *s, int changed)
+{
+    besa_backend *be = s->be;
+    int slot = s->open, other = 1 - slot;
+    if (!s->streamed) return BESA_OK;
+    BESA__TRY(be->record(be, BESA_QUEUE_COMPUTE, besa__stream_computed(s, slot)));
+    if (!changed) return BESA_OK;
+    if (s->first[other] < s->first[slot] + s->held[slot] && s->first[slot] < s->first[other] + s->held[other])
+        s->held[other] = 0; /* it has become out of date */
+    BESA__TRY(be->wait(be, BESA_QUEUE_DOWNLOAD, besa__stream_computed(s, slot)));
+    BESA__TRY(be->download(be, BESA_QUEUE_DOWNLOAD, besa__stream_at(s, s->x, s->first[slot]), s->slot[slot],
+                           besa__stream_bytes(s, s->held[slot])));
+    return be->record(be, BESA_QUEUE_DOWNLOAD, besa__stream_home(s, slot));
+}
+
+/* X = F(W, X), chunk by chunk. */
+static besa_result besa__stream_forward(besa__stream *s, const besa_block *block, besa_activations *acts)
+{
+    for (int64_t i = 0, count; i < s->count; i += count) {
+        void *x;
+        count = besa__min(s->chunk, s->count - i);
+        BESA__TRY(besa__stream_open(s, i, count, i + count, besa__min(s->chunk, s->count - i - count), &x));
+        BESA__TRY(besa__block_forward(s->be, block, acts, x, x, count, s->seqlen));
+        BESA__TRY(besa__stream_close(s, 1));
+    }
+    return BESA_OK;
+}
+
+/* ============================================================================================
  * // >>pruner                pruning one block: the passes over its calibration tokens (level 2)
  * ============================================================================================
- * Owns the order of the passes and the arrays that they share; calls rates and block, never files.
+ * Owns the order of the passes and the arrays that they share; calls rates, block and streams, never files. Nothing in a
+ * block waits for the device: what is to be known of it comes back once, at its end.
  *
  *   dense    statistics of every layer's input; the reference output Yref
  *   rank     scores and ranks, or the baseline's mask
@@ -6526,10 +6731,21 @@ enum { BESA__LOSS_UNIFORM, BESA__LOSS_BEFORE, BESA__LOSS_AFTER, BESA__LOSS_REST,
 typedef struct besa__meter {
     besa_progress_callback callback;
     void *user;
+    besa_result (*share)(void *run, double fraction, besa_error *error); /* what else there is to do while a block
+                                                   computes, as far as this fraction of the block; NULL: nothing */
+    void *run;
     int64_t block, blocks, first_block;
     double start, began;                        /* clock at the run's start, and at its first_block's */
     double units, done;                         /* of work: per block; in this block */
 } besa__meter;
+
+/* What comes back of a block, in pinned host memory. */
+typedef struct besa__results {
+    float losses[BESA__LOSSES], mean;
+    double scalars[4];
+    int64_t excess;
+    int32_t not_finite[2][BESA_LAYERS];         /* of the dense weights; of those written */
+} besa__results;
 
 struct besa_pruner {
     besa_backend *be;
@@ -6538,16 +6754,18 @@ struct besa_pruner {
     besa_dtype dtype;
     int qk_norm;
     int64_t nsamples, seqlen, chunk, reference; /* sequences: all, at a time, with a reference output */
+    int64_t rows;                               /* of all layers */
     besa__meter meter;
-    void *memory;                               /* owned; NULL inside a larger arena */
+    void *memory, *host_memory;                 /* owned; NULL inside larger arenas */
     void *workspace;
     size_t workspace_bytes;
     besa_activations acts;
     besa_rates rates;
     besa__rate_layer layer[BESA_LAYERS];
     double fixed[BESA_LAYERS];                  /* of this block: sparsity, or negative: the method decides */
-    void *yref, *y;                             /* (reference, seqlen, d), (chunk, seqlen, d) act */
-    float *channel_sumsq;                       /* (d) of Yref over the batch at hand: carried from chunk to chunk */
+    besa__stream yref;                          /* (reference, seqlen, d), unless there is a dense stream */
+    void *y;                                    /* (chunk, seqlen, d) act */
+    float *channel_sumsq;                       /* (norms, d) of Yref: of every optimiser's batch, or one of all */
     float *losses;                              /* (BESA__LOSSES) */
     float *statistic[BESA__INPUTS];             /* (columns) */
     float *gram[BESA__INPUTS];                  /* (columns, columns), SparseGPT only; then its factor U */
@@ -6555,16 +6773,10 @@ struct besa_pruner {
     float *scores;                              /* (R,C) of the largest layer: acts.dw where BESA learns; SparseGPT's
                                                    weights as floats */
     float *slab_error;                          /* (R, 128), SparseGPT only */
-    int32_t *counts, *not_finite;               /* (most rows); (1) */
-    const void *yref_of_run;                    /* yref, or the dense stream */
+    int32_t *counts, *not_finite;               /* (2, rows) zeros, (2, BESA_LAYERS): dense, written */
+    besa__results *results;                     /* host */
+    int32_t *results_counts;                    /* host (2, rows) */
 };
-
-static double besa__seconds(void)
-{
-    struct timespec now;
-    timespec_get(&now, TIME_UTC);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
 
 /* Add the seconds since *clock to *total and move *clock on. */
 static void besa__lap(double *clock, double *total)
@@ -6574,14 +6786,15 @@ static void besa__lap(double *clock, double *total)
     *clock = now;
 }
 
-/* Count `units` of work as done and tell the callback. */
+/* Count `units` of work as done, do what else is due, and tell the callback. */
 static besa_result besa__tick(besa__meter *meter, besa_pass pass, double units, besa_error *error)
 {
     meter->done += units;
+    double in_block = meter->units > 0 && meter->done < meter->units ? meter->done / meter->units : 1;
+    if (meter->share) BESA__TRY(meter->share(meter->run, in_block, error));
     if (!meter->callback) return BESA_OK;
     besa_progress now;
-    double in_block = meter->units > 0 ? meter->done / meter->units : 0;
-    double ran = (double)(meter->block - meter->first_block) + (in_block < 1 ? in_block : 1);
+    double ran = (double)(meter->block - meter->first_block) + in_block;
     now.block = meter->block;
     now.blocks = meter->blocks;
     now.pass = pass;
@@ -6723,34 +6936,48 @@ static void besa__pruner_rates_place(besa_pruner *p, besa__arena *arena)
     besa__rates_place(&p->rates, p->layer, shapes, BESA_LAYERS, arena);
 }
 
-/* Place every array of the pruner; with arena->base NULL this only counts. */
-static void besa__pruner_place(besa_pruner *p, besa__arena *arena)
+/* Channel norms of Yref are kept for every batch of the optimiser, or once for all tokens. */
+static int64_t besa__norms(const besa_pruner *p)
 {
-    const besa_block_shape *s = &p->shape;
-    int learns = p->options.method == BESA_METHOD_BESA, gram = besa__uses_gram(&p->options);
-    size_t sequence = besa_dtype_size(p->be->activation_dtype) * (size_t)(p->seqlen * s->hidden_size);
-    besa_workload work = besa_block_workload(s, p->chunk, p->seqlen);
-    work.candidates = learns ? p->rates.options.candidates + 1 : 1;
-    besa__activations_place(&p->acts, arena, p->be->activation_dtype, s, p->qk_norm, p->chunk * p->seqlen, learns);
-    besa__pruner_rates_place(p, arena);
-    p->yref = p->options.dense_stream ? NULL : besa__take(arena, sequence * (size_t)p->reference);
-    p->y = besa__take(arena, sequence * (size_t)p->chunk);
-    p->channel_sumsq = besa__take_floats(arena, s->hidden_size);
-    p->losses = besa__take_floats(arena, BESA__LOSSES);
+    return p->options.norm_all ? 1 : besa__parts(p->reference, p->options.batch_size);
+}
+
+static void besa__pruner_place_statistics(besa_pruner *p, besa__arena *arena, besa_workload *work)
+{
     for (int i = 0; i < BESA__INPUTS; i++) {
-        int64_t columns = besa__input_columns(s, i);
+        int64_t columns = besa__input_columns(&p->shape, i);
         p->statistic[i] = besa__take_floats(arena, columns);
-        if (!gram) continue;
+        if (!besa__uses_gram(&p->options)) continue;
         p->gram[i] = besa__take_floats(arena, columns * columns);
         p->dead[i] = (int32_t *)besa__take(arena, (size_t)columns * sizeof(int32_t));
-        if (columns > work.hessian_columns) work.hessian_columns = columns;
+        if (columns > work->hessian_columns) work->hessian_columns = columns;
     }
+}
+
+/* Place every array of the pruner, on the device and on the host; arenas without memory only count. */
+static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *host)
+{
+    const besa_block_shape *s = &p->shape;
+    int learns = p->options.method == BESA_METHOD_BESA;
+    besa_workload work = besa_block_workload(s, p->chunk, p->seqlen);
+    work.candidates = learns ? p->rates.options.candidates + 1 : 1;
+    work.projected_rows = learns ? p->rows : 0;
+    besa__activations_place(&p->acts, arena, p->be->activation_dtype, s, p->qk_norm, p->chunk * p->seqlen, learns);
+    besa__pruner_rates_place(p, arena);
+    p->yref.chunk = p->chunk;
+    if (!p->options.dense_stream) besa__stream_place(&p->yref, arena, host);
+    p->y = besa__take(arena, besa__stream_bytes(&p->yref, p->chunk));
+    p->channel_sumsq = besa__take_floats(arena, besa__norms(p) * s->hidden_size);
+    p->losses = besa__take_floats(arena, BESA__LOSSES);
+    besa__pruner_place_statistics(p, arena, &work);
     p->scores = learns ? p->acts.dw : besa__take_floats(arena, besa__largest_layer(s));
     p->slab_error = p->options.method == BESA_METHOD_SPARSEGPT ? besa__take_floats(arena, work.rows * BESA__SLAB) : NULL;
-    p->counts = (int32_t *)besa__take(arena, (size_t)work.rows * sizeof(int32_t));
-    p->not_finite = (int32_t *)besa__take(arena, sizeof(int32_t));
+    p->counts = (int32_t *)besa__take(arena, 2 * (size_t)p->rows * sizeof(int32_t));
+    p->not_finite = (int32_t *)besa__take(arena, sizeof p->results->not_finite);
     p->workspace_bytes = p->be->workspace_size(p->be, &work);
     p->workspace = besa__take(arena, p->workspace_bytes);
+    p->results = (besa__results *)besa__take(host, sizeof(besa__results));
+    p->results_counts = (int32_t *)besa__take(host, 2 * (size_t)p->rows * sizeof(int32_t));
 }
 
 /* Sequences that go through a pass together: about 2048 tokens. A larger batch is accumulated over several. */
@@ -6807,6 +7034,12 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     if (o->batch_size > nsamples) o->batch_size = nsamples;
     p->chunk = besa__preferred_chunk(nsamples, seqlen);
     p->reference = learns || nsamples < BESA__REPORT_SEQUENCES ? nsamples : BESA__REPORT_SEQUENCES;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(shape, i, &rows, &columns);
+        p->rows += rows;
+    }
+    besa__stream_init(&p->yref, be, BESA__STREAM_YREF, p->reference, seqlen, shape->hidden_size);
     p->meter.callback = o->progress;
     p->meter.user = o->user;
     p->meter.blocks = 1;
@@ -6818,25 +7051,39 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     return besa__rates_init(&p->rates, be, &rates, learns, error);
 }
 
-/* Bytes of the pruner's arrays. */
-static size_t besa__pruner_bytes(besa_pruner *p)
+/* Find what fits into `budget` bytes of the device (0: no limit): the largest chunk, and for it the lowest level of
+ * `levels`, each of which has less on the device. size(user, level) makes the level so and gives its bytes. */
+static besa_result besa__fit_budget(int64_t *chunk, size_t (*size)(void *, int level), int levels, void *user,
+                                    size_t budget, const char *whose, besa_error *error)
 {
-    besa__arena arena = {NULL, 0};
-    besa__pruner_place(p, &arena);
-    return arena.used;
+    for (;; *chunk = (*chunk + 1) / 2) {
+        size_t bytes = 0;
+        for (int level = 0; level < levels; level++) {
+            bytes = size(user, level);
+            if (budget == 0 || bytes <= budget) return BESA_OK;
+        }
+        if (*chunk <= 1)
+            return besa__fail(error, BESA_ERROR_MEMORY, "%s %zu bytes, the smallest that works here is %zu", whose, budget,
+                              bytes);
+    }
 }
 
-/* Halve *chunk until size(user) fits the budget (0: no limit); size may adapt what depends on the chunk. */
-static besa_result besa__fit_budget(int64_t *chunk, size_t (*size)(void *), void *user, size_t budget, besa_error *error)
+/* The budget where the caller gave none: what the device has free, less a little for the driver. */
+static besa_result besa__default_budget(besa_backend *be, size_t *budget, const char **whose, besa_error *error)
 {
-    size_t bytes = size(user);
-    while (budget != 0 && bytes > budget && *chunk > 1) {
-        *chunk = (*chunk + 1) / 2;
-        bytes = size(user);
-    }
-    if (budget == 0 || bytes <= budget) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_MEMORY, "device_memory is %zu bytes, the smallest that works here is %zu", budget,
-                      bytes);
+    size_t free_bytes, total_bytes;
+    *whose = "device_memory is";
+    if (*budget != 0 || be->unified_memory) return BESA_OK;
+    BESA__TRY(besa__pass_error(be, be->memory_info(be, &free_bytes, &total_bytes), error));
+    *whose = "the device can give";
+    *budget = free_bytes - free_bytes / 32;
+    return BESA_OK;
+}
+
+/* Wait for all that is under way, whatever comes of it: memory is about to go. */
+static void besa__settle(besa_backend *be)
+{
+    for (int q = 0; q < BESA_QUEUE_COUNT; q++) be->synchronize(be, (besa_queue)q);
 }
 
 /* Once the arrays are placed. */
@@ -6850,53 +7097,89 @@ static besa_result besa__pruner_start(besa_pruner *p)
 
 /* ---- the passes ---------------------------------------------------------------------------- */
 
-static void *besa__sequence(const besa_pruner *p, void *x, int64_t index)
+/* Sequence `index` of an array of (.., seqlen, d). */
+static void *besa__sequence(const besa_pruner *p, void *x, int64_t index) { return besa__stream_at(&p->yref, x, index); }
+
+/* Sequences of the next chunk of a pass over all of them: the report's are kept apart, and those with a reference. */
+static int64_t besa__chunk_at(const besa_pruner *p, int64_t first)
 {
-    return besa__at(x, p->be->activation_dtype, index * p->seqlen * p->shape.hidden_size);
+    int64_t shown = besa__min(BESA__REPORT_SEQUENCES, p->reference);
+    int64_t end = first < shown ? shown : first < p->reference ? p->reference : p->nsamples;
+    return besa__min(p->chunk, end - first);
 }
 
-static const void *besa__sequence_const(const besa_pruner *p, const void *x, int64_t index)
+/* What a pass goes through: the block's inputs, and the outputs to come close to: yref, or the dense stream. */
+typedef struct besa__data {
+    besa__stream *x, *target;
+} besa__data;
+
+/* Open a chunk of the inputs and, where there is one, of the reference. */
+static besa_result besa__data_open(const besa_pruner *p, const besa__data *data, int64_t first, int64_t count,
+                                   int64_t next_first, int64_t next, void **x, void **yref)
 {
-    return besa__at_const(x, p->be->activation_dtype, index * p->seqlen * p->shape.hidden_size);
+    int64_t referenced = next_first + next <= p->reference ? next : 0;
+    BESA__TRY(besa__stream_open(data->x, first, count, next_first, next, x));
+    *yref = NULL;
+    return first < p->reference ? besa__stream_open(data->target, first, count, next_first, referenced, yref) : BESA_OK;
 }
 
-/* The reconstruction loss of `count` sequences from `first`, whose outputs are y (count * seqlen, d):
- *     L = (1/d) sum over tokens t and channels c of ((Yref[t,c] - Y[t,c]) / norm2(Yref[:,c]))^2
- * is added to *loss, and its derivative goes to dy (NULL: not wanted; may be y). Channel norms are those of the
- * optimiser's batch that a sequence belongs to, or of all tokens (norm_all). They are worked out where a batch begins
- * and kept for the chunks that follow, so sequences must come in order.
- * mean_over 0 adds the sum that is differentiated. For the report, mean_over is the number of sequences that the whole
- * is about: losses of batches are then averaged, weighted by their sequences. */
-static besa_result besa__pruner_loss(besa_pruner *p, float *loss, void *dy, const void *y, int64_t first, int64_t count,
-                                     int64_t mean_over)
+static besa_result besa__data_close(const besa__data *data, int x_changed, const void *yref)
 {
-    besa_backend *be = p->be;
-    int64_t d = p->shape.hidden_size, batch = p->options.batch_size;
-    for (int64_t s = first; s < first + count;) {
-        int64_t start = s / batch * batch, end = besa__min(start + batch, p->reference);
-        int64_t stop = besa__min(end, first + count);
-        int64_t normed = p->options.norm_all ? p->reference : end - start; /* sequences that the norms are over */
-        float scale = mean_over ? (float)((double)normed / (double)mean_over) : 1.0f;
-        if (!p->options.norm_all && s == start) {
-            BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->channel_sumsq, (size_t)d * sizeof(float)));
-            BESA__TRY(be->column_sumsq(be, p->channel_sumsq, besa__sequence_const(p, p->yref_of_run, s),
-                                       (end - s) * p->seqlen, d));
-        }
-        BESA__TRY(be->block_loss(be, loss, dy ? besa__sequence(p, dy, s - first) : NULL,
-                                 besa__sequence_const(p, y, s - first), besa__sequence_const(p, p->yref_of_run, s),
-                                 p->channel_sumsq, scale, (stop - s) * p->seqlen, d));
-        s = stop;
+    BESA__TRY(besa__stream_close(data->x, x_changed));
+    return yref ? besa__stream_close(data->target, 0) : BESA_OK;
+}
+
+/* One stretch of sequences that share channel norms: which norms, how many sequences of the chunk, and of how many the
+ * norms are. */
+typedef struct besa__normed {
+    int64_t norms, count, of;
+} besa__normed;
+
+static besa__normed besa__normed_at(const besa_pruner *p, int64_t sequence, int64_t end)
+{
+    int64_t batch = p->options.batch_size, start = sequence / batch * batch;
+    besa__normed n;
+    n.norms = p->options.norm_all ? 0 : sequence / batch;
+    n.count = (p->options.norm_all ? end : besa__min(end, start + batch)) - sequence;
+    n.of = p->options.norm_all ? p->reference : besa__min(start + batch, p->reference) - start;
+    return n;
+}
+
+static float *besa__channel_sumsq(const besa_pruner *p, int64_t norms)
+{
+    return p->channel_sumsq + norms * p->shape.hidden_size;
+}
+
+/* Add a chunk of the reference to its channel norms. */
+static besa_result besa__add_norms(besa_pruner *p, void *yref, int64_t first, int64_t count)
+{
+    besa__normed n;
+    for (int64_t s = first; s < first + count; s += n.count) {
+        n = besa__normed_at(p, s, first + count);
+        BESA__TRY(p->be->column_sumsq(p->be, besa__channel_sumsq(p, n.norms), besa__sequence(p, yref, s - first),
+                                      n.count * p->seqlen, p->shape.hidden_size));
     }
     return BESA_OK;
 }
 
-/* Channel norms over every reference token, for norm_all. */
-static besa_result besa__norms_of_all(besa_pruner *p)
+/* The reconstruction loss of `count` sequences from `first`, whose outputs are y and references yref (count, seqlen, d):
+ *     L = (1/d) sum over tokens t and channels c of ((Yref[t,c] - Y[t,c]) / norm2(Yref[:,c]))^2
+ * is added to *loss, and its derivative goes to dy (NULL: not wanted; may be y). Channel norms are those of the
+ * optimiser's batch that a sequence belongs to, or of all tokens (norm_all).
+ * mean_over 0 adds the sum that is differentiated. For the report, mean_over is the number of sequences that the whole
+ * is about: losses of batches are then averaged, weighted by their sequences. */
+static besa_result besa__pruner_loss(besa_pruner *p, float *loss, void *dy, void *y, void *yref, int64_t first,
+                                     int64_t count, int64_t mean_over)
 {
-    besa_backend *be = p->be;
-    int64_t d = p->shape.hidden_size;
-    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->channel_sumsq, (size_t)d * sizeof(float)));
-    return be->column_sumsq(be, p->channel_sumsq, p->yref_of_run, p->reference * p->seqlen, d);
+    besa__normed n;
+    for (int64_t s = first; s < first + count; s += n.count) {
+        n = besa__normed_at(p, s, first + count);
+        float scale = mean_over ? (float)((double)n.of / (double)mean_over) : 1.0f;
+        BESA__TRY(p->be->block_loss(p->be, loss, dy ? besa__sequence(p, dy, s - first) : NULL,
+                                    besa__sequence(p, y, s - first), besa__sequence(p, yref, s - first),
+                                    besa__channel_sumsq(p, n.norms), scale, n.count * p->seqlen, p->shape.hidden_size));
+    }
+    return BESA_OK;
 }
 
 /* Add one chunk's layer inputs to the statistics. */
@@ -6917,39 +7200,54 @@ static besa_result besa__add_statistics(besa_pruner *p, int64_t tokens)
     return BESA_OK;
 }
 
-static besa_result besa__clear_statistics(besa_pruner *p)
+/* Everything that a block's passes add to. */
+static besa_result besa__clear_sums(besa_pruner *p)
 {
     besa_backend *be = p->be;
+    size_t norms = (size_t)(besa__norms(p) * p->shape.hidden_size) * sizeof(float);
     for (int i = 0; i < BESA__INPUTS; i++) {
         size_t columns = (size_t)besa__input_columns(&p->shape, i), bytes = columns * sizeof(float);
         BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->statistic[i], bytes));
         if (p->gram[i]) BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->gram[i], bytes * columns));
     }
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->channel_sumsq, norms));
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->not_finite, sizeof p->results->not_finite));
     return be->zero(be, BESA_QUEUE_COMPUTE, p->losses, BESA__LOSSES * sizeof(float));
 }
 
-/* Pass 1. The dense block over all sequences: statistics, and Yref as far as it is needed. */
-static besa_result besa__dense_pass(besa_pruner *p, const besa_block *block, const void *x, void *dense_x,
-                                    besa_error *error)
+/* One chunk of pass 1. */
+static besa_result besa__dense_chunk(besa_pruner *p, const besa_block *block, const besa__data *data, int64_t first,
+                                     int64_t count, int64_t next)
 {
     besa_backend *be = p->be;
-    int statistics = besa__uses_gram(&p->options) || besa__uses_column_norms(&p->options);
-    int64_t last = statistics ? p->nsamples : p->reference;
-    BESA__TRY(besa__pass_error(be, besa__clear_statistics(p), error));
+    int statistics = !besa__uses_magnitude(&p->options), dense = data->target != &p->yref;
+    void *x, *y = NULL;
+    BESA__TRY(besa__stream_open(data->x, first, count, first + count, next, &x));
+    if (!dense && first < p->reference) BESA__TRY(besa__stream_begin(data->target, first, count, &y));
+    BESA__TRY(besa__block_forward(be, block, &p->acts, x, y, count, p->seqlen));
+    if (statistics) BESA__TRY(besa__add_statistics(p, count * p->seqlen));
+    BESA__TRY(besa__stream_close(data->x, 0));
+    if (dense) {
+        BESA__TRY(besa__stream_open(data->target, first, count, first + count, next, &y));
+        BESA__TRY(besa__block_forward(be, block, &p->acts, y, y, count, p->seqlen));
+    }
+    if (!y) return BESA_OK;
+    BESA__TRY(besa__add_norms(p, y, first, count));
+    return besa__stream_close(data->target, 1);
+}
+
+/* Pass 1. The dense block over all sequences: statistics, and Yref as far as it is needed. */
+static besa_result besa__dense_pass(besa_pruner *p, const besa_block *block, const besa__data *data, besa_error *error)
+{
+    int64_t last = besa__uses_magnitude(&p->options) ? p->reference : p->nsamples;
+    BESA__TRY(besa__pass_error(p->be, besa__clear_sums(p), error));
     for (int64_t i = 0, count; i < last; i += count) {
-        int64_t end = i < p->reference ? p->reference : last; /* chunks with and without a reference apart */
-        count = besa__min(p->chunk, end - i);
-        void *y = dense_x || i >= p->reference ? NULL : besa__sequence(p, p->yref, i);
-        BESA__TRY(besa__pass_error(be, besa__block_forward(be, block, &p->acts, besa__sequence_const(p, x, i), y, count,
-                                                       p->seqlen), error));
-        if (statistics) BESA__TRY(besa__pass_error(be, besa__add_statistics(p, count * p->seqlen), error));
-        if (dense_x)
-            BESA__TRY(besa__pass_error(be, besa__block_forward(be, block, &p->acts, besa__sequence(p, dense_x, i),
-                                                           besa__sequence(p, dense_x, i), count, p->seqlen), error));
+        count = besa__chunk_at(p, i);
+        int64_t next = i + count < last ? besa__chunk_at(p, i + count) : 0;
+        BESA__TRY(besa__pass_error(p->be, besa__dense_chunk(p, block, data, i, count, next), error));
         BESA__TRY(besa__tick(&p->meter, BESA_PASS_DENSE, (double)count / (double)p->nsamples, error));
     }
-    p->yref_of_run = dense_x ? dense_x : p->yref;
-    return p->options.norm_all ? besa__pass_error(be, besa__norms_of_all(p), error) : BESA_OK;
+    return BESA_OK;
 }
 
 /* Turn Gram matrices into factors and column sums into the scores' factors. */
@@ -7049,14 +7347,16 @@ static besa_result besa__mask_learned(besa_pruner *p, const besa_block *block, v
 }
 
 /* The loss of a block on the report's sequences, into one slot. */
-static besa_result besa__report_loss(besa_pruner *p, const besa_block *masked, const void *x, int slot)
+static besa_result besa__report_loss(besa_pruner *p, const besa_block *masked, const besa__data *data, int slot)
 {
-    besa_backend *be = p->be;
     int64_t last = besa__min(BESA__REPORT_SEQUENCES, p->reference);
     for (int64_t i = 0, count; i < last; i += count) {
-        count = besa__min(p->chunk, last - i);
-        BESA__TRY(besa__block_forward(be, masked, &p->acts, besa__sequence_const(p, x, i), p->y, count, p->seqlen));
-        BESA__TRY(besa__pruner_loss(p, p->losses + slot, NULL, p->y, i, count, last));
+        void *x, *yref;
+        count = besa__chunk_at(p, i);
+        BESA__TRY(besa__data_open(p, data, i, count, i + count, i + count < last ? besa__chunk_at(p, i + count) : 0, &x, &yref));
+        BESA__TRY(besa__block_forward(p->be, masked, &p->acts, x, p->y, count, p->seqlen));
+        BESA__TRY(besa__pruner_loss(p, p->losses + slot, NULL, p->y, yref, i, count, last));
+        BESA__TRY(besa__data_close(data, 0, yref));
     }
     return BESA_OK;
 }
@@ -7064,18 +7364,18 @@ static besa_result besa__report_loss(besa_pruner *p, const besa_block *masked, c
 /* The uniform mask, floor(target C) of every row, and the mask at the start of learning: measured once where learning
  * starts at the target, as the two then differ by the rounding of a few rows at most. */
 static besa_result besa__losses_before(besa_pruner *p, const besa_block *block, const besa_block *masked,
-                                       void *const pruned[BESA_LAYERS], const void *x)
+                                       void *const pruned[BESA_LAYERS], const besa__data *data)
 {
     for (int i = 0; i < BESA_LAYERS; i++)
         if (p->rates.layer[i].fixed < 0) BESA__TRY(besa__uniform_counts(&p->rates, i, p->options.rates.target));
     BESA__TRY(besa__mask_learned(p, block, pruned));
-    BESA__TRY(besa__report_loss(p, masked, x, BESA__LOSS_UNIFORM));
+    BESA__TRY(besa__report_loss(p, masked, data, BESA__LOSS_UNIFORM));
     if (!p->options.rates.zero_start)
         return p->be->copy(p->be, BESA_QUEUE_COMPUTE, p->losses + BESA__LOSS_BEFORE, p->losses + BESA__LOSS_UNIFORM,
                            sizeof(float));
     BESA__TRY(besa__rates_forward(&p->rates));
     BESA__TRY(besa__mask_learned(p, block, pruned));
-    return besa__report_loss(p, masked, x, BESA__LOSS_BEFORE);
+    return besa__report_loss(p, masked, data, BESA__LOSS_BEFORE);
 }
 
 /* What the gradient of one layer is for: its rows' bucket sums. */
@@ -7090,9 +7390,16 @@ static besa_result besa__learn_gradient(void *user, int layer, const float *dw)
     return besa__rates_gradient(&learner->pruner->rates, layer, learner->block->weight[layer], dw);
 }
 
-/* One optimiser step on sequences first .. first + batch - 1, in as many pieces as memory asks for. */
+/* Sequences of the next piece of an optimiser's batch, as many as memory has room for. */
+static int64_t besa__piece_at(const besa_pruner *p, int64_t first)
+{
+    int64_t batch = p->options.batch_size, end = besa__min(first / batch * batch + batch, p->nsamples);
+    return besa__min(p->chunk, end - first);
+}
+
+/* One optimiser step on sequences first .. first + batch - 1, piece by piece. */
 static besa_result besa__learn_step(besa_pruner *p, const besa__backward *backward, void *const pruned[BESA_LAYERS],
-                                    const void *x, int64_t first)
+                                    const besa__data *data, int64_t first)
 {
     besa_backend *be = p->be;
     const besa_block *dense = ((const besa__learner *)backward->user)->block;
@@ -7102,13 +7409,16 @@ static besa_result besa__learn_step(besa_pruner *p, const besa__backward *backwa
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->losses + BESA__LOSS_STEP, sizeof(float)));
     for (int64_t i = first, count; i < end; i += count) {
         besa__backward piece = *backward;
-        count = besa__min(p->chunk, end - i);
+        void *x, *yref;
+        count = besa__piece_at(p, i);
+        int64_t next = i + count < p->nsamples ? i + count : 0; /* of this epoch, or the next one's first */
         piece.batch = count;
         piece.tokens = count * p->seqlen;
-        const void *input = besa__sequence_const(p, x, i);
-        BESA__TRY(besa__block_forward(be, piece.block, &p->acts, input, p->y, count, p->seqlen));
-        BESA__TRY(besa__pruner_loss(p, p->losses + BESA__LOSS_STEP, p->y, p->y, i, count, 0));
-        BESA__TRY(besa__block_backward(&piece, input, p->y, NULL));
+        BESA__TRY(besa__data_open(p, data, i, count, next, besa__piece_at(p, next), &x, &yref));
+        BESA__TRY(besa__block_forward(be, piece.block, &p->acts, x, p->y, count, p->seqlen));
+        BESA__TRY(besa__pruner_loss(p, p->losses + BESA__LOSS_STEP, p->y, p->y, yref, i, count, 0));
+        BESA__TRY(besa__block_backward(&piece, x, p->y, NULL));
+        BESA__TRY(besa__data_close(data, 0, yref));
     }
     BESA__TRY(besa__rates_backward(&p->rates));
     return besa__rates_optimize(&p->rates);
@@ -7116,10 +7426,9 @@ static besa_result besa__learn_step(besa_pruner *p, const besa__backward *backwa
 
 /* Pass 3. BESA: learn the rates, one optimiser step per batch of sequences. */
 static besa_result besa__learn_pass(besa_pruner *p, const besa_block *block, const besa_block *masked,
-                                    void *const pruned[BESA_LAYERS], const void *x, besa_error *error)
+                                    void *const pruned[BESA_LAYERS], const besa__data *data, besa_error *error)
 {
-    int64_t batch = p->options.batch_size, batches = (p->nsamples + batch - 1) / batch;
-    int64_t steps = p->options.epochs * batches;
+    int64_t batch = p->options.batch_size, batches = besa__parts(p->nsamples, batch), steps = p->options.epochs * batches;
     besa__learner learner = {p, block};
     besa__backward backward;
     memset(&backward, 0, sizeof backward);
@@ -7132,9 +7441,9 @@ static besa_result besa__learn_pass(besa_pruner *p, const besa_block *block, con
     for (int i = 0; i < BESA_LAYERS; i++)
         if (p->rates.layer[i].fixed < 0) backward.layers |= 1u << i;
     if (backward.layers == 0) return BESA_OK;
-    BESA__TRY(besa__pass_error(p->be, besa__losses_before(p, block, masked, pruned, x), error));
+    BESA__TRY(besa__pass_error(p->be, besa__losses_before(p, block, masked, pruned, data), error));
     for (int64_t s = 0; s < steps; s++) {
-        BESA__TRY(besa__pass_error(p->be, besa__learn_step(p, &backward, pruned, x, s % batches * batch), error));
+        BESA__TRY(besa__pass_error(p->be, besa__learn_step(p, &backward, pruned, data, s % batches * batch), error));
         BESA__TRY(besa__tick(&p->meter, BESA_PASS_LEARN, 3.0 / (double)batches, error));
         if (!p->options.step) continue;
         besa_step step = {p->meter.block, s + 1, steps, &p->rates, p->be, p->losses + BESA__LOSS_STEP};
@@ -7153,43 +7462,65 @@ static besa_result besa__final_masks(besa_pruner *p, const besa_block *block, vo
     return besa__mask_learned(p, block, pruned);
 }
 
-/* Sequences of the commit pass's next chunk: the report's are kept apart, and those with a reference. */
-static int64_t besa__commit_chunk(const besa_pruner *p, int64_t first)
-{
-    int64_t shown = besa__min(BESA__REPORT_SEQUENCES, p->reference);
-    int64_t end = first < shown ? shown : first < p->reference ? p->reference : p->nsamples;
-    return besa__min(p->chunk, end - first);
-}
-
 /* Pass 4. X = F(What, X), and the loss on the way. */
-static besa_result besa__commit_pass(besa_pruner *p, const besa_block *masked, void *x, besa_error *error)
+static besa_result besa__commit_pass(besa_pruner *p, const besa_block *masked, const besa__data *data, besa_error *error)
 {
     besa_backend *be = p->be;
     int64_t shown = besa__min(BESA__REPORT_SEQUENCES, p->reference);
     for (int64_t i = 0, count; i < p->nsamples; i += count) {
-        count = besa__commit_chunk(p, i);
-        void *at = besa__sequence(p, x, i);
-        BESA__TRY(besa__pass_error(be, besa__block_forward(be, masked, &p->acts, at, at, count, p->seqlen), error));
+        void *x, *yref;
+        count = besa__chunk_at(p, i);
+        int64_t next = i + count < p->nsamples ? besa__chunk_at(p, i + count) : 0, of = i < shown ? shown : p->reference - shown;
         float *loss = p->losses + (i < shown ? BESA__LOSS_AFTER : BESA__LOSS_REST);
-        int64_t of = i < shown ? shown : p->reference - shown;
-        if (i < p->reference) BESA__TRY(besa__pass_error(be, besa__pruner_loss(p, loss, NULL, at, i, count, of), error));
+        BESA__TRY(besa__pass_error(be, besa__data_open(p, data, i, count, i + count, next, &x, &yref), error));
+        BESA__TRY(besa__pass_error(be, besa__block_forward(be, masked, &p->acts, x, x, count, p->seqlen), error));
+        if (yref) BESA__TRY(besa__pass_error(be, besa__pruner_loss(p, loss, NULL, x, yref, i, count, of), error));
+        BESA__TRY(besa__pass_error(be, besa__data_close(data, 1, yref), error));
         BESA__TRY(besa__tick(&p->meter, BESA_PASS_COMMIT, (double)count / (double)p->nsamples, error));
     }
     return BESA_OK;
 }
 
-/* ---- the report ---------------------------------------------------------------------------- */
+/* ---- what comes back ----------------------------------------------------------------------- */
 
-/* zeros of every row of a weight, into host counts (rows). Waits for the device. */
-static besa_result besa__read_zeros(besa_pruner *p, const void *w, int64_t rows, int64_t columns, int32_t *counts,
-                                    int32_t *not_finite)
+enum { BESA__MARK_START, BESA__MARK_DENSE, BESA__MARK_RANK, BESA__MARK_LEARN, BESA__MARK_COMMIT }; /* events, after passes */
+
+static besa_result besa__mark_pass(besa_pruner *p, int mark) { return p->be->record(p->be, BESA_QUEUE_COMPUTE, mark); }
+
+enum { BESA__DENSE, BESA__WRITTEN };
+
+/* Zeros of every row, and what is not finite, of the dense weights or of those written. */
+static besa_result besa__count_layers(besa_pruner *p, const void *const weight[BESA_LAYERS], int which)
+{
+    int32_t *counts = p->counts + which * p->rows;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        BESA__TRY(p->be->count_zeros(p->be, counts, p->not_finite + which * BESA_LAYERS + i, weight[i], p->dtype, rows,
+                                     columns));
+        counts += rows;
+    }
+    return BESA_OK;
+}
+
+/* Bring home what is to be known of a block: here the host waits for it. */
+static besa_result besa__fetch_results(besa_pruner *p)
 {
     besa_backend *be = p->be;
-    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->not_finite, sizeof(int32_t)));
-    BESA__TRY(be->count_zeros(be, p->counts, p->not_finite, w, p->dtype, rows, columns));
-    BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, counts, p->counts, (size_t)rows * sizeof(int32_t)));
-    BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, not_finite, p->not_finite, sizeof(int32_t)));
-    return be->synchronize(be, BESA_QUEUE_COMPUTE);
+    besa__results *r = p->results;
+    const besa_queue q = BESA_QUEUE_COMPUTE;
+    memset(r, 0, sizeof *r);
+    BESA__TRY(be->download(be, q, r->losses, p->losses, sizeof r->losses));
+    BESA__TRY(be->download(be, q, r->not_finite, p->not_finite, sizeof r->not_finite));
+    BESA__TRY(be->download(be, q, p->results_counts, p->counts, 2 * (size_t)p->rows * sizeof(int32_t)));
+    if (p->options.method == BESA_METHOD_BESA) {
+        BESA__TRY(be->download(be, q, r->scalars, p->rates.scalars, sizeof r->scalars));
+        BESA__TRY(be->download(be, q, &r->mean, p->rates.mean, sizeof r->mean));
+        BESA__TRY(be->download(be, q, &r->excess, p->rates.excess, sizeof r->excess));
+    }
+    BESA__TRY(be->synchronize(be, BESA_QUEUE_UPLOAD));
+    BESA__TRY(be->synchronize(be, BESA_QUEUE_DOWNLOAD));
+    return be->synchronize(be, q);
 }
 
 static void besa__rate_spread(besa_layer_report *r, const int32_t *counts, int64_t rows, int64_t columns)
@@ -7212,33 +7543,38 @@ static void besa__rate_spread(besa_layer_report *r, const int32_t *counts, int64
     r->rate_std = variance > 0 ? sqrt(variance) : 0;
 }
 
-/* Source zeros and finiteness of the dense weights (source 1), or what was written (source 0). */
-static besa_result besa__report_layers(besa_pruner *p, const void *const weight[BESA_LAYERS], const char *name, int source,
-                                       besa_block_report *report, int32_t *counts, besa_error *error)
+static besa_result besa__check_layers_finite(const besa_pruner *p, const char *name, int which, besa_error *error)
 {
-    for (int i = 0; i < BESA_LAYERS; i++) {
-        int64_t rows, columns;
-        int32_t not_finite;
-        besa_block_layer(&p->shape, i, &rows, &columns);
-        BESA__TRY(besa__pass_error(p->be, besa__read_zeros(p, weight[i], rows, columns, counts, &not_finite), error));
-        if (not_finite != 0)
-            return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s.weight: %d %sweights are NaN or infinite",
-                              name ? name : "", besa__layer_paths[i], (int)not_finite, source ? "" : "pruned ");
-        besa_layer_report *layer = &report->layer[i];
-        if (!source) besa__rate_spread(layer, counts, rows, columns);
-        for (int64_t r = 0; r < rows && source; r++) layer->source_zeros += counts[r];
-    }
+    for (int i = 0; i < BESA_LAYERS; i++)
+        if (p->results->not_finite[which][i] != 0)
+            return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s.weight: %d %sweights are NaN or infinite", name ? name : "",
+                              besa__layer_paths[i], (int)p->results->not_finite[which][i], which == BESA__DENSE ? "" : "pruned ");
     return BESA_OK;
 }
 
-static besa_result besa__report_losses(besa_pruner *p, const char *name, besa_block_report *report, besa_error *error)
+/* Source zeros and the spread of the rates. */
+static void besa__report_layers(const besa_pruner *p, besa_block_report *report)
 {
-    besa_backend *be = p->be;
-    float loss[BESA__LOSSES];
+    const int32_t *dense = p->results_counts, *written = dense + p->rows;
+    int64_t weights = 0, zeros = 0;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        besa_layer_report *layer = &report->layer[i];
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        for (int64_t r = 0; r < rows; r++) layer->source_zeros += dense[r];
+        besa__rate_spread(layer, written, rows, columns);
+        weights += layer->weights;
+        zeros += layer->pruned;
+        dense += rows;
+        written += rows;
+    }
+    report->sparsity = (double)zeros / (double)weights;
+}
+
+static besa_result besa__report_losses(const besa_pruner *p, const char *name, besa_block_report *report, besa_error *error)
+{
+    const float *loss = p->results->losses;
     int learned = 0;
-    besa_result result = be->download(be, BESA_QUEUE_COMPUTE, loss, p->losses, sizeof loss);
-    if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
-    BESA__TRY(besa__pass_error(be, result, error));
     for (int i = 0; i < BESA_LAYERS; i++) learned |= p->options.method == BESA_METHOD_BESA && p->fixed[i] < 0;
     double shown = (double)besa__min(BESA__REPORT_SEQUENCES, p->reference), all = (double)p->reference;
     report->loss_after = (double)loss[BESA__LOSS_AFTER];
@@ -7250,74 +7586,109 @@ static besa_result besa__report_losses(besa_pruner *p, const char *name, besa_bl
                       name ? name : "the block ");
 }
 
-/* All passes; counts is host scratch for the rows of the largest layer. */
-static besa_result besa__pruner_passes(besa_pruner *p, const besa_block *block, const char *name, void *x, void *dense_x,
-                                       void *const pruned[BESA_LAYERS], besa_block_report *report, int32_t *counts,
-                                       besa_error *error)
+static besa_result besa__report_seconds(besa_pruner *p, double seconds[BESA_PASS_COUNT])
+{
+    static const besa_pass pass[] = {BESA_PASS_DENSE, BESA_PASS_RANK, BESA_PASS_LEARN, BESA_PASS_COMMIT};
+    for (int i = 0; i < 4; i++)
+        BESA__TRY(p->be->elapsed(p->be, BESA__MARK_START + i, BESA__MARK_START + i + 1, &seconds[pass[i]]));
+    return BESA_OK;
+}
+
+/* From what has come back to the report, or to what went wrong; the earliest cause counts. */
+static besa_result besa__report_block(besa_pruner *p, const char *name, besa_block_report *report, besa_error *error)
+{
+    const besa__results *r = p->results;
+    BESA__TRY(besa__check_layers_finite(p, name, BESA__DENSE, error));
+    if (p->options.method == BESA_METHOD_BESA) {
+        BESA__TRY(besa__check_status(r->scalars[0], r->mean, error));
+        BESA__TRY(besa__check_excess(&p->rates, r->excess, error));
+        report->d = r->scalars[0];
+        report->mean_rate = (double)r->mean;
+    }
+    besa__report_layers(p, report);
+    BESA__TRY(besa__report_losses(p, name, report, error));
+    BESA__TRY(besa__check_layers_finite(p, name, BESA__WRITTEN, error));
+    return besa__pass_error(p->be, besa__report_seconds(p, report->seconds), error);
+}
+
+/* All passes. */
+static besa_result besa__pruner_passes(besa_pruner *p, const besa_block *block, const besa_block *masked,
+                                       const besa__data *data, void *const pruned[BESA_LAYERS], besa_error *error)
+{
+    besa_backend *be = p->be;
+    BESA__TRY(besa__pass_error(be, besa__mark_pass(p, BESA__MARK_START), error));
+    if (p->rates.count > 0) BESA__TRY(besa__pass_error(be, besa__rates_reset(&p->rates), error));
+    BESA__TRY(besa__dense_pass(p, block, data, error));
+    BESA__TRY(besa__pass_error(be, besa__count_layers(p, block->weight, BESA__DENSE), error));
+    BESA__TRY(besa__pass_error(be, besa__mark_pass(p, BESA__MARK_DENSE), error));
+    BESA__TRY(besa__rank_pass(p, block, pruned, error));
+    BESA__TRY(besa__pass_error(be, besa__mark_pass(p, BESA__MARK_RANK), error));
+    if (p->options.method == BESA_METHOD_BESA) {
+        BESA__TRY(besa__learn_pass(p, block, masked, pruned, data, error));
+        BESA__TRY(besa__pass_error(be, besa__final_masks(p, block, pruned), error));
+    }
+    BESA__TRY(besa__pass_error(be, besa__mark_pass(p, BESA__MARK_LEARN), error));
+    BESA__TRY(besa__commit_pass(p, masked, data, error));
+    BESA__TRY(besa__pass_error(be, besa__count_layers(p, masked->weight, BESA__WRITTEN), error));
+    return besa__pass_error(be, besa__mark_pass(p, BESA__MARK_COMMIT), error);
+}
+
+/* dense: the dense model's own stream, or NULL. */
+static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, const char *name, besa__stream *x,
+                                    besa__stream *dense, void *const pruned[BESA_LAYERS], besa_block_report *report,
+                                    besa_error *error)
 {
     besa_block masked = *block;
-    double clock = besa__seconds(), *seconds = report->seconds;
+    besa__data data = {x, dense ? dense : &p->yref};
+    memset(report, 0, sizeof *report);
+    p->meter.done = 0;
+    x->chunk = data.target->chunk = p->chunk;
     for (int i = 0; i < BESA_LAYERS; i++) {
         masked.weight[i] = pruned[i];
         p->fixed[i] = besa__fixed_rate(&p->options, name, i);
     }
-    BESA__TRY(besa__report_layers(p, block->weight, name, 1, report, counts, error));
-    if (p->rates.count > 0) BESA__TRY(besa__pass_error(p->be, besa__rates_reset(&p->rates), error));
-    BESA__TRY(besa__dense_pass(p, block, x, dense_x, error));
-    besa__lap(&clock, &seconds[BESA_PASS_DENSE]);
-    BESA__TRY(besa__rank_pass(p, block, pruned, error));
-    besa__lap(&clock, &seconds[BESA_PASS_RANK]);
-    if (p->options.method == BESA_METHOD_BESA) {
-        BESA__TRY(besa__learn_pass(p, block, &masked, pruned, x, error));
-        besa__lap(&clock, &seconds[BESA_PASS_LEARN]);
-        BESA__TRY(besa__pass_error(p->be, besa__final_masks(p, block, pruned), error));
-        BESA__TRY(besa_rates_status(&p->rates, &report->d, &report->mean_rate, error));
-    }
-    BESA__TRY(besa__commit_pass(p, &masked, x, error));
-    BESA__TRY(besa__report_losses(p, name, report, error));
-    BESA__TRY(besa__report_layers(p, masked.weight, name, 0, report, counts, error));
-    besa__lap(&clock, &seconds[BESA_PASS_COMMIT]);
-    return BESA_OK;
-}
-
-static void besa__report_sparsity(besa_block_report *report)
-{
-    int64_t weights = 0, zeros = 0;
-    for (int i = 0; i < BESA_LAYERS; i++) {
-        weights += report->layer[i].weights;
-        zeros += report->layer[i].pruned;
-    }
-    report->sparsity = weights > 0 ? (double)zeros / (double)weights : 0;
-}
-
-static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, const char *name, void *x, void *dense_x,
-                                    void *const pruned[BESA_LAYERS], besa_block_report *report, besa_error *error)
-{
-    void *counts;
-    besa_workload work = besa_block_workload(&p->shape, 1, 1);
-    memset(report, 0, sizeof *report);
-    p->meter.done = 0;
-    BESA__TRY(besa__malloc(&counts, (size_t)work.rows * sizeof(int32_t), "row counts", error));
     besa__workspace callers = besa__use_workspace(p->be, p->workspace, p->workspace_bytes);
-    besa_result result = besa__pruner_passes(p, block, name, x, dense_x, pruned, report, (int32_t *)counts, error);
+    besa_result result = besa__pruner_passes(p, block, &masked, &data, pruned, error);
+    if (result == BESA_OK || result == BESA_ERROR_NUMERIC) {
+        besa_result fetched = besa__pass_error(p->be, besa__fetch_results(p), result ? NULL : error);
+        if (result == BESA_OK) result = fetched;
+        if (result == BESA_ERROR_NUMERIC && besa__check_layers_finite(p, name, BESA__DENSE, error) != BESA_OK)
+            result = BESA_ERROR_NOT_FINITE; /* that is why */
+    }
+    if (result == BESA_OK) result = besa__report_block(p, name, report, error);
     besa__use_workspace(p->be, callers.memory, callers.bytes);
-    BESA_FREE(counts);
-    besa__report_sparsity(report);
     return result;
 }
 
 /* ---- the public functions ------------------------------------------------------------------ */
 
-static size_t besa__pruner_size(void *pruner) { return besa__pruner_bytes((besa_pruner *)pruner); }
+/* Level 1: Yref is on the host. */
+static size_t besa__pruner_size(void *pruner, int level)
+{
+    besa_pruner *p = (besa_pruner *)pruner;
+    besa__arena device = {NULL, 0}, host = {NULL, 0};
+    p->yref.streamed = level > 0;
+    besa__pruner_place(p, &device, &host);
+    return device.used;
+}
 
 static besa_result besa__pruner_allocate(besa_pruner *p, besa_error *error)
 {
-    besa__arena arena = {NULL, 0};
-    BESA__TRY(besa__fit_budget(&p->chunk, besa__pruner_size, p, p->options.device_memory, error));
-    BESA__TRY(besa__pass_error(p->be, p->be->alloc(p->be, &p->memory, besa__pruner_bytes(p)), error));
-    arena.base = (unsigned char *)p->memory;
-    besa__pruner_place(p, &arena);
-    return besa__pass_error(p->be, besa__pruner_start(p), error);
+    besa_backend *be = p->be;
+    besa__arena device = {NULL, 0}, host = {NULL, 0};
+    size_t budget = p->options.device_memory;
+    const char *whose;
+    BESA__TRY(besa__default_budget(be, &budget, &whose, error));
+    BESA__TRY(besa__fit_budget(&p->chunk, besa__pruner_size, be->unified_memory || p->options.dense_stream ? 1 : 2, p, budget,
+                               whose, error));
+    besa__pruner_place(p, &device, &host);
+    BESA__TRY(besa__pass_error(be, be->alloc(be, &p->memory, device.used), error));
+    BESA__TRY(besa__pass_error(be, be->host_alloc(be, &p->host_memory, host.used), error));
+    device.base = (unsigned char *)p->memory;
+    host.base = (unsigned char *)p->host_memory;
+    device.used = host.used = 0;
+    besa__pruner_place(p, &device, &host);
+    return besa__pass_error(be, besa__pruner_start(p), error);
 }
 
 BESA_API besa_result besa_pruner_create(besa_pruner **pruner, besa_backend *be, const besa_block_shape *shape,
@@ -7338,7 +7709,10 @@ BESA_API besa_result besa_pruner_create(besa_pruner **pruner, besa_backend *be, 
 BESA_API void besa_pruner_destroy(besa_pruner *pruner)
 {
     if (!pruner) return;
-    if (pruner->memory) pruner->be->free(pruner->be, pruner->memory);
+    besa_backend *be = pruner->be;
+    if (pruner->memory) besa__settle(be);
+    if (pruner->memory) be->free(be, pruner->memory);
+    if (pruner->host_memory) be->host_free(be, pruner->host_memory);
     BESA_FREE(pruner);
 }
 
@@ -7347,9 +7721,9 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
                                      besa_error *error)
 {
     besa_block_report local;
+    besa__stream inputs, dense;
     if (pruner->options.dense_stream && !dense_x)
         return besa__fail(error, BESA_ERROR_OPTION, "dense_stream is set, but dense_x is NULL");
-    if (!pruner->options.dense_stream) dense_x = NULL;
     const besa_block_shape *s = &block->shape, *made = &pruner->shape;
     if (s->hidden_size != made->hidden_size || s->intermediate_size != made->intermediate_size ||
         s->num_attention_heads != made->num_attention_heads || s->num_key_value_heads != made->num_key_value_heads ||
@@ -7357,7 +7731,12 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
         (block->k_norm && !pruner->qk_norm))
         return besa__fail(error, BESA_ERROR_OPTION, "the block's shape, dtype or q/k norms are not those of the pruner");
     pruner->meter.start = pruner->meter.began = besa__seconds();
-    return besa__pruner_run(pruner, block, name, x, dense_x, pruned, report ? report : &local, error);
+    besa__stream_init(&inputs, pruner->be, BESA__STREAM_X, pruner->nsamples, pruner->seqlen, made->hidden_size);
+    besa__stream_init(&dense, pruner->be, BESA__STREAM_DENSE, pruner->nsamples, pruner->seqlen, made->hidden_size);
+    inputs.x = x;
+    dense.x = dense_x;
+    return besa__pruner_run(pruner, block, name, &inputs, pruner->options.dense_stream ? &dense : NULL, pruned,
+                            report ? report : &local, error);
 }
 
 /* ============================================================================================
@@ -7377,6 +7756,7 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
 #define BESA__JOURNAL "besa-journal"
 #define BESA__CONFIG "config.json"
 #define BESA__CHUNK ((size_t)8 << 20)           /* bytes copied or hashed at a time; a multiple of 8 */
+#define BESA__SYNC ((size_t)64 << 20)           /* bytes of a block that are written between syncs */
 
 /* A block's checksum; .end is the journal's size with the line "run" [0], "copied" [1], and that of block b [b + 2]. */
 typedef struct besa__mark {
@@ -7399,7 +7779,8 @@ typedef struct besa__writer {
     uint64_t journal_end;
     besa__block_tensors current;                /* of block number done */
     uint64_t hash[BESA_LAYERS];                 /* of its weights, as far as written */
-    int written[BESA_LAYERS];
+    size_t written[BESA_LAYERS];                /* bytes */
+    size_t unsynced;                            /* bytes since the last sync */
 } besa__writer;
 
 /* 64-bit FNV-1a over words of 8 bytes, then single bytes, with a shift so that high bits reach low ones. Data may be
@@ -7776,9 +8157,10 @@ static besa_result besa__writer_copy(besa__writer *w, besa_error *error)
     return BESA_OK;
 }
 
-static besa_result besa__writer_read(besa__writer *w, const besa_tensor *tensor, void *memory, besa_error *error)
+static besa_result besa__writer_read(besa__writer *w, const besa_tensor *tensor, void *memory, size_t at, size_t size,
+                                     besa_error *error)
 {
-    return besa__read_at(w->files[tensor->file], memory, tensor->bytes, tensor->offset, w->partial, error);
+    return besa__read_at(w->files[tensor->file], memory, size, tensor->offset + at, w->partial, error);
 }
 
 /* The hash of a block is that of its seven tensors' hashes. */
@@ -7931,8 +8313,10 @@ BESA__UNUSED static besa_result besa__writer_open(besa__writer **writer, const b
     return result;
 }
 
-/* New bytes of one prunable weight of the current block. Weights that never come keep the source's bytes. */
-BESA__UNUSED static besa_result besa__writer_write(besa__writer *w, const besa_tensor *tensor, const void *bytes,
+/* The next `size` new bytes of one prunable weight of the current block; all pieces but the last are multiples of 8.
+ * Weights that never come keep the source's bytes. What was written is synced from time to time, so that no sync takes
+ * long. */
+BESA__UNUSED static besa_result besa__writer_write(besa__writer *w, const besa_tensor *tensor, const void *bytes, size_t size,
                                                    besa_error *error)
 {
     int i = 0;
@@ -7940,11 +8324,15 @@ BESA__UNUSED static besa_result besa__writer_write(besa__writer *w, const besa_t
     if (i == BESA_LAYERS)
         return besa__fail(error, BESA_ERROR_OPTION, "%s: not a prunable weight of block %lld", tensor->name,
                           (long long)w->done);
-    BESA__TRY(besa__write_at(w, w->files[tensor->file], w->checkpoint->shards[tensor->file].name, bytes, tensor->bytes,
-                             tensor->offset, error));
-    w->hash[i] = besa__hash(BESA__HASH_START, bytes, tensor->bytes);
-    w->written[i] = 1;
-    return BESA_OK;
+    BESA_ASSERT(size <= tensor->bytes - w->written[i]);
+    const char *name = w->checkpoint->shards[tensor->file].name;
+    BESA__TRY(besa__write_at(w, w->files[tensor->file], name, bytes, size, tensor->offset + w->written[i], error));
+    w->hash[i] = besa__hash(w->written[i] ? w->hash[i] : BESA__HASH_START, bytes, size);
+    w->written[i] += size;
+    w->unsynced += size;
+    if (w->unsynced < BESA__SYNC) return BESA_OK;
+    w->unsynced = 0;
+    return besa__sync(w, w->files[tensor->file], name, error);
 }
 
 /* The current block is complete: on return it is on disk and in the journal. */
@@ -7955,8 +8343,9 @@ BESA__UNUSED static besa_result besa__writer_block_done(besa__writer *w, int64_t
         return besa__fail(error, BESA_ERROR_OPTION, "block %lld is not the current one", (long long)block);
     for (int i = 0; i < BESA_LAYERS; i++) {
         const besa_tensor *t = w->current.weight[i];
-        if (w->written[i]) continue;
-        BESA__TRY(besa__writer_write(w, t, t->data, error));
+        if (w->written[i] == t->bytes) continue;
+        w->written[i] = 0;
+        BESA__TRY(besa__writer_write(w, t, t->data, t->bytes, error));
         besa__release_pages(w->checkpoint, t);
     }
     for (int i = 0; i < BESA_LAYERS; i++) {
@@ -7969,6 +8358,7 @@ BESA__UNUSED static besa_result besa__writer_block_done(besa__writer *w, int64_t
     BESA__TRY(besa__journal_add(w, line, error));
     w->marks[block + 2].end = w->journal_end;
     w->done++;
+    w->unsynced = 0;
     return besa__writer_next(w, error);
 }
 
@@ -8021,17 +8411,30 @@ BESA__UNUSED static void besa__writer_abandon(besa__writer *w, int remove_it)
 /* ============================================================================================
  * // >>pipeline              the whole model, block by block (level 1)
  * ============================================================================================
- * Owns one block's weights on the device and the streams of activations that pass through; calls the pruner, the
- * checkpoint and the writer. One layout function places every array, and the plan is that function run on nothing. */
+ * Owns one block's weights on the device, the way of blocks in and out, and the streams of activations that pass
+ * through; calls the pruner, the checkpoint and the writer. One layout function places every array, and the plan is that
+ * function run on nothing.
+ *
+ * Where the device has memory of its own, there are two of each: while a block computes, the next one's weights come in and
+ * the last one's results go out, piece by piece through pinned host memory, a share at every tick of the pruner. */
 
 #define BESA__VOCAB_CHUNK 4096                  /* rows of the output head at a time */
 
-/* Sequences on their way through the model. */
-typedef struct besa__stream {
-    const int32_t *ids;                         /* (count, seqlen) host */
-    int64_t count, seqlen, chunk;               /* chunk: sequences per forward pass */
-    void *x;                                    /* (count * seqlen, d) act */
-} besa__stream;
+/* A block's weights and vectors on the device. */
+typedef struct besa__room {
+    void *weight[BESA_LAYERS];
+    float *bias[BESA_LAYERS], *norm1, *norm2, *q_norm, *k_norm;
+} besa__room;
+
+/* How far a block's weights have come, in or out: all of the layers before `layer`, and `at` bytes of that one. */
+typedef struct besa__transfer {
+    int64_t block;                              /* -1: none */
+    besa__block_tensors tensors;
+    int layer;
+    size_t at, moved, total;                    /* bytes: of this layer, of all */
+    size_t piece;                               /* bytes in the staging that are on their way out, to be written */
+    double seconds;                             /* that the host has spent on it */
+} besa__transfer;
 
 typedef struct besa__run {
     const besa_checkpoint *checkpoint;
@@ -8042,11 +8445,15 @@ typedef struct besa__run {
     int has_pruner, has_dense, has_test;
     besa_pruner pruner;
     besa__stream calibration, dense, test;
+    const int32_t *ids, *test_ids;              /* of calibration and dense; of test. Host */
     int64_t positions;                          /* of the rope tables */
+    besa__writer *writer;                       /* NULL: nothing is written */
+    besa__transfer in, out;
     /* device */
     void *device;
-    void *weight[BESA_LAYERS], *pruned[BESA_LAYERS];
-    float *bias[BESA_LAYERS], *norm1, *norm2, *q_norm, *k_norm, *rope_cos, *rope_sin;
+    besa__room room[2];                         /* block b lies in b % 2, or in 0 with unified memory */
+    void *pruned[2][BESA_LAYERS];               /* likewise */
+    float *rope_cos, *rope_sin;
     void *rows;                                 /* embedding rows of one chunk, or head rows, in the file's dtype */
     besa_activations acts;                      /* the test stream's */
     void *workspace;
@@ -8055,8 +8462,10 @@ typedef struct besa__run {
     int32_t *targets;
     double *nll_sums;
     /* host */
-    void *host;                                 /* staging for rows, vectors and tables */
-    size_t host_bytes;
+    void *host;
+    void *staging;                              /* rows, tables and sums */
+    float *vectors;                             /* norms and biases on their way in */
+    void *piece_in, *piece_out;                 /* of weights; NULL with unified memory */
 } besa__run;
 
 /* ---- layout -------------------------------------------------------------------------------- */
@@ -8066,39 +8475,37 @@ static int64_t besa__vocab_chunk(const besa__run *run)
     return besa__min(run->config->vocab_size, BESA__VOCAB_CHUNK);
 }
 
-static size_t besa__stream_bytes(const besa__run *run, const besa__stream *s)
-{
-    return besa_dtype_size(run->be->activation_dtype) * (size_t)(s->count * s->seqlen * run->config->block.hidden_size);
-}
-
-/* One block's weights and vectors, and with a pruner its pruned weights. */
-static void besa__run_place_block(besa__run *run, besa__arena *arena)
+/* One block's weights and vectors, and with a pruner its pruned weights; two of each where transfers overlap. */
+static void besa__run_place_blocks(besa__run *run, besa__arena *arena)
 {
     const besa_block_shape *s = &run->config->block;
-    int64_t half = s->head_dim / 2;
-    for (int i = 0; i < BESA_LAYERS; i++) {
-        int64_t rows, columns;
-        besa_block_layer(s, i, &rows, &columns);
-        size_t bytes = besa_dtype_size(run->model.dtype) * (size_t)(rows * columns);
-        run->weight[i] = besa__take(arena, bytes);
-        if (run->has_pruner) run->pruned[i] = besa__take(arena, bytes);
-        run->bias[i] = besa__take_floats(arena, rows);
+    for (int r = 0; r < (run->be->unified_memory ? 1 : 2); r++) {
+        besa__room *room = &run->room[r];
+        for (int i = 0; i < BESA_LAYERS; i++) {
+            int64_t rows, columns;
+            besa_block_layer(s, i, &rows, &columns);
+            size_t bytes = besa_dtype_size(run->model.dtype) * (size_t)(rows * columns);
+            room->weight[i] = besa__take(arena, bytes);
+            if (run->has_pruner) run->pruned[r][i] = besa__take(arena, bytes);
+            room->bias[i] = besa__take_floats(arena, rows);
+        }
+        room->norm1 = besa__take_floats(arena, s->hidden_size);
+        room->norm2 = besa__take_floats(arena, s->hidden_size);
+        room->q_norm = besa__take_floats(arena, s->head_dim);
+        room->k_norm = besa__take_floats(arena, s->head_dim);
     }
-    run->norm1 = besa__take_floats(arena, s->hidden_size);
-    run->norm2 = besa__take_floats(arena, s->hidden_size);
-    run->q_norm = besa__take_floats(arena, s->head_dim);
-    run->k_norm = besa__take_floats(arena, s->head_dim);
-    run->rope_cos = besa__take_floats(arena, run->positions * half);
-    run->rope_sin = besa__take_floats(arena, run->positions * half);
+    run->rope_cos = besa__take_floats(arena, run->positions * (s->head_dim / 2));
+    run->rope_sin = besa__take_floats(arena, run->positions * (s->head_dim / 2));
 }
 
-/* Activations of the test stream and what the head needs. */
-static void besa__run_place_test(besa__run *run, besa__arena *arena)
+/* The test stream's activations and what the head needs. */
+static void besa__run_place_test(besa__run *run, besa__arena *arena, besa__arena *host)
 {
     const besa_block_shape *s = &run->config->block;
     int64_t chunk_tokens = run->test.chunk * run->test.seqlen, tokens = run->test.count * run->test.seqlen;
     besa_workload work = besa_block_workload(s, run->test.chunk, run->test.seqlen);
     work.rows = besa__max(work.rows, besa__vocab_chunk(run));
+    besa__stream_place(&run->test, arena, host);
     besa__activations_place(&run->acts, arena, run->be->activation_dtype, s, run->config->qk_norm, chunk_tokens, 0);
     run->logits = besa__take_floats(arena, chunk_tokens * besa__vocab_chunk(run));
     run->nll_state = besa__take_floats(arena, 3 * tokens);
@@ -8108,48 +8515,67 @@ static void besa__run_place_test(besa__run *run, besa__arena *arena)
     run->workspace = besa__take(arena, run->workspace_bytes);
 }
 
-/* Rows of the embedding or the head that are staged at a time. */
-static int64_t besa__staged_rows(const besa__run *run)
+/* Bytes of weights that are staged at a time. */
+static size_t besa__piece_bytes(const besa__run *run)
 {
-    return besa__max(BESA__CHUNK_TOKENS, besa__vocab_chunk(run));
+    size_t largest = besa_dtype_size(run->model.dtype) * (size_t)besa__largest_layer(&run->config->block);
+    return largest < BESA__CHUNK ? (largest + 7) / 8 * 8 : BESA__CHUNK;
 }
 
-/* Place every array of the run; with arena->base NULL this only counts. */
-static void besa__run_place(besa__run *run, besa__arena *arena)
-{
-    size_t row = (size_t)run->config->block.hidden_size * sizeof(float);
-    besa__run_place_block(run, arena);
-    run->rows = besa__take(arena, (size_t)besa__staged_rows(run) * row);
-    if (run->has_pruner) run->calibration.x = besa__take(arena, besa__stream_bytes(run, &run->calibration));
-    if (run->has_dense) run->dense.x = besa__take(arena, besa__stream_bytes(run, &run->dense));
-    if (run->has_test) run->test.x = besa__take(arena, besa__stream_bytes(run, &run->test));
-    if (run->has_test) besa__run_place_test(run, arena);
-    if (run->has_pruner) besa__pruner_place(&run->pruner, arena);
-}
-
-static size_t besa__run_size(void *user)
-{
-    besa__arena arena = {NULL, 0};
-    besa__run *run = (besa__run *)user;
-    if (run->has_test) run->test.chunk = besa__min(run->test.chunk, besa__max(1, run->pruner.chunk * run->pruner.seqlen
-                                                                                     / run->test.seqlen));
-    besa__run_place(run, &arena);
-    return arena.used;
-}
-
-/* Staging on the host: the largest of embedding rows, a block's vectors, the rope tables and the targets. */
-static size_t besa__run_host_size(const besa__run *run)
+/* Host memory: the largest of embedding rows, the rope tables, and the test's targets and sums; a block's vectors; pieces of weights. */
+static void besa__run_place_host(besa__run *run, besa__arena *host)
 {
     const besa_block_shape *s = &run->config->block;
     int64_t vectors = 2 * s->hidden_size + 2 * s->head_dim, tables = run->positions * s->head_dim;
-    int64_t rows = BESA__CHUNK_TOKENS * s->hidden_size, targets = run->test.count * run->test.seqlen;
+    int64_t rows = BESA__CHUNK_TOKENS * s->hidden_size, test = besa__max(run->test.count * run->test.seqlen, 2 * run->test.count);
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t layer_rows, columns;
         besa_block_layer(s, i, &layer_rows, &columns);
         vectors += layer_rows;
     }
-    int64_t weight = run->be->unified_memory ? 0 : besa__largest_layer(s); /* pruned weights on their way home */
-    return sizeof(float) * (size_t)besa__max(weight, besa__max(besa__max(vectors, tables), besa__max(rows, targets)));
+    run->staging = besa__take_floats(host, besa__max(besa__max(rows, tables), run->has_test ? test : 0));
+    run->vectors = besa__take_floats(host, vectors);
+    if (run->be->unified_memory) return;
+    run->piece_in = besa__take(host, besa__piece_bytes(run));
+    if (run->has_pruner) run->piece_out = besa__take(host, besa__piece_bytes(run));
+}
+
+/* Rows of the embedding or the head that are on the device at a time. */
+static int64_t besa__staged_rows(const besa__run *run)
+{
+    return besa__max(BESA__CHUNK_TOKENS, besa__vocab_chunk(run));
+}
+
+/* Place every array of the run; arenas without memory only count. */
+static void besa__run_place(besa__run *run, besa__arena *arena, besa__arena *host)
+{
+    size_t row = (size_t)run->config->block.hidden_size * sizeof(float);
+    besa__run_place_host(run, host);
+    besa__run_place_blocks(run, arena);
+    run->rows = besa__take(arena, (size_t)besa__staged_rows(run) * row);
+    run->calibration.chunk = run->dense.chunk = run->pruner.chunk;
+    if (run->has_pruner) besa__stream_place(&run->calibration, arena, host);
+    if (run->has_dense) besa__stream_place(&run->dense, arena, host);
+    if (run->has_test) besa__run_place_test(run, arena, host);
+    if (run->has_pruner) besa__pruner_place(&run->pruner, arena, host);
+}
+
+/* Levels of a run: activations move to the host, those first that are used least. */
+enum { BESA__LEVEL_DEVICE, BESA__LEVEL_TEST, BESA__LEVEL_YREF, BESA__LEVEL_X, BESA__LEVELS };
+
+static int besa__levels(const besa_backend *be) { return be->unified_memory ? 1 : BESA__LEVELS; }
+
+static size_t besa__run_size(void *user, int level)
+{
+    besa__arena device = {NULL, 0}, host = {NULL, 0};
+    besa__run *run = (besa__run *)user;
+    run->test.streamed = level >= BESA__LEVEL_TEST;
+    run->pruner.yref.streamed = run->dense.streamed = level >= BESA__LEVEL_YREF;
+    run->calibration.streamed = level >= BESA__LEVEL_X;
+    if (run->has_test && run->has_pruner)
+        run->test.chunk = besa__min(run->test.chunk, besa__max(1, run->pruner.chunk * run->pruner.seqlen / run->test.seqlen));
+    besa__run_place(run, &device, &host);
+    return device.used;
 }
 
 /* ---- opening and closing a run ------------------------------------------------------------- */
@@ -8159,6 +8585,7 @@ static besa_result besa__run_init(besa__run *run, const besa_checkpoint *checkpo
     memset(run, 0, sizeof *run);
     run->checkpoint = checkpoint;
     run->config = besa_checkpoint_config(checkpoint);
+    run->in.block = run->out.block = -1;
     run->be = be ? be : &run->cpu;
     if (!be) BESA__TRY(besa_cpu_backend(&run->cpu, NULL, error));
     run->callers = besa__use_workspace(run->be, NULL, 0);
@@ -8172,9 +8599,8 @@ static besa_result besa__run_test(besa__run *run, const int32_t *ids, int64_t wi
                           (long long)windows, (long long)seqlen);
     BESA__TRY(besa__check_tokens("test windows", windows, seqlen, error));
     run->has_test = 1;
-    run->test.ids = ids;
-    run->test.count = windows;
-    run->test.seqlen = seqlen;
+    run->test_ids = ids;
+    besa__stream_init(&run->test, run->be, BESA__STREAM_TEST, windows, seqlen, run->config->block.hidden_size);
     run->test.chunk = besa__min(windows, besa__max(1, BESA__CHUNK_TOKENS / seqlen));
     run->positions = besa__max(run->positions, seqlen);
     return BESA_OK;
@@ -8183,29 +8609,39 @@ static besa_result besa__run_test(besa__run *run, const int32_t *ids, int64_t wi
 static besa_result besa__run_calibration(besa__run *run, const besa_calibration *c, const besa_prune_options *options,
                                          besa_error *error)
 {
+    int64_t d = run->config->block.hidden_size;
     run->has_pruner = 1;
     BESA__TRY(besa__pruner_init(&run->pruner, run->be, &run->config->block, run->model.dtype, run->config->qk_norm,
                                 options, c->nsamples, c->seqlen, error));
-    run->calibration.ids = c->ids;
-    run->calibration.count = c->nsamples;
-    run->calibration.seqlen = c->seqlen;
+    run->ids = c->ids;
+    besa__stream_init(&run->calibration, run->be, BESA__STREAM_X, c->nsamples, c->seqlen, d);
+    besa__stream_init(&run->dense, run->be, BESA__STREAM_DENSE, c->nsamples, c->seqlen, d);
     run->positions = c->seqlen;
-    run->dense = run->calibration;
     run->has_dense = run->pruner.options.dense_stream;
     run->pruner.meter.blocks = run->config->num_hidden_layers;
     if (c->test_windows > 0) return besa__run_test(run, c->test_ids, c->test_windows, c->test_seqlen, error);
     return BESA_OK;
 }
 
-static besa_result besa__run_allocate(besa__run *run, size_t bytes, besa_error *error)
+/* The chunk and the level that fit the budget. */
+static besa_result besa__run_fit(besa__run *run, int64_t *chunk, size_t budget, besa_error *error)
+{
+    const char *whose;
+    BESA__TRY(besa__default_budget(run->be, &budget, &whose, error));
+    return besa__fit_budget(chunk, besa__run_size, besa__levels(run->be), run, budget, whose, error);
+}
+
+static besa_result besa__run_allocate(besa__run *run, besa_error *error)
 {
     besa_backend *be = run->be;
-    besa__arena arena = {NULL, 0};
-    BESA__TRY(besa__pass_error(be, be->alloc(be, &run->device, bytes), error));
-    run->host_bytes = besa__run_host_size(run);
-    BESA__TRY(besa__pass_error(be, be->host_alloc(be, &run->host, run->host_bytes), error));
-    arena.base = (unsigned char *)run->device;
-    besa__run_place(run, &arena);
+    besa__arena device = {NULL, 0}, host = {NULL, 0};
+    besa__run_place(run, &device, &host);
+    BESA__TRY(besa__pass_error(be, be->alloc(be, &run->device, device.used), error));
+    BESA__TRY(besa__pass_error(be, be->host_alloc(be, &run->host, host.used), error));
+    device.base = (unsigned char *)run->device;
+    host.base = (unsigned char *)run->host;
+    device.used = host.used = 0;
+    besa__run_place(run, &device, &host);
     return run->has_pruner ? besa__pass_error(be, besa__pruner_start(&run->pruner), error) : BESA_OK;
 }
 
@@ -8214,13 +8650,14 @@ static void besa__run_close(besa__run *run)
     besa_backend *be = run->be;
     besa__use_workspace(be, run->callers.memory, run->callers.bytes);
     if (be->destroy) {
+        if (run->device) besa__settle(be);
         if (run->host) be->host_free(be, run->host);
         if (run->device) be->free(be, run->device);
     }
     if (be == &run->cpu && be->destroy) be->destroy(be);
 }
 
-/* ---- blocks and streams -------------------------------------------------------------------- */
+/* ---- blocks in ----------------------------------------------------------------------------- */
 
 /* count elements of a mapped tensor from `first`, as floats; the tensor's address may be odd. */
 static besa_result besa__tensor_floats(float *out, const besa_tensor *tensor, int64_t first, int64_t count,
@@ -8241,18 +8678,16 @@ static besa_result besa__tensor_floats(float *out, const besa_tensor *tensor, in
     return BESA_OK;
 }
 
-/* One norm or bias to the device through the host staging; a missing tensor gives NULL. */
-static besa_result besa__load_vector(besa__run *run, float **staging, float *device, const besa_tensor *tensor,
-                                     const float **out, besa_error *error)
+/* One norm or bias to the device through the host's vectors; none where the model has no such tensor. */
+static besa_result besa__bring_vector(besa__run *run, float **vectors, float *device, const besa_tensor *tensor,
+                                      besa_error *error)
 {
-    *out = NULL;
     if (!tensor) return BESA_OK;
     int64_t count = tensor->shape[0];
-    BESA__TRY(besa__tensor_floats(*staging, tensor, 0, count, error));
-    BESA__TRY(besa__pass_error(run->be, run->be->upload(run->be, BESA_QUEUE_COMPUTE, device, *staging,
+    BESA__TRY(besa__tensor_floats(*vectors, tensor, 0, count, error));
+    BESA__TRY(besa__pass_error(run->be, run->be->upload(run->be, BESA_QUEUE_STAGE, device, *vectors,
                                                     (size_t)count * sizeof(float)), error));
-    *staging += count;
-    *out = device;
+    *vectors += count;
     return BESA_OK;
 }
 
@@ -8261,13 +8696,77 @@ static void besa__block_name(char *name, size_t size, int64_t block)
     snprintf(name, size, "model.layers.%lld.", (long long)block);
 }
 
-/* Bring one block to the device. */
-static besa_result besa__load_block(besa__run *run, int64_t index, besa_block *block, besa_error *error)
+/* Where block `index` lies on the device. */
+static int besa__room_of(const besa__run *run, int64_t index) { return run->be->unified_memory ? 0 : (int)(index % 2); }
+
+static besa_result besa__transfer_begin(besa__transfer *t, const besa__run *run, int64_t index, besa_error *error)
+{
+    memset(t, 0, sizeof *t);
+    BESA__TRY(besa__block_bind(&t->tensors, run->checkpoint, index, error));
+    for (int i = 0; i < BESA_LAYERS; i++) t->total += t->tensors.weight[i]->bytes;
+    t->block = index;
+    return BESA_OK;
+}
+
+/* Past the next `size` bytes. */
+static void besa__transfer_move(besa__transfer *t, size_t size)
+{
+    t->at += size;
+    t->moved += size;
+    if (t->at < t->tensors.weight[t->layer]->bytes) return;
+    t->layer++;
+    t->at = 0;
+}
+
+/* Begin to bring a block to the device: its vectors; the system is told of its weights. */
+static besa_result besa__in_begin(besa__run *run, int64_t index, besa_error *error)
+{
+    besa__room *room = &run->room[besa__room_of(run, index)];
+    float *vectors = run->vectors;
+    BESA__TRY(besa__transfer_begin(&run->in, run, index, error));
+    const besa__block_tensors *t = &run->in.tensors;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        if (!run->be->unified_memory) besa__expect_pages(run->checkpoint, t->weight[i]);
+        BESA__TRY(besa__bring_vector(run, &vectors, room->bias[i], t->bias[i], error));
+    }
+    BESA__TRY(besa__bring_vector(run, &vectors, room->norm1, t->norm1, error));
+    BESA__TRY(besa__bring_vector(run, &vectors, room->norm2, t->norm2, error));
+    BESA__TRY(besa__bring_vector(run, &vectors, room->q_norm, t->q_norm, error));
+    return besa__bring_vector(run, &vectors, room->k_norm, t->k_norm, error);
+}
+
+/* Bring weights until `target` bytes of them are on their way: from the map, through the staging where memory is not
+ * unified. What waits here are copies alone. */
+static besa_result besa__in_share(besa__run *run, size_t target, besa_error *error)
 {
     besa_backend *be = run->be;
-    besa__block_tensors t;
-    float *staging = (float *)run->host;
-    BESA__TRY(besa__block_bind(&t, run->checkpoint, index, error));
+    besa__transfer *in = &run->in;
+    double clock = besa__seconds();
+    while (in->block >= 0 && in->moved < in->total && in->moved < target) {
+        const besa_tensor *tensor = in->tensors.weight[in->layer];
+        const unsigned char *from = (const unsigned char *)tensor->data + in->at;
+        void *to = (unsigned char *)run->room[besa__room_of(run, in->block)].weight[in->layer] + in->at;
+        size_t left = tensor->bytes - in->at, size = run->piece_in && left > besa__piece_bytes(run) ? besa__piece_bytes(run) : left;
+        if (run->piece_in) {
+            BESA__TRY(besa__pass_error(be, be->synchronize(be, BESA_QUEUE_STAGE), error)); /* the piece before has left */
+            memcpy(run->piece_in, from, size);
+        }
+        BESA__TRY(besa__pass_error(be, be->upload(be, BESA_QUEUE_STAGE, to, run->piece_in ? run->piece_in : from, size), error));
+        besa__release_range(run->checkpoint->shards + tensor->file, tensor->offset + in->at, size);
+        besa__transfer_move(in, size);
+    }
+    besa__lap(&clock, &in->seconds);
+    return BESA_OK;
+}
+
+/* Block `index` is on the device, whole; *seconds is what the host spent on that. */
+static besa_result besa__in_finish(besa__run *run, int64_t index, besa_block *block, double *seconds, besa_error *error)
+{
+    const besa__room *room = &run->room[besa__room_of(run, index)];
+    if (run->in.block != index) BESA__TRY(besa__in_begin(run, index, error));
+    BESA__TRY(besa__in_share(run, run->in.total, error));
+    BESA__TRY(besa__pass_error(run->be, run->be->synchronize(run->be, BESA_QUEUE_STAGE), error));
+    const besa__block_tensors *t = &run->in.tensors;
     memset(block, 0, sizeof *block);
     block->shape = run->config->block;
     block->shape.sliding_window = run->config->window[index] ? run->config->sliding_window : 0;
@@ -8275,26 +8774,74 @@ static besa_result besa__load_block(besa__run *run, int64_t index, besa_block *b
     block->rope_cos = run->rope_cos;
     block->rope_sin = run->rope_sin;
     for (int i = 0; i < BESA_LAYERS; i++) {
-        BESA__TRY(besa__pass_error(be, be->upload(be, BESA_QUEUE_COMPUTE, run->weight[i], t.weight[i]->data,
-                                              t.weight[i]->bytes), error));
-        block->weight[i] = run->weight[i];
-        BESA__TRY(besa__load_vector(run, &staging, run->bias[i], t.bias[i], &block->bias[i], error));
+        block->weight[i] = room->weight[i];
+        block->bias[i] = t->bias[i] ? room->bias[i] : NULL;
     }
-    BESA__TRY(besa__load_vector(run, &staging, run->norm1, t.norm1, &block->norm1, error));
-    BESA__TRY(besa__load_vector(run, &staging, run->norm2, t.norm2, &block->norm2, error));
-    BESA__TRY(besa__load_vector(run, &staging, run->q_norm, t.q_norm, &block->q_norm, error));
-    BESA__TRY(besa__load_vector(run, &staging, run->k_norm, t.k_norm, &block->k_norm, error));
-    BESA__TRY(besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error));
-    for (int i = 0; i < BESA_LAYERS; i++) besa__release_pages(run->checkpoint, t.weight[i]);
+    block->norm1 = room->norm1;
+    block->norm2 = room->norm2;
+    block->q_norm = t->q_norm ? room->q_norm : NULL;
+    block->k_norm = t->k_norm ? room->k_norm : NULL;
+    *seconds = run->in.seconds;
+    run->in.block = -1;
     return BESA_OK;
 }
+
+/* ---- blocks out ---------------------------------------------------------------------------- */
+
+/* Take pruned weights out until `target` bytes of them are written. What waits here are copies alone. */
+static besa_result besa__out_share(besa__run *run, size_t target, besa_error *error)
+{
+    besa_backend *be = run->be;
+    besa__transfer *out = &run->out;
+    double clock = besa__seconds();
+    while (out->block >= 0 && out->moved < out->total && out->moved < target) {
+        const besa_tensor *tensor = out->tensors.weight[out->layer];
+        const unsigned char *from = (const unsigned char *)run->pruned[besa__room_of(run, out->block)][out->layer] + out->at;
+        size_t left = tensor->bytes - out->at, size = run->piece_out && left > besa__piece_bytes(run) ? besa__piece_bytes(run) : left;
+        if (run->piece_out && out->piece == 0) {
+            BESA__TRY(besa__pass_error(be, be->download(be, BESA_QUEUE_STAGE, run->piece_out, from, size), error));
+            out->piece = size;
+            if (target < out->total) break; /* it will be there when the next share is due */
+        }
+        if (run->piece_out) BESA__TRY(besa__pass_error(be, be->synchronize(be, BESA_QUEUE_STAGE), error));
+        BESA__TRY(besa__writer_write(run->writer, tensor, run->piece_out ? run->piece_out : from, size, error));
+        besa__transfer_move(out, size);
+        out->piece = 0;
+    }
+    besa__lap(&clock, &out->seconds);
+    return BESA_OK;
+}
+
+/* The block that is on its way out is on disk. */
+static besa_result besa__out_finish(besa__run *run, besa_report *report, besa_error *error)
+{
+    int64_t index = run->out.block;
+    if (index < 0) return BESA_OK;
+    BESA__TRY(besa__out_share(run, run->out.total, error));
+    double clock = besa__seconds();
+    BESA__TRY(besa__writer_block_done(run->writer, index, error));
+    besa__lap(&clock, &run->out.seconds);
+    report->block[index].seconds[BESA_PASS_WRITE] = run->out.seconds;
+    run->out.block = -1;
+    return BESA_OK;
+}
+
+/* What is due when `fraction` of a block's work is under way: the same fraction of the next block in, of the last out. */
+static besa_result besa__run_share(void *user, double fraction, besa_error *error)
+{
+    besa__run *run = (besa__run *)user;
+    BESA__TRY(besa__in_share(run, (size_t)(fraction * (double)run->in.total), error));
+    return besa__out_share(run, (size_t)(fraction * (double)run->out.total), error);
+}
+
+/* ---- streams ------------------------------------------------------------------------------- */
 
 static besa_result besa__load_rope(besa__run *run, besa_error *error)
 {
     besa_backend *be = run->be;
     int64_t count = run->positions * (run->config->block.head_dim / 2);
     size_t bytes = (size_t)count * sizeof(float);
-    float *cosine = (float *)run->host, *sine = cosine + count;
+    float *cosine = (float *)run->staging, *sine = cosine + count;
     besa_rope_table(&run->config->block, run->positions, cosine, sine);
     besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, run->rope_cos, cosine, bytes);
     if (result == BESA_OK) result = be->upload(be, BESA_QUEUE_COMPUTE, run->rope_sin, sine, bytes);
@@ -8303,54 +8850,58 @@ static besa_result besa__load_rope(besa__run *run, besa_error *error)
 }
 
 /* Ids are checked before anything is written. */
-static besa_result besa__check_ids(const besa__run *run, const besa__stream *s, const char *what, besa_error *error)
+static besa_result besa__check_ids(const besa__run *run, const int32_t *ids, int64_t count, const char *what,
+                                   besa_error *error)
 {
-    if (!s->ids) return besa__fail(error, BESA_ERROR_OPTION, "%s ids are NULL", what);
-    for (int64_t t = 0; t < s->count * s->seqlen; t++)
-        if (s->ids[t] < 0 || s->ids[t] >= run->config->vocab_size)
+    if (!ids) return besa__fail(error, BESA_ERROR_OPTION, "%s ids are NULL", what);
+    for (int64_t t = 0; t < count; t++)
+        if (ids[t] < 0 || ids[t] >= run->config->vocab_size)
             return besa__fail(error, BESA_ERROR_TOKEN, "%s token %lld is %lld, expected 0 .. %lld", what, (long long)t,
-                              (long long)s->ids[t], (long long)run->config->vocab_size - 1);
+                              (long long)ids[t], (long long)run->config->vocab_size - 1);
     return BESA_OK;
 }
 
-/* X = rows of the embedding, gathered on the host and converted on the device. */
-static besa_result besa__stream_embed(besa__run *run, besa__stream *s, besa_error *error)
+/* x(tokens, d) = rows of the embedding, gathered on the host and converted on the device. */
+static besa_result besa__embed(besa__run *run, void *x, const int32_t *ids, int64_t tokens, besa_error *error)
 {
     besa_backend *be = run->be;
     const besa_tensor *table = run->model.embedding;
-    int64_t d = run->config->block.hidden_size, tokens = s->count * s->seqlen;
-    float *staging = (float *)run->host;
+    int64_t d = run->config->block.hidden_size;
+    float *rows = (float *)run->staging;
     for (int64_t i = 0; i < tokens; i += BESA__CHUNK_TOKENS) {
         int64_t count = besa__min(BESA__CHUNK_TOKENS, tokens - i);
         for (int64_t t = 0; t < count; t++)
-            BESA__TRY(besa__tensor_floats(staging + t * d, table, s->ids[i + t] * d, d, error));
-        void *x = besa__at(s->x, be->activation_dtype, i * d);
-        besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, run->rows, staging, (size_t)(count * d) * sizeof(float));
-        if (result == BESA_OK) result = be->convert(be, x, be->activation_dtype, run->rows, BESA_F32, count * d);
-        if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
+            BESA__TRY(besa__tensor_floats(rows + t * d, table, ids[i + t] * d, d, error));
+        void *to = besa__at(x, be->activation_dtype, i * d);
+        besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, run->rows, rows, (size_t)(count * d) * sizeof(float));
+        if (result == BESA_OK) result = be->convert(be, to, be->activation_dtype, run->rows, BESA_F32, count * d);
+        if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE); /* rows are used again */
         BESA__TRY(besa__pass_error(be, result, error));
         besa__release_pages(run->checkpoint, table);
     }
     return BESA_OK;
 }
 
-/* X = F(W, X), chunk by chunk in place. */
-static besa_result besa__stream_forward(besa__run *run, besa__stream *s, const besa_block *block, besa_activations *acts)
+static besa_result besa__stream_embed(besa__run *run, besa__stream *s, const int32_t *ids, besa_error *error)
 {
-    besa_backend *be = run->be;
     for (int64_t i = 0, count; i < s->count; i += count) {
+        void *x;
         count = besa__min(s->chunk, s->count - i);
-        void *x = besa__at(s->x, be->activation_dtype, i * s->seqlen * run->config->block.hidden_size);
-        BESA__TRY(besa__block_forward(be, block, acts, x, x, count, s->seqlen));
+        BESA__TRY(besa__pass_error(run->be, besa__stream_begin(s, i, count, &x), error));
+        BESA__TRY(besa__embed(run, x, ids + i * s->seqlen, count * s->seqlen, error));
+        BESA__TRY(besa__pass_error(run->be, besa__stream_close(s, 1), error));
     }
     return BESA_OK;
 }
 
+/* The test stream through a block. Waits, as the block's memory may be used for another afterwards. */
 static besa_result besa__test_forward(besa__run *run, const besa_block *block, besa_error *error)
 {
+    besa_backend *be = run->be;
     if (!run->has_test) return BESA_OK;
-    besa__use_workspace(run->be, run->workspace, run->workspace_bytes);
-    return besa__pass_error(run->be, besa__stream_forward(run, &run->test, block, &run->acts), error);
+    besa__use_workspace(be, run->workspace, run->workspace_bytes);
+    BESA__TRY(besa__pass_error(be, besa__stream_forward(&run->test, block, &run->acts), error));
+    return besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
 }
 
 /* ---- the head ------------------------------------------------------------------------------ */
@@ -8359,20 +8910,20 @@ static besa_result besa__test_forward(besa__run *run, const besa_block *block, b
 static besa_result besa__load_targets(besa__run *run)
 {
     const besa__stream *s = &run->test;
-    int32_t *targets = (int32_t *)run->host;
+    int32_t *targets = (int32_t *)run->staging;
     int64_t tokens = s->count * s->seqlen;
-    for (int64_t t = 0; t < tokens; t++) targets[t] = (t + 1) % s->seqlen == 0 ? -1 : s->ids[t + 1];
+    for (int64_t t = 0; t < tokens; t++) targets[t] = (t + 1) % s->seqlen == 0 ? -1 : run->test_ids[t + 1];
     BESA__TRY(run->be->upload(run->be, BESA_QUEUE_COMPUTE, run->targets, targets, (size_t)tokens * sizeof(int32_t)));
     return run->be->synchronize(run->be, BESA_QUEUE_COMPUTE);
 }
 
-/* Logits of one chunk of sequences and one chunk of the vocabulary: into the running log-sum-exp, or to the host. */
-static besa_result besa__head_chunk(besa__run *run, int64_t first_id, int64_t ids, int64_t i, int64_t count, float *out)
+/* Logits of one chunk of sequences, x, and one chunk of the vocabulary: into the running log-sum-exp, or to the host. */
+static besa_result besa__head_chunk(besa__run *run, int64_t first_id, int64_t ids, const void *x, int64_t i, int64_t count,
+                                    float *out)
 {
     besa_backend *be = run->be;
     int64_t seqlen = run->test.seqlen, d = run->config->block.hidden_size, vocab = run->config->vocab_size;
     int64_t tokens = count * seqlen, t0 = i * seqlen;
-    const void *x = besa__at_const(run->test.x, be->activation_dtype, t0 * d);
     BESA__TRY(be->logits(be, run->logits, x, run->rows, run->model.head->dtype, tokens, ids, d));
     if (!out)
         return be->nll_update(be, run->nll_state + 3 * t0, run->logits, run->targets + t0, first_id, ids, tokens,
@@ -8383,31 +8934,50 @@ static besa_result besa__head_chunk(besa__run *run, int64_t first_id, int64_t id
     return be->synchronize(be, BESA_QUEUE_COMPUTE);
 }
 
+/* The final norm over the test stream. */
+static besa_result besa__final_norm(besa__run *run, besa_error *error)
+{
+    besa_backend *be = run->be;
+    besa__stream *s = &run->test;
+    float *vectors = run->vectors, *norm = run->room[0].norm1;
+    BESA__TRY(besa__bring_vector(run, &vectors, norm, run->model.norm, error));
+    BESA__TRY(besa__pass_error(be, be->synchronize(be, BESA_QUEUE_STAGE), error));
+    for (int64_t i = 0, count; i < s->count; i += count) {
+        void *x;
+        count = besa__min(s->chunk, s->count - i);
+        besa_result result = besa__stream_open(s, i, count, i + count, besa__min(s->chunk, s->count - i - count), &x);
+        if (result == BESA_OK)
+            result = be->rmsnorm_forward(be, x, run->acts.inv_rms1, x, norm, count * s->seqlen, s->width,
+                                         (float)run->config->block.rms_norm_eps);
+        if (result == BESA_OK) result = besa__stream_close(s, 1);
+        BESA__TRY(besa__pass_error(be, result, error));
+    }
+    return BESA_OK;
+}
+
 /* The final norm and the output head over the test stream; the head is read once, a chunk of rows at a time. */
 static besa_result besa__head_pass(besa__run *run, float *out, besa_error *error)
 {
     besa_backend *be = run->be;
-    const besa__stream *s = &run->test;
+    besa__stream *s = &run->test;
     const besa_tensor *head = run->model.head;
     int64_t d = run->config->block.hidden_size, vocab = run->config->vocab_size, step = besa__vocab_chunk(run);
-    float *staging = (float *)run->host;
-    const float *norm;
-    BESA__TRY(besa__load_vector(run, &staging, run->norm1, run->model.norm, &norm, error));
-    BESA__TRY(besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error)); /* staging is used again */
+    BESA__TRY(besa__final_norm(run, error));
     BESA__TRY(besa__pass_error(be, besa__load_targets(run), error));
-    for (int64_t i = 0; i < s->count; i += s->chunk) {
-        int64_t tokens = besa__min(s->chunk, s->count - i) * s->seqlen;
-        void *x = besa__at(s->x, be->activation_dtype, i * s->seqlen * d);
-        BESA__TRY(besa__pass_error(be, be->rmsnorm_forward(be, x, run->acts.inv_rms1, x, norm, tokens, d,
-                                                       (float)run->config->block.rms_norm_eps), error));
-    }
     for (int64_t id = 0; id < vocab; id += step) {
         int64_t ids = besa__min(step, vocab - id);
         size_t size = besa_dtype_size(head->dtype) * (size_t)d;
         const unsigned char *rows = (const unsigned char *)head->data + (size_t)id * size;
         BESA__TRY(besa__pass_error(be, be->upload(be, BESA_QUEUE_COMPUTE, run->rows, rows, (size_t)ids * size), error));
-        for (int64_t i = 0; i < s->count; i += s->chunk)
-            BESA__TRY(besa__pass_error(be, besa__head_chunk(run, id, ids, i, besa__min(s->chunk, s->count - i), out), error));
+        for (int64_t i = 0, count; i < s->count; i += count) {
+            void *x;
+            count = besa__min(s->chunk, s->count - i);
+            int64_t next = i + count < s->count ? i + count : 0;
+            besa_result result = besa__stream_open(s, i, count, next, besa__min(s->chunk, s->count - next), &x);
+            if (result == BESA_OK) result = besa__head_chunk(run, id, ids, x, i, count, out);
+            if (result == BESA_OK) result = besa__stream_close(s, 0);
+            BESA__TRY(besa__pass_error(be, result, error));
+        }
         BESA__TRY(besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error));
         besa__release_pages(run->checkpoint, head);
     }
@@ -8419,7 +8989,7 @@ static besa_result besa__test_perplexity(besa__run *run, double *perplexity, dou
 {
     besa_backend *be = run->be;
     const besa__stream *s = &run->test;
-    double sum = 0, *window = (double *)run->host;
+    double sum = 0, *window = (double *)run->staging;
     BESA__TRY(besa__head_pass(run, NULL, error));
     besa_result result = be->nll_sum(be, run->nll_sums, run->nll_state, run->targets, s->count, s->seqlen);
     if (result == BESA_OK)
@@ -8450,12 +9020,13 @@ static besa_result besa__run_dense(besa__run *run, besa_progress_callback progre
     meter.units = 1;
     meter.start = meter.began = besa__seconds();
     BESA__TRY(besa__load_rope(run, error));
-    BESA__TRY(besa__stream_embed(run, &run->test, error));
+    BESA__TRY(besa__stream_embed(run, &run->test, run->test_ids, error));
     for (int64_t i = 0; i < run->config->num_hidden_layers; i++) {
         besa_block block;
+        double seconds;
         meter.block = i;
         meter.done = 0;
-        BESA__TRY(besa__load_block(run, i, &block, error));
+        BESA__TRY(besa__in_finish(run, i, &block, &seconds, error));
         BESA__TRY(besa__test_forward(run, &block, error));
         BESA__TRY(besa__tick(&meter, BESA_PASS_DENSE, 1, error));
     }
@@ -8467,10 +9038,9 @@ static besa_result besa__open_dense(besa__run *run, const besa_checkpoint *check
 {
     BESA__TRY(besa__run_init(run, checkpoint, be, error));
     BESA__TRY(besa__run_test(run, ids, windows, seqlen, error));
-    BESA__TRY(besa__check_ids(run, &run->test, "test", error));
-    run->pruner.chunk = run->test.chunk; /* the test stream's chunk needs no cap */
-    run->pruner.seqlen = seqlen;
-    return besa__run_allocate(run, besa__run_size(run), error);
+    BESA__TRY(besa__check_ids(run, ids, windows * seqlen, "test", error));
+    BESA__TRY(besa__run_fit(run, &run->test.chunk, 0, error));
+    return besa__run_allocate(run, error);
 }
 
 BESA_API besa_result besa_perplexity(const besa_checkpoint *checkpoint, besa_backend *be, const int32_t *ids,
@@ -8585,107 +9155,102 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
              (unsigned long long)besa__hash(BESA__HASH_START, options, (size_t)length));
 }
 
-/* Bring the pruned block home, through the staging where memory is not unified, and write it. */
-static besa_result besa__write_block(besa__run *run, besa__writer *writer, int64_t index, besa_error *error)
-{
-    besa__block_tensors t;
-    BESA__TRY(besa__block_bind(&t, run->checkpoint, index, error));
-    for (int i = 0; i < BESA_LAYERS; i++) {
-        const void *bytes = run->pruned[i];
-        if (!run->be->unified_memory) {
-            besa_result result = run->be->download(run->be, BESA_QUEUE_COMPUTE, run->host, bytes, t.weight[i]->bytes);
-            if (result == BESA_OK) result = run->be->synchronize(run->be, BESA_QUEUE_COMPUTE);
-            BESA__TRY(besa__pass_error(run->be, result, error));
-            bytes = run->host;
-        }
-        BESA__TRY(besa__writer_write(writer, t.weight[i], bytes, error));
-    }
-    return besa__writer_block_done(writer, index, error);
-}
-
 /* Weights of a finished block, from the unfinished output to the device. */
-static besa_result besa__read_pruned(besa__run *run, besa__writer *writer, int64_t index, besa_error *error)
+static besa_result besa__read_pruned(besa__run *run, int64_t index, besa_error *error)
 {
     besa_backend *be = run->be;
     besa__block_tensors t;
     BESA__TRY(besa__block_bind(&t, run->checkpoint, index, error));
     for (int i = 0; i < BESA_LAYERS; i++) {
-        void *bytes = be->unified_memory ? run->pruned[i] : run->host;
-        BESA__TRY(besa__writer_read(writer, t.weight[i], bytes, error));
-        if (bytes == run->pruned[i]) continue;
-        besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, run->pruned[i], bytes, t.weight[i]->bytes);
-        if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
-        BESA__TRY(besa__pass_error(be, result, error));
+        unsigned char *to = (unsigned char *)run->pruned[besa__room_of(run, index)][i];
+        size_t piece = run->piece_out ? besa__piece_bytes(run) : t.weight[i]->bytes;
+        for (size_t at = 0, size; at < t.weight[i]->bytes; at += size) {
+            size = t.weight[i]->bytes - at < piece ? t.weight[i]->bytes - at : piece;
+            BESA__TRY(besa__writer_read(run->writer, t.weight[i], run->piece_out ? run->piece_out : to, at, size, error));
+            if (!run->piece_out) continue;
+            besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, to + at, run->piece_out, size);
+            if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
+            BESA__TRY(besa__pass_error(be, result, error));
+        }
     }
     return BESA_OK;
 }
 
-/* The report of a block that an earlier run finished: counts are counted again, the rest is not known. */
-static besa_result besa__report_reloaded(besa__run *run, const besa_block *block, int64_t index,
+/* The report of a block that an earlier run finished: weights are counted again, the rest is not known. */
+static besa_result besa__report_reloaded(besa__run *run, const besa_block *block, void *const pruned[BESA_LAYERS],
                                          besa_block_report *report, besa_error *error)
 {
-    char name[64];
-    void *counts;
-    const void *pruned[BESA_LAYERS];
+    besa_pruner *p = &run->pruner;
+    const void *written[BESA_LAYERS];
     memset(report, 0, sizeof *report);
     report->loss_uniform = report->loss_before = report->loss_after = report->loss_all = (double)NAN;
     report->d = report->mean_rate = (double)NAN;
-    for (int i = 0; i < BESA_LAYERS; i++) pruned[i] = run->pruned[i];
-    besa__block_name(name, sizeof name, index);
-    BESA__TRY(besa__malloc(&counts, (size_t)besa_block_workload(&block->shape, 1, 1).rows * sizeof(int32_t), "row counts",
-                           error));
-    besa_result result = besa__report_layers(&run->pruner, block->weight, name, 1, report, (int32_t *)counts, error);
-    if (result == BESA_OK)
-        result = besa__report_layers(&run->pruner, pruned, name, 0, report, (int32_t *)counts, error);
-    BESA_FREE(counts);
-    besa__report_sparsity(report);
-    return result;
+    for (int i = 0; i < BESA_LAYERS; i++) written[i] = pruned[i];
+    besa_result result = besa__clear_sums(p);
+    if (result == BESA_OK) result = besa__count_layers(p, block->weight, BESA__DENSE);
+    if (result == BESA_OK) result = besa__count_layers(p, written, BESA__WRITTEN);
+    if (result == BESA_OK) result = besa__fetch_results(p);
+    besa__report_layers(p, report);
+    return besa__pass_error(run->be, result, error);
 }
 
 /* Take over a block that an earlier run finished; *block comes in dense and leaves pruned. */
-static besa_result besa__reload_block(besa__run *run, besa__writer *writer, int64_t index, besa_block *block,
-                                      besa_block_report *report, besa_error *error)
+static besa_result besa__reload_block(besa__run *run, int64_t index, besa_block *block, besa_block_report *report,
+                                      besa_error *error)
 {
     besa_backend *be = run->be;
-    BESA__TRY(besa__read_pruned(run, writer, index, error));
-    if (run->has_dense)
-        BESA__TRY(besa__pass_error(be, besa__stream_forward(run, &run->dense, block, &run->pruner.acts), error));
-    BESA__TRY(besa__report_reloaded(run, block, index, report, error));
-    for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = run->pruned[i];
+    besa_pruner *p = &run->pruner;
+    void *const *pruned = run->pruned[besa__room_of(run, index)];
+    BESA__TRY(besa__read_pruned(run, index, error));
+    if (run->has_dense) BESA__TRY(besa__pass_error(be, besa__stream_forward(&run->dense, block, &p->acts), error));
+    BESA__TRY(besa__report_reloaded(run, block, pruned, report, error));
+    for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = pruned[i];
     for (int64_t i = 0, count; i < run->calibration.count; i += count) { /* cut as the commit pass cuts: same bytes */
-        count = besa__commit_chunk(&run->pruner, i);
-        void *x = besa__sequence(&run->pruner, run->calibration.x, i);
-        BESA__TRY(besa__pass_error(be, besa__block_forward(be, block, &run->pruner.acts, x, x, count,
-                                                           run->calibration.seqlen), error));
+        void *x;
+        count = besa__chunk_at(p, i);
+        int64_t next = i + count < run->calibration.count ? besa__chunk_at(p, i + count) : 0;
+        besa_result result = besa__stream_open(&run->calibration, i, count, i + count, next, &x);
+        if (result == BESA_OK) result = besa__block_forward(be, block, &p->acts, x, x, count, p->seqlen);
+        if (result == BESA_OK) result = besa__stream_close(&run->calibration, 1);
+        BESA__TRY(besa__pass_error(be, result, error));
     }
-    return BESA_OK;
+    return besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
 }
 
-/* Prune (or take over) block `index` and write it. */
-static besa_result besa__run_block(besa__run *run, besa__writer *writer, int64_t index, int64_t done,
-                                   besa_block_report *report, besa_error *error)
+/* Prune block `index` and begin to write it; meanwhile the next comes in and the last one goes out. */
+static besa_result besa__prune_block(besa__run *run, int64_t index, besa_block *block, besa_report *report,
+                                     besa_error *error)
+{
+    char name[64];
+    void *const *pruned = run->pruned[besa__room_of(run, index)];
+    besa__block_name(name, sizeof name, index);
+    BESA__TRY(besa__pruner_run(&run->pruner, block, name, &run->calibration, run->has_dense ? &run->dense : NULL, pruned,
+                               &report->block[index], error));
+    for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = pruned[i];
+    BESA__TRY(besa__out_finish(run, report, error));
+    if (!run->writer) return BESA_OK;
+    BESA__TRY(besa__transfer_begin(&run->out, run, index, error));
+    return run->be->unified_memory ? besa__out_finish(run, report, error) : BESA_OK;
+}
+
+/* Prune, or take over, block `index`. */
+static besa_result besa__run_block(besa__run *run, int64_t index, int64_t done, besa_report *report, besa_error *error)
 {
     besa_block block;
-    char name[64];
-    double clock = besa__seconds(), read = 0;
-    besa__block_name(name, sizeof name, index);
+    double clock = besa__seconds(), read;
     run->pruner.meter.block = index;
-    BESA__TRY(besa__load_block(run, index, &block, error));
-    besa__lap(&clock, &read);
-    besa__use_workspace(run->be, run->pruner.workspace, run->pruner.workspace_bytes);
+    BESA__TRY(besa__in_finish(run, index, &block, &read, error));
+    if (!run->be->unified_memory && index + 1 < run->config->num_hidden_layers)
+        BESA__TRY(besa__in_begin(run, index + 1, error));
     if (index < done) {
         BESA__TRY(besa__tick(&run->pruner.meter, BESA_PASS_COMMIT, 0, error));
-        BESA__TRY(besa__reload_block(run, writer, index, &block, report, error));
-        return besa__test_forward(run, &block, error);
+        besa__use_workspace(run->be, run->pruner.workspace, run->pruner.workspace_bytes);
+        BESA__TRY(besa__reload_block(run, index, &block, &report->block[index], error));
+    } else {
+        if (index == done) run->pruner.meter.began = clock;
+        BESA__TRY(besa__prune_block(run, index, &block, report, error));
     }
-    if (index == done) run->pruner.meter.began = clock;
-    BESA__TRY(besa__pruner_run(&run->pruner, &block, name, run->calibration.x, run->has_dense ? run->dense.x : NULL,
-                               run->pruned, report, error));
-    for (int i = 0; i < BESA_LAYERS; i++) block.weight[i] = run->pruned[i];
-    report->seconds[BESA_PASS_READ] = read;
-    clock = besa__seconds();
-    if (writer) BESA__TRY(besa__write_block(run, writer, index, error));
-    besa__lap(&clock, &report->seconds[BESA_PASS_WRITE]);
+    report->block[index].seconds[BESA_PASS_READ] = read;
     return besa__test_forward(run, &block, error);
 }
 
@@ -8759,21 +9324,22 @@ static void besa__add_block(besa_error *error, int64_t index)
 }
 
 /* All blocks, and the perplexity where it is asked for. */
-static besa_result besa__run_prune(besa__run *run, besa__writer *writer, int64_t done, besa_report *report,
-                                   besa_error *error)
+static besa_result besa__run_prune(besa__run *run, int64_t done, besa_report *report, besa_error *error)
 {
     BESA__TRY(besa__load_rope(run, error));
-    BESA__TRY(besa__stream_embed(run, &run->calibration, error));
-    if (run->has_dense) BESA__TRY(besa__stream_embed(run, &run->dense, error));
-    if (run->has_test) BESA__TRY(besa__stream_embed(run, &run->test, error));
-    run->calibration.chunk = run->dense.chunk = run->pruner.chunk;
+    BESA__TRY(besa__stream_embed(run, &run->calibration, run->ids, error));
+    if (run->has_dense) BESA__TRY(besa__stream_embed(run, &run->dense, run->ids, error));
+    if (run->has_test) BESA__TRY(besa__stream_embed(run, &run->test, run->test_ids, error));
     run->pruner.meter.first_block = done;
+    run->pruner.meter.share = besa__run_share;
+    run->pruner.meter.run = run;
     for (int64_t i = 0; i < run->config->num_hidden_layers; i++) {
-        besa_result result = besa__run_block(run, writer, i, done, &report->block[i], error);
+        besa_result result = besa__run_block(run, i, done, report, error);
         if (result == BESA_ERROR_NUMERIC || result == BESA_ERROR_TARGET || result == BESA_ERROR_NOT_FINITE)
             besa__add_block(error, i);
         BESA__TRY(result);
     }
+    BESA__TRY(besa__out_finish(run, report, error));
     return run->has_test ? besa__test_perplexity(run, &report->perplexity, NULL, error) : BESA_OK;
 }
 
@@ -8781,19 +9347,18 @@ static besa_result besa__run_prune(besa__run *run, besa__writer *writer, int64_t
 static besa_result besa__prune_into(besa__run *run, const char *output, const besa_calibration *calibration,
                                     besa_report *report, besa_error *error)
 {
-    besa__writer *writer = NULL;
     int64_t done = 0, blocks = run->config->num_hidden_layers;
     char fingerprint[256];
     besa__note_settings(run, report);
     if (output) {
         besa__fingerprint(fingerprint, sizeof fingerprint, run, calibration);
-        BESA__TRY(besa__writer_open(&writer, run->checkpoint, output, fingerprint, blocks, &done, &report->notes, error));
+        BESA__TRY(besa__writer_open(&run->writer, run->checkpoint, output, fingerprint, blocks, &done, &report->notes, error));
     }
     report->resumed_blocks = done;
-    besa_result result = besa__run_prune(run, writer, done, report, error);
-    if (!writer) return result;
-    if (result == BESA_OK) return besa__writer_finish(writer, error);
-    besa__writer_abandon(writer, 1); /* finished blocks are kept */
+    besa_result result = besa__run_prune(run, done, report, error);
+    if (!run->writer) return result;
+    if (result == BESA_OK) return besa__writer_finish(run->writer, error);
+    besa__writer_abandon(run->writer, 1); /* finished blocks are kept */
     return result;
 }
 
@@ -8834,15 +9399,13 @@ static besa_result besa__check_copied(const besa__run *run, besa_error *error)
 }
 
 static besa_result besa__prune_start(besa__run *run, const besa_checkpoint *checkpoint, besa_backend *be,
-                                     const besa_calibration *calibration, const besa_prune_options *options, size_t *bytes,
+                                     const besa_calibration *calibration, const besa_prune_options *options,
                                      besa_error *error)
 {
     BESA__TRY(besa__run_init(run, checkpoint, be, error));
     BESA__TRY(besa__run_calibration(run, calibration, options, error));
     BESA__TRY(besa__check_fixed(run, options, error));
-    BESA__TRY(besa__fit_budget(&run->pruner.chunk, besa__run_size, run, options->device_memory, error));
-    *bytes = besa__run_size(run);
-    return BESA_OK;
+    return besa__run_fit(run, &run->pruner.chunk, options->device_memory, error);
 }
 
 BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *output, besa_backend *be,
@@ -8851,15 +9414,16 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
 {
     besa__run run;
     besa_report local;
-    size_t bytes = 0;
     double start = besa__seconds();
     if (!report) report = &local;
     memset(report, 0, sizeof *report);
-    besa_result result = besa__prune_start(&run, checkpoint, be, calibration, options, &bytes, error);
-    if (result == BESA_OK) result = besa__check_ids(&run, &run.calibration, "calibration", error);
-    if (result == BESA_OK && run.has_test) result = besa__check_ids(&run, &run.test, "test", error);
+    besa_result result = besa__prune_start(&run, checkpoint, be, calibration, options, error);
+    if (result == BESA_OK)
+        result = besa__check_ids(&run, run.ids, calibration->nsamples * calibration->seqlen, "calibration", error);
+    if (result == BESA_OK && run.has_test)
+        result = besa__check_ids(&run, run.test_ids, run.test.count * run.test.seqlen, "test", error);
     if (result == BESA_OK) result = besa__check_copied(&run, error);
-    if (result == BESA_OK) result = besa__run_allocate(&run, bytes, error);
+    if (result == BESA_OK) result = besa__run_allocate(&run, error);
     if (result == BESA_OK) {
         void *blocks;
         report->num_blocks = run.config->num_hidden_layers;
@@ -8907,9 +9471,15 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
 {
     besa__run run;
     memset(plan, 0, sizeof *plan);
-    besa_result result = besa__prune_start(&run, checkpoint, be, calibration, options, &plan->device_bytes, error);
+    besa_result result = besa__prune_start(&run, checkpoint, be, calibration, options, error);
     if (result == BESA_OK) {
-        plan->host_bytes = besa__run_host_size(&run);
+        besa__arena device = {NULL, 0}, host = {NULL, 0};
+        besa__run_place(&run, &device, &host);
+        plan->device_bytes = device.used;
+        plan->host_bytes = host.used;
+        plan->x_on_host = run.calibration.streamed;
+        plan->yref_on_host = run.has_dense ? run.dense.streamed : run.pruner.yref.streamed;
+        plan->test_on_host = run.has_test && run.test.streamed;
         plan->micro_batch = run.pruner.chunk;
         plan->flop = besa__plan_flop(&run);
         for (int64_t i = 0; i < checkpoint->num_shards; i++) plan->disk_bytes += checkpoint->shards[i].size;

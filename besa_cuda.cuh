@@ -274,6 +274,15 @@ static besa_result besa__cuda_wait(besa_backend *be, besa_queue q, int event)
     return BESA_OK;
 }
 
+static besa_result besa__cuda_elapsed(besa_backend *be, int first, int second, double *seconds)
+{
+    const besa__cuda *cuda = besa__cuda_of(be);
+    float milliseconds;
+    BESA__CUDA(cudaEventElapsedTime(&milliseconds, cuda->event[first], cuda->event[second]));
+    *seconds = 1e-3 * static_cast<double>(milliseconds);
+    return BESA_OK;
+}
+
 /* Waits, then tells of a Hessian that the device found not positive definite. */
 static besa_result besa__cuda_synchronize(besa_backend *be, besa_queue q)
 {
@@ -1970,7 +1979,7 @@ static __device__ float besa__logit_max(const besa_rate_shape &s, const float *t
     return besa__warp_max(m);
 }
 
-/* alpha(G) = sum_d beta_d p_d, beta = softmax(z); n(R) = max(floor(alpha C), zeros), the product in float */
+/* alpha(R) = sum_d beta_d p_d, beta = softmax(z); n(R) = max(floor(alpha C), zeros), the product in float */
 static __global__ void besa__rate_forward_kernel(float *alpha, int32_t *n, const float *theta_layer,
                                                  const float *theta_row, const int32_t *zeros, besa_rate_shape s,
                                                  int64_t groups)
@@ -1990,10 +1999,11 @@ static __global__ void besa__rate_forward_kernel(float *alpha, int32_t *n, const
         float a = static_cast<float>(rate / total);
         float share = floorf(a * static_cast<float>(s.columns));
         int64_t pruned = share > 0.0f ? besa__cuda_min(static_cast<int64_t>(share), s.columns) : 0; /* 0 where a is NaN */
-        if (besa__lane() == 0) alpha[g] = a;
         int64_t end = besa__cuda_min(s.rows, (g + 1) * s.group_rows);
-        for (int64_t r = g * s.group_rows + besa__lane(); n && r < end; r += 32)
-            n[r] = static_cast<int32_t>(zeros ? besa__cuda_max(pruned, zeros[r]) : pruned);
+        for (int64_t r = g * s.group_rows + besa__lane(); r < end; r += 32) {
+            alpha[r] = a;
+            if (n) n[r] = static_cast<int32_t>(zeros ? besa__cuda_max(pruned, zeros[r]) : pruned);
+        }
     }
 }
 
@@ -2007,25 +2017,20 @@ static besa_result besa__cuda_rate_forward(besa_backend *be, float *alpha, int32
     return BESA_OK;
 }
 
-/* mean(1) [+]= share sum_g alpha_g rows_g / R, by one block */
-static __global__ void besa__rate_mean_kernel(float *mean, const float *alpha, float share, int accumulate,
-                                              besa_rate_shape s, int64_t groups)
+/* mean(1) [+]= share sum_r alpha_r / R, by one block */
+static __global__ void besa__rate_mean_kernel(float *mean, const float *alpha, float share, int accumulate, int64_t rows)
 {
     double sum = 0.0;
-    for (int64_t g = threadIdx.x; g < groups; g += blockDim.x)
-        sum += static_cast<double>(alpha[g]) *
-               static_cast<double>(besa__cuda_min(s.group_rows, s.rows - g * s.group_rows));
+    for (int64_t r = threadIdx.x; r < rows; r += blockDim.x) sum += static_cast<double>(alpha[r]);
     sum = besa__block_sum(sum);
     if (threadIdx.x == 0)
-        mean[0] = (accumulate ? mean[0] : 0.0f) +
-                  static_cast<float>(static_cast<double>(share) * sum / static_cast<double>(s.rows));
+        mean[0] = (accumulate ? mean[0] : 0.0f) + static_cast<float>(static_cast<double>(share) * sum / static_cast<double>(rows));
 }
 
 static besa_result besa__cuda_rate_mean(besa_backend *be, float *mean, const float *alpha, float share, int accumulate,
-                                        const besa_rate_shape *s)
+                                        int64_t rows)
 {
-    BESA__RUN(besa__rate_mean_kernel, 1, BESA__CUDA_THREADS, 0, mean, alpha, share, accumulate, *s,
-              besa__cuda_parts(s->rows, s->group_rows));
+    BESA__RUN(besa__rate_mean_kernel, 1, BESA__CUDA_THREADS, 0, mean, alpha, share, accumulate, rows);
     return BESA_OK;
 }
 
@@ -2167,6 +2172,134 @@ static besa_result besa__cuda_rate_backward(besa_backend *be, float *dtheta_laye
               run);
     if (!dtheta_layer) return BESA_OK;
     BESA__RUN(besa__rate_layer_kernel, n, BESA__CUDA_THREADS, 0, dtheta_layer, part, theta_layer, parts, *s);
+    return BESA_OK;
+}
+
+/* ---- the exact count ----------------------------------------------------------------------- */
+
+enum { BESA__CUDA_PROJECT_THREADS = 512 };
+
+/* exact_r = columns sigmoid(logit + shift) of a row */
+static __device__ __forceinline__ double besa__exact(double logit, double columns, double shift)
+{
+    return columns / (1.0 + exp(-(logit + shift)));
+}
+
+/* n of a row from exact: its floor within least .. columns */
+static __device__ __forceinline__ int64_t besa__whole(double exact, int64_t least, int64_t columns)
+{
+    return besa__cuda_min(columns, besa__cuda_max(least, static_cast<int64_t>(floor(exact))));
+}
+
+/* Numbers of either sign as bits in their order. */
+static __device__ __forceinline__ unsigned long long besa__order(double x)
+{
+    unsigned long long u = static_cast<unsigned long long>(__double_as_longlong(x + 0.0));
+    return u >> 63 ? ~u : u | 1ull << 63;
+}
+
+/* The rows of project_counts; logit and rest (exact - n) are scratch. Loops take every 512th row: sums are of integers,
+ * so that their order does not matter. */
+typedef struct besa__project {
+    int32_t *n;
+    const float *alpha;
+    const int32_t *least, *columns;
+    double *logit, *rest;
+    int64_t rows;
+} besa__project;
+
+#define BESA__PROJECT_ROWS(r, p) for (int64_t r = threadIdx.x; r < (p).rows; r += blockDim.x) if ((p).columns[r] > 0)
+
+/* The sum of n for one shift. */
+static __device__ int64_t besa__project_sum(const besa__project &p, double shift)
+{
+    int64_t sum = 0;
+    BESA__PROJECT_ROWS(r, p)
+        sum += besa__whole(besa__exact(p.logit[r], static_cast<double>(p.columns[r]), shift), p.least[r], p.columns[r]);
+    return besa__block_sum(sum);
+}
+
+/* Rows that could have one more and whose rest is at least `bits` in order; more: above them. */
+static __device__ int64_t besa__project_above(const besa__project &p, unsigned long long bits, int more)
+{
+    int64_t sum = 0;
+    BESA__PROJECT_ROWS(r, p)
+        if (p.n[r] < p.columns[r]) sum += besa__order(p.rest[r]) >= bits + static_cast<unsigned long long>(more);
+    return besa__block_sum(sum);
+}
+
+/* One more for each of the `give` rows with the largest rests, ties by row; there are as many rows. */
+static __device__ void besa__project_give(const besa__project &p, int64_t give)
+{
+    unsigned long long bits = 0; /* the largest threshold that `give` rows reach, bit by bit */
+    for (int b = 63; b >= 0; b--)
+        if (besa__project_above(p, bits | 1ull << b, 0) >= give) bits |= 1ull << b;
+    int64_t ties = give - besa__project_above(p, bits, 1);
+    for (int64_t first = 0; first < p.rows; first += blockDim.x) { /* ties in the order of rows */
+        int64_t r = first + threadIdx.x;
+        int open = r < p.rows && p.columns[r] > 0 && p.n[r] < p.columns[r];
+        unsigned long long order = open ? besa__order(p.rest[r]) : 0;
+        uint32_t tied = open && order == bits, before = besa__block_before(tied);
+        int64_t all = besa__block_sum(static_cast<int64_t>(tied));
+        if (open && (order > bits || (tied && before < ties))) {
+            p.n[r]++;
+            p.rest[r] -= 4294967296.0; /* behind all who have had fewer */
+        }
+        ties -= besa__cuda_min(all, besa__cuda_max(ties, 0));
+    }
+}
+
+/* n(R) whose sum is count, by one block; excess(1) says whether that can be */
+static __global__ void __launch_bounds__(BESA__CUDA_PROJECT_THREADS)
+    besa__project_kernel(besa__project p, int64_t *excess, int64_t count)
+{
+    int64_t least = 0, open = 0;
+    int wrong = 0;
+    BESA__PROJECT_ROWS(r, p) {
+        double rate = static_cast<double>(p.alpha[r]);
+        wrong += !isfinite(rate);
+        rate = rate < 1e-7 ? 1e-7 : rate > 1 - 1e-7 ? 1 - 1e-7 : rate;
+        p.logit[r] = log(rate / (1.0 - rate));
+        least += p.least[r];
+    }
+    wrong = besa__block_sum(wrong);
+    least = besa__block_sum(least);
+    if (threadIdx.x == 0) *excess = wrong ? -1 : besa__cuda_max(0, least - count);
+    if (wrong || least > count) return;
+    double low = -60.0, high = 60.0;
+    for (int i = 0; i < 80; i++) {
+        double shift = 0.5 * (low + high);
+        if (besa__project_sum(p, shift) <= count) low = shift;
+        else high = shift;
+    }
+    int64_t missing = count - besa__project_sum(p, low);
+    BESA__PROJECT_ROWS(r, p) {
+        p.rest[r] = besa__exact(p.logit[r], static_cast<double>(p.columns[r]), low);
+        p.n[r] = static_cast<int32_t>(besa__whole(p.rest[r], p.least[r], p.columns[r]));
+        p.rest[r] -= static_cast<double>(p.n[r]);
+    }
+    __syncthreads();
+    while (missing > 0 && (open = besa__project_above(p, 0, 0)) > 0) {
+        besa__project_give(p, besa__cuda_min(open, missing));
+        missing -= besa__cuda_min(open, missing);
+        __syncthreads();
+    }
+}
+
+static void besa__cuda_project_place(besa__arena *work, double **logit, double **rest, int64_t rows)
+{
+    *logit = static_cast<double *>(besa__take(work, static_cast<size_t>(rows) * sizeof(double)));
+    *rest = static_cast<double *>(besa__take(work, static_cast<size_t>(rows) * sizeof(double)));
+}
+
+static besa_result besa__cuda_project_counts(besa_backend *be, int32_t *n, int64_t *excess, const float *alpha,
+                                             const int32_t *least, const int32_t *columns, int64_t count, int64_t rows)
+{
+    besa__arena work = besa__cuda_work(be);
+    besa__project p = {n, alpha, least, columns, NULL, NULL, rows};
+    besa__cuda_project_place(&work, &p.logit, &p.rest, rows);
+    BESA__CUDA_FITS(be, work);
+    BESA__RUN(besa__project_kernel, 1, BESA__CUDA_PROJECT_THREADS, 0, p, excess, count);
     return BESA_OK;
 }
 
@@ -2593,12 +2726,13 @@ static besa_result besa__cuda_sparsegpt_push(besa_backend *be, float *wf, const 
 static size_t besa__cuda_workspace_size(besa_backend *be, const besa_workload *w)
 {
     const besa__cuda *cuda = besa__cuda_of(be);
-    besa__arena work[8];
+    enum { PLACES = 9 };
+    besa__arena work[PLACES];
     float *a, *b;
-    double *part;
+    double *part, *rest;
     long long *ties;
     size_t most = besa__cuda_attention_bytes(be, w);
-    for (int i = 0; i < 8; i++) work[i].base = NULL, work[i].used = 0;
+    for (int i = 0; i < PLACES; i++) work[i].base = NULL, work[i].used = 0;
     if (w->tokens > 0) besa__cuda_panel_place(be, &work[0], w->rows, w->columns);
     besa__cuda_column_sumsq_place(&work[1], w->columns);
     besa__cuda_block_loss_place(&work[2], &a, &part, w->columns);
@@ -2607,7 +2741,8 @@ static size_t besa__cuda_workspace_size(besa_backend *be, const besa_workload *w
     besa__cuda_rates_place(&work[5], &a, &b, w->rows, w->candidates);
     besa__cuda_optimizer_place(&work[6]);
     besa__cuda_slab_place(&work[7], &a, w->hessian_columns);
-    for (int i = 0; i < 8; i++) most = work[i].used > most ? work[i].used : most;
+    besa__cuda_project_place(&work[8], &part, &rest, w->projected_rows);
+    for (int i = 0; i < PLACES; i++) most = work[i].used > most ? work[i].used : most;
     return most + (w->tokens > 0 || w->hessian_columns > 0 ? cuda->blas_bytes : 0);
 }
 
@@ -2644,6 +2779,7 @@ static void besa__cuda_fill_memory(besa_backend *be)
     be->zero = besa__cuda_zero;
     be->record = besa__cuda_record;
     be->wait = besa__cuda_wait;
+    be->elapsed = besa__cuda_elapsed;
     be->synchronize = besa__cuda_synchronize;
 }
 
@@ -2683,6 +2819,7 @@ static void besa__cuda_fill_sparsity(besa_backend *be)
     be->rate_mean = besa__cuda_rate_mean;
     be->rate_backward = besa__cuda_rate_backward;
     be->optimizer_step = besa__cuda_optimizer_step;
+    be->project_counts = besa__cuda_project_counts;
     be->hessian_factor = besa__cuda_hessian_factor;
     be->diagonal = besa__cuda_diagonal;
     be->sparsegpt_slab = besa__cuda_sparsegpt_slab;
@@ -2727,7 +2864,7 @@ static besa_result besa__cuda_open(besa_backend *be, const besa_cuda_options *op
     for (int i = 0; i < BESA_QUEUE_COUNT; i++)
         BESA__CUDA(cudaStreamCreateWithFlags(&cuda->stream[i], cudaStreamNonBlocking));
     for (int i = 0; i < BESA_EVENT_COUNT; i++)
-        BESA__CUDA(cudaEventCreateWithFlags(&cuda->event[i], cudaEventDisableTiming));
+        BESA__CUDA(cudaEventCreate(&cuda->event[i]));
     BESA__CUBLAS(cublasCreate(&cuda->blas));
     BESA__CUBLAS(cublasSetStream(cuda->blas, cuda->stream[BESA_QUEUE_COMPUTE])); /* before any cublasSetWorkspace */
     BESA__CUBLAS(cublasSetMathMode(cuda->blas, static_cast<cublasMath_t>(

@@ -932,9 +932,9 @@ static void ops_rates(ops *t, const ops_case *c)
     besa_workload sizes = ops_sizes(R, C, 0);
     besa_rate_shape s = {R, C, c->n[3], D + 1, 0.7f, form == 1 ? 0.0f : 1.5f, form == 2 ? 0.0f : 0.5f, plain};
     double *layer = ops_random(t, D + 1, 2), *row = ops_random(t, G * (D + 1), 2), *sums = ops_random(t, R * D, 1e-3);
-    double *grad_row, *grad_layer, mean = 0, share = 0.25, zero[1] = {0.125};
+    double *grad_row, *grad_layer, mean = 0, share = 0.25, zero[1] = {0.125}, *rate = ops_doubles(t, R);
     float *layer_ = (float *)ops_float(t, layer, D + 1), *row_ = (float *)ops_float(t, row, G * (D + 1));
-    float *sums_ = (float *)ops_float(t, sums, R * D), *alpha_ = ops_float_out(t, G), *mean_ = (float *)ops_float(t, zero, 1);
+    float *sums_ = (float *)ops_float(t, sums, R * D), *alpha_ = ops_float_out(t, R), *mean_ = (float *)ops_float(t, zero, 1);
     float *dlayer_ = ops_float_out(t, D + 1), *drow_ = ops_float_out(t, G * (D + 1));
     int32_t *zeros = (int32_t *)ops_host(t, (size_t)R * 4), *zeros_, *n = (int32_t *)ops_host(t, (size_t)R * 4);
     int32_t *n_ = (int32_t *)ops_device(t, (size_t)R * 4);
@@ -947,19 +947,20 @@ static void ops_rates(ops *t, const ops_case *c)
     ops_workspace(t, &sizes);
     ref_rates(&r);
     ops_call(t, be->rate_forward(be, alpha_, n_, form == 1 ? NULL : layer_, form == 2 ? NULL : row_, zeros_, &s), "rate_forward");
-    alpha = ops_fetch(t, alpha_, BESA_F32, G);
-    ops_near(t, "alpha", alpha, r.alpha, G, 3e-7);
+    alpha = ops_fetch(t, alpha_, BESA_F32, R);
+    for (int64_t i = 0; i < R; i++) rate[i] = r.alpha[i / s.group_rows];
+    ops_near(t, "alpha", alpha, rate, R, 3e-7);
     for (int64_t i = 0; i < R; i++) {
-        n[i] = (int32_t)floorf((float)alpha[i / s.group_rows] * (float)C);
+        n[i] = (int32_t)floorf((float)alpha[i] * (float)C);
         if (n[i] < zeros[i]) n[i] = zeros[i];
-        mean += alpha[i / s.group_rows] / (double)R;
+        mean += alpha[i] / (double)R;
     }
     ops_same(t, "n", n_, n, (size_t)R * 4);
-    ops_call(t, be->rate_mean(be, mean_, alpha_, (float)share, 1, &s), "rate_mean");
+    ops_call(t, be->rate_mean(be, mean_, alpha_, (float)share, 1, R), "rate_mean");
     mean = zero[0] + share * mean;
     ops_near(t, "mean", ops_fetch(t, mean_, BESA_F32, 1), &mean, 1, 1e-6);
     mean = 0;
-    for (int64_t i = 0; i < R; i++) mean += r.alpha[i / s.group_rows] / (double)R;
+    for (int64_t i = 0; i < R; i++) mean += rate[i] / (double)R;
     mean_ = (float *)ops_float(t, &mean, 1);
     penalty.mean = mean_, penalty.coefficient = (float)(2 * r.lambda / r.target / r.target), penalty.target = (float)r.target;
     if (ops_is(t, "perf")) {
@@ -978,6 +979,75 @@ static void ops_rates(ops *t, const ops_case *c)
         grad_row = ops_fetch(t, drow_, BESA_F32, G * (D + 1));
         ops_gradient(t, "dtheta_row", row, grad_row, G * (D + 1), 1e-4, ref_rates, &r, 1e-4);
     }
+}
+
+/* n (R) from the definition: exact for one shift, then one each to the largest rests. Returns the rows' sum of least
+ * beyond count, -1 for a rate that is not finite. */
+static int64_t ref_project(ops *t, int32_t *n, const float *alpha, const int32_t *least, const int32_t *columns, int64_t count,
+                           int64_t R)
+{
+    double low = -60, high = 60, *exact = ops_doubles(t, R);
+    int64_t sum = 0, total = 0;
+    for (int64_t r = 0; r < R; r++)
+        if (columns[r] && !isfinite(alpha[r])) return -1;
+    for (int64_t r = 0; r < R; r++) sum += columns[r] ? least[r] : 0;
+    if (sum > count) return sum - count;
+    for (int i = 0; i <= 80; i++, sum = 0) {
+        double shift = i < 80 ? 0.5 * (low + high) : low;
+        for (int64_t r = 0; r < R; r++) {
+            double p = fmin(fmax((double)alpha[r], 1e-7), 1 - 1e-7);
+            if (!columns[r]) continue;
+            exact[r] = (double)columns[r] / (1 + exp(-(log(p / (1 - p)) + shift)));
+            n[r] = (int32_t)fmin(fmax(floor(exact[r]), (double)least[r]), (double)columns[r]);
+            sum += n[r];
+        }
+        total = sum;
+        *(sum <= count ? &low : &high) = shift;
+    }
+    for (int64_t r = 0; r < R; r++) exact[r] -= n[r];
+    for (int64_t best; total < count; total++) {        /* rows that have had theirs come behind all others */
+        best = -1;
+        for (int64_t r = 0; r < R; r++)
+            if (columns[r] && n[r] < columns[r] && (best < 0 || exact[r] > exact[best])) best = r;
+        if (best < 0) break;
+        n[best]++;
+        exact[best] -= 1e6;
+    }
+    return 0;
+}
+
+static void ops_project(ops *t, const ops_case *c)
+{
+    int64_t R = c->n[0], C = c->n[1], kind = c->n[3], total = 0, excess = 77, want;
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(1, 1, 0);
+    double *rate = ops_random(t, R, 0.4), target = (double)c->n[2] / 1000;
+    float *alpha = ops_floats(t, R), *alpha_;
+    int32_t *least = (int32_t *)ops_host(t, (size_t)R * 4), *columns = (int32_t *)ops_host(t, (size_t)R * 4);
+    int32_t *n = (int32_t *)ops_host(t, (size_t)R * 4), *n_, *least_, *columns_;
+    int64_t *excess_ = (int64_t *)ops_put(t, &excess, sizeof excess);
+    for (int64_t r = 0; r < R; r++) {
+        alpha[r] = kind == 1 ? 0.5f : (float)(0.5 + rate[r]);               /* 1: all the same */
+        columns[r] = kind == 2 && r % 3 == 1 ? 0 : (int32_t)(C + (kind ? 0 : r % 7)); /* 2: rows that are left out */
+        least[r] = kind >= 2 && r % 5 == 0 ? (int32_t)(C * (kind == 3 ? 1 : 0.6)) : 0; /* 3: too many zeros */
+        n[r] = 123;
+        total += columns[r];
+    }
+    if (kind == 4) alpha[R / 2] = NAN;
+    int64_t count = (int64_t)floor(target * (double)total + 0.5);
+    sizes.projected_rows = R;
+    alpha_ = (float *)ops_put(t, alpha, (size_t)R * 4), least_ = (int32_t *)ops_put(t, least, (size_t)R * 4);
+    columns_ = (int32_t *)ops_put(t, columns, (size_t)R * 4), n_ = (int32_t *)ops_put(t, n, (size_t)R * 4);
+    ops_workspace(t, &sizes);
+    if (ops_is(t, "perf")) {
+        OPS_TIME(t, 80.0 * 12.0 * (double)R, "GB/s",
+                 ops_call(t, be->project_counts(be, n_, excess_, alpha_, least_, columns_, count, R), ""));
+        return;
+    }
+    want = ref_project(t, n, alpha, least, columns, count, R);
+    ops_call(t, be->project_counts(be, n_, excess_, alpha_, least_, columns_, count, R), "project_counts");
+    ops_same(t, "excess", excess_, &want, sizeof want);
+    ops_same(t, "n", n_, n, (size_t)R * 4);
 }
 
 static void ops_optimizer(ops *t, const ops_case *c)
@@ -1293,6 +1363,10 @@ static const ops_case ops_cases[] = {
     {"rates 300x1000 row plain", ops_rates, {300, 1000, 100, 1, 1, 1}, BESA_F32, "tg"}, {"rates 100x31 layer", ops_rates, {100, 31, 100, 100, 2, 0}, BESA_F32, "tg"},
     {"rates 100x200 groups of 7", ops_rates, {100, 200, 10, 7, 0, 0}, BESA_F32, "tg"}, {"rates 65x50 D 1 plain", ops_rates, {65, 50, 1, 1, 0, 1}, BESA_F32, "tg"},
     {"rates 3x2000 D 1999", ops_rates, {3, 2000, 1999, 2, 0, 0}, BESA_F32, "tg"},
+    {"project 1", ops_project, {1, 31, 500, 0}, BESA_F32, "t"}, {"project 33", ops_project, {33, 127, 700, 0}, BESA_F32, "t"},
+    {"project 3000", ops_project, {3000, 1000, 999, 0}, BESA_F32, "t"}, {"project 300 equal", ops_project, {300, 1000, 503, 1}, BESA_F32, "t"},
+    {"project 200 left out", ops_project, {200, 333, 400, 2}, BESA_F32, "t"}, {"project 50 zeros", ops_project, {50, 100, 100, 3}, BESA_F32, "t"},
+    {"project 9 not finite", ops_project, {9, 100, 100, 4}, BESA_F32, "t"},
     {"prodigy 1", ops_optimizer, {1, 0, 0}, BESA_F32, "t"}, {"prodigy 20001", ops_optimizer, {20001, 0, 0}, BESA_F32, "t"},
     {"prodigy 1000 growth decay", ops_optimizer, {1000, 0, 1}, BESA_F32, "t"}, {"adamw 20001", ops_optimizer, {20001, 1, 0}, BESA_F32, "t"}, {"adamw 31 decay", ops_optimizer, {31, 1, 1}, BESA_F32, "t"},
     {"factor 3", ops_factor, {3}, BESA_F32, "t"}, {"factor 31", ops_factor, {31}, BESA_F32, "t"}, {"factor 128", ops_factor, {128}, BESA_F32, "t"},
@@ -1315,6 +1389,7 @@ static const ops_case ops_cases[] = {
     {"mask_pattern 2048x4096 bf16", ops_mask, {2048, 4096, 2}, BESA_BF16, "p"},
     OPS_TYPES("bucket 2048x4096", ops_bucket, "p", 2048, 4096, 100), {"bucket 1536x576 bf16", ops_bucket, {1536, 576, 100}, BESA_BF16, "p"},
     {"rate_forward 5000 groups", ops_rates, {5000, 576, 100, 1, 0, 0}, BESA_F32, "p"}, {"rate_backward 5000 groups", ops_rates, {5000, 576, 100, 1, 0, 0}, BESA_BF16, "p"},
+    {"project_counts 84k", ops_project, {83968, 8192, 500, 0}, BESA_F32, "p"},
     {"prodigy 500k", ops_optimizer, {500000, 0, 0}, BESA_F32, "p"}, {"adamw 500k", ops_optimizer, {500000, 1, 0}, BESA_F32, "p"},
     {"factor 576", ops_factor, {576}, BESA_F32, "p"}, {"factor 1536", ops_factor, {1536}, BESA_F32, "p"}, {"factor 4096", ops_factor, {4096}, BESA_F32, "p"},
     {"slab 1536x576", ops_slab, {1536, 576, 128, 128, 0, 0}, BESA_F32, "p"}, {"slab 2:4 1536x576", ops_slab, {1536, 576, 128, 128, 2, 4}, BESA_F32, "p"},

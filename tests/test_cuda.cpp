@@ -274,6 +274,7 @@ static void test_creation(void)
 /* ---- the pipeline ---------------------------------------------------------------------------- */
 
 typedef struct run {
+    int on_host, tightest; /* activations that live on the host; 1: ask for the least memory that works */
     besa_prune_options options;
     besa_report report;
     besa_error error;
@@ -312,6 +313,14 @@ static besa_result run_prune(run *r, besa_backend *be)
                                     besa_checkpoint_config(checkpoint)->vocab_size, ids.data(), &r->error);
     c.ids = ids.data();
     c.test_ids = ids.data() + c.nsamples * c.seqlen;
+    besa_plan_result plan;
+    size_t least = 0;
+    while (r->tightest && result == BESA_OK && besa_plan(checkpoint, be, &c, &r->options, &plan, NULL) == BESA_OK) {
+        least = plan.device_bytes;
+        r->on_host = plan.x_on_host + plan.yref_on_host + plan.test_on_host;
+        r->options.device_memory = least - 1;
+    }
+    if (r->tightest) r->options.device_memory = least;
     if (result == BESA_OK) result = besa_prune(checkpoint, r->output, be, &c, &r->options, &r->report, &r->error);
     besa_tokens_free(&tokens);
     besa_checkpoint_close(checkpoint);
@@ -385,6 +394,29 @@ static void test_pipeline(void)
     TEST("pipeline, wanda, fp32") compare_pipelines("wanda32", BESA_METHOD_WANDA, 1, 1e-3, 0.01);
     TEST("pipeline, magnitude, fp32") compare_pipelines("magnitude32", BESA_METHOD_MAGNITUDE, 1, 1e-3, 0.01);
     TEST("pipeline, sparsegpt, fp32") compare_pipelines("sparsegpt32", BESA_METHOD_SPARSEGPT, 1, 1e-2, 0.02);
+    TEST("pipeline, activations on the host, streams in any order") {
+        static const int schedules[] = {STANDIN_EAGER, STANDIN_LATE, STANDIN_OTHERS};
+        int64_t differ, total;
+        for (int i = 0; i < 4; i++) { /* first the CPU */
+            besa_backend be;
+            besa_error error;
+            run r = run_of(BESA_METHOD_BESA, 6, temp_path("host-%d", i));
+            r.seqlen = 24, r.options.epochs = 2, r.tightest = i > 0;
+            if (i > 0) be = cuda_backend(1);
+            else CHECK_OK(besa_cpu_backend(&be, NULL, &error), error);
+            if (i > 0) standin_set_streams(schedules[i - 1]);
+            CHECK_OK(run_prune(&r, &be), r.error);
+            CHECK(r.on_host == (i > 0 ? 3 : 0), "%d of the activations are on the host", r.on_host);
+            besa_report_free(&r.report);
+            be.destroy(&be);
+            if (i == 0) continue;
+            compare_weights(temp_path("host-%d", i > 1), r.output, 0, &differ, &total);
+            CHECK(total > 0 && differ <= (i == 1 ? total / 1000 : 0), "schedule %d: %lld of %lld weights differ", i - 1,
+                  static_cast<long long>(differ), static_cast<long long>(total));
+        }
+        standin_set_streams(STANDIN_LATE);
+        CHECK(standin_reports() == 0, "%s", standin_last_report());
+    }
     TEST("pipeline, twice the same bytes, whatever the order of threads") {
         const char *output[2] = {temp_path("first"), temp_path("second")};
         int64_t differ, total;

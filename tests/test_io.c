@@ -684,7 +684,7 @@ static besa_result write_block(besa__writer *w, const besa_checkpoint *c, int64_
         unsigned char *bytes = (unsigned char *)malloc(t.weight[i]->bytes);
         memcpy(bytes, t.weight[i]->data, t.weight[i]->bytes);
         for (size_t k = 0; k < t.weight[i]->bytes; k += 2) bytes[k] = (unsigned char)b;
-        besa_result result = besa__writer_write(w, t.weight[i], bytes, &err);
+        besa_result result = besa__writer_write(w, t.weight[i], bytes, t.weight[i]->bytes, &err);
         free(bytes);
         BESA__TRY(result);
     }
@@ -755,15 +755,15 @@ static void test_writer(int sharded)
     check_error("writer: a second one is locked out", besa__writer_open(&second, c, ref, "fp 1", 3, &done, NULL, &err), BESA_ERROR_RESUME, "another process");
     besa__block_tensors t;
     besa__block_bind(&t, c, 1, &err);
-    check_error("writer: a tensor of another block", besa__writer_write(w, t.weight[0], t.weight[0]->data, &err), BESA_ERROR_OPTION, "block 0");
-    check_error("writer: a tensor that is not prunable", besa__writer_write(w, besa_checkpoint_find(c, "model.norm.weight"), src, &err), BESA_ERROR_OPTION, "block 0");
+    check_error("writer: a tensor of another block", besa__writer_write(w, t.weight[0], t.weight[0]->data, t.weight[0]->bytes, &err), BESA_ERROR_OPTION, "block 0");
+    check_error("writer: a tensor that is not prunable", besa__writer_write(w, besa_checkpoint_find(c, "model.norm.weight"), src, 8, &err), BESA_ERROR_OPTION, "block 0");
     check_error("writer: another block done", besa__writer_block_done(w, 1, &err), BESA_ERROR_OPTION, "block 1");
     for (int64_t b = 0; b < 3; b++) check_error("writer: a block", write_block(w, c, b), BESA_OK, NULL);
     unsigned char back[4096];
     besa__block_bind(&t, c, 2, &err);
-    check("writer: reads back", besa__writer_read(w, t.weight[BESA_DOWN], back, &err) == BESA_OK && back[0] == 2 &&
+    check("writer: reads back", besa__writer_read(w, t.weight[BESA_DOWN], back, 0, t.weight[BESA_DOWN]->bytes, &err) == BESA_OK && back[0] == 2 &&
           back[1] == ((const unsigned char *)t.weight[BESA_DOWN]->data)[1] &&
-          besa__writer_read(w, t.weight[BESA_O], back, &err) == BESA_OK && !memcmp(back, t.weight[BESA_O]->data, t.weight[BESA_O]->bytes));
+          besa__writer_read(w, t.weight[BESA_O], back, 0, t.weight[BESA_O]->bytes, &err) == BESA_OK && !memcmp(back, t.weight[BESA_O]->data, t.weight[BESA_O]->bytes));
     check_error("writer: finishes", besa__writer_finish(w, &err), BESA_OK, NULL);
     free(notes);
     check("writer: nothing is left over", exists(ref) && !exists(partial(ref, "")) && !exists(partial(ref, "." "besa-journal")));

@@ -913,25 +913,33 @@ static besa_backend counted_backend(int fail_at)
     return be;
 }
 
-static besa_plan_result plan_of(const setup *s, besa_result *result)
+static besa_result plan_with(const setup *s, besa_backend *be, besa_plan_result *plan)
 {
     besa_checkpoint *checkpoint = NULL;
     besa_calibration c;
+    besa_error error;
+    besa_result result;
+    static int32_t test_ids[64];
+    memset(&c, 0, sizeof c);
+    c.nsamples = s->nsamples, c.seqlen = s->seqlen;
+    c.test_windows = s->windows, c.test_seqlen = s->windows ? 64 : 0, c.test_ids = s->windows ? test_ids : NULL;
+    CHECK_OK(besa_checkpoint_open(&checkpoint, s->source, &error), error);
+    result = checkpoint ? besa_plan(checkpoint, be, &c, &s->options, plan, &error) : BESA_ERROR_READ;
+    besa_checkpoint_close(checkpoint);
+    return result;
+}
+
+static besa_plan_result plan_of(const setup *s, besa_result *result)
+{
     besa_plan_result plan;
     besa_backend be;
     besa_error error;
     besa_cpu_options cpu;
-    static int32_t test_ids[64];
-    memset(&c, 0, sizeof c);
     memset(&plan, 0, sizeof plan);
     memset(&cpu, 0, sizeof cpu);
     cpu.threads = 2;
-    c.nsamples = s->nsamples, c.seqlen = s->seqlen;
-    c.test_windows = s->windows, c.test_seqlen = s->windows ? 64 : 0, c.test_ids = s->windows ? test_ids : NULL;
     CHECK_OK(besa_cpu_backend(&be, &cpu, &error), error);
-    CHECK_OK(besa_checkpoint_open(&checkpoint, s->source, &error), error);
-    *result = checkpoint ? besa_plan(checkpoint, &be, &c, &s->options, &plan, &error) : BESA_ERROR_READ;
-    besa_checkpoint_close(checkpoint);
+    *result = plan_with(s, &be, &plan);
     be.destroy(&be);
     return plan;
 }
@@ -1012,6 +1020,48 @@ static void test_budget(void)
     s.options.device_memory = 10000;
     expect(&s, BESA_ERROR_MEMORY, "10000");
     discard(s.output);
+}
+
+/* A backend with memory of its own: blocks come and go while others compute, and as the budget shrinks the activations
+ * of the test, the reference and the inputs move to the host. The plan says so, the run keeps to it to the byte, and the output
+ * has the same bytes each time. */
+static void test_separate_memory(void)
+{
+    for (int i = 0; i < 5; i++) {
+        setup s = new_setup(temp_path("whole"), i == 3 ? BESA_METHOD_SPARSEGPT : i == 4 ? BESA_METHOD_WANDA : BESA_METHOD_BESA, 0.5);
+        besa_backend be;
+        besa_plan_result plan;
+        char first[512] = "";
+        int on_host = 0, levels = 0;
+        size_t budget = 0;
+        s.nsamples = 130, s.seqlen = 48, s.windows = 100;
+        s.options.batch_size = i == 1 ? 3 : 1, s.options.norm_all = i == 1, s.options.dense_stream = i == 2;
+        run_and_verify(&s);
+        s.output = temp_path("out");
+        for (;; budget = plan.device_bytes - 1) {
+            besa_result r;
+            be = counted_backend(0);
+            be.unified_memory = 0;
+            s.be = &be;
+            s.options.device_memory = budget;
+            r = plan_with(&s, &be, &plan);
+            if (r != BESA_OK || plan.micro_batch < 42) break;
+            CHECK(plan.x_on_host + plan.yref_on_host + plan.test_on_host >= on_host, "options %d: less on the host", i);
+            on_host = plan.x_on_host + plan.yref_on_host + plan.test_on_host;
+            levels++;
+            run_and_verify(&s);
+            CHECK(g_counted.peak[0] == plan.device_bytes && g_counted.peak[1] == plan.host_bytes,
+                  "options %d: %zu and %zu bytes, planned %zu and %zu", i, g_counted.peak[0], g_counted.peak[1],
+                  plan.device_bytes, plan.host_bytes);
+            CHECK(compare_directories(temp_path("whole"), s.output, NULL, first) == 0, "options %d, budget %zu: %s differs", i,
+                  budget, first);
+            discard(s.output);
+            be.destroy(&be);
+        }
+        CHECK(levels == (i < 3 ? 4 : 3) && on_host == 3, "options %d: %d levels, %d on the host", i, levels, on_host);
+        be.destroy(&be);
+        discard(temp_path("whole"));
+    }
 }
 
 static int open_files(void)
@@ -1329,6 +1379,7 @@ int main(int argc, char **argv)
     TEST("threads") test_threads();
     TEST("plan") test_plan();
     TEST("memory budget") test_budget();
+    TEST("memory of the device's own") test_separate_memory();
     TEST("allocation failures") test_allocation_failures();
     TEST("cancel and resume") test_cancel();
     TEST("resume refused") test_resume_refused();

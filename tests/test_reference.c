@@ -187,7 +187,6 @@ static void test_sparse_layer(const char *name, int plain, int64_t groups, int l
         CHECK(wrong == 0, "%d ranks differ", wrong);
     }
     OP(g_be.rate_forward(&g_be, alpha, n, layer_theta ? theta.f : NULL, layer_theta ? NULL : theta.f, zeros, &s));
-    for (int64_t g = 1; layer_theta && g < groups; g++) alpha[g] = alpha[0];
     CHECK_CLOSE("alpha", alpha, npy_load(dir, "alpha", groups, 0, 0).v, groups, 1e-6);
     OP(g_be.mask_apply(&g_be, what, w.f, BESA_F32, got_rank, n, R, C));
     for (int i = 0, kept; i < R * C; i++) {
@@ -564,7 +563,7 @@ static void test_trace_pinned(const char *name)
                 pinned_layer *a = &p.layer[l];
                 float share = (float)((double)(t.rows[l] * t.columns[l]) / (double)t.weights);
                 OP(g_be.rate_forward(&g_be, a->alpha, a->n, NULL, a->theta, a->zeros, &a->shape));
-                OP(g_be.rate_mean(&g_be, &mean, a->alpha, share, l > 0, &a->shape));
+                OP(g_be.rate_mean(&g_be, &mean, a->alpha, share, l > 0, t.rows[l]));
                 memcpy(alpha + t.first_row[l], a->alpha, (size_t)t.rows[l] * sizeof(float));
             }
             pinned_masks(&p, step);
