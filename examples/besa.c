@@ -1,7 +1,11 @@
 /* besa - prune LLaMA-family checkpoints from the command line. `besa --help` explains it.
  *
  * options.h reads the command line; here are progress, the commands in turn, and main. */
+#ifdef BESA_WITH_CUDA /* `make cuda`: the implementation is in besa_cuda.cu, which nvcc compiles */
+#define _DEFAULT_SOURCE 1
+#else
 #define BESA_IMPLEMENTATION
+#endif
 #include "../besa.h"
 
 #include <errno.h>
@@ -123,14 +127,27 @@ static besa_result load_windows(job *j, const char *path, int64_t most, uint64_t
     return result;
 }
 
+static besa_result open_backend(job *j)
+{
+    const settings *s = j->s;
+    const besa_cpu_options cpu = {s->threads, s->bf16};
+    if (!s->cuda) return besa_cpu_backend(&j->backend, &cpu, &j->error);
+#ifdef BESA_WITH_CUDA
+    return besa_cuda_backend(&j->backend, &s->gpu, &j->error);
+#else
+    snprintf(j->error.message, sizeof j->error.message,
+             "--device cuda: this program was built without CUDA; build it with `make -C examples cuda`");
+    return BESA_ERROR_DEVICE;
+#endif
+}
+
 /* Open the checkpoint, the backend and the tokens, as far as the command has them. */
 static besa_result open_job(job *j)
 {
     const settings *s = j->s;
     besa_calibration *c = &j->calibration;
-    besa_cpu_options cpu = {s->threads, s->bf16};
     TRY(besa_checkpoint_open(&j->checkpoint, s->path[0], &j->error));
-    TRY(besa_cpu_backend(&j->backend, &cpu, &j->error));
+    TRY(open_backend(j));
     c->nsamples = s->nsamples;
     c->seqlen = s->seqlen;
     if (s->command->bit & RUN && s->tokens)
@@ -372,7 +389,8 @@ static const command commands[] = {
      "A run that was stopped goes on where it was when the same command is given again.\n\n"
      "  besa prune llama pruned --tokens c4.npy --sparsity 0.5\n"
      "  besa prune llama pruned --tokens c4.npy --method sparsegpt --pattern 2:4 --report pruned.json\n"
-     "  besa prune llama pruned --tokens c4.npy --skip layers.0 --fix v_proj=0.3 --test wikitext2.npy\n"},
+     "  besa prune llama pruned --tokens c4.npy --skip layers.0 --fix v_proj=0.3 --test wikitext2.npy\n"
+     "  besa prune llama pruned --tokens c4.npy --device cuda\n"},
     {"plan", PLAN, 1, 2, run_plan, "SRC [DST]", "say what prune would take, of memory, disk and work",
      "Says what `besa prune` with the same options would take, from the shapes alone.\n\n"
      "  besa plan llama --nsamples 128 --seqlen 2048 --memory 8G\n"},

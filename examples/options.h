@@ -31,6 +31,8 @@ typedef struct settings {
     const char *tokens, *test, *report, *preset;
     int64_t nsamples, seqlen, test_seqlen, windows; /* 0: the default */
     int64_t seed;
+    int cuda; /* 1: on the GPU that gpu says; 0: on the CPU, with threads and bf16 */
+    besa_cuda_options gpu;
     int threads, bf16, json, quiet, help;
     besa_prune_options prune;
     besa_fixed_rate fixed[MAX_FIXED];
@@ -42,7 +44,7 @@ typedef struct settings {
 
 typedef enum kind {
     HEADING, FLAG, TEXT, CHOICE, PATTERN, SKIP, METHODS, /* these are not numbers */
-    INT, COUNT, SEED, ROWS, NUMBER, PENALTY, POSITIVE, SHARE, SHARES, FIX, BYTES
+    INT, COUNT, SEED, ROWS, NUMBER, PENALTY, POSITIVE, SHARE, SHARES, FIX, BYTES, DEVICE
 } kind;
 
 /* What each kind of number admits. */
@@ -58,6 +60,7 @@ static const struct { double least, most; int whole; const char *words; } ranges
     [SHARES] = {DBL_MIN, 1 - DBL_EPSILON, 0, "a number above 0 and below 1"},
     [FIX] = {0, 1 - DBL_EPSILON, 0, "a number from 0 and below 1"},
     [BYTES] = {1, 1e18, 0, "a number of bytes, as 500M or 24G"},
+    [DEVICE] = {0, 65535, 1, "a GPU's number, from 0"},
 };
 
 typedef struct option {
@@ -118,8 +121,11 @@ static const option options[] = {
     {"no-projection", FLAG, AT(prune.no_projection), RUN, "", "leave the sparsity where learning ends, near S"},
 
     {"Run", HEADING, 0, ALL, "", ""},
-    {"threads", INT, AT(threads), RUN | EVAL, "K", "[all cores; 1 where built without OpenMP]"},
-    {"bf16", FLAG, AT(bf16), RUN | EVAL, "", "products in bfloat16: faster where the processor has them"},
+    {"device", DEVICE, 0, RUN | EVAL, "cpu|cuda[:N]", "compute on the CPU or on NVIDIA GPU number N [cpu]; "
+     "`make -C examples cuda` builds for both"},
+    {"threads", INT, AT(threads), RUN | EVAL, "K", "cpu: [all cores; 1 where built without OpenMP]"},
+    {"bf16", FLAG, AT(bf16), RUN | EVAL, "", "cpu: products in bfloat16, faster where the processor has them"},
+    {"fp32", FLAG, AT(gpu.fp32), RUN | EVAL, "", "cuda: float throughout; without it bfloat16, where the GPU has it"},
     {"memory", BYTES, AT(prune.device_memory), RUN, "N[K|M|G|T]", "bytes to stay within [no limit]"},
     {"report", TEXT, AT(report), ONE, "FILE", "write what happened in every layer, as JSON"},
     {"json", FLAG, AT(json), EVAL | INFO, "", "print JSON"},
@@ -223,6 +229,16 @@ static void read_list(settings *s, const option *o, const char *text)
     }
 }
 
+/* "cpu", "cuda" or "cuda:1" */
+static void read_device(settings *s, const option *o, const char *text)
+{
+    s->cuda = strncmp(text, "cuda", 4) == 0;
+    s->gpu.device = 0;
+    if (s->cuda && text[4] == ':') s->gpu.device = (int)read_number(s, o, text + 5);
+    else if (strcmp(text, s->cuda ? "cuda" : "cpu"))
+        usage_error(s, "--%s: '%s' is not cpu, cuda or cuda:N, as cuda:1", o->name, text);
+}
+
 static void read_value(settings *s, const option *o, const char *text)
 {
     void *field = (char *)s + o->offset;
@@ -247,6 +263,7 @@ static void read_value(settings *s, const option *o, const char *text)
         if (*(double *)field <= 0) *(double *)field = BESA_NONE;
         break;
     case BYTES: *(size_t *)field = (size_t)read_number(s, o, text); break;
+    case DEVICE: read_device(s, o, text); break;
     }
 }
 
@@ -331,6 +348,9 @@ static void check_arguments(settings *s)
     if (!s->test && s->command->bit == COMPARE) usage_error(s, "--test FILE is missing");
     if (!s->test && s->command->bit == PRUNE && (s->windows || s->test_seqlen))
         usage_error(s, "--windows and --test-seqlen are about --test FILE, which is missing");
+    if (s->cuda && (s->threads || s->bf16))
+        usage_error(s, "--%s is for the CPU, not for --device cuda", s->threads ? "threads" : "bf16");
+    if (!s->cuda && s->gpu.fp32) usage_error(s, "--fp32 is for --device cuda");
     for (int i = 0; s->report && i < s->num_paths; i++)
         if (!strncmp(s->report, s->path[i], strlen(s->path[i])) && strchr("/", s->report[strlen(s->path[i])]))
             usage_error(s, "--report %s lies in %s", s->report, s->path[i]);
@@ -365,5 +385,7 @@ static void print_general_help(FILE *file, const command *c)
         "To try it on the model that lies beside this program:\n\n"
         "  ./besa prune stories260K pruned --tokens stories260K/calibration_tokens.npy --seqlen 256 --sparsity 0.5\n"
         "  ./besa eval pruned --tokens stories260K/test_tokens.npy --seqlen 256\n\n"
+        "It runs on the CPU. For an NVIDIA GPU build it with `make -C examples cuda`, which wants the CUDA toolkit,\n"
+        "and add --device cuda to prune, eval, compare or plan.\n\n"
         "Exit status: 0; 1 where the work fails; 2 for a wrong command line; 130 after Ctrl-C.\n");
 }
