@@ -1,9 +1,11 @@
 # cuda.mk - included by the Makefile. The CUDA backend without a GPU:
 #
-# make cuda             cuda-standin and cuda-compile
+# make cuda             cuda-standin, cuda-compile and cuda-programs
 # make cuda-standin     operations and the pipeline on the stand-in runtime, plain and under AddressSanitizer
 # make cuda-race        operations on the stand-in under ThreadSanitizer: missing barriers, events and dependencies
 # make cuda-compile     the real compiler, for every architecture, warnings as errors; SKIP without nvcc
+# make cuda-programs    a C program that links what nvcc compiled; the command line's --device, on the stand-in and by
+#                       `make -C examples cuda`. Where there is a GPU they run on it
 #
 # ONLY="part of a name" as elsewhere. CUDA_ARCHS="90" compiles for fewer.
 
@@ -19,9 +21,10 @@ cuda_plain_FLAGS   := -O2
 cuda_address_FLAGS := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 cuda_thread_FLAGS  := -O1 -fsanitize=thread
 
-.PHONY: cuda cuda-standin cuda-race cuda-compile
+.PHONY: cuda cuda-standin cuda-race cuda-compile cuda-programs
 CUDA_LOGS  := $(CUDA_BUILD)/plain.log $(CUDA_BUILD)/address.log
-cuda: $(CUDA_LOGS) $(CUDA_ARCHS:%=$(CUDA_BUILD)/compile-%.log)
+CUDA_PROGRAM_LOGS := $(CUDA_BUILD)/link-gcc.log $(CUDA_BUILD)/link-clang.log $(CUDA_BUILD)/command.log
+cuda: $(CUDA_LOGS) $(CUDA_ARCHS:%=$(CUDA_BUILD)/compile-%.log) $(if $(ONLY),,$(CUDA_PROGRAM_LOGS))
 	@./sum.sh $^
 
 cuda-standin: $(CUDA_LOGS)
@@ -45,13 +48,38 @@ cuda_thread_ONLY := operations, fp32
 cuda-compile: $(CUDA_ARCHS:%=$(CUDA_BUILD)/compile-%.log)
 	@./sum.sh $^
 
-# the .cu file that a C program links, and that C program
+# the .cu file that a C program links
 $(CUDA_BUILD)/compile-%.log: $(BESA)/besa.h $(BESA)/besa_cuda.cuh | $(CUDA_BUILD)
 	@if ! command -v $(NVCC) >/dev/null; then echo "SKIP compile for sm_$*: no $(NVCC)" >$@; \
 	else printf '#define BESA_IMPLEMENTATION\n#define BESA_CUDA\n#include "besa.h"\n' >$(CUDA_BUILD)/besa-$*.cu; \
 	    if $(NVCC) $(NVCC_FLAGS) -arch=sm_$* -c -o $(CUDA_BUILD)/besa-$*.o $(CUDA_BUILD)/besa-$*.cu >$@ 2>&1; \
 	    then echo "PASS compile for sm_$*" >>$@; else echo "FAIL compile for sm_$*" >>$@; fi; fi
 	@cat $@
+
+cuda-programs: $(CUDA_PROGRAM_LOGS)
+	@./sum.sh $^
+
+# that C program, by gcc and by clang; the oldest architecture's object runs on every GPU
+C_FLAGS     := -std=c11 -O1 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror -I$(BESA)
+LINK_ARCH   := $(firstword $(CUDA_ARCHS))
+LINK_BY_NVCC = $(NVCC) -o $(CUDA_BUILD)/link-$* $(CUDA_BUILD)/link-$*.o $(CUDA_BUILD)/besa-$(LINK_ARCH).o -lcublas -lm
+$(CUDA_BUILD)/link-%.log: link_cuda.c test.h $(CUDA_BUILD)/compile-$(LINK_ARCH).log FORCE
+	@if ! command -v $(NVCC) >/dev/null || ! command -v $* >/dev/null; then \
+	    echo "SKIP a C program by $* links the .cu file's object: no $(NVCC) or no $*" >$@; cat $@; \
+	elif ! $* $(C_FLAGS) -c -o $(CUDA_BUILD)/link-$*.o $< || ! $(LINK_BY_NVCC); then \
+	    echo "FAIL a C program by $* links the .cu file's object" >$@; cat $@; \
+	else rm -rf $(CUDA_BUILD)/linked-$* && mkdir $(CUDA_BUILD)/linked-$* && \
+	    ./run.sh $@ $(CUDA_BUILD)/link-$* $(STORIES) $(CUDA_BUILD)/linked-$*; fi
+
+$(CUDA_BUILD)/command.log: command_cuda.sh $(CUDA_BUILD)/besa-standin FORCE
+	@CC='$(CC)' ./run.sh $@ ./$< $(BESA) $(CUDA_BUILD)/command $(CUDA_BUILD)/besa-standin $(NVCC)
+
+# the command line on the stand-in: a C program that links besa_cuda.cu, as `make -C examples cuda` does
+BESA_FILES := $(addprefix $(BESA)/examples/,besa.c options.h besa_cuda.cu) $(BESA)/besa.h $(BESA)/besa_cuda.cuh
+$(CUDA_BUILD)/besa-standin: $(BESA_FILES) $(CUDA_BUILD)/standin-plain.o
+	$(CC) $(C_FLAGS) -DBESA_WITH_CUDA -c -o $@.o $<
+	$(CXX) $(CUDA_FLAGS) $(cuda_plain_FLAGS) -D__CUDACC__ -c -o $@-cuda.o -x c++ $(BESA)/examples/besa_cuda.cu
+	$(CXX) -o $@ $@.o $@-cuda.o $(CUDA_BUILD)/standin-plain.o -lm
 
 $(CUDA_BUILD):
 	@mkdir -p $@
