@@ -1277,7 +1277,7 @@ static __global__ void besa__softmax_forward_kernel(T *p, const float *s, besa__
         float scale = 1.0f / besa__block_sum(sum * expf(m - most));
         BESA__EIGHTS(j, piece.keys) {
             int count = besa__count(piece.keys - j);
-            besa__load(x, row + j, count, 1);
+            besa__load(x, row + j, j > i ? 0 : count, 1); /* masked ones are not read */
             BESA__UNROLL
             for (int k = 0; k < 8; k++) x[k] = j + k < first || j + k > i ? 0.0f : expf(x[k] - most) * scale;
             besa__store(p + b * piece.row + j, x, count, 1);
@@ -1285,13 +1285,15 @@ static __global__ void besa__softmax_forward_kernel(T *p, const float *s, besa__
     }
 }
 
-/* dS(count * rows, keys) = P (dP - sum_j P dP); dS may be dP */
+/* dS(count * rows, keys) = P (dP - sum_j P dP); dS may be dP. Keys after the row's query are not read: P is 0 there. */
 template <typename T>
-static __global__ void besa__softmax_backward_kernel(T *ds, const float *dp, const T *p, besa__cuda_piece piece)
+static __global__ void besa__softmax_backward_kernel(T *ds, const float *dp, const T *p, besa__cuda_piece piece,
+                                                     int64_t stack)
 {
     BESA__ROWS(b, piece.count * piece.rows) {
+        int64_t seen = piece.i0 + b % piece.rows / stack - piece.j0 + 1;
         float dot = 0.0f, x[8], d[8];
-        BESA__EIGHTS(j, piece.keys) {
+        BESA__EIGHTS(j, seen) {
             besa__load(x, p + b * piece.row + j, besa__count(piece.keys - j), 1);
             besa__load(d, dp + b * piece.row + j, besa__count(piece.keys - j), 1);
             for (int k = 0; k < 8; k++) dot += x[k] * d[k];
@@ -1299,8 +1301,8 @@ static __global__ void besa__softmax_backward_kernel(T *ds, const float *dp, con
         dot = besa__block_sum(dot);
         BESA__EIGHTS(j, piece.keys) {
             int count = besa__count(piece.keys - j);
-            besa__load(x, p + b * piece.row + j, count, 1);
-            besa__load(d, dp + b * piece.row + j, count, 1);
+            besa__load(x, p + b * piece.row + j, j < seen ? count : 0, 1); /* a count of 0 gives zeros */
+            besa__load(d, dp + b * piece.row + j, j < seen ? count : 0, 1);
             for (int k = 0; k < 8; k++) d[k] = x[k] * (d[k] - dot);
             besa__store(ds + b * piece.row + j, d, count, 1);
         }
@@ -1348,7 +1350,7 @@ static besa_result besa__cuda_piece_backward(besa_backend *be, const besa__cuda_
     BESA__TRY(besa__cuda_piece_scores(be, a, piece, dp, d_o, v, 1.0f));
     BESA__BY_ACTIVATION(be, T,
         BESA__RUN(besa__softmax_backward_kernel<T>, piece->count * piece->rows, besa__cuda_row_threads(piece->keys), 0,
-                  static_cast<T *>(a->ds), dp, static_cast<const T *>(a->p), *piece));
+                  static_cast<T *>(a->ds), dp, static_cast<const T *>(a->p), *piece, a->stack));
     BESA__TRY(besa__cuda_piece_gather(be, a, piece, dq, a->ds, k, scale));
     return besa__cuda_piece_scatter(be, a, piece, a->dk, a->ds, q, scale);
 }
