@@ -1,16 +1,20 @@
 # cuda.mk - included by the Makefile. The CUDA backend without a GPU:
 #
-# make cuda             cuda-standin, cuda-compile and cuda-programs
+# make cuda             cuda-standin, cuda-compile, cuda-programs and the targets of bench-cuda-model
 # make cuda-standin     operations and the pipeline on the stand-in runtime, plain and under AddressSanitizer
 # make cuda-race        operations on the stand-in under ThreadSanitizer: missing barriers, events and dependencies
 # make cuda-compile     the real compiler, for every architecture, warnings as errors; SKIP without nvcc
 # make cuda-programs    a C program that links what nvcc compiled; the command line's --device, on the stand-in and by
 #                       `make -C examples cuda`. Where there is a GPU they run on it
+# make bench-cuda-model without a GPU: one block's launches at the shapes of 7B and 70B, and what a roofline makes of them
+# make bench-cuda       with nvcc and a GPU: copy, product, each operation, whole blocks; $(CUDA_BUILD)/bench-cuda.txt
 #
+# BENCH="--models 7B --nsamples 8" and the like are passed on by both; bench_cuda.cpp lists the options.
 # ONLY="part of a name" as elsewhere. CUDA_ARCHS="90" compiles for fewer.
 
 NVCC       ?= nvcc
 CUDA_ARCHS ?= 75 80 90 100
+BENCH_ARCH ?= native
 CUDA_BUILD := $(BUILD)/cuda
 STANDIN    := cuda_standin
 CUDA_FLAGS := -std=c++17 -g -Wall -Wextra -Wshadow -Werror -I$(STANDIN)/include -I$(BESA) -I.
@@ -21,10 +25,11 @@ cuda_plain_FLAGS   := -O2
 cuda_address_FLAGS := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 cuda_thread_FLAGS  := -O1 -fsanitize=thread
 
-.PHONY: cuda cuda-standin cuda-race cuda-compile cuda-programs
+.PHONY: cuda cuda-standin cuda-race cuda-compile cuda-programs bench-cuda bench-cuda-model
 CUDA_LOGS  := $(CUDA_BUILD)/plain.log $(CUDA_BUILD)/address.log
+CUDA_COMPILES := $(CUDA_ARCHS:%=$(CUDA_BUILD)/compile-%.log) $(CUDA_BUILD)/compile-bench.log
 CUDA_PROGRAM_LOGS := $(CUDA_BUILD)/link-gcc.log $(CUDA_BUILD)/link-clang.log $(CUDA_BUILD)/command.log
-cuda: $(CUDA_LOGS) $(CUDA_ARCHS:%=$(CUDA_BUILD)/compile-%.log) $(if $(ONLY),,$(CUDA_PROGRAM_LOGS))
+cuda: $(CUDA_LOGS) $(CUDA_BUILD)/bench-model.log $(CUDA_COMPILES) $(if $(ONLY),,$(CUDA_PROGRAM_LOGS))
 	@./sum.sh $^
 
 cuda-standin: $(CUDA_LOGS)
@@ -45,7 +50,7 @@ $(CUDA_BUILD)/standin-%.o: $(STANDIN)/standin.cpp $(wildcard $(STANDIN)/include/
 
 cuda_thread_ONLY := operations, fp32
 
-cuda-compile: $(CUDA_ARCHS:%=$(CUDA_BUILD)/compile-%.log)
+cuda-compile: $(CUDA_COMPILES)
 	@./sum.sh $^
 
 # the .cu file that a C program links
@@ -80,6 +85,34 @@ $(CUDA_BUILD)/besa-standin: $(BESA_FILES) $(CUDA_BUILD)/standin-plain.o
 	$(CC) $(C_FLAGS) -DBESA_WITH_CUDA -c -o $@.o $<
 	$(CXX) $(CUDA_FLAGS) $(cuda_plain_FLAGS) -D__CUDACC__ -c -o $@-cuda.o -x c++ $(BESA)/examples/besa_cuda.cu
 	$(CXX) -o $@ $@.o $@-cuda.o $(CUDA_BUILD)/standin-plain.o -lm
+# ---- speed ----
+
+BENCH_BUILD  = $(NVCC) $(NVCC_FLAGS) -I. -O3 -x cu bench_cuda.cpp -lcublas
+BENCH_FILES := bench_cuda.cpp test.h $(BESA)/besa.h $(BESA)/besa_cuda.cuh
+
+bench-cuda-model: $(CUDA_BUILD)/bench_cuda-model
+	@$< --model $(BENCH)
+
+$(CUDA_BUILD)/bench-model.log: $(CUDA_BUILD)/bench_cuda-model FORCE
+	@./run.sh $@ $< --check $(if $(ONLY),--only '$(ONLY)')
+
+$(CUDA_BUILD)/bench_cuda-model: $(BENCH_FILES) $(CUDA_BUILD)/standin-plain.o | $(CUDA_BUILD)
+	$(CXX) $(CUDA_FLAGS) -O1 -o $@ bench_cuda.cpp $(CUDA_BUILD)/standin-plain.o
+
+bench-cuda:
+	@if ! command -v $(NVCC) >/dev/null; then echo "SKIP bench-cuda: no $(NVCC)"; \
+	elif ! nvidia-smi -L >/dev/null 2>&1 && ! test -e /dev/nvidia0 && ! test -e /dev/dxg; then echo "SKIP bench-cuda: no GPU"; \
+	else $(MAKE) --no-print-directory $(CUDA_BUILD)/bench_cuda && \
+	    $(CUDA_BUILD)/bench_cuda --output $(CUDA_BUILD)/bench-cuda.txt $(BENCH); fi
+
+$(CUDA_BUILD)/bench_cuda: $(BENCH_FILES) | $(CUDA_BUILD)
+	$(BENCH_BUILD) -arch=$(BENCH_ARCH) -o $@
+
+$(CUDA_BUILD)/compile-bench.log: $(BENCH_FILES) | $(CUDA_BUILD)
+	@if ! command -v $(NVCC) >/dev/null; then echo "SKIP compile bench_cuda: no $(NVCC)" >$@; \
+	elif $(BENCH_BUILD) -arch=sm_90 -o $(CUDA_BUILD)/bench_cuda-sm_90 >$@ 2>&1; \
+	then echo "PASS compile bench_cuda" >>$@; else echo "FAIL compile bench_cuda" >>$@; fi
+	@cat $@
 
 $(CUDA_BUILD):
 	@mkdir -p $@
