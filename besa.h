@@ -91,7 +91,7 @@
  *     and R rows in a block, T tokens in all, t at a time, hidden size d, intermediate size i, activations of a = 4 bytes
  *     (CUDA: 2), weights of w = 2 bytes (bf16, f16) or 4:
  *         weights and pruned weights   2 w N (CUDA: 4 w N, of two blocks)    ranks        2 N bytes
- *         one layer's gradient         4 x largest layer                     rates        7 x 4 x 101 R bytes
+ *         one layer's gradient         4 x largest layer (CUDA: a piece)     rates        7 x 4 x 101 R bytes
  *         X and Yref                   2 a T d                               activations  about a t (13 d + 4 i)
  *         SparseGPT's Hessians         4 (3 d^2 + i^2) bytes                 test stream  a d per token
  *         channel norms                4 d per learning step                 workspace    some MB, more with more threads
@@ -290,6 +290,8 @@ struct besa_backend {
     void *context;                              /* the backend's own */
     besa_dtype activation_dtype;
     int unified_memory;                         /* device pointers are host pointers */
+    size_t gradient_bytes;                      /* weight gradients are made, and used, in pieces of rows of about this
+                                                   size, as a whole one may take a gigabyte; 0: a layer at a time */
     void *workspace;                            /* scratch of all operations: set by whoever calls them to at least
                                                    workspace_size() bytes, 256-byte aligned, device memory */
     size_t workspace_bytes;
@@ -321,9 +323,9 @@ struct besa_backend {
     /* dX(T,C) = dY(T,R) W(R,C) [+ dX] */
     besa_result (*linear_backward_input)(besa_backend *be, void *dx, const void *dy, const void *w, besa_dtype dtype,
                                          int64_t tokens, int64_t rows, int64_t columns, int accumulate);
-    /* dW(R,C) = dY(T,R)' X(T,C), float, assigned */
-    besa_result (*linear_backward_weight)(besa_backend *be, float *dw, const void *dy, const void *x,
-                                          int64_t tokens, int64_t rows, int64_t columns);
+    /* Rows first .. first+count-1 of dY(T,R)' X(T,C) to dW(count,C), float, assigned */
+    besa_result (*linear_backward_weight)(besa_backend *be, float *dw, const void *dy, const void *x, int64_t tokens,
+                                          int64_t rows, int64_t columns, int64_t first, int64_t count);
     /* H(C,C) += scale X(T,C)' X(T,C), float; only the lower triangle needs to be right */
     besa_result (*gram)(besa_backend *be, float *h, const void *x, float scale, int64_t tokens, int64_t columns);
 
@@ -378,6 +380,10 @@ struct besa_backend {
     /* What = rank >= n[r] ? W : +0; What may be W */
     besa_result (*mask_apply)(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
                               const int32_t *n, int64_t rows, int64_t columns);
+    /* What holds mask_apply's result for before(R) and comes to hold that for n(R); before becomes n. Rows whose n has
+     * not changed are not touched */
+    besa_result (*mask_update)(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
+                               const int32_t *n, int32_t *before, int64_t rows, int64_t columns);
     /* What = W without its `count` smallest scores over the whole layer, ties by position; What may be W */
     besa_result (*mask_smallest)(besa_backend *be, void *what, const void *w, besa_dtype dtype, const float *s,
                                  int64_t count, int64_t rows, int64_t columns);
@@ -632,10 +638,12 @@ typedef struct besa_activations {
     float *inv_rms1, *inv_rms2, *inv_rms_q, *inv_rms_k;
     void *dz, *dm, *dattn, *dq, *dk, *dv;       /* backward only; NULL where not asked for */
     float *dw;                                  /* (R,C) of the largest layer; backward only */
+    int64_t dw_count;                           /* floats that dw has room for: with less, gradients come in pieces */
 } besa_activations;
 
-/* Receives dL/dW (R,C) of one layer; dw is reused for the next layer on return. */
-typedef besa_result (*besa_weight_gradient)(void *user, int layer, const float *dw);
+/* Receives rows first .. first+rows-1 of dL/dW of one layer, dw (rows, C): all R at once where acts->dw has room for them.
+ * dw is used again on return. */
+typedef besa_result (*besa_weight_gradient)(void *user, int layer, int64_t first, int64_t rows, const float *dw);
 
 /* "q_proj" .. "down_proj". */
 BESA_API const char *besa_layer_name(int layer);
@@ -3636,12 +3644,13 @@ static besa_result besa__cpu_linear_backward_input(besa_backend *be, void *dx, c
     return BESA_OK;
 }
 
-/* dW(R,C) = dY(T,R)' X(T,C) */
+/* dW(count,C): rows first .. of dY(T,R)' X(T,C) */
 static besa_result besa__cpu_linear_backward_weight(besa_backend *be, float *dw, const void *dy, const void *x,
-                                                    int64_t tokens, int64_t rows, int64_t columns)
+                                                    int64_t tokens, int64_t rows, int64_t columns, int64_t first,
+                                                    int64_t count)
 {
-    besa__gemm_args g = besa__cpu_product(dw, rows, columns, tokens);
-    besa__cpu_operand_a(&g, dy, BESA_F32, 1, rows);
+    besa__gemm_args g = besa__cpu_product(dw, count, columns, tokens);
+    besa__cpu_operand_a(&g, (const float *)dy + first, BESA_F32, 1, rows);
     besa__cpu_operand_b(&g, x, BESA_F32, columns, 1);
     besa__cpu_multiply(be, &g, besa__cpu_of(be)->bf16);
     return BESA_OK;
@@ -4411,6 +4420,23 @@ static besa_result besa__cpu_mask_apply(besa_backend *be, void *what, const void
             besa__cpu_mask_row(besa__at(what, dtype, r * columns), besa__at_const(w, dtype, r * columns), dtype,
                                (const unsigned char *)rank + (size_t)(r * columns) * (columns > 65536 ? 4 : 2),
                                n[r] > 0 ? n[r] : 0, columns);
+    return BESA_OK;
+}
+
+/* The same where what holds the mask of before(R): only rows whose n has changed */
+static besa_result besa__cpu_mask_update(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
+                                         const int32_t *n, int32_t *before, int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
+            if (before[r] == n[r]) continue;
+            before[r] = n[r];
+            besa__cpu_mask_row(besa__at(what, dtype, r * columns), besa__at_const(w, dtype, r * columns), dtype,
+                               (const unsigned char *)rank + (size_t)(r * columns) * (columns > 65536 ? 4 : 2),
+                               n[r] > 0 ? n[r] : 0, columns);
+        }
     return BESA_OK;
 }
 
@@ -5526,6 +5552,7 @@ static void besa__cpu_fill_sparsity(besa_backend *be)
     be->count_zeros = besa__cpu_count_zeros;
     be->rank_rows = besa__cpu_rank_rows;
     be->mask_apply = besa__cpu_mask_apply;
+    be->mask_update = besa__cpu_mask_update;
     be->mask_smallest = besa__cpu_mask_smallest;
     be->mask_pattern = besa__cpu_mask_pattern;
     be->bucket_gradient = besa__cpu_bucket_gradient;
@@ -5593,7 +5620,8 @@ typedef struct besa__rate_layer {
     uint16_t *bucket;                           /* (C) */
     int32_t *zeros, *n;                         /* (R) source zeros; weights pruned */
     int32_t *columns;                           /* (R) C of each row, 0 where the layer is fixed */
-    float *alpha;                               /* (R); these four are the layer's part of the rates' arrays */
+    int32_t *masked;                            /* (R) the n that besa__rates_remask masked by last */
+    float *alpha;                               /* (R); these five are the layer's part of the rates' arrays */
     float *sums;                                /* (R,D) bucket sums of dW * W */
 } besa__rate_layer;
 
@@ -5606,7 +5634,7 @@ struct besa_rates {
     size_t workspace_bytes;
     float tilt;
     int64_t parameters, step, rows;             /* rows of all layers */
-    int32_t *zeros, *n, *columns;               /* (rows) */
+    int32_t *zeros, *n, *columns, *masked;      /* (rows) */
     float *alpha;                               /* (rows) */
     float *theta, *theta0, *grad, *m, *v, *s;   /* (parameters) */
     double *scalars, *scalars0;                 /* (4) d, dmax, numerator, unused; what they start from */
@@ -5685,6 +5713,13 @@ static besa_result besa__rate_defaults(besa_rate_options *o, besa_error *error)
 
 static size_t besa__rank_bytes(int64_t columns) { return columns > 65536 ? 4 : 2; }
 
+/* The ranks of a layer from one row on. */
+static void *besa__rate_rank(const besa__rate_layer *layer, int64_t row)
+{
+    int64_t columns = layer->shape.columns;
+    return (unsigned char *)layer->rank + (size_t)(row * columns) * besa__rank_bytes(columns);
+}
+
 /* Fill in one layer and place its arrays; theta's offsets are counted in rates->parameters. */
 static void besa__rate_layer_place(besa_rates *rates, besa__rate_layer *layer, besa__arena *arena)
 {
@@ -5726,6 +5761,7 @@ static void besa__rates_place_rows(besa_rates *rates, besa__arena *arena)
     rates->n = (int32_t *)besa__take(arena, bytes);
     if (rates->learns) {
         rates->columns = (int32_t *)besa__take(arena, bytes);
+        rates->masked = (int32_t *)besa__take(arena, bytes);
         rates->alpha = besa__take_floats(arena, rates->rows);
         rates->excess = (int64_t *)besa__take(arena, sizeof(int64_t));
     }
@@ -5736,6 +5772,7 @@ static void besa__rates_place_rows(besa_rates *rates, besa__arena *arena)
         layer->n = rates->n + first;
         if (!rates->learns) continue;
         layer->columns = rates->columns + first;
+        layer->masked = rates->masked + first;
         layer->alpha = rates->alpha + first;
     }
 }
@@ -5874,17 +5911,21 @@ static int besa__importance_power(besa_importance importance)
     return importance == BESA_IMPORTANCE_SPARSEGPT || importance == BESA_IMPORTANCE_SPARSEGPT_SQUARED ? 2 : 1;
 }
 
-/* scale (C): the factor, or NULL. scratch (R,C) receives the scores. */
+/* scale (C): the factor, or NULL. scratch receives the scores of as many rows as `room` floats hold, again and again. */
 static besa_result besa__rates_rank_scaled(besa_rates *rates, int index, const void *w, const float *scale, int power,
-                                    float *scratch)
+                                           float *scratch, int64_t room)
 {
     besa_backend *be = rates->be;
     besa__rate_layer *layer = &rates->layer[index];
-    int64_t rows = layer->shape.rows, columns = layer->shape.columns;
+    int64_t rows = layer->shape.rows, columns = layer->shape.columns, piece = besa__min(rows, room / columns);
     layer->ranked = 1;
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->not_finite + index, sizeof(int32_t)));
-    BESA__TRY(be->score(be, scratch, w, layer->shape.dtype, scale, power, rows, columns));
-    BESA__TRY(be->rank_rows(be, layer->rank, scratch, rows, columns));
+    for (int64_t r = 0, count; r < rows; r += count) {
+        count = besa__min(piece, rows - r);
+        BESA__TRY(be->score(be, scratch, besa__at_const(w, layer->shape.dtype, r * columns), layer->shape.dtype, scale, power,
+                            count, columns));
+        BESA__TRY(be->rank_rows(be, besa__rate_rank(layer, r), scratch, count, columns));
+    }
     return be->count_zeros(be, layer->zeros, rates->not_finite + index, w, layer->shape.dtype, rows, columns);
 }
 
@@ -5911,12 +5952,29 @@ static besa_result besa__rates_mask(besa_rates *rates, int index, const void *w,
                                  layer->shape.columns);
 }
 
-static besa_result besa__rates_gradient(besa_rates *rates, int index, const void *w, const float *dw)
+/* The same where `pruned` is this layer's own: what has changed since it was masked last; in full the first time. */
+static besa_result besa__rates_remask(besa_rates *rates, int index, const void *w, void *pruned, int full)
 {
     const besa__rate_layer *layer = &rates->layer[index];
+    besa_backend *be = rates->be;
+    if (full) {
+        BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, layer->masked, layer->n, (size_t)layer->shape.rows * sizeof(int32_t)));
+        return besa__rates_mask(rates, index, w, pruned);
+    }
+    return be->mask_update(be, pruned, w, layer->shape.dtype, layer->rank, layer->n, layer->masked, layer->shape.rows,
+                           layer->shape.columns);
+}
+
+/* w (R,C), dw (rows, C): the gradient of `rows` rows from `first` on. */
+static besa_result besa__rates_gradient(besa_rates *rates, int index, const void *w, int64_t first, int64_t rows,
+                                        const float *dw)
+{
+    const besa__rate_layer *layer = &rates->layer[index];
+    int64_t columns = layer->shape.columns, buckets = layer->rate.candidates - 1;
     if (layer->fixed >= 0) return BESA_OK;
-    return rates->be->bucket_gradient(rates->be, layer->sums, dw, w, layer->shape.dtype, layer->rank, layer->bucket,
-                                      layer->shape.rows, layer->shape.columns, layer->rate.candidates - 1);
+    return rates->be->bucket_gradient(rates->be, layer->sums + first * buckets, dw,
+                                      besa__at_const(w, layer->shape.dtype, first * columns), layer->shape.dtype,
+                                      besa__rate_rank(layer, first), layer->bucket, rows, columns, buckets);
 }
 
 /* From the bucket sums to dtheta, with the penalty lambda ((S - t)/t)^2:
@@ -6169,7 +6227,8 @@ BESA_API besa_result besa_rates_rank(besa_rates *rates, int layer, const void *w
         result = besa__importance_scale(be, scale, statistic, importance, shape->columns);
     }
     if (result == BESA_OK)
-        result = besa__rates_rank_scaled(rates, layer, w, scale, besa__importance_power(importance), scratch);
+        result = besa__rates_rank_scaled(rates, layer, w, scale, besa__importance_power(importance), scratch,
+                                         shape->rows * shape->columns);
     return besa__rates_leave(rates, callers, result, error);
 }
 
@@ -6206,7 +6265,8 @@ BESA_API besa_result besa_rates_gradient(besa_rates *rates, int layer, const voi
 {
     BESA__TRY(besa__check_layer(rates, layer, 1, error));
     besa__workspace callers = besa__rates_enter(rates);
-    return besa__rates_leave(rates, callers, besa__rates_gradient(rates, layer, w, dw), error);
+    besa_result result = besa__rates_gradient(rates, layer, w, 0, rates->layer[layer].shape.rows, dw);
+    return besa__rates_leave(rates, callers, result, error);
 }
 
 BESA_API besa_result besa_rates_backward(besa_rates *rates, besa_error *error)
@@ -6337,9 +6397,9 @@ static int64_t besa__largest_layer(const besa_block_shape *shape)
     return most;
 }
 
-/* Place the activations of `tokens` tokens. */
+/* Place the activations of `tokens` tokens; with room for dw_count floats of a weight's gradient, 0: forward only. */
 static void besa__activations_place(besa_activations *acts, besa__arena *arena, besa_dtype dtype,
-                                    const besa_block_shape *s, int qk_norm, int64_t tokens, int backward)
+                                    const besa_block_shape *s, int qk_norm, int64_t tokens, int64_t dw_count)
 {
     size_t e = besa_dtype_size(dtype) * (size_t)tokens;
     size_t d = e * (size_t)s->hidden_size, i = e * (size_t)s->intermediate_size;
@@ -6363,14 +6423,15 @@ static void besa__activations_place(besa_activations *acts, besa__arena *arena, 
         acts->inv_rms_q = besa__take_floats(arena, tokens * s->num_attention_heads);
         acts->inv_rms_k = besa__take_floats(arena, tokens * s->num_key_value_heads);
     }
-    if (!backward) return;
+    if (dw_count == 0) return;
     acts->dz = besa__take(arena, i);
     acts->dm = besa__take(arena, d);
     acts->dattn = besa__take(arena, q);
     acts->dq = besa__take(arena, q);
     acts->dk = besa__take(arena, kv);
     acts->dv = besa__take(arena, kv);
-    acts->dw = besa__take_floats(arena, besa__largest_layer(s));
+    acts->dw = besa__take_floats(arena, dw_count);
+    acts->dw_count = dw_count;
 }
 
 BESA_API size_t besa_activations_size(const besa_backend *be, const besa_block_shape *shape, int qk_norm,
@@ -6378,7 +6439,7 @@ BESA_API size_t besa_activations_size(const besa_backend *be, const besa_block_s
 {
     besa_activations acts;
     besa__arena arena = {NULL, 0};
-    besa__activations_place(&acts, &arena, be->activation_dtype, shape, qk_norm, tokens, backward);
+    besa__activations_place(&acts, &arena, be->activation_dtype, shape, qk_norm, tokens, backward ? besa__largest_layer(shape) : 0);
     return arena.used;
 }
 
@@ -6388,7 +6449,8 @@ BESA_API void besa_activations_init(besa_activations *acts, void *device, const 
     besa__arena arena;
     arena.base = (unsigned char *)device;
     arena.used = 0;
-    besa__activations_place(acts, &arena, be->activation_dtype, shape, qk_norm, tokens, backward);
+    besa__activations_place(acts, &arena, be->activation_dtype, shape, qk_norm, tokens,
+                            backward ? besa__largest_layer(shape) : 0);
 }
 
 /* y = x W' of one layer of the block, or y += */
@@ -6439,26 +6501,28 @@ static besa_result besa__qkv_forward(besa_backend *be, const besa_block *b, besa
     return be->rope(be, acts->k, b->rope_cos, b->rope_sin, tokens, seqlen, kv_heads, dh, 1);
 }
 
-/* y NULL: only the layers' inputs are wanted, and the last product is left out. */
+/* y NULL: only the layers' inputs are wanted, and the last product is left out. keep: acts->h1 is wanted afterwards, as the
+ * backward pass does; else h1 becomes y where it stands. */
 static besa_result besa__block_forward(besa_backend *be, const besa_block *b, besa_activations *acts, const void *x,
-                                       void *y, int64_t batch, int64_t seqlen)
+                                       void *y, int64_t batch, int64_t seqlen, int keep)
 {
     const besa_block_shape *s = &b->shape;
     int64_t tokens = batch * seqlen, d = s->hidden_size;
     size_t stream = besa_dtype_size(be->activation_dtype) * (size_t)(tokens * d);
     besa_attention_shape attention = besa__attention_shape(s, batch, seqlen);
     float eps = (float)s->rms_norm_eps;
+    void *h1 = keep || !y ? acts->h1 : y;
     BESA__TRY(be->rmsnorm_forward(be, acts->a, acts->inv_rms1, x, b->norm1, tokens, d, eps));
     BESA__TRY(besa__qkv_forward(be, b, acts, tokens, seqlen));
     BESA__TRY(be->attention_forward(be, acts->attn, acts->q, acts->k, acts->v, &attention));
-    BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, acts->h1, x, stream));
-    BESA__TRY(besa__layer_forward(be, b, BESA_O, acts->h1, acts->attn, tokens, 1));
-    BESA__TRY(be->rmsnorm_forward(be, acts->m, acts->inv_rms2, acts->h1, b->norm2, tokens, d, eps));
+    if (h1 != x) BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, h1, x, stream));
+    BESA__TRY(besa__layer_forward(be, b, BESA_O, h1, acts->attn, tokens, 1));
+    BESA__TRY(be->rmsnorm_forward(be, acts->m, acts->inv_rms2, h1, b->norm2, tokens, d, eps));
     BESA__TRY(besa__layer_forward(be, b, BESA_GATE, acts->gate, acts->m, tokens, 0));
     BESA__TRY(besa__layer_forward(be, b, BESA_UP, acts->up, acts->m, tokens, 0));
     BESA__TRY(be->swiglu_forward(be, acts->z, acts->gate, acts->up, tokens * s->intermediate_size));
     if (!y) return BESA_OK;
-    BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, y, acts->h1, stream));
+    if (h1 != y) BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, y, h1, stream));
     return besa__layer_forward(be, b, BESA_DOWN, y, acts->z, tokens, 1);
 }
 
@@ -6473,14 +6537,20 @@ typedef struct besa__backward {
     void *user;
 } besa__backward;
 
-/* dW = dy' x of one layer, handed to the caller. */
+/* dW = dy' x of one layer, handed to the caller in pieces of as many rows as there is room for. */
 static besa_result besa__layer_gradient(const besa__backward *p, int layer, const void *dy, const void *x)
 {
     int64_t rows, columns;
     if (!(p->layers >> layer & 1u)) return BESA_OK;
     besa_block_layer(&p->block->shape, layer, &rows, &columns);
-    BESA__TRY(p->be->linear_backward_weight(p->be, p->acts->dw, dy, x, p->tokens, rows, columns));
-    return p->gradient(p->user, layer, p->acts->dw);
+    int64_t piece = besa__min(rows, p->acts->dw_count / columns);
+    if (piece < rows && piece > 128) piece = piece / 128 * 128; /* whole tiles of the product */
+    for (int64_t first = 0, count; first < rows; first += count) {
+        count = besa__min(piece, rows - first);
+        BESA__TRY(p->be->linear_backward_weight(p->be, p->acts->dw, dy, x, p->tokens, rows, columns, first, count));
+        BESA__TRY(p->gradient(p->user, layer, first, count, p->acts->dw));
+    }
+    return BESA_OK;
 }
 
 /* From dy at the block's output to dy at h1; gate and up become their own gradients. */
@@ -6553,7 +6623,7 @@ static besa_result besa__block_backward(const besa__backward *p, const void *x, 
 BESA_API besa_result besa_block_forward(besa_backend *be, const besa_block *block, besa_activations *acts,
                                         const void *x, void *y, int64_t batch, int64_t seqlen, besa_error *error)
 {
-    return besa__pass_error(be, besa__block_forward(be, block, acts, x, y, batch, seqlen), error);
+    return besa__pass_error(be, besa__block_forward(be, block, acts, x, y, batch, seqlen, 1), error);
 }
 
 BESA_API besa_result besa_block_backward(besa_backend *be, const besa_block *block, besa_activations *acts,
@@ -6703,7 +6773,7 @@ static besa_result besa__stream_forward(besa__stream *s, const besa_block *block
         void *x;
         count = besa__min(s->chunk, s->count - i);
         BESA__TRY(besa__stream_open(s, i, count, i + count, besa__min(s->chunk, s->count - i - count), &x));
-        BESA__TRY(besa__block_forward(s->be, block, acts, x, x, count, s->seqlen));
+        BESA__TRY(besa__block_forward(s->be, block, acts, x, x, count, s->seqlen, 0));
         BESA__TRY(besa__stream_close(s, 1));
     }
     return BESA_OK;
@@ -6770,8 +6840,9 @@ struct besa_pruner {
     float *statistic[BESA__INPUTS];             /* (columns) */
     float *gram[BESA__INPUTS];                  /* (columns, columns), SparseGPT only; then its factor U */
     int32_t *dead[BESA__INPUTS];                /* (columns) */
-    float *scores;                              /* (R,C) of the largest layer: acts.dw where BESA learns; SparseGPT's
-                                                   weights as floats */
+    float *scores;                              /* scores of a layer, or SparseGPT's weights as floats: the largest (R,C);
+                                                   acts.dw where BESA learns, which may hold less */
+    int64_t scores_count;                       /* floats that scores has room for */
     float *slab_error;                          /* (R, 128), SparseGPT only */
     int32_t *counts, *not_finite;               /* (2, rows) zeros, (2, BESA_LAYERS): dense, written */
     besa__results *results;                     /* host */
@@ -6954,6 +7025,19 @@ static void besa__pruner_place_statistics(besa_pruner *p, besa__arena *arena, be
     }
 }
 
+/* Floats of the largest piece of a weight gradient, as be->gradient_bytes asks for: whole rows, 128 at least. */
+static int64_t besa__gradient_piece(const besa_backend *be, const besa_block_shape *s)
+{
+    int64_t most = 0, room = (int64_t)(be->gradient_bytes / sizeof(float));
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(s, i, &rows, &columns);
+        int64_t piece = room == 0 ? rows : besa__min(rows, besa__max(1, room / columns / 128) * 128);
+        if (piece * columns > most) most = piece * columns;
+    }
+    return most;
+}
+
 /* Place every array of the pruner, on the device and on the host; arenas without memory only count. */
 static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *host)
 {
@@ -6962,7 +7046,9 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     besa_workload work = besa_block_workload(s, p->chunk, p->seqlen);
     work.candidates = learns ? p->rates.options.candidates + 1 : 1;
     work.projected_rows = learns ? p->rows : 0;
-    besa__activations_place(&p->acts, arena, p->be->activation_dtype, s, p->qk_norm, p->chunk * p->seqlen, learns);
+    p->scores_count = learns ? besa__gradient_piece(p->be, s) : besa__largest_layer(s);
+    besa__activations_place(&p->acts, arena, p->be->activation_dtype, s, p->qk_norm, p->chunk * p->seqlen,
+                            learns ? p->scores_count : 0);
     besa__pruner_rates_place(p, arena);
     p->yref.chunk = p->chunk;
     if (!p->options.dense_stream) besa__stream_place(&p->yref, arena, host);
@@ -6970,7 +7056,7 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     p->channel_sumsq = besa__take_floats(arena, besa__norms(p) * s->hidden_size);
     p->losses = besa__take_floats(arena, BESA__LOSSES);
     besa__pruner_place_statistics(p, arena, &work);
-    p->scores = learns ? p->acts.dw : besa__take_floats(arena, besa__largest_layer(s));
+    p->scores = learns ? p->acts.dw : besa__take_floats(arena, p->scores_count);
     p->slab_error = p->options.method == BESA_METHOD_SPARSEGPT ? besa__take_floats(arena, work.rows * BESA__SLAB) : NULL;
     p->counts = (int32_t *)besa__take(arena, 2 * (size_t)p->rows * sizeof(int32_t));
     p->not_finite = (int32_t *)besa__take(arena, sizeof p->results->not_finite);
@@ -7224,12 +7310,12 @@ static besa_result besa__dense_chunk(besa_pruner *p, const besa_block *block, co
     void *x, *y = NULL;
     BESA__TRY(besa__stream_open(data->x, first, count, first + count, next, &x));
     if (!dense && first < p->reference) BESA__TRY(besa__stream_begin(data->target, first, count, &y));
-    BESA__TRY(besa__block_forward(be, block, &p->acts, x, y, count, p->seqlen));
+    BESA__TRY(besa__block_forward(be, block, &p->acts, x, y, count, p->seqlen, 0));
     if (statistics) BESA__TRY(besa__add_statistics(p, count * p->seqlen));
     BESA__TRY(besa__stream_close(data->x, 0));
     if (dense) {
         BESA__TRY(besa__stream_open(data->target, first, count, first + count, next, &y));
-        BESA__TRY(besa__block_forward(be, block, &p->acts, y, y, count, p->seqlen));
+        BESA__TRY(besa__block_forward(be, block, &p->acts, y, y, count, p->seqlen, 0));
     }
     if (!y) return BESA_OK;
     BESA__TRY(besa__add_norms(p, y, first, count));
@@ -7296,7 +7382,8 @@ static besa_result besa__rank_layer(besa_pruner *p, const besa_block *block, int
     const float *scale = besa__uses_magnitude(o) ? NULL : p->statistic[besa__input_of_layer(layer)];
     int power = o->method == BESA_METHOD_BESA ? besa__importance_power(o->importance) : 1;
     double rate = p->fixed[layer] >= 0 || o->method == BESA_METHOD_BESA ? p->fixed[layer] : o->rates.target;
-    BESA__TRY(besa__rates_rank_scaled(&p->rates, layer, block->weight[layer], scale, power, p->scores));
+    BESA__TRY(besa__rates_rank_scaled(&p->rates, layer, block->weight[layer], scale, power, p->scores,
+                                      p->scores_count));
     if (rate < 0) return BESA_OK;
     BESA__TRY(besa__rates_fix(&p->rates, layer, rate));
     return besa__rates_mask(&p->rates, layer, block->weight[layer], pruned);
@@ -7338,11 +7425,12 @@ static besa_result besa__rank_pass(besa_pruner *p, const besa_block *block, void
     return BESA_OK;
 }
 
-/* The masks of every learned layer, as the rates have them now. */
-static besa_result besa__mask_learned(besa_pruner *p, const besa_block *block, void *const pruned[BESA_LAYERS])
+/* The masks of every learned layer, as the rates have them now: in full, or what has changed since. */
+static besa_result besa__mask_learned(besa_pruner *p, const besa_block *block, void *const pruned[BESA_LAYERS], int full)
 {
     for (int i = 0; i < BESA_LAYERS; i++)
-        if (p->rates.layer[i].fixed < 0) BESA__TRY(besa__rates_mask(&p->rates, i, block->weight[i], pruned[i]));
+        if (p->rates.layer[i].fixed < 0)
+            BESA__TRY(besa__rates_remask(&p->rates, i, block->weight[i], pruned[i], full));
     return BESA_OK;
 }
 
@@ -7354,7 +7442,7 @@ static besa_result besa__report_loss(besa_pruner *p, const besa_block *masked, c
         void *x, *yref;
         count = besa__chunk_at(p, i);
         BESA__TRY(besa__data_open(p, data, i, count, i + count, i + count < last ? besa__chunk_at(p, i + count) : 0, &x, &yref));
-        BESA__TRY(besa__block_forward(p->be, masked, &p->acts, x, p->y, count, p->seqlen));
+        BESA__TRY(besa__block_forward(p->be, masked, &p->acts, x, p->y, count, p->seqlen, 0));
         BESA__TRY(besa__pruner_loss(p, p->losses + slot, NULL, p->y, yref, i, count, last));
         BESA__TRY(besa__data_close(data, 0, yref));
     }
@@ -7368,13 +7456,13 @@ static besa_result besa__losses_before(besa_pruner *p, const besa_block *block, 
 {
     for (int i = 0; i < BESA_LAYERS; i++)
         if (p->rates.layer[i].fixed < 0) BESA__TRY(besa__uniform_counts(&p->rates, i, p->options.rates.target));
-    BESA__TRY(besa__mask_learned(p, block, pruned));
+    BESA__TRY(besa__mask_learned(p, block, pruned, 1));
     BESA__TRY(besa__report_loss(p, masked, data, BESA__LOSS_UNIFORM));
     if (!p->options.rates.zero_start)
         return p->be->copy(p->be, BESA_QUEUE_COMPUTE, p->losses + BESA__LOSS_BEFORE, p->losses + BESA__LOSS_UNIFORM,
                            sizeof(float));
     BESA__TRY(besa__rates_forward(&p->rates));
-    BESA__TRY(besa__mask_learned(p, block, pruned));
+    BESA__TRY(besa__mask_learned(p, block, pruned, 0));
     return besa__report_loss(p, masked, data, BESA__LOSS_BEFORE);
 }
 
@@ -7384,10 +7472,10 @@ typedef struct besa__learner {
     const besa_block *block;                    /* dense: the rate gradient multiplies by W */
 } besa__learner;
 
-static besa_result besa__learn_gradient(void *user, int layer, const float *dw)
+static besa_result besa__learn_gradient(void *user, int layer, int64_t first, int64_t rows, const float *dw)
 {
     besa__learner *learner = (besa__learner *)user;
-    return besa__rates_gradient(&learner->pruner->rates, layer, learner->block->weight[layer], dw);
+    return besa__rates_gradient(&learner->pruner->rates, layer, learner->block->weight[layer], first, rows, dw);
 }
 
 /* Sequences of the next piece of an optimiser's batch, as many as memory has room for. */
@@ -7405,7 +7493,7 @@ static besa_result besa__learn_step(besa_pruner *p, const besa__backward *backwa
     const besa_block *dense = ((const besa__learner *)backward->user)->block;
     int64_t end = besa__min(first + p->options.batch_size, p->nsamples);
     BESA__TRY(besa__rates_forward(&p->rates));
-    BESA__TRY(besa__mask_learned(p, dense, pruned));
+    BESA__TRY(besa__mask_learned(p, dense, pruned, 0));
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->losses + BESA__LOSS_STEP, sizeof(float)));
     for (int64_t i = first, count; i < end; i += count) {
         besa__backward piece = *backward;
@@ -7415,7 +7503,7 @@ static besa_result besa__learn_step(besa_pruner *p, const besa__backward *backwa
         piece.batch = count;
         piece.tokens = count * p->seqlen;
         BESA__TRY(besa__data_open(p, data, i, count, next, besa__piece_at(p, next), &x, &yref));
-        BESA__TRY(besa__block_forward(be, piece.block, &p->acts, x, p->y, count, p->seqlen));
+        BESA__TRY(besa__block_forward(be, piece.block, &p->acts, x, p->y, count, p->seqlen, 1));
         BESA__TRY(besa__pruner_loss(p, p->losses + BESA__LOSS_STEP, p->y, p->y, yref, i, count, 0));
         BESA__TRY(besa__block_backward(&piece, x, p->y, NULL));
         BESA__TRY(besa__data_close(data, 0, yref));
@@ -7459,7 +7547,7 @@ static besa_result besa__final_masks(besa_pruner *p, const besa_block *block, vo
 {
     if (p->options.no_projection) BESA__TRY(besa__rates_forward(&p->rates));
     else BESA__TRY(besa__rates_project(&p->rates));
-    return besa__mask_learned(p, block, pruned);
+    return besa__mask_learned(p, block, pruned, 0);
 }
 
 /* Pass 4. X = F(What, X), and the loss on the way. */
@@ -7473,7 +7561,7 @@ static besa_result besa__commit_pass(besa_pruner *p, const besa_block *masked, c
         int64_t next = i + count < p->nsamples ? besa__chunk_at(p, i + count) : 0, of = i < shown ? shown : p->reference - shown;
         float *loss = p->losses + (i < shown ? BESA__LOSS_AFTER : BESA__LOSS_REST);
         BESA__TRY(besa__pass_error(be, besa__data_open(p, data, i, count, i + count, next, &x, &yref), error));
-        BESA__TRY(besa__pass_error(be, besa__block_forward(be, masked, &p->acts, x, x, count, p->seqlen), error));
+        BESA__TRY(besa__pass_error(be, besa__block_forward(be, masked, &p->acts, x, x, count, p->seqlen, 0), error));
         if (yref) BESA__TRY(besa__pass_error(be, besa__pruner_loss(p, loss, NULL, x, yref, i, count, of), error));
         BESA__TRY(besa__pass_error(be, besa__data_close(data, 1, yref), error));
         BESA__TRY(besa__tick(&p->meter, BESA_PASS_COMMIT, (double)count / (double)p->nsamples, error));
@@ -9210,7 +9298,7 @@ static besa_result besa__reload_block(besa__run *run, int64_t index, besa_block 
         count = besa__chunk_at(p, i);
         int64_t next = i + count < run->calibration.count ? besa__chunk_at(p, i + count) : 0;
         besa_result result = besa__stream_open(&run->calibration, i, count, i + count, next, &x);
-        if (result == BESA_OK) result = besa__block_forward(be, block, &p->acts, x, x, count, p->seqlen);
+        if (result == BESA_OK) result = besa__block_forward(be, block, &p->acts, x, x, count, p->seqlen, 0);
         if (result == BESA_OK) result = besa__stream_close(&run->calibration, 1);
         BESA__TRY(besa__pass_error(be, result, error));
     }

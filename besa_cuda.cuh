@@ -1051,12 +1051,13 @@ static besa_result besa__cuda_linear_backward_input(besa_backend *be, void *dx, 
     return BESA_OK;
 }
 
-/* dW(R,C) = dY(T,R)' X(T,C), float */
+/* dW(count,C): rows first .. of dY(T,R)' X(T,C), float */
 static besa_result besa__cuda_linear_backward_weight(besa_backend *be, float *dw, const void *dy, const void *x,
-                                                     int64_t tokens, int64_t rows, int64_t columns)
+                                                     int64_t tokens, int64_t rows, int64_t columns, int64_t first,
+                                                     int64_t count)
 {
-    besa__cuda_product p = besa__cuda_product_of(be, rows, columns, tokens);
-    besa__cuda_operand_a(&p, dy, rows, 1);
+    besa__cuda_product p = besa__cuda_product_of(be, count, columns, tokens);
+    besa__cuda_operand_a(&p, besa__at_const(dy, p.type, first), rows, 1);
     besa__cuda_operand_b(&p, x, columns, 0);
     besa__cuda_result_c(&p, dw, BESA_F32, columns, 0);
     return besa__cuda_multiply(be, &p);
@@ -1682,6 +1683,39 @@ static besa_result besa__cuda_mask_apply(besa_backend *be, void *what, const voi
     BESA__BY_WIDTH(dtype == BESA_F32, W, BESA__BY_WIDTH(columns > 65536, K,
         BESA__RUN((besa__mask_apply_kernel<W, K>), rows, besa__cuda_row_threads(columns), 0, static_cast<W *>(what),
                   static_cast<const W *>(w), static_cast<const K *>(rank), n, rows, columns, vector)));
+    return BESA_OK;
+}
+
+/* The same where what holds the mask of before(R): of a row whose n has changed, the weights between the two */
+template <typename W, typename K>
+static __global__ void besa__mask_update_kernel(W *what, const W *w, const K *rank, const int32_t *n, int32_t *before,
+                                                int64_t rows, int64_t columns, int vector)
+{
+    BESA__ROWS(r, rows) {
+        int64_t was = before[r], pruned = n[r];
+        int64_t low = besa__cuda_min(was, pruned), high = besa__cuda_max(was, pruned);
+        if (low == high) continue;
+        BESA__EIGHTS(j, columns) {
+            K place[8];
+            int64_t at = r * columns + j;
+            int count = besa__count(columns - j);
+            besa__load(place, rank + at, count, vector);
+            for (int k = 0; k < count; k++)
+                if (static_cast<int64_t>(place[k]) >= low && static_cast<int64_t>(place[k]) < high)
+                    what[at + k] = pruned > was ? W(0) : w[at + k];
+        }
+        __syncthreads(); /* all have read before[r] */
+        if (threadIdx.x == 0) before[r] = static_cast<int32_t>(pruned);
+    }
+}
+
+static besa_result besa__cuda_mask_update(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
+                                          const int32_t *n, int32_t *before, int64_t rows, int64_t columns)
+{
+    int vector = columns % 8 == 0 && besa__cuda_aligned(rank);
+    BESA__BY_WIDTH(dtype == BESA_F32, W, BESA__BY_WIDTH(columns > 65536, K,
+        BESA__RUN((besa__mask_update_kernel<W, K>), rows, besa__cuda_row_threads(columns), 0, static_cast<W *>(what),
+                  static_cast<const W *>(w), static_cast<const K *>(rank), n, before, rows, columns, vector)));
     return BESA_OK;
 }
 
@@ -2814,6 +2848,7 @@ static void besa__cuda_fill_sparsity(besa_backend *be)
     be->count_zeros = besa__cuda_count_zeros;
     be->rank_rows = besa__cuda_rank_rows;
     be->mask_apply = besa__cuda_mask_apply;
+    be->mask_update = besa__cuda_mask_update;
     be->mask_smallest = besa__cuda_mask_smallest;
     be->mask_pattern = besa__cuda_mask_pattern;
     be->bucket_gradient = besa__cuda_bucket_gradient;
@@ -2831,8 +2866,9 @@ static void besa__cuda_fill_sparsity(besa_backend *be)
 /* Find the device and read what the operations want to know of it. */
 static besa_result besa__cuda_open_device(besa_backend *be, const besa_cuda_options *options)
 {
+    const size_t least = static_cast<size_t>(16) << 20;
     besa__cuda *cuda = besa__cuda_of(be);
-    int count = 0, major, shared, wanted = options ? options->device : 0;
+    int count = 0, major, shared, cache, wanted = options ? options->device : 0;
     cudaError_t status = cudaGetDeviceCount(&count);
     cudaGetLastError();
     if (status != cudaSuccess || count == 0)
@@ -2845,6 +2881,7 @@ static besa_result besa__cuda_open_device(besa_backend *be, const besa_cuda_opti
     BESA__CUDA(cudaSetDevice(wanted));
     BESA__CUDA(cudaDeviceGetAttribute(&cuda->processors, cudaDevAttrMultiProcessorCount, wanted));
     BESA__CUDA(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, wanted));
+    BESA__CUDA(cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, wanted));
     BESA__CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, wanted));
     if (major < 7)
         return besa__fail(&be->error, BESA_ERROR_UNSUPPORTED, "CUDA device %d has compute capability %d.x, expected 7.0 or "
@@ -2853,7 +2890,9 @@ static besa_result besa__cuda_open_device(besa_backend *be, const besa_cuda_opti
     cuda->blas_bytes = static_cast<size_t>(major >= 9 ? 32 : 8) << 20;               /* as cuBLAS recommends */
     cuda->panel = 1 << 25;
     cuda->queries = 512;
-    cuda->score_bytes = static_cast<size_t>(96) << 20;
+    cuda->score_bytes = static_cast<size_t>(cache) / 5 * 3; /* of the second-level cache */
+    if (cuda->score_bytes < least) cuda->score_bytes = least;
+    be->gradient_bytes = static_cast<size_t>(256) << 20;
     be->activation_dtype = major < 8 || (options && options->fp32) ? BESA_F32 : BESA_BF16;
     return BESA_OK;
 }

@@ -311,7 +311,8 @@ static void ops_linear(ops *t, const ops_case *c)
     ref_product(dw, dy, 1, R, x, C, 1, R, C, T, 1, 0);
     ops_call(t, be->linear_forward(be, y_, x_, w_, c->dtype, bias ? (float *)b_ : NULL, T, R, C, add), "linear_forward");
     ops_call(t, be->linear_backward_input(be, dx_, dy_, w_, c->dtype, T, R, C, add), "linear_backward_input");
-    ops_call(t, be->linear_backward_weight(be, dw_, dy_, x_, T, R, C), "linear_backward_weight");
+    ops_call(t, be->linear_backward_weight(be, dw_, dy_, x_, T, R, C, 0, R / 3), "linear_backward_weight");
+    ops_call(t, be->linear_backward_weight(be, dw_ + R / 3 * C, dy_, x_, T, R, C, R / 3, R - R / 3), "linear_backward_weight");
     ops_near_act(t, "linear_forward", y_, y, T * R, limit);
     ops_near_act(t, "linear_backward_input", dx_, dx, T * C, limit);
     ops_near(t, "linear_backward_weight", ops_fetch(t, dw_, BESA_F32, R * C), dw, R * C, limit);
@@ -812,7 +813,7 @@ static void ops_mask(ops *t, const ops_case *c)
     double *w = ops_weights(t, R * C);
     float *s = ops_scores(t, R * C), *s_ = (float *)ops_put(t, s, (size_t)(R * C) * 4);
     void *rank = ops_ranks(t, s, R, C, &bytes), *rank_ = ops_put(t, rank, bytes), *w_ = ops_send(t, w, c->dtype, R * C);
-    void *out_ = ops_device(t, wide), *n_;
+    void *out_ = ops_device(t, wide), *n_, *before_;
     int32_t *n = (int32_t *)ops_host(t, (size_t)R * 4);
     unsigned char *raw = (unsigned char *)ops_host(t, wide), *want = (unsigned char *)ops_host(t, wide);
     int64_t *order = (int64_t *)ops_host(t, (size_t)(R * C) * sizeof *order);
@@ -837,6 +838,17 @@ static void ops_mask(ops *t, const ops_case *c)
     }
     ops_call(t, be->mask_apply(be, out_, w_, c->dtype, rank_, (const int32_t *)n_, R, C), "mask_apply");
     ops_same(t, "mask_apply", out_, want, wide);
+    before_ = ops_put(t, n, (size_t)R * 4);
+    for (int64_t r = 0; r < R; r++) n[r] = (int32_t)(r % 4 == 0 ? n[r] : r % 4 == 1 ? n[r] / 2 : r % 4 == 2 ? (n[r] + C) / 2 : C);
+    n_ = ops_put(t, n, (size_t)R * 4);
+    memcpy(want, raw, wide);
+    for (int64_t i = 0; i < R * C; i++) {
+        int64_t k = C > 65536 ? (int64_t)((uint32_t *)rank)[i] : (int64_t)((uint16_t *)rank)[i];
+        if (k < n[i / C]) ops_zero(want, c->dtype, i);
+    }
+    ops_call(t, be->mask_update(be, out_, w_, c->dtype, rank_, (const int32_t *)n_, (int32_t *)before_, R, C), "mask_update");
+    ops_same(t, "mask_update", out_, want, wide);
+    ops_same(t, "mask_update: before", before_, n, (size_t)R * 4);
     ref_sort(s, R * C, order);
     count = R * C * 3 / 5;
     memcpy(want, raw, wide);

@@ -110,7 +110,7 @@ static void bench_products(void)
                     set_workspace(&be, &load);
                     if (kind == 0) BEST_TIME(t[bf16 * 2], be.linear_forward(&be, y, x, w, BESA_F32, NULL, TOKENS, R, C, 0));
                     if (kind == 1) BEST_TIME(t[bf16 * 2], be.linear_backward_input(&be, dx, dy, w, BESA_F32, TOKENS, R, C, 0));
-                    if (kind == 2) BEST_TIME(t[bf16 * 2], be.linear_backward_weight(&be, dw, dy, x, TOKENS, R, C));
+                    if (kind == 2) BEST_TIME(t[bf16 * 2], be.linear_backward_weight(&be, dw, dy, x, TOKENS, R, C, 0, R));
                     be.destroy(&be);
                 }
                 if (set_threads) set_threads(threads);
@@ -200,8 +200,9 @@ static besa_result timed_forward(besa_backend *be, void *y, const void *x, const
 static besa_result timed_input(besa_backend *be, void *dx, const void *dy, const void *w, besa_dtype t, int64_t n, int64_t r,
                                int64_t c, int a)
 { TIMED(products, g_watch.inner.linear_backward_input(be, dx, dy, w, t, n, r, c, a)); }
-static besa_result timed_weight(besa_backend *be, float *dw, const void *dy, const void *x, int64_t n, int64_t r, int64_t c)
-{ TIMED(products, g_watch.inner.linear_backward_weight(be, dw, dy, x, n, r, c)); }
+static besa_result timed_weight(besa_backend *be, float *dw, const void *dy, const void *x, int64_t n, int64_t r, int64_t c,
+                                int64_t first, int64_t count)
+{ TIMED(products, g_watch.inner.linear_backward_weight(be, dw, dy, x, n, r, c, first, count)); }
 static besa_result timed_gram(besa_backend *be, float *h, const void *x, float s, int64_t n, int64_t c)
 { TIMED(products, g_watch.inner.gram(be, h, x, s, n, c)); }
 static besa_result timed_attention(besa_backend *be, void *o, const void *q, const void *k, const void *v,

@@ -218,7 +218,7 @@ static void test_addresses(void)
             CHECK_OK(be.linear_forward(&be, z, x, w, dtype, NULL, tokens, inner, d, 0), be.error);
             CHECK_OK(be.linear_backward_input(&be, x, z, w, dtype, tokens, inner, d, 1), be.error);
         }
-        CHECK_OK(be.linear_backward_weight(&be, static_cast<float *>(dw), z, x, tokens, inner, d), be.error);
+        CHECK_OK(be.linear_backward_weight(&be, static_cast<float *>(dw), z, x, tokens, inner, d, 0, inner), be.error);
         CHECK_OK(be.gram(&be, static_cast<float *>(h), z, 1.0f, tokens, inner), be.error);
         CHECK_OK(be.attention_forward(&be, x, x, z, z, &s), be.error);
         CHECK_OK(be.attention_backward(&be, x, z, z, x, x, z, z, &s), be.error);

@@ -89,7 +89,7 @@ static besa_activations new_activations(const besa_block *b, int64_t tokens)
 struct gradients { const char *directory; const besa_block *block; int seen; };
 
 /* Compare each layer's gradient with grad_<layer>, as the backward pass hands it out. */
-static besa_result compare_gradient(void *user, int layer, const float *dw)
+static besa_result compare_gradient(void *user, int layer, int64_t first, int64_t count, const float *dw)
 {
     struct gradients *g = (struct gradients *)user;
     int64_t rows, columns;
@@ -98,6 +98,7 @@ static besa_result compare_gradient(void *user, int layer, const float *dw)
     besa_block_layer(&g->block->shape, layer, &rows, &columns);
     snprintf(name, sizeof name, "grad_%s", g_layer[layer]);
     want = npy_load(g->directory, name, rows, columns, 0);
+    CHECK(first == 0 && count == rows, "layer %d comes in pieces", layer);
     CHECK_CLOSE(name, dw, want.v, want.count, 1e-5);
     g->seen |= 1 << layer;
     return BESA_OK;
@@ -196,7 +197,7 @@ static void test_sparse_layer(const char *name, int plain, int64_t groups, int l
     CHECK(wrong == 0, "%d weights of the masked layer differ", wrong);
     OP(g_be.linear_forward(&g_be, y, x.f, what, BESA_F32, NULL, T, R, C, 0));
     CHECK_CLOSE("y", y, npy_load(dir, "y", T, R, 0).v, T * R, 2e-6);
-    OP(g_be.linear_backward_weight(&g_be, dw, dy.f, x.f, T, R, C));
+    OP(g_be.linear_backward_weight(&g_be, dw, dy.f, x.f, T, R, C, 0, R));
     OP(g_be.bucket_gradient(&g_be, sums, dw, w.f, BESA_F32, got_rank, bucket, R, C, D));
     OP(g_be.rate_backward(&g_be, layer_theta ? dtheta : NULL, layer_theta ? NULL : dtheta, sums,
                           layer_theta ? theta.f : NULL, layer_theta ? NULL : theta.f, &penalty, &s));
@@ -478,10 +479,11 @@ typedef struct pinned {
     pinned_layer layer[BESA_LAYERS];
 } pinned;
 
-static besa_result pinned_gradient(void *user, int l, const float *dw)
+static besa_result pinned_gradient(void *user, int l, int64_t first, int64_t rows, const float *dw)
 {
     pinned *p = (pinned *)user;
     pinned_layer *a = &p->layer[l];
+    CHECK(first == 0 && rows == p->t->rows[l], "layer %d comes in pieces", l);
     memset(a->sums, 0, (size_t)(p->t->rows[l] * (CANDIDATES - 1)) * sizeof(float));
     return g_be.bucket_gradient(&g_be, a->sums, dw, p->t->block.weight[l], BESA_F32, a->rank, a->bucket, p->t->rows[l],
                                 p->t->columns[l], CANDIDATES - 1);

@@ -939,7 +939,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
     p->maxThreadsDim[2] = 64;
     p->maxGridSize[0] = 0x7fffffff;
     p->maxGridSize[1] = p->maxGridSize[2] = 65535;
-    p->l2CacheSize = 4 << 20;
+    p->l2CacheSize = (rt().major >= 9 ? 50 : 40) << 20;
     p->memoryBusWidth = 256;
     p->asyncEngineCount = 2;
     p->concurrentKernels = p->canMapHostMemory = p->unifiedAddressing = 1;
@@ -954,7 +954,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrWarpSize: *value = 32; break;
     case cudaDevAttrMultiProcessorCount: *value = 4; break;
     case cudaDevAttrGlobalMemoryBusWidth: *value = 256; break;
-    case cudaDevAttrL2CacheSize: *value = 4 << 20; break;
+    case cudaDevAttrL2CacheSize: *value = (rt().major >= 9 ? 50 : 40) << 20; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;
     case cudaDevAttrComputeCapabilityMajor: *value = rt().major; break;
     case cudaDevAttrComputeCapabilityMinor: *value = rt().minor; break;
