@@ -244,7 +244,14 @@ static besa_result run_plan(job *j)
     TRY(besa_plan(j->checkpoint, &j->backend, c, &j->s->prune, &p, &j->error));
     printf("%s on %lld sequences of %lld tokens, %lld at a time\n", method_name(j->s->prune.method),
            (long long)c->nsamples, (long long)c->seqlen, (long long)p.micro_batch);
-    printf("memory  %10s  for the run's arrays\n", with_unit((double)p.device_bytes + (double)p.host_bytes, "B").s);
+    if (j->backend.unified_memory)
+        printf("memory  %10s  for the run's arrays\n", with_unit((double)p.device_bytes + (double)p.host_bytes, "B").s);
+    else {
+        printf("device  %10s  for the run's arrays\n", with_unit((double)p.device_bytes, "B").s);
+        printf("host    %10s  pinned%s%s%s%s\n", with_unit((double)p.host_bytes, "B").s,
+               p.x_on_host + p.yref_on_host + p.test_on_host ? ", with the activations of" : "", p.test_on_host ? " the test" : "",
+               p.yref_on_host ? " the reference" : "", p.x_on_host ? " the inputs" : "");
+    }
     printf("        %10s  of the mapped checkpoint at a time\n", with_unit((double)p.mapped_block_bytes, "B").s);
     printf("disk    %10s  for the pruned checkpoint\n", with_unit((double)p.disk_bytes, "B").s);
     printf("work    %10s  in matrix products\n", with_unit(p.flop, "FLOP").s);

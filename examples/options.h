@@ -126,7 +126,7 @@ static const option options[] = {
     {"threads", INT, AT(threads), RUN | EVAL, "K", "cpu: [all cores; 1 where built without OpenMP]"},
     {"bf16", FLAG, AT(bf16), RUN | EVAL, "", "cpu: products in bfloat16, faster where the processor has them"},
     {"fp32", FLAG, AT(gpu.fp32), RUN | EVAL, "", "cuda: float throughout; without it bfloat16, where the GPU has it"},
-    {"memory", BYTES, AT(prune.device_memory), RUN, "N[K|M|G|T]", "bytes to stay within [no limit]"},
+    {"memory", BYTES, AT(prune.device_memory), RUN, "N[K|M|G|T]", "bytes to stay within [no limit; cuda: what is free]"},
     {"report", TEXT, AT(report), ONE, "FILE", "write what happened in every layer, as JSON"},
     {"json", FLAG, AT(json), EVAL | INFO, "", "print JSON"},
     {"quiet", FLAG, AT(quiet), RUN | EVAL, "", "no progress"},

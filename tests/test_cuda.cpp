@@ -10,6 +10,7 @@
 #include "fixture.h"
 #include "besa_cuda.cuh"
 #include "standin.h"
+#include <string>
 #include <vector>
 
 static const char *g_stories;
@@ -229,6 +230,91 @@ static void test_addresses(void)
         be.free(&be, workspace), be.free(&be, x), be.free(&be, z), be.free(&be, w), be.free(&be, dw), be.free(&be, h);
         be.destroy(&be);
         standin_set_dry(0);
+    }
+}
+
+/* ---- the plan at real shapes ----------------------------------------------------------------- */
+
+/* A checkpoint of one block whose weights are a hole in a file: enough to plan. */
+static void hollow_llama(const char *directory, int64_t hidden, int64_t inner, int64_t heads, int64_t kv_heads)
+{
+    static const char *const part[] = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+                                       "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"};
+    int64_t kv = hidden / heads * kv_heads, rows[] = {hidden, kv, kv, hidden, inner, inner, hidden}, at = 0;
+    std::string header = "{";
+    auto add = [&](const std::string &name, int64_t r, int64_t c) {
+        char text[256], shape[64];
+        int64_t end = at + r * (c > 0 ? c : 1) * 2;
+        if (c > 0) snprintf(shape, sizeof shape, "%lld,%lld", static_cast<long long>(r), static_cast<long long>(c));
+        else snprintf(shape, sizeof shape, "%lld", static_cast<long long>(r));
+        snprintf(text, sizeof text, "%s\"%s\":{\"dtype\":\"BF16\",\"shape\":[%s],\"data_offsets\":[%lld,%lld]}", at ? "," : "",
+                 name.c_str(), shape, static_cast<long long>(at), static_cast<long long>(end));
+        header += text;
+        at = end;
+    };
+    add("model.embed_tokens.weight", 1000, hidden);
+    for (int l = 0; l < 7; l++)
+        add(std::string("model.layers.0.") + part[l] + ".weight", rows[l], l == 6 ? inner : hidden);
+    add("model.layers.0.input_layernorm.weight", hidden, 0);
+    add("model.layers.0.post_attention_layernorm.weight", hidden, 0);
+    add("model.norm.weight", hidden, 0);
+    header += "}";
+    while (header.size() % 8) header += " ";
+    char config[512];
+    snprintf(config, sizeof config, "{\"architectures\":[\"LlamaForCausalLM\"],\"model_type\":\"llama\",\"hidden_act\":\"silu\","
+             "\"hidden_size\":%lld,\"intermediate_size\":%lld,\"num_hidden_layers\":1,\"num_attention_heads\":%lld,"
+             "\"num_key_value_heads\":%lld,\"vocab_size\":1000,\"rms_norm_eps\":1e-5,\"tie_word_embeddings\":true,"
+             "\"max_position_embeddings\":2048}", static_cast<long long>(hidden), static_cast<long long>(inner),
+             static_cast<long long>(heads), static_cast<long long>(kv_heads));
+    uint64_t length = header.size();
+    std::string begin(reinterpret_cast<const char *>(&length), 8), path = std::string(directory) + "/model.safetensors";
+    begin += header;
+    CHECK(mkdir(directory, 0777) == 0, "%s", directory);
+    write_bytes((std::string(directory) + "/config.json").c_str(), config, strlen(config));
+    write_bytes(path.c_str(), begin.data(), begin.size());
+    CHECK(truncate(path.c_str(), static_cast<off_t>(begin.size()) + at) == 0, "%s", path.c_str());
+}
+
+/* 128 x 2048 tokens within a budget: what stays on the device, and how much of it. */
+static void check_plan(const char *model, besa_method method, size_t budget, int on_host)
+{
+    besa_backend be = cuda_backend(0);
+    besa_checkpoint *checkpoint = NULL;
+    besa_error error;
+    besa_plan_result plan;
+    besa_calibration c;
+    besa_prune_options o;
+    memset(&c, 0, sizeof c);
+    memset(&o, 0, sizeof o);
+    memset(&plan, 0, sizeof plan);
+    c.nsamples = 128, c.seqlen = 2048;
+    o.method = method, o.rates.target = 0.5, o.device_memory = budget;
+    CHECK_OK(besa_checkpoint_open(&checkpoint, model, &error), error);
+    CHECK_OK(besa_plan(checkpoint, &be, &c, &o, &plan, &error), error);
+    CHECK(plan.device_bytes <= budget && plan.micro_batch == 1, "%zu bytes, %lld sequences at a time", plan.device_bytes,
+          static_cast<long long>(plan.micro_batch));
+    CHECK(plan.x_on_host + plan.yref_on_host == on_host, "X on the host: %d, Yref: %d", plan.x_on_host, plan.yref_on_host);
+    if (getenv("TEST_VERBOSE"))
+        printf("    method %d: %.2f GB of %.0f on the device, %.2f GB on the host, X there: %d, Yref: %d\n", static_cast<int>(method),
+               1e-9 * static_cast<double>(plan.device_bytes), 1e-9 * static_cast<double>(budget),
+               1e-9 * static_cast<double>(plan.host_bytes), plan.x_on_host, plan.yref_on_host);
+    besa_checkpoint_close(checkpoint);
+    be.destroy(&be);
+}
+
+static void test_plans(void)
+{
+    TEST("70B within 24 GB, 7B within 8 GB, and with less") {
+        const size_t GB = 1000000000;
+        const char *large = temp_path("70B"), *small = temp_path("7B");
+        hollow_llama(large, 8192, 28672, 64, 8);
+        hollow_llama(small, 4096, 11008, 32, 32);
+        check_plan(large, BESA_METHOD_BESA, 24 * GB, 0);
+        check_plan(large, BESA_METHOD_SPARSEGPT, 24 * GB, 0);
+        check_plan(large, BESA_METHOD_BESA, 15 * GB, 1);
+        check_plan(large, BESA_METHOD_BESA, 12 * GB, 2);
+        check_plan(small, BESA_METHOD_BESA, 8 * GB, 0);
+        check_plan(small, BESA_METHOD_BESA, 4 * GB, 2);
     }
 }
 
@@ -473,6 +559,7 @@ int main(int argc, char **argv)
     test_shared_memory();
     test_long_rows();
     test_layer_rates();
+    test_plans();
     test_pipeline();
     test_faults();
     test_addresses(); /* last: memory is not backed from here on */
