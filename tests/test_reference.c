@@ -655,6 +655,43 @@ static besa_result rounded_rate_forward(besa_backend *be, float *alpha, int32_t 
     return r;
 }
 
+static int g_waits[BESA_QUEUE_COUNT];
+static besa_result (*g_synchronize)(besa_backend *, besa_queue);
+
+static besa_result counted_synchronize(besa_backend *be, besa_queue q)
+{
+    g_waits[q]++;
+    return g_synchronize(be, q);
+}
+
+/* Nothing in a block waits for the device: once, at its end, the results come home. */
+static void test_waits(besa_method method)
+{
+    trace t;
+    besa_prune_options o;
+    besa_pruner *pruner = NULL;
+    besa_block_report report;
+    void *pruned[BESA_LAYERS];
+    float *x;
+    read_trace(&t, "trace_published_penalty");
+    x = take_floats(t.h.count);
+    memcpy(x, t.h.f, (size_t)t.h.count * sizeof *x);
+    for (int l = 0; l < BESA_LAYERS; l++) pruned[l] = take_floats(t.rows[l] * t.columns[l]);
+    memset(&o, 0, sizeof o);
+    o.rates.target = 0.5, o.method = method;
+    CHECK_OK(besa_pruner_create(&pruner, &g_be, &t.block.shape, BESA_F32, 0, &o, STEPS, t.seqlen, &g_error), g_error);
+    if (!pruner) return;
+    memset(g_waits, 0, sizeof g_waits);
+    g_synchronize = g_be.synchronize;
+    g_be.synchronize = counted_synchronize;
+    CHECK_OK(besa_pruner_run(pruner, &t.block, NULL, x, NULL, pruned, &report, &g_error), g_error);
+    g_be.synchronize = g_synchronize;
+    CHECK(g_waits[BESA_QUEUE_COMPUTE] == 1 && g_waits[BESA_QUEUE_STAGE] == 0, "%d waits for the compute queue",
+          g_waits[BESA_QUEUE_COMPUTE]);
+    CHECK(report.seconds[BESA_PASS_DENSE] > 0 && report.seconds[BESA_PASS_COMMIT] > 0, "passes are not timed");
+    besa_pruner_destroy(pruner);
+}
+
 /* The same run by besa_pruner_run, which takes its own jumps: a row at rate 1/2 is a hair from losing one weight more,
  * so runs part within rounding's reach from the first steps on and the bounds widen with the steps. */
 static void test_trace(const char *name, double alpha_bound, double mask_bound)
@@ -767,6 +804,9 @@ int main(int argc, char **argv)
     TEST("trace_published_no_penalty with its masks") test_trace_pinned("trace_published_no_penalty");
     TEST("trace_published_penalty") test_trace("trace_published_penalty", 0.3, 0.02);
     TEST("trace_published_no_penalty") test_trace("trace_published_no_penalty", 0.5, 0.1);
+    TEST("one wait a block, besa") test_waits(BESA_METHOD_BESA);
+    TEST("one wait a block, wanda") test_waits(BESA_METHOD_WANDA);
+    TEST("one wait a block, sparsegpt") test_waits(BESA_METHOD_SPARSEGPT);
     for (int i = 0; i < 5; i++) TEST(model[i].name) test_checkpoint(model[i].name, model[i].rounding);
     g_be.destroy(&g_be);
     return test_finish();
