@@ -158,6 +158,7 @@ struct Runtime {
     int major = 8, minor = 0, devices = 1;
     int order = STANDIN_FORWARD, schedule = STANDIN_LATE;
     unsigned seed = 1;
+    uint64_t sparse = 0;                       /* blocks that run at either end of a launch, 0: all */
     bool dry = false, strict_exit = false, guard = !sanitized;
     void (*record)(const standin_record *, void *) = nullptr;
     void *record_user = nullptr;
@@ -183,6 +184,7 @@ static Runtime &rt() {
 }
 
 static const int poison = 0xff;
+static bool addresses_alone() { return rt().dry || rt().sparse; }
 
 /* Every misuse ends here: a line on stderr, kept for standin_last_report. */
 static void report(const char *format, ...) {
@@ -531,6 +533,7 @@ UNSEEN static void run_launch(Launch &l) {
     for (uint64_t i = 0; i < blocks && !aborting; ++i) {
         uint64_t b = R.order == STANDIN_REVERSE ? blocks - 1 - i
                                                 : static_cast<uint64_t>((static_cast<__uint128_t>(i) * step + start) % blocks);
+        if (R.sparse && b >= R.sparse && blocks - b > R.sparse) continue;
         standin::block_index = {static_cast<unsigned>(b % l.grid.x), static_cast<unsigned>(b / l.grid.x % l.grid.y),
                                 static_cast<unsigned>(b / l.grid.x / l.grid.y)};
         for (unsigned r = 0; r < region_count; ++r) region_renew(regions[r]);
@@ -691,7 +694,7 @@ static const Allocation *find(const void *p, size_t bytes, bool *inside = nullpt
 
 static void guard_device(bool accessible) {
     for (auto &entry : rt().memory)
-        if (entry.second.space == Space::Device && entry.second.mapped && !rt().dry)
+        if (entry.second.space == Space::Device && entry.second.mapped && !addresses_alone())
             mprotect(entry.second.base, entry.second.mapped - 4096, accessible ? PROT_READ | PROT_WRITE : PROT_NONE);
 }
 
@@ -705,7 +708,7 @@ static cudaError_t allocate(void **out, size_t bytes, Space space) {
     a.space = space;
     bool guarded = space == Space::Device && R.guard;
     char *data = nullptr;
-    if (R.dry || guarded) {
+    if (addresses_alone() || guarded) {
         a.mapped = round_up(bytes, 4096) + 4096;
         int access = R.dry && space == Space::Device ? PROT_NONE : PROT_READ | PROT_WRITE;
         a.base = mmap(nullptr, a.mapped, access, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -716,8 +719,9 @@ static cudaError_t allocate(void **out, size_t bytes, Space space) {
         if (posix_memalign(&a.base, space == Space::Device ? 256 : 4096, bytes)) return cudaErrorMemoryAllocation;
         data = static_cast<char *>(a.base);
     }
-    if (!R.dry) memset(data, poison, bytes);
-    if (guarded && !R.dry) {
+    if (!addresses_alone()) memset(data, poison, bytes);
+    if (R.sparse) mprotect(static_cast<char *>(a.base) + a.mapped - 4096, 4096, PROT_NONE);
+    if (guarded && !addresses_alone()) {
         mprotect(static_cast<char *>(a.base) + a.mapped - 4096, 4096, PROT_NONE);
         mprotect(a.base, a.mapped - 4096, PROT_NONE);
     }
@@ -794,7 +798,7 @@ static void run_until(const WorkRef &w) {
     }
 }
 static bool open_window() {                    /* device memory is accessible while queued work runs */
-    bool open = rt().guard && !rt().dry;
+    bool open = rt().guard && !addresses_alone();
     if (open) guard_device(true);
     return open;
 }
@@ -1031,7 +1035,7 @@ static cudaError_t copy(void *to, size_t to_pitch, const void *from, size_t from
         return cudaErrorInvalidValue;
     }
     emit_copy("copy", names[found], width * height, stream);
-    if (rt().dry) return cudaSuccess;
+    if (rt().dry || (rt().sparse && found == 3)) return cudaSuccess;
     std::shared_ptr<std::vector<char>> staged;
     if (from_space == Space::Pageable && !wait) {                     /* consumed when the call returns */
         staged = std::make_shared<std::vector<char>>(width * height);
@@ -1074,7 +1078,7 @@ cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t strea
         return call.end(cudaErrorInvalidValue);
     }
     emit_copy("set", "set", bytes, stream);
-    if (!rt().dry) enqueue(stream, [=] { memset(p, value, bytes); });
+    if (!addresses_alone()) enqueue(stream, [=] { memset(p, value, bytes); });
     return call.end(cudaSuccess);
 }
 cudaError_t cudaMemset(void *p, int value, size_t bytes) { return cudaMemsetAsync(p, value, bytes, nullptr); }
@@ -1415,7 +1419,7 @@ static cublasStatus_t gemm(const char *name, cublasHandle_t h, cublasOperation_t
     size_t reads_c = sbe.p || sbe.v != 0 ? 2 : 1;
     emit_product(name, h, M, N, K, last + 1, 2.0 * m * n * k * batch,
                  (last + 1) * (M * K * element(ta) + K * N * element(tb) + reads_c * M * N * element(tc)));
-    if (rt().dry) return CUBLAS_STATUS_SUCCESS;
+    if (addresses_alone()) return CUBLAS_STATUS_SUCCESS;
     enqueue(h->stream, [=] {
         for (size_t i = 0; i <= last; ++i) {
             Matrix ai = a, bi = b;
@@ -1463,7 +1467,7 @@ static cublasStatus_t triangular(const char *name, cublasHandle_t h, cublasSideM
     if (!on_device(name, "A", A, extent(K, K, lda)) || !on_device(name, "B", B, extent(M, N, ldb)) || !on_device(name, "C", C, extent(M, N, ldc)))
         return CUBLAS_STATUS_EXECUTION_FAILED;
     emit_product(name, h, M, N, K, 1, 1.0 * m * n * ka, (K * (K + 1) / 2 + 2 * M * N) * 4);
-    *empty = rt().dry;
+    *empty = addresses_alone();
     return CUBLAS_STATUS_SUCCESS;
 }
 UNSEEN static void solve(const std::vector<float> &T, size_t size, bool lower, size_t m, size_t n, bool left, float alpha, float *B, size_t ldb) {
@@ -1523,7 +1527,7 @@ cublasStatus_t cublasSsyrk(cublasHandle_t h, cublasFillMode_t uplo, cublasOperat
         return CUBLAS_STATUS_EXECUTION_FAILED;
     Scalar al = scalar(h, alpha), be = scalar(h, beta);
     emit_product("cublasSsyrk", h, N, N, K, 1, 1.0 * n * (n + 1.0) * k, (N * K + (be.p || be.v != 0 ? 2 : 1) * N * (N + 1) / 2) * 4);
-    if (rt().dry) return CUBLAS_STATUS_SUCCESS;
+    if (addresses_alone()) return CUBLAS_STATUS_SUCCESS;
     enqueue(h->stream, [=] {
         product(a, t, a, !t, al.get(), be.get(), C, CUDA_R_32F, static_cast<size_t>(ldc), uplo == CUBLAS_FILL_MODE_LOWER ? 1 : 2);
     });
@@ -1539,6 +1543,8 @@ void standin_set_order(int order, unsigned seed) { rt().order = order; rt().seed
 void standin_set_streams(int schedule) { rt().schedule = schedule; }
 void standin_strict_exit(int on) { rt().strict_exit = on != 0; }
 void standin_set_dry(int on) { rt().dry = on != 0; }
+void standin_set_sparse(size_t blocks) { rt().sparse = blocks; }
+void standin_set_guard(int on) { rt().guard = on && !sanitized; }
 void standin_reset() {
     Runtime &R = rt();
     std::lock_guard<std::recursive_mutex> lock(R.mutex);

@@ -667,7 +667,7 @@ static void test_broken(size_t index, const char *program) {
     const auto &b = broken[index];
     Caught want = TSAN ? b.thread : ASAN ? b.address : b.plain;
     std::string name = std::string("caught: ") + b.name;
-    if (want == No) { printf("SKIP %s (not by this build)\n", name.c_str()); return; }
+    if (want == No) return;                    /* another build's */
     std::string command = std::string("TSAN_OPTIONS=atexit_sleep_ms=0 '") + program + "' '" + b.name + "' 2>&1", output;
     FILE *pipe = popen(command.c_str(), "r");
     char line[512];

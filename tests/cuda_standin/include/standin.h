@@ -36,7 +36,7 @@
             legacy one: it waits for all streams not created as non-blocking, and they wait for it.
    MEMORY   device and shared memory start as bytes 0xFF (NaN, -1). Device memory is 256-byte aligned. Outside sanitizer
             builds it ends at a guard page and is inaccessible unless queued work runs: a host access to a device pointer is a
-            segmentation fault (STANDIN_GUARD=0 turns this off). Copies, sets and products must lie within one allocation.
+            segmentation fault (STANDIN_GUARD=0 turns this off, and many short runs are faster without). Copies, sets and products must lie within one allocation.
    LIMITS   one device; spin-waits between threads never end; no inline PTX, textures, graphs, cooperative groups, __activemask;
             float atomics are declared but an error. ThreadSanitizer holds 8128 contexts (0.2 to 1 MB each): two per thread of
             the largest block for each stream that launches kernels. Races between two blocks of a launch that are an even number of
@@ -60,9 +60,13 @@ enum { STANDIN_FORWARD, STANDIN_REVERSE, STANDIN_SHUFFLE };
 enum { STANDIN_LATE, STANDIN_EAGER, STANDIN_OTHERS };
 void standin_set_order(int order, unsigned seed);
 void standin_set_streams(int schedule);
+void standin_set_guard(int on);              /* see MEMORY; while nothing is allocated */
 void standin_strict_exit(int on);            /* 1: a thread that exited while others wait at __syncthreads is an error */
 void standin_set_dry(int on);                /* 1: kernels, products, copies and sets are recorded and checked but not run;
                                                 cudaMalloc reserves address space only. Set it before the first cudaMalloc. */
+void standin_set_sparse(size_t blocks);      /* of each launch only so many first and last blocks run, 0: all; products, device
+                                                copies and sets are checked but not run; device memory is zeros that take room
+                                                as they are written: sizes beyond 2^32. Set it before the first cudaMalloc. */
 void standin_reset(void);                    /* drop queued work, the sticky error, reports and fault injection; keeps memory */
 
 /* ---- what is alive ---- */
