@@ -1,8 +1,10 @@
 # cuda.mk - included by the Makefile. The CUDA backend without a GPU:
 #
-# make cuda             cuda-standin, cuda-compile, cuda-programs and the targets of bench-cuda-model
-# make cuda-standin     operations and the pipeline on the stand-in runtime, plain and under AddressSanitizer
-# make cuda-race        operations on the stand-in under ThreadSanitizer: missing barriers, events and dependencies
+# make cuda             all of these but the last two:
+# make cuda-selftest    the stand-in runtime itself, and that it catches broken kernels: plain and under both sanitizers
+# make cuda-standin     operations and the pipeline on the stand-in, plain and under AddressSanitizer
+# make cuda-race        the same under ThreadSanitizer, shorter: missing barriers, events and dependencies. With clang++
+#                       where it is found: g++ 12's sanitizer takes up to 40 times as long
 # make cuda-compile     the real compiler, for every architecture, warnings as errors; SKIP without nvcc
 # make cuda-programs    a C program that links what nvcc compiled; the command line's --device, on the stand-in and by
 #                       `make -C examples cuda`. Where there is a GPU they run on it
@@ -25,33 +27,41 @@ cuda_plain_FLAGS   := -O2
 cuda_address_FLAGS := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 cuda_thread_FLAGS  := -O1 -fsanitize=thread
 
-.PHONY: cuda cuda-standin cuda-race cuda-compile cuda-programs bench-cuda bench-cuda-model
-CUDA_LOGS  := $(CUDA_BUILD)/plain.log $(CUDA_BUILD)/address.log
-CUDA_COMPILES := $(CUDA_ARCHS:%=$(CUDA_BUILD)/compile-%.log) $(CUDA_BUILD)/compile-bench.log
-CUDA_PROGRAM_LOGS := $(CUDA_BUILD)/link-gcc.log $(CUDA_BUILD)/link-clang.log $(CUDA_BUILD)/command.log
-cuda: $(CUDA_LOGS) $(CUDA_BUILD)/bench-model.log $(CUDA_COMPILES) $(if $(ONLY),,$(CUDA_PROGRAM_LOGS))
-	@./sum.sh $^
+cuda_thread_CXX     = $(if $(findstring clang,$(CXX)),,$(shell echo 'int main(){return 0;}' | \
+                         clang++ -fsanitize=thread -xc++ - -o /dev/null 2>/dev/null && echo clang++))
 
-cuda-standin: $(CUDA_LOGS)
-	@./sum.sh $^
+CUDA_SELFTEST_LOGS := $(CUDA_BUILD)/selftest-plain.log $(CUDA_BUILD)/selftest-address.log $(CUDA_BUILD)/selftest-thread.log
+CUDA_STANDIN_LOGS  := $(CUDA_BUILD)/plain.log $(CUDA_BUILD)/address.log
+CUDA_RACE_LOGS     := $(CUDA_BUILD)/thread.log
+CUDA_COMPILE_LOGS  := $(CUDA_ARCHS:%=$(CUDA_BUILD)/compile-%.log) $(CUDA_BUILD)/compile-bench.log
+CUDA_PROGRAM_LOGS  := $(CUDA_BUILD)/link-gcc.log $(CUDA_BUILD)/link-clang.log $(CUDA_BUILD)/command.log
+CUDA_MODEL_LOGS    := $(CUDA_BUILD)/bench-model.log
 
-# slow: about ten minutes
-cuda-race: $(CUDA_BUILD)/thread.log
+.PHONY: cuda cuda-selftest cuda-standin cuda-race cuda-compile cuda-programs bench-cuda bench-cuda-model
+cuda: $(CUDA_SELFTEST_LOGS) $(CUDA_STANDIN_LOGS) $(CUDA_RACE_LOGS) $(CUDA_MODEL_LOGS) $(CUDA_COMPILE_LOGS) \
+      $(if $(ONLY),,$(CUDA_PROGRAM_LOGS))
+cuda-selftest: $(CUDA_SELFTEST_LOGS)
+cuda-standin: $(CUDA_STANDIN_LOGS)
+cuda-race: $(CUDA_RACE_LOGS)
+cuda-compile: $(CUDA_COMPILE_LOGS)
+cuda-programs: $(CUDA_PROGRAM_LOGS)
+cuda cuda-selftest cuda-standin cuda-race cuda-compile cuda-programs:
 	@./sum.sh $^
 
 $(CUDA_BUILD)/%.log: $(CUDA_BUILD)/test_cuda-% FORCE
-	@./run.sh $@ $< $(STORIES) $(if $(ONLY)$(cuda_$*_ONLY),'$(or $(ONLY),$(cuda_$*_ONLY))')
+	@./run.sh $@ $< $(STORIES) $(if $(ONLY),'$(ONLY)')
 
 $(CUDA_BUILD)/test_cuda-%: $(CUDA_FILES) $(CUDA_BUILD)/standin-%.o | $(CUDA_BUILD)
-	$(CXX) $(CUDA_FLAGS) $(cuda_$*_FLAGS) -o $@ test_cuda.cpp $(CUDA_BUILD)/standin-$*.o
+	$(or $(cuda_$*_CXX),$(CXX)) $(CUDA_FLAGS) $(cuda_$*_FLAGS) -o $@ test_cuda.cpp $(CUDA_BUILD)/standin-$*.o
+
+$(CUDA_BUILD)/selftest-%.log: $(CUDA_BUILD)/test_standin-% FORCE
+	@./run.sh $@ $<
+
+$(CUDA_BUILD)/test_standin-%: $(STANDIN)/test_standin.cpp $(STANDIN)/sample_kernels.cuh $(CUDA_BUILD)/standin-%.o | $(CUDA_BUILD)
+	$(or $(cuda_$*_CXX),$(CXX)) $(CUDA_FLAGS) $(cuda_$*_FLAGS) -o $@ $< $(CUDA_BUILD)/standin-$*.o
 
 $(CUDA_BUILD)/standin-%.o: $(STANDIN)/standin.cpp $(wildcard $(STANDIN)/include/*.h) | $(CUDA_BUILD)
-	$(CXX) $(CUDA_FLAGS) $(cuda_$*_FLAGS) -c -o $@ $<
-
-cuda_thread_ONLY := operations, fp32
-
-cuda-compile: $(CUDA_COMPILES)
-	@./sum.sh $^
+	$(or $(cuda_$*_CXX),$(CXX)) $(CUDA_FLAGS) $(cuda_$*_FLAGS) -c -o $@ $<
 
 # the .cu file that a C program links
 $(CUDA_BUILD)/compile-%.log: $(BESA)/besa.h $(BESA)/besa_cuda.cuh | $(CUDA_BUILD)
@@ -60,9 +70,6 @@ $(CUDA_BUILD)/compile-%.log: $(BESA)/besa.h $(BESA)/besa_cuda.cuh | $(CUDA_BUILD
 	    if $(NVCC) $(NVCC_FLAGS) -arch=sm_$* -c -o $(CUDA_BUILD)/besa-$*.o $(CUDA_BUILD)/besa-$*.cu >$@ 2>&1; \
 	    then echo "PASS compile for sm_$*" >>$@; else echo "FAIL compile for sm_$*" >>$@; fi; fi
 	@cat $@
-
-cuda-programs: $(CUDA_PROGRAM_LOGS)
-	@./sum.sh $^
 
 # that C program, by gcc and by clang; the oldest architecture's object runs on every GPU
 C_FLAGS     := -std=c11 -O1 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror -I$(BESA)

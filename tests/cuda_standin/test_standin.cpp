@@ -441,6 +441,12 @@ static void test_triangles() {
 }
 
 /* ---------------------------------------------------------------- the list, dry runs, faults ---- */
+static __global__ void mark_kernel(unsigned char *p, long long n) {
+    for (int k = 0; k < 4; ++k) {
+        long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * 4 + k;
+        if (i < n) p[i] = 1;
+    }
+}
 static void test_record_and_dry() {
     std::vector<standin_record> list;
     standin_set_recorder([](const standin_record *r, void *user) { static_cast<std::vector<standin_record> *>(user)->push_back(*r); }, &list);
@@ -466,6 +472,21 @@ static void test_record_and_dry() {
     standin_set_recorder(nullptr, nullptr);
     standin_set_dry(0);
     standin_set_memory(size_t(16) << 30);
+}
+
+/* The ends of an array of 2^33 bytes, by the first and the last block. */
+static void test_sparse() {
+    const long long n = 1ll << 33;
+    unsigned char *p, got[4] = {9, 9, 9, 9};
+    standin_set_sparse(1);
+    OK(cudaMalloc(&p, size_t(n)));
+    LAUNCH(mark_kernel, 1u << 23, 256, 0, nullptr, p, n);
+    OK(cudaMemset(p, 7, size_t(n)));                   /* checked, not run */
+    const long long at[4] = {0, 1024, n - 1025, n - 1};
+    for (int i = 0; i < 4; ++i) OK(cudaMemcpy(&got[i], p + at[i], 1, cudaMemcpyDeviceToHost));
+    CHECK(got[0] == 1 && got[1] == 0 && got[2] == 0 && got[3] == 1);
+    cudaFree(p);
+    standin_set_sparse(0);
 }
 static bool small_program() {                                                 /* false when a call failed; frees all it took */
     int *x = nullptr, *host = nullptr;
@@ -689,7 +710,7 @@ int main(int argc, char **argv) {
         {"warp exchanges", test_warp}, {"partial warps and early exits", test_partial}, {"atomics", test_atomics},
         {"poisoned memory", test_poison}, {"intrinsics and 16-bit floats", test_intrinsics}, {"memory", test_memory},
         {"streams and events", test_streams}, {"null stream", test_null_stream}, {"launch checks", test_launch_checks},
-        {"gemm", test_gemm}, {"trsm, trmm, syrk", test_triangles}, {"record and dry run", test_record_and_dry},
+        {"gemm", test_gemm}, {"trsm, trmm, syrk", test_triangles}, {"record and dry run", test_record_and_dry}, {"first and last blocks", test_sparse},
         {"fault injection", test_faults}, {"caught: masks and divergent barriers", wrong_mask},
     };
     for (const auto &t : tests) {
