@@ -121,6 +121,45 @@ static void test_shared_memory(void)
     }
 }
 
+/* ---- queues ---------------------------------------------------------------------------------- */
+
+/* Three numbers through one buffer of host memory each way: copies in and out run beside the kernels, ordered by events. */
+static void test_queues(void)
+{
+    TEST("queues and events") {
+        besa_backend be = cuda_backend(1);
+        const int64_t n = 1000, turns = 3;
+        const size_t bytes = static_cast<size_t>(n) * sizeof(float);
+        void *in, *out, *x, *y;
+        enum { ARRIVED, READ, DONE, LEFT };
+        CHECK_OK(be.host_alloc(&be, &in, 3 * bytes), be.error);
+        CHECK_OK(be.host_alloc(&be, &out, 3 * bytes), be.error);
+        CHECK_OK(be.alloc(&be, &x, bytes), be.error);
+        CHECK_OK(be.alloc(&be, &y, bytes), be.error);
+        float *from = static_cast<float *>(in), *to = static_cast<float *>(out);
+        for (int64_t i = 0; i < turns * n; i++) from[i] = static_cast<float>(i % 7 + i / n + 1);
+        for (int64_t t = 0; t < turns; t++) {
+            if (t > 0) CHECK_OK(be.wait(&be, BESA_QUEUE_UPLOAD, READ), be.error);
+            CHECK_OK(be.upload(&be, BESA_QUEUE_UPLOAD, x, from + t * n, bytes), be.error);
+            CHECK_OK(be.record(&be, BESA_QUEUE_UPLOAD, ARRIVED), be.error);
+            CHECK_OK(be.wait(&be, BESA_QUEUE_COMPUTE, ARRIVED), be.error);
+            if (t > 0) CHECK_OK(be.wait(&be, BESA_QUEUE_COMPUTE, LEFT), be.error);
+            CHECK_OK(be.power(&be, static_cast<float *>(y), static_cast<float *>(x), -1.0f, n), be.error);
+            CHECK_OK(be.record(&be, BESA_QUEUE_COMPUTE, READ), be.error);
+            CHECK_OK(be.record(&be, BESA_QUEUE_COMPUTE, DONE), be.error);
+            CHECK_OK(be.wait(&be, BESA_QUEUE_DOWNLOAD, DONE), be.error);
+            CHECK_OK(be.download(&be, BESA_QUEUE_DOWNLOAD, to + t * n, y, bytes), be.error);
+            CHECK_OK(be.record(&be, BESA_QUEUE_DOWNLOAD, LEFT), be.error);
+        }
+        CHECK_OK(be.synchronize(&be, BESA_QUEUE_DOWNLOAD), be.error);
+        for (int64_t i = 0; i < turns * n; i++)
+            if (!CHECK(fabsf(to[i] * from[i] - 1) < 1e-6f, "element %lld", static_cast<long long>(i))) break;
+        be.host_free(&be, in), be.host_free(&be, out), be.free(&be, x), be.free(&be, y);
+        be.destroy(&be);
+        CHECK(standin_reports() == 0 && standin_live_allocations() == 0 && standin_live_objects() == 0, "%s", standin_last_report());
+    }
+}
+
 /* ---- one row of ranks at every size of shared memory ----------------------------------------- */
 
 static void test_long_rows(void)
@@ -134,6 +173,7 @@ static void test_long_rows(void)
                 besa_error error;
                 CHECK_OK(besa_cpu_backend(&cpu, NULL, &error), error);
                 besa_backend *side[2] = {&cpu, &cuda};
+                besa__cuda_of(&cuda)->processors = 1; /* two blocks: one of them takes a second row */
                 int64_t n = rows * columns[c];
                 size_t bytes = static_cast<size_t>(n) * (columns[c] > 65536 ? 4 : 2);
                 std::vector<unsigned char> rank[2];
@@ -920,6 +960,7 @@ int main(int argc, char **argv)
     test_operations();
     test_pieces();
     test_shared_memory();
+    test_queues();
     test_long_rows();
     test_layer_rates();
     test_plans();
