@@ -301,7 +301,7 @@ struct besa_backend {
     void (*destroy)(besa_backend *be);          /* frees what the backend itself holds */
     size_t (*workspace_size)(besa_backend *be, const besa_workload *w);
     besa_result (*alloc)(besa_backend *be, void **device, size_t bytes); /* 256-byte aligned */
-    void (*free)(besa_backend *be, void *device);
+    void (*free)(besa_backend *be, void *device); /* the caller has synchronised what uses it */
     besa_result (*host_alloc)(besa_backend *be, void **host, size_t bytes); /* pinned where that means something */
     void (*host_free)(besa_backend *be, void *host);
     besa_result (*memory_info)(besa_backend *be, size_t *free_bytes, size_t *total_bytes);
@@ -638,7 +638,8 @@ typedef struct besa_activations {
     float *inv_rms1, *inv_rms2, *inv_rms_q, *inv_rms_k;
     void *dz, *dm, *dattn, *dq, *dk, *dv;       /* backward only; NULL where not asked for */
     float *dw;                                  /* (R,C) of the largest layer; backward only */
-    int64_t dw_count;                           /* floats that dw has room for: with less, gradients come in pieces */
+    int64_t dw_count;                           /* floats that dw has room for, a row of any layer at least: with less
+                                                   than all, gradients come in pieces */
 } besa_activations;
 
 /* Receives rows first .. first+rows-1 of dL/dW of one layer, dw (rows, C): all R at once where acts->dw has room for them.
@@ -1011,6 +1012,12 @@ static void *besa__take(besa__arena *arena, size_t bytes)
 static float *besa__take_floats(besa__arena *arena, int64_t count)
 {
     return (float *)besa__take(arena, (size_t)count * sizeof(float));
+}
+
+/* Wait for all that is under way, whatever comes of it: memory is about to go. */
+static void besa__settle(besa_backend *be)
+{
+    for (int q = 0; q < BESA_QUEUE_COUNT; q++) be->synchronize(be, (besa_queue)q);
 }
 
 /* A clock; only differences mean anything. */
@@ -3540,6 +3547,7 @@ static besa_result besa__cpu_wait(besa_backend *be, besa_queue q, int event)
 static besa_result besa__cpu_elapsed(besa_backend *be, int first, int second, double *seconds)
 {
     const besa__cpu *cpu = besa__cpu_of(be);
+    BESA_ASSERT(first >= 0 && first < BESA_EVENT_COUNT && second >= 0 && second < BESA_EVENT_COUNT);
     *seconds = cpu->event[second] - cpu->event[first];
     return BESA_OK;
 }
@@ -5119,12 +5127,17 @@ static void besa__cpu_project(besa__cpu_projected *p, int64_t rows, int64_t coun
     }
 }
 
+static besa__cpu_projected *besa__cpu_project_place(besa__arena *work, int64_t rows)
+{
+    return (besa__cpu_projected *)besa__take(work, (size_t)rows * sizeof(besa__cpu_projected));
+}
+
 /* n(R) whose sum is count; excess(1) says whether that can be */
 static besa_result besa__cpu_project_counts(besa_backend *be, int32_t *n, int64_t *excess, const float *alpha,
                                             const int32_t *least, const int32_t *columns, int64_t count, int64_t rows)
 {
     besa__arena work = besa__cpu_work(be);
-    besa__cpu_projected *p = (besa__cpu_projected *)besa__take(&work, (size_t)rows * sizeof *p);
+    besa__cpu_projected *p = besa__cpu_project_place(&work, rows);
     int64_t used = 0, sum = 0;
     BESA__CPU_FITS(be, work);
     *excess = 0;
@@ -5476,7 +5489,7 @@ static size_t besa__cpu_hessian_bytes(const besa_workload *w, int threads)
 static size_t besa__cpu_workspace_size(besa_backend *be, const besa_workload *w)
 {
     int threads = besa__cpu_of(be)->threads;
-    besa__arena work[5] = {{NULL, 0}, {NULL, 0}, {NULL, 0}, {NULL, 0}, {NULL, 0}};
+    besa__arena work[6] = {{NULL, 0}, {NULL, 0}, {NULL, 0}, {NULL, 0}, {NULL, 0}, {NULL, 0}};
     besa__cpu_sort sort;
     besa__cpu_select select;
     int64_t *ties;
@@ -5493,7 +5506,8 @@ static size_t besa__cpu_workspace_size(besa_backend *be, const besa_workload *w)
     most[5] = besa__cpu_rates_bytes(w->columns, w->candidates, threads);
     most[6] = besa__cpu_attention_bytes(w, threads);
     most[7] = besa__cpu_hessian_bytes(w, threads);
-    most[8] = (size_t)w->projected_rows * sizeof(besa__cpu_projected);
+    besa__cpu_project_place(&work[5], w->projected_rows);
+    most[8] = work[5].used;
     for (int i = 0; i < 9; i++) largest = most[i] > largest ? most[i] : largest;
     return largest;
 }
@@ -5918,6 +5932,7 @@ static besa_result besa__rates_rank_scaled(besa_rates *rates, int index, const v
     besa_backend *be = rates->be;
     besa__rate_layer *layer = &rates->layer[index];
     int64_t rows = layer->shape.rows, columns = layer->shape.columns, piece = besa__min(rows, room / columns);
+    BESA_ASSERT(piece > 0);
     layer->ranked = 1;
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->not_finite + index, sizeof(int32_t)));
     for (int64_t r = 0, count; r < rows; r += count) {
@@ -6200,6 +6215,7 @@ BESA_API besa_result besa_rates_create(besa_rates **rates, besa_backend *be, con
 BESA_API void besa_rates_destroy(besa_rates *rates)
 {
     if (!rates) return;
+    if (rates->memory) besa__settle(rates->be);
     if (rates->memory) rates->be->free(rates->be, rates->memory);
     BESA_FREE(rates);
 }
@@ -6544,6 +6560,7 @@ static besa_result besa__layer_gradient(const besa__backward *p, int layer, cons
     if (!(p->layers >> layer & 1u)) return BESA_OK;
     besa_block_layer(&p->block->shape, layer, &rows, &columns);
     int64_t piece = besa__min(rows, p->acts->dw_count / columns);
+    BESA_ASSERT(piece > 0);
     if (piece < rows && piece > 128) piece = piece / 128 * 128; /* whole tiles of the product */
     for (int64_t first = 0, count; first < rows; first += count) {
         count = besa__min(piece, rows - first);
@@ -6692,6 +6709,12 @@ static void *besa__stream_at(const besa__stream *s, void *x, int64_t index)
     return besa__at(x, s->be->activation_dtype, index * s->seqlen * s->width);
 }
 
+/* Let it live on the host, or not. Up to two chunks always fit the device: the slots would take as much. */
+static void besa__stream_send(besa__stream *s, int to_host, int64_t chunk)
+{
+    s->streamed = to_host && s->count > 2 * chunk;
+}
+
 static void besa__stream_place(besa__stream *s, besa__arena *device, besa__arena *host)
 {
     size_t all = besa__stream_bytes(s, s->count), chunk = besa__stream_bytes(s, besa__min(s->chunk, s->count));
@@ -6730,6 +6753,7 @@ static besa_result besa__stream_open(besa__stream *s, int64_t first, int64_t cou
     int slot = besa__stream_find(s, first, count);
     if (slot < 0) BESA__TRY(besa__stream_fetch(s, slot = 1 - s->open, first, count));
     BESA__TRY(be->wait(be, BESA_QUEUE_COMPUTE, besa__stream_filled(s, slot)));
+    BESA__TRY(be->wait(be, BESA_QUEUE_COMPUTE, besa__stream_home(s, slot))); /* it may be written to */
     s->open = slot;
     *x = s->slot[slot];
     if (next < 1 || besa__stream_find(s, next_first, next) >= 0) return BESA_OK;
@@ -7138,19 +7162,19 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
 }
 
 /* Find what fits into `budget` bytes of the device (0: no limit): the largest chunk, and for it the lowest level of
- * `levels`, each of which has less on the device. size(user, level) makes the level so and gives its bytes. */
+ * `levels`, each of which moves more to the host. size(user, level) makes the level so and gives its bytes. */
 static besa_result besa__fit_budget(int64_t *chunk, size_t (*size)(void *, int level), int levels, void *user,
                                     size_t budget, const char *whose, besa_error *error)
 {
-    for (;; *chunk = (*chunk + 1) / 2) {
-        size_t bytes = 0;
+    for (size_t least = SIZE_MAX;; *chunk = (*chunk + 1) / 2) {
         for (int level = 0; level < levels; level++) {
-            bytes = size(user, level);
+            size_t bytes = size(user, level);
             if (budget == 0 || bytes <= budget) return BESA_OK;
+            if (bytes < least) least = bytes;
         }
         if (*chunk <= 1)
             return besa__fail(error, BESA_ERROR_MEMORY, "%s %zu bytes, the smallest that works here is %zu", whose, budget,
-                              bytes);
+                              least);
     }
 }
 
@@ -7164,12 +7188,6 @@ static besa_result besa__default_budget(besa_backend *be, size_t *budget, const 
     *whose = "the device can give";
     *budget = free_bytes - free_bytes / 32;
     return BESA_OK;
-}
-
-/* Wait for all that is under way, whatever comes of it: memory is about to go. */
-static void besa__settle(besa_backend *be)
-{
-    for (int q = 0; q < BESA_QUEUE_COUNT; q++) be->synchronize(be, (besa_queue)q);
 }
 
 /* Once the arrays are placed. */
@@ -7310,7 +7328,7 @@ static besa_result besa__dense_chunk(besa_pruner *p, const besa_block *block, co
     void *x, *y = NULL;
     BESA__TRY(besa__stream_open(data->x, first, count, first + count, next, &x));
     if (!dense && first < p->reference) BESA__TRY(besa__stream_begin(data->target, first, count, &y));
-    BESA__TRY(besa__block_forward(be, block, &p->acts, x, y, count, p->seqlen, 0));
+    if (y || statistics) BESA__TRY(besa__block_forward(be, block, &p->acts, x, y, count, p->seqlen, 0));
     if (statistics) BESA__TRY(besa__add_statistics(p, count * p->seqlen));
     BESA__TRY(besa__stream_close(data->x, 0));
     if (dense) {
@@ -7537,7 +7555,7 @@ static besa_result besa__learn_pass(besa_pruner *p, const besa_block *block, con
         besa_step step = {p->meter.block, s + 1, steps, &p->rates, p->be, p->losses + BESA__LOSS_STEP};
         besa_result result = p->options.step(p->options.user, &step);
         if (result != BESA_OK)
-            return besa__fail(error, result, "the step callback returned %s", besa_result_string(result));
+            return besa__fail(error, result, "the step callback returned: %s", besa_result_string(result));
     }
     return BESA_OK;
 }
@@ -7565,6 +7583,20 @@ static besa_result besa__commit_pass(besa_pruner *p, const besa_block *masked, c
         if (yref) BESA__TRY(besa__pass_error(be, besa__pruner_loss(p, loss, NULL, x, yref, i, count, of), error));
         BESA__TRY(besa__pass_error(be, besa__data_close(data, 1, yref), error));
         BESA__TRY(besa__tick(&p->meter, BESA_PASS_COMMIT, (double)count / (double)p->nsamples, error));
+    }
+    return BESA_OK;
+}
+
+/* A stream through a block, cut as the passes cut it: the same bytes. */
+static besa_result besa__pass_forward(besa_pruner *p, besa__stream *s, const besa_block *block)
+{
+    for (int64_t i = 0, count; i < s->count; i += count) {
+        void *x;
+        count = besa__chunk_at(p, i);
+        int64_t next = i + count < s->count ? besa__chunk_at(p, i + count) : 0;
+        BESA__TRY(besa__stream_open(s, i, count, i + count, next, &x));
+        BESA__TRY(besa__block_forward(p->be, block, &p->acts, x, x, count, p->seqlen, 0));
+        BESA__TRY(besa__stream_close(s, 1));
     }
     return BESA_OK;
 }
@@ -7744,6 +7776,7 @@ static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, con
             result = BESA_ERROR_NOT_FINITE; /* that is why */
     }
     if (result == BESA_OK) result = besa__report_block(p, name, report, error);
+    if (result != BESA_OK) besa__settle(p->be);
     besa__use_workspace(p->be, callers.memory, callers.bytes);
     return result;
 }
@@ -7755,7 +7788,7 @@ static size_t besa__pruner_size(void *pruner, int level)
 {
     besa_pruner *p = (besa_pruner *)pruner;
     besa__arena device = {NULL, 0}, host = {NULL, 0};
-    p->yref.streamed = level > 0;
+    besa__stream_send(&p->yref, level > 0, p->chunk);
     besa__pruner_place(p, &device, &host);
     return device.used;
 }
@@ -8657,11 +8690,12 @@ static size_t besa__run_size(void *user, int level)
 {
     besa__arena device = {NULL, 0}, host = {NULL, 0};
     besa__run *run = (besa__run *)user;
-    run->test.streamed = level >= BESA__LEVEL_TEST;
-    run->pruner.yref.streamed = run->dense.streamed = level >= BESA__LEVEL_YREF;
-    run->calibration.streamed = level >= BESA__LEVEL_X;
     if (run->has_test && run->has_pruner)
         run->test.chunk = besa__min(run->test.chunk, besa__max(1, run->pruner.chunk * run->pruner.seqlen / run->test.seqlen));
+    besa__stream_send(&run->test, level >= BESA__LEVEL_TEST, run->test.chunk);
+    besa__stream_send(&run->pruner.yref, level >= BESA__LEVEL_YREF, run->pruner.chunk);
+    besa__stream_send(&run->dense, level >= BESA__LEVEL_YREF, run->pruner.chunk);
+    besa__stream_send(&run->calibration, level >= BESA__LEVEL_X, run->pruner.chunk);
     besa__run_place(run, &device, &host);
     return device.used;
 }
@@ -9240,7 +9274,7 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
              BESA_VERSION_MAJOR, BESA_VERSION_MINOR, (int)o->method, r->target, (long long)c->nsamples,
              (long long)c->seqlen, (unsigned long long)besa__hash(BESA__HASH_START, c->ids, tokens),
              (unsigned long long)besa__source_hash(run->checkpoint),
-             (unsigned long long)besa__hash(BESA__HASH_START, options, (size_t)length));
+             (unsigned long long)besa__hash(BESA__HASH_START, options, (size_t)besa__min(length, (int)sizeof options - 1)));
 }
 
 /* Weights of a finished block, from the unfinished output to the device. */
@@ -9290,18 +9324,10 @@ static besa_result besa__reload_block(besa__run *run, int64_t index, besa_block 
     besa_pruner *p = &run->pruner;
     void *const *pruned = run->pruned[besa__room_of(run, index)];
     BESA__TRY(besa__read_pruned(run, index, error));
-    if (run->has_dense) BESA__TRY(besa__pass_error(be, besa__stream_forward(&run->dense, block, &p->acts), error));
+    if (run->has_dense) BESA__TRY(besa__pass_error(be, besa__pass_forward(p, &run->dense, block), error));
     BESA__TRY(besa__report_reloaded(run, block, pruned, report, error));
     for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = pruned[i];
-    for (int64_t i = 0, count; i < run->calibration.count; i += count) { /* cut as the commit pass cuts: same bytes */
-        void *x;
-        count = besa__chunk_at(p, i);
-        int64_t next = i + count < run->calibration.count ? besa__chunk_at(p, i + count) : 0;
-        besa_result result = besa__stream_open(&run->calibration, i, count, i + count, next, &x);
-        if (result == BESA_OK) result = besa__block_forward(be, block, &p->acts, x, x, count, p->seqlen, 0);
-        if (result == BESA_OK) result = besa__stream_close(&run->calibration, 1);
-        BESA__TRY(besa__pass_error(be, result, error));
-    }
+    BESA__TRY(besa__pass_error(be, besa__pass_forward(p, &run->calibration, block), error));
     return besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
 }
 
@@ -9406,7 +9432,7 @@ static void besa__report_totals(besa_report *report, double target, double start
 /* Where it happened, behind the message. */
 static void besa__add_block(besa_error *error, int64_t index)
 {
-    if (!error) return;
+    if (!error || strstr(error->message, "model.layers.")) return; /* it says so already */
     size_t length = strlen(error->message);
     snprintf(error->message + length, sizeof error->message - length, " [model.layers.%lld]", (long long)index);
 }
@@ -9425,6 +9451,9 @@ static besa_result besa__run_prune(besa__run *run, int64_t done, besa_report *re
         besa_result result = besa__run_block(run, i, done, report, error);
         if (result == BESA_ERROR_NUMERIC || result == BESA_ERROR_TARGET || result == BESA_ERROR_NOT_FINITE)
             besa__add_block(error, i);
+        if (result == BESA_ERROR_CANCELLED || result == BESA_ERROR_NUMERIC || result == BESA_ERROR_TARGET ||
+            result == BESA_ERROR_NOT_FINITE)
+            besa__out_finish(run, report, NULL); /* the block before is whole: keep it, if that works */
         BESA__TRY(result);
     }
     BESA__TRY(besa__out_finish(run, report, error));

@@ -278,6 +278,7 @@ static besa_result besa__cuda_elapsed(besa_backend *be, int first, int second, d
 {
     const besa__cuda *cuda = besa__cuda_of(be);
     float milliseconds;
+    BESA_ASSERT(first >= 0 && first < BESA_EVENT_COUNT && second >= 0 && second < BESA_EVENT_COUNT);
     BESA__CUDA(cudaEventElapsedTime(&milliseconds, cuda->event[first], cuda->event[second]));
     *seconds = 1e-3 * static_cast<double>(milliseconds);
     return BESA_OK;
@@ -2244,7 +2245,10 @@ typedef struct besa__project {
     int64_t rows;
 } besa__project;
 
-#define BESA__PROJECT_ROWS(r, p) for (int64_t r = threadIdx.x; r < (p).rows; r += blockDim.x) if ((p).columns[r] > 0)
+#define BESA__PROJECT_ROWS(r, p)                                                                   \
+    for (int64_t r = threadIdx.x; r < (p).rows; r += blockDim.x)                                   \
+        if ((p).columns[r] <= 0) continue;                                                         \
+        else
 
 /* The sum of n for one shift. */
 static __device__ int64_t besa__project_sum(const besa__project &p, double shift)
@@ -2279,7 +2283,7 @@ static __device__ void besa__project_give(const besa__project &p, int64_t give)
         int64_t all = besa__block_sum(static_cast<int64_t>(tied));
         if (open && (order > bits || (tied && before < ties))) {
             p.n[r]++;
-            p.rest[r] -= 4294967296.0; /* behind all who have had fewer */
+            p.rest[r] -= 4294967296.0; /* behind all who have had fewer; of its fraction 2^-20 is left */
         }
         ties -= besa__cuda_min(all, besa__cuda_max(ties, 0));
     }
@@ -2287,7 +2291,7 @@ static __device__ void besa__project_give(const besa__project &p, int64_t give)
 
 /* n(R) whose sum is count, by one block; excess(1) says whether that can be */
 static __global__ void __launch_bounds__(BESA__CUDA_PROJECT_THREADS)
-    besa__project_kernel(besa__project p, int64_t *excess, int64_t count)
+    besa__project_counts_kernel(besa__project p, int64_t *excess, int64_t count)
 {
     int64_t least = 0, open = 0;
     int wrong = 0;
@@ -2335,7 +2339,7 @@ static besa_result besa__cuda_project_counts(besa_backend *be, int32_t *n, int64
     besa__project p = {n, alpha, least, columns, NULL, NULL, rows};
     besa__cuda_project_place(&work, &p.logit, &p.rest, rows);
     BESA__CUDA_FITS(be, work);
-    BESA__RUN(besa__project_kernel, 1, BESA__CUDA_PROJECT_THREADS, 0, p, excess, count);
+    BESA__RUN(besa__project_counts_kernel, 1, BESA__CUDA_PROJECT_THREADS, 0, p, excess, count);
     return BESA_OK;
 }
 
@@ -2484,7 +2488,7 @@ static besa_result besa__cuda_optimizer_step(besa_backend *be, const besa_optimi
 /* ============================================================================================
  * // >>cuda-sparsegpt        factor of the inverse Hessian, slabs
  * ============================================================================================
- * besa-method.md section 8, all in float. H = W'W with W lower triangular, Z = W^-1, U = Z': then U'U = inv(H). In
+ * SparseGPT, arXiv 2301.00774, all in float. H = W'W with W lower triangular, Z = W^-1, U = Z': then U'U = inv(H). In
  * cuBLAS's column-major eyes the lower triangle is the upper one of V = W', H = V V'. */
 
 enum { BESA__CUDA_FACTOR = 64 /* columns of a diagonal block */ };

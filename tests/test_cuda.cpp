@@ -730,7 +730,7 @@ static besa_result run_prune(run *r, besa_backend *be)
     char path[512];
     memset(&c, 0, sizeof c);
     c.nsamples = r->nsamples, c.seqlen = r->seqlen;
-    c.test_windows = 2, c.test_seqlen = r->seqlen;
+    c.test_windows = r->tightest ? 3 : 2, c.test_seqlen = r->seqlen;
     std::vector<int32_t> ids(static_cast<size_t>((c.nsamples + c.test_windows) * c.seqlen));
     snprintf(path, sizeof path, "%s/calibration_tokens.npy", g_stories);
     for (size_t i = 0; i < ids.size(); i++) ids[i] = static_cast<int32_t>(i * i % 31);
@@ -829,7 +829,7 @@ static void test_pipeline(void)
             besa_backend be;
             besa_error error;
             run r = run_of(BESA_METHOD_BESA, 6, temp_path("host-%d", i));
-            r.seqlen = g_race ? 6 : 24, r.options.epochs = 2, r.tightest = i > 0;
+            r.nsamples = 6, r.seqlen = g_race ? 6 : 24, r.options.epochs = g_race ? 1 : 2, r.tightest = i > 0;
             if (i > 0) be = cuda_backend(1);
             else CHECK_OK(besa_cpu_backend(&be, NULL, &error), error);
             if (i > 0) standin_set_streams(schedules[i - 1]);
