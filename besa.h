@@ -43,9 +43,9 @@
  *     >>cpu-sparsity       scores, ranks, masks, rates and the optimiser on the CPU
  *     >>cpu-sparsegpt      SparseGPT on the CPU: factor of the inverse Hessian, slabs of weights
  *     >>cpu-backend        the CPU's table of operations
- *     >>rates              importance, ranks, learnable rates, the exact projection (level 3)
+ *     >>rates              importance, ranks, learnable rates (level 3)
  *     >>optimisers         one step over the theta of all layers
- *     >>projection         the exact count
+ *     >>projection         the exact count; the public functions of level 3
  *     >>block              one decoder block, forward and backward (level 2)
  *     >>streams            activations of all sequences, on the device or streamed from the host
  *     >>pruner             pruning one block: the passes over its calibration tokens (level 2)
@@ -72,18 +72,18 @@
  *     rates.group_rows            [1] rows that share a rate; BESA_ALL_ROWS: all of a layer
  *     rates.candidates            [100] D: rates 1, 1 - 1/D, ..., 0
  *     rates.penalty               [1] lambda of lambda ((sparsity - target) / target)^2
- *     rates.optimizer, lr, d_coef [Prodigy, 1, 5]; AdamW: lr [0.01]; also beta1, beta2, d0, weight_decay
+ *     rates.optimizer, lr, d_coef [Prodigy, 1, 5]; AdamW: lr [0.01]; also beta1, beta2, d0, and weight_decay of both
  *     rates.plain_softmax         [0] softmax(theta) instead of softmax(sigmoid(theta))
  *     rates.zero_start            [0] start at rate 1/2, as the paper's code does, instead of at the target
  *     importance                  [wanda] magnitude, sparsegpt, sparsegpt squared
  *     epochs, batch_size          [1, 1]
- *     norm_all, dense_stream      [0, 0] loss norms over all tokens; reference from the dense model's own stream
+ *     norm_all, dense_stream      [0, 0] loss norms over all tokens; reference from the dense model's own stream. BESA only
  *     no_projection               [0] leave the sparsity where learning ended
  *     pattern_n, pattern_m        [none] n of every m; not with besa
  *     magnitude_per_row           [0] magnitude: each row at the target instead of each layer
  *     fixed                       [none] layers that stay dense or have a rate of their own
- *     device_memory               [what the device has free; none on the CPU] bytes of backend memory: to fit, activations
- *                                 move to the host, then micro-batches shrink
+ *     device_memory               [31/32 of what the device has free; none on the CPU] bytes of backend memory: to fit,
+ *                                 activations move to the host, then micro-batches shrink
  *
  * MEMORY AND TIME
  *
@@ -93,11 +93,14 @@
  *         weights and pruned weights   2 w N (CUDA: 4 w N, of two blocks)    ranks        2 N bytes
  *         one layer's gradient         4 x largest layer (CUDA: a piece)     rates        7 x 4 x 101 R bytes
  *         X and Yref                   2 a T d                               activations  about a t (13 d + 4 i)
- *         SparseGPT's Hessians         4 (3 d^2 + i^2) bytes                 test stream  a d per token
- *         channel norms                4 d per learning step                 workspace    some MB, more with more threads
- *     Where a device_memory is not enough, the test's activations, Yref and X live in pinned host memory and come batch by
- *     batch while others compute. Nothing grows with the number of blocks. Time is about 10 FLOP per weight and token for BESA, 4 for Wanda and
- *     6.4 for SparseGPT.
+ *         SparseGPT's Hessians         4 (3 d^2 + i^2) bytes                 scores       4 x largest layer, baselines
+ *         channel norms                4 d per batch                         workspace    some MB, more with more threads
+ *         rows of embedding and head   16384 d bytes                         test stream  a d per token, 16384 t of logits,
+ *                                                                                         activations of its own
+ *         pinned host memory           16 MB of weights, 8192 d of rows
+ *     Where device_memory is not enough, the test's activations, Yref and X live in pinned host memory and come batch by
+ *     batch while others compute. Nothing grows with the number of blocks. Time is about 10 FLOP per weight and token for
+ *     BESA, 4 for Wanda and 6.4 for SparseGPT.
  *
  * ERRORS
  *
@@ -114,7 +117,7 @@
  *
  *     Llama 1/2/3, Mistral, Qwen2 and Qwen3 checkpoints in F32, F16 or BF16 safetensors. Level 1 needs POSIX (mmap, flock)
  *     and a little-endian machine. Files are mapped: a source that is truncated while it is read ends the process (SIGBUS).
- *     At most 1024 blocks. N:M patterns are for the baselines.
+ *     At most 1024 blocks; prunable weights of one dtype; widths up to 2^24; 2^36 tokens. N:M patterns are for the baselines.
  *
  * REFERENCES
  *
@@ -219,15 +222,16 @@ BESA_API size_t besa_dtype_size(besa_dtype dtype);
  * "act" is an element of be->activation_dtype; weights have the dtype that the call names; all else is float.
  * Matrices are row-major, weights (R, C) as in Hugging Face checkpoints: y = x W'.
  * Compute operations run in order on the compute queue and may return before they are done; transfers name their
- * queue. A non-zero return is a failure, described in be->error, after which only synchronize, free and destroy are
- * called; after BESA_ERROR_NUMERIC downloads too.
+ * queue. A non-zero return is a failure, described in be->error, after which only synchronize, free, host_free and
+ * destroy are called; after BESA_ERROR_NUMERIC downloads too.
  * Sums are cut by size alone: the same inputs give the same bytes on one device for any thread count. */
 
 /* Operations run on the compute queue. Upload and download carry activations in step with it; stage carries the next
- * block's weights in and the last block's out, and never waits for the others. */
+ * block's weights in and the last block's out, and never waits for the others: the host synchronises it before it
+ * computes with such a block, and compute before such a block goes out. */
 typedef enum besa_queue { BESA_QUEUE_COMPUTE, BESA_QUEUE_UPLOAD, BESA_QUEUE_DOWNLOAD, BESA_QUEUE_STAGE, BESA_QUEUE_COUNT
 } besa_queue;
-#define BESA_EVENT_COUNT 32 /* events are small numbers that order queues */
+#define BESA_EVENT_COUNT 32 /* events are small numbers that order queues; sections streams and pruner use 0 .. 28 */
 
 typedef struct besa_backend besa_backend;
 
@@ -290,8 +294,8 @@ struct besa_backend {
     void *context;                              /* the backend's own */
     besa_dtype activation_dtype;
     int unified_memory;                         /* device pointers are host pointers */
-    size_t gradient_bytes;                      /* weight gradients are made, and used, in pieces of rows of about this
-                                                   size, as a whole one may take a gigabyte; 0: a layer at a time */
+    size_t gradient_bytes;                      /* the pruner makes and uses weight gradients in pieces of 128 rows or more
+                                                   of about this size: a whole one may be a gigabyte. 0: whole ones */
     void *workspace;                            /* scratch of all operations: set by whoever calls them to at least
                                                    workspace_size() bytes, 256-byte aligned, device memory */
     size_t workspace_bytes;
@@ -313,7 +317,8 @@ struct besa_backend {
     besa_result (*record)(besa_backend *be, besa_queue q, int event); /* the event: all that q holds now */
     besa_result (*wait)(besa_backend *be, besa_queue q, int event);   /* q goes on after the event; at once where it was
                                                                          never recorded */
-    besa_result (*elapsed)(besa_backend *be, int first, int second, double *seconds); /* between two events that passed */
+    /* seconds from one event to another: both were recorded, and their queue synchronised since */
+    besa_result (*elapsed)(besa_backend *be, int first, int second, double *seconds);
     besa_result (*synchronize)(besa_backend *be, besa_queue q);       /* the host waits for all of q */
 
     /* ---- matrix products ------------------------------------------------------------------- */
@@ -380,8 +385,8 @@ struct besa_backend {
     /* What = rank >= n[r] ? W : +0; What may be W */
     besa_result (*mask_apply)(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
                               const int32_t *n, int64_t rows, int64_t columns);
-    /* What holds mask_apply's result for before(R) and comes to hold that for n(R); before becomes n. Rows whose n has
-     * not changed are not touched */
+    /* What holds mask_apply's result for before(R) and comes to hold that for n(R); before becomes n. Only weights
+     * whose rank lies between the two need to be touched; what is not w */
     besa_result (*mask_update)(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
                                const int32_t *n, int32_t *before, int64_t rows, int64_t columns);
     /* What = W without its `count` smallest scores over the whole layer, ties by position; What may be W */
@@ -410,8 +415,9 @@ struct besa_backend {
     /* n(R) whose sum is count: with exact_r = columns_r sigmoid(logit(alpha_r) + shift), alpha kept within
      * 1e-7 .. 1 - 1e-7, n_r = floor(exact_r), but not below least_r nor above columns_r, for the largest shift in
      * -60 .. 60 whose sum does not exceed count; what is missing goes, one each, to the largest exact_r - n_r, ties by
-     * row, again and again. A row with 0 columns is left out: its n stays. excess(1) = 0 where that worked; where it
-     * cannot, n stays and excess is by how much the sum of least exceeds count, or -1: an alpha is not finite. */
+     * row, again and again. least <= columns; a row with 0 columns is left out: its n stays. excess(1) = 0 where that
+     * worked; where it cannot, n stays and excess is by how much the sum of least exceeds count, or -1: an alpha is not
+     * finite. Where count exceeds the sum of columns all are pruned. */
     besa_result (*project_counts)(besa_backend *be, int32_t *n, int64_t *excess, const float *alpha, const int32_t *least,
                                   const int32_t *columns, int64_t count, int64_t rows);
 
@@ -580,10 +586,10 @@ BESA_API besa_result besa_rates_optimize(besa_rates *rates, besa_error *error);
  * sum gradients over processes. Either pointer may be NULL. */
 BESA_API int64_t besa_rates_parameters(besa_rates *rates, float **theta, float **grad);
 
-/* From theta as it is, choose n of every row so that exactly floor(target N + 1/2) of the N weights go: one constant is added to every
- * logit(alpha), remainders go to the largest fractional parts, ties by (layer, row). Rows never keep fewer
- * than 0 nor prune fewer than their source zeros; BESA_ERROR_TARGET where those alone exceed the count.
- * Waits for the device. */
+/* From theta as it is, choose n of every row so that exactly floor(target N + 1/2) of the N weights of all layers that are
+ * not fixed go: one constant is added to every logit(alpha), remainders go to the largest fractional parts, ties by
+ * (layer, row). No row prunes more than its columns or fewer than its source zeros; BESA_ERROR_TARGET where those alone
+ * exceed the count, BESA_ERROR_NOT_FINITE for weights or rates. Waits for the device. */
 BESA_API besa_result besa_rates_project(besa_rates *rates, besa_error *error);
 
 /* Copy out a layer's alpha (rows) and n (rows) as of the last forward or projection; host memory or NULL; waits. */
@@ -643,7 +649,7 @@ typedef struct besa_activations {
 } besa_activations;
 
 /* Receives rows first .. first+rows-1 of dL/dW of one layer, dw (rows, C): all R at once where acts->dw has room for them.
- * dw is used again on return. */
+ * dw is used again on return. Anything but BESA_OK ends the backward pass with that result. */
 typedef besa_result (*besa_weight_gradient)(void *user, int layer, int64_t first, int64_t rows, const float *dw);
 
 /* "q_proj" .. "down_proj". */
@@ -681,7 +687,8 @@ BESA_API besa_result besa_block_backward(besa_backend *be, const besa_block *blo
 typedef enum besa_method { BESA_METHOD_BESA, BESA_METHOD_WANDA, BESA_METHOD_SPARSEGPT, BESA_METHOD_MAGNITUDE
 } besa_method;
 
-/* The passes over the calibration tokens of one block, and what a progress report names. */
+/* The passes over the calibration tokens of one block. A progress report names dense to commit, and of a resumed block
+ * commit alone; read and write are only in besa_block_report.seconds. */
 typedef enum besa_pass { BESA_PASS_READ, BESA_PASS_DENSE, BESA_PASS_RANK, BESA_PASS_LEARN, BESA_PASS_COMMIT,
                          BESA_PASS_WRITE, BESA_PASS_COUNT } besa_pass;
 
@@ -747,13 +754,13 @@ typedef struct besa_block_report {
     double loss_all;
     double d;                                   /* Prodigy's d at the end */
     double mean_rate;                           /* mean alpha when learning ended, before the projection */
-    double seconds[BESA_PASS_COUNT];
+    double seconds[BESA_PASS_COUNT];            /* read, write: the host's time; others: the device's, between marks */
 } besa_block_report;
 
 typedef struct besa_pruner besa_pruner;         /* the memory and state that pruning a block takes */
 
 /* Make what is needed to prune blocks of one shape on `nsamples` sequences of `seqlen` tokens: one allocation on the
- * device, one on the host.
+ * device, one on the host. The backend, and options->fixed with its strings, must outlive the pruner.
  * BESA_ERROR_OPTION names the option, BESA_ERROR_MEMORY the bytes wanted. */
 BESA_API besa_result besa_pruner_create(besa_pruner **pruner, besa_backend *be, const besa_block_shape *shape,
                                         besa_dtype dtype, int qk_norm, const besa_prune_options *options,
@@ -854,7 +861,7 @@ typedef struct besa_plan_result {
                                                    embedding or head */
     uint64_t disk_bytes;                        /* of the output's weight files */
     int64_t micro_batch;                        /* sequences per forward pass */
-    double flop;                                /* of all products, the report's and a dense stream's included */
+    double flop;                                /* of all products, a dense stream's included, the report's losses not */
 } besa_plan_result;
 
 /* What to prune on. ids (nsamples, seqlen) from besa_tokens_sample. */
@@ -1029,6 +1036,9 @@ static double besa__seconds(void)
 }
 
 BESA_API size_t besa_dtype_size(besa_dtype dtype) { return dtype == BESA_F32 ? 4 : 2; }
+
+/* Bytes of a rank in a row of so many columns. */
+static size_t besa__rank_bytes(int64_t columns) { return columns > 65536 ? 4 : 2; }
 
 /* A pointer moved by a number of elements. */
 static void *besa__at(void *base, besa_dtype dtype, int64_t elements)
@@ -4417,34 +4427,33 @@ static void besa__cpu_mask_row(void *what, const void *w, besa_dtype dtype, cons
         besa__cpu_mask_16_16((uint16_t *)what, (const uint16_t *)w, rank16, (uint16_t)n, columns);
 }
 
-/* What = rank >= n[r] ? W : +0 */
-static besa_result besa__cpu_mask_apply(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
-                                        const int32_t *n, int64_t rows, int64_t columns)
-{
-    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++)
-        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++)
-            besa__cpu_mask_row(besa__at(what, dtype, r * columns), besa__at_const(w, dtype, r * columns), dtype,
-                               (const unsigned char *)rank + (size_t)(r * columns) * (columns > 65536 ? 4 : 2),
-                               n[r] > 0 ? n[r] : 0, columns);
-    return BESA_OK;
-}
-
-/* The same where what holds the mask of before(R): only rows whose n has changed */
-static besa_result besa__cpu_mask_update(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
-                                         const int32_t *n, int32_t *before, int64_t rows, int64_t columns)
+/* What = rank >= n[r] ? W : +0; with before(R), which becomes n, only rows where the two differ */
+static void besa__cpu_mask_rows(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
+                                const int32_t *n, int32_t *before, int64_t rows, int64_t columns)
 {
     int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
     BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
     for (int64_t task = 0; task < tasks; task++)
         for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
-            if (before[r] == n[r]) continue;
-            before[r] = n[r];
+            if (before && before[r] == n[r]) continue;
+            if (before) before[r] = n[r];
             besa__cpu_mask_row(besa__at(what, dtype, r * columns), besa__at_const(w, dtype, r * columns), dtype,
-                               (const unsigned char *)rank + (size_t)(r * columns) * (columns > 65536 ? 4 : 2),
+                               (const unsigned char *)rank + (size_t)(r * columns) * besa__rank_bytes(columns),
                                n[r] > 0 ? n[r] : 0, columns);
         }
+}
+
+static besa_result besa__cpu_mask_apply(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
+                                        const int32_t *n, int64_t rows, int64_t columns)
+{
+    besa__cpu_mask_rows(be, what, w, dtype, rank, n, NULL, rows, columns);
+    return BESA_OK;
+}
+
+static besa_result besa__cpu_mask_update(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
+                                         const int32_t *n, int32_t *before, int64_t rows, int64_t columns)
+{
+    besa__cpu_mask_rows(be, what, w, dtype, rank, n, before, rows, columns);
     return BESA_OK;
 }
 
@@ -4700,7 +4709,7 @@ static besa_result besa__cpu_bucket_gradient(besa_backend *be, float *sums, cons
                                              int64_t columns, int64_t buckets)
 {
     int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
-    int64_t width = (int64_t)besa_dtype_size(dtype), rank_width = columns > 65536 ? 4 : 2;
+    int64_t width = (int64_t)besa_dtype_size(dtype), rank_width = (int64_t)besa__rank_bytes(columns);
     besa__arena work = besa__cpu_work(be);
     besa__cpu_cells cells;
     size_t stride = besa__cpu_cells_place(&work, &cells, columns, buckets);
@@ -5613,7 +5622,7 @@ BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *
 #endif
 
 /* ============================================================================================
- * // >>rates                 importance, ranks, learnable rates, the exact projection (level 3)
+ * // >>rates                 importance, ranks, learnable rates (level 3)
  * ============================================================================================
  * Owns besa_rates: what is learned, per layer and together. Calls the backend table; knows layers, not blocks.
  *
@@ -5635,7 +5644,7 @@ typedef struct besa__rate_layer {
     int32_t *zeros, *n;                         /* (R) source zeros; weights pruned */
     int32_t *columns;                           /* (R) C of each row, 0 where the layer is fixed */
     int32_t *masked;                            /* (R) the n that besa__rates_remask masked by last */
-    float *alpha;                               /* (R); these five are the layer's part of the rates' arrays */
+    float *alpha;                               /* (R); zeros, n, columns, masked, alpha: parts of the rates' arrays */
     float *sums;                                /* (R,D) bucket sums of dW * W */
 } besa__rate_layer;
 
@@ -5687,6 +5696,26 @@ static float besa__solve_tilt(double target, int candidates)
     return (float)(fabs(high) < 1e-6 ? 0.0 : 0.5 * (low + high));
 }
 
+/* The extreme mean rate that sigmoids can reach: every candidate's logit moves by at most s/2 either way, and the
+ * best choice raises all candidates on one side of a cut. high 1: the largest rate; 0: the smallest. */
+BESA__UNUSED static double besa__reachable_rate(const besa_rates *rates, int high)
+{
+    double scale = rates->options.layer_scale + rates->options.row_scale, best = high ? 0 : 1;
+    double all[2] = {0, 0}, upper[2] = {0, 0}; /* sums of exp(c p) and exp(c p) p over all candidates; over d <= cut */
+    int last = rates->options.candidates;
+    for (int pass = 0; pass < 2; pass++)
+        for (int d = 0; d <= last; d++) {
+            double p = 1.0 - (double)d / last, weight = exp((double)rates->tilt * (p - (rates->tilt > 0)));
+            double *sums = pass ? upper : all, up = exp(high ? 0.5 * scale : -0.5 * scale);
+            sums[0] += weight;
+            sums[1] += weight * p;
+            if (!pass) continue;
+            double rate = (up * upper[1] + (all[1] - upper[1]) / up) / (up * upper[0] + (all[0] - upper[0]) / up);
+            if (high ? rate > best : rate < best) best = rate;
+        }
+    return best;
+}
+
 /* Check the options and fill in what 0 stands for; to be done once, as BESA_NONE becomes 0. */
 static besa_result besa__rate_defaults(besa_rate_options *o, besa_error *error)
 {
@@ -5724,8 +5753,6 @@ static besa_result besa__rate_defaults(besa_rate_options *o, besa_error *error)
         return besa__fail(error, BESA_ERROR_OPTION, "beta1 %g and beta2 %g: expected 0 <= beta < 1", o->beta1, o->beta2);
     return BESA_OK;
 }
-
-static size_t besa__rank_bytes(int64_t columns) { return columns > 65536 ? 4 : 2; }
 
 /* The ranks of a layer from one row on. */
 static void *besa__rate_rank(const besa__rate_layer *layer, int64_t row)
@@ -5817,17 +5844,23 @@ static void besa__rates_place(besa_rates *rates, besa__rate_layer *storage, cons
     rates->mean = besa__take_floats(arena, 1);
 }
 
-/* Weights of the learned layers, and each one's share of them. */
-static int64_t besa__rates_share(besa_rates *rates)
+/* Weights of the learned layers. */
+static int64_t besa__rates_learned(const besa_rates *rates)
 {
     int64_t total = 0;
     for (int i = 0; i < rates->count; i++)
         if (rates->layer[i].fixed < 0) total += rates->layer[i].shape.rows * rates->layer[i].shape.columns;
+    return total;
+}
+
+/* Each layer's share of them. */
+static void besa__rates_share(besa_rates *rates)
+{
+    double total = (double)besa__rates_learned(rates);
     for (int i = 0; i < rates->count; i++) {
         besa__rate_layer *layer = &rates->layer[i];
-        layer->share = layer->fixed < 0 ? (double)(layer->shape.rows * layer->shape.columns) / (double)total : 0;
+        layer->share = layer->fixed < 0 ? (double)(layer->shape.rows * layer->shape.columns) / total : 0;
     }
-    return total;
 }
 
 /* bucket[rank] = the largest candidate d with rank < k_d = ((D - d) C) / D: the weight is pruned by candidates 0 .. d. */
@@ -5944,6 +5977,9 @@ static besa_result besa__rates_rank_scaled(besa_rates *rates, int index, const v
     return be->count_zeros(be, layer->zeros, rates->not_finite + index, w, layer->shape.dtype, rows, columns);
 }
 
+/* An array over the parameters from `offset` on; NULL where the form has none. */
+static float *besa__theta(float *parameters, int64_t offset) { return offset < 0 ? NULL : parameters + offset; }
+
 static besa_result besa__rates_forward(besa_rates *rates)
 {
     besa_backend *be = rates->be;
@@ -5951,9 +5987,8 @@ static besa_result besa__rates_forward(besa_rates *rates)
     for (int i = 0; i < rates->count; i++) {
         besa__rate_layer *layer = &rates->layer[i];
         if (layer->fixed >= 0) continue;
-        const float *theta_layer = layer->theta_layer < 0 ? NULL : rates->theta + layer->theta_layer;
-        const float *theta_row = layer->theta_row < 0 ? NULL : rates->theta + layer->theta_row;
-        BESA__TRY(be->rate_forward(be, layer->alpha, layer->n, theta_layer, theta_row, layer->zeros, &layer->rate));
+        BESA__TRY(be->rate_forward(be, layer->alpha, layer->n, besa__theta(rates->theta, layer->theta_layer),
+                                   besa__theta(rates->theta, layer->theta_row), layer->zeros, &layer->rate));
         BESA__TRY(be->rate_mean(be, rates->mean, layer->alpha, (float)layer->share, !first, layer->shape.rows));
         first = 0;
     }
@@ -6005,18 +6040,18 @@ static besa_result besa__rates_backward(besa_rates *rates)
         penalty.mean = rates->mean;
         penalty.coefficient = (float)(2 * rates->options.penalty / (t * t) * layer->share);
         penalty.target = (float)t;
-        float *dlayer = layer->theta_layer < 0 ? NULL : rates->grad + layer->theta_layer;
-        float *drow = layer->theta_row < 0 ? NULL : rates->grad + layer->theta_row;
-        const float *theta_layer = layer->theta_layer < 0 ? NULL : rates->theta + layer->theta_layer;
-        const float *theta_row = layer->theta_row < 0 ? NULL : rates->theta + layer->theta_row;
-        BESA__TRY(be->rate_backward(be, dlayer, drow, layer->sums, theta_layer, theta_row, &penalty, &layer->rate));
+        BESA__TRY(be->rate_backward(be, besa__theta(rates->grad, layer->theta_layer), besa__theta(rates->grad, layer->theta_row),
+                                    layer->sums, besa__theta(rates->theta, layer->theta_layer),
+                                    besa__theta(rates->theta, layer->theta_row), &penalty, &layer->rate));
         size_t bytes = (size_t)(layer->shape.rows * (layer->rate.candidates - 1)) * sizeof(float);
         BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, layer->sums, bytes));
     }
     return BESA_OK;
 }
 
-/* // >>optimisers            one step over the theta of all layers
+/* ============================================================================================
+ * // >>optimisers            one step over the theta of all layers
+ * ============================================================================================
  * Prodigy (arXiv 2306.06101) estimates its own step size d from how far theta has come along the gradients:
  *     dlr = d lr,     gain = (d / d0) dlr,     num = beta3 num + gain <g, theta0 - theta>
  *     m = beta1 m + (1 - beta1) d g,   v = beta2 v + (1 - beta2) d^2 g^2,   s = beta3 s + gain g
@@ -6050,14 +6085,18 @@ static besa_result besa__rates_optimize(besa_rates *rates)
     return rates->be->optimizer_step(rates->be, &step);
 }
 
-/* // >>projection            the exact count
+/* ============================================================================================
+ * // >>projection            the exact count; the public functions of level 3
+ * ============================================================================================
  * All learned rows are shifted together in logit space until exactly floor(target N + 1/2) weights go, N of the learned
- * layers. Does not wait: rates->excess tells whether it worked. */
-static int64_t besa__rates_count(besa_rates *rates)
+ * layers. The search is be->project_counts (besa__cpu_project). */
+
+static int64_t besa__rates_count(const besa_rates *rates)
 {
-    return (int64_t)floor(rates->options.target * (double)besa__rates_share(rates) + 0.5);
+    return (int64_t)floor(rates->options.target * (double)besa__rates_learned(rates) + 0.5);
 }
 
+/* Does not wait: rates->excess tells whether it worked. */
 static besa_result besa__rates_project(besa_rates *rates)
 {
     besa_backend *be = rates->be;
@@ -6067,7 +6106,7 @@ static besa_result besa__rates_project(besa_rates *rates)
 }
 
 /* What came back in rates->excess. */
-static besa_result besa__check_excess(besa_rates *rates, int64_t excess, besa_error *error)
+static besa_result besa__check_excess(const besa_rates *rates, int64_t excess, besa_error *error)
 {
     if (excess < 0) return besa__fail(error, BESA_ERROR_NOT_FINITE, "rates are not finite: a gradient was not");
     if (excess == 0) return BESA_OK;
@@ -6097,7 +6136,7 @@ static besa_result besa__check_weights(besa_rates *rates)
     return BESA_OK;
 }
 
-/* Likewise. */
+/* What be->project_counts found, NaN weights first. Waits for the device. */
 static besa_result besa__check_projection(besa_rates *rates)
 {
     besa_backend *be = rates->be;
@@ -6517,8 +6556,8 @@ static besa_result besa__qkv_forward(besa_backend *be, const besa_block *b, besa
     return be->rope(be, acts->k, b->rope_cos, b->rope_sin, tokens, seqlen, kv_heads, dh, 1);
 }
 
-/* y NULL: only the layers' inputs are wanted, and the last product is left out. keep: acts->h1 is wanted afterwards, as the
- * backward pass does; else h1 becomes y where it stands. */
+/* y NULL: stop after the layers' inputs. keep 1: leave h1 in acts for a backward pass; 0: y holds h1 on the way, which
+ * saves a copy. */
 static besa_result besa__block_forward(besa_backend *be, const besa_block *b, besa_activations *acts, const void *x,
                                        void *y, int64_t batch, int64_t seqlen, int keep)
 {
@@ -6668,6 +6707,8 @@ BESA_API besa_result besa_block_backward(besa_backend *be, const besa_block *blo
  * resident stream is one array on the device. A streamed one lies in pinned host memory and comes through two slots on
  * the device: while one is computed on, the next chunk is on its way up and the last on its way home. */
 
+enum { BESA__MARK_START, BESA__MARK_DENSE, BESA__MARK_RANK, BESA__MARK_LEARN, BESA__MARK_COMMIT, BESA__MARKS }; /* the first
+                                                   events: a block begins, its passes end */
 enum { BESA__STREAM_EVENTS = 6 };               /* of each slot: it is filled, computed on, home */
 enum { BESA__STREAM_X, BESA__STREAM_YREF, BESA__STREAM_DENSE, BESA__STREAM_TEST }; /* which events are whose */
 
@@ -6689,7 +6730,7 @@ static void besa__stream_init(besa__stream *s, besa_backend *be, int which, int6
     s->count = s->chunk = count;
     s->seqlen = seqlen;
     s->width = width;
-    s->event = BESA_PASS_COUNT + which * BESA__STREAM_EVENTS; /* the first few are marks between passes */
+    s->event = BESA__MARKS + which * BESA__STREAM_EVENTS;
     BESA_ASSERT(s->event + BESA__STREAM_EVENTS <= BESA_EVENT_COUNT);
 }
 
@@ -6722,7 +6763,8 @@ static void besa__stream_place(besa__stream *s, besa__arena *device, besa__arena
     for (int i = 0; i < 2; i++) s->slot[i] = s->streamed ? besa__take(device, chunk) : NULL;
 }
 
-/* Start a chunk on its way into a slot, once the slot is free and what came home from either is there. */
+/* Send a chunk on its way up into a slot: after what computes on the slot, and after both slots' last downloads, as the
+ * chunk may be what they brought home. */
 static besa_result besa__stream_fetch(besa__stream *s, int slot, int64_t first, int64_t count)
 {
     besa_backend *be = s->be;
@@ -6743,7 +6785,7 @@ static int besa__stream_find(const besa__stream *s, int64_t first, int64_t count
 }
 
 /* *x = the sequences from `first`, on the device until close. Sequences that will be opened next, `next` of them from
- * next_first, are sent for in advance. */
+ * next_first, are sent for in advance. A chunk that is found in its slot may still be on its way home. */
 static besa_result besa__stream_open(besa__stream *s, int64_t first, int64_t count, int64_t next_first, int64_t next,
                                      void **x)
 {
@@ -6753,7 +6795,7 @@ static besa_result besa__stream_open(besa__stream *s, int64_t first, int64_t cou
     int slot = besa__stream_find(s, first, count);
     if (slot < 0) BESA__TRY(besa__stream_fetch(s, slot = 1 - s->open, first, count));
     BESA__TRY(be->wait(be, BESA_QUEUE_COMPUTE, besa__stream_filled(s, slot)));
-    BESA__TRY(be->wait(be, BESA_QUEUE_COMPUTE, besa__stream_home(s, slot))); /* it may be written to */
+    BESA__TRY(be->wait(be, BESA_QUEUE_COMPUTE, besa__stream_home(s, slot))); /* x may be written to */
     s->open = slot;
     *x = s->slot[slot];
     if (next < 1 || besa__stream_find(s, next_first, next) >= 0) return BESA_OK;
@@ -6790,19 +6832,6 @@ static besa_result besa__stream_close(besa__stream *s, int changed)
     return be->record(be, BESA_QUEUE_DOWNLOAD, besa__stream_home(s, slot));
 }
 
-/* X = F(W, X), chunk by chunk. */
-static besa_result besa__stream_forward(besa__stream *s, const besa_block *block, besa_activations *acts)
-{
-    for (int64_t i = 0, count; i < s->count; i += count) {
-        void *x;
-        count = besa__min(s->chunk, s->count - i);
-        BESA__TRY(besa__stream_open(s, i, count, i + count, besa__min(s->chunk, s->count - i - count), &x));
-        BESA__TRY(besa__block_forward(s->be, block, acts, x, x, count, s->seqlen, 0));
-        BESA__TRY(besa__stream_close(s, 1));
-    }
-    return BESA_OK;
-}
-
 /* ============================================================================================
  * // >>pruner                pruning one block: the passes over its calibration tokens (level 2)
  * ============================================================================================
@@ -6833,6 +6862,8 @@ typedef struct besa__meter {
     double units, done;                         /* of work: per block; in this block */
 } besa__meter;
 
+enum { BESA__DENSE, BESA__WRITTEN };            /* weights that zeros are counted of */
+
 /* What comes back of a block, in pinned host memory. */
 typedef struct besa__results {
     float losses[BESA__LOSSES], mean;
@@ -6857,7 +6888,7 @@ struct besa_pruner {
     besa_rates rates;
     besa__rate_layer layer[BESA_LAYERS];
     double fixed[BESA_LAYERS];                  /* of this block: sparsity, or negative: the method decides */
-    besa__stream yref;                          /* (reference, seqlen, d), unless there is a dense stream */
+    besa__stream yref;                          /* (reference, seqlen, d); not placed where there is a dense stream */
     void *y;                                    /* (chunk, seqlen, d) act */
     float *channel_sumsq;                       /* (norms, d) of Yref: of every optimiser's batch, or one of all */
     float *losses;                              /* (BESA__LOSSES) */
@@ -6868,18 +6899,10 @@ struct besa_pruner {
                                                    acts.dw where BESA learns, which may hold less */
     int64_t scores_count;                       /* floats that scores has room for */
     float *slab_error;                          /* (R, 128), SparseGPT only */
-    int32_t *counts, *not_finite;               /* (2, rows) zeros, (2, BESA_LAYERS): dense, written */
+    int32_t *counts, *not_finite;               /* (2, rows) zeros, (2, BESA_LAYERS): DENSE, WRITTEN */
     besa__results *results;                     /* host */
     int32_t *results_counts;                    /* host (2, rows) */
 };
-
-/* Add the seconds since *clock to *total and move *clock on. */
-static void besa__lap(double *clock, double *total)
-{
-    double now = besa__seconds();
-    *total += now - *clock;
-    *clock = now;
-}
 
 /* Count `units` of work as done, do what else is due, and tell the callback. */
 static besa_result besa__tick(besa__meter *meter, besa_pass pass, double units, besa_error *error)
@@ -7154,7 +7177,7 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     p->meter.user = o->user;
     p->meter.blocks = 1;
     p->meter.start = p->meter.began = besa__seconds();
-    p->meter.units = 2.5 + (learns ? 3 * (double)o->epochs : 0);
+    p->meter.units = 2.5 + (learns ? 3 * (double)o->epochs : 0); /* dense, half for rank, commit; as the passes tick */
     if (o->method == BESA_METHOD_SPARSEGPT) return BESA_OK;
     besa_rate_options rates = options->rates;   /* as the caller gave them: the rates fill in the defaults themselves */
     rates.target = o->rates.target;
@@ -7201,7 +7224,7 @@ static besa_result besa__pruner_start(besa_pruner *p)
 
 /* ---- the passes ---------------------------------------------------------------------------- */
 
-/* Sequence `index` of an array of (.., seqlen, d). */
+/* Sequence `index` of an array of (.., seqlen, d); yref has these sizes with a dense stream too. */
 static void *besa__sequence(const besa_pruner *p, void *x, int64_t index) { return besa__stream_at(&p->yref, x, index); }
 
 /* Sequences of the next chunk of a pass over all of them: the report's are kept apart, and those with a reference. */
@@ -7213,12 +7236,12 @@ static int64_t besa__chunk_at(const besa_pruner *p, int64_t first)
 }
 
 /* What a pass goes through: the block's inputs, and the outputs to come close to: yref, or the dense stream. */
-typedef struct besa__data {
+typedef struct besa__pass_data {
     besa__stream *x, *target;
-} besa__data;
+} besa__pass_data;
 
 /* Open a chunk of the inputs and, where there is one, of the reference. */
-static besa_result besa__data_open(const besa_pruner *p, const besa__data *data, int64_t first, int64_t count,
+static besa_result besa__data_open(const besa_pruner *p, const besa__pass_data *data, int64_t first, int64_t count,
                                    int64_t next_first, int64_t next, void **x, void **yref)
 {
     int64_t referenced = next_first + next <= p->reference ? next : 0;
@@ -7227,14 +7250,14 @@ static besa_result besa__data_open(const besa_pruner *p, const besa__data *data,
     return first < p->reference ? besa__stream_open(data->target, first, count, next_first, referenced, yref) : BESA_OK;
 }
 
-static besa_result besa__data_close(const besa__data *data, int x_changed, const void *yref)
+static besa_result besa__data_close(const besa__pass_data *data, int x_changed, const void *yref)
 {
     BESA__TRY(besa__stream_close(data->x, x_changed));
     return yref ? besa__stream_close(data->target, 0) : BESA_OK;
 }
 
-/* One stretch of sequences that share channel norms: which norms, how many sequences of the chunk, and of how many the
- * norms are. */
+/* A run of sequences with the same channel norms: row `norms` of channel_sumsq, `count` sequences, out of the `of` that the
+ * norms were summed over. */
 typedef struct besa__normed {
     int64_t norms, count, of;
 } besa__normed;
@@ -7320,7 +7343,7 @@ static besa_result besa__clear_sums(besa_pruner *p)
 }
 
 /* One chunk of pass 1. */
-static besa_result besa__dense_chunk(besa_pruner *p, const besa_block *block, const besa__data *data, int64_t first,
+static besa_result besa__dense_chunk(besa_pruner *p, const besa_block *block, const besa__pass_data *data, int64_t first,
                                      int64_t count, int64_t next)
 {
     besa_backend *be = p->be;
@@ -7341,7 +7364,7 @@ static besa_result besa__dense_chunk(besa_pruner *p, const besa_block *block, co
 }
 
 /* Pass 1. The dense block over all sequences: statistics, and Yref as far as it is needed. */
-static besa_result besa__dense_pass(besa_pruner *p, const besa_block *block, const besa__data *data, besa_error *error)
+static besa_result besa__dense_pass(besa_pruner *p, const besa_block *block, const besa__pass_data *data, besa_error *error)
 {
     int64_t last = besa__uses_magnitude(&p->options) ? p->reference : p->nsamples;
     BESA__TRY(besa__pass_error(p->be, besa__clear_sums(p), error));
@@ -7453,7 +7476,7 @@ static besa_result besa__mask_learned(besa_pruner *p, const besa_block *block, v
 }
 
 /* The loss of a block on the report's sequences, into one slot. */
-static besa_result besa__report_loss(besa_pruner *p, const besa_block *masked, const besa__data *data, int slot)
+static besa_result besa__report_loss(besa_pruner *p, const besa_block *masked, const besa__pass_data *data, int slot)
 {
     int64_t last = besa__min(BESA__REPORT_SEQUENCES, p->reference);
     for (int64_t i = 0, count; i < last; i += count) {
@@ -7468,9 +7491,9 @@ static besa_result besa__report_loss(besa_pruner *p, const besa_block *masked, c
 }
 
 /* The uniform mask, floor(target C) of every row, and the mask at the start of learning: measured once where learning
- * starts at the target, as the two then differ by the rounding of a few rows at most. */
+ * starts at the target, as the two masks then differ in a few rows by rounding. */
 static besa_result besa__losses_before(besa_pruner *p, const besa_block *block, const besa_block *masked,
-                                       void *const pruned[BESA_LAYERS], const besa__data *data)
+                                       void *const pruned[BESA_LAYERS], const besa__pass_data *data)
 {
     for (int i = 0; i < BESA_LAYERS; i++)
         if (p->rates.layer[i].fixed < 0) BESA__TRY(besa__uniform_counts(&p->rates, i, p->options.rates.target));
@@ -7504,11 +7527,10 @@ static int64_t besa__piece_at(const besa_pruner *p, int64_t first)
 }
 
 /* One optimiser step on sequences first .. first + batch - 1, piece by piece. */
-static besa_result besa__learn_step(besa_pruner *p, const besa__backward *backward, void *const pruned[BESA_LAYERS],
-                                    const besa__data *data, int64_t first)
+static besa_result besa__learn_step(besa_pruner *p, const besa_block *dense, const besa__backward *backward,
+                                    void *const pruned[BESA_LAYERS], const besa__pass_data *data, int64_t first)
 {
     besa_backend *be = p->be;
-    const besa_block *dense = ((const besa__learner *)backward->user)->block;
     int64_t end = besa__min(first + p->options.batch_size, p->nsamples);
     BESA__TRY(besa__rates_forward(&p->rates));
     BESA__TRY(besa__mask_learned(p, dense, pruned, 0));
@@ -7532,7 +7554,7 @@ static besa_result besa__learn_step(besa_pruner *p, const besa__backward *backwa
 
 /* Pass 3. BESA: learn the rates, one optimiser step per batch of sequences. */
 static besa_result besa__learn_pass(besa_pruner *p, const besa_block *block, const besa_block *masked,
-                                    void *const pruned[BESA_LAYERS], const besa__data *data, besa_error *error)
+                                    void *const pruned[BESA_LAYERS], const besa__pass_data *data, besa_error *error)
 {
     int64_t batch = p->options.batch_size, batches = besa__parts(p->nsamples, batch), steps = p->options.epochs * batches;
     besa__learner learner = {p, block};
@@ -7549,7 +7571,7 @@ static besa_result besa__learn_pass(besa_pruner *p, const besa_block *block, con
     if (backward.layers == 0) return BESA_OK;
     BESA__TRY(besa__pass_error(p->be, besa__losses_before(p, block, masked, pruned, data), error));
     for (int64_t s = 0; s < steps; s++) {
-        BESA__TRY(besa__pass_error(p->be, besa__learn_step(p, &backward, pruned, data, s % batches * batch), error));
+        BESA__TRY(besa__pass_error(p->be, besa__learn_step(p, block, &backward, pruned, data, s % batches * batch), error));
         BESA__TRY(besa__tick(&p->meter, BESA_PASS_LEARN, 3.0 / (double)batches, error));
         if (!p->options.step) continue;
         besa_step step = {p->meter.block, s + 1, steps, &p->rates, p->be, p->losses + BESA__LOSS_STEP};
@@ -7569,7 +7591,7 @@ static besa_result besa__final_masks(besa_pruner *p, const besa_block *block, vo
 }
 
 /* Pass 4. X = F(What, X), and the loss on the way. */
-static besa_result besa__commit_pass(besa_pruner *p, const besa_block *masked, const besa__data *data, besa_error *error)
+static besa_result besa__commit_pass(besa_pruner *p, const besa_block *masked, const besa__pass_data *data, besa_error *error)
 {
     besa_backend *be = p->be;
     int64_t shown = besa__min(BESA__REPORT_SEQUENCES, p->reference);
@@ -7587,27 +7609,9 @@ static besa_result besa__commit_pass(besa_pruner *p, const besa_block *masked, c
     return BESA_OK;
 }
 
-/* A stream through a block, cut as the passes cut it: the same bytes. */
-static besa_result besa__pass_forward(besa_pruner *p, besa__stream *s, const besa_block *block)
-{
-    for (int64_t i = 0, count; i < s->count; i += count) {
-        void *x;
-        count = besa__chunk_at(p, i);
-        int64_t next = i + count < s->count ? besa__chunk_at(p, i + count) : 0;
-        BESA__TRY(besa__stream_open(s, i, count, i + count, next, &x));
-        BESA__TRY(besa__block_forward(p->be, block, &p->acts, x, x, count, p->seqlen, 0));
-        BESA__TRY(besa__stream_close(s, 1));
-    }
-    return BESA_OK;
-}
-
 /* ---- what comes back ----------------------------------------------------------------------- */
 
-enum { BESA__MARK_START, BESA__MARK_DENSE, BESA__MARK_RANK, BESA__MARK_LEARN, BESA__MARK_COMMIT }; /* events, after passes */
-
 static besa_result besa__mark_pass(besa_pruner *p, int mark) { return p->be->record(p->be, BESA_QUEUE_COMPUTE, mark); }
-
-enum { BESA__DENSE, BESA__WRITTEN };
 
 /* Zeros of every row, and what is not finite, of the dense weights or of those written. */
 static besa_result besa__count_layers(besa_pruner *p, const void *const weight[BESA_LAYERS], int which)
@@ -7733,7 +7737,7 @@ static besa_result besa__report_block(besa_pruner *p, const char *name, besa_blo
 
 /* All passes. */
 static besa_result besa__pruner_passes(besa_pruner *p, const besa_block *block, const besa_block *masked,
-                                       const besa__data *data, void *const pruned[BESA_LAYERS], besa_error *error)
+                                       const besa__pass_data *data, void *const pruned[BESA_LAYERS], besa_error *error)
 {
     besa_backend *be = p->be;
     BESA__TRY(besa__pass_error(be, besa__mark_pass(p, BESA__MARK_START), error));
@@ -7759,7 +7763,7 @@ static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, con
                                     besa_error *error)
 {
     besa_block masked = *block;
-    besa__data data = {x, dense ? dense : &p->yref};
+    besa__pass_data data = {x, dense ? dense : &p->yref};
     memset(report, 0, sizeof *report);
     p->meter.done = 0;
     x->chunk = data.target->chunk = p->chunk;
@@ -7880,9 +7884,9 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
 #define BESA__SYNC ((size_t)64 << 20)           /* bytes of a block that are written between syncs */
 
 /* A block's checksum; .end is the journal's size with the line "run" [0], "copied" [1], and that of block b [b + 2]. */
-typedef struct besa__mark {
+typedef struct besa__journal_mark {
     uint64_t checksum, end;
-} besa__mark;
+} besa__journal_mark;
 
 typedef struct besa__writer {
     const besa_checkpoint *checkpoint;
@@ -7896,7 +7900,7 @@ typedef struct besa__writer {
     int worthless;                              /* nothing in it is worth keeping: a failure deletes it */
     int copied;                                 /* all but the prunable weights is on disk */
     int64_t blocks, done;
-    besa__mark *marks;                          /* (blocks + 2) */
+    besa__journal_mark *marks;                          /* (blocks + 2) */
     uint64_t journal_end;
     besa__block_tensors current;                /* of block number done */
     uint64_t hash[BESA_LAYERS];                 /* of its weights, as far as written */
@@ -8377,7 +8381,7 @@ static besa_result besa__writer_init(besa__writer *w, const char *output, besa_e
     w->aside_name = (char *)memcpy(memory, w->partial_name, m);
     memcpy(w->aside_name + m, aside, sizeof aside);
     BESA__TRY(besa__malloc(&memory, ((size_t)w->blocks + 2) * sizeof *w->marks, "the journal", error));
-    w->marks = (besa__mark *)memset(memory, 0, ((size_t)w->blocks + 2) * sizeof *w->marks);
+    w->marks = (besa__journal_mark *)memset(memory, 0, ((size_t)w->blocks + 2) * sizeof *w->marks);
     BESA__TRY(besa__malloc(&memory, (size_t)c->num_shards * sizeof(int), "the shards", error));
     w->files = (int *)memset(memory, 0xFF, (size_t)c->num_shards * sizeof(int));
     BESA__TRY(besa__malloc(&memory, (size_t)c->num_tensors, "the tensor table", error));
@@ -8553,7 +8557,7 @@ typedef struct besa__transfer {
     besa__block_tensors tensors;
     int layer;
     size_t at, moved, total;                    /* bytes: of this layer, of all */
-    size_t piece;                               /* bytes in the staging that are on their way out, to be written */
+    size_t piece;                               /* out: bytes of piece_out that are on their way, not yet written */
     double seconds;                             /* that the host has spent on it */
 } besa__transfer;
 
@@ -8572,7 +8576,8 @@ typedef struct besa__run {
     besa__transfer in, out;
     /* device */
     void *device;
-    besa__room room[2];                         /* block b lies in b % 2, or in 0 with unified memory */
+    besa__room room[2];                         /* block b lies in b % 2, or in 0 with unified memory: b is out before
+                                                   b + 2 comes in */
     void *pruned[2][BESA_LAYERS];               /* likewise */
     float *rope_cos, *rope_sin;
     void *rows;                                 /* embedding rows of one chunk, or head rows, in the file's dtype */
@@ -8781,6 +8786,14 @@ static void besa__run_close(besa__run *run)
 
 /* ---- blocks in ----------------------------------------------------------------------------- */
 
+/* Add the seconds since *clock to *total and move *clock on. */
+static void besa__lap(double *clock, double *total)
+{
+    double now = besa__seconds();
+    *total += now - *clock;
+    *clock = now;
+}
+
 /* count elements of a mapped tensor from `first`, as floats; the tensor's address may be odd. */
 static besa_result besa__tensor_floats(float *out, const besa_tensor *tensor, int64_t first, int64_t count,
                                        besa_error *error)
@@ -8840,7 +8853,8 @@ static void besa__transfer_move(besa__transfer *t, size_t size)
     t->at = 0;
 }
 
-/* Begin to bring a block to the device: its vectors; the system is told of its weights. */
+/* Begin to bring a block to the device: its vectors, which the last block's are through with (besa__in_finish); the system
+ * is told of its weights. */
 static besa_result besa__in_begin(besa__run *run, int64_t index, besa_error *error)
 {
     besa__room *room = &run->room[besa__room_of(run, index)];
@@ -8858,7 +8872,7 @@ static besa_result besa__in_begin(besa__run *run, int64_t index, besa_error *err
 }
 
 /* Bring weights until `target` bytes of them are on their way: from the map, through the staging where memory is not
- * unified. What waits here are copies alone. */
+ * unified. The host waits here for copies, never for compute. */
 static besa_result besa__in_share(besa__run *run, size_t target, besa_error *error)
 {
     besa_backend *be = run->be;
@@ -8910,7 +8924,7 @@ static besa_result besa__in_finish(besa__run *run, int64_t index, besa_block *bl
 
 /* ---- blocks out ---------------------------------------------------------------------------- */
 
-/* Take pruned weights out until `target` bytes of them are written. What waits here are copies alone. */
+/* Take pruned weights out until `target` bytes of them are written. The host waits here for copies, never for compute. */
 static besa_result besa__out_share(besa__run *run, size_t target, besa_error *error)
 {
     besa_backend *be = run->be;
@@ -9016,6 +9030,19 @@ static besa_result besa__stream_embed(besa__run *run, besa__stream *s, const int
     return BESA_OK;
 }
 
+/* X = F(W, X), chunk by chunk. */
+static besa_result besa__stream_forward(besa__stream *s, const besa_block *block, besa_activations *acts)
+{
+    for (int64_t i = 0, count; i < s->count; i += count) {
+        void *x;
+        count = besa__min(s->chunk, s->count - i);
+        BESA__TRY(besa__stream_open(s, i, count, i + count, besa__min(s->chunk, s->count - i - count), &x));
+        BESA__TRY(besa__block_forward(s->be, block, acts, x, x, count, s->seqlen, 0));
+        BESA__TRY(besa__stream_close(s, 1));
+    }
+    return BESA_OK;
+}
+
 /* The test stream through a block. Waits, as the block's memory may be used for another afterwards. */
 static besa_result besa__test_forward(besa__run *run, const besa_block *block, besa_error *error)
 {
@@ -9084,6 +9111,7 @@ static besa_result besa__head_pass(besa__run *run, float *out, besa_error *error
     besa__stream *s = &run->test;
     const besa_tensor *head = run->model.head;
     int64_t d = run->config->block.hidden_size, vocab = run->config->vocab_size, step = besa__vocab_chunk(run);
+    besa__use_workspace(be, run->workspace, run->workspace_bytes);
     BESA__TRY(besa__final_norm(run, error));
     BESA__TRY(besa__pass_error(be, besa__load_targets(run), error));
     for (int64_t id = 0; id < vocab; id += step) {
@@ -9132,7 +9160,7 @@ static besa_result besa__test_perplexity(besa__run *run, double *perplexity, dou
 }
 
 /* The dense model over the test stream. */
-static besa_result besa__run_dense(besa__run *run, besa_progress_callback progress, void *user, besa_error *error)
+static besa_result besa__run_test_blocks(besa__run *run, besa_progress_callback progress, void *user, besa_error *error)
 {
     besa__meter meter;
     memset(&meter, 0, sizeof meter);
@@ -9171,7 +9199,7 @@ BESA_API besa_result besa_perplexity(const besa_checkpoint *checkpoint, besa_bac
 {
     besa__run run;
     besa_result result = besa__open_dense(&run, checkpoint, be, ids, windows, seqlen, error);
-    if (result == BESA_OK) result = besa__run_dense(&run, progress, user, error);
+    if (result == BESA_OK) result = besa__run_test_blocks(&run, progress, user, error);
     if (result == BESA_OK) result = besa__test_perplexity(&run, perplexity, nll, error);
     besa__run_close(&run);
     return result;
@@ -9182,7 +9210,7 @@ BESA_API besa_result besa_logits(const besa_checkpoint *checkpoint, besa_backend
 {
     besa__run run;
     besa_result result = besa__open_dense(&run, checkpoint, be, ids, count, seqlen, error);
-    if (result == BESA_OK) result = besa__run_dense(&run, NULL, NULL, error);
+    if (result == BESA_OK) result = besa__run_test_blocks(&run, NULL, NULL, error);
     if (result == BESA_OK) result = besa__head_pass(&run, logits, error);
     besa__run_close(&run);
     return result;
@@ -9316,6 +9344,20 @@ static besa_result besa__report_reloaded(besa__run *run, const besa_block *block
     return besa__pass_error(run->be, result, error);
 }
 
+/* A stream through a block, cut as the passes cut it: the same bytes. */
+static besa_result besa__pass_forward(besa_pruner *p, besa__stream *s, const besa_block *block)
+{
+    for (int64_t i = 0, count; i < s->count; i += count) {
+        void *x;
+        count = besa__chunk_at(p, i);
+        int64_t next = i + count < s->count ? besa__chunk_at(p, i + count) : 0;
+        BESA__TRY(besa__stream_open(s, i, count, i + count, next, &x));
+        BESA__TRY(besa__block_forward(p->be, block, &p->acts, x, x, count, p->seqlen, 0));
+        BESA__TRY(besa__stream_close(s, 1));
+    }
+    return BESA_OK;
+}
+
 /* Take over a block that an earlier run finished; *block comes in dense and leaves pruned. */
 static besa_result besa__reload_block(besa__run *run, int64_t index, besa_block *block, besa_block_report *report,
                                       besa_error *error)
@@ -9366,26 +9408,6 @@ static besa_result besa__run_block(besa__run *run, int64_t index, int64_t done, 
     }
     report->block[index].seconds[BESA_PASS_READ] = read;
     return besa__test_forward(run, &block, error);
-}
-
-/* The extreme mean rate that sigmoids can reach: every candidate's logit moves by at most s/2 either way, and the
- * best choice raises all candidates on one side of a cut. high 1: the largest rate; 0: the smallest. */
-static double besa__reachable_rate(const besa_rates *rates, int high)
-{
-    double scale = rates->options.layer_scale + rates->options.row_scale, best = high ? 0 : 1;
-    double all[2] = {0, 0}, upper[2] = {0, 0}; /* sums of exp(c p) and exp(c p) p over all candidates; over d <= cut */
-    int last = rates->options.candidates;
-    for (int pass = 0; pass < 2; pass++)
-        for (int d = 0; d <= last; d++) {
-            double p = 1.0 - (double)d / last, weight = exp((double)rates->tilt * (p - (rates->tilt > 0)));
-            double *sums = pass ? upper : all, up = exp(high ? 0.5 * scale : -0.5 * scale);
-            sums[0] += weight;
-            sums[1] += weight * p;
-            if (!pass) continue;
-            double rate = (up * upper[1] + (all[1] - upper[1]) / up) / (up * upper[0] + (all[0] - upper[0]) / up);
-            if (high ? rate > best : rate < best) best = rate;
-        }
-    return best;
 }
 
 /* A warning where learning alone cannot reach the target. */

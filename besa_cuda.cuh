@@ -23,7 +23,7 @@
  *   >>cuda-select        radix select, masks of a whole layer
  *   >>cuda-sparsity      scores, zeros, masks, bucketed gradient
  *   >>cuda-ranks         ranks of rows by radix sort
- *   >>cuda-rates         theta -> alpha, n and back
+ *   >>cuda-rates         theta -> alpha, n and back; the exact count
  *   >>cuda-optimizer     Prodigy, AdamW
  *   >>cuda-sparsegpt     factor of the inverse Hessian, slabs
  *   >>cuda-backend       the table, creation, the end
@@ -1972,7 +1972,7 @@ static besa_result besa__cuda_rank_rows(besa_backend *be, void *rank, const floa
 }
 
 /* ============================================================================================
- * // >>cuda-rates            theta -> alpha, n and back
+ * // >>cuda-rates            theta -> alpha, n and back; the exact count
  * ============================================================================================
  * A warp a group. Nothing is kept per candidate: logits are worked out again for each sweep over the candidates. */
 

@@ -111,7 +111,7 @@ static const option options[] = {
     {"optimizer", CHOICE, AT(prune.rates.optimizer), RUN, "prodigy|adamw", "what learns the rates [prodigy]"},
     {"lr", POSITIVE, AT(prune.rates.lr), RUN, "X", "learning rate [prodigy 1, adamw 0.01]"},
     {"d-coef", POSITIVE, AT(prune.rates.d_coef), RUN, "X", "Prodigy: factor on the step size that it finds [5]"},
-    {"weight-decay", NUMBER, AT(prune.rates.weight_decay), RUN, "X", "AdamW [0]"},
+    {"weight-decay", NUMBER, AT(prune.rates.weight_decay), RUN, "X", "decoupled weight decay [0]"},
     {"lambda", PENALTY, AT(prune.rates.penalty), RUN, "X", "weight of the sparsity penalty [1]"},
     {"epochs", COUNT, AT(prune.epochs), RUN, "N", "passes over the calibration sequences [1]"},
     {"batch-size", COUNT, AT(prune.batch_size), RUN, "N", "sequences of a learning step [1]"},
