@@ -23,7 +23,8 @@
  *     }
  *     if (result != BESA_OK) puts(error.message);
  *
- * In the file with BESA_IMPLEMENTATION include besa.h first. Compile with -O3 -fopenmp and link -lm. Without OpenMP one thread runs. examples/quickstart.c is the whole program.
+ * In the file with BESA_IMPLEMENTATION include besa.h first. Compile with -O3 -fopenmp and link -lm. Without OpenMP one
+ * thread runs. examples/quickstart.c is the whole program.
  *
  * CONTENTS: search for the marker
  *
@@ -428,7 +429,8 @@ struct besa_backend {
     besa_result (*hessian_factor)(besa_backend *be, float *h, int32_t *dead, float damping, int64_t columns);
     /* diag(C) = U_jj, +infinity where dead(C) */
     besa_result (*diagonal)(besa_backend *be, float *diag, const float *u, const int32_t *dead, int64_t columns);
-    /* Slab of columns first .. first+width-1 of Wf(R,C), float, in place; first and width are multiples of m: dead columns become 0; pruned are the
+    /* Slab of columns first .. first+width-1 of Wf(R,C), float, in place; first and width are multiples of m: dead
+     * columns become 0; pruned are the
      * floor(width R target) + 1 smallest w^2 / U_jj^2 of the slab as it was, or n of every m (as updated) where
      * m > 0; err(R,width) = w / U_jj of each pruned weight, 0 of a kept one, taken off the slab's later columns */
     besa_result (*sparsegpt_slab)(besa_backend *be, float *wf, float *err, const float *u, const int32_t *dead,
@@ -888,8 +890,8 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
 BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *be, const besa_calibration *calibration,
                                const besa_prune_options *options, besa_plan_result *plan, besa_error *error);
 
-/* Start from a preset, before other options are set: "default"; "published-row", "published-layer": the paper's code, zero start and no exact
- * projection. Only rates.target, fixed rates, budget and callbacks are kept. BESA_ERROR_OPTION. */
+/* Start from a preset, before other options are set: "default"; "published-row", "published-layer": the paper's code,
+ * zero start and no exact projection. Only rates.target, fixed rates, budget and callbacks are kept. BESA_ERROR_OPTION. */
 BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, besa_error *error);
 
 /* Perplexity of (windows, seqlen) ids, block by block: exp of the mean over windows of the mean negative
@@ -1496,7 +1498,7 @@ static const char *besa__json_show(const besa__json_value *value, char *buffer, 
 #include <unistd.h>
 
 #if defined(__GLIBC__) && !defined(__USE_MISC)
-#error "besa.h: POSIX is hidden: include besa.h before other headers where BESA_IMPLEMENTATION is defined, or use -std=gnu11 or -D_DEFAULT_SOURCE"
+#error "besa.h: POSIX is hidden: with BESA_IMPLEMENTATION include it before other headers, or use -std=gnu11"
 #endif
 
 #define BESA__HEADER_LIMIT 100000000u           /* bytes, the format's own limit; ours for any JSON file */
@@ -6040,8 +6042,9 @@ static besa_result besa__rates_backward(besa_rates *rates)
         penalty.mean = rates->mean;
         penalty.coefficient = (float)(2 * rates->options.penalty / (t * t) * layer->share);
         penalty.target = (float)t;
-        BESA__TRY(be->rate_backward(be, besa__theta(rates->grad, layer->theta_layer), besa__theta(rates->grad, layer->theta_row),
-                                    layer->sums, besa__theta(rates->theta, layer->theta_layer),
+        BESA__TRY(be->rate_backward(be, besa__theta(rates->grad, layer->theta_layer),
+                                    besa__theta(rates->grad, layer->theta_row), layer->sums,
+                                    besa__theta(rates->theta, layer->theta_layer),
                                     besa__theta(rates->theta, layer->theta_row), &penalty, &layer->rate));
         size_t bytes = (size_t)(layer->shape.rows * (layer->rate.candidates - 1)) * sizeof(float);
         BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, layer->sums, bytes));
@@ -6494,7 +6497,8 @@ BESA_API size_t besa_activations_size(const besa_backend *be, const besa_block_s
 {
     besa_activations acts;
     besa__arena arena = {NULL, 0};
-    besa__activations_place(&acts, &arena, be->activation_dtype, shape, qk_norm, tokens, backward ? besa__largest_layer(shape) : 0);
+    besa__activations_place(&acts, &arena, be->activation_dtype, shape, qk_norm, tokens,
+                            backward ? besa__largest_layer(shape) : 0);
     return arena.used;
 }
 
@@ -6707,8 +6711,8 @@ BESA_API besa_result besa_block_backward(besa_backend *be, const besa_block *blo
  * resident stream is one array on the device. A streamed one lies in pinned host memory and comes through two slots on
  * the device: while one is computed on, the next chunk is on its way up and the last on its way home. */
 
-enum { BESA__MARK_START, BESA__MARK_DENSE, BESA__MARK_RANK, BESA__MARK_LEARN, BESA__MARK_COMMIT, BESA__MARKS }; /* the first
-                                                   events: a block begins, its passes end */
+/* The first events are marks: a block begins, its passes end. */
+enum { BESA__MARK_START, BESA__MARK_DENSE, BESA__MARK_RANK, BESA__MARK_LEARN, BESA__MARK_COMMIT, BESA__MARKS };
 enum { BESA__STREAM_EVENTS = 6 };               /* of each slot: it is filled, computed on, home */
 enum { BESA__STREAM_X, BESA__STREAM_YREF, BESA__STREAM_DENSE, BESA__STREAM_TEST }; /* which events are whose */
 
@@ -7482,7 +7486,8 @@ static besa_result besa__report_loss(besa_pruner *p, const besa_block *masked, c
     for (int64_t i = 0, count; i < last; i += count) {
         void *x, *yref;
         count = besa__chunk_at(p, i);
-        BESA__TRY(besa__data_open(p, data, i, count, i + count, i + count < last ? besa__chunk_at(p, i + count) : 0, &x, &yref));
+        int64_t next = i + count < last ? besa__chunk_at(p, i + count) : 0;
+        BESA__TRY(besa__data_open(p, data, i, count, i + count, next, &x, &yref));
         BESA__TRY(besa__block_forward(p->be, masked, &p->acts, x, p->y, count, p->seqlen, 0));
         BESA__TRY(besa__pruner_loss(p, p->losses + slot, NULL, p->y, yref, i, count, last));
         BESA__TRY(besa__data_close(data, 0, yref));
@@ -7598,7 +7603,8 @@ static besa_result besa__commit_pass(besa_pruner *p, const besa_block *masked, c
     for (int64_t i = 0, count; i < p->nsamples; i += count) {
         void *x, *yref;
         count = besa__chunk_at(p, i);
-        int64_t next = i + count < p->nsamples ? besa__chunk_at(p, i + count) : 0, of = i < shown ? shown : p->reference - shown;
+        int64_t next = i + count < p->nsamples ? besa__chunk_at(p, i + count) : 0;
+        int64_t of = i < shown ? shown : p->reference - shown;
         float *loss = p->losses + (i < shown ? BESA__LOSS_AFTER : BESA__LOSS_REST);
         BESA__TRY(besa__pass_error(be, besa__data_open(p, data, i, count, i + count, next, &x, &yref), error));
         BESA__TRY(besa__pass_error(be, besa__block_forward(be, masked, &p->acts, x, x, count, p->seqlen, 0), error));
@@ -7671,8 +7677,9 @@ static besa_result besa__check_layers_finite(const besa_pruner *p, const char *n
 {
     for (int i = 0; i < BESA_LAYERS; i++)
         if (p->results->not_finite[which][i] != 0)
-            return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s.weight: %d %sweights are NaN or infinite", name ? name : "",
-                              besa__layer_paths[i], (int)p->results->not_finite[which][i], which == BESA__DENSE ? "" : "pruned ");
+            return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s.weight: %d %sweights are NaN or infinite",
+                              name ? name : "", besa__layer_paths[i], (int)p->results->not_finite[which][i],
+                              which == BESA__DENSE ? "" : "pruned ");
     return BESA_OK;
 }
 
@@ -8648,12 +8655,13 @@ static size_t besa__piece_bytes(const besa__run *run)
     return largest < BESA__CHUNK ? (largest + 7) / 8 * 8 : BESA__CHUNK;
 }
 
-/* Host memory: the largest of embedding rows, the rope tables, and the test's targets and sums; a block's vectors; pieces of weights. */
+/* Host memory: the largest of embedding rows, the rope tables, and the test's targets; a block's vectors; pieces of
+ * weights. */
 static void besa__run_place_host(besa__run *run, besa__arena *host)
 {
     const besa_block_shape *s = &run->config->block;
     int64_t vectors = 2 * s->hidden_size + 2 * s->head_dim, tables = run->positions * s->head_dim;
-    int64_t rows = BESA__CHUNK_TOKENS * s->hidden_size, test = besa__max(run->test.count * run->test.seqlen, 2 * run->test.count);
+    int64_t rows = BESA__CHUNK_TOKENS * s->hidden_size, test = run->test.count * run->test.seqlen; /* 2 or more a window */
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t layer_rows, columns;
         besa_block_layer(s, i, &layer_rows, &columns);
@@ -8843,6 +8851,13 @@ static besa_result besa__transfer_begin(besa__transfer *t, const besa__run *run,
     return BESA_OK;
 }
 
+/* Bytes of its next piece: of one layer, and no more than the staging holds, where memory is not unified. */
+static size_t besa__next_piece(const besa__run *run, const besa__transfer *t)
+{
+    size_t left = t->tensors.weight[t->layer]->bytes - t->at, most = besa__piece_bytes(run);
+    return run->be->unified_memory || left < most ? left : most;
+}
+
 /* Past the next `size` bytes. */
 static void besa__transfer_move(besa__transfer *t, size_t size)
 {
@@ -8882,7 +8897,7 @@ static besa_result besa__in_share(besa__run *run, size_t target, besa_error *err
         const besa_tensor *tensor = in->tensors.weight[in->layer];
         const unsigned char *from = (const unsigned char *)tensor->data + in->at;
         void *to = (unsigned char *)run->room[besa__room_of(run, in->block)].weight[in->layer] + in->at;
-        size_t left = tensor->bytes - in->at, size = run->piece_in && left > besa__piece_bytes(run) ? besa__piece_bytes(run) : left;
+        size_t size = besa__next_piece(run, in);
         if (run->piece_in) {
             BESA__TRY(besa__pass_error(be, be->synchronize(be, BESA_QUEUE_STAGE), error)); /* the piece before has left */
             memcpy(run->piece_in, from, size);
@@ -8932,8 +8947,9 @@ static besa_result besa__out_share(besa__run *run, size_t target, besa_error *er
     double clock = besa__seconds();
     while (out->block >= 0 && out->moved < out->total && out->moved < target) {
         const besa_tensor *tensor = out->tensors.weight[out->layer];
-        const unsigned char *from = (const unsigned char *)run->pruned[besa__room_of(run, out->block)][out->layer] + out->at;
-        size_t left = tensor->bytes - out->at, size = run->piece_out && left > besa__piece_bytes(run) ? besa__piece_bytes(run) : left;
+        void *const *pruned = run->pruned[besa__room_of(run, out->block)];
+        const unsigned char *from = (const unsigned char *)pruned[out->layer] + out->at;
+        size_t size = besa__next_piece(run, out);
         if (run->piece_out && out->piece == 0) {
             BESA__TRY(besa__pass_error(be, be->download(be, BESA_QUEUE_STAGE, run->piece_out, from, size), error));
             out->piece = size;
