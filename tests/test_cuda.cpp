@@ -822,6 +822,16 @@ static void test_pipeline(void)
     TEST("pipeline, wanda, fp32") compare_pipelines("wanda32", BESA_METHOD_WANDA, 1, 1e-3, 0.01);
     TEST("pipeline, magnitude, fp32") compare_pipelines("magnitude32", BESA_METHOD_MAGNITUDE, 1, 1e-3, 0.01);
     TEST("pipeline, sparsegpt, fp32") compare_pipelines("sparsegpt32", BESA_METHOD_SPARSEGPT, 1, 1e-2, 0.02);
+    TEST("a device that is too small") {
+        run r = run_of(BESA_METHOD_BESA, 4, temp_path("small"));
+        standin_set_memory(static_cast<size_t>(1) << 20);
+        besa_backend be = cuda_backend(1);
+        CHECK(run_prune(&r, &be) == BESA_ERROR_MEMORY, "it ran");
+        CHECK(strstr(r.error.message, "the device can give") && strstr(r.error.message, "the smallest that works"), "%s",
+              r.error.message);
+        be.destroy(&be);
+        standin_set_memory(static_cast<size_t>(16) << 30);
+    }
     TEST("pipeline, activations on the host, streams in any order") {
         static const int schedules[] = {STANDIN_LATE, STANDIN_EAGER, STANDIN_OTHERS};
         int64_t differ, total;
