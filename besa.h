@@ -12,7 +12,7 @@
  *
  *     besa_error error;
  *     besa_checkpoint *model;
- *     besa_prune_options options = {0};    // zero means the documented default
+ *     besa_prune_options options = {0};    // zero means the documented default; in C++ write {}
  *     besa_calibration data = {0};
  *     options.rates.target = 0.5;
  *     data.ids = ids, data.nsamples = 128, data.seqlen = 2048;   // int32_t ids[128 * 2048], see besa_tokens_sample
@@ -864,6 +864,7 @@ typedef struct besa_plan_result {
     uint64_t disk_bytes;                        /* of the output's weight files */
     int64_t micro_batch;                        /* sequences per forward pass */
     double flop;                                /* of all products, a dense stream's included, the report's losses not */
+    char notes[512];                            /* the warnings that the report will begin with, a line each */
 } besa_plan_result;
 
 /* What to prune on. ids (nsamples, seqlen) from besa_tokens_sample. */
@@ -9427,30 +9428,30 @@ static besa_result besa__run_block(besa__run *run, int64_t index, int64_t done, 
 }
 
 /* A warning where learning alone cannot reach the target. */
-static void besa__note_range(const besa__run *run, besa_report *report)
+static void besa__note_range(const besa__run *run, char **notes)
 {
     const besa_prune_options *o = &run->pruner.options;
     if (o->method != BESA_METHOD_BESA || o->rates.plain_softmax || !o->no_projection) return;
     double low = besa__reachable_rate(&run->pruner.rates, 0), high = besa__reachable_rate(&run->pruner.rates, 1);
     if (o->rates.target >= low && o->rates.target <= high) return;
-    besa__notes_add(&report->notes,
+    besa__notes_add(notes,
                     "warning: target %g is outside the rates %.3f .. %.3f that these options can reach without projection",
                     o->rates.target, low, high);
 }
 
 /* Warnings that a run can give before it begins. */
-static void besa__note_settings(const besa__run *run, besa_report *report)
+static void besa__note_settings(const besa__run *run, char **notes)
 {
     const besa_pruner *p = &run->pruner;
     int64_t batches = besa__parts(p->nsamples, p->options.batch_size), longest = run->config->max_position_embeddings;
     int64_t steps = p->options.epochs * batches, needed = 32;
-    besa__note_range(run, report);
+    besa__note_range(run, notes);
     if (p->options.method == BESA_METHOD_BESA && steps < needed)
-        besa__notes_add(&report->notes,
-                        "warning: %lld learning steps a block (sequences x epochs / batch size): rates hardly move in less than "
-                        "%lld", (long long)steps, (long long)needed);
+        besa__notes_add(notes, "warning: %lld learning step%s a block (sequences x epochs / batch size): rates hardly move in "
+                        "less than %lld, and the result is much like Wanda's", (long long)steps, steps == 1 ? "" : "s",
+                        (long long)needed);
     if (run->positions > longest)
-        besa__notes_add(&report->notes, "warning: sequences of %lld tokens, the model's max_position_embeddings is %lld",
+        besa__notes_add(notes, "warning: sequences of %lld tokens, the model's max_position_embeddings is %lld",
                         (long long)run->positions, (long long)longest);
 }
 
@@ -9504,7 +9505,7 @@ static besa_result besa__prune_into(besa__run *run, const char *output, const be
 {
     int64_t done = 0, blocks = run->config->num_hidden_layers;
     char fingerprint[256];
-    besa__note_settings(run, report);
+    besa__note_settings(run, &report->notes);
     if (output) {
         besa__fingerprint(fingerprint, sizeof fingerprint, run, calibration);
         BESA__TRY(besa__writer_open(&run->writer, run->checkpoint, output, fingerprint, blocks, &done, &report->notes, error));
@@ -9530,7 +9531,8 @@ static besa_result besa__check_fixed(const besa__run *run, const besa_prune_opti
                 matches = besa__match(options->fixed[f].pattern, full);
             }
         if (!matches)
-            return besa__fail(error, BESA_ERROR_OPTION, "fixed rate %g: \"%s\" matches no layer, as model.layers.0.%s is one",
+            return besa__fail(error, BESA_ERROR_OPTION,
+                              "layers fixed at %g: \"%s\" matches none; layers have names such as model.layers.0.%s",
                               options->fixed[f].sparsity, options->fixed[f].pattern, besa__layer_paths[0]);
     }
     return BESA_OK;
@@ -9588,7 +9590,8 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
     }
     if (result == BESA_OK) result = besa__prune_into(&run, output, calibration, report, error);
     if (result == BESA_OK) besa__report_totals(report, run.pruner.options.rates.target, start);
-    if (result == BESA_OK && options->num_fixed == 0 && fabs(report->sparsity - report->target) > 0.02)
+    if (result == BESA_OK && options->num_fixed == 0 && !options->no_projection &&
+        fabs(report->sparsity - report->target) > 0.02)
         besa__notes_add(&report->notes, "warning: sparsity %.4f is not the target %.4f: tied scores or zeros in the source",
                         report->sparsity, report->target);
     besa__run_close(&run);
@@ -9635,6 +9638,10 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
         plan->x_on_host = run.calibration.streamed;
         plan->yref_on_host = run.has_dense ? run.dense.streamed : run.pruner.yref.streamed;
         plan->test_on_host = run.has_test && run.test.streamed;
+        char *notes = NULL;
+        besa__note_settings(&run, &notes);
+        if (notes) snprintf(plan->notes, sizeof plan->notes, "%s", notes);
+        BESA_FREE(notes);
         plan->micro_batch = run.pruner.chunk;
         plan->flop = besa__plan_flop(&run);
         for (int64_t i = 0; i < checkpoint->num_shards; i++) plan->disk_bytes += checkpoint->shards[i].size;

@@ -2877,7 +2877,8 @@ static besa_result besa__cuda_open_device(besa_backend *be, const besa_cuda_opti
     cudaGetLastError();
     if (status != cudaSuccess || count == 0)
         return besa__fail(&be->error, BESA_ERROR_DEVICE, "no CUDA device: %s",
-                          status != cudaSuccess ? cudaGetErrorString(status) : "the driver lists none");
+                          status == cudaErrorInsufficientDriver ? "there is no NVIDIA driver, or it is older than this CUDA toolkit"
+                          : status != cudaSuccess ? cudaGetErrorString(status) : "the driver lists none");
     if (wanted < 0 || wanted >= count)
         return besa__fail(&be->error, BESA_ERROR_DEVICE, "CUDA device %d does not exist: there are devices 0 .. %d", wanted,
                           count - 1);

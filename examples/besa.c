@@ -45,7 +45,7 @@ static text as_clock(double seconds)
     return t;
 }
 
-static volatile sig_atomic_t interrupted; /* Ctrl-C was pressed */
+static volatile sig_atomic_t interrupted; /* Ctrl-C was pressed, or SIGTERM came */
 
 static void on_interrupt(int number)
 {
@@ -210,13 +210,22 @@ static besa_result write_report(const char *path, const besa_report *r, besa_err
     return BESA_ERROR_WRITE;
 }
 
-static void print_summary(const settings *s, const besa_report *r)
+/* What can be said beforehand; summaries leave it out. */
+static besa_result print_notes(job *j, const char *label, besa_plan_result *p)
 {
+    TRY(besa_plan(j->checkpoint, &j->backend, &j->calibration, &j->s->prune, p, &j->error));
+    if (p->notes[0]) fprintf(stderr, "%s: %s", label, p->notes);
+    return BESA_OK;
+}
+
+static void print_summary(const settings *s, const besa_report *r, const char *said)
+{
+    size_t length = strlen(said);
     printf("%s: sparsity %.6f of %s weights, target %g, by %s in %s\n", s->path[1], r->sparsity,
            with_unit((double)r->weights, "").s, r->target, method_name(s->prune.method), as_clock(r->seconds).s);
     if (r->resumed_blocks) printf("blocks taken over from the run before: %lld\n", (long long)r->resumed_blocks);
     if (r->perplexity > 0) printf("perplexity %.4f\n", r->perplexity);
-    if (r->notes) printf("%s", r->notes);
+    if (r->notes) printf("%s", r->notes + (strncmp(r->notes, said, length) ? 0 : length));
 }
 
 static besa_result run_prune(job *j)
@@ -224,15 +233,20 @@ static besa_result run_prune(job *j)
     const settings *s = j->s;
     progress_view view = begin_progress(s, method_name(s->prune.method));
     besa_report report;
+    besa_plan_result plan;
+    TRY(print_notes(j, method_name(s->prune.method), &plan));
+    int is_new = s->report && access(s->report, F_OK) != 0;
     FILE *file = s->report ? fopen(s->report, "a") : NULL; /* can it be written? The work may take hours */
     if (s->report && !file) {
         snprintf(j->error.message, sizeof j->error.message, "%s: %s", s->report, strerror(errno));
         return BESA_ERROR_WRITE;
     }
     if (file) fclose(file);
-    TRY(prune(j, s->path[1], &view, &report));
-    print_summary(s, &report);
-    besa_result result = s->report ? write_report(s->report, &report, &j->error) : BESA_OK;
+    besa_result result = prune(j, s->path[1], &view, &report);
+    if (result && is_new) unlink(s->report);
+    TRY(result);
+    print_summary(s, &report, plan.notes);
+    if (s->report) result = write_report(s->report, &report, &j->error);
     besa_report_free(&report);
     return result;
 }
@@ -253,7 +267,7 @@ static besa_result run_plan(job *j)
     }
     printf("        %10s  of the mapped checkpoint at a time\n", with_unit((double)p.mapped_block_bytes, "B").s);
     printf("disk    %10s  for the pruned checkpoint\n", with_unit((double)p.disk_bytes, "B").s);
-    printf("work    %10s  in matrix products\n", with_unit(p.flop, "FLOP").s);
+    printf("work    %10s  in matrix products\n%s", with_unit(p.flop, "FLOP").s, p.notes);
     return BESA_OK;
 }
 
@@ -317,6 +331,10 @@ static besa_result run_compare(job *j)
         const row r = s->rows[i];
         read_arguments(s, row_preset(s, &r));
         snprintf(line, sizeof line, "%-20s", r.label);
+        s->prune.method = r.method;
+        s->prune.rates.target = s->sparsity[0];
+        besa_plan_result plan;
+        TRY(print_notes(j, r.label, &plan));
         for (int k = 0; k < s->num_sparsities; k++) TRY(compare_one(j, &r, s->sparsity[k], line, sizeof line));
         printf("%s\n", line);
         fflush(stdout);
@@ -418,6 +436,7 @@ static int run_command(settings *s)
     memset(&j, 0, sizeof j);
     j.s = s;
     signal(SIGINT, on_interrupt);
+    signal(SIGTERM, on_interrupt);
     besa_result result = open_job(&j);
     if (!result) result = s->command->run(&j);
     close_job(&j);
@@ -425,7 +444,7 @@ static int run_command(settings *s)
     fflush(stdout);
     if (result == BESA_ERROR_CANCELLED) {
         fprintf(stderr, "besa %s: stopped%s\n", s->command->name,
-                s->command->bit == PRUNE ? "; the same command continues the run" : "");
+                s->command->bit == PRUNE ? "; the same command goes on after the blocks that are done" : "");
         return 130;
     }
     fprintf(stderr, "besa %s: %s\n", s->command->name,
@@ -433,15 +452,29 @@ static int run_command(settings *s)
     return 1;
 }
 
+/* Threads that spin while they wait take the processor from those that work, where others use it too. libgomp reads its
+ * settings when it is loaded, so that the program starts again with this one where none is given. */
+static void wait_asleep(char **argv)
+{
+#if defined(_OPENMP) && defined(__linux__)
+    if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT") || setenv("OMP_WAIT_POLICY", "passive", 1)) return;
+    execv("/proc/self/exe", argv); /* goes on here where that fails */
+#else
+    (void)argv;
+#endif
+}
+
 int main(int argc, char **argv)
 {
     static settings s;
+    wait_asleep(argv);
     signal(SIGXFSZ, SIG_IGN); /* a file limit is an error to report, not a death */
     const char *name = argc > 1 ? argv[1] : "";
     for (s.command = commands; s.command->name && strcmp(s.command->name, name); s.command++) { }
     if (!s.command->name) {
         int asked = !strcmp(name, "--help") || !strcmp(name, "-h") || !strcmp(name, "help");
-        if (*name && !asked) fprintf(stderr, "besa: unknown command '%s'\n\n", name);
+        if (!strcmp(name, "--version")) return printf("besa %d.%d\n", BESA_VERSION_MAJOR, BESA_VERSION_MINOR), 0;
+        if (*name && !asked) return fprintf(stderr, "besa: unknown command '%s'; besa --help lists them\n", name), 2;
         print_general_help(asked ? stdout : stderr, commands);
         return asked ? 0 : 2;
     }

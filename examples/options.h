@@ -40,6 +40,7 @@ typedef struct settings {
     double sparsity[MAX_LIST];         /* of a comparison, as are rows */
     row rows[MAX_LIST];
     int num_sparsities, num_rows;
+    const char *besa_option; /* the last option given under "BESA", or NULL */
 } settings;
 
 typedef enum kind {
@@ -94,7 +95,7 @@ static const option options[] = {
     {"pattern", PATTERN, 0, RUN, "N:M", "prune N of every M consecutive weights, as 2:4; not with besa"},
     {"per-row", FLAG, AT(prune.magnitude_per_row), RUN, "", "magnitude: each row has the sparsity, not only the layer"},
     {"skip", SKIP, 0, RUN, "PATTERN", "keep layers dense: v_proj, layers.0, '*.mlp.*'; repeatable"},
-    {"fix", FIX, 0, RUN, "PATTERN=S", "hold layers at a sparsity of their own; repeatable, the first match counts"},
+    {"fix", FIX, 0, RUN, "PATTERN=S", "hold layers at a sparsity of their own; the others reach --sparsity; repeatable"},
 
     {"BESA", HEADING, 0, RUN, "", ""},
     {"preset", TEXT, AT(preset), RUN, "default|published-row|published-layer",
@@ -126,8 +127,8 @@ static const option options[] = {
     {"threads", INT, AT(threads), RUN | EVAL, "K", "cpu: [all cores; 1 where built without OpenMP]"},
     {"bf16", FLAG, AT(bf16), RUN | EVAL, "", "cpu: products in bfloat16, faster where the processor has them"},
     {"fp32", FLAG, AT(gpu.fp32), RUN | EVAL, "", "cuda: float throughout; without it bfloat16, where the GPU has it"},
-    {"memory", BYTES, AT(prune.device_memory), RUN, "N[K|M|G|T]", "bytes to stay within [no limit; cuda: what is free]"},
-    {"report", TEXT, AT(report), ONE, "FILE", "write what happened in every layer, as JSON"},
+    {"memory", BYTES, AT(prune.device_memory), RUN, "N[K|M|G|T]", "bytes to stay within; cpu: micro-batches shrink [none; cuda: what is free]"},
+    {"report", TEXT, AT(report), ONE, "FILE", "what happened in every layer, as JSON; losses of resumed blocks are null"},
     {"json", FLAG, AT(json), EVAL | INFO, "", "print JSON"},
     {"quiet", FLAG, AT(quiet), RUN | EVAL, "", "no progress"},
     {"help", FLAG, AT(help), ALL, "", "print this"},
@@ -267,6 +268,14 @@ static void read_value(settings *s, const option *o, const char *text)
     }
 }
 
+/* Options of the heading "BESA" mean nothing to other methods. */
+static void note_heading(settings *s, const option *o)
+{
+    const option *heading = o;
+    while (heading->kind != HEADING) heading--;
+    if (strcmp(heading->name, "BESA") == 0) s->besa_option = o->name;
+}
+
 /* The command's option of that name, or NULL. */
 static const option *find_option(const settings *s, const char *name)
 {
@@ -289,6 +298,7 @@ static int read_flag(settings *s, const char *name)
         if (o->kind != FLAG || !(o->commands & s->command->bit)) continue;
         if (!same && !negates(o->name, name) && !negates(name, o->name)) continue;
         *(int *)(void *)((char *)s + o->offset) = same;
+        note_heading(s, o);
         return 1;
     }
     return 0;
@@ -309,6 +319,7 @@ static int read_option(settings *s, int i)
     const char *value = equals ? equals + 1 : s->arguments[i + 1];
     if (!value || !*value) usage_error(s, "--%s needs a value: --%s %s", name, name, o->value);
     read_value(s, o, value);
+    note_heading(s, o);
     return equals ? 1 : 2;
 }
 
@@ -354,6 +365,10 @@ static void check_arguments(settings *s)
     for (int i = 0; s->report && i < s->num_paths; i++)
         if (!strncmp(s->report, s->path[i], strlen(s->path[i])) && strchr("/", s->report[strlen(s->path[i])]))
             usage_error(s, "--report %s lies in %s", s->report, s->path[i]);
+    if (s->besa_option && s->command->bit & ONE && s->prune.method != BESA_METHOD_BESA)
+        usage_error(s, "--%s is for --method besa", s->besa_option);
+    if (s->prune.magnitude_per_row && s->command->bit & ONE && s->prune.method != BESA_METHOD_MAGNITUDE)
+        usage_error(s, "--per-row is for --method magnitude");
     for (int i = 0; i < s->num_rows; i++) read_arguments(s, row_preset(s, &s->rows[i]));
     if (s->preset) read_arguments(s, s->preset);
 }

@@ -70,6 +70,8 @@ def main():
     except ImportError as error:
         sys.exit(f"tokenize.py needs the packages tokenizers and numpy: pip install tokenizers numpy ({error})")
 
+    if args.output.suffix != ".npy":
+        sys.exit(f"{args.output}: the output must end in .npy")
     path = args.tokenizer / "tokenizer.json" if args.tokenizer.is_dir() else args.tokenizer
     if not path.is_file():
         sys.exit(f"{path} does not exist")
@@ -93,4 +95,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"tokenize.py: {type(error).__name__}: {error} (JSON: one object with a field text on every line)")
