@@ -112,7 +112,8 @@
  * THREADS AND DETERMINISM
  *
  *     Objects may be used from one thread at a time each; a backend is used by one object at a time. The same call gives
- *     the same bytes for any number of threads, with one build on one processor, unless BESA_CBLAS is defined.
+ *     the same bytes for any number of threads, with one build on one processor, unless BESA_CBLAS is defined, or a
+ *     device_memory makes micro-batches smaller: threads take memory too.
  *
  * LIMITS
  *
@@ -5703,7 +5704,7 @@ static float besa__solve_tilt(double target, int candidates)
  * best choice raises all candidates on one side of a cut. high 1: the largest rate; 0: the smallest. */
 BESA__UNUSED static double besa__reachable_rate(const besa_rates *rates, int high)
 {
-    double scale = rates->options.layer_scale + rates->options.row_scale, best = high ? 0 : 1;
+    double scale = fmin(rates->options.layer_scale + rates->options.row_scale, 500), best = high ? 0 : 1;
     double all[2] = {0, 0}, upper[2] = {0, 0}; /* sums of exp(c p) and exp(c p) p over all candidates; over d <= cut */
     int last = rates->options.candidates;
     for (int pass = 0; pass < 2; pass++)
@@ -6172,6 +6173,10 @@ static besa_result besa__check_layers(const besa_layer_shape *layers, int count,
         if (layers[i].rows < 1 || layers[i].columns < 1 || layers[i].rows > INT32_MAX || layers[i].columns > INT32_MAX)
             return besa__fail(error, BESA_ERROR_OPTION, "layer %d is %lld x %lld, expected 1 .. 2^31 - 1 each way", i,
                               (long long)layers[i].rows, (long long)layers[i].columns);
+        else if (layers[i].rows > ((int64_t)1 << 48) / layers[i].columns || (unsigned)layers[i].dtype > BESA_BF16)
+            return besa__fail(error, BESA_ERROR_OPTION, "layer %d is %lld x %lld of dtype %d: expected 2^48 weights at most and a "
+                              "value of besa_dtype", i, (long long)layers[i].rows, (long long)layers[i].columns,
+                              (int)layers[i].dtype);
     return BESA_OK;
 }
 
@@ -6276,6 +6281,9 @@ BESA_API besa_result besa_rates_rank(besa_rates *rates, int layer, const void *w
                                      const float *statistic, float *scratch, besa_error *error)
 {
     BESA__TRY(besa__check_layer(rates, layer, 0, error));
+    if ((unsigned)importance > BESA_IMPORTANCE_SPARSEGPT_SQUARED || (importance != BESA_IMPORTANCE_MAGNITUDE && !statistic))
+        return besa__fail(error, BESA_ERROR_OPTION, "importance is %d, statistic is %s: expected a value of the enum, and a "
+                          "statistic for all but magnitude", (int)importance, statistic ? "given" : "NULL");
     besa_backend *be = rates->be;
     const besa_layer_shape *shape = &rates->layer[layer].shape;
     float *scale = NULL;
@@ -7142,9 +7150,9 @@ static besa_result besa__check_shape(const besa_block_shape *s, besa_dtype dtype
                           (long long)s->hidden_size, (long long)s->intermediate_size);
     if (s->num_attention_heads < 1 || s->num_attention_heads > 65536 || s->num_key_value_heads < 1 ||
         s->num_attention_heads % s->num_key_value_heads != 0 || s->head_dim < 2 || s->head_dim % 2 != 0 ||
-        s->head_dim > 65536)
+        s->head_dim > 65536 || s->num_attention_heads * s->head_dim > most)
         return besa__fail(error, BESA_ERROR_OPTION, "%lld attention heads, %lld key/value heads, head_dim %lld: expected heads "
-                          "to be a multiple of key/value heads, and head_dim even", (long long)s->num_attention_heads,
+                          "to be a multiple of key/value heads, head_dim even, and 2^24 of both at most", (long long)s->num_attention_heads,
                           (long long)s->num_key_value_heads, (long long)s->head_dim);
     return BESA_OK;
 }
@@ -8042,8 +8050,9 @@ static besa_result besa__journal_parse(besa__writer *w, char *text, const char *
     if (!line) return BESA_OK; /* killed before anything else was written */
     if (strcmp(line, run))
         return besa__fail(error, BESA_ERROR_RESUME,
-                          "%s: an unfinished run with other options, tokens or checkpoint; finish "
-                          "it with the same arguments, or remove the directory to start again", w->partial);
+                          "%s: an unfinished run with other options, tokens, checkpoint or micro-batches (as the memory "
+                          "allows): \"%s\", this one is \"%s\"; finish it with the same arguments, or remove the "
+                          "directory to start again", w->partial, line, run);
     w->journal_end = w->marks[0].end = (uint64_t)(at - text);
     line = besa__journal_line(&at);
     w->copied = line && !strcmp(line, "copied");
@@ -9307,17 +9316,17 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
         fixed = besa__hash(fixed, &o->fixed[i].sparsity, sizeof(double));
     }
     int length = snprintf(options, sizeof options,
-             "%s,%d,%lld,%d,%d,%d:%d,%d,%.17g,%d,%.17g,%.17g,%d,%d,%d,%lld,%.17g,%d,%.17g,%.17g,%.17g,%.17g,%.17g,%.17g,"
+             "%s,%d,%d,%d,%d:%d,%d,%.17g,%d,%.17g,%.17g,%d,%d,%d,%lld,%.17g,%d,%.17g,%.17g,%.17g,%.17g,%.17g,%.17g,"
              "%lld,%lld,%d,%d,%d,%016llx",
-             run->be->name, (int)run->be->activation_dtype, (long long)run->pruner.chunk, (int)o->method,
-             (int)o->importance, o->pattern_n, o->pattern_m, o->magnitude_per_row, r->target, (int)r->form, r->layer_scale,
+             run->be->name, (int)run->be->activation_dtype, (int)o->method, (int)o->importance,
+             o->pattern_n, o->pattern_m, o->magnitude_per_row, r->target, (int)r->form, r->layer_scale,
              r->row_scale, r->plain_softmax, r->zero_start, r->candidates, (long long)r->group_rows, r->penalty,
              (int)r->optimizer, r->lr, r->beta1, r->beta2, r->weight_decay, r->d0, r->d_coef, (long long)o->epochs,
              (long long)o->batch_size, o->norm_all, o->dense_stream, o->no_projection, (unsigned long long)fixed);
     size_t tokens = (size_t)(c->nsamples * c->seqlen) * sizeof(int32_t);
-    snprintf(line, size, "besa %d.%d method %d sparsity %g tokens %lldx%lld %016llx source %016llx options %016llx",
-             BESA_VERSION_MAJOR, BESA_VERSION_MINOR, (int)o->method, r->target, (long long)c->nsamples,
-             (long long)c->seqlen, (unsigned long long)besa__hash(BESA__HASH_START, c->ids, tokens),
+    snprintf(line, size, "besa %d.%d method %d sparsity %g micro-batch %lld tokens %lldx%lld %016llx source %016llx options "
+             "%016llx", BESA_VERSION_MAJOR, BESA_VERSION_MINOR, (int)o->method, r->target, (long long)run->pruner.chunk,
+             (long long)c->nsamples, (long long)c->seqlen, (unsigned long long)besa__hash(BESA__HASH_START, c->ids, tokens),
              (unsigned long long)besa__source_hash(run->checkpoint),
              (unsigned long long)besa__hash(BESA__HASH_START, options, (size_t)besa__min(length, (int)sizeof options - 1)));
 }
@@ -9490,8 +9499,7 @@ static besa_result besa__run_prune(besa__run *run, int64_t done, besa_report *re
         besa_result result = besa__run_block(run, i, done, report, error);
         if (result == BESA_ERROR_NUMERIC || result == BESA_ERROR_TARGET || result == BESA_ERROR_NOT_FINITE)
             besa__add_block(error, i);
-        if (result == BESA_ERROR_CANCELLED || result == BESA_ERROR_NUMERIC || result == BESA_ERROR_TARGET ||
-            result == BESA_ERROR_NOT_FINITE)
+        if (result != BESA_OK && result != BESA_ERROR_DEVICE && result != BESA_ERROR_WRITE)
             besa__out_finish(run, report, NULL); /* the block before is whole: keep it, if that works */
         BESA__TRY(result);
     }
@@ -9697,6 +9705,12 @@ static void besa__append_string(besa__text *t, const char *string)
     besa__append(t, "\"");
     for (; *string; string++) {
         unsigned char c = (unsigned char)*string;
+        int length = (int)besa__utf8_length((const unsigned char *)string);
+        if (length != 1) { /* a file's name may be anything */
+            besa__append(t, length ? "%.*s" : "%.*s\\ufffd", length, string);
+            string += length > 0 ? length - 1 : 0;
+            continue;
+        }
         if (c == '\n') besa__append(t, "\\n");
         else if (c == '"' || c == '\\') besa__append(t, "\\%c", c);
         else if (c < 0x20) besa__append(t, "\\u%04x", c);

@@ -118,9 +118,12 @@ static besa_result load_windows(job *j, const char *path, int64_t most, uint64_t
     if (!*seqlen) *seqlen = file.rows ? file.columns : file.count < longest ? file.count + !file.count : longest;
     if (!*count) *count = file.rows ? file.rows : file.count / *seqlen < most && !seed ? file.count / *seqlen : most;
     if (!*count) *count = 1; /* and the library says that the file is too short */
-    *ids = (int32_t *)calloc((size_t)*count, (size_t)*seqlen * sizeof **ids);
+    const int64_t windows = file.rows ? file.rows : seed ? *count : file.count / *seqlen; /* more than there are: refused below */
+    *ids = (int32_t *)calloc((size_t)(*count <= windows ? *count : 1), (size_t)*seqlen * sizeof **ids);
     besa_result result = BESA_ERROR_MEMORY;
     if (*ids) result = besa_tokens_sample(&file, *count, *seqlen, seed, config->vocab_size, *ids, &j->error);
+    else snprintf(j->error.message, sizeof j->error.message, "out of memory for %lld x %lld tokens", (long long)*count,
+                  (long long)*seqlen);
     besa_tokens_free(&file);
     size_t length = strlen(j->error.message);
     if (result) snprintf(j->error.message + length, sizeof j->error.message - length, " [%s]", path);
@@ -440,8 +443,11 @@ static int run_command(settings *s)
     besa_result result = open_job(&j);
     if (!result) result = s->command->run(&j);
     close_job(&j);
+    if (fflush(stdout) != 0 || ferror(stdout)) {
+        fprintf(stderr, "besa %s: standard output: %s\n", s->command->name, strerror(errno));
+        return 1;
+    }
     if (result == BESA_OK) return 0;
-    fflush(stdout);
     if (result == BESA_ERROR_CANCELLED) {
         fprintf(stderr, "besa %s: stopped%s\n", s->command->name,
                 s->command->bit == PRUNE ? "; the same command goes on after the blocks that are done" : "");

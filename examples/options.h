@@ -352,6 +352,51 @@ static const char *row_preset(const settings *s, const row *r)
     return colon ? colon + 1 : s->preset;
 }
 
+/* Where a file that need not exist would be: its directory without links, and its name. NULL where there is no such directory. */
+static char *place_of(const char *path)
+{
+    char *copy = (char *)malloc(strlen(path) + 2), *slash, *directory, *place = NULL;
+    if (!copy) return NULL;
+    strcpy(copy, path);
+    while ((slash = strrchr(copy, '/')) != NULL && slash != copy && !slash[1]) *slash = 0; /* trailing ones */
+    const char *name = slash ? slash + 1 : copy;
+    size_t length = slash ? (size_t)(slash - copy) : 0;
+    char *parent = (char *)malloc(length + 2);
+    if (parent) {
+        snprintf(parent, length + 2, "%.*s%s", (int)length, copy, length ? "" : slash ? "/" : ".");
+        directory = realpath(parent, NULL);
+        place = directory ? (char *)malloc(strlen(directory) + strlen(name) + 2) : NULL;
+        if (place) sprintf(place, "%s/%s", directory, name);
+        free(directory);
+    }
+    free(parent);
+    free(copy);
+    return place;
+}
+
+/* The report must not lie in the checkpoints, nor take the place of the output or of a file that is read. */
+static void check_report(const settings *s)
+{
+    const char *files[] = {s->tokens, s->test}, *endings[] = {"", ".partial"};
+    char *report = place_of(s->report), *other;
+    for (int i = 0; report && i < s->num_paths; i++) {
+        other = i == 0 ? realpath(s->path[0], NULL) : place_of(s->path[i]);
+        size_t length = other ? strlen(other) : 0;
+        for (int k = 0; other && k < 2; k++) {
+            size_t n = strlen(endings[k]);
+            if (!strncmp(report, other, length) && !strncmp(report + length, endings[k], n) && strchr("/", report[length + n]))
+                usage_error(s, "--report %s lies in %s%s", s->report, s->path[i], endings[k]);
+        }
+        free(other);
+    }
+    for (int i = 0; report && i < 2; i++) {
+        other = files[i] ? place_of(files[i]) : NULL;
+        if (other && !strcmp(report, other)) usage_error(s, "--report %s is a file of tokens", s->report);
+        free(other);
+    }
+    free(report);
+}
+
 static void check_arguments(settings *s)
 {
     if (s->num_paths < s->command->min_paths) usage_error(s, "it wants %s", s->command->paths);
@@ -362,9 +407,7 @@ static void check_arguments(settings *s)
     if (s->cuda && (s->threads || s->bf16))
         usage_error(s, "--%s is for the CPU, not for --device cuda", s->threads ? "threads" : "bf16");
     if (!s->cuda && s->gpu.fp32) usage_error(s, "--fp32 is for --device cuda");
-    for (int i = 0; s->report && i < s->num_paths; i++)
-        if (!strncmp(s->report, s->path[i], strlen(s->path[i])) && strchr("/", s->report[strlen(s->path[i])]))
-            usage_error(s, "--report %s lies in %s", s->report, s->path[i]);
+    if (s->report) check_report(s);
     if (s->besa_option && s->command->bit & ONE && s->prune.method != BESA_METHOD_BESA)
         usage_error(s, "--%s is for --method besa", s->besa_option);
     if (s->prune.magnitude_per_row && s->command->bit & ONE && s->prune.method != BESA_METHOD_MAGNITUDE)

@@ -200,7 +200,8 @@ static void fixture_random_llama(const char *directory, int blocks, int hidden, 
     static const char *const dtype_name[] = { "float32", "float16", "bfloat16" };
     static const char *const part[] = { "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
                                         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj" };
-    int kv = hidden / heads * kv_heads, largest = (vocab > intermediate ? vocab : intermediate) * hidden;
+    int kv = hidden / heads * kv_heads, widest = vocab > intermediate ? vocab : intermediate;
+    int largest = (widest > hidden ? widest : hidden) * hidden;
     int rows[7], columns[7];
     float *v = (float *)malloc((size_t)largest * sizeof *v);
     uint64_t state = 1;

@@ -655,6 +655,30 @@ static besa_result rounded_rate_forward(besa_backend *be, float *alpha, int32_t 
     return r;
 }
 
+/* Arguments of the layer API that are not what they should be: a result, and what it was. */
+static void test_rates_arguments(void)
+{
+    besa_layer_shape shape = { 3, 8, BESA_F32 }, wrong = { 3, 8, (besa_dtype)7 }, large = { INT32_MAX, INT32_MAX, BESA_F32 };
+    besa_rate_options o;
+    besa_rates *rates = NULL;
+    float w[24] = { 1, 2, 3, 4, 5, 6, 7, 8 }, scratch[32], statistic[8] = { 1, 1, 1, 1, 1, 1, 1, 1 };
+    memset(&o, 0, sizeof o);
+    o.target = 0.5;
+    CHECK(besa_rates_create(&rates, &g_be, &wrong, 1, &o, &g_error) == BESA_ERROR_OPTION && strstr(g_error.message, "dtype 7"), "%s",
+          g_error.message);
+    CHECK(besa_rates_create(&rates, &g_be, &large, 1, &o, &g_error) == BESA_ERROR_OPTION && besa_rates_size(&g_be, &large, 1, &o) == 0,
+          "%s", g_error.message);
+    CHECK_OK(besa_rates_create(&rates, &g_be, &shape, 1, &o, &g_error), g_error);
+    CHECK(besa_rates_mask(rates, 0, w, w, &g_error) == BESA_ERROR_OPTION && strstr(g_error.message, "no ranks"), "%s", g_error.message);
+    CHECK(besa_rates_rank(rates, 0, w, (besa_importance)9, statistic, scratch, &g_error) == BESA_ERROR_OPTION, "importance 9");
+    CHECK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_WANDA, NULL, scratch, &g_error) == BESA_ERROR_OPTION, "no statistic");
+    CHECK(besa_rates_rank(rates, 1, w, BESA_IMPORTANCE_MAGNITUDE, NULL, scratch, &g_error) == BESA_ERROR_OPTION, "layer 1");
+    CHECK_OK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_MAGNITUDE, NULL, scratch, &g_error), g_error);
+    CHECK(besa_rates_project(rates, &g_error) == BESA_ERROR_TARGET && strstr(g_error.message, "16 weights are zero"), "%s",
+          g_error.message);
+    besa_rates_destroy(rates);
+}
+
 static int g_waits[BESA_QUEUE_COUNT];
 static besa_result (*g_synchronize)(besa_backend *, besa_queue);
 
@@ -804,6 +828,7 @@ int main(int argc, char **argv)
     TEST("trace_published_no_penalty with its masks") test_trace_pinned("trace_published_no_penalty");
     TEST("trace_published_penalty") test_trace("trace_published_penalty", 0.3, 0.02);
     TEST("trace_published_no_penalty") test_trace("trace_published_no_penalty", 0.5, 0.1);
+    TEST("arguments of the layer API") test_rates_arguments();
     TEST("one wait a block, besa") test_waits(BESA_METHOD_BESA);
     TEST("one wait a block, wanda") test_waits(BESA_METHOD_WANDA);
     TEST("one wait a block, sparsegpt") test_waits(BESA_METHOD_SPARSEGPT);
