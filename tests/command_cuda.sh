@@ -46,7 +46,7 @@ pruned()
         --test "$stories/test_tokens.npy" --windows 1 --method wanda
 }
 
-make -C "$work/examples" besa CFLAGS=-O1 >"$work/log" 2>&1
+env -u MAKEFLAGS make -C "$work/examples" besa CFLAGS=-O1 >"$work/log" 2>&1
 verdict $? "built without CUDA"
 for command in "prune $stories $work/plain $data" "plan $stories" "eval $stories $test"; do
     expect "${command%% *} --device cuda says how to build it" 1 'make -C examples cuda' "$built" $command --device cuda
@@ -64,7 +64,7 @@ if ! command -v "$nvcc" >/dev/null; then
     echo "SKIP make -C examples cuda: no $nvcc"
     exit $failed
 fi
-make -C "$work/examples" cuda NVCC="$nvcc" CFLAGS=-O1 >"$work/log" 2>&1 && ! grep -i 'warning' "$work/log"
+env -u MAKEFLAGS make -C "$work/examples" cuda NVCC="$nvcc" CFLAGS=-O1 >"$work/log" 2>&1 && ! grep -i 'warning' "$work/log"
 verdict $? "make -C examples cuda, without a warning"
 expect "make cuda: prune on the CPU" 0 'sparsity 0.500000' "$built" prune "$stories" "$work/cpu" $data
 if "$built" plan "$stories" --device cuda >"$work/log" 2>&1; then pruned "GPU" "$built" "$work/gpu"
