@@ -6174,8 +6174,8 @@ static besa_result besa__check_layers(const besa_layer_shape *layers, int count,
             return besa__fail(error, BESA_ERROR_OPTION, "layer %d is %lld x %lld, expected 1 .. 2^31 - 1 each way", i,
                               (long long)layers[i].rows, (long long)layers[i].columns);
         else if (layers[i].rows > ((int64_t)1 << 48) / layers[i].columns || (unsigned)layers[i].dtype > BESA_BF16)
-            return besa__fail(error, BESA_ERROR_OPTION, "layer %d is %lld x %lld of dtype %d: expected 2^48 weights at most and a "
-                              "value of besa_dtype", i, (long long)layers[i].rows, (long long)layers[i].columns,
+            return besa__fail(error, BESA_ERROR_OPTION, "layer %d is %lld x %lld of dtype %d: expected 2^48 weights at most "
+                              "and a value of besa_dtype", i, (long long)layers[i].rows, (long long)layers[i].columns,
                               (int)layers[i].dtype);
     return BESA_OK;
 }
@@ -6783,7 +6783,8 @@ static besa_result besa__stream_fetch(besa__stream *s, int slot, int64_t first, 
     besa_backend *be = s->be;
     BESA__TRY(be->wait(be, BESA_QUEUE_UPLOAD, besa__stream_computed(s, slot)));
     for (int i = 0; i < 2; i++) BESA__TRY(be->wait(be, BESA_QUEUE_UPLOAD, besa__stream_home(s, i)));
-    BESA__TRY(be->upload(be, BESA_QUEUE_UPLOAD, s->slot[slot], besa__stream_at(s, s->x, first), besa__stream_bytes(s, count)));
+    BESA__TRY(be->upload(be, BESA_QUEUE_UPLOAD, s->slot[slot], besa__stream_at(s, s->x, first),
+                         besa__stream_bytes(s, count)));
     s->first[slot] = first;
     s->held[slot] = count;
     return be->record(be, BESA_QUEUE_UPLOAD, besa__stream_filled(s, slot));
@@ -7152,7 +7153,8 @@ static besa_result besa__check_shape(const besa_block_shape *s, besa_dtype dtype
         s->num_attention_heads % s->num_key_value_heads != 0 || s->head_dim < 2 || s->head_dim % 2 != 0 ||
         s->head_dim > 65536 || s->num_attention_heads * s->head_dim > most)
         return besa__fail(error, BESA_ERROR_OPTION, "%lld attention heads, %lld key/value heads, head_dim %lld: expected heads "
-                          "to be a multiple of key/value heads, head_dim even, and 2^24 of both at most", (long long)s->num_attention_heads,
+                          "to be a multiple of key/value heads, head_dim even, and 2^24 of both at most",
+                          (long long)s->num_attention_heads,
                           (long long)s->num_key_value_heads, (long long)s->head_dim);
     return BESA_OK;
 }
@@ -8912,7 +8914,8 @@ static besa_result besa__in_share(besa__run *run, size_t target, besa_error *err
             BESA__TRY(besa__pass_error(be, be->synchronize(be, BESA_QUEUE_STAGE), error)); /* the piece before has left */
             memcpy(run->piece_in, from, size);
         }
-        BESA__TRY(besa__pass_error(be, be->upload(be, BESA_QUEUE_STAGE, to, run->piece_in ? run->piece_in : from, size), error));
+        const void *source = run->piece_in ? run->piece_in : from;
+        BESA__TRY(besa__pass_error(be, be->upload(be, BESA_QUEUE_STAGE, to, source, size), error));
         besa__release_range(run->checkpoint->shards + tensor->file, tensor->offset + in->at, size);
         besa__transfer_move(in, size);
     }
@@ -9516,7 +9519,8 @@ static besa_result besa__prune_into(besa__run *run, const char *output, const be
     besa__note_settings(run, &report->notes);
     if (output) {
         besa__fingerprint(fingerprint, sizeof fingerprint, run, calibration);
-        BESA__TRY(besa__writer_open(&run->writer, run->checkpoint, output, fingerprint, blocks, &done, &report->notes, error));
+        BESA__TRY(besa__writer_open(&run->writer, run->checkpoint, output, fingerprint, blocks, &done, &report->notes,
+                                    error));
     }
     report->resumed_blocks = done;
     besa_result result = besa__run_prune(run, done, report, error);

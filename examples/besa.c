@@ -265,8 +265,8 @@ static besa_result run_plan(job *j)
         printf("memory  %10s  for the run's arrays\n", with_unit((double)p.device_bytes + (double)p.host_bytes, "B").s);
     else {
         printf("device  %10s  for the run's arrays\n", with_unit((double)p.device_bytes, "B").s);
-        printf("host    %10s  pinned%s%s%s\n", with_unit((double)p.host_bytes, "B").s, p.test_on_host ? ", the test's activations" : "",
-               p.yref_on_host ? ", the reference's" : "", p.x_on_host ? ", the inputs'" : "");
+        printf("host    %10s  pinned%s%s%s\n", with_unit((double)p.host_bytes, "B").s,
+               p.test_on_host ? ", the test's activations" : "", p.yref_on_host ? ", the reference's" : "", p.x_on_host ? ", the inputs'" : "");
     }
     printf("        %10s  of the mapped checkpoint at a time\n", with_unit((double)p.mapped_block_bytes, "B").s);
     printf("disk    %10s  for the pruned checkpoint\n", with_unit((double)p.disk_bytes, "B").s);

@@ -127,7 +127,8 @@ static const option options[] = {
     {"threads", INT, AT(threads), RUN | EVAL, "K", "cpu: [all cores; 1 where built without OpenMP]"},
     {"bf16", FLAG, AT(bf16), RUN | EVAL, "", "cpu: products in bfloat16, faster where the processor has them"},
     {"fp32", FLAG, AT(gpu.fp32), RUN | EVAL, "", "cuda: float throughout; without it bfloat16, where the GPU has it"},
-    {"memory", BYTES, AT(prune.device_memory), RUN, "N[K|M|G|T]", "bytes to stay within; cpu: micro-batches shrink [none; cuda: what is free]"},
+    {"memory", BYTES, AT(prune.device_memory), RUN, "N[K|M|G|T]",
+     "bytes to stay within; cpu: micro-batches shrink [none; cuda: what is free]"},
     {"report", TEXT, AT(report), ONE, "FILE", "what happened in every layer, as JSON; losses of resumed blocks are null"},
     {"json", FLAG, AT(json), EVAL | INFO, "", "print JSON"},
     {"quiet", FLAG, AT(quiet), RUN | EVAL, "", "no progress"},
@@ -352,7 +353,7 @@ static const char *row_preset(const settings *s, const row *r)
     return colon ? colon + 1 : s->preset;
 }
 
-/* Where a file that need not exist would be: its directory without links, and its name. NULL where there is no such directory. */
+/* Where a file that need not exist would be: its directory without links, and its name. NULL: no such directory. */
 static char *place_of(const char *path)
 {
     char *copy = (char *)malloc(strlen(path) + 2), *slash, *directory, *place = NULL;
