@@ -1617,18 +1617,23 @@ static besa_result besa__json_load(besa__json *json, const char *path, besa_erro
     return besa__json_parse(json, (char *)text, size, path, error);
 }
 
-/* Give the pages of a range of a mapped shard back to the system; they can be read again. */
-static void besa__release_range(const besa__shard *shard, uint64_t offset, size_t bytes)
+/* Advise the system of the pages of a range of a mapped shard. */
+static void besa__advise(const besa__shard *shard, uint64_t offset, size_t bytes, int advice)
 {
     size_t page = (size_t)sysconf(_SC_PAGESIZE), first = (size_t)offset / page * page;
-    if (bytes) madvise(shard->base + first, (size_t)offset + bytes - first, MADV_DONTNEED);
+    if (bytes) madvise(shard->base + first, (size_t)offset + bytes - first, advice);
+}
+
+/* Give the pages of a range back to the system; they can be read again. */
+static void besa__release_range(const besa__shard *shard, uint64_t offset, size_t bytes)
+{
+    besa__advise(shard, offset, bytes, MADV_DONTNEED);
 }
 
 /* A tensor whose bytes will be read soon: the system may begin. */
 static void besa__expect_pages(const besa_checkpoint *checkpoint, const besa_tensor *tensor)
 {
-    size_t page = (size_t)sysconf(_SC_PAGESIZE), first = (size_t)tensor->offset / page * page;
-    madvise(checkpoint->shards[tensor->file].base + first, (size_t)tensor->offset + tensor->bytes - first, MADV_WILLNEED);
+    besa__advise(checkpoint->shards + tensor->file, tensor->offset, tensor->bytes, MADV_WILLNEED);
 }
 
 /* The pages of a tensor that is not needed for now. */
@@ -5638,7 +5643,6 @@ BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *
 typedef struct besa__rate_layer {
     besa_layer_shape shape;
     besa_rate_shape rate;
-    int64_t groups;
     double fixed;                               /* its own sparsity, or negative: learned */
     int ranked;
     double share;                               /* of the learned weights */
@@ -5779,7 +5783,6 @@ static void besa__rate_layer_place(besa_rates *rates, besa__rate_layer *layer, b
     s->layer_scale = (float)o->layer_scale;
     s->row_scale = (float)o->row_scale;
     s->plain = o->plain_softmax;
-    layer->groups = (rows + s->group_rows - 1) / s->group_rows;
     layer->theta_layer = layer->theta_row = -1;
     layer->rank = besa__take(arena, (size_t)(rows * columns) * besa__rank_bytes(columns));
     if (!rates->learns) return;
@@ -5791,7 +5794,7 @@ static void besa__rate_layer_place(besa_rates *rates, besa__rate_layer *layer, b
     }
     if (s->row_scale > 0) {
         layer->theta_row = rates->parameters;
-        rates->parameters += layer->groups * s->candidates;
+        rates->parameters += besa__parts(rows, s->group_rows) * s->candidates;
     }
 }
 

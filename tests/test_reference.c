@@ -679,6 +679,17 @@ static void test_rates_arguments(void)
     besa_rates_destroy(rates);
 }
 
+/* A trace, a copy of its inputs to prune on, and room for the pruned weights. */
+static float *prune_inputs(trace *t, const char *name, void *pruned[BESA_LAYERS])
+{
+    float *x;
+    read_trace(t, name);
+    x = take_floats(t->h.count);
+    memcpy(x, t->h.f, (size_t)t->h.count * sizeof *x);
+    for (int l = 0; l < BESA_LAYERS; l++) pruned[l] = take_floats(t->rows[l] * t->columns[l]);
+    return x;
+}
+
 static int g_waits[BESA_QUEUE_COUNT];
 static besa_result (*g_synchronize)(besa_backend *, besa_queue);
 
@@ -696,11 +707,7 @@ static void test_waits(besa_method method)
     besa_pruner *pruner = NULL;
     besa_block_report report;
     void *pruned[BESA_LAYERS];
-    float *x;
-    read_trace(&t, "trace_published_penalty");
-    x = take_floats(t.h.count);
-    memcpy(x, t.h.f, (size_t)t.h.count * sizeof *x);
-    for (int l = 0; l < BESA_LAYERS; l++) pruned[l] = take_floats(t.rows[l] * t.columns[l]);
+    float *x = prune_inputs(&t, "trace_published_penalty", pruned);
     memset(&o, 0, sizeof o);
     o.rates.target = 0.5, o.method = method;
     CHECK_OK(besa_pruner_create(&pruner, &g_be, &t.block.shape, BESA_F32, 0, &o, STEPS, t.seqlen, &g_error), g_error);
@@ -725,12 +732,8 @@ static void test_trace(const char *name, double alpha_bound, double mask_bound)
     besa_pruner *pruner = NULL;
     besa_block_report report;
     void *pruned[BESA_LAYERS];
-    float *x;
+    float *x = prune_inputs(&t, name, pruned);
     int64_t differ = 0;
-    read_trace(&t, name);
-    x = take_floats(t.h.count);
-    memcpy(x, t.h.f, (size_t)t.h.count * sizeof *x);
-    for (int l = 0; l < BESA_LAYERS; l++) pruned[l] = take_floats(t.rows[l] * t.columns[l]);
     memset(&o, 0, sizeof o);
     memset(&report, 0, sizeof report);
     o.rates.target = t.target;
