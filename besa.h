@@ -258,9 +258,10 @@ typedef struct besa_attention_shape {
  * z_d = c p_d + s_L u(theta_L[d]) + s_R u(theta_g[d]),
  * u(x) = sigmoid(x) - 1/2, or x itself where plain is set; beta = softmax(z), alpha = sum_d beta_d p_d. */
 typedef struct besa_rate_shape {
-    int64_t rows, columns;                      /* R, C of the layer */
+    int64_t rows;                               /* R of the layer */
+    int64_t units;                              /* of a row: what its rate is a share of and n counts, the C weights */
     int64_t group_rows;                         /* rows that share one rate; groups G = ceil(R / group_rows) */
-    int64_t candidates;                         /* D + 1: p_d = 1 - d/D, k_d = ((D - d) C) / D, d = 0 .. D. k_D = 0, so
+    int64_t candidates;                         /* D + 1: p_d = 1 - d/D, k_d = ((D - d) units) / D, d = 0 .. D. k_D = 0, so
                                                    bucket sums need only D buckets: a weight in bucket b is pruned
                                                    by candidates 0 .. b */
     float tilt;                                 /* c */
@@ -277,18 +278,20 @@ typedef struct besa_penalty {
 
 typedef enum besa_optimizer_kind { BESA_PRODIGY, BESA_ADAMW } besa_optimizer_kind;
 
-/* One optimiser step over n parameters (section "optimisers"). Only theta0, s and scalars may be NULL, for AdamW. */
+enum { BESA_OPTIMIZER_SCALARS = 2 };            /* d, numerator; d0 and 0 before the first step */
+
+/* One optimiser step over n parameters (section "parameters"). Only theta0, s and scalars may be NULL, for AdamW. */
 typedef struct besa_optimizer_step {
     besa_optimizer_kind kind;
     double lr, beta1, beta2, beta3, eps, weight_decay;
-    double d0, d_coef, growth_rate;             /* Prodigy; growth_rate 0: d may grow at any rate */
+    double d0, d_coef;                          /* Prodigy */
     int64_t step;                               /* 1, 2, ...: AdamW's bias correction */
     int64_t n;
     float *theta;                               /* (n) updated */
     const float *theta0;                        /* (n) start values; Prodigy only */
     const float *grad;                          /* (n) */
     float *m, *v, *s;                           /* (n) state, zero before the first step; s is Prodigy's */
-    double *scalars;                            /* (4) d, dmax, numerator, unused; d = dmax = d0 before the first step */
+    double *scalars;                            /* (BESA_OPTIMIZER_SCALARS) */
 } besa_optimizer_step;
 
 struct besa_backend {
@@ -330,9 +333,9 @@ struct besa_backend {
     /* dX(T,C) = dY(T,R) W(R,C) [+ dX] */
     besa_result (*linear_backward_input)(besa_backend *be, void *dx, const void *dy, const void *w, besa_dtype dtype,
                                          int64_t tokens, int64_t rows, int64_t columns, int accumulate);
-    /* Rows first .. first+count-1 of dY(T,R)' X(T,C) to dW(count,C), float, assigned */
+    /* dW(count,C) = rows first .. first+count-1 of dY(T,R)' X(T,C) [+ dW], float */
     besa_result (*linear_backward_weight)(besa_backend *be, float *dw, const void *dy, const void *x, int64_t tokens,
-                                          int64_t rows, int64_t columns, int64_t first, int64_t count);
+                                          int64_t rows, int64_t columns, int64_t first, int64_t count, int accumulate);
     /* H(C,C) += scale X(T,C)' X(T,C), float; only the lower triangle needs to be right */
     besa_result (*gram)(besa_backend *be, float *h, const void *x, float scale, int64_t tokens, int64_t columns);
 
@@ -367,9 +370,9 @@ struct besa_backend {
     /* out(d) += column sums of X(T,d)^2; T may be larger than the workload's tokens */
     besa_result (*column_sumsq)(besa_backend *be, float *out, const void *x, int64_t tokens, int64_t d);
     /* loss(1) += scale / d * sum ((Yref - Y) / norm_c)^2 with norm_c^2 = sumsq(d), columns of norm 0 left out;
-     * dY = its derivative, assigned, or NULL; dY may be Y */
+     * dY = its derivative [+ dY], or NULL; dY may be Y where it does not accumulate */
     besa_result (*block_loss)(besa_backend *be, float *loss, void *dy, const void *y, const void *yref,
-                              const float *sumsq, float scale, int64_t tokens, int64_t d);
+                              const float *sumsq, float scale, int64_t tokens, int64_t d, int accumulate);
 
     /* ---- sparsity -------------------------------------------------------------------------- */
     /* S(R,C) = |W|^power * scale(C) (power 1 or 2; scale NULL: 1). A weight that is 0 scores -1: before all others */
@@ -401,7 +404,7 @@ struct besa_backend {
     besa_result (*bucket_gradient)(besa_backend *be, float *sums, const float *dw, const void *w, besa_dtype dtype,
                                    const void *rank, const uint16_t *bucket, int64_t rows, int64_t columns,
                                    int64_t buckets);
-    /* alpha(R), the same for all rows of a group, and n(R) = floor(alpha C), not below zeros(R), from theta_layer(D+1)
+    /* alpha(R), the same for all rows of a group, and n(R) = floor(alpha units), not below zeros(R), from theta_layer(D+1)
      * and theta_row(G,D+1); a theta whose scale is 0 may be NULL. beta is recomputed in the backward pass. */
     besa_result (*rate_forward)(besa_backend *be, float *alpha, int32_t *n, const float *theta_layer,
                                 const float *theta_row, const int32_t *zeros, const besa_rate_shape *s);
@@ -508,6 +511,12 @@ typedef enum besa_rate_form {
     BESA_RATES_LAYER                            /* one rate per layer: the paper's layer-wise form */
 } besa_rate_form;
 
+/* How the learning rate goes once it has risen. */
+typedef enum besa_schedule {
+    BESA_SCHEDULE_CONSTANT,
+    BESA_SCHEDULE_COSINE                        /* half a cosine down to 0 */
+} besa_schedule;
+
 /* How rates are parametrised and learned. A zero-filled struct means the defaults, in brackets. */
 typedef struct besa_rate_options {
     double target;                              /* sparsity in (0, 1); required, but where an n:m pattern gives it */
@@ -523,6 +532,10 @@ typedef struct besa_rate_options {
     double beta1, beta2;                        /* [0.9, 0.999, NONE]; Prodigy's beta3 is sqrt(beta2) */
     double weight_decay;                        /* [0], decoupled */
     double d0, d_coef;                          /* Prodigy [1e-6, 5] */
+    besa_schedule schedule;                     /* of lr over the steps [constant] */
+    double warmup;                              /* share of the steps in which lr rises to its full value [0]; below 1 */
+    int64_t steps;                              /* that there will be, for schedule and warmup [1; besa_prune and
+                                                   besa_pruner count them themselves] */
 } besa_rate_options;
 
 /* One linear layer: W (rows, columns), y = x W'. */
@@ -649,6 +662,8 @@ typedef struct besa_activations {
     float *dw;                                  /* (R,C) of the largest layer; backward only */
     int64_t dw_count;                           /* floats that dw has room for, a row of any layer at least: with less
                                                    than all, gradients come in pieces */
+    float *dw_sum[BESA_LAYERS];                 /* the caller's, NULL after init: where (R,C) floats are given, the layer's
+                                                   gradient is added to them instead of being handed out */
 } besa_activations;
 
 /* Receives rows first .. first+rows-1 of dL/dW of one layer, dw (rows, C): all R at once where acts->dw has room for them.
@@ -690,10 +705,25 @@ BESA_API besa_result besa_block_backward(besa_backend *be, const besa_block *blo
 typedef enum besa_method { BESA_METHOD_BESA, BESA_METHOD_WANDA, BESA_METHOD_SPARSEGPT, BESA_METHOD_MAGNITUDE
 } besa_method;
 
-/* The passes over the calibration tokens of one block. A progress report names dense to commit, and of a resumed block
- * commit alone; read and write are only in besa_block_report.seconds. */
-typedef enum besa_pass { BESA_PASS_READ, BESA_PASS_DENSE, BESA_PASS_RANK, BESA_PASS_LEARN, BESA_PASS_COMMIT,
-                         BESA_PASS_WRITE, BESA_PASS_COUNT } besa_pass;
+/* What is done with a block, and its name in progress and report. A progress report names dense to commit, and of a
+ * resumed block commit alone; read and write are only in besa_block_report.seconds. */
+#define BESA_PASSES(X)                                                                             \
+    X(BESA_PASS_READ, "read")                                                                      \
+    X(BESA_PASS_DENSE, "dense")                                                                    \
+    X(BESA_PASS_RANK, "rank")                                                                      \
+    X(BESA_PASS_LEARN, "learn")                                                                    \
+    X(BESA_PASS_COMMIT, "commit")                                                                  \
+    X(BESA_PASS_WRITE, "write")
+
+typedef enum besa_pass {
+#define BESA__ENUM(name, text) name,
+    BESA_PASSES(BESA__ENUM)
+#undef BESA__ENUM
+    BESA_PASS_COUNT
+} besa_pass;
+
+/* "read" .. "write". */
+BESA_API const char *besa_pass_name(besa_pass pass);
 
 typedef struct besa_progress {
     int64_t block, blocks;
@@ -1113,6 +1143,9 @@ static besa_result besa__pass_error(const besa_backend *be, besa_result result, 
     else besa__fail(error, result, "%s", besa_result_string(result)); /* from a callback of the caller */
     return result;
 }
+
+/* Return from a function with the error of a backend operation that failed. */
+#define BESA__TRY_ON(be, call, error) BESA__TRY(besa__pass_error(be, call, error))
 
 /* Operations take scratch memory from be->workspace. Public functions put their own there while they run, and what was
  * there before back when they return. */
@@ -3674,9 +3707,10 @@ static besa_result besa__cpu_linear_backward_input(besa_backend *be, void *dx, c
 /* dW(count,C): rows first .. of dY(T,R)' X(T,C) */
 static besa_result besa__cpu_linear_backward_weight(besa_backend *be, float *dw, const void *dy, const void *x,
                                                     int64_t tokens, int64_t rows, int64_t columns, int64_t first,
-                                                    int64_t count)
+                                                    int64_t count, int accumulate)
 {
     besa__gemm_args g = besa__cpu_product(dw, count, columns, tokens);
+    g.accumulate = accumulate;
     besa__cpu_operand_a(&g, (const float *)dy + first, BESA_F32, 1, rows);
     besa__cpu_operand_b(&g, x, BESA_F32, columns, 1);
     besa__cpu_multiply(be, &g, besa__cpu_of(be)->bf16);
@@ -4132,16 +4166,19 @@ BESA__INLINE float besa__cpu_loss_row_body(const float *a, const float *b, const
 }
 BESA__KERNEL_FLOAT(besa__cpu_loss_row, (const float *a, const float *b, const float *w, int64_t d), (a, b, w, d))
 
-/* dy = factor w (a - b) */
+/* dy = factor w (a - b) [+ dy] */
 BESA__INLINE void besa__cpu_loss_back_row_body(float *dy, const float *a, const float *b, const float *w, float factor,
-                                               int64_t d)
+                                               int64_t d, int accumulate)
 {
     BESA__ELEMENTWISE
-    for (int64_t c = 0; c < d; c++) dy[c] = factor * w[c] * (a[c] - b[c]);
+    for (int64_t c = 0; c < d; c++) {
+        float g = factor * w[c] * (a[c] - b[c]);
+        dy[c] = accumulate ? dy[c] + g : g;
+    }
 }
 BESA__KERNEL(besa__cpu_loss_back_row,
-             (float *dy, const float *a, const float *b, const float *w, float factor, int64_t d),
-             (dy, a, b, w, factor, d))
+             (float *dy, const float *a, const float *b, const float *w, float factor, int64_t d, int accumulate),
+             (dy, a, b, w, factor, d, accumulate))
 
 /* weight(d) = 1 / norm2, or 0, and the partial sums of runs of rows */
 static void besa__cpu_block_loss_place(besa__arena *work, float **weight, double **part, int64_t tokens, int64_t d)
@@ -4152,7 +4189,7 @@ static void besa__cpu_block_loss_place(besa__arena *work, float **weight, double
 
 /* loss(1) += scale / d * sum_{t,c} (Yref - Y)^2 / sumsq_c; dY = 2 scale / d * (Y - Yref) / sumsq_c */
 static besa_result besa__cpu_block_loss(besa_backend *be, float *loss, void *dy, const void *y, const void *yref,
-                                        const float *sumsq, float scale, int64_t tokens, int64_t d)
+                                        const float *sumsq, float scale, int64_t tokens, int64_t d, int accumulate)
 {
     int64_t grain = BESA__CPU_LOSS_ROWS, tasks = besa__parts(tokens, grain);
     besa__arena work = besa__cpu_work(be);
@@ -4167,7 +4204,7 @@ static besa_result besa__cpu_block_loss(besa_backend *be, float *loss, void *dy,
         for (int64_t t = task * grain; t < besa__min(tokens, (task + 1) * grain); t++) {
             const float *a = (const float *)y + t * d, *b = (const float *)yref + t * d;
             part[task] += (double)besa__cpu_loss_row(a, b, weight, d);
-            if (dy) besa__cpu_loss_back_row((float *)dy + t * d, a, b, weight, 2.0f * scale / (float)d, d);
+            if (dy) besa__cpu_loss_back_row((float *)dy + t * d, a, b, weight, 2.0f * scale / (float)d, d, accumulate);
         }
     }
     for (int64_t task = 0; task < tasks; task++) sum += part[task];
@@ -4886,7 +4923,7 @@ static double besa__cpu_rates_beta(const besa__cpu_rates *rates, const float *th
 
 enum { BESA__CPU_GROUPS = 32 }; /* of one task */
 
-/* alpha(R), n(R) = max(floor(alpha C), zeros), the product in float as the published code has it */
+/* alpha(R), n(R) = max(floor(alpha units), zeros), the product in float as the published code has it */
 static besa_result besa__cpu_rate_forward(besa_backend *be, float *alpha, int32_t *n, const float *theta_layer,
                                           const float *theta_row, const int32_t *zeros, const besa_rate_shape *s)
 {
@@ -4899,8 +4936,8 @@ static besa_result besa__cpu_rate_forward(besa_backend *be, float *alpha, int32_
     for (int64_t task = 0; task < tasks; task++) {
         besa__cpu_rates mine = besa__cpu_rates_mine(&rates, stride);
         for (int64_t g = task * BESA__CPU_GROUPS; g < besa__min(groups, (task + 1) * BESA__CPU_GROUPS); g++) {
-            float rate = (float)besa__cpu_rates_beta(&mine, theta_row, g, s), share = floorf(rate * (float)s->columns);
-            int64_t pruned = share > 0.0f ? besa__min((int64_t)share, s->columns) : 0; /* 0 where alpha is NaN */
+            float rate = (float)besa__cpu_rates_beta(&mine, theta_row, g, s), share = floorf(rate * (float)s->units);
+            int64_t pruned = share > 0.0f ? besa__min((int64_t)share, s->units) : 0; /* 0 where alpha is NaN */
             for (int64_t r = g * s->group_rows; r < besa__min(s->rows, (g + 1) * s->group_rows); r++) {
                 alpha[r] = rate;
                 if (n) n[r] = (int32_t)(zeros ? besa__max(pruned, zeros[r]) : pruned);
@@ -5062,7 +5099,7 @@ static besa_result besa__cpu_adamw(besa_backend *be, const besa_optimizer_step *
     return BESA_OK;
 }
 
-/* One step over n parameters. Prodigy (arXiv 2306.06101) or AdamW; scalars (4) = d, dmax, numerator */
+/* One step over n parameters. Prodigy (arXiv 2306.06101) or AdamW; scalars = d, numerator */
 static besa_result besa__cpu_optimizer_step(besa_backend *be, const besa_optimizer_step *o)
 {
     int64_t run = besa__max(BESA__CPU_STEP_RUN, besa__parts(o->n, BESA__CPU_STEP_PARTS));
@@ -5082,13 +5119,10 @@ static besa_result besa__cpu_optimizer_step(besa_backend *be, const besa_optimiz
     }
     for (int64_t task = 0; task < tasks; task++) sum[0] += part[2 * task], sum[1] += part[2 * task + 1];
     if (sum[1] == 0.0) return BESA_OK; /* no gradient yet: nothing moves */
-    numerator = o->beta3 * o->scalars[2] + gain * sum[0];
+    numerator = o->beta3 * o->scalars[1] + gain * sum[0];
     estimate = o->d_coef * numerator / sum[1];
-    if (d == o->d0 && estimate > d) d = estimate;
-    if (estimate > o->scalars[1]) o->scalars[1] = estimate;
-    if (o->growth_rate > 0.0) d *= o->growth_rate; /* 0: no limit */
-    o->scalars[0] = o->growth_rate > 0.0 && d < o->scalars[1] ? d : o->scalars[1];
-    o->scalars[2] = numerator;
+    if (estimate > d) o->scalars[0] = estimate;
+    o->scalars[1] = numerator;
     BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
     for (int64_t task = 0; task < tasks; task++)
         besa__cpu_optimizer_move(o, task * run, besa__min(run, o->n - task * run),
@@ -5631,47 +5665,304 @@ BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *
 #endif
 
 /* ============================================================================================
- * // >>rates                 importance, ranks, learnable rates (level 3)
+ * // >>masks                 importance, ranks, counts and masks
  * ============================================================================================
- * Owns besa_rates: what is learned, per layer and together. Calls the backend table; knows layers, not blocks.
+ * Owns which weights of a row go first and how many of them go: scores, ranks, the counts n, and the masks that follow.
+ * Where n comes from is not its affair: a baseline sets it, section rates learns it. Calls the backend table. */
+
+typedef struct besa__mask_layer {
+    besa_layer_shape shape;
+    int64_t units;                              /* of a row: what ranks and counts count, its C weights */
+    double fixed;                               /* its own sparsity, or negative: the method decides */
+    int ranked;
+    void *rank;                                 /* (R,C) 16 or 32 bits */
+    int32_t *zeros, *n;                         /* (R) source zeros; weights pruned */
+    int32_t *masked;                            /* (R) the n of the mask that besa__masks_update keeps up; these three are
+                                                   parts of the set's arrays */
+} besa__mask_layer;
+
+/* The ranks and counts of a set of layers. */
+typedef struct besa__masks {
+    besa_backend *be;
+    int count;
+    besa__mask_layer *layer;                    /* (count) */
+    int64_t rows;                               /* of all layers */
+    int32_t *zeros, *n, *masked;                /* (rows) */
+    int32_t *not_finite;                        /* (count) NaN and infinite weights of each layer */
+} besa__masks;
+
+/* Place the arrays of these layers; with arena->base NULL this only counts. layer: host memory, (count). */
+static void besa__masks_place(besa__masks *masks, besa_backend *be, besa__mask_layer *layer, const besa_layer_shape *shapes,
+                              int count, besa__arena *arena)
+{
+    masks->be = be;
+    masks->layer = layer;
+    masks->count = count;
+    masks->rows = 0;
+    memset(layer, 0, (size_t)count * sizeof *layer);
+    for (int i = 0; i < count; i++) {
+        size_t weights = (size_t)(shapes[i].rows * shapes[i].columns);
+        layer[i].shape = shapes[i];
+        layer[i].units = shapes[i].columns;
+        layer[i].fixed = -1;
+        layer[i].rank = besa__take(arena, weights * besa__rank_bytes(shapes[i].columns));
+        masks->rows += shapes[i].rows;
+    }
+    size_t bytes = (size_t)masks->rows * sizeof(int32_t);
+    masks->zeros = (int32_t *)besa__take(arena, bytes);
+    masks->n = (int32_t *)besa__take(arena, bytes);
+    masks->masked = (int32_t *)besa__take(arena, bytes);
+    masks->not_finite = (int32_t *)besa__take(arena, (size_t)count * sizeof(int32_t));
+    if (!arena->base) return;
+    for (int64_t i = 0, first = 0; i < count; first += layer[i++].shape.rows) {
+        layer[i].zeros = masks->zeros + first;
+        layer[i].n = masks->n + first;
+        layer[i].masked = masks->masked + first;
+    }
+}
+
+/* No ranks, nothing pruned, no layer fixed. Does not wait for the device. */
+static besa_result besa__masks_reset(besa__masks *masks)
+{
+    besa_backend *be = masks->be;
+    for (int i = 0; i < masks->count; i++) {
+        masks->layer[i].fixed = -1;
+        masks->layer[i].ranked = 0;
+    }
+    BESA__TRY(be->fill(be, masks->n, 0, masks->rows));
+    return be->zero(be, BESA_QUEUE_COMPUTE, masks->not_finite, (size_t)masks->count * sizeof(int32_t));
+}
+
+/* scale(C): the score's factor per column, from what the importance needs of the layer's inputs; may be statistic. */
+static besa_result besa__importance_scale(besa_backend *be, float *scale, const float *statistic,
+                                          besa_importance importance, int64_t columns)
+{
+    float exponent = importance == BESA_IMPORTANCE_WANDA ? 0.5f : importance == BESA_IMPORTANCE_SPARSEGPT ? -1.0f : -2.0f;
+    return be->power(be, scale, statistic, exponent, columns);
+}
+
+static int besa__importance_power(besa_importance importance)
+{
+    return importance == BESA_IMPORTANCE_SPARSEGPT || importance == BESA_IMPORTANCE_SPARSEGPT_SQUARED ? 2 : 1;
+}
+
+/* The ranks of a layer from one row on. */
+static void *besa__layer_rank(const besa__mask_layer *layer, int64_t row)
+{
+    int64_t columns = layer->shape.columns;
+    return (unsigned char *)layer->rank + (size_t)(row * columns) * besa__rank_bytes(columns);
+}
+
+/* Rank a layer by |W|^power scale (C; NULL: 1). scratch receives the scores of as many rows as `room` floats hold, again
+ * and again. */
+static besa_result besa__masks_rank(besa__masks *masks, int index, const void *w, const float *scale, int power,
+                                    float *scratch, int64_t room)
+{
+    besa_backend *be = masks->be;
+    besa__mask_layer *layer = &masks->layer[index];
+    besa_dtype dtype = layer->shape.dtype;
+    int64_t rows = layer->shape.rows, columns = layer->shape.columns, piece = besa__min(rows, room / columns);
+    BESA_ASSERT(piece > 0);
+    layer->ranked = 1;
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, masks->not_finite + index, sizeof(int32_t)));
+    for (int64_t r = 0, count; r < rows; r += count) {
+        count = besa__min(piece, rows - r);
+        BESA__TRY(be->score(be, scratch, besa__at_const(w, dtype, r * columns), dtype, scale, power, count, columns));
+        BESA__TRY(be->rank_rows(be, besa__layer_rank(layer, r), scratch, count, columns));
+    }
+    return be->count_zeros(be, layer->zeros, masks->not_finite + index, w, dtype, rows, columns);
+}
+
+/* n_r = floor(rate units) of every row. */
+static besa_result besa__masks_uniform(besa__masks *masks, int index, double rate)
+{
+    const besa__mask_layer *layer = &masks->layer[index];
+    int32_t n = (int32_t)floor(rate * (double)layer->units);
+    return masks->be->fill(masks->be, layer->n, n, layer->shape.rows);
+}
+
+/* Hold a layer at a sparsity of its own, or (negative) leave it to the method. */
+static besa_result besa__masks_fix(besa__masks *masks, int index, double sparsity)
+{
+    masks->layer[index].fixed = sparsity;
+    return sparsity < 0 ? BESA_OK : besa__masks_uniform(masks, index, sparsity);
+}
+
+/* What = W where rank >= n, +0 elsewhere. */
+static besa_result besa__masks_apply(besa__masks *masks, int index, const void *w, void *pruned)
+{
+    const besa__mask_layer *layer = &masks->layer[index];
+    return masks->be->mask_apply(masks->be, pruned, w, layer->shape.dtype, layer->rank, layer->n, layer->shape.rows,
+                                 layer->shape.columns);
+}
+
+/* The same where `pruned` is this layer's own: what has changed since it was masked last; in full the first time. */
+static besa_result besa__masks_update(besa__masks *masks, int index, const void *w, void *pruned, int full)
+{
+    const besa__mask_layer *layer = &masks->layer[index];
+    besa_backend *be = masks->be;
+    if (full) {
+        BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, layer->masked, layer->n, (size_t)layer->shape.rows * sizeof(int32_t)));
+        return besa__masks_apply(masks, index, w, pruned);
+    }
+    return be->mask_update(be, pruned, w, layer->shape.dtype, layer->rank, layer->n, layer->masked, layer->shape.rows,
+                           layer->shape.columns);
+}
+
+/* Weights that were ranked must be finite. Waits for the device. */
+static besa_result besa__masks_check(besa__masks *masks)
+{
+    besa_backend *be = masks->be;
+    for (int i = 0; i < masks->count; i++) {
+        int32_t count;
+        BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, &count, masks->not_finite + i, sizeof count));
+        BESA__TRY(be->synchronize(be, BESA_QUEUE_COMPUTE));
+        if (count != 0)
+            return besa__fail(&be->error, BESA_ERROR_NOT_FINITE, "%d NaN or infinite weights in layer %d", (int)count, i);
+    }
+    return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>parameters            what learns: values, gradient, optimiser, schedule
+ * ============================================================================================
+ * Owns a set of parameters that one optimiser moves together: one flat array of values, one of their gradient, and the
+ * optimiser's state. What they mean is their owners' affair: each reserves its part, fills in the gradient and reads the
+ * values. Several owners may share a set (Prodigy's d then spans them all) or have one each.
+ *
+ * Prodigy (arXiv 2306.06101) estimates its own step size d from how far theta has come along the gradients:
+ *     dlr = d lr,     gain = (d / d0) dlr,     num = beta3 num + gain <g, theta0 - theta>
+ *     m = beta1 m + (1 - beta1) d g,   v = beta2 v + (1 - beta2) d^2 g^2,   s = beta3 s + gain g
+ *     dhat = d_coef num / sum|s|,   d = max(d, dhat)
+ *     theta -= dlr m / (sqrt(v) + d eps)      with dlr from before; nothing moves while sum|s| = 0
+ * Gradients are 1e-8 and below: eps = 1e-8 matters, and a loss scale would have to be undone first. */
+
+typedef struct besa__parameters {
+    besa_backend *be;
+    besa_optimizer_step step;                   /* settings, arrays (n), and how many steps there have been */
+    float *theta0, *grad;                       /* (n) start values; the gradient that the next step follows */
+    double *scalars0;                           /* device: what step.scalars start from */
+    double lr;                                  /* before the schedule */
+    besa_schedule schedule;
+    double warmup;                              /* share of the steps */
+    int64_t steps;                              /* that there will be; only the schedule wants to know */
+} besa__parameters;
+
+/* The optimiser as the options have it, for no parameters yet. */
+static void besa__parameters_init(besa__parameters *p, besa_backend *be, const besa_rate_options *o)
+{
+    memset(p, 0, sizeof *p);
+    p->be = be;
+    p->lr = o->lr;
+    p->schedule = o->schedule;
+    p->warmup = o->warmup;
+    p->steps = o->steps;
+    p->step.kind = o->optimizer;
+    p->step.beta1 = o->beta1;
+    p->step.beta2 = o->beta2;
+    p->step.beta3 = sqrt(o->beta2);
+    p->step.eps = 1e-8;
+    p->step.weight_decay = o->weight_decay;
+    p->step.d0 = o->d0;
+    p->step.d_coef = o->d_coef;
+}
+
+/* Room for n more; returns where they begin. To be called before the arrays are placed. */
+static int64_t besa__parameters_reserve(besa__parameters *p, int64_t n)
+{
+    p->step.n += n;
+    return p->step.n - n;
+}
+
+static void besa__parameters_place(besa__parameters *p, besa__arena *arena)
+{
+    besa_optimizer_step *s = &p->step;
+    s->theta = besa__take_floats(arena, s->n);
+    s->theta0 = p->theta0 = besa__take_floats(arena, s->n);
+    s->grad = p->grad = besa__take_floats(arena, s->n);
+    s->m = besa__take_floats(arena, s->n);
+    s->v = besa__take_floats(arena, s->n);
+    s->s = besa__take_floats(arena, s->n);
+    s->scalars = (double *)besa__take(arena, BESA_OPTIMIZER_SCALARS * sizeof(double));
+    p->scalars0 = (double *)besa__take(arena, BESA_OPTIMIZER_SCALARS * sizeof(double));
+}
+
+/* Once after placing: start values 0, which an owner may change. Waits for the device. */
+static besa_result besa__parameters_start(besa__parameters *p)
+{
+    besa_backend *be = p->be;
+    const double scalars[BESA_OPTIMIZER_SCALARS] = {p->step.d0, 0};
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->theta0, (size_t)p->step.n * sizeof(float)));
+    BESA__TRY(be->upload(be, BESA_QUEUE_COMPUTE, p->scalars0, scalars, sizeof scalars));
+    return be->synchronize(be, BESA_QUEUE_COMPUTE);
+}
+
+/* Back to the start values, the optimiser as before its first step. Does not wait for the device. */
+static besa_result besa__parameters_reset(besa__parameters *p)
+{
+    besa_backend *be = p->be;
+    size_t bytes = (size_t)p->step.n * sizeof(float);
+    float *zero[4] = {p->grad, p->step.m, p->step.v, p->step.s};
+    p->step.step = 0;
+    for (int i = 0; i < 4; i++) BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, zero[i], bytes));
+    BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, p->step.theta, p->theta0, bytes));
+    return be->copy(be, BESA_QUEUE_COMPUTE, p->step.scalars, p->scalars0, BESA_OPTIMIZER_SCALARS * sizeof(double));
+}
+
+/* The factor on the learning rate of step 1 .. steps: a straight rise over the first warmup steps, then 1, or half a
+ * cosine from 1 down to 0. */
+static double besa__schedule_factor(besa_schedule schedule, double warmup, int64_t step, int64_t steps)
+{
+    double rise = floor(warmup * (double)steps), after = (double)(step - 1) - rise, left = (double)steps - rise;
+    if (after < 0) return (double)step / (rise + 1);
+    return schedule == BESA_SCHEDULE_COSINE ? 0.5 * (1 + cos(3.141592653589793 * after / left)) : 1;
+}
+
+/* One step of the optimiser along the gradient. */
+static besa_result besa__parameters_step(besa__parameters *p)
+{
+    p->step.step++;
+    p->step.lr = p->lr * besa__schedule_factor(p->schedule, p->warmup, besa__min(p->step.step, p->steps), p->steps);
+    return p->be->optimizer_step(p->be, &p->step);
+}
+
+/* An array over the parameters from `offset` on; NULL where there are none (negative). */
+static float *besa__parameters_at(float *array, int64_t offset) { return offset < 0 ? NULL : array + offset; }
+
+/* ============================================================================================
+ * // >>rates                 learnable rates: theta -> alpha -> n, and their gradient
+ * ============================================================================================
+ * Owns how many weights of each row go, as something that can be learned: it sets the counts of section masks from a part
+ * of section parameters, and fills in that part's gradient.
  *
  * Per group g of rows the rate is alpha_g = sum_d beta_d p_d with beta = softmax(z), p_d = 1 - d/D and
  *     z_d = c p_d + s_L u(theta_L[d]) + s_R u(theta_g[d]),      u(x) = sigmoid(x) - 1/2.
  * Row r prunes its n_r = floor(alpha C) lowest ranks. c makes the rate at theta = 0 the target, so that any target in
- * (0, 1) can be reached; the published form is c = 0, which confines alpha to 0.376 .. 0.624. */
+ * (0, 1) can be reached; the published form is c = 0, which confines alpha to 0.376 .. 0.624. Once learned, all rows are
+ * shifted together in logit space until exactly floor(target N + 1/2) of the N learned weights go (be->project_counts). */
 
 typedef struct besa__rate_layer {
-    besa_layer_shape shape;
-    besa_rate_shape rate;
-    double fixed;                               /* its own sparsity, or negative: learned */
-    int ranked;
-    double share;                               /* of the learned weights */
+    besa_rate_shape shape;
+    double share;                               /* of the learned weights; 0 where the layer is fixed */
     int64_t theta_layer, theta_row;             /* first parameter; negative: none */
-    void *rank;                                 /* (R,C) 16 or 32 bits */
-    uint16_t *bucket;                           /* (C) */
-    int32_t *zeros, *n;                         /* (R) source zeros; weights pruned */
-    int32_t *columns;                           /* (R) C of each row, 0 where the layer is fixed */
-    int32_t *masked;                            /* (R) the n that besa__rates_remask masked by last */
-    float *alpha;                               /* (R); zeros, n, columns, masked, alpha: parts of the rates' arrays */
+    uint16_t *bucket;                           /* (units) */
+    int32_t *units;                             /* (R) the units of each row, 0 where the layer is fixed */
+    float *alpha;                               /* (R); units, alpha: parts of the rates' arrays */
     float *sums;                                /* (R,D) bucket sums of dW * W */
 } besa__rate_layer;
 
 struct besa_rates {
-    besa_backend *be;
-    besa_rate_options options;                  /* with the defaults filled in */
-    int count, learns;                          /* learns 0: ranks and masks only, no theta */
-    besa__rate_layer *layer;                    /* (count) */
-    void *memory, *workspace;                   /* memory: owned, NULL inside an arena */
-    size_t workspace_bytes;
-    float tilt;
-    int64_t parameters, step, rows;             /* rows of all layers */
-    int32_t *zeros, *n, *columns, *masked;      /* (rows) */
-    float *alpha;                               /* (rows) */
-    float *theta, *theta0, *grad, *m, *v, *s;   /* (parameters) */
-    double *scalars, *scalars0;                 /* (4) d, dmax, numerator, unused; what they start from */
+    besa__masks *masks;                         /* whose counts these rates set */
+    besa__parameters *parameters;               /* theta is a part of them */
+    const besa_rate_options *options;           /* with the defaults filled in */
+    float tilt;                                 /* c */
+    besa__rate_layer *layer;                    /* (masks->count) */
+    int32_t *units;                             /* (masks->rows) */
+    float *alpha;                               /* (masks->rows) */
     float *mean;                                /* (1) S: mean rate of the learned layers */
     int64_t *excess;                            /* (1) whether the projection worked, from be->project_counts */
-    int32_t *not_finite;                        /* (count) NaN and infinite weights of each layer */
+    void *workspace;                            /* what operations use in a call of the caller's; NULL: what is set */
+    size_t workspace_bytes;
 };
 
 /* What an option of 0, or BESA_NONE for a true 0, stands for. */
@@ -5708,9 +5999,9 @@ static float besa__solve_tilt(double target, int candidates)
  * best choice raises all candidates on one side of a cut. high 1: the largest rate; 0: the smallest. */
 BESA__UNUSED static double besa__reachable_rate(const besa_rates *rates, int high)
 {
-    double scale = fmin(rates->options.layer_scale + rates->options.row_scale, 500), best = high ? 0 : 1;
+    double scale = fmin(rates->options->layer_scale + rates->options->row_scale, 500), best = high ? 0 : 1;
     double all[2] = {0, 0}, upper[2] = {0, 0}; /* sums of exp(c p) and exp(c p) p over all candidates; over d <= cut */
-    int last = rates->options.candidates;
+    int last = rates->options->candidates;
     for (int pass = 0; pass < 2; pass++)
         for (int d = 0; d <= last; d++) {
             double p = 1.0 - (double)d / last, weight = exp((double)rates->tilt * (p - (rates->tilt > 0)));
@@ -5748,6 +6039,11 @@ static besa_result besa__rate_defaults(besa_rate_options *o, besa_error *error)
     o->weight_decay = besa__default(o->weight_decay, 0);
     o->d0 = besa__default(o->d0, 1e-6);
     o->d_coef = besa__default(o->d_coef, 5);
+    o->warmup = besa__default(o->warmup, 0);
+    if ((unsigned)o->schedule > BESA_SCHEDULE_COSINE || !(o->warmup >= 0 && o->warmup < 1) || o->steps < 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "schedule %d, warmup %g, steps %lld: expected a value of besa_schedule, "
+                          "0 <= warmup < 1, and 0 or more steps", (int)o->schedule, o->warmup, (long long)o->steps);
+    if (o->steps == 0) o->steps = 1;
     if (!(o->layer_scale >= 0 && o->row_scale >= 0 && o->layer_scale + o->row_scale > 0 && o->layer_scale <= 1e4 &&
           o->row_scale <= 1e4))
         return besa__fail(error, BESA_ERROR_OPTION, "layer_scale %g and row_scale %g: expected 0 .. 10000, not both 0",
@@ -5762,101 +6058,53 @@ static besa_result besa__rate_defaults(besa_rate_options *o, besa_error *error)
     return BESA_OK;
 }
 
-/* The ranks of a layer from one row on. */
-static void *besa__rate_rank(const besa__rate_layer *layer, int64_t row)
+/* Fill in one layer and place its arrays, with room for its theta among the parameters. */
+static void besa__rate_layer_place(besa_rates *rates, int index, besa__arena *arena)
 {
-    int64_t columns = layer->shape.columns;
-    return (unsigned char *)layer->rank + (size_t)(row * columns) * besa__rank_bytes(columns);
-}
-
-/* Fill in one layer and place its arrays; theta's offsets are counted in rates->parameters. */
-static void besa__rate_layer_place(besa_rates *rates, besa__rate_layer *layer, besa__arena *arena)
-{
-    const besa_rate_options *o = &rates->options;
-    int64_t rows = layer->shape.rows, columns = layer->shape.columns;
-    besa_rate_shape *s = &layer->rate;
+    const besa_rate_options *o = rates->options;
+    besa__rate_layer *layer = &rates->layer[index];
+    besa_rate_shape *s = &layer->shape;
+    int64_t rows = rates->masks->layer[index].shape.rows;
     s->rows = rows;
-    s->columns = columns;
+    s->units = rates->masks->layer[index].units;
     s->group_rows = o->group_rows == BESA_ALL_ROWS || o->group_rows > rows ? rows : o->group_rows;
     s->candidates = o->candidates + 1;
     s->tilt = rates->tilt;
     s->layer_scale = (float)o->layer_scale;
     s->row_scale = (float)o->row_scale;
     s->plain = o->plain_softmax;
-    layer->theta_layer = layer->theta_row = -1;
-    layer->rank = besa__take(arena, (size_t)(rows * columns) * besa__rank_bytes(columns));
-    if (!rates->learns) return;
-    layer->bucket = (uint16_t *)besa__take(arena, (size_t)columns * sizeof(uint16_t));
+    layer->bucket = (uint16_t *)besa__take(arena, (size_t)s->units * sizeof(uint16_t));
     layer->sums = besa__take_floats(arena, rows * o->candidates);
-    if (s->layer_scale > 0) {
-        layer->theta_layer = rates->parameters;
-        rates->parameters += s->candidates;
-    }
-    if (s->row_scale > 0) {
-        layer->theta_row = rates->parameters;
-        rates->parameters += besa__parts(rows, s->group_rows) * s->candidates;
-    }
+    int64_t groups = besa__parts(rows, s->group_rows);
+    layer->theta_layer = s->layer_scale > 0 ? besa__parameters_reserve(rates->parameters, s->candidates) : -1;
+    layer->theta_row = s->row_scale > 0 ? besa__parameters_reserve(rates->parameters, groups * s->candidates) : -1;
 }
 
-/* Place the arrays that run over the rows of all layers. */
-static void besa__rates_place_rows(besa_rates *rates, besa__arena *arena)
+/* Place everything that the rates of these masks keep on the device, but for the parameters; with arena->base NULL this
+ * only counts. layer: host memory, (masks->count). */
+static void besa__rates_place(besa_rates *rates, besa__rate_layer *layer, besa__arena *arena)
 {
-    size_t bytes;
-    rates->rows = 0;
-    for (int i = 0; i < rates->count; i++) rates->rows += rates->layer[i].shape.rows;
-    bytes = (size_t)rates->rows * sizeof(int32_t);
-    rates->zeros = (int32_t *)besa__take(arena, bytes);
-    rates->n = (int32_t *)besa__take(arena, bytes);
-    if (rates->learns) {
-        rates->columns = (int32_t *)besa__take(arena, bytes);
-        rates->masked = (int32_t *)besa__take(arena, bytes);
-        rates->alpha = besa__take_floats(arena, rates->rows);
-        rates->excess = (int64_t *)besa__take(arena, sizeof(int64_t));
-    }
-    if (!arena->base) return;
-    for (int64_t i = 0, first = 0; i < rates->count; first += rates->layer[i++].shape.rows) {
-        besa__rate_layer *layer = &rates->layer[i];
-        layer->zeros = rates->zeros + first;
-        layer->n = rates->n + first;
-        if (!rates->learns) continue;
-        layer->columns = rates->columns + first;
-        layer->masked = rates->masked + first;
-        layer->alpha = rates->alpha + first;
-    }
-}
-
-/* Place everything that the rates of these layers keep on the device; with arena->base NULL this only counts. */
-static void besa__rates_place(besa_rates *rates, besa__rate_layer *storage, const besa_layer_shape *shapes, int count,
-                              besa__arena *arena)
-{
-    rates->layer = storage;
-    rates->count = count;
-    rates->parameters = 0;
-    memset(storage, 0, (size_t)count * sizeof *storage);
-    for (int i = 0; i < count; i++) {
-        storage[i].shape = shapes[i];
-        besa__rate_layer_place(rates, &storage[i], arena);
-    }
-    besa__rates_place_rows(rates, arena);
-    rates->not_finite = (int32_t *)besa__take(arena, (size_t)count * sizeof(int32_t));
-    if (!rates->learns) return;
-    rates->theta = besa__take_floats(arena, rates->parameters);
-    rates->theta0 = besa__take_floats(arena, rates->parameters);
-    rates->grad = besa__take_floats(arena, rates->parameters);
-    rates->m = besa__take_floats(arena, rates->parameters);
-    rates->v = besa__take_floats(arena, rates->parameters);
-    rates->s = besa__take_floats(arena, rates->parameters);
-    rates->scalars = (double *)besa__take(arena, 4 * sizeof(double));
-    rates->scalars0 = (double *)besa__take(arena, 4 * sizeof(double));
+    const besa__masks *masks = rates->masks;
+    rates->layer = layer;
+    memset(layer, 0, (size_t)masks->count * sizeof *layer);
+    for (int i = 0; i < masks->count; i++) besa__rate_layer_place(rates, i, arena);
+    rates->units = (int32_t *)besa__take(arena, (size_t)masks->rows * sizeof(int32_t));
+    rates->alpha = besa__take_floats(arena, masks->rows);
     rates->mean = besa__take_floats(arena, 1);
+    rates->excess = (int64_t *)besa__take(arena, sizeof(int64_t));
+    if (!arena->base) return;
+    for (int64_t i = 0, first = 0; i < masks->count; first += layer[i++].shape.rows) {
+        layer[i].units = rates->units + first;
+        layer[i].alpha = rates->alpha + first;
+    }
 }
 
-/* Weights of the learned layers. */
+/* Weights of the learned layers, in units. */
 static int64_t besa__rates_learned(const besa_rates *rates)
 {
     int64_t total = 0;
-    for (int i = 0; i < rates->count; i++)
-        if (rates->layer[i].fixed < 0) total += rates->layer[i].shape.rows * rates->layer[i].shape.columns;
+    for (int i = 0; i < rates->masks->count; i++)
+        if (rates->masks->layer[i].fixed < 0) total += rates->layer[i].shape.rows * rates->layer[i].shape.units;
     return total;
 }
 
@@ -5864,253 +6112,134 @@ static int64_t besa__rates_learned(const besa_rates *rates)
 static void besa__rates_share(besa_rates *rates)
 {
     double total = (double)besa__rates_learned(rates);
-    for (int i = 0; i < rates->count; i++) {
-        besa__rate_layer *layer = &rates->layer[i];
-        layer->share = layer->fixed < 0 ? (double)(layer->shape.rows * layer->shape.columns) / total : 0;
+    for (int i = 0; i < rates->masks->count; i++) {
+        const besa_rate_shape *s = &rates->layer[i].shape;
+        rates->layer[i].share = rates->masks->layer[i].fixed < 0 ? (double)(s->rows * s->units) / total : 0;
     }
 }
 
-/* bucket[rank] = the largest candidate d with rank < k_d = ((D - d) C) / D: the weight is pruned by candidates 0 .. d. */
-static besa_result besa__upload_buckets(besa_rates *rates, besa__rate_layer *layer)
+/* bucket[rank] = the largest candidate d with rank < k_d = ((D - d) units) / D: the weight is pruned by candidates 0 .. d. */
+static besa_result besa__upload_buckets(besa_backend *be, const besa__rate_layer *layer)
 {
-    besa_backend *be = rates->be;
-    int64_t buckets = layer->rate.candidates - 1, columns = layer->shape.columns, d = buckets - 1;
-    size_t bytes = (size_t)columns * sizeof(uint16_t);
-    uint16_t *table = NULL;
+    int64_t buckets = layer->shape.candidates - 1, units = layer->shape.units, d = buckets - 1;
+    size_t bytes = (size_t)units * sizeof(uint16_t);
     void *memory;
-    besa_result result = besa__malloc(&memory, bytes, "a bucket table", &be->error);
-    if (result != BESA_OK) return result;
-    table = (uint16_t *)memory;
-    for (int64_t rank = 0; rank < columns; rank++) {
-        while (rank >= ((buckets - d) * columns) / buckets) d--;
+    BESA__TRY(besa__malloc(&memory, bytes, "a bucket table", &be->error));
+    uint16_t *table = (uint16_t *)memory;
+    for (int64_t rank = 0; rank < units; rank++) {
+        while (rank >= ((buckets - d) * units) / buckets) d--;
         table[rank] = (uint16_t)d;
     }
-    result = be->upload(be, BESA_QUEUE_COMPUTE, layer->bucket, table, bytes);
+    besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, layer->bucket, table, bytes);
     if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
     BESA_FREE(table);
     return result;
 }
 
-/* Everything as before the first step. Does not wait for the device. */
-static besa_result besa__rates_reset(besa_rates *rates)
-{
-    besa_backend *be = rates->be;
-    size_t bytes = (size_t)rates->parameters * sizeof(float);
-    for (int i = 0; i < rates->count; i++) {
-        besa__rate_layer *layer = &rates->layer[i];
-        layer->fixed = -1;
-        layer->ranked = 0;
-        if (rates->learns) BESA__TRY(be->fill(be, layer->columns, (int32_t)layer->shape.columns, layer->shape.rows));
-    }
-    besa__rates_share(rates);
-    rates->step = 0;
-    BESA__TRY(be->fill(be, rates->n, 0, rates->rows));
-    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->not_finite, (size_t)rates->count * sizeof(int32_t)));
-    if (!rates->learns) return BESA_OK;
-    float *state[6] = {rates->theta, rates->theta0, rates->grad, rates->m, rates->v, rates->s};
-    for (int i = 0; i < 6; i++) BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, state[i], bytes));
-    for (int i = 0; i < rates->count; i++) {
-        besa__rate_layer *layer = &rates->layer[i];
-        size_t sums = (size_t)(layer->shape.rows * (layer->rate.candidates - 1)) * sizeof(float);
-        BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, layer->sums, sums));
-    }
-    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->alpha, (size_t)rates->rows * sizeof(float)));
-    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->mean, sizeof(float)));
-    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->excess, sizeof(int64_t)));
-    return be->copy(be, BESA_QUEUE_COMPUTE, rates->scalars, rates->scalars0, 4 * sizeof(double));
-}
-
-/* n_r = floor(rate C) of every row. */
-static besa_result besa__uniform_counts(besa_rates *rates, int index, double rate)
-{
-    const besa__rate_layer *layer = &rates->layer[index];
-    int32_t n = (int32_t)floor(rate * (double)layer->shape.columns);
-    return rates->be->fill(rates->be, layer->n, n, layer->shape.rows);
-}
-
-/* Hold a layer at a sparsity of its own, or (negative) make it learn. */
-static besa_result besa__rates_fix(besa_rates *rates, int index, double sparsity)
-{
-    besa__rate_layer *layer = &rates->layer[index];
-    int32_t columns = sparsity < 0 ? (int32_t)layer->shape.columns : 0;
-    layer->fixed = sparsity;
-    besa__rates_share(rates);
-    if (rates->learns) BESA__TRY(rates->be->fill(rates->be, layer->columns, columns, layer->shape.rows));
-    return sparsity < 0 ? BESA_OK : besa__uniform_counts(rates, index, sparsity);
-}
-
 /* Once after placing: what never changes. Waits for the device. */
 static besa_result besa__rates_start(besa_rates *rates)
 {
-    besa_backend *be = rates->be;
-    double scalars[4] = {rates->options.d0, rates->options.d0, 0, 0};
-    if (rates->learns) {
-        for (int i = 0; i < rates->count; i++) BESA__TRY(besa__upload_buckets(rates, &rates->layer[i]));
-        BESA__TRY(be->upload(be, BESA_QUEUE_COMPUTE, rates->scalars0, scalars, sizeof scalars));
-        BESA__TRY(be->synchronize(be, BESA_QUEUE_COMPUTE));
+    for (int i = 0; i < rates->masks->count; i++)
+        BESA__TRY(besa__upload_buckets(rates->masks->be, &rates->layer[i]));
+    return BESA_OK;
+}
+
+static size_t besa__sums_bytes(const besa_rate_shape *s)
+{
+    return (size_t)(s->rows * (s->candidates - 1)) * sizeof(float);
+}
+
+/* No layer fixed, sums empty. The masks and the parameters are reset by themselves. Does not wait for the device. */
+static besa_result besa__rates_reset(besa_rates *rates)
+{
+    besa_backend *be = rates->masks->be;
+    for (int i = 0; i < rates->masks->count; i++) {
+        besa__rate_layer *layer = &rates->layer[i];
+        BESA__TRY(be->fill(be, layer->units, (int32_t)layer->shape.units, layer->shape.rows));
+        BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, layer->sums, besa__sums_bytes(&layer->shape)));
     }
-    return besa__rates_reset(rates);
+    besa__rates_share(rates);
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->alpha, (size_t)rates->masks->rows * sizeof(float)));
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->mean, sizeof(float)));
+    return be->zero(be, BESA_QUEUE_COMPUTE, rates->excess, sizeof(int64_t));
 }
 
-/* scale(C): the score's factor per column, from what the importance needs of the layer's inputs; may be statistic. */
-static besa_result besa__importance_scale(besa_backend *be, float *scale, const float *statistic,
-                                          besa_importance importance, int64_t columns)
+/* A layer has been fixed at a sparsity of its own, or (negative) made to learn. */
+static besa_result besa__rates_fix(besa_rates *rates, int index)
 {
-    float exponent = importance == BESA_IMPORTANCE_WANDA ? 0.5f : importance == BESA_IMPORTANCE_SPARSEGPT ? -1.0f : -2.0f;
-    return be->power(be, scale, statistic, exponent, columns);
+    const besa__rate_layer *layer = &rates->layer[index];
+    int32_t units = rates->masks->layer[index].fixed < 0 ? (int32_t)layer->shape.units : 0;
+    besa__rates_share(rates);
+    return rates->masks->be->fill(rates->masks->be, layer->units, units, layer->shape.rows);
 }
 
-static int besa__importance_power(besa_importance importance)
-{
-    return importance == BESA_IMPORTANCE_SPARSEGPT || importance == BESA_IMPORTANCE_SPARSEGPT_SQUARED ? 2 : 1;
-}
-
-/* scale (C): the factor, or NULL. scratch receives the scores of as many rows as `room` floats hold, again and again. */
-static besa_result besa__rates_rank_scaled(besa_rates *rates, int index, const void *w, const float *scale, int power,
-                                           float *scratch, int64_t room)
-{
-    besa_backend *be = rates->be;
-    besa__rate_layer *layer = &rates->layer[index];
-    int64_t rows = layer->shape.rows, columns = layer->shape.columns, piece = besa__min(rows, room / columns);
-    BESA_ASSERT(piece > 0);
-    layer->ranked = 1;
-    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->not_finite + index, sizeof(int32_t)));
-    for (int64_t r = 0, count; r < rows; r += count) {
-        count = besa__min(piece, rows - r);
-        BESA__TRY(be->score(be, scratch, besa__at_const(w, layer->shape.dtype, r * columns), layer->shape.dtype, scale, power,
-                            count, columns));
-        BESA__TRY(be->rank_rows(be, besa__rate_rank(layer, r), scratch, count, columns));
-    }
-    return be->count_zeros(be, layer->zeros, rates->not_finite + index, w, layer->shape.dtype, rows, columns);
-}
-
-/* An array over the parameters from `offset` on; NULL where the form has none. */
-static float *besa__theta(float *parameters, int64_t offset) { return offset < 0 ? NULL : parameters + offset; }
-
+/* theta -> alpha, n and the mean rate. */
 static besa_result besa__rates_forward(besa_rates *rates)
 {
-    besa_backend *be = rates->be;
+    besa_backend *be = rates->masks->be;
+    float *theta = rates->parameters->step.theta;
     int first = 1;
-    for (int i = 0; i < rates->count; i++) {
-        besa__rate_layer *layer = &rates->layer[i];
-        if (layer->fixed >= 0) continue;
-        BESA__TRY(be->rate_forward(be, layer->alpha, layer->n, besa__theta(rates->theta, layer->theta_layer),
-                                   besa__theta(rates->theta, layer->theta_row), layer->zeros, &layer->rate));
+    for (int i = 0; i < rates->masks->count; i++) {
+        const besa__rate_layer *layer = &rates->layer[i];
+        const besa__mask_layer *mask = &rates->masks->layer[i];
+        if (mask->fixed >= 0) continue;
+        BESA__TRY(be->rate_forward(be, layer->alpha, mask->n, besa__parameters_at(theta, layer->theta_layer),
+                                   besa__parameters_at(theta, layer->theta_row), mask->zeros, &layer->shape));
         BESA__TRY(be->rate_mean(be, rates->mean, layer->alpha, (float)layer->share, !first, layer->shape.rows));
         first = 0;
     }
     return BESA_OK;
 }
 
-static besa_result besa__rates_mask(besa_rates *rates, int index, const void *w, void *pruned)
-{
-    const besa__rate_layer *layer = &rates->layer[index];
-    return rates->be->mask_apply(rates->be, pruned, w, layer->shape.dtype, layer->rank, layer->n, layer->shape.rows,
-                                 layer->shape.columns);
-}
-
-/* The same where `pruned` is this layer's own: what has changed since it was masked last; in full the first time. */
-static besa_result besa__rates_remask(besa_rates *rates, int index, const void *w, void *pruned, int full)
-{
-    const besa__rate_layer *layer = &rates->layer[index];
-    besa_backend *be = rates->be;
-    if (full) {
-        BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, layer->masked, layer->n, (size_t)layer->shape.rows * sizeof(int32_t)));
-        return besa__rates_mask(rates, index, w, pruned);
-    }
-    return be->mask_update(be, pruned, w, layer->shape.dtype, layer->rank, layer->n, layer->masked, layer->shape.rows,
-                           layer->shape.columns);
-}
-
-/* w (R,C), dw (rows, C): the gradient of `rows` rows from `first` on. */
+/* Add to the bucket sums of `rows` rows from `first` on: w (R,C), dw (rows, C). */
 static besa_result besa__rates_gradient(besa_rates *rates, int index, const void *w, int64_t first, int64_t rows,
                                         const float *dw)
 {
     const besa__rate_layer *layer = &rates->layer[index];
-    int64_t columns = layer->shape.columns, buckets = layer->rate.candidates - 1;
-    if (layer->fixed >= 0) return BESA_OK;
-    return rates->be->bucket_gradient(rates->be, layer->sums + first * buckets, dw,
-                                      besa__at_const(w, layer->shape.dtype, first * columns), layer->shape.dtype,
-                                      besa__rate_rank(layer, first), layer->bucket, rows, columns, buckets);
+    const besa__mask_layer *mask = &rates->masks->layer[index];
+    besa_backend *be = rates->masks->be;
+    int64_t columns = mask->shape.columns, buckets = layer->shape.candidates - 1;
+    if (mask->fixed >= 0) return BESA_OK;
+    return be->bucket_gradient(be, layer->sums + first * buckets, dw, besa__at_const(w, mask->shape.dtype, first * columns),
+                               mask->shape.dtype, besa__layer_rank(mask, first), layer->bucket, rows, columns, buckets);
 }
 
-/* From the bucket sums to dtheta, with the penalty lambda ((S - t)/t)^2:
+/* From the bucket sums, which are emptied, to dtheta, with the penalty lambda ((S - t)/t)^2:
  * dL/dalpha_g = 2 lambda (S - t)/t^2 (n_layer / N) (rows_g / R). */
 static besa_result besa__rates_backward(besa_rates *rates)
 {
-    besa_backend *be = rates->be;
-    double t = rates->options.target;
-    for (int i = 0; i < rates->count; i++) {
-        besa__rate_layer *layer = &rates->layer[i];
-        if (layer->fixed >= 0) continue;
+    besa_backend *be = rates->masks->be;
+    float *theta = rates->parameters->step.theta, *grad = rates->parameters->grad;
+    double t = rates->options->target;
+    for (int i = 0; i < rates->masks->count; i++) {
+        const besa__rate_layer *layer = &rates->layer[i];
         besa_penalty penalty;
+        if (rates->masks->layer[i].fixed >= 0) continue;
         penalty.mean = rates->mean;
-        penalty.coefficient = (float)(2 * rates->options.penalty / (t * t) * layer->share);
+        penalty.coefficient = (float)(2 * rates->options->penalty / (t * t) * layer->share);
         penalty.target = (float)t;
-        BESA__TRY(be->rate_backward(be, besa__theta(rates->grad, layer->theta_layer),
-                                    besa__theta(rates->grad, layer->theta_row), layer->sums,
-                                    besa__theta(rates->theta, layer->theta_layer),
-                                    besa__theta(rates->theta, layer->theta_row), &penalty, &layer->rate));
-        size_t bytes = (size_t)(layer->shape.rows * (layer->rate.candidates - 1)) * sizeof(float);
-        BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, layer->sums, bytes));
+        BESA__TRY(be->rate_backward(be, besa__parameters_at(grad, layer->theta_layer),
+                                    besa__parameters_at(grad, layer->theta_row), layer->sums,
+                                    besa__parameters_at(theta, layer->theta_layer),
+                                    besa__parameters_at(theta, layer->theta_row), &penalty, &layer->shape));
+        BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, layer->sums, besa__sums_bytes(&layer->shape)));
     }
     return BESA_OK;
 }
 
-/* ============================================================================================
- * // >>optimisers            one step over the theta of all layers
- * ============================================================================================
- * Prodigy (arXiv 2306.06101) estimates its own step size d from how far theta has come along the gradients:
- *     dlr = d lr,     gain = (d / d0) dlr,     num = beta3 num + gain <g, theta0 - theta>
- *     m = beta1 m + (1 - beta1) d g,   v = beta2 v + (1 - beta2) d^2 g^2,   s = beta3 s + gain g
- *     dhat = d_coef num / sum|s|;   while d == d0: d = max(d, dhat);   dmax = max(dmax, dhat);   d = min(dmax, d growth)
- *     theta -= dlr m / (sqrt(v) + d eps)      with dlr from before; nothing moves while sum|s| = 0
- * d is one number over the theta of all layers, so all parameters go through one call. Gradients are 1e-8 and below:
- * eps = 1e-8 matters, and a loss scale would have to be undone first. */
-static besa_result besa__rates_optimize(besa_rates *rates)
-{
-    const besa_rate_options *o = &rates->options;
-    besa_optimizer_step step;
-    memset(&step, 0, sizeof step);
-    step.kind = o->optimizer;
-    step.lr = o->lr;
-    step.beta1 = o->beta1;
-    step.beta2 = o->beta2;
-    step.beta3 = sqrt(o->beta2);
-    step.eps = 1e-8;
-    step.weight_decay = o->weight_decay;
-    step.d0 = o->d0;
-    step.d_coef = o->d_coef;
-    step.step = ++rates->step;
-    step.n = rates->parameters;
-    step.theta = rates->theta;
-    step.theta0 = rates->theta0;
-    step.grad = rates->grad;
-    step.m = rates->m;
-    step.v = rates->v;
-    step.s = rates->s;
-    step.scalars = rates->scalars;
-    return rates->be->optimizer_step(rates->be, &step);
-}
-
-/* ============================================================================================
- * // >>projection            the exact count; the public functions of level 3
- * ============================================================================================
- * All learned rows are shifted together in logit space until exactly floor(target N + 1/2) weights go, N of the learned
- * layers. The search is be->project_counts (besa__cpu_project). */
-
+/* How many weights of the learned layers are to go. */
 static int64_t besa__rates_count(const besa_rates *rates)
 {
-    return (int64_t)floor(rates->options.target * (double)besa__rates_learned(rates) + 0.5);
+    return (int64_t)floor(rates->options->target * (double)besa__rates_learned(rates) + 0.5);
 }
 
 /* Does not wait: rates->excess tells whether it worked. */
 static besa_result besa__rates_project(besa_rates *rates)
 {
-    besa_backend *be = rates->be;
+    const besa__masks *masks = rates->masks;
     BESA__TRY(besa__rates_forward(rates));
-    return be->project_counts(be, rates->n, rates->excess, rates->alpha, rates->zeros, rates->columns,
-                              besa__rates_count(rates), rates->rows);
+    return masks->be->project_counts(masks->be, masks->n, rates->excess, rates->alpha, masks->zeros, rates->units,
+                                     besa__rates_count(rates), masks->rows);
 }
 
 /* What came back in rates->excess. */
@@ -6130,44 +6259,41 @@ static besa_result besa__check_status(double d, float mean, besa_error *error)
                       (double)mean, d);
 }
 
-/* Waits for the device. */
-static besa_result besa__check_weights(besa_rates *rates)
-{
-    besa_backend *be = rates->be;
-    for (int i = 0; i < rates->count; i++) {
-        int32_t count;
-        BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, &count, rates->not_finite + i, sizeof count));
-        BESA__TRY(be->synchronize(be, BESA_QUEUE_COMPUTE));
-        if (count != 0)
-            return besa__fail(&be->error, BESA_ERROR_NOT_FINITE, "%d NaN or infinite weights in layer %d", (int)count, i);
-    }
-    return BESA_OK;
-}
-
 /* What be->project_counts found, NaN weights first. Waits for the device. */
 static besa_result besa__check_projection(besa_rates *rates)
 {
-    besa_backend *be = rates->be;
+    besa_backend *be = rates->masks->be;
     int64_t excess;
-    BESA__TRY(besa__check_weights(rates));
+    BESA__TRY(besa__masks_check(rates->masks));
     BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, &excess, rates->excess, sizeof excess));
     BESA__TRY(be->synchronize(be, BESA_QUEUE_COMPUTE));
     return besa__check_excess(rates, excess, &be->error);
 }
 
-/* ---- the public functions of level 3 ------------------------------------------------------- */
-
-static besa_result besa__rates_init(besa_rates *rates, besa_backend *be, const besa_rate_options *options, int learns,
-                                    besa_error *error)
+/* Rates of these masks, whose theta will be a part of these parameters; nothing is placed yet. options: checked, with
+ * their defaults. */
+static void besa__rates_init(besa_rates *rates, besa__masks *masks, besa__parameters *parameters,
+                             const besa_rate_options *options)
 {
     memset(rates, 0, sizeof *rates);
-    rates->be = be;
-    rates->options = *options;
-    rates->learns = learns;
-    BESA__TRY(besa__rate_defaults(&rates->options, error));
-    rates->tilt = rates->options.zero_start ? 0 : besa__solve_tilt(rates->options.target, rates->options.candidates);
-    return BESA_OK;
+    rates->masks = masks;
+    rates->parameters = parameters;
+    rates->options = options;
+    rates->tilt = options->zero_start ? 0 : besa__solve_tilt(options->target, options->candidates);
 }
+
+/* ============================================================================================
+ * // >>layer-functions       the public functions of level 3
+ * ============================================================================================
+ * Masks, parameters and rates of the caller's layers in one allocation, with a workspace of their own. */
+
+typedef struct besa__rates_owner {
+    besa_rates rates;                           /* first: besa_rates is all that the caller sees */
+    besa__masks masks;
+    besa__parameters parameters;
+    besa_rate_options options;
+    void *memory;                               /* device */
+} besa__rates_owner;
 
 static besa_result besa__check_layers(const besa_layer_shape *layers, int count, besa_error *error)
 {
@@ -6194,32 +6320,51 @@ static besa_workload besa__layers_workload(const besa_layer_shape *layers, int c
     return work;
 }
 
-/* Everything besa_rates_create allocates on the device. */
-static size_t besa__rates_layout(besa_rates *rates, besa__rate_layer *storage, const besa_layer_shape *layers, int count,
+/* Everything besa_rates_create allocates on the device; with memory NULL this only counts. The layers' structs lie behind
+ * the owner's. */
+static size_t besa__rates_layout(besa__rates_owner *o, besa_backend *be, const besa_layer_shape *layers, int count,
                                  void *memory)
 {
+    besa__mask_layer *mask_layer = (besa__mask_layer *)(void *)(o + 1);
     besa_workload work = besa__layers_workload(layers, count);
     besa__arena arena;
     arena.base = (unsigned char *)memory;
     arena.used = 0;
-    work.candidates = rates->options.candidates + 1;
-    besa__rates_place(rates, storage, layers, count, &arena);
-    work.projected_rows = rates->rows;
-    rates->workspace_bytes = rates->be->workspace_size(rates->be, &work);
-    rates->workspace = besa__take(&arena, rates->workspace_bytes);
+    besa__parameters_init(&o->parameters, be, &o->options);
+    besa__masks_place(&o->masks, be, mask_layer, layers, count, &arena);
+    besa__rates_place(&o->rates, (besa__rate_layer *)(void *)(mask_layer + count), &arena);
+    besa__parameters_place(&o->parameters, &arena);
+    work.candidates = o->options.candidates + 1;
+    work.projected_rows = o->masks.rows;
+    o->rates.workspace_bytes = be->workspace_size(be, &work);
+    o->rates.workspace = besa__take(&arena, o->rates.workspace_bytes);
     return arena.used;
+}
+
+/* The owner and its layers' structs, laid out on nothing; *bytes: what it wants on the device. */
+static besa_result besa__rates_make(besa__rates_owner **owner, besa_backend *be, const besa_layer_shape *layers, int count,
+                                    const besa_rate_options *options, size_t *bytes, besa_error *error)
+{
+    besa_rate_options filled = *options;
+    void *memory;
+    BESA__TRY(besa__check_layers(layers, count, error));
+    BESA__TRY(besa__rate_defaults(&filled, error));
+    size_t size = sizeof **owner + (size_t)count * (sizeof(besa__mask_layer) + sizeof(besa__rate_layer));
+    BESA__TRY(besa__malloc(&memory, size, "rates", error));
+    besa__rates_owner *o = *owner = (besa__rates_owner *)memset(memory, 0, size);
+    o->options = filled;
+    besa__rates_init(&o->rates, &o->masks, &o->parameters, &o->options);
+    *bytes = besa__rates_layout(o, be, layers, count, NULL);
+    return BESA_OK;
 }
 
 BESA_API size_t besa_rates_size(besa_backend *be, const besa_layer_shape *layers, int count,
                                 const besa_rate_options *options)
 {
-    besa_rates rates;
-    if (besa__check_layers(layers, count, NULL) != BESA_OK) return 0;
-    if (besa__rates_init(&rates, be, options, 1, NULL) != BESA_OK) return 0;
-    besa__rate_layer *storage = (besa__rate_layer *)BESA_MALLOC((size_t)count * sizeof(besa__rate_layer));
-    if (!storage) return 0;
-    size_t bytes = besa__rates_layout(&rates, storage, layers, count, NULL);
-    BESA_FREE(storage);
+    besa__rates_owner *owner;
+    size_t bytes;
+    if (besa__rates_make(&owner, be, layers, count, options, &bytes, NULL) != BESA_OK) return 0;
+    BESA_FREE(owner);
     return bytes;
 }
 
@@ -6227,55 +6372,61 @@ BESA_API size_t besa_rates_size(besa_backend *be, const besa_layer_shape *layers
  * workspace, after them the caller's again. */
 static besa__workspace besa__rates_enter(besa_rates *rates)
 {
-    return rates->workspace ? besa__use_workspace(rates->be, rates->workspace, rates->workspace_bytes)
-                            : besa__use_workspace(rates->be, rates->be->workspace, rates->be->workspace_bytes);
+    besa_backend *be = rates->masks->be;
+    return rates->workspace ? besa__use_workspace(be, rates->workspace, rates->workspace_bytes)
+                            : besa__use_workspace(be, be->workspace, be->workspace_bytes);
 }
 
 static besa_result besa__rates_leave(besa_rates *rates, besa__workspace callers, besa_result result, besa_error *error)
 {
-    rates->be->workspace = callers.memory;
-    rates->be->workspace_bytes = callers.bytes;
-    return besa__pass_error(rates->be, result, error);
+    besa_backend *be = rates->masks->be;
+    besa__use_workspace(be, callers.memory, callers.bytes);
+    return besa__pass_error(be, result, error);
 }
 
-static besa_result besa__rates_allocate(besa_rates *rates, const besa_layer_shape *layers, int count, besa_error *error)
+/* What never changes, and then everything as before the first step. */
+static besa_result besa__owner_start(besa__rates_owner *o)
 {
-    besa__rate_layer *storage = (besa__rate_layer *)(void *)(rates + 1);
-    size_t bytes = besa__rates_layout(rates, storage, layers, count, NULL);
-    BESA__TRY(besa__pass_error(rates->be, rates->be->alloc(rates->be, &rates->memory, bytes), error));
-    besa__rates_layout(rates, storage, layers, count, rates->memory);
-    besa__workspace callers = besa__rates_enter(rates);
-    return besa__rates_leave(rates, callers, besa__rates_start(rates), error);
+    BESA__TRY(besa__parameters_start(&o->parameters));
+    BESA__TRY(besa__rates_start(&o->rates));
+    BESA__TRY(besa__masks_reset(&o->masks));
+    BESA__TRY(besa__parameters_reset(&o->parameters));
+    return besa__rates_reset(&o->rates);
 }
 
 BESA_API besa_result besa_rates_create(besa_rates **rates, besa_backend *be, const besa_layer_shape *layers,
                                        int count, const besa_rate_options *options, besa_error *error)
 {
-    void *memory;
+    besa__rates_owner *o;
+    size_t bytes;
     *rates = NULL;
-    BESA__TRY(besa__check_layers(layers, count, error));
-    BESA__TRY(besa__malloc(&memory, sizeof(besa_rates) + (size_t)count * sizeof(besa__rate_layer), "rates", error));
-    besa_rates *made = (besa_rates *)memory;
-    besa_result result = besa__rates_init(made, be, options, 1, error);
-    if (result == BESA_OK) result = besa__rates_allocate(made, layers, count, error);
-    if (result != BESA_OK) besa_rates_destroy(made);
-    else *rates = made;
+    BESA__TRY(besa__rates_make(&o, be, layers, count, options, &bytes, error));
+    besa_result result = besa__pass_error(be, be->alloc(be, &o->memory, bytes), error);
+    if (result == BESA_OK) {
+        besa__rates_layout(o, be, layers, count, o->memory);
+        besa__workspace callers = besa__rates_enter(&o->rates);
+        result = besa__rates_leave(&o->rates, callers, besa__owner_start(o), error);
+    }
+    if (result != BESA_OK) besa_rates_destroy(&o->rates);
+    else *rates = &o->rates;
     return result;
 }
 
 BESA_API void besa_rates_destroy(besa_rates *rates)
 {
     if (!rates) return;
-    if (rates->memory) besa__settle(rates->be);
-    if (rates->memory) rates->be->free(rates->be, rates->memory);
-    BESA_FREE(rates);
+    besa__rates_owner *o = (besa__rates_owner *)(void *)rates;
+    besa_backend *be = rates->masks->be;
+    if (o->memory) besa__settle(be);
+    if (o->memory) be->free(be, o->memory);
+    BESA_FREE(o);
 }
 
 static besa_result besa__check_layer(const besa_rates *rates, int layer, int ranked, besa_error *error)
 {
-    if (layer < 0 || layer >= rates->count)
-        return besa__fail(error, BESA_ERROR_OPTION, "layer is %d, expected 0 .. %d", layer, rates->count - 1);
-    if (ranked && !rates->layer[layer].ranked)
+    if (layer < 0 || layer >= rates->masks->count)
+        return besa__fail(error, BESA_ERROR_OPTION, "layer is %d, expected 0 .. %d", layer, rates->masks->count - 1);
+    if (ranked && !rates->masks->layer[layer].ranked)
         return besa__fail(error, BESA_ERROR_OPTION, "layer %d has no ranks yet: call besa_rates_rank first", layer);
     return BESA_OK;
 }
@@ -6287,18 +6438,17 @@ BESA_API besa_result besa_rates_rank(besa_rates *rates, int layer, const void *w
     if ((unsigned)importance > BESA_IMPORTANCE_SPARSEGPT_SQUARED || (importance != BESA_IMPORTANCE_MAGNITUDE && !statistic))
         return besa__fail(error, BESA_ERROR_OPTION, "importance is %d, statistic is %s: expected a value of the enum, and a "
                           "statistic for all but magnitude", (int)importance, statistic ? "given" : "NULL");
-    besa_backend *be = rates->be;
-    const besa_layer_shape *shape = &rates->layer[layer].shape;
+    const besa_layer_shape *shape = &rates->masks->layer[layer].shape;
+    int64_t weights = shape->rows * shape->columns;
     float *scale = NULL;
     besa_result result = BESA_OK;
     besa__workspace callers = besa__rates_enter(rates);
     if (importance != BESA_IMPORTANCE_MAGNITUDE) {
-        scale = scratch + shape->rows * shape->columns;
-        result = besa__importance_scale(be, scale, statistic, importance, shape->columns);
+        scale = scratch + weights;
+        result = besa__importance_scale(rates->masks->be, scale, statistic, importance, shape->columns);
     }
     if (result == BESA_OK)
-        result = besa__rates_rank_scaled(rates, layer, w, scale, besa__importance_power(importance), scratch,
-                                         shape->rows * shape->columns);
+        result = besa__masks_rank(rates->masks, layer, w, scale, besa__importance_power(importance), scratch, weights);
     return besa__rates_leave(rates, callers, result, error);
 }
 
@@ -6308,13 +6458,18 @@ BESA_API besa_result besa_rates_fix(besa_rates *rates, int layer, double sparsit
     if (!(sparsity < 1))
         return besa__fail(error, BESA_ERROR_OPTION, "sparsity of a fixed layer is %g, expected below 1", sparsity);
     besa__workspace callers = besa__rates_enter(rates);
-    return besa__rates_leave(rates, callers, besa__rates_fix(rates, layer, sparsity), error);
+    besa_result result = besa__masks_fix(rates->masks, layer, sparsity);
+    if (result == BESA_OK) result = besa__rates_fix(rates, layer);
+    return besa__rates_leave(rates, callers, result, error);
 }
 
 BESA_API besa_result besa_rates_reset(besa_rates *rates, besa_error *error)
 {
     besa__workspace callers = besa__rates_enter(rates);
-    return besa__rates_leave(rates, callers, besa__rates_reset(rates), error);
+    besa_result result = besa__masks_reset(rates->masks);
+    if (result == BESA_OK) result = besa__parameters_reset(rates->parameters);
+    if (result == BESA_OK) result = besa__rates_reset(rates);
+    return besa__rates_leave(rates, callers, result, error);
 }
 
 BESA_API besa_result besa_rates_forward(besa_rates *rates, besa_error *error)
@@ -6327,7 +6482,7 @@ BESA_API besa_result besa_rates_mask(besa_rates *rates, int layer, const void *w
 {
     BESA__TRY(besa__check_layer(rates, layer, 1, error));
     besa__workspace callers = besa__rates_enter(rates);
-    return besa__rates_leave(rates, callers, besa__rates_mask(rates, layer, w, pruned), error);
+    return besa__rates_leave(rates, callers, besa__masks_apply(rates->masks, layer, w, pruned), error);
 }
 
 BESA_API besa_result besa_rates_gradient(besa_rates *rates, int layer, const void *w, const float *dw,
@@ -6348,7 +6503,7 @@ BESA_API besa_result besa_rates_backward(besa_rates *rates, besa_error *error)
 BESA_API besa_result besa_rates_optimize(besa_rates *rates, besa_error *error)
 {
     besa__workspace callers = besa__rates_enter(rates);
-    return besa__rates_leave(rates, callers, besa__rates_optimize(rates), error);
+    return besa__rates_leave(rates, callers, besa__parameters_step(rates->parameters), error);
 }
 
 BESA_API besa_result besa_rates_step(besa_rates *rates, besa_error *error)
@@ -6359,14 +6514,14 @@ BESA_API besa_result besa_rates_step(besa_rates *rates, besa_error *error)
 
 BESA_API int64_t besa_rates_parameters(besa_rates *rates, float **theta, float **grad)
 {
-    if (theta) *theta = rates->theta;
-    if (grad) *grad = rates->grad;
-    return rates->parameters;
+    if (theta) *theta = rates->parameters->step.theta;
+    if (grad) *grad = rates->parameters->grad;
+    return rates->parameters->step.n;
 }
 
 BESA_API besa_result besa_rates_project(besa_rates *rates, besa_error *error)
 {
-    for (int i = 0; i < rates->count; i++) BESA__TRY(besa__check_layer(rates, i, 1, error));
+    for (int i = 0; i < rates->masks->count; i++) BESA__TRY(besa__check_layer(rates, i, 1, error));
     besa__workspace callers = besa__rates_enter(rates);
     besa_result result = besa__rates_project(rates);
     if (result == BESA_OK) result = besa__check_projection(rates);
@@ -6376,26 +6531,26 @@ BESA_API besa_result besa_rates_project(besa_rates *rates, besa_error *error)
 BESA_API besa_result besa_rates_read(besa_rates *rates, int layer, float *alpha, int32_t *n, besa_error *error)
 {
     BESA__TRY(besa__check_layer(rates, layer, 0, error));
-    besa_backend *be = rates->be;
-    const besa__rate_layer *one = &rates->layer[layer];
+    const besa__mask_layer *mask = &rates->masks->layer[layer];
+    besa_backend *be = rates->masks->be;
     besa_result result = BESA_OK;
-    size_t rows = (size_t)one->shape.rows;
-    if (alpha) result = be->download(be, BESA_QUEUE_COMPUTE, alpha, one->alpha, rows * sizeof(float));
-    if (n && result == BESA_OK) result = be->download(be, BESA_QUEUE_COMPUTE, n, one->n, rows * sizeof(int32_t));
+    size_t rows = (size_t)mask->shape.rows;
+    if (alpha) result = be->download(be, BESA_QUEUE_COMPUTE, alpha, rates->layer[layer].alpha, rows * sizeof(float));
+    if (n && result == BESA_OK) result = be->download(be, BESA_QUEUE_COMPUTE, n, mask->n, rows * sizeof(int32_t));
     if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
-    for (size_t r = 0; alpha && one->fixed >= 0 && r < rows; r++) alpha[r] = (float)one->fixed;
+    for (size_t r = 0; alpha && mask->fixed >= 0 && r < rows; r++) alpha[r] = (float)mask->fixed;
     return besa__pass_error(be, result, error);
 }
 
 BESA_API besa_result besa_rates_status(besa_rates *rates, double *d, double *mean_rate, besa_error *error)
 {
-    besa_backend *be = rates->be;
-    double scalars[4];
+    besa_backend *be = rates->masks->be;
+    double scalars[BESA_OPTIMIZER_SCALARS];
     float mean;
-    besa_result result = be->download(be, BESA_QUEUE_COMPUTE, scalars, rates->scalars, sizeof scalars);
+    besa_result result = be->download(be, BESA_QUEUE_COMPUTE, scalars, rates->parameters->step.scalars, sizeof scalars);
     if (result == BESA_OK) result = be->download(be, BESA_QUEUE_COMPUTE, &mean, rates->mean, sizeof mean);
     if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
-    if (result == BESA_OK) result = besa__check_weights(rates);
+    if (result == BESA_OK) result = besa__masks_check(rates->masks);
     if (result != BESA_OK) return besa__pass_error(be, result, error);
     BESA__TRY(besa__check_status(scalars[0], mean, error));
     if (d) *d = scalars[0];
@@ -6572,6 +6727,17 @@ static besa_result besa__qkv_forward(besa_backend *be, const besa_block *b, besa
     return be->rope(be, acts->k, b->rope_cos, b->rope_sin, tokens, seqlen, kv_heads, dh, 1);
 }
 
+/* m = rmsnorm(h1) and z = silu(m Wg') * (m Wu'). */
+static besa_result besa__mlp_forward(besa_backend *be, const besa_block *b, besa_activations *acts, const void *h1,
+                                     int64_t tokens)
+{
+    const besa_block_shape *s = &b->shape;
+    BESA__TRY(be->rmsnorm_forward(be, acts->m, acts->inv_rms2, h1, b->norm2, tokens, s->hidden_size, (float)s->rms_norm_eps));
+    BESA__TRY(besa__layer_forward(be, b, BESA_GATE, acts->gate, acts->m, tokens, 0));
+    BESA__TRY(besa__layer_forward(be, b, BESA_UP, acts->up, acts->m, tokens, 0));
+    return be->swiglu_forward(be, acts->z, acts->gate, acts->up, tokens * s->intermediate_size);
+}
+
 /* y NULL: stop after the layers' inputs. keep 1: leave h1 in acts for a backward pass; 0: y holds h1 on the way, which
  * saves a copy. */
 static besa_result besa__block_forward(besa_backend *be, const besa_block *b, besa_activations *acts, const void *x,
@@ -6588,10 +6754,7 @@ static besa_result besa__block_forward(besa_backend *be, const besa_block *b, be
     BESA__TRY(be->attention_forward(be, acts->attn, acts->q, acts->k, acts->v, &attention));
     if (h1 != x) BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, h1, x, stream));
     BESA__TRY(besa__layer_forward(be, b, BESA_O, h1, acts->attn, tokens, 1));
-    BESA__TRY(be->rmsnorm_forward(be, acts->m, acts->inv_rms2, h1, b->norm2, tokens, d, eps));
-    BESA__TRY(besa__layer_forward(be, b, BESA_GATE, acts->gate, acts->m, tokens, 0));
-    BESA__TRY(besa__layer_forward(be, b, BESA_UP, acts->up, acts->m, tokens, 0));
-    BESA__TRY(be->swiglu_forward(be, acts->z, acts->gate, acts->up, tokens * s->intermediate_size));
+    BESA__TRY(besa__mlp_forward(be, b, acts, h1, tokens));
     if (!y) return BESA_OK;
     if (h1 != y) BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, y, h1, stream));
     return besa__layer_forward(be, b, BESA_DOWN, y, acts->z, tokens, 1);
@@ -6605,8 +6768,29 @@ typedef struct besa__backward {
     int64_t batch, seqlen, tokens;
     unsigned layers;                            /* bit i: layer i's gradient is wanted */
     besa_weight_gradient gradient;
-    void *user;
+    besa_result (*at_h1)(void *user, void *dh1); /* a second loss, at h1 (in acts): adds its derivative to dh1 (T, d), act;
+                                                   NULL: none */
+    void *user;                                 /* of both */
 } besa__backward;
+
+/* A backward pass through a block, of all gradients; the batch is set apart. */
+static besa__backward besa__backward_of(besa_backend *be, const besa_block *block, besa_activations *acts, int64_t seqlen)
+{
+    besa__backward p;
+    memset(&p, 0, sizeof p);
+    p.be = be;
+    p.block = block;
+    p.acts = acts;
+    p.seqlen = seqlen;
+    p.layers = (1u << BESA_LAYERS) - 1;
+    return p;
+}
+
+static void besa__backward_batch(besa__backward *p, int64_t batch)
+{
+    p->batch = batch;
+    p->tokens = batch * p->seqlen;
+}
 
 /* dW = dy' x of one layer, handed to the caller in pieces of as many rows as there is room for. */
 static besa_result besa__layer_gradient(const besa__backward *p, int layer, const void *dy, const void *x)
@@ -6614,12 +6798,15 @@ static besa_result besa__layer_gradient(const besa__backward *p, int layer, cons
     int64_t rows, columns;
     if (!(p->layers >> layer & 1u)) return BESA_OK;
     besa_block_layer(&p->block->shape, layer, &rows, &columns);
+    float *sum = p->acts->dw_sum[layer];
+    if (sum) return p->be->linear_backward_weight(p->be, sum, dy, x, p->tokens, rows, columns, 0, rows, 1);
     int64_t piece = besa__min(rows, p->acts->dw_count / columns);
     BESA_ASSERT(piece > 0);
     if (piece < rows && piece > 128) piece = piece / 128 * 128; /* whole tiles of the product */
     for (int64_t first = 0, count; first < rows; first += count) {
         count = besa__min(piece, rows - first);
-        BESA__TRY(p->be->linear_backward_weight(p->be, p->acts->dw, dy, x, p->tokens, rows, columns, first, count));
+        BESA__TRY(p->be->linear_backward_weight(p->be, p->acts->dw, dy, x, p->tokens, rows, columns, first, count,
+                                                    0));
         BESA__TRY(p->gradient(p->user, layer, first, count, p->acts->dw));
     }
     return BESA_OK;
@@ -6685,7 +6872,8 @@ static besa_result besa__input_backward(const besa__backward *p, const void *x, 
 static besa_result besa__block_backward(const besa__backward *p, const void *x, void *dy, void *dx)
 {
     const unsigned qkv = 1u << BESA_Q | 1u << BESA_K | 1u << BESA_V;
-    BESA__TRY(besa__mlp_backward(p, dy));
+    BESA__TRY(besa__mlp_backward(p, dy)); /* dy has come to h1 */
+    if (p->at_h1) BESA__TRY(p->at_h1(p->user, dy));
     BESA__TRY(besa__layer_gradient(p, BESA_O, dy, p->acts->attn));
     if (!dx && !(p->layers & qkv)) return BESA_OK;
     BESA__TRY(besa__attention_backward(p, dy));
@@ -6702,14 +6890,8 @@ BESA_API besa_result besa_block_backward(besa_backend *be, const besa_block *blo
                                          const void *x, void *dy, void *dx, int64_t batch, int64_t seqlen,
                                          besa_weight_gradient gradient, void *user, besa_error *error)
 {
-    besa__backward pass;
-    pass.be = be;
-    pass.block = block;
-    pass.acts = acts;
-    pass.batch = batch;
-    pass.seqlen = seqlen;
-    pass.tokens = batch * seqlen;
-    pass.layers = (1u << BESA_LAYERS) - 1;
+    besa__backward pass = besa__backward_of(be, block, acts, seqlen);
+    besa__backward_batch(&pass, batch);
     pass.gradient = gradient;
     pass.user = user;
     be->error.code = BESA_OK;
@@ -6719,14 +6901,47 @@ BESA_API besa_result besa_block_backward(besa_backend *be, const besa_block *blo
 /* ============================================================================================
  * // >>streams               activations of all sequences, on the device or streamed from the host
  * ============================================================================================
- * Owns where the activations of a set of sequences lie. Passes go through them in chunks: open, compute, close. A
+ * Owns where the activations of a set of sequences lie. Passes walk over them in chunks: open, compute, close. A
  * resident stream is one array on the device. A streamed one lies in pinned host memory and comes through two slots on
  * the device: while one is computed on, the next chunk is on its way up and the last on its way home. */
 
-/* The first events are marks: a block begins, its passes end. */
-enum { BESA__MARK_START, BESA__MARK_DENSE, BESA__MARK_RANK, BESA__MARK_LEARN, BESA__MARK_COMMIT, BESA__MARKS };
+/* How many sequences the chunk that begins at `first` has. */
+typedef int64_t (*besa__cut)(const void *cutter, int64_t first);
+
+/* A walk in chunks:  for (besa__walk w = besa__walk_over(...); besa__walk_next(&w);)  sees chunk after chunk. */
+typedef struct besa__walk {
+    besa__cut cut;
+    const void *cutter;
+    int64_t end, again;                         /* where it ends, and where the next one will begin; again -1: nowhere */
+    int64_t first, count;                       /* the sequences of this chunk */
+    int64_t next_first, next_count;             /* of the chunk after it, which can be sent for; next_count 0: none */
+} besa__walk;
+
+/* Over sequences first .. end - 1. */
+static besa__walk besa__walk_over(besa__cut cut, const void *cutter, int64_t first, int64_t end, int64_t again)
+{
+    besa__walk w;
+    memset(&w, 0, sizeof w);
+    w.cut = cut;
+    w.cutter = cutter;
+    w.end = end;
+    w.again = again;
+    w.next_first = first;
+    return w;
+}
+
+/* On to the next chunk; 0: there is none. */
+static int besa__walk_next(besa__walk *w)
+{
+    w->first = w->count ? w->first + w->count : w->next_first;
+    if (w->first >= w->end) return 0;
+    w->count = besa__min(w->cut(w->cutter, w->first), w->end - w->first);
+    w->next_first = w->first + w->count < w->end ? w->first + w->count : w->again;
+    w->next_count = w->next_first < 0 ? 0 : w->cut(w->cutter, w->next_first);
+    return 1;
+}
+
 enum { BESA__STREAM_EVENTS = 6 };               /* of each slot: it is filled, computed on, home */
-enum { BESA__STREAM_X, BESA__STREAM_YREF, BESA__STREAM_DENSE, BESA__STREAM_TEST }; /* which events are whose */
 
 typedef struct besa__stream {
     besa_backend *be;
@@ -6739,15 +6954,15 @@ typedef struct besa__stream {
     int open;                                   /* the slot that was opened last */
 } besa__stream;
 
-static void besa__stream_init(besa__stream *s, besa_backend *be, int which, int64_t count, int64_t seqlen, int64_t width)
+static void besa__stream_init(besa__stream *s, besa_backend *be, int event, int64_t count, int64_t seqlen, int64_t width)
 {
     memset(s, 0, sizeof *s);
     s->be = be;
     s->count = s->chunk = count;
     s->seqlen = seqlen;
     s->width = width;
-    s->event = BESA__MARKS + which * BESA__STREAM_EVENTS;
-    BESA_ASSERT(s->event + BESA__STREAM_EVENTS <= BESA_EVENT_COUNT);
+    s->event = event;
+    BESA_ASSERT(event + BESA__STREAM_EVENTS <= BESA_EVENT_COUNT);
 }
 
 static int besa__stream_filled(const besa__stream *s, int slot) { return s->event + slot; }
@@ -6764,6 +6979,19 @@ static size_t besa__stream_bytes(const besa__stream *s, int64_t sequences)
 static void *besa__stream_at(const besa__stream *s, void *x, int64_t index)
 {
     return besa__at(x, s->be->activation_dtype, index * s->seqlen * s->width);
+}
+
+/* Chunks as large as the stream admits. */
+static int64_t besa__stream_cut(const void *stream, int64_t first)
+{
+    const besa__stream *s = (const besa__stream *)stream;
+    return besa__min(s->chunk, s->count - first);
+}
+
+/* Over all of it; again: where the next walk will begin, or -1. */
+static besa__walk besa__stream_walk(const besa__stream *s, int64_t again)
+{
+    return besa__walk_over(besa__stream_cut, s, 0, s->count, again);
 }
 
 /* Let it live on the host, or not. Up to two chunks always fit the device: the slots would take as much. */
@@ -6801,33 +7029,33 @@ static int besa__stream_find(const besa__stream *s, int64_t first, int64_t count
     return -1;
 }
 
-/* *x = the sequences from `first`, on the device until close. Sequences that will be opened next, `next` of them from
- * next_first, are sent for in advance. A chunk that is found in its slot may still be on its way home. */
-static besa_result besa__stream_open(besa__stream *s, int64_t first, int64_t count, int64_t next_first, int64_t next,
-                                     void **x)
+/* *x = the walk's chunk, on the device until close. The chunk after it is sent for in advance, as far as the stream has
+ * it. A chunk that is found in its slot may still be on its way home. */
+static besa_result besa__stream_open(besa__stream *s, const besa__walk *w, void **x)
 {
     besa_backend *be = s->be;
-    *x = besa__stream_at(s, s->x, first);
+    *x = besa__stream_at(s, s->x, w->first);
     if (!s->streamed) return BESA_OK;
-    int slot = besa__stream_find(s, first, count);
-    if (slot < 0) BESA__TRY(besa__stream_fetch(s, slot = 1 - s->open, first, count));
+    int slot = besa__stream_find(s, w->first, w->count);
+    if (slot < 0) BESA__TRY(besa__stream_fetch(s, slot = 1 - s->open, w->first, w->count));
     BESA__TRY(be->wait(be, BESA_QUEUE_COMPUTE, besa__stream_filled(s, slot)));
     BESA__TRY(be->wait(be, BESA_QUEUE_COMPUTE, besa__stream_home(s, slot))); /* x may be written to */
     s->open = slot;
     *x = s->slot[slot];
-    if (next < 1 || besa__stream_find(s, next_first, next) >= 0) return BESA_OK;
-    return besa__stream_fetch(s, 1 - slot, next_first, next);
+    int64_t next = w->next_first + w->next_count <= s->count ? w->next_count : 0;
+    if (next < 1 || besa__stream_find(s, w->next_first, next) >= 0) return BESA_OK;
+    return besa__stream_fetch(s, 1 - slot, w->next_first, next);
 }
 
-/* The same for sequences that will be overwritten: what they hold does not matter. */
-static besa_result besa__stream_begin(besa__stream *s, int64_t first, int64_t count, void **x)
+/* The same for a chunk that will be overwritten: what it holds does not matter. */
+static besa_result besa__stream_begin(besa__stream *s, const besa__walk *w, void **x)
 {
     besa_backend *be = s->be;
-    *x = besa__stream_at(s, s->x, first);
+    *x = besa__stream_at(s, s->x, w->first);
     if (!s->streamed) return BESA_OK;
     s->open = 1 - s->open;
-    s->first[s->open] = first;
-    s->held[s->open] = count;
+    s->first[s->open] = w->first;
+    s->held[s->open] = w->count;
     *x = s->slot[s->open];
     BESA__TRY(be->wait(be, BESA_QUEUE_COMPUTE, besa__stream_filled(s, s->open)));
     return be->wait(be, BESA_QUEUE_COMPUTE, besa__stream_home(s, s->open));
@@ -6849,19 +7077,29 @@ static besa_result besa__stream_close(besa__stream *s, int changed)
     return be->record(be, BESA_QUEUE_DOWNLOAD, besa__stream_home(s, slot));
 }
 
+/* All of it through a block, in the walk's chunks: X = F(W, X). */
+static besa_result besa__stream_forward(besa__stream *s, besa__walk walk, const besa_block *block, besa_activations *acts)
+{
+    while (besa__walk_next(&walk)) {
+        void *x;
+        BESA__TRY(besa__stream_open(s, &walk, &x));
+        BESA__TRY(besa__block_forward(s->be, block, acts, x, x, walk.count, s->seqlen, 0));
+        BESA__TRY(besa__stream_close(s, 1));
+    }
+    return BESA_OK;
+}
+
 /* ============================================================================================
- * // >>pruner                pruning one block: the passes over its calibration tokens (level 2)
+ * // >>pruner                what pruning one block keeps: options, arrays, progress (level 2)
  * ============================================================================================
- * Owns the order of the passes and the arrays that they share; calls rates, block and streams, never files. Nothing in a
- * block waits for the device: what is to be known of it comes back once, at its end.
- *
- *   dense    statistics of every layer's input; the reference output Yref
- *   rank     scores and ranks, or the baseline's mask
- *   learn    BESA: per batch mask -> forward -> loss -> backward -> rate gradient -> step
- *   commit   exact projection, final mask, X = F(What, X) */
+ * Owns the memory that the passes over one block share, and how far a run is. The passes are in the sections that follow,
+ * their order in section passes. Nothing in a block waits for the device: results come back once, at its end. */
 
 enum { BESA__INPUT_A, BESA__INPUT_ATTN, BESA__INPUT_M, BESA__INPUT_Z, BESA__INPUTS }; /* what layers read */
 enum { BESA__LOSS_UNIFORM, BESA__LOSS_BEFORE, BESA__LOSS_AFTER, BESA__LOSS_REST, BESA__LOSS_STEP, BESA__LOSSES };
+
+/* Events of the backend: marks of the passes' ends (section passes), then those of the streams, first this section's. */
+enum { BESA__EVENT_MARKS = 0, BESA__EVENT_YREF = 5, BESA__PRUNER_EVENTS = BESA__EVENT_YREF + BESA__STREAM_EVENTS };
 
 #define BESA__REPORT_SEQUENCES 8                /* the report's losses come from the first sequences */
 #define BESA__SLAB 128                          /* columns that SparseGPT treats together */
@@ -6871,12 +7109,14 @@ enum { BESA__LOSS_UNIFORM, BESA__LOSS_BEFORE, BESA__LOSS_AFTER, BESA__LOSS_REST,
 typedef struct besa__meter {
     besa_progress_callback callback;
     void *user;
-    besa_result (*share)(void *run, double fraction, besa_error *error); /* what else there is to do while a block
+    besa_result (*meanwhile)(void *run, double fraction, besa_error *error); /* what else there is to do while a block
                                                    computes, as far as this fraction of the block; NULL: nothing */
     void *run;
     int64_t block, blocks, first_block;
     double start, began;                        /* clock at the run's start, and at its first_block's */
-    double units, done;                         /* of work: per block; in this block */
+    besa_pass pass;
+    double pass_units;                          /* of work, of this pass */
+    double units, done;                         /* of this block */
 } besa__meter;
 
 enum { BESA__DENSE, BESA__WRITTEN };            /* weights that zeros are counted of */
@@ -6884,7 +7124,7 @@ enum { BESA__DENSE, BESA__WRITTEN };            /* weights that zeros are counte
 /* What comes back of a block, in pinned host memory. */
 typedef struct besa__results {
     float losses[BESA__LOSSES], mean;
-    double scalars[4];
+    double scalars[BESA_OPTIMIZER_SCALARS];
     int64_t excess;
     int32_t not_finite[2][BESA_LAYERS];         /* of the dense weights; of those written */
 } besa__results;
@@ -6902,18 +7142,23 @@ struct besa_pruner {
     void *workspace;
     size_t workspace_bytes;
     besa_activations acts;
-    besa_rates rates;
-    besa__rate_layer layer[BESA_LAYERS];
+    besa__masks masks;                          /* of the block's layers; count 0 for SparseGPT, which has none */
+    besa__mask_layer mask_layer[BESA_LAYERS];
+    besa_rates rates;                           /* these three for BESA only */
+    besa__rate_layer rate_layer[BESA_LAYERS];
+    besa__parameters parameters;                /* theta */
     double fixed[BESA_LAYERS];                  /* of this block: sparsity, or negative: the method decides */
     besa__stream yref;                          /* (reference, seqlen, d); not placed where there is a dense stream */
-    void *y;                                    /* (chunk, seqlen, d) act */
+    void *y;                                    /* (chunk, seqlen, d) act: the masked block's output, then dL/dy of it */
     float *channel_sumsq;                       /* (norms, d) of Yref: of every optimiser's batch, or one of all */
     float *losses;                              /* (BESA__LOSSES) */
-    float *statistic[BESA__INPUTS];             /* (columns) */
-    float *gram[BESA__INPUTS];                  /* (columns, columns), SparseGPT only; then its factor U */
-    int32_t *dead[BESA__INPUTS];                /* (columns) */
+    float *statistic[BESA__INPUTS];             /* (columns) sums of squares of the inputs; after the dense pass the scores'
+                                                   factors */
+    float *gram[BESA__INPUTS];                  /* (columns, columns), where Hessians are used: H; after the dense pass the
+                                                   factor U of its inverse */
+    int32_t *dead[BESA__INPUTS];                /* (columns) with gram: inputs that were always 0 */
     float *scores;                              /* scores of a layer, or SparseGPT's weights as floats: the largest (R,C);
-                                                   acts.dw where BESA learns, which may hold less */
+                                                   where BESA learns it is acts.dw, not used yet, and may hold less */
     int64_t scores_count;                       /* floats that scores has room for */
     float *slab_error;                          /* (R, 128), SparseGPT only */
     int32_t *counts, *not_finite;               /* (2, rows) zeros, (2, BESA_LAYERS): DENSE, WRITTEN */
@@ -6921,18 +7166,28 @@ struct besa_pruner {
     int32_t *results_counts;                    /* host (2, rows) */
 };
 
-/* Count `units` of work as done, do what else is due, and tell the callback. */
-static besa_result besa__tick(besa__meter *meter, besa_pass pass, double units, besa_error *error)
+/* What the passes over a block work on. */
+typedef struct besa__work {
+    besa_pruner *pruner;
+    const besa_block *dense, *masked;           /* the block as it came; the same with `pruned` for its weights */
+    void *const *pruned;                        /* (BESA_LAYERS) */
+    besa__stream *x, *target;                   /* its inputs; the outputs to come close to: yref, or the dense stream */
+} besa__work;
+
+static int besa__learns(const besa_pruner *p) { return p->options.method == BESA_METHOD_BESA; }
+
+/* A share of the pass is done: do what else is due, and tell the callback. */
+static besa_result besa__tick(besa__meter *meter, double share, besa_error *error)
 {
-    meter->done += units;
+    meter->done += share * meter->pass_units;
     double in_block = meter->units > 0 && meter->done < meter->units ? meter->done / meter->units : 1;
-    if (meter->share) BESA__TRY(meter->share(meter->run, in_block, error));
+    if (meter->meanwhile) BESA__TRY(meter->meanwhile(meter->run, in_block, error));
     if (!meter->callback) return BESA_OK;
     besa_progress now;
     double ran = (double)(meter->block - meter->first_block) + in_block;
     now.block = meter->block;
     now.blocks = meter->blocks;
-    now.pass = pass;
+    now.pass = meter->pass;
     now.fraction = ((double)meter->first_block + ran) / (double)meter->blocks;
     now.seconds = besa__seconds() - meter->start;
     double left = (double)(meter->blocks - meter->first_block) - ran;
@@ -7059,8 +7314,8 @@ static int64_t besa__input_columns(const besa_block_shape *s, int input)
                                      : input == BESA__INPUT_Z ? s->intermediate_size : s->hidden_size;
 }
 
-/* The rates of the block's layers; baselines use only their ranks and masks, SparseGPT nothing. */
-static void besa__pruner_rates_place(besa_pruner *p, besa__arena *arena)
+/* Ranks and counts of the block's layers, and what BESA learns. */
+static void besa__pruner_place_masks(besa_pruner *p, besa__arena *arena)
 {
     besa_layer_shape shapes[BESA_LAYERS];
     if (p->options.method == BESA_METHOD_SPARSEGPT) return;
@@ -7068,7 +7323,11 @@ static void besa__pruner_rates_place(besa_pruner *p, besa__arena *arena)
         besa_block_layer(&p->shape, i, &shapes[i].rows, &shapes[i].columns);
         shapes[i].dtype = p->dtype;
     }
-    besa__rates_place(&p->rates, p->layer, shapes, BESA_LAYERS, arena);
+    besa__masks_place(&p->masks, p->be, p->mask_layer, shapes, BESA_LAYERS, arena);
+    if (!besa__learns(p)) return;
+    besa__parameters_init(&p->parameters, p->be, &p->options.rates);
+    besa__rates_place(&p->rates, p->rate_layer, arena);
+    besa__parameters_place(&p->parameters, arena);
 }
 
 /* Channel norms of Yref are kept for every batch of the optimiser, or once for all tokens. */
@@ -7106,14 +7365,14 @@ static int64_t besa__gradient_piece(const besa_backend *be, const besa_block_sha
 static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *host)
 {
     const besa_block_shape *s = &p->shape;
-    int learns = p->options.method == BESA_METHOD_BESA;
+    int learns = besa__learns(p);
     besa_workload work = besa_block_workload(s, p->chunk, p->seqlen);
-    work.candidates = learns ? p->rates.options.candidates + 1 : 1;
+    work.candidates = learns ? p->options.rates.candidates + 1 : 1;
     work.projected_rows = learns ? p->rows : 0;
     p->scores_count = learns ? besa__gradient_piece(p->be, s) : besa__largest_layer(s);
     besa__activations_place(&p->acts, arena, p->be->activation_dtype, s, p->qk_norm, p->chunk * p->seqlen,
                             learns ? p->scores_count : 0);
-    besa__pruner_rates_place(p, arena);
+    besa__pruner_place_masks(p, arena);
     p->yref.chunk = p->chunk;
     if (!p->options.dense_stream) besa__stream_place(&p->yref, arena, host);
     p->y = besa__take(arena, besa__stream_bytes(&p->yref, p->chunk));
@@ -7179,10 +7438,11 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     BESA__TRY(besa__check_tokens("calibration sequences", nsamples, seqlen, error));
     BESA__TRY(besa__prune_defaults(&p->options, shape, error));
     besa_prune_options *o = &p->options;
-    int learns = o->method == BESA_METHOD_BESA;
+    int learns = besa__learns(p);
     if (!learns) o->dense_stream = 0;
     if (!learns) o->batch_size = 1;
     if (o->batch_size > nsamples) o->batch_size = nsamples;
+    o->rates.steps = o->epochs * besa__parts(nsamples, o->batch_size);
     p->chunk = besa__preferred_chunk(nsamples, seqlen);
     p->reference = learns || nsamples < BESA__REPORT_SEQUENCES ? nsamples : BESA__REPORT_SEQUENCES;
     for (int i = 0; i < BESA_LAYERS; i++) {
@@ -7190,16 +7450,13 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
         besa_block_layer(shape, i, &rows, &columns);
         p->rows += rows;
     }
-    besa__stream_init(&p->yref, be, BESA__STREAM_YREF, p->reference, seqlen, shape->hidden_size);
+    besa__stream_init(&p->yref, be, BESA__EVENT_YREF, p->reference, seqlen, shape->hidden_size);
     p->meter.callback = o->progress;
     p->meter.user = o->user;
     p->meter.blocks = 1;
     p->meter.start = p->meter.began = besa__seconds();
-    p->meter.units = 2.5 + (learns ? 3 * (double)o->epochs : 0); /* dense, half for rank, commit; as the passes tick */
-    if (o->method == BESA_METHOD_SPARSEGPT) return BESA_OK;
-    besa_rate_options rates = options->rates;   /* as the caller gave them: the rates fill in the defaults themselves */
-    rates.target = o->rates.target;
-    return besa__rates_init(&p->rates, be, &rates, learns, error);
+    if (learns) besa__rates_init(&p->rates, &p->masks, &p->parameters, &o->rates);
+    return BESA_OK;
 }
 
 /* Find what fits into `budget` bytes of the device (0: no limit): the largest chunk, and for it the lowest level of
@@ -7225,53 +7482,61 @@ static besa_result besa__default_budget(besa_backend *be, size_t *budget, const 
     size_t free_bytes, total_bytes;
     *whose = "device_memory is";
     if (*budget != 0 || be->unified_memory) return BESA_OK;
-    BESA__TRY(besa__pass_error(be, be->memory_info(be, &free_bytes, &total_bytes), error));
+    BESA__TRY_ON(be, be->memory_info(be, &free_bytes, &total_bytes), error);
     *whose = "the device can give";
     *budget = free_bytes - free_bytes / 32;
     return BESA_OK;
 }
 
-/* Once the arrays are placed. */
+/* Once the arrays are placed: what is the same for all blocks. */
 static besa_result besa__pruner_start(besa_pruner *p)
 {
+    if (!besa__learns(p)) return BESA_OK;
     besa__workspace callers = besa__use_workspace(p->be, p->workspace, p->workspace_bytes);
-    besa_result result = p->rates.count > 0 ? besa__rates_start(&p->rates) : BESA_OK;
+    besa_result result = besa__parameters_start(&p->parameters);
+    if (result == BESA_OK) result = besa__rates_start(&p->rates);
     besa__use_workspace(p->be, callers.memory, callers.bytes);
     return result;
 }
 
-/* ---- the passes ---------------------------------------------------------------------------- */
+/* ============================================================================================
+ * // >>statistics            the dense pass: what layers read, and what the block is to put out
+ * ============================================================================================
+ * Owns how calibration sequences are cut, the reference output with its channel norms, the reconstruction loss, and the
+ * statistics of the layers' inputs. */
 
 /* Sequence `index` of an array of (.., seqlen, d); yref has these sizes with a dense stream too. */
 static void *besa__sequence(const besa_pruner *p, void *x, int64_t index) { return besa__stream_at(&p->yref, x, index); }
 
-/* Sequences of the next chunk of a pass over all of them: the report's are kept apart, and those with a reference. */
-static int64_t besa__chunk_at(const besa_pruner *p, int64_t first)
+/* Sequences that the report's losses are of. */
+static int64_t besa__shown(const besa_pruner *p) { return besa__min(BESA__REPORT_SEQUENCES, p->reference); }
+
+/* The passes' chunks: the report's sequences are kept apart, and those with a reference. */
+static int64_t besa__pass_cut(const void *pruner, int64_t first)
 {
-    int64_t shown = besa__min(BESA__REPORT_SEQUENCES, p->reference);
-    int64_t end = first < shown ? shown : first < p->reference ? p->reference : p->nsamples;
+    const besa_pruner *p = (const besa_pruner *)pruner;
+    int64_t shown = besa__shown(p), end = first < shown ? shown : first < p->reference ? p->reference : p->nsamples;
     return besa__min(p->chunk, end - first);
 }
 
-/* What a pass goes through: the block's inputs, and the outputs to come close to: yref, or the dense stream. */
-typedef struct besa__pass_data {
-    besa__stream *x, *target;
-} besa__pass_data;
-
-/* Open a chunk of the inputs and, where there is one, of the reference. */
-static besa_result besa__data_open(const besa_pruner *p, const besa__pass_data *data, int64_t first, int64_t count,
-                                   int64_t next_first, int64_t next, void **x, void **yref)
+/* Over the first `count` sequences as the passes cut them. */
+static besa__walk besa__pass_walk(const besa_pruner *p, int64_t count)
 {
-    int64_t referenced = next_first + next <= p->reference ? next : 0;
-    BESA__TRY(besa__stream_open(data->x, first, count, next_first, next, x));
-    *yref = NULL;
-    return first < p->reference ? besa__stream_open(data->target, first, count, next_first, referenced, yref) : BESA_OK;
+    return besa__walk_over(besa__pass_cut, p, 0, count, -1);
 }
 
-static besa_result besa__data_close(const besa__pass_data *data, int x_changed, const void *yref)
+/* Open a chunk of the inputs and, where there is one (else NULL), of the reference. */
+static besa_result besa__work_open(const besa__work *work, const besa__walk *chunk, void **x, void **yref)
 {
-    BESA__TRY(besa__stream_close(data->x, x_changed));
-    return yref ? besa__stream_close(data->target, 0) : BESA_OK;
+    *yref = NULL;
+    BESA__TRY(besa__stream_open(work->x, chunk, x));
+    return chunk->first < work->pruner->reference ? besa__stream_open(work->target, chunk, yref) : BESA_OK;
+}
+
+static besa_result besa__work_close(const besa__work *work, int x_changed, const void *yref)
+{
+    BESA__TRY(besa__stream_close(work->x, x_changed));
+    return yref ? besa__stream_close(work->target, 0) : BESA_OK;
 }
 
 /* A run of sequences with the same channel norms: row `norms` of channel_sumsq, `count` sequences, out of the `of` that the
@@ -7322,7 +7587,7 @@ static besa_result besa__pruner_loss(besa_pruner *p, float *loss, void *dy, void
         float scale = mean_over ? (float)((double)n.of / (double)mean_over) : 1.0f;
         BESA__TRY(p->be->block_loss(p->be, loss, dy ? besa__sequence(p, dy, s - first) : NULL,
                                     besa__sequence(p, y, s - first), besa__sequence(p, yref, s - first),
-                                    besa__channel_sumsq(p, n.norms), scale, n.count * p->seqlen, p->shape.hidden_size));
+                                    besa__channel_sumsq(p, n.norms), scale, n.count * p->seqlen, p->shape.hidden_size, 0));
     }
     return BESA_OK;
 }
@@ -7360,40 +7625,58 @@ static besa_result besa__clear_sums(besa_pruner *p)
     return be->zero(be, BESA_QUEUE_COMPUTE, p->losses, BESA__LOSSES * sizeof(float));
 }
 
-/* One chunk of pass 1. */
-static besa_result besa__dense_chunk(besa_pruner *p, const besa_block *block, const besa__pass_data *data, int64_t first,
-                                     int64_t count, int64_t next)
+/* One chunk of the dense pass. */
+static besa_result besa__dense_chunk(const besa__work *work, const besa__walk *chunk)
 {
+    besa_pruner *p = work->pruner;
     besa_backend *be = p->be;
-    int statistics = !besa__uses_magnitude(&p->options), dense = data->target != &p->yref;
+    int statistics = !besa__uses_magnitude(&p->options), dense_stream = work->target != &p->yref;
     void *x, *y = NULL;
-    BESA__TRY(besa__stream_open(data->x, first, count, first + count, next, &x));
-    if (!dense && first < p->reference) BESA__TRY(besa__stream_begin(data->target, first, count, &y));
-    if (y || statistics) BESA__TRY(besa__block_forward(be, block, &p->acts, x, y, count, p->seqlen, 0));
-    if (statistics) BESA__TRY(besa__add_statistics(p, count * p->seqlen));
-    BESA__TRY(besa__stream_close(data->x, 0));
-    if (dense) {
-        BESA__TRY(besa__stream_open(data->target, first, count, first + count, next, &y));
-        BESA__TRY(besa__block_forward(be, block, &p->acts, y, y, count, p->seqlen, 0));
+    BESA__TRY(besa__stream_open(work->x, chunk, &x));
+    if (!dense_stream && chunk->first < p->reference) BESA__TRY(besa__stream_begin(work->target, chunk, &y));
+    if (y || statistics) BESA__TRY(besa__block_forward(be, work->dense, &p->acts, x, y, chunk->count, p->seqlen, 0));
+    if (statistics) BESA__TRY(besa__add_statistics(p, chunk->count * p->seqlen));
+    BESA__TRY(besa__stream_close(work->x, 0));
+    if (dense_stream) {
+        BESA__TRY(besa__stream_open(work->target, chunk, &y));
+        BESA__TRY(besa__block_forward(be, work->dense, &p->acts, y, y, chunk->count, p->seqlen, 0));
     }
     if (!y) return BESA_OK;
-    BESA__TRY(besa__add_norms(p, y, first, count));
-    return besa__stream_close(data->target, 1);
+    BESA__TRY(besa__add_norms(p, y, chunk->first, chunk->count));
+    return besa__stream_close(work->target, 1);
 }
 
-/* Pass 1. The dense block over all sequences: statistics, and Yref as far as it is needed. */
-static besa_result besa__dense_pass(besa_pruner *p, const besa_block *block, const besa__pass_data *data, besa_error *error)
+/* Zeros of every row, and what is not finite, of the dense weights or of those written. */
+static besa_result besa__count_layers(besa_pruner *p, const void *const weight[BESA_LAYERS], int which)
 {
-    int64_t last = besa__uses_magnitude(&p->options) ? p->reference : p->nsamples;
-    BESA__TRY(besa__pass_error(p->be, besa__clear_sums(p), error));
-    for (int64_t i = 0, count; i < last; i += count) {
-        count = besa__chunk_at(p, i);
-        int64_t next = i + count < last ? besa__chunk_at(p, i + count) : 0;
-        BESA__TRY(besa__pass_error(p->be, besa__dense_chunk(p, block, data, i, count, next), error));
-        BESA__TRY(besa__tick(&p->meter, BESA_PASS_DENSE, (double)count / (double)p->nsamples, error));
+    int32_t *counts = p->counts + which * p->rows;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        BESA__TRY(p->be->count_zeros(p->be, counts, p->not_finite + which * BESA_LAYERS + i, weight[i], p->dtype, rows,
+                                     columns));
+        counts += rows;
     }
     return BESA_OK;
 }
+
+/* Pass 1. The dense block over all sequences: statistics, and Yref as far as it is needed. */
+static besa_result besa__dense_pass(const besa__work *work, besa_error *error)
+{
+    besa_pruner *p = work->pruner;
+    besa__walk walk = besa__pass_walk(p, besa__uses_magnitude(&p->options) ? p->reference : p->nsamples);
+    BESA__TRY_ON(p->be, besa__clear_sums(p), error);
+    while (besa__walk_next(&walk)) {
+        BESA__TRY_ON(p->be, besa__dense_chunk(work, &walk), error);
+        BESA__TRY(besa__tick(&p->meter, (double)walk.count / (double)p->nsamples, error));
+    }
+    return besa__pass_error(p->be, besa__count_layers(p, work->dense->weight, BESA__DENSE), error);
+}
+
+/* ============================================================================================
+ * // >>baselines             the rank pass: ranks for BESA, masks of the other methods
+ * ============================================================================================
+ * Owns what each method does with the statistics of the dense pass. */
 
 /* Turn Gram matrices into factors and column sums into the scores' factors. */
 static besa_result besa__finish_statistics(besa_pruner *p)
@@ -7434,217 +7717,252 @@ static besa_result besa__sparsegpt_layer(besa_pruner *p, const void *w, void *pr
     return be->convert(be, pruned, p->dtype, p->scores, BESA_F32, rows * columns);
 }
 
-/* Rank a layer for masks by row, and mask it at once where its rate is known. */
-static besa_result besa__rank_layer(besa_pruner *p, const besa_block *block, int layer, void *pruned)
+/* The factor of a layer's scores per column; NULL: none. */
+static const float *besa__score_scale(const besa_pruner *p, int layer)
 {
-    const besa_prune_options *o = &p->options;
-    const float *scale = besa__uses_magnitude(o) ? NULL : p->statistic[besa__input_of_layer(layer)];
-    int power = o->method == BESA_METHOD_BESA ? besa__importance_power(o->importance) : 1;
-    double rate = p->fixed[layer] >= 0 || o->method == BESA_METHOD_BESA ? p->fixed[layer] : o->rates.target;
-    BESA__TRY(besa__rates_rank_scaled(&p->rates, layer, block->weight[layer], scale, power, p->scores,
-                                      p->scores_count));
+    return besa__uses_magnitude(&p->options) ? NULL : p->statistic[besa__input_of_layer(layer)];
+}
+
+/* The ranks of a layer's rows; where its rate is known beforehand, its mask too. */
+static besa_result besa__rank_layer(const besa__work *work, int layer)
+{
+    besa_pruner *p = work->pruner;
+    const void *w = work->dense->weight[layer];
+    int power = besa__learns(p) ? besa__importance_power(p->options.importance) : 1;
+    double rate = besa__learns(p) || p->fixed[layer] >= 0 ? p->fixed[layer] : p->options.rates.target;
+    BESA__TRY(besa__masks_rank(&p->masks, layer, w, besa__score_scale(p, layer), power, p->scores, p->scores_count));
     if (rate < 0) return BESA_OK;
-    BESA__TRY(besa__rates_fix(&p->rates, layer, rate));
-    return besa__rates_mask(&p->rates, layer, block->weight[layer], pruned);
+    BESA__TRY(besa__masks_fix(&p->masks, layer, rate));
+    return besa__masks_apply(&p->masks, layer, w, work->pruned[layer]);
+}
+
+/* n of every m, or the smallest scores of the whole layer. */
+static besa_result besa__prune_layer(const besa__work *work, int layer, double target, int n, int m)
+{
+    besa_pruner *p = work->pruner;
+    besa_backend *be = p->be;
+    const void *w = work->dense->weight[layer];
+    void *pruned = work->pruned[layer];
+    int64_t rows, columns;
+    besa_block_layer(&p->shape, layer, &rows, &columns);
+    BESA__TRY(be->score(be, p->scores, w, p->dtype, besa__score_scale(p, layer), 1, rows, columns));
+    if (m > 0) return be->mask_pattern(be, pruned, w, p->dtype, p->scores, n, m, rows, columns);
+    int64_t count = (int64_t)floor(target * (double)(rows * columns));
+    return be->mask_smallest(be, pruned, w, p->dtype, p->scores, count, rows, columns);
 }
 
 /* Pass 2 for one layer. */
-static besa_result besa__rank_or_prune(besa_pruner *p, const besa_block *block, int layer, void *pruned)
+static besa_result besa__rank_or_prune(const besa__work *work, int layer)
 {
-    besa_backend *be = p->be;
+    besa_pruner *p = work->pruner;
     const besa_prune_options *o = &p->options;
-    const void *w = block->weight[layer];
+    const void *w = work->dense->weight[layer];
     int64_t rows, columns;
     besa_block_layer(&p->shape, layer, &rows, &columns);
     int is_fixed = p->fixed[layer] >= 0;
     double target = is_fixed ? p->fixed[layer] : o->rates.target;
     int n = is_fixed ? 0 : o->pattern_n, m = is_fixed ? 0 : o->pattern_m;
     if (is_fixed && target == 0) {
-        if (p->rates.count > 0) BESA__TRY(besa__rates_fix(&p->rates, layer, 0));
-        return be->copy(be, BESA_QUEUE_COMPUTE, pruned, w, besa_dtype_size(p->dtype) * (size_t)(rows * columns));
+        if (p->masks.count > 0) BESA__TRY(besa__masks_fix(&p->masks, layer, 0));
+        size_t bytes = besa_dtype_size(p->dtype) * (size_t)(rows * columns);
+        return p->be->copy(p->be, BESA_QUEUE_COMPUTE, work->pruned[layer], w, bytes);
     }
-    if (o->method == BESA_METHOD_SPARSEGPT) return besa__sparsegpt_layer(p, w, pruned, layer, target, n, m);
+    if (o->method == BESA_METHOD_SPARSEGPT) return besa__sparsegpt_layer(p, w, work->pruned[layer], layer, target, n, m);
     int whole_layer = o->method == BESA_METHOD_MAGNITUDE && !o->magnitude_per_row;
-    if (m == 0 && !whole_layer) return besa__rank_layer(p, block, layer, pruned);
-    const float *scale = o->method == BESA_METHOD_MAGNITUDE ? NULL : p->statistic[besa__input_of_layer(layer)];
-    BESA__TRY(be->score(be, p->scores, w, p->dtype, scale, 1, rows, columns));
-    if (m > 0) return be->mask_pattern(be, pruned, w, p->dtype, p->scores, n, m, rows, columns);
-    int64_t count = (int64_t)floor(target * (double)(rows * columns));
-    return be->mask_smallest(be, pruned, w, p->dtype, p->scores, count, rows, columns);
+    return m > 0 || whole_layer ? besa__prune_layer(work, layer, target, n, m) : besa__rank_layer(work, layer);
 }
 
-static besa_result besa__rank_pass(besa_pruner *p, const besa_block *block, void *const pruned[BESA_LAYERS],
-                                   besa_error *error)
+/* Pass 2. Every layer is ranked, or pruned at once. */
+static besa_result besa__rank_pass(const besa__work *work, besa_error *error)
 {
-    BESA__TRY(besa__pass_error(p->be, besa__finish_statistics(p), error));
+    besa_pruner *p = work->pruner;
+    BESA__TRY_ON(p->be, besa__finish_statistics(p), error);
     for (int i = 0; i < BESA_LAYERS; i++) {
-        BESA__TRY(besa__pass_error(p->be, besa__rank_or_prune(p, block, i, pruned[i]), error));
-        BESA__TRY(besa__tick(&p->meter, BESA_PASS_RANK, 0.5 / (double)BESA_LAYERS, error));
+        BESA__TRY_ON(p->be, besa__rank_or_prune(work, i), error);
+        if (besa__learns(p) && p->fixed[i] >= 0) BESA__TRY_ON(p->be, besa__rates_fix(&p->rates, i), error);
+        BESA__TRY(besa__tick(&p->meter, 1 / (double)BESA_LAYERS, error));
+    }
+    return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>learning              the learn pass: forward, loss, backward, step
+ * ============================================================================================
+ * Owns what happens to one batch of sequences, and BESA's use of it. besa__batch_gradient knows nothing of what its
+ * gradients are for. */
+
+/* A batch, and what is wanted of it. */
+typedef struct besa__batch {
+    int64_t first, end;                         /* sequences first .. end - 1 */
+    int64_t again;                              /* where the batch after it begins */
+    float *loss;                                /* (1) device: the batch's loss is added */
+    unsigned layers;                            /* bit i: layer i's gradient is wanted */
+    besa_weight_gradient gradient;              /* receives them, piece by piece of the batch */
+    void *user;
+} besa__batch;
+
+/* Sequences of the next piece of an optimiser's batch, as many as memory has room for. */
+static int64_t besa__batch_cut(const void *pruner, int64_t first)
+{
+    const besa_pruner *p = (const besa_pruner *)pruner;
+    int64_t batch = p->options.batch_size, end = besa__min(first / batch * batch + batch, p->nsamples);
+    return besa__min(p->chunk, end - first);
+}
+
+/* The masked block's loss on a batch, and the gradients of its weights: L and dL/dWhat, sums over the batch. */
+static besa_result besa__batch_gradient(const besa__work *work, const besa__batch *batch)
+{
+    besa_pruner *p = work->pruner;
+    besa__walk walk = besa__walk_over(besa__batch_cut, p, batch->first, batch->end, batch->again);
+    besa__backward backward = besa__backward_of(p->be, work->masked, &p->acts, p->seqlen);
+    backward.layers = batch->layers;
+    backward.gradient = batch->gradient;
+    backward.user = batch->user;
+    while (besa__walk_next(&walk)) {
+        void *x, *yref;
+        besa__backward_batch(&backward, walk.count);
+        BESA__TRY(besa__work_open(work, &walk, &x, &yref));
+        BESA__TRY(besa__block_forward(p->be, work->masked, &p->acts, x, p->y, walk.count, p->seqlen, 1));
+        BESA__TRY(besa__pruner_loss(p, batch->loss, p->y, p->y, yref, walk.first, walk.count, 0));
+        BESA__TRY(besa__block_backward(&backward, x, p->y, NULL));
+        BESA__TRY(besa__work_close(work, 0, yref));
     }
     return BESA_OK;
 }
 
 /* The masks of every learned layer, as the rates have them now: in full, or what has changed since. */
-static besa_result besa__mask_learned(besa_pruner *p, const besa_block *block, void *const pruned[BESA_LAYERS], int full)
+static besa_result besa__mask_learned(const besa__work *work, int full)
 {
+    besa_pruner *p = work->pruner;
     for (int i = 0; i < BESA_LAYERS; i++)
-        if (p->rates.layer[i].fixed < 0)
-            BESA__TRY(besa__rates_remask(&p->rates, i, block->weight[i], pruned[i], full));
+        if (p->masks.layer[i].fixed < 0)
+            BESA__TRY(besa__masks_update(&p->masks, i, work->dense->weight[i], work->pruned[i], full));
     return BESA_OK;
 }
 
-/* The loss of a block on the report's sequences, into one slot. */
-static besa_result besa__report_loss(besa_pruner *p, const besa_block *masked, const besa__pass_data *data, int slot)
+/* The loss of the masked block on the report's sequences, into one slot. */
+static besa_result besa__report_loss(const besa__work *work, int slot)
 {
-    int64_t last = besa__min(BESA__REPORT_SEQUENCES, p->reference);
-    for (int64_t i = 0, count; i < last; i += count) {
+    besa_pruner *p = work->pruner;
+    besa__walk walk = besa__pass_walk(p, besa__shown(p));
+    while (besa__walk_next(&walk)) {
         void *x, *yref;
-        count = besa__chunk_at(p, i);
-        int64_t next = i + count < last ? besa__chunk_at(p, i + count) : 0;
-        BESA__TRY(besa__data_open(p, data, i, count, i + count, next, &x, &yref));
-        BESA__TRY(besa__block_forward(p->be, masked, &p->acts, x, p->y, count, p->seqlen, 0));
-        BESA__TRY(besa__pruner_loss(p, p->losses + slot, NULL, p->y, yref, i, count, last));
-        BESA__TRY(besa__data_close(data, 0, yref));
+        BESA__TRY(besa__work_open(work, &walk, &x, &yref));
+        BESA__TRY(besa__block_forward(p->be, work->masked, &p->acts, x, p->y, walk.count, p->seqlen, 0));
+        BESA__TRY(besa__pruner_loss(p, p->losses + slot, NULL, p->y, yref, walk.first, walk.count, walk.end));
+        BESA__TRY(besa__work_close(work, 0, yref));
     }
     return BESA_OK;
 }
 
 /* The uniform mask, floor(target C) of every row, and the mask at the start of learning: measured once where learning
  * starts at the target, as the two masks then differ in a few rows by rounding. */
-static besa_result besa__losses_before(besa_pruner *p, const besa_block *block, const besa_block *masked,
-                                       void *const pruned[BESA_LAYERS], const besa__pass_data *data)
+static besa_result besa__losses_before(const besa__work *work)
 {
+    besa_pruner *p = work->pruner;
     for (int i = 0; i < BESA_LAYERS; i++)
-        if (p->rates.layer[i].fixed < 0) BESA__TRY(besa__uniform_counts(&p->rates, i, p->options.rates.target));
-    BESA__TRY(besa__mask_learned(p, block, pruned, 1));
-    BESA__TRY(besa__report_loss(p, masked, data, BESA__LOSS_UNIFORM));
+        if (p->masks.layer[i].fixed < 0) BESA__TRY(besa__masks_uniform(&p->masks, i, p->options.rates.target));
+    BESA__TRY(besa__mask_learned(work, 1));
+    BESA__TRY(besa__report_loss(work, BESA__LOSS_UNIFORM));
     if (!p->options.rates.zero_start)
         return p->be->copy(p->be, BESA_QUEUE_COMPUTE, p->losses + BESA__LOSS_BEFORE, p->losses + BESA__LOSS_UNIFORM,
                            sizeof(float));
     BESA__TRY(besa__rates_forward(&p->rates));
-    BESA__TRY(besa__mask_learned(p, block, pruned, 0));
-    return besa__report_loss(p, masked, data, BESA__LOSS_BEFORE);
+    BESA__TRY(besa__mask_learned(work, 0));
+    return besa__report_loss(work, BESA__LOSS_BEFORE);
 }
 
-/* What the gradient of one layer is for: its rows' bucket sums. */
-typedef struct besa__learner {
-    besa_pruner *pruner;
-    const besa_block *block;                    /* dense: the rate gradient multiplies by W */
-} besa__learner;
-
+/* What the gradient of a weight is for here: its rows' bucket sums, dL/dWhat * W. */
 static besa_result besa__learn_gradient(void *user, int layer, int64_t first, int64_t rows, const float *dw)
 {
-    besa__learner *learner = (besa__learner *)user;
-    return besa__rates_gradient(&learner->pruner->rates, layer, learner->block->weight[layer], first, rows, dw);
+    const besa__work *work = (const besa__work *)user;
+    return besa__rates_gradient(&work->pruner->rates, layer, work->dense->weight[layer], first, rows, dw);
 }
 
-/* Sequences of the next piece of an optimiser's batch, as many as memory has room for. */
-static int64_t besa__piece_at(const besa_pruner *p, int64_t first)
+/* One optimiser step on a batch. */
+static besa_result besa__learn_step(const besa__work *work, const besa__batch *batch)
 {
-    int64_t batch = p->options.batch_size, end = besa__min(first / batch * batch + batch, p->nsamples);
-    return besa__min(p->chunk, end - first);
-}
-
-/* One optimiser step on sequences first .. first + batch - 1, piece by piece. */
-static besa_result besa__learn_step(besa_pruner *p, const besa_block *dense, const besa__backward *backward,
-                                    void *const pruned[BESA_LAYERS], const besa__pass_data *data, int64_t first)
-{
-    besa_backend *be = p->be;
-    int64_t end = besa__min(first + p->options.batch_size, p->nsamples);
+    besa_pruner *p = work->pruner;
     BESA__TRY(besa__rates_forward(&p->rates));
-    BESA__TRY(besa__mask_learned(p, dense, pruned, 0));
-    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->losses + BESA__LOSS_STEP, sizeof(float)));
-    for (int64_t i = first, count; i < end; i += count) {
-        besa__backward piece = *backward;
-        void *x, *yref;
-        count = besa__piece_at(p, i);
-        int64_t next = i + count < p->nsamples ? i + count : 0; /* of this epoch, or the next one's first */
-        piece.batch = count;
-        piece.tokens = count * p->seqlen;
-        BESA__TRY(besa__data_open(p, data, i, count, next, besa__piece_at(p, next), &x, &yref));
-        BESA__TRY(besa__block_forward(be, piece.block, &p->acts, x, p->y, count, p->seqlen, 1));
-        BESA__TRY(besa__pruner_loss(p, p->losses + BESA__LOSS_STEP, p->y, p->y, yref, i, count, 0));
-        BESA__TRY(besa__block_backward(&piece, x, p->y, NULL));
-        BESA__TRY(besa__data_close(data, 0, yref));
-    }
+    BESA__TRY(besa__mask_learned(work, 0));
+    BESA__TRY(p->be->zero(p->be, BESA_QUEUE_COMPUTE, batch->loss, sizeof(float)));
+    BESA__TRY(besa__batch_gradient(work, batch));
     BESA__TRY(besa__rates_backward(&p->rates));
-    return besa__rates_optimize(&p->rates);
+    return besa__parameters_step(&p->parameters);
 }
 
-/* Pass 3. BESA: learn the rates, one optimiser step per batch of sequences. */
-static besa_result besa__learn_pass(besa_pruner *p, const besa_block *block, const besa_block *masked,
-                                    void *const pruned[BESA_LAYERS], const besa__pass_data *data, besa_error *error)
+/* Tell the caller's callback of a step. */
+static besa_result besa__tell_step(besa_pruner *p, int64_t step, int64_t steps, besa_error *error)
 {
-    int64_t batch = p->options.batch_size, batches = besa__parts(p->nsamples, batch), steps = p->options.epochs * batches;
-    besa__learner learner = {p, block};
-    besa__backward backward;
-    memset(&backward, 0, sizeof backward);
-    backward.be = p->be;
-    backward.block = masked;
-    backward.acts = &p->acts;
-    backward.seqlen = p->seqlen;
-    backward.gradient = besa__learn_gradient;
-    backward.user = &learner;
-    for (int i = 0; i < BESA_LAYERS; i++)
-        if (p->rates.layer[i].fixed < 0) backward.layers |= 1u << i;
-    if (backward.layers == 0) return BESA_OK;
-    BESA__TRY(besa__pass_error(p->be, besa__losses_before(p, block, masked, pruned, data), error));
+    if (!p->options.step) return BESA_OK;
+    besa_step now = {p->meter.block, step, steps, &p->rates, p->be, p->losses + BESA__LOSS_STEP};
+    besa_result result = p->options.step(p->options.user, &now);
+    if (result == BESA_OK) return BESA_OK;
+    return besa__fail(error, result, "the step callback returned: %s", besa_result_string(result));
+}
+
+/* The rates, one optimiser step per batch of sequences. */
+static besa_result besa__learn_rates(const besa__work *work, unsigned layers, besa_error *error)
+{
+    besa_pruner *p = work->pruner;
+    int64_t size = p->options.batch_size, batches = besa__parts(p->nsamples, size), steps = p->options.epochs * batches;
+    besa__work user = *work;
+    besa__batch batch = {0, 0, 0, p->losses + BESA__LOSS_STEP, layers, besa__learn_gradient, &user};
+    BESA__TRY_ON(p->be, besa__losses_before(work), error);
     for (int64_t s = 0; s < steps; s++) {
-        BESA__TRY(besa__pass_error(p->be, besa__learn_step(p, block, &backward, pruned, data, s % batches * batch), error));
-        BESA__TRY(besa__tick(&p->meter, BESA_PASS_LEARN, 3.0 / (double)batches, error));
-        if (!p->options.step) continue;
-        besa_step step = {p->meter.block, s + 1, steps, &p->rates, p->be, p->losses + BESA__LOSS_STEP};
-        besa_result result = p->options.step(p->options.user, &step);
-        if (result != BESA_OK)
-            return besa__fail(error, result, "the step callback returned: %s", besa_result_string(result));
+        batch.first = s % batches * size;
+        batch.end = besa__min(batch.first + size, p->nsamples);
+        batch.again = batch.end < p->nsamples ? batch.end : 0; /* of this epoch, or the next one's first */
+        BESA__TRY_ON(p->be, besa__learn_step(work, &batch), error);
+        BESA__TRY(besa__tick(&p->meter, 1 / (double)steps, error));
+        BESA__TRY(besa__tell_step(p, s + 1, steps, error));
     }
     return BESA_OK;
 }
 
 /* Final masks: the rates as learned, projected onto the exact count unless that is not wanted. */
-static besa_result besa__final_masks(besa_pruner *p, const besa_block *block, void *const pruned[BESA_LAYERS])
+static besa_result besa__final_masks(const besa__work *work)
 {
+    besa_pruner *p = work->pruner;
     if (p->options.no_projection) BESA__TRY(besa__rates_forward(&p->rates));
     else BESA__TRY(besa__rates_project(&p->rates));
-    return besa__mask_learned(p, block, pruned, 0);
+    return besa__mask_learned(work, 0);
 }
+
+/* Pass 3. BESA: learn the rates, then the final masks. */
+static besa_result besa__learn_pass(const besa__work *work, besa_error *error)
+{
+    besa_pruner *p = work->pruner;
+    unsigned layers = 0;
+    for (int i = 0; i < BESA_LAYERS; i++)
+        if (p->masks.layer[i].fixed < 0) layers |= 1u << i;
+    if (layers) BESA__TRY(besa__learn_rates(work, layers, error));
+    return besa__pass_error(p->be, besa__final_masks(work), error);
+}
+
+/* ============================================================================================
+ * // >>results               the commit pass, and what comes back of a block
+ * ============================================================================================
+ * Owns the step to the next block, and the report of this one. */
 
 /* Pass 4. X = F(What, X), and the loss on the way. */
-static besa_result besa__commit_pass(besa_pruner *p, const besa_block *masked, const besa__pass_data *data, besa_error *error)
+static besa_result besa__commit_pass(const besa__work *work, besa_error *error)
 {
+    besa_pruner *p = work->pruner;
     besa_backend *be = p->be;
-    int64_t shown = besa__min(BESA__REPORT_SEQUENCES, p->reference);
-    for (int64_t i = 0, count; i < p->nsamples; i += count) {
+    int64_t shown = besa__shown(p);
+    besa__walk walk = besa__pass_walk(p, p->nsamples);
+    while (besa__walk_next(&walk)) {
         void *x, *yref;
-        count = besa__chunk_at(p, i);
-        int64_t next = i + count < p->nsamples ? besa__chunk_at(p, i + count) : 0;
-        int64_t of = i < shown ? shown : p->reference - shown;
-        float *loss = p->losses + (i < shown ? BESA__LOSS_AFTER : BESA__LOSS_REST);
-        BESA__TRY(besa__pass_error(be, besa__data_open(p, data, i, count, i + count, next, &x, &yref), error));
-        BESA__TRY(besa__pass_error(be, besa__block_forward(be, masked, &p->acts, x, x, count, p->seqlen, 0), error));
-        if (yref) BESA__TRY(besa__pass_error(be, besa__pruner_loss(p, loss, NULL, x, yref, i, count, of), error));
-        BESA__TRY(besa__pass_error(be, besa__data_close(data, 1, yref), error));
-        BESA__TRY(besa__tick(&p->meter, BESA_PASS_COMMIT, (double)count / (double)p->nsamples, error));
+        int64_t of = walk.first < shown ? shown : p->reference - shown;
+        float *loss = p->losses + (walk.first < shown ? BESA__LOSS_AFTER : BESA__LOSS_REST);
+        BESA__TRY_ON(be, besa__work_open(work, &walk, &x, &yref), error);
+        BESA__TRY_ON(be, besa__block_forward(be, work->masked, &p->acts, x, x, walk.count, p->seqlen, 0), error);
+        if (yref) BESA__TRY_ON(be, besa__pruner_loss(p, loss, NULL, x, yref, walk.first, walk.count, of), error);
+        BESA__TRY_ON(be, besa__work_close(work, 1, yref), error);
+        BESA__TRY(besa__tick(&p->meter, (double)walk.count / (double)p->nsamples, error));
     }
-    return BESA_OK;
-}
-
-/* ---- what comes back ----------------------------------------------------------------------- */
-
-static besa_result besa__mark_pass(besa_pruner *p, int mark) { return p->be->record(p->be, BESA_QUEUE_COMPUTE, mark); }
-
-/* Zeros of every row, and what is not finite, of the dense weights or of those written. */
-static besa_result besa__count_layers(besa_pruner *p, const void *const weight[BESA_LAYERS], int which)
-{
-    int32_t *counts = p->counts + which * p->rows;
-    for (int i = 0; i < BESA_LAYERS; i++) {
-        int64_t rows, columns;
-        besa_block_layer(&p->shape, i, &rows, &columns);
-        BESA__TRY(p->be->count_zeros(p->be, counts, p->not_finite + which * BESA_LAYERS + i, weight[i], p->dtype, rows,
-                                     columns));
-        counts += rows;
-    }
-    return BESA_OK;
+    return besa__pass_error(be, besa__count_layers(p, work->masked->weight, BESA__WRITTEN), error);
 }
 
 /* Bring home what is to be known of a block: here the host waits for it. */
@@ -7657,8 +7975,8 @@ static besa_result besa__fetch_results(besa_pruner *p)
     BESA__TRY(be->download(be, q, r->losses, p->losses, sizeof r->losses));
     BESA__TRY(be->download(be, q, r->not_finite, p->not_finite, sizeof r->not_finite));
     BESA__TRY(be->download(be, q, p->results_counts, p->counts, 2 * (size_t)p->rows * sizeof(int32_t)));
-    if (p->options.method == BESA_METHOD_BESA) {
-        BESA__TRY(be->download(be, q, r->scalars, p->rates.scalars, sizeof r->scalars));
+    if (besa__learns(p)) {
+        BESA__TRY(be->download(be, q, r->scalars, p->parameters.step.scalars, sizeof r->scalars));
         BESA__TRY(be->download(be, q, &r->mean, p->rates.mean, sizeof r->mean));
         BESA__TRY(be->download(be, q, &r->excess, p->rates.excess, sizeof r->excess));
     }
@@ -7720,7 +8038,7 @@ static besa_result besa__report_losses(const besa_pruner *p, const char *name, b
 {
     const float *loss = p->results->losses;
     int learned = 0;
-    for (int i = 0; i < BESA_LAYERS; i++) learned |= p->options.method == BESA_METHOD_BESA && p->fixed[i] < 0;
+    for (int i = 0; i < BESA_LAYERS; i++) learned |= besa__learns(p) && p->fixed[i] < 0;
     double shown = (double)besa__min(BESA__REPORT_SEQUENCES, p->reference), all = (double)p->reference;
     report->loss_after = (double)loss[BESA__LOSS_AFTER];
     report->loss_uniform = learned ? (double)loss[BESA__LOSS_UNIFORM] : report->loss_after;
@@ -7731,20 +8049,12 @@ static besa_result besa__report_losses(const besa_pruner *p, const char *name, b
                       name ? name : "the block ");
 }
 
-static besa_result besa__report_seconds(besa_pruner *p, double seconds[BESA_PASS_COUNT])
-{
-    static const besa_pass pass[] = {BESA_PASS_DENSE, BESA_PASS_RANK, BESA_PASS_LEARN, BESA_PASS_COMMIT};
-    for (int i = 0; i < 4; i++)
-        BESA__TRY(p->be->elapsed(p->be, BESA__MARK_START + i, BESA__MARK_START + i + 1, &seconds[pass[i]]));
-    return BESA_OK;
-}
-
 /* From what has come back to the report, or to what went wrong; the earliest cause counts. */
 static besa_result besa__report_block(besa_pruner *p, const char *name, besa_block_report *report, besa_error *error)
 {
     const besa__results *r = p->results;
     BESA__TRY(besa__check_layers_finite(p, name, BESA__DENSE, error));
-    if (p->options.method == BESA_METHOD_BESA) {
+    if (besa__learns(p)) {
         BESA__TRY(besa__check_status(r->scalars[0], r->mean, error));
         BESA__TRY(besa__check_excess(&p->rates, r->excess, error));
         report->d = r->scalars[0];
@@ -7752,30 +8062,106 @@ static besa_result besa__report_block(besa_pruner *p, const char *name, besa_blo
     }
     besa__report_layers(p, report);
     BESA__TRY(besa__report_losses(p, name, report, error));
-    BESA__TRY(besa__check_layers_finite(p, name, BESA__WRITTEN, error));
-    return besa__pass_error(p->be, besa__report_seconds(p, report->seconds), error);
+    return besa__check_layers_finite(p, name, BESA__WRITTEN, error);
 }
 
-/* All passes. */
-static besa_result besa__pruner_passes(besa_pruner *p, const besa_block *block, const besa_block *masked,
-                                       const besa__pass_data *data, void *const pruned[BESA_LAYERS], besa_error *error)
+/* ============================================================================================
+ * // >>passes                the order of the passes; the public functions of level 2's pruner
+ * ============================================================================================
+ * Owns the table of passes, from which progress, marks and the report's seconds follow. */
+
+static double besa__units_one(const besa_pruner *p)
 {
-    besa_backend *be = p->be;
-    BESA__TRY(besa__pass_error(be, besa__mark_pass(p, BESA__MARK_START), error));
-    if (p->rates.count > 0) BESA__TRY(besa__pass_error(be, besa__rates_reset(&p->rates), error));
-    BESA__TRY(besa__dense_pass(p, block, data, error));
-    BESA__TRY(besa__pass_error(be, besa__count_layers(p, block->weight, BESA__DENSE), error));
-    BESA__TRY(besa__pass_error(be, besa__mark_pass(p, BESA__MARK_DENSE), error));
-    BESA__TRY(besa__rank_pass(p, block, pruned, error));
-    BESA__TRY(besa__pass_error(be, besa__mark_pass(p, BESA__MARK_RANK), error));
-    if (p->options.method == BESA_METHOD_BESA) {
-        BESA__TRY(besa__learn_pass(p, block, masked, pruned, data, error));
-        BESA__TRY(besa__pass_error(be, besa__final_masks(p, block, pruned), error));
+    (void)p;
+    return 1;
+}
+
+static double besa__units_rank(const besa_pruner *p)
+{
+    (void)p;
+    return 0.5;
+}
+
+/* A learning step costs about three forward passes. */
+static double besa__units_learn(const besa_pruner *p) { return besa__learns(p) ? 3 * (double)p->options.epochs : 0; }
+
+typedef struct besa__pass_row {
+    besa_pass pass;
+    double (*units)(const besa_pruner *p);      /* of work, see besa__meter; 0: the method does without */
+    besa_result (*run)(const besa__work *work, besa_error *error);
+} besa__pass_row;
+
+static const besa__pass_row besa__passes[] = {
+    {BESA_PASS_DENSE, besa__units_one, besa__dense_pass},
+    {BESA_PASS_RANK, besa__units_rank, besa__rank_pass},
+    {BESA_PASS_LEARN, besa__units_learn, besa__learn_pass},
+    {BESA_PASS_COMMIT, besa__units_one, besa__commit_pass},
+};
+
+enum { BESA__PASSES = (int)(sizeof besa__passes / sizeof *besa__passes) };
+
+BESA_API const char *besa_pass_name(besa_pass pass)
+{
+    static const char *const name[] = {
+#define BESA__PASS_NAME(id, text) text,
+        BESA_PASSES(BESA__PASS_NAME)
+#undef BESA__PASS_NAME
+    };
+    return (unsigned)pass < BESA_PASS_COUNT ? name[pass] : "?";
+}
+
+/* A mark after pass `index`, counted from 0; -1: before the first. */
+static besa_result besa__mark(besa_pruner *p, int index)
+{
+    return p->be->record(p->be, BESA_QUEUE_COMPUTE, BESA__EVENT_MARKS + index + 1);
+}
+
+/* The device's seconds between the marks, which have passed. */
+static besa_result besa__pass_seconds(besa_pruner *p, double seconds[BESA_PASS_COUNT])
+{
+    for (int i = 0; i < BESA__PASSES; i++)
+        BESA__TRY(p->be->elapsed(p->be, BESA__EVENT_MARKS + i, BESA__EVENT_MARKS + i + 1, &seconds[besa__passes[i].pass]));
+    return BESA_OK;
+}
+
+/* As before the block's first pass. */
+static besa_result besa__pruner_reset(besa_pruner *p)
+{
+    if (p->masks.count > 0) BESA__TRY(besa__masks_reset(&p->masks));
+    if (!besa__learns(p)) return BESA_OK;
+    BESA__TRY(besa__parameters_reset(&p->parameters));
+    return besa__rates_reset(&p->rates);
+}
+
+/* Every pass in turn. */
+static besa_result besa__run_passes(const besa__work *work, besa_error *error)
+{
+    besa_pruner *p = work->pruner;
+    besa__meter *meter = &p->meter;
+    BESA__TRY_ON(p->be, besa__mark(p, -1), error);
+    BESA__TRY_ON(p->be, besa__pruner_reset(p), error);
+    meter->units = meter->done = 0;
+    for (int i = 0; i < BESA__PASSES; i++) meter->units += besa__passes[i].units(p);
+    for (int i = 0; i < BESA__PASSES; i++) {
+        meter->pass = besa__passes[i].pass;
+        meter->pass_units = besa__passes[i].units(p);
+        if (meter->pass_units > 0) BESA__TRY(besa__passes[i].run(work, error));
+        BESA__TRY_ON(p->be, besa__mark(p, i), error);
     }
-    BESA__TRY(besa__pass_error(be, besa__mark_pass(p, BESA__MARK_LEARN), error));
-    BESA__TRY(besa__commit_pass(p, masked, data, error));
-    BESA__TRY(besa__pass_error(be, besa__count_layers(p, masked->weight, BESA__WRITTEN), error));
-    return besa__pass_error(be, besa__mark_pass(p, BESA__MARK_COMMIT), error);
+    return BESA_OK;
+}
+
+/* After the passes, or after one that failed for a reason that may lie in the weights: what came back. */
+static besa_result besa__finish_block(besa_pruner *p, const char *name, besa_result result, besa_block_report *report,
+                                      besa_error *error)
+{
+    if (result != BESA_OK && result != BESA_ERROR_NUMERIC) return result;
+    besa_result fetched = besa__pass_error(p->be, besa__fetch_results(p), result ? NULL : error);
+    if (result == BESA_ERROR_NUMERIC)
+        return besa__check_layers_finite(p, name, BESA__DENSE, error) != BESA_OK ? BESA_ERROR_NOT_FINITE : result;
+    BESA__TRY(fetched);
+    BESA__TRY(besa__report_block(p, name, report, error));
+    return besa__pass_error(p->be, besa__pass_seconds(p, report->seconds), error);
 }
 
 /* dense: the dense model's own stream, or NULL. */
@@ -7784,23 +8170,15 @@ static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, con
                                     besa_error *error)
 {
     besa_block masked = *block;
-    besa__pass_data data = {x, dense ? dense : &p->yref};
+    besa__work work = {p, block, &masked, pruned, x, dense ? dense : &p->yref};
     memset(report, 0, sizeof *report);
-    p->meter.done = 0;
-    x->chunk = data.target->chunk = p->chunk;
+    x->chunk = work.target->chunk = p->chunk;
     for (int i = 0; i < BESA_LAYERS; i++) {
         masked.weight[i] = pruned[i];
         p->fixed[i] = besa__fixed_rate(&p->options, name, i);
     }
     besa__workspace callers = besa__use_workspace(p->be, p->workspace, p->workspace_bytes);
-    besa_result result = besa__pruner_passes(p, block, &masked, &data, pruned, error);
-    if (result == BESA_OK || result == BESA_ERROR_NUMERIC) {
-        besa_result fetched = besa__pass_error(p->be, besa__fetch_results(p), result ? NULL : error);
-        if (result == BESA_OK) result = fetched;
-        if (result == BESA_ERROR_NUMERIC && besa__check_layers_finite(p, name, BESA__DENSE, error) != BESA_OK)
-            result = BESA_ERROR_NOT_FINITE; /* that is why */
-    }
-    if (result == BESA_OK) result = besa__report_block(p, name, report, error);
+    besa_result result = besa__finish_block(p, name, besa__run_passes(&work, error), report, error);
     if (result != BESA_OK) besa__settle(p->be);
     besa__use_workspace(p->be, callers.memory, callers.bytes);
     return result;
@@ -7828,8 +8206,8 @@ static besa_result besa__pruner_allocate(besa_pruner *p, besa_error *error)
     BESA__TRY(besa__fit_budget(&p->chunk, besa__pruner_size, be->unified_memory || p->options.dense_stream ? 1 : 2, p, budget,
                                whose, error));
     besa__pruner_place(p, &device, &host);
-    BESA__TRY(besa__pass_error(be, be->alloc(be, &p->memory, device.used), error));
-    BESA__TRY(besa__pass_error(be, be->host_alloc(be, &p->host_memory, host.used), error));
+    BESA__TRY_ON(be, be->alloc(be, &p->memory, device.used), error);
+    BESA__TRY_ON(be, be->host_alloc(be, &p->host_memory, host.used), error);
     device.base = (unsigned char *)p->memory;
     host.base = (unsigned char *)p->host_memory;
     device.used = host.used = 0;
@@ -7877,8 +8255,8 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
         (block->k_norm && !pruner->qk_norm))
         return besa__fail(error, BESA_ERROR_OPTION, "the block's shape, dtype or q/k norms are not those of the pruner");
     pruner->meter.start = pruner->meter.began = besa__seconds();
-    besa__stream_init(&inputs, pruner->be, BESA__STREAM_X, pruner->nsamples, pruner->seqlen, made->hidden_size);
-    besa__stream_init(&dense, pruner->be, BESA__STREAM_DENSE, pruner->nsamples, pruner->seqlen, made->hidden_size);
+    besa__stream_init(&inputs, pruner->be, 0, pruner->nsamples, pruner->seqlen, made->hidden_size); /* resident: they use */
+    besa__stream_init(&dense, pruner->be, 0, pruner->nsamples, pruner->seqlen, made->hidden_size);  /* no events */
     inputs.x = x;
     dense.x = dense_x;
     return besa__pruner_run(pruner, block, name, &inputs, pruner->options.dense_stream ? &dense : NULL, pruned,
@@ -8567,6 +8945,10 @@ BESA__UNUSED static void besa__writer_abandon(besa__writer *w, int remove_it)
 
 #define BESA__VOCAB_CHUNK 4096                  /* rows of the output head at a time */
 
+/* Events of the run's streams, after those of its pruner. */
+enum { BESA__EVENT_X = BESA__PRUNER_EVENTS, BESA__EVENT_DENSE = BESA__EVENT_X + BESA__STREAM_EVENTS,
+       BESA__EVENT_TEST = BESA__EVENT_DENSE + BESA__STREAM_EVENTS };
+
 /* A block's weights and vectors on the device. */
 typedef struct besa__room {
     void *weight[BESA_LAYERS];
@@ -8750,7 +9132,7 @@ static besa_result besa__run_test(besa__run *run, const int32_t *ids, int64_t wi
     BESA__TRY(besa__check_tokens("test windows", windows, seqlen, error));
     run->has_test = 1;
     run->test_ids = ids;
-    besa__stream_init(&run->test, run->be, BESA__STREAM_TEST, windows, seqlen, run->config->block.hidden_size);
+    besa__stream_init(&run->test, run->be, BESA__EVENT_TEST, windows, seqlen, run->config->block.hidden_size);
     run->test.chunk = besa__min(windows, besa__max(1, BESA__CHUNK_TOKENS / seqlen));
     run->positions = besa__max(run->positions, seqlen);
     return BESA_OK;
@@ -8764,8 +9146,8 @@ static besa_result besa__run_calibration(besa__run *run, const besa_calibration 
     BESA__TRY(besa__pruner_init(&run->pruner, run->be, &run->config->block, run->model.dtype, run->config->qk_norm,
                                 options, c->nsamples, c->seqlen, error));
     run->ids = c->ids;
-    besa__stream_init(&run->calibration, run->be, BESA__STREAM_X, c->nsamples, c->seqlen, d);
-    besa__stream_init(&run->dense, run->be, BESA__STREAM_DENSE, c->nsamples, c->seqlen, d);
+    besa__stream_init(&run->calibration, run->be, BESA__EVENT_X, c->nsamples, c->seqlen, d);
+    besa__stream_init(&run->dense, run->be, BESA__EVENT_DENSE, c->nsamples, c->seqlen, d);
     run->positions = c->seqlen;
     run->has_dense = run->pruner.options.dense_stream;
     run->pruner.meter.blocks = run->config->num_hidden_layers;
@@ -8786,8 +9168,8 @@ static besa_result besa__run_allocate(besa__run *run, besa_error *error)
     besa_backend *be = run->be;
     besa__arena device = {NULL, 0}, host = {NULL, 0};
     besa__run_place(run, &device, &host);
-    BESA__TRY(besa__pass_error(be, be->alloc(be, &run->device, device.used), error));
-    BESA__TRY(besa__pass_error(be, be->host_alloc(be, &run->host, host.used), error));
+    BESA__TRY_ON(be, be->alloc(be, &run->device, device.used), error);
+    BESA__TRY_ON(be, be->host_alloc(be, &run->host, host.used), error);
     device.base = (unsigned char *)run->device;
     host.base = (unsigned char *)run->host;
     device.used = host.used = 0;
@@ -8914,11 +9296,11 @@ static besa_result besa__in_share(besa__run *run, size_t target, besa_error *err
         void *to = (unsigned char *)run->room[besa__room_of(run, in->block)].weight[in->layer] + in->at;
         size_t size = besa__next_piece(run, in);
         if (run->piece_in) {
-            BESA__TRY(besa__pass_error(be, be->synchronize(be, BESA_QUEUE_STAGE), error)); /* the piece before has left */
+            BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_STAGE), error); /* the piece before has left */
             memcpy(run->piece_in, from, size);
         }
         const void *source = run->piece_in ? run->piece_in : from;
-        BESA__TRY(besa__pass_error(be, be->upload(be, BESA_QUEUE_STAGE, to, source, size), error));
+        BESA__TRY_ON(be, be->upload(be, BESA_QUEUE_STAGE, to, source, size), error);
         besa__release_range(run->checkpoint->shards + tensor->file, tensor->offset + in->at, size);
         besa__transfer_move(in, size);
     }
@@ -8932,7 +9314,7 @@ static besa_result besa__in_finish(besa__run *run, int64_t index, besa_block *bl
     const besa__room *room = &run->room[besa__room_of(run, index)];
     if (run->in.block != index) BESA__TRY(besa__in_begin(run, index, error));
     BESA__TRY(besa__in_share(run, run->in.total, error));
-    BESA__TRY(besa__pass_error(run->be, run->be->synchronize(run->be, BESA_QUEUE_STAGE), error));
+    BESA__TRY_ON(run->be, run->be->synchronize(run->be, BESA_QUEUE_STAGE), error);
     const besa__block_tensors *t = &run->in.tensors;
     memset(block, 0, sizeof *block);
     block->shape = run->config->block;
@@ -8967,11 +9349,11 @@ static besa_result besa__out_share(besa__run *run, size_t target, besa_error *er
         const unsigned char *from = (const unsigned char *)pruned[out->layer] + out->at;
         size_t size = besa__next_piece(run, out);
         if (run->piece_out && out->piece == 0) {
-            BESA__TRY(besa__pass_error(be, be->download(be, BESA_QUEUE_STAGE, run->piece_out, from, size), error));
+            BESA__TRY_ON(be, be->download(be, BESA_QUEUE_STAGE, run->piece_out, from, size), error);
             out->piece = size;
             if (target < out->total) break; /* it will be there when the next share is due */
         }
-        if (run->piece_out) BESA__TRY(besa__pass_error(be, be->synchronize(be, BESA_QUEUE_STAGE), error));
+        if (run->piece_out) BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_STAGE), error);
         BESA__TRY(besa__writer_write(run->writer, tensor, run->piece_out ? run->piece_out : from, size, error));
         besa__transfer_move(out, size);
         out->piece = 0;
@@ -9044,7 +9426,7 @@ static besa_result besa__embed(besa__run *run, void *x, const int32_t *ids, int6
         besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, run->rows, rows, (size_t)(count * d) * sizeof(float));
         if (result == BESA_OK) result = be->convert(be, to, be->activation_dtype, run->rows, BESA_F32, count * d);
         if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE); /* rows are used again */
-        BESA__TRY(besa__pass_error(be, result, error));
+        BESA__TRY_ON(be, result, error);
         besa__release_pages(run->checkpoint, table);
     }
     return BESA_OK;
@@ -9052,25 +9434,12 @@ static besa_result besa__embed(besa__run *run, void *x, const int32_t *ids, int6
 
 static besa_result besa__stream_embed(besa__run *run, besa__stream *s, const int32_t *ids, besa_error *error)
 {
-    for (int64_t i = 0, count; i < s->count; i += count) {
+    besa__walk walk = besa__stream_walk(s, -1);
+    while (besa__walk_next(&walk)) {
         void *x;
-        count = besa__min(s->chunk, s->count - i);
-        BESA__TRY(besa__pass_error(run->be, besa__stream_begin(s, i, count, &x), error));
-        BESA__TRY(besa__embed(run, x, ids + i * s->seqlen, count * s->seqlen, error));
-        BESA__TRY(besa__pass_error(run->be, besa__stream_close(s, 1), error));
-    }
-    return BESA_OK;
-}
-
-/* X = F(W, X), chunk by chunk. */
-static besa_result besa__stream_forward(besa__stream *s, const besa_block *block, besa_activations *acts)
-{
-    for (int64_t i = 0, count; i < s->count; i += count) {
-        void *x;
-        count = besa__min(s->chunk, s->count - i);
-        BESA__TRY(besa__stream_open(s, i, count, i + count, besa__min(s->chunk, s->count - i - count), &x));
-        BESA__TRY(besa__block_forward(s->be, block, acts, x, x, count, s->seqlen, 0));
-        BESA__TRY(besa__stream_close(s, 1));
+        BESA__TRY_ON(run->be, besa__stream_begin(s, &walk, &x), error);
+        BESA__TRY(besa__embed(run, x, ids + walk.first * s->seqlen, walk.count * s->seqlen, error));
+        BESA__TRY_ON(run->be, besa__stream_close(s, 1), error);
     }
     return BESA_OK;
 }
@@ -9081,7 +9450,7 @@ static besa_result besa__test_forward(besa__run *run, const besa_block *block, b
     besa_backend *be = run->be;
     if (!run->has_test) return BESA_OK;
     besa__use_workspace(be, run->workspace, run->workspace_bytes);
-    BESA__TRY(besa__pass_error(be, besa__stream_forward(&run->test, block, &run->acts), error));
+    BESA__TRY_ON(be, besa__stream_forward(&run->test, besa__stream_walk(&run->test, -1), block, &run->acts), error);
     return besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
 }
 
@@ -9099,12 +9468,12 @@ static besa_result besa__load_targets(besa__run *run)
 }
 
 /* Logits of one chunk of sequences, x, and one chunk of the vocabulary: into the running log-sum-exp, or to the host. */
-static besa_result besa__head_chunk(besa__run *run, int64_t first_id, int64_t ids, const void *x, int64_t i, int64_t count,
+static besa_result besa__head_chunk(besa__run *run, int64_t first_id, int64_t ids, const void *x, const besa__walk *chunk,
                                     float *out)
 {
     besa_backend *be = run->be;
     int64_t seqlen = run->test.seqlen, d = run->config->block.hidden_size, vocab = run->config->vocab_size;
-    int64_t tokens = count * seqlen, t0 = i * seqlen;
+    int64_t tokens = chunk->count * seqlen, t0 = chunk->first * seqlen;
     BESA__TRY(be->logits(be, run->logits, x, run->rows, run->model.head->dtype, tokens, ids, d));
     if (!out)
         return be->nll_update(be, run->nll_state + 3 * t0, run->logits, run->targets + t0, first_id, ids, tokens,
@@ -9122,16 +9491,14 @@ static besa_result besa__final_norm(besa__run *run, besa_error *error)
     besa__stream *s = &run->test;
     float *vectors = run->vectors, *norm = run->room[0].norm1;
     BESA__TRY(besa__bring_vector(run, &vectors, norm, run->model.norm, error));
-    BESA__TRY(besa__pass_error(be, be->synchronize(be, BESA_QUEUE_STAGE), error));
-    for (int64_t i = 0, count; i < s->count; i += count) {
+    BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_STAGE), error);
+    besa__walk walk = besa__stream_walk(s, -1);
+    while (besa__walk_next(&walk)) {
         void *x;
-        count = besa__min(s->chunk, s->count - i);
-        besa_result result = besa__stream_open(s, i, count, i + count, besa__min(s->chunk, s->count - i - count), &x);
-        if (result == BESA_OK)
-            result = be->rmsnorm_forward(be, x, run->acts.inv_rms1, x, norm, count * s->seqlen, s->width,
-                                         (float)run->config->block.rms_norm_eps);
-        if (result == BESA_OK) result = besa__stream_close(s, 1);
-        BESA__TRY(besa__pass_error(be, result, error));
+        BESA__TRY_ON(be, besa__stream_open(s, &walk, &x), error);
+        BESA__TRY_ON(be, be->rmsnorm_forward(be, x, run->acts.inv_rms1, x, norm, walk.count * s->seqlen, s->width,
+                                             (float)run->config->block.rms_norm_eps), error);
+        BESA__TRY_ON(be, besa__stream_close(s, 1), error);
     }
     return BESA_OK;
 }
@@ -9145,22 +9512,20 @@ static besa_result besa__head_pass(besa__run *run, float *out, besa_error *error
     int64_t d = run->config->block.hidden_size, vocab = run->config->vocab_size, step = besa__vocab_chunk(run);
     besa__use_workspace(be, run->workspace, run->workspace_bytes);
     BESA__TRY(besa__final_norm(run, error));
-    BESA__TRY(besa__pass_error(be, besa__load_targets(run), error));
+    BESA__TRY_ON(be, besa__load_targets(run), error);
     for (int64_t id = 0; id < vocab; id += step) {
         int64_t ids = besa__min(step, vocab - id);
         size_t size = besa_dtype_size(head->dtype) * (size_t)d;
         const unsigned char *rows = (const unsigned char *)head->data + (size_t)id * size;
-        BESA__TRY(besa__pass_error(be, be->upload(be, BESA_QUEUE_COMPUTE, run->rows, rows, (size_t)ids * size), error));
-        for (int64_t i = 0, count; i < s->count; i += count) {
+        BESA__TRY_ON(be, be->upload(be, BESA_QUEUE_COMPUTE, run->rows, rows, (size_t)ids * size), error);
+        besa__walk walk = besa__stream_walk(s, 0); /* again for the next ids */
+        while (besa__walk_next(&walk)) {
             void *x;
-            count = besa__min(s->chunk, s->count - i);
-            int64_t next = i + count < s->count ? i + count : 0;
-            besa_result result = besa__stream_open(s, i, count, next, besa__min(s->chunk, s->count - next), &x);
-            if (result == BESA_OK) result = besa__head_chunk(run, id, ids, x, i, count, out);
-            if (result == BESA_OK) result = besa__stream_close(s, 0);
-            BESA__TRY(besa__pass_error(be, result, error));
+            BESA__TRY_ON(be, besa__stream_open(s, &walk, &x), error);
+            BESA__TRY_ON(be, besa__head_chunk(run, id, ids, x, &walk, out), error);
+            BESA__TRY_ON(be, besa__stream_close(s, 0), error);
         }
-        BESA__TRY(besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error));
+        BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
         besa__release_pages(run->checkpoint, head);
     }
     return BESA_OK;
@@ -9177,7 +9542,7 @@ static besa_result besa__test_perplexity(besa__run *run, double *perplexity, dou
     if (result == BESA_OK)
         result = be->download(be, BESA_QUEUE_COMPUTE, window, run->nll_sums, (size_t)s->count * sizeof(double));
     if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
-    BESA__TRY(besa__pass_error(be, result, error));
+    BESA__TRY_ON(be, result, error);
     for (int64_t i = 0; i < s->count; i++) {
         double mean = window[i] / (double)(s->seqlen - 1);
         if (!isfinite(mean))
@@ -9199,7 +9564,8 @@ static besa_result besa__run_test_blocks(besa__run *run, besa_progress_callback 
     meter.callback = progress;
     meter.user = user;
     meter.blocks = run->config->num_hidden_layers;
-    meter.units = 1;
+    meter.pass = BESA_PASS_DENSE;
+    meter.units = meter.pass_units = 1;
     meter.start = meter.began = besa__seconds();
     BESA__TRY(besa__load_rope(run, error));
     BESA__TRY(besa__stream_embed(run, &run->test, run->test_ids, error));
@@ -9210,7 +9576,7 @@ static besa_result besa__run_test_blocks(besa__run *run, besa_progress_callback 
         meter.done = 0;
         BESA__TRY(besa__in_finish(run, i, &block, &seconds, error));
         BESA__TRY(besa__test_forward(run, &block, error));
-        BESA__TRY(besa__tick(&meter, BESA_PASS_DENSE, 1, error));
+        BESA__TRY(besa__tick(&meter, 1, error));
     }
     return BESA_OK;
 }
@@ -9352,7 +9718,7 @@ static besa_result besa__read_pruned(besa__run *run, int64_t index, besa_error *
             if (!run->piece_out) continue;
             besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, to + at, run->piece_out, size);
             if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
-            BESA__TRY(besa__pass_error(be, result, error));
+            BESA__TRY_ON(be, result, error);
         }
     }
     return BESA_OK;
@@ -9376,20 +9742,6 @@ static besa_result besa__report_reloaded(besa__run *run, const besa_block *block
     return besa__pass_error(run->be, result, error);
 }
 
-/* A stream through a block, cut as the passes cut it: the same bytes. */
-static besa_result besa__pass_forward(besa_pruner *p, besa__stream *s, const besa_block *block)
-{
-    for (int64_t i = 0, count; i < s->count; i += count) {
-        void *x;
-        count = besa__chunk_at(p, i);
-        int64_t next = i + count < s->count ? besa__chunk_at(p, i + count) : 0;
-        BESA__TRY(besa__stream_open(s, i, count, i + count, next, &x));
-        BESA__TRY(besa__block_forward(p->be, block, &p->acts, x, x, count, p->seqlen, 0));
-        BESA__TRY(besa__stream_close(s, 1));
-    }
-    return BESA_OK;
-}
-
 /* Take over a block that an earlier run finished; *block comes in dense and leaves pruned. */
 static besa_result besa__reload_block(besa__run *run, int64_t index, besa_block *block, besa_block_report *report,
                                       besa_error *error)
@@ -9398,10 +9750,10 @@ static besa_result besa__reload_block(besa__run *run, int64_t index, besa_block 
     besa_pruner *p = &run->pruner;
     void *const *pruned = run->pruned[besa__room_of(run, index)];
     BESA__TRY(besa__read_pruned(run, index, error));
-    if (run->has_dense) BESA__TRY(besa__pass_error(be, besa__pass_forward(p, &run->dense, block), error));
+    if (run->has_dense) BESA__TRY_ON(be, besa__stream_forward(&run->dense, besa__pass_walk(p, p->nsamples), block, &p->acts), error);
     BESA__TRY(besa__report_reloaded(run, block, pruned, report, error));
     for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = pruned[i];
-    BESA__TRY(besa__pass_error(be, besa__pass_forward(p, &run->calibration, block), error));
+    BESA__TRY_ON(be, besa__stream_forward(&run->calibration, besa__pass_walk(p, p->nsamples), block, &p->acts), error);
     return besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
 }
 
@@ -9431,7 +9783,11 @@ static besa_result besa__run_block(besa__run *run, int64_t index, int64_t done, 
     if (!run->be->unified_memory && index + 1 < run->config->num_hidden_layers)
         BESA__TRY(besa__in_begin(run, index + 1, error));
     if (index < done) {
-        BESA__TRY(besa__tick(&run->pruner.meter, BESA_PASS_COMMIT, 0, error));
+        besa__meter *meter = &run->pruner.meter;
+        meter->pass = BESA_PASS_COMMIT;
+        meter->units = 1;
+        meter->done = 0;
+        BESA__TRY(besa__tick(meter, 0, error));
         besa__use_workspace(run->be, run->pruner.workspace, run->pruner.workspace_bytes);
         BESA__TRY(besa__reload_block(run, index, &block, &report->block[index], error));
     } else {
@@ -9499,7 +9855,7 @@ static besa_result besa__run_prune(besa__run *run, int64_t done, besa_report *re
     if (run->has_dense) BESA__TRY(besa__stream_embed(run, &run->dense, run->ids, error));
     if (run->has_test) BESA__TRY(besa__stream_embed(run, &run->test, run->test_ids, error));
     run->pruner.meter.first_block = done;
-    run->pruner.meter.share = besa__run_share;
+    run->pruner.meter.meanwhile = besa__run_share;
     run->pruner.meter.run = run;
     for (int64_t i = 0; i < run->config->num_hidden_layers; i++) {
         besa_result result = besa__run_block(run, i, done, report, error);
@@ -9741,7 +10097,6 @@ static void besa__append_layer(besa__text *t, const besa_layer_report *layer, in
 
 static void besa__append_block(besa__text *t, const besa_block_report *b, int64_t index)
 {
-    static const char *const pass[BESA_PASS_COUNT] = {"read", "dense", "rank", "learn", "commit", "write"};
     besa__append(t, "    {\"block\": %lld, ", (long long)index);
     besa__append_number(t, "sparsity", b->sparsity, ", ");
     besa__append_number(t, "loss_uniform", b->loss_uniform, ", ");
@@ -9751,7 +10106,7 @@ static void besa__append_block(besa__text *t, const besa_block_report *b, int64_
     besa__append_number(t, "prodigy_d", b->d, ", ");
     besa__append_number(t, "mean_rate", b->mean_rate, ",\n     \"seconds\": {");
     for (int i = 0; i < BESA_PASS_COUNT; i++)
-        besa__append_number(t, pass[i], b->seconds[i], i + 1 < BESA_PASS_COUNT ? ", " : "},\n     \"layers\": [\n");
+        besa__append_number(t, besa_pass_name((besa_pass)i), b->seconds[i], i + 1 < BESA_PASS_COUNT ? ", " : "},\n     \"layers\": [\n");
     for (int i = 0; i < BESA_LAYERS; i++) besa__append_layer(t, &b->layer[i], i);
     besa__append(t, "     ]}");
 }

@@ -734,23 +734,24 @@ static __global__ void besa__loss_weight_kernel(float *weight, const float *norm
         for (int64_t c = i; c < besa__cuda_min(d, i + 8); c++) weight[c] = norm2[c] > 0.0f ? 1.0f / norm2[c] : 0.0f;
 }
 
-/* part(blocks) = sum over the block's rows of weight (Y - Yref)^2; dY(T,d) = factor weight (Y - Yref); dy may be y */
+/* part(blocks) = sum over the block's rows of weight (Y - Yref)^2; dY(T,d) = factor weight (Y - Yref) [+ dY]; dy may be y */
 template <typename T>
 static __global__ void besa__block_loss_kernel(double *part, T *dy, const T *y, const T *yref, const float *weight,
-                                               float factor, int64_t tokens, int64_t d, int vector)
+                                               float factor, int64_t tokens, int64_t d, int accumulate, int vector)
 {
     double sum = 0.0;
     BESA__ROWS(t, tokens) {
-        float row = 0.0f, a[8], b[8], w[8];
+        float row = 0.0f, a[8], b[8], w[8], before[8] = {0.0f};
         BESA__EIGHTS(c, d) {
             int count = besa__count(d - c);
             besa__load(a, y + t * d + c, count, vector);
             besa__load(b, yref + t * d + c, count, vector);
             besa__load(w, weight + c, count, vector);
+            if (accumulate) besa__load(before, dy + t * d + c, count, vector);
             for (int k = 0; k < 8; k++) {
-                float e = a[k] - b[k];
+                float e = a[k] - b[k], g = factor * w[k] * e;
                 row += w[k] * (e * e);
-                a[k] = factor * w[k] * e;
+                a[k] = accumulate ? before[k] + g : g;
             }
             if (dy) besa__store(dy + t * d + c, a, count, vector);
         }
@@ -777,9 +778,9 @@ static void besa__cuda_block_loss_place(besa__arena *work, float **weight, doubl
     *part = static_cast<double *>(besa__take(work, BESA__CUDA_LOSS_PARTS * sizeof(double)));
 }
 
-/* loss(1) += scale / d * sum (Yref - Y)^2 / norm2_c; dY = 2 scale / d (Y - Yref) / norm2_c */
+/* loss(1) += scale / d * sum (Yref - Y)^2 / norm2_c; dY = 2 scale / d (Y - Yref) / norm2_c [+ dY] */
 static besa_result besa__cuda_block_loss(besa_backend *be, float *loss, void *dy, const void *y, const void *yref,
-                                         const float *norm2, float scale, int64_t tokens, int64_t d)
+                                         const float *norm2, float scale, int64_t tokens, int64_t d, int accumulate)
 {
     besa__arena work = besa__cuda_work(be);
     float *weight;
@@ -792,7 +793,7 @@ static besa_result besa__cuda_block_loss(besa_backend *be, float *loss, void *dy
     BESA__BY_ACTIVATION(be, T,
         BESA__RUN(besa__block_loss_kernel<T>, parts, besa__cuda_row_threads(d), 0, part, static_cast<T *>(dy),
                   static_cast<const T *>(y), static_cast<const T *>(yref), weight, 2.0f * scale / static_cast<float>(d),
-                  tokens, d, vector));
+                  tokens, d, accumulate, vector));
     BESA__RUN(besa__add_loss_kernel, 1, BESA__CUDA_THREADS, 0, loss, part, parts,
               static_cast<double>(scale) / static_cast<double>(d));
     return BESA_OK;
@@ -1052,15 +1053,15 @@ static besa_result besa__cuda_linear_backward_input(besa_backend *be, void *dx, 
     return BESA_OK;
 }
 
-/* dW(count,C): rows first .. of dY(T,R)' X(T,C), float */
+/* dW(count,C) = rows first .. of dY(T,R)' X(T,C) [+ dW], float */
 static besa_result besa__cuda_linear_backward_weight(besa_backend *be, float *dw, const void *dy, const void *x,
                                                      int64_t tokens, int64_t rows, int64_t columns, int64_t first,
-                                                     int64_t count)
+                                                     int64_t count, int accumulate)
 {
     besa__cuda_product p = besa__cuda_product_of(be, count, columns, tokens);
     besa__cuda_operand_a(&p, besa__at_const(dy, p.type, first), rows, 1);
     besa__cuda_operand_b(&p, x, columns, 0);
-    besa__cuda_result_c(&p, dw, BESA_F32, columns, 0);
+    besa__cuda_result_c(&p, dw, BESA_F32, columns, accumulate);
     return besa__cuda_multiply(be, &p);
 }
 
@@ -2034,8 +2035,8 @@ static __global__ void besa__rate_forward_kernel(float *alpha, int32_t *n, const
         total = besa__warp_sum(total);
         rate = besa__warp_sum(rate);
         float a = static_cast<float>(rate / total);
-        float share = floorf(a * static_cast<float>(s.columns));
-        int64_t pruned = share > 0.0f ? besa__cuda_min(static_cast<int64_t>(share), s.columns) : 0; /* 0 where a is NaN */
+        float share = floorf(a * static_cast<float>(s.units));
+        int64_t pruned = share > 0.0f ? besa__cuda_min(static_cast<int64_t>(share), s.units) : 0; /* 0 where a is NaN */
         int64_t end = besa__cuda_min(s.rows, (g + 1) * s.group_rows);
         for (int64_t r = g * s.group_rows + besa__lane(); r < end; r += 32) {
             alpha[r] = a;
@@ -2371,7 +2372,7 @@ static __device__ __forceinline__ void besa__move(const besa_optimizer_step &o, 
 }
 
 /* m = beta1 m + (1-beta1) d g, v = beta2 v + (1-beta2) d^2 g^2, s = beta3 s + gain g, gain = d / d0 * dlr;
- * slots(parts, 2) = sum g (theta0 - theta), sum |s| of each run; then d, dmax and numerator as they were */
+ * slots(parts, 2) = sum g (theta0 - theta), sum |s| of each run; then d and numerator as they were */
 static __global__ void besa__prodigy_state_kernel(double *slots, besa_optimizer_step o, int64_t run, int vector)
 {
     double d = o.scalars[0], gain = d / o.d0 * (d * static_cast<double>(o.lr)), sum[2] = {0.0, 0.0};
@@ -2405,11 +2406,11 @@ static __global__ void besa__prodigy_state_kernel(double *slots, besa_optimizer_
     slots[2 * blockIdx.x] = sum[0];
     slots[2 * blockIdx.x + 1] = sum[1];
     if (blockIdx.x == 0)
-        for (int k = 0; k < 3; k++) slots[2 * gridDim.x + static_cast<unsigned>(k)] = o.scalars[k];
+        for (int k = 0; k < BESA_OPTIMIZER_SCALARS; k++) slots[2 * gridDim.x + static_cast<unsigned>(k)] = o.scalars[k];
 }
 
-/* num = beta3 num + gain <g, theta0 - theta>, dhat = d_coef num / sum |s|; if d == d0: d = max(d, dhat);
- * dmax = max(dmax, dhat); d = min(dmax, d growth); theta -= dlr m / (sqrt(v) + d eps); nothing while sum |s| = 0 */
+/* num = beta3 num + gain <g, theta0 - theta>, d = max(d, d_coef num / sum |s|); theta -= dlr m / (sqrt(v) + d eps);
+ * nothing while sum |s| = 0 */
 static __global__ void besa__prodigy_move_kernel(const double *slots, besa_optimizer_step o, int64_t run, int vector)
 {
     double sum[2] = {0.0, 0.0};
@@ -2418,13 +2419,10 @@ static __global__ void besa__prodigy_move_kernel(const double *slots, besa_optim
     sum[1] = besa__block_sum(sum[1]);
     if (sum[1] == 0.0) return;
     const double *old = slots + 2 * gridDim.x;
-    double d = old[0], dmax = old[1], dlr = d * static_cast<double>(o.lr);
-    double numerator = static_cast<double>(o.beta3) * old[2] + d / o.d0 * dlr * sum[0];
+    double d = old[0], dlr = d * static_cast<double>(o.lr);
+    double numerator = static_cast<double>(o.beta3) * old[1] + d / o.d0 * dlr * sum[0];
     double estimate = o.d_coef * numerator / sum[1];
-    if (d == o.d0 && estimate > d) d = estimate;
-    if (estimate > dmax) dmax = estimate;
-    if (o.growth_rate > 0.0) d *= o.growth_rate; /* 0: no limit */
-    d = o.growth_rate > 0.0 && d < dmax ? d : dmax;
+    if (estimate > d) d = estimate;
     float keep = static_cast<float>(1.0 - dlr * static_cast<double>(o.weight_decay));
     float eps = static_cast<float>(d * static_cast<double>(o.eps));
     BESA__RUN_EIGHTS(i, run, o.n) {
@@ -2434,7 +2432,7 @@ static __global__ void besa__prodigy_move_kernel(const double *slots, besa_optim
         besa__load(v, o.v + i, count, vector);
         besa__move(o, i, count, m, v, keep, static_cast<float>(dlr), 1.0f, eps, vector);
     }
-    if (blockIdx.x == 0 && threadIdx.x == 0) o.scalars[0] = d, o.scalars[1] = dmax, o.scalars[2] = numerator;
+    if (blockIdx.x == 0 && threadIdx.x == 0) o.scalars[0] = d, o.scalars[1] = numerator;
 }
 
 /* m = beta1 m + (1-beta1) g, v = beta2 v + (1-beta2) g^2, theta = keep theta - rate m / (sqrt(v) / root + eps) */

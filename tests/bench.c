@@ -110,7 +110,7 @@ static void bench_products(void)
                     set_workspace(&be, &load);
                     if (kind == 0) BEST_TIME(t[bf16 * 2], be.linear_forward(&be, y, x, w, BESA_F32, NULL, TOKENS, R, C, 0));
                     if (kind == 1) BEST_TIME(t[bf16 * 2], be.linear_backward_input(&be, dx, dy, w, BESA_F32, TOKENS, R, C, 0));
-                    if (kind == 2) BEST_TIME(t[bf16 * 2], be.linear_backward_weight(&be, dw, dy, x, TOKENS, R, C, 0, R));
+                    if (kind == 2) BEST_TIME(t[bf16 * 2], be.linear_backward_weight(&be, dw, dy, x, TOKENS, R, C, 0, R, 0));
                     be.destroy(&be);
                 }
                 if (set_threads) set_threads(threads);
@@ -172,7 +172,7 @@ static void bench_passes(int threads)
     PASS("rmsnorm_backward", 12.0 * (double)n, be.rmsnorm_backward(&be, what, dw, w, scale, inv, R, C, 0));
     PASS("swiglu_forward", 12.0 * (double)n, be.swiglu_forward(&be, s, w, dw, n));
     PASS("swiglu_backward", 20.0 * (double)n, be.swiglu_backward(&be, what, s, dw, w, dw, n));
-    PASS("block_loss", 12.0 * (double)n, be.block_loss(&be, loss, what, w, dw, norm, 1, R, C));
+    PASS("block_loss", 12.0 * (double)n, be.block_loss(&be, loss, what, w, dw, norm, 1, R, C, 0));
 #undef PASS
     be.destroy(&be);
 }
@@ -201,8 +201,8 @@ static besa_result timed_input(besa_backend *be, void *dx, const void *dy, const
                                int64_t c, int a)
 { TIMED(products, g_watch.inner.linear_backward_input(be, dx, dy, w, t, n, r, c, a)); }
 static besa_result timed_weight(besa_backend *be, float *dw, const void *dy, const void *x, int64_t n, int64_t r, int64_t c,
-                                int64_t first, int64_t count)
-{ TIMED(products, g_watch.inner.linear_backward_weight(be, dw, dy, x, n, r, c, first, count)); }
+                                int64_t first, int64_t count, int accumulate)
+{ TIMED(products, g_watch.inner.linear_backward_weight(be, dw, dy, x, n, r, c, first, count, accumulate)); }
 static besa_result timed_gram(besa_backend *be, float *h, const void *x, float s, int64_t n, int64_t c)
 { TIMED(products, g_watch.inner.gram(be, h, x, s, n, c)); }
 static besa_result timed_attention(besa_backend *be, void *o, const void *q, const void *k, const void *v,

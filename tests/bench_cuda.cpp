@@ -165,8 +165,8 @@ static void watch_products(besa_backend *be)
         return w;
     });
     WATCH(linear_backward_weight, [=](float *, const void *, const void *, int64_t T, int64_t, int64_t C, int64_t,
-                                      int64_t R) {
-        return op_cost{a * times(T, R + C) + 4 * times(R, C), 2 * times(T, R) * static_cast<double>(C), 0, 0};
+                                      int64_t R, int add) {
+        return op_cost{a * times(T, R + C) + (add ? 8 : 4) * times(R, C), 2 * times(T, R) * static_cast<double>(C), 0, 0};
     });
     WATCH(gram, [=](float *, const void *, float, int64_t T, int64_t C) { /* the lower half, read and written */
         return op_cost{a * times(T, C) + 4 * times(C, C), times(T, C) * static_cast<double>(C), 0, 0};
@@ -232,8 +232,9 @@ static void watch_pieces(besa_backend *be)
     WATCH(column_sumsq, [=](float *, const void *, int64_t T, int64_t d) {
         return kernels(a * times(T, d) + 8 * static_cast<double>(d));
     });
-    WATCH(block_loss, [=](float *, void *dy, const void *, const void *, const float *, float, int64_t T, int64_t d) {
-        return kernels((dy ? 3 : 2) * a * times(T, d) + 4 * static_cast<double>(d));
+    WATCH(block_loss, [=](float *, void *dy, const void *, const void *, const float *, float, int64_t T, int64_t d,
+                           int add) {
+        return kernels((dy ? 3 + add : 2) * a * times(T, d) + 4 * static_cast<double>(d));
     });
     WATCH(power, [](float *, const float *, float, int64_t n) { return kernels(8 * static_cast<double>(n)); });
     WATCH(fill, [](int32_t *, int32_t, int64_t n) { return kernels(4 * static_cast<double>(n)); });
@@ -835,7 +836,7 @@ static besa_result make_integers(besa_backend *be, arrays *a)
 {
     std::vector<int32_t> counts(static_cast<size_t>(std::max(a->inner, a->tokens)), static_cast<int32_t>(a->d / 2));
     std::vector<uint16_t> bucket(static_cast<size_t>(a->inner));
-    double scalars[4] = {1e-6, 1e-6, 0, 0};
+    double scalars[BESA_OPTIMIZER_SCALARS] = {1e-6, 0};
     void *p;
     for (size_t j = 0; j < bucket.size(); j++)
         bucket[j] = static_cast<uint16_t>((bucket.size() - 1 - j) * 100 / bucket.size());
@@ -930,7 +931,7 @@ static void bench_linear(besa_backend *be, const arrays &a, const char *name, vo
     };
     BENCH(titled("linear_forward"), be->linear_forward(be, y, x, a.w, BESA_BF16, NULL, a.tokens, rows, columns, 0));
     BENCH(titled("linear_backward_input"), be->linear_backward_input(be, x, y, a.w, BESA_BF16, a.tokens, rows, columns, 0));
-    BENCH(titled("linear_backward_weight"), be->linear_backward_weight(be, a.f, y, x, a.tokens, rows, columns, 0, rows));
+    BENCH(titled("linear_backward_weight"), be->linear_backward_weight(be, a.f, y, x, a.tokens, rows, columns, 0, rows, 0));
 }
 
 static void bench_pieces(besa_backend *be, const arrays &a, const model &m)
@@ -956,7 +957,7 @@ static void bench_pieces(besa_backend *be, const arrays &a, const model &m)
     BENCH("convert bf16 to f32, a layer", be->convert(be, a.f, BESA_F32, a.w, BESA_BF16, a.most));
     BENCH("column_sumsq, d columns", be->column_sumsq(be, a.small, a.x, T, d));
     BENCH("column_sumsq, intermediate_size columns", be->column_sumsq(be, a.small, a.y3, T, a.inner));
-    BENCH("block_loss", be->block_loss(be, a.theta, a.x2, a.x, a.x3, a.small, 1, T, d));
+    BENCH("block_loss", be->block_loss(be, a.theta, a.x2, a.x, a.x3, a.small, 1, T, d, 0));
 }
 
 /* A layer's passes over its weights */

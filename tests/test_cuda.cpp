@@ -273,7 +273,7 @@ static void test_addresses(void)
             CHECK_OK(be.linear_forward(&be, z, x, w, dtype, NULL, tokens, inner, d, 0), be.error);
             CHECK_OK(be.linear_backward_input(&be, x, z, w, dtype, tokens, inner, d, 1), be.error);
         }
-        CHECK_OK(be.linear_backward_weight(&be, static_cast<float *>(dw), z, x, tokens, inner, d, 0, inner), be.error);
+        CHECK_OK(be.linear_backward_weight(&be, static_cast<float *>(dw), z, x, tokens, inner, d, 0, inner, 0), be.error);
         CHECK_OK(be.gram(&be, static_cast<float *>(h), z, 1.0f, tokens, inner), be.error);
         CHECK_OK(be.attention_forward(&be, x, x, z, z, &s), be.error);
         CHECK_OK(be.attention_backward(&be, x, z, z, x, x, z, z, &s), be.error);
@@ -527,7 +527,7 @@ static void test_vast_activations(void)
     vast_same<float>(&h, z, "power");
     VAST("column_sumsq", 17, be->column_sumsq(be, g.f(s), x.of[s], rows, C));
     vast_same<float>(&h, g, "column_sumsq");
-    VAST("block_loss", 3, be->block_loss(be, one.f(s), z.of[s], x.of[s], y.of[s], g.f(s), 0.5f, rows, C));
+    VAST("block_loss", 3, be->block_loss(be, one.f(s), z.of[s], x.of[s], y.of[s], g.f(s), 0.5f, rows, C, 0));
     vast_same<float>(&h, z, "block_loss, dY");
     vast_same<float>(&h, one, "block_loss");
     twin target = vast_array<int32_t>(&h, R, 1, 0, 8000), state = vast_array<float>(&h, R, 3, 0, 0);
@@ -591,7 +591,7 @@ static void test_vast_rest(void)
     o.lr = 1, o.beta1 = 0.9f, o.beta2 = o.beta3 = 0.999f, o.eps = 1e-8f, o.d0 = 1e-6, o.d_coef = 1, o.step = 1;
     for (int kind = 0; kind < 2; kind++) {
         o.kind = kind ? BESA_ADAMW : BESA_PRODIGY;
-        twin state = vast_array<double>(&h, 0, 4, 1e-6, 1e-6);
+        twin state = vast_array<double>(&h, 0, BESA_OPTIMIZER_SCALARS, 1e-6, 1e-6);
         vast_run(&h, "optimizer_step", 1, R, [&](besa_backend *be, int s, int64_t rows) {
             o.n = rows * C, o.theta = x.f(s), o.theta0 = x0.f(s), o.grad = g.f(s), o.m = m.f(s), o.v = v.f(s), o.s = d.f(s);
             o.scalars = static_cast<double *>(state.of[s]);

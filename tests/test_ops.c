@@ -101,7 +101,7 @@ static void prodigy(besa_backend *be)
 {
     int64_t n, nn, all, steps;
     double *A = load("prodigy", "A", &nn), *b = load("prodigy", "b", &n), *x0 = load("prodigy", "x0", &n);
-    double *xs = load("prodigy", "x", &all), *ds = load("prodigy", "d", &steps), scalars[4] = {1e-6, 1e-6, 0, 0};
+    double *xs = load("prodigy", "x", &all), *ds = load("prodigy", "d", &steps), scalars[BESA_OPTIMIZER_SCALARS] = {1e-6, 0};
     double worst_x = 0, worst_d = 0, limit_x = 2e-3, limit_d = 1e-4;
     float *x = floats(NULL, n), *start = floats(NULL, n), *m = floats(NULL, n), *v = floats(NULL, n), *s = floats(NULL, n);
     float *g = floats(NULL, n);
@@ -153,7 +153,7 @@ static void sparse_layer(besa_backend *be, const char *folder, int plain, int la
     }
     R = rc / C;
     memset(&s, 0, sizeof s);
-    s.rows = R, s.columns = C, s.group_rows = layer_wise ? R : 1, s.candidates = D + 1, s.plain = plain;
+    s.rows = R, s.units = C, s.group_rows = layer_wise ? R : 1, s.candidates = D + 1, s.plain = plain;
     s.layer_scale = layer_wise ? 1.0f : 0.0f, s.row_scale = layer_wise ? 0.0f : 1.0f;
     scale = floats(norm, C), wf = floats(w, rc), score = floats(NULL, rc), sums = floats(NULL, R * D), dw = floats(NULL, rc);
     theta_f = floats(theta, th), dtheta = floats(NULL, th), alpha_f = floats(NULL, R);

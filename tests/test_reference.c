@@ -134,7 +134,7 @@ static void test_block(const char *name)
                     tokens * act[i].width, 1e-5);
 
     OP(g_be.column_sumsq(&g_be, norm2, yref.f, tokens, d));
-    OP(g_be.block_loss(&g_be, got_loss, dy, y, yref.f, norm2, 1.0f, tokens, d));
+    OP(g_be.block_loss(&g_be, got_loss, dy, y, yref.f, norm2, 1.0f, tokens, d, 0));
     CHECK_CLOSE("loss", got_loss, loss.v, 1, 1e-5);
     CHECK_OK(besa_block_backward(&g_be, &b, &acts, h.f, dy, dx, batch, seqlen, compare_gradient, &g, &g_error), g_error);
     CHECK(g.seen == 127, "gradients of layers %x only", (unsigned)g.seen);
@@ -175,7 +175,7 @@ static void test_sparse_layer(const char *name, int plain, int64_t groups, int l
     memset(&load, 0, sizeof load);
     memset(zeros, 0, sizeof zeros);
     memset(&penalty, 0, sizeof penalty);
-    s.rows = R, s.columns = C, s.group_rows = R / groups, s.candidates = D + 1, s.plain = plain;
+    s.rows = R, s.units = C, s.group_rows = R / groups, s.candidates = D + 1, s.plain = plain;
     s.layer_scale = layer_theta ? 1.0f : 0.0f, s.row_scale = layer_theta ? 0.0f : 1.0f;
     penalty.mean = &mean, penalty.target = 0.5f;
     load.rows = R, load.columns = C, load.tokens = T, load.seqlen = T;
@@ -197,7 +197,7 @@ static void test_sparse_layer(const char *name, int plain, int64_t groups, int l
     CHECK(wrong == 0, "%d weights of the masked layer differ", wrong);
     OP(g_be.linear_forward(&g_be, y, x.f, what, BESA_F32, NULL, T, R, C, 0));
     CHECK_CLOSE("y", y, npy_load(dir, "y", T, R, 0).v, T * R, 2e-6);
-    OP(g_be.linear_backward_weight(&g_be, dw, dy.f, x.f, T, R, C, 0, R));
+    OP(g_be.linear_backward_weight(&g_be, dw, dy.f, x.f, T, R, C, 0, R, 0));
     OP(g_be.bucket_gradient(&g_be, sums, dw, w.f, BESA_F32, got_rank, bucket, R, C, D));
     OP(g_be.rate_backward(&g_be, layer_theta ? dtheta : NULL, layer_theta ? NULL : dtheta, sums,
                           layer_theta ? theta.f : NULL, layer_theta ? NULL : theta.f, &penalty, &s));
@@ -374,11 +374,11 @@ static void test_prodigy(void)
     set_workspace(hessian_workload(N, N, N));
     for (int mode = STORED; mode <= IN_PLACE; mode++) {
         float theta[N] = { 0 }, theta0[N] = { 0 }, grad[N], m[N] = { 0 }, v[N] = { 0 }, s[N] = { 0 };
-        double scalars[4] = { 1e-6, 1e-6, 0, 0 }, tolerance = mode == STORED ? 1e-4 : 1e-2;
+        double scalars[BESA_OPTIMIZER_SCALARS] = { 1e-6, 0 }, tolerance = mode == STORED ? 1e-4 : 1e-2;
         besa_optimizer_step o;
         memset(&o, 0, sizeof o);
         o.kind = BESA_PRODIGY, o.lr = 1, o.beta1 = 0.9f, o.beta2 = 0.999f, o.beta3 = sqrtf(0.999f), o.eps = 1e-8f;
-        o.d0 = 1e-6, o.d_coef = 5, o.growth_rate = INFINITY;
+        o.d0 = 1e-6, o.d_coef = 5;
         o.n = N, o.theta = theta, o.theta0 = theta0, o.grad = grad, o.m = m, o.v = v, o.s = s, o.scalars = scalars;
         if (mode == IN_PLACE) memcpy(theta, x0.f, sizeof theta), memcpy(theta0, x0.f, sizeof theta);
         for (o.step = 1; o.step <= STEPS; o.step++) {
@@ -405,7 +405,7 @@ static void test_adamw(void)
     enum { N = 1000, STEPS = 30 };
     static float theta[N], grad[N], m[N], v[N], s[N];
     static double want[N], wm[N], wv[N];
-    double scalars[4] = { 0, 0, 0, 0 };
+    double scalars[BESA_OPTIMIZER_SCALARS] = { 0, 0 };
     besa_optimizer_step o;
     memset(&o, 0, sizeof o);
     o.kind = BESA_ADAMW, o.lr = 0.01f, o.beta1 = 0.9f, o.beta2 = 0.999f, o.beta3 = sqrtf(0.999f), o.eps = 1e-8f;
@@ -509,7 +509,7 @@ static void pinned_setup(pinned *p, trace *t, float *theta, float *theta0, float
         a->n = (int32_t *)take((size_t)R * 4), a->zeros = (int32_t *)take((size_t)R * 4);
         a->theta = theta + t->first_row[l] * CANDIDATES, a->theta0 = theta0 + t->first_row[l] * CANDIDATES;
         a->grad = grad + t->first_row[l] * CANDIDATES;
-        a->shape.rows = R, a->shape.columns = C, a->shape.group_rows = 1, a->shape.candidates = CANDIDATES;
+        a->shape.rows = R, a->shape.units = C, a->shape.group_rows = 1, a->shape.candidates = CANDIDATES;
         a->shape.row_scale = 1;
         OP(g_be.column_sumsq(&g_be, norm, input, tokens, C));
         for (int64_t j = 0; j < C; j++) norm[j] = sqrtf(norm[j]);
@@ -545,7 +545,7 @@ static void test_trace_pinned(const char *name)
         int64_t d = t.hidden, rows = t.first_row[BESA_LAYERS], n = rows * CANDIDATES, wrong = 0;
         float *theta = take_floats(n), *theta0 = take_floats(n), *grad = take_floats(n), *norm2 = take_floats(d);
         float *alpha = take_floats(rows), *y = take_floats(t.seqlen * d), *dy = take_floats(t.seqlen * d), mean = 0;
-        double scalars[4] = { 1e-6, 1e-6, 0, 0 };
+        double scalars[BESA_OPTIMIZER_SCALARS] = { 1e-6, 0 };
         besa_activations acts = new_activations(&t.block, t.seqlen);
         besa_block sparse = t.block;
         besa_optimizer_step o;
@@ -554,7 +554,7 @@ static void test_trace_pinned(const char *name)
         pinned_setup(&p, &t, theta, theta0, grad);
         memset(&o, 0, sizeof o);
         o.kind = BESA_PRODIGY, o.lr = 1, o.beta1 = 0.9f, o.beta2 = 0.999f, o.beta3 = sqrtf(0.999f), o.eps = 1e-8f;
-        o.d0 = 1e-6, o.d_coef = t.d_coef, o.growth_rate = INFINITY, o.n = n;
+        o.d0 = 1e-6, o.d_coef = t.d_coef, o.n = n;
         o.theta = theta, o.theta0 = theta0, o.grad = grad, o.scalars = scalars;
         o.m = take_floats(n), o.v = take_floats(n), o.s = take_floats(n);
         for (int l = 0; l < BESA_LAYERS; l++) sparse.weight[l] = p.layer[l].what;
@@ -579,7 +579,7 @@ static void test_trace_pinned(const char *name)
             memset(norm2, 0, (size_t)d * sizeof *norm2);
             OP(g_be.column_sumsq(&g_be, norm2, yref, t.seqlen, d));
             CHECK_OK(besa_block_forward(&g_be, &sparse, &acts, x, y, 1, t.seqlen, &g_error), g_error);
-            OP(g_be.block_loss(&g_be, &l2, dy, y, yref, norm2, 1.0f, t.seqlen, d));
+            OP(g_be.block_loss(&g_be, &l2, dy, y, yref, norm2, 1.0f, t.seqlen, d, 0));
             CHECK_CLOSE("l2", &l2, t.l2.v + step, 1, 1e-5);
             total = l2 + (float)(t.penalty * pow(((double)mean - t.target) / t.target, 2));
             CHECK_CLOSE("loss", &total, t.loss.v + step, 1, 1e-4);
@@ -650,7 +650,7 @@ static besa_result rounded_rate_forward(besa_backend *be, float *alpha, int32_t 
     besa_result r = g_rate_forward(be, alpha, n, theta_layer, theta_row, zeros, s);
     for (int64_t g = 0; r == BESA_OK && g < s->rows; g++) { /* groups of one row */
         alpha[g] -= 1.5e-7f;
-        n[g] = (int32_t)(alpha[g] * (float)s->columns);
+        n[g] = (int32_t)(alpha[g] * (float)s->units);
     }
     return r;
 }
