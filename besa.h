@@ -1162,23 +1162,56 @@ static besa__workspace besa__use_workspace(besa_backend *be, void *memory, size_
     return before;
 }
 
-/* The seven prunable layers of a block. */
-static const char *const besa__layer_paths[BESA_LAYERS] = {
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-    "mlp.gate_proj",    "mlp.up_proj",      "mlp.down_proj"};
+/* The prunable layers of a block, in the order of BESA_Q .. BESA_DOWN: where a Hugging Face checkpoint has them, which of
+ * the block's widths their rows and columns are, what they read, and which belong together. */
+enum { BESA__WIDTH_HIDDEN, BESA__WIDTH_QUERY, BESA__WIDTH_KEY_VALUE, BESA__WIDTH_INTERMEDIATE };
+enum { BESA__INPUT_A, BESA__INPUT_ATTN, BESA__INPUT_M, BESA__INPUT_Z, BESA__INPUTS }; /* names as in besa_activations */
+enum { BESA__GROUP_QKV, BESA__GROUP_O, BESA__GROUP_MLP, BESA__GROUPS };
+
+typedef struct besa__layer_row {
+    const char *path;
+    int rows, columns, input, group;
+} besa__layer_row;
+
+static const besa__layer_row besa__layers[BESA_LAYERS] = {
+    {"self_attn.q_proj", BESA__WIDTH_QUERY, BESA__WIDTH_HIDDEN, BESA__INPUT_A, BESA__GROUP_QKV},
+    {"self_attn.k_proj", BESA__WIDTH_KEY_VALUE, BESA__WIDTH_HIDDEN, BESA__INPUT_A, BESA__GROUP_QKV},
+    {"self_attn.v_proj", BESA__WIDTH_KEY_VALUE, BESA__WIDTH_HIDDEN, BESA__INPUT_A, BESA__GROUP_QKV},
+    {"self_attn.o_proj", BESA__WIDTH_HIDDEN, BESA__WIDTH_QUERY, BESA__INPUT_ATTN, BESA__GROUP_O},
+    {"mlp.gate_proj", BESA__WIDTH_INTERMEDIATE, BESA__WIDTH_HIDDEN, BESA__INPUT_M, BESA__GROUP_MLP},
+    {"mlp.up_proj", BESA__WIDTH_INTERMEDIATE, BESA__WIDTH_HIDDEN, BESA__INPUT_M, BESA__GROUP_MLP},
+    {"mlp.down_proj", BESA__WIDTH_HIDDEN, BESA__WIDTH_INTERMEDIATE, BESA__INPUT_Z, BESA__GROUP_MLP},
+};
 
 BESA_API const char *besa_layer_name(int layer)
 {
     if (layer < 0 || layer >= BESA_LAYERS) return "?";
-    return strchr(besa__layer_paths[layer], '.') + 1;
+    return strchr(besa__layers[layer].path, '.') + 1;
+}
+
+/* A width of the block: of rows, columns and inputs. */
+static int64_t besa__width(const besa_block_shape *s, int width)
+{
+    switch (width) {
+    case BESA__WIDTH_QUERY: return s->num_attention_heads * s->head_dim;
+    case BESA__WIDTH_KEY_VALUE: return s->num_key_value_heads * s->head_dim;
+    case BESA__WIDTH_INTERMEDIATE: return s->intermediate_size;
+    default: return s->hidden_size;
+    }
 }
 
 BESA_API void besa_block_layer(const besa_block_shape *shape, int layer, int64_t *rows, int64_t *columns)
 {
-    int64_t q = shape->num_attention_heads * shape->head_dim, kv = shape->num_key_value_heads * shape->head_dim;
-    int64_t d = shape->hidden_size, i = shape->intermediate_size;
-    *rows = layer == BESA_Q ? q : layer == BESA_K || layer == BESA_V ? kv : layer == BESA_O || layer == BESA_DOWN ? d : i;
-    *columns = layer == BESA_O ? q : layer == BESA_DOWN ? i : d;
+    *rows = besa__width(shape, besa__layers[layer].rows);
+    *columns = besa__width(shape, besa__layers[layer].columns);
+}
+
+/* Columns of the layers that read an input. */
+static int64_t besa__input_columns(const besa_block_shape *shape, int input)
+{
+    int layer = 0;
+    while (besa__layers[layer].input != input) layer++;
+    return besa__width(shape, besa__layers[layer].columns);
 }
 
 /* ============================================================================================
@@ -2611,7 +2644,7 @@ static besa_result besa__block_bind(besa__block_tensors *tensors, const besa_che
     int64_t rows, columns;
     memset(tensors, 0, sizeof *tensors);
     for (int i = 0; i < BESA_LAYERS; i++) {
-        const char *path = besa__layer_paths[i];
+        const char *path = besa__layers[i].path;
         besa_block_layer(s, i, &rows, &columns);
         snprintf(name, sizeof name, "model.layers.%lld.%s.weight", (long long)block, path);
         BESA__TRY(besa__need(&tensors->weight[i], checkpoint, name, rows, columns, error));
@@ -7095,7 +7128,6 @@ static besa_result besa__stream_forward(besa__stream *s, besa__walk walk, const 
  * Owns the memory that the passes over one block share, and how far a run is. The passes are in the sections that follow,
  * their order in section passes. Nothing in a block waits for the device: results come back once, at its end. */
 
-enum { BESA__INPUT_A, BESA__INPUT_ATTN, BESA__INPUT_M, BESA__INPUT_Z, BESA__INPUTS }; /* what layers read */
 enum { BESA__LOSS_UNIFORM, BESA__LOSS_BEFORE, BESA__LOSS_AFTER, BESA__LOSS_REST, BESA__LOSS_STEP, BESA__LOSSES };
 
 /* Events of the backend: marks of the passes' ends (section passes), then those of the streams, first this section's. */
@@ -7277,7 +7309,7 @@ static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_
 static double besa__fixed_rate(const besa_prune_options *o, const char *name, int layer)
 {
     char full[256];
-    snprintf(full, sizeof full, "%s%s", name ? name : "", besa__layer_paths[layer]);
+    snprintf(full, sizeof full, "%s%s", name ? name : "", besa__layers[layer].path);
     for (int64_t i = 0; i < o->num_fixed; i++)
         if (besa__match(o->fixed[i].pattern, full)) return o->fixed[i].sparsity;
     return -1;
@@ -7300,18 +7332,6 @@ static int besa__uses_column_norms(const besa_prune_options *o)
 static int besa__uses_magnitude(const besa_prune_options *o)
 {
     return !besa__uses_gram(o) && !besa__uses_column_norms(o);
-}
-
-static int besa__input_of_layer(int layer)
-{
-    return layer <= BESA_V ? BESA__INPUT_A : layer == BESA_O ? BESA__INPUT_ATTN : layer <= BESA_UP ? BESA__INPUT_M
-                                                                                                   : BESA__INPUT_Z;
-}
-
-static int64_t besa__input_columns(const besa_block_shape *s, int input)
-{
-    return input == BESA__INPUT_ATTN ? s->num_attention_heads * s->head_dim
-                                     : input == BESA__INPUT_Z ? s->intermediate_size : s->hidden_size;
 }
 
 /* Ranks and counts of the block's layers, and what BESA learns. */
@@ -7702,7 +7722,7 @@ static besa_result besa__sparsegpt_layer(besa_pruner *p, const void *w, void *pr
                                          int m)
 {
     besa_backend *be = p->be;
-    int input = besa__input_of_layer(layer);
+    int input = besa__layers[layer].input;
     int64_t rows, columns;
     besa_block_layer(&p->shape, layer, &rows, &columns);
     int64_t slab = m > 0 ? BESA__SLAB / m * m : BESA__SLAB; /* no group of m is split */
@@ -7720,7 +7740,7 @@ static besa_result besa__sparsegpt_layer(besa_pruner *p, const void *w, void *pr
 /* The factor of a layer's scores per column; NULL: none. */
 static const float *besa__score_scale(const besa_pruner *p, int layer)
 {
-    return besa__uses_magnitude(&p->options) ? NULL : p->statistic[besa__input_of_layer(layer)];
+    return besa__uses_magnitude(&p->options) ? NULL : p->statistic[besa__layers[layer].input];
 }
 
 /* The ranks of a layer's rows; where its rate is known beforehand, its mask too. */
@@ -8010,7 +8030,7 @@ static besa_result besa__check_layers_finite(const besa_pruner *p, const char *n
     for (int i = 0; i < BESA_LAYERS; i++)
         if (p->results->not_finite[which][i] != 0)
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s.weight: %d %sweights are NaN or infinite",
-                              name ? name : "", besa__layer_paths[i], (int)p->results->not_finite[which][i],
+                              name ? name : "", besa__layers[i].path, (int)p->results->not_finite[which][i],
                               which == BESA__DENSE ? "" : "pruned ");
     return BESA_OK;
 }
@@ -9581,7 +9601,7 @@ static besa_result besa__run_test_blocks(besa__run *run, besa_progress_callback 
     return BESA_OK;
 }
 
-static besa_result besa__open_dense(besa__run *run, const besa_checkpoint *checkpoint, besa_backend *be,
+static besa_result besa__open_test(besa__run *run, const besa_checkpoint *checkpoint, besa_backend *be,
                                     const int32_t *ids, int64_t windows, int64_t seqlen, besa_error *error)
 {
     BESA__TRY(besa__run_init(run, checkpoint, be, error));
@@ -9596,7 +9616,7 @@ BESA_API besa_result besa_perplexity(const besa_checkpoint *checkpoint, besa_bac
                                      besa_progress_callback progress, void *user, besa_error *error)
 {
     besa__run run;
-    besa_result result = besa__open_dense(&run, checkpoint, be, ids, windows, seqlen, error);
+    besa_result result = besa__open_test(&run, checkpoint, be, ids, windows, seqlen, error);
     if (result == BESA_OK) result = besa__run_test_blocks(&run, progress, user, error);
     if (result == BESA_OK) result = besa__test_perplexity(&run, perplexity, nll, error);
     besa__run_close(&run);
@@ -9607,7 +9627,7 @@ BESA_API besa_result besa_logits(const besa_checkpoint *checkpoint, besa_backend
                                  int64_t count, int64_t seqlen, float *logits, besa_error *error)
 {
     besa__run run;
-    besa_result result = besa__open_dense(&run, checkpoint, be, ids, count, seqlen, error);
+    besa_result result = besa__open_test(&run, checkpoint, be, ids, count, seqlen, error);
     if (result == BESA_OK) result = besa__run_test_blocks(&run, NULL, NULL, error);
     if (result == BESA_OK) result = besa__head_pass(&run, logits, error);
     besa__run_close(&run);
@@ -9898,13 +9918,13 @@ static besa_result besa__check_fixed(const besa__run *run, const besa_prune_opti
             for (int i = 0; i < BESA_LAYERS && !matches; i++) {
                 char name[64], full[128];
                 besa__block_name(name, sizeof name, b);
-                snprintf(full, sizeof full, "%s%s", name, besa__layer_paths[i]);
+                snprintf(full, sizeof full, "%s%s", name, besa__layers[i].path);
                 matches = besa__match(options->fixed[f].pattern, full);
             }
         if (!matches)
             return besa__fail(error, BESA_ERROR_OPTION,
                               "layers fixed at %g: \"%s\" matches none; layers have names such as model.layers.0.%s",
-                              options->fixed[f].sparsity, options->fixed[f].pattern, besa__layer_paths[0]);
+                              options->fixed[f].sparsity, options->fixed[f].pattern, besa__layers[0].path);
     }
     return BESA_OK;
 }
@@ -9981,7 +10001,7 @@ static double besa__plan_flop(const besa__run *run)
         int64_t rows, columns;
         besa_block_layer(s, i, &rows, &columns);
         weights += (double)rows * (double)columns;
-        if (i <= BESA_V) qkv += (double)rows * (double)columns;
+        if (besa__layers[i].group == BESA__GROUP_QKV) qkv += (double)rows * (double)columns;
     }
     for (int i = 0; i < BESA__INPUTS; i++) gram += (double)besa__input_columns(s, i) * (double)besa__input_columns(s, i);
     double attention = 2 * (double)(s->num_attention_heads * s->head_dim * run->pruner.seqlen);
@@ -10086,7 +10106,7 @@ static void besa__append_layer(besa__text *t, const besa_layer_report *layer, in
 {
     double weights = layer->weights > 0 ? (double)layer->weights : 1;
     besa__append(t, "      {\"name\": \"%s\", \"weights\": %lld, \"pruned\": %lld, \"source_zeros\": %lld, ",
-                 besa__layer_paths[index], (long long)layer->weights, (long long)layer->pruned,
+                 besa__layers[index].path, (long long)layer->weights, (long long)layer->pruned,
                  (long long)layer->source_zeros);
     besa__append_number(t, "sparsity", (double)layer->pruned / weights, ", ");
     besa__append_number(t, "rate_min", layer->rate_min, ", ");
