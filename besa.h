@@ -457,6 +457,18 @@ struct besa_backend {
                            int64_t seqlen);
 };
 
+/* Every operation of the table, for those who fill one in or wrap one. */
+#define BESA_OPERATIONS(X)                                                                         \
+    X(destroy) X(workspace_size) X(alloc) X(free) X(host_alloc) X(host_free) X(memory_info)        \
+    X(upload) X(download) X(copy) X(zero) X(record) X(wait) X(elapsed) X(synchronize)              \
+    X(linear_forward) X(linear_backward_input) X(linear_backward_weight) X(gram) X(convert)        \
+    X(rmsnorm_forward) X(rmsnorm_backward) X(rope) X(attention_forward) X(attention_backward)      \
+    X(swiglu_forward) X(swiglu_backward) X(column_sumsq) X(block_loss) X(score) X(power) X(fill)   \
+    X(count_zeros) X(rank_rows) X(mask_apply) X(mask_update) X(mask_smallest) X(mask_pattern)      \
+    X(bucket_gradient) X(rate_forward) X(rate_mean) X(rate_backward) X(optimizer_step)             \
+    X(project_counts) X(hessian_factor) X(diagonal) X(sparsegpt_slab) X(sparsegpt_push)            \
+    X(logits) X(nll_update) X(nll_sum)
+
 typedef struct besa_cpu_options {
     int threads;                                /* 0: as many as OpenMP would use; 1 without OpenMP */
     int bf16;                                   /* products on operands rounded to bf16, sums in float: twice the speed
@@ -1146,6 +1158,18 @@ static besa_result besa__pass_error(const besa_backend *be, besa_result result, 
 
 /* Return from a function with the error of a backend operation that failed. */
 #define BESA__TRY_ON(be, call, error) BESA__TRY(besa__pass_error(be, call, error))
+
+/* A table that somebody filled in: nothing may be missing. */
+static besa_result besa__check_backend(const besa_backend *be, besa_error *error)
+{
+    const char *name = be->name ? be->name : "without a name";
+#define BESA__CHECK(operation)                                                                     \
+    if (!be->operation)                                                                            \
+        return besa__fail(error, BESA_ERROR_OPTION, "backend %s has no operation %s", name, #operation);
+    BESA_OPERATIONS(BESA__CHECK)
+#undef BESA__CHECK
+    return BESA_OK;
+}
 
 /* Operations take scratch memory from be->workspace. Public functions put their own there while they run, and what was
  * there before back when they return. */
@@ -5603,68 +5627,11 @@ static void besa__cpu_destroy(besa_backend *be)
     memset(be, 0, sizeof *be);
 }
 
-static void besa__cpu_fill_memory(besa_backend *be)
-{
-    be->destroy = besa__cpu_destroy;
-    be->workspace_size = besa__cpu_workspace_size;
-    be->alloc = besa__cpu_alloc;
-    be->free = besa__cpu_free;
-    be->host_alloc = besa__cpu_alloc;
-    be->host_free = besa__cpu_free;
-    be->memory_info = besa__cpu_memory_info;
-    be->upload = besa__cpu_upload;
-    be->download = besa__cpu_upload;
-    be->copy = besa__cpu_upload;
-    be->zero = besa__cpu_zero;
-    be->record = besa__cpu_record;
-    be->wait = besa__cpu_wait;
-    be->elapsed = besa__cpu_elapsed;
-    be->synchronize = besa__cpu_synchronize;
-}
-
-static void besa__cpu_fill_block(besa_backend *be)
-{
-    be->linear_forward = besa__cpu_linear_forward;
-    be->linear_backward_input = besa__cpu_linear_backward_input;
-    be->linear_backward_weight = besa__cpu_linear_backward_weight;
-    be->gram = besa__cpu_gram;
-    be->convert = besa__cpu_convert;
-    be->rmsnorm_forward = besa__cpu_rmsnorm_forward;
-    be->rmsnorm_backward = besa__cpu_rmsnorm_backward;
-    be->rope = besa__cpu_rope;
-    be->attention_forward = besa__cpu_attention_forward;
-    be->attention_backward = besa__cpu_attention_backward;
-    be->swiglu_forward = besa__cpu_swiglu_forward;
-    be->swiglu_backward = besa__cpu_swiglu_backward;
-    be->column_sumsq = besa__cpu_column_sumsq;
-    be->block_loss = besa__cpu_block_loss;
-    be->logits = besa__cpu_logits;
-    be->nll_update = besa__cpu_nll_update;
-    be->nll_sum = besa__cpu_nll_sum;
-}
-
-static void besa__cpu_fill_sparsity(besa_backend *be)
-{
-    be->score = besa__cpu_score;
-    be->power = besa__cpu_power;
-    be->fill = besa__cpu_fill;
-    be->count_zeros = besa__cpu_count_zeros;
-    be->rank_rows = besa__cpu_rank_rows;
-    be->mask_apply = besa__cpu_mask_apply;
-    be->mask_update = besa__cpu_mask_update;
-    be->mask_smallest = besa__cpu_mask_smallest;
-    be->mask_pattern = besa__cpu_mask_pattern;
-    be->bucket_gradient = besa__cpu_bucket_gradient;
-    be->rate_forward = besa__cpu_rate_forward;
-    be->rate_mean = besa__cpu_rate_mean;
-    be->rate_backward = besa__cpu_rate_backward;
-    be->optimizer_step = besa__cpu_optimizer_step;
-    be->project_counts = besa__cpu_project_counts;
-    be->hessian_factor = besa__cpu_hessian_factor;
-    be->diagonal = besa__cpu_diagonal;
-    be->sparsegpt_slab = besa__cpu_sparsegpt_slab;
-    be->sparsegpt_push = besa__cpu_sparsegpt_push;
-}
+/* Memory is memory: what moves, copies; what is pinned, allocates. */
+#define besa__cpu_host_alloc besa__cpu_alloc
+#define besa__cpu_host_free besa__cpu_free
+#define besa__cpu_download besa__cpu_upload
+#define besa__cpu_copy besa__cpu_upload
 
 BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *options, besa_error *error)
 {
@@ -5687,9 +5654,9 @@ BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *
     be->context = cpu;
     be->activation_dtype = BESA_F32;
     be->unified_memory = 1;
-    besa__cpu_fill_memory(be);
-    besa__cpu_fill_block(be);
-    besa__cpu_fill_sparsity(be);
+#define BESA__FILL(operation) be->operation = besa__cpu_##operation;
+    BESA_OPERATIONS(BESA__FILL)
+#undef BESA__FILL
     return BESA_OK;
 }
 
@@ -6380,6 +6347,7 @@ static besa_result besa__rates_make(besa__rates_owner **owner, besa_backend *be,
 {
     besa_rate_options filled = *options;
     void *memory;
+    BESA__TRY(besa__check_backend(be, error));
     BESA__TRY(besa__check_layers(layers, count, error));
     BESA__TRY(besa__rate_defaults(&filled, error));
     size_t size = sizeof **owner + (size_t)count * (sizeof(besa__mask_layer) + sizeof(besa__rate_layer));
@@ -7454,6 +7422,7 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     p->qk_norm = qk_norm;
     p->nsamples = nsamples;
     p->seqlen = seqlen;
+    BESA__TRY(besa__check_backend(be, error));
     BESA__TRY(besa__check_shape(shape, dtype, error));
     BESA__TRY(besa__check_tokens("calibration sequences", nsamples, seqlen, error));
     BESA__TRY(besa__prune_defaults(&p->options, shape, error));
@@ -9141,6 +9110,7 @@ static besa_result besa__run_init(besa__run *run, const besa_checkpoint *checkpo
     run->be = be ? be : &run->cpu;
     if (!be) BESA__TRY(besa_cpu_backend(&run->cpu, NULL, error));
     run->callers = besa__use_workspace(run->be, NULL, 0);
+    BESA__TRY(besa__check_backend(run->be, error));
     return besa__model_bind(&run->model, checkpoint, error);
 }
 

@@ -2802,69 +2802,6 @@ static void besa__cuda_destroy(besa_backend *be)
     memset(be, 0, sizeof *be);
 }
 
-static void besa__cuda_fill_memory(besa_backend *be)
-{
-    be->destroy = besa__cuda_destroy;
-    be->workspace_size = besa__cuda_workspace_size;
-    be->alloc = besa__cuda_alloc;
-    be->free = besa__cuda_free;
-    be->host_alloc = besa__cuda_host_alloc;
-    be->host_free = besa__cuda_host_free;
-    be->memory_info = besa__cuda_memory_info;
-    be->upload = besa__cuda_upload;
-    be->download = besa__cuda_download;
-    be->copy = besa__cuda_copy;
-    be->zero = besa__cuda_zero;
-    be->record = besa__cuda_record;
-    be->wait = besa__cuda_wait;
-    be->elapsed = besa__cuda_elapsed;
-    be->synchronize = besa__cuda_synchronize;
-}
-
-static void besa__cuda_fill_block(besa_backend *be)
-{
-    be->linear_forward = besa__cuda_linear_forward;
-    be->linear_backward_input = besa__cuda_linear_backward_input;
-    be->linear_backward_weight = besa__cuda_linear_backward_weight;
-    be->gram = besa__cuda_gram;
-    be->convert = besa__cuda_convert;
-    be->rmsnorm_forward = besa__cuda_rmsnorm_forward;
-    be->rmsnorm_backward = besa__cuda_rmsnorm_backward;
-    be->rope = besa__cuda_rope;
-    be->attention_forward = besa__cuda_attention_forward;
-    be->attention_backward = besa__cuda_attention_backward;
-    be->swiglu_forward = besa__cuda_swiglu_forward;
-    be->swiglu_backward = besa__cuda_swiglu_backward;
-    be->column_sumsq = besa__cuda_column_sumsq;
-    be->block_loss = besa__cuda_block_loss;
-    be->logits = besa__cuda_logits;
-    be->nll_update = besa__cuda_nll_update;
-    be->nll_sum = besa__cuda_nll_sum;
-}
-
-static void besa__cuda_fill_sparsity(besa_backend *be)
-{
-    be->score = besa__cuda_score;
-    be->power = besa__cuda_power;
-    be->fill = besa__cuda_fill;
-    be->count_zeros = besa__cuda_count_zeros;
-    be->rank_rows = besa__cuda_rank_rows;
-    be->mask_apply = besa__cuda_mask_apply;
-    be->mask_update = besa__cuda_mask_update;
-    be->mask_smallest = besa__cuda_mask_smallest;
-    be->mask_pattern = besa__cuda_mask_pattern;
-    be->bucket_gradient = besa__cuda_bucket_gradient;
-    be->rate_forward = besa__cuda_rate_forward;
-    be->rate_mean = besa__cuda_rate_mean;
-    be->rate_backward = besa__cuda_rate_backward;
-    be->optimizer_step = besa__cuda_optimizer_step;
-    be->project_counts = besa__cuda_project_counts;
-    be->hessian_factor = besa__cuda_hessian_factor;
-    be->diagonal = besa__cuda_diagonal;
-    be->sparsegpt_slab = besa__cuda_sparsegpt_slab;
-    be->sparsegpt_push = besa__cuda_sparsegpt_push;
-}
-
 /* Find the device and read what the operations want to know of it. */
 static besa_result besa__cuda_open_device(besa_backend *be, const besa_cuda_options *options)
 {
@@ -2932,9 +2869,9 @@ BESA_API besa_result besa_cuda_backend(besa_backend *be, const besa_cuda_options
     memset(memory, 0, sizeof(besa__cuda));
     be->name = "CUDA";
     be->context = memory;
-    besa__cuda_fill_memory(be);
-    besa__cuda_fill_block(be);
-    besa__cuda_fill_sparsity(be);
+#define BESA__FILL(operation) be->operation = besa__cuda_##operation;
+    BESA_OPERATIONS(BESA__FILL)
+#undef BESA__FILL
     besa_result result = besa__cuda_open(be, options);
     if (result == BESA_OK) return BESA_OK;
     if (error) *error = be->error;
