@@ -840,7 +840,7 @@ typedef struct besa_config {
     int64_t sliding_window;                     /* of the layers that have one */
     uint8_t window[BESA_MAX_LAYERS];            /* 1: this layer slides */
     int qk_norm;                                /* Qwen3 */
-    int tie_word_embeddings;
+    int tie_word_embeddings;                    /* 1: the embedding is the head; 0 too where the file's head differs */
 } besa_config;
 
 typedef struct besa_tensor {
@@ -859,21 +859,28 @@ typedef struct besa_tensor {
 typedef struct besa_checkpoint besa_checkpoint; /* an open checkpoint: mapped files, tensor table, config */
 
 /* Open a directory with config.json and model.safetensors, or its shards with model.safetensors.index.json. Every
- * header is checked; weights are mapped, not read. Close with besa_checkpoint_close.
+ * header is checked; weights are mapped, not read, but for a head beside an embedding that the config ties it to: the two
+ * are compared, and a head that differs is used, as transformers 5 does. Close with besa_checkpoint_close.
  * Errors: NOT_FOUND, READ, JSON, FORMAT, UNSUPPORTED, TENSOR, MEMORY; the message names file, key or tensor. */
 BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const char *directory, besa_error *error);
 BESA_API void besa_checkpoint_close(besa_checkpoint *checkpoint); /* NULL is fine */
+
+/* What opening found that its user should know, as lines ("" if there is nothing): a head that is not the embedding, an
+ * adapter that is not applied. Plans and reports begin with them. */
+BESA_API const char *besa_checkpoint_notes(const besa_checkpoint *checkpoint);
 BESA_API const besa_config *besa_checkpoint_config(const besa_checkpoint *checkpoint);
 BESA_API int64_t besa_checkpoint_tensor_count(const besa_checkpoint *checkpoint);
 BESA_API const besa_tensor *besa_checkpoint_tensor(const besa_checkpoint *checkpoint, int64_t index); /* file order */
 BESA_API const besa_tensor *besa_checkpoint_find(const besa_checkpoint *checkpoint, const char *name); /* or NULL */
 
-/* A token file: .npy (uint16, int32, uint32 or int64; 1-D stream or 2-D sequences), or raw little-endian .u16 / .i32
- * / .bin (uint16). */
+/* A token file: .npy (uint16, int32, uint32 or int64; 1-D stream or 2-D sequences), raw little-endian .u16 / .i32 / .bin
+ * (uint16; refused where it looks like 32-bit ids), or a file of llm.c's, which says its width in its header. */
 typedef struct besa_tokens {
     int32_t *ids;                               /* (count), owned */
     int64_t count;
     int64_t rows, columns;                      /* of a 2-D file; 0, 0 for a stream */
+    int id_bytes;                               /* of an id in the file; 0: not from a file */
+    char file[64];                              /* the end of its path, for messages */
 } besa_tokens;
 
 BESA_API besa_result besa_tokens_load(besa_tokens *tokens, const char *path, besa_error *error);
@@ -881,7 +888,8 @@ BESA_API void besa_tokens_free(besa_tokens *tokens);
 
 /* Cut (nsamples, seqlen) ids out of tokens, into memory of the caller. A 2-D file gives the first seqlen ids of its
  * first nsamples rows. A stream is cut from its start where seed is 0; else window i starts at
- * splitmix64(seed, i) mod (count - seqlen + 1). BESA_ERROR_TOKENS, BESA_ERROR_TOKEN names position and id. */
+ * splitmix64(seed, i) mod (count - seqlen + 1). BESA_ERROR_TOKENS, BESA_ERROR_TOKEN names position and id, or a file
+ * whose ids are too narrow for the vocabulary. */
 BESA_API besa_result besa_tokens_sample(const besa_tokens *tokens, int64_t nsamples, int64_t seqlen, uint64_t seed,
                                         int64_t vocab_size, int32_t *ids, besa_error *error);
 
@@ -907,7 +915,7 @@ typedef struct besa_plan_result {
     uint64_t disk_bytes;                        /* of the output's weight files */
     int64_t micro_batch;                        /* sequences per forward pass */
     double flop;                                /* of all products, a dense stream's included, the report's losses not */
-    char notes[512];                            /* the warnings that the report will begin with, a line each */
+    char notes[2048];                           /* the warnings that the report will begin with, a line each */
 } besa_plan_result;
 
 /* What to prune on. ids (nsamples, seqlen) from besa_tokens_sample. */
@@ -1238,6 +1246,56 @@ static int64_t besa__input_columns(const besa_block_shape *shape, int input)
     return besa__width(shape, besa__layers[layer].columns);
 }
 
+/* The numbers that describe a model, by their keys in config.json, with the range that each may have; a block's shape has
+ * fields of the same names. */
+typedef struct besa__range {
+    char key[40];
+    double least, most;
+    int is_integer;
+} besa__range;
+
+static const besa__range besa__ranges[] = {
+    { "vocab_size", 1, 16777216, 1 },
+    { "hidden_size", 1, 16777216, 1 },
+    { "intermediate_size", 1, 16777216, 1 },
+    { "num_hidden_layers", 1, BESA_MAX_LAYERS, 1 },
+    { "num_attention_heads", 1, 65536, 1 },
+    { "num_key_value_heads", 1, 65536, 1 },
+    { "head_dim", 2, 65536, 1 },
+    { "max_position_embeddings", 1, 1099511627776.0, 1 },
+    { "sliding_window", 1, 1099511627776.0, 1 },
+    { "max_window_layers", 0, 1099511627776.0, 1 },
+    { "rms_norm_eps", 1e-30, 1, 0 },            /* not 0 as a float */
+    { "rope_theta", 1e-6, 1e15, 0 },
+    { "factor", 1e-6, 1e15, 0 },                /* this and the next: of rope_scaling or rope_parameters */
+    { "low_freq_factor", 1e-6, 1e15, 0 },
+    { "high_freq_factor", 1e-6, 1e15, 0 },
+    { "original_max_position_embeddings", 1e-6, 1e15, 0 },
+    { "partial_rotary_factor", 1, 1, 0 },
+};
+
+/* The range of one of the keys above. */
+static const besa__range *besa__find_range(const char *key)
+{
+    const besa__range *range = besa__ranges;
+    while (strcmp(range->key, key)) range++;
+    return range;
+}
+
+static int besa__in_range(const besa__range *range, double value)
+{
+    return value >= range->least && value <= range->most;
+}
+
+/* A range in words; returns buffer. */
+static const char *besa__range_text(const besa__range *range, char *buffer, size_t size)
+{
+    if (range->is_integer) snprintf(buffer, size, "an integer from %.0f to %.0f", range->least, range->most);
+    else if (range->least < range->most) snprintf(buffer, size, "a number from %g to %g", range->least, range->most);
+    else snprintf(buffer, size, "%g", range->least);
+    return buffer;
+}
+
 /* ============================================================================================
  * // >>json                  a strict reader of JSON texts
  * ============================================================================================
@@ -1246,7 +1304,6 @@ static int64_t besa__input_columns(const besa_block_shape *shape, int input)
 #ifndef BESA_NO_STDIO
 
 #define BESA__JSON_DEPTH 64
-#define BESA__JSON_VALUES (1u << 24)
 
 typedef enum besa__json_type {
     BESA__JSON_NULL, BESA__JSON_FALSE, BESA__JSON_TRUE, BESA__JSON_NUMBER, BESA__JSON_STRING, BESA__JSON_ARRAY,
@@ -1255,26 +1312,29 @@ typedef enum besa__json_type {
 
 static const char *const besa__json_words[] = { "null", "false", "true" }; /* of the first three types */
 
-/* Values lie in the order of the text: the first element or member of value i is value i + 1. */
+/* A text is parsed into words of 4 bytes, values in the order of the text. A value is one word, the byte at which it
+ * begins in the text; an array or object has a second, the number of the first word behind its last element; a member's
+ * key is the word before its value. The rest is read from the text when it is asked for, so that a text costs at
+ * most three times its size beside itself, whatever it holds. */
 typedef struct besa__json_value {
-    const char *key;                            /* of an object's member, else NULL */
-    const char *string;                         /* decoded; no NUL inside */
-    double number;
-    int64_t integer;
-    uint32_t next;                              /* sibling, 0: none */
-    uint32_t count;                             /* of elements or members */
-    besa__json_type type;
-    int is_integer;                             /* written without fraction or exponent, and fits */
+    uint32_t at;
 } besa__json_value;
 
 typedef struct besa__json {
-    besa__json_value *values;
-    uint32_t count, capacity;
+    besa__json_value *values;                   /* the first is the root */
+    uint32_t count, room;
     char *text;                                 /* owned; strings are decoded in place */
     size_t size, position;
     const char *name;                           /* for messages: the file */
     besa_error *error;
 } besa__json;
+
+typedef struct besa__json_number {
+    double value;
+    int64_t integer;
+    int is_integer;                             /* written without fraction or exponent, and fits */
+    size_t length;                              /* of its text */
+} besa__json_number;
 
 static besa_result besa__json_fail(const besa__json *json, const char *what)
 {
@@ -1377,64 +1437,167 @@ static size_t besa__json_digits(const char *s)
     return n;
 }
 
-/* Digits are handed to strtod without a decimal point, as "12345e-2": right in any locale. */
-static besa_result besa__json_read_number(besa__json *json, besa__json_value *value)
+/* The number at s; what is wrong with it, or NULL. Digits are handed to strtod without a decimal point, as "12345e-2":
+ * right in any locale. */
+static const char *besa__json_scan_number(const char *s, besa__json_number *number)
 {
     char digits[352];
-    const char *s = json->text + json->position, *start = s;
+    const char *start = s;
     size_t whole, fraction = 0, sign = *s == '-';
     long exponent = 0;
+    memset(number, 0, sizeof *number);
     s += sign;
     whole = besa__json_digits(s);
-    if (!whole || (*s == '0' && whole > 1)) return besa__json_fail(json, "malformed number");
+    if (!whole || (*s == '0' && whole > 1)) return "malformed number";
     s += whole;
     if (*s == '.') {
         fraction = besa__json_digits(++s);
-        if (!fraction) return besa__json_fail(json, "malformed number");
+        if (!fraction) return "malformed number";
         s += fraction;
     }
-    if (whole + fraction > 320) return besa__json_fail(json, "a number of more than 320 digits");
+    if (whole + fraction > 320) return "a number of more than 320 digits";
     memcpy(digits, start, sign + whole);
     if (fraction) memcpy(digits + sign + whole, start + sign + whole + 1, fraction);
-    value->is_integer = !fraction && *s != 'e' && *s != 'E';
+    number->is_integer = !fraction && *s != 'e' && *s != 'E';
     if (*s == 'e' || *s == 'E') {
         int negative = *++s == '-';
         s += *s == '-' || *s == '+';
         size_t n = besa__json_digits(s);
-        if (!n) return besa__json_fail(json, "malformed number");
+        if (!n) return "malformed number";
         for (size_t i = 0; i < n && exponent < 100000; i++) exponent = exponent * 10 + (s[i] - '0');
         if (negative) exponent = -exponent;
         s += n;
     }
     snprintf(digits + sign + whole + fraction, 24, "e%ld", exponent - (long)fraction);
-    value->number = strtod(digits, NULL);
-    if (!(fabs(value->number) <= 1.7976931348623157e308)) return besa__json_fail(json, "number out of range");
-    for (size_t i = sign; i < sign + whole && value->is_integer; i++) {
+    number->value = strtod(digits, NULL);
+    if (!(fabs(number->value) <= 1.7976931348623157e308)) return "number out of range";
+    for (size_t i = sign; i < sign + whole && number->is_integer; i++) {
         int digit = digits[i] - '0';
-        if (value->integer < (INT64_MIN + digit) / 10) value->is_integer = 0; /* negative: reaches INT64_MIN */
-        else value->integer = value->integer * 10 - digit;
+        if (number->integer < (INT64_MIN + digit) / 10) number->is_integer = 0; /* negative: reaches INT64_MIN */
+        else number->integer = number->integer * 10 - digit;
     }
-    if (!sign && value->integer == INT64_MIN) value->is_integer = 0;
-    else if (!sign) value->integer = -value->integer;
-    json->position += (size_t)(s - start);
-    return BESA_OK;
+    if (!sign && number->integer == INT64_MIN) number->is_integer = 0;
+    else if (!sign) number->integer = -number->integer;
+    number->length = (size_t)(s - start);
+    return NULL;
 }
+
+/* ---- values ----------------------------------------------------------------------------------- */
+
+static besa__json_type besa__json_type_of(const besa__json *json, const besa__json_value *value)
+{
+    switch (json->text[value->at]) {
+    case '{': return BESA__JSON_OBJECT;
+    case '[': return BESA__JSON_ARRAY;
+    case '"': return BESA__JSON_STRING;
+    case 'n': return BESA__JSON_NULL;
+    case 'f': return BESA__JSON_FALSE;
+    case 't': return BESA__JSON_TRUE;
+    default: return BESA__JSON_NUMBER;
+    }
+}
+
+static int besa__json_is(const besa__json *json, const besa__json_value *value, besa__json_type type)
+{
+    return value && besa__json_type_of(json, value) == type;
+}
+
+/* The decoded string that a value is (no NUL inside), or NULL. */
+static const char *besa__json_string(const besa__json *json, const besa__json_value *value)
+{
+    return besa__json_is(json, value, BESA__JSON_STRING) ? json->text + value->at + 1 : NULL;
+}
+
+/* The number that a value is; of anything else zeros, and no integer. */
+static besa__json_number besa__json_number_of(const besa__json *json, const besa__json_value *value)
+{
+    besa__json_number number;
+    memset(&number, 0, sizeof number);
+    if (besa__json_is(json, value, BESA__JSON_NUMBER)) besa__json_scan_number(json->text + value->at, &number);
+    return number;
+}
+
+/* The key of an object's member. */
+static const char *besa__json_key(const besa__json *json, const besa__json_value *member)
+{
+    return json->text + member[-1].at;
+}
+
+/* The element or member that begins at `value`, or NULL at the parent's end. */
+static const besa__json_value *besa__json_child(const besa__json *json, const besa__json_value *parent,
+                                                const besa__json_value *value)
+{
+    if (value == json->values + parent[1].at) return NULL;
+    return value + (besa__json_type_of(json, parent) == BESA__JSON_OBJECT);
+}
+
+/* The first element of an array or member of an object; NULL where there is none. */
+static const besa__json_value *besa__json_first(const besa__json *json, const besa__json_value *parent)
+{
+    return besa__json_type_of(json, parent) >= BESA__JSON_ARRAY ? besa__json_child(json, parent, parent + 2) : NULL;
+}
+
+static const besa__json_value *besa__json_next(const besa__json *json, const besa__json_value *parent,
+                                               const besa__json_value *value)
+{
+    int scalar = besa__json_type_of(json, value) < BESA__JSON_ARRAY;
+    return besa__json_child(json, parent, scalar ? value + 1 : json->values + value[1].at);
+}
+
+/* The number of elements or members. */
+static uint32_t besa__json_count(const besa__json *json, const besa__json_value *parent)
+{
+    uint32_t count = 0;
+    const besa__json_value *value = besa__json_first(json, parent);
+    for (; value; value = besa__json_next(json, parent, value)) count++;
+    return count;
+}
+
+/* A member by its key, or NULL. */
+static const besa__json_value *besa__json_get(const besa__json *json, const besa__json_value *object, const char *key)
+{
+    const besa__json_value *value = NULL;
+    if (besa__json_is(json, object, BESA__JSON_OBJECT)) value = besa__json_first(json, object);
+    while (value && strcmp(besa__json_key(json, value), key)) value = besa__json_next(json, object, value);
+    return value;
+}
+
+/* A value as text for a message; returns buffer. */
+static const char *besa__json_show(const besa__json *json, const besa__json_value *value, char *buffer, size_t size)
+{
+    besa__json_type type = value ? besa__json_type_of(json, value) : BESA__JSON_NULL;
+    besa__json_number number = besa__json_number_of(json, value);
+    if (!value) snprintf(buffer, size, "(absent)");
+    else if (type == BESA__JSON_STRING) snprintf(buffer, size, "\"%.100s\"", besa__json_string(json, value));
+    else if (type == BESA__JSON_NUMBER && number.is_integer)
+        snprintf(buffer, size, "%lld", (long long)number.integer);
+    else if (type == BESA__JSON_NUMBER) snprintf(buffer, size, "%.10g", number.value);
+    else if (type == BESA__JSON_ARRAY)
+        snprintf(buffer, size, "a list of %lu", (unsigned long)besa__json_count(json, value));
+    else if (type == BESA__JSON_OBJECT)
+        snprintf(buffer, size, "an object of %lu", (unsigned long)besa__json_count(json, value));
+    else snprintf(buffer, size, "%s", besa__json_words[type]);
+    return buffer;
+}
+
+/* ---- parsing ---------------------------------------------------------------------------------- */
 
 static int besa__compare_strings(const void *a, const void *b)
 {
     return strcmp(*(const char *const *)a, *(const char *const *)b);
 }
 
-static besa_result besa__json_check_unique(besa__json *json, uint32_t object)
+static besa_result besa__json_check_unique(besa__json *json, const besa__json_value *object)
 {
-    uint32_t count = json->values[object].count, n = 0;
+    uint32_t count = besa__json_count(json, object), n = 0;
     const char *few[8], **keys = few, *twice = NULL;
     if (count > 8) {
         void *memory;
         BESA__TRY(besa__malloc(&memory, count * sizeof *keys, "the keys of a JSON object", json->error));
         keys = (const char **)memory;
     }
-    for (uint32_t i = object + 1; n < count; i = json->values[i].next) keys[n++] = json->values[i].key;
+    const besa__json_value *member = besa__json_first(json, object);
+    for (; member; member = besa__json_next(json, object, member)) keys[n++] = besa__json_key(json, member);
     if (count > 1) qsort(keys, count, sizeof *keys, besa__compare_strings);
     for (uint32_t i = 1; i < count && !twice; i++)
         if (!strcmp(keys[i - 1], keys[i])) twice = keys[i];
@@ -1445,90 +1608,100 @@ static besa_result besa__json_check_unique(besa__json *json, uint32_t object)
                       json->name, json->position, twice);
 }
 
-static besa_result besa__json_read_value(besa__json *json, const char *key, int depth);
-
-static besa_result besa__json_read_container(besa__json *json, uint32_t self, int depth)
+/* Words that a text can come to: one each for the root, behind a comma or a colon, and two for an array or object with
+ * something in it. Strings are left out. */
+static size_t besa__json_room(const char *text, size_t size)
 {
-    char close = json->text[json->position++] == '{' ? '}' : ']';
-    uint32_t previous = 0;
-    besa__json_skip_space(json);
-    if (json->text[json->position] == close) {
-        json->position++;
-        return BESA_OK;
+    size_t words = 1;
+    int quoted = 0;
+    for (size_t i = 0; i < size; i++) {
+        char c = text[i], closed = c == '{' ? '}' : ']';
+        if (c == '"') quoted = !quoted;
+        else if (quoted) i += c == '\\';
+        else if (c == ',' || c == ':') words++;
+        else if (c == '[' || c == '{') words += text[i + 1] == closed ? 1 : 2;
     }
-    for (;;) {
-        const char *key = NULL;
-        uint32_t child = json->count;
-        besa__json_skip_space(json);
-        if (close == '}') {
-            if (json->text[json->position] != '"') return besa__json_fail(json, "expected a key");
-            BESA__TRY(besa__json_read_string(json, &key));
-            besa__json_skip_space(json);
-            if (json->text[json->position] != ':') return besa__json_fail(json, "expected ':'");
-            json->position++;
-        }
-        BESA__TRY(besa__json_read_value(json, key, depth + 1));
-        if (previous) json->values[previous].next = child;
-        previous = child;
-        json->values[self].count++;
-        besa__json_skip_space(json);
-        if (json->text[json->position] == close) break;
-        if (json->text[json->position] != ',')
-            return besa__json_fail(json, close == '}' ? "expected ',' or '}'" : "expected ',' or ']'");
-        json->position++;
-    }
-    json->position++;
-    return close == '}' ? besa__json_check_unique(json, self) : BESA_OK;
+    return words;
 }
 
-static besa_result besa__json_read_value(besa__json *json, const char *key, int depth)
+/* Append a word; besa__json_room has counted it. */
+static void besa__json_push(besa__json *json, size_t at)
+{
+    BESA_ASSERT(json->count < json->room);
+    json->values[json->count++].at = (uint32_t)at;
+}
+
+static besa_result besa__json_read_value(besa__json *json, int depth);
+
+static besa_result besa__json_read_key(besa__json *json)
+{
+    const char *key;
+    besa__json_skip_space(json);
+    if (json->text[json->position] != '"') return besa__json_fail(json, "expected a key");
+    BESA__TRY(besa__json_read_string(json, &key));
+    besa__json_skip_space(json);
+    if (json->text[json->position] != ':') return besa__json_fail(json, "expected ':'");
+    json->position++;
+    besa__json_push(json, (size_t)(key - json->text));
+    return BESA_OK;
+}
+
+/* The array or object whose first word has just been appended. */
+static besa_result besa__json_read_container(besa__json *json, int depth)
+{
+    char close = json->text[json->position++] == '{' ? '}' : ']';
+    uint32_t self = json->count - 1;
+    besa__json_push(json, 0);
+    besa__json_skip_space(json);
+    for (int first = 1; json->text[json->position] != close; first = 0) {
+        if (!first && json->text[json->position] != ',')
+            return besa__json_fail(json, close == '}' ? "expected ',' or '}'" : "expected ',' or ']'");
+        json->position += !first;
+        if (close == '}') BESA__TRY(besa__json_read_key(json));
+        BESA__TRY(besa__json_read_value(json, depth + 1));
+        besa__json_skip_space(json);
+    }
+    json->position++;
+    json->values[self + 1].at = json->count;
+    return close == '}' ? besa__json_check_unique(json, json->values + self) : BESA_OK;
+}
+
+static besa_result besa__json_read_value(besa__json *json, int depth)
 {
     if (depth > BESA__JSON_DEPTH) return besa__json_fail(json, "nested too deeply");
-    if (json->count == json->capacity) {
-        uint32_t capacity = json->capacity ? json->capacity * 2 : 64;
-        void *more = capacity > BESA__JSON_VALUES ? NULL : BESA_REALLOC(json->values, capacity * sizeof *json->values);
-        if (!more)
-            return besa__fail(json->error, BESA_ERROR_MEMORY, "%s: out of host memory for %lu JSON values", json->name,
-                              (unsigned long)capacity);
-        json->values = (besa__json_value *)more;
-        json->capacity = capacity;
-    }
-    uint32_t self = json->count++;
-    besa__json_value *value = json->values + self;
-    memset(value, 0, sizeof *value);
-    value->key = key;
     besa__json_skip_space(json);
     const char *s = json->text + json->position;
-    if (*s == '{' || *s == '[') {
-        value->type = *s == '{' ? BESA__JSON_OBJECT : BESA__JSON_ARRAY;
-        return besa__json_read_container(json, self, depth);
-    }
-    if (*s == '"') {
-        value->type = BESA__JSON_STRING;
-        return besa__json_read_string(json, &value->string);
-    }
+    besa__json_push(json, json->position);
+    if (*s == '{' || *s == '[') return besa__json_read_container(json, depth);
+    if (*s == '"') return besa__json_read_string(json, &s);
     if (*s == '-' || (*s >= '0' && *s <= '9')) {
-        value->type = BESA__JSON_NUMBER;
-        return besa__json_read_number(json, value);
+        besa__json_number number;
+        const char *wrong = besa__json_scan_number(s, &number);
+        json->position += number.length;
+        return wrong ? besa__json_fail(json, wrong) : BESA_OK;
     }
     for (int i = 0; i < 3; i++) {
         if (strncmp(s, besa__json_words[i], strlen(besa__json_words[i]))) continue;
-        value->type = (besa__json_type)(BESA__JSON_NULL + i);
         json->position += strlen(besa__json_words[i]);
         return BESA_OK;
     }
     return besa__json_fail(json, json->position >= json->size ? "the text ends too early" : "expected a value");
 }
 
-/* Parse text (size bytes and a NUL), which json takes over. Value 0 is the root. besa__json_free in any case. */
+/* Parse text (size bytes, less than 2^32, and a NUL), which json takes over. besa__json_free in any case. */
 static besa_result besa__json_parse(besa__json *json, char *text, size_t size, const char *name, besa_error *error)
 {
+    void *memory;
+    size_t room = besa__json_room(text, size);
     memset(json, 0, sizeof *json);
     json->text = text;
     json->size = size;
     json->name = name;
     json->error = error;
-    BESA__TRY(besa__json_read_value(json, NULL, 0));
+    BESA__TRY(besa__malloc(&memory, room * sizeof *json->values, name, error));
+    json->values = (besa__json_value *)memory;
+    json->room = (uint32_t)room;
+    BESA__TRY(besa__json_read_value(json, 0));
     besa__json_skip_space(json);
     return json->position == size ? BESA_OK : besa__json_fail(json, "unexpected text after the end");
 }
@@ -1538,38 +1711,6 @@ static void besa__json_free(besa__json *json)
     BESA_FREE(json->values);
     BESA_FREE(json->text);
     memset(json, 0, sizeof *json);
-}
-
-static const besa__json_value *besa__json_first(const besa__json_value *parent)
-{
-    return parent->count ? parent + 1 : NULL;
-}
-
-static const besa__json_value *besa__json_next(const besa__json *json, const besa__json_value *value)
-{
-    return value->next ? json->values + value->next : NULL;
-}
-
-/* A member by its key, or NULL. */
-static const besa__json_value *besa__json_get(const besa__json *json, const besa__json_value *object, const char *key)
-{
-    const besa__json_value *value = object->type == BESA__JSON_OBJECT ? besa__json_first(object) : NULL;
-    while (value && strcmp(value->key, key)) value = besa__json_next(json, value);
-    return value;
-}
-
-/* A value as text for a message; returns buffer. */
-static const char *besa__json_show(const besa__json_value *value, char *buffer, size_t size)
-{
-    if (!value) snprintf(buffer, size, "(absent)");
-    else if (value->type == BESA__JSON_STRING) snprintf(buffer, size, "\"%.100s\"", value->string);
-    else if (value->type == BESA__JSON_NUMBER && value->is_integer)
-        snprintf(buffer, size, "%lld", (long long)value->integer);
-    else if (value->type == BESA__JSON_NUMBER) snprintf(buffer, size, "%.10g", value->number);
-    else if (value->type == BESA__JSON_ARRAY) snprintf(buffer, size, "a list of %lu", (unsigned long)value->count);
-    else if (value->type == BESA__JSON_OBJECT) snprintf(buffer, size, "an object of %lu", (unsigned long)value->count);
-    else snprintf(buffer, size, "%s", besa__json_words[value->type]);
-    return buffer;
 }
 
 #endif /* BESA_NO_STDIO */
@@ -1610,14 +1751,29 @@ struct besa_checkpoint {
     besa__shard *shards;
     int64_t num_shards;
     besa_tensor *tensors;                       /* by shard and offset */
-    int64_t num_tensors, capacity;
+    int64_t num_tensors;
     const besa_tensor **sorted;                 /* by name */
     besa_config config;
     int bias[BESA_LAYERS];                      /* 1: the config gives the layer a bias */
+    char notes[1024];                           /* lines */
 };
 
+static const char besa__head_name[] = "lm_head.weight";
 static const char besa__single_name[] = "model.safetensors";
 static const char besa__index_name[] = "model.safetensors.index.json";
+
+/* Append a line to a checkpoint's notes. */
+static void besa__checkpoint_note(besa_checkpoint *checkpoint, const char *format, ...) BESA__PRINTF(2, 3);
+static void besa__checkpoint_note(besa_checkpoint *checkpoint, const char *format, ...)
+{
+    size_t length = strlen(checkpoint->notes), room = sizeof checkpoint->notes - length;
+    va_list args;
+    va_start(args, format);
+    int n = vsnprintf(checkpoint->notes + length, room, format, args);
+    va_end(args);
+    BESA_ASSERT(n >= 0 && (size_t)n + 1 < room); /* a few lines of constant text fit */
+    memcpy(checkpoint->notes + length + n, "\n", 2);
+}
 
 /* directory/name, for BESA_FREE. */
 static besa_result besa__join(char **path, const char *directory, const char *name, besa_error *error)
@@ -1747,31 +1903,33 @@ static besa_result besa__parse_shape(besa_tensor *tensor, uint64_t *bytes, const
                                      const besa__json_value *entry, const char *path, besa_error *error)
 {
     const besa__json_value *dtype = besa__json_get(json, entry, "dtype"), *shape = besa__json_get(json, entry, "shape");
+    const char *dtype_name = besa__json_string(json, dtype);
     size_t known = sizeof besa__safetensors_dtypes / sizeof *besa__safetensors_dtypes, kind = 0;
     uint64_t elements = 1, bits;
-    if (!dtype || dtype->type != BESA__JSON_STRING || !shape || shape->type != BESA__JSON_ARRAY)
+    if (!dtype_name || !besa__json_is(json, shape, BESA__JSON_ARRAY))
         return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: no dtype or no shape", path, tensor->name);
-    while (kind < known && strcmp(dtype->string, besa__safetensors_dtypes[kind].name)) kind++;
+    while (kind < known && strcmp(dtype_name, besa__safetensors_dtypes[kind].name)) kind++;
     if (kind == known)
         return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: tensor %.200s: unknown dtype \"%.40s\"", path,
-                          tensor->name, dtype->string);
-    if (shape->count > 8)
+                          tensor->name, dtype_name);
+    if (besa__json_count(json, shape) > 8)
         return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: tensor %.200s: %lu dimensions, at most 8 are supported",
-                          path, tensor->name, (unsigned long)shape->count);
+                          path, tensor->name, (unsigned long)besa__json_count(json, shape));
     tensor->dtype_name = besa__safetensors_dtypes[kind].name;
     tensor->supported = kind < 3;
     tensor->dtype = kind < 3 ? (besa_dtype)kind : BESA_F32;
     bits = besa__safetensors_dtypes[kind].bits;
-    const besa__json_value *size = besa__json_first(shape);
-    for (; size; size = besa__json_next(json, size)) {
-        if (!size->is_integer || size->integer < 0)
+    const besa__json_value *element = besa__json_first(json, shape);
+    for (; element; element = besa__json_next(json, shape, element)) {
+        besa__json_number size = besa__json_number_of(json, element);
+        if (!size.is_integer || size.integer < 0)
             return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: a size in its shape is no count", path,
                               tensor->name);
-        if (size->integer && elements > (uint64_t)INT64_MAX / bits / (uint64_t)size->integer)
+        if (size.integer && elements > (uint64_t)INT64_MAX / bits / (uint64_t)size.integer)
             return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: its shape overflows 64 bits", path,
                               tensor->name);
-        elements *= (uint64_t)size->integer;
-        tensor->shape[tensor->ndim++] = size->integer;
+        elements *= (uint64_t)size.integer;
+        tensor->shape[tensor->ndim++] = size.integer;
     }
     if (elements * bits % 8)
         return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: its elements do not fill whole bytes", path,
@@ -1780,41 +1938,35 @@ static besa_result besa__parse_shape(besa_tensor *tensor, uint64_t *bytes, const
     return BESA_OK;
 }
 
-/* One entry of a header: appended to the checkpoint's tensors. */
+/* One entry of a header: appended to the checkpoint's tensors, which have room for it. */
 static besa_result besa__parse_tensor(besa_checkpoint *checkpoint, int64_t file, const besa__json *json,
                                       const besa__json_value *entry, const char *path, besa_error *error)
 {
     const besa__shard *shard = checkpoint->shards + file;
-    const besa__json_value *offsets = besa__json_get(json, entry, "data_offsets"), *first, *last;
+    const besa__json_value *offsets = besa__json_get(json, entry, "data_offsets"), *begin = NULL, *end;
     uint64_t bytes = 0, available = shard->size - shard->data;
-    if (checkpoint->num_tensors == checkpoint->capacity) {
-        int64_t capacity = checkpoint->capacity ? checkpoint->capacity * 2 : 256;
-        void *more = BESA_REALLOC(checkpoint->tensors, (size_t)capacity * sizeof(besa_tensor));
-        if (!more)
-            return besa__fail(error, BESA_ERROR_MEMORY, "out of host memory for %lld tensors", (long long)capacity);
-        checkpoint->tensors = (besa_tensor *)more;
-        checkpoint->capacity = capacity;
-    }
     besa_tensor *tensor = checkpoint->tensors + checkpoint->num_tensors;
     memset(tensor, 0, sizeof *tensor);
-    tensor->name = entry->key;
+    tensor->name = besa__json_key(json, entry);
     tensor->file = (int)file;
     BESA__TRY(besa__parse_shape(tensor, &bytes, json, entry, path, error));
-    first = offsets && offsets->type == BESA__JSON_ARRAY && offsets->count == 2 ? besa__json_first(offsets) : NULL;
-    last = first ? besa__json_next(json, first) : NULL;
-    if (!last || !first->is_integer || !last->is_integer || first->integer < 0 || last->integer < first->integer)
+    if (besa__json_is(json, offsets, BESA__JSON_ARRAY)) begin = besa__json_first(json, offsets);
+    end = begin ? besa__json_next(json, offsets, begin) : NULL;
+    besa__json_number first = besa__json_number_of(json, begin), last = besa__json_number_of(json, end);
+    if (!end || besa__json_next(json, offsets, end) || !first.is_integer || !last.is_integer || first.integer < 0 ||
+        last.integer < first.integer)
         return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: data_offsets are not [begin, end]", path,
                           tensor->name);
-    if ((uint64_t)last->integer > available)
+    if ((uint64_t)last.integer > available)
         return besa__fail(error, BESA_ERROR_FORMAT,
                           "%s: tensor %.200s: ends at byte %lld of the data, the file has %llu: "
-                          "truncated?", path, tensor->name, (long long)last->integer, (unsigned long long)available);
-    if ((uint64_t)(last->integer - first->integer) != bytes)
+                          "truncated?", path, tensor->name, (long long)last.integer, (unsigned long long)available);
+    if ((uint64_t)(last.integer - first.integer) != bytes)
         return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: %lld bytes by its data_offsets, %llu by its "
-                          "shape and dtype", path, tensor->name, (long long)(last->integer - first->integer),
+                          "shape and dtype", path, tensor->name, (long long)(last.integer - first.integer),
                           (unsigned long long)bytes);
     tensor->bytes = (size_t)bytes;
-    tensor->offset = shard->data + (uint64_t)first->integer;
+    tensor->offset = shard->data + (uint64_t)first.integer;
     tensor->data = shard->base + tensor->offset;
     checkpoint->num_tensors++;
     return BESA_OK;
@@ -1855,12 +2007,17 @@ static besa_result besa__check_layout(besa_checkpoint *checkpoint, const besa__s
 static besa_result besa__parse_header(besa_checkpoint *checkpoint, int64_t file, const besa__json *json,
                                       const char *path, besa_error *error)
 {
-    int64_t first = checkpoint->num_tensors;
-    const besa__json_value *entry = besa__json_first(json->values);
-    for (; entry; entry = besa__json_next(json, entry)) {
-        if (entry->type != BESA__JSON_OBJECT)
-            return besa__fail(error, BESA_ERROR_FORMAT, "%s: header entry %.200s is not an object", path, entry->key);
-        if (!strcmp(entry->key, "__metadata__")) continue;
+    const besa__json_value *root = json->values, *entry = besa__json_first(json, root);
+    int64_t first = checkpoint->num_tensors, most = first + (int64_t)besa__json_count(json, root);
+    if (!entry) return besa__check_layout(checkpoint, checkpoint->shards + file, first, path, error);
+    void *more = BESA_REALLOC(checkpoint->tensors, (size_t)most * sizeof(besa_tensor));
+    if (!more) return besa__fail(error, BESA_ERROR_MEMORY, "out of host memory for %lld tensors", (long long)most);
+    checkpoint->tensors = (besa_tensor *)more;
+    for (; entry; entry = besa__json_next(json, root, entry)) {
+        const char *name = besa__json_key(json, entry);
+        if (!besa__json_is(json, entry, BESA__JSON_OBJECT))
+            return besa__fail(error, BESA_ERROR_FORMAT, "%s: header entry %.200s is not an object", path, name);
+        if (!strcmp(name, "__metadata__")) continue;
         BESA__TRY(besa__parse_tensor(checkpoint, file, json, entry, path, error));
     }
     return besa__check_layout(checkpoint, checkpoint->shards + file, first, path, error);
@@ -1943,16 +2100,18 @@ static besa_result besa__list_shards(besa_checkpoint *checkpoint, const besa__js
 {
     void *memory;
     size_t count = 0, distinct = 0;
-    BESA__TRY(besa__malloc(&memory, map->count * sizeof(char *), "the shards' names", error));
+    BESA__TRY(besa__malloc(&memory, besa__json_count(json, map) * sizeof(char *), "the shards' names", error));
     const char **names = (const char **)memory;
     besa_result result = BESA_OK;
-    for (const besa__json_value *v = besa__json_first(map); v && result == BESA_OK; v = besa__json_next(json, v)) {
-        if (v->type != BESA__JSON_STRING)
-            result = besa__fail(error, BESA_ERROR_FORMAT, "%s: weight_map: tensor %.200s names no file", path, v->key);
-        else if (!besa__is_shard_name(v->string))
+    const besa__json_value *v = besa__json_first(json, map);
+    for (; v && result == BESA_OK; v = besa__json_next(json, map, v)) {
+        const char *key = besa__json_key(json, v), *name = besa__json_string(json, v);
+        if (!name)
+            result = besa__fail(error, BESA_ERROR_FORMAT, "%s: weight_map: tensor %.200s names no file", path, key);
+        else if (!besa__is_shard_name(name))
             result = besa__fail(error, BESA_ERROR_FORMAT, "%s: weight_map: tensor %.200s is in \"%.200s\", which is no "
-                                "*.safetensors file of the same directory", path, v->key, v->string);
-        else names[count++] = v->string;
+                                "*.safetensors file of the same directory", path, key, name);
+        else names[count++] = name;
     }
     if (result == BESA_OK) {
         qsort(names, count, sizeof *names, besa__compare_strings);
@@ -1990,23 +2149,40 @@ static besa_result besa__map_shard(besa_checkpoint *checkpoint, int64_t file, be
     return result;
 }
 
-static besa_result besa__open_indexed(besa_checkpoint *checkpoint, const besa__json *json, const char *path,
-                                      besa_error *error)
+/* The weight_map of a parsed index, which is not empty. */
+static besa_result besa__index_map(const besa__json_value **map, const besa__json *json, const char *path,
+                                   besa_error *error)
 {
-    const besa__json_value *map = besa__json_get(json, json->values, "weight_map");
-    if (!map || map->type != BESA__JSON_OBJECT || !map->count)
-        return besa__fail(error, BESA_ERROR_FORMAT, "%s: no weight_map, or an empty one", path);
-    BESA__TRY(besa__list_shards(checkpoint, json, map, path, error));
-    for (int64_t i = 0; i < checkpoint->num_shards; i++) BESA__TRY(besa__map_shard(checkpoint, i, error));
-    BESA__TRY(besa__sort_tensors(checkpoint, error));
-    for (const besa__json_value *v = besa__json_first(map); v; v = besa__json_next(json, v)) {
-        const besa_tensor *tensor = besa_checkpoint_find(checkpoint, v->key);
-        if (!tensor || strcmp(checkpoint->shards[tensor->file].name, v->string))
+    *map = besa__json_get(json, json->values, "weight_map");
+    if (besa__json_is(json, *map, BESA__JSON_OBJECT) && besa__json_first(json, *map)) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_FORMAT, "%s: no weight_map, or an empty one", path);
+}
+
+/* Every tensor of a weight_map is in the shard that it names. */
+static besa_result besa__check_index(const besa_checkpoint *checkpoint, const besa__json *json,
+                                     const besa__json_value *map, const char *path, besa_error *error)
+{
+    const besa__json_value *v = besa__json_first(json, map);
+    for (; v; v = besa__json_next(json, map, v)) {
+        const char *key = besa__json_key(json, v), *name = besa__json_string(json, v);
+        const besa_tensor *tensor = besa_checkpoint_find(checkpoint, key);
+        if (!tensor || strcmp(checkpoint->shards[tensor->file].name, name))
             return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s should be in %.200s, but is %s%.200s", path,
-                              v->key, v->string, tensor ? "in " : "missing there",
+                              key, name, tensor ? "in " : "missing there",
                               tensor ? checkpoint->shards[tensor->file].name : "");
     }
     return BESA_OK;
+}
+
+static besa_result besa__open_indexed(besa_checkpoint *checkpoint, const besa__json *json, const char *path,
+                                      besa_error *error)
+{
+    const besa__json_value *map;
+    BESA__TRY(besa__index_map(&map, json, path, error));
+    BESA__TRY(besa__list_shards(checkpoint, json, map, path, error));
+    for (int64_t i = 0; i < checkpoint->num_shards; i++) BESA__TRY(besa__map_shard(checkpoint, i, error));
+    BESA__TRY(besa__sort_tensors(checkpoint, error));
+    return besa__check_index(checkpoint, json, map, path, error);
 }
 
 /* Map model.safetensors, or else the shards of model.safetensors.index.json, and build the tensor table. */
@@ -2062,6 +2238,8 @@ BESA_API void besa_checkpoint_close(besa_checkpoint *checkpoint)
 }
 
 BESA_API const besa_config *besa_checkpoint_config(const besa_checkpoint *checkpoint) { return &checkpoint->config; }
+
+BESA_API const char *besa_checkpoint_notes(const besa_checkpoint *checkpoint) { return checkpoint->notes; }
 
 BESA_API int64_t besa_checkpoint_tensor_count(const besa_checkpoint *checkpoint) { return checkpoint->num_tensors; }
 
@@ -2216,7 +2394,55 @@ static besa_result besa__npy_header(besa__npy *npy, const unsigned char *file, s
     return result;
 }
 
-/* Raw files have one element kind by their name. */
+static int64_t besa__token_at(const unsigned char *s, size_t width, int is_signed)
+{
+    uint64_t u = 0;
+    for (size_t b = 0; b < width; b++) u |= (uint64_t)s[b] << (8 * b);
+    if (width == 4 && is_signed && (u & 0x80000000u)) u |= 0xFFFFFFFF00000000u;
+    return u <= INT64_MAX ? (int64_t)u : -(int64_t)~u - 1;
+}
+
+/* A file of llm.c's begins with 256 int32: magic, version, number of ids, zeros. npy->data stays 0 where it is none. */
+static besa_result besa__llmc_header(besa__npy *npy, const unsigned char *file, size_t size, const char *path,
+                                     besa_error *error)
+{
+    enum { HEADER = 1024, GPT2 = 20240520, LLAMA3 = 20240801 };
+    if (size < 12) return BESA_OK;
+    int64_t magic = besa__token_at(file, 4, 1), version = besa__token_at(file + 4, 4, 1);
+    int64_t count = besa__token_at(file + 8, 4, 1), width = magic == GPT2 ? 2 : 4;
+    if (magic / 10000 != 2024 || version < 0 || version > 255) return BESA_OK; /* their magics are dates */
+    if ((magic != GPT2 || version != 1) && (magic != LLAMA3 || version != 7))
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED,
+                          "%s: begins as a file of llm.c's with magic %lld, version %lld; supported are its token files: "
+                          "%d, version 1, and %d, version 7", path, (long long)magic, (long long)version, GPT2, LLAMA3);
+    if (size < HEADER || count < 0 || (uint64_t)count * (uint64_t)width != size - HEADER)
+        return besa__fail(error, BESA_ERROR_FORMAT,
+                          "%s: the header of llm.c's asks for %lld tokens of %lld bytes after its 1024, the file has "
+                          "%zu bytes in all: truncated?", path, (long long)count, (long long)width, size);
+    npy->data = HEADER;
+    npy->width = (size_t)width;
+    npy->is_signed = 0;
+    return BESA_OK;
+}
+
+/* A raw .bin may hold uint16 or, of a larger vocabulary, uint32. The second can be told by the upper halves of its ids,
+ * which are 0 or next to it: in a text of uint16 no such run of every second id occurs. */
+static besa_result besa__check_raw_bin(const unsigned char *file, size_t size, const char *path, besa_error *error)
+{
+    int64_t low = 0, high = 0;
+    if (!size || size % 4) return BESA_OK;
+    for (size_t at = 0; at < size && high < 16; at += 4) {
+        int64_t first = besa__token_at(file + at, 2, 0), second = besa__token_at(file + at + 2, 2, 0);
+        low = first > low ? first : low;
+        high = second > high ? second : high;
+    }
+    if (high && (high >= 16 || low < 256 || size < 128)) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_FORMAT,
+                      "%s: a .bin is read as uint16, but every second number in it is %s, as of 32-bit ids; name it .i32 "
+                      "if its ids have 32 bits, .u16 if they have 16", path, high ? "below 16" : "0");
+}
+
+/* Raw files have one element kind by their name, unless they begin as llm.c's do. */
 static besa_result besa__token_format(besa__npy *npy, const unsigned char *file, size_t size, const char *path,
                                       besa_error *error)
 {
@@ -2233,8 +2459,11 @@ static besa_result besa__token_format(besa__npy *npy, const unsigned char *file,
                           "%s: no known kind of token file; supported are .npy, raw .u16 "
                           "and .bin (uint16) and .i32", path);
     }
+    int raw = dot[1] != 'n';
+    if (raw) BESA__TRY(besa__llmc_header(npy, file, size, path, error));
     size_t bytes = size - npy->data;
-    if (dot[1] != 'n') {
+    if (raw) {
+        if (!npy->data && dot[1] == 'b') BESA__TRY(besa__check_raw_bin(file, size, path, error));
         npy->dims[0] = (int64_t)(bytes / npy->width);
         if (bytes % npy->width)
             return besa__fail(error, BESA_ERROR_FORMAT,
@@ -2249,14 +2478,6 @@ static besa_result besa__token_format(besa__npy *npy, const unsigned char *file,
                           "of %zu: truncated?", path, bytes, (unsigned long long)rows,
                           (unsigned long long)columns, npy->width);
     return BESA_OK;
-}
-
-static int64_t besa__token_at(const unsigned char *s, size_t width, int is_signed)
-{
-    uint64_t u = 0;
-    for (size_t b = 0; b < width; b++) u |= (uint64_t)s[b] << (8 * b);
-    if (width == 4 && is_signed && (u & 0x80000000u)) u |= 0xFFFFFFFF00000000u;
-    return u <= INT64_MAX ? (int64_t)u : -(int64_t)~u - 1;
 }
 
 static besa_result besa__tokens_read(besa_tokens *tokens, const unsigned char *file, size_t size, const char *path,
@@ -2282,6 +2503,9 @@ static besa_result besa__tokens_read(besa_tokens *tokens, const unsigned char *f
     tokens->count = count;
     tokens->rows = npy.ndim == 2 ? npy.dims[0] : 0;
     tokens->columns = npy.ndim == 2 ? npy.dims[1] : 0;
+    tokens->id_bytes = (int)npy.width;
+    size_t length = strlen(path), room = sizeof tokens->file - 1;
+    snprintf(tokens->file, sizeof tokens->file, "%s", path + (length > room ? length - room : 0));
     return BESA_OK;
 }
 
@@ -2320,6 +2544,11 @@ BESA_API besa_result besa_tokens_sample(const besa_tokens *tokens, int64_t nsamp
         return besa__fail(error, BESA_ERROR_OPTION,
                           "nsamples = %lld, seqlen = %lld, vocab_size = %lld: each must be at "
                           "least 1", (long long)nsamples, (long long)seqlen, (long long)vocab_size);
+    if (tokens->id_bytes == 2 && vocab_size > 65536)
+        return besa__fail(error, BESA_ERROR_TOKEN,
+                          "%s: its ids have 16 bits, which cannot hold the model's vocabulary of %lld; make it again with "
+                          "32-bit ids (.npy of uint32), or name a raw file .i32 if it has them", tokens->file,
+                          (long long)vocab_size);
     if (tokens->columns && (nsamples > tokens->rows || seqlen > tokens->columns))
         return besa__fail(error, BESA_ERROR_TOKENS,
                           "%lld sequences of %lld tokens asked for, the file has %lld of %lld",
@@ -2377,54 +2606,61 @@ static besa_result besa__config_refuse(const besa__config_reader *r, const char 
 {
     char text[128];
     return besa__fail(r->error, BESA_ERROR_UNSUPPORTED, "%s: %s = %s is not supported; supported: %s", r->path, key,
-                      besa__json_show(value, text, sizeof text), supported);
+                      besa__json_show(r->json, value, text, sizeof text), supported);
 }
 
 /* A member of the root that is there and not null, or NULL. */
 static const besa__json_value *besa__config_get(const besa__config_reader *r, const char *key)
 {
     const besa__json_value *value = besa__json_get(r->json, r->root, key);
-    return value && value->type != BESA__JSON_NULL ? value : NULL;
+    return besa__json_is(r->json, value, BESA__JSON_NULL) ? NULL : value;
 }
 
-/* An integer from 1 to most. fallback is taken where the key is absent or null; 0 makes the key required. */
-static besa_result besa__config_integer(const besa__config_reader *r, const char *key, int64_t fallback, int64_t most,
-                                        int64_t *out)
+/* Whether a value is this string. */
+static int besa__config_is(const besa__config_reader *r, const besa__json_value *value, const char *expected)
+{
+    const char *string = besa__json_string(r->json, value);
+    return string && !strcmp(string, expected);
+}
+
+/* An integer of the root, in its range. fallback is taken where the key is absent or null; 0 makes the key required. */
+static besa_result besa__config_integer(const besa__config_reader *r, const char *key, int64_t fallback, int64_t *out)
 {
     const besa__json_value *value = besa__config_get(r, key);
-    char supported[48];
+    const besa__range *range = besa__find_range(key);
+    besa__json_number number = besa__json_number_of(r->json, value);
+    char supported[64];
     *out = fallback;
     if (!value && fallback) return BESA_OK;
-    snprintf(supported, sizeof supported, "an integer from 1 to %lld", (long long)most);
-    if (!value || !value->is_integer || value->integer < 1 || value->integer > most)
-        return besa__config_refuse(r, key, value, supported);
-    *out = value->integer;
+    if (!number.is_integer || !besa__in_range(range, (double)number.integer))
+        return besa__config_refuse(r, key, value, besa__range_text(range, supported, sizeof supported));
+    *out = number.integer;
     return BESA_OK;
 }
 
 static besa_result besa__config_bool(const besa__config_reader *r, const char *key, int *out)
 {
     const besa__json_value *value = besa__config_get(r, key);
-    *out = value && value->type == BESA__JSON_TRUE;
-    if (value && value->type != BESA__JSON_TRUE && value->type != BESA__JSON_FALSE)
+    *out = besa__json_is(r->json, value, BESA__JSON_TRUE);
+    if (value && !*out && !besa__json_is(r->json, value, BESA__JSON_FALSE))
         return besa__config_refuse(r, key, value, "true, false");
     return BESA_OK;
 }
 
-/* A positive number of an object (shown as prefix.key); fallback 0 makes it required. */
-static besa_result besa__config_positive(const besa__config_reader *r, const besa__json_value *object,
-                                         const char *prefix, const char *key, double fallback, double *out)
+/* A number of an object (shown as prefix.key), in its range; fallback 0 makes it required. */
+static besa_result besa__config_number(const besa__config_reader *r, const besa__json_value *object,
+                                       const char *prefix, const char *key, double fallback, double *out)
 {
-    const besa__json_value *value = object ? besa__json_get(r->json, object, key) : NULL;
-    char name[96];
+    const besa__json_value *value = besa__json_get(r->json, object, key);
+    const besa__range *range = besa__find_range(key);
+    char name[96], supported[64];
     *out = fallback;
-    if (value && value->type == BESA__JSON_NULL) value = NULL;
+    if (besa__json_is(r->json, value, BESA__JSON_NULL)) value = NULL;
     if (!value && fallback > 0) return BESA_OK;
     snprintf(name, sizeof name, "%s%s", prefix, key);
-    if (!value || value->type != BESA__JSON_NUMBER || !(value->number > 0) || value->number > 1e15)
-        return besa__config_refuse(r, name, value, "a positive number");
-    *out = value->number;
-    return BESA_OK;
+    *out = besa__json_number_of(r->json, value).value;
+    if (besa__json_is(r->json, value, BESA__JSON_NUMBER) && besa__in_range(range, *out)) return BESA_OK;
+    return besa__config_refuse(r, name, value, besa__range_text(range, supported, sizeof supported));
 }
 
 /* The architecture by model_type, and `architectures` must agree; 0 .. 3. */
@@ -2435,13 +2671,13 @@ static besa_result besa__config_architecture(const besa__config_reader *r, besa_
                                            "Qwen3ForCausalLM" };
     const besa__json_value *type = besa__config_get(r, "model_type"), *list = besa__config_get(r, "architectures");
     for (*kind = 0; *kind < 4; ++*kind)
-        if (type && type->type == BESA__JSON_STRING && !strcmp(type->string, types[*kind])) break;
+        if (besa__config_is(r, type, types[*kind])) break;
     if (*kind == 4) return besa__config_refuse(r, "model_type", type, "\"llama\", \"mistral\", \"qwen2\", \"qwen3\"");
     snprintf(config->model_type, sizeof config->model_type, "%s", types[*kind]);
     if (!list) return BESA_OK;
-    const besa__json_value *name = list->type == BESA__JSON_ARRAY && list->count == 1 ? besa__json_first(list) : NULL;
-    int known = name && name->type == BESA__JSON_STRING &&
-                (!strcmp(name->string, classes[*kind]) || (!*kind && !strcmp(name->string, "LLaMAForCausalLM")));
+    const besa__json_value *name = besa__json_is(r->json, list, BESA__JSON_ARRAY) && besa__json_count(r->json, list) == 1
+                                       ? besa__json_first(r->json, list) : NULL;
+    int known = besa__config_is(r, name, classes[*kind]) || (!*kind && besa__config_is(r, name, "LLaMAForCausalLM"));
     return known ? BESA_OK : besa__config_refuse(r, "architectures", name ? name : list, classes[*kind]);
 }
 
@@ -2454,64 +2690,65 @@ static besa_result besa__config_refuse_unknown(const besa__config_reader *r, int
         "use_mrope", "is_encoder_decoder", "alibi"
     };
     const besa__json_value *value = besa__config_get(r, "hidden_act");
-    if (value && (value->type != BESA__JSON_STRING ||
-                  (strcmp(value->string, "silu") && strcmp(value->string, "swish"))))
+    double unused;
+    if (value && !besa__config_is(r, value, "silu") && !besa__config_is(r, value, "swish"))
         return besa__config_refuse(r, "hidden_act", value, "\"silu\"");
     for (size_t i = 0; i < sizeof absent / sizeof *absent; i++) {
         value = besa__config_get(r, absent[i]);
-        if (value && value->type != BESA__JSON_FALSE)
+        if (value && !besa__json_is(r->json, value, BESA__JSON_FALSE))
             return besa__config_refuse(r, absent[i], value, "null, or no such key");
     }
-    value = besa__config_get(r, "partial_rotary_factor");
-    if (value && (value->type != BESA__JSON_NUMBER || fabs(value->number - 1) > 0))
-        return besa__config_refuse(r, "partial_rotary_factor", value, "1");
+    BESA__TRY(besa__config_number(r, r->root, "", "partial_rotary_factor", 1, &unused));
     value = besa__config_get(r, "attention_bias");
-    if (kind == 1 && value && value->type != BESA__JSON_FALSE)
+    if (kind == 1 && value && !besa__json_is(r->json, value, BESA__JSON_FALSE))
         return besa__config_refuse(r, "attention_bias", value, "false, for mistral");
     value = besa__config_get(r, "sliding_window");
-    if (kind == 0 && value) return besa__config_refuse(r, "sliding_window", value, "null, for llama");
+    besa__json_number window = besa__json_number_of(r->json, value);
+    if (kind == 0 && value && (!window.is_integer || window.integer))
+        return besa__config_refuse(r, "sliding_window", value, "null or 0, for llama");
     return BESA_OK;
 }
 
 /* rope_parameters, or the older rope_theta and rope_scaling. */
 static besa_result besa__config_rope(const besa__config_reader *r, besa_rope *rope)
 {
-    const besa__json_value *object = besa__config_get(r, "rope_scaling"), *type = NULL, *partial;
+    const besa__json *json = r->json;
+    const besa__json_value *object = besa__config_get(r, "rope_scaling"), *type = NULL;
     const char *prefix = "rope_scaling.";
-    if (!object || (object->type == BESA__JSON_OBJECT && !object->count)) {
+    double unused;
+    if (!object || (besa__json_is(json, object, BESA__JSON_OBJECT) && !besa__json_first(json, object))) {
         object = besa__config_get(r, "rope_parameters");
         prefix = "rope_parameters.";
     }
-    if (object && object->type != BESA__JSON_OBJECT)
+    if (object && !besa__json_is(json, object, BESA__JSON_OBJECT))
         return besa__config_refuse(r, *(prefix + 5) == 's' ? "rope_scaling" : "rope_parameters", object,
                                    "an object, or null");
-    for (const besa__json_value *v = object ? besa__json_first(object) : NULL; v; v = besa__json_next(r->json, v))
-        if (v->type == BESA__JSON_OBJECT)
-            return besa__config_refuse(r, v->key, v, "one set of rope parameters for all layers");
-    BESA__TRY(besa__config_positive(r, r->root, "", "rope_theta", 10000, &rope->theta));
-    BESA__TRY(besa__config_positive(r, object, prefix, "rope_theta", rope->theta, &rope->theta));
+    const besa__json_value *v = object ? besa__json_first(json, object) : NULL;
+    for (; v; v = besa__json_next(json, object, v))
+        if (besa__json_is(json, v, BESA__JSON_OBJECT))
+            return besa__config_refuse(r, besa__json_key(json, v), v, "one set of rope parameters for all layers");
+    BESA__TRY(besa__config_number(r, r->root, "", "rope_theta", 10000, &rope->theta));
+    BESA__TRY(besa__config_number(r, object, prefix, "rope_theta", rope->theta, &rope->theta));
     if (!object) return BESA_OK;
-    partial = besa__json_get(r->json, object, "partial_rotary_factor");
-    if (partial && partial->type != BESA__JSON_NULL && !(fabs(partial->number - 1) <= 0))
-        return besa__config_refuse(r, "partial_rotary_factor", partial, "1");
-    type = besa__json_get(r->json, object, "rope_type");
-    if (!type) type = besa__json_get(r->json, object, "type");
-    if (!type || (type->type == BESA__JSON_STRING && !strcmp(type->string, "default"))) return BESA_OK;
-    if (type->type == BESA__JSON_STRING && !strcmp(type->string, "linear")) rope->type = BESA_ROPE_LINEAR;
-    else if (type->type == BESA__JSON_STRING && !strcmp(type->string, "llama3")) rope->type = BESA_ROPE_LLAMA3;
+    BESA__TRY(besa__config_number(r, object, prefix, "partial_rotary_factor", 1, &unused));
+    type = besa__json_get(json, object, "rope_type");
+    if (!type) type = besa__json_get(json, object, "type");
+    if (!type || besa__config_is(r, type, "default")) return BESA_OK;
+    if (besa__config_is(r, type, "linear")) rope->type = BESA_ROPE_LINEAR;
+    else if (besa__config_is(r, type, "llama3")) rope->type = BESA_ROPE_LLAMA3;
     else {
         char name[48];
-        snprintf(name, sizeof name, "%s%s", prefix, type->key);
+        snprintf(name, sizeof name, "%s%s", prefix, besa__json_key(json, type));
         return besa__config_refuse(r, name, type, "\"default\", \"linear\", \"llama3\"");
     }
-    BESA__TRY(besa__config_positive(r, object, prefix, "factor", 0, &rope->factor));
+    BESA__TRY(besa__config_number(r, object, prefix, "factor", 0, &rope->factor));
     if (rope->type == BESA_ROPE_LINEAR) return BESA_OK;
-    BESA__TRY(besa__config_positive(r, object, prefix, "low_freq_factor", 0, &rope->low_freq_factor));
-    BESA__TRY(besa__config_positive(r, object, prefix, "high_freq_factor", 0, &rope->high_freq_factor));
-    BESA__TRY(besa__config_positive(r, object, prefix, "original_max_position_embeddings", 0,
-                                    &rope->original_max_position_embeddings));
+    BESA__TRY(besa__config_number(r, object, prefix, "low_freq_factor", 0, &rope->low_freq_factor));
+    BESA__TRY(besa__config_number(r, object, prefix, "high_freq_factor", 0, &rope->high_freq_factor));
+    BESA__TRY(besa__config_number(r, object, prefix, "original_max_position_embeddings", 0,
+                                  &rope->original_max_position_embeddings));
     if (rope->high_freq_factor > rope->low_freq_factor) return BESA_OK;
-    return besa__config_refuse(r, "high_freq_factor", besa__json_get(r->json, object, "high_freq_factor"),
+    return besa__config_refuse(r, "high_freq_factor", besa__json_get(json, object, "high_freq_factor"),
                                "a number above low_freq_factor");
 }
 
@@ -2522,22 +2759,20 @@ static besa_result besa__config_windows(const besa__config_reader *r, besa_confi
     int64_t first = 0, window = 0;
     int sliding = kind == 1, given = besa__json_get(r->json, r->root, "sliding_window") != NULL;
     if (kind >= 2) {
-        const besa__json_value *value = besa__config_get(r, "max_window_layers");
         BESA__TRY(besa__config_bool(r, "use_sliding_window", &sliding));
-        if (value && (!value->is_integer || value->integer < 0))
-            return besa__config_refuse(r, "max_window_layers", value, "an integer from 0 on");
-        first = value ? value->integer : 28;
+        BESA__TRY(besa__config_integer(r, "max_window_layers", 28, &first));
     }
     if (sliding && (besa__config_get(r, "sliding_window") || !given))
-        BESA__TRY(besa__config_integer(r, "sliding_window", 4096, INT64_C(1) << 40, &window));
+        BESA__TRY(besa__config_integer(r, "sliding_window", 4096, &window));
     for (int64_t i = 0; i < config->num_hidden_layers; i++) config->window[i] = (uint8_t)(window && i >= first);
-    if (types && (types->type != BESA__JSON_ARRAY || types->count != (uint64_t)config->num_hidden_layers))
+    if (types && (!besa__json_is(r->json, types, BESA__JSON_ARRAY) ||
+                  besa__json_count(r->json, types) != (uint64_t)config->num_hidden_layers))
         return besa__config_refuse(r, "layer_types", types, "a list of num_hidden_layers strings");
     int64_t i = 0;
-    for (const besa__json_value *v = types ? besa__json_first(types) : NULL; v; v = besa__json_next(r->json, v), i++) {
+    const besa__json_value *v = types ? besa__json_first(r->json, types) : NULL;
+    for (; v; v = besa__json_next(r->json, types, v), i++) {
         char name[40];
-        int slides = v->type == BESA__JSON_STRING && !strcmp(v->string, "sliding_attention");
-        int full = v->type == BESA__JSON_STRING && !strcmp(v->string, "full_attention");
+        int slides = besa__config_is(r, v, "sliding_attention"), full = besa__config_is(r, v, "full_attention");
         snprintf(name, sizeof name, "layer_types[%lld]", (long long)i);
         if (!slides && !full) return besa__config_refuse(r, name, v, "\"full_attention\", \"sliding_attention\"");
         if (slides && !window)
@@ -2558,15 +2793,15 @@ static besa_result besa__config_sizes(const besa__config_reader *r, besa_config 
     const int64_t most = 1 << 24;
     int heads_given = besa__json_get(r->json, r->root, "num_key_value_heads") != NULL;
     int dim_given = besa__json_get(r->json, r->root, "head_dim") != NULL;
-    BESA__TRY(besa__config_integer(r, "vocab_size", 0, most, &config->vocab_size));
-    BESA__TRY(besa__config_integer(r, "hidden_size", 0, most, &b->hidden_size));
-    BESA__TRY(besa__config_integer(r, "intermediate_size", 0, most, &b->intermediate_size));
-    BESA__TRY(besa__config_integer(r, "num_hidden_layers", 0, BESA_MAX_LAYERS, &config->num_hidden_layers));
-    BESA__TRY(besa__config_integer(r, "max_position_embeddings", 2048, (int64_t)1 << 40,
+    BESA__TRY(besa__config_integer(r, "vocab_size", 0, &config->vocab_size));
+    BESA__TRY(besa__config_integer(r, "hidden_size", 0, &b->hidden_size));
+    BESA__TRY(besa__config_integer(r, "intermediate_size", 0, &b->intermediate_size));
+    BESA__TRY(besa__config_integer(r, "num_hidden_layers", 0, &config->num_hidden_layers));
+    BESA__TRY(besa__config_integer(r, "max_position_embeddings", 2048,
                                    &config->max_position_embeddings));
-    BESA__TRY(besa__config_integer(r, "num_attention_heads", 0, 1 << 16, &b->num_attention_heads));
+    BESA__TRY(besa__config_integer(r, "num_attention_heads", 0, &b->num_attention_heads));
     int64_t groups = heads_given || !kind ? b->num_attention_heads : kind == 1 ? 8 : 32; /* transformers' defaults */
-    BESA__TRY(besa__config_integer(r, "num_key_value_heads", groups, b->num_attention_heads, &b->num_key_value_heads));
+    BESA__TRY(besa__config_integer(r, "num_key_value_heads", groups, &b->num_key_value_heads));
     if (b->num_key_value_heads > b->num_attention_heads || b->num_attention_heads % b->num_key_value_heads)
         return besa__fail(r->error, BESA_ERROR_UNSUPPORTED, "%s: num_attention_heads = %lld is no multiple of "
                           "num_key_value_heads = %lld", r->path, (long long)b->num_attention_heads,
@@ -2578,7 +2813,7 @@ static besa_result besa__config_sizes(const besa__config_reader *r, besa_config 
                           "%s: hidden_size = %lld is no multiple of num_attention_heads "
                           "= %lld, and head_dim is not given", r->path, (long long)b->hidden_size,
                           (long long)b->num_attention_heads);
-    BESA__TRY(besa__config_integer(r, "head_dim", derived, 1 << 16, &b->head_dim));
+    BESA__TRY(besa__config_integer(r, "head_dim", derived, &b->head_dim));
     if (b->head_dim % 2 || b->head_dim * b->num_attention_heads > most)
         return besa__fail(r->error, BESA_ERROR_UNSUPPORTED,
                           "%s: head_dim = %lld with %lld heads; supported: an even number, "
@@ -2591,14 +2826,14 @@ static besa_result besa__config_sizes(const besa__config_reader *r, besa_config 
 static besa_result besa__config_read(const besa__config_reader *r, besa_config *config, int bias[BESA_LAYERS])
 {
     int kind, attention = 0, mlp = 0;
-    if (r->root->type != BESA__JSON_OBJECT)
+    if (!besa__json_is(r->json, r->root, BESA__JSON_OBJECT))
         return besa__fail(r->error, BESA_ERROR_JSON, "%s: no JSON object", r->path);
     BESA__TRY(besa__config_architecture(r, config, &kind));
     BESA__TRY(besa__config_refuse_unknown(r, kind));
     BESA__TRY(besa__config_sizes(r, config, kind));
     BESA__TRY(besa__config_rope(r, &config->block.rope));
     BESA__TRY(besa__config_windows(r, config, kind));
-    BESA__TRY(besa__config_positive(r, r->root, "", "rms_norm_eps", 1e-6, &config->block.rms_norm_eps));
+    BESA__TRY(besa__config_number(r, r->root, "", "rms_norm_eps", 1e-6, &config->block.rms_norm_eps));
     BESA__TRY(besa__config_bool(r, "tie_word_embeddings", &config->tie_word_embeddings));
     BESA__TRY(besa__config_bool(r, "attention_bias", &attention));
     BESA__TRY(besa__config_bool(r, "mlp_bias", &mlp));
@@ -2697,7 +2932,7 @@ static besa_result besa__model_bind(besa__model *model, const besa_checkpoint *c
     BESA__TRY(besa__need(&model->norm, checkpoint, "model.norm.weight", c->block.hidden_size, 0, error));
     model->head = model->embedding;
     if (!c->tie_word_embeddings)
-        BESA__TRY(besa__need(&model->head, checkpoint, "lm_head.weight", c->vocab_size, c->block.hidden_size, error));
+        BESA__TRY(besa__need(&model->head, checkpoint, besa__head_name, c->vocab_size, c->block.hidden_size, error));
     for (int64_t i = 0; i < c->num_hidden_layers; i++) {
         BESA__TRY(besa__block_bind(&block, checkpoint, i, error));
         if (!i) model->dtype = block.weight[0]->dtype;
@@ -2719,6 +2954,54 @@ static besa_result besa__model_bind(besa__model *model, const besa_checkpoint *c
     return BESA_OK;
 }
 
+/* Whether two tensors of one shape hold the same bytes of one type; their pages are given back. */
+static int besa__same_tensor(const besa_checkpoint *checkpoint, const besa_tensor *a, const besa_tensor *b)
+{
+    const size_t chunk = (size_t)8 << 20;
+    int same = a->dtype == b->dtype;
+    for (size_t at = 0; at < a->bytes && same; at += chunk) {
+        size_t part = a->bytes - at < chunk ? a->bytes - at : chunk;
+        same = !memcmp((const unsigned char *)a->data + at, (const unsigned char *)b->data + at, part);
+        besa__release_range(checkpoint->shards + a->file, a->offset + at, part);
+        besa__release_range(checkpoint->shards + b->file, b->offset + at, part);
+    }
+    return same;
+}
+
+/* A head that the config ties to the embedding and that the file holds all the same: where the two differ, transformers 5
+ * takes the config for wrong and uses the head. */
+static besa_result besa__check_tied_head(besa_checkpoint *checkpoint, const besa_tensor *embedding, besa_error *error)
+{
+    besa_config *c = &checkpoint->config;
+    const besa_tensor *head;
+    if (!c->tie_word_embeddings || !besa_checkpoint_find(checkpoint, besa__head_name)) return BESA_OK;
+    BESA__TRY(besa__need(&head, checkpoint, besa__head_name, c->vocab_size, c->block.hidden_size, error));
+    if (besa__same_tensor(checkpoint, head, embedding)) return BESA_OK;
+    c->tie_word_embeddings = 0;
+    besa__checkpoint_note(checkpoint, "note: config.json says tie_word_embeddings, but lm_head.weight differs from "
+                          "model.embed_tokens.weight: the head is used, as transformers 5 does (earlier versions use "
+                          "the embedding)");
+    return BESA_OK;
+}
+
+/* An adapter beside the model belongs to other weights, or was never merged: that cannot be told. */
+static besa_result besa__check_adapter(besa_checkpoint *checkpoint, besa_error *error)
+{
+    static const char *const names[] = { "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin" };
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        struct stat st;
+        char *path;
+        BESA__TRY(besa__join(&path, checkpoint->directory, names[i], error));
+        int missing = lstat(path, &st);
+        BESA_FREE(path);
+        if (missing) continue;
+        besa__checkpoint_note(checkpoint, "note: an adapter lies beside the model (%s): it is not applied, and not part "
+                              "of an output; merge it into the model (peft: merge_and_unload) if it belongs to it", names[i]);
+        return BESA_OK;
+    }
+    return BESA_OK;
+}
+
 static besa_result besa__checkpoint_load(besa_checkpoint *checkpoint, const char *directory, besa_error *error)
 {
     besa__model model;
@@ -2735,7 +3018,9 @@ static besa_result besa__checkpoint_load(besa_checkpoint *checkpoint, const char
     if (!S_ISDIR(st.st_mode)) return besa__fail(error, BESA_ERROR_NOT_FOUND, "%s: not a directory", directory);
     BESA__TRY(besa__config_load(&checkpoint->config, checkpoint->bias, checkpoint->directory, error));
     BESA__TRY(besa__open_weights(checkpoint, error));
-    return besa__model_bind(&model, checkpoint, error);
+    BESA__TRY(besa__model_bind(&model, checkpoint, error));
+    BESA__TRY(besa__check_tied_head(checkpoint, model.embedding, error));
+    return besa__check_adapter(checkpoint, error);
 }
 
 BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const char *directory, besa_error *error)
@@ -7393,15 +7678,23 @@ static besa_result besa__check_tokens(const char *what, int64_t count, int64_t s
 
 static besa_result besa__check_shape(const besa_block_shape *s, besa_dtype dtype, besa_error *error)
 {
+    const struct { const char *key; double value; } field[] = {
+        { "hidden_size", (double)s->hidden_size }, { "intermediate_size", (double)s->intermediate_size },
+        { "num_attention_heads", (double)s->num_attention_heads }, { "head_dim", (double)s->head_dim },
+        { "num_key_value_heads", (double)s->num_key_value_heads }, { "rms_norm_eps", s->rms_norm_eps },
+        { "sliding_window", s->sliding_window ? (double)s->sliding_window : 1 } };
     const int64_t most = (int64_t)1 << 24;
+    char expected[64];
     if ((unsigned)dtype > BESA_BF16)
         return besa__fail(error, BESA_ERROR_OPTION, "dtype is %d: not a value of besa_dtype", (int)dtype);
-    if (s->hidden_size < 1 || s->hidden_size > most || s->intermediate_size < 1 || s->intermediate_size > most)
-        return besa__fail(error, BESA_ERROR_OPTION, "hidden_size %lld, intermediate_size %lld: expected 1 .. 2^24",
-                          (long long)s->hidden_size, (long long)s->intermediate_size);
-    if (s->num_attention_heads < 1 || s->num_attention_heads > 65536 || s->num_key_value_heads < 1 ||
-        s->num_attention_heads % s->num_key_value_heads != 0 || s->head_dim < 2 || s->head_dim % 2 != 0 ||
-        s->head_dim > 65536 || s->num_attention_heads * s->head_dim > most)
+    for (size_t i = 0; i < sizeof field / sizeof *field; i++) {
+        const besa__range *range = besa__find_range(field[i].key);
+        if (!besa__in_range(range, field[i].value))
+            return besa__fail(error, BESA_ERROR_OPTION, "%s is %.10g: expected %s", field[i].key, field[i].value,
+                              besa__range_text(range, expected, sizeof expected));
+    }
+    if (s->num_attention_heads % s->num_key_value_heads != 0 || s->head_dim % 2 != 0 ||
+        s->num_attention_heads * s->head_dim > most)
         return besa__fail(error, BESA_ERROR_OPTION, "%lld attention heads, %lld key/value heads, head_dim %lld: expected heads "
                           "to be a multiple of key/value heads, head_dim even, and 2^24 of both at most",
                           (long long)s->num_attention_heads,
@@ -8557,23 +8850,54 @@ static besa_result besa__writer_lock(besa__writer *w, besa_error *error)
     return BESA_OK;
 }
 
+/* Files that would be wrong beside pruned weights: other weights, and what lists, counts or describes weights that are not
+ * there. Patterns are separated by spaces. Tokenizers, generation_config.json, chat templates,
+ * licences, cards and code are copied: they are as true of the output as of the source. */
+static const struct {
+    const char *patterns, *why;
+} besa__left_out[] = {
+    { "adapter_*", "an adapter, which is not applied" }, /* by its config alone, peft looks for its weights */
+    { "*.safetensors *.bin *.pth *.pt *.ckpt *.h5 *.msgpack *.ot *.onnx *.onnx_data *.gguf *.ggml *.npz *.pkl *.nemo "
+      "*.engine *.tflite *.pdparams pytorch_model* consolidated*", "not part of this checkpoint" },
+    { "*.index.json *.index.*.json ndarray-cache*.json tensor-cache*.json params.json openvino_* genai_config.json",
+      "describes weights that are not part of this checkpoint" },
+    { "trainer_state.json trainer_log.jsonl training_args.* events.out.tfevents.* zero_to_fp32.py latest",
+      "of the source's training" },
+    { "*_results.json *imatrix* measurement.json", "measured on the source" },
+    { "quantize_config.json quant_config.json quantization_config.json hf_quant_config.json quant_log.csv kv_cache_scales*",
+      "of a quantised form of the source" },
+    { "*.chk *.md5 *.sha1 *.sha256 *.sha512 *sums *sums.txt *.sig", "sums of the source's bytes" },
+    { "*.npy *.u16 *.i32", "tokens" },
+};
+
+static int besa__lower(char c) { return c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c; }
+
+/* Whether a name is that of a pattern of so many characters, which is in lower case, whatever the name's case. */
+static int besa__name_matches(const char *pattern, size_t length, const char *name)
+{
+    if (!length) return !*name;
+    if (*pattern == '*')
+        return besa__name_matches(pattern + 1, length - 1, name) ||
+               (*name && besa__name_matches(pattern, length, name + 1));
+    return besa__lower(*name) == *pattern && besa__name_matches(pattern + 1, length - 1, name + 1);
+}
+
 /* Why a file of the source directory is not part of the output; NULL if it is. */
 static const char *besa__why_left_out(const besa_checkpoint *checkpoint, const char *name, const struct stat *st)
 {
-    static const char *const endings[] = { ".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".ot",
-                                           ".onnx", ".gguf", ".index.json", ".npy", ".u16", ".i32" };
     if (name[0] == '.') return "hidden";
     if (!st) return "a dangling link";
     if (S_ISDIR(st->st_mode)) return "a subdirectory";
     if (!S_ISREG(st->st_mode)) return "not a regular file";
     if (checkpoint->index && !strcmp(name, checkpoint->index)) return NULL;
     if (!strcmp(name, BESA__JOURNAL)) return "of an unfinished run";
-    int weights = !strncmp(name, "pytorch_model", 13) || !strncmp(name, "consolidated", 12);
-    for (size_t i = 0, n = strlen(name); i < sizeof endings / sizeof *endings; i++) {
-        size_t m = strlen(endings[i]);
-        weights = weights || (n > m && !strcmp(name + n - m, endings[i]));
-    }
-    return weights ? "not part of this checkpoint" : NULL;
+    for (size_t i = 0; i < sizeof besa__left_out / sizeof *besa__left_out; i++)
+        for (const char *p = besa__left_out[i].patterns; *p; p += *p == ' ') {
+            size_t length = strcspn(p, " ");
+            if (besa__name_matches(p, length, name)) return besa__left_out[i].why;
+            p += length;
+        }
+    return NULL;
 }
 
 static besa_result besa__copy_file(const besa__writer *w, const char *name, besa_error *error)
@@ -9806,6 +10130,8 @@ static void besa__note_settings(const besa__run *run, char **notes)
     const besa_pruner *p = &run->pruner;
     int64_t batches = besa__parts(p->nsamples, p->options.batch_size), longest = run->config->max_position_embeddings;
     int64_t steps = p->options.epochs * batches, needed = 32;
+    const char *line = besa_checkpoint_notes(run->checkpoint), *end;
+    for (; (end = strchr(line, '\n')) != NULL; line = end + 1) besa__notes_add(notes, "%.*s", (int)(end - line), line);
     besa__note_range(run, notes);
     if (p->options.method == BESA_METHOD_BESA && steps < needed)
         besa__notes_add(notes, "warning: %lld learning step%s a block (sequences x epochs / batch size): rates hardly move in "

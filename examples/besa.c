@@ -150,6 +150,7 @@ static besa_result open_job(job *j)
     const settings *s = j->s;
     besa_calibration *c = &j->calibration;
     TRY(besa_checkpoint_open(&j->checkpoint, s->path[0], &j->error));
+    if (s->command->bit & EVAL) fprintf(stderr, "%s", besa_checkpoint_notes(j->checkpoint));
     TRY(open_backend(j));
     c->nsamples = s->nsamples;
     c->seqlen = s->seqlen;
@@ -382,12 +383,35 @@ static void print_shape(const besa_config *c, int json)
         printf(json ? ", \"%s\": %lld" : "%-20s %lld\n", size[i].name, (long long)size[i].value);
 }
 
+/* A text as a JSON string. */
+static void print_string(const char *text)
+{
+    putchar('"');
+    for (; *text; text++) {
+        if (*text == '"' || *text == '\\') putchar('\\');
+        if (*text == '\n') printf("\\n");
+        else putchar(*text);
+    }
+    putchar('"');
+}
+
+static void print_info_notes(const char *notes, int json)
+{
+    if (!json) {
+        printf("%s%s", *notes ? "\n" : "", notes);
+        return;
+    }
+    printf(",\n \"notes\": ");
+    print_string(notes);
+}
+
 static besa_result run_info(job *j)
 {
     const besa_config *config = besa_checkpoint_config(j->checkpoint);
     const int json = j->s->json;
     double weights = 0, zeros = 0;
     print_shape(config, json);
+    print_info_notes(besa_checkpoint_notes(j->checkpoint), json);
     printf(json ? ",\n \"layers\": [" : "\nsparsity");
     for (int i = 0; i < BESA_LAYERS && !json; i++) printf(" %9s", besa_layer_name(i));
     for (int64_t b = 0; b < config->num_hidden_layers; b++) {

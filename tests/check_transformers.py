@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """What `besa prune` writes, loaded by transformers with no extra argument, has the perplexity that `besa eval` says.
 
-    check_transformers.py BESA STORIES260K CHECKPOINTS [MODEL TOKENS.npy]
+    check_transformers.py BESA STORIES260K CHECKPOINTS CASES [MODEL TOKENS.npy]
 
-BESA is the command line program, CHECKPOINTS a directory of small checkpoints, MODEL one more checkpoint to try.
+BESA is the command line program, CHECKPOINTS a directory of small checkpoints, CASES one of folders with a model and
+tokens.npy, MODEL one more checkpoint to try.
 Needs torch, transformers and numpy; prints SKIP without them.
 """
 import json
@@ -62,9 +63,9 @@ def check(program, source, tokens_file, method, extra, nsamples, seqlen, windows
 
 
 def main():
-    if len(sys.argv) not in (4, 6):
+    if len(sys.argv) not in (5, 7):
         sys.exit(__doc__)
-    program, stories, checkpoints = (pathlib.Path(a).resolve() for a in sys.argv[1:4])
+    program, stories, checkpoints, cases = (pathlib.Path(a).resolve() for a in sys.argv[1:5])
     good = True
     with tempfile.TemporaryDirectory() as temp:
         work = pathlib.Path(temp)
@@ -77,8 +78,12 @@ def main():
             np.save(tokens, np.random.default_rng(1).integers(0, vocab, 8 * 64).astype(np.uint16))
             for method in ("dense", "besa", "sparsegpt"):
                 good &= check(program, source, tokens, method, [], 8, 64, 8, work)
-        if len(sys.argv) == 6:
-            model, tokens = (pathlib.Path(a).resolve() for a in sys.argv[4:6])
+        for case in sorted(p for p in cases.iterdir() if (p / "model").is_dir()):
+            source = work / case.name  # of the case's name; transformers may refuse the dense one
+            source.symlink_to(case / "model")
+            good &= check(program, source, case / "tokens.npy", "besa", [], 4, 64, 4, work)
+        if len(sys.argv) == 7:
+            model, tokens = (pathlib.Path(a).resolve() for a in sys.argv[5:7])
             for method in ("dense", "besa"):
                 good &= check(program, model, tokens, method, [], 4, 256, 4, work)
     sys.exit(not good)

@@ -213,4 +213,31 @@ __attribute__((unused)) static double json_number(const char *directory, const c
     return strtod(p + strlen(quoted), NULL);
 }
 
+/* The first n numbers of a list out of a small JSON file. */
+__attribute__((unused))
+static void json_numbers(const char *directory, const char *file, const char *key, double *out, int n)
+{
+    char path[1024], text[8192], quoted[64], *p;
+    size_t length = 0;
+    FILE *f;
+    snprintf(path, sizeof path, "%s/%s", directory, file);
+    snprintf(quoted, sizeof quoted, "\"%s\": [", key);
+    if ((f = fopen(path, "rb")) != NULL) {
+        length = fread(text, 1, sizeof text - 1, f);
+        fclose(f);
+    }
+    text[length] = 0;
+    p = strstr(text, quoted);
+    if (p) p += strlen(quoted);
+    for (int i = 0; i < n; i++) {
+        char *end = p;
+        if (p) out[i] = strtod(p, &end);
+        if (end == p) {
+            printf("FAIL %s has no list \"%s\" of %d numbers\n", path, key, n);
+            exit(1);
+        }
+        p = end + (*end == ',');
+    }
+}
+
 #endif

@@ -56,8 +56,37 @@ static int io_mkdirat(int a, const char *b, mode_t c) { return fault(FAULT_ERROR
 static int io_fstat(int fd, struct stat *st) { return fault(FAULT_ERROR) ? -1 : fstat(fd, st); }
 static int io_flock(int fd, int how) { return fault(FAULT_ERROR) ? -1 : flock(fd, how); }
 static void *io_mmap(void *p, size_t n, int a, int b, int c, off_t d) { return fault(FAULT_ERROR) ? MAP_FAILED : mmap(p, n, a, b, c, d); }
-static void *io_malloc(size_t n) { return fault(FAULT_MEMORY) ? NULL : malloc(n); }
-static void *io_realloc(void *p, size_t n) { return fault(FAULT_MEMORY) ? NULL : realloc(p, n); }
+
+/* The library's memory is counted: blocks and bytes that are held, and the most bytes that were. */
+enum { IN_FRONT = 16 };                       /* in front of each block; keeps its alignment */
+static size_t live_blocks, live_bytes, peak_bytes;
+
+static void *io_block(void *old, size_t before, size_t n)
+{
+    char *p = fault(FAULT_MEMORY) ? NULL : (char *)realloc(old ? (char *)old - IN_FRONT : NULL, n + IN_FRONT);
+    if (!p) return NULL;
+    memcpy(p, &n, sizeof n);
+    live_blocks += !old;
+    live_bytes += n;
+    if (live_bytes > peak_bytes) peak_bytes = live_bytes; /* a block that moves is there twice */
+    live_bytes -= before;
+    return p + IN_FRONT;
+}
+static size_t io_size(const void *p)
+{
+    size_t n = 0;
+    if (p) memcpy(&n, (const char *)p - IN_FRONT, sizeof n);
+    return n;
+}
+static void *io_malloc(size_t n) { return io_block(NULL, 0, n); }
+static void *io_realloc(void *p, size_t n) { return io_block(p, io_size(p), n); }
+static void io_free(void *p)
+{
+    if (!p) return;
+    live_blocks--;
+    live_bytes -= io_size(p);
+    free((char *)p - IN_FRONT);
+}
 
 #define IO_OPENAT(fd, path, flags, mode, ...) io_openat4(fd, path, flags, mode)
 #define pwrite io_pwrite
@@ -75,7 +104,7 @@ static void *io_realloc(void *p, size_t n) { return fault(FAULT_MEMORY) ? NULL :
 #define mmap io_mmap
 #define BESA_MALLOC io_malloc
 #define BESA_REALLOC io_realloc
-#define BESA_FREE free
+#define BESA_FREE io_free
 #define BESA_IMPLEMENTATION
 #include "besa.h"
 #include "fuzz_io.c"
@@ -105,11 +134,11 @@ static void check_error(const char *name, besa_result result, besa_result expect
 /* root/name; each name's path stays valid */
 static const char *at(const char *name)
 {
-    static char paths[64][640];
+    static char paths[256][640];
     int i = 0;
     char path[640];
     snprintf(path, sizeof path, "%s/%s", root, name);
-    while (i < 63 && paths[i][0] && strcmp(paths[i], path)) i++;
+    while (i < 255 && paths[i][0] && strcmp(paths[i], path)) i++;
     memcpy(paths[i], path, sizeof path);
     return paths[i];
 }
@@ -307,7 +336,7 @@ static void test_references(const char *folder)
 
 static besa_result parse(besa__json *json, const char *text, size_t n)
 {
-    char *copy = (char *)malloc(n + 1);
+    char *copy = (char *)io_malloc(n + 1);
     memcpy(copy, text, n);
     copy[n] = 0;
     return besa__json_parse(json, copy, n, "text", &err);
@@ -332,15 +361,18 @@ static void test_json(void)
     const char *good = " { \"k\\u00e9\\n\" : [ 9223372036854775807, -9223372036854775808, 9223372036854775808, -0, 1e-05,"
                        " 0.1, 123456789012345678901234567890, 1.7976931348623157e308, 5e-324 ], \"s\":\"\\ud83d\\ude00\\\"\\/\", \"e\":{}, \"n\":null } ";
     int ok = parse(&json, good, strlen(good)) == BESA_OK;
-    const besa__json_value *list = ok ? besa__json_get(&json, json.values, "k\xC3\xA9\n") : NULL, *v = list ? besa__json_first(list) : NULL;
+    const besa__json_value *list = ok ? besa__json_get(&json, json.values, "k\xC3\xA9\n") : NULL, *v = list ? besa__json_first(&json, list) : NULL;
     double numbers[9];
     int64_t integers[9];
-    for (int i = 0; v && i < 9; v = besa__json_next(&json, v), i++) numbers[i] = v->number, integers[i] = v->is_integer ? v->integer : 77;
-    check("json numbers are exact", list && list->count == 9 && integers[0] == INT64_MAX && integers[1] == INT64_MIN &&
+    for (int i = 0; v && i < 9; v = besa__json_next(&json, list, v), i++) {
+        besa__json_number number = besa__json_number_of(&json, v);
+        numbers[i] = number.value, integers[i] = number.is_integer ? number.integer : 77;
+    }
+    check("json numbers are exact", list && besa__json_count(&json, list) == 9 && integers[0] == INT64_MAX && integers[1] == INT64_MIN &&
           integers[2] == 77 && integers[3] == 0 && !memcmp(&numbers[4], &(const double){ 1e-05 }, 8) && !memcmp(&numbers[5], &(const double){ 0.1 }, 8) &&
           numbers[6] > 1.2e29 && numbers[7] > 1.79e308 && numbers[8] > 0);
     v = ok ? besa__json_get(&json, json.values, "s") : NULL;
-    check("json strings are decoded", v && !strcmp(v->string, "\xF0\x9F\x98\x80\"/"));
+    check("json strings are decoded", v && !strcmp(besa__json_string(&json, v), "\xF0\x9F\x98\x80\"/"));
     besa__json_free(&json);
     char deep[200];
     memset(deep, '[', 100);
@@ -358,6 +390,66 @@ static void test_json(void)
     check("json of 10 MB within 5 s", (double)(clock() - start) / CLOCKS_PER_SEC < 5);
     besa__json_free(&json);
     free(big);
+}
+
+/* Repeat `unit` to a text of n bytes between `begin` and `end`; %d in it is a number of four digits or more. */
+static char *repeated(const char *begin, const char *unit, const char *end, size_t n, size_t *size)
+{
+    char *text = (char *)malloc(n + 256);
+    size_t m = (size_t)sprintf(text, "%s", begin);
+    for (int i = 1000; m < n; i++) m += (size_t)sprintf(text + m, unit, i);
+    m += (size_t)sprintf(text + m, "%s", end);
+    *size = m;
+    return text;
+}
+
+/* A text costs its own size and at most three times that, whatever it holds. */
+static void test_json_memory(void)
+{
+    static const struct { const char *name, *begin, *unit, *end; } t[] = {
+        { "numbers", "[", "0,", "0]" }, { "lists", "[", "[],", "0]" }, { "objects", "[", "{},", "0]" },
+        { "lists of one", "[", "[0],", "0]" }, { "objects of one", "[", "{\"\":0},", "0]" },
+        { "members", "{", "\"%d\":0,", "\"\":0}" }, { "strings", "[", "\"\",", "0]" }, { "one string", "[\"", ",[{:\\\"", "\"]" },
+        { "weight_map", "{\"weight_map\":{", "\"model.layers.%d.mlp.up_proj.weight\":\"model-00001-of-00002.safetensors\",", "\"a\":\"b\"}}" } };
+    char label[128];
+    for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
+        besa__json json;
+        size_t n, before = live_bytes;
+        char *text = repeated(t[i].begin, t[i].unit, t[i].end, 1 << 20, &n);
+        peak_bytes = 0;
+        snprintf(label, sizeof label, "json memory: %s", t[i].name);
+        check_error(label, parse(&json, text, n), BESA_OK, NULL);
+        check(label, peak_bytes - before <= 4 * n + 4096);
+        if (getenv("TEST_VERBOSE")) printf("  %.2f times the text\n", (double)(peak_bytes - before) / (double)n);
+        besa__json_free(&json);
+        check(label, live_bytes == before);
+        free(text);
+    }
+}
+
+/* The same of files: a config.json with long lists, and a header of many small tensors with the table made of it. */
+static void test_file_memory(void)
+{
+    const char *dir = make_model("large", 0);
+    char path[1100], begin[sizeof small_config];
+    size_t n, before = live_bytes;
+    memcpy(begin, small_config, sizeof begin);
+    begin[strlen(begin) - 1] = 0;               /* without its brace */
+    char *text = repeated(begin, ",\"%d\":[[0],0]", "}", 1 << 20, &n);
+    put_text(dir, "config.json", text);
+    free(text);
+    peak_bytes = 0;
+    check_error("memory: config.json of 1 MB", open_close(dir), BESA_OK, NULL);
+    check("memory: of config.json", peak_bytes - before <= 4 * n + (64 << 10));
+    text = repeated("{", "\"%d\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]},",
+                    "\"\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}}", 1 << 20, &n);
+    snprintf(path, sizeof path, "%s/model.safetensors", dir);
+    put_raw(path, text, 0, 1);
+    free(text);
+    peak_bytes = 0;
+    check_error("memory: a header of 1 MB", open_close(dir), BESA_ERROR_TENSOR, "embed_tokens");
+    check("memory: of a header and its tensors", peak_bytes - before <= 6 * n + (64 << 10));
+    if (getenv("TEST_VERBOSE")) printf("  %.2f times the header\n", (double)(peak_bytes - before) / (double)n);
 }
 
 static void test_headers(void)
@@ -462,6 +554,20 @@ static void test_index(void)
     check_error("a snapshot of dangling links", open_close(at("snapshot")), BESA_ERROR_NOT_FOUND, "config.json");
 }
 
+#define LLAMA3 "\"rope_type\":\"llama3\","
+
+/* Set a member of a JSON object of plain members, or take it out where the value is empty or NULL. */
+static void config_set(char *text, size_t size, const char *key, const char *value)
+{
+    char quoted[64];
+    snprintf(quoted, sizeof quoted, "\"%s\":", key);
+    char *old = strstr(text, quoted), *next = old ? strstr(old + 1, ",\"") : NULL;
+    if (old && next) memmove(old, next + 1, strlen(next));
+    else if (old) memcpy(old - 1, "}", 2);      /* the last: its comma goes too */
+    size_t n = strlen(text) - 1;
+    if (value && *value) snprintf(text + n, size - n, ",%s%s}", quoted, value);
+}
+
 static void test_config(void)
 {
     /* text is put in front of the small config's other keys, which it may replace */
@@ -512,38 +618,124 @@ static void test_config(void)
     char label[128], text[2048], key[64];
     const char *dir = make_model("config", 0);
     for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
-        const char *equals = strchr(t[i].change, '='), *old = NULL;
-        size_t n = equals ? (size_t)(equals - t[i].change) : 0;
-        snprintf(key, sizeof key, "\"%.*s\":", (int)n, t[i].change);
-        old = strstr(small_config, key);
-        snprintf(text, sizeof text, "%s", n ? small_config : "[]");
-        if (n && old) { /* take the old member out: up to the comma before the next key, or the end */
-            const char *next = strstr(old + 1, ",\"");
-            snprintf(text, sizeof text, "%.*s%s", (int)(old - small_config) - (next ? 0 : 1), small_config, next ? next + 1 : "}");
-        }
-        if (n && equals[1]) {
-            size_t m = strlen(text) - 1;
-            snprintf(text + m, sizeof text - m, ",%s%s}", key, equals + 1);
-        }
+        const char *equals = strchr(t[i].change, '=');
+        snprintf(text, sizeof text, "%s", equals ? small_config : "[]");
+        snprintf(key, sizeof key, "%.*s", equals ? (int)(equals - t[i].change) : 0, t[i].change);
+        if (equals) config_set(text, sizeof text, key, equals + 1);
         put_text(dir, "config.json", text);
         snprintf(label, sizeof label, "config: %s", t[i].name);
         check_error(label, open_close(dir), t[i].code, t[i].words);
-        if (err.code == BESA_ERROR_JSON && n) printf("  %s\n", text);
+        if (err.code == BESA_ERROR_JSON && equals) printf("  %s\n", text);
+    }
+}
+
+static besa_result read_config(const char *text, besa_config *config)
+{
+    besa__json json;
+    int bias[BESA_LAYERS];
+    memset(config, 0, sizeof *config);
+    err.code = BESA_OK;
+    besa_result result = parse(&json, text, strlen(text));
+    besa__config_reader reader = { &json, json.values, "config.json", &err };
+    if (result == BESA_OK) result = besa__config_read(&reader, config, bias);
+    besa__json_free(&json);
+    return result;
+}
+
+/* A config with one number; `also` sets what its value asks for, `rope` is the rope_scaling that it is a member of. */
+static besa_result read_number(const char *key, const char *number, const char *const also[3][2], const char *rope)
+{
+    besa_config config;
+    char text[2048], object[512];
+    snprintf(text, sizeof text, "%s", small_config);
+    for (int i = 0; i < 3 && also[i][0]; i++) config_set(text, sizeof text, also[i][0], also[i][1]);
+    snprintf(object, sizeof object, "{%s\"%s\":%s}", rope ? rope : "", key, number);
+    config_set(text, sizeof text, rope ? "rope_scaling" : key, rope ? object : number);
+    return read_config(text, &config);
+}
+
+/* Every number of a config at both ends of its range, beyond them, and as what is no number. */
+static void test_config_ranges(void)
+{
+    static const struct { const char *key, *also[3][2], *rope; double least, most; } t[] = {
+        { "vocab_size", { { NULL } }, NULL, 1, 16777216 },
+        { "hidden_size", { { "head_dim", "2" } }, NULL, 1, 16777216 },
+        { "intermediate_size", { { NULL } }, NULL, 1, 16777216 },
+        { "num_hidden_layers", { { NULL } }, NULL, 1, 1024 },
+        { "num_attention_heads", { { "head_dim", "2" } }, NULL, 1, 65536 },
+        { "num_key_value_heads", { { "head_dim", "2" }, { "num_attention_heads", "65536" } }, NULL, 1, 65536 },
+        { "head_dim", { { NULL } }, NULL, 2, 65536 },
+        { "max_position_embeddings", { { NULL } }, NULL, 1, 1099511627776.0 },
+        { "sliding_window", { { "model_type", "\"mistral\"" }, { "architectures", NULL } }, NULL, 1, 1099511627776.0 },
+        { "max_window_layers", { { "model_type", "\"qwen2\"" }, { "architectures", NULL } }, NULL, 0, 1099511627776.0 },
+        { "rms_norm_eps", { { NULL } }, NULL, 1e-30, 1 },
+        { "rope_theta", { { NULL } }, NULL, 1e-6, 1e15 },
+        { "rope_theta", { { NULL } }, "", 1e-6, 1e15 },
+        { "factor", { { NULL } }, "\"type\":\"linear\",", 1e-6, 1e15 },
+        { "factor", { { NULL } }, LLAMA3 "\"low_freq_factor\":1,\"high_freq_factor\":4,\"original_max_position_embeddings\":64,", 1e-6, 1e15 },
+        { "low_freq_factor", { { NULL } }, LLAMA3 "\"factor\":8,\"high_freq_factor\":1e15,\"original_max_position_embeddings\":64,", 1e-6, 9.9e14 },
+        { "high_freq_factor", { { NULL } }, LLAMA3 "\"factor\":8,\"low_freq_factor\":1e-6,\"original_max_position_embeddings\":64,", 1.1e-6, 1e15 },
+        { "original_max_position_embeddings", { { NULL } }, LLAMA3 "\"factor\":8,\"low_freq_factor\":1,\"high_freq_factor\":4,", 1e-6, 1e15 },
+        { "partial_rotary_factor", { { NULL } }, NULL, 1, 1 }, { "partial_rotary_factor", { { NULL } }, "", 1, 1 } };
+    static const char *const wrong[] = { "-1", "-1e300", "1e300", "\"1\"", "true", "[]" };
+    char label[128], number[64], said[96], expected[96];
+    int listed = 1;
+    for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
+        const besa__range *range = besa__find_range(t[i].key);
+        int whole = t[i].least == floor(t[i].least) && t[i].most > 1; /* a count */
+        const double beyond[2] = { whole ? t[i].least - 1 : t[i].least * 0.9, whole ? t[i].most + 1 : t[i].most * 1.1 };
+        snprintf(said, sizeof said, "%s = ", t[i].key);
+        besa__range_text(range, expected, sizeof expected);
+        snprintf(label, sizeof label, "range of %s%s", t[i].rope ? "rope_scaling." : "", t[i].key);
+        for (int end = 0; end < 2; end++) {
+            snprintf(number, sizeof number, "%.17g", end ? t[i].most : t[i].least);
+            check_error(label, read_number(t[i].key, number, t[i].also, t[i].rope), BESA_OK, NULL);
+            snprintf(number, sizeof number, "%.17g", beyond[end]);
+            check_error(label, read_number(t[i].key, number, t[i].also, t[i].rope), BESA_ERROR_UNSUPPORTED, said);
+            if (range->least == t[i].least && range->most == t[i].most) check(label, strstr(err.message, expected) != NULL);
+        }
+        for (size_t k = 0; k < sizeof wrong / sizeof *wrong; k++) {
+            besa_result result = read_number(t[i].key, wrong[k], t[i].also, t[i].rope);
+            if (result != BESA_ERROR_UNSUPPORTED || !strstr(err.message, said)) check_error(label, result, BESA_ERROR_UNSUPPORTED, said);
+        }
+        if (whole) check_error(label, read_number(t[i].key, "1.5", t[i].also, t[i].rope), BESA_ERROR_UNSUPPORTED, said);
+    }
+    for (size_t i = 0; i < sizeof besa__ranges / sizeof *besa__ranges; i++) {
+        int found = 0;
+        for (size_t k = 0; k < sizeof t / sizeof *t; k++) found = found || !strcmp(t[k].key, besa__ranges[i].key);
+        listed = listed && found;
+    }
+    check("every range is tested", listed);
+}
+
+/* What public models have in these keys. */
+static void test_config_public(void)
+{
+    static const char *const taken[][2] = {
+        { "rope_theta", "10000" }, { "rope_theta", "500000.0" }, { "rope_theta", "1000000000.0" }, { "rope_theta", "null" },
+        { "rms_norm_eps", "1e-05" }, { "rms_norm_eps", "1e-6" }, { "rms_norm_eps", "1e-12" }, { "rms_norm_eps", "0.001" }, { "rms_norm_eps", "null" },
+        { "head_dim", "null" }, { "num_key_value_heads", "null" }, { "vocab_size", "256000" }, { "max_position_embeddings", "10485760" },
+        { "max_position_embeddings", "null" }, { "sliding_window", "null" }, { "sliding_window", "0" }, { "attention_bias", "null" }, { "mlp_bias", "false" },
+        { "rope_scaling", "null" }, { "rope_scaling", "{}" }, { "rope_scaling", "{\"type\":\"linear\",\"factor\":2.5}" },
+        { "rope_scaling", "{\"rope_type\":\"default\",\"factor\":null}" }, { "partial_rotary_factor", "null" }, { "quantization_config", "null" },
+        { "num_experts", "null" }, { "use_qk_norm", "false" }, { "pretraining_tp", "2" }, { "tie_word_embeddings", "null" } };
+    char label[128], text[2048];
+    besa_config config;
+    for (size_t i = 0; i < sizeof taken / sizeof *taken; i++) {
+        snprintf(text, sizeof text, "%s", small_config);
+        config_set(text, sizeof text, taken[i][0], taken[i][1]);
+        snprintf(label, sizeof label, "config: %s = %s", taken[i][0], taken[i][1]);
+        check_error(label, read_config(text, &config), BESA_OK, NULL);
     }
 }
 
 /* The layers that slide, as a string of 0 and 1, or the error's name. */
 static void check_windows(const char *name, const char *text, const char *expected, int64_t window)
 {
-    besa__json json;
     besa_config config;
-    int bias[BESA_LAYERS], ok = 1;
+    int ok = 1;
     char label[128];
-    memset(&config, 0, sizeof config);
-    besa_result result = parse(&json, text, strlen(text));
-    besa__config_reader reader = { &json, json.values, "config.json", &err };
-    if (result == BESA_OK) result = besa__config_read(&reader, &config, bias);
-    besa__json_free(&json);
+    besa_result result = read_config(text, &config);
     snprintf(label, sizeof label, "config: %s", name);
     if (!expected) {
         check(label, result == BESA_ERROR_UNSUPPORTED);
@@ -672,6 +864,74 @@ static void test_tokens(void)
     besa_tokens_free(&tokens);
 }
 
+/* Little-endian numbers of `width` bytes. */
+static size_t numbers(unsigned char *out, size_t width, const int64_t *v, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        for (size_t b = 0; b < width; b++) *out++ = (unsigned char)((uint64_t)v[i] >> (8 * b));
+    return count * width;
+}
+
+/* Raw files by what is in them: llm.c's header, 32-bit ids under a name of 16-bit ones, vocabularies too large for 16. */
+static void test_token_widths(void)
+{
+    static const struct { const char *name, *file; int64_t header[3]; size_t header_bytes, width; int spread; int64_t count, vocab; besa_result code; const char *words; } t[] = {
+        { "llm.c of GPT-2", "l.bin", { 20240520, 1, 40 }, 1024, 2, 7, 40, 50257, BESA_OK, NULL },
+        { "llm.c of Llama 3", "l.bin", { 20240801, 7, 40 }, 1024, 4, 3000, 40, 128256, BESA_OK, NULL },
+        { "llm.c, another name", "l.u16", { 20240801, 7, 40 }, 1024, 4, 3000, 40, 128256, BESA_OK, NULL },
+        { "llm.c, a vocabulary beyond 16 bits", "l.bin", { 20240520, 1, 40 }, 1024, 2, 7, 40, 65537, BESA_ERROR_TOKEN, "l.bin: its ids have 16 bits" },
+        { "llm.c, version", "l.bin", { 20240520, 2, 40 }, 1024, 2, 7, 40, 50257, BESA_ERROR_UNSUPPORTED, "version 2" },
+        { "llm.c, version of the other", "l.bin", { 20240801, 1, 40 }, 1024, 4, 7, 40, 50257, BESA_ERROR_UNSUPPORTED, "20240801" },
+        { "llm.c, another kind", "l.bin", { 20240522, 1, 40 }, 1024, 2, 7, 40, 50257, BESA_ERROR_UNSUPPORTED, "20240522" },
+        { "llm.c, one token short", "l.bin", { 20240520, 1, 41 }, 1024, 2, 7, 40, 50257, BESA_ERROR_FORMAT, "41 tokens" },
+        { "llm.c, one token long", "l.bin", { 20240801, 7, 39 }, 1024, 4, 7, 40, 50257, BESA_ERROR_FORMAT, "39 tokens" },
+        { "llm.c, half the width", "l.bin", { 20240801, 7, 40 }, 1024, 2, 7, 40, 50257, BESA_ERROR_FORMAT, "truncated" },
+        { "llm.c, a negative count", "l.bin", { 20240520, 1, -1 }, 1024, 2, 7, 40, 50257, BESA_ERROR_FORMAT, "-1 tokens" },
+        { "llm.c, a cut header", "l.bin", { 20240520, 1, 0 }, 1020, 2, 0, 0, 50257, BESA_ERROR_FORMAT, "1020 bytes" },
+        { "llm.c, empty", "l.bin", { 20240520, 1, 0 }, 1024, 2, 0, 0, 50257, BESA_ERROR_TOKENS, "no tokens" },
+        { "raw uint16", "l.bin", { 0 }, 0, 2, 7, 40, 65536, BESA_OK, NULL },
+        { "raw uint16 for 65537 ids", "l.bin", { 0 }, 0, 2, 7, 40, 65537, BESA_ERROR_TOKEN, ".npy of uint32" },
+        { "raw .u16 for 65537 ids", "l.u16", { 0 }, 0, 2, 7, 40, 65537, BESA_ERROR_TOKEN, "16 bits" },
+        { "raw .i32 for 65537 ids", "l.i32", { 0 }, 0, 4, 1600, 40, 65537, BESA_OK, NULL },
+        { "uint32 as .bin", "l.bin", { 0 }, 0, 4, 7, 40, 50257, BESA_ERROR_FORMAT, "name it .i32" },
+        { "uint32 as .bin, two tokens", "l.bin", { 0 }, 0, 4, 7, 2, 50257, BESA_ERROR_FORMAT, "name it .i32" },
+        { "uint32 of 130000 as .bin", "l.bin", { 0 }, 0, 4, 3333, 40, 128256, BESA_ERROR_FORMAT, "name it .i32" },
+        { "uint32 of 130000 as .bin, few tokens", "l.bin", { 0 }, 0, 4, 30000, 5, 128256, BESA_ERROR_TOKEN, "name a raw file .i32" },
+        { "uint16 of a small vocabulary", "l.bin", { 0 }, 0, 2, 0, 80, 16, BESA_OK, NULL } };
+    unsigned char file[2048];
+    char label[128];
+    for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
+        int64_t v[100];
+        int32_t ids[100];
+        besa_tokens tokens;
+        size_t n = t[i].header_bytes, blocks = live_blocks;
+        memset(file, 0, sizeof file);
+        numbers(file, 4, t[i].header, n ? 3 : 0);
+        for (int64_t k = 0; k < t[i].count; k++) v[k] = t[i].spread ? 1 + k * t[i].spread : k % 10 + 1;
+        n += numbers(file + n, t[i].width, v, (size_t)t[i].count);
+        put(at(t[i].file), file, n);
+        err.code = BESA_OK;
+        besa_result result = besa_tokens_load(&tokens, at(t[i].file), &err);
+        int64_t count = tokens.count;
+        if (result == BESA_OK) result = besa_tokens_sample(&tokens, 1, count, 0, t[i].vocab, ids, &err);
+        besa_tokens_free(&tokens);
+        snprintf(label, sizeof label, "tokens: %s", t[i].name);
+        check_error(label, result, t[i].code, t[i].words);
+        int same = result != BESA_OK || count == t[i].count;
+        for (int64_t k = 0; k < count && result == BESA_OK; k++) same = same && ids[k] == v[k];
+        check(label, same && live_blocks == blocks);
+    }
+    static const unsigned char data[8] = { 1, 0, 2, 0, 3, 0, 4, 0 };
+    besa_tokens tokens;
+    int32_t ids[4];
+    size_t n = npy(file, 1, "{'descr': '<u2', 'fortran_order': False, 'shape': (4,), }", data, 8);
+    put(at("t.npy"), file, n);
+    check_error("tokens: .npy of uint16", besa_tokens_load(&tokens, at("t.npy"), &err), BESA_OK, NULL);
+    check_error("tokens: .npy of uint16, 65536 ids", besa_tokens_sample(&tokens, 1, 4, 0, 65536, ids, &err), BESA_OK, NULL);
+    check_error("tokens: .npy of uint16, 65537 ids", besa_tokens_sample(&tokens, 1, 4, 0, 65537, ids, &err), BESA_ERROR_TOKEN, "t.npy");
+    besa_tokens_free(&tokens);
+}
+
 /* ---- writer ------------------------------------------------------------------------------ */
 
 /* A block's "pruned" weights: source bytes with every second byte 0 - and of some layers nothing at all. */
@@ -698,7 +958,7 @@ static besa_result run_writer(const besa_checkpoint *c, const char *out, const c
     char *notes = NULL;
     err.code = BESA_OK;
     besa_result result = besa__writer_open(&w, c, out, fingerprint, 3, done, &notes, &err);
-    free(notes);
+    BESA_FREE(notes);
     for (int64_t b = *done; b < stop && result == BESA_OK; b++) result = write_block(w, c, b);
     if (result == BESA_OK && stop == 3) return besa__writer_finish(w, &err);
     besa__writer_abandon(w, 0);
@@ -736,6 +996,7 @@ static void test_writer(int sharded)
     put_text(src, "extra.safetensors", "x");
     put_text(src, "model.gguf", "x");
     put_text(src, "pytorch_model.bin.index.json", "{}");
+    put_text(src, "adapter_config.json", "{}");
     put_text(src, ".gitattributes", "x");
     shell("mkdir -p '%s'/original; ln -s /nonexistent '%s'/dangling", src, src);
     shell("ln -s config.json '%s'/generation_config.json; mkfifo '%s'/pipe", src, src);
@@ -749,7 +1010,7 @@ static void test_writer(int sharded)
     check("writer: nothing under the final name yet", done == 0 && !exists(ref) && exists(partial(ref, "/besa-journal")));
     check("writer: nothing that opens as a checkpoint", !exists(partial(ref, "/config.json")));
     static const char *const left_out[] = { "original (a subdirectory)", "pytorch_model.bin (", "consolidated.00.pth", "extra.safetensors",
-                                            "model.gguf", "pytorch_model.bin.index.json", ".gitattributes (hidden)", "dangling (a dangling link)", "pipe (not" };
+                                            "model.gguf", "pytorch_model.bin.index.json", "adapter_config.json (an adapter", ".gitattributes (hidden)", "dangling (a dangling link)", "pipe (not" };
     for (size_t i = 0; i < sizeof left_out / sizeof *left_out; i++)
         if (!notes || !strstr(notes, left_out[i])) printf("  no note of %s\n", left_out[i]), check("writer: notes", 0);
     check_error("writer: a second one is locked out", besa__writer_open(&second, c, ref, "fp 1", 3, &done, NULL, &err), BESA_ERROR_RESUME, "another process");
@@ -765,7 +1026,7 @@ static void test_writer(int sharded)
           back[1] == ((const unsigned char *)t.weight[BESA_DOWN]->data)[1] &&
           besa__writer_read(w, t.weight[BESA_O], back, 0, t.weight[BESA_O]->bytes, &err) == BESA_OK && !memcmp(back, t.weight[BESA_O]->data, t.weight[BESA_O]->bytes));
     check_error("writer: finishes", besa__writer_finish(w, &err), BESA_OK, NULL);
-    free(notes);
+    BESA_FREE(notes);
     check("writer: nothing is left over", exists(ref) && !exists(partial(ref, "")) && !exists(partial(ref, "." "besa-journal")));
     char list[512] = "";
     FILE *ls = NULL;
@@ -917,6 +1178,165 @@ static void test_writer(int sharded)
     besa_checkpoint_close(c);
 }
 
+/* ---- what lies beside ---------------------------------------------------------------------- */
+
+/* The small model with a head: 0 as the embedding, 1 another in its last byte, 2 of another type, 3 of another shape, 4 of a
+ * type that is no weight's. */
+static const char *make_headed(const char *name, int kind)
+{
+    static shard_text s;
+    const char *dir = make_model(name, 0);
+    char path[1100];
+    size_t n;
+    memset(&s, 0, sizeof s);
+    add_tensor(&s, "model.embed_tokens.weight", "BF16", 2, 10, 8);
+    add_tensor(&s, "lm_head.weight", kind == 2 ? "F16" : kind == 4 ? "I16" : "BF16", 2, kind == 3 ? 11 : 10, 8);
+    for (int b = 0; b < 3; b++) block_tensors(&s, b);
+    add_tensor(&s, "model.norm.weight", "BF16", 2, 8, 0);
+    s.n += (size_t)snprintf(s.header + s.n, sizeof s.header - s.n, "}");
+    snprintf(path, sizeof path, "%s/model.safetensors", dir);
+    put_raw(path, s.header, s.data, 5);
+    unsigned char *file = (unsigned char *)get(path, &n), *data = file + 8 + s.n;
+    memcpy(data + 160, data, 160);
+    data[319] ^= kind == 1;
+    put(path, file, n);
+    free(file);
+    return dir;
+}
+
+static void test_tied_head(void)
+{
+    static const struct { const char *name; int kind; besa_result code; const char *words; int tied; } t[] = {
+        { "the embedding again", 0, BESA_OK, NULL, 1 }, { "another in one bit", 1, BESA_OK, NULL, 0 },
+        { "another type", 2, BESA_OK, NULL, 0 }, { "another shape", 3, BESA_ERROR_TENSOR, "lm_head.weight has shape [11, 8]", 0 },
+        { "no weights", 4, BESA_ERROR_UNSUPPORTED, "lm_head.weight has dtype I16", 0 } };
+    char label[128];
+    for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
+        besa_checkpoint *c;
+        besa__model model;
+        err.code = BESA_OK;
+        besa_result result = besa_checkpoint_open(&c, make_headed("headed", t[i].kind), &err);
+        snprintf(label, sizeof label, "tied head: %s", t[i].name);
+        check_error(label, result, t[i].code, t[i].words);
+        if (!c) continue;
+        const char *note = strstr(besa_checkpoint_notes(c), "lm_head.weight differs");
+        check(label, besa__model_bind(&model, c, &err) == BESA_OK && c->config.tie_word_embeddings == t[i].tied &&
+                     (model.head == besa_checkpoint_find(c, t[i].tied ? "model.embed_tokens.weight" : "lm_head.weight")) && (note == NULL) == t[i].tied);
+        besa_checkpoint_close(c);
+    }
+    int64_t done;
+    besa_checkpoint *c;
+    besa_checkpoint_open(&c, make_headed("headed", 1), &err);
+    put_text(at("headed"), "adapter_config.json", "{}");
+    check_error("tied head: written", run_writer(c, at("headed_out"), "fp 1", 3, &done), BESA_OK, NULL);
+    besa_checkpoint_close(c);
+    check_error("tied head: the output opens", besa_checkpoint_open(&c, at("headed_out"), &err), BESA_OK, NULL);
+    check("tied head: the output has it too, and no adapter", c && !c->config.tie_word_embeddings && strstr(besa_checkpoint_notes(c), "lm_head.weight differs") &&
+          !strstr(besa_checkpoint_notes(c), "adapter"));
+    besa_checkpoint_close(c);
+}
+
+static void test_adapters(void)
+{
+    static const char *const names[] = { "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin" };
+    besa_checkpoint *c;
+    check_error("no adapter", besa_checkpoint_open(&c, make_model("adapted", 0), &err), BESA_OK, NULL);
+    check("no adapter: no note", c && !*besa_checkpoint_notes(c));
+    besa_checkpoint_close(c);
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        const char *dir = make_model("adapted", 0);
+        put_text(dir, names[i], "{}");
+        check_error(names[i], besa_checkpoint_open(&c, dir, &err), BESA_OK, NULL);
+        check(names[i], c && strstr(besa_checkpoint_notes(c), names[i]) && strstr(besa_checkpoint_notes(c), "not applied"));
+        besa_checkpoint_close(c);
+    }
+    besa_checkpoint_open(&c, make_headed("adapted", 1), &err);
+    put_text(at("adapted"), names[0], "{}");
+    besa_checkpoint_close(c);
+    besa_checkpoint_open(&c, at("adapted"), &err);
+    const char *notes = c ? besa_checkpoint_notes(c) : "", *second = strchr(notes, '\n');
+    check("notes are lines", second && strstr(second, "adapter") && !strchr(second + 1, '\n')[1]);
+    besa_checkpoint_close(c);
+}
+
+/* Which files become part of an output. */
+static void test_left_out(void)
+{
+    static const char *const copied[] = {
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+        "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "tekken.json", "qwen.tiktoken",
+        "modeling_custom.py", "README.md", "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "preprocessor_config.json", "model.index.md" };
+    static const char *const left_out[] = {
+        "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapter_model.safetensors.index.json", "model.fp16.safetensors",
+        "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model.bin.index.fp16.json", "model.safetensors.index.json",
+        "model.safetensors.index.fp16.json", "tf_model.h5", "tf_model.h5.index.json", "flax_model.msgpack", "flax_model.msgpack.index.json",
+        "rust_model.ot", "model.onnx", "model.onnx_data", "model-Q4_K_M.gguf", "MODEL.GGUF", "ggml-model.ggml", "weights.npz", "consolidated.00.pth",
+        "consolidated.safetensors", "params.json", "checklist.chk", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state_0.pth",
+        "trainer_state.json", "trainer_log.jsonl", "training_args.bin", "training_args.json", "all_results.json", "eval_results.json",
+        "train_results.json", "events.out.tfevents.1700000000.host", "latest", "zero_to_fp32.py", "quantize_config.json", "quant_config.json",
+        "quantization_config.json", "hf_quant_config.json", "kv_cache_scales.json", "measurement.json", "imatrix.dat", "model.imatrix",
+        "openvino_model.xml", "openvino_model.bin", "genai_config.json", "ndarray-cache.json", "tensor-cache-b16.json", "SHA256SUMS",
+        "md5sums.txt", "model.safetensors.sha256", "model.sig", "tokens.npy", "tokens.u16", ".gitattributes" };
+    besa_checkpoint c;
+    struct stat st;
+    memset(&c, 0, sizeof c);
+    memset(&st, 0, sizeof st);
+    st.st_mode = S_IFREG;
+    for (size_t i = 0; i < sizeof copied / sizeof *copied; i++) {
+        const char *why = besa__why_left_out(&c, copied[i], &st);
+        if (why) printf("  %s: %s\n", copied[i], why), check("files: copied", 0);
+    }
+    for (size_t i = 0; i < sizeof left_out / sizeof *left_out; i++)
+        if (!besa__why_left_out(&c, left_out[i], &st)) printf("  %s\n", left_out[i]), check("files: left out", 0);
+    check("files: another model's adapter", !strcmp(besa__why_left_out(&c, "adapter_config.json", &st), "an adapter, which is not applied"));
+    c.index = INDEX;
+    check("files: the index of the shards", !besa__why_left_out(&c, INDEX, &st));
+}
+
+/* Each allocation fails in turn, and every input check: nothing is kept. */
+static void check_frees(const char *name, const char *dir, const char *tokens)
+{
+    size_t blocks = live_blocks;
+    int ok = 1, finished = 0, calls = 1;
+    for (; !finished && ok && calls < 1000; calls++) {
+        besa_checkpoint *c = NULL;
+        besa_tokens t;
+        memset(&t, 0, sizeof t);
+        fault_kind = FAULT_MEMORY, fault_at = calls, fault_calls = 0;
+        besa_result result = dir ? besa_checkpoint_open(&c, dir, &err) : besa_tokens_load(&t, tokens, &err);
+        finished = fault_calls < calls;
+        fault_kind = FAULT_NONE;
+        ok = (finished || (result == BESA_ERROR_MEMORY && err.code == result)) && (result == BESA_OK || live_blocks == blocks);
+        besa_checkpoint_close(c);
+        besa_tokens_free(&t);
+        ok = ok && live_blocks == blocks;
+        if (!ok) printf("  call %d: %s, %d blocks kept\n", calls, result ? err.message : "", (int)(live_blocks - blocks));
+    }
+    check(name, ok && finished && calls > 2);
+}
+
+static void test_frees(void)
+{
+    static const unsigned char bad[16] = { 1, 0, 0, 0, 255, 255, 255, 255 };
+    unsigned char file[256];
+    check_frees("frees: one file", make_model("frees", 0), NULL);
+    check_frees("frees: shards", make_model("frees", 1), NULL);
+    check_frees("frees: a head that differs", make_headed("frees", 1), NULL);
+    check_frees("frees: a head of another shape", make_headed("frees", 3), NULL);
+    put_text(at("frees"), "adapter_config.json", "{}");
+    check_frees("frees: and an adapter", at("frees"), NULL);
+    put_text(at("frees"), "config.json", "{\"model_type\":\"llama\",\"hidden_size\":-1}");
+    check_frees("frees: a bad config", at("frees"), NULL);
+    put(at("f.npy"), file, npy(file, 1, "{'descr': '<i4', 'fortran_order': False, 'shape': (1,), }", bad, 4));
+    check_frees("frees: .npy", NULL, at("f.npy"));
+    put(at("f.npy"), file, npy(file, 1, "{'descr': '<i4', 'fortran_order': False, 'shape': (2,), }", bad, 8));
+    check_frees("frees: .npy with a bad id", NULL, at("f.npy"));
+    put(at("f.npy"), file, npy(file, 1, "{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }", bad, 8));
+    check_frees("frees: .npy of floats", NULL, at("f.npy"));
+    put(at("f.i32"), bad, 8);
+    check_frees("frees: raw with a bad id", NULL, at("f.i32"));
+}
+
 /* A child is killed at a random moment, again and again, until it has finished. */
 static void test_kill(void)
 {
@@ -954,7 +1374,7 @@ static void test_kill_points(void)
         pid_t child = fork();
         if (child == 0) {
             fault_kind = FAULT_KILL;
-            fault_at = calls;
+            fault_at = calls, fault_calls = 0;
             _exit(run_writer(c, out, "fp 1", 3, &done) == BESA_OK ? 0 : 1);
         }
         waitpid(child, &status, 0);
@@ -1061,8 +1481,9 @@ static void test_fuzz(int rounds)
         "3{\"model_type\":\"qwen2\",\"hidden_size\":8,\"intermediate_size\":12,\"num_attention_heads\":2,\"num_key_value_heads\":1,\"num_hidden_layers\":3,\"vocab_size\":10,"
         "\"use_sliding_window\":true,\"max_window_layers\":1,\"rope_scaling\":{\"type\":\"linear\",\"factor\":2}}" };
     static const char header[] = "{\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]},\"b\":{\"dtype\":\"F16\",\"shape\":[2,1],\"data_offsets\":[4,8]}}";
-    unsigned char input[4][512], work[600];
-    size_t size[4];
+    static const char index[] = "4{\"metadata\":{\"total_size\":8},\"weight_map\":{\"a\":\"x.safetensors\",\"b\":\"x.safetensors\",\"c\":\"y.safetensors\"}}";
+    unsigned char input[5][512], work[600];
+    size_t size[5];
     uint64_t n = 0;
     for (int i = 0; i < 2; i++) memcpy(input[i], seeds[i], size[i] = strlen(seeds[i]));
     memset(input[2], 0, 512);
@@ -1072,8 +1493,9 @@ static void test_fuzz(int rounds)
     size[2] = 9 + sizeof header - 1 + 8;
     input[3][0] = '2';
     size[3] = 1 + npy(input[3] + 1, 1, "{'descr': '<u2', 'fortran_order': False, 'shape': (2, 3), }\n", header, 12);
+    memcpy(input[4], index, size[4] = strlen(index));
     for (int r = 0; r < rounds; r++)
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < 5; i++) {
             size_t m = size[i];
             memcpy(work, input[i], m);
             for (uint64_t edits = 1 + besa__splitmix64(1, n++) % 4; edits; edits--) {
@@ -1087,7 +1509,9 @@ static void test_fuzz(int rounds)
             }
             LLVMFuzzerTestOneInput(work, m);
         }
-    check("mutated inputs", 1);
+    int kinds = 0;
+    for (int i = 0; i < 5; i++) kinds += fuzz_taken[i] && fuzz_refused[i];
+    check("mutated inputs: of every kind some are taken and some refused", kinds == 5);
 }
 
 int main(int argc, char **argv)
@@ -1097,11 +1521,21 @@ int main(int argc, char **argv)
     if (!mkdtemp(root)) return printf("cannot work in %s\n", argv[2]), 2;
     test_references(argv[1]);
     test_json();
+    test_json_memory();
+    test_file_memory();
     test_headers();
     test_index();
     test_config();
+    test_config_ranges();
+    test_config_public();
     test_windows();
     test_tokens();
+    test_token_widths();
+    test_tied_head();
+    test_adapters();
+    test_left_out();
+    test_frees();
+    check("every error of the readers frees what it took", !live_blocks);
     test_writer(0);
     test_writer(1);
     test_kill();
@@ -1110,6 +1544,7 @@ int main(int argc, char **argv)
     test_faults(FAULT_MEMORY);
     test_full_disk();
     test_fuzz(argc > 3 ? atoi(argv[3]) : 20000);
+    check("everything is freed", !live_blocks && !live_bytes);
     clean(root);
     printf("%d passed, %d failed, %d skipped\n", passed, failed, skipped);
     return failed != 0;

@@ -9,7 +9,7 @@
 #include "besa.h"
 #include "test.h"
 
-static const char *g_reference;                 /* the directory */
+static const char *g_cases, *g_reference;                 /* the directory */
 static besa_backend g_be;
 static besa_error g_error;
 
@@ -768,6 +768,32 @@ static void test_trace(const char *name, double alpha_bound, double mask_bound)
     CHECK(fabs(report.sparsity - t.sparsity.v[STEPS - 1]) < 0.02, "sparsity %g", report.sparsity);
 }
 
+/* A block's shape given at level 2 has the ranges of a config's. */
+static void test_shapes(void)
+{
+    static const struct { const char *name; int64_t hidden, intermediate, heads, kv, dim, window; double eps; } t[] = {
+        { NULL, 32, 64, 4, 2, 8, 0, 1e-5 }, { NULL, 32, 64, 4, 2, 8, 5, 1e-12 }, { "rms_norm_eps is -1", 32, 64, 4, 2, 8, 0, -1 },
+        { "rms_norm_eps", 32, 64, 4, 2, 8, 0, NAN }, { "rms_norm_eps", 32, 64, 4, 2, 8, 0, 1.5 }, { "hidden_size", 0, 64, 4, 2, 8, 0, 1e-5 },
+        { "hidden_size is 16777217", 16777217, 64, 4, 2, 8, 0, 1e-5 }, { "intermediate_size", 32, -1, 4, 2, 8, 0, 1e-5 },
+        { "num_attention_heads", 32, 64, 65537, 1, 8, 0, 1e-5 }, { "num_key_value_heads", 32, 64, 4, 0, 8, 0, 1e-5 },
+        { "multiple", 32, 64, 4, 3, 8, 0, 1e-5 }, { "head_dim is 0", 32, 64, 4, 2, 0, 0, 1e-5 }, { "even", 32, 64, 4, 2, 7, 0, 1e-5 },
+        { "sliding_window is -1", 32, 64, 4, 2, 8, -1, 1e-5 } };
+    for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
+        besa_block_shape s;
+        besa_prune_options o;
+        besa_pruner *pruner = NULL;
+        memset(&s, 0, sizeof s);
+        memset(&o, 0, sizeof o);
+        o.rates.target = 0.5;
+        s.hidden_size = t[i].hidden, s.intermediate_size = t[i].intermediate, s.num_attention_heads = t[i].heads;
+        s.num_key_value_heads = t[i].kv, s.head_dim = t[i].dim, s.sliding_window = t[i].window, s.rms_norm_eps = t[i].eps;
+        besa_result result = besa_pruner_create(&pruner, &g_be, &s, BESA_F32, 0, &o, 2, 8, &g_error);
+        CHECK(result == (t[i].name ? BESA_ERROR_OPTION : BESA_OK) && (!t[i].name || strstr(g_error.message, t[i].name)), "case %d: %s",
+              (int)i, result ? g_error.message : "taken");
+        besa_pruner_destroy(pruner);
+    }
+}
+
 /* ---- checkpoints ----------------------------------------------------------------------------- */
 
 /* Every architecture, element type and file layout: logits as transformers has them after loading the directory in
@@ -805,15 +831,125 @@ static void test_checkpoint(const char *name, double rounding)
     besa_checkpoint_close(checkpoint);
 }
 
+/* Forms of checkpoints that people have: what is said on opening, by a plan and when pruning, and the mean negative log-likelihood of each window as
+ * transformers 5 has it for `expected`, a case of the same tensors. */
+static void test_case(const char *name, const char *expected, const char *note)
+{
+    enum { WINDOWS = 4, SEQLEN = 64 };
+    char dir[512], model[600], path[600];
+    besa_checkpoint *checkpoint = NULL;
+    besa_tokens tokens;
+    int32_t ids[WINDOWS * SEQLEN];
+    double ppl, nll[WINDOWS], want[WINDOWS];
+    snprintf(dir, sizeof dir, "%s/%s", g_cases, name);
+    snprintf(model, sizeof model, "%s/model", dir);
+    snprintf(path, sizeof path, "%s/tokens.npy", dir);
+    snprintf(dir, sizeof dir, "%s/%s", g_cases, expected);
+    json_numbers(dir, "expected.json", "transformers_nll", want, WINDOWS);
+    CHECK_OK(besa_checkpoint_open(&checkpoint, model, &g_error), g_error);
+    if (!checkpoint) return;
+    CHECK(strstr(besa_checkpoint_notes(checkpoint), note), "notes: \"%s\"", besa_checkpoint_notes(checkpoint));
+    CHECK_OK(besa_tokens_load(&tokens, path, &g_error), g_error);
+    CHECK_OK(besa_tokens_sample(&tokens, WINDOWS, SEQLEN, 0, besa_checkpoint_config(checkpoint)->vocab_size, ids, &g_error), g_error);
+    CHECK_OK(besa_perplexity(checkpoint, &g_be, ids, WINDOWS, SEQLEN, &ppl, nll, NULL, NULL, &g_error), g_error);
+    for (int i = 0; i < WINDOWS; i++) CHECK(fabs(nll[i] - want[i]) < 2e-6, "window %d: nll %.9g, expected %.9g", i, nll[i], want[i]);
+    besa_calibration data;
+    besa_prune_options options;
+    besa_plan_result plan;
+    besa_report report;
+    memset(&data, 0, sizeof data);
+    memset(&options, 0, sizeof options);
+    data.ids = ids, data.nsamples = WINDOWS, data.seqlen = SEQLEN;
+    options.method = BESA_METHOD_WANDA, options.rates.target = 0.5;
+    CHECK_OK(besa_plan(checkpoint, &g_be, &data, &options, &plan, &g_error), g_error);
+    CHECK(strstr(plan.notes, note), "notes of the plan: \"%s\"", plan.notes);
+    CHECK_OK(besa_prune(checkpoint, NULL, &g_be, &data, &options, &report, &g_error), g_error);
+    CHECK(report.notes && strstr(report.notes, note), "notes of the report: \"%s\"", report.notes ? report.notes : "");
+    besa_report_free(&report);
+    besa_tokens_free(&tokens);
+    besa_checkpoint_close(checkpoint);
+}
+
+/* The same ids as .npy, as llm.c's file and as a raw .bin of uint32, for a vocabulary of 66,000. */
+static void test_token_case(void)
+{
+    static const char *const names[] = { "tokens.npy", "llmc.bin" };
+    enum { COUNT = 512 };
+    besa_tokens t[2], raw;
+    int32_t ids[2][COUNT];
+    char path[600];
+    for (int i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%s/tokens_bin_uint32/%s", g_cases, names[i]);
+        CHECK_OK(besa_tokens_load(&t[i], path, &g_error), g_error);
+        CHECK(t[i].count == COUNT, "%s: %d ids", names[i], (int)t[i].count);
+        CHECK_OK(besa_tokens_sample(&t[i], 1, COUNT, 0, 66000, ids[i], &g_error), g_error);
+        besa_tokens_free(&t[i]);
+    }
+    CHECK(!memcmp(ids[0], ids[1], sizeof ids[0]), "llm.c's ids are others");
+    snprintf(path, sizeof path, "%s/tokens_bin_uint32/tokens.bin", g_cases);
+    besa_result result = besa_tokens_load(&raw, path, &g_error);
+    CHECK(result == BESA_ERROR_FORMAT && strstr(g_error.message, "tokens.bin") && strstr(g_error.message, ".i32"), "%s: %s",
+          besa_result_string(result), result ? g_error.message : "");
+    besa_tokens_free(&raw);
+}
+
+/* ---- rope ------------------------------------------------------------------------------------ */
+
+/* The angle of position t for pair i of a head, by the published formulas. The wavelength of a pair is 2 pi / f. */
+static double rope_angle(const besa_rope *rope, int64_t t, int64_t i, int64_t head_dim)
+{
+    double f = 1 / pow(rope->theta, (double)(2 * i) / (double)head_dim), wavelength = 2 * acos(-1) / f;
+    double longest = rope->original_max_position_embeddings / rope->low_freq_factor;
+    double shortest = rope->original_max_position_embeddings / rope->high_freq_factor;
+    if (rope->type == BESA_ROPE_LINEAR) return (double)t / rope->factor * f; /* positions are interpolated */
+    if (rope->type == BESA_ROPE_DEFAULT || wavelength < shortest) return (double)t * f;
+    if (wavelength > longest) return (double)t * f / rope->factor;
+    double part = (rope->original_max_position_embeddings / wavelength - rope->low_freq_factor) /
+                  (rope->high_freq_factor - rope->low_freq_factor);
+    return (double)t * (part * f + (1 - part) * f / rope->factor);
+}
+
+static void test_rope(void)
+{
+    static const struct { const char *name; besa_rope rope; int64_t head_dim; } t[] = {
+        { "default", { BESA_ROPE_DEFAULT, 10000, 0, 0, 0, 0 }, 64 }, { "default, theta 1e6", { BESA_ROPE_DEFAULT, 1e6, 0, 0, 0, 0 }, 128 },
+        { "linear", { BESA_ROPE_LINEAR, 10000, 4, 0, 0, 0 }, 64 }, { "linear by a fraction", { BESA_ROPE_LINEAR, 5e5, 2.5, 0, 0, 0 }, 18 },
+        { "llama3", { BESA_ROPE_LLAMA3, 5e5, 8, 1, 4, 8192 }, 128 }, { "llama3, factor 32", { BESA_ROPE_LLAMA3, 5e5, 32, 1, 4, 8192 }, 64 },
+        { "llama3, other bounds", { BESA_ROPE_LLAMA3, 1e4, 3, 2, 16, 512 }, 32 } };
+    enum { SEQLEN = 300 };
+    for (size_t k = 0; k < sizeof t / sizeof *t; k++) {
+        int64_t half = t[k].head_dim / 2;
+        float *cosine = take_floats(SEQLEN * half), *sine = take_floats(SEQLEN * half);
+        double worst = 0;
+        besa_block_shape shape;
+        memset(&shape, 0, sizeof shape);
+        shape.head_dim = t[k].head_dim;
+        shape.rope = t[k].rope;
+        besa_rope_table(&shape, SEQLEN, cosine, sine);
+        for (int64_t p = 0; p < SEQLEN; p++)
+            for (int64_t i = 0; i < half; i++) {
+                double angle = rope_angle(&t[k].rope, p, i, t[k].head_dim);
+                double c = fabs((double)cosine[p * half + i] - cos(angle)), s = fabs((double)sine[p * half + i] - sin(angle));
+                if (c > worst) worst = c;
+                if (s > worst) worst = s;
+            }
+        CHECK(worst < 1e-7 * SEQLEN, "%s: error %g", t[k].name, worst); /* the angle is rounded to float: 2^-24 of 300 */
+    }
+}
+
 int main(int argc, char **argv)
 {
     static const char *const block[] = { "block_mha", "block_gqa", "block_qkv_bias", "block_sliding_window", "block_qk_norm" };
     static const struct { const char *name; double rounding; } model[] = {
         { "llama_mha_f16", 5e-4 }, { "llama3_gqa_tied_bf16", 5e-3 }, { "mistral_gqa_bf16", 5e-3 },
         { "qwen2_bias_tied_bf16", 5e-3 }, { "qwen3_qknorm_f32", 1e-4 } };
-    if (argc < 2) return fprintf(stderr, "usage: %s REFERENCE_DIRECTORY [part of a test's name]\n", argv[0]), 2;
+    static const struct { const char *name, *expected, *note; } cases[] = {
+        { "tied_other_head", "tied_other_head", "lm_head.weight differs" },
+        { "adapter_config", "tied_other_head", "adapter_config.json" } }; /* its adapter is not applied */
+    if (argc < 3) return fprintf(stderr, "usage: %s REFERENCE_DIRECTORY CASES_DIRECTORY [part of a test's name]\n", argv[0]), 2;
     g_reference = argv[1];
-    test.only = argc > 2 ? argv[2] : NULL;
+    g_cases = argv[2];
+    test.only = argc > 3 ? argv[3] : NULL;
     if (besa_cpu_backend(&g_be, NULL, &g_error) != BESA_OK) return fprintf(stderr, "%s\n", g_error.message), 1;
     for (int i = 0; i < 5; i++) TEST(block[i]) test_block(block[i]);
     TEST("sparse_row_sigmoid") test_sparse_layer("sparse_row_sigmoid", 0, 12, 0);
@@ -832,10 +968,14 @@ int main(int argc, char **argv)
     TEST("trace_published_penalty") test_trace("trace_published_penalty", 0.3, 0.02);
     TEST("trace_published_no_penalty") test_trace("trace_published_no_penalty", 0.5, 0.1);
     TEST("arguments of the layer API") test_rates_arguments();
+    TEST("shapes of a block") test_shapes();
     TEST("one wait a block, besa") test_waits(BESA_METHOD_BESA);
     TEST("one wait a block, wanda") test_waits(BESA_METHOD_WANDA);
     TEST("one wait a block, sparsegpt") test_waits(BESA_METHOD_SPARSEGPT);
     for (int i = 0; i < 5; i++) TEST(model[i].name) test_checkpoint(model[i].name, model[i].rounding);
+    TEST("rope of every type") test_rope();
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) TEST(cases[i].name) test_case(cases[i].name, cases[i].expected, cases[i].note);
+    TEST("tokens_bin_uint32") test_token_case();
     g_be.destroy(&g_be);
     return test_finish();
 }
