@@ -2663,26 +2663,84 @@ static besa_result besa__config_number(const besa__config_reader *r, const besa_
     return besa__config_refuse(r, name, value, besa__range_text(range, supported, sizeof supported));
 }
 
-/* The architecture by model_type, and `architectures` must agree; 0 .. 3. */
-static besa_result besa__config_architecture(const besa__config_reader *r, besa_config *config, int *kind)
+/* Where a family's biases come from: its layers never have one, and the key is ignored (NONE) or must be false (REFUSED);
+ * they always have one; the key says so. */
+enum { BESA__BIAS_NONE, BESA__BIAS_REFUSED, BESA__BIAS_ALWAYS, BESA__BIAS_BY_KEY };
+/* Which layers have a sliding window: none, and the key must be null or 0; all, where it is set; those that layer_types
+ * names, or from max_window_layers on, where use_sliding_window is true. */
+enum { BESA__WINDOW_NONE, BESA__WINDOW_ALL, BESA__WINDOW_CHOSEN };
+
+/* A family of models, by its model_type in config.json. One that differs from the others only in what stands here is one
+ * more row. Values are those of Hugging Face transformers. */
+typedef struct besa__architecture {
+    const char *model_type;
+    const char *class_name, *former_class;      /* in `architectures`; former_class NULL: none */
+    int64_t num_key_value_heads, head_dim;      /* where config.json has no such key; 0: as many as attention heads,
+                                                   hidden_size / num_attention_heads */
+    int bias[BESA__GROUPS];                     /* BESA__BIAS_..: of q, k, v; of o; of gate, up, down */
+    int qk_norm;                                /* q and k are normed per head before rope */
+    int window;                                 /* BESA__WINDOW_.. */
+    unsigned ropes;                             /* bits of besa_rope_type */
+    const char *prefix;                         /* of all tensor names but lm_head's */
+} besa__architecture;
+
+#define BESA__ROPES (1u << BESA_ROPE_DEFAULT | 1u << BESA_ROPE_LINEAR | 1u << BESA_ROPE_LLAMA3)
+
+static const besa__architecture besa__architectures[] = {
+    {"llama", "LlamaForCausalLM", "LLaMAForCausalLM", 0, 0, {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY}, 0,
+     BESA__WINDOW_NONE, BESA__ROPES, "model."},
+    {"mistral", "MistralForCausalLM", NULL, 8, 0, {BESA__BIAS_REFUSED, BESA__BIAS_REFUSED, BESA__BIAS_REFUSED}, 0,
+     BESA__WINDOW_ALL, BESA__ROPES, "model."},
+    {"qwen2", "Qwen2ForCausalLM", NULL, 32, 0, {BESA__BIAS_ALWAYS, BESA__BIAS_NONE, BESA__BIAS_REFUSED}, 0,
+     BESA__WINDOW_CHOSEN, BESA__ROPES, "model."},
+    {"qwen3", "Qwen3ForCausalLM", NULL, 32, 128, {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_REFUSED}, 1,
+     BESA__WINDOW_CHOSEN, BESA__ROPES, "model."},
+};
+
+enum { BESA__ARCHITECTURES = (int)(sizeof besa__architectures / sizeof *besa__architectures) };
+
+/* The row of a model_type, or NULL. */
+static const besa__architecture *besa__find_architecture(const char *model_type)
 {
-    static const char *const types[] = { "llama", "mistral", "qwen2", "qwen3" };
-    static const char *const classes[] = { "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM",
-                                           "Qwen3ForCausalLM" };
+    for (int i = 0; i < BESA__ARCHITECTURES; i++)
+        if (model_type && !strcmp(model_type, besa__architectures[i].model_type)) return &besa__architectures[i];
+    return NULL;
+}
+
+/* "a", "b", "c": the model types of all rows. */
+static const char *besa__model_types(char *text, size_t size)
+{
+    size_t n = 0;
+    for (int i = 0; i < BESA__ARCHITECTURES && n < size; i++)
+        n += (size_t)snprintf(text + n, size - n, "%s\"%s\"", i ? ", " : "", besa__architectures[i].model_type);
+    return text;
+}
+
+/* The name of a block's tensor: the prefix, layers.N. and a path such as "mlp.up_proj". */
+static void besa__tensor_name(char *name, size_t size, const besa_config *config, int64_t block, const char *path)
+{
+    snprintf(name, size, "%slayers.%lld.%s", besa__find_architecture(config->model_type)->prefix, (long long)block, path);
+}
+
+/* The architecture by model_type; `architectures` must agree. */
+static besa_result besa__config_architecture(const besa__config_reader *r, besa_config *config,
+                                             const besa__architecture **out)
+{
     const besa__json_value *type = besa__config_get(r, "model_type"), *list = besa__config_get(r, "architectures");
-    for (*kind = 0; *kind < 4; ++*kind)
-        if (besa__config_is(r, type, types[*kind])) break;
-    if (*kind == 4) return besa__config_refuse(r, "model_type", type, "\"llama\", \"mistral\", \"qwen2\", \"qwen3\"");
-    snprintf(config->model_type, sizeof config->model_type, "%s", types[*kind]);
+    const besa__architecture *a = *out = besa__find_architecture(besa__json_string(r->json, type));
+    char known[256];
+    if (!a) return besa__config_refuse(r, "model_type", type, besa__model_types(known, sizeof known));
+    snprintf(config->model_type, sizeof config->model_type, "%s", a->model_type);
     if (!list) return BESA_OK;
     const besa__json_value *name = besa__json_is(r->json, list, BESA__JSON_ARRAY) && besa__json_count(r->json, list) == 1
                                        ? besa__json_first(r->json, list) : NULL;
-    int known = besa__config_is(r, name, classes[*kind]) || (!*kind && besa__config_is(r, name, "LLaMAForCausalLM"));
-    return known ? BESA_OK : besa__config_refuse(r, "architectures", name ? name : list, classes[*kind]);
+    if (besa__config_is(r, name, a->class_name) || (a->former_class && besa__config_is(r, name, a->former_class)))
+        return BESA_OK;
+    return besa__config_refuse(r, "architectures", name ? name : list, a->class_name);
 }
 
 /* Settings that change the forward pass and are not implemented: only their neutral values pass. */
-static besa_result besa__config_refuse_unknown(const besa__config_reader *r, int kind)
+static besa_result besa__config_refuse_unknown(const besa__config_reader *r, const besa__architecture *a)
 {
     static const char *const absent[] = {
         "quantization_config", "compression_config", "num_local_experts", "num_experts", "n_routed_experts",
@@ -2699,18 +2757,42 @@ static besa_result besa__config_refuse_unknown(const besa__config_reader *r, int
             return besa__config_refuse(r, absent[i], value, "null, or no such key");
     }
     BESA__TRY(besa__config_number(r, r->root, "", "partial_rotary_factor", 1, &unused));
-    value = besa__config_get(r, "attention_bias");
-    if (kind == 1 && value && !besa__json_is(r->json, value, BESA__JSON_FALSE))
-        return besa__config_refuse(r, "attention_bias", value, "false, for mistral");
+    if (a->window != BESA__WINDOW_NONE) return BESA_OK;
     value = besa__config_get(r, "sliding_window");
     besa__json_number window = besa__json_number_of(r->json, value);
-    if (kind == 0 && value && (!window.is_integer || window.integer))
-        return besa__config_refuse(r, "sliding_window", value, "null or 0, for llama");
+    char supported[64];
+    snprintf(supported, sizeof supported, "null or 0, for %s", a->model_type);
+    if (value && (!window.is_integer || window.integer))
+        return besa__config_refuse(r, "sliding_window", value, supported);
     return BESA_OK;
 }
 
+static const char *const besa__rope_names[] = {"default", "linear", "llama3"}; /* by besa_rope_type */
+
+/* The type of a rope that the architecture has; 0: it has no such type. */
+static int besa__find_rope(const besa__config_reader *r, const besa__architecture *a, const besa__json_value *value,
+                           besa_rope_type *type)
+{
+    for (unsigned i = 0; i < sizeof besa__rope_names / sizeof *besa__rope_names; i++)
+        if ((a->ropes >> i & 1u) && besa__config_is(r, value, besa__rope_names[i])) {
+            *type = (besa_rope_type)i;
+            return 1;
+        }
+    return 0;
+}
+
+/* "a", "b": the types that the architecture has. */
+static const char *besa__rope_types(const besa__architecture *a, char *text, size_t size)
+{
+    size_t n = 0;
+    for (unsigned i = 0; i < sizeof besa__rope_names / sizeof *besa__rope_names && n < size; i++)
+        if (a->ropes >> i & 1u)
+            n += (size_t)snprintf(text + n, size - n, "%s\"%s\"", n ? ", " : "", besa__rope_names[i]);
+    return text;
+}
+
 /* rope_parameters, or the older rope_theta and rope_scaling. */
-static besa_result besa__config_rope(const besa__config_reader *r, besa_rope *rope)
+static besa_result besa__config_rope(const besa__config_reader *r, const besa__architecture *a, besa_rope *rope)
 {
     const besa__json *json = r->json;
     const besa__json_value *object = besa__config_get(r, "rope_scaling"), *type = NULL;
@@ -2733,14 +2815,13 @@ static besa_result besa__config_rope(const besa__config_reader *r, besa_rope *ro
     BESA__TRY(besa__config_number(r, object, prefix, "partial_rotary_factor", 1, &unused));
     type = besa__json_get(json, object, "rope_type");
     if (!type) type = besa__json_get(json, object, "type");
-    if (!type || besa__config_is(r, type, "default")) return BESA_OK;
-    if (besa__config_is(r, type, "linear")) rope->type = BESA_ROPE_LINEAR;
-    else if (besa__config_is(r, type, "llama3")) rope->type = BESA_ROPE_LLAMA3;
-    else {
-        char name[48];
+    if (!type) return BESA_OK;
+    if (!besa__find_rope(r, a, type, &rope->type)) {
+        char name[48], known[128];
         snprintf(name, sizeof name, "%s%s", prefix, besa__json_key(json, type));
-        return besa__config_refuse(r, name, type, "\"default\", \"linear\", \"llama3\"");
+        return besa__config_refuse(r, name, type, besa__rope_types(a, known, sizeof known));
     }
+    if (rope->type == BESA_ROPE_DEFAULT) return BESA_OK;
     BESA__TRY(besa__config_number(r, object, prefix, "factor", 0, &rope->factor));
     if (rope->type == BESA_ROPE_LINEAR) return BESA_OK;
     BESA__TRY(besa__config_number(r, object, prefix, "low_freq_factor", 0, &rope->low_freq_factor));
@@ -2752,13 +2833,13 @@ static besa_result besa__config_rope(const besa__config_reader *r, besa_rope *ro
                                "a number above low_freq_factor");
 }
 
-/* Which layers slide. Mistral: all or none. Qwen: layer_types, or from max_window_layers on. */
-static besa_result besa__config_windows(const besa__config_reader *r, besa_config *config, int kind)
+/* Which layers slide. */
+static besa_result besa__config_windows(const besa__config_reader *r, besa_config *config, const besa__architecture *a)
 {
     const besa__json_value *types = besa__config_get(r, "layer_types");
     int64_t first = 0, window = 0;
-    int sliding = kind == 1, given = besa__json_get(r->json, r->root, "sliding_window") != NULL;
-    if (kind >= 2) {
+    int sliding = a->window == BESA__WINDOW_ALL, given = besa__json_get(r->json, r->root, "sliding_window") != NULL;
+    if (a->window == BESA__WINDOW_CHOSEN) {
         BESA__TRY(besa__config_bool(r, "use_sliding_window", &sliding));
         BESA__TRY(besa__config_integer(r, "max_window_layers", 28, &first));
     }
@@ -2777,8 +2858,8 @@ static besa_result besa__config_windows(const besa__config_reader *r, besa_confi
         if (!slides && !full) return besa__config_refuse(r, name, v, "\"full_attention\", \"sliding_attention\"");
         if (slides && !window)
             return besa__config_refuse(r, name, v, "\"full_attention\", as no sliding_window is in use");
-        if (full && kind == 1 && window)
-            return besa__config_refuse(r, name, v, "\"sliding_attention\", as mistral's sliding_window is set");
+        if (full && a->window == BESA__WINDOW_ALL && window)
+            return besa__config_refuse(r, name, v, "\"sliding_attention\", as sliding_window is set and of all layers");
         config->window[i] = (uint8_t)slides;
     }
     for (i = 0; i < config->num_hidden_layers; i++)
@@ -2787,7 +2868,7 @@ static besa_result besa__config_windows(const besa__config_reader *r, besa_confi
 }
 
 /* Sizes of the model and of its attention. */
-static besa_result besa__config_sizes(const besa__config_reader *r, besa_config *config, int kind)
+static besa_result besa__config_sizes(const besa__config_reader *r, besa_config *config, const besa__architecture *a)
 {
     besa_block_shape *b = &config->block;
     const int64_t most = 1 << 24;
@@ -2800,14 +2881,14 @@ static besa_result besa__config_sizes(const besa__config_reader *r, besa_config 
     BESA__TRY(besa__config_integer(r, "max_position_embeddings", 2048,
                                    &config->max_position_embeddings));
     BESA__TRY(besa__config_integer(r, "num_attention_heads", 0, &b->num_attention_heads));
-    int64_t groups = heads_given || !kind ? b->num_attention_heads : kind == 1 ? 8 : 32; /* transformers' defaults */
+    int64_t groups = heads_given || !a->num_key_value_heads ? b->num_attention_heads : a->num_key_value_heads;
     BESA__TRY(besa__config_integer(r, "num_key_value_heads", groups, &b->num_key_value_heads));
     if (b->num_key_value_heads > b->num_attention_heads || b->num_attention_heads % b->num_key_value_heads)
         return besa__fail(r->error, BESA_ERROR_UNSUPPORTED, "%s: num_attention_heads = %lld is no multiple of "
                           "num_key_value_heads = %lld", r->path, (long long)b->num_attention_heads,
                           (long long)b->num_key_value_heads);
     int64_t derived = b->hidden_size / b->num_attention_heads;
-    if (kind == 3 && !dim_given) derived = 128;
+    if (a->head_dim && !dim_given) derived = a->head_dim;
     else if (!besa__config_get(r, "head_dim") && b->hidden_size % b->num_attention_heads)
         return besa__fail(r->error, BESA_ERROR_UNSUPPORTED,
                           "%s: hidden_size = %lld is no multiple of num_attention_heads "
@@ -2823,26 +2904,35 @@ static besa_result besa__config_sizes(const besa__config_reader *r, besa_config 
 }
 
 /* bias[layer] = 1 for each layer that has one. */
+static besa_result besa__config_biases(const besa__config_reader *r, const besa__architecture *a, int bias[BESA_LAYERS])
+{
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int rule = a->bias[besa__layers[i].group], by_key;
+        const char *key = besa__layers[i].group == BESA__GROUP_MLP ? "mlp_bias" : "attention_bias";
+        char supported[32];
+        BESA__TRY(besa__config_bool(r, key, &by_key));
+        snprintf(supported, sizeof supported, "false, for %s", a->model_type);
+        if (rule == BESA__BIAS_REFUSED && by_key)
+            return besa__config_refuse(r, key, besa__config_get(r, key), supported);
+        bias[i] = rule == BESA__BIAS_ALWAYS || (rule == BESA__BIAS_BY_KEY && by_key);
+    }
+    return BESA_OK;
+}
+
 static besa_result besa__config_read(const besa__config_reader *r, besa_config *config, int bias[BESA_LAYERS])
 {
-    int kind, attention = 0, mlp = 0;
+    const besa__architecture *a;
     if (!besa__json_is(r->json, r->root, BESA__JSON_OBJECT))
         return besa__fail(r->error, BESA_ERROR_JSON, "%s: no JSON object", r->path);
-    BESA__TRY(besa__config_architecture(r, config, &kind));
-    BESA__TRY(besa__config_refuse_unknown(r, kind));
-    BESA__TRY(besa__config_sizes(r, config, kind));
-    BESA__TRY(besa__config_rope(r, &config->block.rope));
-    BESA__TRY(besa__config_windows(r, config, kind));
+    BESA__TRY(besa__config_architecture(r, config, &a));
+    BESA__TRY(besa__config_refuse_unknown(r, a));
+    BESA__TRY(besa__config_sizes(r, config, a));
+    BESA__TRY(besa__config_rope(r, a, &config->block.rope));
+    BESA__TRY(besa__config_windows(r, config, a));
     BESA__TRY(besa__config_number(r, r->root, "", "rms_norm_eps", 1e-6, &config->block.rms_norm_eps));
     BESA__TRY(besa__config_bool(r, "tie_word_embeddings", &config->tie_word_embeddings));
-    BESA__TRY(besa__config_bool(r, "attention_bias", &attention));
-    BESA__TRY(besa__config_bool(r, "mlp_bias", &mlp));
-    if (kind && mlp) return besa__config_refuse(r, "mlp_bias", besa__config_get(r, "mlp_bias"), "false, but for llama");
-    bias[BESA_Q] = bias[BESA_K] = bias[BESA_V] = kind == 2 || attention;
-    bias[BESA_O] = kind != 2 && attention;
-    bias[BESA_GATE] = bias[BESA_UP] = bias[BESA_DOWN] = mlp;
-    config->qk_norm = kind == 3;
-    return BESA_OK;
+    config->qk_norm = a->qk_norm;
+    return besa__config_biases(r, a, bias);
 }
 
 static besa_result besa__config_load(besa_config *config, int bias[BESA_LAYERS], const char *directory,
@@ -2899,37 +2989,58 @@ static besa_result besa__block_bind(besa__block_tensors *tensors, const besa_che
                                     besa_error *error)
 {
     const besa_block_shape *s = &checkpoint->config.block;
-    char name[96];
+    char name[96], rest[48];
     int64_t rows, columns;
     memset(tensors, 0, sizeof *tensors);
     for (int i = 0; i < BESA_LAYERS; i++) {
         const char *path = besa__layers[i].path;
         besa_block_layer(s, i, &rows, &columns);
-        snprintf(name, sizeof name, "model.layers.%lld.%s.weight", (long long)block, path);
+        snprintf(rest, sizeof rest, "%s.weight", path);
+        besa__tensor_name(name, sizeof name, &checkpoint->config, block, rest);
         BESA__TRY(besa__need(&tensors->weight[i], checkpoint, name, rows, columns, error));
-        snprintf(name, sizeof name, "model.layers.%lld.%s.bias", (long long)block, path);
+        snprintf(rest, sizeof rest, "%s.bias", path);
+        besa__tensor_name(name, sizeof name, &checkpoint->config, block, rest);
         BESA__TRY(besa__need_if(checkpoint->bias[i], &tensors->bias[i], checkpoint, name, rows, error));
     }
-    snprintf(name, sizeof name, "model.layers.%lld.input_layernorm.weight", (long long)block);
+    besa__tensor_name(name, sizeof name, &checkpoint->config, block, "input_layernorm.weight");
     BESA__TRY(besa__need(&tensors->norm1, checkpoint, name, s->hidden_size, 0, error));
-    snprintf(name, sizeof name, "model.layers.%lld.post_attention_layernorm.weight", (long long)block);
+    besa__tensor_name(name, sizeof name, &checkpoint->config, block, "post_attention_layernorm.weight");
     BESA__TRY(besa__need(&tensors->norm2, checkpoint, name, s->hidden_size, 0, error));
-    snprintf(name, sizeof name, "model.layers.%lld.self_attn.q_norm.weight", (long long)block);
+    besa__tensor_name(name, sizeof name, &checkpoint->config, block, "self_attn.q_norm.weight");
     BESA__TRY(besa__need_if(checkpoint->config.qk_norm, &tensors->q_norm, checkpoint, name, s->head_dim, error));
-    snprintf(name, sizeof name, "model.layers.%lld.self_attn.k_norm.weight", (long long)block);
+    besa__tensor_name(name, sizeof name, &checkpoint->config, block, "self_attn.k_norm.weight");
     return besa__need_if(checkpoint->config.qk_norm, &tensors->k_norm, checkpoint, name, s->head_dim, error);
+}
+
+/* No tensor may be of a block beyond those that config.json counts. */
+static besa_result besa__check_block_numbers(const besa_checkpoint *checkpoint, besa_error *error)
+{
+    const besa_config *c = &checkpoint->config;
+    char layers[64];
+    int length = snprintf(layers, sizeof layers, "%slayers.", besa__find_architecture(c->model_type)->prefix);
+    for (int64_t i = 0; i < checkpoint->num_tensors; i++) {
+        const char *name = checkpoint->tensors[i].name, *digits = name + length;
+        if (strncmp(name, layers, (size_t)length) || *digits < '0' || *digits > '9') continue;
+        if (strtoll(digits, NULL, 10) >= c->num_hidden_layers)
+            return besa__fail(error, BESA_ERROR_TENSOR, "%s: tensor %.200s is there, but config.json says num_hidden_layers "
+                              "= %lld", checkpoint->directory, name, (long long)c->num_hidden_layers);
+    }
+    return BESA_OK;
 }
 
 /* Embedding, norm and head, and a check of every tensor of every block. */
 static besa_result besa__model_bind(besa__model *model, const besa_checkpoint *checkpoint, besa_error *error)
 {
-    static const char layers[] = "model.layers.";
     const besa_config *c = &checkpoint->config;
+    const char *prefix = besa__find_architecture(c->model_type)->prefix;
+    char name[96];
     besa__block_tensors block;
     memset(model, 0, sizeof *model);
-    BESA__TRY(besa__need(&model->embedding, checkpoint, "model.embed_tokens.weight", c->vocab_size,
+    snprintf(name, sizeof name, "%sembed_tokens.weight", prefix);
+    BESA__TRY(besa__need(&model->embedding, checkpoint, name, c->vocab_size,
                          c->block.hidden_size, error));
-    BESA__TRY(besa__need(&model->norm, checkpoint, "model.norm.weight", c->block.hidden_size, 0, error));
+    snprintf(name, sizeof name, "%snorm.weight", prefix);
+    BESA__TRY(besa__need(&model->norm, checkpoint, name, c->block.hidden_size, 0, error));
     model->head = model->embedding;
     if (!c->tie_word_embeddings)
         BESA__TRY(besa__need(&model->head, checkpoint, besa__head_name, c->vocab_size, c->block.hidden_size, error));
@@ -2943,15 +3054,7 @@ static besa_result besa__model_bind(besa__model *model, const besa_checkpoint *c
                                   "supported: one dtype for all of them", checkpoint->directory, block.weight[j]->name,
                                   block.weight[j]->dtype_name);
     }
-    for (int64_t i = 0; i < checkpoint->num_tensors; i++) {
-        const char *name = checkpoint->tensors[i].name, *digits = name + sizeof layers - 1;
-        if (strncmp(name, layers, sizeof layers - 1) || *digits < '0' || *digits > '9') continue;
-        if (strtoll(digits, NULL, 10) >= c->num_hidden_layers)
-            return besa__fail(error, BESA_ERROR_TENSOR,
-                              "%s: tensor %.200s is there, but config.json says num_hidden_layers "
-                              "= %lld", checkpoint->directory, name, (long long)c->num_hidden_layers);
-    }
-    return BESA_OK;
+    return besa__check_block_numbers(checkpoint, error);
 }
 
 /* Whether two tensors of one shape hold the same bytes of one type; their pages are given back. */
@@ -9545,11 +9648,6 @@ static besa_result besa__bring_vector(besa__run *run, float **vectors, float *de
     return BESA_OK;
 }
 
-static void besa__block_name(char *name, size_t size, int64_t block)
-{
-    snprintf(name, size, "model.layers.%lld.", (long long)block);
-}
-
 /* Where block `index` lies on the device. */
 static int besa__room_of(const besa__run *run, int64_t index) { return run->be->unified_memory ? 0 : (int)(index % 2); }
 
@@ -10077,7 +10175,7 @@ static besa_result besa__prune_block(besa__run *run, int64_t index, besa_block *
 {
     char name[64];
     void *const *pruned = run->pruned[besa__room_of(run, index)];
-    besa__block_name(name, sizeof name, index);
+    besa__tensor_name(name, sizeof name, run->config, index, "");
     BESA__TRY(besa__pruner_run(&run->pruner, block, name, &run->calibration, run->has_dense ? &run->dense : NULL, pruned,
                                &report->block[index], error));
     for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = pruned[i];
@@ -10155,12 +10253,15 @@ static void besa__report_totals(besa_report *report, double target, double start
     report->seconds = besa__seconds() - start;
 }
 
-/* Where it happened, behind the message. */
-static void besa__add_block(besa_error *error, int64_t index)
+/* Where it happened, behind a message that does not say so. */
+static void besa__add_block(const besa__run *run, besa_error *error, int64_t index)
 {
-    if (!error || strstr(error->message, "model.layers.")) return; /* it says so already */
+    char name[128];
+    if (!error) return;
+    besa__tensor_name(name, sizeof name, run->config, index, "");
+    name[strlen(name) - 1] = 0; /* the dot */
     size_t length = strlen(error->message);
-    snprintf(error->message + length, sizeof error->message - length, " [model.layers.%lld]", (long long)index);
+    if (!strstr(error->message, name)) snprintf(error->message + length, sizeof error->message - length, " [%s]", name);
 }
 
 /* All blocks, and the perplexity where it is asked for. */
@@ -10176,7 +10277,7 @@ static besa_result besa__run_prune(besa__run *run, int64_t done, besa_report *re
     for (int64_t i = 0; i < run->config->num_hidden_layers; i++) {
         besa_result result = besa__run_block(run, i, done, report, error);
         if (result == BESA_ERROR_NUMERIC || result == BESA_ERROR_TARGET || result == BESA_ERROR_NOT_FINITE)
-            besa__add_block(error, i);
+            besa__add_block(run, error, i);
         if (result != BESA_OK && result != BESA_ERROR_DEVICE && result != BESA_ERROR_WRITE)
             besa__out_finish(run, report, NULL); /* the block before is whole: keep it, if that works */
         BESA__TRY(result);
@@ -10208,19 +10309,18 @@ static besa_result besa__prune_into(besa__run *run, const char *output, const be
 /* A fixed rate that matches no layer is a slip of the pen. */
 static besa_result besa__check_fixed(const besa__run *run, const besa_prune_options *options, besa_error *error)
 {
+    char name[128];
     for (int64_t f = 0; f < options->num_fixed; f++) {
         int matches = 0;
         for (int64_t b = 0; b < run->config->num_hidden_layers && !matches; b++)
             for (int i = 0; i < BESA_LAYERS && !matches; i++) {
-                char name[64], full[128];
-                besa__block_name(name, sizeof name, b);
-                snprintf(full, sizeof full, "%s%s", name, besa__layers[i].path);
-                matches = besa__match(options->fixed[f].pattern, full);
+                besa__tensor_name(name, sizeof name, run->config, b, besa__layers[i].path);
+                matches = besa__match(options->fixed[f].pattern, name);
             }
+        besa__tensor_name(name, sizeof name, run->config, 0, besa__layers[0].path);
         if (!matches)
-            return besa__fail(error, BESA_ERROR_OPTION,
-                              "layers fixed at %g: \"%s\" matches none; layers have names such as model.layers.0.%s",
-                              options->fixed[f].sparsity, options->fixed[f].pattern, besa__layers[0].path);
+            return besa__fail(error, BESA_ERROR_OPTION, "layers fixed at %g: \"%s\" matches none; layers have names such as %s",
+                              options->fixed[f].sparsity, options->fixed[f].pattern, name);
     }
     return BESA_OK;
 }
