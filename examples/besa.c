@@ -384,13 +384,13 @@ static void print_shape(const besa_config *c, int json)
 }
 
 /* A text as a JSON string. */
-static void print_string(const char *text)
+static void print_string(const char *string)
 {
     putchar('"');
-    for (; *text; text++) {
-        if (*text == '"' || *text == '\\') putchar('\\');
-        if (*text == '\n') printf("\\n");
-        else putchar(*text);
+    for (; *string; string++) {
+        if (*string == '"' || *string == '\\') putchar('\\');
+        if (*string == '\n') printf("\\n");
+        else putchar(*string);
     }
     putchar('"');
 }
