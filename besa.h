@@ -44,6 +44,7 @@
  *     >>cpu-sparsity       scores, ranks, masks, rates and the optimiser on the CPU
  *     >>cpu-sparsegpt      SparseGPT on the CPU: factor of the inverse Hessian, slabs of weights
  *     >>cpu-backend        the CPU's table of operations
+ *     >>options            what every option may be, and what 0 stands for
  *     >>rates              importance, ranks, learnable rates (level 3)
  *     >>optimisers         one step over the theta of all layers
  *     >>projection         the exact count; the public functions of level 3
@@ -77,12 +78,16 @@
  *     rates.plain_softmax         [0] softmax(theta) instead of softmax(sigmoid(theta))
  *     rates.zero_start            [0] start at rate 1/2, as the paper's code does, instead of at the target
  *     importance                  [wanda] magnitude, sparsegpt, sparsegpt squared
+ *     damping                     [0.01] SparseGPT and its importances: share of a Hessian's mean diagonal added to it
  *     epochs, batch_size          [1, 1]
  *     norm_all, dense_stream      [0, 0] loss norms over all tokens; reference from the dense model's own stream. BESA only
  *     no_projection               [0] leave the sparsity where learning ended
  *     pattern_n, pattern_m        [none] n of every m; not with besa
  *     magnitude_per_row           [0] magnitude: each row at the target instead of each layer
  *     fixed                       [none] layers that stay dense or have a rate of their own
+ *     besa_preset                 [default] published-row and published-layer: the paper's runs of LLaMA-1-7B, d_coef 5 and
+ *                                 50. For other models set the paper's d_coef: by row 5 (1-13B, 2-7B, 2-13B), 10 (1-30B),
+ *                                 50 (1-65B, 2-70B); by layer 0.5 (1-13B, 1-65B, 2-70B), 0.05 (1-30B, 2-7B, 2-13B)
  *     device_memory               [31/32 of what the device has free; none on the CPU] bytes of backend memory: to fit,
  *                                 activations move to the host, then micro-batches shrink
  *
@@ -495,11 +500,26 @@ BESA_API besa_result besa_cuda_backend(besa_backend *be, const besa_cuda_options
  * These functions bring their own workspace and leave be->workspace as it was. The backend must outlive the rates.
  */
 
+/* What a score needs to know of a layer's input columns. */
+typedef enum besa_statistic {
+    BESA_STATISTIC_NONE,
+    BESA_STATISTIC_SUMSQ,                       /* sum of X_j^2 over the tokens: be->column_sumsq */
+    BESA_STATISTIC_FACTOR                       /* U_jj, U'U = inv(2/N X'X + damping): be->hessian_factor, be->diagonal */
+} besa_statistic;
+
+/* The importances: X(value, name, statistic, power, exponent) scores a weight |W|^power statistic_j^exponent, power 1 or 2.
+ * All that the library and the command line know of an importance is its row here. */
+#define BESA_IMPORTANCES(X)                                                                        \
+    X(BESA_IMPORTANCE_WANDA, "wanda", BESA_STATISTIC_SUMSQ, 1, 0.5f)           /* |W| norm2(X_j), the default */ \
+    X(BESA_IMPORTANCE_MAGNITUDE, "magnitude", BESA_STATISTIC_NONE, 1, 0.0f)    /* |W| */           \
+    X(BESA_IMPORTANCE_SPARSEGPT, "sparsegpt", BESA_STATISTIC_FACTOR, 2, -1.0f) /* W^2 / U_jj, as the published code */ \
+    X(BESA_IMPORTANCE_SPARSEGPT_SQUARED, "sparsegpt-squared", BESA_STATISTIC_FACTOR, 2, -2.0f) /* W^2 / U_jj^2, the paper */
+
 typedef enum besa_importance {
-    BESA_IMPORTANCE_WANDA,                      /* |W| norm2(X_j), Wanda's score: the default */
-    BESA_IMPORTANCE_MAGNITUDE,                  /* |W| */
-    BESA_IMPORTANCE_SPARSEGPT,                  /* W^2 / U_jj, as the published code writes it */
-    BESA_IMPORTANCE_SPARSEGPT_SQUARED           /* W^2 / U_jj^2, as the paper writes it */
+#define BESA__ENUM(value, name, statistic, power, exponent) value,
+    BESA_IMPORTANCES(BESA__ENUM)
+#undef BESA__ENUM
+    BESA_IMPORTANCE_COUNT
 } besa_importance;
 
 typedef enum besa_rate_form {
@@ -547,8 +567,8 @@ BESA_API void besa_rates_destroy(besa_rates *rates); /* NULL is fine */
 
 /* Score the weights of one layer and keep each weight's rank in its row; resets nothing else.
  *   w           (R,C) device, the layer's dtype
- *   statistic   (C) device floats, what the importance needs of the layer's inputs: for wanda the sums of squares of
- *               the input columns (be->column_sumsq), for the sparsegpt forms U_jj (be->hessian_factor, be->diagonal);
+ *   statistic   (C) device floats, the statistic of the importance's row in BESA_IMPORTANCES: for wanda the sums of squares
+ *               of the input columns (be->column_sumsq), for the sparsegpt forms U_jj (be->hessian_factor, be->diagonal);
  *               NULL for magnitude
  *   scratch     (R + 1, C) device floats, free to use again on return
  * NaN and infinite weights are counted: besa_rates_project and besa_rates_status report them as
@@ -729,6 +749,8 @@ typedef struct besa_prune_options {
     int pattern_n, pattern_m;                   /* n of every m consecutive weights pruned; 0: unstructured; not BESA */
     int magnitude_per_row;                      /* magnitude: each row at the target instead of each layer */
     besa_importance importance;                 /* BESA only */
+    double damping;                             /* [0.01] of the mean diagonal is added to Hessians: method sparsegpt, and the
+                                                   importances of BESA_STATISTIC_FACTOR */
     int64_t epochs, batch_size;                 /* BESA [1, 1]; batch in sequences */
     int norm_all;                               /* channel norms of the loss over all tokens, not per batch */
     int dense_stream;                           /* Yref from the dense model's own stream, not from the pruned prefix */
@@ -740,6 +762,27 @@ typedef struct besa_prune_options {
     besa_step_callback step;
     void *user;                                 /* of both callbacks */
 } besa_prune_options;
+
+/* A row of the table of all options that are numbers: what it may be. */
+typedef enum besa_option_kind { BESA_OPTION_FLAG, BESA_OPTION_ENUM, BESA_OPTION_INT, /* all three are an int */
+                                BESA_OPTION_INT64, BESA_OPTION_DOUBLE } besa_option_kind;
+enum { BESA_OPTION_ABOVE = 1, BESA_OPTION_BELOW = 2, /* least, most themselves are outside */
+       BESA_OPTION_NONE = 4,                    /* BESA_NONE asks for a true 0, BESA_ALL_ROWS for all */
+       BESA_OPTION_REQUIRED = 8 };              /* 0 is no default but a value like others */
+
+typedef struct besa_option {
+    const char *name;                           /* of the field, in besa_prune_options or its rates */
+    besa_option_kind kind;
+    size_t offset;                              /* in besa_prune_options */
+    double standard;                            /* what 0 stands for; of lr: with Prodigy */
+    double least, most;
+    int flags;                                  /* of BESA_OPTION_ABOVE .. */
+    const char *range;                          /* least .. most in words: "above 0 and below 1" */
+} besa_option;
+
+/* The table, ended by a row without a name: for programs that take options from elsewhere. Every one of these options
+ * decides the output's bytes. The library checks options by it and fills in what 0 stands for. */
+BESA_API const besa_option *besa_option_table(void);
 
 typedef struct besa_layer_report {
     int64_t weights, pruned;                    /* pruned counts every zero that is written */
@@ -893,7 +936,8 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
                                const besa_prune_options *options, besa_plan_result *plan, besa_error *error);
 
 /* Start from a preset, before other options are set: "default"; "published-row", "published-layer": the paper's code,
- * zero start and no exact projection. Only rates.target, fixed rates, budget and callbacks are kept. BESA_ERROR_OPTION. */
+ * zero start and no exact projection, with the d_coef that it has for LLaMA-1-7B (OPTIONS lists the others). Only
+ * rates.target, fixed rates, budget and callbacks are kept. BESA_ERROR_OPTION. */
 BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, besa_error *error);
 
 /* Perplexity of (windows, seqlen) ids, block by block: exp of the mean over windows of the mean negative
@@ -5327,8 +5371,8 @@ static besa_result besa__cpu_hessian_factor(besa_backend *be, float *h, int32_t 
     bad = besa__cpu_factor_lower(be, &f);
     if (bad >= 0)
         return besa__fail(&be->error, BESA_ERROR_NUMERIC,
-                          "the Hessian of %lld columns is not positive definite at column %lld (more damping or more "
-                          "calibration tokens may help)", (long long)columns, (long long)bad);
+                          "the Hessian of %lld columns is not positive definite at column %lld (a larger option "
+                          "damping or more calibration tokens may help)", (long long)columns, (long long)bad);
     besa__cpu_upper(be, &f, 0);
     besa__cpu_invert_lower(be, &f);
     besa__cpu_upper(be, &f, 1);
@@ -5631,6 +5675,98 @@ BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *
 #endif
 
 /* ============================================================================================
+ * // >>options               what every option may be, and what 0 stands for
+ * ============================================================================================
+ * One table of all options that are numbers. Options that contradict each other are for the sections that use them. */
+
+#define BESA__RATE(field) BESA__RATE_AS(DOUBLE, field)
+#define BESA__RATE_AS(kind, field) #field, BESA_OPTION_##kind, \
+                                   offsetof(besa_prune_options, rates) + offsetof(besa_rate_options, field)
+#define BESA__PRUNE(field) BESA__PRUNE_AS(DOUBLE, field)
+#define BESA__PRUNE_AS(kind, field) #field, BESA_OPTION_##kind, offsetof(besa_prune_options, field)
+#define BESA__OPEN (BESA_OPTION_ABOVE | BESA_OPTION_BELOW)
+#define BESA__FROM_0 (BESA_OPTION_BELOW | BESA_OPTION_NONE)
+#define BESA__NO_LIMIT 1e300
+
+static const besa_option besa__options[] = {
+    {BESA__RATE(target), 0, 0, 1, BESA__OPEN | BESA_OPTION_REQUIRED, "above 0 and below 1"},
+    {BESA__RATE_AS(ENUM, form), 0, 0, BESA_RATES_LAYER, 0, "a value of besa_rate_form"},
+    {BESA__RATE(layer_scale), 1, 0, 1e4, BESA_OPTION_NONE, "0 to 10000"},
+    {BESA__RATE(row_scale), 1, 0, 1e4, BESA_OPTION_NONE, "0 to 10000"},
+    {BESA__RATE_AS(FLAG, plain_softmax), 0, 0, 1, 0, "0 or 1"},
+    {BESA__RATE_AS(FLAG, zero_start), 0, 0, 1, 0, "0 or 1"},
+    {BESA__RATE_AS(INT, candidates), 100, 1, 65535, 0, "1 to 65535"},
+    {BESA__RATE_AS(INT64, group_rows), 1, 1, BESA__NO_LIMIT, BESA_OPTION_NONE, "1 or more"},
+    {BESA__RATE(penalty), 1, 0, 1e30, BESA__FROM_0, "0 or more and below 1e30"},
+    {BESA__RATE_AS(ENUM, optimizer), 0, 0, BESA_ADAMW, 0, "a value of besa_optimizer_kind"},
+    {BESA__RATE(lr), 1, 0, 1e30, BESA__OPEN, "above 0 and below 1e30"},
+    {BESA__RATE(beta1), 0.9, 0, 1, BESA__FROM_0, "0 or more and below 1"},
+    {BESA__RATE(beta2), 0.999, 0, 1, BESA__FROM_0, "0 or more and below 1"},
+    {BESA__RATE(weight_decay), 0, 0, 1e30, BESA__FROM_0, "0 or more and below 1e30"},
+    {BESA__RATE(d0), 1e-6, 0, 1e30, BESA__OPEN, "above 0 and below 1e30"},
+    {BESA__RATE(d_coef), 5, 0, 1e30, BESA__OPEN, "above 0 and below 1e30"},
+    {BESA__PRUNE_AS(ENUM, method), 0, 0, BESA_METHOD_MAGNITUDE, 0, "a value of besa_method"},
+    {BESA__PRUNE_AS(INT, pattern_n), 0, 0, 63, 0, "0 to 63"},
+    {BESA__PRUNE_AS(INT, pattern_m), 0, 0, 64, 0, "0 to 64"},
+    {BESA__PRUNE_AS(FLAG, magnitude_per_row), 0, 0, 1, 0, "0 or 1"},
+    {BESA__PRUNE_AS(ENUM, importance), 0, 0, BESA_IMPORTANCE_COUNT - 1, 0, "a value of besa_importance"},
+    {BESA__PRUNE(damping), 0.01, 0, 1e30, BESA__OPEN, "above 0 and below 1e30"},
+    {BESA__PRUNE_AS(INT64, epochs), 1, 1, 1e6, 0, "1 to 1000000"},
+    {BESA__PRUNE_AS(INT64, batch_size), 1, 1, BESA__NO_LIMIT, 0, "1 or more"},
+    {BESA__PRUNE_AS(FLAG, norm_all), 0, 0, 1, 0, "0 or 1"},
+    {BESA__PRUNE_AS(FLAG, dense_stream), 0, 0, 1, 0, "0 or 1"},
+    {BESA__PRUNE_AS(FLAG, no_projection), 0, 0, 1, 0, "0 or 1"},
+    {BESA__PRUNE_AS(INT64, num_fixed), 0, 0, BESA__NO_LIMIT, 0, "0 or more"},
+    {NULL, BESA_OPTION_FLAG, 0, 0, 0, 0, 0, NULL},
+};
+
+BESA_API const besa_option *besa_option_table(void) { return besa__options; }
+
+static double besa__option_get(const besa_option *o, const void *field)
+{
+    int i;
+    int64_t whole;
+    double real;
+    if (o->kind == BESA_OPTION_DOUBLE) return memcpy(&real, field, sizeof real), real;
+    if (o->kind == BESA_OPTION_INT64) return memcpy(&whole, field, sizeof whole), (double)whole;
+    return memcpy(&i, field, sizeof i), i;
+}
+
+static void besa__option_set(const besa_option *o, void *field, double value)
+{
+    int i = (int)value;
+    int64_t whole = (int64_t)value;
+    if (o->kind == BESA_OPTION_DOUBLE) memcpy(field, &value, sizeof value);
+    else if (o->kind == BESA_OPTION_INT64) memcpy(field, &whole, sizeof whole);
+    else memcpy(field, &i, sizeof i);
+}
+
+static besa_result besa__option_check(const besa_option *o, double x, besa_error *error)
+{
+    if ((x == 0 && !(o->flags & BESA_OPTION_REQUIRED)) || (x == BESA_NONE && (o->flags & BESA_OPTION_NONE))) return BESA_OK;
+    int above = x > o->least || (x == o->least && !(o->flags & BESA_OPTION_ABOVE));
+    int below = x < o->most || (x == o->most && !(o->flags & BESA_OPTION_BELOW));
+    if (above && below) return BESA_OK;
+    if (isnan(x)) return besa__fail(error, BESA_ERROR_OPTION, "%s is NaN, expected %s", o->name, o->range);
+    return besa__fail(error, BESA_ERROR_OPTION, "%s is %.15g, expected %s", o->name, x, o->range);
+}
+
+/* Check the options that lie at bytes begin .. end-1 of besa_prune_options, and fill in what 0 and BESA_NONE stand for:
+ * once, as BESA_NONE becomes 0. bytes: where byte `begin` is. */
+static besa_result besa__options_fill(void *bytes, size_t begin, size_t end, besa_error *error)
+{
+    for (const besa_option *o = besa__options; o->name; o++) {
+        if (o->offset < begin || o->offset >= end) continue;
+        void *field = (unsigned char *)bytes + (o->offset - begin);
+        double x = besa__option_get(o, field);
+        BESA__TRY(besa__option_check(o, x, error));
+        if (x == 0) besa__option_set(o, field, o->standard);
+        else if (x == BESA_NONE && o->kind == BESA_OPTION_DOUBLE) besa__option_set(o, field, 0);
+    }
+    return BESA_OK;
+}
+
+/* ============================================================================================
  * // >>rates                 importance, ranks, learnable rates (level 3)
  * ============================================================================================
  * Owns besa_rates: what is learned, per layer and together. Calls the backend table; knows layers, not blocks.
@@ -5673,12 +5809,6 @@ struct besa_rates {
     int64_t *excess;                            /* (1) whether the projection worked, from be->project_counts */
     int32_t *not_finite;                        /* (count) NaN and infinite weights of each layer */
 };
-
-/* What an option of 0, or BESA_NONE for a true 0, stands for. */
-static double besa__default(double value, double standard)
-{
-    return value == 0 ? standard : value == BESA_NONE ? 0 : value;
-}
 
 /* Mean rate at theta = 0 for a tilt c: sum_d softmax(c p)_d p_d, rising in c. */
 static double besa__tilted_rate(double c, int candidates)
@@ -5727,39 +5857,14 @@ BESA__UNUSED static double besa__reachable_rate(const besa_rates *rates, int hig
 /* Check the options and fill in what 0 stands for; to be done once, as BESA_NONE becomes 0. */
 static besa_result besa__rate_defaults(besa_rate_options *o, besa_error *error)
 {
-    if (!(o->target > 0 && o->target < 1))
-        return besa__fail(error, BESA_ERROR_OPTION, "target sparsity is %g, expected 0 < target < 1", o->target);
-    if (o->candidates < 0 || o->candidates > 65535)
-        return besa__fail(error, BESA_ERROR_OPTION, "candidates is %d, expected 1 .. 65535", o->candidates);
-    if (o->group_rows < BESA_ALL_ROWS)
-        return besa__fail(error, BESA_ERROR_OPTION, "group_rows is %lld, expected 1 or more, or BESA_ALL_ROWS",
-                          (long long)o->group_rows);
-    if ((unsigned)o->form > BESA_RATES_LAYER || (unsigned)o->optimizer > BESA_ADAMW)
-        return besa__fail(error, BESA_ERROR_OPTION, "form is %d, optimizer is %d: not a value of their enums",
-                          (int)o->form, (int)o->optimizer);
-    if (o->candidates == 0) o->candidates = 100;
-    if (o->group_rows == 0) o->group_rows = 1;
-    o->layer_scale = o->form == BESA_RATES_ROW ? 0 : besa__default(o->layer_scale, 1);
-    o->row_scale = o->form == BESA_RATES_LAYER ? 0 : besa__default(o->row_scale, 1);
-    o->penalty = besa__default(o->penalty, 1);
-    o->lr = besa__default(o->lr, o->optimizer == BESA_PRODIGY ? 1 : 0.01);
-    o->beta1 = besa__default(o->beta1, 0.9);
-    o->beta2 = besa__default(o->beta2, 0.999);
-    o->weight_decay = besa__default(o->weight_decay, 0);
-    o->d0 = besa__default(o->d0, 1e-6);
-    o->d_coef = besa__default(o->d_coef, 5);
-    if (!(o->layer_scale >= 0 && o->row_scale >= 0 && o->layer_scale + o->row_scale > 0 && o->layer_scale <= 1e4 &&
-          o->row_scale <= 1e4))
-        return besa__fail(error, BESA_ERROR_OPTION, "layer_scale %g and row_scale %g: expected 0 .. 10000, not both 0",
-                          o->layer_scale, o->row_scale);
-    if (!(o->penalty >= 0 && o->penalty < 1e30 && o->lr > 0 && o->lr < 1e30 && o->d0 > 0 && o->d0 < 1e30 &&
-          o->d_coef > 0 && o->d_coef < 1e30 && o->weight_decay >= 0 && o->weight_decay < 1e30))
-        return besa__fail(error, BESA_ERROR_OPTION,
-                          "penalty %g, lr %g, d0 %g, d_coef %g, weight_decay %g: expected finite and positive", o->penalty,
-                          o->lr, o->d0, o->d_coef, o->weight_decay);
-    if (!(o->beta1 >= 0 && o->beta1 < 1 && o->beta2 >= 0 && o->beta2 < 1))
-        return besa__fail(error, BESA_ERROR_OPTION, "beta1 %g and beta2 %g: expected 0 <= beta < 1", o->beta1, o->beta2);
-    return BESA_OK;
+    const size_t begin = offsetof(besa_prune_options, rates);
+    if (o->lr == 0 && o->optimizer == BESA_ADAMW) o->lr = 0.01;
+    BESA__TRY(besa__options_fill(o, begin, begin + sizeof *o, error));
+    if (o->form == BESA_RATES_ROW) o->layer_scale = 0;
+    if (o->form == BESA_RATES_LAYER) o->row_scale = 0;
+    if (o->layer_scale + o->row_scale > 0) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_OPTION, "layer_scale and row_scale: expected one above 0 that the "
+                      "form has, found none");
 }
 
 /* The ranks of a layer from one row on. */
@@ -5952,17 +6057,30 @@ static besa_result besa__rates_start(besa_rates *rates)
     return besa__rates_reset(rates);
 }
 
-/* scale(C): the score's factor per column, from what the importance needs of the layer's inputs; may be statistic. */
+typedef struct besa__importance {
+    const char *name;
+    besa_statistic statistic;
+    int power;                                  /* of |W| */
+    float exponent;                             /* of the statistic */
+} besa__importance;
+
+/* An importance that has been checked: its row. */
+static const besa__importance *besa__importance_row(besa_importance importance)
+{
+    static const besa__importance rows[] = {
+#define BESA__ROW(value, name, statistic, power, exponent) {name, statistic, power, exponent},
+        BESA_IMPORTANCES(BESA__ROW)
+#undef BESA__ROW
+    };
+    BESA_ASSERT((unsigned)importance < BESA_IMPORTANCE_COUNT);
+    return &rows[importance];
+}
+
+/* scale(C): the score's factor per column, from the importance's statistic; may be statistic itself. */
 static besa_result besa__importance_scale(besa_backend *be, float *scale, const float *statistic,
                                           besa_importance importance, int64_t columns)
 {
-    float exponent = importance == BESA_IMPORTANCE_WANDA ? 0.5f : importance == BESA_IMPORTANCE_SPARSEGPT ? -1.0f : -2.0f;
-    return be->power(be, scale, statistic, exponent, columns);
-}
-
-static int besa__importance_power(besa_importance importance)
-{
-    return importance == BESA_IMPORTANCE_SPARSEGPT || importance == BESA_IMPORTANCE_SPARSEGPT_SQUARED ? 2 : 1;
+    return be->power(be, scale, statistic, besa__importance_row(importance)->exponent, columns);
 }
 
 /* scale (C): the factor, or NULL. scratch receives the scores of as many rows as `room` floats hold, again and again. */
@@ -6284,21 +6402,22 @@ BESA_API besa_result besa_rates_rank(besa_rates *rates, int layer, const void *w
                                      const float *statistic, float *scratch, besa_error *error)
 {
     BESA__TRY(besa__check_layer(rates, layer, 0, error));
-    if ((unsigned)importance > BESA_IMPORTANCE_SPARSEGPT_SQUARED || (importance != BESA_IMPORTANCE_MAGNITUDE && !statistic))
-        return besa__fail(error, BESA_ERROR_OPTION, "importance is %d, statistic is %s: expected a value of the enum, and a "
-                          "statistic for all but magnitude", (int)importance, statistic ? "given" : "NULL");
+    if ((unsigned)importance >= BESA_IMPORTANCE_COUNT)
+        return besa__fail(error, BESA_ERROR_OPTION, "importance is %d, expected a value of besa_importance", (int)importance);
+    const besa__importance *row = besa__importance_row(importance);
+    if (row->statistic != BESA_STATISTIC_NONE && !statistic)
+        return besa__fail(error, BESA_ERROR_OPTION, "statistic is NULL, which the importance %s needs", row->name);
     besa_backend *be = rates->be;
     const besa_layer_shape *shape = &rates->layer[layer].shape;
     float *scale = NULL;
     besa_result result = BESA_OK;
     besa__workspace callers = besa__rates_enter(rates);
-    if (importance != BESA_IMPORTANCE_MAGNITUDE) {
+    if (row->statistic != BESA_STATISTIC_NONE) {
         scale = scratch + shape->rows * shape->columns;
         result = besa__importance_scale(be, scale, statistic, importance, shape->columns);
     }
     if (result == BESA_OK)
-        result = besa__rates_rank_scaled(rates, layer, w, scale, besa__importance_power(importance), scratch,
-                                         shape->rows * shape->columns);
+        result = besa__rates_rank_scaled(rates, layer, w, scale, row->power, scratch, shape->rows * shape->columns);
     return besa__rates_leave(rates, callers, result, error);
 }
 
@@ -6983,7 +7102,7 @@ static besa_result besa__pattern_defaults(besa_prune_options *o, const besa_bloc
         return besa__fail(error, BESA_ERROR_OPTION,
                           "pattern %d:%d with method besa: learned rates are unstructured; use wanda, sparsegpt or "
                           "magnitude for a pattern", n, m);
-    if (o->rates.target != 0 && fabs(o->rates.target - (double)n / m) > 1e-3)
+    if (o->rates.target != 0 && !(fabs(o->rates.target - (double)n / m) <= 1e-3))
         return besa__fail(error, BESA_ERROR_OPTION, "target sparsity %g contradicts the pattern %d:%d, which is %g",
                           o->rates.target, n, m, (double)n / m);
     o->rates.target = (double)n / m;
@@ -6997,24 +7116,27 @@ static besa_result besa__pattern_defaults(besa_prune_options *o, const besa_bloc
     return BESA_OK;
 }
 
+static besa_result besa__check_fixed_rates(const besa_prune_options *o, besa_error *error)
+{
+    if (o->num_fixed > 0 && !o->fixed)
+        return besa__fail(error, BESA_ERROR_OPTION, "num_fixed is %lld, but fixed is NULL", (long long)o->num_fixed);
+    for (int64_t i = 0; i < o->num_fixed; i++) {
+        if (!o->fixed[i].pattern)
+            return besa__fail(error, BESA_ERROR_OPTION, "fixed[%lld].pattern is NULL, expected a name", (long long)i);
+        if (!(o->fixed[i].sparsity >= 0 && o->fixed[i].sparsity < 1))
+            return besa__fail(error, BESA_ERROR_OPTION, "fixed[%lld].sparsity is %g for \"%s\", expected 0 or more and below 1",
+                              (long long)i, o->fixed[i].sparsity, o->fixed[i].pattern);
+    }
+    return BESA_OK;
+}
+
 /* Check the options and fill in what 0 stands for. */
 static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_shape *shape, besa_error *error)
 {
-    if ((unsigned)o->method > BESA_METHOD_MAGNITUDE || (unsigned)o->importance > BESA_IMPORTANCE_SPARSEGPT_SQUARED)
-        return besa__fail(error, BESA_ERROR_OPTION, "method is %d, importance is %d: not a value of their enums",
-                          (int)o->method, (int)o->importance);
-    if (o->epochs < 0 || o->batch_size < 0 || o->num_fixed < 0 || o->epochs > 1000000)
-        return besa__fail(error, BESA_ERROR_OPTION, "epochs %lld, batch_size %lld, num_fixed %lld: expected 0 or more",
-                          (long long)o->epochs, (long long)o->batch_size, (long long)o->num_fixed);
-    if (o->epochs == 0) o->epochs = 1;
-    if (o->batch_size == 0) o->batch_size = 1;
+    const size_t begin = offsetof(besa_prune_options, rates) + sizeof o->rates;
+    BESA__TRY(besa__options_fill((unsigned char *)o + begin, begin, sizeof *o, error));
     if (o->pattern_n != 0 || o->pattern_m != 0) BESA__TRY(besa__pattern_defaults(o, shape, error));
-    for (int64_t i = 0; i < o->num_fixed; i++)
-        if (!o->fixed)
-            return besa__fail(error, BESA_ERROR_OPTION, "num_fixed is %lld, but fixed is NULL", (long long)o->num_fixed);
-        else if (!(o->fixed[i].sparsity >= 0 && o->fixed[i].sparsity < 1) || !o->fixed[i].pattern)
-            return besa__fail(error, BESA_ERROR_OPTION, "fixed rate %g for \"%s\", expected 0 <= rate < 1",
-                              o->fixed[i].sparsity, o->fixed[i].pattern ? o->fixed[i].pattern : "(null)");
+    BESA__TRY(besa__check_fixed_rates(o, error));
     return besa__rate_defaults(&o->rates, error);
 }
 
@@ -7030,22 +7152,23 @@ static double besa__fixed_rate(const besa_prune_options *o, const char *name, in
 
 /* ---- memory -------------------------------------------------------------------------------- */
 
-static int besa__uses_gram(const besa_prune_options *o)
+/* What a method scores weights by; SparseGPT has scores of its own. */
+static besa_importance besa__scored_by(const besa_prune_options *o)
 {
-    if (o->method == BESA_METHOD_SPARSEGPT) return 1;
-    return o->method == BESA_METHOD_BESA && besa__importance_power(o->importance) == 2;
+    if (o->method == BESA_METHOD_BESA) return o->importance;
+    return o->method == BESA_METHOD_MAGNITUDE ? BESA_IMPORTANCE_MAGNITUDE : BESA_IMPORTANCE_WANDA;
 }
 
-static int besa__uses_column_norms(const besa_prune_options *o)
+/* What a method collects of the layers' inputs; SparseGPT needs the whole factor. */
+static besa_statistic besa__statistic(const besa_prune_options *o)
 {
-    if (o->method == BESA_METHOD_WANDA) return 1;
-    return o->method == BESA_METHOD_BESA && o->importance == BESA_IMPORTANCE_WANDA;
+    if (o->method == BESA_METHOD_SPARSEGPT) return BESA_STATISTIC_FACTOR;
+    return besa__importance_row(besa__scored_by(o))->statistic;
 }
 
-static int besa__uses_magnitude(const besa_prune_options *o)
-{
-    return !besa__uses_gram(o) && !besa__uses_column_norms(o);
-}
+static int besa__uses_gram(const besa_prune_options *o) { return besa__statistic(o) == BESA_STATISTIC_FACTOR; }
+
+static int besa__uses_inputs(const besa_prune_options *o) { return besa__statistic(o) != BESA_STATISTIC_NONE; }
 
 static int besa__input_of_layer(int layer)
 {
@@ -7139,8 +7262,12 @@ static int64_t besa__preferred_chunk(int64_t nsamples, int64_t seqlen)
 /* Sizes whose products with a model's widths stay within 63 bits. */
 static besa_result besa__check_tokens(const char *what, int64_t count, int64_t seqlen, besa_error *error)
 {
-    if (count >= 1 && seqlen >= 1 && count <= ((int64_t)1 << 36) / seqlen) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_OPTION, "%lld %s of %lld tokens: expected 1 to 2^36 tokens in all",
+    if (count < 1)
+        return besa__fail(error, BESA_ERROR_OPTION, "%lld %s: expected 1 or more", (long long)count, what);
+    if (seqlen < 1)
+        return besa__fail(error, BESA_ERROR_OPTION, "%s of %lld tokens: expected 1 or more", what, (long long)seqlen);
+    if (count <= ((int64_t)1 << 36) / seqlen) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_OPTION, "%lld %s of %lld tokens: expected 2^36 tokens in all at most",
                       (long long)count, what, (long long)seqlen);
 }
 
@@ -7149,16 +7276,22 @@ static besa_result besa__check_shape(const besa_block_shape *s, besa_dtype dtype
     const int64_t most = (int64_t)1 << 24;
     if ((unsigned)dtype > BESA_BF16)
         return besa__fail(error, BESA_ERROR_OPTION, "dtype is %d: not a value of besa_dtype", (int)dtype);
-    if (s->hidden_size < 1 || s->hidden_size > most || s->intermediate_size < 1 || s->intermediate_size > most)
-        return besa__fail(error, BESA_ERROR_OPTION, "hidden_size %lld, intermediate_size %lld: expected 1 .. 2^24",
-                          (long long)s->hidden_size, (long long)s->intermediate_size);
-    if (s->num_attention_heads < 1 || s->num_attention_heads > 65536 || s->num_key_value_heads < 1 ||
-        s->num_attention_heads % s->num_key_value_heads != 0 || s->head_dim < 2 || s->head_dim % 2 != 0 ||
-        s->head_dim > 65536 || s->num_attention_heads * s->head_dim > most)
-        return besa__fail(error, BESA_ERROR_OPTION, "%lld attention heads, %lld key/value heads, head_dim %lld: expected heads "
-                          "to be a multiple of key/value heads, head_dim even, and 2^24 of both at most",
-                          (long long)s->num_attention_heads,
-                          (long long)s->num_key_value_heads, (long long)s->head_dim);
+    const struct { const char *name; int64_t value, most; } size[] = {
+        {"hidden_size", s->hidden_size, most}, {"intermediate_size", s->intermediate_size, most},
+        {"num_attention_heads", s->num_attention_heads, 65536}, {"num_key_value_heads", s->num_key_value_heads, 65536},
+        {"head_dim", s->head_dim, 65536}};
+    for (size_t i = 0; i < sizeof size / sizeof size[0]; i++)
+        if (size[i].value < 1 || size[i].value > size[i].most)
+            return besa__fail(error, BESA_ERROR_OPTION, "%s is %lld, expected 1 to %lld", size[i].name,
+                              (long long)size[i].value, (long long)size[i].most);
+    if (s->num_attention_heads % s->num_key_value_heads != 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "num_attention_heads is %lld, expected a multiple of "
+                          "num_key_value_heads, %lld", (long long)s->num_attention_heads, (long long)s->num_key_value_heads);
+    if (s->head_dim % 2 != 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "head_dim is %lld, expected an even number", (long long)s->head_dim);
+    if (s->num_attention_heads * s->head_dim > most)
+        return besa__fail(error, BESA_ERROR_OPTION, "head_dim is %lld in %lld heads, expected 2^24 in all at most",
+                          (long long)s->head_dim, (long long)s->num_attention_heads);
     return BESA_OK;
 }
 
@@ -7365,7 +7498,7 @@ static besa_result besa__dense_chunk(besa_pruner *p, const besa_block *block, co
                                      int64_t count, int64_t next)
 {
     besa_backend *be = p->be;
-    int statistics = !besa__uses_magnitude(&p->options), dense = data->target != &p->yref;
+    int statistics = besa__uses_inputs(&p->options), dense = data->target != &p->yref;
     void *x, *y = NULL;
     BESA__TRY(besa__stream_open(data->x, first, count, first + count, next, &x));
     if (!dense && first < p->reference) BESA__TRY(besa__stream_begin(data->target, first, count, &y));
@@ -7384,7 +7517,7 @@ static besa_result besa__dense_chunk(besa_pruner *p, const besa_block *block, co
 /* Pass 1. The dense block over all sequences: statistics, and Yref as far as it is needed. */
 static besa_result besa__dense_pass(besa_pruner *p, const besa_block *block, const besa__pass_data *data, besa_error *error)
 {
-    int64_t last = besa__uses_magnitude(&p->options) ? p->reference : p->nsamples;
+    int64_t last = besa__uses_inputs(&p->options) ? p->nsamples : p->reference;
     BESA__TRY(besa__pass_error(p->be, besa__clear_sums(p), error));
     for (int64_t i = 0, count; i < last; i += count) {
         count = besa__chunk_at(p, i);
@@ -7400,16 +7533,15 @@ static besa_result besa__finish_statistics(besa_pruner *p)
 {
     besa_backend *be = p->be;
     const besa_prune_options *o = &p->options;
-    if (besa__uses_magnitude(o)) return BESA_OK;
+    if (!besa__uses_inputs(o)) return BESA_OK;
     for (int i = 0; i < BESA__INPUTS; i++) {
         int64_t columns = besa__input_columns(&p->shape, i);
         if (p->gram[i]) {
-            BESA__TRY(be->hessian_factor(be, p->gram[i], p->dead[i], 0.01f, columns));
+            BESA__TRY(be->hessian_factor(be, p->gram[i], p->dead[i], (float)o->damping, columns));
             if (o->method == BESA_METHOD_SPARSEGPT) continue;
             BESA__TRY(be->diagonal(be, p->statistic[i], p->gram[i], p->dead[i], columns));
         }
-        besa_importance importance = o->method == BESA_METHOD_BESA ? o->importance : BESA_IMPORTANCE_WANDA;
-        BESA__TRY(besa__importance_scale(be, p->statistic[i], p->statistic[i], importance, columns));
+        BESA__TRY(besa__importance_scale(be, p->statistic[i], p->statistic[i], besa__scored_by(o), columns));
     }
     return BESA_OK;
 }
@@ -7434,15 +7566,20 @@ static besa_result besa__sparsegpt_layer(besa_pruner *p, const void *w, void *pr
     return be->convert(be, pruned, p->dtype, p->scores, BESA_F32, rows * columns);
 }
 
+/* The factor of a layer's columns in its scores, or NULL. */
+static const float *besa__score_scale(const besa_pruner *p, int layer)
+{
+    return besa__uses_inputs(&p->options) ? p->statistic[besa__input_of_layer(layer)] : NULL;
+}
+
 /* Rank a layer for masks by row, and mask it at once where its rate is known. */
 static besa_result besa__rank_layer(besa_pruner *p, const besa_block *block, int layer, void *pruned)
 {
     const besa_prune_options *o = &p->options;
-    const float *scale = besa__uses_magnitude(o) ? NULL : p->statistic[besa__input_of_layer(layer)];
-    int power = o->method == BESA_METHOD_BESA ? besa__importance_power(o->importance) : 1;
+    int power = besa__importance_row(besa__scored_by(o))->power;
     double rate = p->fixed[layer] >= 0 || o->method == BESA_METHOD_BESA ? p->fixed[layer] : o->rates.target;
-    BESA__TRY(besa__rates_rank_scaled(&p->rates, layer, block->weight[layer], scale, power, p->scores,
-                                      p->scores_count));
+    BESA__TRY(besa__rates_rank_scaled(&p->rates, layer, block->weight[layer], besa__score_scale(p, layer), power,
+                                      p->scores, p->scores_count));
     if (rate < 0) return BESA_OK;
     BESA__TRY(besa__rates_fix(&p->rates, layer, rate));
     return besa__rates_mask(&p->rates, layer, block->weight[layer], pruned);
@@ -7466,8 +7603,8 @@ static besa_result besa__rank_or_prune(besa_pruner *p, const besa_block *block, 
     if (o->method == BESA_METHOD_SPARSEGPT) return besa__sparsegpt_layer(p, w, pruned, layer, target, n, m);
     int whole_layer = o->method == BESA_METHOD_MAGNITUDE && !o->magnitude_per_row;
     if (m == 0 && !whole_layer) return besa__rank_layer(p, block, layer, pruned);
-    const float *scale = o->method == BESA_METHOD_MAGNITUDE ? NULL : p->statistic[besa__input_of_layer(layer)];
-    BESA__TRY(be->score(be, p->scores, w, p->dtype, scale, 1, rows, columns));
+    int power = besa__importance_row(besa__scored_by(o))->power;
+    BESA__TRY(be->score(be, p->scores, w, p->dtype, besa__score_scale(p, layer), power, rows, columns));
     if (m > 0) return be->mask_pattern(be, pruned, w, p->dtype, p->scores, n, m, rows, columns);
     int64_t count = (int64_t)floor(target * (double)(rows * columns));
     return be->mask_smallest(be, pruned, w, p->dtype, p->scores, count, rows, columns);
@@ -9323,12 +9460,13 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
     }
     int length = snprintf(options, sizeof options,
              "%s,%d,%d,%d,%d:%d,%d,%.17g,%d,%.17g,%.17g,%d,%d,%d,%lld,%.17g,%d,%.17g,%.17g,%.17g,%.17g,%.17g,%.17g,"
-             "%lld,%lld,%d,%d,%d,%016llx",
+             "%lld,%lld,%d,%d,%d,%016llx,%.17g",
              run->be->name, (int)run->be->activation_dtype, (int)o->method, (int)o->importance,
              o->pattern_n, o->pattern_m, o->magnitude_per_row, r->target, (int)r->form, r->layer_scale,
              r->row_scale, r->plain_softmax, r->zero_start, r->candidates, (long long)r->group_rows, r->penalty,
              (int)r->optimizer, r->lr, r->beta1, r->beta2, r->weight_decay, r->d0, r->d_coef, (long long)o->epochs,
-             (long long)o->batch_size, o->norm_all, o->dense_stream, o->no_projection, (unsigned long long)fixed);
+             (long long)o->batch_size, o->norm_all, o->dense_stream, o->no_projection, (unsigned long long)fixed,
+             o->damping);
     size_t tokens = (size_t)(c->nsamples * c->seqlen) * sizeof(int32_t);
     snprintf(line, size, "besa %d.%d method %d sparsity %g micro-batch %lld tokens %lldx%lld %016llx source %016llx options "
              "%016llx", BESA_VERSION_MAJOR, BESA_VERSION_MINOR, (int)o->method, r->target, (long long)run->pruner.chunk,
@@ -9630,7 +9768,7 @@ static double besa__plan_flop(const besa__run *run)
     for (int i = 0; i < BESA__INPUTS; i++) gram += (double)besa__input_columns(s, i) * (double)besa__input_columns(s, i);
     double attention = 2 * (double)(s->num_attention_heads * s->head_dim * run->pruner.seqlen);
     double forward = 2 * weights + attention, backward = 4 * weights - 2 * qkv + 2.5 * attention;
-    double dense = besa__uses_magnitude(o) ? (double)run->pruner.reference / (double)run->pruner.nsamples : 1;
+    double dense = besa__uses_inputs(o) ? 1 : (double)run->pruner.reference / (double)run->pruner.nsamples;
     double flop = (1 + dense + run->has_dense) * forward + (besa__uses_gram(o) ? gram : 0);
     if (o->method == BESA_METHOD_BESA) flop += (double)o->epochs * (forward + backward);
     flop *= tokens * (double)run->config->num_hidden_layers;
