@@ -6231,21 +6231,77 @@ static besa_result besa__rates_project(besa_rates *rates)
                               besa__rates_count(rates), rates->rows);
 }
 
+/* Is any of n floats on the device not finite? Waits; for what goes wrong. */
+static int besa__any_not_finite(besa_backend *be, const float *device, int64_t n)
+{
+    float part[1024];
+    for (int64_t first = 0, count; first < n; first += count) {
+        count = besa__min(1024, n - first);
+        if (be->download(be, BESA_QUEUE_COMPUTE, part, device + first, (size_t)count * sizeof(float)) != BESA_OK) return 0;
+        if (be->synchronize(be, BESA_QUEUE_COMPUTE) != BESA_OK) return 0;
+        for (int64_t i = 0; i < count; i++)
+            if (!isfinite(part[i])) return 1;
+    }
+    return 0;
+}
+
+/* Is any of a layer's parameters, or of their gradients, not finite? Its two parts lie one after the other. */
+static int besa__theta_not_finite(const besa_rates *rates, const float *parameters, int index)
+{
+    const besa__rate_layer *layer = &rates->layer[index];
+    int64_t first = layer->theta_layer < 0 ? layer->theta_row : layer->theta_layer;
+    int64_t groups = layer->theta_row < 0 ? 0 : besa__parts(layer->shape.rows, layer->rate.group_rows);
+    int64_t vectors = groups + (layer->theta_layer >= 0);
+    return besa__any_not_finite(rates->be, parameters + first, vectors * layer->rate.candidates);
+}
+
+/* What is not finite of the learned rates, in words: the last gradient, or else the logits, and of which layers; names
+ * (NULL: numbers) are what layers are called. Waits for the device. */
+static void besa__describe_rates(const besa_rates *rates, const char *const *names, char *text, size_t size)
+{
+    const float *parameters[2] = {rates->grad, rates->theta};
+    static const char *const what[2] = {"the gradient", "the step (lr, d_coef, weight_decay or penalty may be too large)"};
+    snprintf(text, size, "a gradient was not");
+    for (int k = 0; k < 2; k++) {
+        char first[32] = "";
+        int bad = 0, learned = 0;
+        for (int i = 0; i < rates->count; i++) {
+            if (rates->layer[i].fixed >= 0) continue;
+            learned++;
+            if (!besa__theta_not_finite(rates, parameters[k], i) || bad++) continue;
+            if (names) snprintf(first, sizeof first, "%s", names[i]);
+            else snprintf(first, sizeof first, "layer %d", i);
+        }
+        if (bad == 0) continue;
+        snprintf(text, size, "%s of %s%s is not", what[k], bad == learned && bad > 1 ? "every layer" : first,
+                 bad > 1 && bad < learned ? " and others" : "");
+        return;
+    }
+}
+
 /* What came back in rates->excess. */
 static besa_result besa__check_excess(const besa_rates *rates, int64_t excess, besa_error *error)
 {
-    if (excess < 0) return besa__fail(error, BESA_ERROR_NOT_FINITE, "rates are not finite: a gradient was not");
     if (excess == 0) return BESA_OK;
+    if (excess < 0) {
+        char text[160];
+        besa__describe_rates(rates, NULL, text, sizeof text);
+        return besa__fail(error, BESA_ERROR_NOT_FINITE, "rates are not finite: %s", text);
+    }
     int64_t count = besa__rates_count(rates);
     return besa__fail(error, BESA_ERROR_TARGET, "target asks for %lld pruned weights, but %lld weights are zero already",
                       (long long)count, (long long)(count + excess));
 }
 
-static besa_result besa__check_status(double d, float mean, besa_error *error)
+/* d and mean: as the device has them after the last step. names: as above. */
+static besa_result besa__check_status(const besa_rates *rates, double d, float mean, const char *const *names,
+                                      besa_error *error)
 {
+    char text[160];
     if (isfinite(d) && isfinite(mean)) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_NOT_FINITE, "mean rate is %g and Prodigy's d is %g: a gradient was not finite",
-                      (double)mean, d);
+    besa__describe_rates(rates, names, text, sizeof text);
+    return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s not finite: %s", isfinite(d) ? "the mean rate is"
+                      : isfinite(mean) ? "Prodigy's d is" : "the mean rate and Prodigy's d are", text);
 }
 
 /* Waits for the device. */
@@ -6516,7 +6572,7 @@ BESA_API besa_result besa_rates_status(besa_rates *rates, double *d, double *mea
     if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
     if (result == BESA_OK) result = besa__check_weights(rates);
     if (result != BESA_OK) return besa__pass_error(be, result, error);
-    BESA__TRY(besa__check_status(scalars[0], mean, error));
+    BESA__TRY(besa__check_status(rates, scalars[0], mean, NULL, error));
     if (d) *d = scalars[0];
     if (mean_rate) *mean_rate = (double)mean;
     return BESA_OK;
@@ -6980,9 +7036,11 @@ static besa_result besa__stream_close(besa__stream *s, int changed)
  *   commit   exact projection, final mask, X = F(What, X) */
 
 enum { BESA__INPUT_A, BESA__INPUT_ATTN, BESA__INPUT_M, BESA__INPUT_Z, BESA__INPUTS }; /* what layers read */
-enum { BESA__LOSS_UNIFORM, BESA__LOSS_BEFORE, BESA__LOSS_AFTER, BESA__LOSS_REST, BESA__LOSS_STEP, BESA__LOSSES };
+/* Losses; from BESA__LOSS_STEP on there is one for each learning step. */
+enum { BESA__LOSS_UNIFORM, BESA__LOSS_BEFORE, BESA__LOSS_AFTER, BESA__LOSS_REST, BESA__LOSS_STEP };
 
 #define BESA__REPORT_SEQUENCES 8                /* the report's losses come from the first sequences */
+#define BESA__STEP_LOSSES 65536                 /* losses of learning steps that are kept; later steps share the last one */
 #define BESA__SLAB 128                          /* columns that SparseGPT treats together */
 #define BESA__CHUNK_TOKENS 2048                 /* passes without an optimiser go by about so many tokens */
 
@@ -6999,13 +7057,15 @@ typedef struct besa__meter {
 } besa__meter;
 
 enum { BESA__DENSE, BESA__WRITTEN };            /* weights that zeros are counted of */
+enum { BESA__COUNT_INPUTS = 2 * BESA_LAYERS, BESA__COUNT_NORMS = BESA__COUNT_INPUTS + BESA__INPUTS, BESA__COUNTS };
 
 /* What comes back of a block, in pinned host memory. */
 typedef struct besa__results {
-    float losses[BESA__LOSSES], mean;
+    float mean;
     double scalars[4];
     int64_t excess;
-    int32_t not_finite[2][BESA_LAYERS];         /* of the dense weights; of those written */
+    int32_t not_finite[BESA__COUNTS];           /* (2, BESA_LAYERS) of the dense weights, of those written; of the layers'
+                                                   inputs' statistics (BESA__INPUTS); of the reference's channel norms */
 } besa__results;
 
 struct besa_pruner {
@@ -7027,7 +7087,8 @@ struct besa_pruner {
     besa__stream yref;                          /* (reference, seqlen, d); not placed where there is a dense stream */
     void *y;                                    /* (chunk, seqlen, d) act */
     float *channel_sumsq;                       /* (norms, d) of Yref: of every optimiser's batch, or one of all */
-    float *losses;                              /* (BESA__LOSSES) */
+    float *losses;                              /* (BESA__LOSS_STEP + step_losses) */
+    int64_t step_losses;
     float *statistic[BESA__INPUTS];             /* (columns) */
     float *gram[BESA__INPUTS];                  /* (columns, columns), SparseGPT only; then its factor U */
     int32_t *dead[BESA__INPUTS];                /* (columns) */
@@ -7035,8 +7096,10 @@ struct besa_pruner {
                                                    acts.dw where BESA learns, which may hold less */
     int64_t scores_count;                       /* floats that scores has room for */
     float *slab_error;                          /* (R, 128), SparseGPT only */
-    int32_t *counts, *not_finite;               /* (2, rows) zeros, (2, BESA_LAYERS): DENSE, WRITTEN */
+    int32_t *counts, *not_finite;               /* (2, rows) zeros: DENSE, WRITTEN; (BESA__COUNTS) as in results */
+    int32_t *ignored;                           /* (norms) zeros that nobody asks for */
     besa__results *results;                     /* host */
+    float *results_losses;                      /* host, as losses */
     int32_t *results_counts;                    /* host (2, rows) */
 };
 
@@ -7241,15 +7304,17 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     if (!p->options.dense_stream) besa__stream_place(&p->yref, arena, host);
     p->y = besa__take(arena, besa__stream_bytes(&p->yref, p->chunk));
     p->channel_sumsq = besa__take_floats(arena, besa__norms(p) * s->hidden_size);
-    p->losses = besa__take_floats(arena, BESA__LOSSES);
+    p->losses = besa__take_floats(arena, BESA__LOSS_STEP + p->step_losses);
     besa__pruner_place_statistics(p, arena, &work);
     p->scores = learns ? p->acts.dw : besa__take_floats(arena, p->scores_count);
     p->slab_error = p->options.method == BESA_METHOD_SPARSEGPT ? besa__take_floats(arena, work.rows * BESA__SLAB) : NULL;
     p->counts = (int32_t *)besa__take(arena, 2 * (size_t)p->rows * sizeof(int32_t));
     p->not_finite = (int32_t *)besa__take(arena, sizeof p->results->not_finite);
+    p->ignored = (int32_t *)besa__take(arena, (size_t)besa__norms(p) * sizeof(int32_t));
     p->workspace_bytes = p->be->workspace_size(p->be, &work);
     p->workspace = besa__take(arena, p->workspace_bytes);
     p->results = (besa__results *)besa__take(host, sizeof(besa__results));
+    p->results_losses = besa__take_floats(host, BESA__LOSS_STEP + p->step_losses);
     p->results_counts = (int32_t *)besa__take(host, 2 * (size_t)p->rows * sizeof(int32_t));
 }
 
@@ -7316,6 +7381,7 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     if (!learns) o->dense_stream = 0;
     if (!learns) o->batch_size = 1;
     if (o->batch_size > nsamples) o->batch_size = nsamples;
+    p->step_losses = learns ? besa__min(o->epochs * besa__parts(nsamples, o->batch_size), BESA__STEP_LOSSES) : 0;
     p->chunk = besa__preferred_chunk(nsamples, seqlen);
     p->reference = learns || nsamples < BESA__REPORT_SEQUENCES ? nsamples : BESA__REPORT_SEQUENCES;
     for (int i = 0; i < BESA_LAYERS; i++) {
@@ -7490,7 +7556,21 @@ static besa_result besa__clear_sums(besa_pruner *p)
     }
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->channel_sumsq, norms));
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->not_finite, sizeof p->results->not_finite));
-    return be->zero(be, BESA_QUEUE_COMPUTE, p->losses, BESA__LOSSES * sizeof(float));
+    return be->zero(be, BESA_QUEUE_COMPUTE, p->losses, (size_t)(BESA__LOSS_STEP + p->step_losses) * sizeof(float));
+}
+
+/* Count what is not finite in those sums: an infinite norm would silence its channel, an infinite statistic its column. */
+static besa_result besa__count_sums(besa_pruner *p)
+{
+    besa_backend *be = p->be;
+    for (int i = 0; i < BESA__INPUTS && besa__uses_inputs(&p->options); i++) {
+        int64_t columns = besa__input_columns(&p->shape, i);
+        int32_t *zeros = p->gram[i] ? p->dead[i] : p->ignored; /* filled in later */
+        BESA__TRY(be->count_zeros(be, zeros, p->not_finite + BESA__COUNT_INPUTS + i,
+                                  p->gram[i] ? p->gram[i] : p->statistic[i], BESA_F32, p->gram[i] ? columns : 1, columns));
+    }
+    return be->count_zeros(be, p->ignored, p->not_finite + BESA__COUNT_NORMS, p->channel_sumsq, BESA_F32, besa__norms(p),
+                           p->shape.hidden_size);
 }
 
 /* One chunk of pass 1. */
@@ -7682,15 +7762,22 @@ static int64_t besa__piece_at(const besa_pruner *p, int64_t first)
     return besa__min(p->chunk, end - first);
 }
 
-/* One optimiser step on sequences first .. first + batch - 1, piece by piece. */
+/* Where the loss of a step goes, counted from 0. */
+static float *besa__step_loss(const besa_pruner *p, int64_t step)
+{
+    return p->losses + BESA__LOSS_STEP + besa__min(step, p->step_losses - 1);
+}
+
+/* One optimiser step on sequences first .. first + batch - 1, piece by piece; loss (1) device. */
 static besa_result besa__learn_step(besa_pruner *p, const besa_block *dense, const besa__backward *backward,
-                                    void *const pruned[BESA_LAYERS], const besa__pass_data *data, int64_t first)
+                                    void *const pruned[BESA_LAYERS], const besa__pass_data *data, int64_t first,
+                                    float *loss)
 {
     besa_backend *be = p->be;
     int64_t end = besa__min(first + p->options.batch_size, p->nsamples);
     BESA__TRY(besa__rates_forward(&p->rates));
     BESA__TRY(besa__mask_learned(p, dense, pruned, 0));
-    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->losses + BESA__LOSS_STEP, sizeof(float)));
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, loss, sizeof(float)));
     for (int64_t i = first, count; i < end; i += count) {
         besa__backward piece = *backward;
         void *x, *yref;
@@ -7700,7 +7787,7 @@ static besa_result besa__learn_step(besa_pruner *p, const besa_block *dense, con
         piece.tokens = count * p->seqlen;
         BESA__TRY(besa__data_open(p, data, i, count, next, besa__piece_at(p, next), &x, &yref));
         BESA__TRY(besa__block_forward(be, piece.block, &p->acts, x, p->y, count, p->seqlen, 1));
-        BESA__TRY(besa__pruner_loss(p, p->losses + BESA__LOSS_STEP, p->y, p->y, yref, i, count, 0));
+        BESA__TRY(besa__pruner_loss(p, loss, p->y, p->y, yref, i, count, 0));
         BESA__TRY(besa__block_backward(&piece, x, p->y, NULL));
         BESA__TRY(besa__data_close(data, 0, yref));
     }
@@ -7727,10 +7814,12 @@ static besa_result besa__learn_pass(besa_pruner *p, const besa_block *block, con
     if (backward.layers == 0) return BESA_OK;
     BESA__TRY(besa__pass_error(p->be, besa__losses_before(p, block, masked, pruned, data), error));
     for (int64_t s = 0; s < steps; s++) {
-        BESA__TRY(besa__pass_error(p->be, besa__learn_step(p, block, &backward, pruned, data, s % batches * batch), error));
+        float *loss = besa__step_loss(p, s);
+        int64_t first = s % batches * batch;
+        BESA__TRY(besa__pass_error(p->be, besa__learn_step(p, block, &backward, pruned, data, first, loss), error));
         BESA__TRY(besa__tick(&p->meter, BESA_PASS_LEARN, 3.0 / (double)batches, error));
         if (!p->options.step) continue;
-        besa_step step = {p->meter.block, s + 1, steps, &p->rates, p->be, p->losses + BESA__LOSS_STEP};
+        besa_step step = {p->meter.block, s + 1, steps, &p->rates, p->be, loss};
         besa_result result = p->options.step(p->options.user, &step);
         if (result != BESA_OK)
             return besa__fail(error, result, "the step callback returned: %s", besa_result_string(result));
@@ -7790,8 +7879,9 @@ static besa_result besa__fetch_results(besa_pruner *p)
     besa_backend *be = p->be;
     besa__results *r = p->results;
     const besa_queue q = BESA_QUEUE_COMPUTE;
+    const size_t losses = (size_t)(BESA__LOSS_STEP + p->step_losses) * sizeof(float);
     memset(r, 0, sizeof *r);
-    BESA__TRY(be->download(be, q, r->losses, p->losses, sizeof r->losses));
+    BESA__TRY(be->download(be, q, p->results_losses, p->losses, losses));
     BESA__TRY(be->download(be, q, r->not_finite, p->not_finite, sizeof r->not_finite));
     BESA__TRY(be->download(be, q, p->results_counts, p->counts, 2 * (size_t)p->rows * sizeof(int32_t)));
     if (p->options.method == BESA_METHOD_BESA) {
@@ -7826,13 +7916,71 @@ static void besa__rate_spread(besa_layer_report *r, const int32_t *counts, int64
 
 static besa_result besa__check_layers_finite(const besa_pruner *p, const char *name, int which, besa_error *error)
 {
+    const int32_t *count = p->results->not_finite + which * BESA_LAYERS;
     for (int i = 0; i < BESA_LAYERS; i++)
-        if (p->results->not_finite[which][i] != 0)
+        if (count[i] != 0)
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s.weight: %d %sweights are NaN or infinite",
-                              name ? name : "", besa__layer_paths[i], (int)p->results->not_finite[which][i],
-                              which == BESA__DENSE ? "" : "pruned ");
+                              name ? name : "", besa__layer_paths[i], (int)count[i], which == BESA__DENSE ? "" : "pruned ");
     return BESA_OK;
 }
+
+/* ---- what was not finite, and where -------------------------------------------------------- */
+
+static besa_result besa__check_sums(const besa_pruner *p, const char *name, besa_error *error)
+{
+    static const int reader[BESA__INPUTS] = {BESA_Q, BESA_O, BESA_GATE, BESA_DOWN}; /* the first of an input's layers */
+    const int32_t *bad = p->results->not_finite;
+    int64_t norms = besa__norms(p), batch = p->options.norm_all ? p->reference : p->options.batch_size, n = 0;
+    for (int i = 0; i < BESA__INPUTS; i++)
+        if (bad[BESA__COUNT_INPUTS + i] != 0)
+            return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s: the sums of squares of its inputs are not finite in "
+                              "the dense pass: activations overflow", name ? name : "", besa__layer_paths[reader[i]]);
+    if (bad[BESA__COUNT_NORMS] == 0) return BESA_OK;
+    while (n + 1 < norms && !besa__any_not_finite(p->be, besa__channel_sumsq(p, n), p->shape.hidden_size)) n++;
+    return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s: the channel norms of the reference for sequences %lld .. "
+                      "%lld are not finite in the dense pass: activations overflow", name ? name : "the block", name ? "*" : "",
+                      (long long)(n * batch),
+                      (long long)besa__min(n * batch + batch, p->reference) - 1);
+}
+
+/* One loss, of sequences first .. end-1; when: "in the commit pass". */
+static besa_result besa__check_loss(float loss, const char *name, int64_t first, int64_t end, const char *when,
+                                    besa_error *error)
+{
+    if (isfinite(loss)) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s: the reconstruction loss of sequences %lld .. %lld is not "
+                      "finite %s: activations overflow", name ? name : "the block", name ? "*" : "", (long long)first,
+                      (long long)end - 1, when);
+}
+
+/* Losses of learning, in the order in which they were measured. */
+static besa_result besa__check_learning(const besa_pruner *p, const char *name, besa_error *error)
+{
+    const float *loss = p->results_losses;
+    int64_t shown = besa__min(BESA__REPORT_SEQUENCES, p->reference), batch = p->options.batch_size;
+    BESA__TRY(besa__check_loss(loss[BESA__LOSS_UNIFORM], name, 0, shown, "before learning, with uniform masks", error));
+    BESA__TRY(besa__check_loss(loss[BESA__LOSS_BEFORE], name, 0, shown, "before learning, with the first masks", error));
+    for (int64_t s = 0; s < p->step_losses; s++) {
+        char when[64];
+        int64_t first = s % besa__parts(p->nsamples, batch) * batch, end = besa__min(first + batch, p->nsamples);
+        snprintf(when, sizeof when, "in learning step %lld", (long long)s + 1);
+        if (s + 1 == BESA__STEP_LOSSES) {
+            snprintf(when, sizeof when, "in learning step %lld or a later one", (long long)s + 1);
+            first = 0, end = p->nsamples;
+        }
+        BESA__TRY(besa__check_loss(loss[BESA__LOSS_STEP + s], name, first, end, when, error));
+    }
+    return BESA_OK;
+}
+
+static besa_result besa__check_commit(const besa_pruner *p, const char *name, besa_error *error)
+{
+    int64_t shown = besa__min(BESA__REPORT_SEQUENCES, p->reference);
+    BESA__TRY(besa__check_loss(p->results_losses[BESA__LOSS_AFTER], name, 0, shown, "in the commit pass", error));
+    return besa__check_loss(p->results_losses[BESA__LOSS_REST], name, shown, p->reference, "in the commit pass", error);
+}
+
+/* ---- the report ---------------------------------------------------------------------------- */
 
 /* Source zeros and the spread of the rates. */
 static void besa__report_layers(const besa_pruner *p, besa_block_report *report)
@@ -7853,9 +8001,9 @@ static void besa__report_layers(const besa_pruner *p, besa_block_report *report)
     report->sparsity = (double)zeros / (double)weights;
 }
 
-static besa_result besa__report_losses(const besa_pruner *p, const char *name, besa_block_report *report, besa_error *error)
+static void besa__report_losses(const besa_pruner *p, besa_block_report *report)
 {
-    const float *loss = p->results->losses;
+    const float *loss = p->results_losses;
     int learned = 0;
     for (int i = 0; i < BESA_LAYERS; i++) learned |= p->options.method == BESA_METHOD_BESA && p->fixed[i] < 0;
     double shown = (double)besa__min(BESA__REPORT_SEQUENCES, p->reference), all = (double)p->reference;
@@ -7863,9 +8011,6 @@ static besa_result besa__report_losses(const besa_pruner *p, const char *name, b
     report->loss_uniform = learned ? (double)loss[BESA__LOSS_UNIFORM] : report->loss_after;
     report->loss_before = learned ? (double)loss[BESA__LOSS_BEFORE] : report->loss_after;
     report->loss_all = (shown * report->loss_after + (all - shown) * (double)loss[BESA__LOSS_REST]) / all;
-    if (isfinite(report->loss_all) && isfinite(report->loss_uniform)) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_NOT_FINITE, "the reconstruction loss of %s* is not finite: activations overflow",
-                      name ? name : "the block ");
 }
 
 static besa_result besa__report_seconds(besa_pruner *p, double seconds[BESA_PASS_COUNT])
@@ -7881,14 +8026,17 @@ static besa_result besa__report_block(besa_pruner *p, const char *name, besa_blo
 {
     const besa__results *r = p->results;
     BESA__TRY(besa__check_layers_finite(p, name, BESA__DENSE, error));
+    BESA__TRY(besa__check_sums(p, name, error));
     if (p->options.method == BESA_METHOD_BESA) {
-        BESA__TRY(besa__check_status(r->scalars[0], r->mean, error));
+        BESA__TRY(besa__check_learning(p, name, error));
+        BESA__TRY(besa__check_status(&p->rates, r->scalars[0], r->mean, besa__layer_paths, error));
         BESA__TRY(besa__check_excess(&p->rates, r->excess, error));
         report->d = r->scalars[0];
         report->mean_rate = (double)r->mean;
     }
+    BESA__TRY(besa__check_commit(p, name, error));
     besa__report_layers(p, report);
-    BESA__TRY(besa__report_losses(p, name, report, error));
+    besa__report_losses(p, report);
     BESA__TRY(besa__check_layers_finite(p, name, BESA__WRITTEN, error));
     return besa__pass_error(p->be, besa__report_seconds(p, report->seconds), error);
 }
@@ -7902,6 +8050,7 @@ static besa_result besa__pruner_passes(besa_pruner *p, const besa_block *block, 
     if (p->rates.count > 0) BESA__TRY(besa__pass_error(be, besa__rates_reset(&p->rates), error));
     BESA__TRY(besa__dense_pass(p, block, data, error));
     BESA__TRY(besa__pass_error(be, besa__count_layers(p, block->weight, BESA__DENSE), error));
+    BESA__TRY(besa__pass_error(be, besa__count_sums(p), error));
     BESA__TRY(besa__pass_error(be, besa__mark_pass(p, BESA__MARK_DENSE), error));
     BESA__TRY(besa__rank_pass(p, block, pruned, error));
     BESA__TRY(besa__pass_error(be, besa__mark_pass(p, BESA__MARK_RANK), error));
@@ -7934,7 +8083,8 @@ static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, con
     if (result == BESA_OK || result == BESA_ERROR_NUMERIC) {
         besa_result fetched = besa__pass_error(p->be, besa__fetch_results(p), result ? NULL : error);
         if (result == BESA_OK) result = fetched;
-        if (result == BESA_ERROR_NUMERIC && besa__check_layers_finite(p, name, BESA__DENSE, error) != BESA_OK)
+        if (result == BESA_ERROR_NUMERIC && (besa__check_layers_finite(p, name, BESA__DENSE, error) != BESA_OK ||
+                                             besa__check_sums(p, name, error) != BESA_OK))
             result = BESA_ERROR_NOT_FINITE; /* that is why */
     }
     if (result == BESA_OK) result = besa__report_block(p, name, report, error);

@@ -822,6 +822,118 @@ static void test_importances(void)
     }
 }
 
+/* ---- what is not finite is named ----------------------------------------------------------------- */
+
+enum { BAD_LOSS = 1, BAD_GRADIENT };
+
+static struct { int what, calls, at; } g_spoil;
+
+static besa_result (*g_block_loss)(besa_backend *, float *, void *, const void *, const void *, const float *, float, int64_t,
+                                   int64_t);
+static besa_result (*g_bucket_gradient)(besa_backend *, float *, const float *, const void *, besa_dtype, const void *,
+                                        const uint16_t *, int64_t, int64_t, int64_t);
+
+static besa_result spoiled_loss(besa_backend *be, float *loss, void *dy, const void *y, const void *yref, const float *sumsq,
+                                float scale, int64_t tokens, int64_t d)
+{
+    besa_result r = g_block_loss(be, loss, dy, y, yref, sumsq, scale, tokens, d);
+    if (g_spoil.what == BAD_LOSS && g_spoil.calls++ == g_spoil.at) *loss = INFINITY;
+    return r;
+}
+
+static besa_result spoiled_gradient(besa_backend *be, float *sums, const float *dw, const void *w, besa_dtype dtype,
+                                    const void *rank, const uint16_t *bucket, int64_t rows, int64_t columns, int64_t buckets)
+{
+    besa_result r = g_bucket_gradient(be, sums, dw, w, dtype, rank, bucket, rows, columns, buckets);
+    if (g_spoil.what == BAD_GRADIENT && g_spoil.calls++ == g_spoil.at) sums[0] = NAN;
+    return r;
+}
+
+/* Prune the block with call number `at` spoiled, or its inputs as the caller left them in t; the error names `words`. */
+static void expect_not_finite(trace *t, const float *inputs, const besa_prune_options *o, int what, int at, const char *words)
+{
+    besa_pruner *pruner = NULL;
+    besa_block_report report;
+    void *pruned[BESA_LAYERS];
+    float *x = (float *)malloc((size_t)t->h.count * sizeof *x);
+    memcpy(x, inputs, (size_t)t->h.count * sizeof *x);
+    for (int l = 0; l < BESA_LAYERS; l++) pruned[l] = malloc((size_t)(t->rows[l] * t->columns[l]) * sizeof(float));
+    g_spoil.what = what, g_spoil.calls = 0, g_spoil.at = at;
+    g_block_loss = g_be.block_loss, g_bucket_gradient = g_be.bucket_gradient;
+    g_be.block_loss = spoiled_loss, g_be.bucket_gradient = spoiled_gradient;
+    CHECK_OK(besa_pruner_create(&pruner, &g_be, &t->block.shape, BESA_F32, 0, o, STEPS, t->seqlen, &g_error), g_error);
+    besa_result result = besa_pruner_run(pruner, &t->block, "model.layers.3.", x, NULL, pruned, &report, &g_error);
+    CHECK(result == BESA_ERROR_NOT_FINITE && strstr(g_error.message, words) && !strstr(g_error.message, "nan"),
+          "method %d, call %d: %s, expected %s", (int)o->method, at, result ? g_error.message : "success", words);
+    besa_pruner_destroy(pruner);
+    g_be.block_loss = g_block_loss, g_be.bucket_gradient = g_bucket_gradient;
+    for (int l = 0; l < BESA_LAYERS; l++) free(pruned[l]);
+    free(x);
+}
+
+/* A loss that overflows, in every pass of every method: the message names block, pass and sequences. */
+static void test_loss_overflow(void)
+{
+    static const besa_method method[] = { BESA_METHOD_WANDA, BESA_METHOD_SPARSEGPT, BESA_METHOD_MAGNITUDE };
+    trace t;
+    besa_prune_options o;
+    char words[160];
+    read_trace(&t, "trace_published_penalty");
+    memset(&o, 0, sizeof o);
+    o.rates.target = 0.5, o.rates.zero_start = 1;
+    /* a loss a sequence: 8 of uniform masks, 8 of the first masks, 16 of steps, 16 of the commit pass */
+    static const int call[] = { 0, 7, 8, 15, 16, 18, 31, 32, 39, 40, 47 };
+    for (int i = 0; i < 11; i++) {
+        int at = call[i], step = at - 16, commit = step - STEPS;
+        if (at < 16) snprintf(words, sizeof words, "model.layers.3.*: the reconstruction loss of sequences 0 .. 7 is not finite "
+                              "before learning, with %s masks", at < 8 ? "uniform" : "the first");
+        else if (commit < 0) snprintf(words, sizeof words, "sequences %d .. %d is not finite in learning step %d:", step, step, step + 1);
+        else snprintf(words, sizeof words, "sequences %s is not finite in the commit pass", commit < 8 ? "0 .. 7" : "8 .. 15");
+        expect_not_finite(&t, t.h.f, &o, BAD_LOSS, at, words);
+    }
+    o.rates.zero_start = 0, o.batch_size = 5, o.epochs = 2; /* one a batch: 2 of the first 8 sequences, 4 an epoch */
+    expect_not_finite(&t, t.h.f, &o, BAD_LOSS, 2 + 4 + 2, "sequences 10 .. 14 is not finite in learning step 7:");
+    o.batch_size = o.epochs = 0;
+    for (int m = 0; m < 3; m++)
+        for (int at = 0; at < 8; at += 7) {     /* baselines have a reference of 8 sequences */
+            o.method = method[m];
+            expect_not_finite(&t, t.h.f, &o, BAD_LOSS, at, "model.layers.3.*: the reconstruction loss of sequences 0 .. 7 is not "
+                              "finite in the commit pass");
+        }
+}
+
+/* Activations that overflow in the dense pass, and rates that do while losses are finite. */
+static void test_overflow_named(void)
+{
+    static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_WANDA, BESA_METHOD_SPARSEGPT, BESA_METHOD_MAGNITUDE };
+    trace t;
+    besa_prune_options o;
+    read_trace(&t, "trace_published_penalty");
+    int64_t sequence = t.seqlen * t.hidden, up = t.rows[BESA_UP] * t.columns[BESA_UP];
+    float *x = take_floats(t.h.count), *w = take_floats(up);
+    const void *kept = t.block.weight[BESA_UP];
+    memset(&o, 0, sizeof o);
+    o.rates.target = 0.5;
+    memcpy(x, t.h.f, (size_t)t.h.count * sizeof *x);
+    for (int64_t i = 3 * sequence; i < 4 * sequence; i++) x[i] *= 1e22f;
+    memcpy(w, kept, (size_t)up * sizeof *w);
+    for (int64_t i = 0; i < up; i++) w[i] *= 1e25f;
+    for (int m = 0; m < 4; m++) {
+        o.method = method[m];
+        expect_not_finite(&t, x, &o, 0, 0, "model.layers.3.*: the channel norms of the reference for sequences 3 .. 3 are not finite "
+                          "in the dense pass");
+        t.block.weight[BESA_UP] = w;
+        expect_not_finite(&t, t.h.f, &o, 0, 0, o.method == BESA_METHOD_MAGNITUDE ? "sequences 0 .. 0 are not finite in the dense pass"
+                          : "model.layers.3.mlp.down_proj: the sums of squares of its inputs are not finite in the dense pass");
+        t.block.weight[BESA_UP] = kept;
+    }
+    o.method = BESA_METHOD_BESA;
+    expect_not_finite(&t, t.h.f, &o, BAD_GRADIENT, 7 * (STEPS - 1) + 2, "not finite: the gradient of mlp.up_proj is not");
+    expect_not_finite(&t, t.h.f, &o, BAD_GRADIENT, 7 * (STEPS - 1) - 1, "not finite: the gradient of every layer is not");
+    o.rates.lr = 9e29, o.rates.weight_decay = 9e29, o.rates.optimizer = BESA_ADAMW;
+    expect_not_finite(&t, t.h.f, &o, 0, 0, "the mean rate is not finite: ");
+}
+
 static int g_waits[BESA_QUEUE_COUNT];
 static besa_result (*g_synchronize)(besa_backend *, besa_queue);
 
@@ -964,6 +1076,8 @@ int main(int argc, char **argv)
     TEST("trace_published_penalty") test_trace("trace_published_penalty", 0.3, 0.02);
     TEST("trace_published_no_penalty") test_trace("trace_published_no_penalty", 0.5, 0.1);
     TEST("importances by their formulas") test_importances();
+    TEST("losses that overflow") test_loss_overflow();
+    TEST("overflow is named") test_overflow_named();
     TEST("arguments of the layer API") test_rates_arguments();
     TEST("one wait a block, besa") test_waits(BESA_METHOD_BESA);
     TEST("one wait a block, wanda") test_waits(BESA_METHOD_WANDA);
