@@ -9742,17 +9742,36 @@ static void besa__note_range(const besa__run *run, char **notes)
                     o->rates.target, low, high);
 }
 
+/* Learning steps before which rates hardly move: logits have to change by about 0.3. AdamW changes them by lr a step.
+ * Prodigy's step is d lr, and d grows from d0 by a factor of about 1 + 1.2 (d_coef lr)^0.72 from the third step on, as
+ * measured for d_coef 0.05 to 500. */
+static double besa__steps_needed(const besa_rate_options *o)
+{
+    if (o->optimizer == BESA_ADAMW) return ceil(0.3 / o->lr);
+    double growth = 1 + 1.2 * pow(o->d_coef * o->lr, 0.72), distance = log(0.3 / (o->d0 * o->lr));
+    return ceil(2 + fmax(distance, 0) / log(growth));
+}
+
+/* A warning where learning ends before rates have moved. */
+static void besa__note_steps(const besa_pruner *p, char **notes)
+{
+    const besa_prune_options *o = &p->options;
+    const char *larger = o->rates.optimizer == BESA_ADAMW ? "lr" : "d_coef";
+    int64_t steps = o->epochs * besa__parts(p->nsamples, o->batch_size);
+    double needed = besa__steps_needed(&o->rates);
+    if (o->method != BESA_METHOD_BESA || (double)steps >= needed) return;
+    besa__notes_add(notes, "warning: %lld learning step%s a block (sequences x epochs / batch size): rates hardly move before "
+                    "step %.0f, and masks are nearly those of uniform rates by importance %s; more sequences or epochs, a "
+                    "smaller batch or a larger %s help", (long long)steps, steps == 1 ? "" : "s", needed,
+                    besa__importance_row(o->importance)->name, larger);
+}
+
 /* Warnings that a run can give before it begins. */
 static void besa__note_settings(const besa__run *run, char **notes)
 {
-    const besa_pruner *p = &run->pruner;
-    int64_t batches = besa__parts(p->nsamples, p->options.batch_size), longest = run->config->max_position_embeddings;
-    int64_t steps = p->options.epochs * batches, needed = 32;
+    int64_t longest = run->config->max_position_embeddings;
     besa__note_range(run, notes);
-    if (p->options.method == BESA_METHOD_BESA && steps < needed)
-        besa__notes_add(notes, "warning: %lld learning step%s a block (sequences x epochs / batch size): rates hardly move in "
-                        "less than %lld, and the result is much like Wanda's", (long long)steps, steps == 1 ? "" : "s",
-                        (long long)needed);
+    besa__note_steps(&run->pruner, notes);
     if (run->positions > longest)
         besa__notes_add(notes, "warning: sequences of %lld tokens, the model's max_position_embeddings is %lld",
                         (long long)run->positions, (long long)longest);

@@ -1109,6 +1109,39 @@ static besa_plan_result plan_of(const setup *s, besa_result *result)
     return plan;
 }
 
+/* The warning about few steps is there where rates do not move, and only there; it says what helps. */
+static void test_few_steps(void)
+{
+    static const struct { int steps, adamw; double d_coef; int warned; } plan[] = {
+        { 1, 0, 0, 1 }, { 8, 0, 0, 1 }, { 9, 0, 0, 1 }, { 12, 0, 0, 0 }, { 16, 0, 0, 0 }, { 31, 0, 0, 0 }, { 128, 0, 0, 0 },
+        { 6, 0, 50, 1 }, { 8, 0, 50, 0 }, { 12, 0, 0.5, 1 }, { 32, 0, 0.5, 0 }, { 16, 1, 0, 1 }, { 64, 1, 0, 0 } };
+    for (size_t i = 0; i < sizeof plan / sizeof plan[0]; i++) {
+        setup s = new_setup(NULL, BESA_METHOD_BESA, 0.5);
+        besa_result r;
+        s.nsamples = plan[i].steps;
+        s.options.rates.d_coef = plan[i].d_coef;
+        s.options.rates.optimizer = plan[i].adamw ? BESA_ADAMW : BESA_PRODIGY;
+        besa_plan_result p = plan_of(&s, &r);
+        CHECK(r == BESA_OK && !!strstr(p.notes, "learning step") == plan[i].warned, "%d steps, d_coef %g: \"%s\"", plan[i].steps,
+              plan[i].d_coef, p.notes);
+        if (plan[i].warned)
+            CHECK(strstr(p.notes, "epochs") && strstr(p.notes, "smaller batch") && strstr(p.notes, plan[i].adamw ? "larger lr" :
+                  "larger d_coef") && strstr(p.notes, "importance wanda"), "no remedy in \"%s\"", p.notes);
+    }
+    for (int steps = 8; steps <= 16; steps += 4) { /* and it is so */
+        setup s = new_setup(NULL, BESA_METHOD_BESA, 0.5);
+        double ratio = 0;
+        s.nsamples = steps, s.seqlen = 64;
+        CHECK_RUN(&s);
+        for (int64_t b = 0; b < s.report.num_blocks; b++)
+            ratio += s.report.block[b].loss_after / s.report.block[b].loss_uniform / (double)s.report.num_blocks;
+        int warned = s.report.notes && strstr(s.report.notes, "hardly move");
+        CHECK(warned == (steps == 8) && (warned ? fabs(ratio - 1) < 0.03 : ratio < 0.95), "%d steps: %g of the uniform masks' loss",
+              steps, ratio);
+        besa_report_free(&s.report);
+    }
+}
+
 /* What is allocated at the peak is what besa_plan said, to the byte, and all of it is given back. */
 static void test_plan(void)
 {
@@ -1642,6 +1675,7 @@ int main(int argc, char **argv)
     TEST("weights that are not finite") test_not_finite();
     TEST("ranges of options") test_option_ranges();
     TEST("defaults of options") test_option_defaults();
+    TEST("few learning steps") test_few_steps();
     TEST("bad options") test_bad_options();
     TEST("bad tokens") test_bad_tokens();
     TEST("output place") test_output_place();
