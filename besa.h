@@ -44,6 +44,7 @@
  *     >>cpu-sparsity       scores, ranks, masks, rates and the optimiser on the CPU
  *     >>cpu-sparsegpt      SparseGPT on the CPU: factor of the inverse Hessian, slabs of weights
  *     >>cpu-backend        the CPU's table of operations
+ *     >>options            what every option may be, and what 0 stands for
  *     >>rates              importance, ranks, learnable rates (level 3)
  *     >>optimisers         one step over the theta of all layers
  *     >>projection         the exact count; the public functions of level 3
@@ -77,12 +78,16 @@
  *     rates.plain_softmax         [0] softmax(theta) instead of softmax(sigmoid(theta))
  *     rates.zero_start            [0] start at rate 1/2, as the paper's code does, instead of at the target
  *     importance                  [wanda] magnitude, sparsegpt, sparsegpt squared
+ *     damping                     [0.01] SparseGPT and its importances: share of a Hessian's mean diagonal added to it
  *     epochs, batch_size          [1, 1]
  *     norm_all, dense_stream      [0, 0] loss norms over all tokens; reference from the dense model's own stream. BESA only
  *     no_projection               [0] leave the sparsity where learning ended
  *     pattern_n, pattern_m        [none] n of every m; not with besa
  *     magnitude_per_row           [0] magnitude: each row at the target instead of each layer
  *     fixed                       [none] layers that stay dense or have a rate of their own
+ *     besa_preset                 [default] published-row and published-layer: the paper's runs of LLaMA-1-7B, d_coef 5 and
+ *                                 50. For other models set the paper's d_coef: by row 5 (1-13B, 2-7B, 2-13B), 10 (1-30B),
+ *                                 50 (1-65B, 2-70B); by layer 0.5 (1-13B, 1-65B, 2-70B), 0.05 (1-30B, 2-7B, 2-13B)
  *     device_memory               [31/32 of what the device has free; none on the CPU] bytes of backend memory: to fit,
  *                                 activations move to the host, then micro-batches shrink
  *
@@ -495,11 +500,26 @@ BESA_API besa_result besa_cuda_backend(besa_backend *be, const besa_cuda_options
  * These functions bring their own workspace and leave be->workspace as it was. The backend must outlive the rates.
  */
 
+/* What a score needs to know of a layer's input columns. */
+typedef enum besa_statistic {
+    BESA_STATISTIC_NONE,
+    BESA_STATISTIC_SUMSQ,                       /* sum of X_j^2 over the tokens: be->column_sumsq */
+    BESA_STATISTIC_FACTOR                       /* U_jj, U'U = inv(2/N X'X + damping): be->hessian_factor, be->diagonal */
+} besa_statistic;
+
+/* The importances: X(value, name, statistic, power, exponent) scores a weight |W|^power statistic_j^exponent, power 1 or 2.
+ * All that the library and the command line know of an importance is its row here. */
+#define BESA_IMPORTANCES(X)                                                                        \
+    X(BESA_IMPORTANCE_WANDA, "wanda", BESA_STATISTIC_SUMSQ, 1, 0.5f)           /* |W| norm2(X_j), the default */ \
+    X(BESA_IMPORTANCE_MAGNITUDE, "magnitude", BESA_STATISTIC_NONE, 1, 0.0f)    /* |W| */           \
+    X(BESA_IMPORTANCE_SPARSEGPT, "sparsegpt", BESA_STATISTIC_FACTOR, 2, -1.0f) /* W^2 / U_jj, as the published code */ \
+    X(BESA_IMPORTANCE_SPARSEGPT_SQUARED, "sparsegpt-squared", BESA_STATISTIC_FACTOR, 2, -2.0f) /* W^2 / U_jj^2, the paper */
+
 typedef enum besa_importance {
-    BESA_IMPORTANCE_WANDA,                      /* |W| norm2(X_j), Wanda's score: the default */
-    BESA_IMPORTANCE_MAGNITUDE,                  /* |W| */
-    BESA_IMPORTANCE_SPARSEGPT,                  /* W^2 / U_jj, as the published code writes it */
-    BESA_IMPORTANCE_SPARSEGPT_SQUARED           /* W^2 / U_jj^2, as the paper writes it */
+#define BESA__ENUM(value, name, statistic, power, exponent) value,
+    BESA_IMPORTANCES(BESA__ENUM)
+#undef BESA__ENUM
+    BESA_IMPORTANCE_COUNT
 } besa_importance;
 
 typedef enum besa_rate_form {
@@ -547,8 +567,8 @@ BESA_API void besa_rates_destroy(besa_rates *rates); /* NULL is fine */
 
 /* Score the weights of one layer and keep each weight's rank in its row; resets nothing else.
  *   w           (R,C) device, the layer's dtype
- *   statistic   (C) device floats, what the importance needs of the layer's inputs: for wanda the sums of squares of
- *               the input columns (be->column_sumsq), for the sparsegpt forms U_jj (be->hessian_factor, be->diagonal);
+ *   statistic   (C) device floats, the statistic of the importance's row in BESA_IMPORTANCES: for wanda the sums of squares
+ *               of the input columns (be->column_sumsq), for the sparsegpt forms U_jj (be->hessian_factor, be->diagonal);
  *               NULL for magnitude
  *   scratch     (R + 1, C) device floats, free to use again on return
  * NaN and infinite weights are counted: besa_rates_project and besa_rates_status report them as
@@ -729,6 +749,8 @@ typedef struct besa_prune_options {
     int pattern_n, pattern_m;                   /* n of every m consecutive weights pruned; 0: unstructured; not BESA */
     int magnitude_per_row;                      /* magnitude: each row at the target instead of each layer */
     besa_importance importance;                 /* BESA only */
+    double damping;                             /* [0.01] of the mean diagonal is added to Hessians: method sparsegpt, and the
+                                                   importances of BESA_STATISTIC_FACTOR */
     int64_t epochs, batch_size;                 /* BESA [1, 1]; batch in sequences */
     int norm_all;                               /* channel norms of the loss over all tokens, not per batch */
     int dense_stream;                           /* Yref from the dense model's own stream, not from the pruned prefix */
@@ -740,6 +762,27 @@ typedef struct besa_prune_options {
     besa_step_callback step;
     void *user;                                 /* of both callbacks */
 } besa_prune_options;
+
+/* A row of the table of all options that are numbers: what it may be. */
+typedef enum besa_option_kind { BESA_OPTION_FLAG, BESA_OPTION_ENUM, BESA_OPTION_INT, /* all three are an int */
+                                BESA_OPTION_INT64, BESA_OPTION_DOUBLE } besa_option_kind;
+enum { BESA_OPTION_ABOVE = 1, BESA_OPTION_BELOW = 2, /* least, most themselves are outside */
+       BESA_OPTION_NONE = 4,                    /* BESA_NONE asks for a true 0, BESA_ALL_ROWS for all */
+       BESA_OPTION_REQUIRED = 8 };              /* 0 is no default but a value like others */
+
+typedef struct besa_option {
+    const char *name;                           /* of the field, in besa_prune_options or its rates */
+    besa_option_kind kind;
+    size_t offset;                              /* in besa_prune_options */
+    double standard;                            /* what 0 stands for; of lr: with Prodigy */
+    double least, most;
+    int flags;                                  /* of BESA_OPTION_ABOVE .. */
+    const char *range;                          /* least .. most in words: "above 0 and below 1" */
+} besa_option;
+
+/* The table, ended by a row without a name: for programs that take options from elsewhere. Every one of these options
+ * decides the output's bytes. The library checks options by it and fills in what 0 stands for. */
+BESA_API const besa_option *besa_option_table(void);
 
 typedef struct besa_layer_report {
     int64_t weights, pruned;                    /* pruned counts every zero that is written */
@@ -901,7 +944,8 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
                                const besa_prune_options *options, besa_plan_result *plan, besa_error *error);
 
 /* Start from a preset, before other options are set: "default"; "published-row", "published-layer": the paper's code,
- * zero start and no exact projection. Only rates.target, fixed rates, budget and callbacks are kept. BESA_ERROR_OPTION. */
+ * zero start and no exact projection, with the d_coef that it has for LLaMA-1-7B (OPTIONS lists the others). Only
+ * rates.target, fixed rates, budget and callbacks are kept. BESA_ERROR_OPTION. */
 BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, besa_error *error);
 
 /* Perplexity of (windows, seqlen) ids, block by block: exp of the mean over windows of the mean negative
@@ -5612,8 +5656,8 @@ static besa_result besa__cpu_hessian_factor(besa_backend *be, float *h, int32_t 
     bad = besa__cpu_factor_lower(be, &f);
     if (bad >= 0)
         return besa__fail(&be->error, BESA_ERROR_NUMERIC,
-                          "the Hessian of %lld columns is not positive definite at column %lld (more damping or more "
-                          "calibration tokens may help)", (long long)columns, (long long)bad);
+                          "the Hessian of %lld columns is not positive definite at column %lld (a larger option "
+                          "damping or more calibration tokens may help)", (long long)columns, (long long)bad);
     besa__cpu_upper(be, &f, 0);
     besa__cpu_invert_lower(be, &f);
     besa__cpu_upper(be, &f, 1);
@@ -5916,6 +5960,98 @@ BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *
 #endif
 
 /* ============================================================================================
+ * // >>options               what every option may be, and what 0 stands for
+ * ============================================================================================
+ * One table of all options that are numbers. Options that contradict each other are for the sections that use them. */
+
+#define BESA__RATE(field) BESA__RATE_AS(DOUBLE, field)
+#define BESA__RATE_AS(kind, field) #field, BESA_OPTION_##kind, \
+                                   offsetof(besa_prune_options, rates) + offsetof(besa_rate_options, field)
+#define BESA__PRUNE(field) BESA__PRUNE_AS(DOUBLE, field)
+#define BESA__PRUNE_AS(kind, field) #field, BESA_OPTION_##kind, offsetof(besa_prune_options, field)
+#define BESA__OPEN (BESA_OPTION_ABOVE | BESA_OPTION_BELOW)
+#define BESA__FROM_0 (BESA_OPTION_BELOW | BESA_OPTION_NONE)
+#define BESA__NO_LIMIT 1e300
+
+static const besa_option besa__options[] = {
+    {BESA__RATE(target), 0, 0, 1, BESA__OPEN | BESA_OPTION_REQUIRED, "above 0 and below 1"},
+    {BESA__RATE_AS(ENUM, form), 0, 0, BESA_RATES_LAYER, 0, "a value of besa_rate_form"},
+    {BESA__RATE(layer_scale), 1, 0, 1e4, BESA_OPTION_NONE, "0 to 10000"},
+    {BESA__RATE(row_scale), 1, 0, 1e4, BESA_OPTION_NONE, "0 to 10000"},
+    {BESA__RATE_AS(FLAG, plain_softmax), 0, 0, 1, 0, "0 or 1"},
+    {BESA__RATE_AS(FLAG, zero_start), 0, 0, 1, 0, "0 or 1"},
+    {BESA__RATE_AS(INT, candidates), 100, 1, 65535, 0, "1 to 65535"},
+    {BESA__RATE_AS(INT64, group_rows), 1, 1, BESA__NO_LIMIT, BESA_OPTION_NONE, "1 or more"},
+    {BESA__RATE(penalty), 1, 0, 1e30, BESA__FROM_0, "0 or more and below 1e30"},
+    {BESA__RATE_AS(ENUM, optimizer), 0, 0, BESA_ADAMW, 0, "a value of besa_optimizer_kind"},
+    {BESA__RATE(lr), 1, 0, 1e30, BESA__OPEN, "above 0 and below 1e30"},
+    {BESA__RATE(beta1), 0.9, 0, 1, BESA__FROM_0, "0 or more and below 1"},
+    {BESA__RATE(beta2), 0.999, 0, 1, BESA__FROM_0, "0 or more and below 1"},
+    {BESA__RATE(weight_decay), 0, 0, 1e30, BESA__FROM_0, "0 or more and below 1e30"},
+    {BESA__RATE(d0), 1e-6, 0, 1e30, BESA__OPEN, "above 0 and below 1e30"},
+    {BESA__RATE(d_coef), 5, 0, 1e30, BESA__OPEN, "above 0 and below 1e30"},
+    {BESA__PRUNE_AS(ENUM, method), 0, 0, BESA_METHOD_MAGNITUDE, 0, "a value of besa_method"},
+    {BESA__PRUNE_AS(INT, pattern_n), 0, 0, 63, 0, "0 to 63"},
+    {BESA__PRUNE_AS(INT, pattern_m), 0, 0, 64, 0, "0 to 64"},
+    {BESA__PRUNE_AS(FLAG, magnitude_per_row), 0, 0, 1, 0, "0 or 1"},
+    {BESA__PRUNE_AS(ENUM, importance), 0, 0, BESA_IMPORTANCE_COUNT - 1, 0, "a value of besa_importance"},
+    {BESA__PRUNE(damping), 0.01, 0, 1e30, BESA__OPEN, "above 0 and below 1e30"},
+    {BESA__PRUNE_AS(INT64, epochs), 1, 1, 1e6, 0, "1 to 1000000"},
+    {BESA__PRUNE_AS(INT64, batch_size), 1, 1, BESA__NO_LIMIT, 0, "1 or more"},
+    {BESA__PRUNE_AS(FLAG, norm_all), 0, 0, 1, 0, "0 or 1"},
+    {BESA__PRUNE_AS(FLAG, dense_stream), 0, 0, 1, 0, "0 or 1"},
+    {BESA__PRUNE_AS(FLAG, no_projection), 0, 0, 1, 0, "0 or 1"},
+    {BESA__PRUNE_AS(INT64, num_fixed), 0, 0, BESA__NO_LIMIT, 0, "0 or more"},
+    {NULL, BESA_OPTION_FLAG, 0, 0, 0, 0, 0, NULL},
+};
+
+BESA_API const besa_option *besa_option_table(void) { return besa__options; }
+
+static double besa__option_get(const besa_option *o, const void *field)
+{
+    int i;
+    int64_t whole;
+    double real;
+    if (o->kind == BESA_OPTION_DOUBLE) return memcpy(&real, field, sizeof real), real;
+    if (o->kind == BESA_OPTION_INT64) return memcpy(&whole, field, sizeof whole), (double)whole;
+    return memcpy(&i, field, sizeof i), i;
+}
+
+static void besa__option_set(const besa_option *o, void *field, double value)
+{
+    int i = (int)value;
+    int64_t whole = (int64_t)value;
+    if (o->kind == BESA_OPTION_DOUBLE) memcpy(field, &value, sizeof value);
+    else if (o->kind == BESA_OPTION_INT64) memcpy(field, &whole, sizeof whole);
+    else memcpy(field, &i, sizeof i);
+}
+
+static besa_result besa__option_check(const besa_option *o, double x, besa_error *error)
+{
+    if ((x == 0 && !(o->flags & BESA_OPTION_REQUIRED)) || (x == BESA_NONE && (o->flags & BESA_OPTION_NONE))) return BESA_OK;
+    int above = x > o->least || (x == o->least && !(o->flags & BESA_OPTION_ABOVE));
+    int below = x < o->most || (x == o->most && !(o->flags & BESA_OPTION_BELOW));
+    if (above && below) return BESA_OK;
+    if (isnan(x)) return besa__fail(error, BESA_ERROR_OPTION, "%s is NaN, expected %s", o->name, o->range);
+    return besa__fail(error, BESA_ERROR_OPTION, "%s is %.15g, expected %s", o->name, x, o->range);
+}
+
+/* Check the options that lie at bytes begin .. end-1 of besa_prune_options, and fill in what 0 and BESA_NONE stand for:
+ * once, as BESA_NONE becomes 0. bytes: where byte `begin` is. */
+static besa_result besa__options_fill(void *bytes, size_t begin, size_t end, besa_error *error)
+{
+    for (const besa_option *o = besa__options; o->name; o++) {
+        if (o->offset < begin || o->offset >= end) continue;
+        void *field = (unsigned char *)bytes + (o->offset - begin);
+        double x = besa__option_get(o, field);
+        BESA__TRY(besa__option_check(o, x, error));
+        if (x == 0) besa__option_set(o, field, o->standard);
+        else if (x == BESA_NONE && o->kind == BESA_OPTION_DOUBLE) besa__option_set(o, field, 0);
+    }
+    return BESA_OK;
+}
+
+/* ============================================================================================
  * // >>rates                 importance, ranks, learnable rates (level 3)
  * ============================================================================================
  * Owns besa_rates: what is learned, per layer and together. Calls the backend table; knows layers, not blocks.
@@ -5958,12 +6094,6 @@ struct besa_rates {
     int64_t *excess;                            /* (1) whether the projection worked, from be->project_counts */
     int32_t *not_finite;                        /* (count) NaN and infinite weights of each layer */
 };
-
-/* What an option of 0, or BESA_NONE for a true 0, stands for. */
-static double besa__default(double value, double standard)
-{
-    return value == 0 ? standard : value == BESA_NONE ? 0 : value;
-}
 
 /* Mean rate at theta = 0 for a tilt c: sum_d softmax(c p)_d p_d, rising in c. */
 static double besa__tilted_rate(double c, int candidates)
@@ -6012,39 +6142,14 @@ BESA__UNUSED static double besa__reachable_rate(const besa_rates *rates, int hig
 /* Check the options and fill in what 0 stands for; to be done once, as BESA_NONE becomes 0. */
 static besa_result besa__rate_defaults(besa_rate_options *o, besa_error *error)
 {
-    if (!(o->target > 0 && o->target < 1))
-        return besa__fail(error, BESA_ERROR_OPTION, "target sparsity is %g, expected 0 < target < 1", o->target);
-    if (o->candidates < 0 || o->candidates > 65535)
-        return besa__fail(error, BESA_ERROR_OPTION, "candidates is %d, expected 1 .. 65535", o->candidates);
-    if (o->group_rows < BESA_ALL_ROWS)
-        return besa__fail(error, BESA_ERROR_OPTION, "group_rows is %lld, expected 1 or more, or BESA_ALL_ROWS",
-                          (long long)o->group_rows);
-    if ((unsigned)o->form > BESA_RATES_LAYER || (unsigned)o->optimizer > BESA_ADAMW)
-        return besa__fail(error, BESA_ERROR_OPTION, "form is %d, optimizer is %d: not a value of their enums",
-                          (int)o->form, (int)o->optimizer);
-    if (o->candidates == 0) o->candidates = 100;
-    if (o->group_rows == 0) o->group_rows = 1;
-    o->layer_scale = o->form == BESA_RATES_ROW ? 0 : besa__default(o->layer_scale, 1);
-    o->row_scale = o->form == BESA_RATES_LAYER ? 0 : besa__default(o->row_scale, 1);
-    o->penalty = besa__default(o->penalty, 1);
-    o->lr = besa__default(o->lr, o->optimizer == BESA_PRODIGY ? 1 : 0.01);
-    o->beta1 = besa__default(o->beta1, 0.9);
-    o->beta2 = besa__default(o->beta2, 0.999);
-    o->weight_decay = besa__default(o->weight_decay, 0);
-    o->d0 = besa__default(o->d0, 1e-6);
-    o->d_coef = besa__default(o->d_coef, 5);
-    if (!(o->layer_scale >= 0 && o->row_scale >= 0 && o->layer_scale + o->row_scale > 0 && o->layer_scale <= 1e4 &&
-          o->row_scale <= 1e4))
-        return besa__fail(error, BESA_ERROR_OPTION, "layer_scale %g and row_scale %g: expected 0 .. 10000, not both 0",
-                          o->layer_scale, o->row_scale);
-    if (!(o->penalty >= 0 && o->penalty < 1e30 && o->lr > 0 && o->lr < 1e30 && o->d0 > 0 && o->d0 < 1e30 &&
-          o->d_coef > 0 && o->d_coef < 1e30 && o->weight_decay >= 0 && o->weight_decay < 1e30))
-        return besa__fail(error, BESA_ERROR_OPTION,
-                          "penalty %g, lr %g, d0 %g, d_coef %g, weight_decay %g: expected finite and positive", o->penalty,
-                          o->lr, o->d0, o->d_coef, o->weight_decay);
-    if (!(o->beta1 >= 0 && o->beta1 < 1 && o->beta2 >= 0 && o->beta2 < 1))
-        return besa__fail(error, BESA_ERROR_OPTION, "beta1 %g and beta2 %g: expected 0 <= beta < 1", o->beta1, o->beta2);
-    return BESA_OK;
+    const size_t begin = offsetof(besa_prune_options, rates);
+    if (o->lr == 0 && o->optimizer == BESA_ADAMW) o->lr = 0.01;
+    BESA__TRY(besa__options_fill(o, begin, begin + sizeof *o, error));
+    if (o->form == BESA_RATES_ROW) o->layer_scale = 0;
+    if (o->form == BESA_RATES_LAYER) o->row_scale = 0;
+    if (o->layer_scale + o->row_scale > 0) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_OPTION, "layer_scale and row_scale: expected one above 0 that the "
+                      "form has, found none");
 }
 
 /* The ranks of a layer from one row on. */
@@ -6237,17 +6342,30 @@ static besa_result besa__rates_start(besa_rates *rates)
     return besa__rates_reset(rates);
 }
 
-/* scale(C): the score's factor per column, from what the importance needs of the layer's inputs; may be statistic. */
+typedef struct besa__importance {
+    const char *name;
+    besa_statistic statistic;
+    int power;                                  /* of |W| */
+    float exponent;                             /* of the statistic */
+} besa__importance;
+
+/* An importance that has been checked: its row. */
+static const besa__importance *besa__importance_row(besa_importance importance)
+{
+    static const besa__importance rows[] = {
+#define BESA__ROW(value, name, statistic, power, exponent) {name, statistic, power, exponent},
+        BESA_IMPORTANCES(BESA__ROW)
+#undef BESA__ROW
+    };
+    BESA_ASSERT((unsigned)importance < BESA_IMPORTANCE_COUNT);
+    return &rows[importance];
+}
+
+/* scale(C): the score's factor per column, from the importance's statistic; may be statistic itself. */
 static besa_result besa__importance_scale(besa_backend *be, float *scale, const float *statistic,
                                           besa_importance importance, int64_t columns)
 {
-    float exponent = importance == BESA_IMPORTANCE_WANDA ? 0.5f : importance == BESA_IMPORTANCE_SPARSEGPT ? -1.0f : -2.0f;
-    return be->power(be, scale, statistic, exponent, columns);
-}
-
-static int besa__importance_power(besa_importance importance)
-{
-    return importance == BESA_IMPORTANCE_SPARSEGPT || importance == BESA_IMPORTANCE_SPARSEGPT_SQUARED ? 2 : 1;
+    return be->power(be, scale, statistic, besa__importance_row(importance)->exponent, columns);
 }
 
 /* scale (C): the factor, or NULL. scratch receives the scores of as many rows as `room` floats hold, again and again. */
@@ -6398,21 +6516,77 @@ static besa_result besa__rates_project(besa_rates *rates)
                               besa__rates_count(rates), rates->rows);
 }
 
+/* Is any of n floats on the device not finite? Waits; for what goes wrong. */
+static int besa__any_not_finite(besa_backend *be, const float *device, int64_t n)
+{
+    float part[1024];
+    for (int64_t first = 0, count; first < n; first += count) {
+        count = besa__min(1024, n - first);
+        if (be->download(be, BESA_QUEUE_COMPUTE, part, device + first, (size_t)count * sizeof(float)) != BESA_OK) return 0;
+        if (be->synchronize(be, BESA_QUEUE_COMPUTE) != BESA_OK) return 0;
+        for (int64_t i = 0; i < count; i++)
+            if (!isfinite(part[i])) return 1;
+    }
+    return 0;
+}
+
+/* Is any of a layer's parameters, or of their gradients, not finite? Its two parts lie one after the other. */
+static int besa__theta_not_finite(const besa_rates *rates, const float *parameters, int index)
+{
+    const besa__rate_layer *layer = &rates->layer[index];
+    int64_t first = layer->theta_layer < 0 ? layer->theta_row : layer->theta_layer;
+    int64_t groups = layer->theta_row < 0 ? 0 : besa__parts(layer->shape.rows, layer->rate.group_rows);
+    int64_t vectors = groups + (layer->theta_layer >= 0);
+    return besa__any_not_finite(rates->be, parameters + first, vectors * layer->rate.candidates);
+}
+
+/* What is not finite of the learned rates, in words: the last gradient, or else the logits, and of which layers; names
+ * (NULL: numbers) are what layers are called. Waits for the device. */
+static void besa__describe_rates(const besa_rates *rates, const char *const *names, char *text, size_t size)
+{
+    const float *parameters[2] = {rates->grad, rates->theta};
+    static const char *const what[2] = {"the gradient", "the step (lr, d_coef, weight_decay or penalty may be too large)"};
+    snprintf(text, size, "a gradient was not");
+    for (int k = 0; k < 2; k++) {
+        char first[32] = "";
+        int bad = 0, learned = 0;
+        for (int i = 0; i < rates->count; i++) {
+            if (rates->layer[i].fixed >= 0) continue;
+            learned++;
+            if (!besa__theta_not_finite(rates, parameters[k], i) || bad++) continue;
+            if (names) snprintf(first, sizeof first, "%s", names[i]);
+            else snprintf(first, sizeof first, "layer %d", i);
+        }
+        if (bad == 0) continue;
+        snprintf(text, size, "%s of %s%s is not", what[k], bad == learned && bad > 1 ? "every layer" : first,
+                 bad > 1 && bad < learned ? " and others" : "");
+        return;
+    }
+}
+
 /* What came back in rates->excess. */
 static besa_result besa__check_excess(const besa_rates *rates, int64_t excess, besa_error *error)
 {
-    if (excess < 0) return besa__fail(error, BESA_ERROR_NOT_FINITE, "rates are not finite: a gradient was not");
     if (excess == 0) return BESA_OK;
+    if (excess < 0) {
+        char text[160];
+        besa__describe_rates(rates, NULL, text, sizeof text);
+        return besa__fail(error, BESA_ERROR_NOT_FINITE, "rates are not finite: %s", text);
+    }
     int64_t count = besa__rates_count(rates);
     return besa__fail(error, BESA_ERROR_TARGET, "target asks for %lld pruned weights, but %lld weights are zero already",
                       (long long)count, (long long)(count + excess));
 }
 
-static besa_result besa__check_status(double d, float mean, besa_error *error)
+/* d and mean: as the device has them after the last step. names: as above. */
+static besa_result besa__check_status(const besa_rates *rates, double d, float mean, const char *const *names,
+                                      besa_error *error)
 {
+    char text[160];
     if (isfinite(d) && isfinite(mean)) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_NOT_FINITE, "mean rate is %g and Prodigy's d is %g: a gradient was not finite",
-                      (double)mean, d);
+    besa__describe_rates(rates, names, text, sizeof text);
+    return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s not finite: %s", isfinite(d) ? "the mean rate is"
+                      : isfinite(mean) ? "Prodigy's d is" : "the mean rate and Prodigy's d are", text);
 }
 
 /* Waits for the device. */
@@ -6569,21 +6743,22 @@ BESA_API besa_result besa_rates_rank(besa_rates *rates, int layer, const void *w
                                      const float *statistic, float *scratch, besa_error *error)
 {
     BESA__TRY(besa__check_layer(rates, layer, 0, error));
-    if ((unsigned)importance > BESA_IMPORTANCE_SPARSEGPT_SQUARED || (importance != BESA_IMPORTANCE_MAGNITUDE && !statistic))
-        return besa__fail(error, BESA_ERROR_OPTION, "importance is %d, statistic is %s: expected a value of the enum, and a "
-                          "statistic for all but magnitude", (int)importance, statistic ? "given" : "NULL");
+    if ((unsigned)importance >= BESA_IMPORTANCE_COUNT)
+        return besa__fail(error, BESA_ERROR_OPTION, "importance is %d, expected a value of besa_importance", (int)importance);
+    const besa__importance *row = besa__importance_row(importance);
+    if (row->statistic != BESA_STATISTIC_NONE && !statistic)
+        return besa__fail(error, BESA_ERROR_OPTION, "statistic is NULL, which the importance %s needs", row->name);
     besa_backend *be = rates->be;
     const besa_layer_shape *shape = &rates->layer[layer].shape;
     float *scale = NULL;
     besa_result result = BESA_OK;
     besa__workspace callers = besa__rates_enter(rates);
-    if (importance != BESA_IMPORTANCE_MAGNITUDE) {
+    if (row->statistic != BESA_STATISTIC_NONE) {
         scale = scratch + shape->rows * shape->columns;
         result = besa__importance_scale(be, scale, statistic, importance, shape->columns);
     }
     if (result == BESA_OK)
-        result = besa__rates_rank_scaled(rates, layer, w, scale, besa__importance_power(importance), scratch,
-                                         shape->rows * shape->columns);
+        result = besa__rates_rank_scaled(rates, layer, w, scale, row->power, scratch, shape->rows * shape->columns);
     return besa__rates_leave(rates, callers, result, error);
 }
 
@@ -6682,7 +6857,7 @@ BESA_API besa_result besa_rates_status(besa_rates *rates, double *d, double *mea
     if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
     if (result == BESA_OK) result = besa__check_weights(rates);
     if (result != BESA_OK) return besa__pass_error(be, result, error);
-    BESA__TRY(besa__check_status(scalars[0], mean, error));
+    BESA__TRY(besa__check_status(rates, scalars[0], mean, NULL, error));
     if (d) *d = scalars[0];
     if (mean_rate) *mean_rate = (double)mean;
     return BESA_OK;
@@ -7146,9 +7321,11 @@ static besa_result besa__stream_close(besa__stream *s, int changed)
  *   commit   exact projection, final mask, X = F(What, X) */
 
 enum { BESA__INPUT_A, BESA__INPUT_ATTN, BESA__INPUT_M, BESA__INPUT_Z, BESA__INPUTS }; /* what layers read */
-enum { BESA__LOSS_UNIFORM, BESA__LOSS_BEFORE, BESA__LOSS_AFTER, BESA__LOSS_REST, BESA__LOSS_STEP, BESA__LOSSES };
+/* Losses; from BESA__LOSS_STEP on there is one for each learning step. */
+enum { BESA__LOSS_UNIFORM, BESA__LOSS_BEFORE, BESA__LOSS_AFTER, BESA__LOSS_REST, BESA__LOSS_STEP };
 
 #define BESA__REPORT_SEQUENCES 8                /* the report's losses come from the first sequences */
+#define BESA__STEP_LOSSES 65536                 /* losses of learning steps that are kept; later steps share the last one */
 #define BESA__SLAB 128                          /* columns that SparseGPT treats together */
 #define BESA__CHUNK_TOKENS 2048                 /* passes without an optimiser go by about so many tokens */
 
@@ -7165,13 +7342,15 @@ typedef struct besa__meter {
 } besa__meter;
 
 enum { BESA__DENSE, BESA__WRITTEN };            /* weights that zeros are counted of */
+enum { BESA__COUNT_INPUTS = 2 * BESA_LAYERS, BESA__COUNT_NORMS = BESA__COUNT_INPUTS + BESA__INPUTS, BESA__COUNTS };
 
 /* What comes back of a block, in pinned host memory. */
 typedef struct besa__results {
-    float losses[BESA__LOSSES], mean;
+    float mean;
     double scalars[4];
     int64_t excess;
-    int32_t not_finite[2][BESA_LAYERS];         /* of the dense weights; of those written */
+    int32_t not_finite[BESA__COUNTS];           /* (2, BESA_LAYERS) of the dense weights, of those written; of the layers'
+                                                   inputs' statistics (BESA__INPUTS); of the reference's channel norms */
 } besa__results;
 
 struct besa_pruner {
@@ -7193,7 +7372,8 @@ struct besa_pruner {
     besa__stream yref;                          /* (reference, seqlen, d); not placed where there is a dense stream */
     void *y;                                    /* (chunk, seqlen, d) act */
     float *channel_sumsq;                       /* (norms, d) of Yref: of every optimiser's batch, or one of all */
-    float *losses;                              /* (BESA__LOSSES) */
+    float *losses;                              /* (BESA__LOSS_STEP + step_losses) */
+    int64_t step_losses;
     float *statistic[BESA__INPUTS];             /* (columns) */
     float *gram[BESA__INPUTS];                  /* (columns, columns), SparseGPT only; then its factor U */
     int32_t *dead[BESA__INPUTS];                /* (columns) */
@@ -7201,8 +7381,10 @@ struct besa_pruner {
                                                    acts.dw where BESA learns, which may hold less */
     int64_t scores_count;                       /* floats that scores has room for */
     float *slab_error;                          /* (R, 128), SparseGPT only */
-    int32_t *counts, *not_finite;               /* (2, rows) zeros, (2, BESA_LAYERS): DENSE, WRITTEN */
+    int32_t *counts, *not_finite;               /* (2, rows) zeros: DENSE, WRITTEN; (BESA__COUNTS) as in results */
+    int32_t *ignored;                           /* (norms) zeros that nobody asks for */
     besa__results *results;                     /* host */
+    float *results_losses;                      /* host, as losses */
     int32_t *results_counts;                    /* host (2, rows) */
 };
 
@@ -7268,7 +7450,7 @@ static besa_result besa__pattern_defaults(besa_prune_options *o, const besa_bloc
         return besa__fail(error, BESA_ERROR_OPTION,
                           "pattern %d:%d with method besa: learned rates are unstructured; use wanda, sparsegpt or "
                           "magnitude for a pattern", n, m);
-    if (o->rates.target != 0 && fabs(o->rates.target - (double)n / m) > 1e-3)
+    if (o->rates.target != 0 && !(fabs(o->rates.target - (double)n / m) <= 1e-3))
         return besa__fail(error, BESA_ERROR_OPTION, "target sparsity %g contradicts the pattern %d:%d, which is %g",
                           o->rates.target, n, m, (double)n / m);
     o->rates.target = (double)n / m;
@@ -7282,24 +7464,27 @@ static besa_result besa__pattern_defaults(besa_prune_options *o, const besa_bloc
     return BESA_OK;
 }
 
+static besa_result besa__check_fixed_rates(const besa_prune_options *o, besa_error *error)
+{
+    if (o->num_fixed > 0 && !o->fixed)
+        return besa__fail(error, BESA_ERROR_OPTION, "num_fixed is %lld, but fixed is NULL", (long long)o->num_fixed);
+    for (int64_t i = 0; i < o->num_fixed; i++) {
+        if (!o->fixed[i].pattern)
+            return besa__fail(error, BESA_ERROR_OPTION, "fixed[%lld].pattern is NULL, expected a name", (long long)i);
+        if (!(o->fixed[i].sparsity >= 0 && o->fixed[i].sparsity < 1))
+            return besa__fail(error, BESA_ERROR_OPTION, "fixed[%lld].sparsity is %g for \"%s\", expected 0 or more and below 1",
+                              (long long)i, o->fixed[i].sparsity, o->fixed[i].pattern);
+    }
+    return BESA_OK;
+}
+
 /* Check the options and fill in what 0 stands for. */
 static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_shape *shape, besa_error *error)
 {
-    if ((unsigned)o->method > BESA_METHOD_MAGNITUDE || (unsigned)o->importance > BESA_IMPORTANCE_SPARSEGPT_SQUARED)
-        return besa__fail(error, BESA_ERROR_OPTION, "method is %d, importance is %d: not a value of their enums",
-                          (int)o->method, (int)o->importance);
-    if (o->epochs < 0 || o->batch_size < 0 || o->num_fixed < 0 || o->epochs > 1000000)
-        return besa__fail(error, BESA_ERROR_OPTION, "epochs %lld, batch_size %lld, num_fixed %lld: expected 0 or more",
-                          (long long)o->epochs, (long long)o->batch_size, (long long)o->num_fixed);
-    if (o->epochs == 0) o->epochs = 1;
-    if (o->batch_size == 0) o->batch_size = 1;
+    const size_t begin = offsetof(besa_prune_options, rates) + sizeof o->rates;
+    BESA__TRY(besa__options_fill((unsigned char *)o + begin, begin, sizeof *o, error));
     if (o->pattern_n != 0 || o->pattern_m != 0) BESA__TRY(besa__pattern_defaults(o, shape, error));
-    for (int64_t i = 0; i < o->num_fixed; i++)
-        if (!o->fixed)
-            return besa__fail(error, BESA_ERROR_OPTION, "num_fixed is %lld, but fixed is NULL", (long long)o->num_fixed);
-        else if (!(o->fixed[i].sparsity >= 0 && o->fixed[i].sparsity < 1) || !o->fixed[i].pattern)
-            return besa__fail(error, BESA_ERROR_OPTION, "fixed rate %g for \"%s\", expected 0 <= rate < 1",
-                              o->fixed[i].sparsity, o->fixed[i].pattern ? o->fixed[i].pattern : "(null)");
+    BESA__TRY(besa__check_fixed_rates(o, error));
     return besa__rate_defaults(&o->rates, error);
 }
 
@@ -7315,22 +7500,23 @@ static double besa__fixed_rate(const besa_prune_options *o, const char *name, in
 
 /* ---- memory -------------------------------------------------------------------------------- */
 
-static int besa__uses_gram(const besa_prune_options *o)
+/* What a method scores weights by; SparseGPT has scores of its own. */
+static besa_importance besa__scored_by(const besa_prune_options *o)
 {
-    if (o->method == BESA_METHOD_SPARSEGPT) return 1;
-    return o->method == BESA_METHOD_BESA && besa__importance_power(o->importance) == 2;
+    if (o->method == BESA_METHOD_BESA) return o->importance;
+    return o->method == BESA_METHOD_MAGNITUDE ? BESA_IMPORTANCE_MAGNITUDE : BESA_IMPORTANCE_WANDA;
 }
 
-static int besa__uses_column_norms(const besa_prune_options *o)
+/* What a method collects of the layers' inputs; SparseGPT needs the whole factor. */
+static besa_statistic besa__statistic(const besa_prune_options *o)
 {
-    if (o->method == BESA_METHOD_WANDA) return 1;
-    return o->method == BESA_METHOD_BESA && o->importance == BESA_IMPORTANCE_WANDA;
+    if (o->method == BESA_METHOD_SPARSEGPT) return BESA_STATISTIC_FACTOR;
+    return besa__importance_row(besa__scored_by(o))->statistic;
 }
 
-static int besa__uses_magnitude(const besa_prune_options *o)
-{
-    return !besa__uses_gram(o) && !besa__uses_column_norms(o);
-}
+static int besa__uses_gram(const besa_prune_options *o) { return besa__statistic(o) == BESA_STATISTIC_FACTOR; }
+
+static int besa__uses_inputs(const besa_prune_options *o) { return besa__statistic(o) != BESA_STATISTIC_NONE; }
 
 static int besa__input_of_layer(int layer)
 {
@@ -7403,15 +7589,17 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     if (!p->options.dense_stream) besa__stream_place(&p->yref, arena, host);
     p->y = besa__take(arena, besa__stream_bytes(&p->yref, p->chunk));
     p->channel_sumsq = besa__take_floats(arena, besa__norms(p) * s->hidden_size);
-    p->losses = besa__take_floats(arena, BESA__LOSSES);
+    p->losses = besa__take_floats(arena, BESA__LOSS_STEP + p->step_losses);
     besa__pruner_place_statistics(p, arena, &work);
     p->scores = learns ? p->acts.dw : besa__take_floats(arena, p->scores_count);
     p->slab_error = p->options.method == BESA_METHOD_SPARSEGPT ? besa__take_floats(arena, work.rows * BESA__SLAB) : NULL;
     p->counts = (int32_t *)besa__take(arena, 2 * (size_t)p->rows * sizeof(int32_t));
     p->not_finite = (int32_t *)besa__take(arena, sizeof p->results->not_finite);
+    p->ignored = (int32_t *)besa__take(arena, (size_t)besa__norms(p) * sizeof(int32_t));
     p->workspace_bytes = p->be->workspace_size(p->be, &work);
     p->workspace = besa__take(arena, p->workspace_bytes);
     p->results = (besa__results *)besa__take(host, sizeof(besa__results));
+    p->results_losses = besa__take_floats(host, BESA__LOSS_STEP + p->step_losses);
     p->results_counts = (int32_t *)besa__take(host, 2 * (size_t)p->rows * sizeof(int32_t));
 }
 
@@ -7424,8 +7612,12 @@ static int64_t besa__preferred_chunk(int64_t nsamples, int64_t seqlen)
 /* Sizes whose products with a model's widths stay within 63 bits. */
 static besa_result besa__check_tokens(const char *what, int64_t count, int64_t seqlen, besa_error *error)
 {
-    if (count >= 1 && seqlen >= 1 && count <= ((int64_t)1 << 36) / seqlen) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_OPTION, "%lld %s of %lld tokens: expected 1 to 2^36 tokens in all",
+    if (count < 1)
+        return besa__fail(error, BESA_ERROR_OPTION, "%lld %s: expected 1 or more", (long long)count, what);
+    if (seqlen < 1)
+        return besa__fail(error, BESA_ERROR_OPTION, "%s of %lld tokens: expected 1 or more", what, (long long)seqlen);
+    if (count <= ((int64_t)1 << 36) / seqlen) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_OPTION, "%lld %s of %lld tokens: expected 2^36 tokens in all at most",
                       (long long)count, what, (long long)seqlen);
 }
 
@@ -7443,15 +7635,17 @@ static besa_result besa__check_shape(const besa_block_shape *s, besa_dtype dtype
     for (size_t i = 0; i < sizeof field / sizeof *field; i++) {
         const besa__range *range = besa__find_range(field[i].key);
         if (!besa__in_range(range, field[i].value))
-            return besa__fail(error, BESA_ERROR_OPTION, "%s is %.10g: expected %s", field[i].key, field[i].value,
+            return besa__fail(error, BESA_ERROR_OPTION, "%s is %.10g, expected %s", field[i].key, field[i].value,
                               besa__range_text(range, expected, sizeof expected));
     }
-    if (s->num_attention_heads % s->num_key_value_heads != 0 || s->head_dim % 2 != 0 ||
-        s->num_attention_heads * s->head_dim > most)
-        return besa__fail(error, BESA_ERROR_OPTION, "%lld attention heads, %lld key/value heads, head_dim %lld: expected heads "
-                          "to be a multiple of key/value heads, head_dim even, and 2^24 of both at most",
-                          (long long)s->num_attention_heads,
-                          (long long)s->num_key_value_heads, (long long)s->head_dim);
+    if (s->num_attention_heads % s->num_key_value_heads != 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "num_attention_heads is %lld, expected a multiple of "
+                          "num_key_value_heads, %lld", (long long)s->num_attention_heads, (long long)s->num_key_value_heads);
+    if (s->head_dim % 2 != 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "head_dim is %lld, expected an even number", (long long)s->head_dim);
+    if (s->num_attention_heads * s->head_dim > most)
+        return besa__fail(error, BESA_ERROR_OPTION, "head_dim is %lld in %lld heads, expected 2^24 in all at most",
+                          (long long)s->head_dim, (long long)s->num_attention_heads);
     return BESA_OK;
 }
 
@@ -7476,6 +7670,7 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     if (!learns) o->dense_stream = 0;
     if (!learns) o->batch_size = 1;
     if (o->batch_size > nsamples) o->batch_size = nsamples;
+    p->step_losses = learns ? besa__min(o->epochs * besa__parts(nsamples, o->batch_size), BESA__STEP_LOSSES) : 0;
     p->chunk = besa__preferred_chunk(nsamples, seqlen);
     p->reference = learns || nsamples < BESA__REPORT_SEQUENCES ? nsamples : BESA__REPORT_SEQUENCES;
     for (int i = 0; i < BESA_LAYERS; i++) {
@@ -7650,7 +7845,21 @@ static besa_result besa__clear_sums(besa_pruner *p)
     }
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->channel_sumsq, norms));
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->not_finite, sizeof p->results->not_finite));
-    return be->zero(be, BESA_QUEUE_COMPUTE, p->losses, BESA__LOSSES * sizeof(float));
+    return be->zero(be, BESA_QUEUE_COMPUTE, p->losses, (size_t)(BESA__LOSS_STEP + p->step_losses) * sizeof(float));
+}
+
+/* Count what is not finite in those sums: an infinite norm would silence its channel, an infinite statistic its column. */
+static besa_result besa__count_sums(besa_pruner *p)
+{
+    besa_backend *be = p->be;
+    for (int i = 0; i < BESA__INPUTS && besa__uses_inputs(&p->options); i++) {
+        int64_t columns = besa__input_columns(&p->shape, i);
+        int32_t *zeros = p->gram[i] ? p->dead[i] : p->ignored; /* filled in later */
+        BESA__TRY(be->count_zeros(be, zeros, p->not_finite + BESA__COUNT_INPUTS + i,
+                                  p->gram[i] ? p->gram[i] : p->statistic[i], BESA_F32, p->gram[i] ? columns : 1, columns));
+    }
+    return be->count_zeros(be, p->ignored, p->not_finite + BESA__COUNT_NORMS, p->channel_sumsq, BESA_F32, besa__norms(p),
+                           p->shape.hidden_size);
 }
 
 /* One chunk of pass 1. */
@@ -7658,7 +7867,7 @@ static besa_result besa__dense_chunk(besa_pruner *p, const besa_block *block, co
                                      int64_t count, int64_t next)
 {
     besa_backend *be = p->be;
-    int statistics = !besa__uses_magnitude(&p->options), dense = data->target != &p->yref;
+    int statistics = besa__uses_inputs(&p->options), dense = data->target != &p->yref;
     void *x, *y = NULL;
     BESA__TRY(besa__stream_open(data->x, first, count, first + count, next, &x));
     if (!dense && first < p->reference) BESA__TRY(besa__stream_begin(data->target, first, count, &y));
@@ -7677,7 +7886,7 @@ static besa_result besa__dense_chunk(besa_pruner *p, const besa_block *block, co
 /* Pass 1. The dense block over all sequences: statistics, and Yref as far as it is needed. */
 static besa_result besa__dense_pass(besa_pruner *p, const besa_block *block, const besa__pass_data *data, besa_error *error)
 {
-    int64_t last = besa__uses_magnitude(&p->options) ? p->reference : p->nsamples;
+    int64_t last = besa__uses_inputs(&p->options) ? p->nsamples : p->reference;
     BESA__TRY(besa__pass_error(p->be, besa__clear_sums(p), error));
     for (int64_t i = 0, count; i < last; i += count) {
         count = besa__chunk_at(p, i);
@@ -7693,16 +7902,15 @@ static besa_result besa__finish_statistics(besa_pruner *p)
 {
     besa_backend *be = p->be;
     const besa_prune_options *o = &p->options;
-    if (besa__uses_magnitude(o)) return BESA_OK;
+    if (!besa__uses_inputs(o)) return BESA_OK;
     for (int i = 0; i < BESA__INPUTS; i++) {
         int64_t columns = besa__input_columns(&p->shape, i);
         if (p->gram[i]) {
-            BESA__TRY(be->hessian_factor(be, p->gram[i], p->dead[i], 0.01f, columns));
+            BESA__TRY(be->hessian_factor(be, p->gram[i], p->dead[i], (float)o->damping, columns));
             if (o->method == BESA_METHOD_SPARSEGPT) continue;
             BESA__TRY(be->diagonal(be, p->statistic[i], p->gram[i], p->dead[i], columns));
         }
-        besa_importance importance = o->method == BESA_METHOD_BESA ? o->importance : BESA_IMPORTANCE_WANDA;
-        BESA__TRY(besa__importance_scale(be, p->statistic[i], p->statistic[i], importance, columns));
+        BESA__TRY(besa__importance_scale(be, p->statistic[i], p->statistic[i], besa__scored_by(o), columns));
     }
     return BESA_OK;
 }
@@ -7727,15 +7935,20 @@ static besa_result besa__sparsegpt_layer(besa_pruner *p, const void *w, void *pr
     return be->convert(be, pruned, p->dtype, p->scores, BESA_F32, rows * columns);
 }
 
+/* The factor of a layer's columns in its scores, or NULL. */
+static const float *besa__score_scale(const besa_pruner *p, int layer)
+{
+    return besa__uses_inputs(&p->options) ? p->statistic[besa__input_of_layer(layer)] : NULL;
+}
+
 /* Rank a layer for masks by row, and mask it at once where its rate is known. */
 static besa_result besa__rank_layer(besa_pruner *p, const besa_block *block, int layer, void *pruned)
 {
     const besa_prune_options *o = &p->options;
-    const float *scale = besa__uses_magnitude(o) ? NULL : p->statistic[besa__input_of_layer(layer)];
-    int power = o->method == BESA_METHOD_BESA ? besa__importance_power(o->importance) : 1;
+    int power = besa__importance_row(besa__scored_by(o))->power;
     double rate = p->fixed[layer] >= 0 || o->method == BESA_METHOD_BESA ? p->fixed[layer] : o->rates.target;
-    BESA__TRY(besa__rates_rank_scaled(&p->rates, layer, block->weight[layer], scale, power, p->scores,
-                                      p->scores_count));
+    BESA__TRY(besa__rates_rank_scaled(&p->rates, layer, block->weight[layer], besa__score_scale(p, layer), power,
+                                      p->scores, p->scores_count));
     if (rate < 0) return BESA_OK;
     BESA__TRY(besa__rates_fix(&p->rates, layer, rate));
     return besa__rates_mask(&p->rates, layer, block->weight[layer], pruned);
@@ -7759,8 +7972,8 @@ static besa_result besa__rank_or_prune(besa_pruner *p, const besa_block *block, 
     if (o->method == BESA_METHOD_SPARSEGPT) return besa__sparsegpt_layer(p, w, pruned, layer, target, n, m);
     int whole_layer = o->method == BESA_METHOD_MAGNITUDE && !o->magnitude_per_row;
     if (m == 0 && !whole_layer) return besa__rank_layer(p, block, layer, pruned);
-    const float *scale = o->method == BESA_METHOD_MAGNITUDE ? NULL : p->statistic[besa__input_of_layer(layer)];
-    BESA__TRY(be->score(be, p->scores, w, p->dtype, scale, 1, rows, columns));
+    int power = besa__importance_row(besa__scored_by(o))->power;
+    BESA__TRY(be->score(be, p->scores, w, p->dtype, besa__score_scale(p, layer), power, rows, columns));
     if (m > 0) return be->mask_pattern(be, pruned, w, p->dtype, p->scores, n, m, rows, columns);
     int64_t count = (int64_t)floor(target * (double)(rows * columns));
     return be->mask_smallest(be, pruned, w, p->dtype, p->scores, count, rows, columns);
@@ -7838,15 +8051,22 @@ static int64_t besa__piece_at(const besa_pruner *p, int64_t first)
     return besa__min(p->chunk, end - first);
 }
 
-/* One optimiser step on sequences first .. first + batch - 1, piece by piece. */
+/* Where the loss of a step goes, counted from 0. */
+static float *besa__step_loss(const besa_pruner *p, int64_t step)
+{
+    return p->losses + BESA__LOSS_STEP + besa__min(step, p->step_losses - 1);
+}
+
+/* One optimiser step on sequences first .. first + batch - 1, piece by piece; loss (1) device. */
 static besa_result besa__learn_step(besa_pruner *p, const besa_block *dense, const besa__backward *backward,
-                                    void *const pruned[BESA_LAYERS], const besa__pass_data *data, int64_t first)
+                                    void *const pruned[BESA_LAYERS], const besa__pass_data *data, int64_t first,
+                                    float *loss)
 {
     besa_backend *be = p->be;
     int64_t end = besa__min(first + p->options.batch_size, p->nsamples);
     BESA__TRY(besa__rates_forward(&p->rates));
     BESA__TRY(besa__mask_learned(p, dense, pruned, 0));
-    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->losses + BESA__LOSS_STEP, sizeof(float)));
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, loss, sizeof(float)));
     for (int64_t i = first, count; i < end; i += count) {
         besa__backward piece = *backward;
         void *x, *yref;
@@ -7856,7 +8076,7 @@ static besa_result besa__learn_step(besa_pruner *p, const besa_block *dense, con
         piece.tokens = count * p->seqlen;
         BESA__TRY(besa__data_open(p, data, i, count, next, besa__piece_at(p, next), &x, &yref));
         BESA__TRY(besa__block_forward(be, piece.block, &p->acts, x, p->y, count, p->seqlen, 1));
-        BESA__TRY(besa__pruner_loss(p, p->losses + BESA__LOSS_STEP, p->y, p->y, yref, i, count, 0));
+        BESA__TRY(besa__pruner_loss(p, loss, p->y, p->y, yref, i, count, 0));
         BESA__TRY(besa__block_backward(&piece, x, p->y, NULL));
         BESA__TRY(besa__data_close(data, 0, yref));
     }
@@ -7883,10 +8103,12 @@ static besa_result besa__learn_pass(besa_pruner *p, const besa_block *block, con
     if (backward.layers == 0) return BESA_OK;
     BESA__TRY(besa__pass_error(p->be, besa__losses_before(p, block, masked, pruned, data), error));
     for (int64_t s = 0; s < steps; s++) {
-        BESA__TRY(besa__pass_error(p->be, besa__learn_step(p, block, &backward, pruned, data, s % batches * batch), error));
+        float *loss = besa__step_loss(p, s);
+        int64_t first = s % batches * batch;
+        BESA__TRY(besa__pass_error(p->be, besa__learn_step(p, block, &backward, pruned, data, first, loss), error));
         BESA__TRY(besa__tick(&p->meter, BESA_PASS_LEARN, 3.0 / (double)batches, error));
         if (!p->options.step) continue;
-        besa_step step = {p->meter.block, s + 1, steps, &p->rates, p->be, p->losses + BESA__LOSS_STEP};
+        besa_step step = {p->meter.block, s + 1, steps, &p->rates, p->be, loss};
         besa_result result = p->options.step(p->options.user, &step);
         if (result != BESA_OK)
             return besa__fail(error, result, "the step callback returned: %s", besa_result_string(result));
@@ -7946,8 +8168,9 @@ static besa_result besa__fetch_results(besa_pruner *p)
     besa_backend *be = p->be;
     besa__results *r = p->results;
     const besa_queue q = BESA_QUEUE_COMPUTE;
+    const size_t losses = (size_t)(BESA__LOSS_STEP + p->step_losses) * sizeof(float);
     memset(r, 0, sizeof *r);
-    BESA__TRY(be->download(be, q, r->losses, p->losses, sizeof r->losses));
+    BESA__TRY(be->download(be, q, p->results_losses, p->losses, losses));
     BESA__TRY(be->download(be, q, r->not_finite, p->not_finite, sizeof r->not_finite));
     BESA__TRY(be->download(be, q, p->results_counts, p->counts, 2 * (size_t)p->rows * sizeof(int32_t)));
     if (p->options.method == BESA_METHOD_BESA) {
@@ -7982,13 +8205,71 @@ static void besa__rate_spread(besa_layer_report *r, const int32_t *counts, int64
 
 static besa_result besa__check_layers_finite(const besa_pruner *p, const char *name, int which, besa_error *error)
 {
+    const int32_t *count = p->results->not_finite + which * BESA_LAYERS;
     for (int i = 0; i < BESA_LAYERS; i++)
-        if (p->results->not_finite[which][i] != 0)
+        if (count[i] != 0)
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s.weight: %d %sweights are NaN or infinite",
-                              name ? name : "", besa__layer_paths[i], (int)p->results->not_finite[which][i],
-                              which == BESA__DENSE ? "" : "pruned ");
+                              name ? name : "", besa__layer_paths[i], (int)count[i], which == BESA__DENSE ? "" : "pruned ");
     return BESA_OK;
 }
+
+/* ---- what was not finite, and where -------------------------------------------------------- */
+
+static besa_result besa__check_sums(const besa_pruner *p, const char *name, besa_error *error)
+{
+    static const int reader[BESA__INPUTS] = {BESA_Q, BESA_O, BESA_GATE, BESA_DOWN}; /* the first of an input's layers */
+    const int32_t *bad = p->results->not_finite;
+    int64_t norms = besa__norms(p), batch = p->options.norm_all ? p->reference : p->options.batch_size, n = 0;
+    for (int i = 0; i < BESA__INPUTS; i++)
+        if (bad[BESA__COUNT_INPUTS + i] != 0)
+            return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s: the sums of squares of its inputs are not finite in "
+                              "the dense pass: activations overflow", name ? name : "", besa__layer_paths[reader[i]]);
+    if (bad[BESA__COUNT_NORMS] == 0) return BESA_OK;
+    while (n + 1 < norms && !besa__any_not_finite(p->be, besa__channel_sumsq(p, n), p->shape.hidden_size)) n++;
+    return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s: the channel norms of the reference for sequences %lld .. "
+                      "%lld are not finite in the dense pass: activations overflow", name ? name : "the block", name ? "*" : "",
+                      (long long)(n * batch),
+                      (long long)besa__min(n * batch + batch, p->reference) - 1);
+}
+
+/* One loss, of sequences first .. end-1; when: "in the commit pass". */
+static besa_result besa__check_loss(float loss, const char *name, int64_t first, int64_t end, const char *when,
+                                    besa_error *error)
+{
+    if (isfinite(loss)) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s: the reconstruction loss of sequences %lld .. %lld is not "
+                      "finite %s: activations overflow", name ? name : "the block", name ? "*" : "", (long long)first,
+                      (long long)end - 1, when);
+}
+
+/* Losses of learning, in the order in which they were measured. */
+static besa_result besa__check_learning(const besa_pruner *p, const char *name, besa_error *error)
+{
+    const float *loss = p->results_losses;
+    int64_t shown = besa__min(BESA__REPORT_SEQUENCES, p->reference), batch = p->options.batch_size;
+    BESA__TRY(besa__check_loss(loss[BESA__LOSS_UNIFORM], name, 0, shown, "before learning, with uniform masks", error));
+    BESA__TRY(besa__check_loss(loss[BESA__LOSS_BEFORE], name, 0, shown, "before learning, with the first masks", error));
+    for (int64_t s = 0; s < p->step_losses; s++) {
+        char when[64];
+        int64_t first = s % besa__parts(p->nsamples, batch) * batch, end = besa__min(first + batch, p->nsamples);
+        snprintf(when, sizeof when, "in learning step %lld", (long long)s + 1);
+        if (s + 1 == BESA__STEP_LOSSES) {
+            snprintf(when, sizeof when, "in learning step %lld or a later one", (long long)s + 1);
+            first = 0, end = p->nsamples;
+        }
+        BESA__TRY(besa__check_loss(loss[BESA__LOSS_STEP + s], name, first, end, when, error));
+    }
+    return BESA_OK;
+}
+
+static besa_result besa__check_commit(const besa_pruner *p, const char *name, besa_error *error)
+{
+    int64_t shown = besa__min(BESA__REPORT_SEQUENCES, p->reference);
+    BESA__TRY(besa__check_loss(p->results_losses[BESA__LOSS_AFTER], name, 0, shown, "in the commit pass", error));
+    return besa__check_loss(p->results_losses[BESA__LOSS_REST], name, shown, p->reference, "in the commit pass", error);
+}
+
+/* ---- the report ---------------------------------------------------------------------------- */
 
 /* Source zeros and the spread of the rates. */
 static void besa__report_layers(const besa_pruner *p, besa_block_report *report)
@@ -8009,9 +8290,9 @@ static void besa__report_layers(const besa_pruner *p, besa_block_report *report)
     report->sparsity = (double)zeros / (double)weights;
 }
 
-static besa_result besa__report_losses(const besa_pruner *p, const char *name, besa_block_report *report, besa_error *error)
+static void besa__report_losses(const besa_pruner *p, besa_block_report *report)
 {
-    const float *loss = p->results->losses;
+    const float *loss = p->results_losses;
     int learned = 0;
     for (int i = 0; i < BESA_LAYERS; i++) learned |= p->options.method == BESA_METHOD_BESA && p->fixed[i] < 0;
     double shown = (double)besa__min(BESA__REPORT_SEQUENCES, p->reference), all = (double)p->reference;
@@ -8019,9 +8300,6 @@ static besa_result besa__report_losses(const besa_pruner *p, const char *name, b
     report->loss_uniform = learned ? (double)loss[BESA__LOSS_UNIFORM] : report->loss_after;
     report->loss_before = learned ? (double)loss[BESA__LOSS_BEFORE] : report->loss_after;
     report->loss_all = (shown * report->loss_after + (all - shown) * (double)loss[BESA__LOSS_REST]) / all;
-    if (isfinite(report->loss_all) && isfinite(report->loss_uniform)) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_NOT_FINITE, "the reconstruction loss of %s* is not finite: activations overflow",
-                      name ? name : "the block ");
 }
 
 static besa_result besa__report_seconds(besa_pruner *p, double seconds[BESA_PASS_COUNT])
@@ -8037,14 +8315,17 @@ static besa_result besa__report_block(besa_pruner *p, const char *name, besa_blo
 {
     const besa__results *r = p->results;
     BESA__TRY(besa__check_layers_finite(p, name, BESA__DENSE, error));
+    BESA__TRY(besa__check_sums(p, name, error));
     if (p->options.method == BESA_METHOD_BESA) {
-        BESA__TRY(besa__check_status(r->scalars[0], r->mean, error));
+        BESA__TRY(besa__check_learning(p, name, error));
+        BESA__TRY(besa__check_status(&p->rates, r->scalars[0], r->mean, besa__layer_paths, error));
         BESA__TRY(besa__check_excess(&p->rates, r->excess, error));
         report->d = r->scalars[0];
         report->mean_rate = (double)r->mean;
     }
+    BESA__TRY(besa__check_commit(p, name, error));
     besa__report_layers(p, report);
-    BESA__TRY(besa__report_losses(p, name, report, error));
+    besa__report_losses(p, report);
     BESA__TRY(besa__check_layers_finite(p, name, BESA__WRITTEN, error));
     return besa__pass_error(p->be, besa__report_seconds(p, report->seconds), error);
 }
@@ -8058,6 +8339,7 @@ static besa_result besa__pruner_passes(besa_pruner *p, const besa_block *block, 
     if (p->rates.count > 0) BESA__TRY(besa__pass_error(be, besa__rates_reset(&p->rates), error));
     BESA__TRY(besa__dense_pass(p, block, data, error));
     BESA__TRY(besa__pass_error(be, besa__count_layers(p, block->weight, BESA__DENSE), error));
+    BESA__TRY(besa__pass_error(be, besa__count_sums(p), error));
     BESA__TRY(besa__pass_error(be, besa__mark_pass(p, BESA__MARK_DENSE), error));
     BESA__TRY(besa__rank_pass(p, block, pruned, error));
     BESA__TRY(besa__pass_error(be, besa__mark_pass(p, BESA__MARK_RANK), error));
@@ -8090,7 +8372,8 @@ static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, con
     if (result == BESA_OK || result == BESA_ERROR_NUMERIC) {
         besa_result fetched = besa__pass_error(p->be, besa__fetch_results(p), result ? NULL : error);
         if (result == BESA_OK) result = fetched;
-        if (result == BESA_ERROR_NUMERIC && besa__check_layers_finite(p, name, BESA__DENSE, error) != BESA_OK)
+        if (result == BESA_ERROR_NUMERIC && (besa__check_layers_finite(p, name, BESA__DENSE, error) != BESA_OK ||
+                                             besa__check_sums(p, name, error) != BESA_OK))
             result = BESA_ERROR_NOT_FINITE; /* that is why */
     }
     if (result == BESA_OK) result = besa__report_block(p, name, report, error);
@@ -9647,12 +9930,13 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
     }
     int length = snprintf(options, sizeof options,
              "%s,%d,%d,%d,%d:%d,%d,%.17g,%d,%.17g,%.17g,%d,%d,%d,%lld,%.17g,%d,%.17g,%.17g,%.17g,%.17g,%.17g,%.17g,"
-             "%lld,%lld,%d,%d,%d,%016llx",
+             "%lld,%lld,%d,%d,%d,%016llx,%.17g",
              run->be->name, (int)run->be->activation_dtype, (int)o->method, (int)o->importance,
              o->pattern_n, o->pattern_m, o->magnitude_per_row, r->target, (int)r->form, r->layer_scale,
              r->row_scale, r->plain_softmax, r->zero_start, r->candidates, (long long)r->group_rows, r->penalty,
              (int)r->optimizer, r->lr, r->beta1, r->beta2, r->weight_decay, r->d0, r->d_coef, (long long)o->epochs,
-             (long long)o->batch_size, o->norm_all, o->dense_stream, o->no_projection, (unsigned long long)fixed);
+             (long long)o->batch_size, o->norm_all, o->dense_stream, o->no_projection, (unsigned long long)fixed,
+             o->damping);
     size_t tokens = (size_t)(c->nsamples * c->seqlen) * sizeof(int32_t);
     snprintf(line, size, "besa %d.%d method %d sparsity %g micro-batch %lld tokens %lldx%lld %016llx source %016llx options "
              "%016llx", BESA_VERSION_MAJOR, BESA_VERSION_MINOR, (int)o->method, r->target, (long long)run->pruner.chunk,
@@ -9778,19 +10062,38 @@ static void besa__note_range(const besa__run *run, char **notes)
                     o->rates.target, low, high);
 }
 
+/* Learning steps before which rates hardly move: logits have to change by about 0.3. AdamW changes them by lr a step.
+ * Prodigy's step is d lr, and d grows from d0 by a factor of about 1 + 1.2 (d_coef lr)^0.72 from the third step on, as
+ * measured for d_coef 0.05 to 500. */
+static double besa__steps_needed(const besa_rate_options *o)
+{
+    if (o->optimizer == BESA_ADAMW) return ceil(0.3 / o->lr);
+    double growth = 1 + 1.2 * pow(o->d_coef * o->lr, 0.72), distance = log(0.3 / (o->d0 * o->lr));
+    return ceil(2 + fmax(distance, 0) / log(growth));
+}
+
+/* A warning where learning ends before rates have moved. */
+static void besa__note_steps(const besa_pruner *p, char **notes)
+{
+    const besa_prune_options *o = &p->options;
+    const char *larger = o->rates.optimizer == BESA_ADAMW ? "lr" : "d_coef";
+    int64_t steps = o->epochs * besa__parts(p->nsamples, o->batch_size);
+    double needed = besa__steps_needed(&o->rates);
+    if (o->method != BESA_METHOD_BESA || (double)steps >= needed) return;
+    besa__notes_add(notes, "warning: %lld learning step%s a block (sequences x epochs / batch size): rates hardly move before "
+                    "step %.0f, and masks are nearly those of uniform rates by importance %s; more sequences or epochs, a "
+                    "smaller batch or a larger %s help", (long long)steps, steps == 1 ? "" : "s", needed,
+                    besa__importance_row(o->importance)->name, larger);
+}
+
 /* Warnings that a run can give before it begins. */
 static void besa__note_settings(const besa__run *run, char **notes)
 {
-    const besa_pruner *p = &run->pruner;
-    int64_t batches = besa__parts(p->nsamples, p->options.batch_size), longest = run->config->max_position_embeddings;
-    int64_t steps = p->options.epochs * batches, needed = 32;
+    int64_t longest = run->config->max_position_embeddings;
     const char *line = besa_checkpoint_notes(run->checkpoint), *end;
     for (; (end = strchr(line, '\n')) != NULL; line = end + 1) besa__notes_add(notes, "%.*s", (int)(end - line), line);
     besa__note_range(run, notes);
-    if (p->options.method == BESA_METHOD_BESA && steps < needed)
-        besa__notes_add(notes, "warning: %lld learning step%s a block (sequences x epochs / batch size): rates hardly move in "
-                        "less than %lld, and the result is much like Wanda's", (long long)steps, steps == 1 ? "" : "s",
-                        (long long)needed);
+    besa__note_steps(&run->pruner, notes);
     if (run->positions > longest)
         besa__notes_add(notes, "warning: sequences of %lld tokens, the model's max_position_embeddings is %lld",
                         (long long)run->positions, (long long)longest);
@@ -9956,7 +10259,7 @@ static double besa__plan_flop(const besa__run *run)
     for (int i = 0; i < BESA__INPUTS; i++) gram += (double)besa__input_columns(s, i) * (double)besa__input_columns(s, i);
     double attention = 2 * (double)(s->num_attention_heads * s->head_dim * run->pruner.seqlen);
     double forward = 2 * weights + attention, backward = 4 * weights - 2 * qkv + 2.5 * attention;
-    double dense = besa__uses_magnitude(o) ? (double)run->pruner.reference / (double)run->pruner.nsamples : 1;
+    double dense = besa__uses_inputs(o) ? 1 : (double)run->pruner.reference / (double)run->pruner.nsamples;
     double flop = (1 + dense + run->has_dense) * forward + (besa__uses_gram(o) ? gram : 0);
     if (o->method == BESA_METHOD_BESA) flop += (double)o->epochs * (forward + backward);
     flop *= tokens * (double)run->config->num_hidden_layers;

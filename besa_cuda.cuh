@@ -294,8 +294,8 @@ static besa_result besa__cuda_synchronize(besa_backend *be, besa_queue q)
     cuda->bad_pivot_host[0] = 0;
     BESA__TRY(besa__cuda_zero(be, BESA_QUEUE_COMPUTE, cuda->bad_pivot, 2 * sizeof(int64_t)));
     return besa__fail(&be->error, BESA_ERROR_NUMERIC,
-                      "the Hessian of %lld columns is not positive definite at column %lld (more damping or more "
-                      "calibration tokens may help)", static_cast<long long>(columns), static_cast<long long>(column));
+                      "the Hessian of %lld columns is not positive definite at column %lld (a larger option "
+                      "damping or more calibration tokens may help)", static_cast<long long>(columns), static_cast<long long>(column));
 }
 
 /* ============================================================================================

@@ -1040,8 +1040,9 @@ static void ops_project(ops *t, const ops_case *c)
     int64_t *excess_ = (int64_t *)ops_put(t, &excess, sizeof excess);
     for (int64_t r = 0; r < R; r++) {
         alpha[r] = kind == 1 ? 0.5f : (float)(0.5 + rate[r]);               /* 1: all the same */
+        if (kind == 5) alpha[r] = 0.25f + 0.125f * (float)(r * 7 % 5);      /* 5: five rates, each of many rows */
         columns[r] = kind == 2 && r % 3 == 1 ? 0 : (int32_t)(C + (kind ? 0 : r % 7)); /* 2: rows that are left out */
-        least[r] = kind >= 2 && r % 5 == 0 ? (int32_t)(C * (kind == 3 ? 1 : 0.6)) : 0; /* 3: too many zeros */
+        least[r] = kind >= 2 && kind < 5 && r % 5 == 0 ? (int32_t)(C * (kind == 3 ? 1 : 0.6)) : 0; /* 3: too many zeros */
         n[r] = 123;
         total += columns[r];
     }
@@ -1379,6 +1380,10 @@ static const ops_case ops_cases[] = {
     {"project 3000", ops_project, {3000, 1000, 999, 0}, BESA_F32, "t"}, {"project 300 equal", ops_project, {300, 1000, 503, 1}, BESA_F32, "t"},
     {"project 200 left out", ops_project, {200, 333, 400, 2}, BESA_F32, "t"}, {"project 50 zeros", ops_project, {50, 100, 100, 3}, BESA_F32, "t"},
     {"project 1001x8", ops_project, {1001, 8, 333, 0}, BESA_F32, "t"}, {"project 9 not finite", ops_project, {9, 100, 100, 4}, BESA_F32, "t"},
+    /* rows of one rate pass a whole number together, and only some of them may: others have smaller fractions */
+    {"project 301 of five rates", ops_project, {301, 128, 501, 5}, BESA_F32, "t"},
+    {"project 50 of five rates", ops_project, {50, 333, 417, 5}, BESA_F32, "t"},
+    {"project 1999 of five rates", ops_project, {1999, 64, 355, 5}, BESA_F32, "t"},
     {"prodigy 1", ops_optimizer, {1, 0, 0}, BESA_F32, "t"}, {"prodigy 20001", ops_optimizer, {20001, 0, 0}, BESA_F32, "t"},
     {"prodigy 1000 growth decay", ops_optimizer, {1000, 0, 1}, BESA_F32, "t"}, {"adamw 20001", ops_optimizer, {20001, 1, 0}, BESA_F32, "t"}, {"adamw 31 decay", ops_optimizer, {31, 1, 1}, BESA_F32, "t"},
     {"factor 3", ops_factor, {3}, BESA_F32, "t"}, {"factor 31", ops_factor, {31}, BESA_F32, "t"}, {"factor 128", ops_factor, {128}, BESA_F32, "t"},
