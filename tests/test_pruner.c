@@ -10,7 +10,7 @@
 #include "backend_ops.h"
 #include "test.h"
 
-enum { SEQUENCES = 11, SEQLEN = 16, TOKENS = SEQUENCES * SEQLEN, WIDTH = 36, KV_WIDTH = 12, INNER = 141, DEAD = 5,
+enum { SEQUENCES = 11, SEQLEN = 16, TOKENS = SEQUENCES * SEQLEN, WIDTH = 132, KV_WIDTH = 44, INNER = 141, DEAD = 5,
        CANDIDATES = 9, ROWS = 3 * WIDTH + 2 * KV_WIDTH + 2 * INNER, MOST_STEPS = 2 * SEQUENCES };
 
 static const char *g_reference;
@@ -571,6 +571,69 @@ static void test_learning(const model *m, const besa_prune_options *o, int64_t s
     CHECK(levels > 3 && chunk == 1, "the smallest pieces are of %d sequences", (int)chunk);
 }
 
+/* ---- what the optimiser is asked for ---------------------------------------------------------- */
+
+static besa_optimizer_step g_asked;
+static besa_result (*g_optimizer_step)(besa_backend *, const besa_optimizer_step *);
+
+static besa_result ask_optimizer(besa_backend *be, const besa_optimizer_step *step)
+{
+    CHECK(step->step == g_asked.step + 1, "step %d follows step %d", (int)step->step, (int)g_asked.step);
+    g_asked = *step;
+    return g_optimizer_step(be, step);
+}
+
+static void test_optimizer(const besa_rate_options *given, const besa_optimizer_step *want)
+{
+    besa_layer_shape shape = { 3, 8, BESA_F32 };
+    besa_rates *rates = NULL;
+    float *w = random_floats(24, 1), *scratch = take_floats(32), *theta, *grad;
+    int64_t n;
+    memset(&g_asked, 0, sizeof g_asked);
+    g_optimizer_step = g_be.optimizer_step;
+    g_be.optimizer_step = ask_optimizer;
+    CHECK_OK(besa_rates_create(&rates, &g_be, &shape, 1, given, &g_error), g_error);
+    CHECK_OK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_MAGNITUDE, NULL, scratch, &g_error), g_error);
+    for (int i = 0; i < 3; i++) {
+        CHECK_OK(besa_rates_forward(rates, &g_error), g_error);
+        CHECK_OK(besa_rates_gradient(rates, 0, w, w, &g_error), g_error);
+        CHECK_OK(besa_rates_step(rates, &g_error), g_error);
+    }
+    n = besa_rates_parameters(rates, &theta, &grad);
+    CHECK(g_asked.step == 3 && g_asked.kind == want->kind && g_asked.lr == want->lr && g_asked.beta1 == want->beta1 &&
+          g_asked.beta2 == want->beta2 && g_asked.beta3 == sqrt(want->beta2) && g_asked.eps == 1e-8 &&
+          g_asked.weight_decay == want->weight_decay && g_asked.d0 == want->d0 && g_asked.d_coef == want->d_coef &&
+          g_asked.growth_rate == 0, "step %d of kind %d: lr %g, betas %g %g %g, eps %g, decay %g, d0 %g, d_coef %g, growth %g",
+          (int)g_asked.step, (int)g_asked.kind, g_asked.lr, g_asked.beta1, g_asked.beta2, g_asked.beta3, g_asked.eps,
+          g_asked.weight_decay, g_asked.d0, g_asked.d_coef, g_asked.growth_rate);
+    CHECK(g_asked.n == n && g_asked.theta == theta && g_asked.grad == grad, "%d parameters, expected %d", (int)g_asked.n, (int)n);
+    CHECK_OK(besa_rates_reset(rates, &g_error), g_error);
+    g_asked.step = 0;                           /* it begins again */
+    CHECK_OK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_MAGNITUDE, NULL, scratch, &g_error), g_error);
+    CHECK_OK(besa_rates_forward(rates, &g_error), g_error);
+    CHECK_OK(besa_rates_step(rates, &g_error), g_error);
+    besa_rates_destroy(rates);
+    g_be.optimizer_step = g_optimizer_step;
+}
+
+static void test_optimizers(void)
+{
+    besa_rate_options o;
+    besa_optimizer_step want;
+    memset(&o, 0, sizeof o);
+    memset(&want, 0, sizeof want);
+    o.target = 0.5;
+    want.kind = BESA_PRODIGY, want.lr = 1, want.beta1 = 0.9, want.beta2 = 0.999, want.d0 = 1e-6, want.d_coef = 5;
+    TEST("what Prodigy is asked for") test_optimizer(&o, &want);
+    o.optimizer = want.kind = BESA_ADAMW, want.lr = 0.01;
+    TEST("what AdamW is asked for") test_optimizer(&o, &want);
+    o.lr = want.lr = 0.3, o.beta1 = want.beta1 = 0.7, o.beta2 = want.beta2 = 0.8, o.weight_decay = want.weight_decay = 0.02;
+    o.d0 = want.d0 = 1e-4, o.d_coef = want.d_coef = 2;
+    TEST("what an optimiser is asked for with options") test_optimizer(&o, &want);
+    o.beta1 = o.beta2 = BESA_NONE, want.beta1 = want.beta2 = 0;
+    TEST("what an optimiser is asked for without momentum") test_optimizer(&o, &want);
+}
+
 /* ---- methods that do not learn --------------------------------------------------------------- */
 
 static int32_t *zeroed(int64_t n) { return (int32_t *)take((size_t)n * sizeof(int32_t)); }
@@ -838,6 +901,7 @@ int main(int argc, char **argv)
     g_ops.be = &g_be;
     m = new_model();
     test_learn(&m);
+    test_optimizers();
     test_others(&m);
     TEST("sparsegpt as stored, 50 %") test_sparsegpt_stored("pruned_50", 0, 0, 120);
     TEST("sparsegpt as stored, 2:4") test_sparsegpt_stored("pruned_2of4", 2, 4, 75);
