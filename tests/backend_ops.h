@@ -833,7 +833,7 @@ static void ref_sort(const float *keys, int64_t n, int64_t *order)
     qsort(order, (size_t)n, sizeof *order, ops_sort_compare);
 }
 
-/* scores as they come: -1 for zeros, ties, a negative number, both zeros */
+/* scores as they come: -1 for zeros, ties near and far, a negative number, both zeros */
 static float *ops_scores(ops *t, int64_t n)
 {
     float *s = ops_floats(t, n);
@@ -844,6 +844,7 @@ static float *ops_scores(ops *t, int64_t n)
         if (i % 19 == 4) s[i] = 0.5f;
         if (i % 23 == 6) s[i] = i % 2 ? -0.0f : 0.0f;
         if (i % 29 == 8) s[i] = (float)(1e-30 * x);
+        if (i % 13 > 9) s[i] = s[i - 1];        /* the same three times in a row */
     }
     return s;
 }
@@ -1028,13 +1029,13 @@ static double ref_rates(const void *user)
 static void ops_rates(ops *t, const ops_case *c)
 {
     int64_t R = c->n[0], C = c->n[1], D = c->n[2], G = (R + c->n[3] - 1) / c->n[3];
-    int form = (int)c->n[4], plain = (int)c->n[5]; /* form: 0 both, 1 rows, 2 layer */
+    int form = (int)c->n[4], plain = c->n[5] != 0; /* form: 0 both, 1 rows, 2 layer; n[5] 2: rows at rates of 0 and 1 */
     besa_backend *be = t->be;
     besa_workload sizes = ops_sizes(R, C, 0);
     besa_rate_shape s = {R, C, c->n[3], D + 1, 0.7f, form == 1 ? 0.0f : 1.5f, form == 2 ? 0.0f : 0.5f, plain};
     double *layer = ops_random(t, D + 1, 2), *row = ops_random(t, G * (D + 1), 2), *sums = ops_random(t, R * D, 1e-3);
     double *grad_row, *grad_layer, mean = 0, first, share = 0.25, zero[1] = {0.125}, *rate = ops_doubles(t, R);
-    float *layer_ = (float *)ops_float(t, layer, D + 1), *row_ = (float *)ops_float(t, row, G * (D + 1));
+    float *layer_ = (float *)ops_float(t, layer, D + 1), *row_;
     float *sums_ = (float *)ops_float(t, sums, R * D), *alpha_ = ops_float_out(t, R), *mean_ = (float *)ops_float(t, zero, 1);
     float *dlayer_ = ops_float_out(t, D + 1), *drow_ = ops_float_out(t, G * (D + 1));
     int32_t *zeros = (int32_t *)ops_host(t, (size_t)R * 4), *zeros_, *n = (int32_t *)ops_host(t, (size_t)R * 4);
@@ -1042,6 +1043,8 @@ static void ops_rates(ops *t, const ops_case *c)
     ref_rat r = {&s, form == 1 ? NULL : layer, form == 2 ? NULL : row, sums, NULL, NULL, 0.3, 0.5};
     besa_penalty penalty;
     double *alpha;
+    for (int64_t g = 0; c->n[5] == 2 && g < G; g++) row[g * (D + 1) + (g % 2 ? D : 0)] = 1000;
+    row_ = (float *)ops_float(t, row, G * (D + 1));
     zeros[R - 1] = (int32_t)C;
     zeros_ = (int32_t *)ops_put(t, zeros, (size_t)R * 4);
     r.alpha = ops_doubles(t, G), r.beta = ops_doubles(t, D + 1);
@@ -1524,7 +1527,7 @@ static const ops_case ops_cases[] = {
     {"rank 1x33", ops_rank, {1, 33}, BESA_F32, "t"}, {"rank 3x127", ops_rank, {3, 127}, BESA_F32, "t"}, {"rank 1x1000", ops_rank, {1, 1000}, BESA_F32, "t"},
     OPS_TYPES("mask 5x24", ops_mask, "t", 5, 24), OPS_TYPES("mask 1x31", ops_mask, "t", 1, 31), OPS_TYPES("mask 3x127", ops_mask, "t", 3, 127), OPS_TYPES("mask 1x1000", ops_mask, "t", 1, 1000),
     OPS_TYPES("bucket 3x31", ops_bucket, "t", 3, 31, 100), OPS_TYPES("bucket 1x1000", ops_bucket, "t", 1, 1000, 100),
-    {"rates 1x33 both", ops_rates, {1, 33, 31, 1, 0, 0}, BESA_F32, "t"}, {"rates 31x1 layer", ops_rates, {31, 1, 33, 31, 2, 0}, BESA_F32, "t"},
+    {"rates 6x50 all or nothing", ops_rates, {6, 50, 20, 1, 0, 2}, BESA_F32, "t"}, {"rates 1x33 both", ops_rates, {1, 33, 31, 1, 0, 0}, BESA_F32, "t"}, {"rates 31x1 layer", ops_rates, {31, 1, 33, 31, 2, 0}, BESA_F32, "t"},
     {"prodigy 500 eps", ops_optimizer, {500, 0, 0, 1}, BESA_F32, "t"}, {"adamw 500 eps", ops_optimizer, {500, 1, 1, 1}, BESA_F32, "t"},
     {"prodigy 33", ops_optimizer, {33, 0, 0}, BESA_F32, "t"}, {"adamw 127", ops_optimizer, {127, 1, 0}, BESA_F32, "t"},
     {"factor 1", ops_factor, {1}, BESA_F32, "t"}, {"factor 33", ops_factor, {33}, BESA_F32, "t"}, {"factor 127", ops_factor, {127}, BESA_F32, "t"},
