@@ -10257,7 +10257,7 @@ static double besa__plan_flop(const besa__run *run)
         if (i <= BESA_V) qkv += (double)rows * (double)columns;
     }
     for (int i = 0; i < BESA__INPUTS; i++) gram += (double)besa__input_columns(s, i) * (double)besa__input_columns(s, i);
-    double attention = 2 * (double)(s->num_attention_heads * s->head_dim * run->pruner.seqlen);
+    double per_key = 2 * (double)(s->num_attention_heads * s->head_dim), attention = per_key * (double)run->pruner.seqlen;
     double forward = 2 * weights + attention, backward = 4 * weights - 2 * qkv + 2.5 * attention;
     double dense = besa__uses_inputs(o) ? 1 : (double)run->pruner.reference / (double)run->pruner.nsamples;
     double flop = (1 + dense + run->has_dense) * forward + (besa__uses_gram(o) ? gram : 0);
@@ -10265,7 +10265,8 @@ static double besa__plan_flop(const besa__run *run)
     flop *= tokens * (double)run->config->num_hidden_layers;
     if (!run->has_test) return flop;
     double head = 2 * (double)run->config->vocab_size * (double)s->hidden_size;
-    return flop + (double)(run->test.count * run->test.seqlen) * (head + forward * (double)run->config->num_hidden_layers);
+    double block = 2 * weights + per_key * (double)run->test.seqlen;
+    return flop + (double)(run->test.count * run->test.seqlen) * (head + block * (double)run->config->num_hidden_layers);
 }
 
 BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *be, const besa_calibration *calibration,

@@ -1952,8 +1952,8 @@ static __global__ void __launch_bounds__(BESA__CUDA_SORT_THREADS)
             K *swap = sort.now;
             sort.now = sort.next, sort.next = swap;
         }
+        /* The next row overwrites what it begins with, and each thread the elements alone that it reads here. */
         for (int64_t j = threadIdx.x; j < columns; j += blockDim.x) rank[r * columns + j] = sort.now[j];
-        __syncthreads(); /* before the next row overwrites it */
     }
 }
 

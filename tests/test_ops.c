@@ -285,7 +285,7 @@ static void run(int threads, int bf16, const char *mode, const char *filter, int
         counts[1]++;
         return;
     }
-    t.be = &be, t.mode = mode, t.quiet = quiet, t.product_tolerance = bf16 ? 1e-2 : 0;
+    t.be = &be, t.mode = mode, t.quiet = t.brief = quiet, t.product_tolerance = bf16 ? 1e-2 : 0;
     if (ops_is(&t, "perf")) {
         bandwidth = ops_copy_bandwidth(&be, besa__cpu_of(&be)->threads);
         printf("%d threads, copy bandwidth %.1f GB/s, reads and writes\n", besa__cpu_of(&be)->threads, bandwidth);

@@ -1142,11 +1142,40 @@ static void test_few_steps(void)
     }
 }
 
+/* FLOP of the products, per token and block: 2 for each weight forward; 4 backward, but 2 for q, k and v, whose inputs need
+ * no gradient. Each query meets half of its sequence's keys: scores and values forward, five such products backward. */
+static double expected_flop(const setup *s)
+{
+    const besa_prune_options *o = &s->options;
+    besa_checkpoint *checkpoint = NULL;
+    besa_error error;
+    double d, q, kv, inner, linear, keys, learn, passes = 2, test, tokens = (double)(s->nsamples * s->seqlen), flop;
+    const besa_config *c;
+    CHECK_OK(besa_checkpoint_open(&checkpoint, s->source, &error), error);
+    if (!checkpoint) return 0;
+    c = besa_checkpoint_config(checkpoint);
+    d = (double)c->block.hidden_size, inner = (double)c->block.intermediate_size;
+    q = (double)(c->block.num_attention_heads * c->block.head_dim), kv = (double)(c->block.num_key_value_heads * c->block.head_dim);
+    linear = d * (q + kv + kv) + q * d + 3 * d * inner;
+    keys = 0.5 * (double)s->seqlen * q;         /* multiplications of one of the products of attention */
+    learn = 2 * linear + 2 * 2 * keys + 4 * linear - 2 * d * (q + kv + kv) + 5 * 2 * keys;
+    if (o->method == BESA_METHOD_MAGNITUDE) passes = 1 + (s->nsamples < 8 ? 1 : 8 / (double)s->nsamples); /* dense: as reported */
+    flop = (passes + o->dense_stream) * (2 * linear + 4 * keys);
+    if (o->method == BESA_METHOD_BESA) flop += (double)(o->epochs ? o->epochs : 1) * learn;
+    if (o->method == BESA_METHOD_SPARSEGPT || o->importance >= BESA_IMPORTANCE_SPARSEGPT)
+        flop += d * d + q * q + d * d + inner * inner; /* half of a Gram matrix */
+    test = (2 * linear + 4 * 0.5 * 64 * q) * (double)c->num_hidden_layers + 2 * d * (double)c->vocab_size;
+    flop = flop * tokens * (double)c->num_hidden_layers + (double)(s->windows * 64) * test;
+    besa_checkpoint_close(checkpoint);
+    return flop;
+}
+
 /* What is allocated at the peak is what besa_plan said, to the byte, and all of it is given back. */
 static void test_plan(void)
 {
     for (int i = 0; i < 9; i++) {
         setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
+        double flop;
         besa_plan_result plan;
         besa_result r;
         besa_backend be;
@@ -1159,7 +1188,7 @@ static void test_plan(void)
         case 5: s.options.importance = BESA_IMPORTANCE_SPARSEGPT, s.options.batch_size = 3; break;
         case 6: s.options.rates.optimizer = BESA_ADAMW, s.options.rates.group_rows = 5, s.nsamples = 3; break;
         case 7: snprintf(model, sizeof model, "%s/checkpoints/qwen3_qknorm_f32", g_reference), s.source = model; break;
-        case 8: s.windows = 40; break;
+        case 8: s.windows = 40, s.options.epochs = 3; break;
         }
         plan = plan_of(&s, &r);
         CHECK(r == BESA_OK, "case %d: %s", i, besa_result_string(r));
@@ -1172,7 +1201,9 @@ static void test_plan(void)
               plan.host_bytes);
         CHECK(g_counted.live[0] == 0 && g_counted.live[1] == 0, "case %d: %zu bytes not given back", i,
               g_counted.live[0] + g_counted.live[1]);
-        CHECK(plan.flop > 0 && plan.micro_batch >= 1 && plan.mapped_block_bytes > 0, "case %d: plan is not filled in", i);
+        flop = expected_flop(&s);
+        CHECK(fabs(plan.flop / flop - 1) < 1e-12, "case %d: plan of %.17g FLOP, expected %.17g", i, plan.flop, flop);
+        CHECK(plan.micro_batch >= 1 && plan.mapped_block_bytes > 0, "case %d: plan is not filled in", i);
         {
             struct stat st;
             char path[600];
@@ -1186,6 +1217,43 @@ static void test_plan(void)
         be.destroy(&be);
         discard(s.output);
     }
+}
+
+/* Without a budget it is what the device has free, but for a 32nd: to the byte where less goes to the host. */
+static size_t g_free;
+static besa_result given_memory_info(besa_backend *be, size_t *free_bytes, size_t *total_bytes)
+{
+    (void)be;
+    *free_bytes = g_free, *total_bytes = 2 * g_free;
+    return BESA_OK;
+}
+
+static void test_free_memory(void)
+{
+    setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
+    besa_plan_result given, whole, plan;
+    besa_backend be = counted_backend(0);
+    char word[64];
+    int levels = 0;
+    be.unified_memory = 0;
+    be.memory_info = given_memory_info;
+    s.be = &be, s.nsamples = 130, s.seqlen = 48;
+    g_free = (size_t)1 << 40;
+    CHECK(plan_with(&s, &be, &whole) == BESA_OK, "no plan with a terabyte");
+    for (given = whole;; given = plan, levels++) {
+        g_free = given.device_bytes + given.device_bytes / 31;
+        while (g_free - g_free / 32 < given.device_bytes) g_free++;
+        s.options.device_memory = 0;
+        CHECK(plan_with(&s, &be, &plan) == BESA_OK && plan.device_bytes == given.device_bytes, "%zu bytes of %zu free, expected %zu",
+              plan.device_bytes, g_free, given.device_bytes);
+        while (g_free - g_free / 32 >= given.device_bytes) g_free--;
+        if (plan_with(&s, &be, &plan) != BESA_OK) break;
+        CHECK(plan.device_bytes < given.device_bytes, "%zu bytes of %zu free", plan.device_bytes, g_free);
+    }
+    CHECK(levels > 3, "%d levels", levels);
+    snprintf(word, sizeof word, "the device can give %zu bytes", g_free - g_free / 32);
+    expect(&s, BESA_ERROR_MEMORY, word);
+    be.destroy(&be);
 }
 
 /* A smaller budget means smaller micro-batches and the same result but for rounding; one too small names the bytes. */
@@ -1260,6 +1328,73 @@ static void test_separate_memory(void)
         be.destroy(&be);
         discard(temp_path("whole"));
     }
+}
+
+/* ---- seconds --------------------------------------------------------------------------------- */
+
+static besa_result (*g_copy)(besa_backend *, besa_queue, void *, const void *, size_t);
+static double g_in, g_out, g_paused;            /* seconds of the pauses */
+
+static double pause_of(double wanted)
+{
+    struct timespec a, b, t = { 0, (long)(1e9 * wanted) };
+    clock_gettime(CLOCK_MONOTONIC, &a);
+    nanosleep(&t, NULL);
+    clock_gettime(CLOCK_MONOTONIC, &b);
+    return (double)(b.tv_sec - a.tv_sec) + 1e-9 * (double)(b.tv_nsec - a.tv_nsec);
+}
+
+/* Copies of weights take their time; norms, which are small, are not counted. */
+static besa_result slow_upload(besa_backend *be, besa_queue q, void *to, const void *from, size_t bytes)
+{
+    if (q == BESA_QUEUE_STAGE && bytes >= 4096) g_in += pause_of(5e-4);
+    return g_copy(be, q, to, from, bytes);
+}
+
+static besa_result slow_download(besa_backend *be, besa_queue q, void *to, const void *from, size_t bytes)
+{
+    if (q == BESA_QUEUE_STAGE && bytes >= 4096) g_out += pause_of(5e-4);
+    return g_copy(be, q, to, from, bytes);
+}
+
+static int slow_commit(void *user, const besa_progress *now)
+{
+    (void)user;
+    if (now->pass == BESA_PASS_COMMIT) g_paused += pause_of(2e-3);
+    return 0;
+}
+
+/* The seconds of reading, writing and committing hold what these were made to take, and no pass takes more than all of
+ * the run; with the device's memory the host's, nothing overlaps, and all passes together do not. */
+static void test_seconds(int unified)
+{
+    setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
+    besa_backend be = counted_backend(0);
+    double sum[BESA_PASS_COUNT] = { 0 }, all = 0, wall;
+    struct timespec a, b;
+    be.unified_memory = unified;
+    g_copy = be.upload, be.upload = slow_upload, be.download = slow_download;
+    g_in = g_out = g_paused = 0;
+    s.be = &be, s.options.progress = slow_commit;
+    clock_gettime(CLOCK_MONOTONIC, &a);
+    CHECK_RUN(&s);
+    clock_gettime(CLOCK_MONOTONIC, &b);
+    wall = (double)(b.tv_sec - a.tv_sec) + 1e-9 * (double)(b.tv_nsec - a.tv_nsec);
+    for (int64_t n = 0; n < s.report.num_blocks; n++)
+        for (int i = 0; i < BESA_PASS_COUNT; i++) {
+            double seconds = s.report.block[n].seconds[i];
+            CHECK(seconds > 0 && seconds < s.report.seconds, "block %d, pass %d: %g s of %g", (int)n, i, seconds, s.report.seconds);
+            sum[i] += seconds, all += seconds;
+        }
+    CHECK(sum[BESA_PASS_READ] >= g_in && sum[BESA_PASS_WRITE] >= g_out && sum[BESA_PASS_COMMIT] >= g_paused && g_paused > 0,
+          "read %g s, write %g, commit %g; they took %g, %g and %g at least", sum[BESA_PASS_READ], sum[BESA_PASS_WRITE],
+          sum[BESA_PASS_COMMIT], g_in, g_out, g_paused);
+    CHECK(unified || (g_in > 0 && g_out > 0), "weights did not go by the queue for them");
+    CHECK(s.report.seconds <= wall && s.report.seconds > 0.5 * wall && (!unified || all <= s.report.seconds),
+          "passes of %g s, a report of %g, a call of %g", all, s.report.seconds, wall);
+    besa_report_free(&s.report);
+    be.destroy(&be);
+    discard(s.output);
 }
 
 static int open_files(void)
@@ -1683,6 +1818,9 @@ int main(int argc, char **argv)
     TEST("threads") test_threads();
     TEST("plan") test_plan();
     TEST("memory budget") test_budget();
+    TEST("memory that is free") test_free_memory();
+    TEST("seconds of a run") test_seconds(1);
+    TEST("seconds of a run beside copies") test_seconds(0);
     TEST("memory of the device's own") test_separate_memory();
     TEST("allocation failures of the layer and block API") test_api_allocation_failures();
     TEST("nothing lost by a refusal") test_refusals_leak();
