@@ -305,7 +305,7 @@ struct besa_backend {
 
     /* ---- memory and order ------------------------------------------------------------------ */
     void (*destroy)(besa_backend *be);          /* frees what the backend itself holds */
-    size_t (*workspace_size)(besa_backend *be, const besa_workload *w);
+    size_t (*workspace_size)(besa_backend *be, const besa_workload *w); /* SIZE_MAX: more than can be addressed */
     besa_result (*alloc)(besa_backend *be, void **device, size_t bytes); /* 256-byte aligned */
     void (*free)(besa_backend *be, void *device); /* the caller has synchronised what uses it */
     besa_result (*host_alloc)(besa_backend *be, void **host, size_t bytes); /* pinned where that means something */
@@ -533,7 +533,8 @@ typedef struct besa_layer_shape {
 
 typedef struct besa_rates besa_rates;           /* the rates of a set of layers and their optimiser */
 
-/* Bytes of backend memory that besa_rates_create will take for these layers; 0 if an option is out of range. */
+/* Bytes of backend memory that besa_rates_create will take for these layers; 0 if an option is out of range, SIZE_MAX if
+ * it is more than can be addressed. */
 BESA_API size_t besa_rates_size(besa_backend *be, const besa_layer_shape *layers, int count,
                                 const besa_rate_options *options);
 
@@ -665,7 +666,7 @@ BESA_API void besa_block_layer(const besa_block_shape *shape, int layer, int64_t
 BESA_API void besa_rope_table(const besa_block_shape *shape, int64_t seqlen, float *cosine, float *sine);
 
 /* Bytes of a buffer for besa_activations_init(), device memory of the caller, 256-byte aligned. tokens = batch * seqlen;
- * qk_norm 1: the block has q/k norms; backward 1: besa_block_backward will be called. */
+ * qk_norm 1: the block has q/k norms; backward 1: besa_block_backward will be called. SIZE_MAX: more than can be addressed. */
 BESA_API size_t besa_activations_size(const besa_backend *be, const besa_block_shape *shape, int qk_norm,
                                       int64_t tokens, int backward);
 BESA_API void besa_activations_init(besa_activations *acts, void *device, const besa_backend *be,
@@ -996,33 +997,72 @@ static besa_result besa__fail(besa_error *error, besa_result code, const char *f
     return code;
 }
 
-/* BESA_MALLOC with an error that says what the memory was for. */
-BESA__UNUSED static besa_result besa__malloc(void **memory, size_t bytes, const char *what, besa_error *error)
+/* Sizes are counted in 64 bits, whatever size_t is, and stay at UINT64_MAX where even that is too little: no memory is
+ * ever asked for by a size that has wrapped round. */
+static inline uint64_t besa__add_sizes(uint64_t a, uint64_t b) { return a > UINT64_MAX - b ? UINT64_MAX : a + b; }
+static inline uint64_t besa__multiply_sizes(uint64_t a, uint64_t b) { return b && a > UINT64_MAX / b ? UINT64_MAX : a * b; }
+
+/* a b elements, neither negative; INT64_MAX stands for more. */
+static inline int64_t besa__product(int64_t a, int64_t b) { return b > 0 && a > INT64_MAX / b ? INT64_MAX : a * b; }
+
+static inline int64_t besa__sum(int64_t a, int64_t b) { return a > INT64_MAX - b ? INT64_MAX : a + b; }
+
+/* Bytes of so many elements. */
+static inline uint64_t besa__bytes(int64_t count, size_t element) { return besa__multiply_sizes((uint64_t)count, element); }
+
+/* A size as public functions return it: SIZE_MAX stands for more than can be addressed. */
+static inline size_t besa__size(uint64_t bytes) { return bytes < SIZE_MAX ? (size_t)bytes : SIZE_MAX; }
+
+/* Whether so many bytes can be addressed at all. */
+static besa_result besa__check_size(uint64_t bytes, const char *what, besa_error *error)
 {
-    *memory = BESA_MALLOC(bytes ? bytes : 1);
+    if (bytes < SIZE_MAX) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_MEMORY, "%llu bytes needed for %s, this process can address %llu: %s",
+                      (unsigned long long)bytes, what, (unsigned long long)SIZE_MAX,
+                      sizeof(void *) < 8 ? "build for a 64-bit machine" : "make the sizes smaller");
+}
+
+/* BESA_MALLOC with an error that says what the memory was for. */
+BESA__UNUSED static besa_result besa__malloc(void **memory, uint64_t bytes, const char *what, besa_error *error)
+{
+    *memory = NULL;
+    BESA__TRY(besa__check_size(bytes, what, error));
+    *memory = BESA_MALLOC(bytes ? (size_t)bytes : 1);
     if (*memory) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_MEMORY, "out of host memory: %zu bytes for %s", bytes, what);
+    return besa__fail(error, BESA_ERROR_MEMORY, "out of host memory: %llu bytes for %s", (unsigned long long)bytes, what);
 }
 
 /* A block of memory handed out from its start. With base NULL it only counts: sizes are worked out by the very code
  * that later places the arrays, so that a plan is right to the byte. */
 typedef struct besa__arena {
     unsigned char *base;
-    size_t used;
+    uint64_t used;
 } besa__arena;
 
 #define BESA__ALIGN 256
 
-static void *besa__take(besa__arena *arena, size_t bytes)
+static void *besa__take(besa__arena *arena, uint64_t bytes)
 {
     void *p = arena->base ? arena->base + arena->used : NULL;
-    arena->used += (bytes + BESA__ALIGN - 1) / BESA__ALIGN * BESA__ALIGN;
+    uint64_t padding = (BESA__ALIGN - bytes % BESA__ALIGN) % BESA__ALIGN;
+    arena->used = besa__add_sizes(arena->used, besa__add_sizes(bytes, padding));
     return p;
+}
+
+static void *besa__take_array(besa__arena *arena, int64_t count, size_t element)
+{
+    return besa__take(arena, besa__bytes(count, element));
 }
 
 static float *besa__take_floats(besa__arena *arena, int64_t count)
 {
-    return (float *)besa__take(arena, (size_t)count * sizeof(float));
+    return (float *)besa__take_array(arena, count, sizeof(float));
+}
+
+/* `parts` arenas of the size of one, one after the other. */
+static void besa__take_parts(besa__arena *arena, const besa__arena *one, int64_t parts)
+{
+    arena->used = besa__add_sizes(arena->used, besa__multiply_sizes(one->used, (uint64_t)parts));
 }
 
 /* Wait for all that is under way, whatever comes of it: memory is about to go. */
@@ -1103,7 +1143,7 @@ static inline uint16_t besa__f32_to_f16(float x)
 
 static inline int64_t besa__min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t besa__max(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t besa__parts(int64_t n, int64_t size) { return (n + size - 1) / size; } /* of at most size each */
+static inline int64_t besa__parts(int64_t n, int64_t size) { return n / size + (n % size > 0); } /* of at most size each */
 
 /* The error of a failed backend operation, handed on. */
 static besa_result besa__pass_error(const besa_backend *be, besa_result result, besa_error *error)
@@ -1142,7 +1182,8 @@ BESA_API const char *besa_layer_name(int layer)
 
 BESA_API void besa_block_layer(const besa_block_shape *shape, int layer, int64_t *rows, int64_t *columns)
 {
-    int64_t q = shape->num_attention_heads * shape->head_dim, kv = shape->num_key_value_heads * shape->head_dim;
+    int64_t q = besa__product(shape->num_attention_heads, shape->head_dim);
+    int64_t kv = besa__product(shape->num_key_value_heads, shape->head_dim);
     int64_t d = shape->hidden_size, i = shape->intermediate_size;
     *rows = layer == BESA_Q ? q : layer == BESA_K || layer == BESA_V ? kv : layer == BESA_O || layer == BESA_DOWN ? d : i;
     *columns = layer == BESA_O ? q : layer == BESA_DOWN ? i : d;
@@ -1551,13 +1592,15 @@ static besa_result besa__open_file(int *fd, size_t *size, const char *path, besa
         return besa__fail(error, errno == ENOENT || errno == ENOTDIR ? BESA_ERROR_NOT_FOUND : BESA_ERROR_READ,
                           "%s: %s", path, strerror(errno));
     int failed = fstat(*fd, &st);
-    if (!failed && S_ISREG(st.st_mode) && (uint64_t)st.st_size <= SIZE_MAX / 2) {
-        *size = (size_t)st.st_size;
-        return BESA_OK;
-    }
-    besa__fail(error, BESA_ERROR_READ, "%s: %s", path, failed ? strerror(errno) : "not a regular file");
-    close(*fd);
-    return BESA_ERROR_READ;
+    besa_result result = BESA_OK;
+    if (failed || !S_ISREG(st.st_mode))
+        result = besa__fail(error, BESA_ERROR_READ, "%s: %s", path, failed ? strerror(errno) : "not a regular file");
+    else if ((uint64_t)st.st_size > SIZE_MAX / 2)
+        result = besa__fail(error, BESA_ERROR_READ, "%s: %llu bytes, this process can map %llu: build for a 64-bit machine",
+                            path, (unsigned long long)st.st_size, (unsigned long long)(SIZE_MAX / 2));
+    else *size = (size_t)st.st_size;
+    if (result != BESA_OK) close(*fd);
+    return result;
 }
 
 /* Map a file; base is NULL where it is empty. */
@@ -1606,7 +1649,7 @@ static besa_result besa__json_load(besa__json *json, const char *path, besa_erro
     besa_result result = BESA_OK;
     if (size > BESA__HEADER_LIMIT)
         result = besa__fail(error, BESA_ERROR_JSON, "%s: %zu bytes, more than %u", path, size, BESA__HEADER_LIMIT);
-    if (result == BESA_OK) result = besa__malloc(&text, size + 1, path, error);
+    if (result == BESA_OK) result = besa__malloc(&text, besa__add_sizes(size, 1), path, error);
     if (result == BESA_OK) result = besa__read_at(fd, text, size, 0, path, error);
     close(fd);
     if (result != BESA_OK) {
@@ -1699,7 +1742,8 @@ static besa_result besa__parse_tensor(besa_checkpoint *checkpoint, int64_t file,
     uint64_t bytes = 0, available = shard->size - shard->data;
     if (checkpoint->num_tensors == checkpoint->capacity) {
         int64_t capacity = checkpoint->capacity ? checkpoint->capacity * 2 : 256;
-        void *more = BESA_REALLOC(checkpoint->tensors, (size_t)capacity * sizeof(besa_tensor));
+        uint64_t room = besa__bytes(capacity, sizeof(besa_tensor));
+        void *more = room < SIZE_MAX ? BESA_REALLOC(checkpoint->tensors, (size_t)room) : NULL;
         if (!more)
             return besa__fail(error, BESA_ERROR_MEMORY, "out of host memory for %lld tensors", (long long)capacity);
         checkpoint->tensors = (besa_tensor *)more;
@@ -2177,7 +2221,7 @@ static besa_result besa__tokens_read(besa_tokens *tokens, const unsigned char *f
     BESA__TRY(besa__token_format(&npy, file, size, path, error));
     int64_t count = npy.dims[0] * (npy.ndim == 2 ? npy.dims[1] : 1);
     if (!count) return besa__fail(error, BESA_ERROR_TOKENS, "%s: holds no tokens", path);
-    BESA__TRY(besa__malloc(&memory, (size_t)count * sizeof(int32_t), path, error));
+    BESA__TRY(besa__malloc(&memory, besa__bytes(count, sizeof(int32_t)), path, error));
     int32_t *ids = (int32_t *)memory;
     for (int64_t i = 0; i < count; i++) {
         int64_t id = besa__token_at(file + npy.data + (size_t)i * npy.width, npy.width, npy.is_signed);
@@ -3509,9 +3553,7 @@ static besa_result besa__cpu_alloc(besa_backend *be, void **device, size_t bytes
     void *raw;
     unsigned char *aligned;
     *device = NULL;
-    if (bytes > SIZE_MAX - 2 * BESA__ALIGN)
-        return besa__fail(&be->error, BESA_ERROR_MEMORY, "out of memory: %zu bytes wanted", bytes);
-    BESA__TRY(besa__malloc(&raw, bytes + 2 * BESA__ALIGN, "the CPU backend", &be->error));
+    BESA__TRY(besa__malloc(&raw, besa__add_sizes(bytes, 2 * BESA__ALIGN), "the CPU backend", &be->error));
     aligned = (unsigned char *)raw + (2 * BESA__ALIGN - (uintptr_t)raw % BESA__ALIGN);
     memcpy(aligned - sizeof raw, &raw, sizeof raw);
     *device = aligned;
@@ -3825,8 +3867,8 @@ typedef struct besa__cpu_head {
 static void besa__cpu_attention_place(besa__arena *work, besa__cpu_head *head, int64_t seqlen, int backward)
 {
     head->gemm = besa__cpu_gemm_place(work, 1);
-    head->p = besa__take_floats(work, BESA__CPU_QUERIES * seqlen);
-    head->dp = backward ? besa__take_floats(work, BESA__CPU_QUERIES * seqlen) : NULL;
+    head->p = besa__take_floats(work, besa__product(BESA__CPU_QUERIES, seqlen));
+    head->dp = backward ? besa__take_floats(work, besa__product(BESA__CPU_QUERIES, seqlen)) : NULL;
     head->sum = besa__take_floats(work, BESA__CPU_QUERIES);
 }
 
@@ -3894,13 +3936,13 @@ static besa_result besa__cpu_attention_forward(besa_backend *be, void *o, const 
     besa__arena work = besa__cpu_work(be), one = {NULL, 0};
     besa__cpu_head sizes;
     besa__cpu_attention_place(&one, &sizes, s->seqlen, 0);
-    work.used = one.used * (size_t)besa__cpu_of(be)->threads;
+    besa__take_parts(&work, &one, besa__cpu_of(be)->threads);
     BESA__CPU_FITS(be, work);
     BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
     for (int64_t task = 0; task < tasks; task++) {
         besa__cpu_head head;
         besa__arena mine;
-        mine.base = work.base + one.used * (size_t)BESA__THREAD_INDEX();
+        mine.base = work.base + (size_t)one.used * (size_t)BESA__THREAD_INDEX();
         mine.used = 0;
         besa__cpu_attention_place(&mine, &head, s->seqlen, 0);
         besa__cpu_head_set(&head, be, s, task, (const float *)q, (const float *)k, (const float *)v);
@@ -3990,8 +4032,8 @@ static void besa__cpu_attention_parts_place(besa__arena *work, float **dk, float
 {
     *dk = *dv = NULL;
     if (heads == kv_heads) return;
-    *dk = besa__take_floats(work, tokens * heads * head_dim);
-    *dv = besa__take_floats(work, tokens * heads * head_dim);
+    *dk = besa__take_floats(work, besa__product(tokens, besa__product(heads, head_dim)));
+    *dv = besa__take_floats(work, besa__product(tokens, besa__product(heads, head_dim)));
 }
 
 /* dQ(T, heads * dh), dK, dV (T, kv_heads * dh) */
@@ -4008,14 +4050,14 @@ static besa_result besa__cpu_attention_backward(besa_backend *be, void *dq, void
                                     s->num_key_value_heads, dh);
     base = work.base + work.used;
     besa__cpu_attention_place(&one, &sizes, s->seqlen, 1);
-    work.used += one.used * (size_t)besa__cpu_of(be)->threads;
+    besa__take_parts(&work, &one, besa__cpu_of(be)->threads);
     BESA__CPU_FITS(be, work);
     BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
     for (int64_t task = 0; task < tasks; task++) {
         besa__cpu_head head;
         besa__arena mine;
         int64_t at, k_at;
-        mine.base = base + one.used * (size_t)BESA__THREAD_INDEX();
+        mine.base = base + (size_t)one.used * (size_t)BESA__THREAD_INDEX();
         mine.used = 0;
         besa__cpu_attention_place(&mine, &head, s->seqlen, 1);
         besa__cpu_head_set(&head, be, s, task, (const float *)q, (const float *)k, (const float *)v);
@@ -4098,7 +4140,7 @@ enum { BESA__CPU_SUM_PARTS = 32, BESA__CPU_LOSS_ROWS = 16 };
 /* Partial sums (parts, d) over runs of rows */
 static float *besa__cpu_column_sumsq_place(besa__arena *work, int64_t tokens, int64_t d)
 {
-    return besa__take_floats(work, besa__min(BESA__CPU_SUM_PARTS, tokens) * d);
+    return besa__take_floats(work, besa__product(besa__min(BESA__CPU_SUM_PARTS, tokens), d));
 }
 
 /* out(d) += column sums of X(T,d)^2 */
@@ -4147,7 +4189,7 @@ BESA__KERNEL(besa__cpu_loss_back_row,
 static void besa__cpu_block_loss_place(besa__arena *work, float **weight, double **part, int64_t tokens, int64_t d)
 {
     *weight = besa__take_floats(work, d);
-    *part = (double *)besa__take(work, (size_t)besa__parts(tokens, BESA__CPU_LOSS_ROWS) * sizeof **part);
+    *part = (double *)besa__take_array(work, besa__parts(tokens, BESA__CPU_LOSS_ROWS), sizeof **part);
 }
 
 /* loss(1) += scale / d * sum_{t,c} (Yref - Y)^2 / sumsq_c; dY = 2 scale / d * (Y - Yref) / sumsq_c */
@@ -4293,7 +4335,7 @@ BESA__CPU_COUNT_KERNEL(besa__cpu_count_run32, uint32_t)
 
 static int32_t *besa__cpu_count_zeros_place(besa__arena *work, int64_t rows)
 {
-    return (int32_t *)besa__take(work, (size_t)rows * sizeof(int32_t));
+    return (int32_t *)besa__take_array(work, rows, sizeof(int32_t));
 }
 
 /* zeros(R); not_finite(1) += */
@@ -4338,8 +4380,8 @@ typedef struct besa__cpu_sort {
 static void besa__cpu_sort_place(besa__arena *work, besa__cpu_sort *sort, int64_t columns)
 {
     for (int i = 0; i < 2; i++) {
-        sort->key[i] = (uint32_t *)besa__take(work, (size_t)columns * sizeof(uint32_t));
-        sort->position[i] = (uint32_t *)besa__take(work, (size_t)columns * sizeof(uint32_t));
+        sort->key[i] = (uint32_t *)besa__take_array(work, columns, sizeof(uint32_t));
+        sort->position[i] = (uint32_t *)besa__take_array(work, columns, sizeof(uint32_t));
     }
 }
 
@@ -4380,13 +4422,13 @@ static besa_result besa__cpu_rank_rows(besa_backend *be, void *rank, const float
     besa__arena work = besa__cpu_work(be), one = {NULL, 0};
     besa__cpu_sort sizes;
     besa__cpu_sort_place(&one, &sizes, columns);
-    work.used = one.used * (size_t)besa__cpu_of(be)->threads;
+    besa__take_parts(&work, &one, besa__cpu_of(be)->threads);
     BESA__CPU_FITS(be, work);
     BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
     for (int64_t task = 0; task < tasks; task++) {
         besa__cpu_sort sort;
         besa__arena mine;
-        mine.base = work.base + one.used * (size_t)BESA__THREAD_INDEX();
+        mine.base = work.base + (size_t)one.used * (size_t)BESA__THREAD_INDEX();
         mine.used = 0;
         besa__cpu_sort_place(&mine, &sort, columns);
         for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
@@ -4478,8 +4520,8 @@ typedef struct besa__cpu_select {
 
 static void besa__cpu_select_place(besa__arena *work, besa__cpu_select *select, int64_t columns, int threads)
 {
-    select->key = (uint32_t *)besa__take(work, (size_t)(columns * threads) * sizeof(uint32_t));
-    select->count = (uint32_t *)besa__take(work, (size_t)threads * 2048 * sizeof(uint32_t));
+    select->key = (uint32_t *)besa__take_array(work, besa__product(columns, threads), sizeof(uint32_t));
+    select->count = (uint32_t *)besa__take_array(work, (int64_t)threads * 2048, sizeof(uint32_t));
 }
 
 /* count(threads, 2048) = keys whose bits above `shift + bits` are those of prefix, by the `bits` bits from shift */
@@ -4529,7 +4571,7 @@ static void besa__cpu_mask_smallest_place(besa__arena *work, besa__cpu_select *s
                                           int64_t columns, int threads)
 {
     besa__cpu_select_place(work, select, columns, threads);
-    *ties = (int64_t *)besa__take(work, (size_t)rows * sizeof(int64_t));
+    *ties = (int64_t *)besa__take_array(work, rows, sizeof(int64_t));
 }
 
 /* What's bits = W's with those of column j zeroed */
@@ -4668,11 +4710,11 @@ typedef struct besa__cpu_cells {
 } besa__cpu_cells;
 
 /* Returns the bytes of a thread's value. A bucket has at most ceil(C / buckets) ranks. */
-static size_t besa__cpu_cells_place(besa__arena *work, besa__cpu_cells *cells, int64_t columns, int64_t buckets)
+static uint64_t besa__cpu_cells_place(besa__arena *work, besa__cpu_cells *cells, int64_t columns, int64_t buckets)
 {
     besa__arena one = {NULL, 0};
-    cells->cell = (uint32_t *)besa__take(work, (size_t)columns * sizeof(uint32_t));
-    cells->fill = (uint32_t *)besa__take(work, (size_t)buckets * sizeof(uint32_t));
+    cells->cell = (uint32_t *)besa__take_array(work, columns, sizeof(uint32_t));
+    cells->fill = (uint32_t *)besa__take_array(work, buckets, sizeof(uint32_t));
     cells->value = (float *)(void *)(work->base ? work->base + work->used : NULL);
     besa__take_floats(&one, columns + buckets);
     return one.used;
@@ -4721,8 +4763,8 @@ static besa_result besa__cpu_bucket_gradient(besa_backend *be, float *sums, cons
     int64_t width = (int64_t)besa_dtype_size(dtype), rank_width = (int64_t)besa__rank_bytes(columns);
     besa__arena work = besa__cpu_work(be);
     besa__cpu_cells cells;
-    size_t stride = besa__cpu_cells_place(&work, &cells, columns, buckets);
-    work.used += stride * (size_t)besa__cpu_of(be)->threads;
+    size_t stride = (size_t)besa__cpu_cells_place(&work, &cells, columns, buckets);
+    work.used += (uint64_t)stride * (uint64_t)besa__cpu_of(be)->threads;
     BESA__CPU_FITS(be, work);
     besa__cpu_cells_set(&cells, bucket, columns, buckets);
     memset(cells.value, 0, stride * (size_t)besa__cpu_of(be)->threads);
@@ -4830,12 +4872,12 @@ static int64_t besa__cpu_rate_parts(int64_t groups, int64_t candidates)
     return besa__min(groups, most);
 }
 
-static size_t besa__cpu_rates_place(besa__arena *work, besa__cpu_rates *rates, int64_t candidates, int64_t parts)
+static uint64_t besa__cpu_rates_place(besa__arena *work, besa__cpu_rates *rates, int64_t candidates, int64_t parts)
 {
     besa__arena one = {NULL, 0};
     rates->p = besa__take_floats(work, candidates);
     rates->base = besa__take_floats(work, candidates);
-    rates->part = besa__take_floats(work, parts * candidates);
+    rates->part = besa__take_floats(work, besa__product(parts, candidates));
     rates->beta = (float *)(work->base ? work->base + work->used : NULL);
     besa__take_floats(&one, candidates);
     besa__take_floats(&one, candidates);
@@ -4848,8 +4890,8 @@ static int64_t besa__cpu_rates_begin(besa_backend *be, besa__cpu_rates *rates, s
 {
     besa__arena work = besa__cpu_work(be);
     int64_t last = s->candidates - 1;
-    *stride = besa__cpu_rates_place(&work, rates, s->candidates, parts);
-    work.used += *stride * (size_t)besa__cpu_of(be)->threads;
+    *stride = (size_t)besa__cpu_rates_place(&work, rates, s->candidates, parts);
+    work.used += (uint64_t)*stride * (uint64_t)besa__cpu_of(be)->threads;
     BESA__CPU_FITS(be, work);
     for (int64_t d = 0; d <= last; d++) {
         rates->p[d] = last > 0 ? (float)((double)(last - d) / (double)last) : 1.0f;
@@ -5147,7 +5189,7 @@ static void besa__cpu_project(besa__cpu_projected *p, int64_t rows, int64_t coun
 
 static besa__cpu_projected *besa__cpu_project_place(besa__arena *work, int64_t rows)
 {
-    return (besa__cpu_projected *)besa__take(work, (size_t)rows * sizeof(besa__cpu_projected));
+    return (besa__cpu_projected *)besa__take_array(work, rows, sizeof(besa__cpu_projected));
 }
 
 /* n(R) whose sum is count; excess(1) says whether that can be */
@@ -5197,7 +5239,7 @@ static void besa__cpu_factor_place(besa__arena *work, besa__cpu_factor *f, int t
     besa__cpu_gemm_place(work, threads); /* first, where besa__cpu_multiply has it */
     f->columns = columns;
     f->inverse = besa__take_floats(work, BESA__CPU_FACTOR * BESA__CPU_FACTOR);
-    f->panel = besa__take_floats(work, BESA__CPU_FACTOR * columns);
+    f->panel = besa__take_floats(work, besa__product(BESA__CPU_FACTOR, columns));
 }
 
 /* dead(C), ones on the diagonal there, then damping * mean(diag) on all of it */
@@ -5464,22 +5506,22 @@ static besa_result besa__cpu_sparsegpt_push(besa_backend *be, float *wf, const f
  * ============================================================================================ */
 
 /* Rates, bucket sums and the optimiser; 0 candidates: as many as there may be. */
-static size_t besa__cpu_rates_bytes(int64_t columns, int64_t candidates, int threads)
+static uint64_t besa__cpu_rates_bytes(int64_t columns, int64_t candidates, int threads)
 {
     besa__arena work = {NULL, 0}, cell_work = {NULL, 0}, step_work = {NULL, 0};
     besa__cpu_rates rates;
     besa__cpu_cells cells;
     int64_t n = candidates > 0 ? candidates : (int64_t)BESA__CPU_BUCKETS;
-    size_t stride = besa__cpu_rates_place(&work, &rates, n, besa__cpu_rate_parts(INT64_MAX, n));
-    work.used += stride * (size_t)threads;
+    uint64_t stride = besa__cpu_rates_place(&work, &rates, n, besa__cpu_rate_parts(INT64_MAX, n));
+    work.used = besa__add_sizes(work.used, besa__multiply_sizes(stride, (uint64_t)threads));
     stride = besa__cpu_cells_place(&cell_work, &cells, columns, n);
-    cell_work.used += stride * (size_t)threads;
+    cell_work.used = besa__add_sizes(cell_work.used, besa__multiply_sizes(stride, (uint64_t)threads));
     besa__cpu_optimizer_place(&step_work);
-    size_t most = work.used > cell_work.used ? work.used : cell_work.used;
+    uint64_t most = work.used > cell_work.used ? work.used : cell_work.used;
     return most > step_work.used ? most : step_work.used;
 }
 
-static size_t besa__cpu_attention_bytes(const besa_workload *w, int threads)
+static uint64_t besa__cpu_attention_bytes(const besa_workload *w, int threads)
 {
     besa__arena work = {NULL, 0}, one = {NULL, 0};
     besa__cpu_head head;
@@ -5488,10 +5530,11 @@ static size_t besa__cpu_attention_bytes(const besa_workload *w, int threads)
     besa__cpu_attention_parts_place(&work, &dk, &dv, w->tokens, w->num_attention_heads, w->num_key_value_heads,
                                     w->head_dim);
     besa__cpu_attention_place(&one, &head, w->seqlen, 1);
-    return work.used + one.used * (size_t)threads;
+    besa__take_parts(&work, &one, threads);
+    return work.used;
 }
 
-static size_t besa__cpu_hessian_bytes(const besa_workload *w, int threads)
+static uint64_t besa__cpu_hessian_bytes(const besa_workload *w, int threads)
 {
     besa__arena work = {NULL, 0}, slab_work = {NULL, 0};
     besa__cpu_factor factor;
@@ -5513,21 +5556,21 @@ static size_t besa__cpu_workspace_size(besa_backend *be, const besa_workload *w)
     int64_t *ties;
     float *weight;
     double *part;
-    size_t most[9], largest = 0;
+    uint64_t most[9], largest = 0;
     if (w->tokens > 0) besa__cpu_gemm_place(&work[0], threads);
     besa__cpu_column_sumsq_place(&work[1], BESA__CPU_SUM_PARTS, w->columns); /* of any number of tokens */
     besa__cpu_block_loss_place(&work[2], &weight, &part, w->tokens, w->columns);
     besa__cpu_sort_place(&work[3], &sort, w->columns);
     besa__cpu_mask_smallest_place(&work[4], &select, &ties, w->rows, w->columns, threads); /* and count_zeros */
     for (int i = 0; i < 5; i++) most[i] = work[i].used;
-    most[3] *= (size_t)threads;
+    most[3] = besa__multiply_sizes(most[3], (uint64_t)threads);
     most[5] = besa__cpu_rates_bytes(w->columns, w->candidates, threads);
     most[6] = besa__cpu_attention_bytes(w, threads);
     most[7] = besa__cpu_hessian_bytes(w, threads);
     besa__cpu_project_place(&work[5], w->projected_rows);
     most[8] = work[5].used;
     for (int i = 0; i < 9; i++) largest = most[i] > largest ? most[i] : largest;
-    return largest;
+    return besa__size(largest);
 }
 
 static void besa__cpu_destroy(besa_backend *be)
@@ -5784,27 +5827,27 @@ static void besa__rate_layer_place(besa_rates *rates, besa__rate_layer *layer, b
     s->row_scale = (float)o->row_scale;
     s->plain = o->plain_softmax;
     layer->theta_layer = layer->theta_row = -1;
-    layer->rank = besa__take(arena, (size_t)(rows * columns) * besa__rank_bytes(columns));
+    layer->rank = besa__take_array(arena, besa__product(rows, columns), besa__rank_bytes(columns));
     if (!rates->learns) return;
-    layer->bucket = (uint16_t *)besa__take(arena, (size_t)columns * sizeof(uint16_t));
-    layer->sums = besa__take_floats(arena, rows * o->candidates);
+    layer->bucket = (uint16_t *)besa__take_array(arena, columns, sizeof(uint16_t));
+    layer->sums = besa__take_floats(arena, besa__product(rows, o->candidates));
     if (s->layer_scale > 0) {
         layer->theta_layer = rates->parameters;
         rates->parameters += s->candidates;
     }
     if (s->row_scale > 0) {
         layer->theta_row = rates->parameters;
-        rates->parameters += besa__parts(rows, s->group_rows) * s->candidates;
+        rates->parameters = besa__sum(rates->parameters, besa__product(besa__parts(rows, s->group_rows), s->candidates));
     }
 }
 
 /* Place the arrays that run over the rows of all layers. */
 static void besa__rates_place_rows(besa_rates *rates, besa__arena *arena)
 {
-    size_t bytes;
+    uint64_t bytes;
     rates->rows = 0;
     for (int i = 0; i < rates->count; i++) rates->rows += rates->layer[i].shape.rows;
-    bytes = (size_t)rates->rows * sizeof(int32_t);
+    bytes = besa__bytes(rates->rows, sizeof(int32_t));
     rates->zeros = (int32_t *)besa__take(arena, bytes);
     rates->n = (int32_t *)besa__take(arena, bytes);
     if (rates->learns) {
@@ -5838,7 +5881,7 @@ static void besa__rates_place(besa_rates *rates, besa__rate_layer *storage, cons
         besa__rate_layer_place(rates, &storage[i], arena);
     }
     besa__rates_place_rows(rates, arena);
-    rates->not_finite = (int32_t *)besa__take(arena, (size_t)count * sizeof(int32_t));
+    rates->not_finite = (int32_t *)besa__take_array(arena, count, sizeof(int32_t));
     if (!rates->learns) return;
     rates->theta = besa__take_floats(arena, rates->parameters);
     rates->theta0 = besa__take_floats(arena, rates->parameters);
@@ -6195,7 +6238,7 @@ static besa_workload besa__layers_workload(const besa_layer_shape *layers, int c
 }
 
 /* Everything besa_rates_create allocates on the device. */
-static size_t besa__rates_layout(besa_rates *rates, besa__rate_layer *storage, const besa_layer_shape *layers, int count,
+static uint64_t besa__rates_layout(besa_rates *rates, besa__rate_layer *storage, const besa_layer_shape *layers, int count,
                                  void *memory)
 {
     besa_workload work = besa__layers_workload(layers, count);
@@ -6214,13 +6257,13 @@ BESA_API size_t besa_rates_size(besa_backend *be, const besa_layer_shape *layers
                                 const besa_rate_options *options)
 {
     besa_rates rates;
+    void *storage;
     if (besa__check_layers(layers, count, NULL) != BESA_OK) return 0;
     if (besa__rates_init(&rates, be, options, 1, NULL) != BESA_OK) return 0;
-    besa__rate_layer *storage = (besa__rate_layer *)BESA_MALLOC((size_t)count * sizeof(besa__rate_layer));
-    if (!storage) return 0;
-    size_t bytes = besa__rates_layout(&rates, storage, layers, count, NULL);
+    if (besa__malloc(&storage, besa__bytes(count, sizeof(besa__rate_layer)), "rates", NULL) != BESA_OK) return 0;
+    uint64_t bytes = besa__rates_layout(&rates, (besa__rate_layer *)storage, layers, count, NULL);
     BESA_FREE(storage);
-    return bytes;
+    return besa__size(bytes);
 }
 
 /* Every public function on rates begins with enter and ends with leave: between them operations use the rates' own
@@ -6241,8 +6284,9 @@ static besa_result besa__rates_leave(besa_rates *rates, besa__workspace callers,
 static besa_result besa__rates_allocate(besa_rates *rates, const besa_layer_shape *layers, int count, besa_error *error)
 {
     besa__rate_layer *storage = (besa__rate_layer *)(void *)(rates + 1);
-    size_t bytes = besa__rates_layout(rates, storage, layers, count, NULL);
-    BESA__TRY(besa__pass_error(rates->be, rates->be->alloc(rates->be, &rates->memory, bytes), error));
+    uint64_t bytes = besa__rates_layout(rates, storage, layers, count, NULL);
+    BESA__TRY(besa__check_size(bytes, "these rates", error));
+    BESA__TRY(besa__pass_error(rates->be, rates->be->alloc(rates->be, &rates->memory, (size_t)bytes), error));
     besa__rates_layout(rates, storage, layers, count, rates->memory);
     besa__workspace callers = besa__rates_enter(rates);
     return besa__rates_leave(rates, callers, besa__rates_start(rates), error);
@@ -6254,7 +6298,8 @@ BESA_API besa_result besa_rates_create(besa_rates **rates, besa_backend *be, con
     void *memory;
     *rates = NULL;
     BESA__TRY(besa__check_layers(layers, count, error));
-    BESA__TRY(besa__malloc(&memory, sizeof(besa_rates) + (size_t)count * sizeof(besa__rate_layer), "rates", error));
+    BESA__TRY(besa__malloc(&memory, besa__add_sizes(sizeof(besa_rates), besa__bytes(count, sizeof(besa__rate_layer))),
+                           "rates", error));
     besa_rates *made = (besa_rates *)memory;
     besa_result result = besa__rates_init(made, be, options, 1, error);
     if (result == BESA_OK) result = besa__rates_allocate(made, layers, count, error);
@@ -6449,7 +6494,7 @@ BESA_API besa_workload besa_block_workload(const besa_block_shape *shape, int64_
         if (rows > work.rows) work.rows = rows;
         if (columns > work.columns) work.columns = columns;
     }
-    work.tokens = batch * seqlen;
+    work.tokens = besa__product(batch, seqlen);
     work.seqlen = seqlen;
     work.num_attention_heads = shape->num_attention_heads;
     work.num_key_value_heads = shape->num_key_value_heads;
@@ -6462,7 +6507,7 @@ static int64_t besa__largest_layer(const besa_block_shape *shape)
     int64_t most = 0, rows, columns;
     for (int i = 0; i < BESA_LAYERS; i++) {
         besa_block_layer(shape, i, &rows, &columns);
-        if (rows * columns > most) most = rows * columns;
+        most = besa__max(most, besa__product(rows, columns));
     }
     return most;
 }
@@ -6471,9 +6516,10 @@ static int64_t besa__largest_layer(const besa_block_shape *shape)
 static void besa__activations_place(besa_activations *acts, besa__arena *arena, besa_dtype dtype,
                                     const besa_block_shape *s, int qk_norm, int64_t tokens, int64_t dw_count)
 {
-    size_t e = besa_dtype_size(dtype) * (size_t)tokens;
-    size_t d = e * (size_t)s->hidden_size, i = e * (size_t)s->intermediate_size;
-    size_t q = e * (size_t)(s->num_attention_heads * s->head_dim), kv = e * (size_t)(s->num_key_value_heads * s->head_dim);
+    uint64_t e = besa__bytes(tokens, besa_dtype_size(dtype));
+    uint64_t d = besa__multiply_sizes(e, (uint64_t)s->hidden_size), i = besa__multiply_sizes(e, (uint64_t)s->intermediate_size);
+    uint64_t q = besa__multiply_sizes(e, (uint64_t)besa__product(s->num_attention_heads, s->head_dim));
+    uint64_t kv = besa__multiply_sizes(e, (uint64_t)besa__product(s->num_key_value_heads, s->head_dim));
     memset(acts, 0, sizeof *acts);
     acts->a = besa__take(arena, d);
     acts->q = besa__take(arena, q);
@@ -6490,8 +6536,8 @@ static void besa__activations_place(besa_activations *acts, besa__arena *arena, 
     if (qk_norm) {
         acts->q_raw = besa__take(arena, q);
         acts->k_raw = besa__take(arena, kv);
-        acts->inv_rms_q = besa__take_floats(arena, tokens * s->num_attention_heads);
-        acts->inv_rms_k = besa__take_floats(arena, tokens * s->num_key_value_heads);
+        acts->inv_rms_q = besa__take_floats(arena, besa__product(tokens, s->num_attention_heads));
+        acts->inv_rms_k = besa__take_floats(arena, besa__product(tokens, s->num_key_value_heads));
     }
     if (dw_count == 0) return;
     acts->dz = besa__take(arena, i);
@@ -6511,7 +6557,7 @@ BESA_API size_t besa_activations_size(const besa_backend *be, const besa_block_s
     besa__arena arena = {NULL, 0};
     besa__activations_place(&acts, &arena, be->activation_dtype, shape, qk_norm, tokens,
                             backward ? besa__largest_layer(shape) : 0);
-    return arena.used;
+    return besa__size(arena.used);
 }
 
 BESA_API void besa_activations_init(besa_activations *acts, void *device, const besa_backend *be,
@@ -6755,9 +6801,9 @@ static int besa__stream_computed(const besa__stream *s, int slot) { return s->ev
 static int besa__stream_home(const besa__stream *s, int slot) { return s->event + 4 + slot; }
 
 /* Bytes of so many sequences. */
-static size_t besa__stream_bytes(const besa__stream *s, int64_t sequences)
+static uint64_t besa__stream_bytes(const besa__stream *s, int64_t sequences)
 {
-    return besa_dtype_size(s->be->activation_dtype) * (size_t)(sequences * s->seqlen * s->width);
+    return besa__bytes(besa__product(besa__product(sequences, s->seqlen), s->width), besa_dtype_size(s->be->activation_dtype));
 }
 
 /* Sequence `index` of an array like the stream's. */
@@ -6774,7 +6820,7 @@ static void besa__stream_send(besa__stream *s, int to_host, int64_t chunk)
 
 static void besa__stream_place(besa__stream *s, besa__arena *device, besa__arena *host)
 {
-    size_t all = besa__stream_bytes(s, s->count), chunk = besa__stream_bytes(s, besa__min(s->chunk, s->count));
+    uint64_t all = besa__stream_bytes(s, s->count), chunk = besa__stream_bytes(s, besa__min(s->chunk, s->count));
     s->x = besa__take(s->streamed ? host : device, all);
     for (int i = 0; i < 2; i++) s->slot[i] = s->streamed ? besa__take(device, chunk) : NULL;
 }
@@ -6787,7 +6833,7 @@ static besa_result besa__stream_fetch(besa__stream *s, int slot, int64_t first, 
     BESA__TRY(be->wait(be, BESA_QUEUE_UPLOAD, besa__stream_computed(s, slot)));
     for (int i = 0; i < 2; i++) BESA__TRY(be->wait(be, BESA_QUEUE_UPLOAD, besa__stream_home(s, i)));
     BESA__TRY(be->upload(be, BESA_QUEUE_UPLOAD, s->slot[slot], besa__stream_at(s, s->x, first),
-                         besa__stream_bytes(s, count)));
+                         (size_t)besa__stream_bytes(s, count)));
     s->first[slot] = first;
     s->held[slot] = count;
     return be->record(be, BESA_QUEUE_UPLOAD, besa__stream_filled(s, slot));
@@ -6845,7 +6891,7 @@ static besa_result besa__stream_close(besa__stream *s, int changed)
         s->held[other] = 0; /* it has become out of date */
     BESA__TRY(be->wait(be, BESA_QUEUE_DOWNLOAD, besa__stream_computed(s, slot)));
     BESA__TRY(be->download(be, BESA_QUEUE_DOWNLOAD, besa__stream_at(s, s->x, s->first[slot]), s->slot[slot],
-                           besa__stream_bytes(s, s->held[slot])));
+                           (size_t)besa__stream_bytes(s, s->held[slot])));
     return be->record(be, BESA_QUEUE_DOWNLOAD, besa__stream_home(s, slot));
 }
 
@@ -7083,8 +7129,8 @@ static void besa__pruner_place_statistics(besa_pruner *p, besa__arena *arena, be
         int64_t columns = besa__input_columns(&p->shape, i);
         p->statistic[i] = besa__take_floats(arena, columns);
         if (!besa__uses_gram(&p->options)) continue;
-        p->gram[i] = besa__take_floats(arena, columns * columns);
-        p->dead[i] = (int32_t *)besa__take(arena, (size_t)columns * sizeof(int32_t));
+        p->gram[i] = besa__take_floats(arena, besa__product(columns, columns));
+        p->dead[i] = (int32_t *)besa__take_array(arena, columns, sizeof(int32_t));
         if (columns > work->hessian_columns) work->hessian_columns = columns;
     }
 }
@@ -7117,17 +7163,17 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     p->yref.chunk = p->chunk;
     if (!p->options.dense_stream) besa__stream_place(&p->yref, arena, host);
     p->y = besa__take(arena, besa__stream_bytes(&p->yref, p->chunk));
-    p->channel_sumsq = besa__take_floats(arena, besa__norms(p) * s->hidden_size);
+    p->channel_sumsq = besa__take_floats(arena, besa__product(besa__norms(p), s->hidden_size));
     p->losses = besa__take_floats(arena, BESA__LOSSES);
     besa__pruner_place_statistics(p, arena, &work);
     p->scores = learns ? p->acts.dw : besa__take_floats(arena, p->scores_count);
-    p->slab_error = p->options.method == BESA_METHOD_SPARSEGPT ? besa__take_floats(arena, work.rows * BESA__SLAB) : NULL;
-    p->counts = (int32_t *)besa__take(arena, 2 * (size_t)p->rows * sizeof(int32_t));
+    p->slab_error = p->options.method == BESA_METHOD_SPARSEGPT ? besa__take_floats(arena, besa__product(work.rows, BESA__SLAB)) : NULL;
+    p->counts = (int32_t *)besa__take_array(arena, besa__product(2, p->rows), sizeof(int32_t));
     p->not_finite = (int32_t *)besa__take(arena, sizeof p->results->not_finite);
     p->workspace_bytes = p->be->workspace_size(p->be, &work);
     p->workspace = besa__take(arena, p->workspace_bytes);
     p->results = (besa__results *)besa__take(host, sizeof(besa__results));
-    p->results_counts = (int32_t *)besa__take(host, 2 * (size_t)p->rows * sizeof(int32_t));
+    p->results_counts = (int32_t *)besa__take_array(host, besa__product(2, p->rows), sizeof(int32_t));
 }
 
 /* Sequences that go through a pass together: about 2048 tokens. A larger batch is accumulated over several. */
@@ -7202,20 +7248,22 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     return besa__rates_init(&p->rates, be, &rates, learns, error);
 }
 
-/* Find what fits into `budget` bytes of the device (0: no limit): the largest chunk, and for it the lowest level of
- * `levels`, each of which moves more to the host. size(user, level) makes the level so and gives its bytes. */
-static besa_result besa__fit_budget(int64_t *chunk, size_t (*size)(void *, int level), int levels, void *user,
+/* Find what fits into `budget` bytes of the device (0: what can be addressed): the largest chunk, and for it the lowest
+ * level of `levels`, each of which moves more to the host. size(user, level) makes the level so and gives its bytes. */
+static besa_result besa__fit_budget(int64_t *chunk, uint64_t (*size)(void *, int level), int levels, void *user,
                                     size_t budget, const char *whose, besa_error *error)
 {
-    for (size_t least = SIZE_MAX;; *chunk = (*chunk + 1) / 2) {
+    uint64_t limit = budget ? budget : SIZE_MAX - 1;
+    for (uint64_t least = UINT64_MAX;; *chunk = (*chunk + 1) / 2) {
         for (int level = 0; level < levels; level++) {
-            size_t bytes = size(user, level);
-            if (budget == 0 || bytes <= budget) return BESA_OK;
+            uint64_t bytes = size(user, level);
+            if (bytes <= limit) return BESA_OK;
             if (bytes < least) least = bytes;
         }
+        if (*chunk <= 1 && budget == 0) return besa__check_size(least, "the run's arrays", error);
         if (*chunk <= 1)
-            return besa__fail(error, BESA_ERROR_MEMORY, "%s %zu bytes, the smallest that works here is %zu", whose, budget,
-                              least);
+            return besa__fail(error, BESA_ERROR_MEMORY, "%s %zu bytes, the smallest that works here is %llu", whose, budget,
+                              (unsigned long long)least);
     }
 }
 
@@ -7809,7 +7857,7 @@ static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, con
 /* ---- the public functions ------------------------------------------------------------------ */
 
 /* Level 1: Yref is on the host. */
-static size_t besa__pruner_size(void *pruner, int level)
+static uint64_t besa__pruner_size(void *pruner, int level)
 {
     besa_pruner *p = (besa_pruner *)pruner;
     besa__arena device = {NULL, 0}, host = {NULL, 0};
@@ -7828,8 +7876,9 @@ static besa_result besa__pruner_allocate(besa_pruner *p, besa_error *error)
     BESA__TRY(besa__fit_budget(&p->chunk, besa__pruner_size, be->unified_memory || p->options.dense_stream ? 1 : 2, p, budget,
                                whose, error));
     besa__pruner_place(p, &device, &host);
-    BESA__TRY(besa__pass_error(be, be->alloc(be, &p->memory, device.used), error));
-    BESA__TRY(besa__pass_error(be, be->host_alloc(be, &p->host_memory, host.used), error));
+    BESA__TRY(besa__check_size(host.used, "the host's arrays", error));
+    BESA__TRY(besa__pass_error(be, be->alloc(be, &p->memory, (size_t)device.used), error));
+    BESA__TRY(besa__pass_error(be, be->host_alloc(be, &p->host_memory, (size_t)host.used), error));
     device.base = (unsigned char *)p->memory;
     host.base = (unsigned char *)p->host_memory;
     device.used = host.used = 0;
@@ -8086,7 +8135,7 @@ static besa_result besa__journal_read(besa__writer *w, const char *fingerprint, 
     snprintf(run, sizeof run, "run %s", fingerprint);
     if (fstat(w->journal, &st)) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
     size_t size = st.st_size < (1 << 20) ? (size_t)st.st_size : 1 << 20;
-    BESA__TRY(besa__malloc(&text, size + 1, "the journal", error));
+    BESA__TRY(besa__malloc(&text, besa__add_sizes(size, 1), "the journal", error));
     ((char *)text)[size] = 0;
     besa_result result = besa__read_at(w->journal, text, size, 0, w->partial, error);
     if (result == BESA_OK) result = besa__journal_parse(w, (char *)text, run, error);
@@ -8402,9 +8451,9 @@ static besa_result besa__writer_init(besa__writer *w, const char *output, besa_e
     BESA__TRY(besa__malloc(&memory, m + sizeof aside, "a path", error));
     w->aside_name = (char *)memcpy(memory, w->partial_name, m);
     memcpy(w->aside_name + m, aside, sizeof aside);
-    BESA__TRY(besa__malloc(&memory, ((size_t)w->blocks + 2) * sizeof *w->marks, "the journal", error));
+    BESA__TRY(besa__malloc(&memory, besa__bytes(w->blocks + 2, sizeof *w->marks), "the journal", error));
     w->marks = (besa__journal_mark *)memset(memory, 0, ((size_t)w->blocks + 2) * sizeof *w->marks);
-    BESA__TRY(besa__malloc(&memory, (size_t)c->num_shards * sizeof(int), "the shards", error));
+    BESA__TRY(besa__malloc(&memory, besa__bytes(c->num_shards, sizeof(int)), "the shards", error));
     w->files = (int *)memset(memory, 0xFF, (size_t)c->num_shards * sizeof(int));
     BESA__TRY(besa__malloc(&memory, (size_t)c->num_tensors, "the tensor table", error));
     w->prunable = (unsigned char *)memset(memory, 0, (size_t)c->num_tensors);
@@ -8632,7 +8681,7 @@ static void besa__run_place_blocks(besa__run *run, besa__arena *arena)
         for (int i = 0; i < BESA_LAYERS; i++) {
             int64_t rows, columns;
             besa_block_layer(s, i, &rows, &columns);
-            size_t bytes = besa_dtype_size(run->model.dtype) * (size_t)(rows * columns);
+            uint64_t bytes = besa__bytes(besa__product(rows, columns), besa_dtype_size(run->model.dtype));
             room->weight[i] = besa__take(arena, bytes);
             if (run->has_pruner) run->pruned[r][i] = besa__take(arena, bytes);
             room->bias[i] = besa__take_floats(arena, rows);
@@ -8642,8 +8691,8 @@ static void besa__run_place_blocks(besa__run *run, besa__arena *arena)
         room->q_norm = besa__take_floats(arena, s->head_dim);
         room->k_norm = besa__take_floats(arena, s->head_dim);
     }
-    run->rope_cos = besa__take_floats(arena, run->positions * (s->head_dim / 2));
-    run->rope_sin = besa__take_floats(arena, run->positions * (s->head_dim / 2));
+    run->rope_cos = besa__take_floats(arena, besa__product(run->positions, s->head_dim / 2));
+    run->rope_sin = besa__take_floats(arena, besa__product(run->positions, s->head_dim / 2));
 }
 
 /* The test stream's activations and what the head needs. */
@@ -8655,10 +8704,10 @@ static void besa__run_place_test(besa__run *run, besa__arena *arena, besa__arena
     work.rows = besa__max(work.rows, besa__vocab_chunk(run));
     besa__stream_place(&run->test, arena, host);
     besa__activations_place(&run->acts, arena, run->be->activation_dtype, s, run->config->qk_norm, chunk_tokens, 0);
-    run->logits = besa__take_floats(arena, chunk_tokens * besa__vocab_chunk(run));
-    run->nll_state = besa__take_floats(arena, 3 * tokens);
-    run->targets = (int32_t *)besa__take(arena, (size_t)tokens * sizeof(int32_t));
-    run->nll_sums = (double *)besa__take(arena, (size_t)run->test.count * sizeof(double));
+    run->logits = besa__take_floats(arena, besa__product(chunk_tokens, besa__vocab_chunk(run)));
+    run->nll_state = besa__take_floats(arena, besa__product(3, tokens));
+    run->targets = (int32_t *)besa__take_array(arena, tokens, sizeof(int32_t));
+    run->nll_sums = (double *)besa__take_array(arena, run->test.count, sizeof(double));
     run->workspace_bytes = run->be->workspace_size(run->be, &work);
     run->workspace = besa__take(arena, run->workspace_bytes);
 }
@@ -8666,8 +8715,8 @@ static void besa__run_place_test(besa__run *run, besa__arena *arena, besa__arena
 /* Bytes of weights that are staged at a time. */
 static size_t besa__piece_bytes(const besa__run *run)
 {
-    size_t largest = besa_dtype_size(run->model.dtype) * (size_t)besa__largest_layer(&run->config->block);
-    return largest < BESA__CHUNK ? (largest + 7) / 8 * 8 : BESA__CHUNK;
+    uint64_t largest = besa__bytes(besa__largest_layer(&run->config->block), besa_dtype_size(run->model.dtype));
+    return largest < BESA__CHUNK ? ((size_t)largest + 7) / 8 * 8 : BESA__CHUNK;
 }
 
 /* Host memory: the largest of embedding rows, the rope tables, and the test's targets; a block's vectors; pieces of
@@ -8675,7 +8724,7 @@ static size_t besa__piece_bytes(const besa__run *run)
 static void besa__run_place_host(besa__run *run, besa__arena *host)
 {
     const besa_block_shape *s = &run->config->block;
-    int64_t vectors = 2 * s->hidden_size + 2 * s->head_dim, tables = run->positions * s->head_dim;
+    int64_t vectors = 2 * s->hidden_size + 2 * s->head_dim, tables = besa__product(run->positions, s->head_dim);
     int64_t rows = BESA__CHUNK_TOKENS * s->hidden_size, test = run->test.count * run->test.seqlen; /* 2 or more a window */
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t layer_rows, columns;
@@ -8698,10 +8747,9 @@ static int64_t besa__staged_rows(const besa__run *run)
 /* Place every array of the run; arenas without memory only count. */
 static void besa__run_place(besa__run *run, besa__arena *arena, besa__arena *host)
 {
-    size_t row = (size_t)run->config->block.hidden_size * sizeof(float);
     besa__run_place_host(run, host);
     besa__run_place_blocks(run, arena);
-    run->rows = besa__take(arena, (size_t)besa__staged_rows(run) * row);
+    run->rows = besa__take_floats(arena, besa__product(besa__staged_rows(run), run->config->block.hidden_size));
     run->calibration.chunk = run->dense.chunk = run->pruner.chunk;
     if (run->has_pruner) besa__stream_place(&run->calibration, arena, host);
     if (run->has_dense) besa__stream_place(&run->dense, arena, host);
@@ -8714,7 +8762,7 @@ enum { BESA__LEVEL_DEVICE, BESA__LEVEL_TEST, BESA__LEVEL_YREF, BESA__LEVEL_X, BE
 
 static int besa__levels(const besa_backend *be) { return be->unified_memory ? 1 : BESA__LEVELS; }
 
-static size_t besa__run_size(void *user, int level)
+static uint64_t besa__run_size(void *user, int level)
 {
     besa__arena device = {NULL, 0}, host = {NULL, 0};
     besa__run *run = (besa__run *)user;
@@ -8777,8 +8825,11 @@ static besa_result besa__run_calibration(besa__run *run, const besa_calibration 
 static besa_result besa__run_fit(besa__run *run, int64_t *chunk, size_t budget, besa_error *error)
 {
     const char *whose;
+    besa__arena device = {NULL, 0}, host = {NULL, 0};
     BESA__TRY(besa__default_budget(run->be, &budget, &whose, error));
-    return besa__fit_budget(chunk, besa__run_size, besa__levels(run->be), run, budget, whose, error);
+    BESA__TRY(besa__fit_budget(chunk, besa__run_size, besa__levels(run->be), run, budget, whose, error));
+    besa__run_place(run, &device, &host);
+    return besa__check_size(host.used, "the host's arrays", error);
 }
 
 static besa_result besa__run_allocate(besa__run *run, besa_error *error)
@@ -8786,8 +8837,8 @@ static besa_result besa__run_allocate(besa__run *run, besa_error *error)
     besa_backend *be = run->be;
     besa__arena device = {NULL, 0}, host = {NULL, 0};
     besa__run_place(run, &device, &host);
-    BESA__TRY(besa__pass_error(be, be->alloc(be, &run->device, device.used), error));
-    BESA__TRY(besa__pass_error(be, be->host_alloc(be, &run->host, host.used), error));
+    BESA__TRY(besa__pass_error(be, be->alloc(be, &run->device, (size_t)device.used), error));
+    BESA__TRY(besa__pass_error(be, be->host_alloc(be, &run->host, (size_t)host.used), error));
     device.base = (unsigned char *)run->device;
     host.base = (unsigned char *)run->host;
     device.used = host.used = 0;
@@ -9599,7 +9650,7 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
     if (result == BESA_OK) {
         void *blocks;
         report->num_blocks = run.config->num_hidden_layers;
-        result = besa__malloc(&blocks, (size_t)report->num_blocks * sizeof(besa_block_report), "the report", error);
+        result = besa__malloc(&blocks, besa__bytes(report->num_blocks, sizeof(besa_block_report)), "the report", error);
         if (result == BESA_OK) memset(blocks, 0, (size_t)report->num_blocks * sizeof(besa_block_report));
         report->block = (besa_block_report *)blocks;
     }
@@ -9648,8 +9699,8 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
     if (result == BESA_OK) {
         besa__arena device = {NULL, 0}, host = {NULL, 0};
         besa__run_place(&run, &device, &host);
-        plan->device_bytes = device.used;
-        plan->host_bytes = host.used;
+        plan->device_bytes = (size_t)device.used;
+        plan->host_bytes = (size_t)host.used;
         plan->x_on_host = run.calibration.streamed;
         plan->yref_on_host = run.has_dense ? run.dense.streamed : run.pruner.yref.streamed;
         plan->test_on_host = run.has_test && run.test.streamed;
@@ -9659,12 +9710,14 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
         BESA_FREE(notes);
         plan->micro_batch = run.pruner.chunk;
         plan->flop = besa__plan_flop(&run);
+        uint64_t mapped = 0;
         for (int64_t i = 0; i < checkpoint->num_shards; i++) plan->disk_bytes += checkpoint->shards[i].size;
         for (int i = 0; i < BESA_LAYERS; i++) {
             int64_t rows, columns;
             besa_block_layer(&run.config->block, i, &rows, &columns);
-            plan->mapped_block_bytes += besa_dtype_size(run.model.dtype) * (size_t)(rows * columns);
+            mapped = besa__add_sizes(mapped, besa__bytes(besa__product(rows, columns), besa_dtype_size(run.model.dtype)));
         }
+        plan->mapped_block_bytes = besa__size(mapped);
     }
     besa__run_close(&run);
     return result;
