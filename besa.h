@@ -61,6 +61,7 @@
  *     BESA_API                    linkage of the public functions; default: extern
  *     BESA_NO_STDIO               leave out level 1: levels 2 and 3 need no file system
  *     BESA_CBLAS                  float products through cblas_sgemm of the CBLAS that you link
+ *     BESA_NO_SIMD                plain C loops alone, instead of AVX2, AVX-512 or NEON as the processor has them
  *
  * OPTIONS (besa_prune_options, besa_rate_options; 0 means the value in brackets)
  *
@@ -2766,6 +2767,35 @@ typedef struct besa__gemm_kernel {
     besa__gemm_tile_fn *tile;
 } besa__gemm_kernel;
 
+/* ---- what the processor has ---- */
+
+#ifndef BESA_SIMD_MAX
+#define BESA_SIMD_MAX 2                /* 1: without AVX-512, 0: plain C alone; an expression, as tests change it */
+#endif
+
+/* GCC for Windows keeps the stack aligned to 16 bytes only: its AVX code faults. */
+#if defined(__GNUC__) && !defined(BESA_NO_SIMD) && (!defined(_WIN32) || defined(__clang__))
+#if defined(__x86_64__)
+#define BESA__SIMD_X86 1
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#define BESA__SIMD_NEON 1
+#endif
+#endif
+
+/* 2: AVX-512; 1: AVX2 with FMA, or NEON; 0: what the compiler makes of plain C */
+static inline int besa__cpu_simd(void)
+{
+#if defined(BESA__SIMD_X86)
+    if (BESA_SIMD_MAX >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return 2;
+    return BESA_SIMD_MAX >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+#elif defined(BESA__SIMD_NEON)
+    return BESA_SIMD_MAX >= 1;
+#else
+    return 0;
+#endif
+}
+
 /* ---- portable C ---- */
 
 /* dst (count) = fp32 of the elements at, at + step, ... */
@@ -2818,8 +2848,7 @@ static inline void besa__gemm_tile_c(int64_t units, const float *a, const float 
 }
 
 /* ---- AArch64: 8 x 8 in NEON ---- */
-#if defined(__aarch64__) && defined(__ARM_NEON)
-#define BESA__GEMM_NEON 1
+#if defined(BESA__SIMD_NEON)
 #include <arm_neon.h>
 
 #define BESA__GEMM_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
@@ -2849,8 +2878,7 @@ static void besa__gemm_tile_neon(int64_t units, const float *a, const float *b, 
 #endif
 
 /* ---- x86-64: AVX2 and AVX-512, compiled for any target and chosen at run time ---- */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(BESA_NO_SIMD)
-#define BESA__GEMM_X86 1
+#if defined(BESA__SIMD_X86)
 #include <immintrin.h>
 #ifndef __clang__                      /* g++ 12 warns of its own _mm512_undefined_epi32 */
 #pragma GCC diagnostic push
@@ -3082,22 +3110,22 @@ BESA__GEMM_AVX512 static void besa__gemm_pack_avx512_bf16(float *dst, int64_t wi
 #ifndef __clang__
 #pragma GCC diagnostic pop
 #endif
-#endif /* BESA__GEMM_X86 */
+#endif /* BESA__SIMD_X86 */
 
 static besa__gemm_kernel besa__gemm_choose(int bf16)
 {
     besa__gemm_kernel kernel = {4, 8, 1, besa__gemm_pack_c, besa__gemm_tile_c};
-    (void)bf16;
-#if defined(BESA__GEMM_NEON)
-    kernel.mr = 8;
-    kernel.tile = besa__gemm_tile_neon;
-#elif defined(BESA__GEMM_X86)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+    int simd = besa__cpu_simd();
+    (void)bf16, (void)simd;
+#if defined(BESA__SIMD_NEON)
+    if (simd == 1) kernel.mr = 8, kernel.tile = besa__gemm_tile_neon;
+#elif defined(BESA__SIMD_X86)
+    if (simd == 2) {
         int paired = bf16 && __builtin_cpu_supports("avx512bf16");
         kernel.mr = 12, kernel.nr = 32, kernel.unit = paired ? 2 : 1;
         kernel.pack = paired ? besa__gemm_pack_avx512_bf16 : besa__gemm_pack_avx512;
         kernel.tile = paired ? besa__gemm_tile_avx512_bf16 : besa__gemm_tile_avx512;
-    } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    } else if (simd == 1) {
         kernel.mr = 6, kernel.nr = 16, kernel.tile = besa__gemm_tile_avx2;
     }
 #endif
@@ -3328,17 +3356,7 @@ static void besa__gemm(const besa__gemm_args *g, int threads, int bf16, void *sc
 #pragma clang diagnostic ignored "-Wpass-failed"
 #endif
 
-#ifndef BESA_SIMD_MAX
-#define BESA_SIMD_MAX 2 /* tests lower it: 1 without AVX-512, 0 without AVX2 */
-#endif
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(BESA_NO_SIMD)
-static inline int besa__cpu_simd(void)
-{
-    if (BESA_SIMD_MAX >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return 2;
-    return BESA_SIMD_MAX >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
-}
+#if defined(BESA__SIMD_X86)
 #define BESA__KERNEL_AS(type, give, name, params, args)                                            \
     __attribute__((__target__("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))                     \
     static type name##_avx512 params { give name##_body args; }                                    \
