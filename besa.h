@@ -62,6 +62,8 @@
  *     BESA_NO_STDIO               leave out level 1: levels 2 and 3 need no file system
  *     BESA_CBLAS                  float products through cblas_sgemm of the CBLAS that you link
  *     BESA_NO_SIMD                plain C loops alone, instead of AVX2, AVX-512 or NEON as the processor has them
+ *     BESA_SECONDS()              a clock in seconds, a double that never goes back; default: CLOCK_MONOTONIC, Windows's
+ *                                 performance counter
  *
  * OPTIONS (besa_prune_options, besa_rate_options; 0 means the value in brackets)
  *
@@ -119,7 +121,10 @@
  * LIMITS
  *
  *     Llama 1/2/3, Mistral, Qwen2 and Qwen3 checkpoints in F32, F16 or BF16 safetensors. Level 1 needs POSIX (mmap, flock)
- *     and a little-endian machine. Files are mapped: a source that is truncated while it is read ends the process (SIGBUS).
+ *     and a little-endian machine: elsewhere checkpoints are refused. Levels 2 and 3 (BESA_NO_STDIO) need neither. Float
+ *     arithmetic must be IEEE's: fast math and x87 (32-bit x86 without -msse2 -mfpmath=sse) do not compile, and a CPU backend
+ *     is refused where exp or subnormal numbers come out wrong. Sizes are 64-bit: what a 32-bit process cannot address is
+ *     BESA_ERROR_MEMORY. Files are mapped: a source that is truncated while it is read ends the process (SIGBUS).
  *     At most 1024 blocks; prunable weights of one dtype; widths up to 2^24; 2^36 tokens. N:M patterns are for the baselines.
  *
  * REFERENCES
@@ -131,8 +136,9 @@
  *     0.1   first release
  */
 
-/* Files are mapped and locked by POSIX calls that strict -std=c11 hides; libc fixes the choice at its first header. */
-#if defined(BESA_IMPLEMENTATION) && !defined(BESA_NO_STDIO)
+/* Files are mapped and locked, and time is taken, by POSIX calls that strict -std=c11 hides; libc fixes the choice at its
+ * first header. */
+#if defined(BESA_IMPLEMENTATION)
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE 1
 #endif
@@ -922,14 +928,32 @@ BESA_API void besa_report_free(besa_report *report);
 #ifndef BESA_IMPLEMENTATION_DONE
 #define BESA_IMPLEMENTATION_DONE
 
+#include <float.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#if defined(_WIN32) && !defined(BESA_SECONDS)
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#endif
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <windows.h>
+#endif
 #if defined(_OPENMP)
 #include <omp.h>
+#endif
+
+/* The results rest on float arithmetic as it is written. What these checks cannot see, besa_cpu_backend tries out. */
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ != 0)
+#error "besa.h: fast math gives wrong results: compile without -ffast-math, -Ofast, -ffinite-math-only (or /fp:fast)"
+#endif
+#if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16 /* 16: only half floats are wider or narrower */
+#error "besa.h: float must be computed in float (FLT_EVAL_METHOD 0); for 32-bit x86 compile with -msse2 -mfpmath=sse"
 #endif
 
 #if defined(BESA_MALLOC) != defined(BESA_FREE) || defined(BESA_MALLOC) != defined(BESA_REALLOC)
@@ -966,7 +990,10 @@ BESA_API void besa_report_free(besa_report *report);
 #define BESA__THREAD_INDEX() 0
 #endif
 
-#if defined(__GNUC__)
+#if defined(__MINGW32__) && !defined(__clang__) /* there "printf" would mean Microsoft's, which knows no %zu */
+#define BESA__PRINTF(text, first) __attribute__((__format__(__gnu_printf__, text, first)))
+#define BESA__UNUSED __attribute__((unused))
+#elif defined(__GNUC__)
 #define BESA__PRINTF(text, first) __attribute__((__format__(__printf__, text, first)))
 #define BESA__UNUSED __attribute__((unused))
 #else
@@ -984,6 +1011,118 @@ BESA_API const char *besa_result_string(besa_result code)
     return (unsigned)code < BESA_RESULT_COUNT ? text[code] : "unknown result";
 }
 
+/* Neither NaN nor infinite, told by the exponent's bits: compilers may take comparisons for granted. */
+static inline int besa__is_finite(double x)
+{
+    uint64_t u;
+    memcpy(&u, &x, sizeof u);
+    return (u >> 52 & 0x7FF) != 0x7FF;
+}
+
+/* ---- text ---------------------------------------------------------------------------------- */
+
+/* Text that is written into a buffer; length goes on counting where the buffer is full. */
+typedef struct besa__print {
+    char *text;
+    size_t size, length;
+} besa__print;
+
+static void besa__put(besa__print *out, const char *s, size_t n)
+{
+    for (size_t i = 0; i < n; i++, out->length++)
+        if (out->length + 1 < out->size) out->text[out->length] = s[i];
+}
+
+/* In base 10 or 16, with zeros in front up to `width` digits. */
+static void besa__put_integer(besa__print *out, unsigned long long value, unsigned base, int width)
+{
+    char digits[32];
+    int n = 0;
+    do {
+        digits[31 - n++] = "0123456789abcdef"[value % base];
+        value /= base;
+    } while (n < 31 && (value || n < width));
+    besa__put(out, digits + 32 - n, (size_t)n);
+}
+
+/* As %.*g, or %.*f, with a point in every locale: whatever is neither digit, sign nor exponent is the locale's. */
+static void besa__put_number(besa__print *out, double value, int precision, char conversion)
+{
+    char number[400];
+    int length = snprintf(number, sizeof number, conversion == 'f' ? "%.*f" : "%.*g", precision < 0 ? 6 : precision, value);
+    int finite = besa__is_finite(value), point = 0;
+    for (int i = 0; i < length && i < (int)sizeof number - 1; i++) {
+        int plain = !finite || strchr("0123456789+-e", number[i]) != NULL;
+        if (plain || !point) besa__put(out, plain ? &number[i] : ".", 1);
+        point |= !plain;
+    }
+}
+
+static int besa__format_number(const char **format)
+{
+    int n = 0;
+    for (; **format >= '0' && **format <= '9'; (*format)++) n = n * 10 + (**format - '0');
+    return n;
+}
+
+/* One conversion; size 0 int, 1 long, 2 long long, 3 size_t */
+static void besa__format_value(besa__print *out, char conversion, int width, int precision, int size, va_list *args)
+{
+    if (conversion == 's') {
+        const char *s = va_arg(*args, const char *);
+        size_t n = 0;
+        while ((precision < 0 || n < (size_t)precision) && s[n]) n++;
+        besa__put(out, s, n);
+    } else if (conversion == 'd') {
+        long long value = size == 0 ? va_arg(*args, int) : size == 1 ? va_arg(*args, long) : va_arg(*args, long long);
+        if (value < 0) besa__put(out, "-", 1);
+        besa__put_integer(out, value < 0 ? 0 - (unsigned long long)value : (unsigned long long)value, 10, width);
+    } else if (conversion == 'u' || conversion == 'x') {
+        unsigned long long value = size == 3 ? va_arg(*args, size_t) : size == 2 ? va_arg(*args, unsigned long long)
+                                 : size == 1 ? va_arg(*args, unsigned long) : va_arg(*args, unsigned);
+        besa__put_integer(out, value, conversion == 'x' ? 16 : 10, width);
+    } else if (conversion == 'g' || conversion == 'f') besa__put_number(out, va_arg(*args, double), precision, conversion);
+    else {
+        char c = conversion == 'c' ? (char)va_arg(*args, int) : conversion;
+        BESA_ASSERT(conversion == 'c' || conversion == '%');
+        besa__put(out, &c, 1);
+    }
+}
+
+/* printf, the same in any locale and C library. Of conversions there are those that this file uses: %s %.*s %c %d %u
+ * %x %f %g and %%, with h, l, ll or z, a precision, and for integers zeros in front (%016llx). */
+static size_t besa__format(char *text, size_t size, const char *format, va_list *args)
+{
+    besa__print out = {text, size, 0};
+    while (*format) {
+        int width, precision = -1, size_of = 0;
+        if (*format != '%') {
+            besa__put(&out, format++, 1);
+            continue;
+        }
+        BESA_ASSERT(format[1] < '1' || format[1] > '9'); /* no blanks in front */
+        format++;
+        width = besa__format_number(&format);
+        if (*format == '.') {
+            precision = *++format == '*' ? va_arg(*args, int) : besa__format_number(&format);
+            format += *format == '*';
+        }
+        for (; *format == 'l' || *format == 'z' || *format == 'h'; format++) size_of += *format == 'l' ? 1 : *format == 'z' ? 3 : 0;
+        if (*format) besa__format_value(&out, *format++, width, precision, size_of, args);
+    }
+    if (size) text[out.length < size ? out.length : size - 1] = 0;
+    return out.length;
+}
+
+BESA__UNUSED static void besa__write_text(char *text, size_t size, const char *format, ...) BESA__PRINTF(3, 4);
+static void besa__write_text(char *text, size_t size, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    besa__format(text, size, format, &args);
+    va_end(args);
+}
+
 /* Fill in *error (may be NULL) and return the code. */
 static besa_result besa__fail(besa_error *error, besa_result code, const char *format, ...) BESA__PRINTF(3, 4);
 static besa_result besa__fail(besa_error *error, besa_result code, const char *format, ...)
@@ -992,7 +1131,7 @@ static besa_result besa__fail(besa_error *error, besa_result code, const char *f
         va_list args;
         va_start(args, format);
         error->code = code;
-        vsnprintf(error->message, sizeof error->message, format, args);
+        besa__format(error->message, sizeof error->message, format, &args);
         va_end(args);
     }
     return code;
@@ -1072,12 +1211,27 @@ static void besa__settle(besa_backend *be)
     for (int q = 0; q < BESA_QUEUE_COUNT; q++) be->synchronize(be, (besa_queue)q);
 }
 
-/* A clock; only differences mean anything. */
+/* A clock that nobody sets back; only differences mean anything. Where a strict -std hides such a clock, the time of day. */
 static double besa__seconds(void)
 {
+#if defined(BESA_SECONDS)
+    return BESA_SECONDS();
+#elif defined(_WIN32)
+    LARGE_INTEGER now, frequency;
+    QueryPerformanceCounter(&now);
+    QueryPerformanceFrequency(&frequency);
+    return (double)now.QuadPart / (double)frequency.QuadPart;
+#elif defined(CLOCK_MONOTONIC)
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+#elif defined(TIME_UTC)
     struct timespec now;
     timespec_get(&now, TIME_UTC);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+#else
+    return (double)time(NULL);
+#endif
 }
 
 BESA_API size_t besa_dtype_size(besa_dtype dtype) { return dtype == BESA_F32 ? 4 : 2; }
@@ -1108,6 +1262,14 @@ static inline float besa__bits_float(uint32_t u)
     float x;
     memcpy(&x, &u, sizeof x);
     return x;
+}
+
+static inline int besa__is_little_endian(void)
+{
+    uint16_t number = 1;
+    unsigned char first;
+    memcpy(&first, &number, 1);
+    return first == 1;
 }
 
 static inline float besa__bf16_to_f32(uint16_t h) { return besa__bits_float((uint32_t)h << 16); }
@@ -1517,7 +1679,7 @@ static const char *besa__json_show(const besa__json_value *value, char *buffer, 
     else if (value->type == BESA__JSON_STRING) snprintf(buffer, size, "\"%.100s\"", value->string);
     else if (value->type == BESA__JSON_NUMBER && value->is_integer)
         snprintf(buffer, size, "%lld", (long long)value->integer);
-    else if (value->type == BESA__JSON_NUMBER) snprintf(buffer, size, "%.10g", value->number);
+    else if (value->type == BESA__JSON_NUMBER) besa__write_text(buffer, size, "%.10g", value->number);
     else if (value->type == BESA__JSON_ARRAY) snprintf(buffer, size, "a list of %lu", (unsigned long)value->count);
     else if (value->type == BESA__JSON_OBJECT) snprintf(buffer, size, "an object of %lu", (unsigned long)value->count);
     else snprintf(buffer, size, "%s", besa__json_words[value->type]);
@@ -2698,6 +2860,9 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
     void *memory;
     *checkpoint = NULL;
     if (!directory || !*directory) return besa__fail(error, BESA_ERROR_OPTION, "no checkpoint directory given");
+    if (!besa__is_little_endian())
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: checkpoints are little-endian, this machine is big-endian: "
+                          "prune it on a little-endian machine, such as x86-64 or ARM64", directory);
     BESA__TRY(besa__malloc(&memory, sizeof **checkpoint, "a checkpoint", error));
     besa_checkpoint *opened = (besa_checkpoint *)memset(memory, 0, sizeof **checkpoint);
     besa_result result = besa__checkpoint_load(opened, directory, error);
@@ -5222,7 +5387,7 @@ static besa_result besa__cpu_project_counts(besa_backend *be, int32_t *n, int64_
     for (int64_t r = 0; r < rows; r++) {
         double rate = (double)alpha[r];
         if (columns[r] == 0) continue;
-        if (!isfinite(rate)) *excess = -1;
+        if (!besa__is_finite(rate)) *excess = -1;
         rate = rate < 1e-7 ? 1e-7 : rate > 1 - 1e-7 ? 1 - 1e-7 : rate;
         p[used].logit = log(rate / (1 - rate));
         p[used].columns = columns[r];
@@ -5660,6 +5825,34 @@ static void besa__cpu_fill_sparsity(besa_backend *be)
     be->sparsegpt_push = besa__cpu_sparsegpt_push;
 }
 
+/* Whether float arithmetic is as written, with subnormal numbers. Options such as -funsafe-math-optimizations set no macro,
+ * yet fold the exponential's rounding constant away. Inputs are volatile: nothing is worked out by the compiler. */
+static besa_result besa__check_arithmetic(besa_error *error)
+{
+    enum { TRIED = 3 * BESA__LANES + 5, HALVES = 5 };
+    static const float special[3] = {-200, 200, (float)NAN};
+    volatile float step = 1.75f;
+    volatile uint16_t half = 0x8001;            /* -2^-24, subnormal in 16 bits */
+    float x[TRIED], y[TRIED], limits[3], halves[HALVES];
+    uint16_t bits[HALVES];
+    int wrong = 0;
+    for (int i = 0; i < TRIED; i++) x[i] = step * (float)(i - TRIED / 2); /* -87.5 .. 87.5: exp's results from subnormal up */
+    besa__cpu_exp_sum(y, x, 0.0f, TRIED);
+    for (int i = 0; i < TRIED; i++) wrong += !(fabs((double)y[i] - exp((double)x[i])) <= 1e-6 * exp((double)x[i]));
+    for (int i = 0; i < TRIED; i++) y[i] = besa__sqrt(x[i] * x[i]);
+    for (int i = 0; i < TRIED; i++) wrong += !(fabs((double)y[i] - fabs((double)x[i])) <= 1e-6 * fabs((double)x[i]));
+    besa__cpu_exp_sum(limits, special, step - 1.75f, 3);
+    wrong += limits[0] != 0 || besa__float_bits(limits[1]) != 0x7F800000u;
+    wrong += (besa__float_bits(limits[2]) & 0x7FFFFFFFu) <= 0x7F800000u;
+    for (int i = 0; i < HALVES; i++) bits[i] = (uint16_t)(half + i);
+    besa__cpu_widen_f16(halves, bits, HALVES);
+    for (int i = 0; i < HALVES; i++) wrong += (double)halves[i] != ldexp(-1 - i, -24);
+    if (!wrong) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_UNSUPPORTED, "float arithmetic of this program is not as written, %d of its results are "
+                      "wrong: compile without -funsafe-math-optimizations, and let subnormal numbers not be flushed to zero "
+                      "(linking with -ffast-math has them flushed)", wrong);
+}
+
 BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *options, besa_error *error)
 {
     besa__cpu *cpu;
@@ -5673,6 +5866,7 @@ BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *
 #else
     threads = 1;
 #endif
+    BESA__TRY(besa__check_arithmetic(error));
     BESA__TRY(besa__malloc(&memory, sizeof *cpu, "the CPU backend", error));
     cpu = (besa__cpu *)memset(memory, 0, sizeof *cpu);
     cpu->threads = threads;
@@ -6186,7 +6380,7 @@ static besa_result besa__check_excess(const besa_rates *rates, int64_t excess, b
 
 static besa_result besa__check_status(double d, float mean, besa_error *error)
 {
-    if (isfinite(d) && isfinite(mean)) return BESA_OK;
+    if (besa__is_finite(d) && besa__is_finite(mean)) return BESA_OK;
     return besa__fail(error, BESA_ERROR_NOT_FINITE, "mean rate is %g and Prodigy's d is %g: a gradient was not finite",
                       (double)mean, d);
 }
@@ -7792,7 +7986,7 @@ static besa_result besa__report_losses(const besa_pruner *p, const char *name, b
     report->loss_uniform = learned ? (double)loss[BESA__LOSS_UNIFORM] : report->loss_after;
     report->loss_before = learned ? (double)loss[BESA__LOSS_BEFORE] : report->loss_after;
     report->loss_all = (shown * report->loss_after + (all - shown) * (double)loss[BESA__LOSS_REST]) / all;
-    if (isfinite(report->loss_all) && isfinite(report->loss_uniform)) return BESA_OK;
+    if (besa__is_finite(report->loss_all) && besa__is_finite(report->loss_uniform)) return BESA_OK;
     return besa__fail(error, BESA_ERROR_NOT_FINITE, "the reconstruction loss of %s* is not finite: activations overflow",
                       name ? name : "the block ");
 }
@@ -8019,7 +8213,7 @@ static void besa__notes_add(char **notes, const char *format, ...)
     char line[512];
     va_list args;
     va_start(args, format);
-    vsnprintf(line, sizeof line, format, args);
+    besa__format(line, sizeof line, format, &args);
     va_end(args);
     size_t n = *notes ? strlen(*notes) : 0, m = strlen(line);
     char *text = (char *)BESA_REALLOC(*notes, n + m + 2);
@@ -8898,7 +9092,7 @@ static besa_result besa__tensor_floats(float *out, const besa_tensor *tensor, in
         else memcpy(&half, at, 2);
         if (tensor->dtype == BESA_F16) out[i] = besa__f16_to_f32(half);
         if (tensor->dtype == BESA_BF16) out[i] = besa__bf16_to_f32(half);
-        if (!isfinite(out[i]))
+        if (!besa__is_finite((double)out[i]))
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s: element %lld is %g", tensor->name, (long long)(first + i),
                               (double)out[i]);
     }
@@ -9249,13 +9443,13 @@ static besa_result besa__test_perplexity(besa__run *run, double *perplexity, dou
     BESA__TRY(besa__pass_error(be, result, error));
     for (int64_t i = 0; i < s->count; i++) {
         double mean = window[i] / (double)(s->seqlen - 1);
-        if (!isfinite(mean))
+        if (!besa__is_finite(mean))
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "the log-likelihood of window %lld is %g", (long long)i, mean);
         sum += mean;
         if (nll) nll[i] = mean;
     }
     *perplexity = exp(sum / (double)s->count);
-    if (isfinite(*perplexity)) return BESA_OK;
+    if (besa__is_finite(*perplexity)) return BESA_OK;
     return besa__fail(error, BESA_ERROR_NOT_FINITE, "the perplexity overflows: mean negative log-likelihood is %g",
                       sum / (double)s->count);
 }
@@ -9757,14 +9951,13 @@ static void besa__append(besa__text *t, const char *format, ...)
     for (int attempt = 0; t->text && attempt < 2; attempt++) {
         va_list args;
         va_start(args, format);
-        int wrote = vsnprintf(t->text + t->length, t->room - t->length, format, args);
+        size_t wrote = besa__format(t->text + t->length, t->room - t->length, format, &args);
         va_end(args);
-        if (wrote < 0) return;
-        if ((size_t)wrote < t->room - t->length) {
-            t->length += (size_t)wrote;
+        if (wrote < t->room - t->length) {
+            t->length += wrote;
             return;
         }
-        t->room = 2 * t->room + (size_t)wrote;
+        t->room = 2 * t->room + wrote;
         char *grown = (char *)BESA_REALLOC(t->text, t->room);
         if (!grown) BESA_FREE(t->text);
         t->text = grown;
@@ -9774,7 +9967,7 @@ static void besa__append(besa__text *t, const char *format, ...)
 /* JSON has no NaN: null stands for it. */
 static void besa__append_number(besa__text *t, const char *key, double value, const char *after)
 {
-    if (isfinite(value)) besa__append(t, "\"%s\": %.9g%s", key, value, after);
+    if (besa__is_finite(value)) besa__append(t, "\"%s\": %.9g%s", key, value, after);
     else besa__append(t, "\"%s\": null%s", key, after);
 }
 
