@@ -1830,10 +1830,13 @@ static void besa__advise(const besa__shard *shard, uint64_t offset, size_t bytes
     if (bytes) madvise(shard->base + first, (size_t)offset + bytes - first, advice);
 }
 
-/* Give the pages of a range back to the system; they can be read again. */
+/* Give the pages of a range back to the system; they can be read again. Their neighbours too: the system brings in up
+ * to 64 KB around a page that is touched, and what is left of each range would add up over the blocks. */
 static void besa__release_range(const besa__shard *shard, uint64_t offset, size_t bytes)
 {
-    besa__advise(shard, offset, bytes, MADV_DONTNEED);
+    uint64_t around = 65536, first = offset > around ? offset - around : 0, end = besa__add_sizes(offset + bytes, around);
+    if (end > shard->size) end = shard->size;
+    besa__advise(shard, first, (size_t)(end - first), MADV_DONTNEED);
 }
 
 /* A tensor whose bytes will be read soon: the system may begin. */
@@ -9106,6 +9109,7 @@ static besa_result besa__bring_vector(besa__run *run, float **vectors, float *de
     if (!tensor) return BESA_OK;
     int64_t count = tensor->shape[0];
     BESA__TRY(besa__tensor_floats(*vectors, tensor, 0, count, error));
+    besa__release_pages(run->checkpoint, tensor);
     BESA__TRY(besa__pass_error(run->be, run->be->upload(run->be, BESA_QUEUE_STAGE, device, *vectors,
                                                     (size_t)count * sizeof(float)), error));
     *vectors += count;
