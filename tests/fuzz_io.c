@@ -5,6 +5,15 @@
 #include "besa.h"
 #endif
 
+static int64_t fuzz_outcomes[4][2];             /* per reader: inputs it took, inputs it refused */
+
+/* A refusal has its own code and says something. */
+static void fuzz_outcome(int kind, besa_result result, const besa_error *error)
+{
+    if (result != BESA_OK && (error->code != result || !*error->message)) abort();
+    fuzz_outcomes[kind][result != BESA_OK]++;
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
@@ -28,6 +37,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             if (result == BESA_OK && (config.block.head_dim < 2 || config.num_hidden_layers > BESA_MAX_LAYERS)) abort();
         }
         besa__json_free(&json);
+        fuzz_outcome(kind, result, &error);
         return 0;
     }
     if (kind == 1) {
@@ -41,6 +51,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             const besa_tensor *t = c->tensors + i;
             if (t->offset > size || t->bytes > size - t->offset || besa_checkpoint_find(c, t->name) != t) abort();
         }
+        fuzz_outcome(kind, result, &error);
         c->num_shards = 0;
         free(c->shards->text);
         besa_checkpoint_close(c);
@@ -50,6 +61,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         besa_result result = besa__tokens_read(&tokens, (const unsigned char *)text, size, "fuzz.npy", &error);
         if (result == BESA_OK && (tokens.count < 1 || (tokens.columns && tokens.rows * tokens.columns != tokens.count))) abort();
         besa_tokens_free(&tokens);
+        fuzz_outcome(kind, result, &error);
     }
     free(text);
     return 0;
