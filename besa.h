@@ -62,6 +62,9 @@
  *     BESA_API                    linkage of the public functions; default: extern
  *     BESA_NO_STDIO               leave out level 1: levels 2 and 3 need no file system
  *     BESA_CBLAS                  float products through cblas_sgemm of the CBLAS that you link
+ *     BESA_NO_SIMD                plain C loops alone, instead of AVX2, AVX-512 or NEON as the processor has them
+ *     BESA_SECONDS()              a clock in seconds, a double that never goes back; default: CLOCK_MONOTONIC, Windows's
+ *                                 performance counter
  *
  * OPTIONS (besa_prune_options, besa_rate_options; 0 means the value in brackets)
  *
@@ -123,7 +126,10 @@
  * LIMITS
  *
  *     Llama 1/2/3, Mistral, Qwen2 and Qwen3 checkpoints in F32, F16 or BF16 safetensors. Level 1 needs POSIX (mmap, flock)
- *     and a little-endian machine. Files are mapped: a source that is truncated while it is read ends the process (SIGBUS).
+ *     and a little-endian machine: elsewhere checkpoints are refused. Levels 2 and 3 (BESA_NO_STDIO) need neither. Float
+ *     arithmetic must be IEEE's: fast math and x87 (32-bit x86 without -msse2 -mfpmath=sse) do not compile, and a CPU backend
+ *     is refused where exp or subnormal numbers come out wrong. Sizes are 64-bit: what a 32-bit process cannot address is
+ *     BESA_ERROR_MEMORY. Files are mapped: a source that is truncated while it is read ends the process (SIGBUS).
  *     At most 1024 blocks; prunable weights of one dtype; widths up to 2^24; 2^36 tokens. N:M patterns are for the baselines.
  *
  * REFERENCES
@@ -135,8 +141,9 @@
  *     0.1   first release
  */
 
-/* Files are mapped and locked by POSIX calls that strict -std=c11 hides; libc fixes the choice at its first header. */
-#if defined(BESA_IMPLEMENTATION) && !defined(BESA_NO_STDIO)
+/* Files are mapped and locked, and time is taken, by POSIX calls that strict -std=c11 hides; libc fixes the choice at its
+ * first header. */
+#if defined(BESA_IMPLEMENTATION)
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE 1
 #endif
@@ -310,7 +317,7 @@ struct besa_backend {
 
     /* ---- memory and order ------------------------------------------------------------------ */
     void (*destroy)(besa_backend *be);          /* frees what the backend itself holds */
-    size_t (*workspace_size)(besa_backend *be, const besa_workload *w);
+    size_t (*workspace_size)(besa_backend *be, const besa_workload *w); /* SIZE_MAX: more than can be addressed */
     besa_result (*alloc)(besa_backend *be, void **device, size_t bytes); /* 256-byte aligned */
     void (*free)(besa_backend *be, void *device); /* the caller has synchronised what uses it */
     besa_result (*host_alloc)(besa_backend *be, void **host, size_t bytes); /* pinned where that means something */
@@ -553,7 +560,8 @@ typedef struct besa_layer_shape {
 
 typedef struct besa_rates besa_rates;           /* the rates of a set of layers and their optimiser */
 
-/* Bytes of backend memory that besa_rates_create will take for these layers; 0 if an option is out of range. */
+/* Bytes of backend memory that besa_rates_create will take for these layers; 0 if an option is out of range, SIZE_MAX if
+ * it is more than can be addressed. */
 BESA_API size_t besa_rates_size(besa_backend *be, const besa_layer_shape *layers, int count,
                                 const besa_rate_options *options);
 
@@ -685,7 +693,7 @@ BESA_API void besa_block_layer(const besa_block_shape *shape, int layer, int64_t
 BESA_API void besa_rope_table(const besa_block_shape *shape, int64_t seqlen, float *cosine, float *sine);
 
 /* Bytes of a buffer for besa_activations_init(), device memory of the caller, 256-byte aligned. tokens = batch * seqlen;
- * qk_norm 1: the block has q/k norms; backward 1: besa_block_backward will be called. */
+ * qk_norm 1: the block has q/k norms; backward 1: besa_block_backward will be called. SIZE_MAX: more than can be addressed. */
 BESA_API size_t besa_activations_size(const besa_backend *be, const besa_block_shape *shape, int qk_norm,
                                       int64_t tokens, int backward);
 BESA_API void besa_activations_init(besa_activations *acts, void *device, const besa_backend *be,
@@ -972,14 +980,32 @@ BESA_API void besa_report_free(besa_report *report);
 #ifndef BESA_IMPLEMENTATION_DONE
 #define BESA_IMPLEMENTATION_DONE
 
+#include <float.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#if defined(_WIN32) && !defined(BESA_SECONDS)
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#endif
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <windows.h>
+#endif
 #if defined(_OPENMP)
 #include <omp.h>
+#endif
+
+/* The results rest on float arithmetic as it is written. What these checks cannot see, besa_cpu_backend tries out. */
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ != 0)
+#error "besa.h: fast math gives wrong results: compile without -ffast-math, -Ofast, -ffinite-math-only (or /fp:fast)"
+#endif
+#if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16 /* 16: only half floats are wider or narrower */
+#error "besa.h: float must be computed in float (FLT_EVAL_METHOD 0); for 32-bit x86 compile with -msse2 -mfpmath=sse"
 #endif
 
 #if defined(BESA_MALLOC) != defined(BESA_FREE) || defined(BESA_MALLOC) != defined(BESA_REALLOC)
@@ -1016,7 +1042,10 @@ BESA_API void besa_report_free(besa_report *report);
 #define BESA__THREAD_INDEX() 0
 #endif
 
-#if defined(__GNUC__)
+#if defined(__MINGW32__) && !defined(__clang__) /* there "printf" would mean Microsoft's, which knows no %zu */
+#define BESA__PRINTF(text, first) __attribute__((__format__(__gnu_printf__, text, first)))
+#define BESA__UNUSED __attribute__((unused))
+#elif defined(__GNUC__)
 #define BESA__PRINTF(text, first) __attribute__((__format__(__printf__, text, first)))
 #define BESA__UNUSED __attribute__((unused))
 #else
@@ -1034,6 +1063,125 @@ BESA_API const char *besa_result_string(besa_result code)
     return (unsigned)code < BESA_RESULT_COUNT ? text[code] : "unknown result";
 }
 
+/* Neither NaN nor infinite, told by the exponent's bits: compilers may take comparisons for granted. */
+static inline int besa__is_finite(double x)
+{
+    uint64_t u;
+    memcpy(&u, &x, sizeof u);
+    return (u >> 52 & 0x7FF) != 0x7FF;
+}
+
+static inline int besa__is_nan(double x)
+{
+    uint64_t u;
+    memcpy(&u, &x, sizeof u);
+    return (u & 0x7FFFFFFFFFFFFFFFu) > 0x7FF0000000000000u;
+}
+
+/* ---- text ---------------------------------------------------------------------------------- */
+
+/* Text that is written into a buffer; length goes on counting where the buffer is full. */
+typedef struct besa__print {
+    char *text;
+    size_t size, length;
+} besa__print;
+
+static void besa__put(besa__print *out, const char *s, size_t n)
+{
+    for (size_t i = 0; i < n; i++, out->length++)
+        if (out->length + 1 < out->size) out->text[out->length] = s[i];
+}
+
+/* In base 10 or 16, with zeros in front up to `width` digits. */
+static void besa__put_integer(besa__print *out, unsigned long long value, unsigned base, int width)
+{
+    char digits[32];
+    int n = 0;
+    do {
+        digits[31 - n++] = "0123456789abcdef"[value % base];
+        value /= base;
+    } while (n < 31 && (value || n < width));
+    besa__put(out, digits + 32 - n, (size_t)n);
+}
+
+/* As %.*g, or %.*f, with a point in every locale: whatever is neither digit, sign nor exponent is the locale's. */
+static void besa__put_number(besa__print *out, double value, int precision, char conversion)
+{
+    char number[400];
+    int length = snprintf(number, sizeof number, conversion == 'f' ? "%.*f" : "%.*g", precision < 0 ? 6 : precision, value);
+    int finite = besa__is_finite(value), point = 0;
+    for (int i = 0; i < length && i < (int)sizeof number - 1; i++) {
+        int plain = !finite || strchr("0123456789+-e", number[i]) != NULL;
+        if (plain || !point) besa__put(out, plain ? &number[i] : ".", 1);
+        point |= !plain;
+    }
+}
+
+static int besa__format_number(const char **format)
+{
+    int n = 0;
+    for (; **format >= '0' && **format <= '9'; (*format)++) n = n * 10 + (**format - '0');
+    return n;
+}
+
+/* One conversion; size 0 int, 1 long, 2 long long, 3 size_t */
+static void besa__format_value(besa__print *out, char conversion, int width, int precision, int size, va_list *args)
+{
+    if (conversion == 's') {
+        const char *s = va_arg(*args, const char *);
+        size_t n = 0;
+        while ((precision < 0 || n < (size_t)precision) && s[n]) n++;
+        besa__put(out, s, n);
+    } else if (conversion == 'd') {
+        long long value = size == 0 ? va_arg(*args, int) : size == 1 ? va_arg(*args, long) : va_arg(*args, long long);
+        if (value < 0) besa__put(out, "-", 1);
+        besa__put_integer(out, value < 0 ? 0 - (unsigned long long)value : (unsigned long long)value, 10, width);
+    } else if (conversion == 'u' || conversion == 'x') {
+        unsigned long long value = size == 3 ? va_arg(*args, size_t) : size == 2 ? va_arg(*args, unsigned long long)
+                                 : size == 1 ? va_arg(*args, unsigned long) : va_arg(*args, unsigned);
+        besa__put_integer(out, value, conversion == 'x' ? 16 : 10, width);
+    } else if (conversion == 'g' || conversion == 'f') besa__put_number(out, va_arg(*args, double), precision, conversion);
+    else {
+        char c = conversion == 'c' ? (char)va_arg(*args, int) : conversion;
+        BESA_ASSERT(conversion == 'c' || conversion == '%');
+        besa__put(out, &c, 1);
+    }
+}
+
+/* printf, the same in any locale and C library. Of conversions there are those that this file uses: %s %.*s %c %d %u
+ * %x %f %g and %%, with h, l, ll or z, a precision, and for integers zeros in front (%016llx). */
+static size_t besa__format(char *text, size_t size, const char *format, va_list *args)
+{
+    besa__print out = {text, size, 0};
+    while (*format) {
+        int width, precision = -1, size_of = 0;
+        if (*format != '%') {
+            besa__put(&out, format++, 1);
+            continue;
+        }
+        BESA_ASSERT(format[1] < '1' || format[1] > '9'); /* no blanks in front */
+        format++;
+        width = besa__format_number(&format);
+        if (*format == '.') {
+            precision = *++format == '*' ? va_arg(*args, int) : besa__format_number(&format);
+            format += *format == '*';
+        }
+        for (; *format == 'l' || *format == 'z' || *format == 'h'; format++) size_of += *format == 'l' ? 1 : *format == 'z' ? 3 : 0;
+        if (*format) besa__format_value(&out, *format++, width, precision, size_of, args);
+    }
+    if (size) text[out.length < size ? out.length : size - 1] = 0;
+    return out.length;
+}
+
+BESA__UNUSED static void besa__write_text(char *text, size_t size, const char *format, ...) BESA__PRINTF(3, 4);
+static void besa__write_text(char *text, size_t size, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    besa__format(text, size, format, &args);
+    va_end(args);
+}
+
 /* Fill in *error (may be NULL) and return the code. */
 static besa_result besa__fail(besa_error *error, besa_result code, const char *format, ...) BESA__PRINTF(3, 4);
 static besa_result besa__fail(besa_error *error, besa_result code, const char *format, ...)
@@ -1042,39 +1190,78 @@ static besa_result besa__fail(besa_error *error, besa_result code, const char *f
         va_list args;
         va_start(args, format);
         error->code = code;
-        vsnprintf(error->message, sizeof error->message, format, args);
+        besa__format(error->message, sizeof error->message, format, &args);
         va_end(args);
     }
     return code;
 }
 
-/* BESA_MALLOC with an error that says what the memory was for. */
-BESA__UNUSED static besa_result besa__malloc(void **memory, size_t bytes, const char *what, besa_error *error)
+/* Sizes are counted in 64 bits, whatever size_t is, and stay at UINT64_MAX where even that is too little: no memory is
+ * ever asked for by a size that has wrapped round. */
+static inline uint64_t besa__add_sizes(uint64_t a, uint64_t b) { return a > UINT64_MAX - b ? UINT64_MAX : a + b; }
+static inline uint64_t besa__multiply_sizes(uint64_t a, uint64_t b) { return b && a > UINT64_MAX / b ? UINT64_MAX : a * b; }
+
+/* a b elements, neither negative; INT64_MAX stands for more. */
+static inline int64_t besa__product(int64_t a, int64_t b) { return b > 0 && a > INT64_MAX / b ? INT64_MAX : a * b; }
+
+static inline int64_t besa__sum(int64_t a, int64_t b) { return a > INT64_MAX - b ? INT64_MAX : a + b; }
+
+/* Bytes of so many elements. */
+static inline uint64_t besa__bytes(int64_t count, size_t element) { return besa__multiply_sizes((uint64_t)count, element); }
+
+/* A size as public functions return it: SIZE_MAX stands for more than can be addressed. */
+static inline size_t besa__size(uint64_t bytes) { return bytes < SIZE_MAX ? (size_t)bytes : SIZE_MAX; }
+
+/* Whether so many bytes can be addressed at all. */
+static besa_result besa__check_size(uint64_t bytes, const char *what, besa_error *error)
 {
-    *memory = BESA_MALLOC(bytes ? bytes : 1);
+    if (bytes < SIZE_MAX) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_MEMORY, "%llu bytes needed for %s, this process can address %llu: %s",
+                      (unsigned long long)bytes, what, (unsigned long long)SIZE_MAX,
+                      sizeof(void *) < 8 ? "build for a 64-bit machine" : "make the sizes smaller");
+}
+
+/* BESA_MALLOC with an error that says what the memory was for. */
+BESA__UNUSED static besa_result besa__malloc(void **memory, uint64_t bytes, const char *what, besa_error *error)
+{
+    *memory = NULL;
+    BESA__TRY(besa__check_size(bytes, what, error));
+    *memory = BESA_MALLOC(bytes ? (size_t)bytes : 1);
     if (*memory) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_MEMORY, "out of host memory: %zu bytes for %s", bytes, what);
+    return besa__fail(error, BESA_ERROR_MEMORY, "out of host memory: %llu bytes for %s", (unsigned long long)bytes, what);
 }
 
 /* A block of memory handed out from its start. With base NULL it only counts: sizes are worked out by the very code
  * that later places the arrays, so that a plan is right to the byte. */
 typedef struct besa__arena {
     unsigned char *base;
-    size_t used;
+    uint64_t used;
 } besa__arena;
 
 #define BESA__ALIGN 256
 
-static void *besa__take(besa__arena *arena, size_t bytes)
+static void *besa__take(besa__arena *arena, uint64_t bytes)
 {
     void *p = arena->base ? arena->base + arena->used : NULL;
-    arena->used += (bytes + BESA__ALIGN - 1) / BESA__ALIGN * BESA__ALIGN;
+    uint64_t padding = (BESA__ALIGN - bytes % BESA__ALIGN) % BESA__ALIGN;
+    arena->used = besa__add_sizes(arena->used, besa__add_sizes(bytes, padding));
     return p;
+}
+
+static void *besa__take_array(besa__arena *arena, int64_t count, size_t element)
+{
+    return besa__take(arena, besa__bytes(count, element));
 }
 
 static float *besa__take_floats(besa__arena *arena, int64_t count)
 {
-    return (float *)besa__take(arena, (size_t)count * sizeof(float));
+    return (float *)besa__take_array(arena, count, sizeof(float));
+}
+
+/* `parts` arenas of the size of one, one after the other. */
+static void besa__take_parts(besa__arena *arena, const besa__arena *one, int64_t parts)
+{
+    arena->used = besa__add_sizes(arena->used, besa__multiply_sizes(one->used, (uint64_t)parts));
 }
 
 /* Wait for all that is under way, whatever comes of it: memory is about to go. */
@@ -1083,12 +1270,27 @@ static void besa__settle(besa_backend *be)
     for (int q = 0; q < BESA_QUEUE_COUNT; q++) be->synchronize(be, (besa_queue)q);
 }
 
-/* A clock; only differences mean anything. */
+/* A clock that nobody sets back; only differences mean anything. Where a strict -std hides such a clock, the time of day. */
 static double besa__seconds(void)
 {
+#if defined(BESA_SECONDS)
+    return BESA_SECONDS();
+#elif defined(_WIN32)
+    LARGE_INTEGER now, frequency;
+    QueryPerformanceCounter(&now);
+    QueryPerformanceFrequency(&frequency);
+    return (double)now.QuadPart / (double)frequency.QuadPart;
+#elif defined(CLOCK_MONOTONIC)
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+#elif defined(TIME_UTC)
     struct timespec now;
     timespec_get(&now, TIME_UTC);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+#else
+    return (double)time(NULL);
+#endif
 }
 
 BESA_API size_t besa_dtype_size(besa_dtype dtype) { return dtype == BESA_F32 ? 4 : 2; }
@@ -1119,6 +1321,14 @@ static inline float besa__bits_float(uint32_t u)
     float x;
     memcpy(&x, &u, sizeof x);
     return x;
+}
+
+static inline int besa__is_little_endian(void)
+{
+    uint16_t number = 1;
+    unsigned char first;
+    memcpy(&first, &number, 1);
+    return first == 1;
 }
 
 static inline float besa__bf16_to_f32(uint16_t h) { return besa__bits_float((uint32_t)h << 16); }
@@ -1155,7 +1365,7 @@ static inline uint16_t besa__f32_to_f16(float x)
 
 static inline int64_t besa__min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t besa__max(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t besa__parts(int64_t n, int64_t size) { return (n + size - 1) / size; } /* of at most size each */
+static inline int64_t besa__parts(int64_t n, int64_t size) { return n / size + (n % size > 0); } /* of at most size each */
 
 /* The error of a failed backend operation, handed on. */
 static besa_result besa__pass_error(const besa_backend *be, besa_result result, besa_error *error)
@@ -1194,7 +1404,8 @@ BESA_API const char *besa_layer_name(int layer)
 
 BESA_API void besa_block_layer(const besa_block_shape *shape, int layer, int64_t *rows, int64_t *columns)
 {
-    int64_t q = shape->num_attention_heads * shape->head_dim, kv = shape->num_key_value_heads * shape->head_dim;
+    int64_t q = besa__product(shape->num_attention_heads, shape->head_dim);
+    int64_t kv = besa__product(shape->num_key_value_heads, shape->head_dim);
     int64_t d = shape->hidden_size, i = shape->intermediate_size;
     *rows = layer == BESA_Q ? q : layer == BESA_K || layer == BESA_V ? kv : layer == BESA_O || layer == BESA_DOWN ? d : i;
     *columns = layer == BESA_O ? q : layer == BESA_DOWN ? i : d;
@@ -1245,8 +1456,8 @@ static int besa__in_range(const besa__range *range, double value)
 static const char *besa__range_text(const besa__range *range, char *buffer, size_t size)
 {
     if (range->is_integer) snprintf(buffer, size, "an integer from %.0f to %.0f", range->least, range->most);
-    else if (range->least < range->most) snprintf(buffer, size, "a number from %g to %g", range->least, range->most);
-    else snprintf(buffer, size, "%g", range->least);
+    else if (range->least < range->most) besa__write_text(buffer, size, "a number from %g to %g", range->least, range->most);
+    else besa__write_text(buffer, size, "%g", range->least);
     return buffer;
 }
 
@@ -1525,7 +1736,7 @@ static const char *besa__json_show(const besa__json *json, const besa__json_valu
     else if (type == BESA__JSON_STRING) snprintf(buffer, size, "\"%.100s\"", besa__json_string(json, value));
     else if (type == BESA__JSON_NUMBER && number.is_integer)
         snprintf(buffer, size, "%lld", (long long)number.integer);
-    else if (type == BESA__JSON_NUMBER) snprintf(buffer, size, "%.10g", number.value);
+    else if (type == BESA__JSON_NUMBER) besa__write_text(buffer, size, "%.10g", number.value);
     else if (type == BESA__JSON_ARRAY)
         snprintf(buffer, size, "a list of %lu", (unsigned long)besa__json_count(json, value));
     else if (type == BESA__JSON_OBJECT)
@@ -1751,13 +1962,15 @@ static besa_result besa__open_file(int *fd, size_t *size, const char *path, besa
         return besa__fail(error, errno == ENOENT || errno == ENOTDIR ? BESA_ERROR_NOT_FOUND : BESA_ERROR_READ,
                           "%s: %s", path, strerror(errno));
     int failed = fstat(*fd, &st);
-    if (!failed && S_ISREG(st.st_mode) && (uint64_t)st.st_size <= SIZE_MAX / 2) {
-        *size = (size_t)st.st_size;
-        return BESA_OK;
-    }
-    besa__fail(error, BESA_ERROR_READ, "%s: %s", path, failed ? strerror(errno) : "not a regular file");
-    close(*fd);
-    return BESA_ERROR_READ;
+    besa_result result = BESA_OK;
+    if (failed || !S_ISREG(st.st_mode))
+        result = besa__fail(error, BESA_ERROR_READ, "%s: %s", path, failed ? strerror(errno) : "not a regular file");
+    else if ((uint64_t)st.st_size > SIZE_MAX / 2)
+        result = besa__fail(error, BESA_ERROR_READ, "%s: %llu bytes, this process can map %llu: build for a 64-bit machine",
+                            path, (unsigned long long)st.st_size, (unsigned long long)(SIZE_MAX / 2));
+    else *size = (size_t)st.st_size;
+    if (result != BESA_OK) close(*fd);
+    return result;
 }
 
 /* Map a file; base is NULL where it is empty. */
@@ -1806,7 +2019,7 @@ static besa_result besa__json_load(besa__json *json, const char *path, besa_erro
     besa_result result = BESA_OK;
     if (size > BESA__HEADER_LIMIT)
         result = besa__fail(error, BESA_ERROR_JSON, "%s: %zu bytes, more than %u", path, size, BESA__HEADER_LIMIT);
-    if (result == BESA_OK) result = besa__malloc(&text, size + 1, path, error);
+    if (result == BESA_OK) result = besa__malloc(&text, besa__add_sizes(size, 1), path, error);
     if (result == BESA_OK) result = besa__read_at(fd, text, size, 0, path, error);
     close(fd);
     if (result != BESA_OK) {
@@ -1824,10 +2037,13 @@ static void besa__advise(const besa__shard *shard, uint64_t offset, size_t bytes
     if (bytes) madvise(shard->base + first, (size_t)offset + bytes - first, advice);
 }
 
-/* Give the pages of a range back to the system; they can be read again. */
+/* Give the pages of a range back to the system; they can be read again. Their neighbours too: the system brings in up
+ * to 64 KB around a page that is touched, and what is left of each range would add up over the blocks. */
 static void besa__release_range(const besa__shard *shard, uint64_t offset, size_t bytes)
 {
-    besa__advise(shard, offset, bytes, MADV_DONTNEED);
+    uint64_t around = 65536, first = offset > around ? offset - around : 0, end = besa__add_sizes(offset + bytes, around);
+    if (end > shard->size) end = shard->size;
+    besa__advise(shard, first, (size_t)(end - first), MADV_DONTNEED);
 }
 
 /* A tensor whose bytes will be read soon: the system may begin. */
@@ -2442,7 +2658,7 @@ static besa_result besa__tokens_read(besa_tokens *tokens, const unsigned char *f
     BESA__TRY(besa__token_format(&npy, file, size, path, error));
     int64_t count = npy.dims[0] * (npy.ndim == 2 ? npy.dims[1] : 1);
     if (!count) return besa__fail(error, BESA_ERROR_TOKENS, "%s: holds no tokens", path);
-    BESA__TRY(besa__malloc(&memory, (size_t)count * sizeof(int32_t), path, error));
+    BESA__TRY(besa__malloc(&memory, besa__bytes(count, sizeof(int32_t)), path, error));
     int32_t *ids = (int32_t *)memory;
     for (int64_t i = 0; i < count; i++) {
         int64_t id = besa__token_at(file + npy.data + (size_t)i * npy.width, npy.width, npy.is_signed);
@@ -2982,6 +3198,9 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
     void *memory;
     *checkpoint = NULL;
     if (!directory || !*directory) return besa__fail(error, BESA_ERROR_OPTION, "no checkpoint directory given");
+    if (!besa__is_little_endian())
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: checkpoints are little-endian, this machine is big-endian: "
+                          "prune it on a little-endian machine, such as x86-64 or ARM64", directory);
     BESA__TRY(besa__malloc(&memory, sizeof **checkpoint, "a checkpoint", error));
     besa_checkpoint *opened = (besa_checkpoint *)memset(memory, 0, sizeof **checkpoint);
     besa_result result = besa__checkpoint_load(opened, directory, error);
@@ -3051,6 +3270,35 @@ typedef struct besa__gemm_kernel {
     besa__gemm_tile_fn *tile;
 } besa__gemm_kernel;
 
+/* ---- what the processor has ---- */
+
+#ifndef BESA_SIMD_MAX
+#define BESA_SIMD_MAX 2                /* 1: without AVX-512, 0: plain C alone; an expression, as tests change it */
+#endif
+
+/* GCC for Windows keeps the stack aligned to 16 bytes only: its AVX code faults. */
+#if defined(__GNUC__) && !defined(BESA_NO_SIMD) && (!defined(_WIN32) || defined(__clang__))
+#if defined(__x86_64__)
+#define BESA__SIMD_X86 1
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#define BESA__SIMD_NEON 1
+#endif
+#endif
+
+/* 2: AVX-512; 1: AVX2 with FMA, or NEON; 0: what the compiler makes of plain C */
+static inline int besa__cpu_simd(void)
+{
+#if defined(BESA__SIMD_X86)
+    if (BESA_SIMD_MAX >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return 2;
+    return BESA_SIMD_MAX >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+#elif defined(BESA__SIMD_NEON)
+    return BESA_SIMD_MAX >= 1;
+#else
+    return 0;
+#endif
+}
+
 /* ---- portable C ---- */
 
 /* dst (count) = fp32 of the elements at, at + step, ... */
@@ -3103,8 +3351,7 @@ static inline void besa__gemm_tile_c(int64_t units, const float *a, const float 
 }
 
 /* ---- AArch64: 8 x 8 in NEON ---- */
-#if defined(__aarch64__) && defined(__ARM_NEON)
-#define BESA__GEMM_NEON 1
+#if defined(BESA__SIMD_NEON)
 #include <arm_neon.h>
 
 #define BESA__GEMM_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
@@ -3134,8 +3381,7 @@ static void besa__gemm_tile_neon(int64_t units, const float *a, const float *b, 
 #endif
 
 /* ---- x86-64: AVX2 and AVX-512, compiled for any target and chosen at run time ---- */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(BESA_NO_SIMD)
-#define BESA__GEMM_X86 1
+#if defined(BESA__SIMD_X86)
 #include <immintrin.h>
 #ifndef __clang__                      /* g++ 12 warns of its own _mm512_undefined_epi32 */
 #pragma GCC diagnostic push
@@ -3367,22 +3613,22 @@ BESA__GEMM_AVX512 static void besa__gemm_pack_avx512_bf16(float *dst, int64_t wi
 #ifndef __clang__
 #pragma GCC diagnostic pop
 #endif
-#endif /* BESA__GEMM_X86 */
+#endif /* BESA__SIMD_X86 */
 
 static besa__gemm_kernel besa__gemm_choose(int bf16)
 {
     besa__gemm_kernel kernel = {4, 8, 1, besa__gemm_pack_c, besa__gemm_tile_c};
-    (void)bf16;
-#if defined(BESA__GEMM_NEON)
-    kernel.mr = 8;
-    kernel.tile = besa__gemm_tile_neon;
-#elif defined(BESA__GEMM_X86)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+    int simd = besa__cpu_simd();
+    (void)bf16, (void)simd;
+#if defined(BESA__SIMD_NEON)
+    if (simd == 1) kernel.mr = 8, kernel.tile = besa__gemm_tile_neon;
+#elif defined(BESA__SIMD_X86)
+    if (simd == 2) {
         int paired = bf16 && __builtin_cpu_supports("avx512bf16");
         kernel.mr = 12, kernel.nr = 32, kernel.unit = paired ? 2 : 1;
         kernel.pack = paired ? besa__gemm_pack_avx512_bf16 : besa__gemm_pack_avx512;
         kernel.tile = paired ? besa__gemm_tile_avx512_bf16 : besa__gemm_tile_avx512;
-    } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    } else if (simd == 1) {
         kernel.mr = 6, kernel.nr = 16, kernel.tile = besa__gemm_tile_avx2;
     }
 #endif
@@ -3613,17 +3859,7 @@ static void besa__gemm(const besa__gemm_args *g, int threads, int bf16, void *sc
 #pragma clang diagnostic ignored "-Wpass-failed"
 #endif
 
-#ifndef BESA_SIMD_MAX
-#define BESA_SIMD_MAX 2 /* tests lower it: 1 without AVX-512, 0 without AVX2 */
-#endif
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(BESA_NO_SIMD)
-static inline int besa__cpu_simd(void)
-{
-    if (BESA_SIMD_MAX >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return 2;
-    return BESA_SIMD_MAX >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
-}
+#if defined(BESA__SIMD_X86)
 #define BESA__KERNEL_AS(type, give, name, params, args)                                            \
     __attribute__((__target__("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))                     \
     static type name##_avx512 params { give name##_body args; }                                    \
@@ -3838,9 +4074,7 @@ static besa_result besa__cpu_alloc(besa_backend *be, void **device, size_t bytes
     void *raw;
     unsigned char *aligned;
     *device = NULL;
-    if (bytes > SIZE_MAX - 2 * BESA__ALIGN)
-        return besa__fail(&be->error, BESA_ERROR_MEMORY, "out of memory: %zu bytes wanted", bytes);
-    BESA__TRY(besa__malloc(&raw, bytes + 2 * BESA__ALIGN, "the CPU backend", &be->error));
+    BESA__TRY(besa__malloc(&raw, besa__add_sizes(bytes, 2 * BESA__ALIGN), "the CPU backend", &be->error));
     aligned = (unsigned char *)raw + (2 * BESA__ALIGN - (uintptr_t)raw % BESA__ALIGN);
     memcpy(aligned - sizeof raw, &raw, sizeof raw);
     *device = aligned;
@@ -4154,8 +4388,8 @@ typedef struct besa__cpu_head {
 static void besa__cpu_attention_place(besa__arena *work, besa__cpu_head *head, int64_t seqlen, int backward)
 {
     head->gemm = besa__cpu_gemm_place(work, 1);
-    head->p = besa__take_floats(work, BESA__CPU_QUERIES * seqlen);
-    head->dp = backward ? besa__take_floats(work, BESA__CPU_QUERIES * seqlen) : NULL;
+    head->p = besa__take_floats(work, besa__product(BESA__CPU_QUERIES, seqlen));
+    head->dp = backward ? besa__take_floats(work, besa__product(BESA__CPU_QUERIES, seqlen)) : NULL;
     head->sum = besa__take_floats(work, BESA__CPU_QUERIES);
 }
 
@@ -4223,13 +4457,13 @@ static besa_result besa__cpu_attention_forward(besa_backend *be, void *o, const 
     besa__arena work = besa__cpu_work(be), one = {NULL, 0};
     besa__cpu_head sizes;
     besa__cpu_attention_place(&one, &sizes, s->seqlen, 0);
-    work.used = one.used * (size_t)besa__cpu_of(be)->threads;
+    besa__take_parts(&work, &one, besa__cpu_of(be)->threads);
     BESA__CPU_FITS(be, work);
     BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
     for (int64_t task = 0; task < tasks; task++) {
         besa__cpu_head head;
         besa__arena mine;
-        mine.base = work.base + one.used * (size_t)BESA__THREAD_INDEX();
+        mine.base = work.base + (size_t)one.used * (size_t)BESA__THREAD_INDEX();
         mine.used = 0;
         besa__cpu_attention_place(&mine, &head, s->seqlen, 0);
         besa__cpu_head_set(&head, be, s, task, (const float *)q, (const float *)k, (const float *)v);
@@ -4319,8 +4553,8 @@ static void besa__cpu_attention_parts_place(besa__arena *work, float **dk, float
 {
     *dk = *dv = NULL;
     if (heads == kv_heads) return;
-    *dk = besa__take_floats(work, tokens * heads * head_dim);
-    *dv = besa__take_floats(work, tokens * heads * head_dim);
+    *dk = besa__take_floats(work, besa__product(tokens, besa__product(heads, head_dim)));
+    *dv = besa__take_floats(work, besa__product(tokens, besa__product(heads, head_dim)));
 }
 
 /* dQ(T, heads * dh), dK, dV (T, kv_heads * dh) */
@@ -4337,14 +4571,14 @@ static besa_result besa__cpu_attention_backward(besa_backend *be, void *dq, void
                                     s->num_key_value_heads, dh);
     base = work.base + work.used;
     besa__cpu_attention_place(&one, &sizes, s->seqlen, 1);
-    work.used += one.used * (size_t)besa__cpu_of(be)->threads;
+    besa__take_parts(&work, &one, besa__cpu_of(be)->threads);
     BESA__CPU_FITS(be, work);
     BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
     for (int64_t task = 0; task < tasks; task++) {
         besa__cpu_head head;
         besa__arena mine;
         int64_t at, k_at;
-        mine.base = base + one.used * (size_t)BESA__THREAD_INDEX();
+        mine.base = base + (size_t)one.used * (size_t)BESA__THREAD_INDEX();
         mine.used = 0;
         besa__cpu_attention_place(&mine, &head, s->seqlen, 1);
         besa__cpu_head_set(&head, be, s, task, (const float *)q, (const float *)k, (const float *)v);
@@ -4427,7 +4661,7 @@ enum { BESA__CPU_SUM_PARTS = 32, BESA__CPU_LOSS_ROWS = 16 };
 /* Partial sums (parts, d) over runs of rows */
 static float *besa__cpu_column_sumsq_place(besa__arena *work, int64_t tokens, int64_t d)
 {
-    return besa__take_floats(work, besa__min(BESA__CPU_SUM_PARTS, tokens) * d);
+    return besa__take_floats(work, besa__product(besa__min(BESA__CPU_SUM_PARTS, tokens), d));
 }
 
 /* out(d) += column sums of X(T,d)^2 */
@@ -4476,7 +4710,7 @@ BESA__KERNEL(besa__cpu_loss_back_row,
 static void besa__cpu_block_loss_place(besa__arena *work, float **weight, double **part, int64_t tokens, int64_t d)
 {
     *weight = besa__take_floats(work, d);
-    *part = (double *)besa__take(work, (size_t)besa__parts(tokens, BESA__CPU_LOSS_ROWS) * sizeof **part);
+    *part = (double *)besa__take_array(work, besa__parts(tokens, BESA__CPU_LOSS_ROWS), sizeof **part);
 }
 
 /* loss(1) += scale / d * sum_{t,c} (Yref - Y)^2 / sumsq_c; dY = 2 scale / d * (Y - Yref) / sumsq_c */
@@ -4622,7 +4856,7 @@ BESA__CPU_COUNT_KERNEL(besa__cpu_count_run32, uint32_t)
 
 static int32_t *besa__cpu_count_zeros_place(besa__arena *work, int64_t rows)
 {
-    return (int32_t *)besa__take(work, (size_t)rows * sizeof(int32_t));
+    return (int32_t *)besa__take_array(work, rows, sizeof(int32_t));
 }
 
 /* zeros(R); not_finite(1) += */
@@ -4667,8 +4901,8 @@ typedef struct besa__cpu_sort {
 static void besa__cpu_sort_place(besa__arena *work, besa__cpu_sort *sort, int64_t columns)
 {
     for (int i = 0; i < 2; i++) {
-        sort->key[i] = (uint32_t *)besa__take(work, (size_t)columns * sizeof(uint32_t));
-        sort->position[i] = (uint32_t *)besa__take(work, (size_t)columns * sizeof(uint32_t));
+        sort->key[i] = (uint32_t *)besa__take_array(work, columns, sizeof(uint32_t));
+        sort->position[i] = (uint32_t *)besa__take_array(work, columns, sizeof(uint32_t));
     }
 }
 
@@ -4709,13 +4943,13 @@ static besa_result besa__cpu_rank_rows(besa_backend *be, void *rank, const float
     besa__arena work = besa__cpu_work(be), one = {NULL, 0};
     besa__cpu_sort sizes;
     besa__cpu_sort_place(&one, &sizes, columns);
-    work.used = one.used * (size_t)besa__cpu_of(be)->threads;
+    besa__take_parts(&work, &one, besa__cpu_of(be)->threads);
     BESA__CPU_FITS(be, work);
     BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
     for (int64_t task = 0; task < tasks; task++) {
         besa__cpu_sort sort;
         besa__arena mine;
-        mine.base = work.base + one.used * (size_t)BESA__THREAD_INDEX();
+        mine.base = work.base + (size_t)one.used * (size_t)BESA__THREAD_INDEX();
         mine.used = 0;
         besa__cpu_sort_place(&mine, &sort, columns);
         for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
@@ -4807,8 +5041,8 @@ typedef struct besa__cpu_select {
 
 static void besa__cpu_select_place(besa__arena *work, besa__cpu_select *select, int64_t columns, int threads)
 {
-    select->key = (uint32_t *)besa__take(work, (size_t)(columns * threads) * sizeof(uint32_t));
-    select->count = (uint32_t *)besa__take(work, (size_t)threads * 2048 * sizeof(uint32_t));
+    select->key = (uint32_t *)besa__take_array(work, besa__product(columns, threads), sizeof(uint32_t));
+    select->count = (uint32_t *)besa__take_array(work, (int64_t)threads * 2048, sizeof(uint32_t));
 }
 
 /* count(threads, 2048) = keys whose bits above `shift + bits` are those of prefix, by the `bits` bits from shift */
@@ -4858,7 +5092,7 @@ static void besa__cpu_mask_smallest_place(besa__arena *work, besa__cpu_select *s
                                           int64_t columns, int threads)
 {
     besa__cpu_select_place(work, select, columns, threads);
-    *ties = (int64_t *)besa__take(work, (size_t)rows * sizeof(int64_t));
+    *ties = (int64_t *)besa__take_array(work, rows, sizeof(int64_t));
 }
 
 /* What's bits = W's with those of column j zeroed */
@@ -4997,11 +5231,11 @@ typedef struct besa__cpu_cells {
 } besa__cpu_cells;
 
 /* Returns the bytes of a thread's value. A bucket has at most ceil(C / buckets) ranks. */
-static size_t besa__cpu_cells_place(besa__arena *work, besa__cpu_cells *cells, int64_t columns, int64_t buckets)
+static uint64_t besa__cpu_cells_place(besa__arena *work, besa__cpu_cells *cells, int64_t columns, int64_t buckets)
 {
     besa__arena one = {NULL, 0};
-    cells->cell = (uint32_t *)besa__take(work, (size_t)columns * sizeof(uint32_t));
-    cells->fill = (uint32_t *)besa__take(work, (size_t)buckets * sizeof(uint32_t));
+    cells->cell = (uint32_t *)besa__take_array(work, columns, sizeof(uint32_t));
+    cells->fill = (uint32_t *)besa__take_array(work, buckets, sizeof(uint32_t));
     cells->value = (float *)(void *)(work->base ? work->base + work->used : NULL);
     besa__take_floats(&one, columns + buckets);
     return one.used;
@@ -5050,8 +5284,8 @@ static besa_result besa__cpu_bucket_gradient(besa_backend *be, float *sums, cons
     int64_t width = (int64_t)besa_dtype_size(dtype), rank_width = (int64_t)besa__rank_bytes(columns);
     besa__arena work = besa__cpu_work(be);
     besa__cpu_cells cells;
-    size_t stride = besa__cpu_cells_place(&work, &cells, columns, buckets);
-    work.used += stride * (size_t)besa__cpu_of(be)->threads;
+    size_t stride = (size_t)besa__cpu_cells_place(&work, &cells, columns, buckets);
+    work.used += (uint64_t)stride * (uint64_t)besa__cpu_of(be)->threads;
     BESA__CPU_FITS(be, work);
     besa__cpu_cells_set(&cells, bucket, columns, buckets);
     memset(cells.value, 0, stride * (size_t)besa__cpu_of(be)->threads);
@@ -5159,12 +5393,12 @@ static int64_t besa__cpu_rate_parts(int64_t groups, int64_t candidates)
     return besa__min(groups, most);
 }
 
-static size_t besa__cpu_rates_place(besa__arena *work, besa__cpu_rates *rates, int64_t candidates, int64_t parts)
+static uint64_t besa__cpu_rates_place(besa__arena *work, besa__cpu_rates *rates, int64_t candidates, int64_t parts)
 {
     besa__arena one = {NULL, 0};
     rates->p = besa__take_floats(work, candidates);
     rates->base = besa__take_floats(work, candidates);
-    rates->part = besa__take_floats(work, parts * candidates);
+    rates->part = besa__take_floats(work, besa__product(parts, candidates));
     rates->beta = (float *)(work->base ? work->base + work->used : NULL);
     besa__take_floats(&one, candidates);
     besa__take_floats(&one, candidates);
@@ -5177,8 +5411,8 @@ static int64_t besa__cpu_rates_begin(besa_backend *be, besa__cpu_rates *rates, s
 {
     besa__arena work = besa__cpu_work(be);
     int64_t last = s->candidates - 1;
-    *stride = besa__cpu_rates_place(&work, rates, s->candidates, parts);
-    work.used += *stride * (size_t)besa__cpu_of(be)->threads;
+    *stride = (size_t)besa__cpu_rates_place(&work, rates, s->candidates, parts);
+    work.used += (uint64_t)*stride * (uint64_t)besa__cpu_of(be)->threads;
     BESA__CPU_FITS(be, work);
     for (int64_t d = 0; d <= last; d++) {
         rates->p[d] = last > 0 ? (float)((double)(last - d) / (double)last) : 1.0f;
@@ -5476,7 +5710,7 @@ static void besa__cpu_project(besa__cpu_projected *p, int64_t rows, int64_t coun
 
 static besa__cpu_projected *besa__cpu_project_place(besa__arena *work, int64_t rows)
 {
-    return (besa__cpu_projected *)besa__take(work, (size_t)rows * sizeof(besa__cpu_projected));
+    return (besa__cpu_projected *)besa__take_array(work, rows, sizeof(besa__cpu_projected));
 }
 
 /* n(R) whose sum is count; excess(1) says whether that can be */
@@ -5491,7 +5725,7 @@ static besa_result besa__cpu_project_counts(besa_backend *be, int32_t *n, int64_
     for (int64_t r = 0; r < rows; r++) {
         double rate = (double)alpha[r];
         if (columns[r] == 0) continue;
-        if (!isfinite(rate)) *excess = -1;
+        if (!besa__is_finite(rate)) *excess = -1;
         rate = rate < 1e-7 ? 1e-7 : rate > 1 - 1e-7 ? 1 - 1e-7 : rate;
         p[used].logit = log(rate / (1 - rate));
         p[used].columns = columns[r];
@@ -5526,7 +5760,7 @@ static void besa__cpu_factor_place(besa__arena *work, besa__cpu_factor *f, int t
     besa__cpu_gemm_place(work, threads); /* first, where besa__cpu_multiply has it */
     f->columns = columns;
     f->inverse = besa__take_floats(work, BESA__CPU_FACTOR * BESA__CPU_FACTOR);
-    f->panel = besa__take_floats(work, BESA__CPU_FACTOR * columns);
+    f->panel = besa__take_floats(work, besa__product(BESA__CPU_FACTOR, columns));
 }
 
 /* dead(C), ones on the diagonal there, then damping * mean(diag) on all of it */
@@ -5793,22 +6027,22 @@ static besa_result besa__cpu_sparsegpt_push(besa_backend *be, float *wf, const f
  * ============================================================================================ */
 
 /* Rates, bucket sums and the optimiser; 0 candidates: as many as there may be. */
-static size_t besa__cpu_rates_bytes(int64_t columns, int64_t candidates, int threads)
+static uint64_t besa__cpu_rates_bytes(int64_t columns, int64_t candidates, int threads)
 {
     besa__arena work = {NULL, 0}, cell_work = {NULL, 0}, step_work = {NULL, 0};
     besa__cpu_rates rates;
     besa__cpu_cells cells;
     int64_t n = candidates > 0 ? candidates : (int64_t)BESA__CPU_BUCKETS;
-    size_t stride = besa__cpu_rates_place(&work, &rates, n, besa__cpu_rate_parts(INT64_MAX, n));
-    work.used += stride * (size_t)threads;
+    uint64_t stride = besa__cpu_rates_place(&work, &rates, n, besa__cpu_rate_parts(INT64_MAX, n));
+    work.used = besa__add_sizes(work.used, besa__multiply_sizes(stride, (uint64_t)threads));
     stride = besa__cpu_cells_place(&cell_work, &cells, columns, n);
-    cell_work.used += stride * (size_t)threads;
+    cell_work.used = besa__add_sizes(cell_work.used, besa__multiply_sizes(stride, (uint64_t)threads));
     besa__cpu_optimizer_place(&step_work);
-    size_t most = work.used > cell_work.used ? work.used : cell_work.used;
+    uint64_t most = work.used > cell_work.used ? work.used : cell_work.used;
     return most > step_work.used ? most : step_work.used;
 }
 
-static size_t besa__cpu_attention_bytes(const besa_workload *w, int threads)
+static uint64_t besa__cpu_attention_bytes(const besa_workload *w, int threads)
 {
     besa__arena work = {NULL, 0}, one = {NULL, 0};
     besa__cpu_head head;
@@ -5817,10 +6051,11 @@ static size_t besa__cpu_attention_bytes(const besa_workload *w, int threads)
     besa__cpu_attention_parts_place(&work, &dk, &dv, w->tokens, w->num_attention_heads, w->num_key_value_heads,
                                     w->head_dim);
     besa__cpu_attention_place(&one, &head, w->seqlen, 1);
-    return work.used + one.used * (size_t)threads;
+    besa__take_parts(&work, &one, threads);
+    return work.used;
 }
 
-static size_t besa__cpu_hessian_bytes(const besa_workload *w, int threads)
+static uint64_t besa__cpu_hessian_bytes(const besa_workload *w, int threads)
 {
     besa__arena work = {NULL, 0}, slab_work = {NULL, 0};
     besa__cpu_factor factor;
@@ -5842,21 +6077,21 @@ static size_t besa__cpu_workspace_size(besa_backend *be, const besa_workload *w)
     int64_t *ties;
     float *weight;
     double *part;
-    size_t most[9], largest = 0;
+    uint64_t most[9], largest = 0;
     if (w->tokens > 0) besa__cpu_gemm_place(&work[0], threads);
     besa__cpu_column_sumsq_place(&work[1], BESA__CPU_SUM_PARTS, w->columns); /* of any number of tokens */
     besa__cpu_block_loss_place(&work[2], &weight, &part, w->tokens, w->columns);
     besa__cpu_sort_place(&work[3], &sort, w->columns);
     besa__cpu_mask_smallest_place(&work[4], &select, &ties, w->rows, w->columns, threads); /* and count_zeros */
     for (int i = 0; i < 5; i++) most[i] = work[i].used;
-    most[3] *= (size_t)threads;
+    most[3] = besa__multiply_sizes(most[3], (uint64_t)threads);
     most[5] = besa__cpu_rates_bytes(w->columns, w->candidates, threads);
     most[6] = besa__cpu_attention_bytes(w, threads);
     most[7] = besa__cpu_hessian_bytes(w, threads);
     besa__cpu_project_place(&work[5], w->projected_rows);
     most[8] = work[5].used;
     for (int i = 0; i < 9; i++) largest = most[i] > largest ? most[i] : largest;
-    return largest;
+    return besa__size(largest);
 }
 
 static void besa__cpu_destroy(besa_backend *be)
@@ -5928,6 +6163,34 @@ static void besa__cpu_fill_sparsity(besa_backend *be)
     be->sparsegpt_push = besa__cpu_sparsegpt_push;
 }
 
+/* Whether float arithmetic is as written, with subnormal numbers. Options such as -funsafe-math-optimizations set no macro,
+ * yet fold the exponential's rounding constant away. Inputs are volatile: nothing is worked out by the compiler. */
+static besa_result besa__check_arithmetic(besa_error *error)
+{
+    enum { TRIED = 3 * BESA__LANES + 5, HALVES = 5 };
+    static const float special[3] = {-200, 200, (float)NAN};
+    volatile float step = 1.75f;
+    volatile uint16_t half = 0x8001;            /* -2^-24, subnormal in 16 bits */
+    float x[TRIED], y[TRIED], limits[3], halves[HALVES];
+    uint16_t bits[HALVES];
+    int wrong = 0;
+    for (int i = 0; i < TRIED; i++) x[i] = step * (float)(i - TRIED / 2); /* -87.5 .. 87.5: exp's results from subnormal up */
+    besa__cpu_exp_sum(y, x, 0.0f, TRIED);
+    for (int i = 0; i < TRIED; i++) wrong += !(fabs((double)y[i] - exp((double)x[i])) <= 1e-6 * exp((double)x[i]));
+    for (int i = 0; i < TRIED; i++) y[i] = besa__sqrt(x[i] * x[i]);
+    for (int i = 0; i < TRIED; i++) wrong += !(fabs((double)y[i] - fabs((double)x[i])) <= 1e-6 * fabs((double)x[i]));
+    besa__cpu_exp_sum(limits, special, step - 1.75f, 3);
+    wrong += limits[0] != 0 || besa__float_bits(limits[1]) != 0x7F800000u;
+    wrong += (besa__float_bits(limits[2]) & 0x7FFFFFFFu) <= 0x7F800000u;
+    for (int i = 0; i < HALVES; i++) bits[i] = (uint16_t)(half + i);
+    besa__cpu_widen_f16(halves, bits, HALVES);
+    for (int i = 0; i < HALVES; i++) wrong += (double)halves[i] != ldexp(-1 - i, -24);
+    if (!wrong) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_UNSUPPORTED, "float arithmetic of this program is not as written, %d of its results are "
+                      "wrong: compile without -funsafe-math-optimizations, and let subnormal numbers not be flushed to zero "
+                      "(linking with -ffast-math has them flushed)", wrong);
+}
+
 BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *options, besa_error *error)
 {
     besa__cpu *cpu;
@@ -5941,6 +6204,7 @@ BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *
 #else
     threads = 1;
 #endif
+    BESA__TRY(besa__check_arithmetic(error));
     BESA__TRY(besa__malloc(&memory, sizeof *cpu, "the CPU backend", error));
     cpu = (besa__cpu *)memset(memory, 0, sizeof *cpu);
     cpu->threads = threads;
@@ -6032,7 +6296,7 @@ static besa_result besa__option_check(const besa_option *o, double x, besa_error
     int above = x > o->least || (x == o->least && !(o->flags & BESA_OPTION_ABOVE));
     int below = x < o->most || (x == o->most && !(o->flags & BESA_OPTION_BELOW));
     if (above && below) return BESA_OK;
-    if (isnan(x)) return besa__fail(error, BESA_ERROR_OPTION, "%s is NaN, expected %s", o->name, o->range);
+    if (besa__is_nan(x)) return besa__fail(error, BESA_ERROR_OPTION, "%s is NaN, expected %s", o->name, o->range);
     return besa__fail(error, BESA_ERROR_OPTION, "%s is %.15g, expected %s", o->name, x, o->range);
 }
 
@@ -6174,27 +6438,27 @@ static void besa__rate_layer_place(besa_rates *rates, besa__rate_layer *layer, b
     s->row_scale = (float)o->row_scale;
     s->plain = o->plain_softmax;
     layer->theta_layer = layer->theta_row = -1;
-    layer->rank = besa__take(arena, (size_t)(rows * columns) * besa__rank_bytes(columns));
+    layer->rank = besa__take_array(arena, besa__product(rows, columns), besa__rank_bytes(columns));
     if (!rates->learns) return;
-    layer->bucket = (uint16_t *)besa__take(arena, (size_t)columns * sizeof(uint16_t));
-    layer->sums = besa__take_floats(arena, rows * o->candidates);
+    layer->bucket = (uint16_t *)besa__take_array(arena, columns, sizeof(uint16_t));
+    layer->sums = besa__take_floats(arena, besa__product(rows, o->candidates));
     if (s->layer_scale > 0) {
         layer->theta_layer = rates->parameters;
         rates->parameters += s->candidates;
     }
     if (s->row_scale > 0) {
         layer->theta_row = rates->parameters;
-        rates->parameters += besa__parts(rows, s->group_rows) * s->candidates;
+        rates->parameters = besa__sum(rates->parameters, besa__product(besa__parts(rows, s->group_rows), s->candidates));
     }
 }
 
 /* Place the arrays that run over the rows of all layers. */
 static void besa__rates_place_rows(besa_rates *rates, besa__arena *arena)
 {
-    size_t bytes;
+    uint64_t bytes;
     rates->rows = 0;
     for (int i = 0; i < rates->count; i++) rates->rows += rates->layer[i].shape.rows;
-    bytes = (size_t)rates->rows * sizeof(int32_t);
+    bytes = besa__bytes(rates->rows, sizeof(int32_t));
     rates->zeros = (int32_t *)besa__take(arena, bytes);
     rates->n = (int32_t *)besa__take(arena, bytes);
     if (rates->learns) {
@@ -6228,7 +6492,7 @@ static void besa__rates_place(besa_rates *rates, besa__rate_layer *storage, cons
         besa__rate_layer_place(rates, &storage[i], arena);
     }
     besa__rates_place_rows(rates, arena);
-    rates->not_finite = (int32_t *)besa__take(arena, (size_t)count * sizeof(int32_t));
+    rates->not_finite = (int32_t *)besa__take_array(arena, count, sizeof(int32_t));
     if (!rates->learns) return;
     rates->theta = besa__take_floats(arena, rates->parameters);
     rates->theta0 = besa__take_floats(arena, rates->parameters);
@@ -6525,7 +6789,7 @@ static int besa__any_not_finite(besa_backend *be, const float *device, int64_t n
         if (be->download(be, BESA_QUEUE_COMPUTE, part, device + first, (size_t)count * sizeof(float)) != BESA_OK) return 0;
         if (be->synchronize(be, BESA_QUEUE_COMPUTE) != BESA_OK) return 0;
         for (int64_t i = 0; i < count; i++)
-            if (!isfinite(part[i])) return 1;
+            if (!besa__is_finite((double)part[i])) return 1;
     }
     return 0;
 }
@@ -6583,10 +6847,10 @@ static besa_result besa__check_status(const besa_rates *rates, double d, float m
                                       besa_error *error)
 {
     char text[160];
-    if (isfinite(d) && isfinite(mean)) return BESA_OK;
+    if (besa__is_finite(d) && besa__is_finite(mean)) return BESA_OK;
     besa__describe_rates(rates, names, text, sizeof text);
-    return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s not finite: %s", isfinite(d) ? "the mean rate is"
-                      : isfinite(mean) ? "Prodigy's d is" : "the mean rate and Prodigy's d are", text);
+    return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s not finite: %s", besa__is_finite(d) ? "the mean rate is"
+                      : besa__is_finite(mean) ? "Prodigy's d is" : "the mean rate and Prodigy's d are", text);
 }
 
 /* Waits for the device. */
@@ -6654,7 +6918,7 @@ static besa_workload besa__layers_workload(const besa_layer_shape *layers, int c
 }
 
 /* Everything besa_rates_create allocates on the device. */
-static size_t besa__rates_layout(besa_rates *rates, besa__rate_layer *storage, const besa_layer_shape *layers, int count,
+static uint64_t besa__rates_layout(besa_rates *rates, besa__rate_layer *storage, const besa_layer_shape *layers, int count,
                                  void *memory)
 {
     besa_workload work = besa__layers_workload(layers, count);
@@ -6673,13 +6937,13 @@ BESA_API size_t besa_rates_size(besa_backend *be, const besa_layer_shape *layers
                                 const besa_rate_options *options)
 {
     besa_rates rates;
+    void *storage;
     if (besa__check_layers(layers, count, NULL) != BESA_OK) return 0;
     if (besa__rates_init(&rates, be, options, 1, NULL) != BESA_OK) return 0;
-    besa__rate_layer *storage = (besa__rate_layer *)BESA_MALLOC((size_t)count * sizeof(besa__rate_layer));
-    if (!storage) return 0;
-    size_t bytes = besa__rates_layout(&rates, storage, layers, count, NULL);
+    if (besa__malloc(&storage, besa__bytes(count, sizeof(besa__rate_layer)), "rates", NULL) != BESA_OK) return 0;
+    uint64_t bytes = besa__rates_layout(&rates, (besa__rate_layer *)storage, layers, count, NULL);
     BESA_FREE(storage);
-    return bytes;
+    return besa__size(bytes);
 }
 
 /* Every public function on rates begins with enter and ends with leave: between them operations use the rates' own
@@ -6700,8 +6964,9 @@ static besa_result besa__rates_leave(besa_rates *rates, besa__workspace callers,
 static besa_result besa__rates_allocate(besa_rates *rates, const besa_layer_shape *layers, int count, besa_error *error)
 {
     besa__rate_layer *storage = (besa__rate_layer *)(void *)(rates + 1);
-    size_t bytes = besa__rates_layout(rates, storage, layers, count, NULL);
-    BESA__TRY(besa__pass_error(rates->be, rates->be->alloc(rates->be, &rates->memory, bytes), error));
+    uint64_t bytes = besa__rates_layout(rates, storage, layers, count, NULL);
+    BESA__TRY(besa__check_size(bytes, "these rates", error));
+    BESA__TRY(besa__pass_error(rates->be, rates->be->alloc(rates->be, &rates->memory, (size_t)bytes), error));
     besa__rates_layout(rates, storage, layers, count, rates->memory);
     besa__workspace callers = besa__rates_enter(rates);
     return besa__rates_leave(rates, callers, besa__rates_start(rates), error);
@@ -6713,7 +6978,8 @@ BESA_API besa_result besa_rates_create(besa_rates **rates, besa_backend *be, con
     void *memory;
     *rates = NULL;
     BESA__TRY(besa__check_layers(layers, count, error));
-    BESA__TRY(besa__malloc(&memory, sizeof(besa_rates) + (size_t)count * sizeof(besa__rate_layer), "rates", error));
+    BESA__TRY(besa__malloc(&memory, besa__add_sizes(sizeof(besa_rates), besa__bytes(count, sizeof(besa__rate_layer))),
+                           "rates", error));
     besa_rates *made = (besa_rates *)memory;
     besa_result result = besa__rates_init(made, be, options, 1, error);
     if (result == BESA_OK) result = besa__rates_allocate(made, layers, count, error);
@@ -6909,7 +7175,7 @@ BESA_API besa_workload besa_block_workload(const besa_block_shape *shape, int64_
         if (rows > work.rows) work.rows = rows;
         if (columns > work.columns) work.columns = columns;
     }
-    work.tokens = batch * seqlen;
+    work.tokens = besa__product(batch, seqlen);
     work.seqlen = seqlen;
     work.num_attention_heads = shape->num_attention_heads;
     work.num_key_value_heads = shape->num_key_value_heads;
@@ -6922,7 +7188,7 @@ static int64_t besa__largest_layer(const besa_block_shape *shape)
     int64_t most = 0, rows, columns;
     for (int i = 0; i < BESA_LAYERS; i++) {
         besa_block_layer(shape, i, &rows, &columns);
-        if (rows * columns > most) most = rows * columns;
+        most = besa__max(most, besa__product(rows, columns));
     }
     return most;
 }
@@ -6931,9 +7197,10 @@ static int64_t besa__largest_layer(const besa_block_shape *shape)
 static void besa__activations_place(besa_activations *acts, besa__arena *arena, besa_dtype dtype,
                                     const besa_block_shape *s, int qk_norm, int64_t tokens, int64_t dw_count)
 {
-    size_t e = besa_dtype_size(dtype) * (size_t)tokens;
-    size_t d = e * (size_t)s->hidden_size, i = e * (size_t)s->intermediate_size;
-    size_t q = e * (size_t)(s->num_attention_heads * s->head_dim), kv = e * (size_t)(s->num_key_value_heads * s->head_dim);
+    uint64_t e = besa__bytes(tokens, besa_dtype_size(dtype));
+    uint64_t d = besa__multiply_sizes(e, (uint64_t)s->hidden_size), i = besa__multiply_sizes(e, (uint64_t)s->intermediate_size);
+    uint64_t q = besa__multiply_sizes(e, (uint64_t)besa__product(s->num_attention_heads, s->head_dim));
+    uint64_t kv = besa__multiply_sizes(e, (uint64_t)besa__product(s->num_key_value_heads, s->head_dim));
     memset(acts, 0, sizeof *acts);
     acts->a = besa__take(arena, d);
     acts->q = besa__take(arena, q);
@@ -6950,8 +7217,8 @@ static void besa__activations_place(besa_activations *acts, besa__arena *arena, 
     if (qk_norm) {
         acts->q_raw = besa__take(arena, q);
         acts->k_raw = besa__take(arena, kv);
-        acts->inv_rms_q = besa__take_floats(arena, tokens * s->num_attention_heads);
-        acts->inv_rms_k = besa__take_floats(arena, tokens * s->num_key_value_heads);
+        acts->inv_rms_q = besa__take_floats(arena, besa__product(tokens, s->num_attention_heads));
+        acts->inv_rms_k = besa__take_floats(arena, besa__product(tokens, s->num_key_value_heads));
     }
     if (dw_count == 0) return;
     acts->dz = besa__take(arena, i);
@@ -6971,7 +7238,7 @@ BESA_API size_t besa_activations_size(const besa_backend *be, const besa_block_s
     besa__arena arena = {NULL, 0};
     besa__activations_place(&acts, &arena, be->activation_dtype, shape, qk_norm, tokens,
                             backward ? besa__largest_layer(shape) : 0);
-    return arena.used;
+    return besa__size(arena.used);
 }
 
 BESA_API void besa_activations_init(besa_activations *acts, void *device, const besa_backend *be,
@@ -7215,9 +7482,9 @@ static int besa__stream_computed(const besa__stream *s, int slot) { return s->ev
 static int besa__stream_home(const besa__stream *s, int slot) { return s->event + 4 + slot; }
 
 /* Bytes of so many sequences. */
-static size_t besa__stream_bytes(const besa__stream *s, int64_t sequences)
+static uint64_t besa__stream_bytes(const besa__stream *s, int64_t sequences)
 {
-    return besa_dtype_size(s->be->activation_dtype) * (size_t)(sequences * s->seqlen * s->width);
+    return besa__bytes(besa__product(besa__product(sequences, s->seqlen), s->width), besa_dtype_size(s->be->activation_dtype));
 }
 
 /* Sequence `index` of an array like the stream's. */
@@ -7234,7 +7501,7 @@ static void besa__stream_send(besa__stream *s, int to_host, int64_t chunk)
 
 static void besa__stream_place(besa__stream *s, besa__arena *device, besa__arena *host)
 {
-    size_t all = besa__stream_bytes(s, s->count), chunk = besa__stream_bytes(s, besa__min(s->chunk, s->count));
+    uint64_t all = besa__stream_bytes(s, s->count), chunk = besa__stream_bytes(s, besa__min(s->chunk, s->count));
     s->x = besa__take(s->streamed ? host : device, all);
     for (int i = 0; i < 2; i++) s->slot[i] = s->streamed ? besa__take(device, chunk) : NULL;
 }
@@ -7247,7 +7514,7 @@ static besa_result besa__stream_fetch(besa__stream *s, int slot, int64_t first, 
     BESA__TRY(be->wait(be, BESA_QUEUE_UPLOAD, besa__stream_computed(s, slot)));
     for (int i = 0; i < 2; i++) BESA__TRY(be->wait(be, BESA_QUEUE_UPLOAD, besa__stream_home(s, i)));
     BESA__TRY(be->upload(be, BESA_QUEUE_UPLOAD, s->slot[slot], besa__stream_at(s, s->x, first),
-                         besa__stream_bytes(s, count)));
+                         (size_t)besa__stream_bytes(s, count)));
     s->first[slot] = first;
     s->held[slot] = count;
     return be->record(be, BESA_QUEUE_UPLOAD, besa__stream_filled(s, slot));
@@ -7305,7 +7572,7 @@ static besa_result besa__stream_close(besa__stream *s, int changed)
         s->held[other] = 0; /* it has become out of date */
     BESA__TRY(be->wait(be, BESA_QUEUE_DOWNLOAD, besa__stream_computed(s, slot)));
     BESA__TRY(be->download(be, BESA_QUEUE_DOWNLOAD, besa__stream_at(s, s->x, s->first[slot]), s->slot[slot],
-                           besa__stream_bytes(s, s->held[slot])));
+                           (size_t)besa__stream_bytes(s, s->held[slot])));
     return be->record(be, BESA_QUEUE_DOWNLOAD, besa__stream_home(s, slot));
 }
 
@@ -7554,8 +7821,8 @@ static void besa__pruner_place_statistics(besa_pruner *p, besa__arena *arena, be
         int64_t columns = besa__input_columns(&p->shape, i);
         p->statistic[i] = besa__take_floats(arena, columns);
         if (!besa__uses_gram(&p->options)) continue;
-        p->gram[i] = besa__take_floats(arena, columns * columns);
-        p->dead[i] = (int32_t *)besa__take(arena, (size_t)columns * sizeof(int32_t));
+        p->gram[i] = besa__take_floats(arena, besa__product(columns, columns));
+        p->dead[i] = (int32_t *)besa__take_array(arena, columns, sizeof(int32_t));
         if (columns > work->hessian_columns) work->hessian_columns = columns;
     }
 }
@@ -7588,19 +7855,19 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     p->yref.chunk = p->chunk;
     if (!p->options.dense_stream) besa__stream_place(&p->yref, arena, host);
     p->y = besa__take(arena, besa__stream_bytes(&p->yref, p->chunk));
-    p->channel_sumsq = besa__take_floats(arena, besa__norms(p) * s->hidden_size);
+    p->channel_sumsq = besa__take_floats(arena, besa__product(besa__norms(p), s->hidden_size));
     p->losses = besa__take_floats(arena, BESA__LOSS_STEP + p->step_losses);
     besa__pruner_place_statistics(p, arena, &work);
     p->scores = learns ? p->acts.dw : besa__take_floats(arena, p->scores_count);
-    p->slab_error = p->options.method == BESA_METHOD_SPARSEGPT ? besa__take_floats(arena, work.rows * BESA__SLAB) : NULL;
-    p->counts = (int32_t *)besa__take(arena, 2 * (size_t)p->rows * sizeof(int32_t));
+    p->slab_error = p->options.method == BESA_METHOD_SPARSEGPT ? besa__take_floats(arena, besa__product(work.rows, BESA__SLAB)) : NULL;
+    p->counts = (int32_t *)besa__take_array(arena, besa__product(2, p->rows), sizeof(int32_t));
     p->not_finite = (int32_t *)besa__take(arena, sizeof p->results->not_finite);
     p->ignored = (int32_t *)besa__take(arena, (size_t)besa__norms(p) * sizeof(int32_t));
     p->workspace_bytes = p->be->workspace_size(p->be, &work);
     p->workspace = besa__take(arena, p->workspace_bytes);
     p->results = (besa__results *)besa__take(host, sizeof(besa__results));
     p->results_losses = besa__take_floats(host, BESA__LOSS_STEP + p->step_losses);
-    p->results_counts = (int32_t *)besa__take(host, 2 * (size_t)p->rows * sizeof(int32_t));
+    p->results_counts = (int32_t *)besa__take_array(host, besa__product(2, p->rows), sizeof(int32_t));
 }
 
 /* Sequences that go through a pass together: about 2048 tokens. A larger batch is accumulated over several. */
@@ -7690,20 +7957,22 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     return besa__rates_init(&p->rates, be, &rates, learns, error);
 }
 
-/* Find what fits into `budget` bytes of the device (0: no limit): the largest chunk, and for it the lowest level of
- * `levels`, each of which moves more to the host. size(user, level) makes the level so and gives its bytes. */
-static besa_result besa__fit_budget(int64_t *chunk, size_t (*size)(void *, int level), int levels, void *user,
+/* Find what fits into `budget` bytes of the device (0: what can be addressed): the largest chunk, and for it the lowest
+ * level of `levels`, each of which moves more to the host. size(user, level) makes the level so and gives its bytes. */
+static besa_result besa__fit_budget(int64_t *chunk, uint64_t (*size)(void *, int level), int levels, void *user,
                                     size_t budget, const char *whose, besa_error *error)
 {
-    for (size_t least = SIZE_MAX;; *chunk = (*chunk + 1) / 2) {
+    uint64_t limit = budget ? budget : SIZE_MAX - 1;
+    for (uint64_t least = UINT64_MAX;; *chunk = (*chunk + 1) / 2) {
         for (int level = 0; level < levels; level++) {
-            size_t bytes = size(user, level);
-            if (budget == 0 || bytes <= budget) return BESA_OK;
+            uint64_t bytes = size(user, level);
+            if (bytes <= limit) return BESA_OK;
             if (bytes < least) least = bytes;
         }
+        if (*chunk <= 1 && budget == 0) return besa__check_size(least, "the run's arrays", error);
         if (*chunk <= 1)
-            return besa__fail(error, BESA_ERROR_MEMORY, "%s %zu bytes, the smallest that works here is %zu", whose, budget,
-                              least);
+            return besa__fail(error, BESA_ERROR_MEMORY, "%s %zu bytes, the smallest that works here is %llu", whose, budget,
+                              (unsigned long long)least);
     }
 }
 
@@ -8236,7 +8505,7 @@ static besa_result besa__check_sums(const besa_pruner *p, const char *name, besa
 static besa_result besa__check_loss(float loss, const char *name, int64_t first, int64_t end, const char *when,
                                     besa_error *error)
 {
-    if (isfinite(loss)) return BESA_OK;
+    if (besa__is_finite(loss)) return BESA_OK;
     return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s: the reconstruction loss of sequences %lld .. %lld is not "
                       "finite %s: activations overflow", name ? name : "the block", name ? "*" : "", (long long)first,
                       (long long)end - 1, when);
@@ -8385,7 +8654,7 @@ static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, con
 /* ---- the public functions ------------------------------------------------------------------ */
 
 /* Level 1: Yref is on the host. */
-static size_t besa__pruner_size(void *pruner, int level)
+static uint64_t besa__pruner_size(void *pruner, int level)
 {
     besa_pruner *p = (besa_pruner *)pruner;
     besa__arena device = {NULL, 0}, host = {NULL, 0};
@@ -8404,8 +8673,9 @@ static besa_result besa__pruner_allocate(besa_pruner *p, besa_error *error)
     BESA__TRY(besa__fit_budget(&p->chunk, besa__pruner_size, be->unified_memory || p->options.dense_stream ? 1 : 2, p, budget,
                                whose, error));
     besa__pruner_place(p, &device, &host);
-    BESA__TRY(besa__pass_error(be, be->alloc(be, &p->memory, device.used), error));
-    BESA__TRY(besa__pass_error(be, be->host_alloc(be, &p->host_memory, host.used), error));
+    BESA__TRY(besa__check_size(host.used, "the host's arrays", error));
+    BESA__TRY(besa__pass_error(be, be->alloc(be, &p->memory, (size_t)device.used), error));
+    BESA__TRY(besa__pass_error(be, be->host_alloc(be, &p->host_memory, (size_t)host.used), error));
     device.base = (unsigned char *)p->memory;
     host.base = (unsigned char *)p->host_memory;
     device.used = host.used = 0;
@@ -8528,7 +8798,7 @@ static void besa__notes_add(char **notes, const char *format, ...)
     char line[512];
     va_list args;
     va_start(args, format);
-    vsnprintf(line, sizeof line, format, args);
+    besa__format(line, sizeof line, format, &args);
     va_end(args);
     size_t n = *notes ? strlen(*notes) : 0, m = strlen(line);
     char *text = (char *)BESA_REALLOC(*notes, n + m + 2);
@@ -8662,7 +8932,7 @@ static besa_result besa__journal_read(besa__writer *w, const char *fingerprint, 
     snprintf(run, sizeof run, "run %s", fingerprint);
     if (fstat(w->journal, &st)) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
     size_t size = st.st_size < (1 << 20) ? (size_t)st.st_size : 1 << 20;
-    BESA__TRY(besa__malloc(&text, size + 1, "the journal", error));
+    BESA__TRY(besa__malloc(&text, besa__add_sizes(size, 1), "the journal", error));
     ((char *)text)[size] = 0;
     besa_result result = besa__read_at(w->journal, text, size, 0, w->partial, error);
     if (result == BESA_OK) result = besa__journal_parse(w, (char *)text, run, error);
@@ -9009,9 +9279,9 @@ static besa_result besa__writer_init(besa__writer *w, const char *output, besa_e
     BESA__TRY(besa__malloc(&memory, m + sizeof aside, "a path", error));
     w->aside_name = (char *)memcpy(memory, w->partial_name, m);
     memcpy(w->aside_name + m, aside, sizeof aside);
-    BESA__TRY(besa__malloc(&memory, ((size_t)w->blocks + 2) * sizeof *w->marks, "the journal", error));
+    BESA__TRY(besa__malloc(&memory, besa__bytes(w->blocks + 2, sizeof *w->marks), "the journal", error));
     w->marks = (besa__journal_mark *)memset(memory, 0, ((size_t)w->blocks + 2) * sizeof *w->marks);
-    BESA__TRY(besa__malloc(&memory, (size_t)c->num_shards * sizeof(int), "the shards", error));
+    BESA__TRY(besa__malloc(&memory, besa__bytes(c->num_shards, sizeof(int)), "the shards", error));
     w->files = (int *)memset(memory, 0xFF, (size_t)c->num_shards * sizeof(int));
     BESA__TRY(besa__malloc(&memory, (size_t)c->num_tensors, "the tensor table", error));
     w->prunable = (unsigned char *)memset(memory, 0, (size_t)c->num_tensors);
@@ -9239,7 +9509,7 @@ static void besa__run_place_blocks(besa__run *run, besa__arena *arena)
         for (int i = 0; i < BESA_LAYERS; i++) {
             int64_t rows, columns;
             besa_block_layer(s, i, &rows, &columns);
-            size_t bytes = besa_dtype_size(run->model.dtype) * (size_t)(rows * columns);
+            uint64_t bytes = besa__bytes(besa__product(rows, columns), besa_dtype_size(run->model.dtype));
             room->weight[i] = besa__take(arena, bytes);
             if (run->has_pruner) run->pruned[r][i] = besa__take(arena, bytes);
             room->bias[i] = besa__take_floats(arena, rows);
@@ -9249,8 +9519,8 @@ static void besa__run_place_blocks(besa__run *run, besa__arena *arena)
         room->q_norm = besa__take_floats(arena, s->head_dim);
         room->k_norm = besa__take_floats(arena, s->head_dim);
     }
-    run->rope_cos = besa__take_floats(arena, run->positions * (s->head_dim / 2));
-    run->rope_sin = besa__take_floats(arena, run->positions * (s->head_dim / 2));
+    run->rope_cos = besa__take_floats(arena, besa__product(run->positions, s->head_dim / 2));
+    run->rope_sin = besa__take_floats(arena, besa__product(run->positions, s->head_dim / 2));
 }
 
 /* The test stream's activations and what the head needs. */
@@ -9262,10 +9532,10 @@ static void besa__run_place_test(besa__run *run, besa__arena *arena, besa__arena
     work.rows = besa__max(work.rows, besa__vocab_chunk(run));
     besa__stream_place(&run->test, arena, host);
     besa__activations_place(&run->acts, arena, run->be->activation_dtype, s, run->config->qk_norm, chunk_tokens, 0);
-    run->logits = besa__take_floats(arena, chunk_tokens * besa__vocab_chunk(run));
-    run->nll_state = besa__take_floats(arena, 3 * tokens);
-    run->targets = (int32_t *)besa__take(arena, (size_t)tokens * sizeof(int32_t));
-    run->nll_sums = (double *)besa__take(arena, (size_t)run->test.count * sizeof(double));
+    run->logits = besa__take_floats(arena, besa__product(chunk_tokens, besa__vocab_chunk(run)));
+    run->nll_state = besa__take_floats(arena, besa__product(3, tokens));
+    run->targets = (int32_t *)besa__take_array(arena, tokens, sizeof(int32_t));
+    run->nll_sums = (double *)besa__take_array(arena, run->test.count, sizeof(double));
     run->workspace_bytes = run->be->workspace_size(run->be, &work);
     run->workspace = besa__take(arena, run->workspace_bytes);
 }
@@ -9273,8 +9543,8 @@ static void besa__run_place_test(besa__run *run, besa__arena *arena, besa__arena
 /* Bytes of weights that are staged at a time. */
 static size_t besa__piece_bytes(const besa__run *run)
 {
-    size_t largest = besa_dtype_size(run->model.dtype) * (size_t)besa__largest_layer(&run->config->block);
-    return largest < BESA__CHUNK ? (largest + 7) / 8 * 8 : BESA__CHUNK;
+    uint64_t largest = besa__bytes(besa__largest_layer(&run->config->block), besa_dtype_size(run->model.dtype));
+    return largest < BESA__CHUNK ? ((size_t)largest + 7) / 8 * 8 : BESA__CHUNK;
 }
 
 /* Host memory: the largest of embedding rows, the rope tables, and the test's targets; a block's vectors; pieces of
@@ -9282,7 +9552,7 @@ static size_t besa__piece_bytes(const besa__run *run)
 static void besa__run_place_host(besa__run *run, besa__arena *host)
 {
     const besa_block_shape *s = &run->config->block;
-    int64_t vectors = 2 * s->hidden_size + 2 * s->head_dim, tables = run->positions * s->head_dim;
+    int64_t vectors = 2 * s->hidden_size + 2 * s->head_dim, tables = besa__product(run->positions, s->head_dim);
     int64_t rows = BESA__CHUNK_TOKENS * s->hidden_size, test = run->test.count * run->test.seqlen; /* 2 or more a window */
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t layer_rows, columns;
@@ -9305,10 +9575,9 @@ static int64_t besa__staged_rows(const besa__run *run)
 /* Place every array of the run; arenas without memory only count. */
 static void besa__run_place(besa__run *run, besa__arena *arena, besa__arena *host)
 {
-    size_t row = (size_t)run->config->block.hidden_size * sizeof(float);
     besa__run_place_host(run, host);
     besa__run_place_blocks(run, arena);
-    run->rows = besa__take(arena, (size_t)besa__staged_rows(run) * row);
+    run->rows = besa__take_floats(arena, besa__product(besa__staged_rows(run), run->config->block.hidden_size));
     run->calibration.chunk = run->dense.chunk = run->pruner.chunk;
     if (run->has_pruner) besa__stream_place(&run->calibration, arena, host);
     if (run->has_dense) besa__stream_place(&run->dense, arena, host);
@@ -9321,7 +9590,7 @@ enum { BESA__LEVEL_DEVICE, BESA__LEVEL_TEST, BESA__LEVEL_YREF, BESA__LEVEL_X, BE
 
 static int besa__levels(const besa_backend *be) { return be->unified_memory ? 1 : BESA__LEVELS; }
 
-static size_t besa__run_size(void *user, int level)
+static uint64_t besa__run_size(void *user, int level)
 {
     besa__arena device = {NULL, 0}, host = {NULL, 0};
     besa__run *run = (besa__run *)user;
@@ -9384,8 +9653,11 @@ static besa_result besa__run_calibration(besa__run *run, const besa_calibration 
 static besa_result besa__run_fit(besa__run *run, int64_t *chunk, size_t budget, besa_error *error)
 {
     const char *whose;
+    besa__arena device = {NULL, 0}, host = {NULL, 0};
     BESA__TRY(besa__default_budget(run->be, &budget, &whose, error));
-    return besa__fit_budget(chunk, besa__run_size, besa__levels(run->be), run, budget, whose, error);
+    BESA__TRY(besa__fit_budget(chunk, besa__run_size, besa__levels(run->be), run, budget, whose, error));
+    besa__run_place(run, &device, &host);
+    return besa__check_size(host.used, "the host's arrays", error);
 }
 
 static besa_result besa__run_allocate(besa__run *run, besa_error *error)
@@ -9393,8 +9665,8 @@ static besa_result besa__run_allocate(besa__run *run, besa_error *error)
     besa_backend *be = run->be;
     besa__arena device = {NULL, 0}, host = {NULL, 0};
     besa__run_place(run, &device, &host);
-    BESA__TRY(besa__pass_error(be, be->alloc(be, &run->device, device.used), error));
-    BESA__TRY(besa__pass_error(be, be->host_alloc(be, &run->host, host.used), error));
+    BESA__TRY(besa__pass_error(be, be->alloc(be, &run->device, (size_t)device.used), error));
+    BESA__TRY(besa__pass_error(be, be->host_alloc(be, &run->host, (size_t)host.used), error));
     device.base = (unsigned char *)run->device;
     host.base = (unsigned char *)run->host;
     device.used = host.used = 0;
@@ -9436,7 +9708,7 @@ static besa_result besa__tensor_floats(float *out, const besa_tensor *tensor, in
         else memcpy(&half, at, 2);
         if (tensor->dtype == BESA_F16) out[i] = besa__f16_to_f32(half);
         if (tensor->dtype == BESA_BF16) out[i] = besa__bf16_to_f32(half);
-        if (!isfinite(out[i]))
+        if (!besa__is_finite((double)out[i]))
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s: element %lld is %g", tensor->name, (long long)(first + i),
                               (double)out[i]);
     }
@@ -9450,6 +9722,7 @@ static besa_result besa__bring_vector(besa__run *run, float **vectors, float *de
     if (!tensor) return BESA_OK;
     int64_t count = tensor->shape[0];
     BESA__TRY(besa__tensor_floats(*vectors, tensor, 0, count, error));
+    besa__release_pages(run->checkpoint, tensor);
     BESA__TRY(besa__pass_error(run->be, run->be->upload(run->be, BESA_QUEUE_STAGE, device, *vectors,
                                                     (size_t)count * sizeof(float)), error));
     *vectors += count;
@@ -9787,13 +10060,13 @@ static besa_result besa__test_perplexity(besa__run *run, double *perplexity, dou
     BESA__TRY(besa__pass_error(be, result, error));
     for (int64_t i = 0; i < s->count; i++) {
         double mean = window[i] / (double)(s->seqlen - 1);
-        if (!isfinite(mean))
+        if (!besa__is_finite(mean))
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "the log-likelihood of window %lld is %g", (long long)i, mean);
         sum += mean;
         if (nll) nll[i] = mean;
     }
     *perplexity = exp(sum / (double)s->count);
-    if (isfinite(*perplexity)) return BESA_OK;
+    if (besa__is_finite(*perplexity)) return BESA_OK;
     return besa__fail(error, BESA_ERROR_NOT_FINITE, "the perplexity overflows: mean negative log-likelihood is %g",
                       sum / (double)s->count);
 }
@@ -10228,7 +10501,7 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
     if (result == BESA_OK) {
         void *blocks;
         report->num_blocks = run.config->num_hidden_layers;
-        result = besa__malloc(&blocks, (size_t)report->num_blocks * sizeof(besa_block_report), "the report", error);
+        result = besa__malloc(&blocks, besa__bytes(report->num_blocks, sizeof(besa_block_report)), "the report", error);
         if (result == BESA_OK) memset(blocks, 0, (size_t)report->num_blocks * sizeof(besa_block_report));
         report->block = (besa_block_report *)blocks;
     }
@@ -10278,8 +10551,8 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
     if (result == BESA_OK) {
         besa__arena device = {NULL, 0}, host = {NULL, 0};
         besa__run_place(&run, &device, &host);
-        plan->device_bytes = device.used;
-        plan->host_bytes = host.used;
+        plan->device_bytes = (size_t)device.used;
+        plan->host_bytes = (size_t)host.used;
         plan->x_on_host = run.calibration.streamed;
         plan->yref_on_host = run.has_dense ? run.dense.streamed : run.pruner.yref.streamed;
         plan->test_on_host = run.has_test && run.test.streamed;
@@ -10289,12 +10562,14 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
         BESA_FREE(notes);
         plan->micro_batch = run.pruner.chunk;
         plan->flop = besa__plan_flop(&run);
+        uint64_t mapped = 0;
         for (int64_t i = 0; i < checkpoint->num_shards; i++) plan->disk_bytes += checkpoint->shards[i].size;
         for (int i = 0; i < BESA_LAYERS; i++) {
             int64_t rows, columns;
             besa_block_layer(&run.config->block, i, &rows, &columns);
-            plan->mapped_block_bytes += besa_dtype_size(run.model.dtype) * (size_t)(rows * columns);
+            mapped = besa__add_sizes(mapped, besa__bytes(besa__product(rows, columns), besa_dtype_size(run.model.dtype)));
         }
+        plan->mapped_block_bytes = besa__size(mapped);
     }
     besa__run_close(&run);
     return result;
@@ -10316,14 +10591,13 @@ static void besa__append(besa__text *t, const char *format, ...)
     for (int attempt = 0; t->text && attempt < 2; attempt++) {
         va_list args;
         va_start(args, format);
-        int wrote = vsnprintf(t->text + t->length, t->room - t->length, format, args);
+        size_t wrote = besa__format(t->text + t->length, t->room - t->length, format, &args);
         va_end(args);
-        if (wrote < 0) return;
-        if ((size_t)wrote < t->room - t->length) {
-            t->length += (size_t)wrote;
+        if (wrote < t->room - t->length) {
+            t->length += wrote;
             return;
         }
-        t->room = 2 * t->room + (size_t)wrote;
+        t->room = 2 * t->room + wrote;
         char *grown = (char *)BESA_REALLOC(t->text, t->room);
         if (!grown) BESA_FREE(t->text);
         t->text = grown;
@@ -10333,7 +10607,7 @@ static void besa__append(besa__text *t, const char *format, ...)
 /* JSON has no NaN: null stands for it. */
 static void besa__append_number(besa__text *t, const char *key, double value, const char *after)
 {
-    if (isfinite(value)) besa__append(t, "\"%s\": %.9g%s", key, value, after);
+    if (besa__is_finite(value)) besa__append(t, "\"%s\": %.9g%s", key, value, after);
     else besa__append(t, "\"%s\": null%s", key, after);
 }
 
