@@ -44,6 +44,7 @@
  *     >>cpu-sparsity       scores, ranks, masks, rates and the optimiser on the CPU
  *     >>cpu-sparsegpt      SparseGPT on the CPU: factor of the inverse Hessian, slabs of weights
  *     >>cpu-backend        the CPU's table of operations
+ *     >>options            what every option may be, and what 0 stands for
  *     >>rates              importance, ranks, learnable rates (level 3)
  *     >>optimisers         one step over the theta of all layers
  *     >>projection         the exact count; the public functions of level 3
@@ -61,6 +62,9 @@
  *     BESA_API                    linkage of the public functions; default: extern
  *     BESA_NO_STDIO               leave out level 1: levels 2 and 3 need no file system
  *     BESA_CBLAS                  float products through cblas_sgemm of the CBLAS that you link
+ *     BESA_NO_SIMD                plain C loops alone, instead of AVX2, AVX-512 or NEON as the processor has them
+ *     BESA_SECONDS()              a clock in seconds, a double that never goes back; default: CLOCK_MONOTONIC, Windows's
+ *                                 performance counter
  *
  * OPTIONS (besa_prune_options, besa_rate_options; 0 means the value in brackets)
  *
@@ -77,12 +81,16 @@
  *     rates.plain_softmax         [0] softmax(theta) instead of softmax(sigmoid(theta))
  *     rates.zero_start            [0] start at rate 1/2, as the paper's code does, instead of at the target
  *     importance                  [wanda] magnitude, sparsegpt, sparsegpt squared
+ *     damping                     [0.01] SparseGPT and its importances: share of a Hessian's mean diagonal added to it
  *     epochs, batch_size          [1, 1]
  *     norm_all, dense_stream      [0, 0] loss norms over all tokens; reference from the dense model's own stream. BESA only
  *     no_projection               [0] leave the sparsity where learning ended
  *     pattern_n, pattern_m        [none] n of every m; not with besa
  *     magnitude_per_row           [0] magnitude: each row at the target instead of each layer
  *     fixed                       [none] layers that stay dense or have a rate of their own
+ *     besa_preset                 [default] published-row and published-layer: the paper's runs of LLaMA-1-7B, d_coef 5 and
+ *                                 50. For other models set the paper's d_coef: by row 5 (1-13B, 2-7B, 2-13B), 10 (1-30B),
+ *                                 50 (1-65B, 2-70B); by layer 0.5 (1-13B, 1-65B, 2-70B), 0.05 (1-30B, 2-7B, 2-13B)
  *     device_memory               [31/32 of what the device has free; none on the CPU] bytes of backend memory: to fit,
  *                                 activations move to the host, then micro-batches shrink
  *
@@ -118,7 +126,10 @@
  * LIMITS
  *
  *     Llama 1/2/3, Mistral, Qwen2 and Qwen3 checkpoints in F32, F16 or BF16 safetensors. Level 1 needs POSIX (mmap, flock)
- *     and a little-endian machine. Files are mapped: a source that is truncated while it is read ends the process (SIGBUS).
+ *     and a little-endian machine: elsewhere checkpoints are refused. Levels 2 and 3 (BESA_NO_STDIO) need neither. Float
+ *     arithmetic must be IEEE's: fast math and x87 (32-bit x86 without -msse2 -mfpmath=sse) do not compile, and a CPU backend
+ *     is refused where exp or subnormal numbers come out wrong. Sizes are 64-bit: what a 32-bit process cannot address is
+ *     BESA_ERROR_MEMORY. Files are mapped: a source that is truncated while it is read ends the process (SIGBUS).
  *     At most 1024 blocks; prunable weights of one dtype; widths up to 2^24; 2^36 tokens. N:M patterns are for the baselines.
  *
  * REFERENCES
@@ -130,8 +141,9 @@
  *     0.1   first release
  */
 
-/* Files are mapped and locked by POSIX calls that strict -std=c11 hides; libc fixes the choice at its first header. */
-#if defined(BESA_IMPLEMENTATION) && !defined(BESA_NO_STDIO)
+/* Files are mapped and locked, and time is taken, by POSIX calls that strict -std=c11 hides; libc fixes the choice at its
+ * first header. */
+#if defined(BESA_IMPLEMENTATION)
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE 1
 #endif
@@ -308,7 +320,7 @@ struct besa_backend {
 
     /* ---- memory and order ------------------------------------------------------------------ */
     void (*destroy)(besa_backend *be);          /* frees what the backend itself holds */
-    size_t (*workspace_size)(besa_backend *be, const besa_workload *w);
+    size_t (*workspace_size)(besa_backend *be, const besa_workload *w); /* SIZE_MAX: more than can be addressed */
     besa_result (*alloc)(besa_backend *be, void **device, size_t bytes); /* 256-byte aligned */
     void (*free)(besa_backend *be, void *device); /* the caller has synchronised what uses it */
     besa_result (*host_alloc)(besa_backend *be, void **host, size_t bytes); /* pinned where that means something */
@@ -510,11 +522,26 @@ BESA_API besa_result besa_cuda_backend(besa_backend *be, const besa_cuda_options
  * These functions bring their own workspace and leave be->workspace as it was. The backend must outlive the rates.
  */
 
+/* What a score needs to know of a layer's input columns. */
+typedef enum besa_statistic {
+    BESA_STATISTIC_NONE,
+    BESA_STATISTIC_SUMSQ,                       /* sum of X_j^2 over the tokens: be->column_sumsq */
+    BESA_STATISTIC_FACTOR                       /* U_jj, U'U = inv(2/N X'X + damping): be->hessian_factor, be->diagonal */
+} besa_statistic;
+
+/* The importances: X(value, name, statistic, power, exponent) scores a weight |W|^power statistic_j^exponent, power 1 or 2.
+ * All that the library and the command line know of an importance is its row here. */
+#define BESA_IMPORTANCES(X)                                                                        \
+    X(BESA_IMPORTANCE_WANDA, "wanda", BESA_STATISTIC_SUMSQ, 1, 0.5f)           /* |W| norm2(X_j), the default */ \
+    X(BESA_IMPORTANCE_MAGNITUDE, "magnitude", BESA_STATISTIC_NONE, 1, 0.0f)    /* |W| */           \
+    X(BESA_IMPORTANCE_SPARSEGPT, "sparsegpt", BESA_STATISTIC_FACTOR, 2, -1.0f) /* W^2 / U_jj, as the published code */ \
+    X(BESA_IMPORTANCE_SPARSEGPT_SQUARED, "sparsegpt-squared", BESA_STATISTIC_FACTOR, 2, -2.0f) /* W^2 / U_jj^2, the paper */
+
 typedef enum besa_importance {
-    BESA_IMPORTANCE_WANDA,                      /* |W| norm2(X_j), Wanda's score: the default */
-    BESA_IMPORTANCE_MAGNITUDE,                  /* |W| */
-    BESA_IMPORTANCE_SPARSEGPT,                  /* W^2 / U_jj, as the published code writes it */
-    BESA_IMPORTANCE_SPARSEGPT_SQUARED           /* W^2 / U_jj^2, as the paper writes it */
+#define BESA__ENUM(value, name, statistic, power, exponent) value,
+    BESA_IMPORTANCES(BESA__ENUM)
+#undef BESA__ENUM
+    BESA_IMPORTANCE_COUNT
 } besa_importance;
 
 typedef enum besa_rate_form {
@@ -558,7 +585,8 @@ typedef struct besa_layer_shape {
 
 typedef struct besa_rates besa_rates;           /* the rates of a set of layers and their optimiser */
 
-/* Bytes of backend memory that besa_rates_create will take for these layers; 0 if an option is out of range. */
+/* Bytes of backend memory that besa_rates_create will take for these layers; 0 if an option is out of range, SIZE_MAX if
+ * it is more than can be addressed. */
 BESA_API size_t besa_rates_size(besa_backend *be, const besa_layer_shape *layers, int count,
                                 const besa_rate_options *options);
 
@@ -572,8 +600,8 @@ BESA_API void besa_rates_destroy(besa_rates *rates); /* NULL is fine */
 
 /* Score the weights of one layer and keep each weight's rank in its row; resets nothing else.
  *   w           (R,C) device, the layer's dtype
- *   statistic   (C) device floats, what the importance needs of the layer's inputs: for wanda the sums of squares of
- *               the input columns (be->column_sumsq), for the sparsegpt forms U_jj (be->hessian_factor, be->diagonal);
+ *   statistic   (C) device floats, the statistic of the importance's row in BESA_IMPORTANCES: for wanda the sums of squares
+ *               of the input columns (be->column_sumsq), for the sparsegpt forms U_jj (be->hessian_factor, be->diagonal);
  *               NULL for magnitude
  *   scratch     (R + 1, C) device floats, free to use again on return
  * NaN and infinite weights are counted: besa_rates_project and besa_rates_status report them as
@@ -692,7 +720,7 @@ BESA_API void besa_block_layer(const besa_block_shape *shape, int layer, int64_t
 BESA_API void besa_rope_table(const besa_block_shape *shape, int64_t seqlen, float *cosine, float *sine);
 
 /* Bytes of a buffer for besa_activations_init(), device memory of the caller, 256-byte aligned. tokens = batch * seqlen;
- * qk_norm 1: the block has q/k norms; backward 1: besa_block_backward will be called. */
+ * qk_norm 1: the block has q/k norms; backward 1: besa_block_backward will be called. SIZE_MAX: more than can be addressed. */
 BESA_API size_t besa_activations_size(const besa_backend *be, const besa_block_shape *shape, int qk_norm,
                                       int64_t tokens, int backward);
 BESA_API void besa_activations_init(besa_activations *acts, void *device, const besa_backend *be,
@@ -771,6 +799,8 @@ typedef struct besa_prune_options {
     int pattern_n, pattern_m;                   /* n of every m consecutive weights pruned; 0: unstructured; not BESA */
     int magnitude_per_row;                      /* magnitude: each row at the target instead of each layer */
     besa_importance importance;                 /* BESA only */
+    double damping;                             /* [0.01] of the mean diagonal is added to Hessians: method sparsegpt, and the
+                                                   importances of BESA_STATISTIC_FACTOR */
     int64_t epochs, batch_size;                 /* BESA [1, 1]; batch in sequences */
     int norm_all;                               /* channel norms of the loss over all tokens, not per batch */
     int dense_stream;                           /* Yref from the dense model's own stream, not from the pruned prefix */
@@ -782,6 +812,27 @@ typedef struct besa_prune_options {
     besa_step_callback step;
     void *user;                                 /* of both callbacks */
 } besa_prune_options;
+
+/* A row of the table of all options that are numbers: what it may be. */
+typedef enum besa_option_kind { BESA_OPTION_FLAG, BESA_OPTION_ENUM, BESA_OPTION_INT, /* all three are an int */
+                                BESA_OPTION_INT64, BESA_OPTION_DOUBLE } besa_option_kind;
+enum { BESA_OPTION_ABOVE = 1, BESA_OPTION_BELOW = 2, /* least, most themselves are outside */
+       BESA_OPTION_NONE = 4,                    /* BESA_NONE asks for a true 0, BESA_ALL_ROWS for all */
+       BESA_OPTION_REQUIRED = 8 };              /* 0 is no default but a value like others */
+
+typedef struct besa_option {
+    const char *name;                           /* of the field, in besa_prune_options or its rates */
+    besa_option_kind kind;
+    size_t offset;                              /* in besa_prune_options */
+    double standard;                            /* what 0 stands for; of lr: with Prodigy */
+    double least, most;
+    int flags;                                  /* of BESA_OPTION_ABOVE .. */
+    const char *range;                          /* least .. most in words: "above 0 and below 1" */
+} besa_option;
+
+/* The table, ended by a row without a name: for programs that take options from elsewhere. Every one of these options
+ * decides the output's bytes. The library checks options by it and fills in what 0 stands for. */
+BESA_API const besa_option *besa_option_table(void);
 
 typedef struct besa_layer_report {
     int64_t weights, pruned;                    /* pruned counts every zero that is written */
@@ -943,7 +994,8 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
                                const besa_prune_options *options, besa_plan_result *plan, besa_error *error);
 
 /* Start from a preset, before other options are set: "default"; "published-row", "published-layer": the paper's code,
- * zero start and no exact projection. Only rates.target, fixed rates, budget and callbacks are kept. BESA_ERROR_OPTION. */
+ * zero start and no exact projection, with the d_coef that it has for LLaMA-1-7B (OPTIONS lists the others). Only
+ * rates.target, fixed rates, budget and callbacks are kept. BESA_ERROR_OPTION. */
 BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, besa_error *error);
 
 /* Perplexity of (windows, seqlen) ids, block by block: exp of the mean over windows of the mean negative
@@ -970,14 +1022,32 @@ BESA_API void besa_report_free(besa_report *report);
 #ifndef BESA_IMPLEMENTATION_DONE
 #define BESA_IMPLEMENTATION_DONE
 
+#include <float.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#if defined(_WIN32) && !defined(BESA_SECONDS)
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#endif
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <windows.h>
+#endif
 #if defined(_OPENMP)
 #include <omp.h>
+#endif
+
+/* The results rest on float arithmetic as it is written. What these checks cannot see, besa_cpu_backend tries out. */
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ != 0)
+#error "besa.h: fast math gives wrong results: compile without -ffast-math, -Ofast, -ffinite-math-only (or /fp:fast)"
+#endif
+#if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16 /* 16: only half floats are wider or narrower */
+#error "besa.h: float must be computed in float (FLT_EVAL_METHOD 0); for 32-bit x86 compile with -msse2 -mfpmath=sse"
 #endif
 
 #if defined(BESA_MALLOC) != defined(BESA_FREE) || defined(BESA_MALLOC) != defined(BESA_REALLOC)
@@ -1014,7 +1084,10 @@ BESA_API void besa_report_free(besa_report *report);
 #define BESA__THREAD_INDEX() 0
 #endif
 
-#if defined(__GNUC__)
+#if defined(__MINGW32__) && !defined(__clang__) /* there "printf" would mean Microsoft's, which knows no %zu */
+#define BESA__PRINTF(text, first) __attribute__((__format__(__gnu_printf__, text, first)))
+#define BESA__UNUSED __attribute__((unused))
+#elif defined(__GNUC__)
 #define BESA__PRINTF(text, first) __attribute__((__format__(__printf__, text, first)))
 #define BESA__UNUSED __attribute__((unused))
 #else
@@ -1032,6 +1105,125 @@ BESA_API const char *besa_result_string(besa_result code)
     return (unsigned)code < BESA_RESULT_COUNT ? text[code] : "unknown result";
 }
 
+/* Neither NaN nor infinite, told by the exponent's bits: compilers may take comparisons for granted. */
+static inline int besa__is_finite(double x)
+{
+    uint64_t u;
+    memcpy(&u, &x, sizeof u);
+    return (u >> 52 & 0x7FF) != 0x7FF;
+}
+
+static inline int besa__is_nan(double x)
+{
+    uint64_t u;
+    memcpy(&u, &x, sizeof u);
+    return (u & 0x7FFFFFFFFFFFFFFFu) > 0x7FF0000000000000u;
+}
+
+/* ---- text ---------------------------------------------------------------------------------- */
+
+/* Text that is written into a buffer; length goes on counting where the buffer is full. */
+typedef struct besa__print {
+    char *text;
+    size_t size, length;
+} besa__print;
+
+static void besa__put(besa__print *out, const char *s, size_t n)
+{
+    for (size_t i = 0; i < n; i++, out->length++)
+        if (out->length + 1 < out->size) out->text[out->length] = s[i];
+}
+
+/* In base 10 or 16, with zeros in front up to `width` digits. */
+static void besa__put_integer(besa__print *out, unsigned long long value, unsigned base, int width)
+{
+    char digits[32];
+    int n = 0;
+    do {
+        digits[31 - n++] = "0123456789abcdef"[value % base];
+        value /= base;
+    } while (n < 31 && (value || n < width));
+    besa__put(out, digits + 32 - n, (size_t)n);
+}
+
+/* As %.*g, or %.*f, with a point in every locale: whatever is neither digit, sign nor exponent is the locale's. */
+static void besa__put_number(besa__print *out, double value, int precision, char conversion)
+{
+    char number[400];
+    int length = snprintf(number, sizeof number, conversion == 'f' ? "%.*f" : "%.*g", precision < 0 ? 6 : precision, value);
+    int finite = besa__is_finite(value), point = 0;
+    for (int i = 0; i < length && i < (int)sizeof number - 1; i++) {
+        int plain = !finite || strchr("0123456789+-e", number[i]) != NULL;
+        if (plain || !point) besa__put(out, plain ? &number[i] : ".", 1);
+        point |= !plain;
+    }
+}
+
+static int besa__format_number(const char **format)
+{
+    int n = 0;
+    for (; **format >= '0' && **format <= '9'; (*format)++) n = n * 10 + (**format - '0');
+    return n;
+}
+
+/* One conversion; size 0 int, 1 long, 2 long long, 3 size_t */
+static void besa__format_value(besa__print *out, char conversion, int width, int precision, int size, va_list *args)
+{
+    if (conversion == 's') {
+        const char *s = va_arg(*args, const char *);
+        size_t n = 0;
+        while ((precision < 0 || n < (size_t)precision) && s[n]) n++;
+        besa__put(out, s, n);
+    } else if (conversion == 'd') {
+        long long value = size == 0 ? va_arg(*args, int) : size == 1 ? va_arg(*args, long) : va_arg(*args, long long);
+        if (value < 0) besa__put(out, "-", 1);
+        besa__put_integer(out, value < 0 ? 0 - (unsigned long long)value : (unsigned long long)value, 10, width);
+    } else if (conversion == 'u' || conversion == 'x') {
+        unsigned long long value = size == 3 ? va_arg(*args, size_t) : size == 2 ? va_arg(*args, unsigned long long)
+                                 : size == 1 ? va_arg(*args, unsigned long) : va_arg(*args, unsigned);
+        besa__put_integer(out, value, conversion == 'x' ? 16 : 10, width);
+    } else if (conversion == 'g' || conversion == 'f') besa__put_number(out, va_arg(*args, double), precision, conversion);
+    else {
+        char c = conversion == 'c' ? (char)va_arg(*args, int) : conversion;
+        BESA_ASSERT(conversion == 'c' || conversion == '%');
+        besa__put(out, &c, 1);
+    }
+}
+
+/* printf, the same in any locale and C library. Of conversions there are those that this file uses: %s %.*s %c %d %u
+ * %x %f %g and %%, with h, l, ll or z, a precision, and for integers zeros in front (%016llx). */
+static size_t besa__format(char *text, size_t size, const char *format, va_list *args)
+{
+    besa__print out = {text, size, 0};
+    while (*format) {
+        int width, precision = -1, size_of = 0;
+        if (*format != '%') {
+            besa__put(&out, format++, 1);
+            continue;
+        }
+        BESA_ASSERT(format[1] < '1' || format[1] > '9'); /* no blanks in front */
+        format++;
+        width = besa__format_number(&format);
+        if (*format == '.') {
+            precision = *++format == '*' ? va_arg(*args, int) : besa__format_number(&format);
+            format += *format == '*';
+        }
+        for (; *format == 'l' || *format == 'z' || *format == 'h'; format++) size_of += *format == 'l' ? 1 : *format == 'z' ? 3 : 0;
+        if (*format) besa__format_value(&out, *format++, width, precision, size_of, args);
+    }
+    if (size) text[out.length < size ? out.length : size - 1] = 0;
+    return out.length;
+}
+
+BESA__UNUSED static void besa__write_text(char *text, size_t size, const char *format, ...) BESA__PRINTF(3, 4);
+static void besa__write_text(char *text, size_t size, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    besa__format(text, size, format, &args);
+    va_end(args);
+}
+
 /* Fill in *error (may be NULL) and return the code. */
 static besa_result besa__fail(besa_error *error, besa_result code, const char *format, ...) BESA__PRINTF(3, 4);
 static besa_result besa__fail(besa_error *error, besa_result code, const char *format, ...)
@@ -1040,39 +1232,78 @@ static besa_result besa__fail(besa_error *error, besa_result code, const char *f
         va_list args;
         va_start(args, format);
         error->code = code;
-        vsnprintf(error->message, sizeof error->message, format, args);
+        besa__format(error->message, sizeof error->message, format, &args);
         va_end(args);
     }
     return code;
 }
 
-/* BESA_MALLOC with an error that says what the memory was for. */
-BESA__UNUSED static besa_result besa__malloc(void **memory, size_t bytes, const char *what, besa_error *error)
+/* Sizes are counted in 64 bits, whatever size_t is, and stay at UINT64_MAX where even that is too little: no memory is
+ * ever asked for by a size that has wrapped round. */
+static inline uint64_t besa__add_sizes(uint64_t a, uint64_t b) { return a > UINT64_MAX - b ? UINT64_MAX : a + b; }
+static inline uint64_t besa__multiply_sizes(uint64_t a, uint64_t b) { return b && a > UINT64_MAX / b ? UINT64_MAX : a * b; }
+
+/* a b elements, neither negative; INT64_MAX stands for more. */
+static inline int64_t besa__product(int64_t a, int64_t b) { return b > 0 && a > INT64_MAX / b ? INT64_MAX : a * b; }
+
+static inline int64_t besa__sum(int64_t a, int64_t b) { return a > INT64_MAX - b ? INT64_MAX : a + b; }
+
+/* Bytes of so many elements. */
+static inline uint64_t besa__bytes(int64_t count, size_t element) { return besa__multiply_sizes((uint64_t)count, element); }
+
+/* A size as public functions return it: SIZE_MAX stands for more than can be addressed. */
+static inline size_t besa__size(uint64_t bytes) { return bytes < SIZE_MAX ? (size_t)bytes : SIZE_MAX; }
+
+/* Whether so many bytes can be addressed at all. */
+static besa_result besa__check_size(uint64_t bytes, const char *what, besa_error *error)
 {
-    *memory = BESA_MALLOC(bytes ? bytes : 1);
+    if (bytes < SIZE_MAX) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_MEMORY, "%llu bytes needed for %s, this process can address %llu: %s",
+                      (unsigned long long)bytes, what, (unsigned long long)SIZE_MAX,
+                      sizeof(void *) < 8 ? "build for a 64-bit machine" : "make the sizes smaller");
+}
+
+/* BESA_MALLOC with an error that says what the memory was for. */
+BESA__UNUSED static besa_result besa__malloc(void **memory, uint64_t bytes, const char *what, besa_error *error)
+{
+    *memory = NULL;
+    BESA__TRY(besa__check_size(bytes, what, error));
+    *memory = BESA_MALLOC(bytes ? (size_t)bytes : 1);
     if (*memory) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_MEMORY, "out of host memory: %zu bytes for %s", bytes, what);
+    return besa__fail(error, BESA_ERROR_MEMORY, "out of host memory: %llu bytes for %s", (unsigned long long)bytes, what);
 }
 
 /* A block of memory handed out from its start. With base NULL it only counts: sizes are worked out by the very code
  * that later places the arrays, so that a plan is right to the byte. */
 typedef struct besa__arena {
     unsigned char *base;
-    size_t used;
+    uint64_t used;
 } besa__arena;
 
 #define BESA__ALIGN 256
 
-static void *besa__take(besa__arena *arena, size_t bytes)
+static void *besa__take(besa__arena *arena, uint64_t bytes)
 {
     void *p = arena->base ? arena->base + arena->used : NULL;
-    arena->used += (bytes + BESA__ALIGN - 1) / BESA__ALIGN * BESA__ALIGN;
+    uint64_t padding = (BESA__ALIGN - bytes % BESA__ALIGN) % BESA__ALIGN;
+    arena->used = besa__add_sizes(arena->used, besa__add_sizes(bytes, padding));
     return p;
+}
+
+static void *besa__take_array(besa__arena *arena, int64_t count, size_t element)
+{
+    return besa__take(arena, besa__bytes(count, element));
 }
 
 static float *besa__take_floats(besa__arena *arena, int64_t count)
 {
-    return (float *)besa__take(arena, (size_t)count * sizeof(float));
+    return (float *)besa__take_array(arena, count, sizeof(float));
+}
+
+/* `parts` arenas of the size of one, one after the other. */
+static void besa__take_parts(besa__arena *arena, const besa__arena *one, int64_t parts)
+{
+    arena->used = besa__add_sizes(arena->used, besa__multiply_sizes(one->used, (uint64_t)parts));
 }
 
 /* Wait for all that is under way, whatever comes of it: memory is about to go. */
@@ -1081,12 +1312,27 @@ static void besa__settle(besa_backend *be)
     for (int q = 0; q < BESA_QUEUE_COUNT; q++) be->synchronize(be, (besa_queue)q);
 }
 
-/* A clock; only differences mean anything. */
+/* A clock that nobody sets back; only differences mean anything. Where a strict -std hides such a clock, the time of day. */
 static double besa__seconds(void)
 {
+#if defined(BESA_SECONDS)
+    return BESA_SECONDS();
+#elif defined(_WIN32)
+    LARGE_INTEGER now, frequency;
+    QueryPerformanceCounter(&now);
+    QueryPerformanceFrequency(&frequency);
+    return (double)now.QuadPart / (double)frequency.QuadPart;
+#elif defined(CLOCK_MONOTONIC)
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+#elif defined(TIME_UTC)
     struct timespec now;
     timespec_get(&now, TIME_UTC);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+#else
+    return (double)time(NULL);
+#endif
 }
 
 BESA_API size_t besa_dtype_size(besa_dtype dtype) { return dtype == BESA_F32 ? 4 : 2; }
@@ -1117,6 +1363,14 @@ static inline float besa__bits_float(uint32_t u)
     float x;
     memcpy(&x, &u, sizeof x);
     return x;
+}
+
+static inline int besa__is_little_endian(void)
+{
+    uint16_t number = 1;
+    unsigned char first;
+    memcpy(&first, &number, 1);
+    return first == 1;
 }
 
 static inline float besa__bf16_to_f32(uint16_t h) { return besa__bits_float((uint32_t)h << 16); }
@@ -1153,7 +1407,7 @@ static inline uint16_t besa__f32_to_f16(float x)
 
 static inline int64_t besa__min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t besa__max(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t besa__parts(int64_t n, int64_t size) { return (n + size - 1) / size; } /* of at most size each */
+static inline int64_t besa__parts(int64_t n, int64_t size) { return n / size + (n % size > 0); } /* of at most size each */
 
 /* The error of a failed backend operation, handed on. */
 static besa_result besa__pass_error(const besa_backend *be, besa_result result, besa_error *error)
@@ -1225,8 +1479,8 @@ BESA_API const char *besa_layer_name(int layer)
 static int64_t besa__width(const besa_block_shape *s, int width)
 {
     switch (width) {
-    case BESA__WIDTH_QUERY: return s->num_attention_heads * s->head_dim;
-    case BESA__WIDTH_KEY_VALUE: return s->num_key_value_heads * s->head_dim;
+    case BESA__WIDTH_QUERY: return besa__product(s->num_attention_heads, s->head_dim);
+    case BESA__WIDTH_KEY_VALUE: return besa__product(s->num_key_value_heads, s->head_dim);
     case BESA__WIDTH_INTERMEDIATE: return s->intermediate_size;
     default: return s->hidden_size;
     }
@@ -1238,12 +1492,18 @@ BESA_API void besa_block_layer(const besa_block_shape *shape, int layer, int64_t
     *columns = besa__width(shape, besa__layers[layer].columns);
 }
 
-/* Columns of the layers that read an input. */
-static int64_t besa__input_columns(const besa_block_shape *shape, int input)
+/* The first layer that reads an input. */
+static const besa__layer_row *besa__reader(int input)
 {
     int layer = 0;
     while (besa__layers[layer].input != input) layer++;
-    return besa__width(shape, besa__layers[layer].columns);
+    return &besa__layers[layer];
+}
+
+/* Columns of the layers that read an input. */
+static int64_t besa__input_columns(const besa_block_shape *shape, int input)
+{
+    return besa__width(shape, besa__reader(input)->columns);
 }
 
 /* The numbers that describe a model, by their keys in config.json, with the range that each may have; a block's shape has
@@ -1291,8 +1551,8 @@ static int besa__in_range(const besa__range *range, double value)
 static const char *besa__range_text(const besa__range *range, char *buffer, size_t size)
 {
     if (range->is_integer) snprintf(buffer, size, "an integer from %.0f to %.0f", range->least, range->most);
-    else if (range->least < range->most) snprintf(buffer, size, "a number from %g to %g", range->least, range->most);
-    else snprintf(buffer, size, "%g", range->least);
+    else if (range->least < range->most) besa__write_text(buffer, size, "a number from %g to %g", range->least, range->most);
+    else besa__write_text(buffer, size, "%g", range->least);
     return buffer;
 }
 
@@ -1571,7 +1831,7 @@ static const char *besa__json_show(const besa__json *json, const besa__json_valu
     else if (type == BESA__JSON_STRING) snprintf(buffer, size, "\"%.100s\"", besa__json_string(json, value));
     else if (type == BESA__JSON_NUMBER && number.is_integer)
         snprintf(buffer, size, "%lld", (long long)number.integer);
-    else if (type == BESA__JSON_NUMBER) snprintf(buffer, size, "%.10g", number.value);
+    else if (type == BESA__JSON_NUMBER) besa__write_text(buffer, size, "%.10g", number.value);
     else if (type == BESA__JSON_ARRAY)
         snprintf(buffer, size, "a list of %lu", (unsigned long)besa__json_count(json, value));
     else if (type == BESA__JSON_OBJECT)
@@ -1797,13 +2057,15 @@ static besa_result besa__open_file(int *fd, size_t *size, const char *path, besa
         return besa__fail(error, errno == ENOENT || errno == ENOTDIR ? BESA_ERROR_NOT_FOUND : BESA_ERROR_READ,
                           "%s: %s", path, strerror(errno));
     int failed = fstat(*fd, &st);
-    if (!failed && S_ISREG(st.st_mode) && (uint64_t)st.st_size <= SIZE_MAX / 2) {
-        *size = (size_t)st.st_size;
-        return BESA_OK;
-    }
-    besa__fail(error, BESA_ERROR_READ, "%s: %s", path, failed ? strerror(errno) : "not a regular file");
-    close(*fd);
-    return BESA_ERROR_READ;
+    besa_result result = BESA_OK;
+    if (failed || !S_ISREG(st.st_mode))
+        result = besa__fail(error, BESA_ERROR_READ, "%s: %s", path, failed ? strerror(errno) : "not a regular file");
+    else if ((uint64_t)st.st_size > SIZE_MAX / 2)
+        result = besa__fail(error, BESA_ERROR_READ, "%s: %llu bytes, this process can map %llu: build for a 64-bit machine",
+                            path, (unsigned long long)st.st_size, (unsigned long long)(SIZE_MAX / 2));
+    else *size = (size_t)st.st_size;
+    if (result != BESA_OK) close(*fd);
+    return result;
 }
 
 /* Map a file; base is NULL where it is empty. */
@@ -1852,7 +2114,7 @@ static besa_result besa__json_load(besa__json *json, const char *path, besa_erro
     besa_result result = BESA_OK;
     if (size > BESA__HEADER_LIMIT)
         result = besa__fail(error, BESA_ERROR_JSON, "%s: %zu bytes, more than %u", path, size, BESA__HEADER_LIMIT);
-    if (result == BESA_OK) result = besa__malloc(&text, size + 1, path, error);
+    if (result == BESA_OK) result = besa__malloc(&text, besa__add_sizes(size, 1), path, error);
     if (result == BESA_OK) result = besa__read_at(fd, text, size, 0, path, error);
     close(fd);
     if (result != BESA_OK) {
@@ -1870,10 +2132,13 @@ static void besa__advise(const besa__shard *shard, uint64_t offset, size_t bytes
     if (bytes) madvise(shard->base + first, (size_t)offset + bytes - first, advice);
 }
 
-/* Give the pages of a range back to the system; they can be read again. */
+/* Give the pages of a range back to the system; they can be read again. Their neighbours too: the system brings in up
+ * to 64 KB around a page that is touched, and what is left of each range would add up over the blocks. */
 static void besa__release_range(const besa__shard *shard, uint64_t offset, size_t bytes)
 {
-    besa__advise(shard, offset, bytes, MADV_DONTNEED);
+    uint64_t around = 65536, first = offset > around ? offset - around : 0, end = besa__add_sizes(offset + bytes, around);
+    if (end > shard->size) end = shard->size;
+    besa__advise(shard, first, (size_t)(end - first), MADV_DONTNEED);
 }
 
 /* A tensor whose bytes will be read soon: the system may begin. */
@@ -2488,7 +2753,7 @@ static besa_result besa__tokens_read(besa_tokens *tokens, const unsigned char *f
     BESA__TRY(besa__token_format(&npy, file, size, path, error));
     int64_t count = npy.dims[0] * (npy.ndim == 2 ? npy.dims[1] : 1);
     if (!count) return besa__fail(error, BESA_ERROR_TOKENS, "%s: holds no tokens", path);
-    BESA__TRY(besa__malloc(&memory, (size_t)count * sizeof(int32_t), path, error));
+    BESA__TRY(besa__malloc(&memory, besa__bytes(count, sizeof(int32_t)), path, error));
     int32_t *ids = (int32_t *)memory;
     for (int64_t i = 0; i < count; i++) {
         int64_t id = besa__token_at(file + npy.data + (size_t)i * npy.width, npy.width, npy.is_signed);
@@ -3131,6 +3396,9 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
     void *memory;
     *checkpoint = NULL;
     if (!directory || !*directory) return besa__fail(error, BESA_ERROR_OPTION, "no checkpoint directory given");
+    if (!besa__is_little_endian())
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: checkpoints are little-endian, this machine is big-endian: "
+                          "prune it on a little-endian machine, such as x86-64 or ARM64", directory);
     BESA__TRY(besa__malloc(&memory, sizeof **checkpoint, "a checkpoint", error));
     besa_checkpoint *opened = (besa_checkpoint *)memset(memory, 0, sizeof **checkpoint);
     besa_result result = besa__checkpoint_load(opened, directory, error);
@@ -3200,6 +3468,35 @@ typedef struct besa__gemm_kernel {
     besa__gemm_tile_fn *tile;
 } besa__gemm_kernel;
 
+/* ---- what the processor has ---- */
+
+#ifndef BESA_SIMD_MAX
+#define BESA_SIMD_MAX 2                /* 1: without AVX-512, 0: plain C alone; an expression, as tests change it */
+#endif
+
+/* GCC for Windows keeps the stack aligned to 16 bytes only: its AVX code faults. */
+#if defined(__GNUC__) && !defined(BESA_NO_SIMD) && (!defined(_WIN32) || defined(__clang__))
+#if defined(__x86_64__)
+#define BESA__SIMD_X86 1
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#define BESA__SIMD_NEON 1
+#endif
+#endif
+
+/* 2: AVX-512; 1: AVX2 with FMA, or NEON; 0: what the compiler makes of plain C */
+static inline int besa__cpu_simd(void)
+{
+#if defined(BESA__SIMD_X86)
+    if (BESA_SIMD_MAX >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return 2;
+    return BESA_SIMD_MAX >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+#elif defined(BESA__SIMD_NEON)
+    return BESA_SIMD_MAX >= 1;
+#else
+    return 0;
+#endif
+}
+
 /* ---- portable C ---- */
 
 /* dst (count) = fp32 of the elements at, at + step, ... */
@@ -3252,8 +3549,7 @@ static inline void besa__gemm_tile_c(int64_t units, const float *a, const float 
 }
 
 /* ---- AArch64: 8 x 8 in NEON ---- */
-#if defined(__aarch64__) && defined(__ARM_NEON)
-#define BESA__GEMM_NEON 1
+#if defined(BESA__SIMD_NEON)
 #include <arm_neon.h>
 
 #define BESA__GEMM_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
@@ -3283,8 +3579,7 @@ static void besa__gemm_tile_neon(int64_t units, const float *a, const float *b, 
 #endif
 
 /* ---- x86-64: AVX2 and AVX-512, compiled for any target and chosen at run time ---- */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(BESA_NO_SIMD)
-#define BESA__GEMM_X86 1
+#if defined(BESA__SIMD_X86)
 #include <immintrin.h>
 #ifndef __clang__                      /* g++ 12 warns of its own _mm512_undefined_epi32 */
 #pragma GCC diagnostic push
@@ -3516,22 +3811,22 @@ BESA__GEMM_AVX512 static void besa__gemm_pack_avx512_bf16(float *dst, int64_t wi
 #ifndef __clang__
 #pragma GCC diagnostic pop
 #endif
-#endif /* BESA__GEMM_X86 */
+#endif /* BESA__SIMD_X86 */
 
 static besa__gemm_kernel besa__gemm_choose(int bf16)
 {
     besa__gemm_kernel kernel = {4, 8, 1, besa__gemm_pack_c, besa__gemm_tile_c};
-    (void)bf16;
-#if defined(BESA__GEMM_NEON)
-    kernel.mr = 8;
-    kernel.tile = besa__gemm_tile_neon;
-#elif defined(BESA__GEMM_X86)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+    int simd = besa__cpu_simd();
+    (void)bf16, (void)simd;
+#if defined(BESA__SIMD_NEON)
+    if (simd == 1) kernel.mr = 8, kernel.tile = besa__gemm_tile_neon;
+#elif defined(BESA__SIMD_X86)
+    if (simd == 2) {
         int paired = bf16 && __builtin_cpu_supports("avx512bf16");
         kernel.mr = 12, kernel.nr = 32, kernel.unit = paired ? 2 : 1;
         kernel.pack = paired ? besa__gemm_pack_avx512_bf16 : besa__gemm_pack_avx512;
         kernel.tile = paired ? besa__gemm_tile_avx512_bf16 : besa__gemm_tile_avx512;
-    } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    } else if (simd == 1) {
         kernel.mr = 6, kernel.nr = 16, kernel.tile = besa__gemm_tile_avx2;
     }
 #endif
@@ -3762,17 +4057,7 @@ static void besa__gemm(const besa__gemm_args *g, int threads, int bf16, void *sc
 #pragma clang diagnostic ignored "-Wpass-failed"
 #endif
 
-#ifndef BESA_SIMD_MAX
-#define BESA_SIMD_MAX 2 /* tests lower it: 1 without AVX-512, 0 without AVX2 */
-#endif
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(BESA_NO_SIMD)
-static inline int besa__cpu_simd(void)
-{
-    if (BESA_SIMD_MAX >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return 2;
-    return BESA_SIMD_MAX >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
-}
+#if defined(BESA__SIMD_X86)
 #define BESA__KERNEL_AS(type, give, name, params, args)                                            \
     __attribute__((__target__("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))                     \
     static type name##_avx512 params { give name##_body args; }                                    \
@@ -3987,9 +4272,7 @@ static besa_result besa__cpu_alloc(besa_backend *be, void **device, size_t bytes
     void *raw;
     unsigned char *aligned;
     *device = NULL;
-    if (bytes > SIZE_MAX - 2 * BESA__ALIGN)
-        return besa__fail(&be->error, BESA_ERROR_MEMORY, "out of memory: %zu bytes wanted", bytes);
-    BESA__TRY(besa__malloc(&raw, bytes + 2 * BESA__ALIGN, "the CPU backend", &be->error));
+    BESA__TRY(besa__malloc(&raw, besa__add_sizes(bytes, 2 * BESA__ALIGN), "the CPU backend", &be->error));
     aligned = (unsigned char *)raw + (2 * BESA__ALIGN - (uintptr_t)raw % BESA__ALIGN);
     memcpy(aligned - sizeof raw, &raw, sizeof raw);
     *device = aligned;
@@ -4304,8 +4587,8 @@ typedef struct besa__cpu_head {
 static void besa__cpu_attention_place(besa__arena *work, besa__cpu_head *head, int64_t seqlen, int backward)
 {
     head->gemm = besa__cpu_gemm_place(work, 1);
-    head->p = besa__take_floats(work, BESA__CPU_QUERIES * seqlen);
-    head->dp = backward ? besa__take_floats(work, BESA__CPU_QUERIES * seqlen) : NULL;
+    head->p = besa__take_floats(work, besa__product(BESA__CPU_QUERIES, seqlen));
+    head->dp = backward ? besa__take_floats(work, besa__product(BESA__CPU_QUERIES, seqlen)) : NULL;
     head->sum = besa__take_floats(work, BESA__CPU_QUERIES);
 }
 
@@ -4373,13 +4656,13 @@ static besa_result besa__cpu_attention_forward(besa_backend *be, void *o, const 
     besa__arena work = besa__cpu_work(be), one = {NULL, 0};
     besa__cpu_head sizes;
     besa__cpu_attention_place(&one, &sizes, s->seqlen, 0);
-    work.used = one.used * (size_t)besa__cpu_of(be)->threads;
+    besa__take_parts(&work, &one, besa__cpu_of(be)->threads);
     BESA__CPU_FITS(be, work);
     BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
     for (int64_t task = 0; task < tasks; task++) {
         besa__cpu_head head;
         besa__arena mine;
-        mine.base = work.base + one.used * (size_t)BESA__THREAD_INDEX();
+        mine.base = work.base + (size_t)one.used * (size_t)BESA__THREAD_INDEX();
         mine.used = 0;
         besa__cpu_attention_place(&mine, &head, s->seqlen, 0);
         besa__cpu_head_set(&head, be, s, task, (const float *)q, (const float *)k, (const float *)v);
@@ -4469,8 +4752,8 @@ static void besa__cpu_attention_parts_place(besa__arena *work, float **dk, float
 {
     *dk = *dv = NULL;
     if (heads == kv_heads) return;
-    *dk = besa__take_floats(work, tokens * heads * head_dim);
-    *dv = besa__take_floats(work, tokens * heads * head_dim);
+    *dk = besa__take_floats(work, besa__product(tokens, besa__product(heads, head_dim)));
+    *dv = besa__take_floats(work, besa__product(tokens, besa__product(heads, head_dim)));
 }
 
 /* dQ(T, heads * dh), dK, dV (T, kv_heads * dh) */
@@ -4487,14 +4770,14 @@ static besa_result besa__cpu_attention_backward(besa_backend *be, void *dq, void
                                     s->num_key_value_heads, dh);
     base = work.base + work.used;
     besa__cpu_attention_place(&one, &sizes, s->seqlen, 1);
-    work.used += one.used * (size_t)besa__cpu_of(be)->threads;
+    besa__take_parts(&work, &one, besa__cpu_of(be)->threads);
     BESA__CPU_FITS(be, work);
     BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
     for (int64_t task = 0; task < tasks; task++) {
         besa__cpu_head head;
         besa__arena mine;
         int64_t at, k_at;
-        mine.base = base + one.used * (size_t)BESA__THREAD_INDEX();
+        mine.base = base + (size_t)one.used * (size_t)BESA__THREAD_INDEX();
         mine.used = 0;
         besa__cpu_attention_place(&mine, &head, s->seqlen, 1);
         besa__cpu_head_set(&head, be, s, task, (const float *)q, (const float *)k, (const float *)v);
@@ -4577,7 +4860,7 @@ enum { BESA__CPU_SUM_PARTS = 32, BESA__CPU_LOSS_ROWS = 16 };
 /* Partial sums (parts, d) over runs of rows */
 static float *besa__cpu_column_sumsq_place(besa__arena *work, int64_t tokens, int64_t d)
 {
-    return besa__take_floats(work, besa__min(BESA__CPU_SUM_PARTS, tokens) * d);
+    return besa__take_floats(work, besa__product(besa__min(BESA__CPU_SUM_PARTS, tokens), d));
 }
 
 /* out(d) += column sums of X(T,d)^2 */
@@ -4629,7 +4912,7 @@ BESA__KERNEL(besa__cpu_loss_back_row,
 static void besa__cpu_block_loss_place(besa__arena *work, float **weight, double **part, int64_t tokens, int64_t d)
 {
     *weight = besa__take_floats(work, d);
-    *part = (double *)besa__take(work, (size_t)besa__parts(tokens, BESA__CPU_LOSS_ROWS) * sizeof **part);
+    *part = (double *)besa__take_array(work, besa__parts(tokens, BESA__CPU_LOSS_ROWS), sizeof **part);
 }
 
 /* loss(1) += scale / d * sum_{t,c} (Yref - Y)^2 / sumsq_c; dY = 2 scale / d * (Y - Yref) / sumsq_c */
@@ -4775,7 +5058,7 @@ BESA__CPU_COUNT_KERNEL(besa__cpu_count_run32, uint32_t)
 
 static int32_t *besa__cpu_count_zeros_place(besa__arena *work, int64_t rows)
 {
-    return (int32_t *)besa__take(work, (size_t)rows * sizeof(int32_t));
+    return (int32_t *)besa__take_array(work, rows, sizeof(int32_t));
 }
 
 /* zeros(R); not_finite(1) += */
@@ -4820,8 +5103,8 @@ typedef struct besa__cpu_sort {
 static void besa__cpu_sort_place(besa__arena *work, besa__cpu_sort *sort, int64_t columns)
 {
     for (int i = 0; i < 2; i++) {
-        sort->key[i] = (uint32_t *)besa__take(work, (size_t)columns * sizeof(uint32_t));
-        sort->position[i] = (uint32_t *)besa__take(work, (size_t)columns * sizeof(uint32_t));
+        sort->key[i] = (uint32_t *)besa__take_array(work, columns, sizeof(uint32_t));
+        sort->position[i] = (uint32_t *)besa__take_array(work, columns, sizeof(uint32_t));
     }
 }
 
@@ -4862,13 +5145,13 @@ static besa_result besa__cpu_rank_rows(besa_backend *be, void *rank, const float
     besa__arena work = besa__cpu_work(be), one = {NULL, 0};
     besa__cpu_sort sizes;
     besa__cpu_sort_place(&one, &sizes, columns);
-    work.used = one.used * (size_t)besa__cpu_of(be)->threads;
+    besa__take_parts(&work, &one, besa__cpu_of(be)->threads);
     BESA__CPU_FITS(be, work);
     BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
     for (int64_t task = 0; task < tasks; task++) {
         besa__cpu_sort sort;
         besa__arena mine;
-        mine.base = work.base + one.used * (size_t)BESA__THREAD_INDEX();
+        mine.base = work.base + (size_t)one.used * (size_t)BESA__THREAD_INDEX();
         mine.used = 0;
         besa__cpu_sort_place(&mine, &sort, columns);
         for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
@@ -4960,8 +5243,8 @@ typedef struct besa__cpu_select {
 
 static void besa__cpu_select_place(besa__arena *work, besa__cpu_select *select, int64_t columns, int threads)
 {
-    select->key = (uint32_t *)besa__take(work, (size_t)(columns * threads) * sizeof(uint32_t));
-    select->count = (uint32_t *)besa__take(work, (size_t)threads * 2048 * sizeof(uint32_t));
+    select->key = (uint32_t *)besa__take_array(work, besa__product(columns, threads), sizeof(uint32_t));
+    select->count = (uint32_t *)besa__take_array(work, (int64_t)threads * 2048, sizeof(uint32_t));
 }
 
 /* count(threads, 2048) = keys whose bits above `shift + bits` are those of prefix, by the `bits` bits from shift */
@@ -5011,7 +5294,7 @@ static void besa__cpu_mask_smallest_place(besa__arena *work, besa__cpu_select *s
                                           int64_t columns, int threads)
 {
     besa__cpu_select_place(work, select, columns, threads);
-    *ties = (int64_t *)besa__take(work, (size_t)rows * sizeof(int64_t));
+    *ties = (int64_t *)besa__take_array(work, rows, sizeof(int64_t));
 }
 
 /* What's bits = W's with those of column j zeroed */
@@ -5150,11 +5433,11 @@ typedef struct besa__cpu_cells {
 } besa__cpu_cells;
 
 /* Returns the bytes of a thread's value. A bucket has at most ceil(C / buckets) ranks. */
-static size_t besa__cpu_cells_place(besa__arena *work, besa__cpu_cells *cells, int64_t columns, int64_t buckets)
+static uint64_t besa__cpu_cells_place(besa__arena *work, besa__cpu_cells *cells, int64_t columns, int64_t buckets)
 {
     besa__arena one = {NULL, 0};
-    cells->cell = (uint32_t *)besa__take(work, (size_t)columns * sizeof(uint32_t));
-    cells->fill = (uint32_t *)besa__take(work, (size_t)buckets * sizeof(uint32_t));
+    cells->cell = (uint32_t *)besa__take_array(work, columns, sizeof(uint32_t));
+    cells->fill = (uint32_t *)besa__take_array(work, buckets, sizeof(uint32_t));
     cells->value = (float *)(void *)(work->base ? work->base + work->used : NULL);
     besa__take_floats(&one, columns + buckets);
     return one.used;
@@ -5203,8 +5486,8 @@ static besa_result besa__cpu_bucket_gradient(besa_backend *be, float *sums, cons
     int64_t width = (int64_t)besa_dtype_size(dtype), rank_width = (int64_t)besa__rank_bytes(columns);
     besa__arena work = besa__cpu_work(be);
     besa__cpu_cells cells;
-    size_t stride = besa__cpu_cells_place(&work, &cells, columns, buckets);
-    work.used += stride * (size_t)besa__cpu_of(be)->threads;
+    size_t stride = (size_t)besa__cpu_cells_place(&work, &cells, columns, buckets);
+    work.used += (uint64_t)stride * (uint64_t)besa__cpu_of(be)->threads;
     BESA__CPU_FITS(be, work);
     besa__cpu_cells_set(&cells, bucket, columns, buckets);
     memset(cells.value, 0, stride * (size_t)besa__cpu_of(be)->threads);
@@ -5312,12 +5595,12 @@ static int64_t besa__cpu_rate_parts(int64_t groups, int64_t candidates)
     return besa__min(groups, most);
 }
 
-static size_t besa__cpu_rates_place(besa__arena *work, besa__cpu_rates *rates, int64_t candidates, int64_t parts)
+static uint64_t besa__cpu_rates_place(besa__arena *work, besa__cpu_rates *rates, int64_t candidates, int64_t parts)
 {
     besa__arena one = {NULL, 0};
     rates->p = besa__take_floats(work, candidates);
     rates->base = besa__take_floats(work, candidates);
-    rates->part = besa__take_floats(work, parts * candidates);
+    rates->part = besa__take_floats(work, besa__product(parts, candidates));
     rates->beta = (float *)(work->base ? work->base + work->used : NULL);
     besa__take_floats(&one, candidates);
     besa__take_floats(&one, candidates);
@@ -5330,8 +5613,8 @@ static int64_t besa__cpu_rates_begin(besa_backend *be, besa__cpu_rates *rates, s
 {
     besa__arena work = besa__cpu_work(be);
     int64_t last = s->candidates - 1;
-    *stride = besa__cpu_rates_place(&work, rates, s->candidates, parts);
-    work.used += *stride * (size_t)besa__cpu_of(be)->threads;
+    *stride = (size_t)besa__cpu_rates_place(&work, rates, s->candidates, parts);
+    work.used += (uint64_t)*stride * (uint64_t)besa__cpu_of(be)->threads;
     BESA__CPU_FITS(be, work);
     for (int64_t d = 0; d <= last; d++) {
         rates->p[d] = last > 0 ? (float)((double)(last - d) / (double)last) : 1.0f;
@@ -5626,7 +5909,7 @@ static void besa__cpu_project(besa__cpu_projected *p, int64_t rows, int64_t coun
 
 static besa__cpu_projected *besa__cpu_project_place(besa__arena *work, int64_t rows)
 {
-    return (besa__cpu_projected *)besa__take(work, (size_t)rows * sizeof(besa__cpu_projected));
+    return (besa__cpu_projected *)besa__take_array(work, rows, sizeof(besa__cpu_projected));
 }
 
 /* n(R) whose sum is count; excess(1) says whether that can be */
@@ -5641,7 +5924,7 @@ static besa_result besa__cpu_project_counts(besa_backend *be, int32_t *n, int64_
     for (int64_t r = 0; r < rows; r++) {
         double rate = (double)alpha[r];
         if (columns[r] == 0) continue;
-        if (!isfinite(rate)) *excess = -1;
+        if (!besa__is_finite(rate)) *excess = -1;
         rate = rate < 1e-7 ? 1e-7 : rate > 1 - 1e-7 ? 1 - 1e-7 : rate;
         p[used].logit = log(rate / (1 - rate));
         p[used].columns = columns[r];
@@ -5676,7 +5959,7 @@ static void besa__cpu_factor_place(besa__arena *work, besa__cpu_factor *f, int t
     besa__cpu_gemm_place(work, threads); /* first, where besa__cpu_multiply has it */
     f->columns = columns;
     f->inverse = besa__take_floats(work, BESA__CPU_FACTOR * BESA__CPU_FACTOR);
-    f->panel = besa__take_floats(work, BESA__CPU_FACTOR * columns);
+    f->panel = besa__take_floats(work, besa__product(BESA__CPU_FACTOR, columns));
 }
 
 /* dead(C), ones on the diagonal there, then damping * mean(diag) on all of it */
@@ -5806,8 +6089,8 @@ static besa_result besa__cpu_hessian_factor(besa_backend *be, float *h, int32_t 
     bad = besa__cpu_factor_lower(be, &f);
     if (bad >= 0)
         return besa__fail(&be->error, BESA_ERROR_NUMERIC,
-                          "the Hessian of %lld columns is not positive definite at column %lld (more damping or more "
-                          "calibration tokens may help)", (long long)columns, (long long)bad);
+                          "the Hessian of %lld columns is not positive definite at column %lld (a larger option "
+                          "damping or more calibration tokens may help)", (long long)columns, (long long)bad);
     besa__cpu_upper(be, &f, 0);
     besa__cpu_invert_lower(be, &f);
     besa__cpu_upper(be, &f, 1);
@@ -5943,22 +6226,22 @@ static besa_result besa__cpu_sparsegpt_push(besa_backend *be, float *wf, const f
  * ============================================================================================ */
 
 /* Rates, bucket sums and the optimiser; 0 candidates: as many as there may be. */
-static size_t besa__cpu_rates_bytes(int64_t columns, int64_t candidates, int threads)
+static uint64_t besa__cpu_rates_bytes(int64_t columns, int64_t candidates, int threads)
 {
     besa__arena work = {NULL, 0}, cell_work = {NULL, 0}, step_work = {NULL, 0};
     besa__cpu_rates rates;
     besa__cpu_cells cells;
     int64_t n = candidates > 0 ? candidates : (int64_t)BESA__CPU_BUCKETS;
-    size_t stride = besa__cpu_rates_place(&work, &rates, n, besa__cpu_rate_parts(INT64_MAX, n));
-    work.used += stride * (size_t)threads;
+    uint64_t stride = besa__cpu_rates_place(&work, &rates, n, besa__cpu_rate_parts(INT64_MAX, n));
+    work.used = besa__add_sizes(work.used, besa__multiply_sizes(stride, (uint64_t)threads));
     stride = besa__cpu_cells_place(&cell_work, &cells, columns, n);
-    cell_work.used += stride * (size_t)threads;
+    cell_work.used = besa__add_sizes(cell_work.used, besa__multiply_sizes(stride, (uint64_t)threads));
     besa__cpu_optimizer_place(&step_work);
-    size_t most = work.used > cell_work.used ? work.used : cell_work.used;
+    uint64_t most = work.used > cell_work.used ? work.used : cell_work.used;
     return most > step_work.used ? most : step_work.used;
 }
 
-static size_t besa__cpu_attention_bytes(const besa_workload *w, int threads)
+static uint64_t besa__cpu_attention_bytes(const besa_workload *w, int threads)
 {
     besa__arena work = {NULL, 0}, one = {NULL, 0};
     besa__cpu_head head;
@@ -5967,10 +6250,11 @@ static size_t besa__cpu_attention_bytes(const besa_workload *w, int threads)
     besa__cpu_attention_parts_place(&work, &dk, &dv, w->tokens, w->num_attention_heads, w->num_key_value_heads,
                                     w->head_dim);
     besa__cpu_attention_place(&one, &head, w->seqlen, 1);
-    return work.used + one.used * (size_t)threads;
+    besa__take_parts(&work, &one, threads);
+    return work.used;
 }
 
-static size_t besa__cpu_hessian_bytes(const besa_workload *w, int threads)
+static uint64_t besa__cpu_hessian_bytes(const besa_workload *w, int threads)
 {
     besa__arena work = {NULL, 0}, slab_work = {NULL, 0};
     besa__cpu_factor factor;
@@ -5992,21 +6276,21 @@ static size_t besa__cpu_workspace_size(besa_backend *be, const besa_workload *w)
     int64_t *ties;
     float *weight;
     double *part;
-    size_t most[9], largest = 0;
+    uint64_t most[9], largest = 0;
     if (w->tokens > 0) besa__cpu_gemm_place(&work[0], threads);
     besa__cpu_column_sumsq_place(&work[1], BESA__CPU_SUM_PARTS, w->columns); /* of any number of tokens */
     besa__cpu_block_loss_place(&work[2], &weight, &part, w->tokens, w->columns);
     besa__cpu_sort_place(&work[3], &sort, w->columns);
     besa__cpu_mask_smallest_place(&work[4], &select, &ties, w->rows, w->columns, threads); /* and count_zeros */
     for (int i = 0; i < 5; i++) most[i] = work[i].used;
-    most[3] *= (size_t)threads;
+    most[3] = besa__multiply_sizes(most[3], (uint64_t)threads);
     most[5] = besa__cpu_rates_bytes(w->columns, w->candidates, threads);
     most[6] = besa__cpu_attention_bytes(w, threads);
     most[7] = besa__cpu_hessian_bytes(w, threads);
     besa__cpu_project_place(&work[5], w->projected_rows);
     most[8] = work[5].used;
     for (int i = 0; i < 9; i++) largest = most[i] > largest ? most[i] : largest;
-    return largest;
+    return besa__size(largest);
 }
 
 static void besa__cpu_destroy(besa_backend *be)
@@ -6021,6 +6305,34 @@ static void besa__cpu_destroy(besa_backend *be)
 #define besa__cpu_download besa__cpu_upload
 #define besa__cpu_copy besa__cpu_upload
 
+/* Whether float arithmetic is as written, with subnormal numbers. Options such as -funsafe-math-optimizations set no macro,
+ * yet fold the exponential's rounding constant away. Inputs are volatile: nothing is worked out by the compiler. */
+static besa_result besa__check_arithmetic(besa_error *error)
+{
+    enum { TRIED = 3 * BESA__LANES + 5, HALVES = 5 };
+    static const float special[3] = {-200, 200, (float)NAN};
+    volatile float step = 1.75f;
+    volatile uint16_t half = 0x8001;            /* -2^-24, subnormal in 16 bits */
+    float x[TRIED], y[TRIED], limits[3], halves[HALVES];
+    uint16_t bits[HALVES];
+    int wrong = 0;
+    for (int i = 0; i < TRIED; i++) x[i] = step * (float)(i - TRIED / 2); /* -87.5 .. 87.5: exp's results from subnormal up */
+    besa__cpu_exp_sum(y, x, 0.0f, TRIED);
+    for (int i = 0; i < TRIED; i++) wrong += !(fabs((double)y[i] - exp((double)x[i])) <= 1e-6 * exp((double)x[i]));
+    for (int i = 0; i < TRIED; i++) y[i] = besa__sqrt(x[i] * x[i]);
+    for (int i = 0; i < TRIED; i++) wrong += !(fabs((double)y[i] - fabs((double)x[i])) <= 1e-6 * fabs((double)x[i]));
+    besa__cpu_exp_sum(limits, special, step - 1.75f, 3);
+    wrong += limits[0] != 0 || besa__float_bits(limits[1]) != 0x7F800000u;
+    wrong += (besa__float_bits(limits[2]) & 0x7FFFFFFFu) <= 0x7F800000u;
+    for (int i = 0; i < HALVES; i++) bits[i] = (uint16_t)(half + i);
+    besa__cpu_widen_f16(halves, bits, HALVES);
+    for (int i = 0; i < HALVES; i++) wrong += (double)halves[i] != ldexp(-1 - i, -24);
+    if (!wrong) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_UNSUPPORTED, "float arithmetic of this program is not as written, %d of its results are "
+                      "wrong: compile without -funsafe-math-optimizations, and let subnormal numbers not be flushed to zero "
+                      "(linking with -ffast-math has them flushed)", wrong);
+}
+
 BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *options, besa_error *error)
 {
     besa__cpu *cpu;
@@ -6034,6 +6346,7 @@ BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *
 #else
     threads = 1;
 #endif
+    BESA__TRY(besa__check_arithmetic(error));
     BESA__TRY(besa__malloc(&memory, sizeof *cpu, "the CPU backend", error));
     cpu = (besa__cpu *)memset(memory, 0, sizeof *cpu);
     cpu->threads = threads;
@@ -6053,12 +6366,108 @@ BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *
 #endif
 
 /* ============================================================================================
+ * // >>options               what every option may be, and what 0 stands for
+ * ============================================================================================
+ * One table of all options that are numbers. Options that contradict each other are for the sections that use them. */
+
+#define BESA__RATE(field) BESA__RATE_AS(DOUBLE, field)
+#define BESA__RATE_AS(kind, field) #field, BESA_OPTION_##kind, \
+                                   offsetof(besa_prune_options, rates) + offsetof(besa_rate_options, field)
+#define BESA__PRUNE(field) BESA__PRUNE_AS(DOUBLE, field)
+#define BESA__PRUNE_AS(kind, field) #field, BESA_OPTION_##kind, offsetof(besa_prune_options, field)
+#define BESA__OPEN (BESA_OPTION_ABOVE | BESA_OPTION_BELOW)
+#define BESA__FROM_0 (BESA_OPTION_BELOW | BESA_OPTION_NONE)
+#define BESA__NO_LIMIT 1e300
+
+static const besa_option besa__options[] = {
+    {BESA__RATE(target), 0, 0, 1, BESA__OPEN | BESA_OPTION_REQUIRED, "above 0 and below 1"},
+    {BESA__RATE_AS(ENUM, form), 0, 0, BESA_RATES_LAYER, 0, "a value of besa_rate_form"},
+    {BESA__RATE(layer_scale), 1, 0, 1e4, BESA_OPTION_NONE, "0 to 10000"},
+    {BESA__RATE(row_scale), 1, 0, 1e4, BESA_OPTION_NONE, "0 to 10000"},
+    {BESA__RATE_AS(FLAG, plain_softmax), 0, 0, 1, 0, "0 or 1"},
+    {BESA__RATE_AS(FLAG, zero_start), 0, 0, 1, 0, "0 or 1"},
+    {BESA__RATE_AS(INT, candidates), 100, 1, 65535, 0, "1 to 65535"},
+    {BESA__RATE_AS(INT64, group_rows), 1, 1, BESA__NO_LIMIT, BESA_OPTION_NONE, "1 or more"},
+    {BESA__RATE(penalty), 1, 0, 1e30, BESA__FROM_0, "0 or more and below 1e30"},
+    {BESA__RATE_AS(ENUM, optimizer), 0, 0, BESA_ADAMW, 0, "a value of besa_optimizer_kind"},
+    {BESA__RATE(lr), 1, 0, 1e30, BESA__OPEN, "above 0 and below 1e30"},
+    {BESA__RATE(beta1), 0.9, 0, 1, BESA__FROM_0, "0 or more and below 1"},
+    {BESA__RATE(beta2), 0.999, 0, 1, BESA__FROM_0, "0 or more and below 1"},
+    {BESA__RATE(weight_decay), 0, 0, 1e30, BESA__FROM_0, "0 or more and below 1e30"},
+    {BESA__RATE(d0), 1e-6, 0, 1e30, BESA__OPEN, "above 0 and below 1e30"},
+    {BESA__RATE(d_coef), 5, 0, 1e30, BESA__OPEN, "above 0 and below 1e30"},
+    {BESA__RATE_AS(ENUM, schedule), 0, 0, BESA_SCHEDULE_COSINE, 0, "a value of besa_schedule"},
+    {BESA__RATE(warmup), 0, 0, 1, BESA_OPTION_BELOW, "0 or more and below 1"},
+    {BESA__RATE_AS(INT64, steps), 1, 1, BESA__NO_LIMIT, 0, "1 or more"},
+    {BESA__PRUNE_AS(ENUM, method), 0, 0, BESA_METHOD_MAGNITUDE, 0, "a value of besa_method"},
+    {BESA__PRUNE_AS(INT, pattern_n), 0, 0, 63, 0, "0 to 63"},
+    {BESA__PRUNE_AS(INT, pattern_m), 0, 0, 64, 0, "0 to 64"},
+    {BESA__PRUNE_AS(FLAG, magnitude_per_row), 0, 0, 1, 0, "0 or 1"},
+    {BESA__PRUNE_AS(ENUM, importance), 0, 0, BESA_IMPORTANCE_COUNT - 1, 0, "a value of besa_importance"},
+    {BESA__PRUNE(damping), 0.01, 0, 1e30, BESA__OPEN, "above 0 and below 1e30"},
+    {BESA__PRUNE_AS(INT64, epochs), 1, 1, 1e6, 0, "1 to 1000000"},
+    {BESA__PRUNE_AS(INT64, batch_size), 1, 1, BESA__NO_LIMIT, 0, "1 or more"},
+    {BESA__PRUNE_AS(FLAG, norm_all), 0, 0, 1, 0, "0 or 1"},
+    {BESA__PRUNE_AS(FLAG, dense_stream), 0, 0, 1, 0, "0 or 1"},
+    {BESA__PRUNE_AS(FLAG, no_projection), 0, 0, 1, 0, "0 or 1"},
+    {BESA__PRUNE_AS(INT64, num_fixed), 0, 0, BESA__NO_LIMIT, 0, "0 or more"},
+    {NULL, BESA_OPTION_FLAG, 0, 0, 0, 0, 0, NULL},
+};
+
+BESA_API const besa_option *besa_option_table(void) { return besa__options; }
+
+static double besa__option_get(const besa_option *o, const void *field)
+{
+    int i;
+    int64_t whole;
+    double real;
+    if (o->kind == BESA_OPTION_DOUBLE) return memcpy(&real, field, sizeof real), real;
+    if (o->kind == BESA_OPTION_INT64) return memcpy(&whole, field, sizeof whole), (double)whole;
+    return memcpy(&i, field, sizeof i), i;
+}
+
+static void besa__option_set(const besa_option *o, void *field, double value)
+{
+    int i = (int)value;
+    int64_t whole = (int64_t)value;
+    if (o->kind == BESA_OPTION_DOUBLE) memcpy(field, &value, sizeof value);
+    else if (o->kind == BESA_OPTION_INT64) memcpy(field, &whole, sizeof whole);
+    else memcpy(field, &i, sizeof i);
+}
+
+static besa_result besa__option_check(const besa_option *o, double x, besa_error *error)
+{
+    if ((x == 0 && !(o->flags & BESA_OPTION_REQUIRED)) || (x == BESA_NONE && (o->flags & BESA_OPTION_NONE))) return BESA_OK;
+    int above = x > o->least || (x == o->least && !(o->flags & BESA_OPTION_ABOVE));
+    int below = x < o->most || (x == o->most && !(o->flags & BESA_OPTION_BELOW));
+    if (above && below) return BESA_OK;
+    if (besa__is_nan(x)) return besa__fail(error, BESA_ERROR_OPTION, "%s is NaN, expected %s", o->name, o->range);
+    return besa__fail(error, BESA_ERROR_OPTION, "%s is %.15g, expected %s", o->name, x, o->range);
+}
+
+/* Check the options that lie at bytes begin .. end-1 of besa_prune_options, and fill in what 0 and BESA_NONE stand for:
+ * once, as BESA_NONE becomes 0. bytes: where byte `begin` is. */
+static besa_result besa__options_fill(void *bytes, size_t begin, size_t end, besa_error *error)
+{
+    for (const besa_option *o = besa__options; o->name; o++) {
+        if (o->offset < begin || o->offset >= end) continue;
+        void *field = (unsigned char *)bytes + (o->offset - begin);
+        double x = besa__option_get(o, field);
+        BESA__TRY(besa__option_check(o, x, error));
+        if (x == 0) besa__option_set(o, field, o->standard);
+        else if (x == BESA_NONE && o->kind == BESA_OPTION_DOUBLE) besa__option_set(o, field, 0);
+    }
+    return BESA_OK;
+}
+
+/* ============================================================================================
  * // >>masks                 importance, ranks, counts and masks
  * ============================================================================================
  * Owns which weights of a row go first and how many of them go: scores, ranks, the counts n, and the masks that follow.
  * Where n comes from is not its affair: a baseline sets it, section rates learns it. Calls the backend table. */
 
 typedef struct besa__mask_layer {
+    const char *name;                           /* for messages; NULL: its number */
     besa_layer_shape shape;
     int64_t units;                              /* of a row: what ranks and counts count, its C weights */
     double fixed;                               /* its own sparsity, or negative: the method decides */
@@ -6089,18 +6498,17 @@ static void besa__masks_place(besa__masks *masks, besa_backend *be, besa__mask_l
     masks->rows = 0;
     memset(layer, 0, (size_t)count * sizeof *layer);
     for (int i = 0; i < count; i++) {
-        size_t weights = (size_t)(shapes[i].rows * shapes[i].columns);
+        int64_t weights = besa__product(shapes[i].rows, shapes[i].columns);
         layer[i].shape = shapes[i];
         layer[i].units = shapes[i].columns;
         layer[i].fixed = -1;
-        layer[i].rank = besa__take(arena, weights * besa__rank_bytes(shapes[i].columns));
+        layer[i].rank = besa__take_array(arena, weights, besa__rank_bytes(shapes[i].columns));
         masks->rows += shapes[i].rows;
     }
-    size_t bytes = (size_t)masks->rows * sizeof(int32_t);
-    masks->zeros = (int32_t *)besa__take(arena, bytes);
-    masks->n = (int32_t *)besa__take(arena, bytes);
-    masks->masked = (int32_t *)besa__take(arena, bytes);
-    masks->not_finite = (int32_t *)besa__take(arena, (size_t)count * sizeof(int32_t));
+    masks->zeros = (int32_t *)besa__take_array(arena, masks->rows, sizeof(int32_t));
+    masks->n = (int32_t *)besa__take_array(arena, masks->rows, sizeof(int32_t));
+    masks->masked = (int32_t *)besa__take_array(arena, masks->rows, sizeof(int32_t));
+    masks->not_finite = (int32_t *)besa__take_array(arena, count, sizeof(int32_t));
     if (!arena->base) return;
     for (int64_t i = 0, first = 0; i < count; first += layer[i++].shape.rows) {
         layer[i].zeros = masks->zeros + first;
@@ -6121,17 +6529,30 @@ static besa_result besa__masks_reset(besa__masks *masks)
     return be->zero(be, BESA_QUEUE_COMPUTE, masks->not_finite, (size_t)masks->count * sizeof(int32_t));
 }
 
-/* scale(C): the score's factor per column, from what the importance needs of the layer's inputs; may be statistic. */
+typedef struct besa__importance {
+    const char *name;
+    besa_statistic statistic;
+    int power;                                  /* of |W| */
+    float exponent;                             /* of the statistic */
+} besa__importance;
+
+/* An importance that has been checked: its row. */
+static const besa__importance *besa__importance_row(besa_importance importance)
+{
+    static const besa__importance rows[] = {
+#define BESA__ROW(value, name, statistic, power, exponent) {name, statistic, power, exponent},
+        BESA_IMPORTANCES(BESA__ROW)
+#undef BESA__ROW
+    };
+    BESA_ASSERT((unsigned)importance < BESA_IMPORTANCE_COUNT);
+    return &rows[importance];
+}
+
+/* scale(C): the score's factor per column, from the importance's statistic; may be statistic itself. */
 static besa_result besa__importance_scale(besa_backend *be, float *scale, const float *statistic,
                                           besa_importance importance, int64_t columns)
 {
-    float exponent = importance == BESA_IMPORTANCE_WANDA ? 0.5f : importance == BESA_IMPORTANCE_SPARSEGPT ? -1.0f : -2.0f;
-    return be->power(be, scale, statistic, exponent, columns);
-}
-
-static int besa__importance_power(besa_importance importance)
-{
-    return importance == BESA_IMPORTANCE_SPARSEGPT || importance == BESA_IMPORTANCE_SPARSEGPT_SQUARED ? 2 : 1;
+    return be->power(be, scale, statistic, besa__importance_row(importance)->exponent, columns);
 }
 
 /* The ranks of a layer from one row on. */
@@ -6258,8 +6679,9 @@ static void besa__parameters_init(besa__parameters *p, besa_backend *be, const b
 /* Room for n more; returns where they begin. To be called before the arrays are placed. */
 static int64_t besa__parameters_reserve(besa__parameters *p, int64_t n)
 {
-    p->step.n += n;
-    return p->step.n - n;
+    int64_t first = p->step.n;
+    p->step.n = besa__sum(first, n);
+    return first;
 }
 
 static void besa__parameters_place(besa__parameters *p, besa__arena *arena)
@@ -6353,12 +6775,6 @@ struct besa_rates {
     size_t workspace_bytes;
 };
 
-/* What an option of 0, or BESA_NONE for a true 0, stands for. */
-static double besa__default(double value, double standard)
-{
-    return value == 0 ? standard : value == BESA_NONE ? 0 : value;
-}
-
 /* Mean rate at theta = 0 for a tilt c: sum_d softmax(c p)_d p_d, rising in c. */
 static double besa__tilted_rate(double c, int candidates)
 {
@@ -6406,44 +6822,14 @@ BESA__UNUSED static double besa__reachable_rate(const besa_rates *rates, int hig
 /* Check the options and fill in what 0 stands for; to be done once, as BESA_NONE becomes 0. */
 static besa_result besa__rate_defaults(besa_rate_options *o, besa_error *error)
 {
-    if (!(o->target > 0 && o->target < 1))
-        return besa__fail(error, BESA_ERROR_OPTION, "target sparsity is %g, expected 0 < target < 1", o->target);
-    if (o->candidates < 0 || o->candidates > 65535)
-        return besa__fail(error, BESA_ERROR_OPTION, "candidates is %d, expected 1 .. 65535", o->candidates);
-    if (o->group_rows < BESA_ALL_ROWS)
-        return besa__fail(error, BESA_ERROR_OPTION, "group_rows is %lld, expected 1 or more, or BESA_ALL_ROWS",
-                          (long long)o->group_rows);
-    if ((unsigned)o->form > BESA_RATES_LAYER || (unsigned)o->optimizer > BESA_ADAMW)
-        return besa__fail(error, BESA_ERROR_OPTION, "form is %d, optimizer is %d: not a value of their enums",
-                          (int)o->form, (int)o->optimizer);
-    if (o->candidates == 0) o->candidates = 100;
-    if (o->group_rows == 0) o->group_rows = 1;
-    o->layer_scale = o->form == BESA_RATES_ROW ? 0 : besa__default(o->layer_scale, 1);
-    o->row_scale = o->form == BESA_RATES_LAYER ? 0 : besa__default(o->row_scale, 1);
-    o->penalty = besa__default(o->penalty, 1);
-    o->lr = besa__default(o->lr, o->optimizer == BESA_PRODIGY ? 1 : 0.01);
-    o->beta1 = besa__default(o->beta1, 0.9);
-    o->beta2 = besa__default(o->beta2, 0.999);
-    o->weight_decay = besa__default(o->weight_decay, 0);
-    o->d0 = besa__default(o->d0, 1e-6);
-    o->d_coef = besa__default(o->d_coef, 5);
-    o->warmup = besa__default(o->warmup, 0);
-    if ((unsigned)o->schedule > BESA_SCHEDULE_COSINE || !(o->warmup >= 0 && o->warmup < 1) || o->steps < 0)
-        return besa__fail(error, BESA_ERROR_OPTION, "schedule %d, warmup %g, steps %lld: expected a value of besa_schedule, "
-                          "0 <= warmup < 1, and 0 or more steps", (int)o->schedule, o->warmup, (long long)o->steps);
-    if (o->steps == 0) o->steps = 1;
-    if (!(o->layer_scale >= 0 && o->row_scale >= 0 && o->layer_scale + o->row_scale > 0 && o->layer_scale <= 1e4 &&
-          o->row_scale <= 1e4))
-        return besa__fail(error, BESA_ERROR_OPTION, "layer_scale %g and row_scale %g: expected 0 .. 10000, not both 0",
-                          o->layer_scale, o->row_scale);
-    if (!(o->penalty >= 0 && o->penalty < 1e30 && o->lr > 0 && o->lr < 1e30 && o->d0 > 0 && o->d0 < 1e30 &&
-          o->d_coef > 0 && o->d_coef < 1e30 && o->weight_decay >= 0 && o->weight_decay < 1e30))
-        return besa__fail(error, BESA_ERROR_OPTION,
-                          "penalty %g, lr %g, d0 %g, d_coef %g, weight_decay %g: expected finite and positive", o->penalty,
-                          o->lr, o->d0, o->d_coef, o->weight_decay);
-    if (!(o->beta1 >= 0 && o->beta1 < 1 && o->beta2 >= 0 && o->beta2 < 1))
-        return besa__fail(error, BESA_ERROR_OPTION, "beta1 %g and beta2 %g: expected 0 <= beta < 1", o->beta1, o->beta2);
-    return BESA_OK;
+    const size_t begin = offsetof(besa_prune_options, rates);
+    if (o->lr == 0 && o->optimizer == BESA_ADAMW) o->lr = 0.01;
+    BESA__TRY(besa__options_fill(o, begin, begin + sizeof *o, error));
+    if (o->form == BESA_RATES_ROW) o->layer_scale = 0;
+    if (o->form == BESA_RATES_LAYER) o->row_scale = 0;
+    if (o->layer_scale + o->row_scale > 0) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_OPTION, "layer_scale and row_scale: expected one above 0 that the "
+                      "form has, found none");
 }
 
 /* Fill in one layer and place its arrays, with room for its theta among the parameters. */
@@ -6461,11 +6847,11 @@ static void besa__rate_layer_place(besa_rates *rates, int index, besa__arena *ar
     s->layer_scale = (float)o->layer_scale;
     s->row_scale = (float)o->row_scale;
     s->plain = o->plain_softmax;
-    layer->bucket = (uint16_t *)besa__take(arena, (size_t)s->units * sizeof(uint16_t));
-    layer->sums = besa__take_floats(arena, rows * o->candidates);
-    int64_t groups = besa__parts(rows, s->group_rows);
+    layer->bucket = (uint16_t *)besa__take_array(arena, s->units, sizeof(uint16_t));
+    layer->sums = besa__take_floats(arena, besa__product(rows, o->candidates));
+    int64_t logits = besa__product(besa__parts(rows, s->group_rows), s->candidates);
     layer->theta_layer = s->layer_scale > 0 ? besa__parameters_reserve(rates->parameters, s->candidates) : -1;
-    layer->theta_row = s->row_scale > 0 ? besa__parameters_reserve(rates->parameters, groups * s->candidates) : -1;
+    layer->theta_row = s->row_scale > 0 ? besa__parameters_reserve(rates->parameters, logits) : -1;
 }
 
 /* Place everything that the rates of these masks keep on the device, but for the parameters; with arena->base NULL this
@@ -6476,7 +6862,7 @@ static void besa__rates_place(besa_rates *rates, besa__rate_layer *layer, besa__
     rates->layer = layer;
     memset(layer, 0, (size_t)masks->count * sizeof *layer);
     for (int i = 0; i < masks->count; i++) besa__rate_layer_place(rates, i, arena);
-    rates->units = (int32_t *)besa__take(arena, (size_t)masks->rows * sizeof(int32_t));
+    rates->units = (int32_t *)besa__take_array(arena, masks->rows, sizeof(int32_t));
     rates->alpha = besa__take_floats(arena, masks->rows);
     rates->mean = besa__take_floats(arena, 1);
     rates->excess = (int64_t *)besa__take(arena, sizeof(int64_t));
@@ -6630,21 +7016,77 @@ static besa_result besa__rates_project(besa_rates *rates)
                                      besa__rates_count(rates), masks->rows);
 }
 
+/* Is any of n floats on the device not finite? Waits; for what goes wrong. */
+static int besa__any_not_finite(besa_backend *be, const float *device, int64_t n)
+{
+    float part[1024];
+    for (int64_t first = 0, count; first < n; first += count) {
+        count = besa__min(1024, n - first);
+        if (be->download(be, BESA_QUEUE_COMPUTE, part, device + first, (size_t)count * sizeof(float)) != BESA_OK) return 0;
+        if (be->synchronize(be, BESA_QUEUE_COMPUTE) != BESA_OK) return 0;
+        for (int64_t i = 0; i < count; i++)
+            if (!besa__is_finite((double)part[i])) return 1;
+    }
+    return 0;
+}
+
+/* Is any of a layer's parameters, or of their gradients, not finite? Its two parts lie one after the other. */
+static int besa__theta_not_finite(const besa_rates *rates, const float *array, int index)
+{
+    const besa__rate_layer *layer = &rates->layer[index];
+    int64_t first = layer->theta_layer < 0 ? layer->theta_row : layer->theta_layer;
+    int64_t groups = layer->theta_row < 0 ? 0 : besa__parts(layer->shape.rows, layer->shape.group_rows);
+    int64_t vectors = groups + (layer->theta_layer >= 0);
+    return besa__any_not_finite(rates->masks->be, array + first, vectors * layer->shape.candidates);
+}
+
+/* What is not finite of the learned rates, in words: the last gradient, or else the logits, and of which layers. Waits for
+ * the device. */
+static void besa__describe_rates(const besa_rates *rates, char *text, size_t size)
+{
+    const float *arrays[2] = {rates->parameters->grad, rates->parameters->step.theta};
+    static const char *const what[2] = {"the gradient", "the step (lr, d_coef, weight_decay or penalty may be too large)"};
+    snprintf(text, size, "a gradient was not");
+    for (int k = 0; k < 2; k++) {
+        char first[32] = "";
+        int bad = 0, learned = 0;
+        for (int i = 0; i < rates->masks->count; i++) {
+            const besa__mask_layer *layer = &rates->masks->layer[i];
+            if (layer->fixed >= 0) continue;
+            learned++;
+            if (!besa__theta_not_finite(rates, arrays[k], i) || bad++) continue;
+            if (layer->name) snprintf(first, sizeof first, "%s", layer->name);
+            else snprintf(first, sizeof first, "layer %d", i);
+        }
+        if (bad == 0) continue;
+        snprintf(text, size, "%s of %s%s is not", what[k], bad == learned && bad > 1 ? "every layer" : first,
+                 bad > 1 && bad < learned ? " and others" : "");
+        return;
+    }
+}
+
 /* What came back in rates->excess. */
 static besa_result besa__check_excess(const besa_rates *rates, int64_t excess, besa_error *error)
 {
-    if (excess < 0) return besa__fail(error, BESA_ERROR_NOT_FINITE, "rates are not finite: a gradient was not");
     if (excess == 0) return BESA_OK;
+    if (excess < 0) {
+        char text[160];
+        besa__describe_rates(rates, text, sizeof text);
+        return besa__fail(error, BESA_ERROR_NOT_FINITE, "rates are not finite: %s", text);
+    }
     int64_t count = besa__rates_count(rates);
     return besa__fail(error, BESA_ERROR_TARGET, "target asks for %lld pruned weights, but %lld weights are zero already",
                       (long long)count, (long long)(count + excess));
 }
 
-static besa_result besa__check_status(double d, float mean, besa_error *error)
+/* d and mean: as the device has them after the last step. */
+static besa_result besa__check_status(const besa_rates *rates, double d, float mean, besa_error *error)
 {
-    if (isfinite(d) && isfinite(mean)) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_NOT_FINITE, "mean rate is %g and Prodigy's d is %g: a gradient was not finite",
-                      (double)mean, d);
+    char text[160];
+    if (besa__is_finite(d) && besa__is_finite(mean)) return BESA_OK;
+    besa__describe_rates(rates, text, sizeof text);
+    return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s not finite: %s", besa__is_finite(d) ? "the mean rate is"
+                      : besa__is_finite(mean) ? "Prodigy's d is" : "the mean rate and Prodigy's d are", text);
 }
 
 /* What be->project_counts found, NaN weights first. Waits for the device. */
@@ -6710,7 +7152,7 @@ static besa_workload besa__layers_workload(const besa_layer_shape *layers, int c
 
 /* Everything besa_rates_create allocates on the device; with memory NULL this only counts. The layers' structs lie behind
  * the owner's. */
-static size_t besa__rates_layout(besa__rates_owner *o, besa_backend *be, const besa_layer_shape *layers, int count,
+static uint64_t besa__rates_layout(besa__rates_owner *o, besa_backend *be, const besa_layer_shape *layers, int count,
                                  void *memory)
 {
     besa__mask_layer *mask_layer = (besa__mask_layer *)(void *)(o + 1);
@@ -6731,16 +7173,16 @@ static size_t besa__rates_layout(besa__rates_owner *o, besa_backend *be, const b
 
 /* The owner and its layers' structs, laid out on nothing; *bytes: what it wants on the device. */
 static besa_result besa__rates_make(besa__rates_owner **owner, besa_backend *be, const besa_layer_shape *layers, int count,
-                                    const besa_rate_options *options, size_t *bytes, besa_error *error)
+                                    const besa_rate_options *options, uint64_t *bytes, besa_error *error)
 {
     besa_rate_options filled = *options;
     void *memory;
     BESA__TRY(besa__check_backend(be, error));
     BESA__TRY(besa__check_layers(layers, count, error));
     BESA__TRY(besa__rate_defaults(&filled, error));
-    size_t size = sizeof **owner + (size_t)count * (sizeof(besa__mask_layer) + sizeof(besa__rate_layer));
-    BESA__TRY(besa__malloc(&memory, size, "rates", error));
-    besa__rates_owner *o = *owner = (besa__rates_owner *)memset(memory, 0, size);
+    uint64_t layer_bytes = besa__bytes(count, sizeof(besa__mask_layer) + sizeof(besa__rate_layer));
+    BESA__TRY(besa__malloc(&memory, besa__add_sizes(sizeof **owner, layer_bytes), "rates", error));
+    besa__rates_owner *o = *owner = (besa__rates_owner *)memset(memory, 0, sizeof **owner);
     o->options = filled;
     besa__rates_init(&o->rates, &o->masks, &o->parameters, &o->options);
     *bytes = besa__rates_layout(o, be, layers, count, NULL);
@@ -6751,10 +7193,10 @@ BESA_API size_t besa_rates_size(besa_backend *be, const besa_layer_shape *layers
                                 const besa_rate_options *options)
 {
     besa__rates_owner *owner;
-    size_t bytes;
+    uint64_t bytes;
     if (besa__rates_make(&owner, be, layers, count, options, &bytes, NULL) != BESA_OK) return 0;
     BESA_FREE(owner);
-    return bytes;
+    return besa__size(bytes);
 }
 
 /* Every public function on rates begins with enter and ends with leave: between them operations use the rates' own
@@ -6787,10 +7229,11 @@ BESA_API besa_result besa_rates_create(besa_rates **rates, besa_backend *be, con
                                        int count, const besa_rate_options *options, besa_error *error)
 {
     besa__rates_owner *o;
-    size_t bytes;
+    uint64_t bytes;
     *rates = NULL;
     BESA__TRY(besa__rates_make(&o, be, layers, count, options, &bytes, error));
-    besa_result result = besa__pass_error(be, be->alloc(be, &o->memory, bytes), error);
+    besa_result result = besa__check_size(bytes, "these rates", error);
+    if (result == BESA_OK) result = besa__pass_error(be, be->alloc(be, &o->memory, (size_t)bytes), error);
     if (result == BESA_OK) {
         besa__rates_layout(o, be, layers, count, o->memory);
         besa__workspace callers = besa__rates_enter(&o->rates);
@@ -6824,20 +7267,22 @@ BESA_API besa_result besa_rates_rank(besa_rates *rates, int layer, const void *w
                                      const float *statistic, float *scratch, besa_error *error)
 {
     BESA__TRY(besa__check_layer(rates, layer, 0, error));
-    if ((unsigned)importance > BESA_IMPORTANCE_SPARSEGPT_SQUARED || (importance != BESA_IMPORTANCE_MAGNITUDE && !statistic))
-        return besa__fail(error, BESA_ERROR_OPTION, "importance is %d, statistic is %s: expected a value of the enum, and a "
-                          "statistic for all but magnitude", (int)importance, statistic ? "given" : "NULL");
+    if ((unsigned)importance >= BESA_IMPORTANCE_COUNT)
+        return besa__fail(error, BESA_ERROR_OPTION, "importance is %d, expected a value of besa_importance", (int)importance);
+    const besa__importance *row = besa__importance_row(importance);
+    if (row->statistic != BESA_STATISTIC_NONE && !statistic)
+        return besa__fail(error, BESA_ERROR_OPTION, "statistic is NULL, which the importance %s needs", row->name);
     const besa_layer_shape *shape = &rates->masks->layer[layer].shape;
     int64_t weights = shape->rows * shape->columns;
     float *scale = NULL;
     besa_result result = BESA_OK;
     besa__workspace callers = besa__rates_enter(rates);
-    if (importance != BESA_IMPORTANCE_MAGNITUDE) {
+    if (row->statistic != BESA_STATISTIC_NONE) {
         scale = scratch + weights;
         result = besa__importance_scale(rates->masks->be, scale, statistic, importance, shape->columns);
     }
     if (result == BESA_OK)
-        result = besa__masks_rank(rates->masks, layer, w, scale, besa__importance_power(importance), scratch, weights);
+        result = besa__masks_rank(rates->masks, layer, w, scale, row->power, scratch, weights);
     return besa__rates_leave(rates, callers, result, error);
 }
 
@@ -6941,7 +7386,7 @@ BESA_API besa_result besa_rates_status(besa_rates *rates, double *d, double *mea
     if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
     if (result == BESA_OK) result = besa__masks_check(rates->masks);
     if (result != BESA_OK) return besa__pass_error(be, result, error);
-    BESA__TRY(besa__check_status(scalars[0], mean, error));
+    BESA__TRY(besa__check_status(rates, scalars[0], mean, error));
     if (d) *d = scalars[0];
     if (mean_rate) *mean_rate = (double)mean;
     return BESA_OK;
@@ -6993,7 +7438,7 @@ BESA_API besa_workload besa_block_workload(const besa_block_shape *shape, int64_
         if (rows > work.rows) work.rows = rows;
         if (columns > work.columns) work.columns = columns;
     }
-    work.tokens = batch * seqlen;
+    work.tokens = besa__product(batch, seqlen);
     work.seqlen = seqlen;
     work.num_attention_heads = shape->num_attention_heads;
     work.num_key_value_heads = shape->num_key_value_heads;
@@ -7006,7 +7451,7 @@ static int64_t besa__largest_layer(const besa_block_shape *shape)
     int64_t most = 0, rows, columns;
     for (int i = 0; i < BESA_LAYERS; i++) {
         besa_block_layer(shape, i, &rows, &columns);
-        if (rows * columns > most) most = rows * columns;
+        most = besa__max(most, besa__product(rows, columns));
     }
     return most;
 }
@@ -7015,9 +7460,10 @@ static int64_t besa__largest_layer(const besa_block_shape *shape)
 static void besa__activations_place(besa_activations *acts, besa__arena *arena, besa_dtype dtype,
                                     const besa_block_shape *s, int qk_norm, int64_t tokens, int64_t dw_count)
 {
-    size_t e = besa_dtype_size(dtype) * (size_t)tokens;
-    size_t d = e * (size_t)s->hidden_size, i = e * (size_t)s->intermediate_size;
-    size_t q = e * (size_t)(s->num_attention_heads * s->head_dim), kv = e * (size_t)(s->num_key_value_heads * s->head_dim);
+    uint64_t e = besa__bytes(tokens, besa_dtype_size(dtype));
+    uint64_t d = besa__multiply_sizes(e, (uint64_t)s->hidden_size), i = besa__multiply_sizes(e, (uint64_t)s->intermediate_size);
+    uint64_t q = besa__multiply_sizes(e, (uint64_t)besa__product(s->num_attention_heads, s->head_dim));
+    uint64_t kv = besa__multiply_sizes(e, (uint64_t)besa__product(s->num_key_value_heads, s->head_dim));
     memset(acts, 0, sizeof *acts);
     acts->a = besa__take(arena, d);
     acts->q = besa__take(arena, q);
@@ -7034,8 +7480,8 @@ static void besa__activations_place(besa_activations *acts, besa__arena *arena, 
     if (qk_norm) {
         acts->q_raw = besa__take(arena, q);
         acts->k_raw = besa__take(arena, kv);
-        acts->inv_rms_q = besa__take_floats(arena, tokens * s->num_attention_heads);
-        acts->inv_rms_k = besa__take_floats(arena, tokens * s->num_key_value_heads);
+        acts->inv_rms_q = besa__take_floats(arena, besa__product(tokens, s->num_attention_heads));
+        acts->inv_rms_k = besa__take_floats(arena, besa__product(tokens, s->num_key_value_heads));
     }
     if (dw_count == 0) return;
     acts->dz = besa__take(arena, i);
@@ -7055,7 +7501,7 @@ BESA_API size_t besa_activations_size(const besa_backend *be, const besa_block_s
     besa__arena arena = {NULL, 0};
     besa__activations_place(&acts, &arena, be->activation_dtype, shape, qk_norm, tokens,
                             backward ? besa__largest_layer(shape) : 0);
-    return arena.used;
+    return besa__size(arena.used);
 }
 
 BESA_API void besa_activations_init(besa_activations *acts, void *device, const besa_backend *be,
@@ -7359,9 +7805,9 @@ static int besa__stream_computed(const besa__stream *s, int slot) { return s->ev
 static int besa__stream_home(const besa__stream *s, int slot) { return s->event + 4 + slot; }
 
 /* Bytes of so many sequences. */
-static size_t besa__stream_bytes(const besa__stream *s, int64_t sequences)
+static uint64_t besa__stream_bytes(const besa__stream *s, int64_t sequences)
 {
-    return besa_dtype_size(s->be->activation_dtype) * (size_t)(sequences * s->seqlen * s->width);
+    return besa__bytes(besa__product(besa__product(sequences, s->seqlen), s->width), besa_dtype_size(s->be->activation_dtype));
 }
 
 /* Sequence `index` of an array like the stream's. */
@@ -7391,7 +7837,7 @@ static void besa__stream_send(besa__stream *s, int to_host, int64_t chunk)
 
 static void besa__stream_place(besa__stream *s, besa__arena *device, besa__arena *host)
 {
-    size_t all = besa__stream_bytes(s, s->count), chunk = besa__stream_bytes(s, besa__min(s->chunk, s->count));
+    uint64_t all = besa__stream_bytes(s, s->count), chunk = besa__stream_bytes(s, besa__min(s->chunk, s->count));
     s->x = besa__take(s->streamed ? host : device, all);
     for (int i = 0; i < 2; i++) s->slot[i] = s->streamed ? besa__take(device, chunk) : NULL;
 }
@@ -7404,7 +7850,7 @@ static besa_result besa__stream_fetch(besa__stream *s, int slot, int64_t first, 
     BESA__TRY(be->wait(be, BESA_QUEUE_UPLOAD, besa__stream_computed(s, slot)));
     for (int i = 0; i < 2; i++) BESA__TRY(be->wait(be, BESA_QUEUE_UPLOAD, besa__stream_home(s, i)));
     BESA__TRY(be->upload(be, BESA_QUEUE_UPLOAD, s->slot[slot], besa__stream_at(s, s->x, first),
-                         besa__stream_bytes(s, count)));
+                         (size_t)besa__stream_bytes(s, count)));
     s->first[slot] = first;
     s->held[slot] = count;
     return be->record(be, BESA_QUEUE_UPLOAD, besa__stream_filled(s, slot));
@@ -7462,7 +7908,7 @@ static besa_result besa__stream_close(besa__stream *s, int changed)
         s->held[other] = 0; /* it has become out of date */
     BESA__TRY(be->wait(be, BESA_QUEUE_DOWNLOAD, besa__stream_computed(s, slot)));
     BESA__TRY(be->download(be, BESA_QUEUE_DOWNLOAD, besa__stream_at(s, s->x, s->first[slot]), s->slot[slot],
-                           besa__stream_bytes(s, s->held[slot])));
+                           (size_t)besa__stream_bytes(s, s->held[slot])));
     return be->record(be, BESA_QUEUE_DOWNLOAD, besa__stream_home(s, slot));
 }
 
@@ -7484,12 +7930,14 @@ static besa_result besa__stream_forward(besa__stream *s, besa__walk walk, const 
  * Owns the memory that the passes over one block share, and how far a run is. The passes are in the sections that follow,
  * their order in section passes. Nothing in a block waits for the device: results come back once, at its end. */
 
-enum { BESA__LOSS_UNIFORM, BESA__LOSS_BEFORE, BESA__LOSS_AFTER, BESA__LOSS_REST, BESA__LOSS_STEP, BESA__LOSSES };
+/* Losses; from BESA__LOSS_STEP on there is one for each learning step. */
+enum { BESA__LOSS_UNIFORM, BESA__LOSS_BEFORE, BESA__LOSS_AFTER, BESA__LOSS_REST, BESA__LOSS_STEP };
 
 /* Events of the backend: marks of the passes' ends (section passes), then those of the streams, first this section's. */
 enum { BESA__EVENT_MARKS = 0, BESA__EVENT_YREF = 5, BESA__PRUNER_EVENTS = BESA__EVENT_YREF + BESA__STREAM_EVENTS };
 
 #define BESA__REPORT_SEQUENCES 8                /* the report's losses come from the first sequences */
+#define BESA__STEP_LOSSES 65536                 /* losses of learning steps that are kept; later steps share the last one */
 #define BESA__SLAB 128                          /* columns that SparseGPT treats together */
 #define BESA__CHUNK_TOKENS 2048                 /* passes without an optimiser go by about so many tokens */
 
@@ -7508,13 +7956,15 @@ typedef struct besa__meter {
 } besa__meter;
 
 enum { BESA__DENSE, BESA__WRITTEN };            /* weights that zeros are counted of */
+enum { BESA__COUNT_INPUTS = 2 * BESA_LAYERS, BESA__COUNT_NORMS = BESA__COUNT_INPUTS + BESA__INPUTS, BESA__COUNTS };
 
 /* What comes back of a block, in pinned host memory. */
 typedef struct besa__results {
-    float losses[BESA__LOSSES], mean;
+    float mean;
     double scalars[BESA_OPTIMIZER_SCALARS];
     int64_t excess;
-    int32_t not_finite[2][BESA_LAYERS];         /* of the dense weights; of those written */
+    int32_t not_finite[BESA__COUNTS];           /* (2, BESA_LAYERS) of the dense weights, of those written; of the layers'
+                                                   inputs' statistics (BESA__INPUTS); of the reference's channel norms */
 } besa__results;
 
 struct besa_pruner {
@@ -7539,7 +7989,8 @@ struct besa_pruner {
     besa__stream yref;                          /* (reference, seqlen, d); not placed where there is a dense stream */
     void *y;                                    /* (chunk, seqlen, d) act: the masked block's output, then dL/dy of it */
     float *channel_sumsq;                       /* (norms, d) of Yref: of every optimiser's batch, or one of all */
-    float *losses;                              /* (BESA__LOSSES) */
+    float *losses;                              /* (BESA__LOSS_STEP + step_losses) */
+    int64_t step_losses;
     float *statistic[BESA__INPUTS];             /* (columns) sums of squares of the inputs; after the dense pass the scores'
                                                    factors */
     float *gram[BESA__INPUTS];                  /* (columns, columns), where Hessians are used: H; after the dense pass the
@@ -7549,8 +8000,10 @@ struct besa_pruner {
                                                    where BESA learns it is acts.dw, not used yet, and may hold less */
     int64_t scores_count;                       /* floats that scores has room for */
     float *slab_error;                          /* (R, 128), SparseGPT only */
-    int32_t *counts, *not_finite;               /* (2, rows) zeros, (2, BESA_LAYERS): DENSE, WRITTEN */
+    int32_t *counts, *not_finite;               /* (2, rows) zeros: DENSE, WRITTEN; (BESA__COUNTS) as in results */
+    int32_t *ignored;                           /* (norms) zeros that nobody asks for */
     besa__results *results;                     /* host */
+    float *results_losses;                      /* host, as losses */
     int32_t *results_counts;                    /* host (2, rows) */
 };
 
@@ -7626,7 +8079,7 @@ static besa_result besa__pattern_defaults(besa_prune_options *o, const besa_bloc
         return besa__fail(error, BESA_ERROR_OPTION,
                           "pattern %d:%d with method besa: learned rates are unstructured; use wanda, sparsegpt or "
                           "magnitude for a pattern", n, m);
-    if (o->rates.target != 0 && fabs(o->rates.target - (double)n / m) > 1e-3)
+    if (o->rates.target != 0 && !(fabs(o->rates.target - (double)n / m) <= 1e-3))
         return besa__fail(error, BESA_ERROR_OPTION, "target sparsity %g contradicts the pattern %d:%d, which is %g",
                           o->rates.target, n, m, (double)n / m);
     o->rates.target = (double)n / m;
@@ -7640,24 +8093,27 @@ static besa_result besa__pattern_defaults(besa_prune_options *o, const besa_bloc
     return BESA_OK;
 }
 
+static besa_result besa__check_fixed_rates(const besa_prune_options *o, besa_error *error)
+{
+    if (o->num_fixed > 0 && !o->fixed)
+        return besa__fail(error, BESA_ERROR_OPTION, "num_fixed is %lld, but fixed is NULL", (long long)o->num_fixed);
+    for (int64_t i = 0; i < o->num_fixed; i++) {
+        if (!o->fixed[i].pattern)
+            return besa__fail(error, BESA_ERROR_OPTION, "fixed[%lld].pattern is NULL, expected a name", (long long)i);
+        if (!(o->fixed[i].sparsity >= 0 && o->fixed[i].sparsity < 1))
+            return besa__fail(error, BESA_ERROR_OPTION, "fixed[%lld].sparsity is %g for \"%s\", expected 0 or more and below 1",
+                              (long long)i, o->fixed[i].sparsity, o->fixed[i].pattern);
+    }
+    return BESA_OK;
+}
+
 /* Check the options and fill in what 0 stands for. */
 static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_shape *shape, besa_error *error)
 {
-    if ((unsigned)o->method > BESA_METHOD_MAGNITUDE || (unsigned)o->importance > BESA_IMPORTANCE_SPARSEGPT_SQUARED)
-        return besa__fail(error, BESA_ERROR_OPTION, "method is %d, importance is %d: not a value of their enums",
-                          (int)o->method, (int)o->importance);
-    if (o->epochs < 0 || o->batch_size < 0 || o->num_fixed < 0 || o->epochs > 1000000)
-        return besa__fail(error, BESA_ERROR_OPTION, "epochs %lld, batch_size %lld, num_fixed %lld: expected 0 or more",
-                          (long long)o->epochs, (long long)o->batch_size, (long long)o->num_fixed);
-    if (o->epochs == 0) o->epochs = 1;
-    if (o->batch_size == 0) o->batch_size = 1;
+    const size_t begin = offsetof(besa_prune_options, rates) + sizeof o->rates;
+    BESA__TRY(besa__options_fill((unsigned char *)o + begin, begin, sizeof *o, error));
     if (o->pattern_n != 0 || o->pattern_m != 0) BESA__TRY(besa__pattern_defaults(o, shape, error));
-    for (int64_t i = 0; i < o->num_fixed; i++)
-        if (!o->fixed)
-            return besa__fail(error, BESA_ERROR_OPTION, "num_fixed is %lld, but fixed is NULL", (long long)o->num_fixed);
-        else if (!(o->fixed[i].sparsity >= 0 && o->fixed[i].sparsity < 1) || !o->fixed[i].pattern)
-            return besa__fail(error, BESA_ERROR_OPTION, "fixed rate %g for \"%s\", expected 0 <= rate < 1",
-                              o->fixed[i].sparsity, o->fixed[i].pattern ? o->fixed[i].pattern : "(null)");
+    BESA__TRY(besa__check_fixed_rates(o, error));
     return besa__rate_defaults(&o->rates, error);
 }
 
@@ -7673,22 +8129,23 @@ static double besa__fixed_rate(const besa_prune_options *o, const char *name, in
 
 /* ---- memory -------------------------------------------------------------------------------- */
 
-static int besa__uses_gram(const besa_prune_options *o)
+/* What a method scores weights by; SparseGPT has scores of its own. */
+static besa_importance besa__scored_by(const besa_prune_options *o)
 {
-    if (o->method == BESA_METHOD_SPARSEGPT) return 1;
-    return o->method == BESA_METHOD_BESA && besa__importance_power(o->importance) == 2;
+    if (o->method == BESA_METHOD_BESA) return o->importance;
+    return o->method == BESA_METHOD_MAGNITUDE ? BESA_IMPORTANCE_MAGNITUDE : BESA_IMPORTANCE_WANDA;
 }
 
-static int besa__uses_column_norms(const besa_prune_options *o)
+/* What a method collects of the layers' inputs; SparseGPT needs the whole factor. */
+static besa_statistic besa__statistic(const besa_prune_options *o)
 {
-    if (o->method == BESA_METHOD_WANDA) return 1;
-    return o->method == BESA_METHOD_BESA && o->importance == BESA_IMPORTANCE_WANDA;
+    if (o->method == BESA_METHOD_SPARSEGPT) return BESA_STATISTIC_FACTOR;
+    return besa__importance_row(besa__scored_by(o))->statistic;
 }
 
-static int besa__uses_magnitude(const besa_prune_options *o)
-{
-    return !besa__uses_gram(o) && !besa__uses_column_norms(o);
-}
+static int besa__uses_gram(const besa_prune_options *o) { return besa__statistic(o) == BESA_STATISTIC_FACTOR; }
+
+static int besa__uses_inputs(const besa_prune_options *o) { return besa__statistic(o) != BESA_STATISTIC_NONE; }
 
 /* Ranks and counts of the block's layers, and what BESA learns. */
 static void besa__pruner_place_masks(besa_pruner *p, besa__arena *arena)
@@ -7700,6 +8157,7 @@ static void besa__pruner_place_masks(besa_pruner *p, besa__arena *arena)
         shapes[i].dtype = p->dtype;
     }
     besa__masks_place(&p->masks, p->be, p->mask_layer, shapes, BESA_LAYERS, arena);
+    for (int i = 0; i < BESA_LAYERS; i++) p->mask_layer[i].name = besa__layers[i].path;
     if (!besa__learns(p)) return;
     besa__parameters_init(&p->parameters, p->be, &p->options.rates);
     besa__rates_place(&p->rates, p->rate_layer, arena);
@@ -7718,8 +8176,8 @@ static void besa__pruner_place_statistics(besa_pruner *p, besa__arena *arena, be
         int64_t columns = besa__input_columns(&p->shape, i);
         p->statistic[i] = besa__take_floats(arena, columns);
         if (!besa__uses_gram(&p->options)) continue;
-        p->gram[i] = besa__take_floats(arena, columns * columns);
-        p->dead[i] = (int32_t *)besa__take(arena, (size_t)columns * sizeof(int32_t));
+        p->gram[i] = besa__take_floats(arena, besa__product(columns, columns));
+        p->dead[i] = (int32_t *)besa__take_array(arena, columns, sizeof(int32_t));
         if (columns > work->hessian_columns) work->hessian_columns = columns;
     }
 }
@@ -7752,17 +8210,19 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     p->yref.chunk = p->chunk;
     if (!p->options.dense_stream) besa__stream_place(&p->yref, arena, host);
     p->y = besa__take(arena, besa__stream_bytes(&p->yref, p->chunk));
-    p->channel_sumsq = besa__take_floats(arena, besa__norms(p) * s->hidden_size);
-    p->losses = besa__take_floats(arena, BESA__LOSSES);
+    p->channel_sumsq = besa__take_floats(arena, besa__product(besa__norms(p), s->hidden_size));
+    p->losses = besa__take_floats(arena, BESA__LOSS_STEP + p->step_losses);
     besa__pruner_place_statistics(p, arena, &work);
     p->scores = learns ? p->acts.dw : besa__take_floats(arena, p->scores_count);
-    p->slab_error = p->options.method == BESA_METHOD_SPARSEGPT ? besa__take_floats(arena, work.rows * BESA__SLAB) : NULL;
-    p->counts = (int32_t *)besa__take(arena, 2 * (size_t)p->rows * sizeof(int32_t));
+    p->slab_error = p->options.method == BESA_METHOD_SPARSEGPT ? besa__take_floats(arena, besa__product(work.rows, BESA__SLAB)) : NULL;
+    p->counts = (int32_t *)besa__take_array(arena, besa__product(2, p->rows), sizeof(int32_t));
     p->not_finite = (int32_t *)besa__take(arena, sizeof p->results->not_finite);
+    p->ignored = (int32_t *)besa__take(arena, (size_t)besa__norms(p) * sizeof(int32_t));
     p->workspace_bytes = p->be->workspace_size(p->be, &work);
     p->workspace = besa__take(arena, p->workspace_bytes);
     p->results = (besa__results *)besa__take(host, sizeof(besa__results));
-    p->results_counts = (int32_t *)besa__take(host, 2 * (size_t)p->rows * sizeof(int32_t));
+    p->results_losses = besa__take_floats(host, BESA__LOSS_STEP + p->step_losses);
+    p->results_counts = (int32_t *)besa__take_array(host, besa__product(2, p->rows), sizeof(int32_t));
 }
 
 /* Sequences that go through a pass together: about 2048 tokens. A larger batch is accumulated over several. */
@@ -7774,8 +8234,12 @@ static int64_t besa__preferred_chunk(int64_t nsamples, int64_t seqlen)
 /* Sizes whose products with a model's widths stay within 63 bits. */
 static besa_result besa__check_tokens(const char *what, int64_t count, int64_t seqlen, besa_error *error)
 {
-    if (count >= 1 && seqlen >= 1 && count <= ((int64_t)1 << 36) / seqlen) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_OPTION, "%lld %s of %lld tokens: expected 1 to 2^36 tokens in all",
+    if (count < 1)
+        return besa__fail(error, BESA_ERROR_OPTION, "%lld %s: expected 1 or more", (long long)count, what);
+    if (seqlen < 1)
+        return besa__fail(error, BESA_ERROR_OPTION, "%s of %lld tokens: expected 1 or more", what, (long long)seqlen);
+    if (count <= ((int64_t)1 << 36) / seqlen) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_OPTION, "%lld %s of %lld tokens: expected 2^36 tokens in all at most",
                       (long long)count, what, (long long)seqlen);
 }
 
@@ -7793,15 +8257,17 @@ static besa_result besa__check_shape(const besa_block_shape *s, besa_dtype dtype
     for (size_t i = 0; i < sizeof field / sizeof *field; i++) {
         const besa__range *range = besa__find_range(field[i].key);
         if (!besa__in_range(range, field[i].value))
-            return besa__fail(error, BESA_ERROR_OPTION, "%s is %.10g: expected %s", field[i].key, field[i].value,
+            return besa__fail(error, BESA_ERROR_OPTION, "%s is %.10g, expected %s", field[i].key, field[i].value,
                               besa__range_text(range, expected, sizeof expected));
     }
-    if (s->num_attention_heads % s->num_key_value_heads != 0 || s->head_dim % 2 != 0 ||
-        s->num_attention_heads * s->head_dim > most)
-        return besa__fail(error, BESA_ERROR_OPTION, "%lld attention heads, %lld key/value heads, head_dim %lld: expected heads "
-                          "to be a multiple of key/value heads, head_dim even, and 2^24 of both at most",
-                          (long long)s->num_attention_heads,
-                          (long long)s->num_key_value_heads, (long long)s->head_dim);
+    if (s->num_attention_heads % s->num_key_value_heads != 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "num_attention_heads is %lld, expected a multiple of "
+                          "num_key_value_heads, %lld", (long long)s->num_attention_heads, (long long)s->num_key_value_heads);
+    if (s->head_dim % 2 != 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "head_dim is %lld, expected an even number", (long long)s->head_dim);
+    if (s->num_attention_heads * s->head_dim > most)
+        return besa__fail(error, BESA_ERROR_OPTION, "head_dim is %lld in %lld heads, expected 2^24 in all at most",
+                          (long long)s->head_dim, (long long)s->num_attention_heads);
     return BESA_OK;
 }
 
@@ -7828,6 +8294,7 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     if (!learns) o->batch_size = 1;
     if (o->batch_size > nsamples) o->batch_size = nsamples;
     o->rates.steps = o->epochs * besa__parts(nsamples, o->batch_size);
+    p->step_losses = learns ? besa__min(o->rates.steps, BESA__STEP_LOSSES) : 0;
     p->chunk = besa__preferred_chunk(nsamples, seqlen);
     p->reference = learns || nsamples < BESA__REPORT_SEQUENCES ? nsamples : BESA__REPORT_SEQUENCES;
     for (int i = 0; i < BESA_LAYERS; i++) {
@@ -7844,20 +8311,22 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     return BESA_OK;
 }
 
-/* Find what fits into `budget` bytes of the device (0: no limit): the largest chunk, and for it the lowest level of
- * `levels`, each of which moves more to the host. size(user, level) makes the level so and gives its bytes. */
-static besa_result besa__fit_budget(int64_t *chunk, size_t (*size)(void *, int level), int levels, void *user,
+/* Find what fits into `budget` bytes of the device (0: what can be addressed): the largest chunk, and for it the lowest
+ * level of `levels`, each of which moves more to the host. size(user, level) makes the level so and gives its bytes. */
+static besa_result besa__fit_budget(int64_t *chunk, uint64_t (*size)(void *, int level), int levels, void *user,
                                     size_t budget, const char *whose, besa_error *error)
 {
-    for (size_t least = SIZE_MAX;; *chunk = (*chunk + 1) / 2) {
+    uint64_t limit = budget ? budget : SIZE_MAX - 1;
+    for (uint64_t least = UINT64_MAX;; *chunk = (*chunk + 1) / 2) {
         for (int level = 0; level < levels; level++) {
-            size_t bytes = size(user, level);
-            if (budget == 0 || bytes <= budget) return BESA_OK;
+            uint64_t bytes = size(user, level);
+            if (bytes <= limit) return BESA_OK;
             if (bytes < least) least = bytes;
         }
+        if (*chunk <= 1 && budget == 0) return besa__check_size(least, "the run's arrays", error);
         if (*chunk <= 1)
-            return besa__fail(error, BESA_ERROR_MEMORY, "%s %zu bytes, the smallest that works here is %zu", whose, budget,
-                              least);
+            return besa__fail(error, BESA_ERROR_MEMORY, "%s %zu bytes, the smallest that works here is %llu", whose, budget,
+                              (unsigned long long)least);
     }
 }
 
@@ -8007,7 +8476,21 @@ static besa_result besa__clear_sums(besa_pruner *p)
     }
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->channel_sumsq, norms));
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->not_finite, sizeof p->results->not_finite));
-    return be->zero(be, BESA_QUEUE_COMPUTE, p->losses, BESA__LOSSES * sizeof(float));
+    return be->zero(be, BESA_QUEUE_COMPUTE, p->losses, (size_t)(BESA__LOSS_STEP + p->step_losses) * sizeof(float));
+}
+
+/* Count what is not finite in those sums: an infinite norm would silence its channel, an infinite statistic its column. */
+static besa_result besa__count_sums(besa_pruner *p)
+{
+    besa_backend *be = p->be;
+    for (int i = 0; i < BESA__INPUTS && besa__uses_inputs(&p->options); i++) {
+        int64_t columns = besa__input_columns(&p->shape, i);
+        int32_t *zeros = p->gram[i] ? p->dead[i] : p->ignored; /* filled in later */
+        BESA__TRY(be->count_zeros(be, zeros, p->not_finite + BESA__COUNT_INPUTS + i,
+                                  p->gram[i] ? p->gram[i] : p->statistic[i], BESA_F32, p->gram[i] ? columns : 1, columns));
+    }
+    return be->count_zeros(be, p->ignored, p->not_finite + BESA__COUNT_NORMS, p->channel_sumsq, BESA_F32, besa__norms(p),
+                           p->shape.hidden_size);
 }
 
 /* One chunk of the dense pass. */
@@ -8015,7 +8498,7 @@ static besa_result besa__dense_chunk(const besa__work *work, const besa__walk *c
 {
     besa_pruner *p = work->pruner;
     besa_backend *be = p->be;
-    int statistics = !besa__uses_magnitude(&p->options), dense_stream = work->target != &p->yref;
+    int statistics = besa__uses_inputs(&p->options), dense_stream = work->target != &p->yref;
     void *x, *y = NULL;
     BESA__TRY(besa__stream_open(work->x, chunk, &x));
     if (!dense_stream && chunk->first < p->reference) BESA__TRY(besa__stream_begin(work->target, chunk, &y));
@@ -8049,13 +8532,14 @@ static besa_result besa__count_layers(besa_pruner *p, const void *const weight[B
 static besa_result besa__dense_pass(const besa__work *work, besa_error *error)
 {
     besa_pruner *p = work->pruner;
-    besa__walk walk = besa__pass_walk(p, besa__uses_magnitude(&p->options) ? p->reference : p->nsamples);
+    besa__walk walk = besa__pass_walk(p, besa__uses_inputs(&p->options) ? p->nsamples : p->reference);
     BESA__TRY_ON(p->be, besa__clear_sums(p), error);
     while (besa__walk_next(&walk)) {
         BESA__TRY_ON(p->be, besa__dense_chunk(work, &walk), error);
         BESA__TRY(besa__tick(&p->meter, (double)walk.count / (double)p->nsamples, error));
     }
-    return besa__pass_error(p->be, besa__count_layers(p, work->dense->weight, BESA__DENSE), error);
+    BESA__TRY_ON(p->be, besa__count_layers(p, work->dense->weight, BESA__DENSE), error);
+    return besa__pass_error(p->be, besa__count_sums(p), error);
 }
 
 /* ============================================================================================
@@ -8068,16 +8552,15 @@ static besa_result besa__finish_statistics(besa_pruner *p)
 {
     besa_backend *be = p->be;
     const besa_prune_options *o = &p->options;
-    if (besa__uses_magnitude(o)) return BESA_OK;
+    if (!besa__uses_inputs(o)) return BESA_OK;
     for (int i = 0; i < BESA__INPUTS; i++) {
         int64_t columns = besa__input_columns(&p->shape, i);
         if (p->gram[i]) {
-            BESA__TRY(be->hessian_factor(be, p->gram[i], p->dead[i], 0.01f, columns));
+            BESA__TRY(be->hessian_factor(be, p->gram[i], p->dead[i], (float)o->damping, columns));
             if (o->method == BESA_METHOD_SPARSEGPT) continue;
             BESA__TRY(be->diagonal(be, p->statistic[i], p->gram[i], p->dead[i], columns));
         }
-        besa_importance importance = o->method == BESA_METHOD_BESA ? o->importance : BESA_IMPORTANCE_WANDA;
-        BESA__TRY(besa__importance_scale(be, p->statistic[i], p->statistic[i], importance, columns));
+        BESA__TRY(besa__importance_scale(be, p->statistic[i], p->statistic[i], besa__scored_by(o), columns));
     }
     return BESA_OK;
 }
@@ -8105,7 +8588,7 @@ static besa_result besa__sparsegpt_layer(besa_pruner *p, const void *w, void *pr
 /* The factor of a layer's scores per column; NULL: none. */
 static const float *besa__score_scale(const besa_pruner *p, int layer)
 {
-    return besa__uses_magnitude(&p->options) ? NULL : p->statistic[besa__layers[layer].input];
+    return besa__uses_inputs(&p->options) ? p->statistic[besa__layers[layer].input] : NULL;
 }
 
 /* The ranks of a layer's rows; where its rate is known beforehand, its mask too. */
@@ -8113,7 +8596,7 @@ static besa_result besa__rank_layer(const besa__work *work, int layer)
 {
     besa_pruner *p = work->pruner;
     const void *w = work->dense->weight[layer];
-    int power = besa__learns(p) ? besa__importance_power(p->options.importance) : 1;
+    int power = besa__importance_row(besa__scored_by(&p->options))->power;
     double rate = besa__learns(p) || p->fixed[layer] >= 0 ? p->fixed[layer] : p->options.rates.target;
     BESA__TRY(besa__masks_rank(&p->masks, layer, w, besa__score_scale(p, layer), power, p->scores, p->scores_count));
     if (rate < 0) return BESA_OK;
@@ -8264,6 +8747,12 @@ static besa_result besa__learn_gradient(void *user, int layer, int64_t first, in
     return besa__rates_gradient(&work->pruner->rates, layer, work->dense->weight[layer], first, rows, dw);
 }
 
+/* Where the loss of a step goes, counted from 0. */
+static float *besa__step_loss(const besa_pruner *p, int64_t step)
+{
+    return p->losses + BESA__LOSS_STEP + besa__min(step, p->step_losses - 1);
+}
+
 /* One optimiser step on a batch. */
 static besa_result besa__learn_step(const besa__work *work, const besa__batch *batch)
 {
@@ -8277,10 +8766,10 @@ static besa_result besa__learn_step(const besa__work *work, const besa__batch *b
 }
 
 /* Tell the caller's callback of a step. */
-static besa_result besa__tell_step(besa_pruner *p, int64_t step, int64_t steps, besa_error *error)
+static besa_result besa__tell_step(besa_pruner *p, int64_t step, int64_t steps, const float *loss, besa_error *error)
 {
     if (!p->options.step) return BESA_OK;
-    besa_step now = {p->meter.block, step, steps, &p->rates, p->be, p->losses + BESA__LOSS_STEP};
+    besa_step now = {p->meter.block, step, steps, &p->rates, p->be, loss};
     besa_result result = p->options.step(p->options.user, &now);
     if (result == BESA_OK) return BESA_OK;
     return besa__fail(error, result, "the step callback returned: %s", besa_result_string(result));
@@ -8292,15 +8781,16 @@ static besa_result besa__learn_rates(const besa__work *work, unsigned layers, be
     besa_pruner *p = work->pruner;
     int64_t size = p->options.batch_size, batches = besa__parts(p->nsamples, size), steps = p->options.epochs * batches;
     besa__work user = *work;
-    besa__batch batch = {0, 0, 0, p->losses + BESA__LOSS_STEP, layers, besa__learn_gradient, &user};
+    besa__batch batch = {0, 0, 0, NULL, layers, besa__learn_gradient, &user};
     BESA__TRY_ON(p->be, besa__losses_before(work), error);
     for (int64_t s = 0; s < steps; s++) {
         batch.first = s % batches * size;
         batch.end = besa__min(batch.first + size, p->nsamples);
         batch.again = batch.end < p->nsamples ? batch.end : 0; /* of this epoch, or the next one's first */
+        batch.loss = besa__step_loss(p, s);
         BESA__TRY_ON(p->be, besa__learn_step(work, &batch), error);
         BESA__TRY(besa__tick(&p->meter, 1 / (double)steps, error));
-        BESA__TRY(besa__tell_step(p, s + 1, steps, error));
+        BESA__TRY(besa__tell_step(p, s + 1, steps, batch.loss, error));
     }
     return BESA_OK;
 }
@@ -8356,8 +8846,9 @@ static besa_result besa__fetch_results(besa_pruner *p)
     besa_backend *be = p->be;
     besa__results *r = p->results;
     const besa_queue q = BESA_QUEUE_COMPUTE;
+    const size_t losses = (size_t)(BESA__LOSS_STEP + p->step_losses) * sizeof(float);
     memset(r, 0, sizeof *r);
-    BESA__TRY(be->download(be, q, r->losses, p->losses, sizeof r->losses));
+    BESA__TRY(be->download(be, q, p->results_losses, p->losses, losses));
     BESA__TRY(be->download(be, q, r->not_finite, p->not_finite, sizeof r->not_finite));
     BESA__TRY(be->download(be, q, p->results_counts, p->counts, 2 * (size_t)p->rows * sizeof(int32_t)));
     if (besa__learns(p)) {
@@ -8392,13 +8883,71 @@ static void besa__rate_spread(besa_layer_report *r, const int32_t *counts, int64
 
 static besa_result besa__check_layers_finite(const besa_pruner *p, const char *name, int which, besa_error *error)
 {
+    const int32_t *count = p->results->not_finite + which * BESA_LAYERS;
     for (int i = 0; i < BESA_LAYERS; i++)
-        if (p->results->not_finite[which][i] != 0)
+        if (count[i] != 0)
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s.weight: %d %sweights are NaN or infinite",
-                              name ? name : "", besa__layers[i].path, (int)p->results->not_finite[which][i],
+                              name ? name : "", besa__layers[i].path, (int)count[i],
                               which == BESA__DENSE ? "" : "pruned ");
     return BESA_OK;
 }
+
+/* ---- what was not finite, and where -------------------------------------------------------- */
+
+static besa_result besa__check_sums(const besa_pruner *p, const char *name, besa_error *error)
+{
+    const int32_t *bad = p->results->not_finite;
+    int64_t norms = besa__norms(p), batch = p->options.norm_all ? p->reference : p->options.batch_size, n = 0;
+    for (int i = 0; i < BESA__INPUTS; i++)
+        if (bad[BESA__COUNT_INPUTS + i] != 0)
+            return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s: the sums of squares of its inputs are not finite in "
+                              "the dense pass: activations overflow", name ? name : "", besa__reader(i)->path);
+    if (bad[BESA__COUNT_NORMS] == 0) return BESA_OK;
+    while (n + 1 < norms && !besa__any_not_finite(p->be, besa__channel_sumsq(p, n), p->shape.hidden_size)) n++;
+    return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s: the channel norms of the reference for sequences %lld .. "
+                      "%lld are not finite in the dense pass: activations overflow", name ? name : "the block", name ? "*" : "",
+                      (long long)(n * batch),
+                      (long long)besa__min(n * batch + batch, p->reference) - 1);
+}
+
+/* One loss, of sequences first .. end-1; when: "in the commit pass". */
+static besa_result besa__check_loss(float loss, const char *name, int64_t first, int64_t end, const char *when,
+                                    besa_error *error)
+{
+    if (besa__is_finite(loss)) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s: the reconstruction loss of sequences %lld .. %lld is not "
+                      "finite %s: activations overflow", name ? name : "the block", name ? "*" : "", (long long)first,
+                      (long long)end - 1, when);
+}
+
+/* Losses of learning, in the order in which they were measured. */
+static besa_result besa__check_learning(const besa_pruner *p, const char *name, besa_error *error)
+{
+    const float *loss = p->results_losses;
+    int64_t shown = besa__min(BESA__REPORT_SEQUENCES, p->reference), batch = p->options.batch_size;
+    BESA__TRY(besa__check_loss(loss[BESA__LOSS_UNIFORM], name, 0, shown, "before learning, with uniform masks", error));
+    BESA__TRY(besa__check_loss(loss[BESA__LOSS_BEFORE], name, 0, shown, "before learning, with the first masks", error));
+    for (int64_t s = 0; s < p->step_losses; s++) {
+        char when[64];
+        int64_t first = s % besa__parts(p->nsamples, batch) * batch, end = besa__min(first + batch, p->nsamples);
+        snprintf(when, sizeof when, "in learning step %lld", (long long)s + 1);
+        if (s + 1 == BESA__STEP_LOSSES) {
+            snprintf(when, sizeof when, "in learning step %lld or a later one", (long long)s + 1);
+            first = 0, end = p->nsamples;
+        }
+        BESA__TRY(besa__check_loss(loss[BESA__LOSS_STEP + s], name, first, end, when, error));
+    }
+    return BESA_OK;
+}
+
+static besa_result besa__check_commit(const besa_pruner *p, const char *name, besa_error *error)
+{
+    int64_t shown = besa__min(BESA__REPORT_SEQUENCES, p->reference);
+    BESA__TRY(besa__check_loss(p->results_losses[BESA__LOSS_AFTER], name, 0, shown, "in the commit pass", error));
+    return besa__check_loss(p->results_losses[BESA__LOSS_REST], name, shown, p->reference, "in the commit pass", error);
+}
+
+/* ---- the report ---------------------------------------------------------------------------- */
 
 /* Source zeros and the spread of the rates. */
 static void besa__report_layers(const besa_pruner *p, besa_block_report *report)
@@ -8419,9 +8968,9 @@ static void besa__report_layers(const besa_pruner *p, besa_block_report *report)
     report->sparsity = (double)zeros / (double)weights;
 }
 
-static besa_result besa__report_losses(const besa_pruner *p, const char *name, besa_block_report *report, besa_error *error)
+static void besa__report_losses(const besa_pruner *p, besa_block_report *report)
 {
-    const float *loss = p->results->losses;
+    const float *loss = p->results_losses;
     int learned = 0;
     for (int i = 0; i < BESA_LAYERS; i++) learned |= besa__learns(p) && p->fixed[i] < 0;
     double shown = (double)besa__min(BESA__REPORT_SEQUENCES, p->reference), all = (double)p->reference;
@@ -8429,9 +8978,6 @@ static besa_result besa__report_losses(const besa_pruner *p, const char *name, b
     report->loss_uniform = learned ? (double)loss[BESA__LOSS_UNIFORM] : report->loss_after;
     report->loss_before = learned ? (double)loss[BESA__LOSS_BEFORE] : report->loss_after;
     report->loss_all = (shown * report->loss_after + (all - shown) * (double)loss[BESA__LOSS_REST]) / all;
-    if (isfinite(report->loss_all) && isfinite(report->loss_uniform)) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_NOT_FINITE, "the reconstruction loss of %s* is not finite: activations overflow",
-                      name ? name : "the block ");
 }
 
 /* From what has come back to the report, or to what went wrong; the earliest cause counts. */
@@ -8439,14 +8985,17 @@ static besa_result besa__report_block(besa_pruner *p, const char *name, besa_blo
 {
     const besa__results *r = p->results;
     BESA__TRY(besa__check_layers_finite(p, name, BESA__DENSE, error));
+    BESA__TRY(besa__check_sums(p, name, error));
     if (besa__learns(p)) {
-        BESA__TRY(besa__check_status(r->scalars[0], r->mean, error));
+        BESA__TRY(besa__check_learning(p, name, error));
+        BESA__TRY(besa__check_status(&p->rates, r->scalars[0], r->mean, error));
         BESA__TRY(besa__check_excess(&p->rates, r->excess, error));
         report->d = r->scalars[0];
         report->mean_rate = (double)r->mean;
     }
+    BESA__TRY(besa__check_commit(p, name, error));
     besa__report_layers(p, report);
-    BESA__TRY(besa__report_losses(p, name, report, error));
+    besa__report_losses(p, report);
     return besa__check_layers_finite(p, name, BESA__WRITTEN, error);
 }
 
@@ -8542,8 +9091,11 @@ static besa_result besa__finish_block(besa_pruner *p, const char *name, besa_res
 {
     if (result != BESA_OK && result != BESA_ERROR_NUMERIC) return result;
     besa_result fetched = besa__pass_error(p->be, besa__fetch_results(p), result ? NULL : error);
-    if (result == BESA_ERROR_NUMERIC)
-        return besa__check_layers_finite(p, name, BESA__DENSE, error) != BESA_OK ? BESA_ERROR_NOT_FINITE : result;
+    if (result == BESA_ERROR_NUMERIC) { /* because the weights or the activations were not finite? */
+        BESA__TRY(besa__check_layers_finite(p, name, BESA__DENSE, error));
+        BESA__TRY(besa__check_sums(p, name, error));
+        return result;
+    }
     BESA__TRY(fetched);
     BESA__TRY(besa__report_block(p, name, report, error));
     return besa__pass_error(p->be, besa__pass_seconds(p, report->seconds), error);
@@ -8572,7 +9124,7 @@ static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, con
 /* ---- the public functions ------------------------------------------------------------------ */
 
 /* Level 1: Yref is on the host. */
-static size_t besa__pruner_size(void *pruner, int level)
+static uint64_t besa__pruner_size(void *pruner, int level)
 {
     besa_pruner *p = (besa_pruner *)pruner;
     besa__arena device = {NULL, 0}, host = {NULL, 0};
@@ -8591,8 +9143,9 @@ static besa_result besa__pruner_allocate(besa_pruner *p, besa_error *error)
     BESA__TRY(besa__fit_budget(&p->chunk, besa__pruner_size, be->unified_memory || p->options.dense_stream ? 1 : 2, p, budget,
                                whose, error));
     besa__pruner_place(p, &device, &host);
-    BESA__TRY_ON(be, be->alloc(be, &p->memory, device.used), error);
-    BESA__TRY_ON(be, be->host_alloc(be, &p->host_memory, host.used), error);
+    BESA__TRY(besa__check_size(host.used, "the host's arrays", error));
+    BESA__TRY_ON(be, be->alloc(be, &p->memory, (size_t)device.used), error);
+    BESA__TRY_ON(be, be->host_alloc(be, &p->host_memory, (size_t)host.used), error);
     device.base = (unsigned char *)p->memory;
     host.base = (unsigned char *)p->host_memory;
     device.used = host.used = 0;
@@ -8715,7 +9268,7 @@ static void besa__notes_add(char **notes, const char *format, ...)
     char line[512];
     va_list args;
     va_start(args, format);
-    vsnprintf(line, sizeof line, format, args);
+    besa__format(line, sizeof line, format, &args);
     va_end(args);
     size_t n = *notes ? strlen(*notes) : 0, m = strlen(line);
     char *text = (char *)BESA_REALLOC(*notes, n + m + 2);
@@ -8849,7 +9402,7 @@ static besa_result besa__journal_read(besa__writer *w, const char *fingerprint, 
     snprintf(run, sizeof run, "run %s", fingerprint);
     if (fstat(w->journal, &st)) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
     size_t size = st.st_size < (1 << 20) ? (size_t)st.st_size : 1 << 20;
-    BESA__TRY(besa__malloc(&text, size + 1, "the journal", error));
+    BESA__TRY(besa__malloc(&text, besa__add_sizes(size, 1), "the journal", error));
     ((char *)text)[size] = 0;
     besa_result result = besa__read_at(w->journal, text, size, 0, w->partial, error);
     if (result == BESA_OK) result = besa__journal_parse(w, (char *)text, run, error);
@@ -9196,9 +9749,9 @@ static besa_result besa__writer_init(besa__writer *w, const char *output, besa_e
     BESA__TRY(besa__malloc(&memory, m + sizeof aside, "a path", error));
     w->aside_name = (char *)memcpy(memory, w->partial_name, m);
     memcpy(w->aside_name + m, aside, sizeof aside);
-    BESA__TRY(besa__malloc(&memory, ((size_t)w->blocks + 2) * sizeof *w->marks, "the journal", error));
+    BESA__TRY(besa__malloc(&memory, besa__bytes(w->blocks + 2, sizeof *w->marks), "the journal", error));
     w->marks = (besa__journal_mark *)memset(memory, 0, ((size_t)w->blocks + 2) * sizeof *w->marks);
-    BESA__TRY(besa__malloc(&memory, (size_t)c->num_shards * sizeof(int), "the shards", error));
+    BESA__TRY(besa__malloc(&memory, besa__bytes(c->num_shards, sizeof(int)), "the shards", error));
     w->files = (int *)memset(memory, 0xFF, (size_t)c->num_shards * sizeof(int));
     BESA__TRY(besa__malloc(&memory, (size_t)c->num_tensors, "the tensor table", error));
     w->prunable = (unsigned char *)memset(memory, 0, (size_t)c->num_tensors);
@@ -9430,7 +9983,7 @@ static void besa__run_place_blocks(besa__run *run, besa__arena *arena)
         for (int i = 0; i < BESA_LAYERS; i++) {
             int64_t rows, columns;
             besa_block_layer(s, i, &rows, &columns);
-            size_t bytes = besa_dtype_size(run->model.dtype) * (size_t)(rows * columns);
+            uint64_t bytes = besa__bytes(besa__product(rows, columns), besa_dtype_size(run->model.dtype));
             room->weight[i] = besa__take(arena, bytes);
             if (run->has_pruner) run->pruned[r][i] = besa__take(arena, bytes);
             room->bias[i] = besa__take_floats(arena, rows);
@@ -9440,8 +9993,8 @@ static void besa__run_place_blocks(besa__run *run, besa__arena *arena)
         room->q_norm = besa__take_floats(arena, s->head_dim);
         room->k_norm = besa__take_floats(arena, s->head_dim);
     }
-    run->rope_cos = besa__take_floats(arena, run->positions * (s->head_dim / 2));
-    run->rope_sin = besa__take_floats(arena, run->positions * (s->head_dim / 2));
+    run->rope_cos = besa__take_floats(arena, besa__product(run->positions, s->head_dim / 2));
+    run->rope_sin = besa__take_floats(arena, besa__product(run->positions, s->head_dim / 2));
 }
 
 /* The test stream's activations and what the head needs. */
@@ -9453,10 +10006,10 @@ static void besa__run_place_test(besa__run *run, besa__arena *arena, besa__arena
     work.rows = besa__max(work.rows, besa__vocab_chunk(run));
     besa__stream_place(&run->test, arena, host);
     besa__activations_place(&run->acts, arena, run->be->activation_dtype, s, run->config->qk_norm, chunk_tokens, 0);
-    run->logits = besa__take_floats(arena, chunk_tokens * besa__vocab_chunk(run));
-    run->nll_state = besa__take_floats(arena, 3 * tokens);
-    run->targets = (int32_t *)besa__take(arena, (size_t)tokens * sizeof(int32_t));
-    run->nll_sums = (double *)besa__take(arena, (size_t)run->test.count * sizeof(double));
+    run->logits = besa__take_floats(arena, besa__product(chunk_tokens, besa__vocab_chunk(run)));
+    run->nll_state = besa__take_floats(arena, besa__product(3, tokens));
+    run->targets = (int32_t *)besa__take_array(arena, tokens, sizeof(int32_t));
+    run->nll_sums = (double *)besa__take_array(arena, run->test.count, sizeof(double));
     run->workspace_bytes = run->be->workspace_size(run->be, &work);
     run->workspace = besa__take(arena, run->workspace_bytes);
 }
@@ -9464,8 +10017,8 @@ static void besa__run_place_test(besa__run *run, besa__arena *arena, besa__arena
 /* Bytes of weights that are staged at a time. */
 static size_t besa__piece_bytes(const besa__run *run)
 {
-    size_t largest = besa_dtype_size(run->model.dtype) * (size_t)besa__largest_layer(&run->config->block);
-    return largest < BESA__CHUNK ? (largest + 7) / 8 * 8 : BESA__CHUNK;
+    uint64_t largest = besa__bytes(besa__largest_layer(&run->config->block), besa_dtype_size(run->model.dtype));
+    return largest < BESA__CHUNK ? ((size_t)largest + 7) / 8 * 8 : BESA__CHUNK;
 }
 
 /* Host memory: the largest of embedding rows, the rope tables, and the test's targets; a block's vectors; pieces of
@@ -9473,7 +10026,7 @@ static size_t besa__piece_bytes(const besa__run *run)
 static void besa__run_place_host(besa__run *run, besa__arena *host)
 {
     const besa_block_shape *s = &run->config->block;
-    int64_t vectors = 2 * s->hidden_size + 2 * s->head_dim, tables = run->positions * s->head_dim;
+    int64_t vectors = 2 * s->hidden_size + 2 * s->head_dim, tables = besa__product(run->positions, s->head_dim);
     int64_t rows = BESA__CHUNK_TOKENS * s->hidden_size, test = run->test.count * run->test.seqlen; /* 2 or more a window */
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t layer_rows, columns;
@@ -9496,10 +10049,9 @@ static int64_t besa__staged_rows(const besa__run *run)
 /* Place every array of the run; arenas without memory only count. */
 static void besa__run_place(besa__run *run, besa__arena *arena, besa__arena *host)
 {
-    size_t row = (size_t)run->config->block.hidden_size * sizeof(float);
     besa__run_place_host(run, host);
     besa__run_place_blocks(run, arena);
-    run->rows = besa__take(arena, (size_t)besa__staged_rows(run) * row);
+    run->rows = besa__take_floats(arena, besa__product(besa__staged_rows(run), run->config->block.hidden_size));
     run->calibration.chunk = run->dense.chunk = run->pruner.chunk;
     if (run->has_pruner) besa__stream_place(&run->calibration, arena, host);
     if (run->has_dense) besa__stream_place(&run->dense, arena, host);
@@ -9512,7 +10064,7 @@ enum { BESA__LEVEL_DEVICE, BESA__LEVEL_TEST, BESA__LEVEL_YREF, BESA__LEVEL_X, BE
 
 static int besa__levels(const besa_backend *be) { return be->unified_memory ? 1 : BESA__LEVELS; }
 
-static size_t besa__run_size(void *user, int level)
+static uint64_t besa__run_size(void *user, int level)
 {
     besa__arena device = {NULL, 0}, host = {NULL, 0};
     besa__run *run = (besa__run *)user;
@@ -9576,8 +10128,11 @@ static besa_result besa__run_calibration(besa__run *run, const besa_calibration 
 static besa_result besa__run_fit(besa__run *run, int64_t *chunk, size_t budget, besa_error *error)
 {
     const char *whose;
+    besa__arena device = {NULL, 0}, host = {NULL, 0};
     BESA__TRY(besa__default_budget(run->be, &budget, &whose, error));
-    return besa__fit_budget(chunk, besa__run_size, besa__levels(run->be), run, budget, whose, error);
+    BESA__TRY(besa__fit_budget(chunk, besa__run_size, besa__levels(run->be), run, budget, whose, error));
+    besa__run_place(run, &device, &host);
+    return besa__check_size(host.used, "the host's arrays", error);
 }
 
 static besa_result besa__run_allocate(besa__run *run, besa_error *error)
@@ -9585,8 +10140,8 @@ static besa_result besa__run_allocate(besa__run *run, besa_error *error)
     besa_backend *be = run->be;
     besa__arena device = {NULL, 0}, host = {NULL, 0};
     besa__run_place(run, &device, &host);
-    BESA__TRY_ON(be, be->alloc(be, &run->device, device.used), error);
-    BESA__TRY_ON(be, be->host_alloc(be, &run->host, host.used), error);
+    BESA__TRY_ON(be, be->alloc(be, &run->device, (size_t)device.used), error);
+    BESA__TRY_ON(be, be->host_alloc(be, &run->host, (size_t)host.used), error);
     device.base = (unsigned char *)run->device;
     host.base = (unsigned char *)run->host;
     device.used = host.used = 0;
@@ -9628,7 +10183,7 @@ static besa_result besa__tensor_floats(float *out, const besa_tensor *tensor, in
         else memcpy(&half, at, 2);
         if (tensor->dtype == BESA_F16) out[i] = besa__f16_to_f32(half);
         if (tensor->dtype == BESA_BF16) out[i] = besa__bf16_to_f32(half);
-        if (!isfinite(out[i]))
+        if (!besa__is_finite((double)out[i]))
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s: element %lld is %g", tensor->name, (long long)(first + i),
                               (double)out[i]);
     }
@@ -9642,6 +10197,7 @@ static besa_result besa__bring_vector(besa__run *run, float **vectors, float *de
     if (!tensor) return BESA_OK;
     int64_t count = tensor->shape[0];
     BESA__TRY(besa__tensor_floats(*vectors, tensor, 0, count, error));
+    besa__release_pages(run->checkpoint, tensor);
     BESA__TRY(besa__pass_error(run->be, run->be->upload(run->be, BESA_QUEUE_STAGE, device, *vectors,
                                                     (size_t)count * sizeof(float)), error));
     *vectors += count;
@@ -9957,13 +10513,13 @@ static besa_result besa__test_perplexity(besa__run *run, double *perplexity, dou
     BESA__TRY_ON(be, result, error);
     for (int64_t i = 0; i < s->count; i++) {
         double mean = window[i] / (double)(s->seqlen - 1);
-        if (!isfinite(mean))
+        if (!besa__is_finite(mean))
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "the log-likelihood of window %lld is %g", (long long)i, mean);
         sum += mean;
         if (nll) nll[i] = mean;
     }
     *perplexity = exp(sum / (double)s->count);
-    if (isfinite(*perplexity)) return BESA_OK;
+    if (besa__is_finite(*perplexity)) return BESA_OK;
     return besa__fail(error, BESA_ERROR_NOT_FINITE, "the perplexity overflows: mean negative log-likelihood is %g",
                       sum / (double)s->count);
 }
@@ -10101,12 +10657,13 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
     }
     int length = snprintf(options, sizeof options,
              "%s,%d,%d,%d,%d:%d,%d,%.17g,%d,%.17g,%.17g,%d,%d,%d,%lld,%.17g,%d,%.17g,%.17g,%.17g,%.17g,%.17g,%.17g,"
-             "%lld,%lld,%d,%d,%d,%016llx",
+             "%lld,%lld,%d,%d,%d,%016llx,%.17g",
              run->be->name, (int)run->be->activation_dtype, (int)o->method, (int)o->importance,
              o->pattern_n, o->pattern_m, o->magnitude_per_row, r->target, (int)r->form, r->layer_scale,
              r->row_scale, r->plain_softmax, r->zero_start, r->candidates, (long long)r->group_rows, r->penalty,
              (int)r->optimizer, r->lr, r->beta1, r->beta2, r->weight_decay, r->d0, r->d_coef, (long long)o->epochs,
-             (long long)o->batch_size, o->norm_all, o->dense_stream, o->no_projection, (unsigned long long)fixed);
+             (long long)o->batch_size, o->norm_all, o->dense_stream, o->no_projection, (unsigned long long)fixed,
+             o->damping);
     size_t tokens = (size_t)(c->nsamples * c->seqlen) * sizeof(int32_t);
     snprintf(line, size, "besa %d.%d method %d sparsity %g micro-batch %lld tokens %lldx%lld %016llx source %016llx options "
              "%016llx", BESA_VERSION_MAJOR, BESA_VERSION_MINOR, (int)o->method, r->target, (long long)run->pruner.chunk,
@@ -10222,19 +10779,38 @@ static void besa__note_range(const besa__run *run, char **notes)
                     o->rates.target, low, high);
 }
 
+/* Learning steps before which rates hardly move: logits have to change by about 0.3. AdamW changes them by lr a step.
+ * Prodigy's step is d lr, and d grows from d0 by a factor of about 1 + 1.2 (d_coef lr)^0.72 from the third step on, as
+ * measured for d_coef 0.05 to 500. */
+static double besa__steps_needed(const besa_rate_options *o)
+{
+    if (o->optimizer == BESA_ADAMW) return ceil(0.3 / o->lr);
+    double growth = 1 + 1.2 * pow(o->d_coef * o->lr, 0.72), distance = log(0.3 / (o->d0 * o->lr));
+    return ceil(2 + fmax(distance, 0) / log(growth));
+}
+
+/* A warning where learning ends before rates have moved. */
+static void besa__note_steps(const besa_pruner *p, char **notes)
+{
+    const besa_prune_options *o = &p->options;
+    const char *larger = o->rates.optimizer == BESA_ADAMW ? "lr" : "d_coef";
+    int64_t steps = o->epochs * besa__parts(p->nsamples, o->batch_size);
+    double needed = besa__steps_needed(&o->rates);
+    if (o->method != BESA_METHOD_BESA || (double)steps >= needed) return;
+    besa__notes_add(notes, "warning: %lld learning step%s a block (sequences x epochs / batch size): rates hardly move before "
+                    "step %.0f, and masks are nearly those of uniform rates by importance %s; more sequences or epochs, a "
+                    "smaller batch or a larger %s help", (long long)steps, steps == 1 ? "" : "s", needed,
+                    besa__importance_row(o->importance)->name, larger);
+}
+
 /* Warnings that a run can give before it begins. */
 static void besa__note_settings(const besa__run *run, char **notes)
 {
-    const besa_pruner *p = &run->pruner;
-    int64_t batches = besa__parts(p->nsamples, p->options.batch_size), longest = run->config->max_position_embeddings;
-    int64_t steps = p->options.epochs * batches, needed = 32;
+    int64_t longest = run->config->max_position_embeddings;
     const char *line = besa_checkpoint_notes(run->checkpoint), *end;
     for (; (end = strchr(line, '\n')) != NULL; line = end + 1) besa__notes_add(notes, "%.*s", (int)(end - line), line);
     besa__note_range(run, notes);
-    if (p->options.method == BESA_METHOD_BESA && steps < needed)
-        besa__notes_add(notes, "warning: %lld learning step%s a block (sequences x epochs / batch size): rates hardly move in "
-                        "less than %lld, and the result is much like Wanda's", (long long)steps, steps == 1 ? "" : "s",
-                        (long long)needed);
+    besa__note_steps(&run->pruner, notes);
     if (run->positions > longest)
         besa__notes_add(notes, "warning: sequences of %lld tokens, the model's max_position_embeddings is %lld",
                         (long long)run->positions, (long long)longest);
@@ -10371,7 +10947,7 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
     if (result == BESA_OK) {
         void *blocks;
         report->num_blocks = run.config->num_hidden_layers;
-        result = besa__malloc(&blocks, (size_t)report->num_blocks * sizeof(besa_block_report), "the report", error);
+        result = besa__malloc(&blocks, besa__bytes(report->num_blocks, sizeof(besa_block_report)), "the report", error);
         if (result == BESA_OK) memset(blocks, 0, (size_t)report->num_blocks * sizeof(besa_block_report));
         report->block = (besa_block_report *)blocks;
     }
@@ -10400,15 +10976,16 @@ static double besa__plan_flop(const besa__run *run)
         if (besa__layers[i].group == BESA__GROUP_QKV) qkv += (double)rows * (double)columns;
     }
     for (int i = 0; i < BESA__INPUTS; i++) gram += (double)besa__input_columns(s, i) * (double)besa__input_columns(s, i);
-    double attention = 2 * (double)(s->num_attention_heads * s->head_dim * run->pruner.seqlen);
+    double per_key = 2 * (double)(s->num_attention_heads * s->head_dim), attention = per_key * (double)run->pruner.seqlen;
     double forward = 2 * weights + attention, backward = 4 * weights - 2 * qkv + 2.5 * attention;
-    double dense = besa__uses_magnitude(o) ? (double)run->pruner.reference / (double)run->pruner.nsamples : 1;
+    double dense = besa__uses_inputs(o) ? 1 : (double)run->pruner.reference / (double)run->pruner.nsamples;
     double flop = (1 + dense + run->has_dense) * forward + (besa__uses_gram(o) ? gram : 0);
     if (o->method == BESA_METHOD_BESA) flop += (double)o->epochs * (forward + backward);
     flop *= tokens * (double)run->config->num_hidden_layers;
     if (!run->has_test) return flop;
     double head = 2 * (double)run->config->vocab_size * (double)s->hidden_size;
-    return flop + (double)(run->test.count * run->test.seqlen) * (head + forward * (double)run->config->num_hidden_layers);
+    double block = 2 * weights + per_key * (double)run->test.seqlen;
+    return flop + (double)(run->test.count * run->test.seqlen) * (head + block * (double)run->config->num_hidden_layers);
 }
 
 BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *be, const besa_calibration *calibration,
@@ -10420,8 +10997,8 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
     if (result == BESA_OK) {
         besa__arena device = {NULL, 0}, host = {NULL, 0};
         besa__run_place(&run, &device, &host);
-        plan->device_bytes = device.used;
-        plan->host_bytes = host.used;
+        plan->device_bytes = (size_t)device.used;
+        plan->host_bytes = (size_t)host.used;
         plan->x_on_host = run.calibration.streamed;
         plan->yref_on_host = run.has_dense ? run.dense.streamed : run.pruner.yref.streamed;
         plan->test_on_host = run.has_test && run.test.streamed;
@@ -10431,12 +11008,14 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
         BESA_FREE(notes);
         plan->micro_batch = run.pruner.chunk;
         plan->flop = besa__plan_flop(&run);
+        uint64_t mapped = 0;
         for (int64_t i = 0; i < checkpoint->num_shards; i++) plan->disk_bytes += checkpoint->shards[i].size;
         for (int i = 0; i < BESA_LAYERS; i++) {
             int64_t rows, columns;
             besa_block_layer(&run.config->block, i, &rows, &columns);
-            plan->mapped_block_bytes += besa_dtype_size(run.model.dtype) * (size_t)(rows * columns);
+            mapped = besa__add_sizes(mapped, besa__bytes(besa__product(rows, columns), besa_dtype_size(run.model.dtype)));
         }
+        plan->mapped_block_bytes = besa__size(mapped);
     }
     besa__run_close(&run);
     return result;
@@ -10458,14 +11037,13 @@ static void besa__append(besa__text *t, const char *format, ...)
     for (int attempt = 0; t->text && attempt < 2; attempt++) {
         va_list args;
         va_start(args, format);
-        int wrote = vsnprintf(t->text + t->length, t->room - t->length, format, args);
+        size_t wrote = besa__format(t->text + t->length, t->room - t->length, format, &args);
         va_end(args);
-        if (wrote < 0) return;
-        if ((size_t)wrote < t->room - t->length) {
-            t->length += (size_t)wrote;
+        if (wrote < t->room - t->length) {
+            t->length += wrote;
             return;
         }
-        t->room = 2 * t->room + (size_t)wrote;
+        t->room = 2 * t->room + wrote;
         char *grown = (char *)BESA_REALLOC(t->text, t->room);
         if (!grown) BESA_FREE(t->text);
         t->text = grown;
@@ -10475,7 +11053,7 @@ static void besa__append(besa__text *t, const char *format, ...)
 /* JSON has no NaN: null stands for it. */
 static void besa__append_number(besa__text *t, const char *key, double value, const char *after)
 {
-    if (isfinite(value)) besa__append(t, "\"%s\": %.9g%s", key, value, after);
+    if (besa__is_finite(value)) besa__append(t, "\"%s\": %.9g%s", key, value, after);
     else besa__append(t, "\"%s\": null%s", key, after);
 }
 

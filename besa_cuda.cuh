@@ -294,8 +294,8 @@ static besa_result besa__cuda_synchronize(besa_backend *be, besa_queue q)
     cuda->bad_pivot_host[0] = 0;
     BESA__TRY(besa__cuda_zero(be, BESA_QUEUE_COMPUTE, cuda->bad_pivot, 2 * sizeof(int64_t)));
     return besa__fail(&be->error, BESA_ERROR_NUMERIC,
-                      "the Hessian of %lld columns is not positive definite at column %lld (more damping or more "
-                      "calibration tokens may help)", static_cast<long long>(columns), static_cast<long long>(column));
+                      "the Hessian of %lld columns is not positive definite at column %lld (a larger option "
+                      "damping or more calibration tokens may help)", static_cast<long long>(columns), static_cast<long long>(column));
 }
 
 /* ============================================================================================
@@ -1953,8 +1953,8 @@ static __global__ void __launch_bounds__(BESA__CUDA_SORT_THREADS)
             K *swap = sort.now;
             sort.now = sort.next, sort.next = swap;
         }
+        /* The next row overwrites what it begins with, and each thread the elements alone that it reads here. */
         for (int64_t j = threadIdx.x; j < columns; j += blockDim.x) rank[r * columns + j] = sort.now[j];
-        __syncthreads(); /* before the next row overwrites it */
     }
 }
 

@@ -45,21 +45,16 @@ typedef struct settings {
 
 typedef enum kind {
     HEADING, FLAG, TEXT, CHOICE, PATTERN, SKIP, METHODS, /* these are not numbers */
-    INT, COUNT, SEED, ROWS, NUMBER, PENALTY, POSITIVE, SHARE, SHARES, FIX, BYTES, DEVICE
+    NUMBER, ROWS, SHARES, /* numbers of besa_prune_options: the library's table has their ranges */
+    THREADS, COUNT, SEED, FIX, BYTES, DEVICE
 } kind;
 
-/* What each kind of number admits. */
+/* What each other kind of number admits. */
 static const struct { double least, most; int whole; const char *words; } ranges[] = {
-    [INT] = {1, 65535, 1, "a whole number from 1 to 65535"},
+    [THREADS] = {1, 1024, 1, "a whole number from 1 to 1024"},
     [COUNT] = {1, 1e9, 1, "a whole number from 1 to 1000000000"},
     [SEED] = {0, 9e15, 1, "a whole number from 0 to 9000000000000000"},
-    [ROWS] = {1, 1e9, 1, "a whole number from 1, or all"},
-    [NUMBER] = {0, DBL_MAX, 0, "a number from 0"},
-    [PENALTY] = {0, DBL_MAX, 0, "a number from 0"},
-    [POSITIVE] = {DBL_MIN, DBL_MAX, 0, "a number above 0"},
-    [SHARE] = {DBL_MIN, 1 - DBL_EPSILON, 0, "a number above 0 and below 1"},
-    [SHARES] = {DBL_MIN, 1 - DBL_EPSILON, 0, "a number above 0 and below 1"},
-    [FIX] = {0, 1 - DBL_EPSILON, 0, "a number from 0 and below 1"},
+    [FIX] = {0, 1 - DBL_EPSILON / 2, 0, "a number from 0 and below 1"},
     [BYTES] = {1, 1e18, 0, "a number of bytes, as 500M or 24G"},
     [DEVICE] = {0, 65535, 1, "a GPU's number, from 0"},
 };
@@ -74,6 +69,10 @@ typedef struct option {
 } option;
 
 static const char method_names[] = "besa|wanda|sparsegpt|magnitude";
+
+#define NAME(value, name, statistic, power, exponent) "|" name
+static const char importance_names[] = BESA_IMPORTANCES(NAME); /* begins with a bar */
+#undef NAME
 
 #define AT(field) offsetof(settings, field)
 
@@ -90,32 +89,34 @@ static const option options[] = {
     {"Method", HEADING, 0, RUN, "", ""},
     {"method", CHOICE, AT(prune.method), ONE, method_names, "how to choose what goes [besa]"},
     {"method", METHODS, 0, COMPARE, "A,B,...", "of besa, besa:PRESET, wanda, sparsegpt, magnitude [all but presets]"},
-    {"sparsity", SHARE, AT(prune.rates.target), ONE, "S", "share of the weights that become zero [0.5]"},
-    {"sparsity", SHARES, 0, COMPARE, "S,S,...", "shares of the weights that become zero [0.5]"},
+    {"sparsity", NUMBER, AT(prune.rates.target), ONE, "S", "share of the weights that become zero [0.5]"},
+    {"sparsity", SHARES, AT(prune.rates.target), COMPARE, "S,S,...", "shares of the weights that become zero [0.5]"},
     {"pattern", PATTERN, 0, RUN, "N:M", "prune N of every M consecutive weights, as 2:4; not with besa"},
     {"per-row", FLAG, AT(prune.magnitude_per_row), RUN, "", "magnitude: each row has the sparsity, not only the layer"},
+    {"damping", NUMBER, AT(prune.damping), RUN, "X",
+     "sparsegpt and its importances: share of a Hessian's mean diagonal added to it [0.01]"},
     {"skip", SKIP, 0, RUN, "PATTERN", "keep layers dense: v_proj, layers.0, '*.mlp.*'; repeatable"},
     {"fix", FIX, 0, RUN, "PATTERN=S", "hold layers at a sparsity of their own; the others reach --sparsity; repeatable"},
 
     {"BESA", HEADING, 0, RUN, "", ""},
     {"preset", TEXT, AT(preset), RUN, "default|published-row|published-layer",
-     "what the options below start from; published: as the paper's code"},
+     "what the options below start from; published: as the paper's code, for LLaMA-1-7B"},
     {"rates", CHOICE, AT(prune.rates.form), RUN, "hierarchical|row|layer", "what has learned rates [hierarchical]"},
-    {"layer-scale", POSITIVE, AT(prune.rates.layer_scale), RUN, "X", "how far the rates of layers move [1]"},
-    {"row-scale", POSITIVE, AT(prune.rates.row_scale), RUN, "X", "how far the rates of rows move [1]"},
+    {"layer-scale", NUMBER, AT(prune.rates.layer_scale), RUN, "X", "how far the rates of layers move [1]"},
+    {"row-scale", NUMBER, AT(prune.rates.row_scale), RUN, "X", "how far the rates of rows move [1]"},
     {"group-rows", ROWS, AT(prune.rates.group_rows), RUN, "N|all", "rows that share a rate [1]"},
-    {"candidates", INT, AT(prune.rates.candidates), RUN, "D", "rates are mixtures of 1, 1 - 1/D, ..., 0 [100]"},
+    {"candidates", NUMBER, AT(prune.rates.candidates), RUN, "D", "rates are mixtures of 1, 1 - 1/D, ..., 0 [100]"},
     {"plain-softmax", FLAG, AT(prune.rates.plain_softmax), RUN, "", "softmax of the logits, without the sigmoid"},
     {"zero-start", FLAG, AT(prune.rates.zero_start), RUN, "", "start at a rate of 1/2 instead of at the sparsity"},
-    {"importance", CHOICE, AT(prune.importance), RUN, "wanda|magnitude|sparsegpt|sparsegpt-squared",
+    {"importance", CHOICE, AT(prune.importance), RUN, &importance_names[1],
      "which weights of a row go first [wanda]"},
     {"optimizer", CHOICE, AT(prune.rates.optimizer), RUN, "prodigy|adamw", "what learns the rates [prodigy]"},
-    {"lr", POSITIVE, AT(prune.rates.lr), RUN, "X", "learning rate [prodigy 1, adamw 0.01]"},
-    {"d-coef", POSITIVE, AT(prune.rates.d_coef), RUN, "X", "Prodigy: factor on the step size that it finds [5]"},
+    {"lr", NUMBER, AT(prune.rates.lr), RUN, "X", "learning rate [prodigy 1, adamw 0.01]"},
+    {"d-coef", NUMBER, AT(prune.rates.d_coef), RUN, "X", "Prodigy: factor on the step size that it finds [5]"},
     {"weight-decay", NUMBER, AT(prune.rates.weight_decay), RUN, "X", "decoupled weight decay [0]"},
-    {"lambda", PENALTY, AT(prune.rates.penalty), RUN, "X", "weight of the sparsity penalty [1]"},
-    {"epochs", COUNT, AT(prune.epochs), RUN, "N", "passes over the calibration sequences [1]"},
-    {"batch-size", COUNT, AT(prune.batch_size), RUN, "N", "sequences of a learning step [1]"},
+    {"lambda", NUMBER, AT(prune.rates.penalty), RUN, "X", "weight of the sparsity penalty [1]"},
+    {"epochs", NUMBER, AT(prune.epochs), RUN, "N", "passes over the calibration sequences [1]"},
+    {"batch-size", NUMBER, AT(prune.batch_size), RUN, "N", "sequences of a learning step [1]"},
     {"norm-all", FLAG, AT(prune.norm_all), RUN, "", "channel norms of the loss from all sequences, not the batch"},
     {"dense-stream", FLAG, AT(prune.dense_stream), RUN, "",
      "aim at the dense model, not at the dense block on pruned inputs"},
@@ -124,7 +125,7 @@ static const option options[] = {
     {"Run", HEADING, 0, ALL, "", ""},
     {"device", DEVICE, 0, RUN | EVAL, "cpu|cuda[:N]", "compute on the CPU or on NVIDIA GPU number N [cpu]; "
      "`make -C examples cuda` builds for both"},
-    {"threads", INT, AT(threads), RUN | EVAL, "K", "cpu: [all cores; 1 where built without OpenMP]"},
+    {"threads", THREADS, AT(threads), RUN | EVAL, "K", "cpu: [all cores; 1 where built without OpenMP]"},
     {"bf16", FLAG, AT(bf16), RUN | EVAL, "", "cpu: products in bfloat16, faster where the processor has them"},
     {"fp32", FLAG, AT(gpu.fp32), RUN | EVAL, "", "cuda: float throughout; without it bfloat16, where the GPU has it"},
     {"memory", BYTES, AT(prune.device_memory), RUN, "N[K|M|G|T]",
@@ -157,16 +158,48 @@ _Noreturn static void usage_error(const settings *s, const char *format, ...)
     exit(2);
 }
 
-static double read_number(const settings *s, const option *o, const char *text)
+/* The library's row of a NUMBER, ROWS or SHARES, by its field. */
+static const besa_option *find_row(const option *o)
+{
+    const besa_option *limits = besa_option_table();
+    while (AT(prune) + limits->offset != o->offset) limits++;
+    return limits;
+}
+
+/* All of text as a number; BYTES may end in a unit. NaN where it is none. */
+static double parse_number(const option *o, const char *text)
 {
     char *end;
     double x = strtod(text, &end);
     int exponent = o->kind != BYTES ? 0 : *end == 'K' ? 3 : *end == 'M' ? 6 : *end == 'G' ? 9 : *end == 'T' ? 12 : 0;
-    x *= pow(10, exponent);
-    if (end == text || end[exponent > 0] || !(x >= ranges[o->kind].least && x <= ranges[o->kind].most) ||
-        (ranges[o->kind].whole && x != floor(x)))
+    return end == text || end[exponent > 0] ? (double)NAN : x * pow(10, exponent);
+}
+
+static double read_number(const settings *s, const option *o, const char *text)
+{
+    const double x = parse_number(o, text);
+    if (o->kind == NUMBER || o->kind == ROWS || o->kind == SHARES) {
+        const besa_option *limits = find_row(o);
+        const int whole = limits->kind != BESA_OPTION_DOUBLE;
+        const int above = limits->flags & BESA_OPTION_ABOVE ? x > limits->least : x >= limits->least;
+        const int below = limits->flags & BESA_OPTION_BELOW ? x < limits->most : x <= limits->most;
+        if (!isfinite(x) || !above || !below || (whole && x != floor(x)))
+            usage_error(s, "--%s is '%s', expected a %snumber, %s%s", o->name, text, whole ? "whole " : "", limits->range,
+                        o->kind == ROWS ? ", or all" : "");
+        return whole ? fmin(x, 9e15) : x; /* more is as good as all */
+    }
+    if (!(x >= ranges[o->kind].least && x <= ranges[o->kind].most) || (ranges[o->kind].whole && x != floor(x)))
         usage_error(s, "--%s: '%s' is not %s", o->name, text, ranges[o->kind].words);
     return x;
+}
+
+/* Into the field of its row. The library takes 0 for its default: BESA_NONE stands for a true 0. */
+static void write_number(const option *o, void *field, double x)
+{
+    const besa_option *limits = find_row(o);
+    if (limits->kind == BESA_OPTION_INT64) *(int64_t *)field = (int64_t)x;
+    else if (limits->kind != BESA_OPTION_DOUBLE) *(int *)field = (int)x;
+    else *(double *)field = x > 0 ? x : BESA_NONE;
 }
 
 /* The position of a word in "a|b|c", or -1. */
@@ -256,14 +289,10 @@ static void read_value(settings *s, const option *o, const char *text)
     case PATTERN: read_pattern(s, o, text); break;
     case SKIP: case FIX: read_fixed(s, o, text); break;
     case METHODS: case SHARES: read_list(s, o, text); break;
-    case INT: *(int *)field = (int)read_number(s, o, text); break;
-    case COUNT: case SEED: *(int64_t *)field = (int64_t)read_number(s, o, text); break;
+    case NUMBER: write_number(o, field, read_number(s, o, text)); break;
     case ROWS: *(int64_t *)field = strcmp(text, "all") ? (int64_t)read_number(s, o, text) : BESA_ALL_ROWS; break;
-    case NUMBER: case POSITIVE: case SHARE: *(double *)field = read_number(s, o, text); break;
-    case PENALTY: /* the library takes 0 for its default */
-        *(double *)field = read_number(s, o, text);
-        if (*(double *)field <= 0) *(double *)field = BESA_NONE;
-        break;
+    case THREADS: *(int *)field = (int)read_number(s, o, text); break;
+    case COUNT: case SEED: *(int64_t *)field = (int64_t)read_number(s, o, text); break;
     case BYTES: *(size_t *)field = (size_t)read_number(s, o, text); break;
     case DEVICE: read_device(s, o, text); break;
     }
@@ -398,6 +427,14 @@ static void check_report(const settings *s)
     free(report);
 }
 
+static int uses_factor(besa_importance importance)
+{
+#define STATISTIC(value, name, statistic, power, exponent) statistic,
+    static const besa_statistic statistic_of[] = {BESA_IMPORTANCES(STATISTIC)};
+#undef STATISTIC
+    return statistic_of[importance] == BESA_STATISTIC_FACTOR;
+}
+
 static void check_arguments(settings *s)
 {
     if (s->num_paths < s->command->min_paths) usage_error(s, "it wants %s", s->command->paths);
@@ -413,6 +450,9 @@ static void check_arguments(settings *s)
         usage_error(s, "--%s is for --method besa", s->besa_option);
     if (s->prune.magnitude_per_row && s->command->bit & ONE && s->prune.method != BESA_METHOD_MAGNITUDE)
         usage_error(s, "--per-row is for --method magnitude");
+    if (s->prune.damping > 0 && s->command->bit & ONE && s->prune.method != BESA_METHOD_SPARSEGPT &&
+        (s->prune.method != BESA_METHOD_BESA || !uses_factor(s->prune.importance)))
+        usage_error(s, "--damping is for --method sparsegpt, or for --method besa with its importances");
     for (int i = 0; i < s->num_rows; i++) read_arguments(s, row_preset(s, &s->rows[i]));
     if (s->preset) read_arguments(s, s->preset);
 }
@@ -431,7 +471,10 @@ static void print_help(const command *c)
         else printf("  %-22s%s%*s%s\n", left, n > 21 ? "\n" : "", n > 21 ? 24 : 0, "", o->help);
     }
     if (c->bit & RUN)
-        printf("\nThe opposite of a flag takes back what a preset sets: --projection, --no-zero-start.\n");
+        printf("\nThe opposite of a flag takes back what a preset sets: --projection, --no-zero-start.\n"
+               "published-row has --d-coef 5 and published-layer 50, as the paper for LLaMA-1-7B. Its other runs had\n"
+               "by row 5 (1-13B, 2-7B, 2-13B), 10 (1-30B), 50 (1-65B, 2-70B), by layer 0.5 (1-13B, 1-65B, 2-70B),\n"
+               "0.05 (1-30B, 2-7B, 2-13B).\n");
 }
 
 static void print_general_help(FILE *file, const command *c)

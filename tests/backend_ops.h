@@ -11,6 +11,7 @@
  * Prints PASS, FAIL or SKIP per case and `N passed, N failed, N skipped`; returns the number of failures. */
 #ifndef BESA_BACKEND_OPS_H
 #define BESA_BACKEND_OPS_H
+#include <float.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,6 +24,7 @@ typedef struct ops {
     besa_backend *be;
     const char *mode;
     int quiet;
+    int brief;                         /* leave out what neither threads nor products change */
     double product_tolerance;          /* relative error of matrix products, 0: by the activations' type */
     uint64_t random, hash;             /* hash: of all bytes that came down in this case */
     void *buffer[OPS_BUFFERS];         /* device memory of this case */
@@ -106,11 +108,41 @@ static void ops_get(ops *t, void *data, const void *device, size_t bytes)
     for (size_t i = 0; i < bytes; i++) t->hash = (t->hash ^ byte[i]) * 1099511628211u;
 }
 
+/* The 16-bit types from their definition, not by the library's own converters. A code is sign, exponent, fraction; codes
+ * of one sign count through the numbers in order, from 0 over the subnormals to infinity. */
+static int ops_fraction_bits(besa_dtype dtype) { return dtype == BESA_F16 ? 10 : 7; }
+static int ops_least_exponent(besa_dtype dtype) { return dtype == BESA_F16 ? -14 : -126; } /* of a normal number */
+
+static double ops_decode(besa_dtype dtype, uint16_t code)
+{
+    int bits = ops_fraction_bits(dtype), exponent = (code & 0x7FFF) >> bits, fraction = code & ((1 << bits) - 1);
+    double x = ldexp(fraction + (exponent ? 1 << bits : 0), ops_least_exponent(dtype) - bits + (exponent ? exponent - 1 : 0));
+    if (exponent == 0x7FFF >> bits) x = fraction ? (double)NAN : (double)INFINITY;
+    return code & 0x8000 ? -x : x;
+}
+
+/* The nearest code, of two equally near ones the even one; what is half a step beyond the largest number is infinite. */
+static uint16_t ops_encode(besa_dtype dtype, double x)
+{
+    int bits = ops_fraction_bits(dtype), least = ops_least_exponent(dtype), exponent = least;
+    uint32_t infinity = (0x7FFFu >> bits) << bits, code = infinity;
+    double a = fabs(x), steps, rest;
+    if (x != x) return (uint16_t)(infinity + 1);
+    if (a <= (double)FLT_MAX) {
+        if (a > 0 && ilogb(a) > least) exponent = ilogb(a);
+        rest = ldexp(a, bits - exponent);
+        steps = floor(rest), rest -= steps;
+        code = (uint32_t)steps;
+        if (rest > 0.5 || (rest == 0.5 && code % 2 == 1)) code++;
+        code += (uint32_t)(exponent - least) << bits;
+        if (code > infinity) code = infinity;
+    }
+    return (uint16_t)(code | (signbit(x) ? 0x8000u : 0));
+}
+
 static double ops_round(besa_dtype dtype, double x)
 {
-    if (dtype == BESA_BF16) return (double)besa__bf16_to_f32(besa__f32_to_bf16((float)x));
-    if (dtype == BESA_F16) return (double)besa__f16_to_f32(besa__f32_to_f16((float)x));
-    return (double)(float)x;
+    return dtype == BESA_F32 ? (double)(float)x : ops_decode(dtype, ops_encode(dtype, (double)(float)x));
 }
 
 /* values of x (n) are rounded to dtype and sent */
@@ -119,8 +151,8 @@ static void *ops_send(ops *t, double *x, besa_dtype dtype, int64_t n)
     unsigned char *data = (unsigned char *)ops_host(t, (size_t)n * besa_dtype_size(dtype));
     for (int64_t i = 0; i < n; i++) {
         float f = (float)x[i];
-        uint16_t h = dtype == BESA_BF16 ? besa__f32_to_bf16(f) : besa__f32_to_f16(f);
-        x[i] = ops_round(dtype, x[i]);
+        uint16_t h = ops_encode(dtype, (double)f);
+        x[i] = dtype == BESA_F32 ? (double)f : ops_decode(dtype, h);
         if (dtype == BESA_F32) memcpy(data + 4 * i, &f, 4);
         else memcpy(data + 2 * i, &h, 2);
     }
@@ -149,7 +181,7 @@ static double *ops_fetch(ops *t, const void *device, besa_dtype dtype, int64_t n
         uint16_t h = 0;
         if (dtype == BESA_F32) memcpy(&f, data + 4 * i, 4);
         else memcpy(&h, data + 2 * i, 2);
-        x[i] = (double)(dtype == BESA_F32 ? f : dtype == BESA_BF16 ? besa__bf16_to_f32(h) : besa__f16_to_f32(h));
+        x[i] = dtype == BESA_F32 ? (double)f : ops_decode(dtype, h);
     }
     return x;
 }
@@ -366,6 +398,52 @@ static void ops_convert(ops *t, const ops_case *c)
         }
 }
 
+/* got (n) as converted from want; NaN stays NaN, all else to the bit */
+static void ops_converted(ops *t, const void *device, besa_dtype from, besa_dtype to, const double *x, int64_t n)
+{
+    const double *got = ops_fetch(t, device, to, n);
+    for (int64_t i = 0; i < n; i++) {
+        double want = ops_round(to, x[i]);
+        if (got[i] != got[i] && want != want) continue;
+        if (got[i] == want && signbit(got[i]) == signbit(want)) continue;
+        ops_fail(t, to == BESA_F32 ? "to f32" : to == BESA_F16 ? "to f16" : "to bf16", got[i], want);
+        if (t->failed == 1) snprintf(t->detail + strlen(t->detail), 60, ", from %.9g of type %d", x[i], (int)from);
+    }
+}
+
+/* Every number of a 16-bit type to f32 and to the other one. From f32 to it: every number, the middle between it and the next,
+ * and the floats on both sides of that; the last are half a step below infinity, and infinite. */
+static void ops_convert_all(ops *t, const ops_case *c)
+{
+    enum { CODES = 65536, PLACES = 4 };
+    besa_backend *be = t->be;
+    besa_dtype dtype = c->dtype, other = dtype == BESA_F16 ? BESA_BF16 : BESA_F16;
+    double *x = ops_doubles(t, CODES), *y = ops_doubles(t, PLACES * CODES);
+    void *x_, *y_, *wide_ = ops_device(t, CODES * 4), *other_ = ops_device(t, CODES * 2), *out_ = ops_device(t, PLACES * CODES * 2);
+    uint16_t *codes = (uint16_t *)ops_host(t, CODES * 2);
+    if (t->brief) return;
+    for (int i = 0; i < CODES; i++) {
+        codes[i] = (uint16_t)i;
+        x[i] = ops_decode(dtype, codes[i]);
+    }
+    for (int i = 0; i < CODES; i++) {
+        double next = (i & 0x7FFF) == 0x7FFF ? x[i] : x[i + 1];
+        float middle;
+        if (fabs(next) > (double)FLT_MAX && fabs(x[i]) <= (double)FLT_MAX) next = 2 * x[i] - x[i - 1]; /* a step that is not there */
+        middle = (float)(0.5 * (x[i] + next));
+        y[PLACES * i] = x[i], y[PLACES * i + 1] = (double)middle;
+        y[PLACES * i + 2] = (double)nextafterf(middle, 0), y[PLACES * i + 3] = (double)nextafterf(middle, i & 0x8000 ? -INFINITY : INFINITY);
+    }
+    x_ = ops_put(t, codes, CODES * 2);
+    y_ = ops_send(t, y, BESA_F32, PLACES * CODES);
+    ops_call(t, be->convert(be, wide_, BESA_F32, x_, dtype, CODES), "convert");
+    ops_call(t, be->convert(be, other_, other, x_, dtype, CODES), "convert");
+    ops_call(t, be->convert(be, out_, dtype, y_, BESA_F32, PLACES * CODES), "convert");
+    ops_converted(t, wide_, dtype, BESA_F32, x, CODES);
+    ops_converted(t, other_, dtype, other, x, CODES);
+    ops_converted(t, out_, BESA_F32, dtype, y, PLACES * CODES);
+}
+
 typedef struct ref_norm {
     const double *x, *g, *dy;
     double *y;
@@ -395,7 +473,7 @@ static void ops_rmsnorm(ops *t, const ops_case *c)
     int add = (int)c->n[2];
     besa_backend *be = t->be;
     besa_workload sizes = ops_sizes(1, d, n);
-    double *x = ops_random(t, n * d, 2), *g = ops_random(t, d, 1), *dy = ops_random(t, n * d, 1);
+    double *x = ops_random(t, n * d, c->n[3] ? 4e-3 : 2), *g = ops_random(t, d, 1), *dy = ops_random(t, n * d, 1);
     double *y = ops_doubles(t, n * d), *dx = ops_random(t, n * d, 1), *grad;
     void *x_ = ops_act(t, x, n * d), *dy_ = ops_act(t, dy, n * d), *dx_ = ops_act(t, dx, n * d), *y_ = ops_act_out(t, n * d);
     float *g_ = (float *)ops_float(t, g, d), *inv = ops_float_out(t, n);
@@ -691,6 +769,7 @@ static double *ops_weights(ops *t, int64_t n)
 
 static void ops_score(ops *t, const ops_case *c)
 {
+    static const float exponents[3] = {-2.0f, -1.0f, 0.5f};
     int64_t R = c->n[0], C = c->n[1];
     int power = (int)c->n[2], scaled = (int)c->n[3];
     besa_backend *be = t->be;
@@ -725,11 +804,16 @@ static void ops_score(ops *t, const ops_case *c)
     ops_same(t, "not finite", special_, special, 4);
     ops_call(t, be->fill(be, (int32_t *)fill_, -5, 3), "fill");
     ops_same(t, "fill", fill_, fill, 12);
-    for (int64_t j = 0; j < C; j++) powers[j] = j % 5 == 2 ? 0 : pow(scale[j], -2);
     for (int64_t j = 2; j < C; j += 5) scale[j] = (double)INFINITY;
-    scale_ = (float *)ops_float(t, scale, C);
-    ops_call(t, be->power(be, scale_, scale_, -2.0f, C), "power");
-    ops_near(t, "power", ops_fetch(t, scale_, BESA_F32, C), powers, C, 1e-6);
+    for (int k = 0; k < 3; k++) { /* columns of zeros under the root, dead ones in the others */
+        for (int64_t j = 0; j < C; j++) {
+            if (k == 2 && j % 5 == 2) scale[j] = 0;
+            powers[j] = j % 5 == 2 ? 0 : pow(scale[j], (double)exponents[k]);
+        }
+        scale_ = (float *)ops_float(t, scale, C);
+        ops_call(t, be->power(be, scale_, scale_, exponents[k], C), "power");
+        ops_near(t, "power", ops_fetch(t, scale_, BESA_F32, C), powers, C, 1e-6);
+    }
 }
 
 static const float *ops_sort_keys;
@@ -749,7 +833,7 @@ static void ref_sort(const float *keys, int64_t n, int64_t *order)
     qsort(order, (size_t)n, sizeof *order, ops_sort_compare);
 }
 
-/* scores as they come: -1 for zeros, ties, a negative number, both zeros */
+/* scores as they come: -1 for zeros, ties near and far, a negative number, both zeros */
 static float *ops_scores(ops *t, int64_t n)
 {
     float *s = ops_floats(t, n);
@@ -760,6 +844,7 @@ static float *ops_scores(ops *t, int64_t n)
         if (i % 19 == 4) s[i] = 0.5f;
         if (i % 23 == 6) s[i] = i % 2 ? -0.0f : 0.0f;
         if (i % 29 == 8) s[i] = (float)(1e-30 * x);
+        if (i % 13 > 9) s[i] = s[i - 1];        /* the same three times in a row */
     }
     return s;
 }
@@ -806,7 +891,7 @@ static void ops_zero(unsigned char *w, besa_dtype dtype, int64_t i)
 
 static void ops_mask(ops *t, const ops_case *c)
 {
-    int64_t R = c->n[0], C = c->n[1], count;
+    int64_t R = c->n[0], C = c->n[1];
     besa_backend *be = t->be;
     besa_workload sizes = ops_sizes(R, C, 0);
     size_t bytes, wide = (size_t)(R * C) * besa_dtype_size(c->dtype);
@@ -850,18 +935,23 @@ static void ops_mask(ops *t, const ops_case *c)
     ops_same(t, "mask_update", out_, want, wide);
     ops_same(t, "mask_update: before", before_, n, (size_t)R * 4);
     ref_sort(s, R * C, order);
-    count = R * C * 3 / 5;
-    memcpy(want, raw, wide);
-    for (int64_t i = 0; i < count; i++) ops_zero(want, c->dtype, order[i]);
-    ops_call(t, be->mask_smallest(be, out_, w_, c->dtype, s_, count, R, C), "mask_smallest");
-    ops_same(t, "mask_smallest", out_, want, wide);
-    if (C % 4 == 0) {
+    for (int k = 0; k < 5; k++) { /* among them: within the equal scores, none, all */
+        const int64_t counts[5] = {R * C * 3 / 5, R * C / 40, 0, R * C, 1};
         memcpy(want, raw, wide);
-        for (int64_t i = 0; i < R * C; i += 4) {
-            ref_sort(s + i, 4, order);
-            for (int k = 0; k < 2; k++) ops_zero(want, c->dtype, i + order[k]);
+        for (int64_t i = 0; i < counts[k]; i++) ops_zero(want, c->dtype, order[i]);
+        ops_call(t, be->mask_smallest(be, out_, w_, c->dtype, s_, counts[k], R, C), "mask_smallest");
+        ops_same(t, "mask_smallest", out_, want, wide);
+    }
+    for (int k = 0; k < 5; k++) {
+        static const int patterns[5][2] = {{2, 4}, {1, 2}, {3, 4}, {5, 8}, {2, 3}};
+        int less = patterns[k][0], m = patterns[k][1];
+        if (C % m != 0) continue;
+        memcpy(want, raw, wide);
+        for (int64_t i = 0; i < R * C; i += m) {
+            ref_sort(s + i, m, order);
+            for (int q = 0; q < less; q++) ops_zero(want, c->dtype, i + order[q]);
         }
-        ops_call(t, be->mask_pattern(be, out_, w_, c->dtype, s_, 2, 4, R, C), "mask_pattern");
+        ops_call(t, be->mask_pattern(be, out_, w_, c->dtype, s_, less, m, R, C), "mask_pattern");
         ops_same(t, "mask_pattern", out_, want, wide);
     }
     memcpy(want, raw, wide);
@@ -939,13 +1029,13 @@ static double ref_rates(const void *user)
 static void ops_rates(ops *t, const ops_case *c)
 {
     int64_t R = c->n[0], C = c->n[1], D = c->n[2], G = (R + c->n[3] - 1) / c->n[3];
-    int form = (int)c->n[4], plain = (int)c->n[5]; /* form: 0 both, 1 rows, 2 layer */
+    int form = (int)c->n[4], plain = c->n[5] != 0; /* form: 0 both, 1 rows, 2 layer; n[5] 2: rows at rates of 0 and 1 */
     besa_backend *be = t->be;
     besa_workload sizes = ops_sizes(R, C, 0);
     besa_rate_shape s = {R, C, c->n[3], D + 1, 0.7f, form == 1 ? 0.0f : 1.5f, form == 2 ? 0.0f : 0.5f, plain};
     double *layer = ops_random(t, D + 1, 2), *row = ops_random(t, G * (D + 1), 2), *sums = ops_random(t, R * D, 1e-3);
-    double *grad_row, *grad_layer, mean = 0, share = 0.25, zero[1] = {0.125}, *rate = ops_doubles(t, R);
-    float *layer_ = (float *)ops_float(t, layer, D + 1), *row_ = (float *)ops_float(t, row, G * (D + 1));
+    double *grad_row, *grad_layer, mean = 0, first, share = 0.25, zero[1] = {0.125}, *rate = ops_doubles(t, R);
+    float *layer_ = (float *)ops_float(t, layer, D + 1), *row_;
     float *sums_ = (float *)ops_float(t, sums, R * D), *alpha_ = ops_float_out(t, R), *mean_ = (float *)ops_float(t, zero, 1);
     float *dlayer_ = ops_float_out(t, D + 1), *drow_ = ops_float_out(t, G * (D + 1));
     int32_t *zeros = (int32_t *)ops_host(t, (size_t)R * 4), *zeros_, *n = (int32_t *)ops_host(t, (size_t)R * 4);
@@ -953,6 +1043,8 @@ static void ops_rates(ops *t, const ops_case *c)
     ref_rat r = {&s, form == 1 ? NULL : layer, form == 2 ? NULL : row, sums, NULL, NULL, 0.3, 0.5};
     besa_penalty penalty;
     double *alpha;
+    for (int64_t g = 0; c->n[5] == 2 && g < G; g++) row[g * (D + 1) + (g % 2 ? D : 0)] = 1000;
+    row_ = (float *)ops_float(t, row, G * (D + 1));
     zeros[R - 1] = (int32_t)C;
     zeros_ = (int32_t *)ops_put(t, zeros, (size_t)R * 4);
     r.alpha = ops_doubles(t, G), r.beta = ops_doubles(t, D + 1);
@@ -969,8 +1061,10 @@ static void ops_rates(ops *t, const ops_case *c)
     }
     ops_same(t, "n", n_, n, (size_t)R * 4);
     ops_call(t, be->rate_mean(be, mean_, alpha_, (float)share, 1, R), "rate_mean");
-    mean = zero[0] + share * mean;
+    first = share * mean, mean = zero[0] + share * mean;
     ops_near(t, "mean", ops_fetch(t, mean_, BESA_F32, 1), &mean, 1, 1e-6);
+    ops_call(t, be->rate_mean(be, mean_, alpha_, (float)share, 0, R), "rate_mean");
+    ops_near(t, "mean of the first layer", ops_fetch(t, mean_, BESA_F32, 1), &first, 1, 1e-6);
     mean = 0;
     for (int64_t i = 0; i < R; i++) mean += rate[i] / (double)R;
     mean_ = (float *)ops_float(t, &mean, 1);
@@ -1004,8 +1098,9 @@ static int64_t ref_project(ops *t, int32_t *n, const float *alpha, const int32_t
         if (columns[r] && !isfinite(alpha[r])) return -1;
     for (int64_t r = 0; r < R; r++) sum += columns[r] ? least[r] : 0;
     if (sum > count) return sum - count;
-    for (int i = 0; i <= 80; i++, sum = 0) {
+    for (int i = 0; i <= 80; i++) {
         double shift = i < 80 ? 0.5 * (low + high) : low;
+        sum = 0;
         for (int64_t r = 0; r < R; r++) {
             double p = fmin(fmax((double)alpha[r], 1e-7), 1 - 1e-7);
             if (!columns[r]) continue;
@@ -1040,8 +1135,9 @@ static void ops_project(ops *t, const ops_case *c)
     int64_t *excess_ = (int64_t *)ops_put(t, &excess, sizeof excess);
     for (int64_t r = 0; r < R; r++) {
         alpha[r] = kind == 1 ? 0.5f : (float)(0.5 + rate[r]);               /* 1: all the same */
+        if (kind == 5) alpha[r] = 0.25f + 0.125f * (float)(r * 7 % 5);      /* 5: five rates, each of many rows */
         columns[r] = kind == 2 && r % 3 == 1 ? 0 : (int32_t)(C + (kind ? 0 : r % 7)); /* 2: rows that are left out */
-        least[r] = kind >= 2 && r % 5 == 0 ? (int32_t)(C * (kind == 3 ? 1 : 0.6)) : 0; /* 3: too many zeros */
+        least[r] = kind >= 2 && kind < 5 && r % 5 == 0 ? (int32_t)(C * (kind == 3 ? 1 : 0.6)) : 0; /* 3: too many zeros */
         n[r] = 123;
         total += columns[r];
     }
@@ -1074,7 +1170,8 @@ static void ops_optimizer(ops *t, const ops_case *c)
     memcpy(x0, x, (size_t)n * sizeof *x);
     memset(&o, 0, sizeof o);
     o.kind = c->n[1] ? BESA_ADAMW : BESA_PRODIGY;
-    o.lr = c->n[1] ? 0.01f : 1.0f, o.beta1 = 0.9f, o.beta2 = 0.999f, o.beta3 = sqrtf(0.999f), o.eps = 1e-8f;
+    o.lr = c->n[1] ? 0.01f : 1.0f, o.beta1 = 0.9f, o.beta2 = 0.999f, o.beta3 = sqrtf(0.999f);
+    o.eps = c->n[3] ? 3e-4f : 1e-8f; /* 3e-4: as large as the gradients */
     o.weight_decay = c->n[2] ? 0.1f : 0.0f;
     o.d0 = 1e-6, o.d_coef = 5, o.n = n;
     o.theta = x_, o.theta0 = (float *)ops_float(t, x0, n), o.grad = grad_;
@@ -1119,8 +1216,11 @@ static void ops_optimizer(ops *t, const ops_case *c)
     }
     got = ops_fetch(t, x_, BESA_F32, n);
     for (int64_t i = 0; i < n; i++) got[i] -= x0[i], x[i] -= x0[i];
-    ops_near(t, "theta", got, x, n, 1e-3);
+    ops_near(t, "theta", got, x, n, 1e-4);
+    ops_near(t, "m", ops_fetch(t, o.m, BESA_F32, n), m, n, 1e-4);
+    ops_near(t, "v", ops_fetch(t, o.v, BESA_F32, n), v, n, 1e-4);
     if (!c->n[1]) {
+        ops_near(t, "s", ops_fetch(t, o.s, BESA_F32, n), s, n, 1e-4);
         ops_get(t, scalars, o.scalars, sizeof scalars);
         ops_near(t, "scalars", scalars, want, BESA_OPTIMIZER_SCALARS, 1e-4);
     }
@@ -1258,11 +1358,12 @@ static void ref_slab(ops *t, double *w, double *err, const double *u, const int3
 static void ops_slab(ops *t, const ops_case *c)
 {
     int64_t R = c->n[0], C = c->n[1], first = c->n[2], width = c->n[3], rest = C - first - width;
-    int n = (int)c->n[4], m = (int)c->n[5];
+    int n = (int)c->n[4], m = (int)c->n[5]; /* without m, n is per cent, 0: 50 */
+    double target = m == 0 && n > 0 ? 0.01 * n : 0.5;
     besa_backend *be = t->be;
     besa_workload sizes = ops_sizes(R, C, 1);
     int32_t *dead = (int32_t *)ops_host(t, (size_t)C * 4);
-    double *h = ops_hessian(t, C, dead), *u = ops_doubles(t, C * C), *w = ops_random(t, R * C, 1), *err = ops_doubles(t, R * width);
+    double *h = ops_hessian(t, C, dead), *u = ops_doubles(t, C * C), *w = ops_weights(t, R * C), *err = ops_doubles(t, R * width);
     float *w_, *u_, *err_ = ops_float_out(t, R * width);
     int32_t *dead_;
     for (int64_t i = 0; i < C; i++) h[i * C + i] += 0.1;
@@ -1282,8 +1383,8 @@ static void ops_slab(ops *t, const ops_case *c)
         }
         return;
     }
-    ref_slab(t, w, err, u, dead, first, width, 0.5, n, m, R, C);
-    ops_call(t, be->sparsegpt_slab(be, w_, err_, u_, dead_, first, width, 0.5, n, m, R, C), "sparsegpt_slab");
+    ref_slab(t, w, err, u, dead, first, width, target, n, m, R, C);
+    ops_call(t, be->sparsegpt_slab(be, w_, err_, u_, dead_, first, width, target, n, m, R, C), "sparsegpt_slab");
     ops_near(t, "slab", ops_fetch(t, w_, BESA_F32, R * C), w, R * C, 1e-5);
     ops_near(t, "err", ops_fetch(t, err_, BESA_F32, R * width), err, R * width, 1e-5);
     for (int64_t r = 0; r < R; r++)
@@ -1338,6 +1439,27 @@ static void ops_nll(ops *t, const ops_case *c)
     ops_near(t, "nll", got, want, windows, ops_products(t, 2e-6));
 }
 
+/* zero, copy, upload and download of bytes that no wider word divides, beside others that must stay */
+static void ops_memory(ops *t, const ops_case *c)
+{
+    besa_backend *be = t->be;
+    size_t bytes = (size_t)c->n[0], room = bytes + 64;
+    unsigned char *data = (unsigned char *)ops_host(t, room), *want = (unsigned char *)ops_host(t, room), *a_, *b_;
+    for (size_t i = 0; i < room; i++) data[i] = (unsigned char)(i * 37 + 11);
+    a_ = (unsigned char *)ops_put(t, data, room), b_ = (unsigned char *)ops_device(t, room);
+    ops_same(t, "upload", a_, data, room);
+    memset(want, 0xFF, room);
+    memcpy(want + 3, data + 17, bytes);
+    ops_call(t, be->copy(be, BESA_QUEUE_COMPUTE, b_ + 3, a_ + 17, bytes), "copy");
+#ifndef OPS_NO_POISON
+    ops_same(t, "copy", b_, want, room);
+#endif
+    memcpy(want, data, room);
+    memset(want + 5, 0, bytes);
+    ops_call(t, be->zero(be, BESA_QUEUE_COMPUTE, a_ + 5, bytes), "zero");
+    ops_same(t, "zero", a_, want, room);
+}
+
 /* ---- the list ------------------------------------------------------------------------------ */
 
 #define OPS_TYPES(name, run, modes, ...) \
@@ -1345,10 +1467,12 @@ static void ops_nll(ops *t, const ops_case *c)
     {name " bf16", run, {__VA_ARGS__}, BESA_BF16, modes}
 
 static const ops_case ops_cases[] = {
+    {"memory 1", ops_memory, {1}, BESA_F32, "t"}, {"memory 1003", ops_memory, {1003}, BESA_F32, "t"}, {"memory 100001", ops_memory, {100001}, BESA_F32, "t"},
     OPS_TYPES("linear 1x1x1", ops_linear, "t", 1, 1, 1, 0, 0), OPS_TYPES("linear 1x33x127", ops_linear, "t", 1, 33, 127, 1, 1),
     OPS_TYPES("linear 65x31x1000", ops_linear, "t", 65, 31, 1000, 1, 0), OPS_TYPES("linear 130x200x77", ops_linear, "t", 130, 200, 77, 0, 1),
     {"gram 70x33", ops_gram, {70, 33}, BESA_F32, "t"}, {"gram 1x1", ops_gram, {1, 1}, BESA_F32, "t"}, {"gram 33x300", ops_gram, {33, 300}, BESA_F32, "t"},
     {"convert 1", ops_convert, {1}, BESA_F32, "t"}, {"convert 1000", ops_convert, {1000}, BESA_F32, "t"}, {"convert 70001", ops_convert, {70001}, BESA_F32, "t"},
+    {"convert every f16 and every tie", ops_convert_all, {0}, BESA_F16, "t"}, {"convert every bf16 and every tie", ops_convert_all, {0}, BESA_BF16, "t"},
     {"rmsnorm 1x1", ops_rmsnorm, {1, 1, 0}, BESA_F32, "t"}, {"rmsnorm 3x31", ops_rmsnorm, {3, 31, 1}, BESA_F32, "tg"},
     {"rmsnorm 200x127", ops_rmsnorm, {200, 127, 0}, BESA_F32, "tg"}, {"rmsnorm 77x1000 add", ops_rmsnorm, {77, 1000, 1}, BESA_F32, "tg"},
     {"rope 1x1 dh 2", ops_rope, {1, 1, 1, 2}, BESA_F32, "t"}, {"rope 40/20 3 heads dh 64", ops_rope, {40, 20, 3, 64}, BESA_F32, "t"},
@@ -1376,7 +1500,12 @@ static const ops_case ops_cases[] = {
     {"project 1", ops_project, {1, 31, 500, 0}, BESA_F32, "t"}, {"project 33", ops_project, {33, 127, 700, 0}, BESA_F32, "t"},
     {"project 3000", ops_project, {3000, 1000, 999, 0}, BESA_F32, "t"}, {"project 300 equal", ops_project, {300, 1000, 503, 1}, BESA_F32, "t"},
     {"project 200 left out", ops_project, {200, 333, 400, 2}, BESA_F32, "t"}, {"project 50 zeros", ops_project, {50, 100, 100, 3}, BESA_F32, "t"},
+    {"project 1300 equal", ops_project, {1300, 1000, 503, 1}, BESA_F32, "t"}, {"project 2000x7 equal", ops_project, {2000, 7, 371, 1}, BESA_F32, "t"},
     {"project 1001x8", ops_project, {1001, 8, 333, 0}, BESA_F32, "t"}, {"project 9 not finite", ops_project, {9, 100, 100, 4}, BESA_F32, "t"},
+    /* rows of one rate pass a whole number together, and only some of them may: others have smaller fractions */
+    {"project 301 of five rates", ops_project, {301, 128, 501, 5}, BESA_F32, "t"},
+    {"project 50 of five rates", ops_project, {50, 333, 417, 5}, BESA_F32, "t"},
+    {"project 1999 of five rates", ops_project, {1999, 64, 355, 5}, BESA_F32, "t"},
     {"prodigy 1", ops_optimizer, {1, 0, 0}, BESA_F32, "t"}, {"prodigy 20001", ops_optimizer, {20001, 0, 0}, BESA_F32, "t"},
     {"prodigy 1000 decay", ops_optimizer, {1000, 0, 1}, BESA_F32, "t"}, {"adamw 20001", ops_optimizer, {20001, 1, 0}, BESA_F32, "t"}, {"adamw 31 decay", ops_optimizer, {31, 1, 1}, BESA_F32, "t"},
     {"factor 3", ops_factor, {3}, BESA_F32, "t"}, {"factor 31", ops_factor, {31}, BESA_F32, "t"}, {"factor 128", ops_factor, {128}, BESA_F32, "t"},
@@ -1389,7 +1518,7 @@ static const ops_case ops_cases[] = {
     OPS_TYPES("linear 1x1x31", ops_linear, "t", 1, 1, 31, 0, 1), OPS_TYPES("linear 33x1x33", ops_linear, "t", 33, 1, 33, 1, 0), OPS_TYPES("linear 1x1000x127", ops_linear, "t", 1, 1000, 127, 1, 1),
     {"gram 1x31", ops_gram, {1, 31}, BESA_F32, "t"}, {"gram 5x127", ops_gram, {5, 127}, BESA_F32, "t"}, {"gram 2x1000", ops_gram, {2, 1000}, BESA_F32, "t"},
     {"convert 31", ops_convert, {31}, BESA_F32, "t"}, {"convert 33", ops_convert, {33}, BESA_F32, "t"}, {"convert 127", ops_convert, {127}, BESA_F32, "t"},
-    {"rmsnorm 1x33", ops_rmsnorm, {1, 33, 0}, BESA_F32, "t"}, {"rmsnorm 1x1000", ops_rmsnorm, {1, 1000, 1}, BESA_F32, "t"},
+    {"rmsnorm 7x127 beside eps", ops_rmsnorm, {7, 127, 0, 1}, BESA_F32, "t"}, {"rmsnorm 1x33", ops_rmsnorm, {1, 33, 0}, BESA_F32, "t"}, {"rmsnorm 1x1000", ops_rmsnorm, {1, 1000, 1}, BESA_F32, "t"},
     {"rope 1x1 dh 62", ops_rope, {1, 1, 1, 62}, BESA_F32, "t"}, {"rope 33/11 2 heads dh 66", ops_rope, {33, 11, 2, 66}, BESA_F32, "t"},
     {"rope 3/1 dh 254", ops_rope, {3, 1, 1, 254}, BESA_F32, "t"}, {"rope 1x1 5 heads dh 200", ops_rope, {1, 1, 5, 200}, BESA_F32, "t"},
     {"attention 3x31 mqa", ops_attention, {3, 31, 3, 1, 33, 0}, BESA_F32, "t"}, {"attention 1x127 dh 1", ops_attention, {1, 127, 2, 1, 1, 0}, BESA_F32, "t"},
@@ -1399,11 +1528,14 @@ static const ops_case ops_cases[] = {
     {"block_loss 1x1", ops_loss, {1, 1}, BESA_F32, "t"}, {"block_loss 3x33", ops_loss, {3, 33}, BESA_F32, "t"}, {"block_loss 1x1000", ops_loss, {1, 1000}, BESA_F32, "t"},
     OPS_TYPES("score 1x33", ops_score, "t", 1, 33, 1, 1), OPS_TYPES("score 1x1000", ops_score, "t", 1, 1000, 1, 0),
     {"rank 1x33", ops_rank, {1, 33}, BESA_F32, "t"}, {"rank 3x127", ops_rank, {3, 127}, BESA_F32, "t"}, {"rank 1x1000", ops_rank, {1, 1000}, BESA_F32, "t"},
-    OPS_TYPES("mask 1x31", ops_mask, "t", 1, 31), OPS_TYPES("mask 3x127", ops_mask, "t", 3, 127), OPS_TYPES("mask 1x1000", ops_mask, "t", 1, 1000),
+    OPS_TYPES("mask 5x24", ops_mask, "t", 5, 24), OPS_TYPES("mask 1x31", ops_mask, "t", 1, 31), OPS_TYPES("mask 3x127", ops_mask, "t", 3, 127), OPS_TYPES("mask 1x1000", ops_mask, "t", 1, 1000),
     OPS_TYPES("bucket 3x31", ops_bucket, "t", 3, 31, 100), OPS_TYPES("bucket 1x1000", ops_bucket, "t", 1, 1000, 100),
-    {"rates 1x33 both", ops_rates, {1, 33, 31, 1, 0, 0}, BESA_F32, "t"}, {"rates 31x1 layer", ops_rates, {31, 1, 33, 31, 2, 0}, BESA_F32, "t"},
+    {"rates 6x50 all or nothing", ops_rates, {6, 50, 20, 1, 0, 2}, BESA_F32, "t"}, {"rates 1x33 both", ops_rates, {1, 33, 31, 1, 0, 0}, BESA_F32, "t"}, {"rates 31x1 layer", ops_rates, {31, 1, 33, 31, 2, 0}, BESA_F32, "t"},
+    {"prodigy 500 eps", ops_optimizer, {500, 0, 0, 1}, BESA_F32, "t"}, {"adamw 500 eps", ops_optimizer, {500, 1, 1, 1}, BESA_F32, "t"},
     {"prodigy 33", ops_optimizer, {33, 0, 0}, BESA_F32, "t"}, {"adamw 127", ops_optimizer, {127, 1, 0}, BESA_F32, "t"},
     {"factor 1", ops_factor, {1}, BESA_F32, "t"}, {"factor 33", ops_factor, {33}, BESA_F32, "t"}, {"factor 127", ops_factor, {127}, BESA_F32, "t"},
+    {"slab 7x64 93 %", ops_slab, {7, 64, 0, 64, 93, 0}, BESA_F32, "t"}, {"slab 5x40 3 %", ops_slab, {5, 40, 0, 33, 3, 0}, BESA_F32, "t"},
+    {"slab 3x126 1:3", ops_slab, {3, 126, 0, 126, 1, 3}, BESA_F32, "t"}, {"slab 9x64 31:32", ops_slab, {9, 64, 0, 64, 31, 32}, BESA_F32, "t"},
     {"slab 2x31 50 %", ops_slab, {2, 31, 0, 31, 0, 0}, BESA_F32, "t"}, {"slab 1x33 50 %", ops_slab, {1, 33, 1, 31, 0, 0}, BESA_F32, "t"}, {"slab 3x127 50 %", ops_slab, {3, 127, 0, 127, 0, 0}, BESA_F32, "t"},
     OPS_TYPES("nll 1x1 V 31", ops_nll, "t", 1, 1, 31, 1), OPS_TYPES("nll 1x3 V 33", ops_nll, "t", 1, 3, 33, 31), OPS_TYPES("nll 3x2 V 1000", ops_nll, "t", 3, 2, 1000, 127),
 

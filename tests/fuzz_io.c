@@ -97,6 +97,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         besa_tokens_free(&tokens);
         BESA_FREE(text);
     }
+    if (result != BESA_OK && (error.code != result || !*error.message)) abort(); /* a refusal says something */
     if (result == BESA_OK) fuzz_taken[kind]++;
     else fuzz_refused[kind]++;
     return 0;

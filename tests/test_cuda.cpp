@@ -62,6 +62,7 @@ static std::vector<uint64_t> run_operations(int fp32, const char *filter, int pi
     t.be = &be, t.mode = "test", t.quiet = 1, t.product_tolerance = be.activation_dtype == BESA_F32 ? 0 : 1e-2;
     ops_run(&t, filter, 0, hashes.data(), counts);
     CHECK(counts[0] > 0 && counts[1] == 0, "%d cases passed, %d failed", counts[0], counts[1]);
+    CHECK(standin_own_scratch() == 0, "%zu products took memory of cuBLAS's own", standin_own_scratch());
     be.destroy(&be);
     CHECK(standin_reports() == 0, "%s", standin_last_report());
     CHECK(standin_live_allocations() == 0 && standin_live_objects() == 0, "%zu allocations, %zu objects alive",
@@ -157,6 +158,33 @@ static void test_queues(void)
         be.host_free(&be, in), be.host_free(&be, out), be.free(&be, x), be.free(&be, y);
         be.destroy(&be);
         CHECK(standin_reports() == 0 && standin_live_allocations() == 0 && standin_live_objects() == 0, "%s", standin_last_report());
+    }
+}
+
+/* The seconds between two events are those of the work between them, which runs within the wait. */
+static void test_elapsed(void)
+{
+    TEST("seconds between events") {
+        besa_backend be = cuda_backend(1);
+        const int64_t n = g_sanitized ? 1 << 16 : 1 << 20;
+        double seconds = -1, none = -1, wall;
+        void *x;
+        CHECK_OK(be.alloc(&be, &x, static_cast<size_t>(n) * sizeof(float)), be.error);
+        CHECK_OK(be.zero(&be, BESA_QUEUE_COMPUTE, x, static_cast<size_t>(n) * sizeof(float)), be.error);
+        CHECK_OK(be.synchronize(&be, BESA_QUEUE_COMPUTE), be.error);
+        CHECK_OK(be.record(&be, BESA_QUEUE_COMPUTE, 0), be.error);
+        CHECK_OK(be.power(&be, static_cast<float *>(x), static_cast<float *>(x), 2.0f, n), be.error);
+        CHECK_OK(be.record(&be, BESA_QUEUE_COMPUTE, 1), be.error);
+        CHECK_OK(be.record(&be, BESA_QUEUE_COMPUTE, 2), be.error);
+        wall = ops_now();
+        CHECK_OK(be.synchronize(&be, BESA_QUEUE_COMPUTE), be.error);
+        wall = ops_now() - wall;
+        CHECK_OK(be.elapsed(&be, 0, 1, &seconds), be.error);
+        CHECK_OK(be.elapsed(&be, 1, 2, &none), be.error);
+        CHECK(seconds <= wall && seconds > 0.5 * wall, "%g s between events in a wait of %g", seconds, wall);
+        CHECK(none >= 0 && none < 0.5 * seconds, "%g s between events with nothing between them", none);
+        be.free(&be, x);
+        be.destroy(&be);
     }
 }
 
@@ -827,8 +855,11 @@ static void test_pipeline(void)
         standin_set_memory(static_cast<size_t>(1) << 20);
         besa_backend be = cuda_backend(1);
         CHECK(run_prune(&r, &be) == BESA_ERROR_MEMORY, "it ran");
-        CHECK(strstr(r.error.message, "the device can give") && strstr(r.error.message, "the smallest that works"), "%s",
-              r.error.message);
+        size_t free_bytes, total_bytes;
+        char given[64];
+        CHECK_OK(be.memory_info(&be, &free_bytes, &total_bytes), be.error);
+        snprintf(given, sizeof given, "the device can give %zu bytes", free_bytes - free_bytes / 32);
+        CHECK(strstr(r.error.message, given) && strstr(r.error.message, "the smallest that works"), "%s", r.error.message);
         be.destroy(&be);
         standin_set_memory(static_cast<size_t>(16) << 30);
     }
@@ -971,6 +1002,7 @@ int main(int argc, char **argv)
     test_pieces();
     test_shared_memory();
     test_queues();
+    test_elapsed();
     test_long_rows();
     test_layer_rates();
     test_plans();

@@ -1473,7 +1473,7 @@ static void test_full_disk(void)
     besa_checkpoint_close(c);
 }
 
-/* Inputs of every reader, mutated; anything goes but a crash. */
+/* Inputs of every reader, mutated: no crash, an error that says something, and each reader takes some and refuses some. */
 static void test_fuzz(int rounds)
 {
     static const char *const seeds[] = {

@@ -3,7 +3,10 @@
  *   test_ops [check|test|grad|perf] [threads] [filter]
  *
  * `test` also compares with the stored reference arrays (BESA_REFERENCE, default data/reference; SKIP where
- * they are absent), demands the same bytes from 1, 2, 3 and 8 threads, and runs the cases with products in bf16. */
+ * they are absent), demands the same bytes from 1, 2, 3 and 8 threads, runs the cases with products in bf16, and as on
+ * processors that have less than this one. */
+static int simd_max = 2;                /* what besa__cpu_simd may say: the paths of lesser processors are tested too */
+#define BESA_SIMD_MAX simd_max
 #define BESA_IMPLEMENTATION
 #include "besa.h"
 #include "backend_ops.h"
@@ -285,7 +288,7 @@ static void run(int threads, int bf16, const char *mode, const char *filter, int
         counts[1]++;
         return;
     }
-    t.be = &be, t.mode = mode, t.quiet = quiet, t.product_tolerance = bf16 ? 1e-2 : 0;
+    t.be = &be, t.mode = mode, t.quiet = t.brief = quiet, t.product_tolerance = bf16 ? 1e-2 : 0;
     if (ops_is(&t, "perf")) {
         bandwidth = ops_copy_bandwidth(&be, besa__cpu_of(&be)->threads);
         printf("%d threads, copy bandwidth %.1f GB/s, reads and writes\n", besa__cpu_of(&be)->threads, bandwidth);
@@ -303,6 +306,27 @@ static void run(int threads, int bf16, const char *mode, const char *filter, int
     }
     while (pooled > 0) free(pool[--pooled]);
     be.destroy(&be);
+}
+
+/* ---- lesser processors --------------------------------------------------------------------- */
+
+/* Every path below the one of this processor, down to plain C. */
+static void lesser(const char *filter)
+{
+    int most = besa__cpu_simd(), tiles = 0;
+    besa__gemm_tile_fn *tile = besa__gemm_choose(0).tile;
+    for (simd_max = most - 1; simd_max >= 0; simd_max--) {
+        int failed = counts[1];
+        char name[64];
+        tiles += besa__cpu_simd() == simd_max && besa__gemm_choose(0).tile != tile;
+        tile = besa__gemm_choose(0).tile;
+        run(1, 0, "test", filter, 1, NULL);
+        snprintf(name, sizeof name, "instructions of level %d", simd_max);
+        result(name, failed == counts[1], "cases", counts[1] - failed, 0);
+    }
+    simd_max = 2;
+    result("each level has a tile of its own, the last is plain C", tiles == most && tile == besa__gemm_tile_c, "tiles", tiles,
+           most);
 }
 
 int main(int argc, char **argv)
@@ -325,6 +349,7 @@ int main(int argc, char **argv)
                    "cases", different, 0);
         }
     }
+    if (check && threads == 0) lesser(filter);
     printf("%d passed, %d failed, %d skipped\n", counts[0], counts[1], counts[2]);
     return counts[1] != 0;
 }

@@ -670,8 +670,11 @@ static void test_rates_arguments(void)
           "%s", g_error.message);
     CHECK_OK(besa_rates_create(&rates, &g_be, &shape, 1, &o, &g_error), g_error);
     CHECK(besa_rates_mask(rates, 0, w, w, &g_error) == BESA_ERROR_OPTION && strstr(g_error.message, "no ranks"), "%s", g_error.message);
-    CHECK(besa_rates_rank(rates, 0, w, (besa_importance)9, statistic, scratch, &g_error) == BESA_ERROR_OPTION, "importance 9");
-    CHECK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_WANDA, NULL, scratch, &g_error) == BESA_ERROR_OPTION, "no statistic");
+    CHECK(besa_rates_rank(rates, 0, w, (besa_importance)9, statistic, scratch, &g_error) == BESA_ERROR_OPTION &&
+          strstr(g_error.message, "importance is 9"), "%s", g_error.message);
+    CHECK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_COUNT, statistic, scratch, &g_error) == BESA_ERROR_OPTION, "importance 4");
+    CHECK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_WANDA, NULL, scratch, &g_error) == BESA_ERROR_OPTION &&
+          strstr(g_error.message, "statistic is NULL") && strstr(g_error.message, "wanda"), "%s", g_error.message);
     CHECK(besa_rates_rank(rates, 1, w, BESA_IMPORTANCE_MAGNITUDE, NULL, scratch, &g_error) == BESA_ERROR_OPTION, "layer 1");
     CHECK_OK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_MAGNITUDE, NULL, scratch, &g_error), g_error);
     CHECK(besa_rates_project(rates, &g_error) == BESA_ERROR_TARGET && strstr(g_error.message, "16 weights are zero"), "%s",
@@ -688,6 +691,247 @@ static float *prune_inputs(trace *t, const char *name, void *pruned[BESA_LAYERS]
     memcpy(x, t->h.f, (size_t)t->h.count * sizeof *x);
     for (int l = 0; l < BESA_LAYERS; l++) pruned[l] = take_floats(t->rows[l] * t->columns[l]);
     return x;
+}
+
+/* ---- every importance against its formula, in double -------------------------------------------- */
+
+/* diag(C): U_jj, U'U = inv(H + damping mean(diag H) I), U upper triangular. With H = V V', V upper too, U = inv(V) and
+ * U_jj = 1 / V_jj. V takes the place of h (C,C), from the last column to the first. */
+static void plain_factor_diagonal(double *diag, double *h, int64_t C, double damping)
+{
+    double mean = 0;
+    for (int64_t j = 0; j < C; j++) mean += h[j * C + j] / (double)C;
+    for (int64_t j = 0; j < C; j++) h[j * C + j] += damping * mean;
+    for (int64_t j = C - 1; j >= 0; j--) {
+        for (int64_t k = j + 1; k < C; k++) h[j * C + j] -= h[j * C + k] * h[j * C + k];
+        h[j * C + j] = sqrt(h[j * C + j]);
+        for (int64_t i = 0; i < j; i++) {
+            for (int64_t k = j + 1; k < C; k++) h[i * C + j] -= h[i * C + k] * h[j * C + k];
+            h[i * C + j] /= h[j * C + j];
+        }
+        diag[j] = 1 / h[j * C + j];
+    }
+}
+
+/* The factor of |w|^power per column, by the importance's name; returns the power. x (T,C). */
+static int plain_scale(const char *name, double *scale, const float *x, int64_t T, int64_t C, double damping)
+{
+    double *h = (double *)take((size_t)(C * C) * sizeof *h);
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t i = 0; i < C; i++)
+            for (int64_t j = 0; j < C; j++) h[i * C + j] += 2.0 / (double)T * (double)x[t * C + i] * (double)x[t * C + j];
+    for (int64_t j = 0; j < C; j++) scale[j] = sqrt(h[j * C + j]); /* norm2 but for a factor of all */
+    if (!strcmp(name, "wanda")) return 1;
+    for (int64_t j = 0; j < C; j++) scale[j] = 1;
+    if (!strcmp(name, "magnitude")) return 1;
+    plain_factor_diagonal(scale, h, C, damping);
+    if (!strcmp(name, "sparsegpt")) for (int64_t j = 0; j < C; j++) scale[j] = 1 / scale[j];
+    else if (!strcmp(name, "sparsegpt-squared")) for (int64_t j = 0; j < C; j++) scale[j] = 1 / (scale[j] * scale[j]);
+    else CHECK(0, "this test has no formula for the importance %s", name);
+    return 2;
+}
+
+/* Rows of what: half of the columns are gone, and none of those scores above one that stays. */
+static void check_lowest_gone(const char *what, const float *w, const float *pruned, const double *scale, int power, int64_t R,
+                              int64_t C)
+{
+    for (int64_t r = 0; r < R; r++) {
+        double gone = 0, kept = INFINITY;
+        int64_t zeros = 0;
+        for (int64_t j = 0; j < C; j++) {
+            double score = pow(fabs((double)w[r * C + j]), power) * scale[j];
+            if (pruned[r * C + j] == 0) zeros++, gone = fmax(gone, score);
+            else kept = fmin(kept, score);
+        }
+        CHECK(zeros == C / 2 && gone <= kept * (1 + 1e-4), "%s row %d: %d of %d gone, the highest of score %.9g; %.9g stays",
+              what, (int)r, (int)zeros, (int)C, gone, kept);
+    }
+}
+
+static const char *const g_importance[] = {
+#define NAME(value, name, statistic, power, exponent) name,
+    BESA_IMPORTANCES(NAME)
+#undef NAME
+};
+
+/* The whole way: statistics of the block's inputs, scores, ranks, masks at half of every row. */
+static void test_importance(int importance, double damping)
+{
+    static const besa_fixed_rate half = { "*", 0.5 };
+    trace t;
+    besa_prune_options o;
+    besa_pruner *pruner = NULL;
+    void *pruned[BESA_LAYERS];
+    float *x = prune_inputs(&t, "trace_published_penalty", pruned), *y = take_floats(t.h.count);
+    int64_t T = STEPS * t.seqlen;
+    besa_activations acts = new_activations(&t.block, T);
+    memset(&o, 0, sizeof o);
+    o.rates.target = 0.5, o.importance = (besa_importance)importance, o.damping = damping;
+    o.fixed = &half, o.num_fixed = 1;
+    CHECK_OK(besa_pruner_create(&pruner, &g_be, &t.block.shape, BESA_F32, 0, &o, STEPS, t.seqlen, &g_error), g_error);
+    if (!pruner) return;
+    CHECK_OK(besa_pruner_run(pruner, &t.block, NULL, x, NULL, pruned, NULL, &g_error), g_error);
+    besa_pruner_destroy(pruner);
+    set_workspace(besa_block_workload(&t.block.shape, STEPS, t.seqlen));
+    CHECK_OK(besa_block_forward(&g_be, &t.block, &acts, t.h.f, y, STEPS, t.seqlen, &g_error), g_error);
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        const void *input = l <= BESA_V ? acts.a : l == BESA_O ? acts.attn : l == BESA_DOWN ? acts.z : acts.m;
+        double *scale = (double *)take((size_t)t.columns[l] * sizeof *scale);
+        int power = plain_scale(g_importance[importance], scale, (const float *)input, T, t.columns[l], damping ? damping : 0.01);
+        check_lowest_gone(g_layer[l], (const float *)t.block.weight[l], (const float *)pruned[l], scale, power, t.rows[l],
+                          t.columns[l]);
+    }
+}
+
+/* The same by the layer API, with statistics from the formula. */
+static void test_importance_of_layer(int importance)
+{
+    enum { R = 9, C = 40, T = 300 };
+    float w[R * C], pruned[R * C], statistic[C], *x = take_floats(T * C), *scratch = take_floats((R + 1) * C);
+    double scale[C], diag[C], *h = (double *)take(C * C * sizeof *h);
+    besa_layer_shape shape = { R, C, BESA_F32 };
+    besa_rate_options o;
+    besa_rates *rates = NULL;
+    for (int i = 0; i < T * C; i++) x[i] = (float)(sin(0.37 * i * i) * (1 + 9.0 * (i % C) / C));
+    for (int i = 0; i < R * C; i++) w[i] = (float)sin(1.7 * i * i + 1);
+    int power = plain_scale(g_importance[importance], scale, x, T, C, 0.01);
+    for (int i = 0; i < C; i++)
+        for (int j = 0; j < C; j++)
+            for (int t = 0; t < T; t++) h[i * C + j] += 2.0 / T * (double)x[t * C + i] * (double)x[t * C + j];
+    for (int j = 0; j < C; j++) statistic[j] = (float)(h[j * C + j] * T / 2);
+    plain_factor_diagonal(diag, h, C, 0.01);
+    for (int j = 0; j < C && power == 2; j++) statistic[j] = (float)diag[j];
+    memset(&o, 0, sizeof o);
+    o.target = 0.5;
+    CHECK_OK(besa_rates_create(&rates, &g_be, &shape, 1, &o, &g_error), g_error);
+    if (!rates) return;
+    CHECK_OK(besa_rates_rank(rates, 0, w, (besa_importance)importance,
+                             !strcmp(g_importance[importance], "magnitude") ? NULL : statistic, scratch, &g_error), g_error);
+    CHECK_OK(besa_rates_fix(rates, 0, 0.5, &g_error), g_error);
+    CHECK_OK(besa_rates_mask(rates, 0, w, pruned, &g_error), g_error);
+    check_lowest_gone(g_importance[importance], w, pruned, scale, power, R, C);
+    besa_rates_destroy(rates);
+}
+
+static void test_importances(void)
+{
+    for (int i = 0; i < BESA_IMPORTANCE_COUNT; i++) {
+        test_importance_of_layer(i);
+        test_importance(i, 0);
+        test_importance(i, 0.5);
+    }
+}
+
+/* ---- what is not finite is named ----------------------------------------------------------------- */
+
+enum { BAD_LOSS = 1, BAD_GRADIENT };
+
+static struct { int what, calls, at; } g_spoil;
+
+static besa_result (*g_block_loss)(besa_backend *, float *, void *, const void *, const void *, const float *, float, int64_t,
+                                   int64_t, int);
+static besa_result (*g_bucket_gradient)(besa_backend *, float *, const float *, const void *, besa_dtype, const void *,
+                                        const uint16_t *, int64_t, int64_t, int64_t);
+
+static besa_result spoiled_loss(besa_backend *be, float *loss, void *dy, const void *y, const void *yref, const float *sumsq,
+                                float scale, int64_t tokens, int64_t d, int accumulate)
+{
+    besa_result r = g_block_loss(be, loss, dy, y, yref, sumsq, scale, tokens, d, accumulate);
+    if (g_spoil.what == BAD_LOSS && g_spoil.calls++ == g_spoil.at) *loss = INFINITY;
+    return r;
+}
+
+static besa_result spoiled_gradient(besa_backend *be, float *sums, const float *dw, const void *w, besa_dtype dtype,
+                                    const void *rank, const uint16_t *bucket, int64_t rows, int64_t columns, int64_t buckets)
+{
+    besa_result r = g_bucket_gradient(be, sums, dw, w, dtype, rank, bucket, rows, columns, buckets);
+    if (g_spoil.what == BAD_GRADIENT && g_spoil.calls++ == g_spoil.at) sums[0] = NAN;
+    return r;
+}
+
+/* Prune the block with call number `at` spoiled, or its inputs as the caller left them in t; the error names `words`. */
+static void expect_not_finite(trace *t, const float *inputs, const besa_prune_options *o, int what, int at, const char *words)
+{
+    besa_pruner *pruner = NULL;
+    besa_block_report report;
+    void *pruned[BESA_LAYERS];
+    float *x = (float *)malloc((size_t)t->h.count * sizeof *x);
+    memcpy(x, inputs, (size_t)t->h.count * sizeof *x);
+    for (int l = 0; l < BESA_LAYERS; l++) pruned[l] = malloc((size_t)(t->rows[l] * t->columns[l]) * sizeof(float));
+    g_spoil.what = what, g_spoil.calls = 0, g_spoil.at = at;
+    g_block_loss = g_be.block_loss, g_bucket_gradient = g_be.bucket_gradient;
+    g_be.block_loss = spoiled_loss, g_be.bucket_gradient = spoiled_gradient;
+    CHECK_OK(besa_pruner_create(&pruner, &g_be, &t->block.shape, BESA_F32, 0, o, STEPS, t->seqlen, &g_error), g_error);
+    besa_result result = besa_pruner_run(pruner, &t->block, "model.layers.3.", x, NULL, pruned, &report, &g_error);
+    CHECK(result == BESA_ERROR_NOT_FINITE && strstr(g_error.message, words) && !strstr(g_error.message, "nan"),
+          "method %d, call %d: %s, expected %s", (int)o->method, at, result ? g_error.message : "success", words);
+    besa_pruner_destroy(pruner);
+    g_be.block_loss = g_block_loss, g_be.bucket_gradient = g_bucket_gradient;
+    for (int l = 0; l < BESA_LAYERS; l++) free(pruned[l]);
+    free(x);
+}
+
+/* A loss that overflows, in every pass of every method: the message names block, pass and sequences. */
+static void test_loss_overflow(void)
+{
+    static const besa_method method[] = { BESA_METHOD_WANDA, BESA_METHOD_SPARSEGPT, BESA_METHOD_MAGNITUDE };
+    trace t;
+    besa_prune_options o;
+    char words[160];
+    read_trace(&t, "trace_published_penalty");
+    memset(&o, 0, sizeof o);
+    o.rates.target = 0.5, o.rates.zero_start = 1;
+    /* a loss a sequence: 8 of uniform masks, 8 of the first masks, 16 of steps, 16 of the commit pass */
+    static const int call[] = { 0, 7, 8, 15, 16, 18, 31, 32, 39, 40, 47 };
+    for (int i = 0; i < 11; i++) {
+        int at = call[i], step = at - 16, commit = step - STEPS;
+        if (at < 16) snprintf(words, sizeof words, "model.layers.3.*: the reconstruction loss of sequences 0 .. 7 is not finite "
+                              "before learning, with %s masks", at < 8 ? "uniform" : "the first");
+        else if (commit < 0) snprintf(words, sizeof words, "sequences %d .. %d is not finite in learning step %d:", step, step, step + 1);
+        else snprintf(words, sizeof words, "sequences %s is not finite in the commit pass", commit < 8 ? "0 .. 7" : "8 .. 15");
+        expect_not_finite(&t, t.h.f, &o, BAD_LOSS, at, words);
+    }
+    o.rates.zero_start = 0, o.batch_size = 5, o.epochs = 2; /* one a batch: 2 of the first 8 sequences, 4 an epoch */
+    expect_not_finite(&t, t.h.f, &o, BAD_LOSS, 2 + 4 + 2, "sequences 10 .. 14 is not finite in learning step 7:");
+    o.batch_size = o.epochs = 0;
+    for (int m = 0; m < 3; m++)
+        for (int at = 0; at < 8; at += 7) {     /* baselines have a reference of 8 sequences */
+            o.method = method[m];
+            expect_not_finite(&t, t.h.f, &o, BAD_LOSS, at, "model.layers.3.*: the reconstruction loss of sequences 0 .. 7 is not "
+                              "finite in the commit pass");
+        }
+}
+
+/* Activations that overflow in the dense pass, and rates that do while losses are finite. */
+static void test_overflow_named(void)
+{
+    static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_WANDA, BESA_METHOD_SPARSEGPT, BESA_METHOD_MAGNITUDE };
+    trace t;
+    besa_prune_options o;
+    read_trace(&t, "trace_published_penalty");
+    int64_t sequence = t.seqlen * t.hidden, up = t.rows[BESA_UP] * t.columns[BESA_UP];
+    float *x = take_floats(t.h.count), *w = take_floats(up);
+    const void *kept = t.block.weight[BESA_UP];
+    memset(&o, 0, sizeof o);
+    o.rates.target = 0.5;
+    memcpy(x, t.h.f, (size_t)t.h.count * sizeof *x);
+    for (int64_t i = 3 * sequence; i < 4 * sequence; i++) x[i] *= 1e22f;
+    memcpy(w, kept, (size_t)up * sizeof *w);
+    for (int64_t i = 0; i < up; i++) w[i] *= 1e25f;
+    for (int m = 0; m < 4; m++) {
+        o.method = method[m];
+        expect_not_finite(&t, x, &o, 0, 0, "model.layers.3.*: the channel norms of the reference for sequences 3 .. 3 are not finite "
+                          "in the dense pass");
+        t.block.weight[BESA_UP] = w;
+        expect_not_finite(&t, t.h.f, &o, 0, 0, o.method == BESA_METHOD_MAGNITUDE ? "sequences 0 .. 0 are not finite in the dense pass"
+                          : "model.layers.3.mlp.down_proj: the sums of squares of its inputs are not finite in the dense pass");
+        t.block.weight[BESA_UP] = kept;
+    }
+    o.method = BESA_METHOD_BESA;
+    expect_not_finite(&t, t.h.f, &o, BAD_GRADIENT, 7 * (STEPS - 1) + 2, "not finite: the gradient of mlp.up_proj is not");
+    expect_not_finite(&t, t.h.f, &o, BAD_GRADIENT, 7 * (STEPS - 1) - 1, "not finite: the gradient of every layer is not");
+    o.rates.lr = 9e29, o.rates.weight_decay = 9e29, o.rates.optimizer = BESA_ADAMW;
+    expect_not_finite(&t, t.h.f, &o, 0, 0, "the mean rate is not finite: ");
 }
 
 static int g_waits[BESA_QUEUE_COUNT];
@@ -967,6 +1211,9 @@ int main(int argc, char **argv)
     TEST("trace_published_no_penalty with its masks") test_trace_pinned("trace_published_no_penalty");
     TEST("trace_published_penalty") test_trace("trace_published_penalty", 0.3, 0.02);
     TEST("trace_published_no_penalty") test_trace("trace_published_no_penalty", 0.5, 0.1);
+    TEST("importances by their formulas") test_importances();
+    TEST("losses that overflow") test_loss_overflow();
+    TEST("overflow is named") test_overflow_named();
     TEST("arguments of the layer API") test_rates_arguments();
     TEST("shapes of a block") test_shapes();
     TEST("one wait a block, besa") test_waits(BESA_METHOD_BESA);

@@ -3,6 +3,7 @@
 #include "cublas_v2.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
+#include <algorithm>
 #include <chrono>
 #include <cstdarg>
 #include <cstdio>
@@ -129,6 +130,8 @@ struct CUevent_st {
 struct cublasContext {
     cudaStream_t stream = nullptr;
     bool device_scalars = false;
+    void *workspace = nullptr;                 /* nullptr: cuBLAS takes memory of its own */
+    size_t workspace_bytes = 0;
 };
 
 enum class Space { Device, Pinned, Registered, Pageable };
@@ -150,7 +153,7 @@ struct Runtime {
     size_t used = 0, peak = 0, pinned = 0, pinned_peak = 0;
 
     cudaError_t last = cudaSuccess, sticky = cudaSuccess;
-    size_t calls = 0, fail_at = 0, reports = 0;
+    size_t calls = 0, fail_at = 0, reports = 0, own_scratch = 0;
     bool fail_on = false, quiet = false, executing = false;
     std::string report;
 
@@ -1329,6 +1332,32 @@ struct Scalar {
 static Scalar scalar(cublasHandle_t h, const void *p) {
     return h->device_scalars ? Scalar{static_cast<const float *>(p), 0} : Scalar{nullptr, *static_cast<const float *>(p)};
 }
+/* What a product does to its scratch: a piece at either end, as tens of megabytes each time would take too long. */
+struct Scratch {
+    char *p = nullptr;
+    size_t bytes = 0;
+    void spoil() const {
+        const size_t piece = std::min(bytes, size_t(16) << 10);
+        for (size_t at : {size_t(0), bytes - piece})
+            if (piece) {
+                note_write(p + at, piece);
+                memset(p + at, poison, piece);
+            }
+    }
+};
+static bool scratch_of(const char *name, cublasHandle_t h, Scratch *scratch) {
+    if (!h->workspace) ++rt().own_scratch;
+    *scratch = Scratch{static_cast<char *>(h->workspace), h->workspace_bytes};
+    return on_device(name, "the workspace", h->workspace, h->workspace_bytes);
+}
+/* A product between two spoilings of its scratch. */
+template <typename Work> static void enqueue_product(cudaStream_t stream, const Scratch &scratch, Work work) {
+    enqueue(stream, [=] {
+        scratch.spoil();
+        work();
+        scratch.spoil();
+    });
+}
 static void emit_product(const char *name, cublasHandle_t h, size_t m, size_t n, size_t k, size_t batch, double flops, size_t bytes) {
     standin_record r = {};
     r.kind = "product";
@@ -1368,6 +1397,7 @@ cublasStatus_t cublasSetStream(cublasHandle_t h, cudaStream_t stream) {
     CUBLAS_CALL(h);
     if (!live(stream)) return CUBLAS_STATUS_INVALID_VALUE;
     h->stream = stream;
+    h->workspace = nullptr, h->workspace_bytes = 0;    /* as cuBLAS does */
     return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasGetStream(cublasHandle_t h, cudaStream_t *stream) {
@@ -1389,6 +1419,7 @@ cublasStatus_t cublasSetWorkspace(cublasHandle_t h, void *p, size_t bytes) {
     CUBLAS_CALL(h);
     if (bytes && (reinterpret_cast<uintptr_t>(p) % 256 || !on_device("cublasSetWorkspace", "the workspace", p, bytes)))
         return CUBLAS_STATUS_INVALID_VALUE;
+    h->workspace = bytes ? p : nullptr, h->workspace_bytes = bytes;
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -1412,7 +1443,8 @@ static cublasStatus_t gemm(const char *name, cublasHandle_t h, cublasOperation_t
     Matrix a{A, ta, at ? K : M, at ? M : K, static_cast<size_t>(lda)}, b{B, tb, bt ? N : K, bt ? K : N, static_cast<size_t>(ldb)};
     size_t ec = ((N - 1) * static_cast<size_t>(ldc) + M) * element(tc);
     size_t da = static_cast<size_t>(sa) * element(ta), db = static_cast<size_t>(sb) * element(tb), dc = static_cast<size_t>(sc) * element(tc);
-    if (!on_device(name, "A", A, K ? a.extent() + last * da : 0) || !on_device(name, "B", B, K ? b.extent() + last * db : 0)
+    Scratch scratch;
+    if (!scratch_of(name, h, &scratch) || !on_device(name, "A", A, K ? a.extent() + last * da : 0) || !on_device(name, "B", B, K ? b.extent() + last * db : 0)
         || !on_device(name, "C", C, ec + last * dc))
         return CUBLAS_STATUS_EXECUTION_FAILED;
     Scalar sal = scalar(h, alpha), sbe = scalar(h, beta);
@@ -1420,7 +1452,7 @@ static cublasStatus_t gemm(const char *name, cublasHandle_t h, cublasOperation_t
     emit_product(name, h, M, N, K, last + 1, 2.0 * m * n * k * batch,
                  (last + 1) * (M * K * element(ta) + K * N * element(tb) + reads_c * M * N * element(tc)));
     if (addresses_alone()) return CUBLAS_STATUS_SUCCESS;
-    enqueue(h->stream, [=] {
+    enqueue_product(h->stream, scratch, [=] {
         for (size_t i = 0; i <= last; ++i) {
             Matrix ai = a, bi = b;
             ai.p = static_cast<const char *>(a.p) + i * da;
@@ -1455,7 +1487,8 @@ cublasStatus_t cublasSgemmStridedBatched(cublasHandle_t h, cublasOperation_t opa
 
 /* What trsm and trmm share: checks, the record. *empty: nothing to do. */
 static cublasStatus_t triangular(const char *name, cublasHandle_t h, cublasSideMode_t side, int m, int n, const void *alpha,
-                                 const float *A, int lda, const float *B, int ldb, const float *C, int ldc, bool *empty) {
+                                 const float *A, int lda, const float *B, int ldb, const float *C, int ldc, bool *empty,
+                                 Scratch *scratch) {
     int ka = side == CUBLAS_SIDE_LEFT ? m : n;
     *empty = m == 0 || n == 0;
     if ((side != CUBLAS_SIDE_LEFT && side != CUBLAS_SIDE_RIGHT) || m < 0 || n < 0 || lda < 1 || lda < ka || ldb < 1 || ldb < m || ldc < 1 || ldc < m)
@@ -1464,7 +1497,7 @@ static cublasStatus_t triangular(const char *name, cublasHandle_t h, cublasSideM
     if (!alpha || !A || !B || !C) return CUBLAS_STATUS_INVALID_VALUE;
     size_t M = static_cast<size_t>(m), N = static_cast<size_t>(n), K = static_cast<size_t>(ka);
     auto extent = [](size_t rows, size_t cols, int ld) { return ((cols - 1) * static_cast<size_t>(ld) + rows) * 4; };
-    if (!on_device(name, "A", A, extent(K, K, lda)) || !on_device(name, "B", B, extent(M, N, ldb)) || !on_device(name, "C", C, extent(M, N, ldc)))
+    if (!scratch_of(name, h, scratch) || !on_device(name, "A", A, extent(K, K, lda)) || !on_device(name, "B", B, extent(M, N, ldb)) || !on_device(name, "C", C, extent(M, N, ldc)))
         return CUBLAS_STATUS_EXECUTION_FAILED;
     emit_product(name, h, M, N, K, 1, 1.0 * m * n * ka, (K * (K + 1) / 2 + 2 * M * N) * 4);
     *empty = addresses_alone();
@@ -1487,11 +1520,12 @@ UNSEEN static void solve(const std::vector<float> &T, size_t size, bool lower, s
 cublasStatus_t cublasStrsm(cublasHandle_t h, cublasSideMode_t side, cublasFillMode_t uplo, cublasOperation_t op, cublasDiagType_t diag,
                            int m, int n, const float *alpha, const float *A, int lda, float *B, int ldb) {
     CUBLAS_CALL(h);
+    Scratch scratch;
     bool empty, left = side == CUBLAS_SIDE_LEFT, lower = uplo == CUBLAS_FILL_MODE_LOWER;
-    cublasStatus_t s = triangular("cublasStrsm", h, side, m, n, alpha, A, lda, B, ldb, B, ldb, &empty);
+    cublasStatus_t s = triangular("cublasStrsm", h, side, m, n, alpha, A, lda, B, ldb, B, ldb, &empty, &scratch);
     if (s != CUBLAS_STATUS_SUCCESS || empty) return s;
     Scalar al = scalar(h, alpha);
-    enqueue(h->stream, [=] {
+    enqueue_product(h->stream, scratch, [=] {
         size_t size = static_cast<size_t>(left ? m : n);
         bool transposed = (op != CUBLAS_OP_N) == left;    /* rows of X op(A) = B are columns of op(A)' X' = B' */
         std::vector<float> T = triangle(A, static_cast<size_t>(lda), size, lower, transposed, diag == CUBLAS_DIAG_UNIT);
@@ -1502,11 +1536,12 @@ cublasStatus_t cublasStrsm(cublasHandle_t h, cublasSideMode_t side, cublasFillMo
 cublasStatus_t cublasStrmm(cublasHandle_t h, cublasSideMode_t side, cublasFillMode_t uplo, cublasOperation_t op, cublasDiagType_t diag,
                            int m, int n, const float *alpha, const float *A, int lda, const float *B, int ldb, float *C, int ldc) {
     CUBLAS_CALL(h);
+    Scratch scratch;
     bool empty, left = side == CUBLAS_SIDE_LEFT;
-    cublasStatus_t s = triangular("cublasStrmm", h, side, m, n, alpha, A, lda, B, ldb, C, ldc, &empty);
+    cublasStatus_t s = triangular("cublasStrmm", h, side, m, n, alpha, A, lda, B, ldb, C, ldc, &empty, &scratch);
     if (s != CUBLAS_STATUS_SUCCESS || empty) return s;
     Scalar al = scalar(h, alpha);
-    enqueue(h->stream, [=] {
+    enqueue_product(h->stream, scratch, [=] {
         size_t M = static_cast<size_t>(m), N = static_cast<size_t>(n), size = left ? M : N;
         std::vector<float> t = triangle(A, static_cast<size_t>(lda), size, uplo == CUBLAS_FILL_MODE_LOWER, op == CUBLAS_OP_N, diag == CUBLAS_DIAG_UNIT);
         Matrix T{t.data(), CUDA_R_32F, size, size, size}, b{B, CUDA_R_32F, M, N, static_cast<size_t>(ldb)};   /* T: op(A), column by column */
@@ -1523,12 +1558,13 @@ cublasStatus_t cublasSsyrk(cublasHandle_t h, cublasFillMode_t uplo, cublasOperat
     if (!alpha || !beta || !C || (k && !A)) return CUBLAS_STATUS_INVALID_VALUE;
     size_t N = static_cast<size_t>(n), K = static_cast<size_t>(k);
     Matrix a{A, CUDA_R_32F, t ? K : N, t ? N : K, static_cast<size_t>(lda)};
-    if (!on_device("cublasSsyrk", "A", A, a.extent()) || !on_device("cublasSsyrk", "C", C, ((N - 1) * static_cast<size_t>(ldc) + N) * 4))
+    Scratch scratch;
+    if (!scratch_of("cublasSsyrk", h, &scratch) || !on_device("cublasSsyrk", "A", A, a.extent()) || !on_device("cublasSsyrk", "C", C, ((N - 1) * static_cast<size_t>(ldc) + N) * 4))
         return CUBLAS_STATUS_EXECUTION_FAILED;
     Scalar al = scalar(h, alpha), be = scalar(h, beta);
     emit_product("cublasSsyrk", h, N, N, K, 1, 1.0 * n * (n + 1.0) * k, (N * K + (be.p || be.v != 0 ? 2 : 1) * N * (N + 1) / 2) * 4);
     if (addresses_alone()) return CUBLAS_STATUS_SUCCESS;
-    enqueue(h->stream, [=] {
+    enqueue_product(h->stream, scratch, [=] {
         product(a, t, a, !t, al.get(), be.get(), C, CUDA_R_32F, static_cast<size_t>(ldc), uplo == CUBLAS_FILL_MODE_LOWER ? 1 : 2);
     });
     return CUBLAS_STATUS_SUCCESS;
@@ -1552,10 +1588,11 @@ void standin_reset() {
     R.sticky = cudaErrorUnknown;                       /* queued work is dropped, not run */
     run_all();
     R.sticky = R.last = cudaSuccess;
-    R.reports = R.calls = R.fail_at = 0;
+    R.reports = R.calls = R.fail_at = R.own_scratch = 0;
     R.report.clear();
     ignore(false);
 }
+size_t standin_own_scratch() { return rt().own_scratch; }
 static size_t count_space(bool registered) {
     size_t n = 0;
     for (auto &entry : rt().memory) n += (entry.second.space == Space::Registered) == registered;

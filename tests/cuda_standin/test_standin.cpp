@@ -401,6 +401,32 @@ static void test_gemm() {
     standin_quiet(0);
     BLAS(cublasDestroy(h));
 }
+/* Each kind of product spoils its workspace at both ends, and one without a workspace is counted. */
+static void test_scratch() {
+    const size_t piece = (16 << 10) / sizeof(float), n = 64 << 10;
+    const float one = 1;
+    cublasHandle_t h;
+    cudaStream_t stream;
+    OK(cudaStreamCreate(&stream));
+    BLAS(cublasCreate(&h));
+    Device<float> a(ramp(9)), b(ramp(9)), c(ramp(9));
+    size_t before = standin_own_scratch();
+    for (int kind = 0; kind < 5; ++kind) {
+        Device<float> scratch(std::vector<float>(n, 5.0f));
+        if (kind < 4) BLAS(cublasSetWorkspace(h, scratch.p, n * sizeof(float)));
+        else BLAS(cublasSetStream(h, stream));
+        if (kind == 0 || kind == 4) BLAS(cublasSgemm(h, CUBLAS_OP_N, CUBLAS_OP_N, 3, 3, 3, &one, a.p, 3, b.p, 3, &one, c.p, 3));
+        if (kind == 1) BLAS(cublasSsyrk(h, CUBLAS_FILL_MODE_LOWER, CUBLAS_OP_N, 3, 3, &one, a.p, 3, &one, c.p, 3));
+        if (kind == 2) BLAS(cublasStrsm(h, CUBLAS_SIDE_LEFT, CUBLAS_FILL_MODE_LOWER, CUBLAS_OP_N, CUBLAS_DIAG_NON_UNIT, 3, 3, &one, a.p, 3, c.p, 3));
+        if (kind == 3) BLAS(cublasStrmm(h, CUBLAS_SIDE_LEFT, CUBLAS_FILL_MODE_LOWER, CUBLAS_OP_N, CUBLAS_DIAG_NON_UNIT, 3, 3, &one, a.p, 3, b.p, 3, c.p, 3));
+        OK(cudaDeviceSynchronize());
+        std::vector<float> left = scratch.get();
+        for (size_t i = 0; i < n; ++i) CHECK((kind < 4 && (i < piece || i >= n - piece)) != (left[i] == 5.0f));
+        CHECK(standin_own_scratch() == before + (kind == 4));
+    }
+    BLAS(cublasDestroy(h));
+    OK(cudaStreamDestroy(stream));
+}
 static void test_triangles() {
     cublasHandle_t h;
     BLAS(cublasCreate(&h));
@@ -710,7 +736,7 @@ int main(int argc, char **argv) {
         {"warp exchanges", test_warp}, {"partial warps and early exits", test_partial}, {"atomics", test_atomics},
         {"poisoned memory", test_poison}, {"intrinsics and 16-bit floats", test_intrinsics}, {"memory", test_memory},
         {"streams and events", test_streams}, {"null stream", test_null_stream}, {"launch checks", test_launch_checks},
-        {"gemm", test_gemm}, {"trsm, trmm, syrk", test_triangles}, {"record and dry run", test_record_and_dry}, {"first and last blocks", test_sparse},
+        {"gemm", test_gemm}, {"workspaces of products", test_scratch}, {"trsm, trmm, syrk", test_triangles}, {"record and dry run", test_record_and_dry}, {"first and last blocks", test_sparse},
         {"fault injection", test_faults}, {"caught: masks and divergent barriers", wrong_mask},
     };
     for (const auto &t : tests) {

@@ -37,6 +37,8 @@
    MEMORY   device and shared memory start as bytes 0xFF (NaN, -1). Device memory is 256-byte aligned. Outside sanitizer
             builds it ends at a guard page and is inaccessible unless queued work runs: a host access to a device pointer is a
             segmentation fault (STANDIN_GUARD=0 turns this off, and many short runs are faster without). Copies, sets and products must lie within one allocation.
+            A product overwrites its workspace (16 KB at either end) before it reads its operands and after it has written;
+            without one of cublasSetWorkspace it is counted. cublasSetStream takes the workspace back, as the real one does.
    LIMITS   one device; spin-waits between threads never end; no inline PTX, textures, graphs, cooperative groups, __activemask;
             float atomics are declared but an error. ThreadSanitizer holds 8128 contexts (0.2 to 1 MB each): two per thread of
             the largest block for each stream that launches kernels. Races between two blocks of a launch that are an even number of
@@ -77,6 +79,7 @@ size_t standin_device_peak(void);            /* most bytes at any time since sta
 size_t standin_pinned_bytes(void);
 size_t standin_pinned_peak(void);
 void standin_reset_peak(void);
+size_t standin_own_scratch(void);            /* products without a workspace of the caller's since start or standin_reset */
 
 /* ---- reports: misuse found while running ---- */
 const char *standin_last_report(void);       /* "" when there was none since standin_reset */

@@ -1,0 +1,912 @@
+/* test_pruner - one block through besa_pruner_run, its numbers against plain double-precision code.
+ *
+ *     test_pruner REFERENCE_DIRECTORY [part of a test's name]
+ *
+ * The block's own forward and backward pass are the library's, on all sequences of a batch at once: test_reference holds
+ * them against PyTorch. What is done with them is written out here from its formulas: statistics, scores, ranks, masks,
+ * rates, the gradient of theta, losses, counts, SparseGPT. */
+#define BESA_IMPLEMENTATION
+#include "besa.h"
+#include "backend_ops.h"
+#include "test.h"
+
+enum { SEQUENCES = 11, SEQLEN = 16, TOKENS = SEQUENCES * SEQLEN, WIDTH = 132, KV_WIDTH = 44, INNER = 141, DEAD = 5,
+       CANDIDATES = 9, ROWS = 3 * WIDTH + 2 * KV_WIDTH + 2 * INNER, MOST_STEPS = 2 * SEQUENCES };
+
+static const char *g_reference;
+static besa_backend g_be;
+static besa_error g_error;
+static ops g_ops;                               /* memory of backend_ops.h's references */
+
+static double *widened(const float *x, int64_t n)
+{
+    double *d = (double *)take((size_t)n * sizeof *d);
+    for (int64_t i = 0; i < n; i++) d[i] = (double)x[i];
+    return d;
+}
+
+static void *copy_of(const void *data, size_t bytes) { return memcpy(take(bytes), data, bytes); }
+
+static float *random_floats(int64_t n, double scale)
+{
+    float *x = take_floats(n);
+    for (int64_t i = 0; i < n; i++) x[i] = (float)(scale * ops_uniform(&g_ops));
+    return x;
+}
+
+/* ---- a block and its inputs ------------------------------------------------------------------ */
+
+typedef struct model {
+    besa_block block;
+    int64_t rows[BESA_LAYERS], columns[BESA_LAYERS];
+    float *x, *dense_x, *yref;                  /* (SEQUENCES, SEQLEN, WIDTH) */
+    float *input[BESA_LAYERS];                  /* (TOKENS, columns) of the dense block */
+    float *y_dense;                             /* the dense stream's outputs */
+    besa_activations acts;                      /* room for all tokens */
+} model;
+
+static const float *weight_of(const model *m, int layer) { return (const float *)m->block.weight[layer]; }
+
+/* Y = F(block, X) of `count` sequences; what it leaves for the backward pass is in acts. */
+static void forward(const besa_block *block, besa_activations *acts, const float *x, float *y, int64_t count)
+{
+    besa_workload work = besa_block_workload(&block->shape, SEQUENCES, SEQLEN);
+    static void *memory;
+    g_be.workspace_bytes = g_be.workspace_size(&g_be, &work);
+    if (!memory) memory = take(g_be.workspace_bytes);
+    g_be.workspace = memory;
+    CHECK_OK(besa_block_forward(&g_be, block, acts, x, y, count, SEQLEN, &g_error), g_error);
+}
+
+/* Weights with zeros of both signs, a column of inputs that is always zero, channels of unequal size. */
+static model new_model(void)
+{
+    model m;
+    besa_block_shape *s = &m.block.shape;
+    float *norm, *cosine = take_floats(SEQLEN * KV_WIDTH / 2), *sine = take_floats(SEQLEN * KV_WIDTH / 2);
+    memset(&m, 0, sizeof m);
+    g_ops.random = 5;
+    s->hidden_size = WIDTH, s->intermediate_size = INNER, s->head_dim = KV_WIDTH;
+    s->num_attention_heads = WIDTH / KV_WIDTH, s->num_key_value_heads = 1, s->rms_norm_eps = 1e-5, s->rope.theta = 10000;
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        float *w;
+        besa_block_layer(s, l, &m.rows[l], &m.columns[l]);
+        w = random_floats(m.rows[l] * m.columns[l], 1.5 / sqrt((double)m.columns[l]));
+        for (int64_t i = l; i < m.rows[l] * m.columns[l]; i += 37) w[i] = i % 2 ? 0.0f : -0.0f;
+        m.block.weight[l] = w;
+    }
+    m.block.bias[BESA_Q] = random_floats(WIDTH, 0.1);
+    m.block.norm2 = norm = random_floats(WIDTH, 0.5);
+    for (int j = 0; j < WIDTH; j++) norm[j] += 1;
+    m.block.norm1 = norm = (float *)copy_of(norm, WIDTH * sizeof *norm);
+    norm[DEAD] = 0;
+    besa_rope_table(s, SEQLEN, cosine, sine);
+    m.block.rope_cos = cosine, m.block.rope_sin = sine;
+    m.x = random_floats(TOKENS * WIDTH, 1), m.dense_x = random_floats(TOKENS * WIDTH, 1);
+    for (int i = 0; i < TOKENS * WIDTH; i++) m.x[i] *= (float)(1 + i % 5), m.dense_x[i] *= (float)(1 + i % 7);
+    besa_activations_init(&m.acts, take(besa_activations_size(&g_be, s, 0, TOKENS, 1)), &g_be, s, 0, TOKENS, 1);
+    m.yref = take_floats(TOKENS * WIDTH), m.y_dense = take_floats(TOKENS * WIDTH);
+    forward(&m.block, &m.acts, m.dense_x, m.y_dense, SEQUENCES);
+    forward(&m.block, &m.acts, m.x, m.yref, SEQUENCES);
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        const void *a = l <= BESA_V ? m.acts.a : l == BESA_O ? m.acts.attn : l == BESA_DOWN ? m.acts.z : m.acts.m;
+        m.input[l] = (float *)copy_of(a, (size_t)(TOKENS * m.columns[l]) * sizeof(float));
+    }
+    return m;
+}
+
+/* The damped Hessian 2/N X'X of a layer's inputs as the upper factor U of its inverse, and which columns are dead. */
+static double *factor_of(const model *m, int layer, int64_t tokens, int32_t *dead)
+{
+    int64_t C = m->columns[layer];
+    const float *x = m->input[layer];
+    double *h = ops_doubles(&g_ops, C * C), *u = ops_doubles(&g_ops, C * C), mean = 0;
+    for (int64_t i = 0; i < C; i++)
+        for (int64_t j = 0; j < C; j++)
+            for (int64_t t = 0; t < tokens; t++) h[i * C + j] += 2.0 / (double)tokens * (double)x[t * C + i] * (double)x[t * C + j];
+    for (int64_t j = 0; j < C; j++) {
+        dead[j] = h[j * C + j] == 0;
+        if (dead[j]) h[j * C + j] = 1;
+        mean += h[j * C + j] / (double)C;
+    }
+    for (int64_t j = 0; j < C; j++) h[j * C + j] += 0.01 * mean;
+    ref_factor(&g_ops, u, h, C);
+    return u;
+}
+
+static void forget_references(void)
+{
+    while (g_ops.hosts > 0) free(g_ops.host[--g_ops.hosts]);
+}
+
+/* rank (R,C) of every weight in its row by the importance's score, zeros first, ties by column. */
+static int32_t *ranks_of(const model *m, int layer, int64_t tokens, besa_importance importance)
+{
+    int64_t R = m->rows[layer], C = m->columns[layer];
+    int32_t *rank = (int32_t *)take((size_t)(R * C) * sizeof *rank), *dead = (int32_t *)take((size_t)C * sizeof *dead);
+    int64_t *order = (int64_t *)take((size_t)C * sizeof *order);
+    float *score = take_floats(C);
+    double *u = NULL, *sumsq = (double *)take((size_t)C * sizeof *sumsq);
+    if (importance == BESA_IMPORTANCE_SPARSEGPT || importance == BESA_IMPORTANCE_SPARSEGPT_SQUARED) u = factor_of(m, layer, tokens, dead);
+    for (int64_t i = 0; i < tokens * C; i++) sumsq[i % C] += (double)m->input[layer][i] * (double)m->input[layer][i];
+    for (int64_t r = 0; r < R; r++) {
+        for (int64_t j = 0; j < C; j++) {
+            double w = (double)weight_of(m, layer)[r * C + j], diagonal = u ? u[j * C + j] : 1;
+            double s = importance == BESA_IMPORTANCE_WANDA ? fabs(w) * sqrt(sumsq[j]) : fabs(w);
+            if (u) s = dead[j] ? 0 : w * w / (importance == BESA_IMPORTANCE_SPARSEGPT ? diagonal : diagonal * diagonal);
+            score[j] = w == 0 ? -1 : (float)s;
+        }
+        ref_sort(score, C, order);
+        for (int64_t j = 0; j < C; j++) rank[r * C + order[j]] = (int32_t)j;
+    }
+    forget_references();
+    return rank;
+}
+
+/* ---- a run, recorded ------------------------------------------------------------------------- */
+
+typedef struct recorded {                       /* of one learning step */
+    float *theta, *grad, *what[BESA_LAYERS], loss, alpha[ROWS];
+    int32_t n[ROWS];
+} recorded;
+
+typedef struct run {
+    const model *m;
+    besa_prune_options options;
+    int64_t sequences;
+    recorded step[MOST_STEPS + 1];              /* of the last one theta alone: what learning ended with */
+    int64_t steps, parameters;
+    float alpha[ROWS];                          /* that the projection started from */
+    void *pruned[BESA_LAYERS];
+    float *x, *dense_x;                         /* in and out */
+    besa_block_report report;
+    int64_t chunk;
+    size_t bytes;
+} run;
+
+/* Keep what a step came to, and give the next one a theta of our own. */
+static besa_result record_step(void *user, const besa_step *step)
+{
+    run *r = (run *)user;
+    recorded *now = &r->step[step->step - 1], *next = now + 1;
+    float *theta, *grad;
+    r->steps = step->step;
+    r->parameters = besa_rates_parameters(step->rates, &theta, &grad);
+    if (step->step == 1) now->theta = take_floats(r->parameters);
+    now->grad = (float *)copy_of(grad, (size_t)r->parameters * sizeof *grad);
+    now->loss = *step->loss;
+    for (int l = 0, row = 0; l < BESA_LAYERS; row += (int)r->m->rows[l++]) {
+        now->what[l] = (float *)copy_of(r->pruned[l], (size_t)(r->m->rows[l] * r->m->columns[l]) * sizeof(float));
+        if (besa_rates_read(step->rates, l, now->alpha + row, now->n + row, &g_error) != BESA_OK) return g_error.code;
+    }
+    next->theta = random_floats(r->parameters, 2);
+    memcpy(theta, next->theta, (size_t)r->parameters * sizeof *theta);
+    return BESA_OK;
+}
+
+/* Bytes that a pruner has on the device; counted on a copy, as counting places its arrays nowhere. */
+static size_t size_of(const besa_pruner *pruner)
+{
+    besa_pruner counted = *pruner;
+    return besa__pruner_size(&counted, 0);
+}
+
+/* Run the pruner within `budget` bytes, 0 for all there are; returns whether that was enough. */
+static int run_pruner(run *r, const model *m, const besa_prune_options *o, int64_t sequences, size_t budget)
+{
+    besa_pruner *pruner = NULL;
+    besa_result result;
+    size_t bytes = (size_t)(TOKENS * WIDTH) * sizeof(float);
+    memset(r, 0, sizeof *r);
+    g_ops.random = 11;
+    r->m = m, r->options = *o, r->sequences = sequences;
+    r->options.device_memory = budget, r->options.user = r;
+    if (o->method == BESA_METHOD_BESA) r->options.step = record_step;
+    r->x = (float *)copy_of(m->x, bytes), r->dense_x = (float *)copy_of(m->dense_x, bytes);
+    for (int l = 0; l < BESA_LAYERS; l++) r->pruned[l] = take((size_t)(m->rows[l] * m->columns[l]) * sizeof(float));
+    result = besa_pruner_create(&pruner, &g_be, &m->block.shape, BESA_F32, 0, &r->options, sequences, SEQLEN, &g_error);
+    if (budget && result == BESA_ERROR_MEMORY) return 0;
+    CHECK_OK(result, g_error);
+    if (!pruner) return 0;
+    r->chunk = pruner->chunk, r->bytes = size_of(pruner);
+    CHECK_OK(besa_pruner_run(pruner, &m->block, "block.", r->x, o->dense_stream ? r->dense_x : NULL, r->pruned, &r->report, &g_error),
+             g_error);
+    if (pruner->rates.alpha) memcpy(r->alpha, pruner->rates.alpha, sizeof r->alpha);
+    besa_pruner_destroy(pruner);
+    return 1;
+}
+
+/* ---- what it must be ------------------------------------------------------------------------- */
+
+static int32_t zeros_of(const float *w, int64_t n)
+{
+    int32_t zeros = 0;
+    for (int64_t i = 0; i < n; i++) zeros += w[i] == 0;
+    return zeros;
+}
+
+static double fixed_rate(const besa_prune_options *o, int layer)
+{
+    for (int64_t i = 0; i < o->num_fixed; i++)
+        if (!strcmp(o->fixed[i].pattern, besa_layer_name(layer))) return o->fixed[i].sparsity;
+    return -1;
+}
+
+static double learned_weights(const run *r)
+{
+    double weights = 0;
+    for (int l = 0; l < BESA_LAYERS; l++)
+        if (fixed_rate(&r->options, l) < 0) weights += (double)(r->m->rows[l] * r->m->columns[l]);
+    return weights;
+}
+
+/* c of softmax(c p): at theta = 0 the mean rate is the target. */
+static double tilt_of(const besa_rate_options *o)
+{
+    double low = -1e4, high = 1e4;
+    if (o->zero_start) return 0;
+    for (int i = 0; i < 70; i++) {
+        double c = 0.5 * (low + high), sum = 0, rate = 0;
+        for (int d = 0; d < CANDIDATES; d++) {
+            double p = 1 - (double)d / (CANDIDATES - 1), e = exp(c * (p - (c > 0)));
+            sum += e, rate += e * p;
+        }
+        *(rate / sum < o->target ? &low : &high) = c;
+    }
+    return low;
+}
+
+/* One layer's rates from theta, and from dL/dbeta (groups, CANDIDATES) the gradient of theta; both as flat as theta is. */
+typedef struct layer_rates {
+    const besa_rate_options *o;
+    int64_t groups, at;                         /* at: theta's first of this layer, advanced beyond it */
+    double layer_scale, row_scale, tilt;
+    double alpha[INNER], beta[INNER][CANDIDATES];
+} layer_rates;
+
+static layer_rates rates_of(const besa_prune_options *o, const float *theta, int64_t *at, int64_t rows, int64_t *group_rows)
+{
+    layer_rates r;
+    const float *theta_layer = theta + *at, *theta_row;
+    memset(&r, 0, sizeof r);
+    *group_rows = o->rates.group_rows == BESA_ALL_ROWS ? rows : o->rates.group_rows ? o->rates.group_rows : 1;
+    r.o = &o->rates, r.at = *at, r.tilt = tilt_of(&o->rates);
+    r.groups = (rows + *group_rows - 1) / *group_rows;
+    r.layer_scale = o->rates.form == BESA_RATES_ROW ? 0 : o->rates.layer_scale ? o->rates.layer_scale : 1;
+    r.row_scale = o->rates.form == BESA_RATES_LAYER ? 0 : o->rates.row_scale ? o->rates.row_scale : 1;
+    theta_row = theta_layer + (r.layer_scale > 0 ? CANDIDATES : 0);
+    *at += (r.layer_scale > 0 ? CANDIDATES : 0) + (r.row_scale > 0 ? r.groups * CANDIDATES : 0);
+    for (int64_t g = 0; g < r.groups; g++) {
+        double sum = 0;
+        for (int d = 0; d < CANDIDATES; d++) {
+            double p = 1 - (double)d / (CANDIDATES - 1), a = r.layer_scale > 0 ? (double)theta_layer[d] : 0;
+            double b = r.row_scale > 0 ? (double)theta_row[g * CANDIDATES + d] : 0;
+            if (!o->rates.plain_softmax) a = 1 / (1 + exp(-a)) - 0.5, b = 1 / (1 + exp(-b)) - 0.5;
+            sum += r.beta[g][d] = exp(r.tilt * p + r.layer_scale * a + r.row_scale * b);
+        }
+        for (int d = 0; d < CANDIDATES; d++) {
+            r.beta[g][d] /= sum;
+            r.alpha[g] += r.beta[g][d] * (1 - (double)d / (CANDIDATES - 1));
+        }
+    }
+    return r;
+}
+
+static void theta_gradient(const layer_rates *r, const float *theta, double (*dbeta)[CANDIDATES], double *grad)
+{
+    int64_t row = r->at + (r->layer_scale > 0 ? CANDIDATES : 0);
+    for (int64_t g = 0; g < r->groups; g++) {
+        double mean = 0;
+        for (int d = 0; d < CANDIDATES; d++) mean += r->beta[g][d] * dbeta[g][d];
+        for (int d = 0; d < CANDIDATES; d++) {
+            double dz = r->beta[g][d] * (dbeta[g][d] - mean);
+            int64_t place[2] = { r->at + d, row + g * CANDIDATES + d };
+            double scale[2] = { r->layer_scale, r->row_scale };
+            for (int k = 0; k < 2; k++) {
+                double s;
+                if (scale[k] == 0) continue;
+                s = 1 / (1 + exp(-(double)theta[place[k]]));
+                grad[place[k]] += dz * scale[k] * (r->o->plain_softmax ? 1 : s * (1 - s));
+            }
+        }
+    }
+}
+
+/* Sums of squares of the reference's channels, over sequences first .. first + count - 1 */
+static void norms_of(const float *yref, int64_t first, int64_t count, double *norm2)
+{
+    memset(norm2, 0, WIDTH * sizeof *norm2);
+    for (int64_t i = first * SEQLEN * WIDTH; i < (first + count) * SEQLEN * WIDTH; i++)
+        norm2[i % WIDTH] += (double)yref[i] * (double)yref[i];
+}
+
+/* Those that sequence s is normalised by; returns over how many sequences they are. */
+static int64_t batch_norms(const run *r, const float *yref, int64_t reference, int64_t s, double *norm2)
+{
+    int64_t batch = r->options.batch_size && r->options.method == BESA_METHOD_BESA ? r->options.batch_size : 1;
+    int64_t first = r->options.norm_all ? 0 : s / batch * batch, count = r->options.norm_all ? reference : batch;
+    if (first + count > reference) count = reference - first;
+    norms_of(yref, first, count, norm2);
+    return count;
+}
+
+static const float *reference_of(const run *r) { return r->options.dense_stream ? r->m->y_dense : r->m->yref; }
+
+/* (1/d) sum ((Yref - Y) / norm)^2 of the first `shown` sequences, batches weighted by their size. */
+static double report_loss(const run *r, const float *y, int64_t shown, int64_t reference)
+{
+    const float *yref = reference_of(r);
+    double loss = 0, norm2[WIDTH];
+    for (int64_t s = 0; s < shown; s++) {
+        int64_t of = batch_norms(r, yref, reference, s, norm2);
+        for (int64_t i = s * SEQLEN * WIDTH; i < (s + 1) * SEQLEN * WIDTH; i++) {
+            double e = (double)yref[i] - (double)y[i];
+            loss += e * e / norm2[i % WIDTH] / WIDTH * (double)of / (double)shown;
+        }
+    }
+    return loss;
+}
+
+/* The dense block, but with `rank` below each row's count gone. */
+static besa_block masked_block(const run *r, int32_t *const rank[BESA_LAYERS], const int32_t *n)
+{
+    besa_block b = r->m->block;
+    for (int l = 0; l < BESA_LAYERS; n += r->m->rows[l++]) {
+        int64_t C = r->m->columns[l];
+        float *w = (float *)copy_of(b.weight[l], (size_t)(r->m->rows[l] * C) * sizeof(float));
+        for (int64_t i = 0; i < r->m->rows[l] * C; i++)
+            if (rank[l][i] < n[i / C]) w[i] = 0;
+        b.weight[l] = w;
+    }
+    return b;
+}
+
+static void check_number(const char *what, double got, double want, double tolerance)
+{
+    CHECK(fabs(got - want) <= tolerance * fabs(want), "%s: %.9g, expected %.9g", what, got, want);
+}
+
+/* ---- BESA: each step of learning, and what comes of it --------------------------------------- */
+
+typedef struct gradients { float *dw[BESA_LAYERS]; int64_t columns[BESA_LAYERS]; } gradients;
+
+static besa_result keep_gradient(void *user, int layer, int64_t first, int64_t rows, const float *dw)
+{
+    gradients *g = (gradients *)user;
+    int64_t C = g->columns[layer];
+    memcpy(g->dw[layer] + first * C, dw, (size_t)(rows * C) * sizeof *dw);
+    return BESA_OK;
+}
+
+/* The loss of a step's batch by its masks and dL/dW, the whole batch at once. */
+static double batch_loss(const run *r, const recorded *step, int64_t first, int64_t count, gradients *g)
+{
+    const float *x = r->m->x + first * SEQLEN * WIDTH, *yref = reference_of(r) + first * SEQLEN * WIDTH;
+    float *y = take_floats(count * SEQLEN * WIDTH);
+    besa_activations acts = r->m->acts;
+    besa_block b = r->m->block;
+    double norm2[WIDTH], loss = 0;
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        b.weight[l] = step->what[l];
+        g->columns[l] = r->m->columns[l];
+        g->dw[l] = take_floats(r->m->rows[l] * r->m->columns[l]);
+    }
+    forward(&b, &acts, x, y, count);
+    batch_norms(r, reference_of(r), r->sequences, first, norm2);
+    for (int64_t i = 0; i < count * SEQLEN * WIDTH; i++) {
+        double e = (double)y[i] - (double)yref[i];
+        loss += e * e / norm2[i % WIDTH] / WIDTH;
+        y[i] = (float)(2 * e / norm2[i % WIDTH] / WIDTH);
+    }
+    CHECK_OK(besa_block_backward(&g_be, &b, &acts, x, y, NULL, count, SEQLEN, keep_gradient, g, &g_error), g_error);
+    return loss;
+}
+
+/* dL/dbeta of one layer: candidate d prunes the ranks below k_d = (D - d) C / D, of every row of the group. */
+static void beta_gradient(const run *r, int layer, const int32_t *rank, const float *dw, int64_t group_rows,
+                          double (*dbeta)[CANDIDATES])
+{
+    const float *w = weight_of(r->m, layer);
+    int64_t C = r->m->columns[layer];
+    for (int64_t i = 0; i < r->m->rows[layer] * C; i++)
+        for (int d = 0; d < CANDIDATES - 1 && rank[i] < (CANDIDATES - 1 - d) * C / (CANDIDATES - 1); d++)
+            dbeta[i / C / group_rows][d] -= (double)dw[i] * (double)w[i];
+}
+
+/* alpha and n of one step's rows against theta; the mean rate of the learned layers */
+static double check_rates(const run *r, const recorded *step)
+{
+    double mean = 0;
+    int64_t at = 0, group_rows, wrong = 0;
+    for (int l = 0, row = 0; l < BESA_LAYERS; row += (int)r->m->rows[l++]) {
+        layer_rates rates = rates_of(&r->options, step->theta, &at, r->m->rows[l], &group_rows);
+        int64_t C = r->m->columns[l];
+        double want[INNER], fixed = fixed_rate(&r->options, l);
+        for (int64_t q = 0; q < r->m->rows[l]; q++) {
+            double exact = (double)C * (fixed < 0 ? rates.alpha[q / group_rows] : fixed);
+            int32_t zeros = fixed < 0 ? zeros_of(weight_of(r->m, l) + q * C, C) : 0, n = (int32_t)floor(exact);
+            want[q] = rates.alpha[q / group_rows];
+            if (fixed < 0) mean += want[q] * (double)C / learned_weights(r);
+            wrong += fabs(exact - rint(exact)) > 1e-4 && step->n[row + q] != (n > zeros ? n : zeros);
+        }
+        if (fixed < 0) CHECK_CLOSE("alpha", step->alpha + row, want, r->m->rows[l], 1e-6);
+    }
+    CHECK(wrong == 0, "%d rows prune another number than their rate says", (int)wrong);
+    return mean;
+}
+
+static void check_step(const run *r, int64_t s, int32_t *const rank[BESA_LAYERS])
+{
+    const recorded *step = &r->step[s];
+    const besa_rate_options *o = &r->options.rates;
+    int64_t batch = r->options.batch_size ? r->options.batch_size : 1, batches = (r->sequences + batch - 1) / batch;
+    int64_t first = s % batches * batch, count = first + batch > r->sequences ? r->sequences - first : batch, at = 0;
+    double lambda = o->penalty == BESA_NONE ? 0 : o->penalty ? o->penalty : 1, *grad, mean = check_rates(r, step);
+    double pull = 2 * lambda * (mean - o->target) / (o->target * o->target);
+    gradients g;
+    int wrong = 0;
+    grad = (double *)take((size_t)r->parameters * sizeof *grad);
+    check_number("a step's loss", (double)step->loss, batch_loss(r, step, first, count, &g), 2e-5);
+    for (int l = 0, row = 0; l < BESA_LAYERS; row += (int)r->m->rows[l++]) {
+        double dbeta[INNER][CANDIDATES] = { { 0 } };
+        int64_t R = r->m->rows[l], C = r->m->columns[l], group_rows;
+        layer_rates rates = rates_of(&r->options, step->theta, &at, R, &group_rows);
+        for (int64_t i = 0; i < R * C; i++)
+            wrong += step->what[l][i] != (rank[l][i] < step->n[row + i / C] ? 0 : weight_of(r->m, l)[i]);
+        if (fixed_rate(&r->options, l) < 0) {
+            beta_gradient(r, l, rank[l], g.dw[l], group_rows, dbeta);
+            for (int64_t q = 0; q < R; q++)
+                for (int d = 0; d < CANDIDATES; d++)
+                    dbeta[q / group_rows][d] += pull * (double)C / learned_weights(r) * (1 - (double)d / (CANDIDATES - 1));
+            theta_gradient(&rates, step->theta, dbeta, grad);
+        }
+        CHECK_CLOSE(besa_layer_name(l), step->grad + rates.at, grad + rates.at, at - rates.at, 1e-4);
+    }
+    CHECK(at == r->parameters, "%d parameters, expected %d", (int)r->parameters, (int)at);
+    CHECK(wrong <= 4, "step %d: %d weights are masked otherwise", (int)s + 1, wrong); /* scores a rounding apart */
+}
+
+/* The exact count from the rates that learning ended with, and floor(rate C) of every row of a fixed layer. */
+static double final_counts(run *r, int32_t *n)
+{
+    int32_t least[ROWS], columns[ROWS], projected[ROWS];
+    double mean = 0, want[ROWS];
+    int64_t at = 0, group_rows;
+    for (int l = 0, row = 0; l < BESA_LAYERS; row += (int)r->m->rows[l++]) {
+        layer_rates rates = rates_of(&r->options, r->step[r->steps].theta, &at, r->m->rows[l], &group_rows);
+        int64_t C = r->m->columns[l];
+        double fixed = fixed_rate(&r->options, l);
+        for (int64_t q = 0; q < r->m->rows[l]; q++) {
+            double rate = rates.alpha[q / group_rows];
+            least[row + q] = zeros_of(weight_of(r->m, l) + q * C, C);
+            columns[row + q] = fixed < 0 ? (int32_t)C : 0;
+            want[row + q] = fixed < 0 ? rate : (double)r->alpha[row + q];
+            n[row + q] = (int32_t)floor((fixed < 0 ? rate : fixed) * (double)C);
+            if (fixed < 0) mean += rate * (double)C / learned_weights(r);
+            if (fixed < 0 && n[row + q] < least[row + q]) n[row + q] = least[row + q];
+        }
+    }
+    CHECK_CLOSE("alpha at the end", r->alpha, want, ROWS, 1e-6);
+    if (r->options.no_projection) return mean;
+    ref_project(&g_ops, projected, r->alpha, least, columns, (int64_t)floor(r->options.rates.target * learned_weights(r) + 0.5), ROWS);
+    for (int i = 0; i < ROWS; i++)
+        if (columns[i]) n[i] = projected[i];
+    forget_references();
+    return mean;
+}
+
+/* Rows whose counts differ, and weights that are not as dense or +0. */
+static void check_pruned(const run *r, const int32_t *n)
+{
+    int rows = 0, wrong = 0, off = 0;
+    for (int l = 0; l < BESA_LAYERS; n += r->m->rows[l++]) {
+        int64_t C = r->m->columns[l];
+        const float *w = (const float *)r->pruned[l], *dense = weight_of(r->m, l);
+        for (int64_t q = 0; q < r->m->rows[l]; q++) {
+            int32_t zeros = zeros_of(w + q * C, C), least = zeros_of(dense + q * C, C);
+            int32_t want = n[q] > least ? n[q] : least;
+            rows += zeros != want, off += zeros - want;
+        }
+        for (int64_t i = 0; i < r->m->rows[l] * C; i++)
+            wrong += w[i] != 0 ? w[i] != dense[i] : signbit(w[i]) && fixed_rate(&r->options, l) < 0;
+    }
+    CHECK(rows <= 2 && off == 0, "%d rows have other counts, %d weights too many", rows, off); /* two rests a rounding apart */
+    CHECK(wrong == 0, "%d weights changed", wrong);
+}
+
+/* The report's losses, the rate, and what the block leaves in x and dense_x. */
+static void check_report(const run *r, int32_t *const rank[BESA_LAYERS], double mean)
+{
+    int64_t N = r->sequences, learns = r->options.method == BESA_METHOD_BESA, reference = learns || N < 8 ? N : 8, shown = N < 8 ? N : 8;
+    float *y = take_floats(TOKENS * WIDTH);
+    besa_activations acts = r->m->acts;
+    besa_block b = r->m->block;
+    int32_t n[ROWS];
+    double rest;
+    for (int l = 0; l < BESA_LAYERS; l++) b.weight[l] = r->pruned[l];
+    forward(&b, &acts, r->m->x, y, N);
+    CHECK(relative_error(r->x, widened(y, N * SEQLEN * WIDTH), N * SEQLEN * WIDTH) < 1e-6, "x is not the pruned block's output");
+    check_number("loss_after", r->report.loss_after, report_loss(r, y, shown, reference), 2e-5);
+    rest = report_loss(r, y, reference, reference);
+    check_number("loss_all", r->report.loss_all, rest, 2e-5);
+    if (!learns) return;
+    check_number("mean_rate", r->report.mean_rate, mean, 1e-6);
+    for (int l = 0, row = 0; l < BESA_LAYERS; l++)
+        for (int64_t q = 0; q < r->m->rows[l]; q++) {
+            double rate = fixed_rate(&r->options, l);
+            n[row++] = (int32_t)floor((rate < 0 ? r->options.rates.target : rate) * (double)r->m->columns[l]);
+        }
+    b = masked_block(r, rank, n);
+    forward(&b, &acts, r->m->x, y, N);
+    check_number("loss_uniform", r->report.loss_uniform, report_loss(r, y, shown, reference), 1e-3); /* a tie */
+    for (int l = 0; l < BESA_LAYERS; l++) b.weight[l] = r->step[0].what[l];
+    forward(&b, &acts, r->m->x, y, N);
+    rest = r->options.rates.zero_start ? report_loss(r, y, shown, reference) : r->report.loss_uniform;
+    check_number("loss_before", r->report.loss_before, rest, 2e-5);
+    if (!r->options.dense_stream) return;
+    CHECK(relative_error(r->dense_x, widened(r->m->y_dense, N * SEQLEN * WIDTH), N * SEQLEN * WIDTH) < 1e-6, "the dense stream stands still");
+}
+
+/* The same, whatever memory there is: as one piece, in pieces of 6, 3, 2 and 1 sequences, and gradients a few rows at a time. */
+static void test_learning(const model *m, const besa_prune_options *o, int64_t sequences)
+{
+    static run r;
+    int32_t *rank[BESA_LAYERS], n[ROWS];
+    int levels = 0;
+    size_t budget = 0;
+    int64_t chunk = sequences + 1;
+    for (int l = 0; l < BESA_LAYERS; l++) rank[l] = ranks_of(m, l, sequences * SEQLEN, o->importance);
+    for (; run_pruner(&r, m, o, sequences, budget); budget = r.bytes - 1, levels++) {
+        double mean;
+        CHECK(r.chunk < chunk || levels == 1, "pieces of %d sequences, and with less memory %d", (int)chunk, (int)r.chunk);
+        chunk = r.chunk;
+        CHECK(r.steps == r.options.epochs * ((sequences + o->batch_size - 1) / o->batch_size), "%d steps", (int)r.steps);
+        for (int64_t s = 0; s < r.steps; s++) check_step(&r, s, rank);
+        mean = final_counts(&r, n);
+        check_pruned(&r, n);
+        check_report(&r, rank, mean);
+        g_be.gradient_bytes = 129 * INNER * sizeof(float);
+    }
+    g_be.gradient_bytes = 0;
+    CHECK(levels > 3 && chunk == 1, "the smallest pieces are of %d sequences", (int)chunk);
+}
+
+/* ---- what the optimiser is asked for ---------------------------------------------------------- */
+
+static besa_optimizer_step g_asked;
+static besa_result (*g_optimizer_step)(besa_backend *, const besa_optimizer_step *);
+
+static besa_result ask_optimizer(besa_backend *be, const besa_optimizer_step *step)
+{
+    CHECK(step->step == g_asked.step + 1, "step %d follows step %d", (int)step->step, (int)g_asked.step);
+    g_asked = *step;
+    return g_optimizer_step(be, step);
+}
+
+static void test_optimizer(const besa_rate_options *given, const besa_optimizer_step *want)
+{
+    besa_layer_shape shape = { 3, 8, BESA_F32 };
+    besa_rates *rates = NULL;
+    float *w = random_floats(24, 1), *scratch = take_floats(32), *theta, *grad;
+    int64_t n;
+    memset(&g_asked, 0, sizeof g_asked);
+    g_optimizer_step = g_be.optimizer_step;
+    g_be.optimizer_step = ask_optimizer;
+    CHECK_OK(besa_rates_create(&rates, &g_be, &shape, 1, given, &g_error), g_error);
+    CHECK_OK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_MAGNITUDE, NULL, scratch, &g_error), g_error);
+    for (int i = 0; i < 3; i++) {
+        CHECK_OK(besa_rates_forward(rates, &g_error), g_error);
+        CHECK_OK(besa_rates_gradient(rates, 0, w, w, &g_error), g_error);
+        CHECK_OK(besa_rates_step(rates, &g_error), g_error);
+    }
+    n = besa_rates_parameters(rates, &theta, &grad);
+    CHECK(g_asked.step == 3 && g_asked.kind == want->kind && g_asked.lr == want->lr && g_asked.beta1 == want->beta1 &&
+          g_asked.beta2 == want->beta2 && g_asked.beta3 == sqrt(want->beta2) && g_asked.eps == 1e-8 &&
+          g_asked.weight_decay == want->weight_decay && g_asked.d0 == want->d0 && g_asked.d_coef == want->d_coef,
+          "step %d of kind %d: lr %g, betas %g %g %g, eps %g, decay %g, d0 %g, d_coef %g",
+          (int)g_asked.step, (int)g_asked.kind, g_asked.lr, g_asked.beta1, g_asked.beta2, g_asked.beta3, g_asked.eps,
+          g_asked.weight_decay, g_asked.d0, g_asked.d_coef);
+    CHECK(g_asked.n == n && g_asked.theta == theta && g_asked.grad == grad, "%d parameters, expected %d", (int)g_asked.n, (int)n);
+    CHECK_OK(besa_rates_reset(rates, &g_error), g_error);
+    g_asked.step = 0;                           /* it begins again */
+    CHECK_OK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_MAGNITUDE, NULL, scratch, &g_error), g_error);
+    CHECK_OK(besa_rates_forward(rates, &g_error), g_error);
+    CHECK_OK(besa_rates_step(rates, &g_error), g_error);
+    besa_rates_destroy(rates);
+    g_be.optimizer_step = g_optimizer_step;
+}
+
+static void test_optimizers(void)
+{
+    besa_rate_options o;
+    besa_optimizer_step want;
+    memset(&o, 0, sizeof o);
+    memset(&want, 0, sizeof want);
+    o.target = 0.5;
+    want.kind = BESA_PRODIGY, want.lr = 1, want.beta1 = 0.9, want.beta2 = 0.999, want.d0 = 1e-6, want.d_coef = 5;
+    TEST("what Prodigy is asked for") test_optimizer(&o, &want);
+    o.optimizer = want.kind = BESA_ADAMW, want.lr = 0.01;
+    TEST("what AdamW is asked for") test_optimizer(&o, &want);
+    o.lr = want.lr = 0.3, o.beta1 = want.beta1 = 0.7, o.beta2 = want.beta2 = 0.8, o.weight_decay = want.weight_decay = 0.02;
+    o.d0 = want.d0 = 1e-4, o.d_coef = want.d_coef = 2;
+    TEST("what an optimiser is asked for with options") test_optimizer(&o, &want);
+    o.beta1 = o.beta2 = BESA_NONE, want.beta1 = want.beta2 = 0;
+    TEST("what an optimiser is asked for without momentum") test_optimizer(&o, &want);
+}
+
+/* ---- methods that do not learn --------------------------------------------------------------- */
+
+static int32_t *zeroed(int64_t n) { return (int32_t *)take((size_t)n * sizeof(int32_t)); }
+
+/* keep (R,C): 0 where a weight goes. */
+static int32_t *kept_by(const run *r, int layer, const int32_t *rank, double target)
+{
+    int64_t R = r->m->rows[layer], C = r->m->columns[layer], n = r->options.pattern_n, m = r->options.pattern_m;
+    int32_t *keep = zeroed(R * C);
+    const float *w = weight_of(r->m, layer);
+    if (fixed_rate(&r->options, layer) >= 0) n = m = 0;
+    for (int64_t i = 0; i < R * C; i++) {
+        int64_t below = 0;
+        if (m > 0)                              /* those of the group with a smaller score */
+            for (int64_t k = i / m * m; k < i / m * m + m; k++) below += rank[k] < rank[i];
+        keep[i] = m > 0 ? below >= n : rank[i] >= (int64_t)floor(target * (double)C);
+    }
+    if (m == 0 && r->options.method == BESA_METHOD_MAGNITUDE && !r->options.magnitude_per_row) {
+        int64_t *order = (int64_t *)take((size_t)(R * C) * sizeof *order), count = (int64_t)floor(target * (double)(R * C));
+        float *score = take_floats(R * C);
+        for (int64_t i = 0; i < R * C; i++) score[i] = w[i] == 0 ? -1 : fabsf(w[i]);
+        ref_sort(score, R * C, order);
+        for (int64_t i = 0; i < R * C; i++) keep[order[i]] = i >= count;
+    }
+    return keep;
+}
+
+static void test_baseline(const model *m, const besa_prune_options *o, int64_t sequences)
+{
+    static run r;
+    int32_t *rank[BESA_LAYERS];
+    int64_t chunk = 0;
+    size_t budget = 0;
+    besa_importance importance = o->method == BESA_METHOD_WANDA ? BESA_IMPORTANCE_WANDA : BESA_IMPORTANCE_MAGNITUDE;
+    for (int l = 0; l < BESA_LAYERS; l++) rank[l] = ranks_of(m, l, sequences * SEQLEN, importance);
+    for (; run_pruner(&r, m, o, sequences, budget); budget = r.bytes - 1) {
+        int wrong = 0;
+        chunk = r.chunk;
+        for (int l = 0; l < BESA_LAYERS; l++) {
+            double fixed = fixed_rate(o, l);
+            double target = fixed >= 0 ? fixed : o->pattern_m ? (double)o->pattern_n / o->pattern_m : o->rates.target;
+            const int32_t *keep = kept_by(&r, l, rank[l], target);
+            for (int64_t i = 0; i < m->rows[l] * m->columns[l]; i++)
+                wrong += ((const float *)r.pruned[l])[i] != (keep[i] ? weight_of(m, l)[i] : 0);
+        }
+        CHECK(wrong <= (o->method == BESA_METHOD_MAGNITUDE ? 0 : 4), "%d weights are masked otherwise", wrong);
+        check_report(&r, NULL, 0);
+    }
+    CHECK(chunk == 1, "the smallest pieces are of %d sequences", (int)chunk);
+}
+
+/* SparseGPT over the whole layer in double: w (R,C) becomes what is left of it. */
+static void sparsegpt_reference(double *w, const double *u, const int32_t *dead, double target, int n, int m, int64_t R, int64_t C)
+{
+    int64_t slab = m ? 128 / m * m : 128;
+    double *err = (double *)take((size_t)(R * slab) * sizeof *err);
+    for (int64_t first = 0, width; first < C; first += width) {
+        width = C - first < slab ? C - first : slab;
+        ref_slab(&g_ops, w, err, u, dead, first, width, target, n, m, R, C);
+        for (int64_t r = 0; r < R; r++)
+            for (int64_t i = 0; i < width; i++)
+                for (int64_t j = first + width; j < C; j++) w[r * C + j] -= err[r * width + i] * u[(first + i) * C + j];
+    }
+}
+
+/* Rows whose zeros lie elsewhere, by scores a rounding apart; the others must agree. */
+static void check_sparsegpt(const float *got, const double *want, int64_t R, int64_t C, const char *what)
+{
+    int other = 0;
+    for (int64_t r = 0; r < R; r++) {
+        int differ = 0;
+        for (int64_t j = 0; j < C; j++) differ |= (got[r * C + j] == 0) != (want[r * C + j] == 0);
+        other += differ;
+        if (!differ) CHECK_CLOSE(what, got + r * C, want + r * C, C, 2e-4);
+    }
+    CHECK(other <= 2, "%s: %d of %d rows lose other weights", what, other, (int)R);
+}
+
+static void test_sparsegpt(const model *m, const besa_prune_options *o)
+{
+    static run r;
+    double *want[BESA_LAYERS];
+    int64_t chunk = 0;
+    size_t budget = 0;
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        int64_t R = m->rows[l], C = m->columns[l];
+        double fixed = fixed_rate(o, l), target = fixed < 0 ? o->rates.target : fixed;
+        int32_t *dead = zeroed(C);
+        want[l] = widened(weight_of(m, l), R * C);
+        if (fixed != 0)
+            sparsegpt_reference(want[l], factor_of(m, l, TOKENS, dead), dead, target, fixed < 0 ? o->pattern_n : 0, fixed < 0 ? o->pattern_m : 0, R, C);
+        forget_references();
+    }
+    for (; run_pruner(&r, m, o, SEQUENCES, budget); budget = r.bytes - 1) {
+        chunk = r.chunk;
+        for (int l = 0; l < BESA_LAYERS; l++)
+            check_sparsegpt((const float *)r.pruned[l], want[l], m->rows[l], m->columns[l], besa_layer_name(l));
+        check_report(&r, NULL, 0);
+    }
+    CHECK(chunk == 1, "the smallest pieces are of %d sequences", (int)chunk);
+}
+
+/* reference/sparsegpt through the pruner: a block whose layers q, k, v, gate and up have the reference's weight and, as their
+ * input, its x. For that x is small beside the norm's epsilon, which then is all that it is divided by, and o is zero. */
+static besa_block reference_block(const char *dir, float **x, int64_t *tokens)
+{
+    enum { R = 24, C = 256, T = 600 };
+    besa_block b;
+    float *w = npy_load(dir, "weight", R, C, 0).f, *norm = take_floats(C), *turn = take_floats(T * R);
+    const double small = 1e-5, epsilon = 0.25;
+    memset(&b, 0, sizeof b);
+    g_ops.random = 3;
+    b.shape.hidden_size = C, b.shape.intermediate_size = b.shape.head_dim = R, b.shape.rms_norm_eps = epsilon;
+    b.shape.num_attention_heads = b.shape.num_key_value_heads = 1, b.shape.rope.theta = 10000;
+    for (int j = 0; j < C; j++) norm[j] = (float)(sqrt(epsilon) / small);
+    for (int l = 0; l < BESA_LAYERS; l++) b.weight[l] = w;
+    b.weight[BESA_O] = take_floats(C * R), b.weight[BESA_DOWN] = random_floats(C * R, 1);
+    besa_rope_table(&b.shape, T, turn, turn + T * R / 2);
+    b.norm1 = b.norm2 = norm, b.rope_cos = turn, b.rope_sin = turn + T * R / 2;
+    *x = (float *)copy_of(npy_load(dir, "x", T, C, 0).f, T * C * sizeof **x);
+    for (int i = 0; i < T * C; i++) (*x)[i] *= (float)small;
+    *tokens = T;
+    return b;
+}
+
+static void test_sparsegpt_stored(const char *file, int n, int m, int64_t seqlen)
+{
+    char dir[512];
+    float *x, *out[BESA_LAYERS];
+    int64_t tokens, chunk = 0;
+    besa_prune_options o;
+    besa_block b;
+    array want;
+    snprintf(dir, sizeof dir, "%s/sparsegpt", g_reference);
+    b = reference_block(dir, &x, &tokens);
+    want = npy_load(dir, file, 24, 256, 0);
+    memset(&o, 0, sizeof o);
+    o.method = BESA_METHOD_SPARSEGPT, o.rates.target = 0.5, o.pattern_n = n, o.pattern_m = m;
+    for (int l = 0; l < BESA_LAYERS; l++) out[l] = take_floats(256 * 24);
+    while (chunk != 1) {
+        besa_pruner *pruner = NULL;
+        float *inputs = (float *)copy_of(x, (size_t)(tokens * 256) * sizeof *x);
+        CHECK_OK(besa_pruner_create(&pruner, &g_be, &b.shape, BESA_F32, 0, &o, tokens / seqlen, seqlen, &g_error), g_error);
+        if (!pruner) return;
+        chunk = pruner->chunk;
+        o.device_memory = size_of(pruner) - 1; /* less the next time */
+        CHECK_OK(besa_pruner_run(pruner, &b, NULL, inputs, NULL, (void **)out, NULL, &g_error), g_error);
+        besa_pruner_destroy(pruner);
+        for (int l = 0; l < BESA_LAYERS; l++) {
+            int differ = 0;
+            if (l == BESA_O || l == BESA_DOWN) continue;
+            for (int i = 0; i < 24 * 256; i++) differ += (out[l][i] == 0) != (want.v[i] == 0);
+            CHECK(differ == 0, "%s, %s: %d weights are pruned in one and kept in the other", file, besa_layer_name(l), differ);
+            CHECK_CLOSE(besa_layer_name(l), out[l], want.v, want.count, 1e-5);
+        }
+    }
+}
+
+/* ---- seconds --------------------------------------------------------------------------------- */
+
+static const long g_pause[BESA_PASS_COUNT] = { 0, 25, 10, 20, 15, 0 }; /* milliseconds, of each pass another number */
+static int g_paused[BESA_PASS_COUNT];
+
+static int pause_once(void *user, const besa_progress *now)
+{
+    struct timespec t = { 0, 1000000 * g_pause[now->pass] };
+    (void)user;
+    if (!g_paused[now->pass]++) nanosleep(&t, NULL);
+    return 0;
+}
+
+/* A pass takes no less than the pause in it, all passes together no more than the call and most of it. */
+static void test_seconds(const model *m, besa_method method)
+{
+    besa_prune_options o;
+    besa_pruner *pruner = NULL;
+    besa_block_report report;
+    float *x = (float *)copy_of(m->x, (size_t)(TOKENS * WIDTH) * sizeof(float));
+    void *pruned[BESA_LAYERS];
+    double wall, sum = 0;
+    memset(&o, 0, sizeof o);
+    memset(g_paused, 0, sizeof g_paused);
+    o.rates.target = 0.5, o.method = method, o.progress = pause_once;
+    for (int l = 0; l < BESA_LAYERS; l++) pruned[l] = take_floats(m->rows[l] * m->columns[l]);
+    CHECK_OK(besa_pruner_create(&pruner, &g_be, &m->block.shape, BESA_F32, 0, &o, SEQUENCES, SEQLEN, &g_error), g_error);
+    if (!pruner) return;
+    wall = ops_now();
+    CHECK_OK(besa_pruner_run(pruner, &m->block, NULL, x, NULL, pruned, &report, &g_error), g_error);
+    wall = ops_now() - wall;
+    besa_pruner_destroy(pruner);
+    for (int i = 0; i < BESA_PASS_COUNT; i++) {
+        double least = g_paused[i] ? 1e-3 * (double)g_pause[i] : 0;
+        sum += report.seconds[i];
+        CHECK(report.seconds[i] >= least, "pass %d took %g s, with a pause of %g", i, report.seconds[i], least);
+        CHECK(i != BESA_PASS_LEARN || (g_paused[i] > 0) == (method == BESA_METHOD_BESA), "method %d learns", (int)method);
+    }
+    CHECK(report.seconds[BESA_PASS_READ] == 0 && report.seconds[BESA_PASS_WRITE] == 0, "the pruner reads no files");
+    CHECK(sum <= wall && sum > 0.5 * wall, "passes of %g s in a call of %g", sum, wall);
+}
+
+/* ---- the list -------------------------------------------------------------------------------- */
+
+static besa_prune_options learning_options(int64_t batch_size)
+{
+    besa_prune_options o;
+    memset(&o, 0, sizeof o);
+    o.rates.target = 0.47, o.rates.candidates = CANDIDATES - 1, o.epochs = 1, o.batch_size = batch_size;
+    return o;
+}
+
+static void test_learn(const model *m)
+{
+    static const besa_fixed_rate fixed[] = { { "k_proj", 0.23 }, { "v_proj", 0 }, { "down_proj", 0.6 } };
+    besa_prune_options o = learning_options(1);
+    o.rates.penalty = 0.02;
+    TEST("learning, a sequence a step") test_learning(m, &o, SEQUENCES);
+    o = learning_options(4);
+    o.rates.group_rows = 5, o.rates.penalty = 0.05, o.rates.zero_start = 1, o.epochs = 2, o.norm_all = 1;
+    TEST("learning, batches of 4, groups of 5 rows, norms of all") test_learning(m, &o, SEQUENCES);
+    o = learning_options(3);
+    o.rates.zero_start = 1, o.rates.form = BESA_RATES_ROW, o.rates.plain_softmax = 1, o.rates.penalty = BESA_NONE;
+    o.importance = BESA_IMPORTANCE_MAGNITUDE;
+    TEST("learning, batches of 3, rows alone, plain softmax") test_learning(m, &o, SEQUENCES);
+    o = learning_options(5);
+    o.rates.zero_start = 1, o.rates.form = BESA_RATES_LAYER, o.rates.layer_scale = 3, o.dense_stream = 1;
+    o.importance = BESA_IMPORTANCE_SPARSEGPT;
+    TEST("learning, batches of 5, a rate a layer, the dense stream") test_learning(m, &o, SEQUENCES);
+    o = learning_options(7);
+    o.fixed = fixed, o.num_fixed = 3, o.rates.target = 0.71, o.no_projection = 1, o.rates.group_rows = BESA_ALL_ROWS;
+    o.rates.row_scale = 0.5, o.importance = BESA_IMPORTANCE_SPARSEGPT_SQUARED;
+    TEST("learning, one batch of 7, fixed layers, no projection") test_learning(m, &o, 7);
+}
+
+static void test_others(const model *m)
+{
+    static const besa_fixed_rate fixed[] = { { "k_proj", 0.23 }, { "v_proj", 0 }, { "gate_proj", 0.6 } };
+    besa_prune_options o;
+    memset(&o, 0, sizeof o);
+    o.method = BESA_METHOD_WANDA, o.rates.target = 0.37, o.norm_all = 1;
+    TEST("wanda, 37 %") test_baseline(m, &o, SEQUENCES);
+    o.fixed = fixed, o.num_fixed = 3, o.rates.target = 0, o.pattern_n = 1, o.pattern_m = 3, o.norm_all = 0;
+    TEST("wanda, 1:3, fixed layers") test_baseline(m, &o, 6);
+    o.method = BESA_METHOD_MAGNITUDE;
+    TEST("magnitude, 1:3, fixed layers") test_baseline(m, &o, 3);
+    o.pattern_n = o.pattern_m = 0, o.rates.target = 0.6181;
+    TEST("magnitude, 61.81 % of a layer, fixed layers") test_baseline(m, &o, SEQUENCES);
+    o.magnitude_per_row = 1;
+    TEST("magnitude, 61.81 % of a row, fixed layers") test_baseline(m, &o, SEQUENCES);
+    o.method = BESA_METHOD_SPARSEGPT;
+    TEST("sparsegpt, 61.81 %, fixed layers, a dead column") test_sparsegpt(m, &o);
+    o.num_fixed = 0, o.rates.target = 0, o.pattern_n = 1, o.pattern_m = 3;
+    TEST("sparsegpt, 1:3, a dead column") test_sparsegpt(m, &o);
+}
+
+int main(int argc, char **argv)
+{
+    static const char *const seconds[] = { "seconds of besa's passes", "seconds of wanda's passes", "seconds of sparsegpt's passes",
+                                           "seconds of magnitude's passes" };
+    besa_cpu_options one = { 2, 0 };
+    model m;
+    if (argc < 2) return fprintf(stderr, "usage: %s REFERENCE_DIRECTORY [part of a test's name]\n", argv[0]), 2;
+    g_reference = argv[1];
+    test.only = argc > 2 ? argv[2] : NULL;
+    if (besa_cpu_backend(&g_be, &one, &g_error) != BESA_OK) return fprintf(stderr, "%s\n", g_error.message), 1;
+    g_ops.be = &g_be;
+    m = new_model();
+    test_learn(&m);
+    test_optimizers();
+    test_others(&m);
+    TEST("sparsegpt as stored, 50 %") test_sparsegpt_stored("pruned_50", 0, 0, 120);
+    TEST("sparsegpt as stored, 2:4") test_sparsegpt_stored("pruned_2of4", 2, 4, 75);
+    TEST("sparsegpt as stored, 4:8") test_sparsegpt_stored("pruned_4of8", 4, 8, 40);
+    for (int i = BESA_METHOD_BESA; i <= BESA_METHOD_MAGNITUDE; i++) TEST(seconds[i]) test_seconds(&m, (besa_method)i);
+    g_be.destroy(&g_be);
+    return test_finish();
+}
