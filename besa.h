@@ -1226,7 +1226,7 @@ BESA__UNUSED static besa_result besa__malloc(void **memory, uint64_t bytes, cons
 {
     *memory = NULL;
     BESA__TRY(besa__check_size(bytes, what, error));
-    *memory = BESA_MALLOC(bytes ? (size_t)bytes : 1);
+    if (bytes <= PTRDIFF_MAX) *memory = BESA_MALLOC(bytes ? (size_t)bytes : 1); /* no object is larger */
     if (*memory) return BESA_OK;
     return besa__fail(error, BESA_ERROR_MEMORY, "out of host memory: %llu bytes for %s", (unsigned long long)bytes, what);
 }
