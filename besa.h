@@ -8932,7 +8932,7 @@ static besa_result besa__journal_read(besa__writer *w, const char *fingerprint, 
     snprintf(run, sizeof run, "run %s", fingerprint);
     if (fstat(w->journal, &st)) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
     size_t size = st.st_size < (1 << 20) ? (size_t)st.st_size : 1 << 20;
-    BESA__TRY(besa__malloc(&text, besa__add_sizes(size, 1), "the journal", error));
+    BESA__TRY(besa__malloc(&text, size + 1, "the journal", error));
     ((char *)text)[size] = 0;
     besa_result result = besa__read_at(w->journal, text, size, 0, w->partial, error);
     if (result == BESA_OK) result = besa__journal_parse(w, (char *)text, run, error);
