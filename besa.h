@@ -1268,7 +1268,7 @@ BESA__UNUSED static besa_result besa__malloc(void **memory, uint64_t bytes, cons
 {
     *memory = NULL;
     BESA__TRY(besa__check_size(bytes, what, error));
-    *memory = BESA_MALLOC(bytes ? (size_t)bytes : 1);
+    if (bytes <= PTRDIFF_MAX) *memory = BESA_MALLOC(bytes ? (size_t)bytes : 1); /* no object is larger */
     if (*memory) return BESA_OK;
     return besa__fail(error, BESA_ERROR_MEMORY, "out of host memory: %llu bytes for %s", (unsigned long long)bytes, what);
 }
@@ -9402,7 +9402,7 @@ static besa_result besa__journal_read(besa__writer *w, const char *fingerprint, 
     snprintf(run, sizeof run, "run %s", fingerprint);
     if (fstat(w->journal, &st)) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
     size_t size = st.st_size < (1 << 20) ? (size_t)st.st_size : 1 << 20;
-    BESA__TRY(besa__malloc(&text, besa__add_sizes(size, 1), "the journal", error));
+    BESA__TRY(besa__malloc(&text, size + 1, "the journal", error));
     ((char *)text)[size] = 0;
     besa_result result = besa__read_at(w->journal, text, size, 0, w->partial, error);
     if (result == BESA_OK) result = besa__journal_parse(w, (char *)text, run, error);
