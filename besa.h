@@ -9401,7 +9401,7 @@ static besa_result besa__journal_read(besa__writer *w, const char *fingerprint, 
         return besa__fail(error, BESA_ERROR_OPTION, "fingerprint: not one line of up to 400 characters");
     snprintf(run, sizeof run, "run %s", fingerprint);
     if (fstat(w->journal, &st)) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
-    size_t size = st.st_size < (1 << 20) ? (size_t)st.st_size : 1 << 20;
+    size_t size = (size_t)besa__min(besa__max((int64_t)st.st_size, 0), 1 << 20);
     BESA__TRY(besa__malloc(&text, size + 1, "the journal", error));
     ((char *)text)[size] = 0;
     besa_result result = besa__read_at(w->journal, text, size, 0, w->partial, error);
