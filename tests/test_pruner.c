@@ -103,7 +103,8 @@ static double *factor_of(const model *m, int layer, int64_t tokens, int32_t *dea
     double *h = ops_doubles(&g_ops, C * C), *u = ops_doubles(&g_ops, C * C), mean = 0;
     for (int64_t i = 0; i < C; i++)
         for (int64_t j = 0; j < C; j++)
-            for (int64_t t = 0; t < tokens; t++) h[i * C + j] += 2.0 / (double)tokens * (double)x[t * C + i] * (double)x[t * C + j];
+            for (int64_t t = 0; t < tokens; t++)
+                h[i * C + j] += 2.0 / (double)tokens * (double)x[t * C + i] * (double)x[t * C + j];
     for (int64_t j = 0; j < C; j++) {
         dead[j] = h[j * C + j] == 0;
         if (dead[j]) h[j * C + j] = 1;
@@ -127,7 +128,8 @@ static int32_t *ranks_of(const model *m, int layer, int64_t tokens, besa_importa
     int64_t *order = (int64_t *)take((size_t)C * sizeof *order);
     float *score = take_floats(C);
     double *u = NULL, *sumsq = (double *)take((size_t)C * sizeof *sumsq);
-    if (importance == BESA_IMPORTANCE_SPARSEGPT || importance == BESA_IMPORTANCE_SPARSEGPT_SQUARED) u = factor_of(m, layer, tokens, dead);
+    if (importance == BESA_IMPORTANCE_SPARSEGPT || importance == BESA_IMPORTANCE_SPARSEGPT_SQUARED)
+        u = factor_of(m, layer, tokens, dead);
     for (int64_t i = 0; i < tokens * C; i++) sumsq[i % C] += (double)m->input[layer][i] * (double)m->input[layer][i];
     for (int64_t r = 0; r < R; r++) {
         for (int64_t j = 0; j < C; j++) {
@@ -209,8 +211,8 @@ static int run_pruner(run *r, const model *m, const besa_prune_options *o, int64
     CHECK_OK(result, g_error);
     if (!pruner) return 0;
     r->chunk = pruner->chunk, r->bytes = size_of(pruner);
-    CHECK_OK(besa_pruner_run(pruner, &m->block, "block.", r->x, o->dense_stream ? r->dense_x : NULL, r->pruned, &r->report, &g_error),
-             g_error);
+    CHECK_OK(besa_pruner_run(pruner, &m->block, "block.", r->x, o->dense_stream ? r->dense_x : NULL, r->pruned, &r->report,
+                             &g_error), g_error);
     if (pruner->rates.alpha) memcpy(r->alpha, pruner->rates.alpha, sizeof r->alpha);
     besa_pruner_destroy(pruner);
     return 1;
@@ -264,7 +266,8 @@ typedef struct layer_rates {
     double alpha[INNER], beta[INNER][CANDIDATES];
 } layer_rates;
 
-static layer_rates rates_of(const besa_prune_options *o, const float *theta, int64_t *at, int64_t rows, int64_t *group_rows)
+static layer_rates rates_of(const besa_prune_options *o, const float *theta, int64_t *at, int64_t rows,
+                            int64_t *group_rows)
 {
     layer_rates r;
     const float *theta_layer = theta + *at, *theta_row;
@@ -488,7 +491,8 @@ static double final_counts(run *r, int32_t *n)
     }
     CHECK_CLOSE("alpha at the end", r->alpha, want, ROWS, 1e-6);
     if (r->options.no_projection) return mean;
-    ref_project(&g_ops, projected, r->alpha, least, columns, (int64_t)floor(r->options.rates.target * learned_weights(r) + 0.5), ROWS);
+    ref_project(&g_ops, projected, r->alpha, least, columns,
+                (int64_t)floor(r->options.rates.target * learned_weights(r) + 0.5), ROWS);
     for (int i = 0; i < ROWS; i++)
         if (columns[i]) n[i] = projected[i];
     forget_references();
@@ -517,7 +521,8 @@ static void check_pruned(const run *r, const int32_t *n)
 /* The report's losses, the rate, and what the block leaves in x and dense_x. */
 static void check_report(const run *r, int32_t *const rank[BESA_LAYERS], double mean)
 {
-    int64_t N = r->sequences, learns = r->options.method == BESA_METHOD_BESA, reference = learns || N < 8 ? N : 8, shown = N < 8 ? N : 8;
+    int64_t N = r->sequences, count = N * SEQLEN * WIDTH, learns = r->options.method == BESA_METHOD_BESA;
+    int64_t shown = N < 8 ? N : 8, reference = learns ? N : shown;
     float *y = take_floats(TOKENS * WIDTH);
     besa_activations acts = r->m->acts;
     besa_block b = r->m->block;
@@ -525,7 +530,7 @@ static void check_report(const run *r, int32_t *const rank[BESA_LAYERS], double 
     double rest;
     for (int l = 0; l < BESA_LAYERS; l++) b.weight[l] = r->pruned[l];
     forward(&b, &acts, r->m->x, y, N);
-    CHECK(relative_error(r->x, widened(y, N * SEQLEN * WIDTH), N * SEQLEN * WIDTH) < 1e-6, "x is not the pruned block's output");
+    CHECK(relative_error(r->x, widened(y, count), count) < 1e-6, "x is not the pruned block's output");
     check_number("loss_after", r->report.loss_after, report_loss(r, y, shown, reference), 2e-5);
     rest = report_loss(r, y, reference, reference);
     check_number("loss_all", r->report.loss_all, rest, 2e-5);
@@ -544,10 +549,11 @@ static void check_report(const run *r, int32_t *const rank[BESA_LAYERS], double 
     rest = r->options.rates.zero_start ? report_loss(r, y, shown, reference) : r->report.loss_uniform;
     check_number("loss_before", r->report.loss_before, rest, 2e-5);
     if (!r->options.dense_stream) return;
-    CHECK(relative_error(r->dense_x, widened(r->m->y_dense, N * SEQLEN * WIDTH), N * SEQLEN * WIDTH) < 1e-6, "the dense stream stands still");
+    CHECK(relative_error(r->dense_x, widened(r->m->y_dense, count), count) < 1e-6, "the dense stream stands still");
 }
 
-/* The same, whatever memory there is: as one piece, in pieces of 6, 3, 2 and 1 sequences, and gradients a few rows at a time. */
+/* The same, whatever memory there is: as one piece, in pieces of 6, 3, 2 and 1 sequences, and gradients and ranks of 128 rows
+ * at a time. */
 static void test_learning(const model *m, const besa_prune_options *o, int64_t sequences)
 {
     static run r;
@@ -686,7 +692,8 @@ static void test_baseline(const model *m, const besa_prune_options *o, int64_t s
 }
 
 /* SparseGPT over the whole layer in double: w (R,C) becomes what is left of it. */
-static void sparsegpt_reference(double *w, const double *u, const int32_t *dead, double target, int n, int m, int64_t R, int64_t C)
+static void sparsegpt_reference(double *w, const double *u, const int32_t *dead, double target, int n, int m, int64_t R,
+                                int64_t C)
 {
     int64_t slab = m ? 128 / m * m : 128;
     double *err = (double *)take((size_t)(R * slab) * sizeof *err);
@@ -724,7 +731,8 @@ static void test_sparsegpt(const model *m, const besa_prune_options *o)
         int32_t *dead = zeroed(C);
         want[l] = widened(weight_of(m, l), R * C);
         if (fixed != 0)
-            sparsegpt_reference(want[l], factor_of(m, l, TOKENS, dead), dead, target, fixed < 0 ? o->pattern_n : 0, fixed < 0 ? o->pattern_m : 0, R, C);
+            sparsegpt_reference(want[l], factor_of(m, l, TOKENS, dead), dead, target, fixed < 0 ? o->pattern_n : 0,
+                                fixed < 0 ? o->pattern_m : 0, R, C);
         forget_references();
     }
     for (; run_pruner(&r, m, o, SEQUENCES, budget); budget = r.bytes - 1) {
