@@ -15,11 +15,12 @@ static void prune(besa_backend *be, const char *stories, const char *work)
     int32_t ids[SAMPLES * SEQLEN];
     besa_error error = {BESA_OK, ""};
     besa_checkpoint *model = NULL, *pruned = NULL;
-    besa_tokens tokens = {NULL, 0, 0, 0};
+    besa_tokens tokens;
     besa_prune_options options;
     besa_calibration data;
     besa_report report;
     double perplexity = 0;
+    memset(&tokens, 0, sizeof tokens);
     memset(&options, 0, sizeof options);
     memset(&data, 0, sizeof data);
     memset(&report, 0, sizeof report);

@@ -753,7 +753,7 @@ static run run_of(besa_method method, int64_t nsamples, const char *output)
 static besa_result run_prune(run *r, besa_backend *be)
 {
     besa_checkpoint *checkpoint = NULL;
-    besa_tokens tokens = {NULL, 0, 0, 0};
+    besa_tokens tokens = {};
     besa_calibration c;
     char path[512];
     memset(&c, 0, sizeof c);
