@@ -742,8 +742,19 @@ BESA_API besa_result besa_block_backward(besa_backend *be, const besa_block *blo
                                          const void *x, void *dy, void *dx, int64_t batch, int64_t seqlen,
                                          besa_weight_gradient gradient, void *user, besa_error *error);
 
-typedef enum besa_method { BESA_METHOD_BESA, BESA_METHOD_WANDA, BESA_METHOD_SPARSEGPT, BESA_METHOD_MAGNITUDE
+#define BESA_METHODS(X)                                                                            \
+    X(BESA_METHOD_BESA, "besa") X(BESA_METHOD_WANDA, "wanda") X(BESA_METHOD_SPARSEGPT, "sparsegpt") \
+    X(BESA_METHOD_MAGNITUDE, "magnitude")
+
+typedef enum besa_method {
+#define BESA__ENUM(value, name) value,
+    BESA_METHODS(BESA__ENUM)
+#undef BESA__ENUM
+    BESA_METHOD_COUNT
 } besa_method;
+
+/* "besa" .. "magnitude". */
+BESA_API const char *besa_method_name(besa_method method);
 
 /* What is done with a block, and its name in progress and report. A progress report names dense to commit, and of a
  * resumed block commit alone; read and write are only in besa_block_report.seconds. */
@@ -813,12 +824,15 @@ typedef struct besa_prune_options {
     void *user;                                 /* of both callbacks */
 } besa_prune_options;
 
-/* A row of the table of all options that are numbers: what it may be. */
+/* A row of the table of all options that are numbers: what it may be, and how programs offer it. A new option is a field
+ * above and a row in section "options". */
 typedef enum besa_option_kind { BESA_OPTION_FLAG, BESA_OPTION_ENUM, BESA_OPTION_INT, /* all three are an int */
                                 BESA_OPTION_INT64, BESA_OPTION_DOUBLE } besa_option_kind;
 enum { BESA_OPTION_ABOVE = 1, BESA_OPTION_BELOW = 2, /* least, most themselves are outside */
-       BESA_OPTION_NONE = 4,                    /* BESA_NONE asks for a true 0, BESA_ALL_ROWS for all */
-       BESA_OPTION_REQUIRED = 8 };              /* 0 is no default but a value like others */
+       BESA_OPTION_NONE = 4,                    /* BESA_NONE asks for a true 0 */
+       BESA_OPTION_ALL = 8,                     /* BESA_ALL_ROWS is a value too */
+       BESA_OPTION_REQUIRED = 16,               /* 0 is no default but a value like others */
+       BESA_OPTION_BESA = 32 };                 /* other methods do not look at it */
 
 typedef struct besa_option {
     const char *name;                           /* of the field, in besa_prune_options or its rates */
@@ -828,10 +842,14 @@ typedef struct besa_option {
     double least, most;
     int flags;                                  /* of BESA_OPTION_ABOVE .. */
     const char *range;                          /* least .. most in words: "above 0 and below 1" */
+    const char *flag;                           /* on a command line, without "--"; NULL: not offered */
+    const char *value;                          /* what follows there: "X"; of an enum its names, "prodigy|adamw" */
+    const char *help;                           /* one line, the default in brackets */
 } besa_option;
 
 /* The table, ended by a row without a name: for programs that take options from elsewhere. Every one of these options
- * decides the output's bytes. The library checks options by it and fills in what 0 stands for. */
+ * decides the output's bytes, and is part of what a resumed run must agree in. The library checks options by it, fills in
+ * what 0 stands for, and writes the report's record of a run. */
 BESA_API const besa_option *besa_option_table(void);
 
 typedef struct besa_layer_report {
@@ -953,6 +971,7 @@ typedef struct besa_report {
     double perplexity;                          /* of test_ids; 0 where not asked for */
     int64_t resumed_blocks;                     /* taken over from an unfinished run */
     char *notes;                                /* lines: warnings, files not copied; owned, NULL if there are none */
+    besa_prune_options options;                 /* of the run, with the defaults filled in; no fixed layers, no callbacks */
 } besa_report;
 
 /* The run's memory and cost, worked out from shapes before anything is allocated. */
@@ -6370,51 +6389,90 @@ BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *
  * ============================================================================================
  * One table of all options that are numbers. Options that contradict each other are for the sections that use them. */
 
-#define BESA__RATE(field) BESA__RATE_AS(DOUBLE, field)
-#define BESA__RATE_AS(kind, field) #field, BESA_OPTION_##kind, \
-                                   offsetof(besa_prune_options, rates) + offsetof(besa_rate_options, field)
-#define BESA__PRUNE(field) BESA__PRUNE_AS(DOUBLE, field)
-#define BESA__PRUNE_AS(kind, field) #field, BESA_OPTION_##kind, offsetof(besa_prune_options, field)
+#define BESA__RATE(kind, field) #field, BESA_OPTION_##kind, \
+                                offsetof(besa_prune_options, rates) + offsetof(besa_rate_options, field)
+#define BESA__PRUNE(kind, field) #field, BESA_OPTION_##kind, offsetof(besa_prune_options, field)
+#define BESA__BESA BESA_OPTION_BESA
 #define BESA__OPEN (BESA_OPTION_ABOVE | BESA_OPTION_BELOW)
 #define BESA__FROM_0 (BESA_OPTION_BELOW | BESA_OPTION_NONE)
 #define BESA__NO_LIMIT 1e300
+#define BESA__BAR(value, name) "|" name
+#define BESA__BAR_OF_FIVE(value, name, statistic, power, exponent) "|" name
 
+static const char besa__method_names[] = BESA_METHODS(BESA__BAR); /* these two begin with a bar */
+static const char besa__importance_names[] = BESA_IMPORTANCES(BESA__BAR_OF_FIVE);
+
+/* field, default, least, most, flags, range in words, on the command line, what follows there, help */
 static const besa_option besa__options[] = {
-    {BESA__RATE(target), 0, 0, 1, BESA__OPEN | BESA_OPTION_REQUIRED, "above 0 and below 1"},
-    {BESA__RATE_AS(ENUM, form), 0, 0, BESA_RATES_LAYER, 0, "a value of besa_rate_form"},
-    {BESA__RATE(layer_scale), 1, 0, 1e4, BESA_OPTION_NONE, "0 to 10000"},
-    {BESA__RATE(row_scale), 1, 0, 1e4, BESA_OPTION_NONE, "0 to 10000"},
-    {BESA__RATE_AS(FLAG, plain_softmax), 0, 0, 1, 0, "0 or 1"},
-    {BESA__RATE_AS(FLAG, zero_start), 0, 0, 1, 0, "0 or 1"},
-    {BESA__RATE_AS(INT, candidates), 100, 1, 65535, 0, "1 to 65535"},
-    {BESA__RATE_AS(INT64, group_rows), 1, 1, BESA__NO_LIMIT, BESA_OPTION_NONE, "1 or more"},
-    {BESA__RATE(penalty), 1, 0, 1e30, BESA__FROM_0, "0 or more and below 1e30"},
-    {BESA__RATE_AS(ENUM, optimizer), 0, 0, BESA_ADAMW, 0, "a value of besa_optimizer_kind"},
-    {BESA__RATE(lr), 1, 0, 1e30, BESA__OPEN, "above 0 and below 1e30"},
-    {BESA__RATE(beta1), 0.9, 0, 1, BESA__FROM_0, "0 or more and below 1"},
-    {BESA__RATE(beta2), 0.999, 0, 1, BESA__FROM_0, "0 or more and below 1"},
-    {BESA__RATE(weight_decay), 0, 0, 1e30, BESA__FROM_0, "0 or more and below 1e30"},
-    {BESA__RATE(d0), 1e-6, 0, 1e30, BESA__OPEN, "above 0 and below 1e30"},
-    {BESA__RATE(d_coef), 5, 0, 1e30, BESA__OPEN, "above 0 and below 1e30"},
-    {BESA__RATE_AS(ENUM, schedule), 0, 0, BESA_SCHEDULE_COSINE, 0, "a value of besa_schedule"},
-    {BESA__RATE(warmup), 0, 0, 1, BESA_OPTION_BELOW, "0 or more and below 1"},
-    {BESA__RATE_AS(INT64, steps), 1, 1, BESA__NO_LIMIT, 0, "1 or more"},
-    {BESA__PRUNE_AS(ENUM, method), 0, 0, BESA_METHOD_MAGNITUDE, 0, "a value of besa_method"},
-    {BESA__PRUNE_AS(INT, pattern_n), 0, 0, 63, 0, "0 to 63"},
-    {BESA__PRUNE_AS(INT, pattern_m), 0, 0, 64, 0, "0 to 64"},
-    {BESA__PRUNE_AS(FLAG, magnitude_per_row), 0, 0, 1, 0, "0 or 1"},
-    {BESA__PRUNE_AS(ENUM, importance), 0, 0, BESA_IMPORTANCE_COUNT - 1, 0, "a value of besa_importance"},
-    {BESA__PRUNE(damping), 0.01, 0, 1e30, BESA__OPEN, "above 0 and below 1e30"},
-    {BESA__PRUNE_AS(INT64, epochs), 1, 1, 1e6, 0, "1 to 1000000"},
-    {BESA__PRUNE_AS(INT64, batch_size), 1, 1, BESA__NO_LIMIT, 0, "1 or more"},
-    {BESA__PRUNE_AS(FLAG, norm_all), 0, 0, 1, 0, "0 or 1"},
-    {BESA__PRUNE_AS(FLAG, dense_stream), 0, 0, 1, 0, "0 or 1"},
-    {BESA__PRUNE_AS(FLAG, no_projection), 0, 0, 1, 0, "0 or 1"},
-    {BESA__PRUNE_AS(INT64, num_fixed), 0, 0, BESA__NO_LIMIT, 0, "0 or more"},
-    {NULL, BESA_OPTION_FLAG, 0, 0, 0, 0, 0, NULL},
+    {BESA__PRUNE(ENUM, method), 0, 0, BESA_METHOD_COUNT - 1, 0, "a value of besa_method",
+     "method", &besa__method_names[1], "how to choose what goes [besa]"},
+    {BESA__RATE(DOUBLE, target), 0, 0, 1, BESA__OPEN | BESA_OPTION_REQUIRED, "above 0 and below 1",
+     "sparsity", "S", "share of the weights that become zero [0.5]"},
+    {BESA__PRUNE(FLAG, magnitude_per_row), 0, 0, 1, 0, "0 or 1",
+     "per-row", "", "magnitude: each row has the sparsity, not only the layer"},
+    {BESA__PRUNE(DOUBLE, damping), 0.01, 0, 1e30, BESA__OPEN, "above 0 and below 1e30",
+     "damping", "X", "sparsegpt and its importances: share of a Hessian's mean diagonal added to it [0.01]"},
+    {BESA__PRUNE(INT, pattern_n), 0, 0, 63, 0, "0 to 63", NULL, NULL, NULL},
+    {BESA__PRUNE(INT, pattern_m), 0, 0, 64, 0, "0 to 64", NULL, NULL, NULL},
+    {BESA__PRUNE(INT64, num_fixed), 0, 0, BESA__NO_LIMIT, 0, "0 or more", NULL, NULL, NULL},
+    {BESA__RATE(ENUM, form), 0, 0, BESA_RATES_LAYER, BESA__BESA, "a value of besa_rate_form",
+     "rates", "hierarchical|row|layer", "what has learned rates [hierarchical]"},
+    {BESA__RATE(DOUBLE, layer_scale), 1, 0, 1e4, BESA_OPTION_NONE | BESA__BESA, "0 to 10000",
+     "layer-scale", "X", "how far the rates of layers move [1]"},
+    {BESA__RATE(DOUBLE, row_scale), 1, 0, 1e4, BESA_OPTION_NONE | BESA__BESA, "0 to 10000",
+     "row-scale", "X", "how far the rates of rows move [1]"},
+    {BESA__RATE(INT64, group_rows), 1, 1, BESA__NO_LIMIT, BESA_OPTION_ALL | BESA__BESA, "1 or more",
+     "group-rows", "N|all", "rows that share a rate [1]"},
+    {BESA__RATE(INT, candidates), 100, 1, 65535, BESA__BESA, "1 to 65535",
+     "candidates", "D", "rates are mixtures of 1, 1 - 1/D, ..., 0 [100]"},
+    {BESA__RATE(FLAG, plain_softmax), 0, 0, 1, BESA__BESA, "0 or 1",
+     "plain-softmax", "", "softmax of the logits, without the sigmoid"},
+    {BESA__RATE(FLAG, zero_start), 0, 0, 1, BESA__BESA, "0 or 1",
+     "zero-start", "", "start at a rate of 1/2 instead of at the sparsity"},
+    {BESA__PRUNE(ENUM, importance), 0, 0, BESA_IMPORTANCE_COUNT - 1, BESA__BESA, "a value of besa_importance",
+     "importance", &besa__importance_names[1], "which weights of a row go first [wanda]"},
+    {BESA__RATE(ENUM, optimizer), 0, 0, BESA_ADAMW, BESA__BESA, "a value of besa_optimizer_kind",
+     "optimizer", "prodigy|adamw", "what learns the rates [prodigy]"},
+    {BESA__RATE(DOUBLE, lr), 1, 0, 1e30, BESA__OPEN | BESA__BESA, "above 0 and below 1e30",
+     "lr", "X", "learning rate [prodigy 1, adamw 0.01]"},
+    {BESA__RATE(ENUM, schedule), 0, 0, BESA_SCHEDULE_COSINE, BESA__BESA, "a value of besa_schedule",
+     "schedule", "constant|cosine", "how the learning rate goes on [constant]"},
+    {BESA__RATE(DOUBLE, warmup), 0, 0, 1, BESA_OPTION_BELOW | BESA__BESA, "0 or more and below 1",
+     "warmup", "X", "share of the learning steps in which the learning rate rises [0]"},
+    {BESA__RATE(INT64, steps), 1, 1, BESA__NO_LIMIT, BESA__BESA, "1 or more", NULL, NULL, NULL},
+    {BESA__RATE(DOUBLE, beta1), 0.9, 0, 1, BESA__FROM_0 | BESA__BESA, "0 or more and below 1", NULL, NULL, NULL},
+    {BESA__RATE(DOUBLE, beta2), 0.999, 0, 1, BESA__FROM_0 | BESA__BESA, "0 or more and below 1", NULL, NULL, NULL},
+    {BESA__RATE(DOUBLE, d0), 1e-6, 0, 1e30, BESA__OPEN | BESA__BESA, "above 0 and below 1e30", NULL, NULL, NULL},
+    {BESA__RATE(DOUBLE, d_coef), 5, 0, 1e30, BESA__OPEN | BESA__BESA, "above 0 and below 1e30",
+     "d-coef", "X", "Prodigy: factor on the step size that it finds [5]"},
+    {BESA__RATE(DOUBLE, weight_decay), 0, 0, 1e30, BESA__FROM_0 | BESA__BESA, "0 or more and below 1e30",
+     "weight-decay", "X", "decoupled weight decay [0]"},
+    {BESA__RATE(DOUBLE, penalty), 1, 0, 1e30, BESA__FROM_0 | BESA__BESA, "0 or more and below 1e30",
+     "lambda", "X", "weight of the sparsity penalty [1]"},
+    {BESA__PRUNE(INT64, epochs), 1, 1, 1e6, BESA__BESA, "1 to 1000000",
+     "epochs", "N", "passes over the calibration sequences [1]"},
+    {BESA__PRUNE(INT64, batch_size), 1, 1, BESA__NO_LIMIT, BESA__BESA, "1 or more",
+     "batch-size", "N", "sequences of a learning step [1]"},
+    {BESA__PRUNE(FLAG, norm_all), 0, 0, 1, BESA__BESA, "0 or 1",
+     "norm-all", "", "channel norms of the loss from all sequences, not the batch"},
+    {BESA__PRUNE(FLAG, dense_stream), 0, 0, 1, BESA__BESA, "0 or 1",
+     "dense-stream", "", "aim at the dense model, not at the dense block on pruned inputs"},
+    {BESA__PRUNE(FLAG, no_projection), 0, 0, 1, BESA__BESA, "0 or 1",
+     "no-projection", "", "leave the sparsity where learning ends, near S"},
+    {NULL, BESA_OPTION_FLAG, 0, 0, 0, 0, 0, NULL, NULL, NULL, NULL},
 };
 
 BESA_API const besa_option *besa_option_table(void) { return besa__options; }
+
+BESA_API const char *besa_method_name(besa_method method)
+{
+    static const char *const name[] = {
+#define BESA__METHOD_NAME(value, text) text,
+        BESA_METHODS(BESA__METHOD_NAME)
+#undef BESA__METHOD_NAME
+    };
+    return (unsigned)method < BESA_METHOD_COUNT ? name[method] : "?";
+}
 
 static double besa__option_get(const besa_option *o, const void *field)
 {
@@ -6437,12 +6495,20 @@ static void besa__option_set(const besa_option *o, void *field, double value)
 
 static besa_result besa__option_check(const besa_option *o, double x, besa_error *error)
 {
-    if ((x == 0 && !(o->flags & BESA_OPTION_REQUIRED)) || (x == BESA_NONE && (o->flags & BESA_OPTION_NONE))) return BESA_OK;
+    if ((x == 0 && !(o->flags & BESA_OPTION_REQUIRED)) || (x == BESA_NONE && (o->flags & (BESA_OPTION_NONE | BESA_OPTION_ALL)))) return BESA_OK;
     int above = x > o->least || (x == o->least && !(o->flags & BESA_OPTION_ABOVE));
     int below = x < o->most || (x == o->most && !(o->flags & BESA_OPTION_BELOW));
     if (above && below) return BESA_OK;
     if (besa__is_nan(x)) return besa__fail(error, BESA_ERROR_OPTION, "%s is NaN, expected %s", o->name, o->range);
     return besa__fail(error, BESA_ERROR_OPTION, "%s is %.15g, expected %s", o->name, x, o->range);
+}
+
+/* The row of a field. */
+static const besa_option *besa__find_option(const char *name)
+{
+    const besa_option *o = besa__options;
+    while (strcmp(o->name, name)) o++;
+    return o;
 }
 
 /* Check the options that lie at bytes begin .. end-1 of besa_prune_options, and fill in what 0 and BESA_NONE stand for:
@@ -6455,8 +6521,38 @@ static besa_result besa__options_fill(void *bytes, size_t begin, size_t end, bes
         double x = besa__option_get(o, field);
         BESA__TRY(besa__option_check(o, x, error));
         if (x == 0) besa__option_set(o, field, o->standard);
-        else if (x == BESA_NONE && o->kind == BESA_OPTION_DOUBLE) besa__option_set(o, field, 0);
+        else if (x == BESA_NONE && (o->flags & BESA_OPTION_NONE)) besa__option_set(o, field, 0);
     }
+    return BESA_OK;
+}
+
+/* What the presets set; what is not here has its default. */
+static const struct { const char *preset, *option; double value; } besa__presets[] = {
+    {"default", NULL, 0},
+    {"published-row", "form", BESA_RATES_ROW}, {"published-row", "zero_start", 1}, {"published-row", "penalty", 5},
+    {"published-row", "d_coef", 5}, {"published-row", "no_projection", 1},
+    {"published-layer", "form", BESA_RATES_LAYER}, {"published-layer", "zero_start", 1}, {"published-layer", "penalty", 5},
+    {"published-layer", "d_coef", 50}, {"published-layer", "dense_stream", 1}, {"published-layer", "no_projection", 1},
+};
+
+BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, besa_error *error)
+{
+    besa_prune_options preset = *options;
+    int known = 0;
+    for (const besa_option *o = besa__options; o->name; o++)
+        if (strcmp(o->name, "target") && strcmp(o->name, "num_fixed"))
+            besa__option_set(o, (unsigned char *)&preset + o->offset, 0);
+    for (size_t i = 0; i < sizeof besa__presets / sizeof *besa__presets; i++) {
+        if (strcmp(besa__presets[i].preset, name)) continue;
+        known = 1;
+        if (!besa__presets[i].option) continue;
+        const besa_option *o = besa__find_option(besa__presets[i].option);
+        besa__option_set(o, (unsigned char *)&preset + o->offset, besa__presets[i].value);
+    }
+    if (!known)
+        return besa__fail(error, BESA_ERROR_OPTION, "preset is \"%s\", expected default, published-row or published-layer",
+                          name);
+    *options = preset;
     return BESA_OK;
 }
 
@@ -7824,7 +7920,7 @@ static int64_t besa__stream_cut(const void *stream, int64_t first)
 }
 
 /* Over all of it; again: where the next walk will begin, or -1. */
-static besa__walk besa__stream_walk(const besa__stream *s, int64_t again)
+BESA__UNUSED static besa__walk besa__stream_walk(const besa__stream *s, int64_t again)
 {
     return besa__walk_over(besa__stream_cut, s, 0, s->count, again);
 }
@@ -7913,7 +8009,7 @@ static besa_result besa__stream_close(besa__stream *s, int changed)
 }
 
 /* All of it through a block, in the walk's chunks: X = F(W, X). */
-static besa_result besa__stream_forward(besa__stream *s, besa__walk walk, const besa_block *block, besa_activations *acts)
+BESA__UNUSED static besa_result besa__stream_forward(besa__stream *s, besa__walk walk, const besa_block *block, besa_activations *acts)
 {
     while (besa__walk_next(&walk)) {
         void *x;
@@ -10584,37 +10680,6 @@ BESA_API besa_result besa_logits(const besa_checkpoint *checkpoint, besa_backend
 
 /* ---- pruning ------------------------------------------------------------------------------- */
 
-BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, besa_error *error)
-{
-    besa_prune_options preset;
-    memset(&preset, 0, sizeof preset);
-    if (strcmp(name, "published-row") == 0) {
-        preset.rates.form = BESA_RATES_ROW;
-        preset.rates.zero_start = 1;
-        preset.rates.penalty = 5;
-        preset.rates.d_coef = 5;
-        preset.no_projection = 1;
-    } else if (strcmp(name, "published-layer") == 0) {
-        preset.rates.form = BESA_RATES_LAYER;
-        preset.rates.zero_start = 1;
-        preset.rates.penalty = 5;
-        preset.rates.d_coef = 50;
-        preset.dense_stream = 1;
-        preset.no_projection = 1;
-    } else if (strcmp(name, "default") != 0)
-        return besa__fail(error, BESA_ERROR_OPTION, "preset is \"%s\", expected default, published-row or published-layer",
-                          name);
-    preset.rates.target = options->rates.target;
-    preset.fixed = options->fixed;
-    preset.num_fixed = options->num_fixed;
-    preset.device_memory = options->device_memory;
-    preset.progress = options->progress;
-    preset.step = options->step;
-    preset.user = options->user;
-    *options = preset;
-    return BESA_OK;
-}
-
 /* A file as part of a hash: its size and when it was last changed. */
 static uint64_t besa__file_hash(uint64_t hash, const char *directory, const char *name)
 {
@@ -10644,32 +10709,33 @@ static uint64_t besa__source_hash(const besa_checkpoint *checkpoint)
     return hash;
 }
 
+/* A hash of every option of the table, by its bits, and of the fixed layers. */
+static uint64_t besa__options_hash(const besa_prune_options *options)
+{
+    uint64_t hash = BESA__HASH_START;
+    for (const besa_option *o = besa__options; o->name; o++) {
+        double value = besa__option_get(o, (const unsigned char *)options + o->offset);
+        hash = besa__hash(hash, &value, sizeof value);
+    }
+    for (int64_t i = 0; i < options->num_fixed; i++) {
+        hash = besa__hash(hash, options->fixed[i].pattern, strlen(options->fixed[i].pattern) + 1);
+        hash = besa__hash(hash, &options->fixed[i].sparsity, sizeof(double));
+    }
+    return hash;
+}
+
 /* All that decides the output's bytes, as one line for the journal. */
 static void besa__fingerprint(char *line, size_t size, const besa__run *run, const besa_calibration *c)
 {
     const besa_prune_options *o = &run->pruner.options;
-    const besa_rate_options *r = &o->rates;
-    char options[768];
-    uint64_t fixed = BESA__HASH_START;
-    for (int64_t i = 0; i < o->num_fixed; i++) {
-        fixed = besa__hash(fixed, o->fixed[i].pattern, strlen(o->fixed[i].pattern) + 1);
-        fixed = besa__hash(fixed, &o->fixed[i].sparsity, sizeof(double));
-    }
-    int length = snprintf(options, sizeof options,
-             "%s,%d,%d,%d,%d:%d,%d,%.17g,%d,%.17g,%.17g,%d,%d,%d,%lld,%.17g,%d,%.17g,%.17g,%.17g,%.17g,%.17g,%.17g,"
-             "%lld,%lld,%d,%d,%d,%016llx,%.17g",
-             run->be->name, (int)run->be->activation_dtype, (int)o->method, (int)o->importance,
-             o->pattern_n, o->pattern_m, o->magnitude_per_row, r->target, (int)r->form, r->layer_scale,
-             r->row_scale, r->plain_softmax, r->zero_start, r->candidates, (long long)r->group_rows, r->penalty,
-             (int)r->optimizer, r->lr, r->beta1, r->beta2, r->weight_decay, r->d0, r->d_coef, (long long)o->epochs,
-             (long long)o->batch_size, o->norm_all, o->dense_stream, o->no_projection, (unsigned long long)fixed,
-             o->damping);
-    size_t tokens = (size_t)(c->nsamples * c->seqlen) * sizeof(int32_t);
-    snprintf(line, size, "besa %d.%d method %d sparsity %g micro-batch %lld tokens %lldx%lld %016llx source %016llx options "
-             "%016llx", BESA_VERSION_MAJOR, BESA_VERSION_MINOR, (int)o->method, r->target, (long long)run->pruner.chunk,
-             (long long)c->nsamples, (long long)c->seqlen, (unsigned long long)besa__hash(BESA__HASH_START, c->ids, tokens),
-             (unsigned long long)besa__source_hash(run->checkpoint),
-             (unsigned long long)besa__hash(BESA__HASH_START, options, (size_t)besa__min(length, (int)sizeof options - 1)));
+    int64_t tokens = besa__product(c->nsamples, c->seqlen);
+    uint64_t ids = besa__hash(BESA__HASH_START, c->ids, (size_t)tokens * sizeof(int32_t)), options = besa__options_hash(o);
+    options = besa__hash(options, run->be->name, strlen(run->be->name));
+    options = besa__hash(options, &run->be->activation_dtype, sizeof run->be->activation_dtype);
+    besa__write_text(line, size, "besa %d.%d %s sparsity %g micro-batch %lld tokens %lldx%lld %016llx source %016llx options "
+                     "%016llx", BESA_VERSION_MAJOR, BESA_VERSION_MINOR, besa_method_name(o->method), o->rates.target,
+                     (long long)run->pruner.chunk, (long long)c->nsamples, (long long)c->seqlen, (unsigned long long)ids,
+                     (unsigned long long)besa__source_hash(run->checkpoint), (unsigned long long)options);
 }
 
 /* Weights of a finished block, from the unfinished output to the device. */
@@ -10953,6 +11019,11 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
     }
     if (result == BESA_OK) result = besa__prune_into(&run, output, calibration, report, error);
     if (result == BESA_OK) besa__report_totals(report, run.pruner.options.rates.target, start);
+    report->options = run.pruner.options;
+    report->options.fixed = NULL;
+    report->options.progress = NULL;
+    report->options.step = NULL;
+    report->options.user = NULL;
     if (result == BESA_OK && options->num_fixed == 0 && !options->no_projection &&
         fabs(report->sparsity - report->target) > 0.02)
         besa__notes_add(&report->notes, "warning: sparsity %.4f is not the target %.4f: tied scores or zeros in the source",
@@ -11105,6 +11176,33 @@ static void besa__append_block(besa__text *t, const besa_block_report *b, int64_
     besa__append(t, "     ]}");
 }
 
+/* The name of an enum's value, from the row's "a|b|c"; returns buffer. */
+static const char *besa__option_word(const besa_option *o, int value, char *buffer, size_t size)
+{
+    const char *word = o->value;
+    for (; value > 0; value--) word += strcspn(word, "|") + 1;
+    snprintf(buffer, size, "%.*s", (int)strcspn(word, "|"), word);
+    return buffer;
+}
+
+/* What the run was asked for, an option a member; those that only BESA looks at are left out for other methods. */
+static void besa__append_options(besa__text *t, const besa_prune_options *options)
+{
+    const char *between = "";
+    besa__append(t, ",\n  \"options\": {");
+    for (const besa_option *o = besa__options; o->name; o++) {
+        double value = besa__option_get(o, (const unsigned char *)options + o->offset);
+        char word[32];
+        if ((o->flags & BESA_OPTION_BESA) && options->method != BESA_METHOD_BESA) continue;
+        besa__append(t, "%s", between);
+        between = ", ";
+        if (o->kind == BESA_OPTION_ENUM)
+            besa__append(t, "\"%s\": \"%s\"", o->name, besa__option_word(o, (int)value, word, sizeof word));
+        else besa__append_number(t, o->name, value, "");
+    }
+    besa__append(t, "}");
+}
+
 BESA_API char *besa_report_json(const besa_report *report)
 {
     besa__text t;
@@ -11119,6 +11217,7 @@ BESA_API char *besa_report_json(const besa_report *report)
     if (report->perplexity > 0) besa__append_number(&t, "perplexity", report->perplexity, ",\n  ");
     besa__append(&t, "\"resumed_blocks\": %lld,\n  \"notes\": ", (long long)report->resumed_blocks);
     besa__append_string(&t, report->notes ? report->notes : "");
+    besa__append_options(&t, &report->options);
     besa__append(&t, ",\n  \"blocks\": [");
     for (int64_t i = 0; i < report->num_blocks; i++) {
         besa__append(&t, i ? ",\n" : "\n");

@@ -62,11 +62,10 @@ typedef struct progress_view {
 
 static void draw_bar(progress_view *view, const besa_progress *p)
 {
-    static const char *const pass[BESA_PASS_COUNT] = {"read", "dense", "rank", "learn", "commit", "write"};
     static const char full[] = "####################", empty[] = "....................";
     int width = (int)(p->fraction * 20);
     fprintf(stderr, "\r%s [%.*s%.*s] %3.0f %%, block %lld/%lld %s, %s left\033[K", view->label, width, full, 20 - width,
-            empty, p->fraction * 100, (long long)p->block + 1, (long long)p->blocks, pass[p->pass],
+            empty, p->fraction * 100, (long long)p->block + 1, (long long)p->blocks, besa_pass_name(p->pass),
             as_clock(p->seconds_left).s);
     view->drawn = p->seconds;
 }
@@ -197,12 +196,6 @@ static besa_result measure(job *j, const char *label, const int32_t *ids, int64_
 
 /* ---- prune, plan --------------------------------------------------------------------------- */
 
-static const char *method_name(besa_method method)
-{
-    static const char *const names[] = {"besa", "wanda", "sparsegpt", "magnitude"};
-    return names[method];
-}
-
 static besa_result write_report(const char *path, const besa_report *r, besa_error *error)
 {
     char *json = besa_report_json(r);
@@ -226,7 +219,7 @@ static void print_summary(const settings *s, const besa_report *r, const char *s
 {
     size_t length = strlen(said);
     printf("%s: sparsity %.6f of %s weights, target %g, by %s in %s\n", s->path[1], r->sparsity,
-           with_unit((double)r->weights, "").s, r->target, method_name(s->prune.method), as_clock(r->seconds).s);
+           with_unit((double)r->weights, "").s, r->target, besa_method_name(s->prune.method), as_clock(r->seconds).s);
     if (r->resumed_blocks) printf("blocks taken over from the run before: %lld\n", (long long)r->resumed_blocks);
     if (r->perplexity > 0) printf("perplexity %.4f\n", r->perplexity);
     if (r->notes) printf("%s", r->notes + (strncmp(r->notes, said, length) ? 0 : length));
@@ -235,10 +228,10 @@ static void print_summary(const settings *s, const besa_report *r, const char *s
 static besa_result run_prune(job *j)
 {
     const settings *s = j->s;
-    progress_view view = begin_progress(s, method_name(s->prune.method));
+    progress_view view = begin_progress(s, besa_method_name(s->prune.method));
     besa_report report;
     besa_plan_result plan;
-    TRY(print_notes(j, method_name(s->prune.method), &plan));
+    TRY(print_notes(j, besa_method_name(s->prune.method), &plan));
     int is_new = s->report && access(s->report, F_OK) != 0;
     FILE *file = s->report ? fopen(s->report, "a") : NULL; /* can it be written? The work may take hours */
     if (s->report && !file) {
@@ -260,7 +253,7 @@ static besa_result run_plan(job *j)
     const besa_calibration *c = &j->calibration;
     besa_plan_result p;
     TRY(besa_plan(j->checkpoint, &j->backend, c, &j->s->prune, &p, &j->error));
-    printf("%s on %lld sequences of %lld tokens, %lld at a time\n", method_name(j->s->prune.method),
+    printf("%s on %lld sequences of %lld tokens, %lld at a time\n", besa_method_name(j->s->prune.method),
            (long long)c->nsamples, (long long)c->seqlen, (long long)p.micro_batch);
     if (j->backend.unified_memory)
         printf("memory  %10s  for the run's arrays\n", with_unit((double)p.device_bytes + (double)p.host_bytes, "B").s);
@@ -509,9 +502,10 @@ int main(int argc, char **argv)
         return asked ? 0 : 2;
     }
     s.arguments = argv + 2;
+    make_options(&s);
     read_arguments(&s, NULL);
     if (s.help) {
-        print_help(s.command);
+        print_help(&s);
         return 0;
     }
     check_arguments(&s);

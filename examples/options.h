@@ -10,7 +10,7 @@
 
 /* ---- options ------------------------------------------------------------------------------- */
 
-enum { MAX_FIXED = 256, MAX_LIST = 32, MAX_NAME = 128 };
+enum { MAX_FIXED = 256, MAX_LIST = 32, MAX_NAME = 128, MAX_OPTIONS = 128 };
 
 /* The commands, as bits: which of them has an option. */
 enum {
@@ -23,7 +23,24 @@ typedef struct row { /* of a comparison: "wanda", "besa", "besa:published-row" *
     besa_method method;
 } row;
 
+typedef enum kind {
+    HEADING, METHOD, METHOD_BESA, FLAG, TEXT, CHOICE, PATTERN, SKIP, METHODS, /* these are not numbers */
+    NUMBER, ROWS, SHARES, /* numbers of besa_prune_options: the library's table has their ranges */
+    THREADS, COUNT, SEED, FIX, BYTES, DEVICE
+} kind;
+
+typedef struct option {
+    const char *name;  /* without "--" */
+    kind kind;
+    size_t offset;     /* of the field in settings, where one field is all */
+    int commands;
+    const char *value; /* what follows; the names of a CHOICE in the order of its enum */
+    const char *help;
+} option;
+
 typedef struct settings {
+    option options[MAX_OPTIONS]; /* all of them, with headings */
+    int num_options;
     const struct command *command;
     char **arguments; /* after the command's name, ended by NULL */
     const char *path[2];
@@ -43,12 +60,6 @@ typedef struct settings {
     const char *besa_option; /* the last option given under "BESA", or NULL */
 } settings;
 
-typedef enum kind {
-    HEADING, FLAG, TEXT, CHOICE, PATTERN, SKIP, METHODS, /* these are not numbers */
-    NUMBER, ROWS, SHARES, /* numbers of besa_prune_options: the library's table has their ranges */
-    THREADS, COUNT, SEED, FIX, BYTES, DEVICE
-} kind;
-
 /* What each other kind of number admits. */
 static const struct { double least, most; int whole; const char *words; } ranges[] = {
     [THREADS] = {1, 1024, 1, "a whole number from 1 to 1024"},
@@ -59,24 +70,9 @@ static const struct { double least, most; int whole; const char *words; } ranges
     [DEVICE] = {0, 65535, 1, "a GPU's number, from 0"},
 };
 
-typedef struct option {
-    const char *name;  /* without "--" */
-    kind kind;
-    size_t offset;     /* of the field in settings, where one field is all */
-    int commands;
-    const char *value; /* what follows; the names of a CHOICE in the order of its enum */
-    const char *help;
-} option;
-
-static const char method_names[] = "besa|wanda|sparsegpt|magnitude";
-
-#define NAME(value, name, statistic, power, exponent) "|" name
-static const char importance_names[] = BESA_IMPORTANCES(NAME); /* begins with a bar */
-#undef NAME
-
 #define AT(field) offsetof(settings, field)
 
-static const option options[] = {
+static const option own_options[] = {
     {"Data", HEADING, 0, RUN | EVAL, "", ""},
     {"tokens", TEXT, AT(tokens), RUN | EVAL, "FILE", "ids to calibrate (eval: to measure) on: .npy, .u16, .i32, .bin"},
     {"nsamples", COUNT, AT(nsamples), RUN, "N", "calibration sequences [128 or fewer; rows of a 2-D file]"},
@@ -87,40 +83,17 @@ static const option options[] = {
     {"windows", COUNT, AT(windows), RUN | EVAL, "K", "test windows, from the file's start [all]"},
 
     {"Method", HEADING, 0, RUN, "", ""},
-    {"method", CHOICE, AT(prune.method), ONE, method_names, "how to choose what goes [besa]"},
+    {NULL, METHOD, 0, 0, "", ""}, /* here the library's options for every method */
     {"method", METHODS, 0, COMPARE, "A,B,...", "of besa, besa:PRESET, wanda, sparsegpt, magnitude [all but presets]"},
-    {"sparsity", NUMBER, AT(prune.rates.target), ONE, "S", "share of the weights that become zero [0.5]"},
     {"sparsity", SHARES, AT(prune.rates.target), COMPARE, "S,S,...", "shares of the weights that become zero [0.5]"},
     {"pattern", PATTERN, 0, RUN, "N:M", "prune N of every M consecutive weights, as 2:4; not with besa"},
-    {"per-row", FLAG, AT(prune.magnitude_per_row), RUN, "", "magnitude: each row has the sparsity, not only the layer"},
-    {"damping", NUMBER, AT(prune.damping), RUN, "X",
-     "sparsegpt and its importances: share of a Hessian's mean diagonal added to it [0.01]"},
     {"skip", SKIP, 0, RUN, "PATTERN", "keep layers dense: v_proj, layers.0, '*.mlp.*'; repeatable"},
     {"fix", FIX, 0, RUN, "PATTERN=S", "hold layers at a sparsity of their own; the others reach --sparsity; repeatable"},
 
     {"BESA", HEADING, 0, RUN, "", ""},
     {"preset", TEXT, AT(preset), RUN, "default|published-row|published-layer",
      "what the options below start from; published: as the paper's code, for LLaMA-1-7B"},
-    {"rates", CHOICE, AT(prune.rates.form), RUN, "hierarchical|row|layer", "what has learned rates [hierarchical]"},
-    {"layer-scale", NUMBER, AT(prune.rates.layer_scale), RUN, "X", "how far the rates of layers move [1]"},
-    {"row-scale", NUMBER, AT(prune.rates.row_scale), RUN, "X", "how far the rates of rows move [1]"},
-    {"group-rows", ROWS, AT(prune.rates.group_rows), RUN, "N|all", "rows that share a rate [1]"},
-    {"candidates", NUMBER, AT(prune.rates.candidates), RUN, "D", "rates are mixtures of 1, 1 - 1/D, ..., 0 [100]"},
-    {"plain-softmax", FLAG, AT(prune.rates.plain_softmax), RUN, "", "softmax of the logits, without the sigmoid"},
-    {"zero-start", FLAG, AT(prune.rates.zero_start), RUN, "", "start at a rate of 1/2 instead of at the sparsity"},
-    {"importance", CHOICE, AT(prune.importance), RUN, &importance_names[1],
-     "which weights of a row go first [wanda]"},
-    {"optimizer", CHOICE, AT(prune.rates.optimizer), RUN, "prodigy|adamw", "what learns the rates [prodigy]"},
-    {"lr", NUMBER, AT(prune.rates.lr), RUN, "X", "learning rate [prodigy 1, adamw 0.01]"},
-    {"d-coef", NUMBER, AT(prune.rates.d_coef), RUN, "X", "Prodigy: factor on the step size that it finds [5]"},
-    {"weight-decay", NUMBER, AT(prune.rates.weight_decay), RUN, "X", "decoupled weight decay [0]"},
-    {"lambda", NUMBER, AT(prune.rates.penalty), RUN, "X", "weight of the sparsity penalty [1]"},
-    {"epochs", NUMBER, AT(prune.epochs), RUN, "N", "passes over the calibration sequences [1]"},
-    {"batch-size", NUMBER, AT(prune.batch_size), RUN, "N", "sequences of a learning step [1]"},
-    {"norm-all", FLAG, AT(prune.norm_all), RUN, "", "channel norms of the loss from all sequences, not the batch"},
-    {"dense-stream", FLAG, AT(prune.dense_stream), RUN, "",
-     "aim at the dense model, not at the dense block on pruned inputs"},
-    {"no-projection", FLAG, AT(prune.no_projection), RUN, "", "leave the sparsity where learning ends, near S"},
+    {NULL, METHOD_BESA, 0, 0, "", ""}, /* and here those for besa alone */
 
     {"Run", HEADING, 0, ALL, "", ""},
     {"device", DEVICE, 0, RUN | EVAL, "cpu|cuda[:N]", "compute on the CPU or on NVIDIA GPU number N [cpu]; "
@@ -135,6 +108,34 @@ static const option options[] = {
     {"quiet", FLAG, AT(quiet), RUN | EVAL, "", "no progress"},
     {"help", FLAG, AT(help), ALL, "", "print this"},
 };
+
+/* The library's options for every method, or those for besa alone, as rows of ours. A comparison has lists of its own for
+ * method and sparsity. */
+static void add_library_options(settings *s, int for_besa)
+{
+    static const kind kinds[] = {FLAG, CHOICE, NUMBER, NUMBER, NUMBER}; /* by besa_option_kind */
+    for (const besa_option *o = besa_option_table(); o->name; o++) {
+        const size_t offset = AT(prune) + o->offset;
+        const int listed = offset == AT(prune.method) || offset == AT(prune.rates.target);
+        const int is_for_besa = (o->flags & BESA_OPTION_BESA) != 0;
+        if (!o->flag || is_for_besa != for_besa) continue;
+        option *made = &s->options[s->num_options++];
+        made->name = o->flag;
+        made->kind = o->flags & BESA_OPTION_ALL ? ROWS : kinds[o->kind];
+        made->offset = offset;
+        made->commands = listed ? ONE : RUN;
+        made->value = o->value;
+        made->help = o->help;
+    }
+}
+
+/* Our own and the library's, each under its heading. */
+static void make_options(settings *s)
+{
+    for (size_t i = 0; i < sizeof own_options / sizeof own_options[0]; i++)
+        if (own_options[i].name) s->options[s->num_options++] = own_options[i];
+        else add_library_options(s, own_options[i].kind == METHOD_BESA);
+}
 
 typedef struct job job;
 
@@ -240,8 +241,9 @@ static void read_fixed(settings *s, const option *o, const char *text)
 static row read_row(const settings *s, const option *o, const char *word)
 {
     row r;
-    int method = find_choice(method_names, word, strcspn(word, ":"));
-    if (method < 0) usage_error(s, "--%s: '%s' is not one of %s", o->name, word, method_names);
+    const char *names = besa_option_table()->value; /* its first row is the method */
+    int method = find_choice(names, word, strcspn(word, ":"));
+    if (method < 0) usage_error(s, "--%s: '%s' is not one of %s", o->name, word, names);
     if (method != BESA_METHOD_BESA && strchr(word, ':'))
         usage_error(s, "--%s: '%s': only besa has presets", o->name, word);
     snprintf(r.label, sizeof r.label, "%s", word);
@@ -279,7 +281,7 @@ static void read_value(settings *s, const option *o, const char *text)
     void *field = (char *)s + o->offset;
     int choice;
     switch (o->kind) {
-    case HEADING: case FLAG: break;
+    case HEADING: case METHOD: case METHOD_BESA: case FLAG: break;
     case TEXT: *(const char **)field = text; break;
     case CHOICE:
         choice = find_choice(o->value, text, strlen(text));
@@ -309,8 +311,8 @@ static void note_heading(settings *s, const option *o)
 /* The command's option of that name, or NULL. */
 static const option *find_option(const settings *s, const char *name)
 {
-    for (size_t i = 0; i < sizeof options / sizeof options[0]; i++) {
-        const option *o = &options[i];
+    for (int i = 0; i < s->num_options; i++) {
+        const option *o = &s->options[i];
         if (o->kind != HEADING && (o->commands & s->command->bit) && strcmp(o->name, name) == 0) return o;
     }
     return NULL;
@@ -322,8 +324,8 @@ static int negates(const char *a, const char *b) { return strncmp(a, "no-", 3) =
 /* --flag sets; --no-flag, or --projection for --no-projection, takes back what a preset has set. */
 static int read_flag(settings *s, const char *name)
 {
-    for (size_t i = 0; i < sizeof options / sizeof options[0]; i++) {
-        const option *o = &options[i];
+    for (int i = 0; i < s->num_options; i++) {
+        const option *o = &s->options[i];
         int same = strcmp(o->name, name) == 0;
         if (o->kind != FLAG || !(o->commands & s->command->bit)) continue;
         if (!same && !negates(o->name, name) && !negates(name, o->name)) continue;
@@ -459,11 +461,12 @@ static void check_arguments(settings *s)
 
 /* ---- help ---------------------------------------------------------------------------------- */
 
-static void print_help(const command *c)
+static void print_help(const settings *s)
 {
+    const command *c = s->command;
     printf("usage: besa %s %s [options]\n\n%s", c->name, c->paths, c->text);
-    for (size_t i = 0; i < sizeof options / sizeof options[0]; i++) {
-        const option *o = &options[i];
+    for (int i = 0; i < s->num_options; i++) {
+        const option *o = &s->options[i];
         char left[MAX_NAME];
         if (!(o->commands & c->bit)) continue;
         int n = snprintf(left, sizeof left, "--%s %s", o->name, o->value);

@@ -22,7 +22,7 @@ run()
     then
         {
             (cd "$work/out" && find . -type f | LC_ALL=C sort | while read -r file; do echo "$file"; cat "$file"; done)
-            sed -E 's/"(seconds|read|dense|rank|learn|commit|write)": [0-9.e+-]+//g' "$work/report"
+            sed -E '/"options": \{/d; s/"(seconds|read|dense|rank|learn|commit|write)": [0-9.e+-]+//g' "$work/report"
         } | sha256sum | sed "s|-\$|$device $name|"
     else
         echo "failed: $device $name: $(tail -1 "$work/said")"

@@ -190,6 +190,9 @@ static besa_result record_step(void *user, const besa_step *step)
 static size_t size_of(const besa_pruner *pruner)
 {
     besa_pruner counted = *pruner;
+    counted.rates.masks = &counted.masks;
+    counted.rates.parameters = &counted.parameters;
+    counted.rates.options = &counted.options.rates;
     return besa__pruner_size(&counted, 0);
 }
 
