@@ -325,10 +325,10 @@ static void ops_linear(ops *t, const ops_case *c)
     besa_workload sizes = ops_sizes(R, C, T);
     double limit = ops_products(t, 3e-6);
     double *x = ops_random(t, T * C, 1), *w = ops_random(t, R * C, 1), *b = ops_random(t, R, 1);
-    double *y = ops_random(t, T * R, 1), *dx = ops_random(t, T * C, 1), *dw = ops_doubles(t, R * C);
+    double *y = ops_random(t, T * R, 1), *dx = ops_random(t, T * C, 1), *dw = ops_random(t, R * C, 1);
     void *dx_ = ops_act(t, dx, T * C), *x_ = ops_act(t, x, T * C), *w_ = ops_send(t, w, c->dtype, R * C);
     void *b_ = ops_float(t, b, R), *y_ = ops_act(t, y, T * R), *dy_ = ops_act(t, y, T * R);
-    float *dw_ = ops_float_out(t, R * C);
+    float *dw_ = add ? (float *)ops_float(t, dw, R * C) : ops_float_out(t, R * C);
     double *dy = ops_doubles(t, T * R);
     memcpy(dy, y, (size_t)(T * R) * sizeof *dy);
     ops_workspace(t, &sizes);
@@ -340,11 +340,11 @@ static void ops_linear(ops *t, const ops_case *c)
     ref_product(y, x, C, 1, w, 1, C, T, R, C, 1, add);
     for (int64_t i = 0; bias && i < T * R; i++) y[i] += b[i % R];
     ref_product(dx, dy, R, 1, w, C, 1, T, C, R, 1, add);
-    ref_product(dw, dy, 1, R, x, C, 1, R, C, T, 1, 0);
+    ref_product(dw, dy, 1, R, x, C, 1, R, C, T, 1, add);
     ops_call(t, be->linear_forward(be, y_, x_, w_, c->dtype, bias ? (float *)b_ : NULL, T, R, C, add), "linear_forward");
     ops_call(t, be->linear_backward_input(be, dx_, dy_, w_, c->dtype, T, R, C, add), "linear_backward_input");
-    ops_call(t, be->linear_backward_weight(be, dw_, dy_, x_, T, R, C, 0, R / 3, 0), "linear_backward_weight");
-    ops_call(t, be->linear_backward_weight(be, dw_ + R / 3 * C, dy_, x_, T, R, C, R / 3, R - R / 3, 0), "linear_backward_weight");
+    ops_call(t, be->linear_backward_weight(be, dw_, dy_, x_, T, R, C, 0, R / 3, add), "linear_backward_weight");
+    ops_call(t, be->linear_backward_weight(be, dw_ + R / 3 * C, dy_, x_, T, R, C, R / 3, R - R / 3, add), "linear_backward_weight");
     ops_near_act(t, "linear_forward", y_, y, T * R, limit);
     ops_near_act(t, "linear_backward_input", dx_, dx, T * C, limit);
     ops_near(t, "linear_backward_weight", ops_fetch(t, dw_, BESA_F32, R * C), dw, R * C, limit);
@@ -743,15 +743,20 @@ static void ops_loss(ops *t, const ops_case *c)
                  ops_call(t, be->block_loss(be, loss_, dy_, y_, yref_, norm2_, 0.7f, T, d, 0), ""));
         return;
     }
+    double *sum = ops_random(t, n, 1);
+    void *sum_ = ops_act(t, sum, n);
     ops_call(t, be->block_loss(be, loss_, NULL, y_, yref_, norm2_, 0.7f, T, d, 0), "block_loss");
+    ops_call(t, be->block_loss(be, loss_, sum_, y_, yref_, norm2_, 0.7f, T, d, 1), "block_loss");
     ops_call(t, be->block_loss(be, loss_, y_, y_, yref_, norm2_, 0.7f, T, d, 0), "block_loss");
-    want = 1.5 + 2 * ref_loss(&r);
+    want = 1.5 + 3 * ref_loss(&r);
     ops_near(t, "block_loss", ops_fetch(t, loss_, BESA_F32, 1), &want, 1, 1e-6);
     if (ops_is(t, "grad"))
         ops_gradient(t, "dy", y, ops_fetch(t, y_, be->activation_dtype, n), n, 1e-5, ref_loss, &r, 1e-5);
     for (int64_t i = 0; i < n; i++)
         dy[i] = norm2[i % d] > 0 ? 2 * r.scale / (double)d * (y[i] - yref[i]) / norm2[i % d] : 0;
     ops_near_act(t, "dy", y_, dy, n, 1e-6);
+    for (int64_t i = 0; i < n; i++) sum[i] += dy[i];
+    ops_near_act(t, "dy added", sum_, sum, n, 1e-6);
 }
 
 /* ---- sparsity ------------------------------------------------------------------------------ */

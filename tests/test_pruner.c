@@ -625,6 +625,32 @@ static void test_optimizer(const besa_rate_options *given, const besa_optimizer_
     g_be.optimizer_step = g_optimizer_step;
 }
 
+/* The learning rate of every step: up in equal parts over the first warmup * steps, then as the schedule has it. */
+static void test_schedule(besa_schedule schedule, double warmup, int64_t steps)
+{
+    besa_layer_shape shape = { 2, 4, BESA_F32 };
+    besa_rate_options o;
+    besa_rates *rates = NULL;
+    float w[8] = { 1, 2, 3, 4, 5, 6, 7, 8 }, scratch[12];
+    int64_t rise = (int64_t)(warmup * (double)steps);
+    memset(&o, 0, sizeof o);
+    o.target = 0.5, o.lr = 0.5, o.optimizer = BESA_ADAMW, o.schedule = schedule, o.warmup = warmup, o.steps = steps;
+    g_asked.step = 0, g_optimizer_step = g_be.optimizer_step, g_be.optimizer_step = ask_optimizer;
+    CHECK_OK(besa_rates_create(&rates, &g_be, &shape, 1, &o, &g_error), g_error);
+    CHECK_OK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_MAGNITUDE, NULL, scratch, &g_error), g_error);
+    for (int64_t s = 1; s <= steps + 2; s++) { /* beyond the last step it stays what it was in that */
+        int64_t at = s < steps ? s : steps;
+        double angle = 3.14159265358979 * (double)(at - 1 - rise) / (double)(steps - rise), want = 0.5;
+        if (at <= rise) want *= (double)at / (double)(rise + 1);
+        else if (schedule == BESA_SCHEDULE_COSINE) want *= 0.5 + 0.5 * cos(angle);
+        CHECK_OK(besa_rates_forward(rates, &g_error), g_error);
+        CHECK_OK(besa_rates_step(rates, &g_error), g_error);
+        CHECK(fabs(g_asked.lr - want) < 1e-12, "step %d of %d: lr %.15g, expected %.15g", (int)s, (int)steps, g_asked.lr, want);
+    }
+    besa_rates_destroy(rates);
+    g_be.optimizer_step = g_optimizer_step;
+}
+
 static void test_optimizers(void)
 {
     besa_rate_options o;
@@ -641,6 +667,21 @@ static void test_optimizers(void)
     TEST("what an optimiser is asked for with options") test_optimizer(&o, &want);
     o.beta1 = o.beta2 = BESA_NONE, want.beta1 = want.beta2 = 0;
     TEST("what an optimiser is asked for without momentum") test_optimizer(&o, &want);
+    TEST("learning rates of a schedule") {
+        test_schedule(BESA_SCHEDULE_CONSTANT, 0, 5);
+        test_schedule(BESA_SCHEDULE_CONSTANT, 0.3, 10);
+        test_schedule(BESA_SCHEDULE_COSINE, 0, 7);
+        test_schedule(BESA_SCHEDULE_COSINE, 0.25, 16);
+        test_schedule(BESA_SCHEDULE_COSINE, 0.9, 1);
+    }
+    TEST("a table without an operation") {
+        besa_backend be = g_be;
+        besa_layer_shape shape = { 2, 4, BESA_F32 };
+        besa_rates *rates = NULL;
+        be.rate_mean = NULL;
+        CHECK(besa_rates_create(&rates, &be, &shape, 1, &o, &g_error) == BESA_ERROR_OPTION && !rates &&
+              strstr(g_error.message, "rate_mean"), "%s", g_error.message);
+    }
 }
 
 /* ---- methods that do not learn --------------------------------------------------------------- */

@@ -141,6 +141,95 @@ static void test_block(const char *name)
     CHECK_CLOSE("grad_h", dx, npy_load(dir, "grad_h", batch, seqlen, d).v, tokens * d, 1e-5);
 }
 
+static double *random_numbers(int64_t n)
+{
+    static uint32_t state = 12345;
+    double *x = (double *)take((size_t)n * sizeof *x);
+    for (int64_t i = 0; i < n; i++) {
+        state = state * 1664525u + 1013904223u;
+        x[i] = (double)(state >> 8) / 8388608.0 - 1;
+    }
+    return x;
+}
+
+/* A loss of its own at h1: <c, h1> + half the squares of h1 over batch. Adds its derivative. */
+typedef struct h1_loss {
+    const float *c;
+    const besa_activations *acts;
+    int64_t count;
+    int calls;
+} h1_loss;
+
+static besa_result add_h1_loss(void *user, void *dh1)
+{
+    h1_loss *loss = (h1_loss *)user;
+    const float *h1 = (const float *)loss->acts->h1;
+    for (int64_t i = 0; i < loss->count; i++) ((float *)dh1)[i] += loss->c[i] + h1[i];
+    loss->calls++;
+    return BESA_OK;
+}
+
+static double value_of_h1_loss(const h1_loss *loss)
+{
+    const float *h1 = (const float *)loss->acts->h1;
+    double sum = 0;
+    for (int64_t i = 0; i < loss->count; i++) sum += (double)loss->c[i] * (double)h1[i] + 0.5 * (double)h1[i] * (double)h1[i];
+    return sum;
+}
+
+/* Gradients that are added up over two batches by the caller's arrays, and a second loss at h1: against finite differences
+ * of it along one random direction of every weight. */
+static void test_second_loss(const char *name)
+{
+    const char *dir = folder(name);
+    int64_t batch = (int64_t)json_number(dir, "shape.json", "batch"), seqlen = (int64_t)json_number(dir, "shape.json", "seqlen");
+    besa_block b = read_block(dir, seqlen);
+    int64_t tokens = batch * seqlen, d = b.shape.hidden_size;
+    besa_activations acts = new_activations(&b, tokens);
+    array h = npy_load(dir, "h", batch, seqlen, d);
+    float *y = take_floats(tokens * d), *dy = take_floats(tokens * d);
+    double *c = random_numbers(tokens * d);
+    float *cf = take_floats(tokens * d);
+    h1_loss loss = {cf, &acts, tokens * d, 0};
+    for (int64_t i = 0; i < tokens * d; i++) cf[i] = (float)c[i];
+    set_workspace(besa_block_workload(&b.shape, batch, seqlen));
+    besa__backward p = besa__backward_of(&g_be, &b, &acts, seqlen);
+    besa__backward_batch(&p, batch);
+    p.at_h1 = add_h1_loss;
+    p.user = &loss;
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        int64_t rows, columns;
+        besa_block_layer(&b.shape, l, &rows, &columns);
+        acts.dw_sum[l] = take_floats(rows * columns);
+    }
+    for (int twice = 0; twice < 2; twice++) {
+        CHECK_OK(besa_block_forward(&g_be, &b, &acts, h.f, y, batch, seqlen, &g_error), g_error);
+        memset(dy, 0, (size_t)(tokens * d) * sizeof *dy); /* no loss at the block's output */
+        OP(besa__block_backward(&p, h.f, dy, NULL));
+    }
+    CHECK(loss.calls == 2, "%d calls", loss.calls);
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        int64_t rows, columns;
+        const void *weight = b.weight[l];
+        double want = 0, value[2];
+        besa_block_layer(&b.shape, l, &rows, &columns);
+        double *direction = random_numbers(rows * columns);
+        for (int64_t i = 0; i < rows * columns; i++) want += 0.5 * (double)acts.dw_sum[l][i] * direction[i];
+        for (int side = 0; side < 2; side++) {
+            float *moved = take_floats(rows * columns);
+            for (int64_t i = 0; i < rows * columns; i++)
+                moved[i] = ((const float *)weight)[i] + (float)((side ? 1e-3 : -1e-3) * direction[i]);
+            b.weight[l] = moved;
+            CHECK_OK(besa_block_forward(&g_be, &b, &acts, h.f, y, batch, seqlen, &g_error), g_error);
+            value[side] = value_of_h1_loss(&loss);
+        }
+        b.weight[l] = weight;
+        double found = (value[1] - value[0]) / 2e-3;
+        if (l >= BESA_GATE) CHECK(want == 0 && found == 0, "%s: a loss at h1 has no gradient behind it", g_layer[l]);
+        else CHECK(fabs(want - found) <= 2e-3 * fabs(found) + 1e-3, "%s: %g, differences say %g", g_layer[l], want, found);
+    }
+}
+
 /* ---- the sparse layer ------------------------------------------------------------------------ */
 
 /* bucket[rank] = the largest d with rank < k_d: from the definition, one candidate after the other. */
@@ -1196,6 +1285,7 @@ int main(int argc, char **argv)
     test.only = argc > 3 ? argv[3] : NULL;
     if (besa_cpu_backend(&g_be, NULL, &g_error) != BESA_OK) return fprintf(stderr, "%s\n", g_error.message), 1;
     for (int i = 0; i < 5; i++) TEST(block[i]) test_block(block[i]);
+    TEST("a second loss at h1, gradients added up") test_second_loss("block_gqa");
     TEST("sparse_row_sigmoid") test_sparse_layer("sparse_row_sigmoid", 0, 12, 0);
     TEST("sparse_row_softmax") test_sparse_layer("sparse_row_softmax", 1, 12, 0);
     TEST("sparse_layer_sigmoid as one row group") test_sparse_layer("sparse_layer_sigmoid", 0, 1, 0);

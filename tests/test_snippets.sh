@@ -1,6 +1,7 @@
 #!/bin/sh
 # test_snippets.sh HEADER README WORK - what is written for readers is true: the header's contents name its sections
-# in their order, the quick start in its manual compiles, and so does every C block of the README.
+# in their order, no section uses a later one, options and operations are complete, the quick start in its manual compiles,
+# and so does every C block of the README.
 header=$1 readme=$2 work=$3 cc=${CC:-cc}
 include=$(dirname "$header")
 rm -rf "$work" && mkdir -p "$work" || exit 1
@@ -8,14 +9,31 @@ rm -rf "$work" && mkdir -p "$work" || exit 1
 verdict() { if [ "$1" -eq 0 ]; then echo "PASS $2"; else echo "FAIL $2"; failed=1; fi; }
 failed=0
 
-# A section opens with a comment line "// >>name"; the manual's contents list has ">>name" without the slashes.
-sed -n 's,^[ /*]*// >>\([a-z0-9-]*\).*,\1,p' "$header" >"$work/sections"
-sed '/define BESA_H$/q' "$header" | grep -v '// >>' | grep -o '>>[a-z0-9][a-z0-9-]*' | sed 's/>>//' >"$work/contents"
-diff "$work/contents" "$work/sections" | sed 's/^</    contents only:/; s/^>/    section only:/' | grep -v '^[0-9-]'
-cmp -s "$work/contents" "$work/sections" && [ "$(wc -l <"$work/sections")" -gt 5 ]
-verdict $? "contents and sections of the header agree"
-[ -z "$(sort "$work/sections" | uniq -d)" ]
-verdict $? "section markers are unique"
+# The contents and the markers agree, and sections use only earlier ones.
+awk -f sections.awk "$header" "$header"
+verdict $? "sections in order"
+
+# The fields of a struct in the header, one a line.
+fields() { sed -n "/^typedef struct $1 {/,/^} $1;/p" "$header" | sed '1d;$d; s,/\*.*,,; s/.*\*\///' |
+           sed -n 's/^ *\(const \)*[a-z_0-9]* \**\(.*\);.*/\2/p' | tr -d '* ' | tr ',' '\n'; }
+
+# Every option has a row in the table, but for pointers, callbacks, and what is about memory alone.
+missing=""
+for field in $(fields besa_rate_options) $(fields besa_prune_options); do
+    case $field in rates|fixed|device_memory|progress|step|user) continue ;; esac
+    grep -q "BESA__\(RATE\|PRUNE\)([A-Z0-9]*, $field)" "$header" || missing="$missing $field"
+done
+[ "$(fields besa_prune_options | wc -l)" -gt 12 ] && [ -z "$missing" ]
+verdict $? "every option has a row${missing:+, but$missing}"
+
+# Every operation has a case in backend_ops.h; those about order and memory are tested where they are used.
+missing=""
+for operation in $(sed -n '/^#define BESA_OPERATIONS/,/^$/p' "$header" | grep -o 'X([a-z_]*)' | tr -d 'X()'); do
+    case $operation in destroy|host_alloc|host_free|memory_info|record|wait|elapsed) continue ;; esac
+    grep -q "be->$operation(" backend_ops.h || missing="$missing $operation"
+done
+[ "$(sed -n '/^#define BESA_OPERATIONS/,/^$/p' "$header" | grep -o 'X(' | wc -l)" -gt 45 ] && [ -z "$missing" ]
+verdict $? "every operation has a case${missing:+, but$missing}"
 
 # Wrap a snippet that has no function of its own: its preprocessor lines first, the rest in a function.
 compile()
