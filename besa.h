@@ -1000,10 +1000,13 @@ typedef struct besa_calibration {
  *   be            NULL: the CPU backend with its defaults
  *   output        must not exist; appears when it is complete. NULL: nothing is written (measure only).
  *                 An interrupted run leaves output.partial and goes on from it when called again with the same
- *                 arguments; any other arguments there are BESA_ERROR_RESUME.
+ *                 arguments; any other arguments there are BESA_ERROR_RESUME. Killed at its very end, it leaves
+ *                 output.partial.RUN, RUN being a number of these arguments, and ends from there.
+ *                 Files are as readable as the source's, as far as the umask allows.
  *   report        may be NULL; release with besa_report_free
  * Errors: all of them; the message names the culprit, and nothing that looks valid is left: an output.partial that has
- * finished blocks stays, to be gone on from or deleted, any other is removed. */
+ * finished blocks stays, to be gone on from or deleted, any other is removed, but for files that are not its own.
+ * A source file whose contents change while the run reads it is BESA_ERROR_READ. */
 BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *output, besa_backend *be,
                                 const besa_calibration *calibration, const besa_prune_options *options,
                                 besa_report *report, besa_error *error);
@@ -2018,15 +2021,25 @@ typedef char besa__off_t_is_64_bits[sizeof(off_t) >= 8 ? 1 : -1];
 
 typedef struct besa__shard {
     char *name;                                 /* in the directory */
+    struct stat stat;                           /* before it was opened */
     unsigned char *base;                        /* mapping */
     size_t size;
     size_t data;                                /* where the tensors begin: 8 + header length */
+    uint64_t hash;                              /* of all before that, as it was parsed */
     char *text;                                 /* the header, decoded in place: names of tensors live here */
 } besa__shard;
+
+/* A small file as it was read on opening: the output gets these bytes, whatever becomes of the file. */
+typedef struct besa__kept {
+    struct stat stat;                           /* before it was opened */
+    unsigned char *bytes;
+    size_t size;
+} besa__kept;
 
 struct besa_checkpoint {
     char *directory;
     const char *index;                          /* name of the index file, NULL for a single file */
+    besa__kept config_file, index_file;
     besa__shard *shards;
     int64_t num_shards;
     besa_tensor *tensors;                       /* by shard and offset */
@@ -2052,6 +2065,45 @@ static void besa__checkpoint_note(besa_checkpoint *checkpoint, const char *forma
     va_end(args);
     BESA_ASSERT(n >= 0 && (size_t)n + 1 < room); /* a few lines of constant text fit */
     memcpy(checkpoint->notes + length + n, "\n", 2);
+}
+
+/* 64-bit FNV-1a over words of 8 bytes, then single bytes, with a shift so that high bits reach low ones. Data may be
+ * hashed in pieces if all but the last are multiples of 8. */
+#define BESA__HASH_START 0xCBF29CE484222325u
+static uint64_t besa__hash(uint64_t h, const void *data, size_t bytes)
+{
+    const unsigned char *s = (const unsigned char *)data;
+    for (; bytes >= 8; bytes -= 8, s += 8) {
+        uint64_t word;
+        memcpy(&word, s, 8);
+        h = (h ^ word) * 0x100000001B3u;
+        h ^= h >> 29;
+    }
+    for (; bytes; bytes--, s++) h = (h ^ *s) * 0x100000001B3u;
+    return h;
+}
+
+/* Nanoseconds of a file's last change; what a file system does not keep is 0. */
+static int64_t besa__mtime_nanoseconds(const struct stat *st)
+{
+#ifdef __APPLE__
+    return (int64_t)st->st_mtimespec.tv_nsec;
+#else
+    return (int64_t)st->st_mtim.tv_nsec;
+#endif
+}
+
+/* Same file: by device and number. */
+static int besa__is_same(const struct stat *a, const struct stat *b)
+{
+    return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
+}
+
+/* Whether a file may have other contents than it had: replaced, or written since. */
+static int besa__has_moved(const struct stat *then, const struct stat *now)
+{
+    return !besa__is_same(then, now) || then->st_size != now->st_size || then->st_mtime != now->st_mtime ||
+           besa__mtime_nanoseconds(then) != besa__mtime_nanoseconds(now) || then->st_ctime != now->st_ctime;
 }
 
 /* directory/name, for BESA_FREE. */
@@ -2122,26 +2174,44 @@ static besa_result besa__read_at(int fd, void *memory, size_t count, uint64_t of
     return BESA_OK;
 }
 
-/* Read and parse a JSON file. besa__json_free in any case. */
-static besa_result besa__json_load(besa__json *json, const char *path, besa_error *error)
+/* What the system keeps of a file, taken before the file is opened: of one that is replaced in between the older state is
+ * kept, and it will be seen to have moved. A file that is not there is for opening to report. */
+static void besa__stat_before(struct stat *st, const char *path)
+{
+    if (stat(path, st)) memset(st, 0, sizeof *st);
+}
+
+/* Read a small file whole. *kept is the caller's to free, whatever comes of it. */
+static besa_result besa__keep_file(besa__kept *kept, const char *path, besa_error *error)
 {
     int fd;
+    void *memory;
     size_t size = 0;
-    void *text = NULL;
-    memset(json, 0, sizeof *json);
+    besa__stat_before(&kept->stat, path);
     BESA__TRY(besa__open_file(&fd, &size, path, error));
     besa_result result = BESA_OK;
     if (size > BESA__HEADER_LIMIT)
         result = besa__fail(error, BESA_ERROR_JSON, "%s: %zu bytes, more than %u", path, size, BESA__HEADER_LIMIT);
-    if (result == BESA_OK) result = besa__malloc(&text, besa__add_sizes(size, 1), path, error);
-    if (result == BESA_OK) result = besa__read_at(fd, text, size, 0, path, error);
-    close(fd);
-    if (result != BESA_OK) {
-        BESA_FREE(text);
-        return result;
+    if (result == BESA_OK) result = besa__malloc(&memory, size, path, error);
+    if (result == BESA_OK) {
+        kept->bytes = (unsigned char *)memory;
+        kept->size = size;
+        result = besa__read_at(fd, memory, size, 0, path, error);
     }
-    ((char *)text)[size] = 0;
-    return besa__json_parse(json, (char *)text, size, path, error);
+    close(fd);
+    return result;
+}
+
+/* Read and parse a JSON file, whose bytes are kept. besa__json_free in any case. */
+static besa_result besa__json_load(besa__json *json, besa__kept *kept, const char *path, besa_error *error)
+{
+    void *text;
+    memset(json, 0, sizeof *json);
+    BESA__TRY(besa__keep_file(kept, path, error));
+    BESA__TRY(besa__malloc(&text, kept->size + 1, path, error));
+    memcpy(text, kept->bytes, kept->size);
+    ((char *)text)[kept->size] = 0;
+    return besa__json_parse(json, (char *)text, kept->size, path, error);
 }
 
 /* Advise the system of the pages of a range of a mapped shard. */
@@ -2327,6 +2397,7 @@ static besa_result besa__read_header(besa_checkpoint *checkpoint, int64_t file, 
     memcpy(text, shard->base + 8, (size_t)length);
     ((char *)text)[length] = 0;
     shard->data = 8 + (size_t)length;
+    shard->hash = besa__hash(besa__hash(BESA__HASH_START, &length, sizeof length), text, (size_t)length);
     besa_result result = besa__json_parse(&json, (char *)text, (size_t)length, path, error);
     if (result == BESA_OK) result = besa__parse_header(checkpoint, file, &json, path, error);
     shard->text = json.text;
@@ -2422,6 +2493,7 @@ static besa_result besa__map_shard(besa_checkpoint *checkpoint, int64_t file, be
     char *path = NULL;
     BESA__TRY(besa__join(&path, checkpoint->directory, checkpoint->shards[file].name, error));
     besa__shard *shard = checkpoint->shards + file;
+    besa__stat_before(&shard->stat, path);
     besa_result result = besa__map_file(&shard->base, &shard->size, path, error);
     if (result == BESA_OK) {
         result = besa__read_header(checkpoint, file, path, error);
@@ -2494,7 +2566,7 @@ static besa_result besa__open_weights(besa_checkpoint *checkpoint, besa_error *e
         if (result == BESA_OK) result = besa__sort_tensors(checkpoint, error);
     } else if (!lstat(index, &st)) {
         checkpoint->index = besa__index_name;
-        result = besa__json_load(&json, index, error);
+        result = besa__json_load(&json, &checkpoint->index_file, index, error);
         if (result == BESA_OK) result = besa__open_indexed(checkpoint, &json, index, error);
     } else {
         result = besa__fail(error, BESA_ERROR_NOT_FOUND, "%s: neither %s nor %s in it", checkpoint->directory,
@@ -2514,6 +2586,8 @@ BESA_API void besa_checkpoint_close(besa_checkpoint *checkpoint)
         BESA_FREE(checkpoint->shards[i].text);
         BESA_FREE(checkpoint->shards[i].name);
     }
+    BESA_FREE(checkpoint->config_file.bytes);
+    BESA_FREE(checkpoint->index_file.bytes);
     BESA_FREE(checkpoint->shards);
     BESA_FREE(checkpoint->tensors);
     BESA_FREE(checkpoint->sorted);
@@ -3219,14 +3293,14 @@ static besa_result besa__config_read(const besa__config_reader *r, besa_config *
     return besa__config_biases(r, a, bias);
 }
 
-static besa_result besa__config_load(besa_config *config, int bias[BESA_LAYERS], const char *directory,
+static besa_result besa__config_load(besa_config *config, int bias[BESA_LAYERS], besa__kept *kept, const char *directory,
                                      besa_error *error)
 {
     char *path;
     besa__json json;
     memset(config, 0, sizeof *config);
     BESA__TRY(besa__join(&path, directory, "config.json", error));
-    besa_result result = besa__json_load(&json, path, error);
+    besa_result result = besa__json_load(&json, kept, path, error);
     besa__config_reader reader = { &json, json.values, path, error };
     if (result == BESA_OK) result = besa__config_read(&reader, config, bias);
     besa__json_free(&json);
@@ -3403,7 +3477,8 @@ static besa_result besa__checkpoint_load(besa_checkpoint *checkpoint, const char
         return besa__fail(error, errno == ENOENT || errno == ENOTDIR ? BESA_ERROR_NOT_FOUND : BESA_ERROR_READ, "%s: %s",
                           directory, strerror(errno));
     if (!S_ISDIR(st.st_mode)) return besa__fail(error, BESA_ERROR_NOT_FOUND, "%s: not a directory", directory);
-    BESA__TRY(besa__config_load(&checkpoint->config, checkpoint->bias, checkpoint->directory, error));
+    BESA__TRY(besa__config_load(&checkpoint->config, checkpoint->bias, &checkpoint->config_file, checkpoint->directory,
+                                error));
     BESA__TRY(besa__open_weights(checkpoint, error));
     BESA__TRY(besa__model_bind(&model, checkpoint, error));
     BESA__TRY(besa__check_tied_head(checkpoint, model.embedding, error));
@@ -8203,28 +8278,6 @@ static besa_result besa__check_fixed_rates(const besa_prune_options *o, besa_err
     return BESA_OK;
 }
 
-/* Check the options and fill in what 0 stands for. */
-static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_shape *shape, besa_error *error)
-{
-    const size_t begin = offsetof(besa_prune_options, rates) + sizeof o->rates;
-    BESA__TRY(besa__options_fill((unsigned char *)o + begin, begin, sizeof *o, error));
-    if (o->pattern_n != 0 || o->pattern_m != 0) BESA__TRY(besa__pattern_defaults(o, shape, error));
-    BESA__TRY(besa__check_fixed_rates(o, error));
-    return besa__rate_defaults(&o->rates, error);
-}
-
-/* The sparsity that the caller fixed for a layer of the block called name, or -1. */
-static double besa__fixed_rate(const besa_prune_options *o, const char *name, int layer)
-{
-    char full[256];
-    snprintf(full, sizeof full, "%s%s", name ? name : "", besa__layers[layer].path);
-    for (int64_t i = 0; i < o->num_fixed; i++)
-        if (besa__match(o->fixed[i].pattern, full)) return o->fixed[i].sparsity;
-    return -1;
-}
-
-/* ---- memory -------------------------------------------------------------------------------- */
-
 /* What a method scores weights by; SparseGPT has scores of its own. */
 static besa_importance besa__scored_by(const besa_prune_options *o)
 {
@@ -8242,6 +8295,46 @@ static besa_statistic besa__statistic(const besa_prune_options *o)
 static int besa__uses_gram(const besa_prune_options *o) { return besa__statistic(o) == BESA_STATISTIC_FACTOR; }
 
 static int besa__uses_inputs(const besa_prune_options *o) { return besa__statistic(o) != BESA_STATISTIC_NONE; }
+
+/* What the method does not look at gets its default, so that it decides nothing, and no resumed run is refused for it. */
+static void besa__ignore_options(besa_prune_options *o)
+{
+    const besa_prune_options given = *o;
+    for (const besa_option *row = besa__options; row->name; row++)
+        if ((row->flags & BESA_OPTION_BESA) && o->method != BESA_METHOD_BESA)
+            besa__option_set(row, (unsigned char *)o + row->offset, row->standard);
+    if (o->method != BESA_METHOD_MAGNITUDE) o->magnitude_per_row = 0;
+    if (!besa__uses_gram(&given)) o->damping = besa__find_option("damping")->standard;
+    if (o->rates.optimizer != BESA_PRODIGY) {
+        o->rates.d0 = besa__find_option("d0")->standard;
+        o->rates.d_coef = besa__find_option("d_coef")->standard;
+    }
+    if (o->rates.row_scale <= 0) o->rates.group_rows = 1;
+}
+
+/* Check the options and fill in what 0 stands for. */
+static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_shape *shape, besa_error *error)
+{
+    const size_t begin = offsetof(besa_prune_options, rates) + sizeof o->rates;
+    BESA__TRY(besa__options_fill((unsigned char *)o + begin, begin, sizeof *o, error));
+    if (o->pattern_n != 0 || o->pattern_m != 0) BESA__TRY(besa__pattern_defaults(o, shape, error));
+    BESA__TRY(besa__check_fixed_rates(o, error));
+    BESA__TRY(besa__rate_defaults(&o->rates, error));
+    besa__ignore_options(o);
+    return BESA_OK;
+}
+
+/* The sparsity that the caller fixed for a layer of the block called name, or -1. */
+static double besa__fixed_rate(const besa_prune_options *o, const char *name, int layer)
+{
+    char full[256];
+    snprintf(full, sizeof full, "%s%s", name ? name : "", besa__layers[layer].path);
+    for (int64_t i = 0; i < o->num_fixed; i++)
+        if (besa__match(o->fixed[i].pattern, full)) return o->fixed[i].sparsity;
+    return -1;
+}
+
+/* ---- memory -------------------------------------------------------------------------------- */
 
 /* Ranks and counts of the block's layers, and what BESA learns. */
 static void besa__pruner_place_masks(besa_pruner *p, besa__arena *arena)
@@ -9304,12 +9397,18 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
  * prunable weights; blocks come in one after another. Its journal has one line per step that is on disk,
  *     besa-journal 1 | run FINGERPRINT | copied | block 0 HASH | block 1 HASH ...
  * each ending in the hash of its own text, so that a torn line counts for nothing. A step's bytes are synced before
- * its line is. While the directory is renamed the journal waits beside it, so that a kill at any point either leaves
- * something to go on from or the finished output. Uses safetensors, config and POSIX; knows nothing of pruning. */
+ * its line is. When all is done the directory becomes OUT.partial.RUN, RUN being a hash of the fingerprint; then the
+ * journal goes, and the directory becomes OUT: a kill at any point leaves something to go on from or the finished output,
+ * and nothing beside it. Names that no run has made are never written to or deleted.
+ * The output is made of what was read: before the last rename the sources are looked at again, and one whose contents are
+ * no longer those that were read is an error. Uses safetensors, config and POSIX; knows nothing of pruning. */
 #ifndef BESA_NO_STDIO
 
 #include <dirent.h>
 #include <sys/file.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
 
 #define BESA__JOURNAL "besa-journal"
 #define BESA__CONFIG "config.json"
@@ -9321,15 +9420,31 @@ typedef struct besa__journal_mark {
     uint64_t checksum, end;
 } besa__journal_mark;
 
+/* A file that lies beside the weights and is copied: what it was when it was read. */
+typedef struct besa__side {
+    char *name;
+    struct stat stat;
+    uint64_t hash;
+} besa__side;
+
+/* Bytes of a source tensor that this run has read, and their hash. */
+typedef struct besa__source {
+    uint64_t hash;
+    size_t bytes;
+} besa__source;
+
 typedef struct besa__writer {
     const besa_checkpoint *checkpoint;
-    char *output, *partial;                     /* paths, for messages and opening */
-    const char *name, *partial_name;            /* their last parts, in the parent directory */
-    char *aside_name;                           /* of the journal while the directory is renamed */
+    char *output, *partial, *ready;             /* paths, for messages and opening */
+    const char *name, *partial_name, *ready_name; /* their last parts, in the parent directory */
     unsigned char *prunable;                    /* (num_tensors) 1: comes in with its block */
+    besa__source *sources;                      /* (num_tensors) */
+    besa__side *sides;                          /* (num_sides) */
+    int64_t num_sides;
     int *files;                                 /* (num_shards) descriptors, as are the next three; -1: not open */
     int parent, directory, journal;
     int created, locked;                        /* we made the directory; the journal is ours */
+    int is_ready;                               /* all is done but the last rename */
     int worthless;                              /* nothing in it is worth keeping: a failure deletes it */
     int copied;                                 /* all but the prunable weights is on disk */
     int64_t blocks, done;
@@ -9340,22 +9455,6 @@ typedef struct besa__writer {
     size_t written[BESA_LAYERS];                /* bytes */
     size_t unsynced;                            /* bytes since the last sync */
 } besa__writer;
-
-/* 64-bit FNV-1a over words of 8 bytes, then single bytes, with a shift so that high bits reach low ones. Data may be
- * hashed in pieces if all but the last are multiples of 8. */
-#define BESA__HASH_START 0xCBF29CE484222325u
-static uint64_t besa__hash(uint64_t h, const void *data, size_t bytes)
-{
-    const unsigned char *s = (const unsigned char *)data;
-    for (; bytes >= 8; bytes -= 8, s += 8) {
-        uint64_t word;
-        memcpy(&word, s, 8);
-        h = (h ^ word) * 0x100000001B3u;
-        h ^= h >> 29;
-    }
-    for (; bytes; bytes--, s++) h = (h ^ *s) * 0x100000001B3u;
-    return h;
-}
 
 /* Append a line to a text that grows by BESA_REALLOC; without memory the line is lost. */
 static void besa__notes_add(char **notes, const char *format, ...) BESA__PRINTF(2, 3);
@@ -9414,13 +9513,15 @@ static besa_result besa__allocate(const besa__writer *w, int fd, const char *nam
     return reason ? besa__writer_fail(w, name, reason, error) : BESA_OK;
 }
 
-/* Copy a range of a source shard, giving its pages back. */
-static besa_result besa__copy_range(const besa__writer *w, int64_t file, uint64_t offset, uint64_t bytes,
+/* Copy a range of a source shard, giving its pages back. *hash becomes that of its bytes. */
+static besa_result besa__copy_range(const besa__writer *w, int64_t file, uint64_t offset, uint64_t bytes, uint64_t *hash,
                                     besa_error *error)
 {
     const besa__shard *shard = w->checkpoint->shards + file;
+    *hash = BESA__HASH_START;
     for (uint64_t at = offset, end = offset + bytes; at < end;) {
         size_t part = end - at < BESA__CHUNK ? (size_t)(end - at) : BESA__CHUNK;
+        *hash = besa__hash(*hash, shard->base + at, part);
         BESA__TRY(besa__write_at(w, w->files[file], shard->name, shard->base + at, part, at, error));
         besa__release_range(shard, at, part);
         at += part;
@@ -9493,8 +9594,6 @@ static besa_result besa__journal_read(besa__writer *w, const char *fingerprint, 
     struct stat st;
     void *text;
     char run[448];
-    if (strchr(fingerprint, '\n') || strlen(fingerprint) > 400)
-        return besa__fail(error, BESA_ERROR_OPTION, "fingerprint: not one line of up to 400 characters");
     snprintf(run, sizeof run, "run %s", fingerprint);
     if (fstat(w->journal, &st)) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
     size_t size = (size_t)besa__min(besa__max((int64_t)st.st_size, 0), 1 << 20);
@@ -9512,12 +9611,6 @@ static besa_result besa__journal_read(besa__writer *w, const char *fingerprint, 
     w->marks[0].end = w->journal_end;
     BESA__TRY(besa__sync(w, w->directory, ".", error));
     return besa__sync(w, w->parent, "..", error);
-}
-
-/* Same file: by device and number. */
-static int besa__is_same(const struct stat *a, const struct stat *b)
-{
-    return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
 }
 
 /* OUT must not exist, its parent must, and lie outside the source. Opens the parent. */
@@ -9564,35 +9657,82 @@ static int besa__is_empty_directory(int directory)
     return list && empty;
 }
 
-/* Make or open OUT.partial, and lock its journal. */
+/* What lies under a name that the output needs must be a regular file, and have no other name that would be written too. */
+static besa_result besa__check_entry(const besa__writer *w, const char *name, const struct stat *st, besa_error *error)
+{
+    if (S_ISREG(st->st_mode) && st->st_nlink <= 1) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_EXISTS, "%s/%s: %s; move it away", w->partial, name,
+                      S_ISREG(st->st_mode) ? "has other names (hard links), whose contents would change with it"
+                                           : "not a regular file, and none that a run has made");
+}
+
+/* Open a file of the unfinished output; *fd is -1 where there is none. A file that its owner may not write, as the source's,
+ * may be written for a moment. O_NONBLOCK: whatever has taken its place must not hang us. */
+static besa_result besa__open_entry(const besa__writer *w, int *fd, const char *name, besa_error *error)
+{
+    struct stat st, opened;
+    *fd = -1;
+    if (fstatat(w->directory, name, &st, AT_SYMLINK_NOFOLLOW))
+        return errno == ENOENT ? BESA_OK : besa__writer_fail(w, name, errno, error);
+    BESA__TRY(besa__check_entry(w, name, &st, error));
+    mode_t mode = st.st_mode & 0777;
+    int guarded = (mode & 0600) != 0600;
+    if (guarded && fchmodat(w->directory, name, mode | 0600, 0)) return besa__writer_fail(w, name, errno, error);
+    *fd = openat(w->directory, name, O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+    if (*fd < 0 || fstat(*fd, &opened)) return besa__writer_fail(w, name, errno, error);
+    if (!besa__is_same(&st, &opened))
+        return besa__fail(error, BESA_ERROR_RESUME, "%s/%s: another process is changing it", w->partial, name);
+    return guarded && fchmod(*fd, mode) ? besa__writer_fail(w, name, errno, error) : BESA_OK;
+}
+
+/* A new file in place of what a run has left there, with the source's permissions as far as the umask leaves them. */
+static besa_result besa__create_entry(const besa__writer *w, int *fd, const char *name, mode_t mode, besa_error *error)
+{
+    struct stat st;
+    *fd = -1;
+    if (!fstatat(w->directory, name, &st, AT_SYMLINK_NOFOLLOW)) {
+        if (!S_ISREG(st.st_mode)) return besa__check_entry(w, name, &st, error);
+        if (unlinkat(w->directory, name, 0)) return besa__writer_fail(w, name, errno, error);
+    } else if (errno != ENOENT) return besa__writer_fail(w, name, errno, error);
+    *fd = openat(w->directory, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, mode & 0777);
+    return *fd < 0 ? besa__writer_fail(w, name, errno, error) : BESA_OK;
+}
+
+/* Open the directory of a run that was killed before its last rename, or make or open OUT.partial: as private as the source
+ * is. */
+static besa_result besa__writer_open_directory(besa__writer *w, besa_error *error)
+{
+    const int flags = O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK;
+    struct stat source;
+    w->directory = openat(w->parent, w->ready_name, flags);
+    w->is_ready = w->directory >= 0;
+    if (w->is_ready) return BESA_OK;
+    if (errno != ENOENT) return besa__fail(error, BESA_ERROR_WRITE, "%s: %s", w->ready, strerror(errno));
+    mode_t mode = stat(w->checkpoint->directory, &source) ? 0777 : (source.st_mode & 0777) | 0700;
+    w->created = !mkdirat(w->parent, w->partial_name, mode);
+    if (!w->created && errno != EEXIST)
+        return besa__fail(error, BESA_ERROR_WRITE, "%s: %s", w->partial, strerror(errno));
+    w->directory = openat(w->parent, w->partial_name, flags);
+    if (w->directory >= 0) return BESA_OK;
+    return besa__fail(error, errno == ENOTDIR || errno == ELOOP ? BESA_ERROR_EXISTS : BESA_ERROR_WRITE,
+                      "%s: %s; it is needed for the unfinished output", w->partial, strerror(errno));
+}
+
+/* Open, or begin, the journal of OUT.partial and lock it. */
 static besa_result besa__writer_lock(besa__writer *w, besa_error *error)
 {
     struct stat a, b;
-    const int flags = O_RDWR | O_CLOEXEC | O_NOFOLLOW;
-    int aside = 0;
-    w->created = !mkdirat(w->parent, w->partial_name, 0777);
-    if (!w->created && errno != EEXIST)
-        return besa__fail(error, BESA_ERROR_WRITE, "%s: %s", w->partial, strerror(errno));
-    if (w->created) unlinkat(w->parent, w->aside_name, 0); /* of a run whose directory has been removed */
-    w->directory = openat(w->parent, w->partial_name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
-    if (w->directory < 0)
-        return besa__fail(error, errno == ENOTDIR || errno == ELOOP ? BESA_ERROR_EXISTS : BESA_ERROR_WRITE,
-                          "%s: %s; it is needed for the unfinished output", w->partial, strerror(errno));
-    w->journal = openat(w->directory, BESA__JOURNAL, flags);
-    if (w->journal < 0 && errno == ENOENT) aside = (w->journal = openat(w->parent, w->aside_name, flags)) >= 0;
-    if (w->journal < 0 && errno == ENOENT) {
+    BESA__TRY(besa__open_entry(w, &w->journal, BESA__JOURNAL, error));
+    if (w->journal < 0) {
         if (!besa__is_empty_directory(w->directory))
             return besa__fail(error, BESA_ERROR_EXISTS, "%s: exists and is no unfinished output; move it away",
                               w->partial);
-        w->journal = openat(w->directory, BESA__JOURNAL, flags | O_CREAT, 0666);
+        BESA__TRY(besa__create_entry(w, &w->journal, BESA__JOURNAL, 0666, error));
     }
-    if (w->journal < 0) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
     if (flock(w->journal, LOCK_EX | LOCK_NB)) {
         if (errno != EWOULDBLOCK) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
         return besa__fail(error, BESA_ERROR_RESUME, "%s: another process is writing it", w->partial);
     }
-    if (aside && renameat(w->parent, w->aside_name, w->directory, BESA__JOURNAL))
-        return besa__writer_fail(w, BESA__JOURNAL, errno, error);
     int same = !fstat(w->directory, &a) && !fstatat(w->parent, w->partial_name, &b, AT_SYMLINK_NOFOLLOW) &&
                besa__is_same(&a, &b);
     same = same && !fstat(w->journal, &a) && !fstatat(w->directory, BESA__JOURNAL, &b, AT_SYMLINK_NOFOLLOW) &&
@@ -9652,26 +9792,60 @@ static const char *besa__why_left_out(const besa_checkpoint *checkpoint, const c
     return NULL;
 }
 
-static besa_result besa__copy_file(const besa__writer *w, const char *name, besa_error *error)
+/* A whole file of the output: written, synced, closed. */
+static besa_result besa__write_file(const besa__writer *w, const char *name, const void *bytes, size_t size, mode_t mode,
+                                    besa_error *error)
+{
+    int fd;
+    besa_result result = besa__create_entry(w, &fd, name, mode, error);
+    if (result == BESA_OK) result = besa__write_at(w, fd, name, bytes, size, 0, error);
+    if (result == BESA_OK) result = besa__sync(w, fd, name, error);
+    if (fd >= 0 && close(fd) && result == BESA_OK) result = besa__writer_fail(w, name, errno, error);
+    return result;
+}
+
+static besa_result besa__copy_side(const besa__writer *w, besa__side *side, besa_error *error)
 {
     char *path;
     unsigned char *bytes = NULL;
     size_t size = 0;
-    BESA__TRY(besa__join(&path, w->checkpoint->directory, name, error));
+    BESA__TRY(besa__join(&path, w->checkpoint->directory, side->name, error));
+    besa__stat_before(&side->stat, path);
     besa_result result = besa__map_file(&bytes, &size, path, error);
-    BESA_FREE(path);
-    BESA__TRY(result);
-    int fd = openat(w->directory, name, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0666);
-    if (fd < 0) result = besa__writer_fail(w, name, errno, error);
-    if (result == BESA_OK) result = besa__write_at(w, fd, name, bytes, size, 0, error);
-    if (result == BESA_OK) result = besa__sync(w, fd, name, error);
-    if (fd >= 0 && close(fd) && result == BESA_OK) result = besa__writer_fail(w, name, errno, error);
+    if (result == BESA_OK) {
+        side->hash = besa__hash(BESA__HASH_START, bytes, size);
+        result = besa__write_file(w, side->name, bytes, size, side->stat.st_mode, error);
+    }
     besa__unmap(bytes, size);
+    BESA_FREE(path);
     return result;
 }
 
-/* Copy what lies beside the weights; note what is left out. */
-static besa_result besa__copy_others(const besa__writer *w, char **notes, besa_error *error)
+/* Add a file to the list of those that are copied. */
+static besa_result besa__add_side(besa__writer *w, const char *name, besa_error *error)
+{
+    void *copy;
+    size_t count = (size_t)w->num_sides;
+    void *more = BESA_REALLOC(w->sides, (count + 1) * sizeof *w->sides);
+    if (!more) return besa__fail(error, BESA_ERROR_MEMORY, "out of host memory for %zu files' names", count + 1);
+    w->sides = (besa__side *)more;
+    BESA__TRY(besa__malloc(&copy, strlen(name) + 1, "a file's name", error));
+    memset(w->sides + count, 0, sizeof *w->sides);
+    w->sides[count].name = (char *)memcpy(copy, name, strlen(name) + 1);
+    w->num_sides++;
+    return BESA_OK;
+}
+
+/* Whether a name belongs to the checkpoint itself: what was read when it was opened. */
+static int besa__is_checkpoint_file(const besa_checkpoint *c, const char *name)
+{
+    int is = !strcmp(name, BESA__CONFIG) || (c->index && !strcmp(name, c->index));
+    for (int64_t i = 0; i < c->num_shards; i++) is = is || !strcmp(name, c->shards[i].name);
+    return is;
+}
+
+/* What lies beside the weights and will be copied; note what is left out. */
+static besa_result besa__list_sides(besa__writer *w, char **notes, besa_error *error)
 {
     struct dirent **list = NULL;
     const char *directory = w->checkpoint->directory;
@@ -9682,12 +9856,9 @@ static besa_result besa__copy_others(const besa__writer *w, char **notes, besa_e
     for (int i = 0; i < count && result == BESA_OK; i++) {
         struct stat st;
         const char *name = list[i]->d_name, *why;
-        int known = !strcmp(name, ".") || !strcmp(name, "..") || !strcmp(name, BESA__CONFIG); /* it comes last */
-        for (int64_t s = 0; s < w->checkpoint->num_shards; s++)
-            known = known || !strcmp(name, w->checkpoint->shards[s].name);
-        if (known) continue;
+        if (!strcmp(name, ".") || !strcmp(name, "..") || besa__is_checkpoint_file(w->checkpoint, name)) continue;
         why = besa__why_left_out(w->checkpoint, name, fstatat(source, name, &st, 0) ? NULL : &st);
-        if (!why) result = besa__copy_file(w, name, error);
+        if (!why) result = besa__add_side(w, name, error);
         else if (notes) besa__notes_add(notes, "not copied: %s (%s)", name, why);
     }
     for (int i = 0; i < count; i++) free(list[i]);
@@ -9696,35 +9867,88 @@ static besa_result besa__copy_others(const besa__writer *w, char **notes, besa_e
     return result;
 }
 
+/* Whether a file of OUT.partial is one that runs make there. */
+static int besa__is_ours(const besa__writer *w, const char *name)
+{
+    struct stat st;
+    int ours = !strcmp(name, BESA__JOURNAL) || besa__is_checkpoint_file(w->checkpoint, name);
+    for (int64_t i = 0; i < w->num_sides; i++) ours = ours || !strcmp(name, w->sides[i].name);
+    return ours && !fstatat(w->directory, name, &st, AT_SYMLINK_NOFOLLOW) && S_ISREG(st.st_mode);
+}
+
+/* The first name in OUT.partial that no run has made, or "". With `remove` all others are deleted, but for the journal. */
+static void besa__find_foreign(const besa__writer *w, char foreign[256], int remove)
+{
+    int fd = openat(w->directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    DIR *list = fd < 0 ? NULL : fdopendir(fd);
+    *foreign = 0;
+    if (!list && fd >= 0) close(fd);
+    for (struct dirent *e; list && (e = readdir(list)) != NULL;) {
+        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..") || !strcmp(e->d_name, BESA__JOURNAL)) continue;
+        if (!besa__is_ours(w, e->d_name)) snprintf(foreign, 256, "%s", e->d_name);
+        else if (remove) unlinkat(w->directory, e->d_name, 0);
+    }
+    if (list) closedir(list);
+}
+
+/* The index as it was read, and what lies beside the weights. */
+static besa_result besa__copy_sides(const besa__writer *w, char **notes, besa_error *error)
+{
+    const besa__kept *index = &w->checkpoint->index_file;
+    char foreign[256];
+    if (!w->created) {
+        besa__find_foreign(w, foreign, 0);
+        if (*foreign && notes)
+            besa__notes_add(notes, "warning: %s lay in %s and is none of this run's files: it stays there", foreign,
+                            w->partial);
+    }
+    if (w->checkpoint->index)
+        BESA__TRY(besa__write_file(w, w->checkpoint->index, index->bytes, index->size, index->stat.st_mode, error));
+    for (int64_t i = 0; i < w->num_sides; i++) BESA__TRY(besa__copy_side(w, &w->sides[i], error));
+    return BESA_OK;
+}
+
 /* Open the output's shards. A copy that is said to be complete, but whose files are not there in full, is none. */
 static besa_result besa__writer_open_files(besa__writer *w, besa_error *error)
 {
     for (int64_t i = 0; i < w->checkpoint->num_shards && w->copied; i++) {
         struct stat st;
         const besa__shard *shard = w->checkpoint->shards + i;
-        w->files[i] = openat(w->directory, shard->name, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
-        if ((w->files[i] < 0 && errno != ENOENT) || (w->files[i] >= 0 && fstat(w->files[i], &st)))
-            return besa__writer_fail(w, shard->name, errno, error);
+        BESA__TRY(besa__open_entry(w, &w->files[i], shard->name, error));
+        if (w->files[i] >= 0 && fstat(w->files[i], &st)) return besa__writer_fail(w, shard->name, errno, error);
         if (w->files[i] < 0 || (uint64_t)st.st_size != shard->size) w->copied = 0;
     }
     w->worthless = !w->copied;
     for (int64_t i = 0; i < w->checkpoint->num_shards && !w->copied; i++) {
         const besa__shard *shard = w->checkpoint->shards + i;
         if (w->files[i] >= 0) close(w->files[i]);
-        w->files[i] = openat(w->directory, shard->name, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0666);
-        if (w->files[i] < 0) return besa__writer_fail(w, shard->name, errno, error);
+        BESA__TRY(besa__create_entry(w, &w->files[i], shard->name, shard->stat.st_mode, error));
     }
     return BESA_OK;
+}
+
+static besa_result besa__source_changed(const besa__writer *w, const char *name, besa_error *error)
+{
+    return besa__fail(error, BESA_ERROR_READ, "%s/%s: has changed since this run read it. Finished blocks are in %s: run again "
+                      "with the file as it was, or remove that directory to start again", w->checkpoint->directory, name,
+                      w->partial);
 }
 
 /* Headers, and every tensor that is not pruned. */
 static besa_result besa__copy_unpruned(besa__writer *w, besa_error *error)
 {
     const besa_checkpoint *c = w->checkpoint;
-    for (int64_t i = 0; i < c->num_shards; i++) BESA__TRY(besa__copy_range(w, i, 0, c->shards[i].data, error));
-    for (int64_t i = 0; i < c->num_tensors; i++)
-        if (!w->prunable[i])
-            BESA__TRY(besa__copy_range(w, c->tensors[i].file, c->tensors[i].offset, c->tensors[i].bytes, error));
+    for (int64_t i = 0; i < c->num_shards; i++) {
+        uint64_t hash;
+        BESA__TRY(besa__copy_range(w, i, 0, c->shards[i].data, &hash, error));
+        if (hash != c->shards[i].hash) return besa__source_changed(w, c->shards[i].name, error);
+    }
+    for (int64_t i = 0; i < c->num_tensors; i++) {
+        const besa_tensor *t = &c->tensors[i];
+        if (w->prunable[i]) continue;
+        BESA__TRY(besa__copy_range(w, t->file, t->offset, t->bytes, &w->sources[i].hash, error));
+        w->sources[i].bytes = t->bytes;
+    }
     for (int64_t i = 0; i < c->num_shards; i++) BESA__TRY(besa__sync(w, w->files[i], c->shards[i].name, error));
     return BESA_OK;
 }
@@ -9802,35 +10026,40 @@ static void besa__writer_close(besa__writer *w)
     if (w->directory >= 0) close(w->directory);
     if (w->parent >= 0) close(w->parent);
     if (w->journal >= 0) close(w->journal); /* the lock goes with it */
+    for (int64_t i = 0; i < w->num_sides; i++) BESA_FREE(w->sides[i].name);
+    BESA_FREE(w->sides);
+    BESA_FREE(w->sources);
     BESA_FREE(w->files);
     BESA_FREE(w->prunable);
     BESA_FREE(w->marks);
     BESA_FREE(w->output);
     BESA_FREE(w->partial);
-    BESA_FREE(w->aside_name);
+    BESA_FREE(w->ready);
     BESA_FREE(w);
 }
 
-/* Delete OUT.partial, the journal last. */
-static void besa__writer_discard(besa__writer *w)
+/* Delete what runs have made in OUT.partial, the journal last, and the directory. A file of somebody else's keeps it, and
+ * *error, which says already why the run ended, names it. */
+static void besa__writer_discard(besa__writer *w, besa_error *error)
 {
-    int fd = openat(w->directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    DIR *list = fd < 0 ? NULL : fdopendir(fd);
-    if (!list && fd >= 0) close(fd);
-    for (struct dirent *e; list && (e = readdir(list)) != NULL;)
-        if (strcmp(e->d_name, BESA__JOURNAL)) unlinkat(w->directory, e->d_name, 0);
-    if (list) closedir(list);
-    unlinkat(w->directory, BESA__JOURNAL, 0);
-    unlinkat(w->parent, w->partial_name, AT_REMOVEDIR);
+    char foreign[256];
+    besa__find_foreign(w, foreign, 1);
+    if (besa__is_ours(w, BESA__JOURNAL)) unlinkat(w->directory, BESA__JOURNAL, 0);
+    if (!unlinkat(w->parent, w->partial_name, AT_REMOVEDIR) || !error || !*foreign) return;
+    size_t length = strlen(error->message);
+    snprintf(error->message + length, sizeof error->message - length,
+             "; %s stays: %s in it is no file of this run; move it away", w->partial, foreign);
 }
 
-/* Memory, names, and which tensors come in with their blocks. */
-static besa_result besa__writer_init(besa__writer *w, const char *output, besa_error *error)
+/* The paths: OUT without a slash at its end, OUT.partial, OUT.partial.RUN. */
+static besa_result besa__writer_name(besa__writer *w, const char *output, const char *fingerprint, besa_error *error)
 {
-    static const char partial[] = ".partial", aside[] = "." BESA__JOURNAL;
-    const besa_checkpoint *c = w->checkpoint;
+    static const char partial[] = ".partial";
+    const size_t run = 17; /* a dot and the hash of the fingerprint */
     size_t n = strlen(output);
     void *memory;
+    if (strchr(fingerprint, '\n') || strlen(fingerprint) > 400)
+        return besa__fail(error, BESA_ERROR_OPTION, "fingerprint: not one line of up to 400 characters");
     while (n > 1 && output[n - 1] == '/') n--;
     BESA__TRY(besa__malloc(&memory, n + 1, "a path", error));
     w->output = (char *)memcpy(memory, output, n);
@@ -9838,19 +10067,31 @@ static besa_result besa__writer_init(besa__writer *w, const char *output, besa_e
     BESA__TRY(besa__malloc(&memory, n + sizeof partial, "a path", error));
     w->partial = (char *)memcpy(memory, w->output, n);
     memcpy(w->partial + n, partial, sizeof partial);
+    BESA__TRY(besa__malloc(&memory, n + sizeof partial + run, "a path", error));
+    w->ready = (char *)memory;
+    snprintf(w->ready, n + sizeof partial + run, "%s.%016llx", w->partial,
+             (unsigned long long)besa__hash(BESA__HASH_START, fingerprint, strlen(fingerprint)));
     const char *slash = strrchr(w->output, '/');
-    size_t first = slash ? (size_t)(slash - w->output) + 1 : 0, m = strlen(w->partial + first);
+    size_t first = slash ? (size_t)(slash - w->output) + 1 : 0;
     w->name = w->output + first;
     w->partial_name = w->partial + first;
-    BESA__TRY(besa__malloc(&memory, m + sizeof aside, "a path", error));
-    w->aside_name = (char *)memcpy(memory, w->partial_name, m);
-    memcpy(w->aside_name + m, aside, sizeof aside);
+    w->ready_name = w->ready + first;
+    return BESA_OK;
+}
+
+/* Memory, and which tensors come in with their blocks. */
+static besa_result besa__writer_init(besa__writer *w, besa_error *error)
+{
+    const besa_checkpoint *c = w->checkpoint;
+    void *memory;
     BESA__TRY(besa__malloc(&memory, besa__bytes(w->blocks + 2, sizeof *w->marks), "the journal", error));
     w->marks = (besa__journal_mark *)memset(memory, 0, ((size_t)w->blocks + 2) * sizeof *w->marks);
     BESA__TRY(besa__malloc(&memory, besa__bytes(c->num_shards, sizeof(int)), "the shards", error));
     w->files = (int *)memset(memory, 0xFF, (size_t)c->num_shards * sizeof(int));
     BESA__TRY(besa__malloc(&memory, (size_t)c->num_tensors, "the tensor table", error));
     w->prunable = (unsigned char *)memset(memory, 0, (size_t)c->num_tensors);
+    BESA__TRY(besa__malloc(&memory, (size_t)c->num_tensors * sizeof *w->sources, "the tensor table", error));
+    w->sources = (besa__source *)memset(memory, 0, (size_t)c->num_tensors * sizeof *w->sources);
     for (int64_t b = 0; b < w->blocks; b++) {
         BESA__TRY(besa__block_bind(&w->current, c, b, error));
         for (int i = 0; i < BESA_LAYERS; i++) w->prunable[w->current.weight[i] - c->tensors] = 1;
@@ -9858,19 +10099,40 @@ static besa_result besa__writer_init(besa__writer *w, const char *output, besa_e
     return BESA_OK;
 }
 
+/* All of a run is there but its name. */
+static besa_result besa__writer_open_ready(besa__writer *w, besa_error *error)
+{
+    for (int64_t i = 0; i < w->checkpoint->num_shards; i++) {
+        struct stat st;
+        const char *name = w->checkpoint->shards[i].name;
+        BESA__TRY(besa__open_entry(w, &w->files[i], name, error));
+        if (w->files[i] >= 0 && !fstat(w->files[i], &st) && (uint64_t)st.st_size == w->checkpoint->shards[i].size) continue;
+        return besa__fail(error, BESA_ERROR_EXISTS, "%s: no finished output, as its name says: %s is not there in full; move "
+                          "it away", w->ready, name);
+    }
+    w->copied = 1;
+    w->done = w->blocks;
+    return BESA_OK;
+}
+
 static besa_result besa__writer_start(besa__writer *w, const char *output, const char *fingerprint, char **notes,
                                       besa_error *error)
 {
-    BESA__TRY(besa__writer_init(w, output, error));
+    BESA__TRY(besa__writer_name(w, output, fingerprint, error));
+    BESA__TRY(besa__writer_init(w, error));
     BESA__TRY(besa__writer_open_parent(w, error));
+    BESA__TRY(besa__writer_open_directory(w, error));
+    BESA__TRY(besa__list_sides(w, notes, error));
+    if (w->is_ready) return besa__writer_open_ready(w, error);
     BESA__TRY(besa__writer_lock(w, error));
     BESA__TRY(besa__journal_read(w, fingerprint, error));
     BESA__TRY(besa__writer_open_files(w, error));
-    BESA__TRY(besa__copy_others(w, notes, error));
+    BESA__TRY(besa__copy_sides(w, notes, error));
     if (!w->copied) BESA__TRY(besa__writer_copy(w, error));
     else {
         BESA__TRY(besa__writer_verify(w, error));     /* finished blocks by their checksums, */
         BESA__TRY(besa__copy_unpruned(w, error));     /* and what has none is written again */
+        BESA__TRY(besa__sync(w, w->directory, ".", error));
     }
     return besa__writer_next(w, error);
 }
@@ -9897,10 +10159,20 @@ BESA__UNUSED static besa_result besa__writer_open(besa__writer **writer, const b
         *done_blocks = w->done;
         return BESA_OK;
     }
-    if (w->locked && (w->worthless || w->created)) besa__writer_discard(w);
+    if (w->locked && (w->worthless || w->created)) besa__writer_discard(w, error);
     else if (w->created && !w->locked) unlinkat(w->parent, w->partial_name, AT_REMOVEDIR);
     besa__writer_close(w);
     return result;
+}
+
+/* The run has read these bytes of a source tensor, one piece after another from its start (at 0); all pieces but the last are
+ * multiples of 8. */
+BESA__UNUSED static void besa__writer_saw(besa__writer *w, const besa_tensor *tensor, size_t at, const void *bytes,
+                                          size_t size)
+{
+    besa__source *source = w->sources + (tensor - w->checkpoint->tensors);
+    source->hash = besa__hash(at ? source->hash : BESA__HASH_START, bytes, size);
+    source->bytes = at + size;
 }
 
 /* The next `size` new bytes of one prunable weight of the current block; all pieces but the last are multiples of 8.
@@ -9935,6 +10207,7 @@ BESA__UNUSED static besa_result besa__writer_block_done(besa__writer *w, int64_t
         const besa_tensor *t = w->current.weight[i];
         if (w->written[i] == t->bytes) continue;
         w->written[i] = 0;
+        besa__writer_saw(w, t, 0, t->data, t->bytes);
         BESA__TRY(besa__writer_write(w, t, t->data, t->bytes, error));
         besa__release_pages(w->checkpoint, t);
     }
@@ -9952,28 +10225,154 @@ BESA__UNUSED static besa_result besa__writer_block_done(besa__writer *w, int64_t
     return besa__writer_next(w, error);
 }
 
-static besa_result besa__writer_rename(besa__writer *w, besa_error *error)
+/* Hash the bytes of an open source file. */
+static besa_result besa__hash_range(int fd, uint64_t offset, uint64_t bytes, void *buffer, uint64_t *hash, const char *path,
+                                    besa_error *error)
+{
+    *hash = BESA__HASH_START;
+    for (uint64_t at = 0; at < bytes; at += BESA__CHUNK) {
+        size_t part = bytes - at < BESA__CHUNK ? (size_t)(bytes - at) : BESA__CHUNK;
+        BESA__TRY(besa__read_at(fd, buffer, part, offset + at, path, error));
+        *hash = besa__hash(*hash, buffer, part);
+    }
+    return BESA_OK;
+}
+
+/* Whether a shard holds what was read of it. */
+static besa_result besa__compare_shard(const besa__writer *w, int64_t file, int fd, size_t size, void *buffer,
+                                       besa_error *error)
+{
+    const besa_checkpoint *c = w->checkpoint;
+    const besa__shard *shard = c->shards + file;
+    uint64_t hash;
+    if (size != shard->size) return besa__source_changed(w, shard->name, error);
+    BESA__TRY(besa__hash_range(fd, 0, shard->data, buffer, &hash, shard->name, error));
+    if (hash != shard->hash) return besa__source_changed(w, shard->name, error);
+    for (int64_t i = 0; i < c->num_tensors; i++) {
+        const besa_tensor *t = &c->tensors[i];
+        if (t->file != file || w->sources[i].bytes < t->bytes) continue;
+        BESA__TRY(besa__hash_range(fd, t->offset, t->bytes, buffer, &hash, shard->name, error));
+        if (hash != w->sources[i].hash) return besa__source_changed(w, shard->name, error);
+    }
+    return BESA_OK;
+}
+
+/* Look at a source file again. One that has moved is compared with what was read: a shard (file >= 0), or a small file by
+ * its hash. */
+static besa_result besa__check_source(const besa__writer *w, const char *name, const struct stat *then, int64_t file,
+                                      uint64_t small_hash, besa_error *error)
+{
+    char *path;
+    int fd = -1;
+    void *buffer = NULL;
+    struct stat now;
+    size_t size = 0;
+    uint64_t hash = 0;
+    BESA__TRY(besa__join(&path, w->checkpoint->directory, name, error));
+    besa__stat_before(&now, path);
+    besa_result result = BESA_OK;
+    if (besa__has_moved(then, &now)) {
+        result = besa__open_file(&fd, &size, path, error);
+        if (result == BESA_ERROR_NOT_FOUND) result = besa__source_changed(w, name, error);
+        if (result == BESA_OK) result = besa__malloc(&buffer, BESA__CHUNK, "looking at the source again", error);
+        if (result == BESA_OK && file >= 0) result = besa__compare_shard(w, file, fd, size, buffer, error);
+        else if (result == BESA_OK) {
+            result = besa__hash_range(fd, 0, size, buffer, &hash, path, error);
+            if (result == BESA_OK && (size != (size_t)then->st_size || hash != small_hash))
+                result = besa__source_changed(w, name, error);
+        }
+        if (fd >= 0) close(fd);
+        BESA_FREE(buffer);
+    }
+    BESA_FREE(path);
+    return result;
+}
+
+static uint64_t besa__kept_hash(const besa__kept *kept) { return besa__hash(BESA__HASH_START, kept->bytes, kept->size); }
+
+/* The output is of one state of the source: that which was read is there still. */
+static besa_result besa__check_sources(const besa__writer *w, besa_error *error)
+{
+    const besa_checkpoint *c = w->checkpoint;
+    BESA__TRY(besa__check_source(w, BESA__CONFIG, &c->config_file.stat, -1, besa__kept_hash(&c->config_file), error));
+    if (c->index)
+        BESA__TRY(besa__check_source(w, c->index, &c->index_file.stat, -1, besa__kept_hash(&c->index_file), error));
+    for (int64_t i = 0; i < w->num_sides; i++)
+        BESA__TRY(besa__check_source(w, w->sides[i].name, &w->sides[i].stat, -1, w->sides[i].hash, error));
+    for (int64_t i = 0; i < c->num_shards; i++)
+        BESA__TRY(besa__check_source(w, c->shards[i].name, &c->shards[i].stat, i, 0, error));
+    return BESA_OK;
+}
+
+/* Rename within the parent directory; what has the new name already is not replaced (errno EEXIST). Where the system cannot
+ * promise that, an empty directory that comes to be at this very moment is. */
+static int besa__rename_new(const besa__writer *w, const char *from, const char *to)
 {
     struct stat st;
+#if defined(__linux__) && defined(SYS_renameat2)
+    const unsigned noreplace = 1;
+    if (!syscall(SYS_renameat2, w->parent, from, w->parent, to, noreplace)) return 0;
+    if (errno != ENOSYS && errno != EINVAL && errno != ENOTSUP) return -1; /* EINVAL: not on this file system */
+#elif defined(__APPLE__) && defined(RENAME_EXCL)
+    if (!renameatx_np(w->parent, from, w->parent, to, RENAME_EXCL)) return 0;
+    if (errno != ENOTSUP) return -1;
+#endif
+    if (!fstatat(w->parent, to, &st, AT_SYMLINK_NOFOLLOW)) return errno = EEXIST, -1;
+    return renameat(w->parent, from, w->parent, to);
+}
+
+/* Back from OUT.partial.RUN to OUT.partial, with its journal; where that fails too, the next run takes up the former. Returns
+ * where the output is. */
+static const char *besa__writer_undo_ready(besa__writer *w)
+{
+    struct stat st;
+    void *text = NULL;
+    size_t size = (size_t)w->journal_end;
+    if (w->journal < 0) return w->ready;
+    besa_result result = BESA_OK;
+    if (fstatat(w->directory, BESA__JOURNAL, &st, AT_SYMLINK_NOFOLLOW)) { /* gone, but we hold it open */
+        result = besa__malloc(&text, size, "the journal", NULL);
+        if (result == BESA_OK) result = besa__read_at(w->journal, text, size, 0, w->partial, NULL);
+        if (result == BESA_OK) result = besa__write_file(w, BESA__JOURNAL, text, size, 0666, NULL);
+        BESA_FREE(text);
+    }
+    return result == BESA_OK && !besa__rename_new(w, w->ready_name, w->partial_name) ? w->partial : w->ready;
+}
+
+/* All is on disk: OUT.partial becomes OUT.partial.RUN, and then needs no journal. */
+static besa_result besa__writer_make_ready(besa__writer *w, besa_error *error)
+{
+    BESA__TRY(besa__sync(w, w->directory, ".", error));
+    if (besa__rename_new(w, w->partial_name, w->ready_name))
+        return besa__fail(error, BESA_ERROR_WRITE, "%s: renaming to %s: %s", w->partial, w->ready, strerror(errno));
+    besa_result result = besa__sync(w, w->parent, "..", error);
+    if (result == BESA_OK && unlinkat(w->directory, BESA__JOURNAL, 0))
+        result = besa__writer_fail(w, BESA__JOURNAL, errno, error);
+    if (result == BESA_OK) result = besa__sync(w, w->directory, ".", error);
+    if (result != BESA_OK) besa__writer_undo_ready(w);
+    return result;
+}
+
+static besa_result besa__writer_rename(besa__writer *w, besa_error *error)
+{
+    const besa__kept *config = &w->checkpoint->config_file;
     if (w->done != w->blocks)
         return besa__fail(error, BESA_ERROR_OPTION, "%s: %lld of %lld blocks are done", w->partial, (long long)w->done,
                           (long long)w->blocks);
-    BESA__TRY(besa__copy_file(w, BESA__CONFIG, error)); /* only now does the directory look like a checkpoint */
-    if (renameat(w->directory, BESA__JOURNAL, w->parent, w->aside_name))
+    if (!w->is_ready) {
+        BESA__TRY(besa__check_sources(w, error));     /* only with its config does the directory look like a checkpoint */
+        BESA__TRY(besa__write_file(w, BESA__CONFIG, config->bytes, config->size, config->stat.st_mode, error));
+        BESA__TRY(besa__writer_make_ready(w, error));
+    } else if (unlinkat(w->directory, BESA__JOURNAL, 0) && errno != ENOENT)
         return besa__writer_fail(w, BESA__JOURNAL, errno, error);
-    besa_result result = besa__sync(w, w->parent, "..", error);
-    if (result == BESA_OK) result = besa__sync(w, w->directory, ".", error);
-    if (result == BESA_OK && !fstatat(w->parent, w->name, &st, AT_SYMLINK_NOFOLLOW))
-        result = besa__fail(error, BESA_ERROR_EXISTS, "%s: has come to exist; the complete output is %s", w->output,
-                            w->partial);
-    if (result == BESA_OK && renameat(w->parent, w->partial_name, w->parent, w->name))
-        result = besa__fail(error, BESA_ERROR_WRITE, "%s: renaming %s: %s", w->output, w->partial, strerror(errno));
-    if (result != BESA_OK) {
-        renameat(w->parent, w->aside_name, w->directory, BESA__JOURNAL);
-        return result;
+    if (besa__rename_new(w, w->ready_name, w->name)) {
+        int reason = errno;
+        const char *place = besa__writer_undo_ready(w);
+        if (reason == EEXIST || reason == ENOTEMPTY || reason == ENOTDIR)
+            return besa__fail(error, BESA_ERROR_EXISTS, "%s: has come to exist; the complete output is %s", w->output, place);
+        return besa__fail(error, BESA_ERROR_WRITE, "%s: renaming %s: %s", w->output, place, strerror(reason));
     }
-    result = besa__sync(w, w->parent, "..", NULL);
-    unlinkat(w->parent, w->aside_name, 0);
+    besa_result result = besa__sync(w, w->parent, "..", NULL);
     if (result == BESA_OK) return BESA_OK;
     return besa__fail(error, result, "%s: complete, but its parent directory could not be synced", w->output);
 }
@@ -9987,11 +10386,12 @@ BESA__UNUSED static besa_result besa__writer_finish(besa__writer *w, besa_error 
 }
 
 /* Stop without an output. OUT.partial stays and can be resumed (0), is deleted if no block is done, not even by an
- * earlier run (1), or in any case (2). NULL is fine. */
-BESA__UNUSED static void besa__writer_abandon(besa__writer *w, int remove_it)
+ * earlier run (1), or in any case (2). *error says why the run stops, and what cannot be deleted is added to it. NULL, both,
+ * are fine. */
+BESA__UNUSED static void besa__writer_abandon(besa__writer *w, int remove_it, besa_error *error)
 {
     if (!w) return;
-    if (remove_it > 1 || (remove_it && !w->done)) besa__writer_discard(w);
+    if (!w->is_ready && (remove_it > 1 || (remove_it && !w->done))) besa__writer_discard(w, error);
     besa__writer_close(w);
 }
 
@@ -10364,6 +10764,7 @@ static besa_result besa__in_share(besa__run *run, size_t target, besa_error *err
             memcpy(run->piece_in, from, size);
         }
         const void *source = run->piece_in ? run->piece_in : from;
+        if (run->writer) besa__writer_saw(run->writer, tensor, in->at, source, size);
         BESA__TRY_ON(be, be->upload(be, BESA_QUEUE_STAGE, to, source, size), error);
         besa__release_range(run->checkpoint->shards + tensor->file, tensor->offset + in->at, size);
         besa__transfer_move(in, size);
@@ -10680,46 +11081,40 @@ BESA_API besa_result besa_logits(const besa_checkpoint *checkpoint, besa_backend
 
 /* ---- pruning ------------------------------------------------------------------------------- */
 
-/* A file as part of a hash: its size and when it was last changed. */
-static uint64_t besa__file_hash(uint64_t hash, const char *directory, const char *name)
+/* Numbers as parts of a hash: their bits, so that nothing depends on how they would be printed. */
+static uint64_t besa__hash_integer(uint64_t hash, int64_t value) { return besa__hash(hash, &value, sizeof value); }
+
+static uint64_t besa__hash_double(uint64_t hash, double value)
 {
-    char *path;
-    struct stat st;
-    if (besa__join(&path, directory, name, NULL) != BESA_OK) return hash;
-    if (stat(path, &st) == 0) {
-        int64_t facts[2] = {(int64_t)st.st_size, (int64_t)st.st_mtime};
-        hash = besa__hash(hash, facts, sizeof facts);
-    }
-    BESA_FREE(path);
-    return hash;
+    value += 0.0; /* -0 and 0 are the same option */
+    return besa__hash(hash, &value, sizeof value);
 }
 
-/* A hash of the source: its config and shards as files, and every tensor's name, dtype and place. */
+/* A hash of the source as it was opened: the contents of its config and index, every shard's header (with all tensors' names,
+ * dtypes and places), size and time of the last change. */
 static uint64_t besa__source_hash(const besa_checkpoint *checkpoint)
 {
-    uint64_t hash = besa__file_hash(BESA__HASH_START, checkpoint->directory, BESA__CONFIG);
-    for (int64_t i = 0; i < checkpoint->num_shards; i++)
-        hash = besa__file_hash(hash, checkpoint->directory, checkpoint->shards[i].name);
-    for (int64_t i = 0; i < checkpoint->num_tensors; i++) {
-        const besa_tensor *t = &checkpoint->tensors[i];
-        hash = besa__hash(hash, t->name, strlen(t->name));
-        hash = besa__hash(hash, t->dtype_name, strlen(t->dtype_name));
-        hash = besa__hash(hash, &t->offset, sizeof t->offset);
+    uint64_t hash = besa__hash(besa__kept_hash(&checkpoint->config_file), checkpoint->index_file.bytes,
+                               checkpoint->index_file.size);
+    for (int64_t i = 0; i < checkpoint->num_shards; i++) {
+        const besa__shard *shard = &checkpoint->shards[i];
+        hash = besa__hash_integer(hash, (int64_t)shard->hash);
+        hash = besa__hash_integer(hash, (int64_t)shard->size);
+        hash = besa__hash_integer(hash, (int64_t)shard->stat.st_mtime);
+        hash = besa__hash_integer(hash, besa__mtime_nanoseconds(&shard->stat));
     }
     return hash;
 }
 
-/* A hash of every option of the table, by its bits, and of the fixed layers. */
+/* A hash of every option of the table, and of the fixed layers. */
 static uint64_t besa__options_hash(const besa_prune_options *options)
 {
     uint64_t hash = BESA__HASH_START;
-    for (const besa_option *o = besa__options; o->name; o++) {
-        double value = besa__option_get(o, (const unsigned char *)options + o->offset);
-        hash = besa__hash(hash, &value, sizeof value);
-    }
+    for (const besa_option *o = besa__options; o->name; o++)
+        hash = besa__hash_double(hash, besa__option_get(o, (const unsigned char *)options + o->offset));
     for (int64_t i = 0; i < options->num_fixed; i++) {
         hash = besa__hash(hash, options->fixed[i].pattern, strlen(options->fixed[i].pattern) + 1);
-        hash = besa__hash(hash, &options->fixed[i].sparsity, sizeof(double));
+        hash = besa__hash_double(hash, options->fixed[i].sparsity);
     }
     return hash;
 }
@@ -10731,7 +11126,7 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
     int64_t tokens = besa__product(c->nsamples, c->seqlen);
     uint64_t ids = besa__hash(BESA__HASH_START, c->ids, (size_t)tokens * sizeof(int32_t)), options = besa__options_hash(o);
     options = besa__hash(options, run->be->name, strlen(run->be->name));
-    options = besa__hash(options, &run->be->activation_dtype, sizeof run->be->activation_dtype);
+    options = besa__hash_integer(options, run->be->activation_dtype);
     besa__write_text(line, size, "besa %d.%d %s sparsity %g micro-batch %lld tokens %lldx%lld %016llx source %016llx options "
                      "%016llx", BESA_VERSION_MAJOR, BESA_VERSION_MINOR, besa_method_name(o->method), o->rates.target,
                      (long long)run->pruner.chunk, (long long)c->nsamples, (long long)c->seqlen, (unsigned long long)ids,
@@ -10944,7 +11339,7 @@ static besa_result besa__prune_into(besa__run *run, const char *output, const be
     besa_result result = besa__run_prune(run, done, report, error);
     if (!run->writer) return result;
     if (result == BESA_OK) return besa__writer_finish(run->writer, error);
-    besa__writer_abandon(run->writer, 1); /* finished blocks are kept */
+    besa__writer_abandon(run->writer, 1, error); /* finished blocks are kept */
     return result;
 }
 

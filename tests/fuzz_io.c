@@ -10,7 +10,7 @@ static int fuzz_taken[5], fuzz_refused[5];      /* inputs, by kind */
 /* An index against a table of two shards and three tensors. Takes text over. */
 static besa_result fuzz_index(char *text, size_t size, besa_error *error)
 {
-    static const besa__shard shards[2] = { { (char *)"x.safetensors", NULL, 0, 0, NULL }, { (char *)"y.safetensors", NULL, 0, 0, NULL } };
+    besa__shard shards[2];
     besa_tensor tensors[3];
     besa_checkpoint listed, *c = (besa_checkpoint *)BESA_MALLOC(sizeof *c);
     const besa_tensor *sorted[3];
@@ -20,6 +20,8 @@ static besa_result fuzz_index(char *text, size_t size, besa_error *error)
     memset(c, 0, sizeof *c);
     memset(&listed, 0, sizeof listed);
     memset(tensors, 0, sizeof tensors);
+    memset(shards, 0, sizeof shards);
+    shards[0].name = (char *)"x.safetensors", shards[1].name = (char *)"y.safetensors";
     for (int i = 0; i < 3; i++) {
         tensors[i].name = i == 0 ? "a" : i == 1 ? "b" : "c";
         tensors[i].file = i == 2;
@@ -27,7 +29,7 @@ static besa_result fuzz_index(char *text, size_t size, besa_error *error)
     }
     listed.num_tensors = 3;
     listed.sorted = sorted;
-    listed.shards = (besa__shard *)shards;
+    listed.shards = shards;
     besa_result result = besa__json_parse(&json, text, size, "fuzz", error);
     if (result == BESA_OK) result = besa__index_map(&map, &json, "fuzz", error);
     if (result == BESA_OK) result = besa__list_shards(c, &json, map, "fuzz", error);
