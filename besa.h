@@ -26,6 +26,40 @@
  * In the file with BESA_IMPLEMENTATION include besa.h first. Compile with -O3 -fopenmp and link -lm. Without OpenMP one
  * thread runs. examples/quickstart.c is the whole program.
  *
+ * THE METHOD, pass by pass: what is read, computed and left, and the function that computes it
+ *
+ *     Blocks are pruned one after another. A block has seven weights W (R, C), inputs X (T, d) that come from the blocks
+ *     pruned before it, and is Y = F(W, X) (besa__block_forward, where the formulas of F stand).
+ *
+ *     dense    reads W, X (besa__dense_pass). Computes
+ *                  Yref = F(W, X), and its channel norms                  besa__dense_chunk, besa__add_norms
+ *                  of every layer's inputs: sum_t X[t,j]^2, or            besa__add_statistics
+ *                  H = 2/N X'X for SparseGPT and its scores
+ *     rank     reads W and the statistics (besa__rank_pass). Computes
+ *                  U, U'U = inv(H + damping), where there is an H         besa__finish_statistics
+ *                  the score of each weight: |W| norm2(X_j), or as        besa__masks_rank
+ *                  BESA_IMPORTANCES has it; its rank in its row
+ *                  of a baseline the mask, or What itself                 besa__rank_or_prune
+ *     learn    BESA only (besa__learn_pass). For every batch of sequences, with logits theta that start at 0:
+ *                  beta = softmax(z(theta)), alpha = sum_d beta_d p_d,    besa__rates_forward
+ *                  n = floor(alpha C) weights of every row go
+ *                  What = W where rank >= n, else 0                       besa__masks_update
+ *                  Y = F(What, X), and the loss                           besa__batch_gradient, besa__pruner_loss
+ *                  L = 1/d sum ((Yref - Y) / norm)^2
+ *                  dL/dWhat by the backward pass                          besa__block_backward
+ *                  dL/dbeta_d = - sum of dL/dWhat W over rank < k_d       besa__rates_gradient, besa__rates_backward
+ *                  (as if keeping were 1 - sum_d beta_d [rank < k_d]),
+ *                  + the penalty's lambda ((S - t) / t)^2, then dL/dtheta
+ *                  theta by Prodigy or AdamW                              besa__parameters_step
+ *              and then n of all rows, shifted together until the         besa__rates_project, besa__final_masks
+ *              count is exact, and What
+ *     commit   X = F(What, X): the next block's inputs; the loss          besa__commit_pass
+ *
+ *     The paper's pseudo-code carries two streams, the dense model's and the pruned one's, and aims at the dense stream's
+ *     outputs: option dense_stream. The published code's row-wise runs, and the default here, aim at the dense block
+ *     applied to the pruned stream: Yref = F(W, X) as above. Its layer-wise runs (preset published-layer) have the dense
+ *     stream. The published code's rates start at 1/2 (zero_start) and end where learning left them (no_projection).
+ *
  * CONTENTS: search for the marker
  *
  *     >>api-common         results, errors, element types
@@ -33,27 +67,47 @@
  *     >>api-layer          level 3: rates of any linear layers, in a training loop of your own
  *     >>api-block          level 2: one decoder block whose weights are in the caller's memory
  *     >>api-checkpoint     level 1: a Hugging Face directory in, a pruned one out
- *     >>base               errors, memory arenas, element types, the layers of a block
+ *     >>base               results, errors, numbers as text, hashes
+ *     >>memory             sizes, arenas, element types, the backend's workspace
+ *     >>layers             the layers of a block, and the ranges of its sizes
+ *     >>options            what every option may be, and what 0 stands for
+ *     >>masks              importance, ranks, counts and masks
+ *     >>parameters         what learns: values, gradient, optimiser, schedule
+ *     >>rates              learnable rates: theta -> alpha -> n, and their gradient
+ *     >>layer-functions    the public functions of level 3
+ *     >>block              one decoder block, forward and backward (level 2)
+ *     >>streams            activations of all sequences, on the device or streamed from the host
+ *     >>pruner             what pruning one block keeps: options, arrays, progress (level 2)
+ *     >>statistics         the dense pass: what layers read, and what the block is to put out
+ *     >>baselines          the rank pass: ranks for BESA, masks of the other methods
+ *     >>learning           the learn pass: forward, loss, backward, step
+ *     >>results            the commit pass, and what comes back of a block
+ *     >>passes             the order of the passes; the public functions of level 2's pruner
  *     >>json               a strict reader of JSON texts
  *     >>safetensors        mapped checkpoint files and their tensor table
  *     >>tokens             token files and the sequences cut out of them
  *     >>config             config.json, and the tensors a model of its shape must have
+ *     >>journal            files of the unfinished output, and its journal
+ *     >>beside             what lies beside the weights: which files are copied
+ *     >>writer             blocks into the output, one after another
+ *     >>finish             the sources once more, and the rename
+ *     >>report             the report as JSON
+ *     >>run                the whole model, block by block (level 1): layout, opening, closing
+ *     >>transfers          a block's weights in, its pruned weights out
+ *     >>head               embedding, final norm, output head, perplexity
+ *     >>prune              resumed runs, the whole run
+ *     >>plan               what a run would take
+ *     >>cpu-tiles          tiles of the CPU's matrix product, per instruction set
  *     >>cpu-gemm           the CPU's matrix product: C = alpha A B [+ C] [+ bias]
  *     >>cpu-kernels        the CPU backend: loops for any instruction set, workspace, memory
- *     >>cpu-block          matrix products, the block's pieces, loss and head on the CPU
- *     >>cpu-sparsity       scores, ranks, masks, rates and the optimiser on the CPU
+ *     >>cpu-block          matrix products, norms and rope on the CPU
+ *     >>cpu-attention      attention on the CPU: a head at a time
+ *     >>cpu-loss           SwiGLU, sums, loss and head on the CPU
+ *     >>cpu-scores         scores, zeros and ranks on the CPU
+ *     >>cpu-masks          masks and bucketed gradients on the CPU
+ *     >>cpu-rates          rates, optimiser and exact count on the CPU
  *     >>cpu-sparsegpt      SparseGPT on the CPU: factor of the inverse Hessian, slabs of weights
  *     >>cpu-backend        the CPU's table of operations
- *     >>options            what every option may be, and what 0 stands for
- *     >>rates              importance, ranks, learnable rates (level 3)
- *     >>optimisers         one step over the theta of all layers
- *     >>projection         the exact count; the public functions of level 3
- *     >>block              one decoder block, forward and backward (level 2)
- *     >>streams            activations of all sequences, on the device or streamed from the host
- *     >>pruner             pruning one block: the passes over its calibration tokens (level 2)
- *     >>writer             the output directory: complete or not there
- *     >>pipeline           the whole model, block by block (level 1)
- *     >>report             the report as JSON
  *
  * HOOKS, defined before the implementation is included
  *
@@ -78,6 +132,7 @@
  *     rates.candidates            [100] D: rates 1, 1 - 1/D, ..., 0
  *     rates.penalty               [1] lambda of lambda ((sparsity - target) / target)^2
  *     rates.optimizer, lr, d_coef [Prodigy, 1, 5]; AdamW: lr [0.01]; also beta1, beta2, d0, and weight_decay of both
+ *     rates.schedule, warmup      [constant, 0] cosine: lr falls to 0 over the steps; share of them in which it rises
  *     rates.plain_softmax         [0] softmax(theta) instead of softmax(sigmoid(theta))
  *     rates.zero_start            [0] start at rate 1/2, as the paper's code does, instead of at the target
  *     importance                  [wanda] magnitude, sparsegpt, sparsegpt squared
@@ -245,7 +300,7 @@ BESA_API size_t besa_dtype_size(besa_dtype dtype);
  * computes with such a block, and compute before such a block goes out. */
 typedef enum besa_queue { BESA_QUEUE_COMPUTE, BESA_QUEUE_UPLOAD, BESA_QUEUE_DOWNLOAD, BESA_QUEUE_STAGE, BESA_QUEUE_COUNT
 } besa_queue;
-#define BESA_EVENT_COUNT 32 /* events are small numbers that order queues; sections streams and pruner use 0 .. 28 */
+#define BESA_EVENT_COUNT 32 /* events are small numbers that order queues; sections pruner and run use 0 .. 28 */
 
 typedef struct besa_backend besa_backend;
 
@@ -593,7 +648,7 @@ BESA_API size_t besa_rates_size(besa_backend *be, const besa_layer_shape *layers
 /* Create the rates of `count` layers that share one optimiser and one target. Ranks (2 bytes per
  * weight, 4 above 65536 columns), bucket sums (4 R D bytes), theta and optimiser state live in one allocation of the
  * backend, owned by *rates until besa_rates_destroy.
- * BESA_ERROR_OPTION names the option; BESA_ERROR_MEMORY. Equations: sections "rates" and "optimisers" below. */
+ * BESA_ERROR_OPTION names the option; BESA_ERROR_MEMORY. Equations: sections "rates" and "parameters" below. */
 BESA_API besa_result besa_rates_create(besa_rates **rates, besa_backend *be, const besa_layer_shape *layers,
                                        int count, const besa_rate_options *options, besa_error *error);
 BESA_API void besa_rates_destroy(besa_rates *rates); /* NULL is fine */
@@ -1086,9 +1141,9 @@ BESA_API void besa_report_free(besa_report *report);
 #endif
 
 /* ============================================================================================
- * // >>base                  errors, memory arenas, element types, the layers of a block
+ * // >>base                  results, errors, numbers as text, hashes
  * ============================================================================================
- * Everything below uses this section; it uses only libc. */
+ * Everything below uses these; they use only libc. */
 
 #define BESA__TRY(call)                                                                            \
     do {                                                                                           \
@@ -1259,6 +1314,44 @@ static besa_result besa__fail(besa_error *error, besa_result code, const char *f
     }
     return code;
 }
+
+/* Append a line to a text that grows by BESA_REALLOC; without memory the line is lost. */
+BESA__UNUSED static void besa__notes_add(char **notes, const char *format, ...) BESA__PRINTF(2, 3);
+static void besa__notes_add(char **notes, const char *format, ...)
+{
+    char line[512];
+    va_list args;
+    va_start(args, format);
+    besa__format(line, sizeof line, format, &args);
+    va_end(args);
+    size_t n = *notes ? strlen(*notes) : 0, m = strlen(line);
+    char *text = (char *)BESA_REALLOC(*notes, n + m + 2);
+    if (!text) return;
+    memcpy(text + n, line, m);
+    memcpy(text + n + m, "\n", 2);
+    *notes = text;
+}
+
+/* 64-bit FNV-1a over words of 8 bytes, then single bytes, with a shift so that high bits reach low ones. Data may be
+ * hashed in pieces if all but the last are multiples of 8. */
+#define BESA__HASH_START 0xCBF29CE484222325u
+BESA__UNUSED static uint64_t besa__hash(uint64_t h, const void *data, size_t bytes)
+{
+    const unsigned char *s = (const unsigned char *)data;
+    for (; bytes >= 8; bytes -= 8, s += 8) {
+        uint64_t word;
+        memcpy(&word, s, 8);
+        h = (h ^ word) * 0x100000001B3u;
+        h ^= h >> 29;
+    }
+    for (; bytes; bytes--, s++) h = (h ^ *s) * 0x100000001B3u;
+    return h;
+}
+
+/* ============================================================================================
+ * // >>memory                sizes, arenas, element types, the backend's workspace
+ * ============================================================================================
+ * Owns how memory is counted and handed out, and how elements are converted. Uses base. */
 
 /* Sizes are counted in 64 bits, whatever size_t is, and stay at UINT64_MAX where even that is too little: no memory is
  * ever asked for by a size that has wrapped round. */
@@ -1470,6 +1563,11 @@ static besa__workspace besa__use_workspace(besa_backend *be, void *memory, size_
     return before;
 }
 
+/* ============================================================================================
+ * // >>layers                the layers of a block, and the ranges of its sizes
+ * ============================================================================================
+ * Owns what there is to know of a block's seven layers and of its sizes, a row each. */
+
 /* The prunable layers of a block, in the order of BESA_Q .. BESA_DOWN: where a Hugging Face checkpoint has them, which of
  * the block's widths their rows and columns are, what they read, and which belong together. */
 enum { BESA__WIDTH_HIDDEN, BESA__WIDTH_QUERY, BESA__WIDTH_KEY_VALUE, BESA__WIDTH_INTERMEDIATE };
@@ -1577,4887 +1675,6 @@ static const char *besa__range_text(const besa__range *range, char *buffer, size
     else besa__write_text(buffer, size, "%g", range->least);
     return buffer;
 }
-
-/* ============================================================================================
- * // >>json                  a strict reader of JSON texts
- * ============================================================================================
- * Owns the parsed form of config.json, of shard indices and of safetensors headers. Uses only the base section;
- * never touches files. UTF-8 and escapes are checked, duplicate keys refused, errors give the byte position. */
-#ifndef BESA_NO_STDIO
-
-#define BESA__JSON_DEPTH 64
-
-typedef enum besa__json_type {
-    BESA__JSON_NULL, BESA__JSON_FALSE, BESA__JSON_TRUE, BESA__JSON_NUMBER, BESA__JSON_STRING, BESA__JSON_ARRAY,
-    BESA__JSON_OBJECT
-} besa__json_type;
-
-static const char *const besa__json_words[] = { "null", "false", "true" }; /* of the first three types */
-
-/* A text is parsed into words of 4 bytes, values in the order of the text. A value is one word, the byte at which it
- * begins in the text; an array or object has a second, the number of the first word behind its last element; a member's
- * key is the word before its value. The rest is read from the text when it is asked for, so that a text costs at
- * most three times its size beside itself, whatever it holds. */
-typedef struct besa__json_value {
-    uint32_t at;
-} besa__json_value;
-
-typedef struct besa__json {
-    besa__json_value *values;                   /* the first is the root */
-    uint32_t count, room;
-    char *text;                                 /* owned; strings are decoded in place */
-    size_t size, position;
-    const char *name;                           /* for messages: the file */
-    besa_error *error;
-} besa__json;
-
-typedef struct besa__json_number {
-    double value;
-    int64_t integer;
-    int is_integer;                             /* written without fraction or exponent, and fits */
-    size_t length;                              /* of its text */
-} besa__json_number;
-
-static besa_result besa__json_fail(const besa__json *json, const char *what)
-{
-    return besa__fail(json->error, BESA_ERROR_JSON, "%s: byte %zu: %s", json->name, json->position, what);
-}
-
-static void besa__json_skip_space(besa__json *json)
-{
-    const char *s = json->text + json->position;
-    while (*s == ' ' || *s == '\t' || *s == '\n' || *s == '\r') s++;
-    json->position = (size_t)(s - json->text);
-}
-
-/* Bytes of the UTF-8 character at s, 0 if it is not one. A NUL ends the text, so no byte past the end is used. */
-static size_t besa__utf8_length(const unsigned char *s)
-{
-    size_t n = s[0] < 0x80 ? 1 : s[0] >= 0xC2 && s[0] <= 0xDF ? 2 : (s[0] & 0xF0) == 0xE0 ? 3
-               : s[0] >= 0xF0 && s[0] <= 0xF4 ? 4 : 0;
-    for (size_t i = 1; i < n; i++)
-        if ((s[i] & 0xC0) != 0x80) return 0;
-    if ((s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xED && s[1] > 0x9F)) return 0; /* overlong, surrogates */
-    if ((s[0] == 0xF0 && s[1] < 0x90) || (s[0] == 0xF4 && s[1] > 0x8F)) return 0; /* overlong, above U+10FFFF */
-    return n;
-}
-
-static int besa__json_hex4(const char *s, uint32_t *code)
-{
-    *code = 0;
-    for (int i = 0; i < 4; i++) {
-        int c = (unsigned char)s[i], digit = c >= '0' && c <= '9' ? c - '0' : (c | 32) >= 'a' && (c | 32) <= 'f'
-                                             ? (c | 32) - 'a' + 10 : -1;
-        if (digit < 0) return 0;
-        *code = *code * 16 + (uint32_t)digit;
-    }
-    return 1;
-}
-
-/* Decode the escape at json->position to *w, which it moves; a decoded escape is never longer than its text. */
-static besa_result besa__json_escape(besa__json *json, unsigned char **w)
-{
-    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
-    const char *s = json->text + json->position, *simple = s[1] ? strchr(from, s[1]) : NULL;
-    if (simple) {
-        *(*w)++ = (unsigned char)to[simple - from];
-        json->position += 2;
-        return BESA_OK;
-    }
-    uint32_t code, low;
-    if (s[1] != 'u' || !besa__json_hex4(s + 2, &code)) return besa__json_fail(json, "malformed escape");
-    json->position += 6;
-    if (code >= 0xD800 && code <= 0xDFFF) {
-        int pair = code < 0xDC00 && s[6] == '\\' && s[7] == 'u' && besa__json_hex4(s + 8, &low) && low >= 0xDC00 &&
-                   low <= 0xDFFF;
-        if (!pair) return besa__json_fail(json, "half of a surrogate pair");
-        code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
-        json->position += 6;
-    }
-    if (code == 0) return besa__json_fail(json, "NUL characters in strings are not supported");
-    if (code < 0x80) *(*w)++ = (unsigned char)code;
-    else if (code < 0x800) *(*w)++ = (unsigned char)(0xC0 | code >> 6);
-    else if (code < 0x10000) *(*w)++ = (unsigned char)(0xE0 | code >> 12);
-    else {
-        *(*w)++ = (unsigned char)(0xF0 | code >> 18);
-        *(*w)++ = (unsigned char)(0x80 | (code >> 12 & 0x3F));
-    }
-    if (code >= 0x800) *(*w)++ = (unsigned char)(0x80 | (code >> 6 & 0x3F));
-    if (code >= 0x80) *(*w)++ = (unsigned char)(0x80 | (code & 0x3F));
-    return BESA_OK;
-}
-
-static besa_result besa__json_read_string(besa__json *json, const char **string)
-{
-    unsigned char *w = (unsigned char *)json->text + ++json->position;
-    *string = (const char *)w;
-    for (;;) {
-        const unsigned char *r = (const unsigned char *)json->text + json->position;
-        if (*r == '"') break;
-        if (*r < 0x20)
-            return besa__json_fail(json, json->position >= json->size ? "the text ends in a string"
-                                                                      : "control character in a string");
-        if (*r == '\\') {
-            BESA__TRY(besa__json_escape(json, &w));
-            continue;
-        }
-        size_t n = besa__utf8_length(r);
-        if (!n) return besa__json_fail(json, "not UTF-8");
-        memmove(w, r, n);
-        w += n;
-        json->position += n;
-    }
-    *w = 0;
-    json->position++;
-    return BESA_OK;
-}
-
-static size_t besa__json_digits(const char *s)
-{
-    size_t n = 0;
-    while (s[n] >= '0' && s[n] <= '9') n++;
-    return n;
-}
-
-/* The number at s; what is wrong with it, or NULL. Digits are handed to strtod without a decimal point, as "12345e-2":
- * right in any locale. */
-static const char *besa__json_scan_number(const char *s, besa__json_number *number)
-{
-    char digits[352];
-    const char *start = s;
-    size_t whole, fraction = 0, sign = *s == '-';
-    long exponent = 0;
-    memset(number, 0, sizeof *number);
-    s += sign;
-    whole = besa__json_digits(s);
-    if (!whole || (*s == '0' && whole > 1)) return "malformed number";
-    s += whole;
-    if (*s == '.') {
-        fraction = besa__json_digits(++s);
-        if (!fraction) return "malformed number";
-        s += fraction;
-    }
-    if (whole + fraction > 320) return "a number of more than 320 digits";
-    memcpy(digits, start, sign + whole);
-    if (fraction) memcpy(digits + sign + whole, start + sign + whole + 1, fraction);
-    number->is_integer = !fraction && *s != 'e' && *s != 'E';
-    if (*s == 'e' || *s == 'E') {
-        int negative = *++s == '-';
-        s += *s == '-' || *s == '+';
-        size_t n = besa__json_digits(s);
-        if (!n) return "malformed number";
-        for (size_t i = 0; i < n && exponent < 100000; i++) exponent = exponent * 10 + (s[i] - '0');
-        if (negative) exponent = -exponent;
-        s += n;
-    }
-    snprintf(digits + sign + whole + fraction, 24, "e%ld", exponent - (long)fraction);
-    number->value = strtod(digits, NULL);
-    if (!(fabs(number->value) <= 1.7976931348623157e308)) return "number out of range";
-    for (size_t i = sign; i < sign + whole && number->is_integer; i++) {
-        int digit = digits[i] - '0';
-        if (number->integer < (INT64_MIN + digit) / 10) number->is_integer = 0; /* negative: reaches INT64_MIN */
-        else number->integer = number->integer * 10 - digit;
-    }
-    if (!sign && number->integer == INT64_MIN) number->is_integer = 0;
-    else if (!sign) number->integer = -number->integer;
-    number->length = (size_t)(s - start);
-    return NULL;
-}
-
-/* ---- values ----------------------------------------------------------------------------------- */
-
-static besa__json_type besa__json_type_of(const besa__json *json, const besa__json_value *value)
-{
-    switch (json->text[value->at]) {
-    case '{': return BESA__JSON_OBJECT;
-    case '[': return BESA__JSON_ARRAY;
-    case '"': return BESA__JSON_STRING;
-    case 'n': return BESA__JSON_NULL;
-    case 'f': return BESA__JSON_FALSE;
-    case 't': return BESA__JSON_TRUE;
-    default: return BESA__JSON_NUMBER;
-    }
-}
-
-static int besa__json_is(const besa__json *json, const besa__json_value *value, besa__json_type type)
-{
-    return value && besa__json_type_of(json, value) == type;
-}
-
-/* The decoded string that a value is (no NUL inside), or NULL. */
-static const char *besa__json_string(const besa__json *json, const besa__json_value *value)
-{
-    return besa__json_is(json, value, BESA__JSON_STRING) ? json->text + value->at + 1 : NULL;
-}
-
-/* The number that a value is; of anything else zeros, and no integer. */
-static besa__json_number besa__json_number_of(const besa__json *json, const besa__json_value *value)
-{
-    besa__json_number number;
-    memset(&number, 0, sizeof number);
-    if (besa__json_is(json, value, BESA__JSON_NUMBER)) besa__json_scan_number(json->text + value->at, &number);
-    return number;
-}
-
-/* The key of an object's member. */
-static const char *besa__json_key(const besa__json *json, const besa__json_value *member)
-{
-    return json->text + member[-1].at;
-}
-
-/* The element or member that begins at `value`, or NULL at the parent's end. */
-static const besa__json_value *besa__json_child(const besa__json *json, const besa__json_value *parent,
-                                                const besa__json_value *value)
-{
-    if (value == json->values + parent[1].at) return NULL;
-    return value + (besa__json_type_of(json, parent) == BESA__JSON_OBJECT);
-}
-
-/* The first element of an array or member of an object; NULL where there is none. */
-static const besa__json_value *besa__json_first(const besa__json *json, const besa__json_value *parent)
-{
-    return besa__json_type_of(json, parent) >= BESA__JSON_ARRAY ? besa__json_child(json, parent, parent + 2) : NULL;
-}
-
-static const besa__json_value *besa__json_next(const besa__json *json, const besa__json_value *parent,
-                                               const besa__json_value *value)
-{
-    int scalar = besa__json_type_of(json, value) < BESA__JSON_ARRAY;
-    return besa__json_child(json, parent, scalar ? value + 1 : json->values + value[1].at);
-}
-
-/* The number of elements or members. */
-static uint32_t besa__json_count(const besa__json *json, const besa__json_value *parent)
-{
-    uint32_t count = 0;
-    const besa__json_value *value = besa__json_first(json, parent);
-    for (; value; value = besa__json_next(json, parent, value)) count++;
-    return count;
-}
-
-/* A member by its key, or NULL. */
-static const besa__json_value *besa__json_get(const besa__json *json, const besa__json_value *object, const char *key)
-{
-    const besa__json_value *value = NULL;
-    if (besa__json_is(json, object, BESA__JSON_OBJECT)) value = besa__json_first(json, object);
-    while (value && strcmp(besa__json_key(json, value), key)) value = besa__json_next(json, object, value);
-    return value;
-}
-
-/* A value as text for a message; returns buffer. */
-static const char *besa__json_show(const besa__json *json, const besa__json_value *value, char *buffer, size_t size)
-{
-    besa__json_type type = value ? besa__json_type_of(json, value) : BESA__JSON_NULL;
-    besa__json_number number = besa__json_number_of(json, value);
-    if (!value) snprintf(buffer, size, "(absent)");
-    else if (type == BESA__JSON_STRING) snprintf(buffer, size, "\"%.100s\"", besa__json_string(json, value));
-    else if (type == BESA__JSON_NUMBER && number.is_integer)
-        snprintf(buffer, size, "%lld", (long long)number.integer);
-    else if (type == BESA__JSON_NUMBER) besa__write_text(buffer, size, "%.10g", number.value);
-    else if (type == BESA__JSON_ARRAY)
-        snprintf(buffer, size, "a list of %lu", (unsigned long)besa__json_count(json, value));
-    else if (type == BESA__JSON_OBJECT)
-        snprintf(buffer, size, "an object of %lu", (unsigned long)besa__json_count(json, value));
-    else snprintf(buffer, size, "%s", besa__json_words[type]);
-    return buffer;
-}
-
-/* ---- parsing ---------------------------------------------------------------------------------- */
-
-static int besa__compare_strings(const void *a, const void *b)
-{
-    return strcmp(*(const char *const *)a, *(const char *const *)b);
-}
-
-static besa_result besa__json_check_unique(besa__json *json, const besa__json_value *object)
-{
-    uint32_t count = besa__json_count(json, object), n = 0;
-    const char *few[8], **keys = few, *twice = NULL;
-    if (count > 8) {
-        void *memory;
-        BESA__TRY(besa__malloc(&memory, count * sizeof *keys, "the keys of a JSON object", json->error));
-        keys = (const char **)memory;
-    }
-    const besa__json_value *member = besa__json_first(json, object);
-    for (; member; member = besa__json_next(json, object, member)) keys[n++] = besa__json_key(json, member);
-    if (count > 1) qsort(keys, count, sizeof *keys, besa__compare_strings);
-    for (uint32_t i = 1; i < count && !twice; i++)
-        if (!strcmp(keys[i - 1], keys[i])) twice = keys[i];
-    if (keys != few) BESA_FREE(keys);
-    if (!twice) return BESA_OK;
-    return besa__fail(json->error, BESA_ERROR_JSON,
-                      "%s: byte %zu: the object that ends here has the key \"%.200s\" twice",
-                      json->name, json->position, twice);
-}
-
-/* Words that a text can come to: one each for the root, behind a comma or a colon, and two for an array or object with
- * something in it. Strings are left out. */
-static size_t besa__json_room(const char *text, size_t size)
-{
-    size_t words = 1;
-    int quoted = 0;
-    for (size_t i = 0; i < size; i++) {
-        char c = text[i], closed = c == '{' ? '}' : ']';
-        if (c == '"') quoted = !quoted;
-        else if (quoted) i += c == '\\';
-        else if (c == ',' || c == ':') words++;
-        else if (c == '[' || c == '{') words += text[i + 1] == closed ? 1 : 2;
-    }
-    return words;
-}
-
-/* Append a word; besa__json_room has counted it. */
-static void besa__json_push(besa__json *json, size_t at)
-{
-    BESA_ASSERT(json->count < json->room);
-    json->values[json->count++].at = (uint32_t)at;
-}
-
-static besa_result besa__json_read_value(besa__json *json, int depth);
-
-static besa_result besa__json_read_key(besa__json *json)
-{
-    const char *key;
-    besa__json_skip_space(json);
-    if (json->text[json->position] != '"') return besa__json_fail(json, "expected a key");
-    BESA__TRY(besa__json_read_string(json, &key));
-    besa__json_skip_space(json);
-    if (json->text[json->position] != ':') return besa__json_fail(json, "expected ':'");
-    json->position++;
-    besa__json_push(json, (size_t)(key - json->text));
-    return BESA_OK;
-}
-
-/* The array or object whose first word has just been appended. */
-static besa_result besa__json_read_container(besa__json *json, int depth)
-{
-    char close = json->text[json->position++] == '{' ? '}' : ']';
-    uint32_t self = json->count - 1;
-    besa__json_push(json, 0);
-    besa__json_skip_space(json);
-    for (int first = 1; json->text[json->position] != close; first = 0) {
-        if (!first && json->text[json->position] != ',')
-            return besa__json_fail(json, close == '}' ? "expected ',' or '}'" : "expected ',' or ']'");
-        json->position += !first;
-        if (close == '}') BESA__TRY(besa__json_read_key(json));
-        BESA__TRY(besa__json_read_value(json, depth + 1));
-        besa__json_skip_space(json);
-    }
-    json->position++;
-    json->values[self + 1].at = json->count;
-    return close == '}' ? besa__json_check_unique(json, json->values + self) : BESA_OK;
-}
-
-static besa_result besa__json_read_value(besa__json *json, int depth)
-{
-    if (depth > BESA__JSON_DEPTH) return besa__json_fail(json, "nested too deeply");
-    besa__json_skip_space(json);
-    const char *s = json->text + json->position;
-    besa__json_push(json, json->position);
-    if (*s == '{' || *s == '[') return besa__json_read_container(json, depth);
-    if (*s == '"') return besa__json_read_string(json, &s);
-    if (*s == '-' || (*s >= '0' && *s <= '9')) {
-        besa__json_number number;
-        const char *wrong = besa__json_scan_number(s, &number);
-        json->position += number.length;
-        return wrong ? besa__json_fail(json, wrong) : BESA_OK;
-    }
-    for (int i = 0; i < 3; i++) {
-        if (strncmp(s, besa__json_words[i], strlen(besa__json_words[i]))) continue;
-        json->position += strlen(besa__json_words[i]);
-        return BESA_OK;
-    }
-    return besa__json_fail(json, json->position >= json->size ? "the text ends too early" : "expected a value");
-}
-
-/* Parse text (size bytes, less than 2^32, and a NUL), which json takes over. besa__json_free in any case. */
-static besa_result besa__json_parse(besa__json *json, char *text, size_t size, const char *name, besa_error *error)
-{
-    void *memory;
-    size_t room = besa__json_room(text, size);
-    memset(json, 0, sizeof *json);
-    json->text = text;
-    json->size = size;
-    json->name = name;
-    json->error = error;
-    BESA__TRY(besa__malloc(&memory, room * sizeof *json->values, name, error));
-    json->values = (besa__json_value *)memory;
-    json->room = (uint32_t)room;
-    BESA__TRY(besa__json_read_value(json, 0));
-    besa__json_skip_space(json);
-    return json->position == size ? BESA_OK : besa__json_fail(json, "unexpected text after the end");
-}
-
-static void besa__json_free(besa__json *json)
-{
-    BESA_FREE(json->values);
-    BESA_FREE(json->text);
-    memset(json, 0, sizeof *json);
-}
-
-#endif /* BESA_NO_STDIO */
-
-/* ============================================================================================
- * // >>safetensors           mapped checkpoint files and their tensor table
- * ============================================================================================
- * Owns struct besa_checkpoint: the shards' mappings and every tensor's name, shape and place. A file is 8 bytes of
- * header length, the header (JSON) and the data, which the tensors fill without overlap or hole. Uses json and POSIX;
- * knows nothing of models. The index may only name files of its own directory; links are followed. */
-#ifndef BESA_NO_STDIO
-
-#include <errno.h>
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/types.h>
-#include <unistd.h>
-
-#if defined(__GLIBC__) && !defined(__USE_MISC)
-#error "besa.h: POSIX is hidden: with BESA_IMPLEMENTATION include it before other headers, or use -std=gnu11"
-#endif
-
-#define BESA__HEADER_LIMIT 100000000u           /* bytes, the format's own limit; ours for any JSON file */
-typedef char besa__off_t_is_64_bits[sizeof(off_t) >= 8 ? 1 : -1];
-
-typedef struct besa__shard {
-    char *name;                                 /* in the directory */
-    struct stat stat;                           /* before it was opened */
-    unsigned char *base;                        /* mapping */
-    size_t size;
-    size_t data;                                /* where the tensors begin: 8 + header length */
-    uint64_t hash;                              /* of all before that, as it was parsed */
-    char *text;                                 /* the header, decoded in place: names of tensors live here */
-} besa__shard;
-
-/* A small file as it was read on opening: the output gets these bytes, whatever becomes of the file. */
-typedef struct besa__kept {
-    struct stat stat;                           /* before it was opened */
-    unsigned char *bytes;
-    size_t size;
-} besa__kept;
-
-struct besa_checkpoint {
-    char *directory;
-    const char *index;                          /* name of the index file, NULL for a single file */
-    besa__kept config_file, index_file;
-    besa__shard *shards;
-    int64_t num_shards;
-    besa_tensor *tensors;                       /* by shard and offset */
-    int64_t num_tensors;
-    const besa_tensor **sorted;                 /* by name */
-    besa_config config;
-    int bias[BESA_LAYERS];                      /* 1: the config gives the layer a bias */
-    char notes[1024];                           /* lines */
-};
-
-static const char besa__head_name[] = "lm_head.weight";
-static const char besa__single_name[] = "model.safetensors";
-static const char besa__index_name[] = "model.safetensors.index.json";
-
-/* Append a line to a checkpoint's notes. */
-static void besa__checkpoint_note(besa_checkpoint *checkpoint, const char *format, ...) BESA__PRINTF(2, 3);
-static void besa__checkpoint_note(besa_checkpoint *checkpoint, const char *format, ...)
-{
-    size_t length = strlen(checkpoint->notes), room = sizeof checkpoint->notes - length;
-    va_list args;
-    va_start(args, format);
-    int n = vsnprintf(checkpoint->notes + length, room, format, args);
-    va_end(args);
-    BESA_ASSERT(n >= 0 && (size_t)n + 1 < room); /* a few lines of constant text fit */
-    memcpy(checkpoint->notes + length + n, "\n", 2);
-}
-
-/* 64-bit FNV-1a over words of 8 bytes, then single bytes, with a shift so that high bits reach low ones. Data may be
- * hashed in pieces if all but the last are multiples of 8. */
-#define BESA__HASH_START 0xCBF29CE484222325u
-static uint64_t besa__hash(uint64_t h, const void *data, size_t bytes)
-{
-    const unsigned char *s = (const unsigned char *)data;
-    for (; bytes >= 8; bytes -= 8, s += 8) {
-        uint64_t word;
-        memcpy(&word, s, 8);
-        h = (h ^ word) * 0x100000001B3u;
-        h ^= h >> 29;
-    }
-    for (; bytes; bytes--, s++) h = (h ^ *s) * 0x100000001B3u;
-    return h;
-}
-
-/* Nanoseconds of a file's last change; what a file system does not keep is 0. */
-static int64_t besa__mtime_nanoseconds(const struct stat *st)
-{
-#ifdef __APPLE__
-    return (int64_t)st->st_mtimespec.tv_nsec;
-#else
-    return (int64_t)st->st_mtim.tv_nsec;
-#endif
-}
-
-/* Same file: by device and number. */
-static int besa__is_same(const struct stat *a, const struct stat *b)
-{
-    return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
-}
-
-/* Whether a file may have other contents than it had: replaced, or written since. */
-static int besa__has_moved(const struct stat *then, const struct stat *now)
-{
-    return !besa__is_same(then, now) || then->st_size != now->st_size || then->st_mtime != now->st_mtime ||
-           besa__mtime_nanoseconds(then) != besa__mtime_nanoseconds(now) || then->st_ctime != now->st_ctime;
-}
-
-/* directory/name, for BESA_FREE. */
-static besa_result besa__join(char **path, const char *directory, const char *name, besa_error *error)
-{
-    size_t n = strlen(directory), m = strlen(name);
-    void *memory;
-    BESA__TRY(besa__malloc(&memory, n + m + 2, "a path", error));
-    *path = (char *)memory;
-    memcpy(*path, directory, n);
-    (*path)[n] = '/';
-    memcpy(*path + n + 1, name, m + 1);
-    return BESA_OK;
-}
-
-/* Open a regular file for reading. */
-static besa_result besa__open_file(int *fd, size_t *size, const char *path, besa_error *error)
-{
-    struct stat st;
-    *fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* O_NONBLOCK: a FIFO must not hang us */
-    if (*fd < 0)
-        return besa__fail(error, errno == ENOENT || errno == ENOTDIR ? BESA_ERROR_NOT_FOUND : BESA_ERROR_READ,
-                          "%s: %s", path, strerror(errno));
-    int failed = fstat(*fd, &st);
-    besa_result result = BESA_OK;
-    if (failed || !S_ISREG(st.st_mode))
-        result = besa__fail(error, BESA_ERROR_READ, "%s: %s", path, failed ? strerror(errno) : "not a regular file");
-    else if ((uint64_t)st.st_size > SIZE_MAX / 2)
-        result = besa__fail(error, BESA_ERROR_READ, "%s: %llu bytes, this process can map %llu: build for a 64-bit machine",
-                            path, (unsigned long long)st.st_size, (unsigned long long)(SIZE_MAX / 2));
-    else *size = (size_t)st.st_size;
-    if (result != BESA_OK) close(*fd);
-    return result;
-}
-
-/* Map a file; base is NULL where it is empty. */
-static besa_result besa__map_file(unsigned char **base, size_t *size, const char *path, besa_error *error)
-{
-    int fd, reason;
-    *base = NULL;
-    BESA__TRY(besa__open_file(&fd, size, path, error));
-    void *map = *size ? mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fd, 0) : NULL;
-    reason = errno;
-    close(fd);
-    if (map == MAP_FAILED)
-        return besa__fail(error, BESA_ERROR_READ, "%s: cannot map %zu bytes: %s", path, *size, strerror(reason));
-    *base = (unsigned char *)map;
-    return BESA_OK;
-}
-
-static void besa__unmap(unsigned char *base, size_t size)
-{
-    if (base) munmap(base, size);
-}
-
-/* Read count bytes at offset; short reads and EINTR are gone on with. */
-static besa_result besa__read_at(int fd, void *memory, size_t count, uint64_t offset, const char *path,
-                                 besa_error *error)
-{
-    for (size_t done = 0; done < count;) {
-        size_t part = count - done < (1u << 30) ? count - done : (1u << 30);
-        ssize_t n = pread(fd, (unsigned char *)memory + done, part, (off_t)(offset + done));
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0)
-            return besa__fail(error, BESA_ERROR_READ, "%s: %s", path, n ? strerror(errno) : "shorter than it was");
-        done += (size_t)n;
-    }
-    return BESA_OK;
-}
-
-/* What the system keeps of a file, taken before the file is opened: of one that is replaced in between the older state is
- * kept, and it will be seen to have moved. A file that is not there is for opening to report. */
-static void besa__stat_before(struct stat *st, const char *path)
-{
-    if (stat(path, st)) memset(st, 0, sizeof *st);
-}
-
-/* Read a small file whole. *kept is the caller's to free, whatever comes of it. */
-static besa_result besa__keep_file(besa__kept *kept, const char *path, besa_error *error)
-{
-    int fd;
-    void *memory;
-    size_t size = 0;
-    besa__stat_before(&kept->stat, path);
-    BESA__TRY(besa__open_file(&fd, &size, path, error));
-    besa_result result = BESA_OK;
-    if (size > BESA__HEADER_LIMIT)
-        result = besa__fail(error, BESA_ERROR_JSON, "%s: %zu bytes, more than %u", path, size, BESA__HEADER_LIMIT);
-    if (result == BESA_OK) result = besa__malloc(&memory, size, path, error);
-    if (result == BESA_OK) {
-        kept->bytes = (unsigned char *)memory;
-        kept->size = size;
-        result = besa__read_at(fd, memory, size, 0, path, error);
-    }
-    close(fd);
-    return result;
-}
-
-/* Read and parse a JSON file, whose bytes are kept. besa__json_free in any case. */
-static besa_result besa__json_load(besa__json *json, besa__kept *kept, const char *path, besa_error *error)
-{
-    void *text;
-    memset(json, 0, sizeof *json);
-    BESA__TRY(besa__keep_file(kept, path, error));
-    BESA__TRY(besa__malloc(&text, kept->size + 1, path, error));
-    memcpy(text, kept->bytes, kept->size);
-    ((char *)text)[kept->size] = 0;
-    return besa__json_parse(json, (char *)text, kept->size, path, error);
-}
-
-/* Advise the system of the pages of a range of a mapped shard. */
-static void besa__advise(const besa__shard *shard, uint64_t offset, size_t bytes, int advice)
-{
-    size_t page = (size_t)sysconf(_SC_PAGESIZE), first = (size_t)offset / page * page;
-    if (bytes) madvise(shard->base + first, (size_t)offset + bytes - first, advice);
-}
-
-/* Give the pages of a range back to the system; they can be read again. Their neighbours too: the system brings in up
- * to 64 KB around a page that is touched, and what is left of each range would add up over the blocks. */
-static void besa__release_range(const besa__shard *shard, uint64_t offset, size_t bytes)
-{
-    uint64_t around = 65536, first = offset > around ? offset - around : 0, end = besa__add_sizes(offset + bytes, around);
-    if (end > shard->size) end = shard->size;
-    besa__advise(shard, first, (size_t)(end - first), MADV_DONTNEED);
-}
-
-/* A tensor whose bytes will be read soon: the system may begin. */
-static void besa__expect_pages(const besa_checkpoint *checkpoint, const besa_tensor *tensor)
-{
-    besa__advise(checkpoint->shards + tensor->file, tensor->offset, tensor->bytes, MADV_WILLNEED);
-}
-
-/* The pages of a tensor that is not needed for now. */
-static void besa__release_pages(const besa_checkpoint *checkpoint, const besa_tensor *tensor)
-{
-    if (tensor) besa__release_range(checkpoint->shards + tensor->file, tensor->offset, tensor->bytes);
-}
-
-static const struct {
-    char name[16];
-    unsigned bits;
-} besa__safetensors_dtypes[] = {
-    { "F32", 32 }, { "F16", 16 }, { "BF16", 16 }, /* the supported ones, in the order of besa_dtype */
-    { "F64", 64 }, { "I64", 64 }, { "U64", 64 }, { "C64", 64 }, { "I32", 32 }, { "U32", 32 }, { "I16", 16 },
-    { "U16", 16 }, { "I8", 8 }, { "U8", 8 }, { "BOOL", 8 }, { "F8_E4M3", 8 }, { "F8_E5M2", 8 }, { "F8_E8M0", 8 },
-    { "F8_E4M3FNUZ", 8 }, { "F8_E5M2FNUZ", 8 }, { "F6_E2M3", 6 }, { "F6_E3M2", 6 }, { "F4", 4 },
-};
-
-/* Shape and dtype of one entry; the bytes they come to are compared by the caller. */
-static besa_result besa__parse_shape(besa_tensor *tensor, uint64_t *bytes, const besa__json *json,
-                                     const besa__json_value *entry, const char *path, besa_error *error)
-{
-    const besa__json_value *dtype = besa__json_get(json, entry, "dtype"), *shape = besa__json_get(json, entry, "shape");
-    const char *dtype_name = besa__json_string(json, dtype);
-    size_t known = sizeof besa__safetensors_dtypes / sizeof *besa__safetensors_dtypes, kind = 0;
-    uint64_t elements = 1, bits;
-    if (!dtype_name || !besa__json_is(json, shape, BESA__JSON_ARRAY))
-        return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: no dtype or no shape", path, tensor->name);
-    while (kind < known && strcmp(dtype_name, besa__safetensors_dtypes[kind].name)) kind++;
-    if (kind == known)
-        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: tensor %.200s: unknown dtype \"%.40s\"", path,
-                          tensor->name, dtype_name);
-    if (besa__json_count(json, shape) > 8)
-        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: tensor %.200s: %lu dimensions, at most 8 are supported",
-                          path, tensor->name, (unsigned long)besa__json_count(json, shape));
-    tensor->dtype_name = besa__safetensors_dtypes[kind].name;
-    tensor->supported = kind < 3;
-    tensor->dtype = kind < 3 ? (besa_dtype)kind : BESA_F32;
-    bits = besa__safetensors_dtypes[kind].bits;
-    const besa__json_value *element = besa__json_first(json, shape);
-    for (; element; element = besa__json_next(json, shape, element)) {
-        besa__json_number size = besa__json_number_of(json, element);
-        if (!size.is_integer || size.integer < 0)
-            return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: a size in its shape is no count", path,
-                              tensor->name);
-        if (size.integer && elements > (uint64_t)INT64_MAX / bits / (uint64_t)size.integer)
-            return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: its shape overflows 64 bits", path,
-                              tensor->name);
-        elements *= (uint64_t)size.integer;
-        tensor->shape[tensor->ndim++] = size.integer;
-    }
-    if (elements * bits % 8)
-        return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: its elements do not fill whole bytes", path,
-                          tensor->name);
-    *bytes = elements * bits / 8;
-    return BESA_OK;
-}
-
-/* One entry of a header: appended to the checkpoint's tensors, which have room for it. */
-static besa_result besa__parse_tensor(besa_checkpoint *checkpoint, int64_t file, const besa__json *json,
-                                      const besa__json_value *entry, const char *path, besa_error *error)
-{
-    const besa__shard *shard = checkpoint->shards + file;
-    const besa__json_value *offsets = besa__json_get(json, entry, "data_offsets"), *begin = NULL, *end;
-    uint64_t bytes = 0, available = shard->size - shard->data;
-    besa_tensor *tensor = checkpoint->tensors + checkpoint->num_tensors;
-    memset(tensor, 0, sizeof *tensor);
-    tensor->name = besa__json_key(json, entry);
-    tensor->file = (int)file;
-    BESA__TRY(besa__parse_shape(tensor, &bytes, json, entry, path, error));
-    if (besa__json_is(json, offsets, BESA__JSON_ARRAY)) begin = besa__json_first(json, offsets);
-    end = begin ? besa__json_next(json, offsets, begin) : NULL;
-    besa__json_number first = besa__json_number_of(json, begin), last = besa__json_number_of(json, end);
-    if (!end || besa__json_next(json, offsets, end) || !first.is_integer || !last.is_integer || first.integer < 0 ||
-        last.integer < first.integer)
-        return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: data_offsets are not [begin, end]", path,
-                          tensor->name);
-    if ((uint64_t)last.integer > available)
-        return besa__fail(error, BESA_ERROR_FORMAT,
-                          "%s: tensor %.200s: ends at byte %lld of the data, the file has %llu: "
-                          "truncated?", path, tensor->name, (long long)last.integer, (unsigned long long)available);
-    if ((uint64_t)(last.integer - first.integer) != bytes)
-        return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: %lld bytes by its data_offsets, %llu by its "
-                          "shape and dtype", path, tensor->name, (long long)(last.integer - first.integer),
-                          (unsigned long long)bytes);
-    tensor->bytes = (size_t)bytes;
-    tensor->offset = shard->data + (uint64_t)first.integer;
-    tensor->data = shard->base + tensor->offset;
-    checkpoint->num_tensors++;
-    return BESA_OK;
-}
-
-static int besa__compare_offsets(const void *a, const void *b)
-{
-    const besa_tensor *x = (const besa_tensor *)a, *y = (const besa_tensor *)b;
-    if (x->offset != y->offset) return x->offset < y->offset ? -1 : 1;
-    if (x->bytes != y->bytes) return x->bytes < y->bytes ? -1 : 1;
-    return strcmp(x->name, y->name);
-}
-
-/* Every byte of a shard's data belongs to exactly one tensor; first is the shard's first tensor in the table. */
-static besa_result besa__check_layout(besa_checkpoint *checkpoint, const besa__shard *shard, int64_t first,
-                                      const char *path, besa_error *error)
-{
-    uint64_t end = shard->data;
-    const char *before = "the header";
-    int64_t count = checkpoint->num_tensors - first;
-    if (count) qsort(checkpoint->tensors + first, (size_t)count, sizeof(besa_tensor), besa__compare_offsets);
-    for (int64_t i = first; i < checkpoint->num_tensors; i++) {
-        const besa_tensor *tensor = checkpoint->tensors + i;
-        if (tensor->offset != end)
-            return besa__fail(error, BESA_ERROR_FORMAT,
-                              "%s: tensor %.200s begins at byte %llu, %.200s ends at %llu: %s",
-                              path, tensor->name, (unsigned long long)tensor->offset, before, (unsigned long long)end,
-                              tensor->offset < end ? "they overlap" : "a hole");
-        end += tensor->bytes;
-        before = tensor->name;
-    }
-    if (end == shard->size) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_FORMAT, "%s: %llu bytes after the last tensor", path,
-                      (unsigned long long)(shard->size - end));
-}
-
-/* All entries of a parsed header. */
-static besa_result besa__parse_header(besa_checkpoint *checkpoint, int64_t file, const besa__json *json,
-                                      const char *path, besa_error *error)
-{
-    const besa__json_value *root = json->values, *entry = besa__json_first(json, root);
-    int64_t first = checkpoint->num_tensors, most = first + (int64_t)besa__json_count(json, root);
-    if (!entry) return besa__check_layout(checkpoint, checkpoint->shards + file, first, path, error);
-    void *more = BESA_REALLOC(checkpoint->tensors, (size_t)most * sizeof(besa_tensor));
-    if (!more) return besa__fail(error, BESA_ERROR_MEMORY, "out of host memory for %lld tensors", (long long)most);
-    checkpoint->tensors = (besa_tensor *)more;
-    for (; entry; entry = besa__json_next(json, root, entry)) {
-        const char *name = besa__json_key(json, entry);
-        if (!besa__json_is(json, entry, BESA__JSON_OBJECT))
-            return besa__fail(error, BESA_ERROR_FORMAT, "%s: header entry %.200s is not an object", path, name);
-        if (!strcmp(name, "__metadata__")) continue;
-        BESA__TRY(besa__parse_tensor(checkpoint, file, json, entry, path, error));
-    }
-    return besa__check_layout(checkpoint, checkpoint->shards + file, first, path, error);
-}
-
-/* Read the header of a shard whose base and size are set, and add its tensors to the table. */
-static besa_result besa__read_header(besa_checkpoint *checkpoint, int64_t file, const char *path, besa_error *error)
-{
-    besa__shard *shard = checkpoint->shards + file;
-    besa__json json;
-    void *text;
-    uint64_t length = 0;
-    for (size_t i = 0; i < 8 && shard->size >= 8; i++) length |= (uint64_t)shard->base[i] << (8 * i);
-    if (shard->size < 8 || length > shard->size - 8)
-        return besa__fail(error, BESA_ERROR_FORMAT,
-                          "%s: truncated, or no safetensors file: %zu bytes, a header of %llu",
-                          path, shard->size, (unsigned long long)length);
-    if (length > BESA__HEADER_LIMIT || length < 2 || shard->base[8] != '{')
-        return besa__fail(error, BESA_ERROR_FORMAT, "%s: no safetensors file: its header of %llu bytes %s", path,
-                          (unsigned long long)length,
-                          length > BESA__HEADER_LIMIT ? "is too long" : "is no JSON object");
-    BESA__TRY(besa__malloc(&text, (size_t)length + 1, path, error));
-    memcpy(text, shard->base + 8, (size_t)length);
-    ((char *)text)[length] = 0;
-    shard->data = 8 + (size_t)length;
-    shard->hash = besa__hash(besa__hash(BESA__HASH_START, &length, sizeof length), text, (size_t)length);
-    besa_result result = besa__json_parse(&json, (char *)text, (size_t)length, path, error);
-    if (result == BESA_OK) result = besa__parse_header(checkpoint, file, &json, path, error);
-    shard->text = json.text;
-    json.text = NULL;
-    besa__json_free(&json);
-    return result;
-}
-
-static int besa__compare_names(const void *a, const void *b)
-{
-    return strcmp((*(const besa_tensor *const *)a)->name, (*(const besa_tensor *const *)b)->name);
-}
-
-static besa_result besa__sort_tensors(besa_checkpoint *checkpoint, besa_error *error)
-{
-    void *memory;
-    size_t count = (size_t)checkpoint->num_tensors;
-    BESA__TRY(besa__malloc(&memory, count * sizeof *checkpoint->sorted, "the tensor table", error));
-    checkpoint->sorted = (const besa_tensor **)memory;
-    for (size_t i = 0; i < count; i++) checkpoint->sorted[i] = checkpoint->tensors + i;
-    if (count > 1) qsort(checkpoint->sorted, count, sizeof *checkpoint->sorted, besa__compare_names);
-    for (size_t i = 1; i < count; i++) {
-        const besa_tensor *a = checkpoint->sorted[i - 1], *b = checkpoint->sorted[i];
-        if (!strcmp(a->name, b->name))
-            return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s is in two shards: %.200s and %.200s",
-                              checkpoint->directory, a->name, checkpoint->shards[a->file].name,
-                              checkpoint->shards[b->file].name);
-    }
-    return BESA_OK;
-}
-
-BESA_API const besa_tensor *besa_checkpoint_find(const besa_checkpoint *checkpoint, const char *name)
-{
-    int64_t low = 0, high = checkpoint->num_tensors;
-    while (low < high) {
-        int64_t middle = low + (high - low) / 2;
-        int order = strcmp(name, checkpoint->sorted[middle]->name);
-        if (!order) return checkpoint->sorted[middle];
-        if (order < 0) high = middle;
-        else low = middle + 1;
-    }
-    return NULL;
-}
-
-/* A shard is a plain file name of the index's own directory. */
-static int besa__is_shard_name(const char *name)
-{
-    size_t n = strlen(name), m = strlen(".safetensors");
-    return n > m && !strcmp(name + n - m, ".safetensors") && !strpbrk(name, "/\\") && name[0] != '.';
-}
-
-/* The distinct file names of a weight_map, sorted, become the checkpoint's shards. */
-static besa_result besa__list_shards(besa_checkpoint *checkpoint, const besa__json *json, const besa__json_value *map,
-                                     const char *path, besa_error *error)
-{
-    void *memory;
-    size_t count = 0, distinct = 0;
-    BESA__TRY(besa__malloc(&memory, besa__json_count(json, map) * sizeof(char *), "the shards' names", error));
-    const char **names = (const char **)memory;
-    besa_result result = BESA_OK;
-    const besa__json_value *v = besa__json_first(json, map);
-    for (; v && result == BESA_OK; v = besa__json_next(json, map, v)) {
-        const char *key = besa__json_key(json, v), *name = besa__json_string(json, v);
-        if (!name)
-            result = besa__fail(error, BESA_ERROR_FORMAT, "%s: weight_map: tensor %.200s names no file", path, key);
-        else if (!besa__is_shard_name(name))
-            result = besa__fail(error, BESA_ERROR_FORMAT, "%s: weight_map: tensor %.200s is in \"%.200s\", which is no "
-                                "*.safetensors file of the same directory", path, key, name);
-        else names[count++] = name;
-    }
-    if (result == BESA_OK) {
-        qsort(names, count, sizeof *names, besa__compare_strings);
-        for (size_t i = 0; i < count; i++)
-            if (!i || strcmp(names[i], names[i - 1])) names[distinct++] = names[i];
-        result = besa__malloc(&memory, distinct * sizeof(besa__shard), "the shards", error);
-    }
-    if (result == BESA_OK) {
-        checkpoint->shards = (besa__shard *)memory;
-        checkpoint->num_shards = (int64_t)distinct;
-        memset(memory, 0, distinct * sizeof(besa__shard));
-    }
-    for (size_t i = 0; i < distinct && result == BESA_OK; i++) {
-        size_t bytes = strlen(names[i]) + 1;
-        result = besa__malloc(&memory, bytes, "a shard's name", error);
-        if (result == BESA_OK) checkpoint->shards[i].name = (char *)memcpy(memory, names[i], bytes);
-    }
-    BESA_FREE(names);
-    return result;
-}
-
-static besa_result besa__map_shard(besa_checkpoint *checkpoint, int64_t file, besa_error *error)
-{
-    char *path = NULL;
-    BESA__TRY(besa__join(&path, checkpoint->directory, checkpoint->shards[file].name, error));
-    besa__shard *shard = checkpoint->shards + file;
-    besa__stat_before(&shard->stat, path);
-    besa_result result = besa__map_file(&shard->base, &shard->size, path, error);
-    if (result == BESA_OK) {
-        result = besa__read_header(checkpoint, file, path, error);
-        besa__release_range(shard, 0, shard->data);
-    }
-    if (result == BESA_ERROR_NOT_FOUND && checkpoint->index)
-        besa__fail(error, result, "%s: the shard is missing that %s names", path, checkpoint->index);
-    BESA_FREE(path);
-    return result;
-}
-
-/* The weight_map of a parsed index, which is not empty. */
-static besa_result besa__index_map(const besa__json_value **map, const besa__json *json, const char *path,
-                                   besa_error *error)
-{
-    *map = besa__json_get(json, json->values, "weight_map");
-    if (besa__json_is(json, *map, BESA__JSON_OBJECT) && besa__json_first(json, *map)) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_FORMAT, "%s: no weight_map, or an empty one", path);
-}
-
-/* Every tensor of a weight_map is in the shard that it names. */
-static besa_result besa__check_index(const besa_checkpoint *checkpoint, const besa__json *json,
-                                     const besa__json_value *map, const char *path, besa_error *error)
-{
-    const besa__json_value *v = besa__json_first(json, map);
-    for (; v; v = besa__json_next(json, map, v)) {
-        const char *key = besa__json_key(json, v), *name = besa__json_string(json, v);
-        const besa_tensor *tensor = besa_checkpoint_find(checkpoint, key);
-        if (!tensor || strcmp(checkpoint->shards[tensor->file].name, name))
-            return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s should be in %.200s, but is %s%.200s", path,
-                              key, name, tensor ? "in " : "missing there",
-                              tensor ? checkpoint->shards[tensor->file].name : "");
-    }
-    return BESA_OK;
-}
-
-static besa_result besa__open_indexed(besa_checkpoint *checkpoint, const besa__json *json, const char *path,
-                                      besa_error *error)
-{
-    const besa__json_value *map;
-    BESA__TRY(besa__index_map(&map, json, path, error));
-    BESA__TRY(besa__list_shards(checkpoint, json, map, path, error));
-    for (int64_t i = 0; i < checkpoint->num_shards; i++) BESA__TRY(besa__map_shard(checkpoint, i, error));
-    BESA__TRY(besa__sort_tensors(checkpoint, error));
-    return besa__check_index(checkpoint, json, map, path, error);
-}
-
-/* Map model.safetensors, or else the shards of model.safetensors.index.json, and build the tensor table. */
-static besa_result besa__open_weights(besa_checkpoint *checkpoint, besa_error *error)
-{
-    char *single = NULL, *index = NULL;
-    besa__json json;
-    struct stat st;
-    memset(&json, 0, sizeof json);
-    besa_result result = besa__join(&single, checkpoint->directory, besa__single_name, error);
-    if (result == BESA_OK) result = besa__join(&index, checkpoint->directory, besa__index_name, error);
-    if (result != BESA_OK) { /* no memory */
-    } else if (!lstat(single, &st)) {
-        void *memory;
-        result = besa__malloc(&memory, sizeof(besa__shard), "the shards", error);
-        if (result == BESA_OK) {
-            checkpoint->shards = (besa__shard *)memset(memory, 0, sizeof(besa__shard));
-            checkpoint->num_shards = 1;
-            result = besa__malloc(&memory, sizeof besa__single_name, "a shard's name", error);
-        }
-        if (result == BESA_OK) {
-            checkpoint->shards->name = (char *)memcpy(memory, besa__single_name, sizeof besa__single_name);
-            result = besa__map_shard(checkpoint, 0, error);
-        }
-        if (result == BESA_OK) result = besa__sort_tensors(checkpoint, error);
-    } else if (!lstat(index, &st)) {
-        checkpoint->index = besa__index_name;
-        result = besa__json_load(&json, &checkpoint->index_file, index, error);
-        if (result == BESA_OK) result = besa__open_indexed(checkpoint, &json, index, error);
-    } else {
-        result = besa__fail(error, BESA_ERROR_NOT_FOUND, "%s: neither %s nor %s in it", checkpoint->directory,
-                            besa__single_name, besa__index_name);
-    }
-    besa__json_free(&json);
-    BESA_FREE(single);
-    BESA_FREE(index);
-    return result;
-}
-
-BESA_API void besa_checkpoint_close(besa_checkpoint *checkpoint)
-{
-    if (!checkpoint) return;
-    for (int64_t i = 0; i < checkpoint->num_shards; i++) {
-        besa__unmap(checkpoint->shards[i].base, checkpoint->shards[i].size);
-        BESA_FREE(checkpoint->shards[i].text);
-        BESA_FREE(checkpoint->shards[i].name);
-    }
-    BESA_FREE(checkpoint->config_file.bytes);
-    BESA_FREE(checkpoint->index_file.bytes);
-    BESA_FREE(checkpoint->shards);
-    BESA_FREE(checkpoint->tensors);
-    BESA_FREE(checkpoint->sorted);
-    BESA_FREE(checkpoint->directory);
-    BESA_FREE(checkpoint);
-}
-
-BESA_API const besa_config *besa_checkpoint_config(const besa_checkpoint *checkpoint) { return &checkpoint->config; }
-
-BESA_API const char *besa_checkpoint_notes(const besa_checkpoint *checkpoint) { return checkpoint->notes; }
-
-BESA_API int64_t besa_checkpoint_tensor_count(const besa_checkpoint *checkpoint) { return checkpoint->num_tensors; }
-
-BESA_API const besa_tensor *besa_checkpoint_tensor(const besa_checkpoint *checkpoint, int64_t index)
-{
-    return index >= 0 && index < checkpoint->num_tensors ? checkpoint->tensors + index : NULL;
-}
-
-#endif /* BESA_NO_STDIO */
-
-/* ============================================================================================
- * // >>tokens                token files and the sequences cut out of them
- * ============================================================================================
- * Owns the reading of .npy and raw token files. Uses the file helpers of safetensors. */
-#ifndef BESA_NO_STDIO
-
-/* Element kinds of token files. */
-typedef struct besa__npy {
-    size_t data;                                /* where the elements begin */
-    size_t width;                               /* bytes of one */
-    int is_signed;
-    int64_t dims[2];
-    int ndim;
-} besa__npy;
-
-typedef struct besa__npy_parser {
-    const char *s, *path;
-    besa__npy *npy;
-    besa_error *error;
-} besa__npy_parser;
-
-static besa_result besa__npy_fail(const besa__npy_parser *p, const char *what)
-{
-    return besa__fail(p->error, BESA_ERROR_FORMAT, "%s: malformed .npy header: %s", p->path, what);
-}
-
-static void besa__npy_space(besa__npy_parser *p)
-{
-    while (*p->s == ' ' || *p->s == '\t' || *p->s == '\n' || *p->s == '\r') p->s++;
-}
-
-/* Skip space, then one expected character; 0 if it is another. */
-static int besa__npy_accept(besa__npy_parser *p, char c)
-{
-    besa__npy_space(p);
-    if (*p->s != c) return 0;
-    p->s++;
-    return 1;
-}
-
-/* A quoted string of up to 31 plain characters. */
-static besa_result besa__npy_string(besa__npy_parser *p, char text[32])
-{
-    size_t n = 0;
-    besa__npy_space(p);
-    char quote = *p->s;
-    if (quote != '\'' && quote != '"') return besa__npy_fail(p, "expected a string");
-    for (p->s++; *p->s && *p->s != quote; p->s++) {
-        if (n == 31 || *p->s == '\\') return besa__npy_fail(p, "a string that no token file has");
-        text[n++] = *p->s;
-    }
-    if (!*p->s) return besa__npy_fail(p, "a string without end");
-    p->s++;
-    text[n] = 0;
-    return BESA_OK;
-}
-
-static besa_result besa__npy_shape(besa__npy_parser *p)
-{
-    if (!besa__npy_accept(p, '(')) return besa__npy_fail(p, "shape is no tuple");
-    while (!besa__npy_accept(p, ')')) {
-        int64_t size = 0;
-        if (p->npy->ndim == 2)
-            return besa__fail(p->error, BESA_ERROR_UNSUPPORTED, "%s: more than 2 dimensions; supported are 1 and 2",
-                              p->path);
-        if (!besa__json_digits(p->s)) return besa__npy_fail(p, "a size in shape is no number");
-        for (; *p->s >= '0' && *p->s <= '9'; p->s++) {
-            if (size > INT64_MAX / 16 / 10) return besa__npy_fail(p, "shape overflows 64 bits");
-            size = size * 10 + (*p->s - '0');
-        }
-        p->npy->dims[p->npy->ndim++] = size;
-        if (besa__npy_accept(p, ',')) besa__npy_space(p);
-        else if (*p->s != ')' || p->npy->ndim == 1) return besa__npy_fail(p, "shape is no tuple");
-    }
-    return p->npy->ndim ? BESA_OK : besa__npy_fail(p, "a scalar");
-}
-
-static besa_result besa__npy_descr(besa__npy_parser *p)
-{
-    char text[32];
-    BESA__TRY(besa__npy_string(p, text));
-    if (!strcmp(text, "<u2")) p->npy->width = 2;
-    else if (!strcmp(text, "<i4") || !strcmp(text, "<u4")) p->npy->width = 4;
-    else if (!strcmp(text, "<i8")) p->npy->width = 8;
-    else
-        return besa__fail(p->error, BESA_ERROR_UNSUPPORTED,
-                          "%s: dtype '%s' (descr); supported are '<u2', '<i4', '<u4' and "
-                          "'<i8': save it as numpy.uint16, int32, uint32 or int64", p->path, text);
-    p->npy->is_signed = text[1] == 'i';
-    return BESA_OK;
-}
-
-/* {'descr': '<u2', 'fortran_order': False, 'shape': (3, 4), }, keys in any order, each once. */
-static besa_result besa__npy_dict(besa__npy_parser *p)
-{
-    int seen = 0;
-    char key[32];
-    if (!besa__npy_accept(p, '{')) return besa__npy_fail(p, "no dictionary");
-    while (!besa__npy_accept(p, '}')) {
-        BESA__TRY(besa__npy_string(p, key));
-        int which = !strcmp(key, "descr") ? 1 : !strcmp(key, "fortran_order") ? 2 : !strcmp(key, "shape") ? 4 : 0;
-        if (!which || (seen & which)) return besa__npy_fail(p, "an unknown key, or one twice");
-        seen |= which;
-        if (!besa__npy_accept(p, ':')) return besa__npy_fail(p, "expected ':'");
-        besa__npy_space(p);
-        if (which == 1) BESA__TRY(besa__npy_descr(p));
-        else if (which == 4) BESA__TRY(besa__npy_shape(p));
-        else if (!strncmp(p->s, "False", 5)) p->s += 5;
-        else if (!strncmp(p->s, "True", 4))
-            return besa__fail(p->error, BESA_ERROR_UNSUPPORTED, "%s: fortran_order is True; save it in C order",
-                              p->path);
-        else return besa__npy_fail(p, "fortran_order is neither True nor False");
-        if (!besa__npy_accept(p, ',') && *p->s != '}') return besa__npy_fail(p, "expected ',' or '}'");
-    }
-    besa__npy_space(p);
-    return seen == 7 && !*p->s ? BESA_OK : besa__npy_fail(p, "a key is missing, or text follows");
-}
-
-static besa_result besa__npy_header(besa__npy *npy, const unsigned char *file, size_t size, const char *path,
-                                    besa_error *error)
-{
-    besa__npy_parser p = { NULL, path, npy, error };
-    size_t at = 10, length;
-    void *text;
-    if (size < 12 || memcmp(file, "\x93NUMPY", 6)) return besa__npy_fail(&p, "no .npy file, or truncated");
-    if (file[6] < 1 || file[6] > 3 || file[7] != 0)
-        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: .npy version %d.%d; supported are 1.0, 2.0 and 3.0", path,
-                          file[6], file[7]);
-    length = (size_t)file[8] | (size_t)file[9] << 8;
-    if (file[6] > 1) {
-        length |= (size_t)file[10] << 16 | (size_t)file[11] << 24;
-        at = 12;
-    }
-    if (length > size - at || length > 65536) return besa__npy_fail(&p, "truncated, or too long");
-    BESA__TRY(besa__malloc(&text, length + 1, path, error));
-    memcpy(text, file + at, length);
-    ((char *)text)[length] = 0;
-    p.s = (const char *)text;
-    npy->data = at + length;
-    besa_result result = strlen(p.s) == length ? besa__npy_dict(&p) : besa__npy_fail(&p, "a NUL character");
-    BESA_FREE(text);
-    return result;
-}
-
-static int64_t besa__token_at(const unsigned char *s, size_t width, int is_signed)
-{
-    uint64_t u = 0;
-    for (size_t b = 0; b < width; b++) u |= (uint64_t)s[b] << (8 * b);
-    if (width == 4 && is_signed && (u & 0x80000000u)) u |= 0xFFFFFFFF00000000u;
-    return u <= INT64_MAX ? (int64_t)u : -(int64_t)~u - 1;
-}
-
-/* A file of llm.c's begins with 256 int32: magic, version, number of ids, zeros. npy->data stays 0 where it is none. */
-static besa_result besa__llmc_header(besa__npy *npy, const unsigned char *file, size_t size, const char *path,
-                                     besa_error *error)
-{
-    enum { HEADER = 1024, GPT2 = 20240520, LLAMA3 = 20240801 };
-    if (size < 12) return BESA_OK;
-    int64_t magic = besa__token_at(file, 4, 1), version = besa__token_at(file + 4, 4, 1);
-    int64_t count = besa__token_at(file + 8, 4, 1), width = magic == GPT2 ? 2 : 4;
-    if (magic / 10000 != 2024 || version < 0 || version > 255) return BESA_OK; /* their magics are dates */
-    if ((magic != GPT2 || version != 1) && (magic != LLAMA3 || version != 7))
-        return besa__fail(error, BESA_ERROR_UNSUPPORTED,
-                          "%s: begins as a file of llm.c's with magic %lld, version %lld; supported are its token files: "
-                          "%d, version 1, and %d, version 7", path, (long long)magic, (long long)version, GPT2, LLAMA3);
-    if (size < HEADER || count < 0 || (uint64_t)count * (uint64_t)width != size - HEADER)
-        return besa__fail(error, BESA_ERROR_FORMAT,
-                          "%s: the header of llm.c's asks for %lld tokens of %lld bytes after its 1024, the file has "
-                          "%zu bytes in all: truncated?", path, (long long)count, (long long)width, size);
-    npy->data = HEADER;
-    npy->width = (size_t)width;
-    npy->is_signed = 0;
-    return BESA_OK;
-}
-
-/* A raw .bin may hold uint16 or, of a larger vocabulary, uint32. The second can be told by the upper halves of its ids,
- * which are 0 or next to it: in a text of uint16 no such run of every second id occurs. */
-static besa_result besa__check_raw_bin(const unsigned char *file, size_t size, const char *path, besa_error *error)
-{
-    int64_t low = 0, high = 0;
-    if (!size || size % 4) return BESA_OK;
-    for (size_t at = 0; at < size && high < 16; at += 4) {
-        int64_t first = besa__token_at(file + at, 2, 0), second = besa__token_at(file + at + 2, 2, 0);
-        low = first > low ? first : low;
-        high = second > high ? second : high;
-    }
-    if (high && (high >= 16 || low < 256 || size < 128)) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_FORMAT,
-                      "%s: a .bin is read as uint16, but every second number in it is %s, as of 32-bit ids; name it .i32 "
-                      "if its ids have 32 bits, .u16 if they have 16", path, high ? "below 16" : "0");
-}
-
-/* Raw files have one element kind by their name, unless they begin as llm.c's do. */
-static besa_result besa__token_format(besa__npy *npy, const unsigned char *file, size_t size, const char *path,
-                                      besa_error *error)
-{
-    const char *dot = strrchr(path, '.');
-    memset(npy, 0, sizeof *npy);
-    npy->ndim = 1;
-    if (dot && (!strcmp(dot, ".u16") || !strcmp(dot, ".bin"))) npy->width = 2;
-    else if (dot && !strcmp(dot, ".i32")) npy->width = 4, npy->is_signed = 1;
-    else if (dot && !strcmp(dot, ".npy")) {
-        npy->ndim = 0;
-        BESA__TRY(besa__npy_header(npy, file, size, path, error));
-    } else {
-        return besa__fail(error, BESA_ERROR_UNSUPPORTED,
-                          "%s: no known kind of token file; supported are .npy, raw .u16 "
-                          "and .bin (uint16) and .i32", path);
-    }
-    int raw = dot[1] != 'n';
-    if (raw) BESA__TRY(besa__llmc_header(npy, file, size, path, error));
-    size_t bytes = size - npy->data;
-    if (raw) {
-        if (!npy->data && dot[1] == 'b') BESA__TRY(besa__check_raw_bin(file, size, path, error));
-        npy->dims[0] = (int64_t)(bytes / npy->width);
-        if (bytes % npy->width)
-            return besa__fail(error, BESA_ERROR_FORMAT,
-                              "%s: %zu bytes are no whole number of %zu-byte tokens: truncated?",
-                              path, bytes, npy->width);
-        return BESA_OK;
-    }
-    uint64_t rows = (uint64_t)npy->dims[0], columns = npy->ndim == 2 ? (uint64_t)npy->dims[1] : 1;
-    if ((columns && rows > bytes / npy->width / columns) || rows * columns * npy->width != bytes)
-        return besa__fail(error, BESA_ERROR_FORMAT,
-                          "%s: %zu bytes after the header, its shape asks for %llu x %llu tokens "
-                          "of %zu: truncated?", path, bytes, (unsigned long long)rows,
-                          (unsigned long long)columns, npy->width);
-    return BESA_OK;
-}
-
-static besa_result besa__tokens_read(besa_tokens *tokens, const unsigned char *file, size_t size, const char *path,
-                                     besa_error *error)
-{
-    besa__npy npy;
-    void *memory;
-    BESA__TRY(besa__token_format(&npy, file, size, path, error));
-    int64_t count = npy.dims[0] * (npy.ndim == 2 ? npy.dims[1] : 1);
-    if (!count) return besa__fail(error, BESA_ERROR_TOKENS, "%s: holds no tokens", path);
-    BESA__TRY(besa__malloc(&memory, besa__bytes(count, sizeof(int32_t)), path, error));
-    int32_t *ids = (int32_t *)memory;
-    for (int64_t i = 0; i < count; i++) {
-        int64_t id = besa__token_at(file + npy.data + (size_t)i * npy.width, npy.width, npy.is_signed);
-        if (id < 0 || id > INT32_MAX) {
-            BESA_FREE(ids);
-            return besa__fail(error, BESA_ERROR_TOKEN, "%s: token %lld is %lld; ids are 0 .. 2147483647", path,
-                              (long long)i, (long long)id);
-        }
-        ids[i] = (int32_t)id;
-    }
-    tokens->ids = ids;
-    tokens->count = count;
-    tokens->rows = npy.ndim == 2 ? npy.dims[0] : 0;
-    tokens->columns = npy.ndim == 2 ? npy.dims[1] : 0;
-    tokens->id_bytes = (int)npy.width;
-    size_t length = strlen(path), room = sizeof tokens->file - 1;
-    snprintf(tokens->file, sizeof tokens->file, "%s", path + (length > room ? length - room : 0));
-    return BESA_OK;
-}
-
-BESA_API besa_result besa_tokens_load(besa_tokens *tokens, const char *path, besa_error *error)
-{
-    unsigned char *file;
-    size_t size = 0;
-    memset(tokens, 0, sizeof *tokens);
-    if (!path) return besa__fail(error, BESA_ERROR_OPTION, "no token file given");
-    BESA__TRY(besa__map_file(&file, &size, path, error));
-    besa_result result = besa__tokens_read(tokens, file, size, path, error);
-    besa__unmap(file, size);
-    return result;
-}
-
-BESA_API void besa_tokens_free(besa_tokens *tokens)
-{
-    if (!tokens) return;
-    BESA_FREE(tokens->ids);
-    memset(tokens, 0, sizeof *tokens);
-}
-
-/* Output i (0, 1, ...) of the splitmix64 generator started with seed. */
-static uint64_t besa__splitmix64(uint64_t seed, uint64_t i)
-{
-    uint64_t z = seed + (i + 1) * 0x9E3779B97F4A7C15u;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return z ^ (z >> 31);
-}
-
-BESA_API besa_result besa_tokens_sample(const besa_tokens *tokens, int64_t nsamples, int64_t seqlen, uint64_t seed,
-                                        int64_t vocab_size, int32_t *ids, besa_error *error)
-{
-    if (nsamples < 1 || seqlen < 1 || vocab_size < 1)
-        return besa__fail(error, BESA_ERROR_OPTION,
-                          "nsamples = %lld, seqlen = %lld, vocab_size = %lld: each must be at "
-                          "least 1", (long long)nsamples, (long long)seqlen, (long long)vocab_size);
-    if (tokens->id_bytes == 2 && vocab_size > 65536)
-        return besa__fail(error, BESA_ERROR_TOKEN,
-                          "%s: its ids have 16 bits, which cannot hold the model's vocabulary of %lld; make it again with "
-                          "32-bit ids (.npy of uint32), or name a raw file .i32 if it has them", tokens->file,
-                          (long long)vocab_size);
-    if (tokens->columns && (nsamples > tokens->rows || seqlen > tokens->columns))
-        return besa__fail(error, BESA_ERROR_TOKENS,
-                          "%lld sequences of %lld tokens asked for, the file has %lld of %lld",
-                          (long long)nsamples, (long long)seqlen, (long long)tokens->rows, (long long)tokens->columns);
-    if (!tokens->columns && (seqlen > tokens->count || (!seed && nsamples > tokens->count / seqlen)))
-        return besa__fail(error, BESA_ERROR_TOKENS, "%lld sequences of %lld tokens asked for, the file has %lld tokens",
-                          (long long)nsamples, (long long)seqlen, (long long)tokens->count);
-    for (int64_t i = 0; i < nsamples; i++) {
-        int64_t start = tokens->columns ? i * tokens->columns : i * seqlen;
-        if (!tokens->columns && seed)
-            start = (int64_t)(besa__splitmix64(seed, (uint64_t)i) % (uint64_t)(tokens->count - seqlen + 1));
-        for (int64_t t = 0; t < seqlen; t++) {
-            int32_t id = tokens->ids[start + t];
-            if (id < 0 || id >= vocab_size)
-                return besa__fail(error, BESA_ERROR_TOKEN, "token %lld is %ld, the vocabulary has %lld",
-                                  (long long)(start + t), (long)id, (long long)vocab_size);
-            ids[i * seqlen + t] = id;
-        }
-    }
-    return BESA_OK;
-}
-
-#endif /* BESA_NO_STDIO */
-
-/* ============================================================================================
- * // >>config                config.json, and the tensors a model of its shape must have
- * ============================================================================================
- * Owns the meaning of config.json: keys, their defaults and what is refused follow Hugging Face transformers (4 and
- * 5). Binds tensor names to blocks and opens checkpoints. Uses json and safetensors. */
-#ifndef BESA_NO_STDIO
-
-typedef struct besa__config_reader {
-    const besa__json *json;
-    const besa__json_value *root;
-    const char *path;
-    besa_error *error;
-} besa__config_reader;
-
-/* A block's tensors; NULL where the model has none. */
-typedef struct besa__block_tensors {
-    const besa_tensor *weight[BESA_LAYERS];
-    const besa_tensor *bias[BESA_LAYERS];
-    const besa_tensor *norm1, *norm2, *q_norm, *k_norm;
-} besa__block_tensors;
-
-typedef struct besa__model {
-    const besa_tensor *embedding;               /* (vocab, d) */
-    const besa_tensor *norm;                    /* (d) */
-    const besa_tensor *head;                    /* (vocab, d); the embedding where tied */
-    besa_dtype dtype;                           /* of all prunable weights */
-} besa__model;
-
-static besa_result besa__config_refuse(const besa__config_reader *r, const char *key, const besa__json_value *value,
-                                       const char *supported)
-{
-    char text[128];
-    return besa__fail(r->error, BESA_ERROR_UNSUPPORTED, "%s: %s = %s is not supported; supported: %s", r->path, key,
-                      besa__json_show(r->json, value, text, sizeof text), supported);
-}
-
-/* A member of the root that is there and not null, or NULL. */
-static const besa__json_value *besa__config_get(const besa__config_reader *r, const char *key)
-{
-    const besa__json_value *value = besa__json_get(r->json, r->root, key);
-    return besa__json_is(r->json, value, BESA__JSON_NULL) ? NULL : value;
-}
-
-/* Whether a value is this string. */
-static int besa__config_is(const besa__config_reader *r, const besa__json_value *value, const char *expected)
-{
-    const char *string = besa__json_string(r->json, value);
-    return string && !strcmp(string, expected);
-}
-
-/* An integer of the root, in its range. fallback is taken where the key is absent or null; 0 makes the key required. */
-static besa_result besa__config_integer(const besa__config_reader *r, const char *key, int64_t fallback, int64_t *out)
-{
-    const besa__json_value *value = besa__config_get(r, key);
-    const besa__range *range = besa__find_range(key);
-    besa__json_number number = besa__json_number_of(r->json, value);
-    char supported[64];
-    *out = fallback;
-    if (!value && fallback) return BESA_OK;
-    if (!number.is_integer || !besa__in_range(range, (double)number.integer))
-        return besa__config_refuse(r, key, value, besa__range_text(range, supported, sizeof supported));
-    *out = number.integer;
-    return BESA_OK;
-}
-
-static besa_result besa__config_bool(const besa__config_reader *r, const char *key, int *out)
-{
-    const besa__json_value *value = besa__config_get(r, key);
-    *out = besa__json_is(r->json, value, BESA__JSON_TRUE);
-    if (value && !*out && !besa__json_is(r->json, value, BESA__JSON_FALSE))
-        return besa__config_refuse(r, key, value, "true, false");
-    return BESA_OK;
-}
-
-/* A number of an object (shown as prefix.key), in its range; fallback 0 makes it required. */
-static besa_result besa__config_number(const besa__config_reader *r, const besa__json_value *object,
-                                       const char *prefix, const char *key, double fallback, double *out)
-{
-    const besa__json_value *value = besa__json_get(r->json, object, key);
-    const besa__range *range = besa__find_range(key);
-    char name[96], supported[64];
-    *out = fallback;
-    if (besa__json_is(r->json, value, BESA__JSON_NULL)) value = NULL;
-    if (!value && fallback > 0) return BESA_OK;
-    snprintf(name, sizeof name, "%s%s", prefix, key);
-    *out = besa__json_number_of(r->json, value).value;
-    if (besa__json_is(r->json, value, BESA__JSON_NUMBER) && besa__in_range(range, *out)) return BESA_OK;
-    return besa__config_refuse(r, name, value, besa__range_text(range, supported, sizeof supported));
-}
-
-/* Where a family's biases come from: its layers never have one, and the key is ignored (NONE) or must be false (REFUSED);
- * they always have one; the key says so. */
-enum { BESA__BIAS_NONE, BESA__BIAS_REFUSED, BESA__BIAS_ALWAYS, BESA__BIAS_BY_KEY };
-/* Which layers have a sliding window: none, and the key must be null or 0; all, where it is set; those that layer_types
- * names, or from max_window_layers on, where use_sliding_window is true. */
-enum { BESA__WINDOW_NONE, BESA__WINDOW_ALL, BESA__WINDOW_CHOSEN };
-
-/* A family of models, by its model_type in config.json. One that differs from the others only in what stands here is one
- * more row. Values are those of Hugging Face transformers. */
-typedef struct besa__architecture {
-    const char *model_type;
-    const char *class_name, *former_class;      /* in `architectures`; former_class NULL: none */
-    int64_t num_key_value_heads, head_dim;      /* where config.json has no such key; 0: as many as attention heads,
-                                                   hidden_size / num_attention_heads */
-    int bias[BESA__GROUPS];                     /* BESA__BIAS_..: of q, k, v; of o; of gate, up, down */
-    int qk_norm;                                /* q and k are normed per head before rope */
-    int window;                                 /* BESA__WINDOW_.. */
-    unsigned ropes;                             /* bits of besa_rope_type */
-    const char *prefix;                         /* of all tensor names but lm_head's */
-} besa__architecture;
-
-#define BESA__ROPES (1u << BESA_ROPE_DEFAULT | 1u << BESA_ROPE_LINEAR | 1u << BESA_ROPE_LLAMA3)
-
-static const besa__architecture besa__architectures[] = {
-    {"llama", "LlamaForCausalLM", "LLaMAForCausalLM", 0, 0, {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY}, 0,
-     BESA__WINDOW_NONE, BESA__ROPES, "model."},
-    {"mistral", "MistralForCausalLM", NULL, 8, 0, {BESA__BIAS_REFUSED, BESA__BIAS_REFUSED, BESA__BIAS_REFUSED}, 0,
-     BESA__WINDOW_ALL, BESA__ROPES, "model."},
-    {"qwen2", "Qwen2ForCausalLM", NULL, 32, 0, {BESA__BIAS_ALWAYS, BESA__BIAS_NONE, BESA__BIAS_REFUSED}, 0,
-     BESA__WINDOW_CHOSEN, BESA__ROPES, "model."},
-    {"qwen3", "Qwen3ForCausalLM", NULL, 32, 128, {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_REFUSED}, 1,
-     BESA__WINDOW_CHOSEN, BESA__ROPES, "model."},
-};
-
-enum { BESA__ARCHITECTURES = (int)(sizeof besa__architectures / sizeof *besa__architectures) };
-
-/* The row of a model_type, or NULL. */
-static const besa__architecture *besa__find_architecture(const char *model_type)
-{
-    for (int i = 0; i < BESA__ARCHITECTURES; i++)
-        if (model_type && !strcmp(model_type, besa__architectures[i].model_type)) return &besa__architectures[i];
-    return NULL;
-}
-
-/* "a", "b", "c": the model types of all rows. */
-static const char *besa__model_types(char *text, size_t size)
-{
-    size_t n = 0;
-    for (int i = 0; i < BESA__ARCHITECTURES && n < size; i++)
-        n += (size_t)snprintf(text + n, size - n, "%s\"%s\"", i ? ", " : "", besa__architectures[i].model_type);
-    return text;
-}
-
-/* The name of a block's tensor: the prefix, layers.N. and a path such as "mlp.up_proj". */
-static void besa__tensor_name(char *name, size_t size, const besa_config *config, int64_t block, const char *path)
-{
-    snprintf(name, size, "%slayers.%lld.%s", besa__find_architecture(config->model_type)->prefix, (long long)block, path);
-}
-
-/* The architecture by model_type; `architectures` must agree. */
-static besa_result besa__config_architecture(const besa__config_reader *r, besa_config *config,
-                                             const besa__architecture **out)
-{
-    const besa__json_value *type = besa__config_get(r, "model_type"), *list = besa__config_get(r, "architectures");
-    const besa__architecture *a = *out = besa__find_architecture(besa__json_string(r->json, type));
-    char known[256];
-    if (!a) return besa__config_refuse(r, "model_type", type, besa__model_types(known, sizeof known));
-    snprintf(config->model_type, sizeof config->model_type, "%s", a->model_type);
-    if (!list) return BESA_OK;
-    const besa__json_value *name = besa__json_is(r->json, list, BESA__JSON_ARRAY) && besa__json_count(r->json, list) == 1
-                                       ? besa__json_first(r->json, list) : NULL;
-    if (besa__config_is(r, name, a->class_name) || (a->former_class && besa__config_is(r, name, a->former_class)))
-        return BESA_OK;
-    return besa__config_refuse(r, "architectures", name ? name : list, a->class_name);
-}
-
-/* Settings that change the forward pass and are not implemented: only their neutral values pass. */
-static besa_result besa__config_refuse_unknown(const besa__config_reader *r, const besa__architecture *a)
-{
-    static const char *const absent[] = {
-        "quantization_config", "compression_config", "num_local_experts", "num_experts", "n_routed_experts",
-        "attn_logit_softcapping", "final_logit_softcapping", "no_rope_layers", "attention_chunk_size", "use_qk_norm",
-        "use_mrope", "is_encoder_decoder", "alibi"
-    };
-    const besa__json_value *value = besa__config_get(r, "hidden_act");
-    double unused;
-    if (value && !besa__config_is(r, value, "silu") && !besa__config_is(r, value, "swish"))
-        return besa__config_refuse(r, "hidden_act", value, "\"silu\"");
-    for (size_t i = 0; i < sizeof absent / sizeof *absent; i++) {
-        value = besa__config_get(r, absent[i]);
-        if (value && !besa__json_is(r->json, value, BESA__JSON_FALSE))
-            return besa__config_refuse(r, absent[i], value, "null, or no such key");
-    }
-    BESA__TRY(besa__config_number(r, r->root, "", "partial_rotary_factor", 1, &unused));
-    if (a->window != BESA__WINDOW_NONE) return BESA_OK;
-    value = besa__config_get(r, "sliding_window");
-    besa__json_number window = besa__json_number_of(r->json, value);
-    char supported[64];
-    snprintf(supported, sizeof supported, "null or 0, for %s", a->model_type);
-    if (value && (!window.is_integer || window.integer))
-        return besa__config_refuse(r, "sliding_window", value, supported);
-    return BESA_OK;
-}
-
-static const char *const besa__rope_names[] = {"default", "linear", "llama3"}; /* by besa_rope_type */
-
-/* The type of a rope that the architecture has; 0: it has no such type. */
-static int besa__find_rope(const besa__config_reader *r, const besa__architecture *a, const besa__json_value *value,
-                           besa_rope_type *type)
-{
-    for (unsigned i = 0; i < sizeof besa__rope_names / sizeof *besa__rope_names; i++)
-        if ((a->ropes >> i & 1u) && besa__config_is(r, value, besa__rope_names[i])) {
-            *type = (besa_rope_type)i;
-            return 1;
-        }
-    return 0;
-}
-
-/* "a", "b": the types that the architecture has. */
-static const char *besa__rope_types(const besa__architecture *a, char *text, size_t size)
-{
-    size_t n = 0;
-    for (unsigned i = 0; i < sizeof besa__rope_names / sizeof *besa__rope_names && n < size; i++)
-        if (a->ropes >> i & 1u)
-            n += (size_t)snprintf(text + n, size - n, "%s\"%s\"", n ? ", " : "", besa__rope_names[i]);
-    return text;
-}
-
-/* rope_parameters, or the older rope_theta and rope_scaling. */
-static besa_result besa__config_rope(const besa__config_reader *r, const besa__architecture *a, besa_rope *rope)
-{
-    const besa__json *json = r->json;
-    const besa__json_value *object = besa__config_get(r, "rope_scaling"), *type = NULL;
-    const char *prefix = "rope_scaling.";
-    double unused;
-    if (!object || (besa__json_is(json, object, BESA__JSON_OBJECT) && !besa__json_first(json, object))) {
-        object = besa__config_get(r, "rope_parameters");
-        prefix = "rope_parameters.";
-    }
-    if (object && !besa__json_is(json, object, BESA__JSON_OBJECT))
-        return besa__config_refuse(r, *(prefix + 5) == 's' ? "rope_scaling" : "rope_parameters", object,
-                                   "an object, or null");
-    const besa__json_value *v = object ? besa__json_first(json, object) : NULL;
-    for (; v; v = besa__json_next(json, object, v))
-        if (besa__json_is(json, v, BESA__JSON_OBJECT))
-            return besa__config_refuse(r, besa__json_key(json, v), v, "one set of rope parameters for all layers");
-    BESA__TRY(besa__config_number(r, r->root, "", "rope_theta", 10000, &rope->theta));
-    BESA__TRY(besa__config_number(r, object, prefix, "rope_theta", rope->theta, &rope->theta));
-    if (!object) return BESA_OK;
-    BESA__TRY(besa__config_number(r, object, prefix, "partial_rotary_factor", 1, &unused));
-    type = besa__json_get(json, object, "rope_type");
-    if (!type) type = besa__json_get(json, object, "type");
-    if (!type) return BESA_OK;
-    if (!besa__find_rope(r, a, type, &rope->type)) {
-        char name[48], known[128];
-        snprintf(name, sizeof name, "%s%s", prefix, besa__json_key(json, type));
-        return besa__config_refuse(r, name, type, besa__rope_types(a, known, sizeof known));
-    }
-    if (rope->type == BESA_ROPE_DEFAULT) return BESA_OK;
-    BESA__TRY(besa__config_number(r, object, prefix, "factor", 0, &rope->factor));
-    if (rope->type == BESA_ROPE_LINEAR) return BESA_OK;
-    BESA__TRY(besa__config_number(r, object, prefix, "low_freq_factor", 0, &rope->low_freq_factor));
-    BESA__TRY(besa__config_number(r, object, prefix, "high_freq_factor", 0, &rope->high_freq_factor));
-    BESA__TRY(besa__config_number(r, object, prefix, "original_max_position_embeddings", 0,
-                                  &rope->original_max_position_embeddings));
-    if (rope->high_freq_factor > rope->low_freq_factor) return BESA_OK;
-    return besa__config_refuse(r, "high_freq_factor", besa__json_get(json, object, "high_freq_factor"),
-                               "a number above low_freq_factor");
-}
-
-/* Which layers slide. */
-static besa_result besa__config_windows(const besa__config_reader *r, besa_config *config, const besa__architecture *a)
-{
-    const besa__json_value *types = besa__config_get(r, "layer_types");
-    int64_t first = 0, window = 0;
-    int sliding = a->window == BESA__WINDOW_ALL, given = besa__json_get(r->json, r->root, "sliding_window") != NULL;
-    if (a->window == BESA__WINDOW_CHOSEN) {
-        BESA__TRY(besa__config_bool(r, "use_sliding_window", &sliding));
-        BESA__TRY(besa__config_integer(r, "max_window_layers", 28, &first));
-    }
-    if (sliding && (besa__config_get(r, "sliding_window") || !given))
-        BESA__TRY(besa__config_integer(r, "sliding_window", 4096, &window));
-    for (int64_t i = 0; i < config->num_hidden_layers; i++) config->window[i] = (uint8_t)(window && i >= first);
-    if (types && (!besa__json_is(r->json, types, BESA__JSON_ARRAY) ||
-                  besa__json_count(r->json, types) != (uint64_t)config->num_hidden_layers))
-        return besa__config_refuse(r, "layer_types", types, "a list of num_hidden_layers strings");
-    int64_t i = 0;
-    const besa__json_value *v = types ? besa__json_first(r->json, types) : NULL;
-    for (; v; v = besa__json_next(r->json, types, v), i++) {
-        char name[40];
-        int slides = besa__config_is(r, v, "sliding_attention"), full = besa__config_is(r, v, "full_attention");
-        snprintf(name, sizeof name, "layer_types[%lld]", (long long)i);
-        if (!slides && !full) return besa__config_refuse(r, name, v, "\"full_attention\", \"sliding_attention\"");
-        if (slides && !window)
-            return besa__config_refuse(r, name, v, "\"full_attention\", as no sliding_window is in use");
-        if (full && a->window == BESA__WINDOW_ALL && window)
-            return besa__config_refuse(r, name, v, "\"sliding_attention\", as sliding_window is set and of all layers");
-        config->window[i] = (uint8_t)slides;
-    }
-    for (i = 0; i < config->num_hidden_layers; i++)
-        if (config->window[i]) config->sliding_window = window;
-    return BESA_OK;
-}
-
-/* Sizes of the model and of its attention. */
-static besa_result besa__config_sizes(const besa__config_reader *r, besa_config *config, const besa__architecture *a)
-{
-    besa_block_shape *b = &config->block;
-    const int64_t most = 1 << 24;
-    int heads_given = besa__json_get(r->json, r->root, "num_key_value_heads") != NULL;
-    int dim_given = besa__json_get(r->json, r->root, "head_dim") != NULL;
-    BESA__TRY(besa__config_integer(r, "vocab_size", 0, &config->vocab_size));
-    BESA__TRY(besa__config_integer(r, "hidden_size", 0, &b->hidden_size));
-    BESA__TRY(besa__config_integer(r, "intermediate_size", 0, &b->intermediate_size));
-    BESA__TRY(besa__config_integer(r, "num_hidden_layers", 0, &config->num_hidden_layers));
-    BESA__TRY(besa__config_integer(r, "max_position_embeddings", 2048,
-                                   &config->max_position_embeddings));
-    BESA__TRY(besa__config_integer(r, "num_attention_heads", 0, &b->num_attention_heads));
-    int64_t groups = heads_given || !a->num_key_value_heads ? b->num_attention_heads : a->num_key_value_heads;
-    BESA__TRY(besa__config_integer(r, "num_key_value_heads", groups, &b->num_key_value_heads));
-    if (b->num_key_value_heads > b->num_attention_heads || b->num_attention_heads % b->num_key_value_heads)
-        return besa__fail(r->error, BESA_ERROR_UNSUPPORTED, "%s: num_attention_heads = %lld is no multiple of "
-                          "num_key_value_heads = %lld", r->path, (long long)b->num_attention_heads,
-                          (long long)b->num_key_value_heads);
-    int64_t derived = b->hidden_size / b->num_attention_heads;
-    if (a->head_dim && !dim_given) derived = a->head_dim;
-    else if (!besa__config_get(r, "head_dim") && b->hidden_size % b->num_attention_heads)
-        return besa__fail(r->error, BESA_ERROR_UNSUPPORTED,
-                          "%s: hidden_size = %lld is no multiple of num_attention_heads "
-                          "= %lld, and head_dim is not given", r->path, (long long)b->hidden_size,
-                          (long long)b->num_attention_heads);
-    BESA__TRY(besa__config_integer(r, "head_dim", derived, &b->head_dim));
-    if (b->head_dim % 2 || b->head_dim * b->num_attention_heads > most)
-        return besa__fail(r->error, BESA_ERROR_UNSUPPORTED,
-                          "%s: head_dim = %lld with %lld heads; supported: an even number, "
-                          "heads * head_dim up to %lld", r->path, (long long)b->head_dim,
-                          (long long)b->num_attention_heads, (long long)most);
-    return BESA_OK;
-}
-
-/* bias[layer] = 1 for each layer that has one. */
-static besa_result besa__config_biases(const besa__config_reader *r, const besa__architecture *a, int bias[BESA_LAYERS])
-{
-    for (int i = 0; i < BESA_LAYERS; i++) {
-        int rule = a->bias[besa__layers[i].group], by_key;
-        const char *key = besa__layers[i].group == BESA__GROUP_MLP ? "mlp_bias" : "attention_bias";
-        char supported[32];
-        BESA__TRY(besa__config_bool(r, key, &by_key));
-        snprintf(supported, sizeof supported, "false, for %s", a->model_type);
-        if (rule == BESA__BIAS_REFUSED && by_key)
-            return besa__config_refuse(r, key, besa__config_get(r, key), supported);
-        bias[i] = rule == BESA__BIAS_ALWAYS || (rule == BESA__BIAS_BY_KEY && by_key);
-    }
-    return BESA_OK;
-}
-
-static besa_result besa__config_read(const besa__config_reader *r, besa_config *config, int bias[BESA_LAYERS])
-{
-    const besa__architecture *a;
-    if (!besa__json_is(r->json, r->root, BESA__JSON_OBJECT))
-        return besa__fail(r->error, BESA_ERROR_JSON, "%s: no JSON object", r->path);
-    BESA__TRY(besa__config_architecture(r, config, &a));
-    BESA__TRY(besa__config_refuse_unknown(r, a));
-    BESA__TRY(besa__config_sizes(r, config, a));
-    BESA__TRY(besa__config_rope(r, a, &config->block.rope));
-    BESA__TRY(besa__config_windows(r, config, a));
-    BESA__TRY(besa__config_number(r, r->root, "", "rms_norm_eps", 1e-6, &config->block.rms_norm_eps));
-    BESA__TRY(besa__config_bool(r, "tie_word_embeddings", &config->tie_word_embeddings));
-    config->qk_norm = a->qk_norm;
-    return besa__config_biases(r, a, bias);
-}
-
-static besa_result besa__config_load(besa_config *config, int bias[BESA_LAYERS], besa__kept *kept, const char *directory,
-                                     besa_error *error)
-{
-    char *path;
-    besa__json json;
-    memset(config, 0, sizeof *config);
-    BESA__TRY(besa__join(&path, directory, "config.json", error));
-    besa_result result = besa__json_load(&json, kept, path, error);
-    besa__config_reader reader = { &json, json.values, path, error };
-    if (result == BESA_OK) result = besa__config_read(&reader, config, bias);
-    besa__json_free(&json);
-    BESA_FREE(path);
-    return result;
-}
-
-/* Find a tensor and check it: (rows, columns), or (rows) where columns is 0. */
-static besa_result besa__need(const besa_tensor **out, const besa_checkpoint *checkpoint, const char *name,
-                              int64_t rows, int64_t columns, besa_error *error)
-{
-    const besa_tensor *tensor = *out = besa_checkpoint_find(checkpoint, name);
-    char found[96] = "";
-    size_t n = 0;
-    if (!tensor)
-        return besa__fail(error, BESA_ERROR_TENSOR, "%s: tensor %s is missing; config.json asks for it",
-                          checkpoint->directory, name);
-    if (tensor->ndim == (columns ? 2 : 1) && tensor->shape[0] == rows && (!columns || tensor->shape[1] == columns)) {
-        if (tensor->supported) return BESA_OK;
-        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: tensor %s has dtype %s; supported: F32, F16, BF16",
-                          checkpoint->directory, name, tensor->dtype_name);
-    }
-    for (int i = 0; i < tensor->ndim && n < sizeof found - 24; i++)
-        n += (size_t)snprintf(found + n, sizeof found - n, "%s%lld", i ? ", " : "", (long long)tensor->shape[i]);
-    return besa__fail(error, BESA_ERROR_TENSOR,
-                      columns ? "%s: tensor %s has shape [%s], config.json asks for [%lld, %lld]"
-                                                        : "%s: tensor %s has shape [%s], config.json asks for [%lld]",
-                      checkpoint->directory, name, found, (long long)rows, (long long)columns);
-}
-
-/* The same for a tensor of a block that is only there if the config says so. */
-static besa_result besa__need_if(int wanted, const besa_tensor **out, const besa_checkpoint *checkpoint,
-                                 const char *name, int64_t rows, besa_error *error)
-{
-    *out = NULL;
-    if (wanted) return besa__need(out, checkpoint, name, rows, 0, error);
-    if (!besa_checkpoint_find(checkpoint, name)) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_TENSOR, "%s: tensor %s is there, but by config.json a %s has none",
-                      checkpoint->directory, name, checkpoint->config.model_type);
-}
-
-/* The tensors of one block, each checked against the config. */
-static besa_result besa__block_bind(besa__block_tensors *tensors, const besa_checkpoint *checkpoint, int64_t block,
-                                    besa_error *error)
-{
-    const besa_block_shape *s = &checkpoint->config.block;
-    char name[96], rest[48];
-    int64_t rows, columns;
-    memset(tensors, 0, sizeof *tensors);
-    for (int i = 0; i < BESA_LAYERS; i++) {
-        const char *path = besa__layers[i].path;
-        besa_block_layer(s, i, &rows, &columns);
-        snprintf(rest, sizeof rest, "%s.weight", path);
-        besa__tensor_name(name, sizeof name, &checkpoint->config, block, rest);
-        BESA__TRY(besa__need(&tensors->weight[i], checkpoint, name, rows, columns, error));
-        snprintf(rest, sizeof rest, "%s.bias", path);
-        besa__tensor_name(name, sizeof name, &checkpoint->config, block, rest);
-        BESA__TRY(besa__need_if(checkpoint->bias[i], &tensors->bias[i], checkpoint, name, rows, error));
-    }
-    besa__tensor_name(name, sizeof name, &checkpoint->config, block, "input_layernorm.weight");
-    BESA__TRY(besa__need(&tensors->norm1, checkpoint, name, s->hidden_size, 0, error));
-    besa__tensor_name(name, sizeof name, &checkpoint->config, block, "post_attention_layernorm.weight");
-    BESA__TRY(besa__need(&tensors->norm2, checkpoint, name, s->hidden_size, 0, error));
-    besa__tensor_name(name, sizeof name, &checkpoint->config, block, "self_attn.q_norm.weight");
-    BESA__TRY(besa__need_if(checkpoint->config.qk_norm, &tensors->q_norm, checkpoint, name, s->head_dim, error));
-    besa__tensor_name(name, sizeof name, &checkpoint->config, block, "self_attn.k_norm.weight");
-    return besa__need_if(checkpoint->config.qk_norm, &tensors->k_norm, checkpoint, name, s->head_dim, error);
-}
-
-/* No tensor may be of a block beyond those that config.json counts. */
-static besa_result besa__check_block_numbers(const besa_checkpoint *checkpoint, besa_error *error)
-{
-    const besa_config *c = &checkpoint->config;
-    char layers[64];
-    int length = snprintf(layers, sizeof layers, "%slayers.", besa__find_architecture(c->model_type)->prefix);
-    for (int64_t i = 0; i < checkpoint->num_tensors; i++) {
-        const char *name = checkpoint->tensors[i].name, *digits = name + length;
-        if (strncmp(name, layers, (size_t)length) || *digits < '0' || *digits > '9') continue;
-        if (strtoll(digits, NULL, 10) >= c->num_hidden_layers)
-            return besa__fail(error, BESA_ERROR_TENSOR, "%s: tensor %.200s is there, but config.json says num_hidden_layers "
-                              "= %lld", checkpoint->directory, name, (long long)c->num_hidden_layers);
-    }
-    return BESA_OK;
-}
-
-/* Embedding, norm and head, and a check of every tensor of every block. */
-static besa_result besa__model_bind(besa__model *model, const besa_checkpoint *checkpoint, besa_error *error)
-{
-    const besa_config *c = &checkpoint->config;
-    const char *prefix = besa__find_architecture(c->model_type)->prefix;
-    char name[96];
-    besa__block_tensors block;
-    memset(model, 0, sizeof *model);
-    snprintf(name, sizeof name, "%sembed_tokens.weight", prefix);
-    BESA__TRY(besa__need(&model->embedding, checkpoint, name, c->vocab_size,
-                         c->block.hidden_size, error));
-    snprintf(name, sizeof name, "%snorm.weight", prefix);
-    BESA__TRY(besa__need(&model->norm, checkpoint, name, c->block.hidden_size, 0, error));
-    model->head = model->embedding;
-    if (!c->tie_word_embeddings)
-        BESA__TRY(besa__need(&model->head, checkpoint, besa__head_name, c->vocab_size, c->block.hidden_size, error));
-    for (int64_t i = 0; i < c->num_hidden_layers; i++) {
-        BESA__TRY(besa__block_bind(&block, checkpoint, i, error));
-        if (!i) model->dtype = block.weight[0]->dtype;
-        for (int j = 0; j < BESA_LAYERS; j++)
-            if (block.weight[j]->dtype != model->dtype)
-                return besa__fail(error, BESA_ERROR_UNSUPPORTED,
-                                  "%s: tensor %s has dtype %s, others of the layers another; "
-                                  "supported: one dtype for all of them", checkpoint->directory, block.weight[j]->name,
-                                  block.weight[j]->dtype_name);
-    }
-    return besa__check_block_numbers(checkpoint, error);
-}
-
-/* Whether two tensors of one shape hold the same bytes of one type; their pages are given back. */
-static int besa__same_tensor(const besa_checkpoint *checkpoint, const besa_tensor *a, const besa_tensor *b)
-{
-    const size_t chunk = (size_t)8 << 20;
-    int same = a->dtype == b->dtype;
-    for (size_t at = 0; at < a->bytes && same; at += chunk) {
-        size_t part = a->bytes - at < chunk ? a->bytes - at : chunk;
-        same = !memcmp((const unsigned char *)a->data + at, (const unsigned char *)b->data + at, part);
-        besa__release_range(checkpoint->shards + a->file, a->offset + at, part);
-        besa__release_range(checkpoint->shards + b->file, b->offset + at, part);
-    }
-    return same;
-}
-
-/* A head that the config ties to the embedding and that the file holds all the same: where the two differ, transformers 5
- * takes the config for wrong and uses the head. */
-static besa_result besa__check_tied_head(besa_checkpoint *checkpoint, const besa_tensor *embedding, besa_error *error)
-{
-    besa_config *c = &checkpoint->config;
-    const besa_tensor *head;
-    if (!c->tie_word_embeddings || !besa_checkpoint_find(checkpoint, besa__head_name)) return BESA_OK;
-    BESA__TRY(besa__need(&head, checkpoint, besa__head_name, c->vocab_size, c->block.hidden_size, error));
-    if (besa__same_tensor(checkpoint, head, embedding)) return BESA_OK;
-    c->tie_word_embeddings = 0;
-    besa__checkpoint_note(checkpoint, "note: config.json says tie_word_embeddings, but lm_head.weight differs from "
-                          "model.embed_tokens.weight: the head is used, as transformers 5 does (earlier versions use "
-                          "the embedding)");
-    return BESA_OK;
-}
-
-/* An adapter beside the model belongs to other weights, or was never merged: that cannot be told. */
-static besa_result besa__check_adapter(besa_checkpoint *checkpoint, besa_error *error)
-{
-    static const char *const names[] = { "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin" };
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        struct stat st;
-        char *path;
-        BESA__TRY(besa__join(&path, checkpoint->directory, names[i], error));
-        int missing = lstat(path, &st);
-        BESA_FREE(path);
-        if (missing) continue;
-        besa__checkpoint_note(checkpoint, "note: an adapter lies beside the model (%s): it is not applied, and not part "
-                              "of an output; merge it into the model (peft: merge_and_unload) if it belongs to it", names[i]);
-        return BESA_OK;
-    }
-    return BESA_OK;
-}
-
-static besa_result besa__checkpoint_load(besa_checkpoint *checkpoint, const char *directory, besa_error *error)
-{
-    besa__model model;
-    struct stat st;
-    void *memory;
-    size_t n = strlen(directory);
-    while (n > 1 && directory[n - 1] == '/') n--;
-    BESA__TRY(besa__malloc(&memory, n + 1, "a path", error));
-    checkpoint->directory = (char *)memcpy(memory, directory, n);
-    checkpoint->directory[n] = 0;
-    if (stat(checkpoint->directory, &st))
-        return besa__fail(error, errno == ENOENT || errno == ENOTDIR ? BESA_ERROR_NOT_FOUND : BESA_ERROR_READ, "%s: %s",
-                          directory, strerror(errno));
-    if (!S_ISDIR(st.st_mode)) return besa__fail(error, BESA_ERROR_NOT_FOUND, "%s: not a directory", directory);
-    BESA__TRY(besa__config_load(&checkpoint->config, checkpoint->bias, &checkpoint->config_file, checkpoint->directory,
-                                error));
-    BESA__TRY(besa__open_weights(checkpoint, error));
-    BESA__TRY(besa__model_bind(&model, checkpoint, error));
-    BESA__TRY(besa__check_tied_head(checkpoint, model.embedding, error));
-    return besa__check_adapter(checkpoint, error);
-}
-
-BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const char *directory, besa_error *error)
-{
-    void *memory;
-    *checkpoint = NULL;
-    if (!directory || !*directory) return besa__fail(error, BESA_ERROR_OPTION, "no checkpoint directory given");
-    if (!besa__is_little_endian())
-        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: checkpoints are little-endian, this machine is big-endian: "
-                          "prune it on a little-endian machine, such as x86-64 or ARM64", directory);
-    BESA__TRY(besa__malloc(&memory, sizeof **checkpoint, "a checkpoint", error));
-    besa_checkpoint *opened = (besa_checkpoint *)memset(memory, 0, sizeof **checkpoint);
-    besa_result result = besa__checkpoint_load(opened, directory, error);
-    if (result == BESA_OK) *checkpoint = opened;
-    else besa_checkpoint_close(opened);
-    return result;
-}
-
-#endif /* BESA_NO_STDIO */
-
-/* ============================================================================================
- * // >>cpu-gemm              the CPU's matrix product: C = alpha A B [+ C] [+ bias]
- * ============================================================================================
- * The scheme is the one of GotoBLAS and BLIS. The product is cut into blocks (m, n, k) of at most
- * MC x NC x KC. Of each block both operands are packed: converted to fp32 (or rounded to bf16),
- * and laid out as panels in the order in which the micro-kernel reads them, MR rows of A or NR
- * columns of B side by side. The micro-kernel keeps an MR x NR tile of C in registers and runs over k:
- *
- *     KC = 512    a tile of C is read and written once per 512 steps of k, which hides it. A panel of A
- *                 (24 KB) stays in the first-level cache; a panel of B (64 KB) streams from the second
- *     MC, NC      768 and 1024: every element packed is used for 768 or more multiply-adds. Both
- *                 blocks (3.7 MB) live in the last-level cache, shared by the threads
- *     TM, TN      a thread takes tiles of 192 x 128 of C: their panels (640 KB) fit the second level
- *
- * The threads pack panels together, then share out the tiles. The sum behind one element of C is
- * cut by k alone, at multiples of the block length, and every tile takes its steps in the same order:
- * the bytes do not depend on the number of threads. Ragged edges are packed with zeros and
- * written by way of a full tile on the stack, thus with the same arithmetic.
- *
- * Calls: the number formats and nothing else. Owns no memory: the caller gives the scratch. */
-typedef struct besa__gemm_args {       /* C (m,n) = alpha A (m,k) B (k,n) [+ C] [+ bias] */
-    int64_t m, n, k;
-    const void *a; int64_t a_row, a_col; besa_dtype a_dtype;   /* A(i,p) = a[i*a_row + p*a_col] */
-    const void *b; int64_t b_row, b_col; besa_dtype b_dtype;   /* B(p,j) = b[p*b_row + j*b_col] */
-    float *c; int64_t c_row;           /* C(i,j) = c[i*c_row + j] */
-    float alpha;
-    int accumulate;                    /* 1: added to C, 0: C is overwritten (never read) */
-    const float *bias;                 /* (n) added to every row, or NULL */
-    int lower;                         /* 1: only tiles that touch i >= j are computed (Gram matrices) */
-} besa__gemm_args;
-
-enum {
-    BESA__GEMM_MC = 768, BESA__GEMM_NC = 1024, BESA__GEMM_KC = 512,   /* multiples of every MR, of every NR */
-    BESA__GEMM_TM = 192, BESA__GEMM_TN = 128,
-    BESA__GEMM_TILE_MAX = 12 * 32                                      /* the largest MR x NR */
-};
-
-/* One operand as packing sees it: `outer` runs over the rows of A or the columns of B. */
-typedef struct besa__gemm_operand {
-    const void *data; besa_dtype dtype;
-    int64_t outer_step, k_step;        /* in elements */
-    int round;                         /* 1: round to bf16 */
-} besa__gemm_operand;
-
-/* dst (units, width) = the panel of `count` <= width outer positions and `k` positions that starts at
-   element `at`; zeros beyond. A unit is one float, or two bf16 that follow each other in k. */
-typedef void besa__gemm_pack_fn(float *dst, int64_t width, const besa__gemm_operand *x, int64_t at,
-                                int64_t count, int64_t k);
-
-/* C tile (MR, NR) = alpha sum_u a(u, MR) b(u, NR) [+ C if add] [+ bias (NR) if not NULL] */
-typedef void besa__gemm_tile_fn(int64_t units, const float *a, const float *b, float *c, int64_t c_row,
-                                float alpha, int add, const float *bias);
-
-typedef struct besa__gemm_kernel {
-    int64_t mr, nr, unit;              /* unit: elements of k in four bytes, 1 or 2 */
-    besa__gemm_pack_fn *pack;
-    besa__gemm_tile_fn *tile;
-} besa__gemm_kernel;
-
-/* ---- what the processor has ---- */
-
-#ifndef BESA_SIMD_MAX
-#define BESA_SIMD_MAX 2                /* 1: without AVX-512, 0: plain C alone; an expression, as tests change it */
-#endif
-
-/* GCC for Windows keeps the stack aligned to 16 bytes only: its AVX code faults. */
-#if defined(__GNUC__) && !defined(BESA_NO_SIMD) && (!defined(_WIN32) || defined(__clang__))
-#if defined(__x86_64__)
-#define BESA__SIMD_X86 1
-#elif defined(__aarch64__) && defined(__ARM_NEON)
-#define BESA__SIMD_NEON 1
-#endif
-#endif
-
-/* 2: AVX-512; 1: AVX2 with FMA, or NEON; 0: what the compiler makes of plain C */
-static inline int besa__cpu_simd(void)
-{
-#if defined(BESA__SIMD_X86)
-    if (BESA_SIMD_MAX >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return 2;
-    return BESA_SIMD_MAX >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
-#elif defined(BESA__SIMD_NEON)
-    return BESA_SIMD_MAX >= 1;
-#else
-    return 0;
-#endif
-}
-
-/* ---- portable C ---- */
-
-/* dst (count) = fp32 of the elements at, at + step, ... */
-static void besa__gemm_read(float *dst, const besa__gemm_operand *x, int64_t at, int64_t step, int64_t count)
-{
-    if (x->dtype == BESA_F32) {
-        const float *s = (const float *)x->data + at;
-        for (int64_t i = 0; i < count; i++) dst[i] = s[i * step];
-    } else {
-        const uint16_t *s = (const uint16_t *)x->data + at;
-        if (x->dtype == BESA_BF16) for (int64_t i = 0; i < count; i++) dst[i] = besa__bf16_to_f32(s[i * step]);
-        else                       for (int64_t i = 0; i < count; i++) dst[i] = besa__f16_to_f32(s[i * step]);
-    }
-    if (x->round && x->dtype != BESA_BF16)
-        for (int64_t i = 0; i < count; i++) dst[i] = besa__bf16_to_f32(besa__f32_to_bf16(dst[i]));
-}
-
-static void besa__gemm_pack_c(float *dst, int64_t width, const besa__gemm_operand *x, int64_t at,
-                              int64_t count, int64_t k)
-{
-    float run[64];
-    if (count < width) memset(dst, 0, (size_t)(width * k) * sizeof *dst);
-    if (x->outer_step == 1) {
-        for (int64_t p = 0; p < k; p++) besa__gemm_read(dst + p * width, x, at + p * x->k_step, 1, count);
-        return;
-    }
-    for (int64_t p0 = 0; p0 < k; p0 += 64) {
-        int64_t length = besa__min(64, k - p0);
-        for (int64_t i = 0; i < count; i++) {
-            besa__gemm_read(run, x, at + i * x->outer_step + p0 * x->k_step, x->k_step, length);
-            for (int64_t p = 0; p < length; p++) dst[(p0 + p) * width + i] = run[p];
-        }
-    }
-}
-
-/* 4 x 8, plain loops that a compiler vectorises for any instruction set */
-static inline void besa__gemm_tile_c(int64_t units, const float *a, const float *b, float *c, int64_t c_row,
-                                     float alpha, int add, const float *bias)
-{
-    float sum[4][8];
-    memset(sum, 0, sizeof sum);
-    for (int64_t p = 0; p < units; p++, a += 4, b += 8)
-        for (int i = 0; i < 4; i++)
-            for (int j = 0; j < 8; j++) sum[i][j] += a[i] * b[j];
-    for (int i = 0; i < 4; i++, c += c_row)
-        for (int j = 0; j < 8; j++) {
-            float base = (bias ? bias[j] : 0.0f) + (add ? c[j] : 0.0f);
-            c[j] = base + alpha * sum[i][j];
-        }
-}
-
-/* ---- AArch64: 8 x 8 in NEON ---- */
-#if defined(BESA__SIMD_NEON)
-#include <arm_neon.h>
-
-#define BESA__GEMM_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
-#define BESA__GEMM_ZERO(i) float32x4_t l##i = vdupq_n_f32(0.0f), h##i = vdupq_n_f32(0.0f);
-#define BESA__GEMM_STEP(i) l##i = vfmaq_n_f32(l##i, bl, a[i]); h##i = vfmaq_n_f32(h##i, bh, a[i]);
-#define BESA__GEMM_SAVE(i)                                                                           \
-    vst1q_f32(c, vfmaq_n_f32(add ? vaddq_f32(bias_l, vld1q_f32(c)) : bias_l, l##i, alpha));           \
-    vst1q_f32(c + 4, vfmaq_n_f32(add ? vaddq_f32(bias_h, vld1q_f32(c + 4)) : bias_h, h##i, alpha));   \
-    c += c_row;
-
-static void besa__gemm_tile_neon(int64_t units, const float *a, const float *b, float *c, int64_t c_row,
-                                 float alpha, int add, const float *bias)
-{
-    float32x4_t bias_l = bias ? vld1q_f32(bias) : vdupq_n_f32(0.0f);
-    float32x4_t bias_h = bias ? vld1q_f32(bias + 4) : vdupq_n_f32(0.0f);
-    BESA__GEMM_ROWS(BESA__GEMM_ZERO)
-    for (int64_t p = 0; p < units; p++, a += 8, b += 8) {
-        float32x4_t bl = vld1q_f32(b), bh = vld1q_f32(b + 4);
-        BESA__GEMM_ROWS(BESA__GEMM_STEP)
-    }
-    BESA__GEMM_ROWS(BESA__GEMM_SAVE)
-}
-#undef BESA__GEMM_ROWS
-#undef BESA__GEMM_ZERO
-#undef BESA__GEMM_STEP
-#undef BESA__GEMM_SAVE
-#endif
-
-/* ---- x86-64: AVX2 and AVX-512, compiled for any target and chosen at run time ---- */
-#if defined(BESA__SIMD_X86)
-#include <immintrin.h>
-#ifndef __clang__                      /* g++ 12 warns of its own _mm512_undefined_epi32 */
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#define BESA__GEMM_AVX2 __attribute__((target("avx2,fma")))
-#define BESA__GEMM_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
-#define BESA__GEMM_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-
-/* 6 x 16: twelve of the sixteen registers hold C. The rows are written out by macros so that they
-   stay in registers at every level of optimisation. */
-#define BESA__GEMM_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5)
-#define BESA__GEMM_ZERO(i) __m256 l##i = _mm256_setzero_ps(), h##i = _mm256_setzero_ps();
-#define BESA__GEMM_STEP(i)                                                                           \
-    ai = _mm256_broadcast_ss(a + i);                                                                 \
-    l##i = _mm256_fmadd_ps(ai, bl, l##i); h##i = _mm256_fmadd_ps(ai, bh, h##i);
-#define BESA__GEMM_SAVE(i)                                                                           \
-    bl = bias_l; bh = bias_h;                                                                        \
-    if (add) { bl = _mm256_add_ps(bl, _mm256_loadu_ps(c)); bh = _mm256_add_ps(bh, _mm256_loadu_ps(c + 8)); } \
-    _mm256_storeu_ps(c, _mm256_fmadd_ps(ai, l##i, bl));                                              \
-    _mm256_storeu_ps(c + 8, _mm256_fmadd_ps(ai, h##i, bh));                                          \
-    c += c_row;
-
-BESA__GEMM_AVX2 static void besa__gemm_tile_avx2(int64_t units, const float *a, const float *b, float *c,
-                                                 int64_t c_row, float alpha, int add, const float *bias)
-{
-    __m256 ai, bl, bh, bias_l, bias_h;
-    BESA__GEMM_ROWS(BESA__GEMM_ZERO)
-    for (int64_t p = 0; p < units; p++, a += 6, b += 16) {
-        bl = _mm256_load_ps(b);
-        bh = _mm256_load_ps(b + 8);
-        BESA__GEMM_ROWS(BESA__GEMM_STEP)
-    }
-    ai = _mm256_set1_ps(alpha);
-    bias_l = bias ? _mm256_loadu_ps(bias) : _mm256_setzero_ps();
-    bias_h = bias ? _mm256_loadu_ps(bias + 8) : _mm256_setzero_ps();
-    BESA__GEMM_ROWS(BESA__GEMM_SAVE)
-}
-#undef BESA__GEMM_ROWS
-#undef BESA__GEMM_ZERO
-#undef BESA__GEMM_STEP
-#undef BESA__GEMM_SAVE
-
-/* 12 x 32: twenty-four of the thirty-two registers hold C. One unit of k is a float, or, in the second
-   kernel, a pair of bf16 whose two products are added in one step: the same loop, twice the k. */
-#define BESA__GEMM_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
-#define BESA__GEMM_ZERO(i) __m512 l##i = _mm512_setzero_ps(), h##i = _mm512_setzero_ps();
-#define BESA__GEMM_STEP(i)                                                                           \
-    ai = _mm512_set1_ps(a[i]);                                                                       \
-    l##i = _mm512_fmadd_ps(ai, bl, l##i); h##i = _mm512_fmadd_ps(ai, bh, h##i);
-#define BESA__GEMM_STEP_BF16(i)                                                                      \
-    ai = _mm512_set1_ps(a[i]);                                                                       \
-    l##i = _mm512_dpbf16_ps(l##i, (__m512bh)ai, (__m512bh)bl);                                       \
-    h##i = _mm512_dpbf16_ps(h##i, (__m512bh)ai, (__m512bh)bh);
-#define BESA__GEMM_SAVE(i)                                                                           \
-    bl = bias_l; bh = bias_h;                                                                        \
-    if (add) { bl = _mm512_add_ps(bl, _mm512_loadu_ps(c)); bh = _mm512_add_ps(bh, _mm512_loadu_ps(c + 16)); } \
-    _mm512_storeu_ps(c, _mm512_fmadd_ps(ai, l##i, bl));                                              \
-    _mm512_storeu_ps(c + 16, _mm512_fmadd_ps(ai, h##i, bh));                                         \
-    c += c_row;
-#define BESA__GEMM_BODY(step)                                                                        \
-    __m512 ai, bl, bh, bias_l, bias_h;                                                               \
-    BESA__GEMM_ROWS(BESA__GEMM_ZERO)                                                                 \
-    for (int64_t p = 0; p < units; p++, a += 12, b += 32) {                                          \
-        bl = _mm512_load_ps(b);                                                                      \
-        bh = _mm512_load_ps(b + 16);                                                                 \
-        BESA__GEMM_ROWS(step)                                                                        \
-    }                                                                                                \
-    ai = _mm512_set1_ps(alpha);                                                                      \
-    bias_l = bias ? _mm512_loadu_ps(bias) : _mm512_setzero_ps();                                     \
-    bias_h = bias ? _mm512_loadu_ps(bias + 16) : _mm512_setzero_ps();                                \
-    BESA__GEMM_ROWS(BESA__GEMM_SAVE)
-
-BESA__GEMM_AVX512 static void besa__gemm_tile_avx512(int64_t units, const float *a, const float *b, float *c,
-                                                     int64_t c_row, float alpha, int add, const float *bias)
-{
-    BESA__GEMM_BODY(BESA__GEMM_STEP)
-}
-BESA__GEMM_AVX512_BF16 static void besa__gemm_tile_avx512_bf16(int64_t units, const float *a, const float *b,
-                                                               float *c, int64_t c_row, float alpha, int add,
-                                                               const float *bias)
-{
-    BESA__GEMM_BODY(BESA__GEMM_STEP_BF16)
-}
-#undef BESA__GEMM_ROWS
-#undef BESA__GEMM_ZERO
-#undef BESA__GEMM_STEP
-#undef BESA__GEMM_STEP_BF16
-#undef BESA__GEMM_SAVE
-#undef BESA__GEMM_BODY
-
-static inline uint16_t besa__gemm_mask(int64_t count) {     /* of the first `count` of 16 lanes */
-    return (uint16_t)(count >= 16 ? 0xffffu : count <= 0 ? 0u : (1u << count) - 1u);
-}
-
-/* The fp32 bits of up to 16 elements that follow each other; nothing is read beyond `count`. */
-BESA__GEMM_AVX512 static inline __m512i besa__gemm_load_avx512(const besa__gemm_operand *x, int64_t at,
-                                                               int64_t count)
-{
-    __mmask16 mask = besa__gemm_mask(count);
-    __m512i v, up, number;
-    if (x->dtype == BESA_F32) v = _mm512_maskz_loadu_epi32(mask, (const float *)x->data + at);
-    else {
-        __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)x->data + at);
-        if (x->dtype == BESA_BF16) return _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
-        v = _mm512_castps_si512(_mm512_cvtph_ps(half));
-    }
-    if (!x->round) return v;
-    /* to the nearest bf16, ties to even: add 0x7fff plus the lowest bit that stays; a NaN stays quiet */
-    up = _mm512_and_si512(_mm512_srli_epi32(v, 16), _mm512_set1_epi32(1));
-    number = _mm512_add_epi32(v, _mm512_add_epi32(up, _mm512_set1_epi32(0x7fff)));
-    mask = _mm512_cmp_ps_mask(_mm512_castsi512_ps(v), _mm512_castsi512_ps(v), _CMP_UNORD_Q);
-    number = _mm512_mask_or_epi32(number, mask, v, _mm512_set1_epi32(0x400000));
-    return _mm512_and_si512(number, _mm512_set1_epi32((int)0xffff0000u));
-}
-
-/* The outer positions follow each other in memory: a row of the panel is a copy. The rows may lie a page
-   apart, where no prefetcher of the hardware follows: they are asked for 16 rows ahead. */
-BESA__GEMM_AVX512 static void besa__gemm_pack_rows_avx512(float *dst, int64_t width, const besa__gemm_operand *x,
-                                                          int64_t at, int64_t count, int64_t k, int64_t unit)
-{
-    int64_t size = x->dtype == BESA_F32 ? 4 : 2;
-    uintptr_t step = (uintptr_t)(x->k_step * size), ahead = (uintptr_t)x->data + (uintptr_t)(at * size) + 16 * step;
-    for (int64_t p = 0; p < k; p += unit, dst += width, at += unit * x->k_step, ahead += (uintptr_t)unit * step)
-        for (int64_t i = 0; i < width; i += 16) {
-            __m512i v = besa__gemm_load_avx512(x, at + i, count - i);
-            _mm_prefetch((const char *)(ahead + (uintptr_t)(i * size)), _MM_HINT_T0);
-            if (unit == 2) {
-                __m512i odd = _mm512_setzero_si512();
-                _mm_prefetch((const char *)(ahead + step + (uintptr_t)(i * size)), _MM_HINT_T0);
-                if (p + 1 < k) odd = besa__gemm_load_avx512(x, at + x->k_step + i, count - i);
-                v = _mm512_or_si512(_mm512_srli_epi32(v, 16), odd);
-            }
-            _mm512_mask_storeu_epi32(dst + i, besa__gemm_mask(width - i), v);
-        }
-}
-
-/* dst (units) = one run along k */
-BESA__GEMM_AVX512 static void besa__gemm_run_avx512(uint32_t *dst, const besa__gemm_operand *x, int64_t at,
-                                                    int64_t k, int64_t unit)
-{
-    static const uint16_t odd_words[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-                                           33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-    __m512i upper = _mm512_loadu_si512(odd_words);
-    for (int64_t p = 0; p < k; p += 16 * unit, dst += 16) {
-        __m512i v = besa__gemm_load_avx512(x, at + p, k - p);
-        if (unit == 2) v = _mm512_permutex2var_epi16(v, upper, besa__gemm_load_avx512(x, at + p + 16, k - p - 16));
-        _mm512_storeu_si512(dst, v);
-    }
-}
-
-BESA__GEMM_AVX512 static inline __m128i besa__gemm_quarter(const char *from)
-{
-    return _mm_loadu_si128((const __m128i *)(const void *)from);
-}
-
-/* dst (4, width) = four columns of `rows` lines that lie `stride` bytes apart: 4 x 4 blocks, transposed side by side */
-BESA__GEMM_AVX512 static inline void besa__gemm_transpose_avx512(float *dst, int64_t width, const char *from,
-                                                                 int64_t stride, int64_t rows, int64_t columns)
-{
-    __m512i r[4], lo01, hi01, lo23, hi23;
-    __mmask16 mask = besa__gemm_mask(rows);
-    for (int q = 0; q < 4; q++, from += stride) {
-        __m512i v = _mm512_castsi128_si512(besa__gemm_quarter(from));
-        v = _mm512_mask_broadcast_i32x4(v, 0x00f0, besa__gemm_quarter(from + 4 * stride));
-        v = _mm512_mask_broadcast_i32x4(v, 0x0f00, besa__gemm_quarter(from + 8 * stride));
-        if (rows > 12) v = _mm512_mask_broadcast_i32x4(v, 0xf000, besa__gemm_quarter(from + 12 * stride));
-        r[q] = v;
-    }
-    lo01 = _mm512_unpacklo_epi32(r[0], r[1]), hi01 = _mm512_unpackhi_epi32(r[0], r[1]);
-    lo23 = _mm512_unpacklo_epi32(r[2], r[3]), hi23 = _mm512_unpackhi_epi32(r[2], r[3]);
-    _mm512_mask_storeu_epi32(dst, mask, _mm512_unpacklo_epi64(lo01, lo23));
-    if (columns > 1) _mm512_mask_storeu_epi32(dst + width, mask, _mm512_unpackhi_epi64(lo01, lo23));
-    if (columns > 2) _mm512_mask_storeu_epi32(dst + 2 * width, mask, _mm512_unpacklo_epi64(hi01, hi23));
-    if (columns > 3) _mm512_mask_storeu_epi32(dst + 3 * width, mask, _mm512_unpackhi_epi64(hi01, hi23));
-}
-
-/* run (16, 64) = 16 outer positions from `at` on, `count` of them real, and `k` positions: in units, one line each */
-BESA__GEMM_AVX512 static void besa__gemm_stage_avx512(uint32_t *run, const besa__gemm_operand *x, int64_t at,
-                                                      int64_t count, int64_t k, int64_t unit)
-{
-    float line[128];
-    besa__gemm_operand copied = {line, BESA_F32, 0, 1, 0};
-    for (int64_t i = 0; i < 16; i++, run += 64, at += x->outer_step)
-        if (i >= count) memset(run, 0, 64 * sizeof *run);
-        else if (x->k_step == 1) besa__gemm_run_avx512(run, x, at, k, unit);
-        else {
-            besa__gemm_read(line, x, at, x->k_step, k);
-            besa__gemm_run_avx512(run, &copied, 0, k, unit);
-        }
-}
-
-/* Any other stride: 16 outer positions at a time are brought to lines of 64 units along k, unless they
-   have that form already, and transposed. */
-BESA__GEMM_AVX512 static void besa__gemm_pack_columns_avx512(float *dst, int64_t width, const besa__gemm_operand *x,
-                                                             int64_t at, int64_t count, int64_t k, int64_t unit)
-{
-    int ready = x->k_step == 1 && (unit == 2 ? x->dtype == BESA_BF16 : x->dtype == BESA_F32 && !x->round);
-    int64_t size = x->dtype == BESA_F32 ? 4 : 2;
-    uint32_t run[16 * 64];
-    for (int64_t i0 = 0; i0 < width; i0 += 16)
-        for (int64_t p0 = 0; p0 < k; p0 += 64 * unit) {
-            int64_t length = besa__min(64 * unit, k - p0), units = (length + unit - 1) / unit;
-            int64_t from = at + i0 * x->outer_step + p0 * x->k_step, stride = 64 * 4;
-            const char *lines = (const char *)run;
-            if (ready && count == width && length % (4 * unit) == 0) {
-                lines = (const char *)x->data + from * size;
-                stride = x->outer_step * size;
-            } else besa__gemm_stage_avx512(run, x, from, count - i0, length, unit);
-            for (int64_t u = 0; u < units; u += 4)
-                besa__gemm_transpose_avx512(dst + (p0 / unit + u) * width + i0, width, lines + 4 * u, stride,
-                                            besa__min(16, width - i0), units - u);
-        }
-}
-
-BESA__GEMM_AVX512 static void besa__gemm_pack_avx512(float *dst, int64_t width, const besa__gemm_operand *x,
-                                                     int64_t at, int64_t count, int64_t k)
-{
-    if (x->outer_step == 1) besa__gemm_pack_rows_avx512(dst, width, x, at, count, k, 1);
-    else besa__gemm_pack_columns_avx512(dst, width, x, at, count, k, 1);
-}
-BESA__GEMM_AVX512 static void besa__gemm_pack_avx512_bf16(float *dst, int64_t width, const besa__gemm_operand *x,
-                                                          int64_t at, int64_t count, int64_t k)
-{
-    if (x->outer_step == 1) besa__gemm_pack_rows_avx512(dst, width, x, at, count, k, 2);
-    else besa__gemm_pack_columns_avx512(dst, width, x, at, count, k, 2);
-}
-#ifndef __clang__
-#pragma GCC diagnostic pop
-#endif
-#endif /* BESA__SIMD_X86 */
-
-static besa__gemm_kernel besa__gemm_choose(int bf16)
-{
-    besa__gemm_kernel kernel = {4, 8, 1, besa__gemm_pack_c, besa__gemm_tile_c};
-    int simd = besa__cpu_simd();
-    (void)bf16, (void)simd;
-#if defined(BESA__SIMD_NEON)
-    if (simd == 1) kernel.mr = 8, kernel.tile = besa__gemm_tile_neon;
-#elif defined(BESA__SIMD_X86)
-    if (simd == 2) {
-        int paired = bf16 && __builtin_cpu_supports("avx512bf16");
-        kernel.mr = 12, kernel.nr = 32, kernel.unit = paired ? 2 : 1;
-        kernel.pack = paired ? besa__gemm_pack_avx512_bf16 : besa__gemm_pack_avx512;
-        kernel.tile = paired ? besa__gemm_tile_avx512_bf16 : besa__gemm_tile_avx512;
-    } else if (simd == 1) {
-        kernel.mr = 6, kernel.nr = 16, kernel.tile = besa__gemm_tile_avx2;
-    }
-#endif
-    return kernel;
-}
-
-/* ---- blocks, panels and tiles ---- */
-
-/* The block that is being worked on: rows i0.., columns j0.., and p0.. of k, of sizes m, n, k. */
-typedef struct besa__gemm_block {
-    const besa__gemm_args *g;
-    besa__gemm_kernel kernel;
-    besa__gemm_operand a, b;
-    int64_t i0, j0, p0, m, n, k, units;
-    float *a_packed, *b_packed;        /* panels (m / MR)(units, MR) and (n / NR)(units, NR) */
-} besa__gemm_block;
-
-/* Packs panel `index`: the panels of A come first, then those of B. */
-static void besa__gemm_pack_panel(const besa__gemm_block *s, int64_t index)
-{
-    int64_t mr = s->kernel.mr, nr = s->kernel.nr, panels = besa__parts(s->m, mr);
-    if (index < panels) {
-        int64_t i = index * mr, at = (s->i0 + i) * s->a.outer_step + s->p0 * s->a.k_step;
-        s->kernel.pack(s->a_packed + i * s->units, mr, &s->a, at, besa__min(mr, s->m - i), s->k);
-    } else {
-        int64_t j = (index - panels) * nr, at = (s->j0 + j) * s->b.outer_step + s->p0 * s->b.k_step;
-        s->kernel.pack(s->b_packed + j * s->units, nr, &s->b, at, besa__min(nr, s->n - j), s->k);
-    }
-}
-
-/* One micro-tile at (i, j) of the block; at the edges it is computed whole, on the stack. */
-static void besa__gemm_micro(const besa__gemm_block *s, int64_t i, int64_t j)
-{
-    const besa__gemm_args *g = s->g;
-    int64_t mr = s->kernel.mr, nr = s->kernel.nr;
-    int64_t rows = besa__min(mr, s->m - i), columns = besa__min(nr, s->n - j);
-    const float *a = s->a_packed + i * s->units, *b = s->b_packed + j * s->units;
-    const float *bias = g->bias && s->p0 == 0 ? g->bias + s->j0 + j : NULL;
-    float *c = g->c + (s->i0 + i) * g->c_row + s->j0 + j;
-    float edge[BESA__GEMM_TILE_MAX], edge_bias[BESA__GEMM_TILE_MAX];
-    size_t bytes = (size_t)columns * sizeof *c;
-    int add = g->accumulate || s->p0 > 0;
-#ifdef __GNUC__
-    for (int64_t r = 0; r < rows; r++)            /* C comes from afar: it arrives while the sums are formed */
-        for (int64_t q = 0; q < columns; q += 16) __builtin_prefetch(c + r * g->c_row + q, 1);
-#endif
-    if (rows == mr && columns == nr) {
-        s->kernel.tile(s->units, a, b, c, g->c_row, g->alpha, add, bias);
-        return;
-    }
-    memset(edge, 0, sizeof edge);
-    memset(edge_bias, 0, (size_t)nr * sizeof *edge_bias);
-    if (bias) memcpy(edge_bias, bias, bytes);
-    for (int64_t r = 0; add && r < rows; r++) memcpy(edge + r * nr, c + r * g->c_row, bytes);
-    s->kernel.tile(s->units, a, b, edge, nr, g->alpha, add, bias ? edge_bias : NULL);
-    for (int64_t r = 0; r < rows; r++) memcpy(c + r * g->c_row, edge + r * nr, bytes);
-}
-
-/* Tile `index` of the block, TM x TN of C, one panel of B after another. */
-static void besa__gemm_tile(const besa__gemm_block *s, int64_t index)
-{
-    int64_t down = besa__parts(s->m, BESA__GEMM_TM);
-    int64_t i0 = index % down * BESA__GEMM_TM, i1 = besa__min(i0 + BESA__GEMM_TM, s->m);
-    int64_t j0 = index / down * BESA__GEMM_TN, j1 = besa__min(j0 + BESA__GEMM_TN, s->n);
-    if (s->g->lower && s->i0 + i1 <= s->j0 + j0) return;      /* wholly above the diagonal */
-    for (int64_t j = j0; j < j1; j += s->kernel.nr)
-        for (int64_t i = i0; i < i1; i += s->kernel.mr) besa__gemm_micro(s, i, j);
-}
-
-/* work(block, 0), ..., work(block, count - 1) in any order */
-static void besa__gemm_share(const besa__gemm_block *s, void (*work)(const besa__gemm_block *, int64_t),
-                             int64_t count, int threads)
-{
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-        for (int64_t index = 0; index < count; index++) work(s, index);
-        return;
-    }
-#endif
-    (void)threads;
-    for (int64_t index = 0; index < count; index++) work(s, index);
-}
-
-/* The length of equal blocks, a multiple of `grain` and at most `most`. */
-static int64_t besa__gemm_cut(int64_t total, int64_t most, int64_t grain)
-{
-    int64_t length = besa__parts(total, besa__parts(total > 0 ? total : 1, most));
-    return besa__parts(length > 0 ? length : 1, grain) * grain;
-}
-
-static void besa__gemm_run(const besa__gemm_args *g, int threads, int bf16, void *scratch)
-{
-    besa__gemm_block s;
-    int64_t mc, nc, kc;
-    s.g = g;
-    s.kernel = besa__gemm_choose(bf16);
-    s.a.data = g->a, s.a.dtype = g->a_dtype, s.a.outer_step = g->a_row, s.a.k_step = g->a_col, s.a.round = bf16;
-    s.b.data = g->b, s.b.dtype = g->b_dtype, s.b.outer_step = g->b_col, s.b.k_step = g->b_row, s.b.round = bf16;
-    s.a_packed = (float *)scratch;
-    s.b_packed = s.a_packed + BESA__GEMM_MC * BESA__GEMM_KC;
-    mc = besa__gemm_cut(g->m, BESA__GEMM_MC, s.kernel.mr);
-    nc = besa__gemm_cut(g->n, BESA__GEMM_NC, s.kernel.nr);
-    kc = besa__gemm_cut(g->k, BESA__GEMM_KC * s.kernel.unit, 8 * s.kernel.unit);
-    for (s.j0 = 0; s.j0 < g->n; s.j0 += nc)
-        for (s.p0 = 0; s.p0 == 0 || s.p0 < g->k; s.p0 += kc)
-            for (s.i0 = 0; s.i0 < g->m; s.i0 += mc) {
-                int64_t b_panels, tiles;
-                s.m = besa__min(mc, g->m - s.i0);
-                s.n = besa__min(nc, g->n - s.j0);
-                s.k = besa__min(kc, g->k - s.p0);
-                s.units = besa__parts(s.k, s.kernel.unit);
-                b_panels = s.i0 == 0 ? besa__parts(s.n, s.kernel.nr) : 0;    /* packed once for all rows */
-                besa__gemm_share(&s, besa__gemm_pack_panel, besa__parts(s.m, s.kernel.mr) + b_panels, threads);
-                tiles = besa__parts(s.m, BESA__GEMM_TM) * besa__parts(s.n, BESA__GEMM_TN);
-                besa__gemm_share(&s, besa__gemm_tile, tiles, threads);
-            }
-}
-
-/* Bytes of 64-byte aligned scratch that a product with that many threads needs. */
-static size_t besa__gemm_scratch(int threads)
-{
-    (void)threads;                     /* the packed blocks are shared */
-    return (size_t)(BESA__GEMM_MC + BESA__GEMM_NC) * BESA__GEMM_KC * sizeof(float);
-}
-
-/* The product by one thread, for use inside a parallel region; scratch of besa__gemm_scratch(1) bytes. */
-static void besa__gemm_serial(const besa__gemm_args *g, int bf16, void *scratch)
-{
-    besa__gemm_run(g, 1, bf16, scratch);
-}
-
-#ifdef BESA_CBLAS
-#include <cblas.h>
-
-/* The lines of an operand: along k where k is contiguous, else along the outer index. */
-static int64_t besa__gemm_line_step(const besa__gemm_operand *x) { return x->k_step == 1 ? x->outer_step : x->k_step; }
-
-static int besa__gemm_blas_can(const besa__gemm_operand *x, int64_t outer, int64_t k)
-{
-    int64_t step = besa__gemm_line_step(x);
-    if (outer < 1 || k < 1 || outer > INT32_MAX || k > INT32_MAX) return 0;
-    if (x->dtype != BESA_F32) return 1;
-    return (x->k_step == 1 || x->outer_step == 1) && step >= (x->k_step == 1 ? k : outer) && step <= INT32_MAX;
-}
-
-/* The block (outer, k) at `at` in fp32: where it lies, or line by line converted to `room`. */
-static const float *besa__gemm_blas_operand(const besa__gemm_operand *x, int64_t at, int64_t outer, int64_t k,
-                                            float *room, int *ld)
-{
-    int along_k = x->k_step == 1;
-    int64_t lines = along_k ? outer : k, length = along_k ? k : outer, step = besa__gemm_line_step(x);
-    *ld = (int)(x->dtype == BESA_F32 ? step : length);
-    if (x->dtype == BESA_F32) return (const float *)x->data + at;
-    for (int64_t i = 0; i < lines; i++)
-        besa__gemm_read(room + i * length, x, at + i * step, along_k ? 1 : x->outer_step, length);
-    return room;
-}
-
-/* The product by the BLAS the user links, whole or, where operands are converted, block by block.
-   Returns 0 if BLAS has no words for the strides. */
-static int besa__gemm_blas(const besa__gemm_args *g, float *scratch)
-{
-    besa__gemm_operand a = {g->a, g->a_dtype, g->a_row, g->a_col, 0}, b = {g->b, g->b_dtype, g->b_col, g->b_row, 0};
-    int convert = a.dtype != BESA_F32 || b.dtype != BESA_F32;
-    int64_t mc = g->m, nc = g->n, kc = g->k;
-    if (!besa__gemm_blas_can(&a, g->m, g->k) || !besa__gemm_blas_can(&b, g->n, g->k) || g->c_row > INT32_MAX) return 0;
-    if (convert || g->lower) mc = BESA__GEMM_MC, nc = BESA__GEMM_NC;
-    if (convert) kc = BESA__GEMM_KC;
-    for (int64_t i = 0; g->bias && i < g->m; i++)
-        for (int64_t j = 0; j < g->n; j++)
-            g->c[i * g->c_row + j] = g->bias[j] + (g->accumulate ? g->c[i * g->c_row + j] : 0.0f);
-    for (int64_t j0 = 0; j0 < g->n; j0 += nc)
-        for (int64_t p0 = 0; p0 < g->k; p0 += kc)
-            for (int64_t i0 = 0; i0 < g->m; i0 += mc) {
-                int64_t m = besa__min(mc, g->m - i0), n = besa__min(nc, g->n - j0);
-                int64_t k = besa__min(kc, g->k - p0);
-                const float *x, *y;
-                int x_ld, y_ld;
-                if (g->lower && i0 + m <= j0) continue;
-                x = besa__gemm_blas_operand(&a, i0 * a.outer_step + p0 * a.k_step, m, k, scratch, &x_ld);
-                y = besa__gemm_blas_operand(&b, j0 * b.outer_step + p0 * b.k_step, n, k,
-                                            scratch + BESA__GEMM_MC * BESA__GEMM_KC, &y_ld);
-                cblas_sgemm(CblasRowMajor, a.k_step == 1 ? CblasNoTrans : CblasTrans,
-                            b.k_step == 1 ? CblasTrans : CblasNoTrans, (int)m, (int)n, (int)k, g->alpha, x, x_ld,
-                            y, y_ld, g->accumulate || g->bias || p0 > 0 ? 1.0f : 0.0f, g->c + i0 * g->c_row + j0,
-                            (int)g->c_row);
-            }
-    return 1;
-}
-#endif
-
-enum { BESA__GEMM_SERIAL = 1 << 22 };   /* multiply-adds that are done before a second thread has woken up */
-
-/* The product by `threads` threads; bf16 = 1 rounds both operands to bf16 and sums in fp32. */
-static void besa__gemm(const besa__gemm_args *g, int threads, int bf16, void *scratch)
-{
-#ifdef BESA_CBLAS
-    if (!bf16 && besa__gemm_blas(g, (float *)scratch)) return;
-#endif
-    if ((double)g->m * (double)g->n * (double)g->k < (double)BESA__GEMM_SERIAL) threads = 1;
-    besa__gemm_run(g, threads, bf16, scratch);
-}
-
-/* ============================================================================================
- * // >>cpu-kernels           the CPU backend: loops for any instruction set, workspace, memory
- * ============================================================================================
- * A kernel is a plain loop over contiguous floats. BESA__KERNEL compiles its one body three times, for AVX-512, for
- * AVX2 with FMA and for the target of the build, and calls what the processor has. Sums run in 32 lanes that are
- * added up pairwise in the end. Calls section base only; the operations below are made of these kernels. */
-
-#if defined(__GNUC__)
-#define BESA__INLINE static inline __attribute__((__always_inline__))
-#else
-#define BESA__INLINE static inline
-#endif
-
-/* Before a loop whose output may be its input: element i depends on no other element. */
-#if defined(__clang__)
-#define BESA__ELEMENTWISE _Pragma("clang loop vectorize(assume_safety)")
-#elif defined(__GNUC__)
-#define BESA__ELEMENTWISE _Pragma("GCC ivdep")
-#else
-#define BESA__ELEMENTWISE
-#endif
-#if defined(__clang__) /* without optimisation clang warns that it did not vectorise */
-#pragma clang diagnostic push
-#pragma clang diagnostic ignored "-Wpass-failed"
-#endif
-
-#if defined(BESA__SIMD_X86)
-#define BESA__KERNEL_AS(type, give, name, params, args)                                            \
-    __attribute__((__target__("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))                     \
-    static type name##_avx512 params { give name##_body args; }                                    \
-    __attribute__((__target__("avx2,fma"))) static type name##_avx2 params { give name##_body args; } \
-    static type name params                                                                        \
-    {                                                                                              \
-        int simd = besa__cpu_simd();                                                               \
-        if (simd == 2) give name##_avx512 args;                                                    \
-        else if (simd == 1) give name##_avx2 args;                                                 \
-        else give name##_body args;                                                                \
-    }
-#else
-#define BESA__KERNEL_AS(type, give, name, params, args) static type name params { give name##_body args; }
-#endif
-#define BESA__KERNEL(name, params, args) BESA__KERNEL_AS(void, , name, params, args)
-#define BESA__KERNEL_FLOAT(name, params, args) BESA__KERNEL_AS(float, return, name, params, args)
-
-enum { BESA__LANES = 32 };
-
-BESA__INLINE float besa__lanes_sum(float *lane /* (32), overwritten */)
-{
-    for (int width = BESA__LANES / 2; width > 0; width /= 2)
-        for (int l = 0; l < width; l++) lane[l] += lane[l + width];
-    return lane[0];
-}
-
-/* exp(x) to about one ulp, in a form that vectorises: x = k ln 2 + r, |r| <= ln 2 / 2, exp(x) = 2^k exp(r).
- * Overflow gives infinity, underflow 0 by way of subnormals, NaN stays NaN. Limits are kept by comparing bits. */
-BESA__INLINE float besa__exp(float x)
-{
-    const float magic = 12582912.0f; /* 1.5 2^23: adding it rounds to an integer */
-    uint32_t bits = besa__float_bits(x);
-    uint32_t nan = (uint32_t)((int32_t)(0x7F800000u - (bits & 0x7FFFFFFFu)) >> 31); /* all ones for NaN */
-    uint32_t low = bits < 0xC2D20000u ? bits : 0xC2D20000u;                         /* max(x, -105) */
-    int32_t high = (int32_t)low < 0x42B20000 ? (int32_t)low : 0x42B20000;           /* min(x, 89) */
-    float y = besa__bits_float((uint32_t)high), t = y * 1.44269504f + magic, n = t - magic;
-    float r = (y - n * 0.693359375f) + n * 2.12194440e-4f, p = 1.98412698e-4f;
-    int32_t k = (int32_t)(besa__float_bits(t) - besa__float_bits(magic)), half = k >> 1;
-    p = p * r + 1.38888889e-3f;
-    p = p * r + 8.33333333e-3f;
-    p = p * r + 4.16666667e-2f;
-    p = p * r + 1.66666667e-1f;
-    p = p * r + 0.5f;
-    p = p * (r * r) + r;
-    p = p + 1.0f;
-    p = p * besa__bits_float((uint32_t)(half + 127) << 23) * besa__bits_float((uint32_t)(k - half + 127) << 23);
-    return besa__bits_float(besa__float_bits(p) | nan);
-}
-
-BESA__INLINE float besa__sigmoid(float x) { return 1.0f / (1.0f + besa__exp(-x)); }
-
-/* sqrt(x), x >= 0, to about one ulp: libm's may set errno, which keeps loops from being vectorised.
- * y -> 1 / sqrt(x) by Newton's iteration from a first guess that halves the exponent. */
-BESA__INLINE float besa__sqrt(float x)
-{
-    float y = besa__bits_float(0x5F375A86u - (besa__float_bits(x) >> 1)), root;
-    for (int i = 0; i < 3; i++) y = y * (1.5f - 0.5f * x * y * y);
-    root = x * y;
-    return root + 0.5f * y * (x - root * root);
-}
-
-/* sum x y */
-BESA__INLINE float besa__cpu_dot_body(const float *x, const float *y, int64_t n)
-{
-    float lane[BESA__LANES];
-    int64_t i = 0;
-    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
-    for (; i + BESA__LANES <= n; i += BESA__LANES)
-        for (int l = 0; l < BESA__LANES; l++) lane[l] += x[i + l] * y[i + l];
-    for (; i < n; i++) lane[i % BESA__LANES] += x[i] * y[i];
-    return besa__lanes_sum(lane);
-}
-BESA__KERNEL_FLOAT(besa__cpu_dot, (const float *x, const float *y, int64_t n), (x, y, n))
-
-/* max x; n >= 1 */
-BESA__INLINE float besa__cpu_row_max_body(const float *x, int64_t n)
-{
-    float lane[BESA__LANES], m;
-    int64_t i = 0;
-    for (int l = 0; l < BESA__LANES; l++) lane[l] = x[0];
-    for (; i + BESA__LANES <= n; i += BESA__LANES)
-        for (int l = 0; l < BESA__LANES; l++) lane[l] = lane[l] < x[i + l] ? x[i + l] : lane[l];
-    for (; i < n; i++) lane[i % BESA__LANES] = lane[i % BESA__LANES] < x[i] ? x[i] : lane[i % BESA__LANES];
-    m = lane[0];
-    for (int l = 1; l < BESA__LANES; l++) m = m < lane[l] ? lane[l] : m;
-    return m;
-}
-BESA__KERNEL_FLOAT(besa__cpu_row_max, (const float *x, int64_t n), (x, n))
-
-/* y = exp(x - shift), their sum returned; y may be x */
-BESA__INLINE float besa__cpu_exp_sum_body(float *y, const float *x, float shift, int64_t n)
-{
-    float lane[BESA__LANES];
-    int64_t i = 0;
-    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
-    for (; i + BESA__LANES <= n; i += BESA__LANES) {
-        float e[BESA__LANES];
-        for (int l = 0; l < BESA__LANES; l++) e[l] = besa__exp(x[i + l] - shift);
-        for (int l = 0; l < BESA__LANES; l++) lane[l] += e[l];
-        for (int l = 0; l < BESA__LANES; l++) y[i + l] = e[l];
-    }
-    for (; i < n; i++) {
-        y[i] = besa__exp(x[i] - shift);
-        lane[i % BESA__LANES] += y[i];
-    }
-    return besa__lanes_sum(lane);
-}
-BESA__KERNEL_FLOAT(besa__cpu_exp_sum, (float *y, const float *x, float shift, int64_t n), (y, x, shift, n))
-
-/* sum exp(x - shift) */
-BESA__INLINE float besa__cpu_sum_exp_body(const float *x, float shift, int64_t n)
-{
-    float lane[BESA__LANES];
-    int64_t i = 0;
-    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
-    for (; i + BESA__LANES <= n; i += BESA__LANES)
-        for (int l = 0; l < BESA__LANES; l++) lane[l] += besa__exp(x[i + l] - shift);
-    for (; i < n; i++) lane[i % BESA__LANES] += besa__exp(x[i] - shift);
-    return besa__lanes_sum(lane);
-}
-BESA__KERNEL_FLOAT(besa__cpu_sum_exp, (const float *x, float shift, int64_t n), (x, shift, n))
-
-/* y += a x */
-BESA__INLINE void besa__cpu_axpy_body(float *y, float a, const float *x, int64_t n)
-{
-    BESA__ELEMENTWISE
-    for (int64_t i = 0; i < n; i++) y[i] += a * x[i];
-}
-BESA__KERNEL(besa__cpu_axpy, (float *y, float a, const float *x, int64_t n), (y, a, x, n))
-
-/* x *= a */
-BESA__INLINE void besa__cpu_scale_body(float *x, float a, int64_t n)
-{
-    for (int64_t i = 0; i < n; i++) x[i] *= a;
-}
-BESA__KERNEL(besa__cpu_scale, (float *x, float a, int64_t n), (x, a, n))
-
-/* y = x in float */
-BESA__INLINE void besa__cpu_widen_bf16_body(float *y, const uint16_t *x, int64_t n)
-{
-    BESA__ELEMENTWISE
-    for (int64_t i = 0; i < n; i++) y[i] = besa__bf16_to_f32(x[i]);
-}
-BESA__KERNEL(besa__cpu_widen_bf16, (float *y, const uint16_t *x, int64_t n), (y, x, n))
-
-BESA__INLINE void besa__cpu_widen_f16_body(float *y, const uint16_t *x, int64_t n)
-{
-    BESA__ELEMENTWISE
-    for (int64_t i = 0; i < n; i++) y[i] = besa__f16_to_f32(x[i]);
-}
-BESA__KERNEL(besa__cpu_widen_f16, (float *y, const uint16_t *x, int64_t n), (y, x, n))
-
-BESA__INLINE void besa__cpu_narrow_bf16_body(uint16_t *y, const float *x, int64_t n)
-{
-    BESA__ELEMENTWISE
-    for (int64_t i = 0; i < n; i++) y[i] = besa__f32_to_bf16(x[i]);
-}
-BESA__KERNEL(besa__cpu_narrow_bf16, (uint16_t *y, const float *x, int64_t n), (y, x, n))
-
-/* y (n) = elements at .. at + n - 1 of x, in float */
-static void besa__cpu_widen(float *y, const void *x, besa_dtype dtype, int64_t at, int64_t n)
-{
-    const void *from = besa__at_const(x, dtype, at);
-    if (dtype == BESA_BF16) besa__cpu_widen_bf16(y, (const uint16_t *)from, n);
-    else if (dtype == BESA_F16) besa__cpu_widen_f16(y, (const uint16_t *)from, n);
-    else memcpy(y, from, (size_t)n * sizeof *y);
-}
-
-/* elements at .. at + n - 1 of y = x (n), rounded to nearest even */
-static void besa__cpu_narrow(void *y, besa_dtype dtype, int64_t at, const float *x, int64_t n)
-{
-    void *to = besa__at(y, dtype, at);
-    if (dtype == BESA_BF16) besa__cpu_narrow_bf16((uint16_t *)to, x, n);
-    else if (dtype == BESA_F32) memcpy(to, x, (size_t)n * sizeof *x);
-    else for (int64_t i = 0; i < n; i++) ((uint16_t *)to)[i] = besa__f32_to_f16(x[i]);
-}
-
-/* ---- context, tasks, workspace ------------------------------------------------------------- */
-
-typedef struct besa__cpu {
-    int threads, bf16;
-    double event[BESA_EVENT_COUNT];             /* clock when it was recorded */
-} besa__cpu;
-
-static inline const besa__cpu *besa__cpu_of(const besa_backend *be) { return (const besa__cpu *)be->context; }
-
-/* The number of threads for so many tasks. */
-static int besa__cpu_team(const besa_backend *be, int64_t tasks)
-{
-    int threads = besa__cpu_of(be)->threads;
-    return tasks < threads ? (int)besa__max(tasks, 1) : threads;
-}
-
-/* Rows of one task: about 32768 elements. */
-static int64_t besa__cpu_grain(int64_t columns) { return besa__max(32768 / besa__max(columns, 1), 1); }
-
-/* The workspace as an empty arena; BESA__CPU_FITS checks what was taken of it. */
-static besa__arena besa__cpu_work(const besa_backend *be)
-{
-    besa__arena work;
-    work.base = (unsigned char *)be->workspace;
-    work.used = 0;
-    return work;
-}
-
-/* For each operation with workspace a function `..._place` takes its arrays from an arena; workspace_size runs it on
- * an arena without memory. */
-#define BESA__CPU_FITS(be, work) BESA_ASSERT((work).used <= (be)->workspace_bytes)
-
-static besa_result besa__cpu_alloc(besa_backend *be, void **device, size_t bytes)
-{
-    void *raw;
-    unsigned char *aligned;
-    *device = NULL;
-    BESA__TRY(besa__malloc(&raw, besa__add_sizes(bytes, 2 * BESA__ALIGN), "the CPU backend", &be->error));
-    aligned = (unsigned char *)raw + (2 * BESA__ALIGN - (uintptr_t)raw % BESA__ALIGN);
-    memcpy(aligned - sizeof raw, &raw, sizeof raw);
-    *device = aligned;
-    return BESA_OK;
-}
-
-static void besa__cpu_free(besa_backend *be, void *device)
-{
-    void *raw;
-    (void)be;
-    if (!device) return;
-    memcpy(&raw, (unsigned char *)device - sizeof raw, sizeof raw); /* alloc left it there */
-    BESA_FREE(raw);
-}
-
-static besa_result besa__cpu_memory_info(besa_backend *be, size_t *free_bytes, size_t *total_bytes)
-{
-    (void)be;
-    *free_bytes = *total_bytes = 0; /* not known */
-    return BESA_OK;
-}
-
-static besa_result besa__cpu_upload(besa_backend *be, besa_queue q, void *dst, const void *src, size_t bytes)
-{
-    (void)be, (void)q;
-    if (bytes) memmove(dst, src, bytes);
-    return BESA_OK;
-}
-
-static besa_result besa__cpu_zero(besa_backend *be, besa_queue q, void *dst, size_t bytes)
-{
-    (void)be, (void)q;
-    if (bytes) memset(dst, 0, bytes);
-    return BESA_OK;
-}
-
-/* Operations are done when they return: an event is the time of its record, and nothing waits. */
-static besa_result besa__cpu_record(besa_backend *be, besa_queue q, int event)
-{
-    (void)q;
-    BESA_ASSERT(event >= 0 && event < BESA_EVENT_COUNT);
-    ((besa__cpu *)be->context)->event[event] = besa__seconds();
-    return BESA_OK;
-}
-
-static besa_result besa__cpu_wait(besa_backend *be, besa_queue q, int event)
-{
-    (void)be, (void)q, (void)event;
-    return BESA_OK;
-}
-
-static besa_result besa__cpu_elapsed(besa_backend *be, int first, int second, double *seconds)
-{
-    const besa__cpu *cpu = besa__cpu_of(be);
-    BESA_ASSERT(first >= 0 && first < BESA_EVENT_COUNT && second >= 0 && second < BESA_EVENT_COUNT);
-    *seconds = cpu->event[second] - cpu->event[first];
-    return BESA_OK;
-}
-
-static besa_result besa__cpu_synchronize(besa_backend *be, besa_queue q)
-{
-    (void)be, (void)q;
-    return BESA_OK;
-}
-
-/* dst(n) = src(n) */
-static besa_result besa__cpu_convert(besa_backend *be, void *dst, besa_dtype dst_dtype, const void *src,
-                                     besa_dtype src_dtype, int64_t n)
-{
-    int64_t grain = 32768, tasks = besa__parts(n, grain);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        int64_t end = besa__min(n, (task + 1) * grain);
-        for (int64_t i = task * grain; i < end; i += 512) {
-            float part[512];
-            int64_t count = besa__min(512, end - i);
-            if (dst_dtype == src_dtype)
-                memmove(besa__at(dst, dst_dtype, i), besa__at_const(src, src_dtype, i),
-                        (size_t)count * besa_dtype_size(src_dtype));
-            else {
-                besa__cpu_widen(part, src, src_dtype, i, count);
-                besa__cpu_narrow(dst, dst_dtype, i, part, count);
-            }
-        }
-    }
-    return BESA_OK;
-}
-
-/* ============================================================================================
- * // >>cpu-block             matrix products, the block's pieces, loss and head on the CPU
- * ============================================================================================
- * T tokens, C columns, R rows; activations are float. Products go to section cpu-gemm; the rest are the formulas of
- * api-backend over kernels. Tasks are runs of rows whose length depends on the sizes alone. */
-
-/* ---- matrix products ----------------------------------------------------------------------- */
-
-static besa__gemm_args besa__cpu_product(float *c, int64_t m, int64_t n, int64_t k)
-{
-    besa__gemm_args g;
-    memset(&g, 0, sizeof g);
-    g.m = m, g.n = n, g.k = k;
-    g.c = c, g.c_row = n;
-    g.alpha = 1.0f;
-    return g;
-}
-
-/* A(i,p) = a[i row + p column], and B likewise */
-static void besa__cpu_operand_a(besa__gemm_args *g, const void *a, besa_dtype dtype, int64_t row, int64_t column)
-{
-    g->a = a, g->a_dtype = dtype, g->a_row = row, g->a_col = column;
-}
-
-static void besa__cpu_operand_b(besa__gemm_args *g, const void *b, besa_dtype dtype, int64_t row, int64_t column)
-{
-    g->b = b, g->b_dtype = dtype, g->b_row = row, g->b_col = column;
-}
-
-static void *besa__cpu_gemm_place(besa__arena *work, int threads)
-{
-    return besa__take(work, besa__gemm_scratch(threads));
-}
-
-/* The product by all threads, with its scratch at the start of the workspace. */
-static void besa__cpu_multiply(besa_backend *be, const besa__gemm_args *g, int bf16)
-{
-    const besa__cpu *cpu = besa__cpu_of(be);
-    besa__arena work = besa__cpu_work(be);
-    void *scratch = besa__cpu_gemm_place(&work, cpu->threads);
-    BESA__CPU_FITS(be, work);
-    besa__gemm(g, cpu->threads, bf16, scratch);
-}
-
-/* Y(T,R) = X(T,C) W(R,C)' [+ Y] [+ bias(R)] */
-static besa_result besa__cpu_linear_forward(besa_backend *be, void *y, const void *x, const void *w, besa_dtype dtype,
-                                            const float *bias, int64_t tokens, int64_t rows, int64_t columns,
-                                            int accumulate)
-{
-    besa__gemm_args g = besa__cpu_product((float *)y, tokens, rows, columns);
-    besa__cpu_operand_a(&g, x, BESA_F32, columns, 1);
-    besa__cpu_operand_b(&g, w, dtype, 1, columns);
-    g.bias = bias;
-    g.accumulate = accumulate;
-    besa__cpu_multiply(be, &g, besa__cpu_of(be)->bf16);
-    return BESA_OK;
-}
-
-/* dX(T,C) = dY(T,R) W(R,C) [+ dX] */
-static besa_result besa__cpu_linear_backward_input(besa_backend *be, void *dx, const void *dy, const void *w,
-                                                   besa_dtype dtype, int64_t tokens, int64_t rows, int64_t columns,
-                                                   int accumulate)
-{
-    besa__gemm_args g = besa__cpu_product((float *)dx, tokens, columns, rows);
-    besa__cpu_operand_a(&g, dy, BESA_F32, rows, 1);
-    besa__cpu_operand_b(&g, w, dtype, columns, 1);
-    g.accumulate = accumulate;
-    besa__cpu_multiply(be, &g, besa__cpu_of(be)->bf16);
-    return BESA_OK;
-}
-
-/* dW(count,C): rows first .. of dY(T,R)' X(T,C) */
-static besa_result besa__cpu_linear_backward_weight(besa_backend *be, float *dw, const void *dy, const void *x,
-                                                    int64_t tokens, int64_t rows, int64_t columns, int64_t first,
-                                                    int64_t count, int accumulate)
-{
-    besa__gemm_args g = besa__cpu_product(dw, count, columns, tokens);
-    g.accumulate = accumulate;
-    besa__cpu_operand_a(&g, (const float *)dy + first, BESA_F32, 1, rows);
-    besa__cpu_operand_b(&g, x, BESA_F32, columns, 1);
-    besa__cpu_multiply(be, &g, besa__cpu_of(be)->bf16);
-    return BESA_OK;
-}
-
-/* H(C,C) += scale X(T,C)' X(T,C), the lower triangle */
-static besa_result besa__cpu_gram(besa_backend *be, float *h, const void *x, float scale, int64_t tokens,
-                                  int64_t columns)
-{
-    besa__gemm_args g = besa__cpu_product(h, columns, columns, tokens);
-    besa__cpu_operand_a(&g, x, BESA_F32, 1, columns);
-    besa__cpu_operand_b(&g, x, BESA_F32, columns, 1);
-    g.alpha = scale;
-    g.accumulate = 1;
-    g.lower = 1;
-    besa__cpu_multiply(be, &g, besa__cpu_of(be)->bf16);
-    return BESA_OK;
-}
-
-/* logits(T,V) = H(T,d) W(V,d)' */
-static besa_result besa__cpu_logits(besa_backend *be, float *out, const void *h, const void *w, besa_dtype dtype,
-                                    int64_t tokens, int64_t vocab, int64_t d)
-{
-    return besa__cpu_linear_forward(be, out, h, w, dtype, NULL, tokens, vocab, d, 0);
-}
-
-/* ---- rmsnorm ------------------------------------------------------------------------------- */
-
-/* y = x r g */
-BESA__INLINE void besa__cpu_norm_row_body(float *y, const float *x, const float *g, float r, int64_t d)
-{
-    BESA__ELEMENTWISE
-    for (int64_t c = 0; c < d; c++) y[c] = x[c] * r * g[c];
-}
-BESA__KERNEL(besa__cpu_norm_row, (float *y, const float *x, const float *g, float r, int64_t d), (y, x, g, r, d))
-
-/* sum x y g */
-BESA__INLINE float besa__cpu_dot3_body(const float *x, const float *y, const float *g, int64_t d)
-{
-    float lane[BESA__LANES];
-    int64_t i = 0;
-    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
-    for (; i + BESA__LANES <= d; i += BESA__LANES)
-        for (int l = 0; l < BESA__LANES; l++) lane[l] += x[i + l] * y[i + l] * g[i + l];
-    for (; i < d; i++) lane[i % BESA__LANES] += x[i] * y[i] * g[i];
-    return besa__lanes_sum(lane);
-}
-BESA__KERNEL_FLOAT(besa__cpu_dot3, (const float *x, const float *y, const float *g, int64_t d), (x, y, g, d))
-
-/* dx = [dx +] r g dy - x t */
-BESA__INLINE void besa__cpu_norm_back_row_body(float *dx, const float *dy, const float *x, const float *g, float r,
-                                               float t, int64_t d, int accumulate)
-{
-    if (accumulate) {
-        BESA__ELEMENTWISE
-        for (int64_t c = 0; c < d; c++) dx[c] += r * g[c] * dy[c] - x[c] * t;
-    } else {
-        BESA__ELEMENTWISE
-        for (int64_t c = 0; c < d; c++) dx[c] = r * g[c] * dy[c] - x[c] * t;
-    }
-}
-BESA__KERNEL(besa__cpu_norm_back_row,
-             (float *dx, const float *dy, const float *x, const float *g, float r, float t, int64_t d, int accumulate),
-             (dx, dy, x, g, r, t, d, accumulate))
-
-/* Y(N,d) = X inv_rms g, inv_rms(N) = 1 / sqrt(mean(X^2) + eps) */
-static besa_result besa__cpu_rmsnorm_forward(besa_backend *be, void *y, float *inv_rms, const void *x, const float *g,
-                                             int64_t n, int64_t d, float eps)
-{
-    int64_t grain = besa__cpu_grain(d), tasks = besa__parts(n, grain);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++)
-        for (int64_t i = task * grain; i < besa__min(n, (task + 1) * grain); i++) {
-            const float *row = (const float *)x + i * d;
-            inv_rms[i] = 1.0f / sqrtf(besa__cpu_dot(row, row, d) / (float)d + eps);
-            besa__cpu_norm_row((float *)y + i * d, row, g, inv_rms[i], d);
-        }
-    return BESA_OK;
-}
-
-/* dX(N,d) = inv_rms (g dY - X inv_rms^2 mean(g dY X)) [+ dX] */
-static besa_result besa__cpu_rmsnorm_backward(besa_backend *be, void *dx, const void *dy, const void *x, const float *g,
-                                              const float *inv_rms, int64_t n, int64_t d, int accumulate)
-{
-    int64_t grain = besa__cpu_grain(d), tasks = besa__parts(n, grain);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++)
-        for (int64_t i = task * grain; i < besa__min(n, (task + 1) * grain); i++) {
-            const float *x_row = (const float *)x + i * d, *dy_row = (const float *)dy + i * d;
-            float r = inv_rms[i], mean = besa__cpu_dot3(dy_row, x_row, g, d) / (float)d;
-            besa__cpu_norm_back_row((float *)dx + i * d, dy_row, x_row, g, r, r * r * r * mean, d, accumulate);
-        }
-    return BESA_OK;
-}
-
-/* ---- rope ---------------------------------------------------------------------------------- */
-
-/* the heads of one token: (a, b) = (a cos - b sin, b cos + a sin), sin negated for direction -1 */
-BESA__INLINE void besa__cpu_rope_row_body(float *x, const float *cosine, const float *sine, float direction,
-                                          int64_t heads, int64_t half)
-{
-    for (int64_t h = 0; h < heads; h++, x += 2 * half) {
-        float *y = x + half;
-        BESA__ELEMENTWISE
-        for (int64_t i = 0; i < half; i++) {
-            float a = x[i], b = y[i], s = direction * sine[i];
-            x[i] = a * cosine[i] - b * s;
-            y[i] = b * cosine[i] + a * s;
-        }
-    }
-}
-BESA__KERNEL(besa__cpu_rope_row,
-             (float *x, const float *cosine, const float *sine, float direction, int64_t heads, int64_t half),
-             (x, cosine, sine, direction, heads, half))
-
-/* X(T, heads * dh) in place, token t at position t % seqlen of cos, sin (seqlen, dh / 2) */
-static besa_result besa__cpu_rope(besa_backend *be, void *x, const float *cosine, const float *sine, int64_t tokens,
-                                  int64_t seqlen, int64_t heads, int64_t head_dim, int direction)
-{
-    int64_t grain = besa__cpu_grain(heads * head_dim), tasks = besa__parts(tokens, grain), half = head_dim / 2;
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++)
-        for (int64_t t = task * grain; t < besa__min(tokens, (task + 1) * grain); t++)
-            besa__cpu_rope_row((float *)x + t * heads * head_dim, cosine + t % seqlen * half,
-                               sine + t % seqlen * half, (float)direction, heads, half);
-    return BESA_OK;
-}
-
-/* ---- attention ----------------------------------------------------------------------------- */
-/* One task is one query head of one sequence. Its scores exist for BESA__CPU_QUERIES queries at a time, and only for
- * the keys that one of these queries sees. */
-
-enum { BESA__CPU_QUERIES = 96 }; /* a multiple of every tile's rows */
-
-typedef struct besa__cpu_head {
-    const float *q, *k, *v;            /* (T, dh) with rows q_step, k_step apart */
-    int64_t q_step, k_step, seqlen, head_dim, window;
-    int bf16;
-    void *gemm;                        /* what follows is per thread: scratch of products, */
-    float *p, *dp;                     /* (QUERIES, T) probabilities and their gradient */
-    float *sum;                        /* (QUERIES) */
-} besa__cpu_head;
-
-/* One set of per-thread arrays of attention. */
-static void besa__cpu_attention_place(besa__arena *work, besa__cpu_head *head, int64_t seqlen, int backward)
-{
-    head->gemm = besa__cpu_gemm_place(work, 1);
-    head->p = besa__take_floats(work, besa__product(BESA__CPU_QUERIES, seqlen));
-    head->dp = backward ? besa__take_floats(work, besa__product(BESA__CPU_QUERIES, seqlen)) : NULL;
-    head->sum = besa__take_floats(work, BESA__CPU_QUERIES);
-}
-
-/* Query head `index` % heads of sequence index / heads. */
-static void besa__cpu_head_set(besa__cpu_head *head, const besa_backend *be, const besa_attention_shape *s,
-                               int64_t index, const float *q, const float *k, const float *v)
-{
-    int64_t sequence = index / s->num_attention_heads, h = index % s->num_attention_heads;
-    int64_t kv = h / (s->num_attention_heads / s->num_key_value_heads), first = sequence * s->seqlen;
-    head->bf16 = besa__cpu_of(be)->bf16;
-    head->seqlen = s->seqlen, head->head_dim = s->head_dim, head->window = s->sliding_window;
-    head->q_step = s->num_attention_heads * s->head_dim;
-    head->k_step = s->num_key_value_heads * s->head_dim;
-    head->q = q + first * head->q_step + h * s->head_dim;
-    head->k = k + first * head->k_step + kv * s->head_dim;
-    head->v = v + first * head->k_step + kv * s->head_dim;
-}
-
-/* The first key that query i sees. */
-static int64_t besa__cpu_first_key(const besa__cpu_head *head, int64_t i)
-{
-    return head->window > 0 ? besa__max(0, i - head->window + 1) : 0;
-}
-
-/* p(n, keys) = exp(scores - row maximum) of queries i0 .. i0+n-1 and keys j0 .. j0+keys-1, 0 where masked;
- * sum(n) = row sums, so that p / sum is the softmax */
-static void besa__cpu_attention_scores(const besa__cpu_head *head, int64_t i0, int64_t n, int64_t j0, int64_t keys)
-{
-    besa__gemm_args g = besa__cpu_product(head->p, n, keys, head->head_dim);
-    besa__cpu_operand_a(&g, head->q + i0 * head->q_step, BESA_F32, head->q_step, 1);
-    besa__cpu_operand_b(&g, head->k + j0 * head->k_step, BESA_F32, 1, head->k_step);
-    g.alpha = 1.0f / sqrtf((float)head->head_dim);
-    besa__gemm_serial(&g, head->bf16, head->gemm);
-    for (int64_t i = 0; i < n; i++) {
-        float *row = head->p + i * keys;
-        int64_t begin = besa__cpu_first_key(head, i0 + i) - j0, end = i0 + i + 1 - j0;
-        for (int64_t j = 0; j < begin; j++) row[j] = 0.0f;
-        head->sum[i] = besa__cpu_exp_sum(row + begin, row + begin, besa__cpu_row_max(row + begin, end - begin), end - begin);
-        for (int64_t j = end; j < keys; j++) row[j] = 0.0f;
-    }
-}
-
-/* O (T, dh) of one head */
-static void besa__cpu_attention_forward_head(const besa__cpu_head *head, float *o)
-{
-    for (int64_t i0 = 0; i0 < head->seqlen; i0 += BESA__CPU_QUERIES) {
-        int64_t n = besa__min(BESA__CPU_QUERIES, head->seqlen - i0);
-        int64_t j0 = besa__cpu_first_key(head, i0), keys = i0 + n - j0;
-        besa__gemm_args g = besa__cpu_product(o + i0 * head->q_step, n, head->head_dim, keys);
-        besa__cpu_attention_scores(head, i0, n, j0, keys);
-        besa__cpu_operand_a(&g, head->p, BESA_F32, keys, 1);
-        besa__cpu_operand_b(&g, head->v + j0 * head->k_step, BESA_F32, head->k_step, 1);
-        g.c_row = head->q_step;
-        besa__gemm_serial(&g, head->bf16, head->gemm);
-        for (int64_t i = 0; i < n; i++)
-            besa__cpu_scale(g.c + i * head->q_step, 1.0f / head->sum[i], head->head_dim);
-    }
-}
-
-/* O(T, heads * dh) = softmax_causal(Q K' / sqrt(dh)) V */
-static besa_result besa__cpu_attention_forward(besa_backend *be, void *o, const void *q, const void *k, const void *v,
-                                               const besa_attention_shape *s)
-{
-    int64_t tasks = s->batch * s->num_attention_heads;
-    besa__arena work = besa__cpu_work(be), one = {NULL, 0};
-    besa__cpu_head sizes;
-    besa__cpu_attention_place(&one, &sizes, s->seqlen, 0);
-    besa__take_parts(&work, &one, besa__cpu_of(be)->threads);
-    BESA__CPU_FITS(be, work);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        besa__cpu_head head;
-        besa__arena mine;
-        mine.base = work.base + (size_t)one.used * (size_t)BESA__THREAD_INDEX();
-        mine.used = 0;
-        besa__cpu_attention_place(&mine, &head, s->seqlen, 0);
-        besa__cpu_head_set(&head, be, s, task, (const float *)q, (const float *)k, (const float *)v);
-        besa__cpu_attention_forward_head(&head, (float *)o + (head.q - (const float *)q));
-    }
-    return BESA_OK;
-}
-
-/* dp (n) = p (dp - sum p dp): the derivative of the softmax */
-BESA__INLINE void besa__cpu_softmax_back_body(float *dp, const float *p, float dot, int64_t n)
-{
-    BESA__ELEMENTWISE
-    for (int64_t j = 0; j < n; j++) dp[j] = p[j] * (dp[j] - dot);
-}
-BESA__KERNEL(besa__cpu_softmax_back, (float *dp, const float *p, float dot, int64_t n), (dp, p, dot, n))
-
-/* Queries i0 .. i0+n-1: p and dp as scores and their gradient dS, from dO:
- * dP = dO V', dS = P (dP - sum_j P dP) */
-static void besa__cpu_attention_backward_scores(const besa__cpu_head *head, const float *d_o, int64_t i0, int64_t n,
-                                                int64_t j0, int64_t keys)
-{
-    besa__gemm_args g = besa__cpu_product(head->dp, n, keys, head->head_dim);
-    besa__cpu_attention_scores(head, i0, n, j0, keys);
-    besa__cpu_operand_a(&g, d_o + i0 * head->q_step, BESA_F32, head->q_step, 1);
-    besa__cpu_operand_b(&g, head->v + j0 * head->k_step, BESA_F32, 1, head->k_step);
-    besa__gemm_serial(&g, head->bf16, head->gemm);
-    for (int64_t i = 0; i < n; i++) {
-        float *p = head->p + i * keys, *dp = head->dp + i * keys;
-        besa__cpu_scale(p, 1.0f / head->sum[i], keys);
-        besa__cpu_softmax_back(dp, p, besa__cpu_dot(p, dp, keys), keys);
-    }
-}
-
-/* dQ (T, dh) of one head, assigned; dK, dV (T, dh), rows dk_step apart, assigned too */
-static void besa__cpu_attention_backward_head(const besa__cpu_head *head, float *dq, float *dk, float *dv,
-                                              int64_t dk_step, const float *d_o)
-{
-    for (int64_t t = 0; t < head->seqlen; t++) {
-        memset(dk + t * dk_step, 0, (size_t)head->head_dim * sizeof *dk);
-        memset(dv + t * dk_step, 0, (size_t)head->head_dim * sizeof *dv);
-    }
-    for (int64_t i0 = 0; i0 < head->seqlen; i0 += BESA__CPU_QUERIES) {
-        int64_t n = besa__min(BESA__CPU_QUERIES, head->seqlen - i0);
-        int64_t j0 = besa__cpu_first_key(head, i0), keys = i0 + n - j0;
-        besa__gemm_args g = besa__cpu_product(dq + i0 * head->q_step, n, head->head_dim, keys);
-        besa__cpu_attention_backward_scores(head, d_o, i0, n, j0, keys);
-        besa__cpu_operand_a(&g, head->dp, BESA_F32, keys, 1); /* dQ = dS K / sqrt(dh) */
-        besa__cpu_operand_b(&g, head->k + j0 * head->k_step, BESA_F32, head->k_step, 1);
-        g.c_row = head->q_step;
-        g.alpha = 1.0f / sqrtf((float)head->head_dim);
-        besa__gemm_serial(&g, head->bf16, head->gemm);
-        g.m = keys, g.k = n; /* dK += dS' Q / sqrt(dh) */
-        g.c = dk + j0 * dk_step, g.c_row = dk_step;
-        g.accumulate = 1;
-        besa__cpu_operand_a(&g, head->dp, BESA_F32, 1, keys);
-        besa__cpu_operand_b(&g, head->q + i0 * head->q_step, BESA_F32, head->q_step, 1);
-        besa__gemm_serial(&g, head->bf16, head->gemm);
-        g.c = dv + j0 * dk_step; /* dV += P' dO */
-        g.alpha = 1.0f;
-        besa__cpu_operand_a(&g, head->p, BESA_F32, 1, keys);
-        besa__cpu_operand_b(&g, d_o + i0 * head->q_step, BESA_F32, head->q_step, 1);
-        besa__gemm_serial(&g, head->bf16, head->gemm);
-    }
-}
-
-/* dst(T, kv_heads * dh) = sum over the query heads of each kv head of part(batch * heads, seqlen, dh) */
-static void besa__cpu_attention_reduce(besa_backend *be, float *dst, const float *part, const besa_attention_shape *s)
-{
-    int64_t grain = 64, pieces = besa__parts(s->seqlen, grain), tasks = s->batch * s->num_key_value_heads * pieces;
-    int64_t share = s->num_attention_heads / s->num_key_value_heads, dh = s->head_dim;
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        int64_t sequence = task / pieces / s->num_key_value_heads, kv = task / pieces % s->num_key_value_heads;
-        int64_t begin = task % pieces * grain, end = besa__min(s->seqlen, begin + grain);
-        for (int64_t t = begin; t < end; t++) {
-            float *row = dst + ((sequence * s->seqlen + t) * s->num_key_value_heads + kv) * dh;
-            const float *from = part + ((sequence * s->num_attention_heads + kv * share) * s->seqlen + t) * dh;
-            memcpy(row, from, (size_t)dh * sizeof *row);
-            for (int64_t h = 1; h < share; h++) besa__cpu_axpy(row, 1.0f, from + h * s->seqlen * dh, dh);
-        }
-    }
-}
-
-/* dK and dV of every query head, (batch * heads, seqlen, dh) each; not used where each has a kv head of its own */
-static void besa__cpu_attention_parts_place(besa__arena *work, float **dk, float **dv, int64_t tokens, int64_t heads,
-                                            int64_t kv_heads, int64_t head_dim)
-{
-    *dk = *dv = NULL;
-    if (heads == kv_heads) return;
-    *dk = besa__take_floats(work, besa__product(tokens, besa__product(heads, head_dim)));
-    *dv = besa__take_floats(work, besa__product(tokens, besa__product(heads, head_dim)));
-}
-
-/* dQ(T, heads * dh), dK, dV (T, kv_heads * dh) */
-static besa_result besa__cpu_attention_backward(besa_backend *be, void *dq, void *dk, void *dv, const void *d_o,
-                                                const void *q, const void *k, const void *v,
-                                                const besa_attention_shape *s)
-{
-    int64_t tasks = s->batch * s->num_attention_heads, dh = s->head_dim;
-    besa__arena work = besa__cpu_work(be), one = {NULL, 0};
-    besa__cpu_head sizes;
-    float *dk_part, *dv_part;
-    unsigned char *base;
-    besa__cpu_attention_parts_place(&work, &dk_part, &dv_part, s->batch * s->seqlen, s->num_attention_heads,
-                                    s->num_key_value_heads, dh);
-    base = work.base + work.used;
-    besa__cpu_attention_place(&one, &sizes, s->seqlen, 1);
-    besa__take_parts(&work, &one, besa__cpu_of(be)->threads);
-    BESA__CPU_FITS(be, work);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        besa__cpu_head head;
-        besa__arena mine;
-        int64_t at, k_at;
-        mine.base = base + (size_t)one.used * (size_t)BESA__THREAD_INDEX();
-        mine.used = 0;
-        besa__cpu_attention_place(&mine, &head, s->seqlen, 1);
-        besa__cpu_head_set(&head, be, s, task, (const float *)q, (const float *)k, (const float *)v);
-        at = head.q - (const float *)q;
-        k_at = dk_part ? task * s->seqlen * dh : head.k - (const float *)k;
-        besa__cpu_attention_backward_head(&head, (float *)dq + at, (dk_part ? dk_part : (float *)dk) + k_at,
-                                          (dv_part ? dv_part : (float *)dv) + k_at, dk_part ? dh : head.k_step,
-                                          (const float *)d_o + at);
-    }
-    if (dk_part) {
-        besa__cpu_attention_reduce(be, (float *)dk, dk_part, s);
-        besa__cpu_attention_reduce(be, (float *)dv, dv_part, s);
-    }
-    return BESA_OK;
-}
-
-/* ---- swiglu -------------------------------------------------------------------------------- */
-
-BESA__INLINE void besa__cpu_swiglu_run_body(float *z, const float *gate, const float *up, int64_t n)
-{
-    BESA__ELEMENTWISE
-    for (int64_t i = 0; i < n; i++) z[i] = gate[i] * besa__sigmoid(gate[i]) * up[i];
-}
-BESA__KERNEL(besa__cpu_swiglu_run, (float *z, const float *gate, const float *up, int64_t n), (z, gate, up, n))
-
-/* silu'(x) = s (1 + x (1 - s)), s = sigmoid(x) */
-BESA__INLINE void besa__cpu_swiglu_back_run_body(float *dgate, float *dup, const float *dz, const float *gate,
-                                                 const float *up, int64_t n)
-{
-    BESA__ELEMENTWISE
-    for (int64_t i = 0; i < n; i++) {
-        float x = gate[i], s = besa__sigmoid(x), u = up[i], d = dz[i];
-        dgate[i] = d * u * s * (1.0f + x * (1.0f - s));
-        dup[i] = d * x * s;
-    }
-}
-BESA__KERNEL(besa__cpu_swiglu_back_run,
-             (float *dgate, float *dup, const float *dz, const float *gate, const float *up, int64_t n),
-             (dgate, dup, dz, gate, up, n))
-
-/* Z(n) = silu(G) U */
-static besa_result besa__cpu_swiglu_forward(besa_backend *be, void *z, const void *gate, const void *up, int64_t n)
-{
-    int64_t grain = 16384, tasks = besa__parts(n, grain);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        int64_t at = task * grain;
-        besa__cpu_swiglu_run((float *)z + at, (const float *)gate + at, (const float *)up + at,
-                             besa__min(grain, n - at));
-    }
-    return BESA_OK;
-}
-
-/* dG = dZ U silu'(G), dU = dZ silu(G) */
-static besa_result besa__cpu_swiglu_backward(besa_backend *be, void *dgate, void *dup, const void *dz, const void *gate,
-                                             const void *up, int64_t n)
-{
-    int64_t grain = 16384, tasks = besa__parts(n, grain);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        int64_t at = task * grain;
-        besa__cpu_swiglu_back_run((float *)dgate + at, (float *)dup + at, (const float *)dz + at,
-                                  (const float *)gate + at, (const float *)up + at, besa__min(grain, n - at));
-    }
-    return BESA_OK;
-}
-
-/* ---- statistics and loss ------------------------------------------------------------------- */
-
-/* acc += x^2 */
-BESA__INLINE void besa__cpu_add_squares_body(float *acc, const float *x, int64_t n)
-{
-    BESA__ELEMENTWISE
-    for (int64_t i = 0; i < n; i++) acc[i] += x[i] * x[i];
-}
-BESA__KERNEL(besa__cpu_add_squares, (float *acc, const float *x, int64_t n), (acc, x, n))
-
-enum { BESA__CPU_SUM_PARTS = 32, BESA__CPU_LOSS_ROWS = 16 };
-
-/* Partial sums (parts, d) over runs of rows */
-static float *besa__cpu_column_sumsq_place(besa__arena *work, int64_t tokens, int64_t d)
-{
-    return besa__take_floats(work, besa__product(besa__min(BESA__CPU_SUM_PARTS, tokens), d));
-}
-
-/* out(d) += column sums of X(T,d)^2 */
-static besa_result besa__cpu_column_sumsq(besa_backend *be, float *out, const void *x, int64_t tokens, int64_t d)
-{
-    int64_t run = besa__max(besa__parts(tokens, BESA__CPU_SUM_PARTS), 1);
-    int64_t tasks = besa__parts(tokens, run);
-    besa__arena work = besa__cpu_work(be);
-    float *part = besa__cpu_column_sumsq_place(&work, tokens, d);
-    BESA__CPU_FITS(be, work);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        memset(part + task * d, 0, (size_t)d * sizeof *part);
-        for (int64_t t = task * run; t < besa__min(tokens, (task + 1) * run); t++)
-            besa__cpu_add_squares(part + task * d, (const float *)x + t * d, d);
-    }
-    for (int64_t task = 0; task < tasks; task++) besa__cpu_axpy(out, 1.0f, part + task * d, d);
-    return BESA_OK;
-}
-
-/* sum w (a - b)^2 */
-BESA__INLINE float besa__cpu_loss_row_body(const float *a, const float *b, const float *w, int64_t d)
-{
-    float lane[BESA__LANES];
-    int64_t i = 0;
-    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
-    for (; i + BESA__LANES <= d; i += BESA__LANES)
-        for (int l = 0; l < BESA__LANES; l++) lane[l] += w[i + l] * ((a[i + l] - b[i + l]) * (a[i + l] - b[i + l]));
-    for (; i < d; i++) lane[i % BESA__LANES] += w[i] * ((a[i] - b[i]) * (a[i] - b[i]));
-    return besa__lanes_sum(lane);
-}
-BESA__KERNEL_FLOAT(besa__cpu_loss_row, (const float *a, const float *b, const float *w, int64_t d), (a, b, w, d))
-
-/* dy = factor w (a - b) [+ dy] */
-BESA__INLINE void besa__cpu_loss_back_row_body(float *dy, const float *a, const float *b, const float *w, float factor,
-                                               int64_t d, int accumulate)
-{
-    BESA__ELEMENTWISE
-    for (int64_t c = 0; c < d; c++) {
-        float g = factor * w[c] * (a[c] - b[c]);
-        dy[c] = accumulate ? dy[c] + g : g;
-    }
-}
-BESA__KERNEL(besa__cpu_loss_back_row,
-             (float *dy, const float *a, const float *b, const float *w, float factor, int64_t d, int accumulate),
-             (dy, a, b, w, factor, d, accumulate))
-
-/* weight(d) = 1 / norm2, or 0, and the partial sums of runs of rows */
-static void besa__cpu_block_loss_place(besa__arena *work, float **weight, double **part, int64_t tokens, int64_t d)
-{
-    *weight = besa__take_floats(work, d);
-    *part = (double *)besa__take_array(work, besa__parts(tokens, BESA__CPU_LOSS_ROWS), sizeof **part);
-}
-
-/* loss(1) += scale / d * sum_{t,c} (Yref - Y)^2 / sumsq_c; dY = 2 scale / d * (Y - Yref) / sumsq_c */
-static besa_result besa__cpu_block_loss(besa_backend *be, float *loss, void *dy, const void *y, const void *yref,
-                                        const float *sumsq, float scale, int64_t tokens, int64_t d, int accumulate)
-{
-    int64_t grain = BESA__CPU_LOSS_ROWS, tasks = besa__parts(tokens, grain);
-    besa__arena work = besa__cpu_work(be);
-    float *weight;
-    double *part, sum = 0.0;
-    besa__cpu_block_loss_place(&work, &weight, &part, tokens, d);
-    BESA__CPU_FITS(be, work);
-    for (int64_t c = 0; c < d; c++) weight[c] = sumsq[c] > 0.0f ? 1.0f / sumsq[c] : 0.0f;
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        part[task] = 0.0;
-        for (int64_t t = task * grain; t < besa__min(tokens, (task + 1) * grain); t++) {
-            const float *a = (const float *)y + t * d, *b = (const float *)yref + t * d;
-            part[task] += (double)besa__cpu_loss_row(a, b, weight, d);
-            if (dy) besa__cpu_loss_back_row((float *)dy + t * d, a, b, weight, 2.0f * scale / (float)d, d, accumulate);
-        }
-    }
-    for (int64_t task = 0; task < tasks; task++) sum += part[task];
-    *loss += (float)((double)scale / (double)d * sum);
-    return BESA_OK;
-}
-
-/* ---- head ---------------------------------------------------------------------------------- */
-
-/* state (3) = max, sum of exp(. - max), logit of the target, with `count` more logits */
-static void besa__cpu_nll_row(float *state, const float *logits, int64_t target, int64_t count, int first)
-{
-    float largest = besa__cpu_row_max(logits, count);
-    double sum = 0.0;
-    if (first) state[0] = largest, state[1] = state[2] = 0.0f;
-    if (largest > state[0]) {
-        state[1] *= expf(state[0] - largest);
-        state[0] = largest;
-    }
-    for (int64_t i = 0; i < count; i += 4096)
-        sum += (double)besa__cpu_sum_exp(logits + i, state[0], besa__min(4096, count - i));
-    state[1] = (float)((double)state[1] + sum);
-    if (target >= 0 && target < count) state[2] = logits[target];
-}
-
-/* state(T,3) with logits(T,count) of ids first_id .. */
-static besa_result besa__cpu_nll_update(besa_backend *be, float *state, const float *logits, const int32_t *target,
-                                        int64_t first_id, int64_t count, int64_t tokens, int first)
-{
-    int64_t grain = besa__cpu_grain(count), tasks = besa__parts(tokens, grain);
-    if (count < 1) return BESA_OK;
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++)
-        for (int64_t t = task * grain; t < besa__min(tokens, (task + 1) * grain); t++)
-            besa__cpu_nll_row(state + 3 * t, logits + t * count, target[t] < 0 ? -1 : target[t] - first_id, count,
-                              first);
-    return BESA_OK;
-}
-
-/* sum(windows) = over the window's tokens with a target of max + log(sum) - logit */
-static besa_result besa__cpu_nll_sum(besa_backend *be, double *sum, const float *state, const int32_t *target,
-                                     int64_t windows, int64_t seqlen)
-{
-    BESA__PARALLEL_FOR(besa__cpu_team(be, windows))
-    for (int64_t w = 0; w < windows; w++) {
-        double total = 0.0;
-        for (int64_t t = w * seqlen; t < (w + 1) * seqlen; t++)
-            if (target[t] >= 0)
-                total += (double)state[3 * t] + log((double)state[3 * t + 1]) - (double)state[3 * t + 2];
-        sum[w] = total;
-    }
-    return BESA_OK;
-}
-
-/* ============================================================================================
- * // >>cpu-sparsity          scores, ranks, masks, rates and the optimiser on the CPU
- * ============================================================================================
- * Formulas stand beside the table of operations and in section rates. Ranks have 16 bits, 32 above 65536 columns. Sums over rows that go
- * to one number are cut into parts whose number depends on the sizes alone, and added in order. */
-
-/* ---- scores and zeros ---------------------------------------------------------------------- */
-
-/* s = |w|^power scale, -1 where w is 0; scale NULL: 1; s may be w */
-BESA__INLINE void besa__cpu_score_run_body(float *s, const float *w, const float *scale, int power, int64_t n)
-{
-    BESA__ELEMENTWISE
-    for (int64_t j = 0; j < n; j++) {
-        float magnitude = w[j] < 0.0f ? -w[j] : w[j];
-        float value = (power == 2 ? magnitude * magnitude : magnitude) * (scale ? scale[j] : 1.0f);
-        s[j] = w[j] == 0.0f ? -1.0f : value;
-    }
-}
-BESA__KERNEL(besa__cpu_score_run, (float *s, const float *w, const float *scale, int power, int64_t n),
-             (s, w, scale, power, n))
-
-/* S(R,C) = |W|^power scale(C) */
-static besa_result besa__cpu_score(besa_backend *be, float *s, const void *w, besa_dtype dtype, const float *scale,
-                                   int power, int64_t rows, int64_t columns)
-{
-    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++)
-        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++)
-            for (int64_t j = 0; j < columns; j += 512) {
-                float part[512];
-                int64_t n = besa__min(512, columns - j);
-                besa__cpu_widen(part, w, dtype, r * columns + j, n);
-                besa__cpu_score_run(s + r * columns + j, part, scale ? scale + j : NULL, power, n);
-            }
-    return BESA_OK;
-}
-
-/* y(n) = x(n)^exponent */
-static besa_result besa__cpu_power(besa_backend *be, float *y, const float *x, float exponent, int64_t n)
-{
-    (void)be;
-    for (int64_t i = 0; i < n; i++) y[i] = powf(x[i], exponent);
-    return BESA_OK;
-}
-
-/* y(n) = value */
-static besa_result besa__cpu_fill(besa_backend *be, int32_t *y, int32_t value, int64_t n)
-{
-    (void)be;
-    for (int64_t i = 0; i < n; i++) y[i] = value;
-    return BESA_OK;
-}
-
-/* counts (2) += elements that are +0 or -0, that are infinite or NaN; `exponent` has the bits of the exponent set */
-#define BESA__CPU_COUNT_KERNEL(name, type)                                                         \
-    BESA__INLINE void name##_body(int32_t *counts, const type *w, type exponent, int64_t n)        \
-    {                                                                                              \
-        int32_t zeros = 0, special = 0;                                                            \
-        for (int64_t j = 0; j < n; j++) {                                                          \
-            zeros += (type)(w[j] << 1) == 0;                                                       \
-            special += (type)(w[j] & exponent) == exponent;                                        \
-        }                                                                                          \
-        counts[0] += zeros, counts[1] += special;                                                  \
-    }                                                                                              \
-    BESA__KERNEL(name, (int32_t *counts, const type *w, type exponent, int64_t n), (counts, w, exponent, n))
-BESA__CPU_COUNT_KERNEL(besa__cpu_count_run16, uint16_t)
-BESA__CPU_COUNT_KERNEL(besa__cpu_count_run32, uint32_t)
-
-static int32_t *besa__cpu_count_zeros_place(besa__arena *work, int64_t rows)
-{
-    return (int32_t *)besa__take_array(work, rows, sizeof(int32_t));
-}
-
-/* zeros(R); not_finite(1) += */
-static besa_result besa__cpu_count_zeros(besa_backend *be, int32_t *zeros, int32_t *not_finite, const void *w,
-                                         besa_dtype dtype, int64_t rows, int64_t columns)
-{
-    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
-    besa__arena work = besa__cpu_work(be);
-    int32_t *special = besa__cpu_count_zeros_place(&work, rows);
-    BESA__CPU_FITS(be, work);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++)
-        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
-            const void *row = besa__at_const(w, dtype, r * columns);
-            int32_t counts[2] = {0, 0};
-            if (dtype == BESA_F32) besa__cpu_count_run32(counts, (const uint32_t *)row, 0x7F800000u, columns);
-            else besa__cpu_count_run16(counts, (const uint16_t *)row, dtype == BESA_BF16 ? 0x7F80u : 0x7C00u, columns);
-            zeros[r] = counts[0];
-            special[r] = counts[1];
-        }
-    for (int64_t r = 0; r < rows; r++) *not_finite += special[r];
-    return BESA_OK;
-}
-
-/* ---- ranks --------------------------------------------------------------------------------- */
-
-/* Keys in the order of the numbers: negative ones are complemented, -0 becomes +0. */
-BESA__INLINE void besa__cpu_keys_body(uint32_t *key, const float *s, int64_t n)
-{
-    for (int64_t j = 0; j < n; j++) {
-        uint32_t u = besa__float_bits(s[j] + 0.0f);
-        key[j] = u ^ ((uint32_t)((int32_t)u >> 31) | 0x80000000u);
-    }
-}
-BESA__KERNEL(besa__cpu_keys, (uint32_t *key, const float *s, int64_t n), (key, s, n))
-
-/* A thread's arrays for sorting a row: keys and positions, (C) each, twice */
-typedef struct besa__cpu_sort {
-    uint32_t *key[2], *position[2];
-} besa__cpu_sort;
-
-static void besa__cpu_sort_place(besa__arena *work, besa__cpu_sort *sort, int64_t columns)
-{
-    for (int i = 0; i < 2; i++) {
-        sort->key[i] = (uint32_t *)besa__take_array(work, columns, sizeof(uint32_t));
-        sort->position[i] = (uint32_t *)besa__take_array(work, columns, sizeof(uint32_t));
-    }
-}
-
-/* Stable radix sort of key[0], byte by byte from the lowest; returns the positions in ascending order. */
-static const uint32_t *besa__cpu_sort_row(besa__cpu_sort *sort, int64_t columns)
-{
-    uint32_t count[4][256];
-    int now = 0;
-    memset(count, 0, sizeof count);
-    for (int64_t j = 0; j < columns; j++) {
-        uint32_t key = sort->key[0][j];
-        sort->position[0][j] = (uint32_t)j;
-        for (int b = 0; b < 4; b++) count[b][(key >> (8 * b)) & 255u]++;
-    }
-    for (int b = 0; b < 4; b++) {
-        const uint32_t *key = sort->key[now], *position = sort->position[now];
-        uint32_t *next_key = sort->key[1 - now], *next_position = sort->position[1 - now], start = 0;
-        if (count[b][(key[0] >> (8 * b)) & 255u] == (uint32_t)columns) continue; /* all the same */
-        for (int i = 0; i < 256; i++) {
-            uint32_t n = count[b][i];
-            count[b][i] = start;
-            start += n;
-        }
-        for (int64_t j = 0; j < columns; j++) {
-            uint32_t to = count[b][(key[j] >> (8 * b)) & 255u]++;
-            next_key[to] = key[j];
-            next_position[to] = position[j];
-        }
-        now = 1 - now;
-    }
-    return sort->position[now];
-}
-
-/* rank(R,C) = position of j in the stable ascending order of row r of S */
-static besa_result besa__cpu_rank_rows(besa_backend *be, void *rank, const float *s, int64_t rows, int64_t columns)
-{
-    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
-    besa__arena work = besa__cpu_work(be), one = {NULL, 0};
-    besa__cpu_sort sizes;
-    besa__cpu_sort_place(&one, &sizes, columns);
-    besa__take_parts(&work, &one, besa__cpu_of(be)->threads);
-    BESA__CPU_FITS(be, work);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        besa__cpu_sort sort;
-        besa__arena mine;
-        mine.base = work.base + (size_t)one.used * (size_t)BESA__THREAD_INDEX();
-        mine.used = 0;
-        besa__cpu_sort_place(&mine, &sort, columns);
-        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
-            const uint32_t *order;
-            besa__cpu_keys(sort.key[0], s + r * columns, columns);
-            order = besa__cpu_sort_row(&sort, columns);
-            if (columns > 65536)
-                for (int64_t j = 0; j < columns; j++) ((uint32_t *)rank)[r * columns + order[j]] = (uint32_t)j;
-            else
-                for (int64_t j = 0; j < columns; j++) ((uint16_t *)rank)[r * columns + order[j]] = (uint16_t)j;
-        }
-    }
-    return BESA_OK;
-}
-
-/* ---- masks --------------------------------------------------------------------------------- */
-
-/* what = rank >= n ? w : 0; what may be w */
-#define BESA__CPU_MASK_KERNEL(name, weight_type, rank_type)                                        \
-    BESA__INLINE void name##_body(weight_type *what, const weight_type *w, const rank_type *rank, rank_type n, \
-                                  int64_t columns)                                                 \
-    {                                                                                              \
-        BESA__ELEMENTWISE                                                                          \
-        for (int64_t j = 0; j < columns; j++) what[j] = rank[j] >= n ? w[j] : 0;                   \
-    }                                                                                              \
-    BESA__KERNEL(name, (weight_type *what, const weight_type *w, const rank_type *rank, rank_type n, int64_t columns), \
-                 (what, w, rank, n, columns))
-BESA__CPU_MASK_KERNEL(besa__cpu_mask_16_16, uint16_t, uint16_t)
-BESA__CPU_MASK_KERNEL(besa__cpu_mask_16_32, uint16_t, uint32_t)
-BESA__CPU_MASK_KERNEL(besa__cpu_mask_32_16, uint32_t, uint16_t)
-BESA__CPU_MASK_KERNEL(besa__cpu_mask_32_32, uint32_t, uint32_t)
-
-/* one row, weights of any dtype as bits */
-static void besa__cpu_mask_row(void *what, const void *w, besa_dtype dtype, const void *rank, int64_t n,
-                               int64_t columns)
-{
-    const uint16_t *rank16 = (const uint16_t *)rank;
-    const uint32_t *rank32 = (const uint32_t *)rank;
-    if (n >= columns) memset(what, 0, (size_t)columns * besa_dtype_size(dtype));
-    else if (dtype == BESA_F32 && columns > 65536)
-        besa__cpu_mask_32_32((uint32_t *)what, (const uint32_t *)w, rank32, (uint32_t)n, columns);
-    else if (dtype == BESA_F32)
-        besa__cpu_mask_32_16((uint32_t *)what, (const uint32_t *)w, rank16, (uint16_t)n, columns);
-    else if (columns > 65536)
-        besa__cpu_mask_16_32((uint16_t *)what, (const uint16_t *)w, rank32, (uint32_t)n, columns);
-    else
-        besa__cpu_mask_16_16((uint16_t *)what, (const uint16_t *)w, rank16, (uint16_t)n, columns);
-}
-
-/* What = rank >= n[r] ? W : +0; with before(R), which becomes n, only rows where the two differ */
-static void besa__cpu_mask_rows(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
-                                const int32_t *n, int32_t *before, int64_t rows, int64_t columns)
-{
-    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++)
-        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
-            if (before && before[r] == n[r]) continue;
-            if (before) before[r] = n[r];
-            besa__cpu_mask_row(besa__at(what, dtype, r * columns), besa__at_const(w, dtype, r * columns), dtype,
-                               (const unsigned char *)rank + (size_t)(r * columns) * besa__rank_bytes(columns),
-                               n[r] > 0 ? n[r] : 0, columns);
-        }
-}
-
-static besa_result besa__cpu_mask_apply(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
-                                        const int32_t *n, int64_t rows, int64_t columns)
-{
-    besa__cpu_mask_rows(be, what, w, dtype, rank, n, NULL, rows, columns);
-    return BESA_OK;
-}
-
-static besa_result besa__cpu_mask_update(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
-                                         const int32_t *n, int32_t *before, int64_t rows, int64_t columns)
-{
-    besa__cpu_mask_rows(be, what, w, dtype, rank, n, before, rows, columns);
-    return BESA_OK;
-}
-
-/* Radix select: the key that stands at place `place` in the order of all keys, 11 bits at a time from the top, and how
- * many keys are smaller. Each thread counts rows into a histogram of its own; counts are integers, so their sum does
- * not depend on who counted what. */
-typedef struct besa__cpu_select {
-    void (*keys)(const struct besa__cpu_select *select, uint32_t *key, int64_t row); /* the keys of one row */
-    const void *data;                  /* for keys */
-    int64_t rows, columns;
-    uint32_t *key, *count;             /* (threads, columns), (threads, 2048) */
-} besa__cpu_select;
-
-static void besa__cpu_select_place(besa__arena *work, besa__cpu_select *select, int64_t columns, int threads)
-{
-    select->key = (uint32_t *)besa__take_array(work, besa__product(columns, threads), sizeof(uint32_t));
-    select->count = (uint32_t *)besa__take_array(work, (int64_t)threads * 2048, sizeof(uint32_t));
-}
-
-/* count(threads, 2048) = keys whose bits above `shift + bits` are those of prefix, by the `bits` bits from shift */
-static void besa__cpu_select_count(besa_backend *be, besa__cpu_select *select, uint32_t prefix, int shift, int bits)
-{
-    int64_t grain = besa__cpu_grain(select->columns), tasks = besa__parts(select->rows, grain);
-    memset(select->count, 0, (size_t)besa__cpu_of(be)->threads * 2048 * sizeof(uint32_t));
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        uint32_t *key = select->key + BESA__THREAD_INDEX() * select->columns;
-        uint32_t *count = select->count + (int64_t)BESA__THREAD_INDEX() * 2048, digits = (1u << bits) - 1u;
-        for (int64_t r = task * grain; r < besa__min(select->rows, (task + 1) * grain); r++) {
-            select->keys(select, key, r);
-            for (int64_t j = 0; j < select->columns; j++)
-                if (shift + bits == 32 || key[j] >> (shift + bits) == prefix >> (shift + bits))
-                    count[(key[j] >> shift) & digits]++;
-        }
-    }
-}
-
-static uint32_t besa__cpu_select_run(besa_backend *be, besa__cpu_select *select, int64_t place, int64_t *smaller)
-{
-    static const int shifts[3] = {21, 10, 0}, widths[3] = {11, 11, 10};
-    uint32_t prefix = 0;
-    *smaller = 0;
-    for (int pass = 0; pass < 3; pass++) {
-        uint32_t digit = 0;
-        besa__cpu_select_count(be, select, prefix, shifts[pass], widths[pass]);
-        for (;; digit++) {
-            int64_t here = 0;
-            for (int t = 0; t < besa__cpu_of(be)->threads; t++) here += select->count[(int64_t)t * 2048 + digit];
-            if (*smaller + here > place || digit == (1u << widths[pass]) - 1u) break;
-            *smaller += here;
-        }
-        prefix |= digit << shifts[pass];
-    }
-    return prefix;
-}
-
-static void besa__cpu_score_keys(const besa__cpu_select *select, uint32_t *key, int64_t row)
-{
-    besa__cpu_keys(key, (const float *)select->data + row * select->columns, select->columns);
-}
-
-/* the select's arrays and for each row the number of its keys that equal the threshold */
-static void besa__cpu_mask_smallest_place(besa__arena *work, besa__cpu_select *select, int64_t **ties, int64_t rows,
-                                          int64_t columns, int threads)
-{
-    besa__cpu_select_place(work, select, columns, threads);
-    *ties = (int64_t *)besa__take_array(work, rows, sizeof(int64_t));
-}
-
-/* What's bits = W's with those of column j zeroed */
-static void besa__cpu_prune(void *what, besa_dtype dtype, int64_t j)
-{
-    if (dtype == BESA_F32) ((uint32_t *)what)[j] = 0;
-    else ((uint16_t *)what)[j] = 0;
-}
-
-/* one row: keys below the threshold go, and the first `ties` that equal it */
-static void besa__cpu_mask_below(void *what, besa_dtype dtype, const uint32_t *key, uint32_t threshold, int64_t ties,
-                                 int64_t columns)
-{
-    for (int64_t j = 0; j < columns; j++) {
-        if (key[j] > threshold || (key[j] == threshold && ties <= 0)) continue;
-        if (key[j] == threshold) ties--;
-        besa__cpu_prune(what, dtype, j);
-    }
-}
-
-/* What = W without its `count` smallest scores, ties by position */
-static besa_result besa__cpu_mask_smallest(besa_backend *be, void *what, const void *w, besa_dtype dtype,
-                                           const float *s, int64_t count, int64_t rows, int64_t columns)
-{
-    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain), smaller, *ties, left;
-    besa__arena work = besa__cpu_work(be);
-    besa__cpu_select select;
-    uint32_t threshold;
-    if (count <= 0) return besa__cpu_upload(be, BESA_QUEUE_COMPUTE, what, w, (size_t)(rows * columns) * besa_dtype_size(dtype));
-    select.keys = besa__cpu_score_keys;
-    select.data = s;
-    select.rows = rows, select.columns = columns;
-    besa__cpu_mask_smallest_place(&work, &select, &ties, rows, columns, besa__cpu_of(be)->threads);
-    BESA__CPU_FITS(be, work);
-    threshold = besa__cpu_select_run(be, &select, count - 1, &smaller);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        uint32_t *key = select.key + BESA__THREAD_INDEX() * columns;
-        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
-            besa__cpu_score_keys(&select, key, r);
-            ties[r] = 0;
-            for (int64_t j = 0; j < columns; j++) ties[r] += key[j] == threshold;
-        }
-    }
-    left = count - smaller;
-    for (int64_t r = 0; r < rows; r++) { /* the ties that may still go when row r begins */
-        int64_t here = ties[r];
-        ties[r] = left;
-        left -= here;
-    }
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        uint32_t *key = select.key + BESA__THREAD_INDEX() * columns;
-        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
-            void *row = besa__at(what, dtype, r * columns);
-            besa__cpu_score_keys(&select, key, r);
-            memmove(row, besa__at_const(w, dtype, r * columns), (size_t)columns * besa_dtype_size(dtype));
-            besa__cpu_mask_below(row, dtype, key, threshold, ties[r], columns);
-        }
-    }
-    return BESA_OK;
-}
-
-/* The place of element j in the stable ascending order of s (m). */
-static int besa__cpu_place(const float *s, int m, int j)
-{
-    int place = 0;
-    for (int i = 0; i < m; i++) place += s[i] < s[j] || (i < j && !(s[i] > s[j]));
-    return place;
-}
-
-/* In every m consecutive columns the n smallest scores are pruned, ties by position */
-static besa_result besa__cpu_mask_pattern(besa_backend *be, void *what, const void *w, besa_dtype dtype, const float *s,
-                                          int n, int m, int64_t rows, int64_t columns)
-{
-    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++)
-        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
-            void *row = besa__at(what, dtype, r * columns);
-            memmove(row, besa__at_const(w, dtype, r * columns), (size_t)columns * besa_dtype_size(dtype));
-            for (int64_t j = 0; j + m <= columns; j += m)
-                for (int i = 0; i < m; i++)
-                    if (besa__cpu_place(s + r * columns + j, m, i) < n) besa__cpu_prune(row, dtype, j + i);
-        }
-    return BESA_OK;
-}
-
-/* ---- bucketed gradient --------------------------------------------------------------------- */
-
-BESA__INLINE void besa__cpu_times_bf16_body(float *y, const float *x, const uint16_t *w, int64_t n)
-{
-    for (int64_t j = 0; j < n; j++) y[j] = x[j] * besa__bf16_to_f32(w[j]);
-}
-BESA__KERNEL(besa__cpu_times_bf16, (float *y, const float *x, const uint16_t *w, int64_t n), (y, x, w, n))
-
-BESA__INLINE void besa__cpu_times_f16_body(float *y, const float *x, const uint16_t *w, int64_t n)
-{
-    for (int64_t j = 0; j < n; j++) y[j] = x[j] * besa__f16_to_f32(w[j]);
-}
-BESA__KERNEL(besa__cpu_times_f16, (float *y, const float *x, const uint16_t *w, int64_t n), (y, x, w, n))
-
-BESA__INLINE void besa__cpu_times_f32_body(float *y, const float *x, const float *w, int64_t n)
-{
-    for (int64_t j = 0; j < n; j++) y[j] = x[j] * w[j];
-}
-BESA__KERNEL(besa__cpu_times_f32, (float *y, const float *x, const float *w, int64_t n), (y, x, w, n))
-
-/* y (n) += sum over i of x (rows, n) */
-BESA__INLINE void besa__cpu_add_rows_body(float *y, const float *x, int64_t rows, int64_t n)
-{
-    int64_t j = 0;
-    for (; j + BESA__LANES <= n; j += BESA__LANES) {
-        float lane[BESA__LANES];
-        for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
-        for (int64_t i = 0; i < rows; i++)
-            for (int l = 0; l < BESA__LANES; l++) lane[l] += x[i * n + j + l];
-        for (int l = 0; l < BESA__LANES; l++) y[j + l] += lane[l];
-    }
-    for (int64_t i = 0; i < rows && j < n; i++) {
-        BESA__ELEMENTWISE
-        for (int64_t k = j; k < n; k++) y[k] += x[i * n + k];
-    }
-}
-BESA__KERNEL(besa__cpu_add_rows, (float *y, const float *x, int64_t rows, int64_t n), (y, x, rows, n))
-
-enum { BESA__CPU_BUCKETS = 65536 }; /* the most */
-
-/* Ranks of a row are all different, so the products of a row can be stored by rank, without reading a sum back: element
- * i of bucket b at (i, b) of a cell array, which is then summed over i. */
-typedef struct besa__cpu_cells {
-    uint32_t *cell;                    /* (C) of each rank: i * buckets + b */
-    uint32_t *fill;                    /* (buckets) how many ranks each bucket has */
-    float *value;                      /* per thread: (length, buckets); the cells of no rank stay 0 */
-    int64_t length;                    /* of the fullest bucket */
-} besa__cpu_cells;
-
-/* Returns the bytes of a thread's value. A bucket has at most ceil(C / buckets) ranks. */
-static uint64_t besa__cpu_cells_place(besa__arena *work, besa__cpu_cells *cells, int64_t columns, int64_t buckets)
-{
-    besa__arena one = {NULL, 0};
-    cells->cell = (uint32_t *)besa__take_array(work, columns, sizeof(uint32_t));
-    cells->fill = (uint32_t *)besa__take_array(work, buckets, sizeof(uint32_t));
-    cells->value = (float *)(void *)(work->base ? work->base + work->used : NULL);
-    besa__take_floats(&one, columns + buckets);
-    return one.used;
-}
-
-static void besa__cpu_cells_set(besa__cpu_cells *cells, const uint16_t *bucket, int64_t columns, int64_t buckets)
-{
-    cells->length = 0;
-    memset(cells->fill, 0, (size_t)buckets * sizeof(uint32_t));
-    for (int64_t j = 0; j < columns; j++) {
-        int64_t i = cells->fill[bucket[j]]++;
-        cells->cell[j] = (uint32_t)(i * buckets + bucket[j]);
-        cells->length = besa__max(cells->length, i + 1);
-    }
-    BESA_ASSERT(cells->length * buckets <= columns + buckets);
-}
-
-/* value[cell[rank]] = g; n elements from `at` of the ranks */
-static void besa__cpu_cells_store(float *value, const uint32_t *cell, const float *g, const void *rank, int64_t at,
-                                  int64_t n, int64_t columns)
-{
-    const uint16_t *rank16 = (const uint16_t *)rank + at;
-    const uint32_t *rank32 = (const uint32_t *)rank + at;
-    if (columns > 65536)
-        for (int64_t j = 0; j < n; j++) value[cell[rank32[j]]] = g[j];
-    else
-        for (int64_t j = 0; j < n; j++) value[cell[rank16[j]]] = g[j];
-}
-
-/* Asks for `bytes` bytes that will be read about 1024 elements later. */
-static inline void besa__cpu_ahead(const void *p, int64_t size, int64_t bytes)
-{
-#if defined(__GNUC__)
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch((const void *)((uintptr_t)p + (uintptr_t)(1024 * size + b)));
-#else
-    (void)p, (void)size, (void)bytes;
-#endif
-}
-
-/* sums(R,D)[r, bucket[rank[r,j]]] += dW[r,j] W[r,j] */
-static besa_result besa__cpu_bucket_gradient(besa_backend *be, float *sums, const float *dw, const void *w,
-                                             besa_dtype dtype, const void *rank, const uint16_t *bucket, int64_t rows,
-                                             int64_t columns, int64_t buckets)
-{
-    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
-    int64_t width = (int64_t)besa_dtype_size(dtype), rank_width = (int64_t)besa__rank_bytes(columns);
-    besa__arena work = besa__cpu_work(be);
-    besa__cpu_cells cells;
-    size_t stride = (size_t)besa__cpu_cells_place(&work, &cells, columns, buckets);
-    work.used += (uint64_t)stride * (uint64_t)besa__cpu_of(be)->threads;
-    BESA__CPU_FITS(be, work);
-    besa__cpu_cells_set(&cells, bucket, columns, buckets);
-    memset(cells.value, 0, stride * (size_t)besa__cpu_of(be)->threads);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        float *value = cells.value + (size_t)BESA__THREAD_INDEX() * (stride / sizeof(float));
-        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
-            for (int64_t j = 0; j < columns; j += 512) {
-                float g[512];
-                int64_t at = r * columns + j, n = besa__min(512, columns - j);
-                const void *part = besa__at_const(w, dtype, at);
-                if (dtype == BESA_BF16) besa__cpu_times_bf16(g, dw + at, (const uint16_t *)part, n);
-                else if (dtype == BESA_F16) besa__cpu_times_f16(g, dw + at, (const uint16_t *)part, n);
-                else besa__cpu_times_f32(g, dw + at, (const float *)part, n);
-                for (int64_t k = 0; k < n; k += 32) { /* the stores take longer than the reading, if that goes on meanwhile */
-                    besa__cpu_ahead(dw + at + k, 4, 128);
-                    besa__cpu_ahead(besa__at_const(part, dtype, k), width, 32 * width);
-                    besa__cpu_ahead((const unsigned char *)rank + (at + k) * rank_width, rank_width, 32 * rank_width);
-                    besa__cpu_cells_store(value, cells.cell, g + k, rank, at + k, besa__min(32, n - k), columns);
-                }
-            }
-            besa__cpu_add_rows(sums + r * buckets, value, cells.length, buckets);
-        }
-    }
-    return BESA_OK;
-}
-
-/* ---- rates --------------------------------------------------------------------------------- */
-
-/* z = base + scale u(theta), u(x) = sigmoid(x) - 1/2, or x where plain is set */
-BESA__INLINE void besa__cpu_logits_run_body(float *z, const float *base, const float *theta, float scale, int plain,
-                                            int64_t n)
-{
-    if (plain) {
-        BESA__ELEMENTWISE
-        for (int64_t d = 0; d < n; d++) z[d] = base[d] + scale * theta[d];
-    } else {
-        BESA__ELEMENTWISE
-        for (int64_t d = 0; d < n; d++) z[d] = base[d] + scale * (besa__sigmoid(theta[d]) - 0.5f);
-    }
-}
-BESA__KERNEL(besa__cpu_logits_run,
-             (float *z, const float *base, const float *theta, float scale, int plain, int64_t n),
-             (z, base, theta, scale, plain, n))
-
-/* dtheta = dz scale u'(theta) */
-BESA__INLINE void besa__cpu_logits_back_body(float *dtheta, const float *dz, const float *theta, float scale, int plain,
-                                             int64_t n)
-{
-    if (plain) {
-        BESA__ELEMENTWISE
-        for (int64_t d = 0; d < n; d++) dtheta[d] = dz[d] * scale;
-    } else {
-        BESA__ELEMENTWISE
-        for (int64_t d = 0; d < n; d++) {
-            float u = besa__sigmoid(theta[d]);
-            dtheta[d] = dz[d] * scale * (u * (1.0f - u));
-        }
-    }
-}
-BESA__KERNEL(besa__cpu_logits_back,
-             (float *dtheta, const float *dz, const float *theta, float scale, int plain, int64_t n),
-             (dtheta, dz, theta, scale, plain, n))
-
-/* sums (2) = sum x, sum x y in double */
-BESA__INLINE void besa__cpu_moments_body(double *sums, const float *x, const float *y, int64_t n)
-{
-    double a[8], b[8];
-    int64_t i = 0;
-    for (int l = 0; l < 8; l++) a[l] = b[l] = 0.0;
-    for (; i + 8 <= n; i += 8)
-        for (int l = 0; l < 8; l++) {
-            a[l] += (double)x[i + l];
-            b[l] += (double)x[i + l] * (double)y[i + l];
-        }
-    for (; i < n; i++) {
-        a[i % 8] += (double)x[i];
-        b[i % 8] += (double)x[i] * (double)y[i];
-    }
-    sums[0] = ((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7]));
-    sums[1] = ((b[0] + b[1]) + (b[2] + b[3])) + ((b[4] + b[5]) + (b[6] + b[7]));
-}
-BESA__KERNEL(besa__cpu_moments, (double *sums, const float *x, const float *y, int64_t n), (sums, x, y, n))
-
-/* dz = (dbeta - mean) beta */
-BESA__INLINE void besa__cpu_beta_back_body(float *dz, const float *dbeta, const float *beta, float mean, int64_t n)
-{
-    BESA__ELEMENTWISE
-    for (int64_t d = 0; d < n; d++) dz[d] = (dbeta[d] - mean) * beta[d];
-}
-BESA__KERNEL(besa__cpu_beta_back, (float *dz, const float *dbeta, const float *beta, float mean, int64_t n),
-             (dz, dbeta, beta, mean, n))
-
-/* p(D+1) candidates and base(D+1) = c p + s_L u(theta_L): shared; then per thread */
-typedef struct besa__cpu_rates {
-    float *p, *base;
-    float *part;                       /* backward: sums of dz over runs of groups, (parts, D+1) */
-    float *beta, *dbeta;               /* (D+1) of a thread */
-} besa__cpu_rates;
-
-/* Runs of groups whose dz are summed on their own: fewer the more candidates there are. */
-static int64_t besa__cpu_rate_parts(int64_t groups, int64_t candidates)
-{
-    int64_t most = besa__max(1, besa__min(64, BESA__CPU_BUCKETS / candidates));
-    return besa__min(groups, most);
-}
-
-static uint64_t besa__cpu_rates_place(besa__arena *work, besa__cpu_rates *rates, int64_t candidates, int64_t parts)
-{
-    besa__arena one = {NULL, 0};
-    rates->p = besa__take_floats(work, candidates);
-    rates->base = besa__take_floats(work, candidates);
-    rates->part = besa__take_floats(work, besa__product(parts, candidates));
-    rates->beta = (float *)(work->base ? work->base + work->used : NULL);
-    besa__take_floats(&one, candidates);
-    besa__take_floats(&one, candidates);
-    return one.used;
-}
-
-/* Set p and base; returns the groups. `stride` bytes lie between the threads' arrays from rates->beta on. */
-static int64_t besa__cpu_rates_begin(besa_backend *be, besa__cpu_rates *rates, size_t *stride, int64_t parts,
-                                     const float *theta_layer, const besa_rate_shape *s)
-{
-    besa__arena work = besa__cpu_work(be);
-    int64_t last = s->candidates - 1;
-    *stride = (size_t)besa__cpu_rates_place(&work, rates, s->candidates, parts);
-    work.used += (uint64_t)*stride * (uint64_t)besa__cpu_of(be)->threads;
-    BESA__CPU_FITS(be, work);
-    for (int64_t d = 0; d <= last; d++) {
-        rates->p[d] = last > 0 ? (float)((double)(last - d) / (double)last) : 1.0f;
-        rates->base[d] = s->tilt * rates->p[d];
-    }
-    if (theta_layer)
-        besa__cpu_logits_run(rates->base, rates->base, theta_layer, s->layer_scale, s->plain, s->candidates);
-    return besa__parts(s->rows, s->group_rows);
-}
-
-/* This thread's beta and dbeta. */
-static besa__cpu_rates besa__cpu_rates_mine(const besa__cpu_rates *rates, size_t stride)
-{
-    besa__cpu_rates mine = *rates;
-    mine.beta = (float *)(void *)((unsigned char *)(void *)rates->beta + stride * (size_t)BESA__THREAD_INDEX());
-    mine.dbeta = (float *)(void *)((unsigned char *)(void *)mine.beta + stride / 2);
-    return mine;
-}
-
-/* beta = softmax(z) of group g; returns alpha = sum beta p */
-static double besa__cpu_rates_beta(const besa__cpu_rates *rates, const float *theta_row, int64_t g,
-                                   const besa_rate_shape *s)
-{
-    double sums[2];
-    if (theta_row)
-        besa__cpu_logits_run(rates->beta, rates->base, theta_row + g * s->candidates, s->row_scale, s->plain,
-                             s->candidates);
-    else memcpy(rates->beta, rates->base, (size_t)s->candidates * sizeof(float));
-    besa__cpu_exp_sum(rates->beta, rates->beta, besa__cpu_row_max(rates->beta, s->candidates), s->candidates);
-    besa__cpu_moments(sums, rates->beta, rates->p, s->candidates);
-    besa__cpu_scale(rates->beta, (float)(1.0 / sums[0]), s->candidates);
-    return sums[1] / sums[0];
-}
-
-enum { BESA__CPU_GROUPS = 32 }; /* of one task */
-
-/* alpha(R), n(R) = max(floor(alpha units), zeros), the product in float as the published code has it */
-static besa_result besa__cpu_rate_forward(besa_backend *be, float *alpha, int32_t *n, const float *theta_layer,
-                                          const float *theta_row, const int32_t *zeros, const besa_rate_shape *s)
-{
-    besa__cpu_rates rates;
-    size_t stride;
-    int64_t groups = besa__cpu_rates_begin(be, &rates, &stride, 0, s->layer_scale == 0.0f ? NULL : theta_layer, s);
-    int64_t tasks = besa__parts(groups, BESA__CPU_GROUPS);
-    if (s->row_scale == 0.0f) theta_row = NULL;
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        besa__cpu_rates mine = besa__cpu_rates_mine(&rates, stride);
-        for (int64_t g = task * BESA__CPU_GROUPS; g < besa__min(groups, (task + 1) * BESA__CPU_GROUPS); g++) {
-            float rate = (float)besa__cpu_rates_beta(&mine, theta_row, g, s), share = floorf(rate * (float)s->units);
-            int64_t pruned = share > 0.0f ? besa__min((int64_t)share, s->units) : 0; /* 0 where alpha is NaN */
-            for (int64_t r = g * s->group_rows; r < besa__min(s->rows, (g + 1) * s->group_rows); r++) {
-                alpha[r] = rate;
-                if (n) n[r] = (int32_t)(zeros ? besa__max(pruned, zeros[r]) : pruned);
-            }
-        }
-    }
-    return BESA_OK;
-}
-
-/* mean(1) [+]= share * sum_r alpha_r / R */
-static besa_result besa__cpu_rate_mean(besa_backend *be, float *mean, const float *alpha, float share, int accumulate,
-                                       int64_t rows)
-{
-    double sum = 0.0;
-    (void)be;
-    for (int64_t r = 0; r < rows; r++) sum += (double)alpha[r];
-    *mean = (accumulate ? *mean : 0.0f) + (float)((double)share * sum / (double)rows);
-    return BESA_OK;
-}
-
-/* mine->dbeta = dL/dz of group g, from dL/dbeta_d = - sum over rows and buckets b >= d of sums[r,b] + slope p_d with
- * slope = slope_of_row times the rows of g */
-static void besa__cpu_rate_group_backward(const besa__cpu_rates *mine, const float *sums, const float *theta_row,
-                                          int64_t g, double slope_of_row, const besa_rate_shape *s)
-{
-    int64_t last = s->candidates - 1, end = besa__min(s->rows, (g + 1) * s->group_rows);
-    double run = 0.0, moments[2], slope = slope_of_row * (double)(end - g * s->group_rows);
-    memset(mine->dbeta, 0, (size_t)s->candidates * sizeof(float));
-    for (int64_t r = g * s->group_rows; r < end; r++) besa__cpu_axpy(mine->dbeta, 1.0f, sums + r * last, last);
-    for (int64_t d = last; d >= 0; d--) {
-        run += (double)mine->dbeta[d];
-        mine->dbeta[d] = (float)(slope * (double)mine->p[d] - run);
-    }
-    besa__cpu_rates_beta(mine, theta_row, g, s);
-    besa__cpu_moments(moments, mine->beta, mine->dbeta, s->candidates);
-    besa__cpu_beta_back(mine->dbeta, mine->dbeta, mine->beta, (float)(moments[1] / moments[0]), s->candidates);
-}
-
-/* dtheta_row(G,D+1) and dtheta_layer(D+1), assigned */
-static besa_result besa__cpu_rate_backward(besa_backend *be, float *dtheta_layer, float *dtheta_row, const float *sums,
-                                           const float *theta_layer, const float *theta_row,
-                                           const besa_penalty *penalty, const besa_rate_shape *s)
-{
-    besa__cpu_rates rates;
-    size_t stride;
-    int64_t groups = besa__parts(s->rows, s->group_rows), n = s->candidates;
-    int64_t parts = besa__cpu_rate_parts(groups, n), run = besa__parts(groups, parts);
-    double slope = 0.0;
-    besa__cpu_rates_begin(be, &rates, &stride, parts, s->layer_scale == 0.0f ? NULL : theta_layer, s);
-    if (s->row_scale == 0.0f) theta_row = dtheta_row = NULL;
-    if (s->layer_scale == 0.0f) dtheta_layer = NULL;
-    if (penalty && penalty->coefficient != 0.0f)
-        slope = (double)penalty->coefficient * ((double)*penalty->mean - (double)penalty->target) / (double)s->rows;
-    parts = besa__parts(groups, run);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, parts))
-    for (int64_t part = 0; part < parts; part++) {
-        besa__cpu_rates mine = besa__cpu_rates_mine(&rates, stride);
-        memset(mine.part + part * n, 0, (size_t)n * sizeof(float));
-        for (int64_t g = part * run; g < besa__min(groups, (part + 1) * run); g++) {
-            besa__cpu_rate_group_backward(&mine, sums, theta_row, g, slope, s);
-            if (dtheta_layer) besa__cpu_axpy(mine.part + part * n, 1.0f, mine.dbeta, n);
-            if (dtheta_row)
-                besa__cpu_logits_back(dtheta_row + g * n, mine.dbeta, theta_row + g * n, s->row_scale, s->plain, n);
-        }
-    }
-    if (!dtheta_layer) return BESA_OK;
-    memset(dtheta_layer, 0, (size_t)n * sizeof(float));
-    for (int64_t part = 0; part < parts; part++) besa__cpu_axpy(dtheta_layer, 1.0f, rates.part + part * n, n);
-    besa__cpu_logits_back(dtheta_layer, dtheta_layer, theta_layer, s->layer_scale, s->plain, n);
-    return BESA_OK;
-}
-
-/* ---- optimisers ---------------------------------------------------------------------------- */
-
-/* Prodigy's m, v, s: x = beta x + c g; v with g^2 */
-BESA__INLINE void besa__cpu_prodigy_state_body(const besa_optimizer_step *o, int64_t at, int64_t n, float d, float gain)
-{
-    float *m = o->m + at, *v = o->v + at, *s = o->s + at;
-    float b1 = (float)o->beta1, b2 = (float)o->beta2, b3 = (float)o->beta3;
-    float c1 = d * (float)(1.0 - o->beta1), c2 = d * d * (float)(1.0 - o->beta2);
-    const float *grad = o->grad + at;
-    BESA__ELEMENTWISE
-    for (int64_t i = 0; i < n; i++) {
-        float g = grad[i];
-        m[i] = b1 * m[i] + c1 * g;
-        v[i] = b2 * v[i] + c2 * g * g;
-        s[i] = b3 * s[i] + gain * g;
-    }
-}
-BESA__KERNEL(besa__cpu_prodigy_state, (const besa_optimizer_step *o, int64_t at, int64_t n, float d, float gain),
-             (o, at, n, d, gain))
-
-/* sums (2) += <g, theta0 - theta>, sum |s| */
-BESA__INLINE void besa__cpu_prodigy_sums_body(double *sums, const besa_optimizer_step *o, int64_t at, int64_t n)
-{
-    const float *g = o->grad + at, *x0 = o->theta0 + at, *x = o->theta + at, *s = o->s + at;
-    double a[8], b[8];
-    int64_t i = 0;
-    for (int l = 0; l < 8; l++) a[l] = b[l] = 0.0;
-    for (; i + 8 <= n; i += 8)
-        for (int l = 0; l < 8; l++) {
-            a[l] += (double)g[i + l] * (double)(x0[i + l] - x[i + l]);
-            b[l] += (double)besa__bits_float(besa__float_bits(s[i + l]) & 0x7FFFFFFFu);
-        }
-    for (; i < n; i++) {
-        a[i % 8] += (double)g[i] * (double)(x0[i] - x[i]);
-        b[i % 8] += (double)besa__bits_float(besa__float_bits(s[i]) & 0x7FFFFFFFu);
-    }
-    for (int l = 0; l < 8; l++) sums[0] += a[l], sums[1] += b[l];
-}
-BESA__KERNEL(besa__cpu_prodigy_sums, (double *sums, const besa_optimizer_step *o, int64_t at, int64_t n),
-             (sums, o, at, n))
-
-/* theta = theta keep - rate m / (sqrt(v) / root + eps) */
-BESA__INLINE void besa__cpu_optimizer_move_body(const besa_optimizer_step *o, int64_t at, int64_t n, float keep,
-                                                float rate, float root, float eps)
-{
-    float *x = o->theta + at, *m = o->m + at, *v = o->v + at;
-    BESA__ELEMENTWISE
-    for (int64_t i = 0; i < n; i++) x[i] = keep * x[i] - rate * m[i] / (besa__sqrt(v[i]) / root + eps);
-}
-BESA__KERNEL(besa__cpu_optimizer_move,
-             (const besa_optimizer_step *o, int64_t at, int64_t n, float keep, float rate, float root, float eps),
-             (o, at, n, keep, rate, root, eps))
-
-/* AdamW's m = beta1 m + (1-beta1) g, v = beta2 v + (1-beta2) g^2 */
-BESA__INLINE void besa__cpu_adamw_state_body(const besa_optimizer_step *o, int64_t at, int64_t n)
-{
-    float *m = o->m + at, *v = o->v + at, b1 = (float)o->beta1, b2 = (float)o->beta2;
-    float c1 = (float)(1.0 - o->beta1), c2 = (float)(1.0 - o->beta2);
-    const float *grad = o->grad + at;
-    BESA__ELEMENTWISE
-    for (int64_t i = 0; i < n; i++) {
-        float g = grad[i];
-        m[i] = b1 * m[i] + c1 * g;
-        v[i] = b2 * v[i] + c2 * g * g;
-    }
-}
-BESA__KERNEL(besa__cpu_adamw_state, (const besa_optimizer_step *o, int64_t at, int64_t n), (o, at, n))
-
-enum { BESA__CPU_STEP_PARTS = 1024, BESA__CPU_STEP_RUN = 8192 };
-
-static double *besa__cpu_optimizer_place(besa__arena *work)
-{
-    return (double *)besa__take(work, 2 * BESA__CPU_STEP_PARTS * sizeof(double));
-}
-
-/* Decoupled weight decay, bias correction: theta = theta (1 - lr decay) - lr / c1 m / (sqrt(v / c2) + eps) */
-static besa_result besa__cpu_adamw(besa_backend *be, const besa_optimizer_step *o, int64_t run, int64_t tasks)
-{
-    double c1 = 1.0 - pow(o->beta1, (double)o->step), c2 = 1.0 - pow(o->beta2, (double)o->step);
-    float keep = (float)(1.0 - o->lr * o->weight_decay);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        int64_t at = task * run, n = besa__min(run, o->n - at);
-        besa__cpu_adamw_state(o, at, n);
-        besa__cpu_optimizer_move(o, at, n, keep, (float)(o->lr / c1), (float)sqrt(c2), (float)o->eps);
-    }
-    return BESA_OK;
-}
-
-/* One step over n parameters. Prodigy (arXiv 2306.06101) or AdamW; scalars = d, numerator */
-static besa_result besa__cpu_optimizer_step(besa_backend *be, const besa_optimizer_step *o)
-{
-    int64_t run = besa__max(BESA__CPU_STEP_RUN, besa__parts(o->n, BESA__CPU_STEP_PARTS));
-    int64_t tasks = besa__parts(o->n, run);
-    double sum[2] = {0.0, 0.0}, d, dlr, gain, numerator, estimate, *part;
-    besa__arena work = besa__cpu_work(be);
-    if (o->kind != BESA_PRODIGY) return besa__cpu_adamw(be, o, run, tasks);
-    d = o->scalars[0], dlr = d * o->lr, gain = d / o->d0 * dlr;
-    part = besa__cpu_optimizer_place(&work);
-    BESA__CPU_FITS(be, work);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        int64_t at = task * run, n = besa__min(run, o->n - at);
-        part[2 * task] = part[2 * task + 1] = 0.0;
-        besa__cpu_prodigy_state(o, at, n, (float)d, (float)gain);
-        besa__cpu_prodigy_sums(part + 2 * task, o, at, n);
-    }
-    for (int64_t task = 0; task < tasks; task++) sum[0] += part[2 * task], sum[1] += part[2 * task + 1];
-    if (sum[1] == 0.0) return BESA_OK; /* no gradient yet: nothing moves */
-    numerator = o->beta3 * o->scalars[1] + gain * sum[0];
-    estimate = o->d_coef * numerator / sum[1];
-    if (estimate > d) o->scalars[0] = estimate;
-    o->scalars[1] = numerator;
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++)
-        besa__cpu_optimizer_move(o, task * run, besa__min(run, o->n - task * run),
-                                 (float)(1.0 - dlr * o->weight_decay), (float)dlr, 1.0f,
-                                 (float)(o->scalars[0] * o->eps));
-    return BESA_OK;
-}
-
-/* ---- the exact count ----------------------------------------------------------------------- */
-
-typedef struct besa__cpu_projected {
-    double logit, exact;                        /* of the row's rate; shifted rate times columns */
-    int64_t columns, least, n, row;
-} besa__cpu_projected;
-
-/* n = floor(exact) within least .. columns of every row for one shift; returns the sum. */
-static int64_t besa__cpu_project_shift(besa__cpu_projected *p, int64_t rows, double shift)
-{
-    int64_t total = 0;
-    for (int64_t i = 0; i < rows; i++) {
-        p[i].exact = (double)p[i].columns / (1 + exp(-(p[i].logit + shift)));
-        p[i].n = besa__min(p[i].columns, besa__max(p[i].least, (int64_t)floor(p[i].exact)));
-        total += p[i].n;
-    }
-    return total;
-}
-
-static int besa__cpu_by_fraction(const void *left, const void *right)
-{
-    const besa__cpu_projected *a = (const besa__cpu_projected *)left, *b = (const besa__cpu_projected *)right;
-    double fa = a->exact - (double)a->n, fb = b->exact - (double)b->n;
-    if (fa != fb) return fa > fb ? -1 : 1;
-    return a->row < b->row ? -1 : 1;
-}
-
-/* Choose n of every row so that their sum is count. */
-static void besa__cpu_project(besa__cpu_projected *p, int64_t rows, int64_t count)
-{
-    double low = -60, high = 60;
-    for (int i = 0; i < 80; i++) {
-        double shift = 0.5 * (low + high);
-        if (besa__cpu_project_shift(p, rows, shift) <= count) low = shift;
-        else high = shift;
-    }
-    int64_t missing = count - besa__cpu_project_shift(p, rows, low), before = -1;
-    qsort(p, (size_t)rows, sizeof *p, besa__cpu_by_fraction);
-    while (missing > 0 && missing != before) {
-        before = missing;
-        for (int64_t i = 0; i < rows && missing > 0; i++)
-            if (p[i].n < p[i].columns) {
-                p[i].n++;
-                missing--;
-            }
-    }
-}
-
-static besa__cpu_projected *besa__cpu_project_place(besa__arena *work, int64_t rows)
-{
-    return (besa__cpu_projected *)besa__take_array(work, rows, sizeof(besa__cpu_projected));
-}
-
-/* n(R) whose sum is count; excess(1) says whether that can be */
-static besa_result besa__cpu_project_counts(besa_backend *be, int32_t *n, int64_t *excess, const float *alpha,
-                                            const int32_t *least, const int32_t *columns, int64_t count, int64_t rows)
-{
-    besa__arena work = besa__cpu_work(be);
-    besa__cpu_projected *p = besa__cpu_project_place(&work, rows);
-    int64_t used = 0, sum = 0;
-    BESA__CPU_FITS(be, work);
-    *excess = 0;
-    for (int64_t r = 0; r < rows; r++) {
-        double rate = (double)alpha[r];
-        if (columns[r] == 0) continue;
-        if (!besa__is_finite(rate)) *excess = -1;
-        rate = rate < 1e-7 ? 1e-7 : rate > 1 - 1e-7 ? 1 - 1e-7 : rate;
-        p[used].logit = log(rate / (1 - rate));
-        p[used].columns = columns[r];
-        p[used].least = least[r];
-        p[used++].row = r;
-        sum += least[r];
-    }
-    if (*excess == 0 && sum > count) *excess = sum - count;
-    if (*excess != 0) return BESA_OK;
-    besa__cpu_project(p, used, count);
-    for (int64_t i = 0; i < used; i++) n[p[i].row] = (int32_t)p[i].n;
-    return BESA_OK;
-}
-
-/* ============================================================================================
- * // >>cpu-sparsegpt         SparseGPT on the CPU: factor of the inverse Hessian, slabs of weights
- * ============================================================================================
- * SparseGPT (arXiv 2301.00774). All in float; products go to section cpu-gemm, never in bf16. The factor: H = W'W with
- * W lower triangular (Cholesky, last block of rows first), Z = W^-1, U = Z' : then U'U = Z Z' = inv(H), U upper. */
-
-enum { BESA__CPU_FACTOR = 128 /* rows of a block */, BESA__CPU_STRIP = 1024 /* columns of one product */ };
-
-typedef struct besa__cpu_factor {
-    float *h;                          /* (C,C) */
-    int64_t columns;
-    float *inverse;                    /* (FACTOR, FACTOR) of the diagonal block */
-    float *panel;                      /* (FACTOR, C) */
-} besa__cpu_factor;
-
-static void besa__cpu_factor_place(besa__arena *work, besa__cpu_factor *f, int threads, int64_t columns)
-{
-    besa__cpu_gemm_place(work, threads); /* first, where besa__cpu_multiply has it */
-    f->columns = columns;
-    f->inverse = besa__take_floats(work, BESA__CPU_FACTOR * BESA__CPU_FACTOR);
-    f->panel = besa__take_floats(work, besa__product(BESA__CPU_FACTOR, columns));
-}
-
-/* dead(C), ones on the diagonal there, then damping * mean(diag) on all of it */
-static void besa__cpu_hessian_damp(const besa__cpu_factor *f, int32_t *dead, float damping)
-{
-    double sum = 0.0;
-    float add;
-    for (int64_t j = 0; j < f->columns; j++) {
-        float *diagonal = f->h + j * f->columns + j;
-        dead[j] = *diagonal == 0.0f;
-        if (dead[j]) *diagonal = 1.0f;
-        sum += (double)*diagonal;
-    }
-    add = (float)((double)damping * sum / (double)f->columns);
-    for (int64_t j = 0; j < f->columns; j++) f->h[j * f->columns + j] += add;
-}
-
-/* In place D(n,n) -> W, D = W'W, lower triangles, rows `step` apart. Returns -1, or the column whose pivot is bad. */
-static int64_t besa__cpu_factor_block(float *d, int64_t n, int64_t step)
-{
-    for (int64_t p = n - 1; p >= 0; p--) {
-        float *row = d + p * step, pivot = row[p];
-        if (!(pivot > 0.0f) || pivot > 3.0e38f) return p;
-        besa__cpu_scale(row, 1.0f / sqrtf(pivot), p);
-        row[p] = sqrtf(pivot);
-        for (int64_t i = 0; i < p; i++) besa__cpu_axpy(d + i * step, -row[i], row, i + 1);
-    }
-    return -1;
-}
-
-/* Z(n,n) = W^-1, lower triangular, zeros above; rows of W `step` apart */
-static void besa__cpu_invert_block(float *z, const float *w, int64_t n, int64_t step)
-{
-    memset(z, 0, (size_t)(n * n) * sizeof *z);
-    for (int64_t i = 0; i < n; i++) {
-        for (int64_t k = 0; k < i; k++) besa__cpu_axpy(z + i * n, w[i * step + k], z + k * n, k + 1);
-        besa__cpu_scale(z + i * n, -1.0f / w[i * step + i], i);
-        z[i * n + i] = 1.0f / w[i * step + i];
-    }
-}
-
-/* H -> W in the lower triangle, blocks of rows from the last to the first; -1 or the bad column */
-static int64_t besa__cpu_factor_lower(besa_backend *be, const besa__cpu_factor *f)
-{
-    int64_t c = f->columns, blocks = besa__parts(c, BESA__CPU_FACTOR);
-    for (int64_t block = blocks - 1; block >= 0; block--) {
-        int64_t i0 = block * BESA__CPU_FACTOR, n = besa__min(BESA__CPU_FACTOR, c - i0);
-        float *rows = f->h + i0 * c;
-        int64_t bad = besa__cpu_factor_block(rows + i0, n, c);
-        besa__gemm_args g = besa__cpu_product(rows, n, i0, n);
-        if (bad >= 0) return i0 + bad;
-        if (i0 == 0) break;
-        besa__cpu_invert_block(f->inverse, rows + i0, n, c);
-        for (int64_t i = 0; i < n; i++) memcpy(f->panel + i * i0, rows + i * c, (size_t)i0 * sizeof(float));
-        besa__cpu_operand_a(&g, f->inverse, BESA_F32, 1, n); /* the block's rows: (W_bb^-1)' H_b */
-        besa__cpu_operand_b(&g, f->panel, BESA_F32, i0, 1);
-        g.c_row = c;
-        besa__cpu_multiply(be, &g, 0);
-        g = besa__cpu_product(f->h, i0, i0, n); /* what is above: H -= W_b' W_b */
-        besa__cpu_operand_a(&g, rows, BESA_F32, 1, c);
-        besa__cpu_operand_b(&g, rows, BESA_F32, c, 1);
-        g.c_row = c;
-        g.alpha = -1.0f;
-        g.accumulate = 1;
-        g.lower = 1;
-        besa__cpu_multiply(be, &g, 0);
-    }
-    return -1;
-}
-
-/* W -> Z = W^-1 in place, blocks of rows from the first to the last: Z_b = W_bb^-1 (-W_b Z_before | 1) */
-static void besa__cpu_invert_lower(besa_backend *be, const besa__cpu_factor *f)
-{
-    int64_t c = f->columns;
-    for (int64_t i0 = 0; i0 < c; i0 += BESA__CPU_FACTOR) {
-        int64_t n = besa__min(BESA__CPU_FACTOR, c - i0);
-        float *rows = f->h + i0 * c;
-        besa__gemm_args g;
-        besa__cpu_invert_block(f->inverse, rows + i0, n, c);
-        for (int64_t j0 = 0; j0 < i0; j0 += BESA__CPU_STRIP) { /* Z_before is 0 above row j0 */
-            g = besa__cpu_product(f->panel + j0, n, besa__min(BESA__CPU_STRIP, i0 - j0), i0 - j0);
-            besa__cpu_operand_a(&g, rows + j0, BESA_F32, c, 1);
-            besa__cpu_operand_b(&g, f->h + j0 * c + j0, BESA_F32, c, 1);
-            g.c_row = i0;
-            besa__cpu_multiply(be, &g, 0);
-        }
-        if (i0 > 0) {
-            g = besa__cpu_product(rows, n, i0, n);
-            besa__cpu_operand_a(&g, f->inverse, BESA_F32, n, 1);
-            besa__cpu_operand_b(&g, f->panel, BESA_F32, i0, 1);
-            g.c_row = c;
-            g.alpha = -1.0f;
-            besa__cpu_multiply(be, &g, 0);
-        }
-        for (int64_t i = 0; i < n; i++)
-            memcpy(rows + i * c + i0, f->inverse + i * n, (size_t)n * sizeof(float));
-    }
-}
-
-/* The strict upper triangle: zeros, or (transpose) what is below, which becomes zero. */
-static void besa__cpu_upper(besa_backend *be, const besa__cpu_factor *f, int transpose)
-{
-    int64_t c = f->columns, tile = 64, tasks = besa__parts(c, tile);
-    float *h = f->h;
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        int64_t i1 = besa__min(c, (task + 1) * tile);
-        for (int64_t j0 = task * tile; j0 < c; j0 += tile)
-            for (int64_t i = task * tile; i < i1; i++)
-                for (int64_t j = besa__max(i + 1, j0); j < besa__min(c, j0 + tile); j++) {
-                    h[i * c + j] = transpose ? h[j * c + i] : 0.0f;
-                    if (transpose) h[j * c + i] = 0.0f;
-                }
-    }
-}
-
-/* H(C,C) -> U, U'U = inv(H + damping mean(diag)) */
-static besa_result besa__cpu_hessian_factor(besa_backend *be, float *h, int32_t *dead, float damping, int64_t columns)
-{
-    besa__arena work = besa__cpu_work(be);
-    besa__cpu_factor f;
-    int64_t bad;
-    besa__cpu_factor_place(&work, &f, besa__cpu_of(be)->threads, columns);
-    BESA__CPU_FITS(be, work);
-    f.h = h;
-    besa__cpu_hessian_damp(&f, dead, damping);
-    bad = besa__cpu_factor_lower(be, &f);
-    if (bad >= 0)
-        return besa__fail(&be->error, BESA_ERROR_NUMERIC,
-                          "the Hessian of %lld columns is not positive definite at column %lld (a larger option "
-                          "damping or more calibration tokens may help)", (long long)columns, (long long)bad);
-    besa__cpu_upper(be, &f, 0);
-    besa__cpu_invert_lower(be, &f);
-    besa__cpu_upper(be, &f, 1);
-    return BESA_OK;
-}
-
-/* diag(C) = U_jj, infinity where dead */
-static besa_result besa__cpu_diagonal(besa_backend *be, float *diag, const float *u, const int32_t *dead,
-                                      int64_t columns)
-{
-    (void)be;
-    for (int64_t j = 0; j < columns; j++) diag[j] = dead[j] ? besa__bits_float(0x7F800000u) : u[j * columns + j];
-    return BESA_OK;
-}
-
-/* ---- slabs --------------------------------------------------------------------------------- */
-
-typedef struct besa__cpu_slab {
-    float *w, *err;                    /* of row 0: (R, width), rows `columns` and `width` apart */
-    const float *u;                    /* (width, width) on U's diagonal, rows `columns` apart */
-    const int32_t *dead;               /* (width) */
-    float *scale;                      /* (width) = 1 / U_jj^2 */
-    int64_t width, columns;
-    uint32_t threshold;                /* of keys */
-    int n, m;
-} besa__cpu_slab;
-
-static void besa__cpu_slab_place(besa__arena *work, besa__cpu_slab *slab, besa__cpu_select *select, int64_t width,
-                                 int threads)
-{
-    besa__cpu_select_place(work, select, width, threads);
-    slab->scale = besa__take_floats(work, width);
-}
-
-/* key = key of w^2 scale */
-BESA__INLINE void besa__cpu_saliency_keys_body(uint32_t *key, const float *w, const float *scale, int64_t n)
-{
-    for (int64_t j = 0; j < n; j++) key[j] = besa__float_bits(w[j] * w[j] * scale[j]) | 0x80000000u;
-}
-BESA__KERNEL(besa__cpu_saliency_keys, (uint32_t *key, const float *w, const float *scale, int64_t n), (key, w, scale, n))
-
-static void besa__cpu_slab_keys(const besa__cpu_select *select, uint32_t *key, int64_t row)
-{
-    const besa__cpu_slab *slab = (const besa__cpu_slab *)select->data;
-    besa__cpu_saliency_keys(key, slab->w + row * slab->columns, slab->scale, slab->width);
-}
-
-/* go[i] = 1 for the n smallest w^2 scale of columns first .. first+m-1, as far as the slab reaches; 0 for the others */
-static void besa__cpu_slab_group(const besa__cpu_slab *slab, uint32_t *go, const float *w, int64_t first)
-{
-    int64_t end = besa__min(slab->width, first + slab->m);
-    for (int64_t j = first; j < end; j++) {
-        float s = w[j] * w[j] * slab->scale[j];
-        int place = 0;
-        for (int64_t i = first; i < end; i++) {
-            float other = w[i] * w[i] * slab->scale[i];
-            place += other < s || (i < j && !(other > s));
-        }
-        go[j] = place < slab->n;
-    }
-}
-
-/* One row, left to right: a pruned weight's error e = w / U_ii is taken off the later columns along U[i, i+1:]. */
-static void besa__cpu_slab_row(const besa__cpu_slab *slab, uint32_t *go, int64_t row)
-{
-    float *w = slab->w + row * slab->columns, *err = slab->err + row * slab->width;
-    besa__cpu_saliency_keys(go, w, slab->scale, slab->width);
-    for (int64_t i = 0; i < slab->width; i++) go[i] = go[i] <= slab->threshold;
-    for (int64_t i = 0; i < slab->width; i++) {
-        const float *u = slab->u + i * slab->columns;
-        if (slab->m > 0 && i % slab->m == 0) besa__cpu_slab_group(slab, go, w, i);
-        err[i] = go[i] ? w[i] / u[i] : 0.0f;
-        if (err[i] != 0.0f) besa__cpu_axpy(w + i + 1, -err[i], u + i + 1, slab->width - i - 1);
-        if (go[i]) w[i] = 0.0f;
-    }
-}
-
-/* Dead columns of the slab become 0. */
-static void besa__cpu_slab_bury(const besa__cpu_slab *slab, int64_t rows)
-{
-    for (int64_t j = 0; j < slab->width; j++)
-        for (int64_t r = 0; slab->dead[j] && r < rows; r++) slab->w[r * slab->columns + j] = 0.0f;
-}
-
-/* Columns first .. first+width-1 of Wf(R,C) */
-static besa_result besa__cpu_sparsegpt_slab(besa_backend *be, float *wf, float *err, const float *u,
-                                            const int32_t *dead, int64_t first, int64_t width, double target, int n,
-                                            int m, int64_t rows, int64_t columns)
-{
-    int64_t grain = besa__cpu_grain(width * 16), tasks = besa__parts(rows, grain), smaller;
-    besa__arena work = besa__cpu_work(be);
-    besa__cpu_select select;
-    besa__cpu_slab slab;
-    slab.w = wf + first, slab.err = err, slab.u = u + first * columns + first, slab.dead = dead + first;
-    slab.width = width, slab.columns = columns, slab.n = n, slab.m = m;
-    besa__cpu_slab_place(&work, &slab, &select, width, besa__cpu_of(be)->threads);
-    BESA__CPU_FITS(be, work);
-    for (int64_t j = 0; j < width; j++) slab.scale[j] = 1.0f / (slab.u[j * columns + j] * slab.u[j * columns + j]);
-    besa__cpu_slab_bury(&slab, rows);
-    slab.threshold = 0;
-    if (m == 0) {
-        double place = floor((double)width * (double)rows * target);
-        select.keys = besa__cpu_slab_keys;
-        select.data = &slab;
-        select.rows = rows, select.columns = width;
-        slab.threshold = besa__cpu_select_run(be, &select, besa__min((int64_t)place, width * rows - 1), &smaller);
-    }
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++)
-        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++)
-            besa__cpu_slab_row(&slab, select.key + BESA__THREAD_INDEX() * width, r);
-    return BESA_OK;
-}
-
-/* Wf[:, first+width:] -= err(R,width) U[first:first+width, first+width:] */
-static besa_result besa__cpu_sparsegpt_push(besa_backend *be, float *wf, const float *err, const float *u,
-                                            int64_t first, int64_t width, int64_t rows, int64_t columns)
-{
-    int64_t next = first + width;
-    besa__gemm_args g = besa__cpu_product(wf + next, rows, columns - next, width);
-    if (next >= columns) return BESA_OK;
-    besa__cpu_operand_a(&g, err, BESA_F32, width, 1);
-    besa__cpu_operand_b(&g, u + first * columns + next, BESA_F32, columns, 1);
-    g.c_row = columns;
-    g.alpha = -1.0f;
-    g.accumulate = 1;
-    besa__cpu_multiply(be, &g, 0);
-    return BESA_OK;
-}
-
-/* ============================================================================================
- * // >>cpu-backend           the CPU's table of operations
- * ============================================================================================ */
-
-/* Rates, bucket sums and the optimiser; 0 candidates: as many as there may be. */
-static uint64_t besa__cpu_rates_bytes(int64_t columns, int64_t candidates, int threads)
-{
-    besa__arena work = {NULL, 0}, cell_work = {NULL, 0}, step_work = {NULL, 0};
-    besa__cpu_rates rates;
-    besa__cpu_cells cells;
-    int64_t n = candidates > 0 ? candidates : (int64_t)BESA__CPU_BUCKETS;
-    uint64_t stride = besa__cpu_rates_place(&work, &rates, n, besa__cpu_rate_parts(INT64_MAX, n));
-    work.used = besa__add_sizes(work.used, besa__multiply_sizes(stride, (uint64_t)threads));
-    stride = besa__cpu_cells_place(&cell_work, &cells, columns, n);
-    cell_work.used = besa__add_sizes(cell_work.used, besa__multiply_sizes(stride, (uint64_t)threads));
-    besa__cpu_optimizer_place(&step_work);
-    uint64_t most = work.used > cell_work.used ? work.used : cell_work.used;
-    return most > step_work.used ? most : step_work.used;
-}
-
-static uint64_t besa__cpu_attention_bytes(const besa_workload *w, int threads)
-{
-    besa__arena work = {NULL, 0}, one = {NULL, 0};
-    besa__cpu_head head;
-    float *dk, *dv;
-    if (w->num_attention_heads <= 0 || w->tokens <= 0) return 0;
-    besa__cpu_attention_parts_place(&work, &dk, &dv, w->tokens, w->num_attention_heads, w->num_key_value_heads,
-                                    w->head_dim);
-    besa__cpu_attention_place(&one, &head, w->seqlen, 1);
-    besa__take_parts(&work, &one, threads);
-    return work.used;
-}
-
-static uint64_t besa__cpu_hessian_bytes(const besa_workload *w, int threads)
-{
-    besa__arena work = {NULL, 0}, slab_work = {NULL, 0};
-    besa__cpu_factor factor;
-    besa__cpu_slab slab;
-    besa__cpu_select select;
-    if (w->hessian_columns <= 0) return 0;
-    besa__cpu_factor_place(&work, &factor, threads, w->hessian_columns);
-    besa__cpu_slab_place(&slab_work, &slab, &select, w->hessian_columns, threads);
-    return work.used > slab_work.used ? work.used : slab_work.used;
-}
-
-/* The most that any operation takes. */
-static size_t besa__cpu_workspace_size(besa_backend *be, const besa_workload *w)
-{
-    int threads = besa__cpu_of(be)->threads;
-    besa__arena work[6] = {{NULL, 0}, {NULL, 0}, {NULL, 0}, {NULL, 0}, {NULL, 0}, {NULL, 0}};
-    besa__cpu_sort sort;
-    besa__cpu_select select;
-    int64_t *ties;
-    float *weight;
-    double *part;
-    uint64_t most[9], largest = 0;
-    if (w->tokens > 0) besa__cpu_gemm_place(&work[0], threads);
-    besa__cpu_column_sumsq_place(&work[1], BESA__CPU_SUM_PARTS, w->columns); /* of any number of tokens */
-    besa__cpu_block_loss_place(&work[2], &weight, &part, w->tokens, w->columns);
-    besa__cpu_sort_place(&work[3], &sort, w->columns);
-    besa__cpu_mask_smallest_place(&work[4], &select, &ties, w->rows, w->columns, threads); /* and count_zeros */
-    for (int i = 0; i < 5; i++) most[i] = work[i].used;
-    most[3] = besa__multiply_sizes(most[3], (uint64_t)threads);
-    most[5] = besa__cpu_rates_bytes(w->columns, w->candidates, threads);
-    most[6] = besa__cpu_attention_bytes(w, threads);
-    most[7] = besa__cpu_hessian_bytes(w, threads);
-    besa__cpu_project_place(&work[5], w->projected_rows);
-    most[8] = work[5].used;
-    for (int i = 0; i < 9; i++) largest = most[i] > largest ? most[i] : largest;
-    return besa__size(largest);
-}
-
-static void besa__cpu_destroy(besa_backend *be)
-{
-    BESA_FREE(be->context);
-    memset(be, 0, sizeof *be);
-}
-
-/* Memory is memory: what moves, copies; what is pinned, allocates. */
-#define besa__cpu_host_alloc besa__cpu_alloc
-#define besa__cpu_host_free besa__cpu_free
-#define besa__cpu_download besa__cpu_upload
-#define besa__cpu_copy besa__cpu_upload
-
-/* Whether float arithmetic is as written, with subnormal numbers. Options such as -funsafe-math-optimizations set no macro,
- * yet fold the exponential's rounding constant away. Inputs are volatile: nothing is worked out by the compiler. */
-static besa_result besa__check_arithmetic(besa_error *error)
-{
-    enum { TRIED = 3 * BESA__LANES + 5, HALVES = 5 };
-    static const float special[3] = {-200, 200, (float)NAN};
-    volatile float step = 1.75f;
-    volatile uint16_t half = 0x8001;            /* -2^-24, subnormal in 16 bits */
-    float x[TRIED], y[TRIED], limits[3], halves[HALVES];
-    uint16_t bits[HALVES];
-    int wrong = 0;
-    for (int i = 0; i < TRIED; i++) x[i] = step * (float)(i - TRIED / 2); /* -87.5 .. 87.5: exp's results from subnormal up */
-    besa__cpu_exp_sum(y, x, 0.0f, TRIED);
-    for (int i = 0; i < TRIED; i++) wrong += !(fabs((double)y[i] - exp((double)x[i])) <= 1e-6 * exp((double)x[i]));
-    for (int i = 0; i < TRIED; i++) y[i] = besa__sqrt(x[i] * x[i]);
-    for (int i = 0; i < TRIED; i++) wrong += !(fabs((double)y[i] - fabs((double)x[i])) <= 1e-6 * fabs((double)x[i]));
-    besa__cpu_exp_sum(limits, special, step - 1.75f, 3);
-    wrong += limits[0] != 0 || besa__float_bits(limits[1]) != 0x7F800000u;
-    wrong += (besa__float_bits(limits[2]) & 0x7FFFFFFFu) <= 0x7F800000u;
-    for (int i = 0; i < HALVES; i++) bits[i] = (uint16_t)(half + i);
-    besa__cpu_widen_f16(halves, bits, HALVES);
-    for (int i = 0; i < HALVES; i++) wrong += (double)halves[i] != ldexp(-1 - i, -24);
-    if (!wrong) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_UNSUPPORTED, "float arithmetic of this program is not as written, %d of its results are "
-                      "wrong: compile without -funsafe-math-optimizations, and let subnormal numbers not be flushed to zero "
-                      "(linking with -ffast-math has them flushed)", wrong);
-}
-
-BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *options, besa_error *error)
-{
-    besa__cpu *cpu;
-    void *memory;
-    int threads = options ? options->threads : 0;
-    memset(be, 0, sizeof *be);
-    if (threads < 0 || threads > 1024)
-        return besa__fail(error, BESA_ERROR_OPTION, "threads is %d, expected 0 to 1024", threads);
-#if defined(_OPENMP)
-    if (threads == 0) threads = omp_get_max_threads();
-#else
-    threads = 1;
-#endif
-    BESA__TRY(besa__check_arithmetic(error));
-    BESA__TRY(besa__malloc(&memory, sizeof *cpu, "the CPU backend", error));
-    cpu = (besa__cpu *)memset(memory, 0, sizeof *cpu);
-    cpu->threads = threads;
-    cpu->bf16 = options && options->bf16;
-    be->name = cpu->bf16 ? "CPU, bf16 products" : "CPU";
-    be->context = cpu;
-    be->activation_dtype = BESA_F32;
-    be->unified_memory = 1;
-#define BESA__FILL(operation) be->operation = besa__cpu_##operation;
-    BESA_OPERATIONS(BESA__FILL)
-#undef BESA__FILL
-    return BESA_OK;
-}
-
-#if defined(__clang__)
-#pragma clang diagnostic pop
-#endif
 
 /* ============================================================================================
  * // >>options               what every option may be, and what 0 stands for
@@ -9390,8 +4607,1902 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
                             report ? report : &local, error);
 }
 
+#ifndef BESA_NO_STDIO
 /* ============================================================================================
- * // >>writer                the output directory: complete or not there
+ * // >>json                  a strict reader of JSON texts
+ * ============================================================================================
+ * Owns the parsed form of config.json, of shard indices and of safetensors headers. Uses base and memory;
+ * never touches files. UTF-8 and escapes are checked, duplicate keys refused, errors give the byte position. */
+#define BESA__JSON_DEPTH 64
+
+typedef enum besa__json_type {
+    BESA__JSON_NULL, BESA__JSON_FALSE, BESA__JSON_TRUE, BESA__JSON_NUMBER, BESA__JSON_STRING, BESA__JSON_ARRAY,
+    BESA__JSON_OBJECT
+} besa__json_type;
+
+static const char *const besa__json_words[] = { "null", "false", "true" }; /* of the first three types */
+
+/* A text is parsed into words of 4 bytes, values in the order of the text. A value is one word, the byte at which it
+ * begins in the text; an array or object has a second, the number of the first word behind its last element; a member's
+ * key is the word before its value. The rest is read from the text when it is asked for, so that a text costs at
+ * most three times its size beside itself, whatever it holds. */
+typedef struct besa__json_value {
+    uint32_t at;
+} besa__json_value;
+
+typedef struct besa__json {
+    besa__json_value *values;                   /* the first is the root */
+    uint32_t count, room;
+    char *text;                                 /* owned; strings are decoded in place */
+    size_t size, position;
+    const char *name;                           /* for messages: the file */
+    besa_error *error;
+} besa__json;
+
+typedef struct besa__json_number {
+    double value;
+    int64_t integer;
+    int is_integer;                             /* written without fraction or exponent, and fits */
+    size_t length;                              /* of its text */
+} besa__json_number;
+
+static besa_result besa__json_fail(const besa__json *json, const char *what)
+{
+    return besa__fail(json->error, BESA_ERROR_JSON, "%s: byte %zu: %s", json->name, json->position, what);
+}
+
+static void besa__json_skip_space(besa__json *json)
+{
+    const char *s = json->text + json->position;
+    while (*s == ' ' || *s == '\t' || *s == '\n' || *s == '\r') s++;
+    json->position = (size_t)(s - json->text);
+}
+
+/* Bytes of the UTF-8 character at s, 0 if it is not one. A NUL ends the text, so no byte past the end is used. */
+static size_t besa__utf8_length(const unsigned char *s)
+{
+    size_t n = s[0] < 0x80 ? 1 : s[0] >= 0xC2 && s[0] <= 0xDF ? 2 : (s[0] & 0xF0) == 0xE0 ? 3
+               : s[0] >= 0xF0 && s[0] <= 0xF4 ? 4 : 0;
+    for (size_t i = 1; i < n; i++)
+        if ((s[i] & 0xC0) != 0x80) return 0;
+    if ((s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xED && s[1] > 0x9F)) return 0; /* overlong, surrogates */
+    if ((s[0] == 0xF0 && s[1] < 0x90) || (s[0] == 0xF4 && s[1] > 0x8F)) return 0; /* overlong, above U+10FFFF */
+    return n;
+}
+
+static int besa__json_hex4(const char *s, uint32_t *code)
+{
+    *code = 0;
+    for (int i = 0; i < 4; i++) {
+        int c = (unsigned char)s[i], digit = c >= '0' && c <= '9' ? c - '0' : (c | 32) >= 'a' && (c | 32) <= 'f'
+                                             ? (c | 32) - 'a' + 10 : -1;
+        if (digit < 0) return 0;
+        *code = *code * 16 + (uint32_t)digit;
+    }
+    return 1;
+}
+
+/* Decode the escape at json->position to *w, which it moves; a decoded escape is never longer than its text. */
+static besa_result besa__json_escape(besa__json *json, unsigned char **w)
+{
+    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+    const char *s = json->text + json->position, *simple = s[1] ? strchr(from, s[1]) : NULL;
+    if (simple) {
+        *(*w)++ = (unsigned char)to[simple - from];
+        json->position += 2;
+        return BESA_OK;
+    }
+    uint32_t code, low;
+    if (s[1] != 'u' || !besa__json_hex4(s + 2, &code)) return besa__json_fail(json, "malformed escape");
+    json->position += 6;
+    if (code >= 0xD800 && code <= 0xDFFF) {
+        int pair = code < 0xDC00 && s[6] == '\\' && s[7] == 'u' && besa__json_hex4(s + 8, &low) && low >= 0xDC00 &&
+                   low <= 0xDFFF;
+        if (!pair) return besa__json_fail(json, "half of a surrogate pair");
+        code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+        json->position += 6;
+    }
+    if (code == 0) return besa__json_fail(json, "NUL characters in strings are not supported");
+    if (code < 0x80) *(*w)++ = (unsigned char)code;
+    else if (code < 0x800) *(*w)++ = (unsigned char)(0xC0 | code >> 6);
+    else if (code < 0x10000) *(*w)++ = (unsigned char)(0xE0 | code >> 12);
+    else {
+        *(*w)++ = (unsigned char)(0xF0 | code >> 18);
+        *(*w)++ = (unsigned char)(0x80 | (code >> 12 & 0x3F));
+    }
+    if (code >= 0x800) *(*w)++ = (unsigned char)(0x80 | (code >> 6 & 0x3F));
+    if (code >= 0x80) *(*w)++ = (unsigned char)(0x80 | (code & 0x3F));
+    return BESA_OK;
+}
+
+static besa_result besa__json_read_string(besa__json *json, const char **string)
+{
+    unsigned char *w = (unsigned char *)json->text + ++json->position;
+    *string = (const char *)w;
+    for (;;) {
+        const unsigned char *r = (const unsigned char *)json->text + json->position;
+        if (*r == '"') break;
+        if (*r < 0x20)
+            return besa__json_fail(json, json->position >= json->size ? "the text ends in a string"
+                                                                      : "control character in a string");
+        if (*r == '\\') {
+            BESA__TRY(besa__json_escape(json, &w));
+            continue;
+        }
+        size_t n = besa__utf8_length(r);
+        if (!n) return besa__json_fail(json, "not UTF-8");
+        memmove(w, r, n);
+        w += n;
+        json->position += n;
+    }
+    *w = 0;
+    json->position++;
+    return BESA_OK;
+}
+
+static size_t besa__json_digits(const char *s)
+{
+    size_t n = 0;
+    while (s[n] >= '0' && s[n] <= '9') n++;
+    return n;
+}
+
+/* The number at s; what is wrong with it, or NULL. Digits are handed to strtod without a decimal point, as "12345e-2":
+ * right in any locale. */
+static const char *besa__json_scan_number(const char *s, besa__json_number *number)
+{
+    char digits[352];
+    const char *start = s;
+    size_t whole, fraction = 0, sign = *s == '-';
+    long exponent = 0;
+    memset(number, 0, sizeof *number);
+    s += sign;
+    whole = besa__json_digits(s);
+    if (!whole || (*s == '0' && whole > 1)) return "malformed number";
+    s += whole;
+    if (*s == '.') {
+        fraction = besa__json_digits(++s);
+        if (!fraction) return "malformed number";
+        s += fraction;
+    }
+    if (whole + fraction > 320) return "a number of more than 320 digits";
+    memcpy(digits, start, sign + whole);
+    if (fraction) memcpy(digits + sign + whole, start + sign + whole + 1, fraction);
+    number->is_integer = !fraction && *s != 'e' && *s != 'E';
+    if (*s == 'e' || *s == 'E') {
+        int negative = *++s == '-';
+        s += *s == '-' || *s == '+';
+        size_t n = besa__json_digits(s);
+        if (!n) return "malformed number";
+        for (size_t i = 0; i < n && exponent < 100000; i++) exponent = exponent * 10 + (s[i] - '0');
+        if (negative) exponent = -exponent;
+        s += n;
+    }
+    snprintf(digits + sign + whole + fraction, 24, "e%ld", exponent - (long)fraction);
+    number->value = strtod(digits, NULL);
+    if (!(fabs(number->value) <= 1.7976931348623157e308)) return "number out of range";
+    for (size_t i = sign; i < sign + whole && number->is_integer; i++) {
+        int digit = digits[i] - '0';
+        if (number->integer < (INT64_MIN + digit) / 10) number->is_integer = 0; /* negative: reaches INT64_MIN */
+        else number->integer = number->integer * 10 - digit;
+    }
+    if (!sign && number->integer == INT64_MIN) number->is_integer = 0;
+    else if (!sign) number->integer = -number->integer;
+    number->length = (size_t)(s - start);
+    return NULL;
+}
+
+/* ---- values ----------------------------------------------------------------------------------- */
+
+static besa__json_type besa__json_type_of(const besa__json *json, const besa__json_value *value)
+{
+    switch (json->text[value->at]) {
+    case '{': return BESA__JSON_OBJECT;
+    case '[': return BESA__JSON_ARRAY;
+    case '"': return BESA__JSON_STRING;
+    case 'n': return BESA__JSON_NULL;
+    case 'f': return BESA__JSON_FALSE;
+    case 't': return BESA__JSON_TRUE;
+    default: return BESA__JSON_NUMBER;
+    }
+}
+
+static int besa__json_is(const besa__json *json, const besa__json_value *value, besa__json_type type)
+{
+    return value && besa__json_type_of(json, value) == type;
+}
+
+/* The decoded string that a value is (no NUL inside), or NULL. */
+static const char *besa__json_string(const besa__json *json, const besa__json_value *value)
+{
+    return besa__json_is(json, value, BESA__JSON_STRING) ? json->text + value->at + 1 : NULL;
+}
+
+/* The number that a value is; of anything else zeros, and no integer. */
+static besa__json_number besa__json_number_of(const besa__json *json, const besa__json_value *value)
+{
+    besa__json_number number;
+    memset(&number, 0, sizeof number);
+    if (besa__json_is(json, value, BESA__JSON_NUMBER)) besa__json_scan_number(json->text + value->at, &number);
+    return number;
+}
+
+/* The key of an object's member. */
+static const char *besa__json_key(const besa__json *json, const besa__json_value *member)
+{
+    return json->text + member[-1].at;
+}
+
+/* The element or member that begins at `value`, or NULL at the parent's end. */
+static const besa__json_value *besa__json_child(const besa__json *json, const besa__json_value *parent,
+                                                const besa__json_value *value)
+{
+    if (value == json->values + parent[1].at) return NULL;
+    return value + (besa__json_type_of(json, parent) == BESA__JSON_OBJECT);
+}
+
+/* The first element of an array or member of an object; NULL where there is none. */
+static const besa__json_value *besa__json_first(const besa__json *json, const besa__json_value *parent)
+{
+    return besa__json_type_of(json, parent) >= BESA__JSON_ARRAY ? besa__json_child(json, parent, parent + 2) : NULL;
+}
+
+static const besa__json_value *besa__json_next(const besa__json *json, const besa__json_value *parent,
+                                               const besa__json_value *value)
+{
+    int scalar = besa__json_type_of(json, value) < BESA__JSON_ARRAY;
+    return besa__json_child(json, parent, scalar ? value + 1 : json->values + value[1].at);
+}
+
+/* The number of elements or members. */
+static uint32_t besa__json_count(const besa__json *json, const besa__json_value *parent)
+{
+    uint32_t count = 0;
+    const besa__json_value *value = besa__json_first(json, parent);
+    for (; value; value = besa__json_next(json, parent, value)) count++;
+    return count;
+}
+
+/* A member by its key, or NULL. */
+static const besa__json_value *besa__json_get(const besa__json *json, const besa__json_value *object, const char *key)
+{
+    const besa__json_value *value = NULL;
+    if (besa__json_is(json, object, BESA__JSON_OBJECT)) value = besa__json_first(json, object);
+    while (value && strcmp(besa__json_key(json, value), key)) value = besa__json_next(json, object, value);
+    return value;
+}
+
+/* A value as text for a message; returns buffer. */
+static const char *besa__json_show(const besa__json *json, const besa__json_value *value, char *buffer, size_t size)
+{
+    besa__json_type type = value ? besa__json_type_of(json, value) : BESA__JSON_NULL;
+    besa__json_number number = besa__json_number_of(json, value);
+    if (!value) snprintf(buffer, size, "(absent)");
+    else if (type == BESA__JSON_STRING) snprintf(buffer, size, "\"%.100s\"", besa__json_string(json, value));
+    else if (type == BESA__JSON_NUMBER && number.is_integer)
+        snprintf(buffer, size, "%lld", (long long)number.integer);
+    else if (type == BESA__JSON_NUMBER) besa__write_text(buffer, size, "%.10g", number.value);
+    else if (type == BESA__JSON_ARRAY)
+        snprintf(buffer, size, "a list of %lu", (unsigned long)besa__json_count(json, value));
+    else if (type == BESA__JSON_OBJECT)
+        snprintf(buffer, size, "an object of %lu", (unsigned long)besa__json_count(json, value));
+    else snprintf(buffer, size, "%s", besa__json_words[type]);
+    return buffer;
+}
+
+/* ---- parsing ---------------------------------------------------------------------------------- */
+
+static int besa__compare_strings(const void *a, const void *b)
+{
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
+
+static besa_result besa__json_check_unique(besa__json *json, const besa__json_value *object)
+{
+    uint32_t count = besa__json_count(json, object), n = 0;
+    const char *few[8], **keys = few, *twice = NULL;
+    if (count > 8) {
+        void *memory;
+        BESA__TRY(besa__malloc(&memory, count * sizeof *keys, "the keys of a JSON object", json->error));
+        keys = (const char **)memory;
+    }
+    const besa__json_value *member = besa__json_first(json, object);
+    for (; member; member = besa__json_next(json, object, member)) keys[n++] = besa__json_key(json, member);
+    if (count > 1) qsort(keys, count, sizeof *keys, besa__compare_strings);
+    for (uint32_t i = 1; i < count && !twice; i++)
+        if (!strcmp(keys[i - 1], keys[i])) twice = keys[i];
+    if (keys != few) BESA_FREE(keys);
+    if (!twice) return BESA_OK;
+    return besa__fail(json->error, BESA_ERROR_JSON,
+                      "%s: byte %zu: the object that ends here has the key \"%.200s\" twice",
+                      json->name, json->position, twice);
+}
+
+/* Words that a text can come to: one each for the root, behind a comma or a colon, and two for an array or object with
+ * something in it. Strings are left out. */
+static size_t besa__json_room(const char *text, size_t size)
+{
+    size_t words = 1;
+    int quoted = 0;
+    for (size_t i = 0; i < size; i++) {
+        char c = text[i], closed = c == '{' ? '}' : ']';
+        if (c == '"') quoted = !quoted;
+        else if (quoted) i += c == '\\';
+        else if (c == ',' || c == ':') words++;
+        else if (c == '[' || c == '{') words += text[i + 1] == closed ? 1 : 2;
+    }
+    return words;
+}
+
+/* Append a word; besa__json_room has counted it. */
+static void besa__json_push(besa__json *json, size_t at)
+{
+    BESA_ASSERT(json->count < json->room);
+    json->values[json->count++].at = (uint32_t)at;
+}
+
+static besa_result besa__json_read_value(besa__json *json, int depth);
+
+static besa_result besa__json_read_key(besa__json *json)
+{
+    const char *key;
+    besa__json_skip_space(json);
+    if (json->text[json->position] != '"') return besa__json_fail(json, "expected a key");
+    BESA__TRY(besa__json_read_string(json, &key));
+    besa__json_skip_space(json);
+    if (json->text[json->position] != ':') return besa__json_fail(json, "expected ':'");
+    json->position++;
+    besa__json_push(json, (size_t)(key - json->text));
+    return BESA_OK;
+}
+
+/* The array or object whose first word has just been appended. */
+static besa_result besa__json_read_container(besa__json *json, int depth)
+{
+    char close = json->text[json->position++] == '{' ? '}' : ']';
+    uint32_t self = json->count - 1;
+    besa__json_push(json, 0);
+    besa__json_skip_space(json);
+    for (int first = 1; json->text[json->position] != close; first = 0) {
+        if (!first && json->text[json->position] != ',')
+            return besa__json_fail(json, close == '}' ? "expected ',' or '}'" : "expected ',' or ']'");
+        json->position += !first;
+        if (close == '}') BESA__TRY(besa__json_read_key(json));
+        BESA__TRY(besa__json_read_value(json, depth + 1));
+        besa__json_skip_space(json);
+    }
+    json->position++;
+    json->values[self + 1].at = json->count;
+    return close == '}' ? besa__json_check_unique(json, json->values + self) : BESA_OK;
+}
+
+static besa_result besa__json_read_value(besa__json *json, int depth)
+{
+    if (depth > BESA__JSON_DEPTH) return besa__json_fail(json, "nested too deeply");
+    besa__json_skip_space(json);
+    const char *s = json->text + json->position;
+    besa__json_push(json, json->position);
+    if (*s == '{' || *s == '[') return besa__json_read_container(json, depth);
+    if (*s == '"') return besa__json_read_string(json, &s);
+    if (*s == '-' || (*s >= '0' && *s <= '9')) {
+        besa__json_number number;
+        const char *wrong = besa__json_scan_number(s, &number);
+        json->position += number.length;
+        return wrong ? besa__json_fail(json, wrong) : BESA_OK;
+    }
+    for (int i = 0; i < 3; i++) {
+        if (strncmp(s, besa__json_words[i], strlen(besa__json_words[i]))) continue;
+        json->position += strlen(besa__json_words[i]);
+        return BESA_OK;
+    }
+    return besa__json_fail(json, json->position >= json->size ? "the text ends too early" : "expected a value");
+}
+
+/* Parse text (size bytes, less than 2^32, and a NUL), which json takes over. besa__json_free in any case. */
+static besa_result besa__json_parse(besa__json *json, char *text, size_t size, const char *name, besa_error *error)
+{
+    void *memory;
+    size_t room = besa__json_room(text, size);
+    memset(json, 0, sizeof *json);
+    json->text = text;
+    json->size = size;
+    json->name = name;
+    json->error = error;
+    BESA__TRY(besa__malloc(&memory, room * sizeof *json->values, name, error));
+    json->values = (besa__json_value *)memory;
+    json->room = (uint32_t)room;
+    BESA__TRY(besa__json_read_value(json, 0));
+    besa__json_skip_space(json);
+    return json->position == size ? BESA_OK : besa__json_fail(json, "unexpected text after the end");
+}
+
+static void besa__json_free(besa__json *json)
+{
+    BESA_FREE(json->values);
+    BESA_FREE(json->text);
+    memset(json, 0, sizeof *json);
+}
+
+/* ============================================================================================
+ * // >>safetensors           mapped checkpoint files and their tensor table
+ * ============================================================================================
+ * Owns struct besa_checkpoint: the shards' mappings and every tensor's name, shape and place. A file is 8 bytes of
+ * header length, the header (JSON) and the data, which the tensors fill without overlap or hole. Uses json and POSIX;
+ * knows nothing of models. The index may only name files of its own directory; links are followed. */
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#if defined(__GLIBC__) && !defined(__USE_MISC)
+#error "besa.h: POSIX is hidden: with BESA_IMPLEMENTATION include it before other headers, or use -std=gnu11"
+#endif
+
+#define BESA__HEADER_LIMIT 100000000u           /* bytes, the format's own limit; ours for any JSON file */
+typedef char besa__off_t_is_64_bits[sizeof(off_t) >= 8 ? 1 : -1];
+
+typedef struct besa__shard {
+    char *name;                                 /* in the directory */
+    struct stat stat;                           /* before it was opened */
+    unsigned char *base;                        /* mapping */
+    size_t size;
+    size_t data;                                /* where the tensors begin: 8 + header length */
+    uint64_t hash;                              /* of all before that, as it was parsed */
+    char *text;                                 /* the header, decoded in place: names of tensors live here */
+} besa__shard;
+
+/* A small file as it was read on opening: the output gets these bytes, whatever becomes of the file. */
+typedef struct besa__kept {
+    struct stat stat;                           /* before it was opened */
+    unsigned char *bytes;
+    size_t size;
+} besa__kept;
+
+struct besa_checkpoint {
+    char *directory;
+    const char *index;                          /* name of the index file, NULL for a single file */
+    besa__kept config_file, index_file;
+    besa__shard *shards;
+    int64_t num_shards;
+    besa_tensor *tensors;                       /* by shard and offset */
+    int64_t num_tensors;
+    const besa_tensor **sorted;                 /* by name */
+    besa_config config;
+    int bias[BESA_LAYERS];                      /* 1: the config gives the layer a bias */
+    char notes[1024];                           /* lines */
+};
+
+static const char besa__head_name[] = "lm_head.weight";
+static const char besa__single_name[] = "model.safetensors";
+static const char besa__index_name[] = "model.safetensors.index.json";
+
+/* Append a line to a checkpoint's notes. */
+static void besa__checkpoint_note(besa_checkpoint *checkpoint, const char *format, ...) BESA__PRINTF(2, 3);
+static void besa__checkpoint_note(besa_checkpoint *checkpoint, const char *format, ...)
+{
+    size_t length = strlen(checkpoint->notes), room = sizeof checkpoint->notes - length;
+    va_list args;
+    va_start(args, format);
+    int n = vsnprintf(checkpoint->notes + length, room, format, args);
+    va_end(args);
+    BESA_ASSERT(n >= 0 && (size_t)n + 1 < room); /* a few lines of constant text fit */
+    memcpy(checkpoint->notes + length + n, "\n", 2);
+}
+
+/* Nanoseconds of a file's last change; what a file system does not keep is 0. */
+static int64_t besa__mtime_nanoseconds(const struct stat *st)
+{
+#ifdef __APPLE__
+    return (int64_t)st->st_mtimespec.tv_nsec;
+#else
+    return (int64_t)st->st_mtim.tv_nsec;
+#endif
+}
+
+/* Same file: by device and number. */
+static int besa__is_same(const struct stat *a, const struct stat *b)
+{
+    return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
+}
+
+/* Whether a file may have other contents than it had: replaced, or written since. */
+static int besa__has_moved(const struct stat *then, const struct stat *now)
+{
+    return !besa__is_same(then, now) || then->st_size != now->st_size || then->st_mtime != now->st_mtime ||
+           besa__mtime_nanoseconds(then) != besa__mtime_nanoseconds(now) || then->st_ctime != now->st_ctime;
+}
+
+/* directory/name, for BESA_FREE. */
+static besa_result besa__join(char **path, const char *directory, const char *name, besa_error *error)
+{
+    size_t n = strlen(directory), m = strlen(name);
+    void *memory;
+    BESA__TRY(besa__malloc(&memory, n + m + 2, "a path", error));
+    *path = (char *)memory;
+    memcpy(*path, directory, n);
+    (*path)[n] = '/';
+    memcpy(*path + n + 1, name, m + 1);
+    return BESA_OK;
+}
+
+/* Open a regular file for reading. */
+static besa_result besa__open_file(int *fd, size_t *size, const char *path, besa_error *error)
+{
+    struct stat st;
+    *fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* O_NONBLOCK: a FIFO must not hang us */
+    if (*fd < 0)
+        return besa__fail(error, errno == ENOENT || errno == ENOTDIR ? BESA_ERROR_NOT_FOUND : BESA_ERROR_READ,
+                          "%s: %s", path, strerror(errno));
+    int failed = fstat(*fd, &st);
+    besa_result result = BESA_OK;
+    if (failed || !S_ISREG(st.st_mode))
+        result = besa__fail(error, BESA_ERROR_READ, "%s: %s", path, failed ? strerror(errno) : "not a regular file");
+    else if ((uint64_t)st.st_size > SIZE_MAX / 2)
+        result = besa__fail(error, BESA_ERROR_READ, "%s: %llu bytes, this process can map %llu: build for a 64-bit machine",
+                            path, (unsigned long long)st.st_size, (unsigned long long)(SIZE_MAX / 2));
+    else *size = (size_t)st.st_size;
+    if (result != BESA_OK) close(*fd);
+    return result;
+}
+
+/* Map a file; base is NULL where it is empty. */
+static besa_result besa__map_file(unsigned char **base, size_t *size, const char *path, besa_error *error)
+{
+    int fd, reason;
+    *base = NULL;
+    BESA__TRY(besa__open_file(&fd, size, path, error));
+    void *map = *size ? mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fd, 0) : NULL;
+    reason = errno;
+    close(fd);
+    if (map == MAP_FAILED)
+        return besa__fail(error, BESA_ERROR_READ, "%s: cannot map %zu bytes: %s", path, *size, strerror(reason));
+    *base = (unsigned char *)map;
+    return BESA_OK;
+}
+
+static void besa__unmap(unsigned char *base, size_t size)
+{
+    if (base) munmap(base, size);
+}
+
+/* Read count bytes at offset; short reads and EINTR are gone on with. */
+static besa_result besa__read_at(int fd, void *memory, size_t count, uint64_t offset, const char *path,
+                                 besa_error *error)
+{
+    for (size_t done = 0; done < count;) {
+        size_t part = count - done < (1u << 30) ? count - done : (1u << 30);
+        ssize_t n = pread(fd, (unsigned char *)memory + done, part, (off_t)(offset + done));
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0)
+            return besa__fail(error, BESA_ERROR_READ, "%s: %s", path, n ? strerror(errno) : "shorter than it was");
+        done += (size_t)n;
+    }
+    return BESA_OK;
+}
+
+/* What the system keeps of a file, taken before the file is opened: of one that is replaced in between the older state is
+ * kept, and it will be seen to have moved. A file that is not there is for opening to report. */
+static void besa__stat_before(struct stat *st, const char *path)
+{
+    if (stat(path, st)) memset(st, 0, sizeof *st);
+}
+
+/* Read a small file whole. *kept is the caller's to free, whatever comes of it. */
+static besa_result besa__keep_file(besa__kept *kept, const char *path, besa_error *error)
+{
+    int fd;
+    void *memory;
+    size_t size = 0;
+    besa__stat_before(&kept->stat, path);
+    BESA__TRY(besa__open_file(&fd, &size, path, error));
+    besa_result result = BESA_OK;
+    if (size > BESA__HEADER_LIMIT)
+        result = besa__fail(error, BESA_ERROR_JSON, "%s: %zu bytes, more than %u", path, size, BESA__HEADER_LIMIT);
+    if (result == BESA_OK) result = besa__malloc(&memory, size, path, error);
+    if (result == BESA_OK) {
+        kept->bytes = (unsigned char *)memory;
+        kept->size = size;
+        result = besa__read_at(fd, memory, size, 0, path, error);
+    }
+    close(fd);
+    return result;
+}
+
+/* Read and parse a JSON file, whose bytes are kept. besa__json_free in any case. */
+static besa_result besa__json_load(besa__json *json, besa__kept *kept, const char *path, besa_error *error)
+{
+    void *text;
+    memset(json, 0, sizeof *json);
+    BESA__TRY(besa__keep_file(kept, path, error));
+    BESA__TRY(besa__malloc(&text, kept->size + 1, path, error));
+    memcpy(text, kept->bytes, kept->size);
+    ((char *)text)[kept->size] = 0;
+    return besa__json_parse(json, (char *)text, kept->size, path, error);
+}
+
+/* Advise the system of the pages of a range of a mapped shard. */
+static void besa__advise(const besa__shard *shard, uint64_t offset, size_t bytes, int advice)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), first = (size_t)offset / page * page;
+    if (bytes) madvise(shard->base + first, (size_t)offset + bytes - first, advice);
+}
+
+/* Give the pages of a range back to the system; they can be read again. Their neighbours too: the system brings in up
+ * to 64 KB around a page that is touched, and what is left of each range would add up over the blocks. */
+static void besa__release_range(const besa__shard *shard, uint64_t offset, size_t bytes)
+{
+    uint64_t around = 65536, first = offset > around ? offset - around : 0, end = besa__add_sizes(offset + bytes, around);
+    if (end > shard->size) end = shard->size;
+    besa__advise(shard, first, (size_t)(end - first), MADV_DONTNEED);
+}
+
+/* A tensor whose bytes will be read soon: the system may begin. */
+static void besa__expect_pages(const besa_checkpoint *checkpoint, const besa_tensor *tensor)
+{
+    besa__advise(checkpoint->shards + tensor->file, tensor->offset, tensor->bytes, MADV_WILLNEED);
+}
+
+/* The pages of a tensor that is not needed for now. */
+static void besa__release_pages(const besa_checkpoint *checkpoint, const besa_tensor *tensor)
+{
+    if (tensor) besa__release_range(checkpoint->shards + tensor->file, tensor->offset, tensor->bytes);
+}
+
+static const struct {
+    char name[16];
+    unsigned bits;
+} besa__safetensors_dtypes[] = {
+    { "F32", 32 }, { "F16", 16 }, { "BF16", 16 }, /* the supported ones, in the order of besa_dtype */
+    { "F64", 64 }, { "I64", 64 }, { "U64", 64 }, { "C64", 64 }, { "I32", 32 }, { "U32", 32 }, { "I16", 16 },
+    { "U16", 16 }, { "I8", 8 }, { "U8", 8 }, { "BOOL", 8 }, { "F8_E4M3", 8 }, { "F8_E5M2", 8 }, { "F8_E8M0", 8 },
+    { "F8_E4M3FNUZ", 8 }, { "F8_E5M2FNUZ", 8 }, { "F6_E2M3", 6 }, { "F6_E3M2", 6 }, { "F4", 4 },
+};
+
+/* Shape and dtype of one entry; the bytes they come to are compared by the caller. */
+static besa_result besa__parse_shape(besa_tensor *tensor, uint64_t *bytes, const besa__json *json,
+                                     const besa__json_value *entry, const char *path, besa_error *error)
+{
+    const besa__json_value *dtype = besa__json_get(json, entry, "dtype"), *shape = besa__json_get(json, entry, "shape");
+    const char *dtype_name = besa__json_string(json, dtype);
+    size_t known = sizeof besa__safetensors_dtypes / sizeof *besa__safetensors_dtypes, kind = 0;
+    uint64_t elements = 1, bits;
+    if (!dtype_name || !besa__json_is(json, shape, BESA__JSON_ARRAY))
+        return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: no dtype or no shape", path, tensor->name);
+    while (kind < known && strcmp(dtype_name, besa__safetensors_dtypes[kind].name)) kind++;
+    if (kind == known)
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: tensor %.200s: unknown dtype \"%.40s\"", path,
+                          tensor->name, dtype_name);
+    if (besa__json_count(json, shape) > 8)
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: tensor %.200s: %lu dimensions, at most 8 are supported",
+                          path, tensor->name, (unsigned long)besa__json_count(json, shape));
+    tensor->dtype_name = besa__safetensors_dtypes[kind].name;
+    tensor->supported = kind < 3;
+    tensor->dtype = kind < 3 ? (besa_dtype)kind : BESA_F32;
+    bits = besa__safetensors_dtypes[kind].bits;
+    const besa__json_value *element = besa__json_first(json, shape);
+    for (; element; element = besa__json_next(json, shape, element)) {
+        besa__json_number size = besa__json_number_of(json, element);
+        if (!size.is_integer || size.integer < 0)
+            return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: a size in its shape is no count", path,
+                              tensor->name);
+        if (size.integer && elements > (uint64_t)INT64_MAX / bits / (uint64_t)size.integer)
+            return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: its shape overflows 64 bits", path,
+                              tensor->name);
+        elements *= (uint64_t)size.integer;
+        tensor->shape[tensor->ndim++] = size.integer;
+    }
+    if (elements * bits % 8)
+        return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: its elements do not fill whole bytes", path,
+                          tensor->name);
+    *bytes = elements * bits / 8;
+    return BESA_OK;
+}
+
+/* One entry of a header: appended to the checkpoint's tensors, which have room for it. */
+static besa_result besa__parse_tensor(besa_checkpoint *checkpoint, int64_t file, const besa__json *json,
+                                      const besa__json_value *entry, const char *path, besa_error *error)
+{
+    const besa__shard *shard = checkpoint->shards + file;
+    const besa__json_value *offsets = besa__json_get(json, entry, "data_offsets"), *begin = NULL, *end;
+    uint64_t bytes = 0, available = shard->size - shard->data;
+    besa_tensor *tensor = checkpoint->tensors + checkpoint->num_tensors;
+    memset(tensor, 0, sizeof *tensor);
+    tensor->name = besa__json_key(json, entry);
+    tensor->file = (int)file;
+    BESA__TRY(besa__parse_shape(tensor, &bytes, json, entry, path, error));
+    if (besa__json_is(json, offsets, BESA__JSON_ARRAY)) begin = besa__json_first(json, offsets);
+    end = begin ? besa__json_next(json, offsets, begin) : NULL;
+    besa__json_number first = besa__json_number_of(json, begin), last = besa__json_number_of(json, end);
+    if (!end || besa__json_next(json, offsets, end) || !first.is_integer || !last.is_integer || first.integer < 0 ||
+        last.integer < first.integer)
+        return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: data_offsets are not [begin, end]", path,
+                          tensor->name);
+    if ((uint64_t)last.integer > available)
+        return besa__fail(error, BESA_ERROR_FORMAT,
+                          "%s: tensor %.200s: ends at byte %lld of the data, the file has %llu: "
+                          "truncated?", path, tensor->name, (long long)last.integer, (unsigned long long)available);
+    if ((uint64_t)(last.integer - first.integer) != bytes)
+        return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s: %lld bytes by its data_offsets, %llu by its "
+                          "shape and dtype", path, tensor->name, (long long)(last.integer - first.integer),
+                          (unsigned long long)bytes);
+    tensor->bytes = (size_t)bytes;
+    tensor->offset = shard->data + (uint64_t)first.integer;
+    tensor->data = shard->base + tensor->offset;
+    checkpoint->num_tensors++;
+    return BESA_OK;
+}
+
+static int besa__compare_offsets(const void *a, const void *b)
+{
+    const besa_tensor *x = (const besa_tensor *)a, *y = (const besa_tensor *)b;
+    if (x->offset != y->offset) return x->offset < y->offset ? -1 : 1;
+    if (x->bytes != y->bytes) return x->bytes < y->bytes ? -1 : 1;
+    return strcmp(x->name, y->name);
+}
+
+/* Every byte of a shard's data belongs to exactly one tensor; first is the shard's first tensor in the table. */
+static besa_result besa__check_layout(besa_checkpoint *checkpoint, const besa__shard *shard, int64_t first,
+                                      const char *path, besa_error *error)
+{
+    uint64_t end = shard->data;
+    const char *before = "the header";
+    int64_t count = checkpoint->num_tensors - first;
+    if (count) qsort(checkpoint->tensors + first, (size_t)count, sizeof(besa_tensor), besa__compare_offsets);
+    for (int64_t i = first; i < checkpoint->num_tensors; i++) {
+        const besa_tensor *tensor = checkpoint->tensors + i;
+        if (tensor->offset != end)
+            return besa__fail(error, BESA_ERROR_FORMAT,
+                              "%s: tensor %.200s begins at byte %llu, %.200s ends at %llu: %s",
+                              path, tensor->name, (unsigned long long)tensor->offset, before, (unsigned long long)end,
+                              tensor->offset < end ? "they overlap" : "a hole");
+        end += tensor->bytes;
+        before = tensor->name;
+    }
+    if (end == shard->size) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_FORMAT, "%s: %llu bytes after the last tensor", path,
+                      (unsigned long long)(shard->size - end));
+}
+
+/* All entries of a parsed header. */
+static besa_result besa__parse_header(besa_checkpoint *checkpoint, int64_t file, const besa__json *json,
+                                      const char *path, besa_error *error)
+{
+    const besa__json_value *root = json->values, *entry = besa__json_first(json, root);
+    int64_t first = checkpoint->num_tensors, most = first + (int64_t)besa__json_count(json, root);
+    if (!entry) return besa__check_layout(checkpoint, checkpoint->shards + file, first, path, error);
+    void *more = BESA_REALLOC(checkpoint->tensors, (size_t)most * sizeof(besa_tensor));
+    if (!more) return besa__fail(error, BESA_ERROR_MEMORY, "out of host memory for %lld tensors", (long long)most);
+    checkpoint->tensors = (besa_tensor *)more;
+    for (; entry; entry = besa__json_next(json, root, entry)) {
+        const char *name = besa__json_key(json, entry);
+        if (!besa__json_is(json, entry, BESA__JSON_OBJECT))
+            return besa__fail(error, BESA_ERROR_FORMAT, "%s: header entry %.200s is not an object", path, name);
+        if (!strcmp(name, "__metadata__")) continue;
+        BESA__TRY(besa__parse_tensor(checkpoint, file, json, entry, path, error));
+    }
+    return besa__check_layout(checkpoint, checkpoint->shards + file, first, path, error);
+}
+
+/* Read the header of a shard whose base and size are set, and add its tensors to the table. */
+static besa_result besa__read_header(besa_checkpoint *checkpoint, int64_t file, const char *path, besa_error *error)
+{
+    besa__shard *shard = checkpoint->shards + file;
+    besa__json json;
+    void *text;
+    uint64_t length = 0;
+    for (size_t i = 0; i < 8 && shard->size >= 8; i++) length |= (uint64_t)shard->base[i] << (8 * i);
+    if (shard->size < 8 || length > shard->size - 8)
+        return besa__fail(error, BESA_ERROR_FORMAT,
+                          "%s: truncated, or no safetensors file: %zu bytes, a header of %llu",
+                          path, shard->size, (unsigned long long)length);
+    if (length > BESA__HEADER_LIMIT || length < 2 || shard->base[8] != '{')
+        return besa__fail(error, BESA_ERROR_FORMAT, "%s: no safetensors file: its header of %llu bytes %s", path,
+                          (unsigned long long)length,
+                          length > BESA__HEADER_LIMIT ? "is too long" : "is no JSON object");
+    BESA__TRY(besa__malloc(&text, (size_t)length + 1, path, error));
+    memcpy(text, shard->base + 8, (size_t)length);
+    ((char *)text)[length] = 0;
+    shard->data = 8 + (size_t)length;
+    shard->hash = besa__hash(besa__hash(BESA__HASH_START, &length, sizeof length), text, (size_t)length);
+    besa_result result = besa__json_parse(&json, (char *)text, (size_t)length, path, error);
+    if (result == BESA_OK) result = besa__parse_header(checkpoint, file, &json, path, error);
+    shard->text = json.text;
+    json.text = NULL;
+    besa__json_free(&json);
+    return result;
+}
+
+static int besa__compare_names(const void *a, const void *b)
+{
+    return strcmp((*(const besa_tensor *const *)a)->name, (*(const besa_tensor *const *)b)->name);
+}
+
+static besa_result besa__sort_tensors(besa_checkpoint *checkpoint, besa_error *error)
+{
+    void *memory;
+    size_t count = (size_t)checkpoint->num_tensors;
+    BESA__TRY(besa__malloc(&memory, count * sizeof *checkpoint->sorted, "the tensor table", error));
+    checkpoint->sorted = (const besa_tensor **)memory;
+    for (size_t i = 0; i < count; i++) checkpoint->sorted[i] = checkpoint->tensors + i;
+    if (count > 1) qsort(checkpoint->sorted, count, sizeof *checkpoint->sorted, besa__compare_names);
+    for (size_t i = 1; i < count; i++) {
+        const besa_tensor *a = checkpoint->sorted[i - 1], *b = checkpoint->sorted[i];
+        if (!strcmp(a->name, b->name))
+            return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s is in two shards: %.200s and %.200s",
+                              checkpoint->directory, a->name, checkpoint->shards[a->file].name,
+                              checkpoint->shards[b->file].name);
+    }
+    return BESA_OK;
+}
+
+BESA_API const besa_tensor *besa_checkpoint_find(const besa_checkpoint *checkpoint, const char *name)
+{
+    int64_t low = 0, high = checkpoint->num_tensors;
+    while (low < high) {
+        int64_t middle = low + (high - low) / 2;
+        int order = strcmp(name, checkpoint->sorted[middle]->name);
+        if (!order) return checkpoint->sorted[middle];
+        if (order < 0) high = middle;
+        else low = middle + 1;
+    }
+    return NULL;
+}
+
+/* A shard is a plain file name of the index's own directory. */
+static int besa__is_shard_name(const char *name)
+{
+    size_t n = strlen(name), m = strlen(".safetensors");
+    return n > m && !strcmp(name + n - m, ".safetensors") && !strpbrk(name, "/\\") && name[0] != '.';
+}
+
+/* The distinct file names of a weight_map, sorted, become the checkpoint's shards. */
+static besa_result besa__list_shards(besa_checkpoint *checkpoint, const besa__json *json, const besa__json_value *map,
+                                     const char *path, besa_error *error)
+{
+    void *memory;
+    size_t count = 0, distinct = 0;
+    BESA__TRY(besa__malloc(&memory, besa__json_count(json, map) * sizeof(char *), "the shards' names", error));
+    const char **names = (const char **)memory;
+    besa_result result = BESA_OK;
+    const besa__json_value *v = besa__json_first(json, map);
+    for (; v && result == BESA_OK; v = besa__json_next(json, map, v)) {
+        const char *key = besa__json_key(json, v), *name = besa__json_string(json, v);
+        if (!name)
+            result = besa__fail(error, BESA_ERROR_FORMAT, "%s: weight_map: tensor %.200s names no file", path, key);
+        else if (!besa__is_shard_name(name))
+            result = besa__fail(error, BESA_ERROR_FORMAT, "%s: weight_map: tensor %.200s is in \"%.200s\", which is no "
+                                "*.safetensors file of the same directory", path, key, name);
+        else names[count++] = name;
+    }
+    if (result == BESA_OK) {
+        qsort(names, count, sizeof *names, besa__compare_strings);
+        for (size_t i = 0; i < count; i++)
+            if (!i || strcmp(names[i], names[i - 1])) names[distinct++] = names[i];
+        result = besa__malloc(&memory, distinct * sizeof(besa__shard), "the shards", error);
+    }
+    if (result == BESA_OK) {
+        checkpoint->shards = (besa__shard *)memory;
+        checkpoint->num_shards = (int64_t)distinct;
+        memset(memory, 0, distinct * sizeof(besa__shard));
+    }
+    for (size_t i = 0; i < distinct && result == BESA_OK; i++) {
+        size_t bytes = strlen(names[i]) + 1;
+        result = besa__malloc(&memory, bytes, "a shard's name", error);
+        if (result == BESA_OK) checkpoint->shards[i].name = (char *)memcpy(memory, names[i], bytes);
+    }
+    BESA_FREE(names);
+    return result;
+}
+
+static besa_result besa__map_shard(besa_checkpoint *checkpoint, int64_t file, besa_error *error)
+{
+    char *path = NULL;
+    BESA__TRY(besa__join(&path, checkpoint->directory, checkpoint->shards[file].name, error));
+    besa__shard *shard = checkpoint->shards + file;
+    besa__stat_before(&shard->stat, path);
+    besa_result result = besa__map_file(&shard->base, &shard->size, path, error);
+    if (result == BESA_OK) {
+        result = besa__read_header(checkpoint, file, path, error);
+        besa__release_range(shard, 0, shard->data);
+    }
+    if (result == BESA_ERROR_NOT_FOUND && checkpoint->index)
+        besa__fail(error, result, "%s: the shard is missing that %s names", path, checkpoint->index);
+    BESA_FREE(path);
+    return result;
+}
+
+/* The weight_map of a parsed index, which is not empty. */
+static besa_result besa__index_map(const besa__json_value **map, const besa__json *json, const char *path,
+                                   besa_error *error)
+{
+    *map = besa__json_get(json, json->values, "weight_map");
+    if (besa__json_is(json, *map, BESA__JSON_OBJECT) && besa__json_first(json, *map)) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_FORMAT, "%s: no weight_map, or an empty one", path);
+}
+
+/* Every tensor of a weight_map is in the shard that it names. */
+static besa_result besa__check_index(const besa_checkpoint *checkpoint, const besa__json *json,
+                                     const besa__json_value *map, const char *path, besa_error *error)
+{
+    const besa__json_value *v = besa__json_first(json, map);
+    for (; v; v = besa__json_next(json, map, v)) {
+        const char *key = besa__json_key(json, v), *name = besa__json_string(json, v);
+        const besa_tensor *tensor = besa_checkpoint_find(checkpoint, key);
+        if (!tensor || strcmp(checkpoint->shards[tensor->file].name, name))
+            return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s should be in %.200s, but is %s%.200s", path,
+                              key, name, tensor ? "in " : "missing there",
+                              tensor ? checkpoint->shards[tensor->file].name : "");
+    }
+    return BESA_OK;
+}
+
+static besa_result besa__open_indexed(besa_checkpoint *checkpoint, const besa__json *json, const char *path,
+                                      besa_error *error)
+{
+    const besa__json_value *map;
+    BESA__TRY(besa__index_map(&map, json, path, error));
+    BESA__TRY(besa__list_shards(checkpoint, json, map, path, error));
+    for (int64_t i = 0; i < checkpoint->num_shards; i++) BESA__TRY(besa__map_shard(checkpoint, i, error));
+    BESA__TRY(besa__sort_tensors(checkpoint, error));
+    return besa__check_index(checkpoint, json, map, path, error);
+}
+
+/* Map model.safetensors, or else the shards of model.safetensors.index.json, and build the tensor table. */
+static besa_result besa__open_weights(besa_checkpoint *checkpoint, besa_error *error)
+{
+    char *single = NULL, *index = NULL;
+    besa__json json;
+    struct stat st;
+    memset(&json, 0, sizeof json);
+    besa_result result = besa__join(&single, checkpoint->directory, besa__single_name, error);
+    if (result == BESA_OK) result = besa__join(&index, checkpoint->directory, besa__index_name, error);
+    if (result != BESA_OK) { /* no memory */
+    } else if (!lstat(single, &st)) {
+        void *memory;
+        result = besa__malloc(&memory, sizeof(besa__shard), "the shards", error);
+        if (result == BESA_OK) {
+            checkpoint->shards = (besa__shard *)memset(memory, 0, sizeof(besa__shard));
+            checkpoint->num_shards = 1;
+            result = besa__malloc(&memory, sizeof besa__single_name, "a shard's name", error);
+        }
+        if (result == BESA_OK) {
+            checkpoint->shards->name = (char *)memcpy(memory, besa__single_name, sizeof besa__single_name);
+            result = besa__map_shard(checkpoint, 0, error);
+        }
+        if (result == BESA_OK) result = besa__sort_tensors(checkpoint, error);
+    } else if (!lstat(index, &st)) {
+        checkpoint->index = besa__index_name;
+        result = besa__json_load(&json, &checkpoint->index_file, index, error);
+        if (result == BESA_OK) result = besa__open_indexed(checkpoint, &json, index, error);
+    } else {
+        result = besa__fail(error, BESA_ERROR_NOT_FOUND, "%s: neither %s nor %s in it", checkpoint->directory,
+                            besa__single_name, besa__index_name);
+    }
+    besa__json_free(&json);
+    BESA_FREE(single);
+    BESA_FREE(index);
+    return result;
+}
+
+BESA_API void besa_checkpoint_close(besa_checkpoint *checkpoint)
+{
+    if (!checkpoint) return;
+    for (int64_t i = 0; i < checkpoint->num_shards; i++) {
+        besa__unmap(checkpoint->shards[i].base, checkpoint->shards[i].size);
+        BESA_FREE(checkpoint->shards[i].text);
+        BESA_FREE(checkpoint->shards[i].name);
+    }
+    BESA_FREE(checkpoint->config_file.bytes);
+    BESA_FREE(checkpoint->index_file.bytes);
+    BESA_FREE(checkpoint->shards);
+    BESA_FREE(checkpoint->tensors);
+    BESA_FREE(checkpoint->sorted);
+    BESA_FREE(checkpoint->directory);
+    BESA_FREE(checkpoint);
+}
+
+BESA_API const besa_config *besa_checkpoint_config(const besa_checkpoint *checkpoint) { return &checkpoint->config; }
+
+BESA_API const char *besa_checkpoint_notes(const besa_checkpoint *checkpoint) { return checkpoint->notes; }
+
+BESA_API int64_t besa_checkpoint_tensor_count(const besa_checkpoint *checkpoint) { return checkpoint->num_tensors; }
+
+BESA_API const besa_tensor *besa_checkpoint_tensor(const besa_checkpoint *checkpoint, int64_t index)
+{
+    return index >= 0 && index < checkpoint->num_tensors ? checkpoint->tensors + index : NULL;
+}
+
+/* ============================================================================================
+ * // >>tokens                token files and the sequences cut out of them
+ * ============================================================================================
+ * Owns the reading of .npy and raw token files. Uses the file helpers of safetensors. */
+/* Element kinds of token files. */
+typedef struct besa__npy {
+    size_t data;                                /* where the elements begin */
+    size_t width;                               /* bytes of one */
+    int is_signed;
+    int64_t dims[2];
+    int ndim;
+} besa__npy;
+
+typedef struct besa__npy_parser {
+    const char *s, *path;
+    besa__npy *npy;
+    besa_error *error;
+} besa__npy_parser;
+
+static besa_result besa__npy_fail(const besa__npy_parser *p, const char *what)
+{
+    return besa__fail(p->error, BESA_ERROR_FORMAT, "%s: malformed .npy header: %s", p->path, what);
+}
+
+static void besa__npy_space(besa__npy_parser *p)
+{
+    while (*p->s == ' ' || *p->s == '\t' || *p->s == '\n' || *p->s == '\r') p->s++;
+}
+
+/* Skip space, then one expected character; 0 if it is another. */
+static int besa__npy_accept(besa__npy_parser *p, char c)
+{
+    besa__npy_space(p);
+    if (*p->s != c) return 0;
+    p->s++;
+    return 1;
+}
+
+/* A quoted string of up to 31 plain characters. */
+static besa_result besa__npy_string(besa__npy_parser *p, char text[32])
+{
+    size_t n = 0;
+    besa__npy_space(p);
+    char quote = *p->s;
+    if (quote != '\'' && quote != '"') return besa__npy_fail(p, "expected a string");
+    for (p->s++; *p->s && *p->s != quote; p->s++) {
+        if (n == 31 || *p->s == '\\') return besa__npy_fail(p, "a string that no token file has");
+        text[n++] = *p->s;
+    }
+    if (!*p->s) return besa__npy_fail(p, "a string without end");
+    p->s++;
+    text[n] = 0;
+    return BESA_OK;
+}
+
+static besa_result besa__npy_shape(besa__npy_parser *p)
+{
+    if (!besa__npy_accept(p, '(')) return besa__npy_fail(p, "shape is no tuple");
+    while (!besa__npy_accept(p, ')')) {
+        int64_t size = 0;
+        if (p->npy->ndim == 2)
+            return besa__fail(p->error, BESA_ERROR_UNSUPPORTED, "%s: more than 2 dimensions; supported are 1 and 2",
+                              p->path);
+        if (!besa__json_digits(p->s)) return besa__npy_fail(p, "a size in shape is no number");
+        for (; *p->s >= '0' && *p->s <= '9'; p->s++) {
+            if (size > INT64_MAX / 16 / 10) return besa__npy_fail(p, "shape overflows 64 bits");
+            size = size * 10 + (*p->s - '0');
+        }
+        p->npy->dims[p->npy->ndim++] = size;
+        if (besa__npy_accept(p, ',')) besa__npy_space(p);
+        else if (*p->s != ')' || p->npy->ndim == 1) return besa__npy_fail(p, "shape is no tuple");
+    }
+    return p->npy->ndim ? BESA_OK : besa__npy_fail(p, "a scalar");
+}
+
+static besa_result besa__npy_descr(besa__npy_parser *p)
+{
+    char text[32];
+    BESA__TRY(besa__npy_string(p, text));
+    if (!strcmp(text, "<u2")) p->npy->width = 2;
+    else if (!strcmp(text, "<i4") || !strcmp(text, "<u4")) p->npy->width = 4;
+    else if (!strcmp(text, "<i8")) p->npy->width = 8;
+    else
+        return besa__fail(p->error, BESA_ERROR_UNSUPPORTED,
+                          "%s: dtype '%s' (descr); supported are '<u2', '<i4', '<u4' and "
+                          "'<i8': save it as numpy.uint16, int32, uint32 or int64", p->path, text);
+    p->npy->is_signed = text[1] == 'i';
+    return BESA_OK;
+}
+
+/* {'descr': '<u2', 'fortran_order': False, 'shape': (3, 4), }, keys in any order, each once. */
+static besa_result besa__npy_dict(besa__npy_parser *p)
+{
+    int seen = 0;
+    char key[32];
+    if (!besa__npy_accept(p, '{')) return besa__npy_fail(p, "no dictionary");
+    while (!besa__npy_accept(p, '}')) {
+        BESA__TRY(besa__npy_string(p, key));
+        int which = !strcmp(key, "descr") ? 1 : !strcmp(key, "fortran_order") ? 2 : !strcmp(key, "shape") ? 4 : 0;
+        if (!which || (seen & which)) return besa__npy_fail(p, "an unknown key, or one twice");
+        seen |= which;
+        if (!besa__npy_accept(p, ':')) return besa__npy_fail(p, "expected ':'");
+        besa__npy_space(p);
+        if (which == 1) BESA__TRY(besa__npy_descr(p));
+        else if (which == 4) BESA__TRY(besa__npy_shape(p));
+        else if (!strncmp(p->s, "False", 5)) p->s += 5;
+        else if (!strncmp(p->s, "True", 4))
+            return besa__fail(p->error, BESA_ERROR_UNSUPPORTED, "%s: fortran_order is True; save it in C order",
+                              p->path);
+        else return besa__npy_fail(p, "fortran_order is neither True nor False");
+        if (!besa__npy_accept(p, ',') && *p->s != '}') return besa__npy_fail(p, "expected ',' or '}'");
+    }
+    besa__npy_space(p);
+    return seen == 7 && !*p->s ? BESA_OK : besa__npy_fail(p, "a key is missing, or text follows");
+}
+
+static besa_result besa__npy_header(besa__npy *npy, const unsigned char *file, size_t size, const char *path,
+                                    besa_error *error)
+{
+    besa__npy_parser p = { NULL, path, npy, error };
+    size_t at = 10, length;
+    void *text;
+    if (size < 12 || memcmp(file, "\x93NUMPY", 6)) return besa__npy_fail(&p, "no .npy file, or truncated");
+    if (file[6] < 1 || file[6] > 3 || file[7] != 0)
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: .npy version %d.%d; supported are 1.0, 2.0 and 3.0", path,
+                          file[6], file[7]);
+    length = (size_t)file[8] | (size_t)file[9] << 8;
+    if (file[6] > 1) {
+        length |= (size_t)file[10] << 16 | (size_t)file[11] << 24;
+        at = 12;
+    }
+    if (length > size - at || length > 65536) return besa__npy_fail(&p, "truncated, or too long");
+    BESA__TRY(besa__malloc(&text, length + 1, path, error));
+    memcpy(text, file + at, length);
+    ((char *)text)[length] = 0;
+    p.s = (const char *)text;
+    npy->data = at + length;
+    besa_result result = strlen(p.s) == length ? besa__npy_dict(&p) : besa__npy_fail(&p, "a NUL character");
+    BESA_FREE(text);
+    return result;
+}
+
+static int64_t besa__token_at(const unsigned char *s, size_t width, int is_signed)
+{
+    uint64_t u = 0;
+    for (size_t b = 0; b < width; b++) u |= (uint64_t)s[b] << (8 * b);
+    if (width == 4 && is_signed && (u & 0x80000000u)) u |= 0xFFFFFFFF00000000u;
+    return u <= INT64_MAX ? (int64_t)u : -(int64_t)~u - 1;
+}
+
+/* A file of llm.c's begins with 256 int32: magic, version, number of ids, zeros. npy->data stays 0 where it is none. */
+static besa_result besa__llmc_header(besa__npy *npy, const unsigned char *file, size_t size, const char *path,
+                                     besa_error *error)
+{
+    enum { HEADER = 1024, GPT2 = 20240520, LLAMA3 = 20240801 };
+    if (size < 12) return BESA_OK;
+    int64_t magic = besa__token_at(file, 4, 1), version = besa__token_at(file + 4, 4, 1);
+    int64_t count = besa__token_at(file + 8, 4, 1), width = magic == GPT2 ? 2 : 4;
+    if (magic / 10000 != 2024 || version < 0 || version > 255) return BESA_OK; /* their magics are dates */
+    if ((magic != GPT2 || version != 1) && (magic != LLAMA3 || version != 7))
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED,
+                          "%s: begins as a file of llm.c's with magic %lld, version %lld; supported are its token files: "
+                          "%d, version 1, and %d, version 7", path, (long long)magic, (long long)version, GPT2, LLAMA3);
+    if (size < HEADER || count < 0 || (uint64_t)count * (uint64_t)width != size - HEADER)
+        return besa__fail(error, BESA_ERROR_FORMAT,
+                          "%s: the header of llm.c's asks for %lld tokens of %lld bytes after its 1024, the file has "
+                          "%zu bytes in all: truncated?", path, (long long)count, (long long)width, size);
+    npy->data = HEADER;
+    npy->width = (size_t)width;
+    npy->is_signed = 0;
+    return BESA_OK;
+}
+
+/* A raw .bin may hold uint16 or, of a larger vocabulary, uint32. The second can be told by the upper halves of its ids,
+ * which are 0 or next to it: in a text of uint16 no such run of every second id occurs. */
+static besa_result besa__check_raw_bin(const unsigned char *file, size_t size, const char *path, besa_error *error)
+{
+    int64_t low = 0, high = 0;
+    if (!size || size % 4) return BESA_OK;
+    for (size_t at = 0; at < size && high < 16; at += 4) {
+        int64_t first = besa__token_at(file + at, 2, 0), second = besa__token_at(file + at + 2, 2, 0);
+        low = first > low ? first : low;
+        high = second > high ? second : high;
+    }
+    if (high && (high >= 16 || low < 256 || size < 128)) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_FORMAT,
+                      "%s: a .bin is read as uint16, but every second number in it is %s, as of 32-bit ids; name it .i32 "
+                      "if its ids have 32 bits, .u16 if they have 16", path, high ? "below 16" : "0");
+}
+
+/* Raw files have one element kind by their name, unless they begin as llm.c's do. */
+static besa_result besa__token_format(besa__npy *npy, const unsigned char *file, size_t size, const char *path,
+                                      besa_error *error)
+{
+    const char *dot = strrchr(path, '.');
+    memset(npy, 0, sizeof *npy);
+    npy->ndim = 1;
+    if (dot && (!strcmp(dot, ".u16") || !strcmp(dot, ".bin"))) npy->width = 2;
+    else if (dot && !strcmp(dot, ".i32")) npy->width = 4, npy->is_signed = 1;
+    else if (dot && !strcmp(dot, ".npy")) {
+        npy->ndim = 0;
+        BESA__TRY(besa__npy_header(npy, file, size, path, error));
+    } else {
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED,
+                          "%s: no known kind of token file; supported are .npy, raw .u16 "
+                          "and .bin (uint16) and .i32", path);
+    }
+    int raw = dot[1] != 'n';
+    if (raw) BESA__TRY(besa__llmc_header(npy, file, size, path, error));
+    size_t bytes = size - npy->data;
+    if (raw) {
+        if (!npy->data && dot[1] == 'b') BESA__TRY(besa__check_raw_bin(file, size, path, error));
+        npy->dims[0] = (int64_t)(bytes / npy->width);
+        if (bytes % npy->width)
+            return besa__fail(error, BESA_ERROR_FORMAT,
+                              "%s: %zu bytes are no whole number of %zu-byte tokens: truncated?",
+                              path, bytes, npy->width);
+        return BESA_OK;
+    }
+    uint64_t rows = (uint64_t)npy->dims[0], columns = npy->ndim == 2 ? (uint64_t)npy->dims[1] : 1;
+    if ((columns && rows > bytes / npy->width / columns) || rows * columns * npy->width != bytes)
+        return besa__fail(error, BESA_ERROR_FORMAT,
+                          "%s: %zu bytes after the header, its shape asks for %llu x %llu tokens "
+                          "of %zu: truncated?", path, bytes, (unsigned long long)rows,
+                          (unsigned long long)columns, npy->width);
+    return BESA_OK;
+}
+
+static besa_result besa__tokens_read(besa_tokens *tokens, const unsigned char *file, size_t size, const char *path,
+                                     besa_error *error)
+{
+    besa__npy npy;
+    void *memory;
+    BESA__TRY(besa__token_format(&npy, file, size, path, error));
+    int64_t count = npy.dims[0] * (npy.ndim == 2 ? npy.dims[1] : 1);
+    if (!count) return besa__fail(error, BESA_ERROR_TOKENS, "%s: holds no tokens", path);
+    BESA__TRY(besa__malloc(&memory, besa__bytes(count, sizeof(int32_t)), path, error));
+    int32_t *ids = (int32_t *)memory;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t id = besa__token_at(file + npy.data + (size_t)i * npy.width, npy.width, npy.is_signed);
+        if (id < 0 || id > INT32_MAX) {
+            BESA_FREE(ids);
+            return besa__fail(error, BESA_ERROR_TOKEN, "%s: token %lld is %lld; ids are 0 .. 2147483647", path,
+                              (long long)i, (long long)id);
+        }
+        ids[i] = (int32_t)id;
+    }
+    tokens->ids = ids;
+    tokens->count = count;
+    tokens->rows = npy.ndim == 2 ? npy.dims[0] : 0;
+    tokens->columns = npy.ndim == 2 ? npy.dims[1] : 0;
+    tokens->id_bytes = (int)npy.width;
+    size_t length = strlen(path), room = sizeof tokens->file - 1;
+    snprintf(tokens->file, sizeof tokens->file, "%s", path + (length > room ? length - room : 0));
+    return BESA_OK;
+}
+
+BESA_API besa_result besa_tokens_load(besa_tokens *tokens, const char *path, besa_error *error)
+{
+    unsigned char *file;
+    size_t size = 0;
+    memset(tokens, 0, sizeof *tokens);
+    if (!path) return besa__fail(error, BESA_ERROR_OPTION, "no token file given");
+    BESA__TRY(besa__map_file(&file, &size, path, error));
+    besa_result result = besa__tokens_read(tokens, file, size, path, error);
+    besa__unmap(file, size);
+    return result;
+}
+
+BESA_API void besa_tokens_free(besa_tokens *tokens)
+{
+    if (!tokens) return;
+    BESA_FREE(tokens->ids);
+    memset(tokens, 0, sizeof *tokens);
+}
+
+/* Output i (0, 1, ...) of the splitmix64 generator started with seed. */
+static uint64_t besa__splitmix64(uint64_t seed, uint64_t i)
+{
+    uint64_t z = seed + (i + 1) * 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+BESA_API besa_result besa_tokens_sample(const besa_tokens *tokens, int64_t nsamples, int64_t seqlen, uint64_t seed,
+                                        int64_t vocab_size, int32_t *ids, besa_error *error)
+{
+    if (nsamples < 1 || seqlen < 1 || vocab_size < 1)
+        return besa__fail(error, BESA_ERROR_OPTION,
+                          "nsamples = %lld, seqlen = %lld, vocab_size = %lld: each must be at "
+                          "least 1", (long long)nsamples, (long long)seqlen, (long long)vocab_size);
+    if (tokens->id_bytes == 2 && vocab_size > 65536)
+        return besa__fail(error, BESA_ERROR_TOKEN,
+                          "%s: its ids have 16 bits, which cannot hold the model's vocabulary of %lld; make it again with "
+                          "32-bit ids (.npy of uint32), or name a raw file .i32 if it has them", tokens->file,
+                          (long long)vocab_size);
+    if (tokens->columns && (nsamples > tokens->rows || seqlen > tokens->columns))
+        return besa__fail(error, BESA_ERROR_TOKENS,
+                          "%lld sequences of %lld tokens asked for, the file has %lld of %lld",
+                          (long long)nsamples, (long long)seqlen, (long long)tokens->rows, (long long)tokens->columns);
+    if (!tokens->columns && (seqlen > tokens->count || (!seed && nsamples > tokens->count / seqlen)))
+        return besa__fail(error, BESA_ERROR_TOKENS, "%lld sequences of %lld tokens asked for, the file has %lld tokens",
+                          (long long)nsamples, (long long)seqlen, (long long)tokens->count);
+    for (int64_t i = 0; i < nsamples; i++) {
+        int64_t start = tokens->columns ? i * tokens->columns : i * seqlen;
+        if (!tokens->columns && seed)
+            start = (int64_t)(besa__splitmix64(seed, (uint64_t)i) % (uint64_t)(tokens->count - seqlen + 1));
+        for (int64_t t = 0; t < seqlen; t++) {
+            int32_t id = tokens->ids[start + t];
+            if (id < 0 || id >= vocab_size)
+                return besa__fail(error, BESA_ERROR_TOKEN, "token %lld is %ld, the vocabulary has %lld",
+                                  (long long)(start + t), (long)id, (long long)vocab_size);
+            ids[i * seqlen + t] = id;
+        }
+    }
+    return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>config                config.json, and the tensors a model of its shape must have
+ * ============================================================================================
+ * Owns the meaning of config.json: keys, their defaults and what is refused follow Hugging Face transformers (4 and
+ * 5). Binds tensor names to blocks and opens checkpoints. Uses json and safetensors. */
+typedef struct besa__config_reader {
+    const besa__json *json;
+    const besa__json_value *root;
+    const char *path;
+    besa_error *error;
+} besa__config_reader;
+
+/* A block's tensors; NULL where the model has none. */
+typedef struct besa__block_tensors {
+    const besa_tensor *weight[BESA_LAYERS];
+    const besa_tensor *bias[BESA_LAYERS];
+    const besa_tensor *norm1, *norm2, *q_norm, *k_norm;
+} besa__block_tensors;
+
+typedef struct besa__model {
+    const besa_tensor *embedding;               /* (vocab, d) */
+    const besa_tensor *norm;                    /* (d) */
+    const besa_tensor *head;                    /* (vocab, d); the embedding where tied */
+    besa_dtype dtype;                           /* of all prunable weights */
+} besa__model;
+
+static besa_result besa__config_refuse(const besa__config_reader *r, const char *key, const besa__json_value *value,
+                                       const char *supported)
+{
+    char text[128];
+    return besa__fail(r->error, BESA_ERROR_UNSUPPORTED, "%s: %s = %s is not supported; supported: %s", r->path, key,
+                      besa__json_show(r->json, value, text, sizeof text), supported);
+}
+
+/* A member of the root that is there and not null, or NULL. */
+static const besa__json_value *besa__config_get(const besa__config_reader *r, const char *key)
+{
+    const besa__json_value *value = besa__json_get(r->json, r->root, key);
+    return besa__json_is(r->json, value, BESA__JSON_NULL) ? NULL : value;
+}
+
+/* Whether a value is this string. */
+static int besa__config_is(const besa__config_reader *r, const besa__json_value *value, const char *expected)
+{
+    const char *string = besa__json_string(r->json, value);
+    return string && !strcmp(string, expected);
+}
+
+/* An integer of the root, in its range. fallback is taken where the key is absent or null; 0 makes the key required. */
+static besa_result besa__config_integer(const besa__config_reader *r, const char *key, int64_t fallback, int64_t *out)
+{
+    const besa__json_value *value = besa__config_get(r, key);
+    const besa__range *range = besa__find_range(key);
+    besa__json_number number = besa__json_number_of(r->json, value);
+    char supported[64];
+    *out = fallback;
+    if (!value && fallback) return BESA_OK;
+    if (!number.is_integer || !besa__in_range(range, (double)number.integer))
+        return besa__config_refuse(r, key, value, besa__range_text(range, supported, sizeof supported));
+    *out = number.integer;
+    return BESA_OK;
+}
+
+static besa_result besa__config_bool(const besa__config_reader *r, const char *key, int *out)
+{
+    const besa__json_value *value = besa__config_get(r, key);
+    *out = besa__json_is(r->json, value, BESA__JSON_TRUE);
+    if (value && !*out && !besa__json_is(r->json, value, BESA__JSON_FALSE))
+        return besa__config_refuse(r, key, value, "true, false");
+    return BESA_OK;
+}
+
+/* A number of an object (shown as prefix.key), in its range; fallback 0 makes it required. */
+static besa_result besa__config_number(const besa__config_reader *r, const besa__json_value *object,
+                                       const char *prefix, const char *key, double fallback, double *out)
+{
+    const besa__json_value *value = besa__json_get(r->json, object, key);
+    const besa__range *range = besa__find_range(key);
+    char name[96], supported[64];
+    *out = fallback;
+    if (besa__json_is(r->json, value, BESA__JSON_NULL)) value = NULL;
+    if (!value && fallback > 0) return BESA_OK;
+    snprintf(name, sizeof name, "%s%s", prefix, key);
+    *out = besa__json_number_of(r->json, value).value;
+    if (besa__json_is(r->json, value, BESA__JSON_NUMBER) && besa__in_range(range, *out)) return BESA_OK;
+    return besa__config_refuse(r, name, value, besa__range_text(range, supported, sizeof supported));
+}
+
+/* Where a family's biases come from: its layers never have one, and the key is ignored (NONE) or must be false (REFUSED);
+ * they always have one; the key says so. */
+enum { BESA__BIAS_NONE, BESA__BIAS_REFUSED, BESA__BIAS_ALWAYS, BESA__BIAS_BY_KEY };
+/* Which layers have a sliding window: none, and the key must be null or 0; all, where it is set; those that layer_types
+ * names, or from max_window_layers on, where use_sliding_window is true. */
+enum { BESA__WINDOW_NONE, BESA__WINDOW_ALL, BESA__WINDOW_CHOSEN };
+
+/* A family of models, by its model_type in config.json. One that differs from the others only in what stands here is one
+ * more row. Values are those of Hugging Face transformers. */
+typedef struct besa__architecture {
+    const char *model_type;
+    const char *class_name, *former_class;      /* in `architectures`; former_class NULL: none */
+    int64_t num_key_value_heads, head_dim;      /* where config.json has no such key; 0: as many as attention heads,
+                                                   hidden_size / num_attention_heads */
+    int bias[BESA__GROUPS];                     /* BESA__BIAS_..: of q, k, v; of o; of gate, up, down */
+    int qk_norm;                                /* q and k are normed per head before rope */
+    int window;                                 /* BESA__WINDOW_.. */
+    unsigned ropes;                             /* bits of besa_rope_type */
+    const char *prefix;                         /* of all tensor names but lm_head's */
+} besa__architecture;
+
+#define BESA__ROPES (1u << BESA_ROPE_DEFAULT | 1u << BESA_ROPE_LINEAR | 1u << BESA_ROPE_LLAMA3)
+
+static const besa__architecture besa__architectures[] = {
+    {"llama", "LlamaForCausalLM", "LLaMAForCausalLM", 0, 0, {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY}, 0,
+     BESA__WINDOW_NONE, BESA__ROPES, "model."},
+    {"mistral", "MistralForCausalLM", NULL, 8, 0, {BESA__BIAS_REFUSED, BESA__BIAS_REFUSED, BESA__BIAS_REFUSED}, 0,
+     BESA__WINDOW_ALL, BESA__ROPES, "model."},
+    {"qwen2", "Qwen2ForCausalLM", NULL, 32, 0, {BESA__BIAS_ALWAYS, BESA__BIAS_NONE, BESA__BIAS_REFUSED}, 0,
+     BESA__WINDOW_CHOSEN, BESA__ROPES, "model."},
+    {"qwen3", "Qwen3ForCausalLM", NULL, 32, 128, {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_REFUSED}, 1,
+     BESA__WINDOW_CHOSEN, BESA__ROPES, "model."},
+};
+
+enum { BESA__ARCHITECTURES = (int)(sizeof besa__architectures / sizeof *besa__architectures) };
+
+/* The row of a model_type, or NULL. */
+static const besa__architecture *besa__find_architecture(const char *model_type)
+{
+    for (int i = 0; i < BESA__ARCHITECTURES; i++)
+        if (model_type && !strcmp(model_type, besa__architectures[i].model_type)) return &besa__architectures[i];
+    return NULL;
+}
+
+/* "a", "b", "c": the model types of all rows. */
+static const char *besa__model_types(char *text, size_t size)
+{
+    size_t n = 0;
+    for (int i = 0; i < BESA__ARCHITECTURES && n < size; i++)
+        n += (size_t)snprintf(text + n, size - n, "%s\"%s\"", i ? ", " : "", besa__architectures[i].model_type);
+    return text;
+}
+
+/* The name of a block's tensor: the prefix, layers.N. and a path such as "mlp.up_proj". */
+static void besa__tensor_name(char *name, size_t size, const besa_config *config, int64_t block, const char *path)
+{
+    snprintf(name, size, "%slayers.%lld.%s", besa__find_architecture(config->model_type)->prefix, (long long)block, path);
+}
+
+/* The architecture by model_type; `architectures` must agree. */
+static besa_result besa__config_architecture(const besa__config_reader *r, besa_config *config,
+                                             const besa__architecture **out)
+{
+    const besa__json_value *type = besa__config_get(r, "model_type"), *list = besa__config_get(r, "architectures");
+    const besa__architecture *a = *out = besa__find_architecture(besa__json_string(r->json, type));
+    char known[256];
+    if (!a) return besa__config_refuse(r, "model_type", type, besa__model_types(known, sizeof known));
+    snprintf(config->model_type, sizeof config->model_type, "%s", a->model_type);
+    if (!list) return BESA_OK;
+    const besa__json_value *name = besa__json_is(r->json, list, BESA__JSON_ARRAY) && besa__json_count(r->json, list) == 1
+                                       ? besa__json_first(r->json, list) : NULL;
+    if (besa__config_is(r, name, a->class_name) || (a->former_class && besa__config_is(r, name, a->former_class)))
+        return BESA_OK;
+    return besa__config_refuse(r, "architectures", name ? name : list, a->class_name);
+}
+
+/* Settings that change the forward pass and are not implemented: only their neutral values pass. */
+static besa_result besa__config_refuse_unknown(const besa__config_reader *r, const besa__architecture *a)
+{
+    static const char *const absent[] = {
+        "quantization_config", "compression_config", "num_local_experts", "num_experts", "n_routed_experts",
+        "attn_logit_softcapping", "final_logit_softcapping", "no_rope_layers", "attention_chunk_size", "use_qk_norm",
+        "use_mrope", "is_encoder_decoder", "alibi"
+    };
+    const besa__json_value *value = besa__config_get(r, "hidden_act");
+    double unused;
+    if (value && !besa__config_is(r, value, "silu") && !besa__config_is(r, value, "swish"))
+        return besa__config_refuse(r, "hidden_act", value, "\"silu\"");
+    for (size_t i = 0; i < sizeof absent / sizeof *absent; i++) {
+        value = besa__config_get(r, absent[i]);
+        if (value && !besa__json_is(r->json, value, BESA__JSON_FALSE))
+            return besa__config_refuse(r, absent[i], value, "null, or no such key");
+    }
+    BESA__TRY(besa__config_number(r, r->root, "", "partial_rotary_factor", 1, &unused));
+    if (a->window != BESA__WINDOW_NONE) return BESA_OK;
+    value = besa__config_get(r, "sliding_window");
+    besa__json_number window = besa__json_number_of(r->json, value);
+    char supported[64];
+    snprintf(supported, sizeof supported, "null or 0, for %s", a->model_type);
+    if (value && (!window.is_integer || window.integer))
+        return besa__config_refuse(r, "sliding_window", value, supported);
+    return BESA_OK;
+}
+
+static const char *const besa__rope_names[] = {"default", "linear", "llama3"}; /* by besa_rope_type */
+
+/* The type of a rope that the architecture has; 0: it has no such type. */
+static int besa__find_rope(const besa__config_reader *r, const besa__architecture *a, const besa__json_value *value,
+                           besa_rope_type *type)
+{
+    for (unsigned i = 0; i < sizeof besa__rope_names / sizeof *besa__rope_names; i++)
+        if ((a->ropes >> i & 1u) && besa__config_is(r, value, besa__rope_names[i])) {
+            *type = (besa_rope_type)i;
+            return 1;
+        }
+    return 0;
+}
+
+/* "a", "b": the types that the architecture has. */
+static const char *besa__rope_types(const besa__architecture *a, char *text, size_t size)
+{
+    size_t n = 0;
+    for (unsigned i = 0; i < sizeof besa__rope_names / sizeof *besa__rope_names && n < size; i++)
+        if (a->ropes >> i & 1u)
+            n += (size_t)snprintf(text + n, size - n, "%s\"%s\"", n ? ", " : "", besa__rope_names[i]);
+    return text;
+}
+
+/* rope_parameters, or the older rope_theta and rope_scaling. */
+static besa_result besa__config_rope(const besa__config_reader *r, const besa__architecture *a, besa_rope *rope)
+{
+    const besa__json *json = r->json;
+    const besa__json_value *object = besa__config_get(r, "rope_scaling"), *type = NULL;
+    const char *prefix = "rope_scaling.";
+    double unused;
+    if (!object || (besa__json_is(json, object, BESA__JSON_OBJECT) && !besa__json_first(json, object))) {
+        object = besa__config_get(r, "rope_parameters");
+        prefix = "rope_parameters.";
+    }
+    if (object && !besa__json_is(json, object, BESA__JSON_OBJECT))
+        return besa__config_refuse(r, *(prefix + 5) == 's' ? "rope_scaling" : "rope_parameters", object,
+                                   "an object, or null");
+    const besa__json_value *v = object ? besa__json_first(json, object) : NULL;
+    for (; v; v = besa__json_next(json, object, v))
+        if (besa__json_is(json, v, BESA__JSON_OBJECT))
+            return besa__config_refuse(r, besa__json_key(json, v), v, "one set of rope parameters for all layers");
+    BESA__TRY(besa__config_number(r, r->root, "", "rope_theta", 10000, &rope->theta));
+    BESA__TRY(besa__config_number(r, object, prefix, "rope_theta", rope->theta, &rope->theta));
+    if (!object) return BESA_OK;
+    BESA__TRY(besa__config_number(r, object, prefix, "partial_rotary_factor", 1, &unused));
+    type = besa__json_get(json, object, "rope_type");
+    if (!type) type = besa__json_get(json, object, "type");
+    if (!type) return BESA_OK;
+    if (!besa__find_rope(r, a, type, &rope->type)) {
+        char name[48], known[128];
+        snprintf(name, sizeof name, "%s%s", prefix, besa__json_key(json, type));
+        return besa__config_refuse(r, name, type, besa__rope_types(a, known, sizeof known));
+    }
+    if (rope->type == BESA_ROPE_DEFAULT) return BESA_OK;
+    BESA__TRY(besa__config_number(r, object, prefix, "factor", 0, &rope->factor));
+    if (rope->type == BESA_ROPE_LINEAR) return BESA_OK;
+    BESA__TRY(besa__config_number(r, object, prefix, "low_freq_factor", 0, &rope->low_freq_factor));
+    BESA__TRY(besa__config_number(r, object, prefix, "high_freq_factor", 0, &rope->high_freq_factor));
+    BESA__TRY(besa__config_number(r, object, prefix, "original_max_position_embeddings", 0,
+                                  &rope->original_max_position_embeddings));
+    if (rope->high_freq_factor > rope->low_freq_factor) return BESA_OK;
+    return besa__config_refuse(r, "high_freq_factor", besa__json_get(json, object, "high_freq_factor"),
+                               "a number above low_freq_factor");
+}
+
+/* Which layers slide. */
+static besa_result besa__config_windows(const besa__config_reader *r, besa_config *config, const besa__architecture *a)
+{
+    const besa__json_value *types = besa__config_get(r, "layer_types");
+    int64_t first = 0, window = 0;
+    int sliding = a->window == BESA__WINDOW_ALL, given = besa__json_get(r->json, r->root, "sliding_window") != NULL;
+    if (a->window == BESA__WINDOW_CHOSEN) {
+        BESA__TRY(besa__config_bool(r, "use_sliding_window", &sliding));
+        BESA__TRY(besa__config_integer(r, "max_window_layers", 28, &first));
+    }
+    if (sliding && (besa__config_get(r, "sliding_window") || !given))
+        BESA__TRY(besa__config_integer(r, "sliding_window", 4096, &window));
+    for (int64_t i = 0; i < config->num_hidden_layers; i++) config->window[i] = (uint8_t)(window && i >= first);
+    if (types && (!besa__json_is(r->json, types, BESA__JSON_ARRAY) ||
+                  besa__json_count(r->json, types) != (uint64_t)config->num_hidden_layers))
+        return besa__config_refuse(r, "layer_types", types, "a list of num_hidden_layers strings");
+    int64_t i = 0;
+    const besa__json_value *v = types ? besa__json_first(r->json, types) : NULL;
+    for (; v; v = besa__json_next(r->json, types, v), i++) {
+        char name[40];
+        int slides = besa__config_is(r, v, "sliding_attention"), full = besa__config_is(r, v, "full_attention");
+        snprintf(name, sizeof name, "layer_types[%lld]", (long long)i);
+        if (!slides && !full) return besa__config_refuse(r, name, v, "\"full_attention\", \"sliding_attention\"");
+        if (slides && !window)
+            return besa__config_refuse(r, name, v, "\"full_attention\", as no sliding_window is in use");
+        if (full && a->window == BESA__WINDOW_ALL && window)
+            return besa__config_refuse(r, name, v, "\"sliding_attention\", as sliding_window is set and of all layers");
+        config->window[i] = (uint8_t)slides;
+    }
+    for (i = 0; i < config->num_hidden_layers; i++)
+        if (config->window[i]) config->sliding_window = window;
+    return BESA_OK;
+}
+
+/* Sizes of the model and of its attention. */
+static besa_result besa__config_sizes(const besa__config_reader *r, besa_config *config, const besa__architecture *a)
+{
+    besa_block_shape *b = &config->block;
+    const int64_t most = 1 << 24;
+    int heads_given = besa__json_get(r->json, r->root, "num_key_value_heads") != NULL;
+    int dim_given = besa__json_get(r->json, r->root, "head_dim") != NULL;
+    BESA__TRY(besa__config_integer(r, "vocab_size", 0, &config->vocab_size));
+    BESA__TRY(besa__config_integer(r, "hidden_size", 0, &b->hidden_size));
+    BESA__TRY(besa__config_integer(r, "intermediate_size", 0, &b->intermediate_size));
+    BESA__TRY(besa__config_integer(r, "num_hidden_layers", 0, &config->num_hidden_layers));
+    BESA__TRY(besa__config_integer(r, "max_position_embeddings", 2048,
+                                   &config->max_position_embeddings));
+    BESA__TRY(besa__config_integer(r, "num_attention_heads", 0, &b->num_attention_heads));
+    int64_t groups = heads_given || !a->num_key_value_heads ? b->num_attention_heads : a->num_key_value_heads;
+    BESA__TRY(besa__config_integer(r, "num_key_value_heads", groups, &b->num_key_value_heads));
+    if (b->num_key_value_heads > b->num_attention_heads || b->num_attention_heads % b->num_key_value_heads)
+        return besa__fail(r->error, BESA_ERROR_UNSUPPORTED, "%s: num_attention_heads = %lld is no multiple of "
+                          "num_key_value_heads = %lld", r->path, (long long)b->num_attention_heads,
+                          (long long)b->num_key_value_heads);
+    int64_t derived = b->hidden_size / b->num_attention_heads;
+    if (a->head_dim && !dim_given) derived = a->head_dim;
+    else if (!besa__config_get(r, "head_dim") && b->hidden_size % b->num_attention_heads)
+        return besa__fail(r->error, BESA_ERROR_UNSUPPORTED,
+                          "%s: hidden_size = %lld is no multiple of num_attention_heads "
+                          "= %lld, and head_dim is not given", r->path, (long long)b->hidden_size,
+                          (long long)b->num_attention_heads);
+    BESA__TRY(besa__config_integer(r, "head_dim", derived, &b->head_dim));
+    if (b->head_dim % 2 || b->head_dim * b->num_attention_heads > most)
+        return besa__fail(r->error, BESA_ERROR_UNSUPPORTED,
+                          "%s: head_dim = %lld with %lld heads; supported: an even number, "
+                          "heads * head_dim up to %lld", r->path, (long long)b->head_dim,
+                          (long long)b->num_attention_heads, (long long)most);
+    return BESA_OK;
+}
+
+/* bias[layer] = 1 for each layer that has one. */
+static besa_result besa__config_biases(const besa__config_reader *r, const besa__architecture *a, int bias[BESA_LAYERS])
+{
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int rule = a->bias[besa__layers[i].group], by_key;
+        const char *key = besa__layers[i].group == BESA__GROUP_MLP ? "mlp_bias" : "attention_bias";
+        char supported[32];
+        BESA__TRY(besa__config_bool(r, key, &by_key));
+        snprintf(supported, sizeof supported, "false, for %s", a->model_type);
+        if (rule == BESA__BIAS_REFUSED && by_key)
+            return besa__config_refuse(r, key, besa__config_get(r, key), supported);
+        bias[i] = rule == BESA__BIAS_ALWAYS || (rule == BESA__BIAS_BY_KEY && by_key);
+    }
+    return BESA_OK;
+}
+
+static besa_result besa__config_read(const besa__config_reader *r, besa_config *config, int bias[BESA_LAYERS])
+{
+    const besa__architecture *a;
+    if (!besa__json_is(r->json, r->root, BESA__JSON_OBJECT))
+        return besa__fail(r->error, BESA_ERROR_JSON, "%s: no JSON object", r->path);
+    BESA__TRY(besa__config_architecture(r, config, &a));
+    BESA__TRY(besa__config_refuse_unknown(r, a));
+    BESA__TRY(besa__config_sizes(r, config, a));
+    BESA__TRY(besa__config_rope(r, a, &config->block.rope));
+    BESA__TRY(besa__config_windows(r, config, a));
+    BESA__TRY(besa__config_number(r, r->root, "", "rms_norm_eps", 1e-6, &config->block.rms_norm_eps));
+    BESA__TRY(besa__config_bool(r, "tie_word_embeddings", &config->tie_word_embeddings));
+    config->qk_norm = a->qk_norm;
+    return besa__config_biases(r, a, bias);
+}
+
+static besa_result besa__config_load(besa_config *config, int bias[BESA_LAYERS], besa__kept *kept, const char *directory,
+                                     besa_error *error)
+{
+    char *path;
+    besa__json json;
+    memset(config, 0, sizeof *config);
+    BESA__TRY(besa__join(&path, directory, "config.json", error));
+    besa_result result = besa__json_load(&json, kept, path, error);
+    besa__config_reader reader = { &json, json.values, path, error };
+    if (result == BESA_OK) result = besa__config_read(&reader, config, bias);
+    besa__json_free(&json);
+    BESA_FREE(path);
+    return result;
+}
+
+/* Find a tensor and check it: (rows, columns), or (rows) where columns is 0. */
+static besa_result besa__need(const besa_tensor **out, const besa_checkpoint *checkpoint, const char *name,
+                              int64_t rows, int64_t columns, besa_error *error)
+{
+    const besa_tensor *tensor = *out = besa_checkpoint_find(checkpoint, name);
+    char found[96] = "";
+    size_t n = 0;
+    if (!tensor)
+        return besa__fail(error, BESA_ERROR_TENSOR, "%s: tensor %s is missing; config.json asks for it",
+                          checkpoint->directory, name);
+    if (tensor->ndim == (columns ? 2 : 1) && tensor->shape[0] == rows && (!columns || tensor->shape[1] == columns)) {
+        if (tensor->supported) return BESA_OK;
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: tensor %s has dtype %s; supported: F32, F16, BF16",
+                          checkpoint->directory, name, tensor->dtype_name);
+    }
+    for (int i = 0; i < tensor->ndim && n < sizeof found - 24; i++)
+        n += (size_t)snprintf(found + n, sizeof found - n, "%s%lld", i ? ", " : "", (long long)tensor->shape[i]);
+    return besa__fail(error, BESA_ERROR_TENSOR,
+                      columns ? "%s: tensor %s has shape [%s], config.json asks for [%lld, %lld]"
+                                                        : "%s: tensor %s has shape [%s], config.json asks for [%lld]",
+                      checkpoint->directory, name, found, (long long)rows, (long long)columns);
+}
+
+/* The same for a tensor of a block that is only there if the config says so. */
+static besa_result besa__need_if(int wanted, const besa_tensor **out, const besa_checkpoint *checkpoint,
+                                 const char *name, int64_t rows, besa_error *error)
+{
+    *out = NULL;
+    if (wanted) return besa__need(out, checkpoint, name, rows, 0, error);
+    if (!besa_checkpoint_find(checkpoint, name)) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_TENSOR, "%s: tensor %s is there, but by config.json a %s has none",
+                      checkpoint->directory, name, checkpoint->config.model_type);
+}
+
+/* The tensors of one block, each checked against the config. */
+static besa_result besa__block_bind(besa__block_tensors *tensors, const besa_checkpoint *checkpoint, int64_t block,
+                                    besa_error *error)
+{
+    const besa_block_shape *s = &checkpoint->config.block;
+    char name[96], rest[48];
+    int64_t rows, columns;
+    memset(tensors, 0, sizeof *tensors);
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        const char *path = besa__layers[i].path;
+        besa_block_layer(s, i, &rows, &columns);
+        snprintf(rest, sizeof rest, "%s.weight", path);
+        besa__tensor_name(name, sizeof name, &checkpoint->config, block, rest);
+        BESA__TRY(besa__need(&tensors->weight[i], checkpoint, name, rows, columns, error));
+        snprintf(rest, sizeof rest, "%s.bias", path);
+        besa__tensor_name(name, sizeof name, &checkpoint->config, block, rest);
+        BESA__TRY(besa__need_if(checkpoint->bias[i], &tensors->bias[i], checkpoint, name, rows, error));
+    }
+    besa__tensor_name(name, sizeof name, &checkpoint->config, block, "input_layernorm.weight");
+    BESA__TRY(besa__need(&tensors->norm1, checkpoint, name, s->hidden_size, 0, error));
+    besa__tensor_name(name, sizeof name, &checkpoint->config, block, "post_attention_layernorm.weight");
+    BESA__TRY(besa__need(&tensors->norm2, checkpoint, name, s->hidden_size, 0, error));
+    besa__tensor_name(name, sizeof name, &checkpoint->config, block, "self_attn.q_norm.weight");
+    BESA__TRY(besa__need_if(checkpoint->config.qk_norm, &tensors->q_norm, checkpoint, name, s->head_dim, error));
+    besa__tensor_name(name, sizeof name, &checkpoint->config, block, "self_attn.k_norm.weight");
+    return besa__need_if(checkpoint->config.qk_norm, &tensors->k_norm, checkpoint, name, s->head_dim, error);
+}
+
+/* No tensor may be of a block beyond those that config.json counts. */
+static besa_result besa__check_block_numbers(const besa_checkpoint *checkpoint, besa_error *error)
+{
+    const besa_config *c = &checkpoint->config;
+    char layers[64];
+    int length = snprintf(layers, sizeof layers, "%slayers.", besa__find_architecture(c->model_type)->prefix);
+    for (int64_t i = 0; i < checkpoint->num_tensors; i++) {
+        const char *name = checkpoint->tensors[i].name, *digits = name + length;
+        if (strncmp(name, layers, (size_t)length) || *digits < '0' || *digits > '9') continue;
+        if (strtoll(digits, NULL, 10) >= c->num_hidden_layers)
+            return besa__fail(error, BESA_ERROR_TENSOR, "%s: tensor %.200s is there, but config.json says num_hidden_layers "
+                              "= %lld", checkpoint->directory, name, (long long)c->num_hidden_layers);
+    }
+    return BESA_OK;
+}
+
+/* Embedding, norm and head, and a check of every tensor of every block. */
+static besa_result besa__model_bind(besa__model *model, const besa_checkpoint *checkpoint, besa_error *error)
+{
+    const besa_config *c = &checkpoint->config;
+    const char *prefix = besa__find_architecture(c->model_type)->prefix;
+    char name[96];
+    besa__block_tensors block;
+    memset(model, 0, sizeof *model);
+    snprintf(name, sizeof name, "%sembed_tokens.weight", prefix);
+    BESA__TRY(besa__need(&model->embedding, checkpoint, name, c->vocab_size,
+                         c->block.hidden_size, error));
+    snprintf(name, sizeof name, "%snorm.weight", prefix);
+    BESA__TRY(besa__need(&model->norm, checkpoint, name, c->block.hidden_size, 0, error));
+    model->head = model->embedding;
+    if (!c->tie_word_embeddings)
+        BESA__TRY(besa__need(&model->head, checkpoint, besa__head_name, c->vocab_size, c->block.hidden_size, error));
+    for (int64_t i = 0; i < c->num_hidden_layers; i++) {
+        BESA__TRY(besa__block_bind(&block, checkpoint, i, error));
+        if (!i) model->dtype = block.weight[0]->dtype;
+        for (int j = 0; j < BESA_LAYERS; j++)
+            if (block.weight[j]->dtype != model->dtype)
+                return besa__fail(error, BESA_ERROR_UNSUPPORTED,
+                                  "%s: tensor %s has dtype %s, others of the layers another; "
+                                  "supported: one dtype for all of them", checkpoint->directory, block.weight[j]->name,
+                                  block.weight[j]->dtype_name);
+    }
+    return besa__check_block_numbers(checkpoint, error);
+}
+
+/* Whether two tensors of one shape hold the same bytes of one type; their pages are given back. */
+static int besa__same_tensor(const besa_checkpoint *checkpoint, const besa_tensor *a, const besa_tensor *b)
+{
+    const size_t chunk = (size_t)8 << 20;
+    int same = a->dtype == b->dtype;
+    for (size_t at = 0; at < a->bytes && same; at += chunk) {
+        size_t part = a->bytes - at < chunk ? a->bytes - at : chunk;
+        same = !memcmp((const unsigned char *)a->data + at, (const unsigned char *)b->data + at, part);
+        besa__release_range(checkpoint->shards + a->file, a->offset + at, part);
+        besa__release_range(checkpoint->shards + b->file, b->offset + at, part);
+    }
+    return same;
+}
+
+/* A head that the config ties to the embedding and that the file holds all the same: where the two differ, transformers 5
+ * takes the config for wrong and uses the head. */
+static besa_result besa__check_tied_head(besa_checkpoint *checkpoint, const besa_tensor *embedding, besa_error *error)
+{
+    besa_config *c = &checkpoint->config;
+    const besa_tensor *head;
+    if (!c->tie_word_embeddings || !besa_checkpoint_find(checkpoint, besa__head_name)) return BESA_OK;
+    BESA__TRY(besa__need(&head, checkpoint, besa__head_name, c->vocab_size, c->block.hidden_size, error));
+    if (besa__same_tensor(checkpoint, head, embedding)) return BESA_OK;
+    c->tie_word_embeddings = 0;
+    besa__checkpoint_note(checkpoint, "note: config.json says tie_word_embeddings, but lm_head.weight differs from "
+                          "model.embed_tokens.weight: the head is used, as transformers 5 does (earlier versions use "
+                          "the embedding)");
+    return BESA_OK;
+}
+
+/* An adapter beside the model belongs to other weights, or was never merged: that cannot be told. */
+static besa_result besa__check_adapter(besa_checkpoint *checkpoint, besa_error *error)
+{
+    static const char *const names[] = { "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin" };
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        struct stat st;
+        char *path;
+        BESA__TRY(besa__join(&path, checkpoint->directory, names[i], error));
+        int missing = lstat(path, &st);
+        BESA_FREE(path);
+        if (missing) continue;
+        besa__checkpoint_note(checkpoint, "note: an adapter lies beside the model (%s): it is not applied, and not part "
+                              "of an output; merge it into the model (peft: merge_and_unload) if it belongs to it", names[i]);
+        return BESA_OK;
+    }
+    return BESA_OK;
+}
+
+static besa_result besa__checkpoint_load(besa_checkpoint *checkpoint, const char *directory, besa_error *error)
+{
+    besa__model model;
+    struct stat st;
+    void *memory;
+    size_t n = strlen(directory);
+    while (n > 1 && directory[n - 1] == '/') n--;
+    BESA__TRY(besa__malloc(&memory, n + 1, "a path", error));
+    checkpoint->directory = (char *)memcpy(memory, directory, n);
+    checkpoint->directory[n] = 0;
+    if (stat(checkpoint->directory, &st))
+        return besa__fail(error, errno == ENOENT || errno == ENOTDIR ? BESA_ERROR_NOT_FOUND : BESA_ERROR_READ, "%s: %s",
+                          directory, strerror(errno));
+    if (!S_ISDIR(st.st_mode)) return besa__fail(error, BESA_ERROR_NOT_FOUND, "%s: not a directory", directory);
+    BESA__TRY(besa__config_load(&checkpoint->config, checkpoint->bias, &checkpoint->config_file, checkpoint->directory,
+                                error));
+    BESA__TRY(besa__open_weights(checkpoint, error));
+    BESA__TRY(besa__model_bind(&model, checkpoint, error));
+    BESA__TRY(besa__check_tied_head(checkpoint, model.embedding, error));
+    return besa__check_adapter(checkpoint, error);
+}
+
+BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const char *directory, besa_error *error)
+{
+    void *memory;
+    *checkpoint = NULL;
+    if (!directory || !*directory) return besa__fail(error, BESA_ERROR_OPTION, "no checkpoint directory given");
+    if (!besa__is_little_endian())
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: checkpoints are little-endian, this machine is big-endian: "
+                          "prune it on a little-endian machine, such as x86-64 or ARM64", directory);
+    BESA__TRY(besa__malloc(&memory, sizeof **checkpoint, "a checkpoint", error));
+    besa_checkpoint *opened = (besa_checkpoint *)memset(memory, 0, sizeof **checkpoint);
+    besa_result result = besa__checkpoint_load(opened, directory, error);
+    if (result == BESA_OK) *checkpoint = opened;
+    else besa_checkpoint_close(opened);
+    return result;
+}
+
+/* ============================================================================================
+ * // >>journal               files of the unfinished output, and its journal
  * ============================================================================================
  * Owns OUT.partial, which becomes OUT by a rename once all is on disk. It starts as a copy of the source without the
  * prunable weights; blocks come in one after another. Its journal has one line per step that is on disk,
@@ -9402,7 +6513,6 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
  * and nothing beside it. Names that no run has made are never written to or deleted.
  * The output is made of what was read: before the last rename the sources are looked at again, and one whose contents are
  * no longer those that were read is an error. Uses safetensors, config and POSIX; knows nothing of pruning. */
-#ifndef BESA_NO_STDIO
 
 #include <dirent.h>
 #include <sys/file.h>
@@ -9455,23 +6565,6 @@ typedef struct besa__writer {
     size_t written[BESA_LAYERS];                /* bytes */
     size_t unsynced;                            /* bytes since the last sync */
 } besa__writer;
-
-/* Append a line to a text that grows by BESA_REALLOC; without memory the line is lost. */
-static void besa__notes_add(char **notes, const char *format, ...) BESA__PRINTF(2, 3);
-static void besa__notes_add(char **notes, const char *format, ...)
-{
-    char line[512];
-    va_list args;
-    va_start(args, format);
-    besa__format(line, sizeof line, format, &args);
-    va_end(args);
-    size_t n = *notes ? strlen(*notes) : 0, m = strlen(line);
-    char *text = (char *)BESA_REALLOC(*notes, n + m + 2);
-    if (!text) return;
-    memcpy(text + n, line, m);
-    memcpy(text + n + m, "\n", 2);
-    *notes = text;
-}
 
 /* A failed system call on partial/name. */
 static besa_result besa__writer_fail(const besa__writer *w, const char *name, int reason, besa_error *error)
@@ -9742,6 +6835,11 @@ static besa_result besa__writer_lock(besa__writer *w, besa_error *error)
     return BESA_OK;
 }
 
+/* ============================================================================================
+ * // >>beside                what lies beside the weights: which files are copied
+ * ============================================================================================
+ * Owns which files of the source become part of the output, and which are foreign in an unfinished one. */
+
 /* Files that would be wrong beside pruned weights: other weights, and what lists, counts or describes weights that are not
  * there. Patterns are separated by spaces. Tokenizers, generation_config.json, chat templates,
  * licences, cards and code are copied: they are as true of the output as of the source. */
@@ -9907,6 +7005,11 @@ static besa_result besa__copy_sides(const besa__writer *w, char **notes, besa_er
     for (int64_t i = 0; i < w->num_sides; i++) BESA__TRY(besa__copy_side(w, &w->sides[i], error));
     return BESA_OK;
 }
+
+/* ============================================================================================
+ * // >>writer                blocks into the output, one after another
+ * ============================================================================================
+ * Owns the copy of what is not pruned, the blocks that come in, and what an earlier run has left of them. */
 
 /* Open the output's shards. A copy that is said to be complete, but whose files are not there in full, is none. */
 static besa_result besa__writer_open_files(besa__writer *w, besa_error *error)
@@ -10225,6 +7328,11 @@ BESA__UNUSED static besa_result besa__writer_block_done(besa__writer *w, int64_t
     return besa__writer_next(w, error);
 }
 
+/* ============================================================================================
+ * // >>finish                the sources once more, and the rename
+ * ============================================================================================
+ * Owns the end of an output: it appears under its name only if the sources are still what was read. */
+
 /* Hash the bytes of an open source file. */
 static besa_result besa__hash_range(int fd, uint64_t offset, uint64_t bytes, void *buffer, uint64_t *hash, const char *path,
                                     besa_error *error)
@@ -10395,11 +7503,150 @@ BESA__UNUSED static void besa__writer_abandon(besa__writer *w, int remove_it, be
     besa__writer_close(w);
 }
 
-#endif /* BESA_NO_STDIO */
-
-#ifndef BESA_NO_STDIO
 /* ============================================================================================
- * // >>pipeline              the whole model, block by block (level 1)
+ * // >>report                the report as JSON
+ * ============================================================================================ */
+
+/* Text that grows; after a failed allocation text is NULL and everything more is ignored. */
+typedef struct besa__text {
+    char *text;
+    size_t length, room;
+} besa__text;
+
+static void besa__append(besa__text *t, const char *format, ...) BESA__PRINTF(2, 3);
+static void besa__append(besa__text *t, const char *format, ...)
+{
+    for (int attempt = 0; t->text && attempt < 2; attempt++) {
+        va_list args;
+        va_start(args, format);
+        size_t wrote = besa__format(t->text + t->length, t->room - t->length, format, &args);
+        va_end(args);
+        if (wrote < t->room - t->length) {
+            t->length += wrote;
+            return;
+        }
+        t->room = 2 * t->room + wrote;
+        char *grown = (char *)BESA_REALLOC(t->text, t->room);
+        if (!grown) BESA_FREE(t->text);
+        t->text = grown;
+    }
+}
+
+/* JSON has no NaN: null stands for it. */
+static void besa__append_number(besa__text *t, const char *key, double value, const char *after)
+{
+    if (besa__is_finite(value)) besa__append(t, "\"%s\": %.9g%s", key, value, after);
+    else besa__append(t, "\"%s\": null%s", key, after);
+}
+
+static void besa__append_string(besa__text *t, const char *string)
+{
+    besa__append(t, "\"");
+    for (; *string; string++) {
+        unsigned char c = (unsigned char)*string;
+        int length = (int)besa__utf8_length((const unsigned char *)string);
+        if (length != 1) { /* a file's name may be anything */
+            besa__append(t, length ? "%.*s" : "%.*s\\ufffd", length, string);
+            string += length > 0 ? length - 1 : 0;
+            continue;
+        }
+        if (c == '\n') besa__append(t, "\\n");
+        else if (c == '"' || c == '\\') besa__append(t, "\\%c", c);
+        else if (c < 0x20) besa__append(t, "\\u%04x", c);
+        else besa__append(t, "%c", c);
+    }
+    besa__append(t, "\"");
+}
+
+static void besa__append_layer(besa__text *t, const besa_layer_report *layer, int index)
+{
+    double weights = layer->weights > 0 ? (double)layer->weights : 1;
+    besa__append(t, "      {\"name\": \"%s\", \"weights\": %lld, \"pruned\": %lld, \"source_zeros\": %lld, ",
+                 besa__layers[index].path, (long long)layer->weights, (long long)layer->pruned,
+                 (long long)layer->source_zeros);
+    besa__append_number(t, "sparsity", (double)layer->pruned / weights, ", ");
+    besa__append_number(t, "rate_min", layer->rate_min, ", ");
+    besa__append_number(t, "rate_mean", layer->rate_mean, ", ");
+    besa__append_number(t, "rate_max", layer->rate_max, ", ");
+    besa__append_number(t, "rate_std", layer->rate_std, index + 1 < BESA_LAYERS ? "},\n" : "}\n");
+}
+
+static void besa__append_block(besa__text *t, const besa_block_report *b, int64_t index)
+{
+    besa__append(t, "    {\"block\": %lld, ", (long long)index);
+    besa__append_number(t, "sparsity", b->sparsity, ", ");
+    besa__append_number(t, "loss_uniform", b->loss_uniform, ", ");
+    besa__append_number(t, "loss_before", b->loss_before, ", ");
+    besa__append_number(t, "loss_after", b->loss_after, ", ");
+    besa__append_number(t, "loss_all", b->loss_all, ",\n     ");
+    besa__append_number(t, "prodigy_d", b->d, ", ");
+    besa__append_number(t, "mean_rate", b->mean_rate, ",\n     \"seconds\": {");
+    for (int i = 0; i < BESA_PASS_COUNT; i++)
+        besa__append_number(t, besa_pass_name((besa_pass)i), b->seconds[i], i + 1 < BESA_PASS_COUNT ? ", " : "},\n     \"layers\": [\n");
+    for (int i = 0; i < BESA_LAYERS; i++) besa__append_layer(t, &b->layer[i], i);
+    besa__append(t, "     ]}");
+}
+
+/* The name of an enum's value, from the row's "a|b|c"; returns buffer. */
+static const char *besa__option_word(const besa_option *o, int value, char *buffer, size_t size)
+{
+    const char *word = o->value;
+    for (; value > 0; value--) word += strcspn(word, "|") + 1;
+    snprintf(buffer, size, "%.*s", (int)strcspn(word, "|"), word);
+    return buffer;
+}
+
+/* What the run was asked for, an option a member; those that only BESA looks at are left out for other methods. */
+static void besa__append_options(besa__text *t, const besa_prune_options *options)
+{
+    const char *between = "";
+    besa__append(t, ",\n  \"options\": {");
+    for (const besa_option *o = besa__options; o->name; o++) {
+        double value = besa__option_get(o, (const unsigned char *)options + o->offset);
+        char word[32];
+        if ((o->flags & BESA_OPTION_BESA) && options->method != BESA_METHOD_BESA) continue;
+        besa__append(t, "%s", between);
+        between = ", ";
+        if (o->kind == BESA_OPTION_ENUM)
+            besa__append(t, "\"%s\": \"%s\"", o->name, besa__option_word(o, (int)value, word, sizeof word));
+        else besa__append_number(t, o->name, value, "");
+    }
+    besa__append(t, "}");
+}
+
+BESA_API char *besa_report_json(const besa_report *report)
+{
+    besa__text t;
+    t.length = 0;
+    t.room = 4096;
+    t.text = (char *)BESA_MALLOC(t.room);
+    besa__append(&t, "{\n  ");
+    besa__append_number(&t, "target", report->target, ",\n  ");
+    besa__append_number(&t, "sparsity", report->sparsity, ",\n  ");
+    besa__append(&t, "\"weights\": %lld,\n  \"pruned\": %lld,\n  ", (long long)report->weights, (long long)report->pruned);
+    besa__append_number(&t, "seconds", report->seconds, ",\n  ");
+    if (report->perplexity > 0) besa__append_number(&t, "perplexity", report->perplexity, ",\n  ");
+    besa__append(&t, "\"resumed_blocks\": %lld,\n  \"notes\": ", (long long)report->resumed_blocks);
+    besa__append_string(&t, report->notes ? report->notes : "");
+    besa__append_options(&t, &report->options);
+    besa__append(&t, ",\n  \"blocks\": [");
+    for (int64_t i = 0; i < report->num_blocks; i++) {
+        besa__append(&t, i ? ",\n" : "\n");
+        besa__append_block(&t, &report->block[i], i);
+    }
+    besa__append(&t, "\n  ]\n}\n");
+    return t.text;
+}
+
+BESA_API void besa_report_free(besa_report *report)
+{
+    if (!report) return;
+    BESA_FREE(report->block);
+    BESA_FREE(report->notes);
+    memset(report, 0, sizeof *report);
+}
+/* ============================================================================================
+ * // >>run                   the whole model, block by block (level 1): layout, opening, closing
  * ============================================================================================
  * Owns one block's weights on the device, the way of blocks in and out, and the streams of activations that pass
  * through; calls the pruner, the checkpoint and the writer. One layout function places every array, and the plan is that
@@ -10657,7 +7904,10 @@ static void besa__run_close(besa__run *run)
     if (be == &run->cpu && be->destroy) be->destroy(be);
 }
 
-/* ---- blocks in ----------------------------------------------------------------------------- */
+/* ============================================================================================
+ * // >>transfers             a block's weights in, its pruned weights out
+ * ============================================================================================
+ * Owns how far a block has come: one layer after the other, piece by piece where they go through pinned host memory. */
 
 /* Add the seconds since *clock to *total and move *clock on. */
 static void besa__lap(double *clock, double *total)
@@ -10849,7 +8099,10 @@ static besa_result besa__run_share(void *user, double fraction, besa_error *erro
     return besa__out_share(run, (size_t)(fraction * (double)run->out.total), error);
 }
 
-/* ---- streams ------------------------------------------------------------------------------- */
+/* ============================================================================================
+ * // >>head                  embedding, final norm, output head, perplexity
+ * ============================================================================================
+ * Owns what lies before the first block and behind the last one, over whole streams of activations. */
 
 static besa_result besa__load_rope(besa__run *run, besa_error *error)
 {
@@ -11079,7 +8332,10 @@ BESA_API besa_result besa_logits(const besa_checkpoint *checkpoint, besa_backend
     return result;
 }
 
-/* ---- pruning ------------------------------------------------------------------------------- */
+/* ============================================================================================
+ * // >>prune                 resumed runs, the whole run
+ * ============================================================================================
+ * Owns the order of a run: what is taken over from an unfinished output, what is pruned, when it is written. */
 
 /* Numbers as parts of a hash: their bits, so that nothing depends on how they would be printed. */
 static uint64_t besa__hash_integer(uint64_t hash, int64_t value) { return besa__hash(hash, &value, sizeof value); }
@@ -11428,6 +8684,11 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
     return result;
 }
 
+/* ============================================================================================
+ * // >>plan                  what a run would take
+ * ============================================================================================
+ * Owns no memory: the layout of section run on nothing, and FLOP counted from shapes. */
+
 /* FLOP of all products: 2 per weight and token forward, 3.7 more in the learning step (q, k and v need no input
  * gradient), attention's causal half, and Gram matrices. */
 static double besa__plan_flop(const besa__run *run)
@@ -11487,149 +8748,2981 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
     return result;
 }
 
+#endif /* BESA_NO_STDIO */
+
 /* ============================================================================================
- * // >>report                the report as JSON
+ * // >>cpu-tiles             tiles of the CPU's matrix product, per instruction set
+ * ============================================================================================
+ * Owns the innermost loops: a tile of C from packed panels of A and B, and the packing, in portable C, NEON, AVX2 and AVX-512;
+ * the one that the processor has is chosen at run time. Section cpu-gemm has the scheme around them. */
+
+typedef struct besa__gemm_args {       /* C (m,n) = alpha A (m,k) B (k,n) [+ C] [+ bias] */
+    int64_t m, n, k;
+    const void *a; int64_t a_row, a_col; besa_dtype a_dtype;   /* A(i,p) = a[i*a_row + p*a_col] */
+    const void *b; int64_t b_row, b_col; besa_dtype b_dtype;   /* B(p,j) = b[p*b_row + j*b_col] */
+    float *c; int64_t c_row;           /* C(i,j) = c[i*c_row + j] */
+    float alpha;
+    int accumulate;                    /* 1: added to C, 0: C is overwritten (never read) */
+    const float *bias;                 /* (n) added to every row, or NULL */
+    int lower;                         /* 1: only tiles that touch i >= j are computed (Gram matrices) */
+} besa__gemm_args;
+
+enum {
+    BESA__GEMM_MC = 768, BESA__GEMM_NC = 1024, BESA__GEMM_KC = 512,   /* multiples of every MR, of every NR */
+    BESA__GEMM_TM = 192, BESA__GEMM_TN = 128,
+    BESA__GEMM_TILE_MAX = 12 * 32                                      /* the largest MR x NR */
+};
+
+/* One operand as packing sees it: `outer` runs over the rows of A or the columns of B. */
+typedef struct besa__gemm_operand {
+    const void *data; besa_dtype dtype;
+    int64_t outer_step, k_step;        /* in elements */
+    int round;                         /* 1: round to bf16 */
+} besa__gemm_operand;
+
+/* dst (units, width) = the panel of `count` <= width outer positions and `k` positions that starts at
+   element `at`; zeros beyond. A unit is one float, or two bf16 that follow each other in k. */
+typedef void besa__gemm_pack_fn(float *dst, int64_t width, const besa__gemm_operand *x, int64_t at,
+                                int64_t count, int64_t k);
+
+/* C tile (MR, NR) = alpha sum_u a(u, MR) b(u, NR) [+ C if add] [+ bias (NR) if not NULL] */
+typedef void besa__gemm_tile_fn(int64_t units, const float *a, const float *b, float *c, int64_t c_row,
+                                float alpha, int add, const float *bias);
+
+typedef struct besa__gemm_kernel {
+    int64_t mr, nr, unit;              /* unit: elements of k in four bytes, 1 or 2 */
+    besa__gemm_pack_fn *pack;
+    besa__gemm_tile_fn *tile;
+} besa__gemm_kernel;
+
+/* ---- what the processor has ---- */
+
+#ifndef BESA_SIMD_MAX
+#define BESA_SIMD_MAX 2                /* 1: without AVX-512, 0: plain C alone; an expression, as tests change it */
+#endif
+
+/* GCC for Windows keeps the stack aligned to 16 bytes only: its AVX code faults. */
+#if defined(__GNUC__) && !defined(BESA_NO_SIMD) && (!defined(_WIN32) || defined(__clang__))
+#if defined(__x86_64__)
+#define BESA__SIMD_X86 1
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#define BESA__SIMD_NEON 1
+#endif
+#endif
+
+/* 2: AVX-512; 1: AVX2 with FMA, or NEON; 0: what the compiler makes of plain C */
+static inline int besa__cpu_simd(void)
+{
+#if defined(BESA__SIMD_X86)
+    if (BESA_SIMD_MAX >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return 2;
+    return BESA_SIMD_MAX >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+#elif defined(BESA__SIMD_NEON)
+    return BESA_SIMD_MAX >= 1;
+#else
+    return 0;
+#endif
+}
+
+/* ---- portable C ---- */
+
+/* dst (count) = fp32 of the elements at, at + step, ... */
+static void besa__gemm_read(float *dst, const besa__gemm_operand *x, int64_t at, int64_t step, int64_t count)
+{
+    if (x->dtype == BESA_F32) {
+        const float *s = (const float *)x->data + at;
+        for (int64_t i = 0; i < count; i++) dst[i] = s[i * step];
+    } else {
+        const uint16_t *s = (const uint16_t *)x->data + at;
+        if (x->dtype == BESA_BF16) for (int64_t i = 0; i < count; i++) dst[i] = besa__bf16_to_f32(s[i * step]);
+        else                       for (int64_t i = 0; i < count; i++) dst[i] = besa__f16_to_f32(s[i * step]);
+    }
+    if (x->round && x->dtype != BESA_BF16)
+        for (int64_t i = 0; i < count; i++) dst[i] = besa__bf16_to_f32(besa__f32_to_bf16(dst[i]));
+}
+
+static void besa__gemm_pack_c(float *dst, int64_t width, const besa__gemm_operand *x, int64_t at,
+                              int64_t count, int64_t k)
+{
+    float run[64];
+    if (count < width) memset(dst, 0, (size_t)(width * k) * sizeof *dst);
+    if (x->outer_step == 1) {
+        for (int64_t p = 0; p < k; p++) besa__gemm_read(dst + p * width, x, at + p * x->k_step, 1, count);
+        return;
+    }
+    for (int64_t p0 = 0; p0 < k; p0 += 64) {
+        int64_t length = besa__min(64, k - p0);
+        for (int64_t i = 0; i < count; i++) {
+            besa__gemm_read(run, x, at + i * x->outer_step + p0 * x->k_step, x->k_step, length);
+            for (int64_t p = 0; p < length; p++) dst[(p0 + p) * width + i] = run[p];
+        }
+    }
+}
+
+/* 4 x 8, plain loops that a compiler vectorises for any instruction set */
+static inline void besa__gemm_tile_c(int64_t units, const float *a, const float *b, float *c, int64_t c_row,
+                                     float alpha, int add, const float *bias)
+{
+    float sum[4][8];
+    memset(sum, 0, sizeof sum);
+    for (int64_t p = 0; p < units; p++, a += 4, b += 8)
+        for (int i = 0; i < 4; i++)
+            for (int j = 0; j < 8; j++) sum[i][j] += a[i] * b[j];
+    for (int i = 0; i < 4; i++, c += c_row)
+        for (int j = 0; j < 8; j++) {
+            float base = (bias ? bias[j] : 0.0f) + (add ? c[j] : 0.0f);
+            c[j] = base + alpha * sum[i][j];
+        }
+}
+
+/* ---- AArch64: 8 x 8 in NEON ---- */
+#if defined(BESA__SIMD_NEON)
+#include <arm_neon.h>
+
+#define BESA__GEMM_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define BESA__GEMM_ZERO(i) float32x4_t l##i = vdupq_n_f32(0.0f), h##i = vdupq_n_f32(0.0f);
+#define BESA__GEMM_STEP(i) l##i = vfmaq_n_f32(l##i, bl, a[i]); h##i = vfmaq_n_f32(h##i, bh, a[i]);
+#define BESA__GEMM_SAVE(i)                                                                           \
+    vst1q_f32(c, vfmaq_n_f32(add ? vaddq_f32(bias_l, vld1q_f32(c)) : bias_l, l##i, alpha));           \
+    vst1q_f32(c + 4, vfmaq_n_f32(add ? vaddq_f32(bias_h, vld1q_f32(c + 4)) : bias_h, h##i, alpha));   \
+    c += c_row;
+
+static void besa__gemm_tile_neon(int64_t units, const float *a, const float *b, float *c, int64_t c_row,
+                                 float alpha, int add, const float *bias)
+{
+    float32x4_t bias_l = bias ? vld1q_f32(bias) : vdupq_n_f32(0.0f);
+    float32x4_t bias_h = bias ? vld1q_f32(bias + 4) : vdupq_n_f32(0.0f);
+    BESA__GEMM_ROWS(BESA__GEMM_ZERO)
+    for (int64_t p = 0; p < units; p++, a += 8, b += 8) {
+        float32x4_t bl = vld1q_f32(b), bh = vld1q_f32(b + 4);
+        BESA__GEMM_ROWS(BESA__GEMM_STEP)
+    }
+    BESA__GEMM_ROWS(BESA__GEMM_SAVE)
+}
+#undef BESA__GEMM_ROWS
+#undef BESA__GEMM_ZERO
+#undef BESA__GEMM_STEP
+#undef BESA__GEMM_SAVE
+#endif
+
+/* ---- x86-64: AVX2 and AVX-512, compiled for any target and chosen at run time ---- */
+#if defined(BESA__SIMD_X86)
+#include <immintrin.h>
+#ifndef __clang__                      /* g++ 12 warns of its own _mm512_undefined_epi32 */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#define BESA__GEMM_AVX2 __attribute__((target("avx2,fma")))
+#define BESA__GEMM_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
+#define BESA__GEMM_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+
+/* 6 x 16: twelve of the sixteen registers hold C. The rows are written out by macros so that they
+   stay in registers at every level of optimisation. */
+#define BESA__GEMM_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5)
+#define BESA__GEMM_ZERO(i) __m256 l##i = _mm256_setzero_ps(), h##i = _mm256_setzero_ps();
+#define BESA__GEMM_STEP(i)                                                                           \
+    ai = _mm256_broadcast_ss(a + i);                                                                 \
+    l##i = _mm256_fmadd_ps(ai, bl, l##i); h##i = _mm256_fmadd_ps(ai, bh, h##i);
+#define BESA__GEMM_SAVE(i)                                                                           \
+    bl = bias_l; bh = bias_h;                                                                        \
+    if (add) { bl = _mm256_add_ps(bl, _mm256_loadu_ps(c)); bh = _mm256_add_ps(bh, _mm256_loadu_ps(c + 8)); } \
+    _mm256_storeu_ps(c, _mm256_fmadd_ps(ai, l##i, bl));                                              \
+    _mm256_storeu_ps(c + 8, _mm256_fmadd_ps(ai, h##i, bh));                                          \
+    c += c_row;
+
+BESA__GEMM_AVX2 static void besa__gemm_tile_avx2(int64_t units, const float *a, const float *b, float *c,
+                                                 int64_t c_row, float alpha, int add, const float *bias)
+{
+    __m256 ai, bl, bh, bias_l, bias_h;
+    BESA__GEMM_ROWS(BESA__GEMM_ZERO)
+    for (int64_t p = 0; p < units; p++, a += 6, b += 16) {
+        bl = _mm256_load_ps(b);
+        bh = _mm256_load_ps(b + 8);
+        BESA__GEMM_ROWS(BESA__GEMM_STEP)
+    }
+    ai = _mm256_set1_ps(alpha);
+    bias_l = bias ? _mm256_loadu_ps(bias) : _mm256_setzero_ps();
+    bias_h = bias ? _mm256_loadu_ps(bias + 8) : _mm256_setzero_ps();
+    BESA__GEMM_ROWS(BESA__GEMM_SAVE)
+}
+#undef BESA__GEMM_ROWS
+#undef BESA__GEMM_ZERO
+#undef BESA__GEMM_STEP
+#undef BESA__GEMM_SAVE
+
+/* 12 x 32: twenty-four of the thirty-two registers hold C. One unit of k is a float, or, in the second
+   kernel, a pair of bf16 whose two products are added in one step: the same loop, twice the k. */
+#define BESA__GEMM_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
+#define BESA__GEMM_ZERO(i) __m512 l##i = _mm512_setzero_ps(), h##i = _mm512_setzero_ps();
+#define BESA__GEMM_STEP(i)                                                                           \
+    ai = _mm512_set1_ps(a[i]);                                                                       \
+    l##i = _mm512_fmadd_ps(ai, bl, l##i); h##i = _mm512_fmadd_ps(ai, bh, h##i);
+#define BESA__GEMM_STEP_BF16(i)                                                                      \
+    ai = _mm512_set1_ps(a[i]);                                                                       \
+    l##i = _mm512_dpbf16_ps(l##i, (__m512bh)ai, (__m512bh)bl);                                       \
+    h##i = _mm512_dpbf16_ps(h##i, (__m512bh)ai, (__m512bh)bh);
+#define BESA__GEMM_SAVE(i)                                                                           \
+    bl = bias_l; bh = bias_h;                                                                        \
+    if (add) { bl = _mm512_add_ps(bl, _mm512_loadu_ps(c)); bh = _mm512_add_ps(bh, _mm512_loadu_ps(c + 16)); } \
+    _mm512_storeu_ps(c, _mm512_fmadd_ps(ai, l##i, bl));                                              \
+    _mm512_storeu_ps(c + 16, _mm512_fmadd_ps(ai, h##i, bh));                                         \
+    c += c_row;
+#define BESA__GEMM_BODY(step)                                                                        \
+    __m512 ai, bl, bh, bias_l, bias_h;                                                               \
+    BESA__GEMM_ROWS(BESA__GEMM_ZERO)                                                                 \
+    for (int64_t p = 0; p < units; p++, a += 12, b += 32) {                                          \
+        bl = _mm512_load_ps(b);                                                                      \
+        bh = _mm512_load_ps(b + 16);                                                                 \
+        BESA__GEMM_ROWS(step)                                                                        \
+    }                                                                                                \
+    ai = _mm512_set1_ps(alpha);                                                                      \
+    bias_l = bias ? _mm512_loadu_ps(bias) : _mm512_setzero_ps();                                     \
+    bias_h = bias ? _mm512_loadu_ps(bias + 16) : _mm512_setzero_ps();                                \
+    BESA__GEMM_ROWS(BESA__GEMM_SAVE)
+
+BESA__GEMM_AVX512 static void besa__gemm_tile_avx512(int64_t units, const float *a, const float *b, float *c,
+                                                     int64_t c_row, float alpha, int add, const float *bias)
+{
+    BESA__GEMM_BODY(BESA__GEMM_STEP)
+}
+BESA__GEMM_AVX512_BF16 static void besa__gemm_tile_avx512_bf16(int64_t units, const float *a, const float *b,
+                                                               float *c, int64_t c_row, float alpha, int add,
+                                                               const float *bias)
+{
+    BESA__GEMM_BODY(BESA__GEMM_STEP_BF16)
+}
+#undef BESA__GEMM_ROWS
+#undef BESA__GEMM_ZERO
+#undef BESA__GEMM_STEP
+#undef BESA__GEMM_STEP_BF16
+#undef BESA__GEMM_SAVE
+#undef BESA__GEMM_BODY
+
+static inline uint16_t besa__gemm_mask(int64_t count) {     /* of the first `count` of 16 lanes */
+    return (uint16_t)(count >= 16 ? 0xffffu : count <= 0 ? 0u : (1u << count) - 1u);
+}
+
+/* The fp32 bits of up to 16 elements that follow each other; nothing is read beyond `count`. */
+BESA__GEMM_AVX512 static inline __m512i besa__gemm_load_avx512(const besa__gemm_operand *x, int64_t at,
+                                                               int64_t count)
+{
+    __mmask16 mask = besa__gemm_mask(count);
+    __m512i v, up, number;
+    if (x->dtype == BESA_F32) v = _mm512_maskz_loadu_epi32(mask, (const float *)x->data + at);
+    else {
+        __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)x->data + at);
+        if (x->dtype == BESA_BF16) return _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+        v = _mm512_castps_si512(_mm512_cvtph_ps(half));
+    }
+    if (!x->round) return v;
+    /* to the nearest bf16, ties to even: add 0x7fff plus the lowest bit that stays; a NaN stays quiet */
+    up = _mm512_and_si512(_mm512_srli_epi32(v, 16), _mm512_set1_epi32(1));
+    number = _mm512_add_epi32(v, _mm512_add_epi32(up, _mm512_set1_epi32(0x7fff)));
+    mask = _mm512_cmp_ps_mask(_mm512_castsi512_ps(v), _mm512_castsi512_ps(v), _CMP_UNORD_Q);
+    number = _mm512_mask_or_epi32(number, mask, v, _mm512_set1_epi32(0x400000));
+    return _mm512_and_si512(number, _mm512_set1_epi32((int)0xffff0000u));
+}
+
+/* The outer positions follow each other in memory: a row of the panel is a copy. The rows may lie a page
+   apart, where no prefetcher of the hardware follows: they are asked for 16 rows ahead. */
+BESA__GEMM_AVX512 static void besa__gemm_pack_rows_avx512(float *dst, int64_t width, const besa__gemm_operand *x,
+                                                          int64_t at, int64_t count, int64_t k, int64_t unit)
+{
+    int64_t size = x->dtype == BESA_F32 ? 4 : 2;
+    uintptr_t step = (uintptr_t)(x->k_step * size), ahead = (uintptr_t)x->data + (uintptr_t)(at * size) + 16 * step;
+    for (int64_t p = 0; p < k; p += unit, dst += width, at += unit * x->k_step, ahead += (uintptr_t)unit * step)
+        for (int64_t i = 0; i < width; i += 16) {
+            __m512i v = besa__gemm_load_avx512(x, at + i, count - i);
+            _mm_prefetch((const char *)(ahead + (uintptr_t)(i * size)), _MM_HINT_T0);
+            if (unit == 2) {
+                __m512i odd = _mm512_setzero_si512();
+                _mm_prefetch((const char *)(ahead + step + (uintptr_t)(i * size)), _MM_HINT_T0);
+                if (p + 1 < k) odd = besa__gemm_load_avx512(x, at + x->k_step + i, count - i);
+                v = _mm512_or_si512(_mm512_srli_epi32(v, 16), odd);
+            }
+            _mm512_mask_storeu_epi32(dst + i, besa__gemm_mask(width - i), v);
+        }
+}
+
+/* dst (units) = one run along k */
+BESA__GEMM_AVX512 static void besa__gemm_run_avx512(uint32_t *dst, const besa__gemm_operand *x, int64_t at,
+                                                    int64_t k, int64_t unit)
+{
+    static const uint16_t odd_words[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                           33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    __m512i upper = _mm512_loadu_si512(odd_words);
+    for (int64_t p = 0; p < k; p += 16 * unit, dst += 16) {
+        __m512i v = besa__gemm_load_avx512(x, at + p, k - p);
+        if (unit == 2) v = _mm512_permutex2var_epi16(v, upper, besa__gemm_load_avx512(x, at + p + 16, k - p - 16));
+        _mm512_storeu_si512(dst, v);
+    }
+}
+
+BESA__GEMM_AVX512 static inline __m128i besa__gemm_quarter(const char *from)
+{
+    return _mm_loadu_si128((const __m128i *)(const void *)from);
+}
+
+/* dst (4, width) = four columns of `rows` lines that lie `stride` bytes apart: 4 x 4 blocks, transposed side by side */
+BESA__GEMM_AVX512 static inline void besa__gemm_transpose_avx512(float *dst, int64_t width, const char *from,
+                                                                 int64_t stride, int64_t rows, int64_t columns)
+{
+    __m512i r[4], lo01, hi01, lo23, hi23;
+    __mmask16 mask = besa__gemm_mask(rows);
+    for (int q = 0; q < 4; q++, from += stride) {
+        __m512i v = _mm512_castsi128_si512(besa__gemm_quarter(from));
+        v = _mm512_mask_broadcast_i32x4(v, 0x00f0, besa__gemm_quarter(from + 4 * stride));
+        v = _mm512_mask_broadcast_i32x4(v, 0x0f00, besa__gemm_quarter(from + 8 * stride));
+        if (rows > 12) v = _mm512_mask_broadcast_i32x4(v, 0xf000, besa__gemm_quarter(from + 12 * stride));
+        r[q] = v;
+    }
+    lo01 = _mm512_unpacklo_epi32(r[0], r[1]), hi01 = _mm512_unpackhi_epi32(r[0], r[1]);
+    lo23 = _mm512_unpacklo_epi32(r[2], r[3]), hi23 = _mm512_unpackhi_epi32(r[2], r[3]);
+    _mm512_mask_storeu_epi32(dst, mask, _mm512_unpacklo_epi64(lo01, lo23));
+    if (columns > 1) _mm512_mask_storeu_epi32(dst + width, mask, _mm512_unpackhi_epi64(lo01, lo23));
+    if (columns > 2) _mm512_mask_storeu_epi32(dst + 2 * width, mask, _mm512_unpacklo_epi64(hi01, hi23));
+    if (columns > 3) _mm512_mask_storeu_epi32(dst + 3 * width, mask, _mm512_unpackhi_epi64(hi01, hi23));
+}
+
+/* run (16, 64) = 16 outer positions from `at` on, `count` of them real, and `k` positions: in units, one line each */
+BESA__GEMM_AVX512 static void besa__gemm_stage_avx512(uint32_t *run, const besa__gemm_operand *x, int64_t at,
+                                                      int64_t count, int64_t k, int64_t unit)
+{
+    float line[128];
+    besa__gemm_operand copied = {line, BESA_F32, 0, 1, 0};
+    for (int64_t i = 0; i < 16; i++, run += 64, at += x->outer_step)
+        if (i >= count) memset(run, 0, 64 * sizeof *run);
+        else if (x->k_step == 1) besa__gemm_run_avx512(run, x, at, k, unit);
+        else {
+            besa__gemm_read(line, x, at, x->k_step, k);
+            besa__gemm_run_avx512(run, &copied, 0, k, unit);
+        }
+}
+
+/* Any other stride: 16 outer positions at a time are brought to lines of 64 units along k, unless they
+   have that form already, and transposed. */
+BESA__GEMM_AVX512 static void besa__gemm_pack_columns_avx512(float *dst, int64_t width, const besa__gemm_operand *x,
+                                                             int64_t at, int64_t count, int64_t k, int64_t unit)
+{
+    int ready = x->k_step == 1 && (unit == 2 ? x->dtype == BESA_BF16 : x->dtype == BESA_F32 && !x->round);
+    int64_t size = x->dtype == BESA_F32 ? 4 : 2;
+    uint32_t run[16 * 64];
+    for (int64_t i0 = 0; i0 < width; i0 += 16)
+        for (int64_t p0 = 0; p0 < k; p0 += 64 * unit) {
+            int64_t length = besa__min(64 * unit, k - p0), units = (length + unit - 1) / unit;
+            int64_t from = at + i0 * x->outer_step + p0 * x->k_step, stride = 64 * 4;
+            const char *lines = (const char *)run;
+            if (ready && count == width && length % (4 * unit) == 0) {
+                lines = (const char *)x->data + from * size;
+                stride = x->outer_step * size;
+            } else besa__gemm_stage_avx512(run, x, from, count - i0, length, unit);
+            for (int64_t u = 0; u < units; u += 4)
+                besa__gemm_transpose_avx512(dst + (p0 / unit + u) * width + i0, width, lines + 4 * u, stride,
+                                            besa__min(16, width - i0), units - u);
+        }
+}
+
+BESA__GEMM_AVX512 static void besa__gemm_pack_avx512(float *dst, int64_t width, const besa__gemm_operand *x,
+                                                     int64_t at, int64_t count, int64_t k)
+{
+    if (x->outer_step == 1) besa__gemm_pack_rows_avx512(dst, width, x, at, count, k, 1);
+    else besa__gemm_pack_columns_avx512(dst, width, x, at, count, k, 1);
+}
+BESA__GEMM_AVX512 static void besa__gemm_pack_avx512_bf16(float *dst, int64_t width, const besa__gemm_operand *x,
+                                                          int64_t at, int64_t count, int64_t k)
+{
+    if (x->outer_step == 1) besa__gemm_pack_rows_avx512(dst, width, x, at, count, k, 2);
+    else besa__gemm_pack_columns_avx512(dst, width, x, at, count, k, 2);
+}
+#ifndef __clang__
+#pragma GCC diagnostic pop
+#endif
+#endif /* BESA__SIMD_X86 */
+
+static besa__gemm_kernel besa__gemm_choose(int bf16)
+{
+    besa__gemm_kernel kernel = {4, 8, 1, besa__gemm_pack_c, besa__gemm_tile_c};
+    int simd = besa__cpu_simd();
+    (void)bf16, (void)simd;
+#if defined(BESA__SIMD_NEON)
+    if (simd == 1) kernel.mr = 8, kernel.tile = besa__gemm_tile_neon;
+#elif defined(BESA__SIMD_X86)
+    if (simd == 2) {
+        int paired = bf16 && __builtin_cpu_supports("avx512bf16");
+        kernel.mr = 12, kernel.nr = 32, kernel.unit = paired ? 2 : 1;
+        kernel.pack = paired ? besa__gemm_pack_avx512_bf16 : besa__gemm_pack_avx512;
+        kernel.tile = paired ? besa__gemm_tile_avx512_bf16 : besa__gemm_tile_avx512;
+    } else if (simd == 1) {
+        kernel.mr = 6, kernel.nr = 16, kernel.tile = besa__gemm_tile_avx2;
+    }
+#endif
+    return kernel;
+}
+
+/* ============================================================================================
+ * // >>cpu-gemm              the CPU's matrix product: C = alpha A B [+ C] [+ bias]
+ * ============================================================================================
+ * The scheme is the one of GotoBLAS and BLIS. The product is cut into blocks (m, n, k) of at most
+ * MC x NC x KC. Of each block both operands are packed: converted to fp32 (or rounded to bf16),
+ * and laid out as panels in the order in which the micro-kernel reads them, MR rows of A or NR
+ * columns of B side by side. The micro-kernel keeps an MR x NR tile of C in registers and runs over k:
+ *
+ *     KC = 512    a tile of C is read and written once per 512 steps of k, which hides it. A panel of A
+ *                 (24 KB) stays in the first-level cache; a panel of B (64 KB) streams from the second
+ *     MC, NC      768 and 1024: every element packed is used for 768 or more multiply-adds. Both
+ *                 blocks (3.7 MB) live in the last-level cache, shared by the threads
+ *     TM, TN      a thread takes tiles of 192 x 128 of C: their panels (640 KB) fit the second level
+ *
+ * The threads pack panels together, then share out the tiles. The sum behind one element of C is
+ * cut by k alone, at multiples of the block length, and every tile takes its steps in the same order:
+ * the bytes do not depend on the number of threads. Ragged edges are packed with zeros and
+ * written by way of a full tile on the stack, thus with the same arithmetic.
+ *
+ * Calls: the number formats and nothing else. Owns no memory: the caller gives the scratch. */
+
+/* The block that is being worked on: rows i0.., columns j0.., and p0.. of k, of sizes m, n, k. */
+typedef struct besa__gemm_block {
+    const besa__gemm_args *g;
+    besa__gemm_kernel kernel;
+    besa__gemm_operand a, b;
+    int64_t i0, j0, p0, m, n, k, units;
+    float *a_packed, *b_packed;        /* panels (m / MR)(units, MR) and (n / NR)(units, NR) */
+} besa__gemm_block;
+
+/* Packs panel `index`: the panels of A come first, then those of B. */
+static void besa__gemm_pack_panel(const besa__gemm_block *s, int64_t index)
+{
+    int64_t mr = s->kernel.mr, nr = s->kernel.nr, panels = besa__parts(s->m, mr);
+    if (index < panels) {
+        int64_t i = index * mr, at = (s->i0 + i) * s->a.outer_step + s->p0 * s->a.k_step;
+        s->kernel.pack(s->a_packed + i * s->units, mr, &s->a, at, besa__min(mr, s->m - i), s->k);
+    } else {
+        int64_t j = (index - panels) * nr, at = (s->j0 + j) * s->b.outer_step + s->p0 * s->b.k_step;
+        s->kernel.pack(s->b_packed + j * s->units, nr, &s->b, at, besa__min(nr, s->n - j), s->k);
+    }
+}
+
+/* One micro-tile at (i, j) of the block; at the edges it is computed whole, on the stack. */
+static void besa__gemm_micro(const besa__gemm_block *s, int64_t i, int64_t j)
+{
+    const besa__gemm_args *g = s->g;
+    int64_t mr = s->kernel.mr, nr = s->kernel.nr;
+    int64_t rows = besa__min(mr, s->m - i), columns = besa__min(nr, s->n - j);
+    const float *a = s->a_packed + i * s->units, *b = s->b_packed + j * s->units;
+    const float *bias = g->bias && s->p0 == 0 ? g->bias + s->j0 + j : NULL;
+    float *c = g->c + (s->i0 + i) * g->c_row + s->j0 + j;
+    float edge[BESA__GEMM_TILE_MAX], edge_bias[BESA__GEMM_TILE_MAX];
+    size_t bytes = (size_t)columns * sizeof *c;
+    int add = g->accumulate || s->p0 > 0;
+#ifdef __GNUC__
+    for (int64_t r = 0; r < rows; r++)            /* C comes from afar: it arrives while the sums are formed */
+        for (int64_t q = 0; q < columns; q += 16) __builtin_prefetch(c + r * g->c_row + q, 1);
+#endif
+    if (rows == mr && columns == nr) {
+        s->kernel.tile(s->units, a, b, c, g->c_row, g->alpha, add, bias);
+        return;
+    }
+    memset(edge, 0, sizeof edge);
+    memset(edge_bias, 0, (size_t)nr * sizeof *edge_bias);
+    if (bias) memcpy(edge_bias, bias, bytes);
+    for (int64_t r = 0; add && r < rows; r++) memcpy(edge + r * nr, c + r * g->c_row, bytes);
+    s->kernel.tile(s->units, a, b, edge, nr, g->alpha, add, bias ? edge_bias : NULL);
+    for (int64_t r = 0; r < rows; r++) memcpy(c + r * g->c_row, edge + r * nr, bytes);
+}
+
+/* Tile `index` of the block, TM x TN of C, one panel of B after another. */
+static void besa__gemm_tile(const besa__gemm_block *s, int64_t index)
+{
+    int64_t down = besa__parts(s->m, BESA__GEMM_TM);
+    int64_t i0 = index % down * BESA__GEMM_TM, i1 = besa__min(i0 + BESA__GEMM_TM, s->m);
+    int64_t j0 = index / down * BESA__GEMM_TN, j1 = besa__min(j0 + BESA__GEMM_TN, s->n);
+    if (s->g->lower && s->i0 + i1 <= s->j0 + j0) return;      /* wholly above the diagonal */
+    for (int64_t j = j0; j < j1; j += s->kernel.nr)
+        for (int64_t i = i0; i < i1; i += s->kernel.mr) besa__gemm_micro(s, i, j);
+}
+
+/* work(block, 0), ..., work(block, count - 1) in any order */
+static void besa__gemm_share(const besa__gemm_block *s, void (*work)(const besa__gemm_block *, int64_t),
+                             int64_t count, int threads)
+{
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+        for (int64_t index = 0; index < count; index++) work(s, index);
+        return;
+    }
+#endif
+    (void)threads;
+    for (int64_t index = 0; index < count; index++) work(s, index);
+}
+
+/* The length of equal blocks, a multiple of `grain` and at most `most`. */
+static int64_t besa__gemm_cut(int64_t total, int64_t most, int64_t grain)
+{
+    int64_t length = besa__parts(total, besa__parts(total > 0 ? total : 1, most));
+    return besa__parts(length > 0 ? length : 1, grain) * grain;
+}
+
+static void besa__gemm_run(const besa__gemm_args *g, int threads, int bf16, void *scratch)
+{
+    besa__gemm_block s;
+    int64_t mc, nc, kc;
+    s.g = g;
+    s.kernel = besa__gemm_choose(bf16);
+    s.a.data = g->a, s.a.dtype = g->a_dtype, s.a.outer_step = g->a_row, s.a.k_step = g->a_col, s.a.round = bf16;
+    s.b.data = g->b, s.b.dtype = g->b_dtype, s.b.outer_step = g->b_col, s.b.k_step = g->b_row, s.b.round = bf16;
+    s.a_packed = (float *)scratch;
+    s.b_packed = s.a_packed + BESA__GEMM_MC * BESA__GEMM_KC;
+    mc = besa__gemm_cut(g->m, BESA__GEMM_MC, s.kernel.mr);
+    nc = besa__gemm_cut(g->n, BESA__GEMM_NC, s.kernel.nr);
+    kc = besa__gemm_cut(g->k, BESA__GEMM_KC * s.kernel.unit, 8 * s.kernel.unit);
+    for (s.j0 = 0; s.j0 < g->n; s.j0 += nc)
+        for (s.p0 = 0; s.p0 == 0 || s.p0 < g->k; s.p0 += kc)
+            for (s.i0 = 0; s.i0 < g->m; s.i0 += mc) {
+                int64_t b_panels, tiles;
+                s.m = besa__min(mc, g->m - s.i0);
+                s.n = besa__min(nc, g->n - s.j0);
+                s.k = besa__min(kc, g->k - s.p0);
+                s.units = besa__parts(s.k, s.kernel.unit);
+                b_panels = s.i0 == 0 ? besa__parts(s.n, s.kernel.nr) : 0;    /* packed once for all rows */
+                besa__gemm_share(&s, besa__gemm_pack_panel, besa__parts(s.m, s.kernel.mr) + b_panels, threads);
+                tiles = besa__parts(s.m, BESA__GEMM_TM) * besa__parts(s.n, BESA__GEMM_TN);
+                besa__gemm_share(&s, besa__gemm_tile, tiles, threads);
+            }
+}
+
+/* Bytes of 64-byte aligned scratch that a product with that many threads needs. */
+static size_t besa__gemm_scratch(int threads)
+{
+    (void)threads;                     /* the packed blocks are shared */
+    return (size_t)(BESA__GEMM_MC + BESA__GEMM_NC) * BESA__GEMM_KC * sizeof(float);
+}
+
+/* The product by one thread, for use inside a parallel region; scratch of besa__gemm_scratch(1) bytes. */
+static void besa__gemm_serial(const besa__gemm_args *g, int bf16, void *scratch)
+{
+    besa__gemm_run(g, 1, bf16, scratch);
+}
+
+#ifdef BESA_CBLAS
+#include <cblas.h>
+
+/* The lines of an operand: along k where k is contiguous, else along the outer index. */
+static int64_t besa__gemm_line_step(const besa__gemm_operand *x) { return x->k_step == 1 ? x->outer_step : x->k_step; }
+
+static int besa__gemm_blas_can(const besa__gemm_operand *x, int64_t outer, int64_t k)
+{
+    int64_t step = besa__gemm_line_step(x);
+    if (outer < 1 || k < 1 || outer > INT32_MAX || k > INT32_MAX) return 0;
+    if (x->dtype != BESA_F32) return 1;
+    return (x->k_step == 1 || x->outer_step == 1) && step >= (x->k_step == 1 ? k : outer) && step <= INT32_MAX;
+}
+
+/* The block (outer, k) at `at` in fp32: where it lies, or line by line converted to `room`. */
+static const float *besa__gemm_blas_operand(const besa__gemm_operand *x, int64_t at, int64_t outer, int64_t k,
+                                            float *room, int *ld)
+{
+    int along_k = x->k_step == 1;
+    int64_t lines = along_k ? outer : k, length = along_k ? k : outer, step = besa__gemm_line_step(x);
+    *ld = (int)(x->dtype == BESA_F32 ? step : length);
+    if (x->dtype == BESA_F32) return (const float *)x->data + at;
+    for (int64_t i = 0; i < lines; i++)
+        besa__gemm_read(room + i * length, x, at + i * step, along_k ? 1 : x->outer_step, length);
+    return room;
+}
+
+/* The product by the BLAS the user links, whole or, where operands are converted, block by block.
+   Returns 0 if BLAS has no words for the strides. */
+static int besa__gemm_blas(const besa__gemm_args *g, float *scratch)
+{
+    besa__gemm_operand a = {g->a, g->a_dtype, g->a_row, g->a_col, 0}, b = {g->b, g->b_dtype, g->b_col, g->b_row, 0};
+    int convert = a.dtype != BESA_F32 || b.dtype != BESA_F32;
+    int64_t mc = g->m, nc = g->n, kc = g->k;
+    if (!besa__gemm_blas_can(&a, g->m, g->k) || !besa__gemm_blas_can(&b, g->n, g->k) || g->c_row > INT32_MAX) return 0;
+    if (convert || g->lower) mc = BESA__GEMM_MC, nc = BESA__GEMM_NC;
+    if (convert) kc = BESA__GEMM_KC;
+    for (int64_t i = 0; g->bias && i < g->m; i++)
+        for (int64_t j = 0; j < g->n; j++)
+            g->c[i * g->c_row + j] = g->bias[j] + (g->accumulate ? g->c[i * g->c_row + j] : 0.0f);
+    for (int64_t j0 = 0; j0 < g->n; j0 += nc)
+        for (int64_t p0 = 0; p0 < g->k; p0 += kc)
+            for (int64_t i0 = 0; i0 < g->m; i0 += mc) {
+                int64_t m = besa__min(mc, g->m - i0), n = besa__min(nc, g->n - j0);
+                int64_t k = besa__min(kc, g->k - p0);
+                const float *x, *y;
+                int x_ld, y_ld;
+                if (g->lower && i0 + m <= j0) continue;
+                x = besa__gemm_blas_operand(&a, i0 * a.outer_step + p0 * a.k_step, m, k, scratch, &x_ld);
+                y = besa__gemm_blas_operand(&b, j0 * b.outer_step + p0 * b.k_step, n, k,
+                                            scratch + BESA__GEMM_MC * BESA__GEMM_KC, &y_ld);
+                cblas_sgemm(CblasRowMajor, a.k_step == 1 ? CblasNoTrans : CblasTrans,
+                            b.k_step == 1 ? CblasTrans : CblasNoTrans, (int)m, (int)n, (int)k, g->alpha, x, x_ld,
+                            y, y_ld, g->accumulate || g->bias || p0 > 0 ? 1.0f : 0.0f, g->c + i0 * g->c_row + j0,
+                            (int)g->c_row);
+            }
+    return 1;
+}
+#endif
+
+enum { BESA__GEMM_SERIAL = 1 << 22 };   /* multiply-adds that are done before a second thread has woken up */
+
+/* The product by `threads` threads; bf16 = 1 rounds both operands to bf16 and sums in fp32. */
+static void besa__gemm(const besa__gemm_args *g, int threads, int bf16, void *scratch)
+{
+#ifdef BESA_CBLAS
+    if (!bf16 && besa__gemm_blas(g, (float *)scratch)) return;
+#endif
+    if ((double)g->m * (double)g->n * (double)g->k < (double)BESA__GEMM_SERIAL) threads = 1;
+    besa__gemm_run(g, threads, bf16, scratch);
+}
+
+/* ============================================================================================
+ * // >>cpu-kernels           the CPU backend: loops for any instruction set, workspace, memory
+ * ============================================================================================
+ * A kernel is a plain loop over contiguous floats. BESA__KERNEL compiles its one body three times, for AVX-512, for
+ * AVX2 with FMA and for the target of the build, and calls what the processor has. Sums run in 32 lanes that are
+ * added up pairwise in the end. Calls base and memory only; the operations below are made of these kernels. */
+
+#if defined(__GNUC__)
+#define BESA__INLINE static inline __attribute__((__always_inline__))
+#else
+#define BESA__INLINE static inline
+#endif
+
+/* Before a loop whose output may be its input: element i depends on no other element. */
+#if defined(__clang__)
+#define BESA__ELEMENTWISE _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define BESA__ELEMENTWISE _Pragma("GCC ivdep")
+#else
+#define BESA__ELEMENTWISE
+#endif
+#if defined(__clang__) /* without optimisation clang warns that it did not vectorise */
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wpass-failed"
+#endif
+
+#if defined(BESA__SIMD_X86)
+#define BESA__KERNEL_AS(type, give, name, params, args)                                            \
+    __attribute__((__target__("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))                     \
+    static type name##_avx512 params { give name##_body args; }                                    \
+    __attribute__((__target__("avx2,fma"))) static type name##_avx2 params { give name##_body args; } \
+    static type name params                                                                        \
+    {                                                                                              \
+        int simd = besa__cpu_simd();                                                               \
+        if (simd == 2) give name##_avx512 args;                                                    \
+        else if (simd == 1) give name##_avx2 args;                                                 \
+        else give name##_body args;                                                                \
+    }
+#else
+#define BESA__KERNEL_AS(type, give, name, params, args) static type name params { give name##_body args; }
+#endif
+#define BESA__KERNEL(name, params, args) BESA__KERNEL_AS(void, , name, params, args)
+#define BESA__KERNEL_FLOAT(name, params, args) BESA__KERNEL_AS(float, return, name, params, args)
+
+enum { BESA__LANES = 32 };
+
+BESA__INLINE float besa__lanes_sum(float *lane /* (32), overwritten */)
+{
+    for (int width = BESA__LANES / 2; width > 0; width /= 2)
+        for (int l = 0; l < width; l++) lane[l] += lane[l + width];
+    return lane[0];
+}
+
+/* exp(x) to about one ulp, in a form that vectorises: x = k ln 2 + r, |r| <= ln 2 / 2, exp(x) = 2^k exp(r).
+ * Overflow gives infinity, underflow 0 by way of subnormals, NaN stays NaN. Limits are kept by comparing bits. */
+BESA__INLINE float besa__exp(float x)
+{
+    const float magic = 12582912.0f; /* 1.5 2^23: adding it rounds to an integer */
+    uint32_t bits = besa__float_bits(x);
+    uint32_t nan = (uint32_t)((int32_t)(0x7F800000u - (bits & 0x7FFFFFFFu)) >> 31); /* all ones for NaN */
+    uint32_t low = bits < 0xC2D20000u ? bits : 0xC2D20000u;                         /* max(x, -105) */
+    int32_t high = (int32_t)low < 0x42B20000 ? (int32_t)low : 0x42B20000;           /* min(x, 89) */
+    float y = besa__bits_float((uint32_t)high), t = y * 1.44269504f + magic, n = t - magic;
+    float r = (y - n * 0.693359375f) + n * 2.12194440e-4f, p = 1.98412698e-4f;
+    int32_t k = (int32_t)(besa__float_bits(t) - besa__float_bits(magic)), half = k >> 1;
+    p = p * r + 1.38888889e-3f;
+    p = p * r + 8.33333333e-3f;
+    p = p * r + 4.16666667e-2f;
+    p = p * r + 1.66666667e-1f;
+    p = p * r + 0.5f;
+    p = p * (r * r) + r;
+    p = p + 1.0f;
+    p = p * besa__bits_float((uint32_t)(half + 127) << 23) * besa__bits_float((uint32_t)(k - half + 127) << 23);
+    return besa__bits_float(besa__float_bits(p) | nan);
+}
+
+BESA__INLINE float besa__sigmoid(float x) { return 1.0f / (1.0f + besa__exp(-x)); }
+
+/* sqrt(x), x >= 0, to about one ulp: libm's may set errno, which keeps loops from being vectorised.
+ * y -> 1 / sqrt(x) by Newton's iteration from a first guess that halves the exponent. */
+BESA__INLINE float besa__sqrt(float x)
+{
+    float y = besa__bits_float(0x5F375A86u - (besa__float_bits(x) >> 1)), root;
+    for (int i = 0; i < 3; i++) y = y * (1.5f - 0.5f * x * y * y);
+    root = x * y;
+    return root + 0.5f * y * (x - root * root);
+}
+
+/* sum x y */
+BESA__INLINE float besa__cpu_dot_body(const float *x, const float *y, int64_t n)
+{
+    float lane[BESA__LANES];
+    int64_t i = 0;
+    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
+    for (; i + BESA__LANES <= n; i += BESA__LANES)
+        for (int l = 0; l < BESA__LANES; l++) lane[l] += x[i + l] * y[i + l];
+    for (; i < n; i++) lane[i % BESA__LANES] += x[i] * y[i];
+    return besa__lanes_sum(lane);
+}
+BESA__KERNEL_FLOAT(besa__cpu_dot, (const float *x, const float *y, int64_t n), (x, y, n))
+
+/* max x; n >= 1 */
+BESA__INLINE float besa__cpu_row_max_body(const float *x, int64_t n)
+{
+    float lane[BESA__LANES], m;
+    int64_t i = 0;
+    for (int l = 0; l < BESA__LANES; l++) lane[l] = x[0];
+    for (; i + BESA__LANES <= n; i += BESA__LANES)
+        for (int l = 0; l < BESA__LANES; l++) lane[l] = lane[l] < x[i + l] ? x[i + l] : lane[l];
+    for (; i < n; i++) lane[i % BESA__LANES] = lane[i % BESA__LANES] < x[i] ? x[i] : lane[i % BESA__LANES];
+    m = lane[0];
+    for (int l = 1; l < BESA__LANES; l++) m = m < lane[l] ? lane[l] : m;
+    return m;
+}
+BESA__KERNEL_FLOAT(besa__cpu_row_max, (const float *x, int64_t n), (x, n))
+
+/* y = exp(x - shift), their sum returned; y may be x */
+BESA__INLINE float besa__cpu_exp_sum_body(float *y, const float *x, float shift, int64_t n)
+{
+    float lane[BESA__LANES];
+    int64_t i = 0;
+    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
+    for (; i + BESA__LANES <= n; i += BESA__LANES) {
+        float e[BESA__LANES];
+        for (int l = 0; l < BESA__LANES; l++) e[l] = besa__exp(x[i + l] - shift);
+        for (int l = 0; l < BESA__LANES; l++) lane[l] += e[l];
+        for (int l = 0; l < BESA__LANES; l++) y[i + l] = e[l];
+    }
+    for (; i < n; i++) {
+        y[i] = besa__exp(x[i] - shift);
+        lane[i % BESA__LANES] += y[i];
+    }
+    return besa__lanes_sum(lane);
+}
+BESA__KERNEL_FLOAT(besa__cpu_exp_sum, (float *y, const float *x, float shift, int64_t n), (y, x, shift, n))
+
+/* sum exp(x - shift) */
+BESA__INLINE float besa__cpu_sum_exp_body(const float *x, float shift, int64_t n)
+{
+    float lane[BESA__LANES];
+    int64_t i = 0;
+    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
+    for (; i + BESA__LANES <= n; i += BESA__LANES)
+        for (int l = 0; l < BESA__LANES; l++) lane[l] += besa__exp(x[i + l] - shift);
+    for (; i < n; i++) lane[i % BESA__LANES] += besa__exp(x[i] - shift);
+    return besa__lanes_sum(lane);
+}
+BESA__KERNEL_FLOAT(besa__cpu_sum_exp, (const float *x, float shift, int64_t n), (x, shift, n))
+
+/* y += a x */
+BESA__INLINE void besa__cpu_axpy_body(float *y, float a, const float *x, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) y[i] += a * x[i];
+}
+BESA__KERNEL(besa__cpu_axpy, (float *y, float a, const float *x, int64_t n), (y, a, x, n))
+
+/* x *= a */
+BESA__INLINE void besa__cpu_scale_body(float *x, float a, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) x[i] *= a;
+}
+BESA__KERNEL(besa__cpu_scale, (float *x, float a, int64_t n), (x, a, n))
+
+/* y = x in float */
+BESA__INLINE void besa__cpu_widen_bf16_body(float *y, const uint16_t *x, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) y[i] = besa__bf16_to_f32(x[i]);
+}
+BESA__KERNEL(besa__cpu_widen_bf16, (float *y, const uint16_t *x, int64_t n), (y, x, n))
+
+BESA__INLINE void besa__cpu_widen_f16_body(float *y, const uint16_t *x, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) y[i] = besa__f16_to_f32(x[i]);
+}
+BESA__KERNEL(besa__cpu_widen_f16, (float *y, const uint16_t *x, int64_t n), (y, x, n))
+
+BESA__INLINE void besa__cpu_narrow_bf16_body(uint16_t *y, const float *x, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) y[i] = besa__f32_to_bf16(x[i]);
+}
+BESA__KERNEL(besa__cpu_narrow_bf16, (uint16_t *y, const float *x, int64_t n), (y, x, n))
+
+/* y (n) = elements at .. at + n - 1 of x, in float */
+static void besa__cpu_widen(float *y, const void *x, besa_dtype dtype, int64_t at, int64_t n)
+{
+    const void *from = besa__at_const(x, dtype, at);
+    if (dtype == BESA_BF16) besa__cpu_widen_bf16(y, (const uint16_t *)from, n);
+    else if (dtype == BESA_F16) besa__cpu_widen_f16(y, (const uint16_t *)from, n);
+    else memcpy(y, from, (size_t)n * sizeof *y);
+}
+
+/* elements at .. at + n - 1 of y = x (n), rounded to nearest even */
+static void besa__cpu_narrow(void *y, besa_dtype dtype, int64_t at, const float *x, int64_t n)
+{
+    void *to = besa__at(y, dtype, at);
+    if (dtype == BESA_BF16) besa__cpu_narrow_bf16((uint16_t *)to, x, n);
+    else if (dtype == BESA_F32) memcpy(to, x, (size_t)n * sizeof *x);
+    else for (int64_t i = 0; i < n; i++) ((uint16_t *)to)[i] = besa__f32_to_f16(x[i]);
+}
+
+/* ---- context, tasks, workspace ------------------------------------------------------------- */
+
+typedef struct besa__cpu {
+    int threads, bf16;
+    double event[BESA_EVENT_COUNT];             /* clock when it was recorded */
+} besa__cpu;
+
+static inline const besa__cpu *besa__cpu_of(const besa_backend *be) { return (const besa__cpu *)be->context; }
+
+/* The number of threads for so many tasks. */
+static int besa__cpu_team(const besa_backend *be, int64_t tasks)
+{
+    int threads = besa__cpu_of(be)->threads;
+    return tasks < threads ? (int)besa__max(tasks, 1) : threads;
+}
+
+/* Rows of one task: about 32768 elements. */
+static int64_t besa__cpu_grain(int64_t columns) { return besa__max(32768 / besa__max(columns, 1), 1); }
+
+/* The workspace as an empty arena; BESA__CPU_FITS checks what was taken of it. */
+static besa__arena besa__cpu_work(const besa_backend *be)
+{
+    besa__arena work;
+    work.base = (unsigned char *)be->workspace;
+    work.used = 0;
+    return work;
+}
+
+/* For each operation with workspace a function `..._place` takes its arrays from an arena; workspace_size runs it on
+ * an arena without memory. */
+#define BESA__CPU_FITS(be, work) BESA_ASSERT((work).used <= (be)->workspace_bytes)
+
+static besa_result besa__cpu_alloc(besa_backend *be, void **device, size_t bytes)
+{
+    void *raw;
+    unsigned char *aligned;
+    *device = NULL;
+    BESA__TRY(besa__malloc(&raw, besa__add_sizes(bytes, 2 * BESA__ALIGN), "the CPU backend", &be->error));
+    aligned = (unsigned char *)raw + (2 * BESA__ALIGN - (uintptr_t)raw % BESA__ALIGN);
+    memcpy(aligned - sizeof raw, &raw, sizeof raw);
+    *device = aligned;
+    return BESA_OK;
+}
+
+static void besa__cpu_free(besa_backend *be, void *device)
+{
+    void *raw;
+    (void)be;
+    if (!device) return;
+    memcpy(&raw, (unsigned char *)device - sizeof raw, sizeof raw); /* alloc left it there */
+    BESA_FREE(raw);
+}
+
+static besa_result besa__cpu_memory_info(besa_backend *be, size_t *free_bytes, size_t *total_bytes)
+{
+    (void)be;
+    *free_bytes = *total_bytes = 0; /* not known */
+    return BESA_OK;
+}
+
+static besa_result besa__cpu_upload(besa_backend *be, besa_queue q, void *dst, const void *src, size_t bytes)
+{
+    (void)be, (void)q;
+    if (bytes) memmove(dst, src, bytes);
+    return BESA_OK;
+}
+
+static besa_result besa__cpu_zero(besa_backend *be, besa_queue q, void *dst, size_t bytes)
+{
+    (void)be, (void)q;
+    if (bytes) memset(dst, 0, bytes);
+    return BESA_OK;
+}
+
+/* Operations are done when they return: an event is the time of its record, and nothing waits. */
+static besa_result besa__cpu_record(besa_backend *be, besa_queue q, int event)
+{
+    (void)q;
+    BESA_ASSERT(event >= 0 && event < BESA_EVENT_COUNT);
+    ((besa__cpu *)be->context)->event[event] = besa__seconds();
+    return BESA_OK;
+}
+
+static besa_result besa__cpu_wait(besa_backend *be, besa_queue q, int event)
+{
+    (void)be, (void)q, (void)event;
+    return BESA_OK;
+}
+
+static besa_result besa__cpu_elapsed(besa_backend *be, int first, int second, double *seconds)
+{
+    const besa__cpu *cpu = besa__cpu_of(be);
+    BESA_ASSERT(first >= 0 && first < BESA_EVENT_COUNT && second >= 0 && second < BESA_EVENT_COUNT);
+    *seconds = cpu->event[second] - cpu->event[first];
+    return BESA_OK;
+}
+
+static besa_result besa__cpu_synchronize(besa_backend *be, besa_queue q)
+{
+    (void)be, (void)q;
+    return BESA_OK;
+}
+
+/* dst(n) = src(n) */
+static besa_result besa__cpu_convert(besa_backend *be, void *dst, besa_dtype dst_dtype, const void *src,
+                                     besa_dtype src_dtype, int64_t n)
+{
+    int64_t grain = 32768, tasks = besa__parts(n, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t end = besa__min(n, (task + 1) * grain);
+        for (int64_t i = task * grain; i < end; i += 512) {
+            float part[512];
+            int64_t count = besa__min(512, end - i);
+            if (dst_dtype == src_dtype)
+                memmove(besa__at(dst, dst_dtype, i), besa__at_const(src, src_dtype, i),
+                        (size_t)count * besa_dtype_size(src_dtype));
+            else {
+                besa__cpu_widen(part, src, src_dtype, i, count);
+                besa__cpu_narrow(dst, dst_dtype, i, part, count);
+            }
+        }
+    }
+    return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>cpu-block             matrix products, norms and rope on the CPU
+ * ============================================================================================
+ * T tokens, C columns, R rows; activations are float. Products go to section cpu-gemm; the rest are the formulas of
+ * api-backend over kernels. Tasks are runs of rows whose length depends on the sizes alone. */
+
+/* ---- matrix products ----------------------------------------------------------------------- */
+
+static besa__gemm_args besa__cpu_product(float *c, int64_t m, int64_t n, int64_t k)
+{
+    besa__gemm_args g;
+    memset(&g, 0, sizeof g);
+    g.m = m, g.n = n, g.k = k;
+    g.c = c, g.c_row = n;
+    g.alpha = 1.0f;
+    return g;
+}
+
+/* A(i,p) = a[i row + p column], and B likewise */
+static void besa__cpu_operand_a(besa__gemm_args *g, const void *a, besa_dtype dtype, int64_t row, int64_t column)
+{
+    g->a = a, g->a_dtype = dtype, g->a_row = row, g->a_col = column;
+}
+
+static void besa__cpu_operand_b(besa__gemm_args *g, const void *b, besa_dtype dtype, int64_t row, int64_t column)
+{
+    g->b = b, g->b_dtype = dtype, g->b_row = row, g->b_col = column;
+}
+
+static void *besa__cpu_gemm_place(besa__arena *work, int threads)
+{
+    return besa__take(work, besa__gemm_scratch(threads));
+}
+
+/* The product by all threads, with its scratch at the start of the workspace. */
+static void besa__cpu_multiply(besa_backend *be, const besa__gemm_args *g, int bf16)
+{
+    const besa__cpu *cpu = besa__cpu_of(be);
+    besa__arena work = besa__cpu_work(be);
+    void *scratch = besa__cpu_gemm_place(&work, cpu->threads);
+    BESA__CPU_FITS(be, work);
+    besa__gemm(g, cpu->threads, bf16, scratch);
+}
+
+/* Y(T,R) = X(T,C) W(R,C)' [+ Y] [+ bias(R)] */
+static besa_result besa__cpu_linear_forward(besa_backend *be, void *y, const void *x, const void *w, besa_dtype dtype,
+                                            const float *bias, int64_t tokens, int64_t rows, int64_t columns,
+                                            int accumulate)
+{
+    besa__gemm_args g = besa__cpu_product((float *)y, tokens, rows, columns);
+    besa__cpu_operand_a(&g, x, BESA_F32, columns, 1);
+    besa__cpu_operand_b(&g, w, dtype, 1, columns);
+    g.bias = bias;
+    g.accumulate = accumulate;
+    besa__cpu_multiply(be, &g, besa__cpu_of(be)->bf16);
+    return BESA_OK;
+}
+
+/* dX(T,C) = dY(T,R) W(R,C) [+ dX] */
+static besa_result besa__cpu_linear_backward_input(besa_backend *be, void *dx, const void *dy, const void *w,
+                                                   besa_dtype dtype, int64_t tokens, int64_t rows, int64_t columns,
+                                                   int accumulate)
+{
+    besa__gemm_args g = besa__cpu_product((float *)dx, tokens, columns, rows);
+    besa__cpu_operand_a(&g, dy, BESA_F32, rows, 1);
+    besa__cpu_operand_b(&g, w, dtype, columns, 1);
+    g.accumulate = accumulate;
+    besa__cpu_multiply(be, &g, besa__cpu_of(be)->bf16);
+    return BESA_OK;
+}
+
+/* dW(count,C): rows first .. of dY(T,R)' X(T,C) */
+static besa_result besa__cpu_linear_backward_weight(besa_backend *be, float *dw, const void *dy, const void *x,
+                                                    int64_t tokens, int64_t rows, int64_t columns, int64_t first,
+                                                    int64_t count, int accumulate)
+{
+    besa__gemm_args g = besa__cpu_product(dw, count, columns, tokens);
+    g.accumulate = accumulate;
+    besa__cpu_operand_a(&g, (const float *)dy + first, BESA_F32, 1, rows);
+    besa__cpu_operand_b(&g, x, BESA_F32, columns, 1);
+    besa__cpu_multiply(be, &g, besa__cpu_of(be)->bf16);
+    return BESA_OK;
+}
+
+/* H(C,C) += scale X(T,C)' X(T,C), the lower triangle */
+static besa_result besa__cpu_gram(besa_backend *be, float *h, const void *x, float scale, int64_t tokens,
+                                  int64_t columns)
+{
+    besa__gemm_args g = besa__cpu_product(h, columns, columns, tokens);
+    besa__cpu_operand_a(&g, x, BESA_F32, 1, columns);
+    besa__cpu_operand_b(&g, x, BESA_F32, columns, 1);
+    g.alpha = scale;
+    g.accumulate = 1;
+    g.lower = 1;
+    besa__cpu_multiply(be, &g, besa__cpu_of(be)->bf16);
+    return BESA_OK;
+}
+
+/* logits(T,V) = H(T,d) W(V,d)' */
+static besa_result besa__cpu_logits(besa_backend *be, float *out, const void *h, const void *w, besa_dtype dtype,
+                                    int64_t tokens, int64_t vocab, int64_t d)
+{
+    return besa__cpu_linear_forward(be, out, h, w, dtype, NULL, tokens, vocab, d, 0);
+}
+
+/* ---- rmsnorm ------------------------------------------------------------------------------- */
+
+/* y = x r g */
+BESA__INLINE void besa__cpu_norm_row_body(float *y, const float *x, const float *g, float r, int64_t d)
+{
+    BESA__ELEMENTWISE
+    for (int64_t c = 0; c < d; c++) y[c] = x[c] * r * g[c];
+}
+BESA__KERNEL(besa__cpu_norm_row, (float *y, const float *x, const float *g, float r, int64_t d), (y, x, g, r, d))
+
+/* sum x y g */
+BESA__INLINE float besa__cpu_dot3_body(const float *x, const float *y, const float *g, int64_t d)
+{
+    float lane[BESA__LANES];
+    int64_t i = 0;
+    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
+    for (; i + BESA__LANES <= d; i += BESA__LANES)
+        for (int l = 0; l < BESA__LANES; l++) lane[l] += x[i + l] * y[i + l] * g[i + l];
+    for (; i < d; i++) lane[i % BESA__LANES] += x[i] * y[i] * g[i];
+    return besa__lanes_sum(lane);
+}
+BESA__KERNEL_FLOAT(besa__cpu_dot3, (const float *x, const float *y, const float *g, int64_t d), (x, y, g, d))
+
+/* dx = [dx +] r g dy - x t */
+BESA__INLINE void besa__cpu_norm_back_row_body(float *dx, const float *dy, const float *x, const float *g, float r,
+                                               float t, int64_t d, int accumulate)
+{
+    if (accumulate) {
+        BESA__ELEMENTWISE
+        for (int64_t c = 0; c < d; c++) dx[c] += r * g[c] * dy[c] - x[c] * t;
+    } else {
+        BESA__ELEMENTWISE
+        for (int64_t c = 0; c < d; c++) dx[c] = r * g[c] * dy[c] - x[c] * t;
+    }
+}
+BESA__KERNEL(besa__cpu_norm_back_row,
+             (float *dx, const float *dy, const float *x, const float *g, float r, float t, int64_t d, int accumulate),
+             (dx, dy, x, g, r, t, d, accumulate))
+
+/* Y(N,d) = X inv_rms g, inv_rms(N) = 1 / sqrt(mean(X^2) + eps) */
+static besa_result besa__cpu_rmsnorm_forward(besa_backend *be, void *y, float *inv_rms, const void *x, const float *g,
+                                             int64_t n, int64_t d, float eps)
+{
+    int64_t grain = besa__cpu_grain(d), tasks = besa__parts(n, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t i = task * grain; i < besa__min(n, (task + 1) * grain); i++) {
+            const float *row = (const float *)x + i * d;
+            inv_rms[i] = 1.0f / sqrtf(besa__cpu_dot(row, row, d) / (float)d + eps);
+            besa__cpu_norm_row((float *)y + i * d, row, g, inv_rms[i], d);
+        }
+    return BESA_OK;
+}
+
+/* dX(N,d) = inv_rms (g dY - X inv_rms^2 mean(g dY X)) [+ dX] */
+static besa_result besa__cpu_rmsnorm_backward(besa_backend *be, void *dx, const void *dy, const void *x, const float *g,
+                                              const float *inv_rms, int64_t n, int64_t d, int accumulate)
+{
+    int64_t grain = besa__cpu_grain(d), tasks = besa__parts(n, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t i = task * grain; i < besa__min(n, (task + 1) * grain); i++) {
+            const float *x_row = (const float *)x + i * d, *dy_row = (const float *)dy + i * d;
+            float r = inv_rms[i], mean = besa__cpu_dot3(dy_row, x_row, g, d) / (float)d;
+            besa__cpu_norm_back_row((float *)dx + i * d, dy_row, x_row, g, r, r * r * r * mean, d, accumulate);
+        }
+    return BESA_OK;
+}
+
+/* ---- rope ---------------------------------------------------------------------------------- */
+
+/* the heads of one token: (a, b) = (a cos - b sin, b cos + a sin), sin negated for direction -1 */
+BESA__INLINE void besa__cpu_rope_row_body(float *x, const float *cosine, const float *sine, float direction,
+                                          int64_t heads, int64_t half)
+{
+    for (int64_t h = 0; h < heads; h++, x += 2 * half) {
+        float *y = x + half;
+        BESA__ELEMENTWISE
+        for (int64_t i = 0; i < half; i++) {
+            float a = x[i], b = y[i], s = direction * sine[i];
+            x[i] = a * cosine[i] - b * s;
+            y[i] = b * cosine[i] + a * s;
+        }
+    }
+}
+BESA__KERNEL(besa__cpu_rope_row,
+             (float *x, const float *cosine, const float *sine, float direction, int64_t heads, int64_t half),
+             (x, cosine, sine, direction, heads, half))
+
+/* X(T, heads * dh) in place, token t at position t % seqlen of cos, sin (seqlen, dh / 2) */
+static besa_result besa__cpu_rope(besa_backend *be, void *x, const float *cosine, const float *sine, int64_t tokens,
+                                  int64_t seqlen, int64_t heads, int64_t head_dim, int direction)
+{
+    int64_t grain = besa__cpu_grain(heads * head_dim), tasks = besa__parts(tokens, grain), half = head_dim / 2;
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t t = task * grain; t < besa__min(tokens, (task + 1) * grain); t++)
+            besa__cpu_rope_row((float *)x + t * heads * head_dim, cosine + t % seqlen * half,
+                               sine + t % seqlen * half, (float)direction, heads, half);
+    return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>cpu-attention         attention on the CPU: a head at a time
+ * ============================================================================================
+ * Owns scores and probabilities of a few heads at a time; products go to section cpu-gemm. */
+
+/* One task is one query head of one sequence. Its scores exist for BESA__CPU_QUERIES queries at a time, and only for
+ * the keys that one of these queries sees. */
+
+enum { BESA__CPU_QUERIES = 96 }; /* a multiple of every tile's rows */
+
+typedef struct besa__cpu_head {
+    const float *q, *k, *v;            /* (T, dh) with rows q_step, k_step apart */
+    int64_t q_step, k_step, seqlen, head_dim, window;
+    int bf16;
+    void *gemm;                        /* what follows is per thread: scratch of products, */
+    float *p, *dp;                     /* (QUERIES, T) probabilities and their gradient */
+    float *sum;                        /* (QUERIES) */
+} besa__cpu_head;
+
+/* One set of per-thread arrays of attention. */
+static void besa__cpu_attention_place(besa__arena *work, besa__cpu_head *head, int64_t seqlen, int backward)
+{
+    head->gemm = besa__cpu_gemm_place(work, 1);
+    head->p = besa__take_floats(work, besa__product(BESA__CPU_QUERIES, seqlen));
+    head->dp = backward ? besa__take_floats(work, besa__product(BESA__CPU_QUERIES, seqlen)) : NULL;
+    head->sum = besa__take_floats(work, BESA__CPU_QUERIES);
+}
+
+/* Query head `index` % heads of sequence index / heads. */
+static void besa__cpu_head_set(besa__cpu_head *head, const besa_backend *be, const besa_attention_shape *s,
+                               int64_t index, const float *q, const float *k, const float *v)
+{
+    int64_t sequence = index / s->num_attention_heads, h = index % s->num_attention_heads;
+    int64_t kv = h / (s->num_attention_heads / s->num_key_value_heads), first = sequence * s->seqlen;
+    head->bf16 = besa__cpu_of(be)->bf16;
+    head->seqlen = s->seqlen, head->head_dim = s->head_dim, head->window = s->sliding_window;
+    head->q_step = s->num_attention_heads * s->head_dim;
+    head->k_step = s->num_key_value_heads * s->head_dim;
+    head->q = q + first * head->q_step + h * s->head_dim;
+    head->k = k + first * head->k_step + kv * s->head_dim;
+    head->v = v + first * head->k_step + kv * s->head_dim;
+}
+
+/* The first key that query i sees. */
+static int64_t besa__cpu_first_key(const besa__cpu_head *head, int64_t i)
+{
+    return head->window > 0 ? besa__max(0, i - head->window + 1) : 0;
+}
+
+/* p(n, keys) = exp(scores - row maximum) of queries i0 .. i0+n-1 and keys j0 .. j0+keys-1, 0 where masked;
+ * sum(n) = row sums, so that p / sum is the softmax */
+static void besa__cpu_attention_scores(const besa__cpu_head *head, int64_t i0, int64_t n, int64_t j0, int64_t keys)
+{
+    besa__gemm_args g = besa__cpu_product(head->p, n, keys, head->head_dim);
+    besa__cpu_operand_a(&g, head->q + i0 * head->q_step, BESA_F32, head->q_step, 1);
+    besa__cpu_operand_b(&g, head->k + j0 * head->k_step, BESA_F32, 1, head->k_step);
+    g.alpha = 1.0f / sqrtf((float)head->head_dim);
+    besa__gemm_serial(&g, head->bf16, head->gemm);
+    for (int64_t i = 0; i < n; i++) {
+        float *row = head->p + i * keys;
+        int64_t begin = besa__cpu_first_key(head, i0 + i) - j0, end = i0 + i + 1 - j0;
+        for (int64_t j = 0; j < begin; j++) row[j] = 0.0f;
+        head->sum[i] = besa__cpu_exp_sum(row + begin, row + begin, besa__cpu_row_max(row + begin, end - begin), end - begin);
+        for (int64_t j = end; j < keys; j++) row[j] = 0.0f;
+    }
+}
+
+/* O (T, dh) of one head */
+static void besa__cpu_attention_forward_head(const besa__cpu_head *head, float *o)
+{
+    for (int64_t i0 = 0; i0 < head->seqlen; i0 += BESA__CPU_QUERIES) {
+        int64_t n = besa__min(BESA__CPU_QUERIES, head->seqlen - i0);
+        int64_t j0 = besa__cpu_first_key(head, i0), keys = i0 + n - j0;
+        besa__gemm_args g = besa__cpu_product(o + i0 * head->q_step, n, head->head_dim, keys);
+        besa__cpu_attention_scores(head, i0, n, j0, keys);
+        besa__cpu_operand_a(&g, head->p, BESA_F32, keys, 1);
+        besa__cpu_operand_b(&g, head->v + j0 * head->k_step, BESA_F32, head->k_step, 1);
+        g.c_row = head->q_step;
+        besa__gemm_serial(&g, head->bf16, head->gemm);
+        for (int64_t i = 0; i < n; i++)
+            besa__cpu_scale(g.c + i * head->q_step, 1.0f / head->sum[i], head->head_dim);
+    }
+}
+
+/* O(T, heads * dh) = softmax_causal(Q K' / sqrt(dh)) V */
+static besa_result besa__cpu_attention_forward(besa_backend *be, void *o, const void *q, const void *k, const void *v,
+                                               const besa_attention_shape *s)
+{
+    int64_t tasks = s->batch * s->num_attention_heads;
+    besa__arena work = besa__cpu_work(be), one = {NULL, 0};
+    besa__cpu_head sizes;
+    besa__cpu_attention_place(&one, &sizes, s->seqlen, 0);
+    besa__take_parts(&work, &one, besa__cpu_of(be)->threads);
+    BESA__CPU_FITS(be, work);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        besa__cpu_head head;
+        besa__arena mine;
+        mine.base = work.base + (size_t)one.used * (size_t)BESA__THREAD_INDEX();
+        mine.used = 0;
+        besa__cpu_attention_place(&mine, &head, s->seqlen, 0);
+        besa__cpu_head_set(&head, be, s, task, (const float *)q, (const float *)k, (const float *)v);
+        besa__cpu_attention_forward_head(&head, (float *)o + (head.q - (const float *)q));
+    }
+    return BESA_OK;
+}
+
+/* dp (n) = p (dp - sum p dp): the derivative of the softmax */
+BESA__INLINE void besa__cpu_softmax_back_body(float *dp, const float *p, float dot, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t j = 0; j < n; j++) dp[j] = p[j] * (dp[j] - dot);
+}
+BESA__KERNEL(besa__cpu_softmax_back, (float *dp, const float *p, float dot, int64_t n), (dp, p, dot, n))
+
+/* Queries i0 .. i0+n-1: p and dp as scores and their gradient dS, from dO:
+ * dP = dO V', dS = P (dP - sum_j P dP) */
+static void besa__cpu_attention_backward_scores(const besa__cpu_head *head, const float *d_o, int64_t i0, int64_t n,
+                                                int64_t j0, int64_t keys)
+{
+    besa__gemm_args g = besa__cpu_product(head->dp, n, keys, head->head_dim);
+    besa__cpu_attention_scores(head, i0, n, j0, keys);
+    besa__cpu_operand_a(&g, d_o + i0 * head->q_step, BESA_F32, head->q_step, 1);
+    besa__cpu_operand_b(&g, head->v + j0 * head->k_step, BESA_F32, 1, head->k_step);
+    besa__gemm_serial(&g, head->bf16, head->gemm);
+    for (int64_t i = 0; i < n; i++) {
+        float *p = head->p + i * keys, *dp = head->dp + i * keys;
+        besa__cpu_scale(p, 1.0f / head->sum[i], keys);
+        besa__cpu_softmax_back(dp, p, besa__cpu_dot(p, dp, keys), keys);
+    }
+}
+
+/* dQ (T, dh) of one head, assigned; dK, dV (T, dh), rows dk_step apart, assigned too */
+static void besa__cpu_attention_backward_head(const besa__cpu_head *head, float *dq, float *dk, float *dv,
+                                              int64_t dk_step, const float *d_o)
+{
+    for (int64_t t = 0; t < head->seqlen; t++) {
+        memset(dk + t * dk_step, 0, (size_t)head->head_dim * sizeof *dk);
+        memset(dv + t * dk_step, 0, (size_t)head->head_dim * sizeof *dv);
+    }
+    for (int64_t i0 = 0; i0 < head->seqlen; i0 += BESA__CPU_QUERIES) {
+        int64_t n = besa__min(BESA__CPU_QUERIES, head->seqlen - i0);
+        int64_t j0 = besa__cpu_first_key(head, i0), keys = i0 + n - j0;
+        besa__gemm_args g = besa__cpu_product(dq + i0 * head->q_step, n, head->head_dim, keys);
+        besa__cpu_attention_backward_scores(head, d_o, i0, n, j0, keys);
+        besa__cpu_operand_a(&g, head->dp, BESA_F32, keys, 1); /* dQ = dS K / sqrt(dh) */
+        besa__cpu_operand_b(&g, head->k + j0 * head->k_step, BESA_F32, head->k_step, 1);
+        g.c_row = head->q_step;
+        g.alpha = 1.0f / sqrtf((float)head->head_dim);
+        besa__gemm_serial(&g, head->bf16, head->gemm);
+        g.m = keys, g.k = n; /* dK += dS' Q / sqrt(dh) */
+        g.c = dk + j0 * dk_step, g.c_row = dk_step;
+        g.accumulate = 1;
+        besa__cpu_operand_a(&g, head->dp, BESA_F32, 1, keys);
+        besa__cpu_operand_b(&g, head->q + i0 * head->q_step, BESA_F32, head->q_step, 1);
+        besa__gemm_serial(&g, head->bf16, head->gemm);
+        g.c = dv + j0 * dk_step; /* dV += P' dO */
+        g.alpha = 1.0f;
+        besa__cpu_operand_a(&g, head->p, BESA_F32, 1, keys);
+        besa__cpu_operand_b(&g, d_o + i0 * head->q_step, BESA_F32, head->q_step, 1);
+        besa__gemm_serial(&g, head->bf16, head->gemm);
+    }
+}
+
+/* dst(T, kv_heads * dh) = sum over the query heads of each kv head of part(batch * heads, seqlen, dh) */
+static void besa__cpu_attention_reduce(besa_backend *be, float *dst, const float *part, const besa_attention_shape *s)
+{
+    int64_t grain = 64, pieces = besa__parts(s->seqlen, grain), tasks = s->batch * s->num_key_value_heads * pieces;
+    int64_t share = s->num_attention_heads / s->num_key_value_heads, dh = s->head_dim;
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t sequence = task / pieces / s->num_key_value_heads, kv = task / pieces % s->num_key_value_heads;
+        int64_t begin = task % pieces * grain, end = besa__min(s->seqlen, begin + grain);
+        for (int64_t t = begin; t < end; t++) {
+            float *row = dst + ((sequence * s->seqlen + t) * s->num_key_value_heads + kv) * dh;
+            const float *from = part + ((sequence * s->num_attention_heads + kv * share) * s->seqlen + t) * dh;
+            memcpy(row, from, (size_t)dh * sizeof *row);
+            for (int64_t h = 1; h < share; h++) besa__cpu_axpy(row, 1.0f, from + h * s->seqlen * dh, dh);
+        }
+    }
+}
+
+/* dK and dV of every query head, (batch * heads, seqlen, dh) each; not used where each has a kv head of its own */
+static void besa__cpu_attention_parts_place(besa__arena *work, float **dk, float **dv, int64_t tokens, int64_t heads,
+                                            int64_t kv_heads, int64_t head_dim)
+{
+    *dk = *dv = NULL;
+    if (heads == kv_heads) return;
+    *dk = besa__take_floats(work, besa__product(tokens, besa__product(heads, head_dim)));
+    *dv = besa__take_floats(work, besa__product(tokens, besa__product(heads, head_dim)));
+}
+
+/* dQ(T, heads * dh), dK, dV (T, kv_heads * dh) */
+static besa_result besa__cpu_attention_backward(besa_backend *be, void *dq, void *dk, void *dv, const void *d_o,
+                                                const void *q, const void *k, const void *v,
+                                                const besa_attention_shape *s)
+{
+    int64_t tasks = s->batch * s->num_attention_heads, dh = s->head_dim;
+    besa__arena work = besa__cpu_work(be), one = {NULL, 0};
+    besa__cpu_head sizes;
+    float *dk_part, *dv_part;
+    unsigned char *base;
+    besa__cpu_attention_parts_place(&work, &dk_part, &dv_part, s->batch * s->seqlen, s->num_attention_heads,
+                                    s->num_key_value_heads, dh);
+    base = work.base + work.used;
+    besa__cpu_attention_place(&one, &sizes, s->seqlen, 1);
+    besa__take_parts(&work, &one, besa__cpu_of(be)->threads);
+    BESA__CPU_FITS(be, work);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        besa__cpu_head head;
+        besa__arena mine;
+        int64_t at, k_at;
+        mine.base = base + (size_t)one.used * (size_t)BESA__THREAD_INDEX();
+        mine.used = 0;
+        besa__cpu_attention_place(&mine, &head, s->seqlen, 1);
+        besa__cpu_head_set(&head, be, s, task, (const float *)q, (const float *)k, (const float *)v);
+        at = head.q - (const float *)q;
+        k_at = dk_part ? task * s->seqlen * dh : head.k - (const float *)k;
+        besa__cpu_attention_backward_head(&head, (float *)dq + at, (dk_part ? dk_part : (float *)dk) + k_at,
+                                          (dv_part ? dv_part : (float *)dv) + k_at, dk_part ? dh : head.k_step,
+                                          (const float *)d_o + at);
+    }
+    if (dk_part) {
+        besa__cpu_attention_reduce(be, (float *)dk, dk_part, s);
+        besa__cpu_attention_reduce(be, (float *)dv, dv_part, s);
+    }
+    return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>cpu-loss              SwiGLU, sums, loss and head on the CPU
+ * ============================================================================================
+ * What is left of a block: one pass over memory each. */
+
+BESA__INLINE void besa__cpu_swiglu_run_body(float *z, const float *gate, const float *up, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) z[i] = gate[i] * besa__sigmoid(gate[i]) * up[i];
+}
+BESA__KERNEL(besa__cpu_swiglu_run, (float *z, const float *gate, const float *up, int64_t n), (z, gate, up, n))
+
+/* silu'(x) = s (1 + x (1 - s)), s = sigmoid(x) */
+BESA__INLINE void besa__cpu_swiglu_back_run_body(float *dgate, float *dup, const float *dz, const float *gate,
+                                                 const float *up, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float x = gate[i], s = besa__sigmoid(x), u = up[i], d = dz[i];
+        dgate[i] = d * u * s * (1.0f + x * (1.0f - s));
+        dup[i] = d * x * s;
+    }
+}
+BESA__KERNEL(besa__cpu_swiglu_back_run,
+             (float *dgate, float *dup, const float *dz, const float *gate, const float *up, int64_t n),
+             (dgate, dup, dz, gate, up, n))
+
+/* Z(n) = silu(G) U */
+static besa_result besa__cpu_swiglu_forward(besa_backend *be, void *z, const void *gate, const void *up, int64_t n)
+{
+    int64_t grain = 16384, tasks = besa__parts(n, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * grain;
+        besa__cpu_swiglu_run((float *)z + at, (const float *)gate + at, (const float *)up + at,
+                             besa__min(grain, n - at));
+    }
+    return BESA_OK;
+}
+
+/* dG = dZ U silu'(G), dU = dZ silu(G) */
+static besa_result besa__cpu_swiglu_backward(besa_backend *be, void *dgate, void *dup, const void *dz, const void *gate,
+                                             const void *up, int64_t n)
+{
+    int64_t grain = 16384, tasks = besa__parts(n, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * grain;
+        besa__cpu_swiglu_back_run((float *)dgate + at, (float *)dup + at, (const float *)dz + at,
+                                  (const float *)gate + at, (const float *)up + at, besa__min(grain, n - at));
+    }
+    return BESA_OK;
+}
+
+/* ---- statistics and loss ------------------------------------------------------------------- */
+
+/* acc += x^2 */
+BESA__INLINE void besa__cpu_add_squares_body(float *acc, const float *x, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) acc[i] += x[i] * x[i];
+}
+BESA__KERNEL(besa__cpu_add_squares, (float *acc, const float *x, int64_t n), (acc, x, n))
+
+enum { BESA__CPU_SUM_PARTS = 32, BESA__CPU_LOSS_ROWS = 16 };
+
+/* Partial sums (parts, d) over runs of rows */
+static float *besa__cpu_column_sumsq_place(besa__arena *work, int64_t tokens, int64_t d)
+{
+    return besa__take_floats(work, besa__product(besa__min(BESA__CPU_SUM_PARTS, tokens), d));
+}
+
+/* out(d) += column sums of X(T,d)^2 */
+static besa_result besa__cpu_column_sumsq(besa_backend *be, float *out, const void *x, int64_t tokens, int64_t d)
+{
+    int64_t run = besa__max(besa__parts(tokens, BESA__CPU_SUM_PARTS), 1);
+    int64_t tasks = besa__parts(tokens, run);
+    besa__arena work = besa__cpu_work(be);
+    float *part = besa__cpu_column_sumsq_place(&work, tokens, d);
+    BESA__CPU_FITS(be, work);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        memset(part + task * d, 0, (size_t)d * sizeof *part);
+        for (int64_t t = task * run; t < besa__min(tokens, (task + 1) * run); t++)
+            besa__cpu_add_squares(part + task * d, (const float *)x + t * d, d);
+    }
+    for (int64_t task = 0; task < tasks; task++) besa__cpu_axpy(out, 1.0f, part + task * d, d);
+    return BESA_OK;
+}
+
+/* sum w (a - b)^2 */
+BESA__INLINE float besa__cpu_loss_row_body(const float *a, const float *b, const float *w, int64_t d)
+{
+    float lane[BESA__LANES];
+    int64_t i = 0;
+    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
+    for (; i + BESA__LANES <= d; i += BESA__LANES)
+        for (int l = 0; l < BESA__LANES; l++) lane[l] += w[i + l] * ((a[i + l] - b[i + l]) * (a[i + l] - b[i + l]));
+    for (; i < d; i++) lane[i % BESA__LANES] += w[i] * ((a[i] - b[i]) * (a[i] - b[i]));
+    return besa__lanes_sum(lane);
+}
+BESA__KERNEL_FLOAT(besa__cpu_loss_row, (const float *a, const float *b, const float *w, int64_t d), (a, b, w, d))
+
+/* dy = factor w (a - b) [+ dy] */
+BESA__INLINE void besa__cpu_loss_back_row_body(float *dy, const float *a, const float *b, const float *w, float factor,
+                                               int64_t d, int accumulate)
+{
+    BESA__ELEMENTWISE
+    for (int64_t c = 0; c < d; c++) {
+        float g = factor * w[c] * (a[c] - b[c]);
+        dy[c] = accumulate ? dy[c] + g : g;
+    }
+}
+BESA__KERNEL(besa__cpu_loss_back_row,
+             (float *dy, const float *a, const float *b, const float *w, float factor, int64_t d, int accumulate),
+             (dy, a, b, w, factor, d, accumulate))
+
+/* weight(d) = 1 / norm2, or 0, and the partial sums of runs of rows */
+static void besa__cpu_block_loss_place(besa__arena *work, float **weight, double **part, int64_t tokens, int64_t d)
+{
+    *weight = besa__take_floats(work, d);
+    *part = (double *)besa__take_array(work, besa__parts(tokens, BESA__CPU_LOSS_ROWS), sizeof **part);
+}
+
+/* loss(1) += scale / d * sum_{t,c} (Yref - Y)^2 / sumsq_c; dY = 2 scale / d * (Y - Yref) / sumsq_c */
+static besa_result besa__cpu_block_loss(besa_backend *be, float *loss, void *dy, const void *y, const void *yref,
+                                        const float *sumsq, float scale, int64_t tokens, int64_t d, int accumulate)
+{
+    int64_t grain = BESA__CPU_LOSS_ROWS, tasks = besa__parts(tokens, grain);
+    besa__arena work = besa__cpu_work(be);
+    float *weight;
+    double *part, sum = 0.0;
+    besa__cpu_block_loss_place(&work, &weight, &part, tokens, d);
+    BESA__CPU_FITS(be, work);
+    for (int64_t c = 0; c < d; c++) weight[c] = sumsq[c] > 0.0f ? 1.0f / sumsq[c] : 0.0f;
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        part[task] = 0.0;
+        for (int64_t t = task * grain; t < besa__min(tokens, (task + 1) * grain); t++) {
+            const float *a = (const float *)y + t * d, *b = (const float *)yref + t * d;
+            part[task] += (double)besa__cpu_loss_row(a, b, weight, d);
+            if (dy) besa__cpu_loss_back_row((float *)dy + t * d, a, b, weight, 2.0f * scale / (float)d, d, accumulate);
+        }
+    }
+    for (int64_t task = 0; task < tasks; task++) sum += part[task];
+    *loss += (float)((double)scale / (double)d * sum);
+    return BESA_OK;
+}
+
+/* ---- head ---------------------------------------------------------------------------------- */
+
+/* state (3) = max, sum of exp(. - max), logit of the target, with `count` more logits */
+static void besa__cpu_nll_row(float *state, const float *logits, int64_t target, int64_t count, int first)
+{
+    float largest = besa__cpu_row_max(logits, count);
+    double sum = 0.0;
+    if (first) state[0] = largest, state[1] = state[2] = 0.0f;
+    if (largest > state[0]) {
+        state[1] *= expf(state[0] - largest);
+        state[0] = largest;
+    }
+    for (int64_t i = 0; i < count; i += 4096)
+        sum += (double)besa__cpu_sum_exp(logits + i, state[0], besa__min(4096, count - i));
+    state[1] = (float)((double)state[1] + sum);
+    if (target >= 0 && target < count) state[2] = logits[target];
+}
+
+/* state(T,3) with logits(T,count) of ids first_id .. */
+static besa_result besa__cpu_nll_update(besa_backend *be, float *state, const float *logits, const int32_t *target,
+                                        int64_t first_id, int64_t count, int64_t tokens, int first)
+{
+    int64_t grain = besa__cpu_grain(count), tasks = besa__parts(tokens, grain);
+    if (count < 1) return BESA_OK;
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t t = task * grain; t < besa__min(tokens, (task + 1) * grain); t++)
+            besa__cpu_nll_row(state + 3 * t, logits + t * count, target[t] < 0 ? -1 : target[t] - first_id, count,
+                              first);
+    return BESA_OK;
+}
+
+/* sum(windows) = over the window's tokens with a target of max + log(sum) - logit */
+static besa_result besa__cpu_nll_sum(besa_backend *be, double *sum, const float *state, const int32_t *target,
+                                     int64_t windows, int64_t seqlen)
+{
+    BESA__PARALLEL_FOR(besa__cpu_team(be, windows))
+    for (int64_t w = 0; w < windows; w++) {
+        double total = 0.0;
+        for (int64_t t = w * seqlen; t < (w + 1) * seqlen; t++)
+            if (target[t] >= 0)
+                total += (double)state[3 * t] + log((double)state[3 * t + 1]) - (double)state[3 * t + 2];
+        sum[w] = total;
+    }
+    return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>cpu-scores            scores, zeros and ranks on the CPU
+ * ============================================================================================
+ * Formulas stand beside the table of operations. Ranks have 16 bits, 32 above 65536 columns. Sums over rows that go to one
+ * number are cut into parts whose number depends on the sizes alone, and added in order. */
+
+/* ---- scores and zeros ---------------------------------------------------------------------- */
+
+/* s = |w|^power scale, -1 where w is 0; scale NULL: 1; s may be w */
+BESA__INLINE void besa__cpu_score_run_body(float *s, const float *w, const float *scale, int power, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t j = 0; j < n; j++) {
+        float magnitude = w[j] < 0.0f ? -w[j] : w[j];
+        float value = (power == 2 ? magnitude * magnitude : magnitude) * (scale ? scale[j] : 1.0f);
+        s[j] = w[j] == 0.0f ? -1.0f : value;
+    }
+}
+BESA__KERNEL(besa__cpu_score_run, (float *s, const float *w, const float *scale, int power, int64_t n),
+             (s, w, scale, power, n))
+
+/* S(R,C) = |W|^power scale(C) */
+static besa_result besa__cpu_score(besa_backend *be, float *s, const void *w, besa_dtype dtype, const float *scale,
+                                   int power, int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++)
+            for (int64_t j = 0; j < columns; j += 512) {
+                float part[512];
+                int64_t n = besa__min(512, columns - j);
+                besa__cpu_widen(part, w, dtype, r * columns + j, n);
+                besa__cpu_score_run(s + r * columns + j, part, scale ? scale + j : NULL, power, n);
+            }
+    return BESA_OK;
+}
+
+/* y(n) = x(n)^exponent */
+static besa_result besa__cpu_power(besa_backend *be, float *y, const float *x, float exponent, int64_t n)
+{
+    (void)be;
+    for (int64_t i = 0; i < n; i++) y[i] = powf(x[i], exponent);
+    return BESA_OK;
+}
+
+/* y(n) = value */
+static besa_result besa__cpu_fill(besa_backend *be, int32_t *y, int32_t value, int64_t n)
+{
+    (void)be;
+    for (int64_t i = 0; i < n; i++) y[i] = value;
+    return BESA_OK;
+}
+
+/* counts (2) += elements that are +0 or -0, that are infinite or NaN; `exponent` has the bits of the exponent set */
+#define BESA__CPU_COUNT_KERNEL(name, type)                                                         \
+    BESA__INLINE void name##_body(int32_t *counts, const type *w, type exponent, int64_t n)        \
+    {                                                                                              \
+        int32_t zeros = 0, special = 0;                                                            \
+        for (int64_t j = 0; j < n; j++) {                                                          \
+            zeros += (type)(w[j] << 1) == 0;                                                       \
+            special += (type)(w[j] & exponent) == exponent;                                        \
+        }                                                                                          \
+        counts[0] += zeros, counts[1] += special;                                                  \
+    }                                                                                              \
+    BESA__KERNEL(name, (int32_t *counts, const type *w, type exponent, int64_t n), (counts, w, exponent, n))
+BESA__CPU_COUNT_KERNEL(besa__cpu_count_run16, uint16_t)
+BESA__CPU_COUNT_KERNEL(besa__cpu_count_run32, uint32_t)
+
+static int32_t *besa__cpu_count_zeros_place(besa__arena *work, int64_t rows)
+{
+    return (int32_t *)besa__take_array(work, rows, sizeof(int32_t));
+}
+
+/* zeros(R); not_finite(1) += */
+static besa_result besa__cpu_count_zeros(besa_backend *be, int32_t *zeros, int32_t *not_finite, const void *w,
+                                         besa_dtype dtype, int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
+    besa__arena work = besa__cpu_work(be);
+    int32_t *special = besa__cpu_count_zeros_place(&work, rows);
+    BESA__CPU_FITS(be, work);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
+            const void *row = besa__at_const(w, dtype, r * columns);
+            int32_t counts[2] = {0, 0};
+            if (dtype == BESA_F32) besa__cpu_count_run32(counts, (const uint32_t *)row, 0x7F800000u, columns);
+            else besa__cpu_count_run16(counts, (const uint16_t *)row, dtype == BESA_BF16 ? 0x7F80u : 0x7C00u, columns);
+            zeros[r] = counts[0];
+            special[r] = counts[1];
+        }
+    for (int64_t r = 0; r < rows; r++) *not_finite += special[r];
+    return BESA_OK;
+}
+
+/* ---- ranks --------------------------------------------------------------------------------- */
+
+/* Keys in the order of the numbers: negative ones are complemented, -0 becomes +0. */
+BESA__INLINE void besa__cpu_keys_body(uint32_t *key, const float *s, int64_t n)
+{
+    for (int64_t j = 0; j < n; j++) {
+        uint32_t u = besa__float_bits(s[j] + 0.0f);
+        key[j] = u ^ ((uint32_t)((int32_t)u >> 31) | 0x80000000u);
+    }
+}
+BESA__KERNEL(besa__cpu_keys, (uint32_t *key, const float *s, int64_t n), (key, s, n))
+
+/* A thread's arrays for sorting a row: keys and positions, (C) each, twice */
+typedef struct besa__cpu_sort {
+    uint32_t *key[2], *position[2];
+} besa__cpu_sort;
+
+static void besa__cpu_sort_place(besa__arena *work, besa__cpu_sort *sort, int64_t columns)
+{
+    for (int i = 0; i < 2; i++) {
+        sort->key[i] = (uint32_t *)besa__take_array(work, columns, sizeof(uint32_t));
+        sort->position[i] = (uint32_t *)besa__take_array(work, columns, sizeof(uint32_t));
+    }
+}
+
+/* Stable radix sort of key[0], byte by byte from the lowest; returns the positions in ascending order. */
+static const uint32_t *besa__cpu_sort_row(besa__cpu_sort *sort, int64_t columns)
+{
+    uint32_t count[4][256];
+    int now = 0;
+    memset(count, 0, sizeof count);
+    for (int64_t j = 0; j < columns; j++) {
+        uint32_t key = sort->key[0][j];
+        sort->position[0][j] = (uint32_t)j;
+        for (int b = 0; b < 4; b++) count[b][(key >> (8 * b)) & 255u]++;
+    }
+    for (int b = 0; b < 4; b++) {
+        const uint32_t *key = sort->key[now], *position = sort->position[now];
+        uint32_t *next_key = sort->key[1 - now], *next_position = sort->position[1 - now], start = 0;
+        if (count[b][(key[0] >> (8 * b)) & 255u] == (uint32_t)columns) continue; /* all the same */
+        for (int i = 0; i < 256; i++) {
+            uint32_t n = count[b][i];
+            count[b][i] = start;
+            start += n;
+        }
+        for (int64_t j = 0; j < columns; j++) {
+            uint32_t to = count[b][(key[j] >> (8 * b)) & 255u]++;
+            next_key[to] = key[j];
+            next_position[to] = position[j];
+        }
+        now = 1 - now;
+    }
+    return sort->position[now];
+}
+
+/* rank(R,C) = position of j in the stable ascending order of row r of S */
+static besa_result besa__cpu_rank_rows(besa_backend *be, void *rank, const float *s, int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
+    besa__arena work = besa__cpu_work(be), one = {NULL, 0};
+    besa__cpu_sort sizes;
+    besa__cpu_sort_place(&one, &sizes, columns);
+    besa__take_parts(&work, &one, besa__cpu_of(be)->threads);
+    BESA__CPU_FITS(be, work);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        besa__cpu_sort sort;
+        besa__arena mine;
+        mine.base = work.base + (size_t)one.used * (size_t)BESA__THREAD_INDEX();
+        mine.used = 0;
+        besa__cpu_sort_place(&mine, &sort, columns);
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
+            const uint32_t *order;
+            besa__cpu_keys(sort.key[0], s + r * columns, columns);
+            order = besa__cpu_sort_row(&sort, columns);
+            if (columns > 65536)
+                for (int64_t j = 0; j < columns; j++) ((uint32_t *)rank)[r * columns + order[j]] = (uint32_t)j;
+            else
+                for (int64_t j = 0; j < columns; j++) ((uint16_t *)rank)[r * columns + order[j]] = (uint16_t)j;
+        }
+    }
+    return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>cpu-masks             masks and bucketed gradients on the CPU
+ * ============================================================================================
+ * One pass over the weights each. */
+
+/* what = rank >= n ? w : 0; what may be w */
+#define BESA__CPU_MASK_KERNEL(name, weight_type, rank_type)                                        \
+    BESA__INLINE void name##_body(weight_type *what, const weight_type *w, const rank_type *rank, rank_type n, \
+                                  int64_t columns)                                                 \
+    {                                                                                              \
+        BESA__ELEMENTWISE                                                                          \
+        for (int64_t j = 0; j < columns; j++) what[j] = rank[j] >= n ? w[j] : 0;                   \
+    }                                                                                              \
+    BESA__KERNEL(name, (weight_type *what, const weight_type *w, const rank_type *rank, rank_type n, int64_t columns), \
+                 (what, w, rank, n, columns))
+BESA__CPU_MASK_KERNEL(besa__cpu_mask_16_16, uint16_t, uint16_t)
+BESA__CPU_MASK_KERNEL(besa__cpu_mask_16_32, uint16_t, uint32_t)
+BESA__CPU_MASK_KERNEL(besa__cpu_mask_32_16, uint32_t, uint16_t)
+BESA__CPU_MASK_KERNEL(besa__cpu_mask_32_32, uint32_t, uint32_t)
+
+/* one row, weights of any dtype as bits */
+static void besa__cpu_mask_row(void *what, const void *w, besa_dtype dtype, const void *rank, int64_t n,
+                               int64_t columns)
+{
+    const uint16_t *rank16 = (const uint16_t *)rank;
+    const uint32_t *rank32 = (const uint32_t *)rank;
+    if (n >= columns) memset(what, 0, (size_t)columns * besa_dtype_size(dtype));
+    else if (dtype == BESA_F32 && columns > 65536)
+        besa__cpu_mask_32_32((uint32_t *)what, (const uint32_t *)w, rank32, (uint32_t)n, columns);
+    else if (dtype == BESA_F32)
+        besa__cpu_mask_32_16((uint32_t *)what, (const uint32_t *)w, rank16, (uint16_t)n, columns);
+    else if (columns > 65536)
+        besa__cpu_mask_16_32((uint16_t *)what, (const uint16_t *)w, rank32, (uint32_t)n, columns);
+    else
+        besa__cpu_mask_16_16((uint16_t *)what, (const uint16_t *)w, rank16, (uint16_t)n, columns);
+}
+
+/* What = rank >= n[r] ? W : +0; with before(R), which becomes n, only rows where the two differ */
+static void besa__cpu_mask_rows(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
+                                const int32_t *n, int32_t *before, int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
+            if (before && before[r] == n[r]) continue;
+            if (before) before[r] = n[r];
+            besa__cpu_mask_row(besa__at(what, dtype, r * columns), besa__at_const(w, dtype, r * columns), dtype,
+                               (const unsigned char *)rank + (size_t)(r * columns) * besa__rank_bytes(columns),
+                               n[r] > 0 ? n[r] : 0, columns);
+        }
+}
+
+static besa_result besa__cpu_mask_apply(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
+                                        const int32_t *n, int64_t rows, int64_t columns)
+{
+    besa__cpu_mask_rows(be, what, w, dtype, rank, n, NULL, rows, columns);
+    return BESA_OK;
+}
+
+static besa_result besa__cpu_mask_update(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
+                                         const int32_t *n, int32_t *before, int64_t rows, int64_t columns)
+{
+    besa__cpu_mask_rows(be, what, w, dtype, rank, n, before, rows, columns);
+    return BESA_OK;
+}
+
+/* Radix select: the key that stands at place `place` in the order of all keys, 11 bits at a time from the top, and how
+ * many keys are smaller. Each thread counts rows into a histogram of its own; counts are integers, so their sum does
+ * not depend on who counted what. */
+typedef struct besa__cpu_select {
+    void (*keys)(const struct besa__cpu_select *select, uint32_t *key, int64_t row); /* the keys of one row */
+    const void *data;                  /* for keys */
+    int64_t rows, columns;
+    uint32_t *key, *count;             /* (threads, columns), (threads, 2048) */
+} besa__cpu_select;
+
+static void besa__cpu_select_place(besa__arena *work, besa__cpu_select *select, int64_t columns, int threads)
+{
+    select->key = (uint32_t *)besa__take_array(work, besa__product(columns, threads), sizeof(uint32_t));
+    select->count = (uint32_t *)besa__take_array(work, (int64_t)threads * 2048, sizeof(uint32_t));
+}
+
+/* count(threads, 2048) = keys whose bits above `shift + bits` are those of prefix, by the `bits` bits from shift */
+static void besa__cpu_select_count(besa_backend *be, besa__cpu_select *select, uint32_t prefix, int shift, int bits)
+{
+    int64_t grain = besa__cpu_grain(select->columns), tasks = besa__parts(select->rows, grain);
+    memset(select->count, 0, (size_t)besa__cpu_of(be)->threads * 2048 * sizeof(uint32_t));
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        uint32_t *key = select->key + BESA__THREAD_INDEX() * select->columns;
+        uint32_t *count = select->count + (int64_t)BESA__THREAD_INDEX() * 2048, digits = (1u << bits) - 1u;
+        for (int64_t r = task * grain; r < besa__min(select->rows, (task + 1) * grain); r++) {
+            select->keys(select, key, r);
+            for (int64_t j = 0; j < select->columns; j++)
+                if (shift + bits == 32 || key[j] >> (shift + bits) == prefix >> (shift + bits))
+                    count[(key[j] >> shift) & digits]++;
+        }
+    }
+}
+
+static uint32_t besa__cpu_select_run(besa_backend *be, besa__cpu_select *select, int64_t place, int64_t *smaller)
+{
+    static const int shifts[3] = {21, 10, 0}, widths[3] = {11, 11, 10};
+    uint32_t prefix = 0;
+    *smaller = 0;
+    for (int pass = 0; pass < 3; pass++) {
+        uint32_t digit = 0;
+        besa__cpu_select_count(be, select, prefix, shifts[pass], widths[pass]);
+        for (;; digit++) {
+            int64_t here = 0;
+            for (int t = 0; t < besa__cpu_of(be)->threads; t++) here += select->count[(int64_t)t * 2048 + digit];
+            if (*smaller + here > place || digit == (1u << widths[pass]) - 1u) break;
+            *smaller += here;
+        }
+        prefix |= digit << shifts[pass];
+    }
+    return prefix;
+}
+
+static void besa__cpu_score_keys(const besa__cpu_select *select, uint32_t *key, int64_t row)
+{
+    besa__cpu_keys(key, (const float *)select->data + row * select->columns, select->columns);
+}
+
+/* the select's arrays and for each row the number of its keys that equal the threshold */
+static void besa__cpu_mask_smallest_place(besa__arena *work, besa__cpu_select *select, int64_t **ties, int64_t rows,
+                                          int64_t columns, int threads)
+{
+    besa__cpu_select_place(work, select, columns, threads);
+    *ties = (int64_t *)besa__take_array(work, rows, sizeof(int64_t));
+}
+
+/* What's bits = W's with those of column j zeroed */
+static void besa__cpu_prune(void *what, besa_dtype dtype, int64_t j)
+{
+    if (dtype == BESA_F32) ((uint32_t *)what)[j] = 0;
+    else ((uint16_t *)what)[j] = 0;
+}
+
+/* one row: keys below the threshold go, and the first `ties` that equal it */
+static void besa__cpu_mask_below(void *what, besa_dtype dtype, const uint32_t *key, uint32_t threshold, int64_t ties,
+                                 int64_t columns)
+{
+    for (int64_t j = 0; j < columns; j++) {
+        if (key[j] > threshold || (key[j] == threshold && ties <= 0)) continue;
+        if (key[j] == threshold) ties--;
+        besa__cpu_prune(what, dtype, j);
+    }
+}
+
+/* What = W without its `count` smallest scores, ties by position */
+static besa_result besa__cpu_mask_smallest(besa_backend *be, void *what, const void *w, besa_dtype dtype,
+                                           const float *s, int64_t count, int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain), smaller, *ties, left;
+    besa__arena work = besa__cpu_work(be);
+    besa__cpu_select select;
+    uint32_t threshold;
+    if (count <= 0) return besa__cpu_upload(be, BESA_QUEUE_COMPUTE, what, w, (size_t)(rows * columns) * besa_dtype_size(dtype));
+    select.keys = besa__cpu_score_keys;
+    select.data = s;
+    select.rows = rows, select.columns = columns;
+    besa__cpu_mask_smallest_place(&work, &select, &ties, rows, columns, besa__cpu_of(be)->threads);
+    BESA__CPU_FITS(be, work);
+    threshold = besa__cpu_select_run(be, &select, count - 1, &smaller);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        uint32_t *key = select.key + BESA__THREAD_INDEX() * columns;
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
+            besa__cpu_score_keys(&select, key, r);
+            ties[r] = 0;
+            for (int64_t j = 0; j < columns; j++) ties[r] += key[j] == threshold;
+        }
+    }
+    left = count - smaller;
+    for (int64_t r = 0; r < rows; r++) { /* the ties that may still go when row r begins */
+        int64_t here = ties[r];
+        ties[r] = left;
+        left -= here;
+    }
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        uint32_t *key = select.key + BESA__THREAD_INDEX() * columns;
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
+            void *row = besa__at(what, dtype, r * columns);
+            besa__cpu_score_keys(&select, key, r);
+            memmove(row, besa__at_const(w, dtype, r * columns), (size_t)columns * besa_dtype_size(dtype));
+            besa__cpu_mask_below(row, dtype, key, threshold, ties[r], columns);
+        }
+    }
+    return BESA_OK;
+}
+
+/* The place of element j in the stable ascending order of s (m). */
+static int besa__cpu_place(const float *s, int m, int j)
+{
+    int place = 0;
+    for (int i = 0; i < m; i++) place += s[i] < s[j] || (i < j && !(s[i] > s[j]));
+    return place;
+}
+
+/* In every m consecutive columns the n smallest scores are pruned, ties by position */
+static besa_result besa__cpu_mask_pattern(besa_backend *be, void *what, const void *w, besa_dtype dtype, const float *s,
+                                          int n, int m, int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
+            void *row = besa__at(what, dtype, r * columns);
+            memmove(row, besa__at_const(w, dtype, r * columns), (size_t)columns * besa_dtype_size(dtype));
+            for (int64_t j = 0; j + m <= columns; j += m)
+                for (int i = 0; i < m; i++)
+                    if (besa__cpu_place(s + r * columns + j, m, i) < n) besa__cpu_prune(row, dtype, j + i);
+        }
+    return BESA_OK;
+}
+
+/* ---- bucketed gradient --------------------------------------------------------------------- */
+
+BESA__INLINE void besa__cpu_times_bf16_body(float *y, const float *x, const uint16_t *w, int64_t n)
+{
+    for (int64_t j = 0; j < n; j++) y[j] = x[j] * besa__bf16_to_f32(w[j]);
+}
+BESA__KERNEL(besa__cpu_times_bf16, (float *y, const float *x, const uint16_t *w, int64_t n), (y, x, w, n))
+
+BESA__INLINE void besa__cpu_times_f16_body(float *y, const float *x, const uint16_t *w, int64_t n)
+{
+    for (int64_t j = 0; j < n; j++) y[j] = x[j] * besa__f16_to_f32(w[j]);
+}
+BESA__KERNEL(besa__cpu_times_f16, (float *y, const float *x, const uint16_t *w, int64_t n), (y, x, w, n))
+
+BESA__INLINE void besa__cpu_times_f32_body(float *y, const float *x, const float *w, int64_t n)
+{
+    for (int64_t j = 0; j < n; j++) y[j] = x[j] * w[j];
+}
+BESA__KERNEL(besa__cpu_times_f32, (float *y, const float *x, const float *w, int64_t n), (y, x, w, n))
+
+/* y (n) += sum over i of x (rows, n) */
+BESA__INLINE void besa__cpu_add_rows_body(float *y, const float *x, int64_t rows, int64_t n)
+{
+    int64_t j = 0;
+    for (; j + BESA__LANES <= n; j += BESA__LANES) {
+        float lane[BESA__LANES];
+        for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
+        for (int64_t i = 0; i < rows; i++)
+            for (int l = 0; l < BESA__LANES; l++) lane[l] += x[i * n + j + l];
+        for (int l = 0; l < BESA__LANES; l++) y[j + l] += lane[l];
+    }
+    for (int64_t i = 0; i < rows && j < n; i++) {
+        BESA__ELEMENTWISE
+        for (int64_t k = j; k < n; k++) y[k] += x[i * n + k];
+    }
+}
+BESA__KERNEL(besa__cpu_add_rows, (float *y, const float *x, int64_t rows, int64_t n), (y, x, rows, n))
+
+enum { BESA__CPU_BUCKETS = 65536 }; /* the most */
+
+/* Ranks of a row are all different, so the products of a row can be stored by rank, without reading a sum back: element
+ * i of bucket b at (i, b) of a cell array, which is then summed over i. */
+typedef struct besa__cpu_cells {
+    uint32_t *cell;                    /* (C) of each rank: i * buckets + b */
+    uint32_t *fill;                    /* (buckets) how many ranks each bucket has */
+    float *value;                      /* per thread: (length, buckets); the cells of no rank stay 0 */
+    int64_t length;                    /* of the fullest bucket */
+} besa__cpu_cells;
+
+/* Returns the bytes of a thread's value. A bucket has at most ceil(C / buckets) ranks. */
+static uint64_t besa__cpu_cells_place(besa__arena *work, besa__cpu_cells *cells, int64_t columns, int64_t buckets)
+{
+    besa__arena one = {NULL, 0};
+    cells->cell = (uint32_t *)besa__take_array(work, columns, sizeof(uint32_t));
+    cells->fill = (uint32_t *)besa__take_array(work, buckets, sizeof(uint32_t));
+    cells->value = (float *)(void *)(work->base ? work->base + work->used : NULL);
+    besa__take_floats(&one, columns + buckets);
+    return one.used;
+}
+
+static void besa__cpu_cells_set(besa__cpu_cells *cells, const uint16_t *bucket, int64_t columns, int64_t buckets)
+{
+    cells->length = 0;
+    memset(cells->fill, 0, (size_t)buckets * sizeof(uint32_t));
+    for (int64_t j = 0; j < columns; j++) {
+        int64_t i = cells->fill[bucket[j]]++;
+        cells->cell[j] = (uint32_t)(i * buckets + bucket[j]);
+        cells->length = besa__max(cells->length, i + 1);
+    }
+    BESA_ASSERT(cells->length * buckets <= columns + buckets);
+}
+
+/* value[cell[rank]] = g; n elements from `at` of the ranks */
+static void besa__cpu_cells_store(float *value, const uint32_t *cell, const float *g, const void *rank, int64_t at,
+                                  int64_t n, int64_t columns)
+{
+    const uint16_t *rank16 = (const uint16_t *)rank + at;
+    const uint32_t *rank32 = (const uint32_t *)rank + at;
+    if (columns > 65536)
+        for (int64_t j = 0; j < n; j++) value[cell[rank32[j]]] = g[j];
+    else
+        for (int64_t j = 0; j < n; j++) value[cell[rank16[j]]] = g[j];
+}
+
+/* Asks for `bytes` bytes that will be read about 1024 elements later. */
+static inline void besa__cpu_ahead(const void *p, int64_t size, int64_t bytes)
+{
+#if defined(__GNUC__)
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch((const void *)((uintptr_t)p + (uintptr_t)(1024 * size + b)));
+#else
+    (void)p, (void)size, (void)bytes;
+#endif
+}
+
+/* sums(R,D)[r, bucket[rank[r,j]]] += dW[r,j] W[r,j] */
+static besa_result besa__cpu_bucket_gradient(besa_backend *be, float *sums, const float *dw, const void *w,
+                                             besa_dtype dtype, const void *rank, const uint16_t *bucket, int64_t rows,
+                                             int64_t columns, int64_t buckets)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
+    int64_t width = (int64_t)besa_dtype_size(dtype), rank_width = (int64_t)besa__rank_bytes(columns);
+    besa__arena work = besa__cpu_work(be);
+    besa__cpu_cells cells;
+    size_t stride = (size_t)besa__cpu_cells_place(&work, &cells, columns, buckets);
+    work.used += (uint64_t)stride * (uint64_t)besa__cpu_of(be)->threads;
+    BESA__CPU_FITS(be, work);
+    besa__cpu_cells_set(&cells, bucket, columns, buckets);
+    memset(cells.value, 0, stride * (size_t)besa__cpu_of(be)->threads);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        float *value = cells.value + (size_t)BESA__THREAD_INDEX() * (stride / sizeof(float));
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
+            for (int64_t j = 0; j < columns; j += 512) {
+                float g[512];
+                int64_t at = r * columns + j, n = besa__min(512, columns - j);
+                const void *part = besa__at_const(w, dtype, at);
+                if (dtype == BESA_BF16) besa__cpu_times_bf16(g, dw + at, (const uint16_t *)part, n);
+                else if (dtype == BESA_F16) besa__cpu_times_f16(g, dw + at, (const uint16_t *)part, n);
+                else besa__cpu_times_f32(g, dw + at, (const float *)part, n);
+                for (int64_t k = 0; k < n; k += 32) { /* the stores take longer than the reading, if that goes on meanwhile */
+                    besa__cpu_ahead(dw + at + k, 4, 128);
+                    besa__cpu_ahead(besa__at_const(part, dtype, k), width, 32 * width);
+                    besa__cpu_ahead((const unsigned char *)rank + (at + k) * rank_width, rank_width, 32 * rank_width);
+                    besa__cpu_cells_store(value, cells.cell, g + k, rank, at + k, besa__min(32, n - k), columns);
+                }
+            }
+            besa__cpu_add_rows(sums + r * buckets, value, cells.length, buckets);
+        }
+    }
+    return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>cpu-rates             rates, optimiser and exact count on the CPU
+ * ============================================================================================
+ * A few numbers a row: sums in double, cut by size. */
+
+/* z = base + scale u(theta), u(x) = sigmoid(x) - 1/2, or x where plain is set */
+BESA__INLINE void besa__cpu_logits_run_body(float *z, const float *base, const float *theta, float scale, int plain,
+                                            int64_t n)
+{
+    if (plain) {
+        BESA__ELEMENTWISE
+        for (int64_t d = 0; d < n; d++) z[d] = base[d] + scale * theta[d];
+    } else {
+        BESA__ELEMENTWISE
+        for (int64_t d = 0; d < n; d++) z[d] = base[d] + scale * (besa__sigmoid(theta[d]) - 0.5f);
+    }
+}
+BESA__KERNEL(besa__cpu_logits_run,
+             (float *z, const float *base, const float *theta, float scale, int plain, int64_t n),
+             (z, base, theta, scale, plain, n))
+
+/* dtheta = dz scale u'(theta) */
+BESA__INLINE void besa__cpu_logits_back_body(float *dtheta, const float *dz, const float *theta, float scale, int plain,
+                                             int64_t n)
+{
+    if (plain) {
+        BESA__ELEMENTWISE
+        for (int64_t d = 0; d < n; d++) dtheta[d] = dz[d] * scale;
+    } else {
+        BESA__ELEMENTWISE
+        for (int64_t d = 0; d < n; d++) {
+            float u = besa__sigmoid(theta[d]);
+            dtheta[d] = dz[d] * scale * (u * (1.0f - u));
+        }
+    }
+}
+BESA__KERNEL(besa__cpu_logits_back,
+             (float *dtheta, const float *dz, const float *theta, float scale, int plain, int64_t n),
+             (dtheta, dz, theta, scale, plain, n))
+
+/* sums (2) = sum x, sum x y in double */
+BESA__INLINE void besa__cpu_moments_body(double *sums, const float *x, const float *y, int64_t n)
+{
+    double a[8], b[8];
+    int64_t i = 0;
+    for (int l = 0; l < 8; l++) a[l] = b[l] = 0.0;
+    for (; i + 8 <= n; i += 8)
+        for (int l = 0; l < 8; l++) {
+            a[l] += (double)x[i + l];
+            b[l] += (double)x[i + l] * (double)y[i + l];
+        }
+    for (; i < n; i++) {
+        a[i % 8] += (double)x[i];
+        b[i % 8] += (double)x[i] * (double)y[i];
+    }
+    sums[0] = ((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7]));
+    sums[1] = ((b[0] + b[1]) + (b[2] + b[3])) + ((b[4] + b[5]) + (b[6] + b[7]));
+}
+BESA__KERNEL(besa__cpu_moments, (double *sums, const float *x, const float *y, int64_t n), (sums, x, y, n))
+
+/* dz = (dbeta - mean) beta */
+BESA__INLINE void besa__cpu_beta_back_body(float *dz, const float *dbeta, const float *beta, float mean, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t d = 0; d < n; d++) dz[d] = (dbeta[d] - mean) * beta[d];
+}
+BESA__KERNEL(besa__cpu_beta_back, (float *dz, const float *dbeta, const float *beta, float mean, int64_t n),
+             (dz, dbeta, beta, mean, n))
+
+/* p(D+1) candidates and base(D+1) = c p + s_L u(theta_L): shared; then per thread */
+typedef struct besa__cpu_rates {
+    float *p, *base;
+    float *part;                       /* backward: sums of dz over runs of groups, (parts, D+1) */
+    float *beta, *dbeta;               /* (D+1) of a thread */
+} besa__cpu_rates;
+
+/* Runs of groups whose dz are summed on their own: fewer the more candidates there are. */
+static int64_t besa__cpu_rate_parts(int64_t groups, int64_t candidates)
+{
+    int64_t most = besa__max(1, besa__min(64, BESA__CPU_BUCKETS / candidates));
+    return besa__min(groups, most);
+}
+
+static uint64_t besa__cpu_rates_place(besa__arena *work, besa__cpu_rates *rates, int64_t candidates, int64_t parts)
+{
+    besa__arena one = {NULL, 0};
+    rates->p = besa__take_floats(work, candidates);
+    rates->base = besa__take_floats(work, candidates);
+    rates->part = besa__take_floats(work, besa__product(parts, candidates));
+    rates->beta = (float *)(work->base ? work->base + work->used : NULL);
+    besa__take_floats(&one, candidates);
+    besa__take_floats(&one, candidates);
+    return one.used;
+}
+
+/* Set p and base; returns the groups. `stride` bytes lie between the threads' arrays from rates->beta on. */
+static int64_t besa__cpu_rates_begin(besa_backend *be, besa__cpu_rates *rates, size_t *stride, int64_t parts,
+                                     const float *theta_layer, const besa_rate_shape *s)
+{
+    besa__arena work = besa__cpu_work(be);
+    int64_t last = s->candidates - 1;
+    *stride = (size_t)besa__cpu_rates_place(&work, rates, s->candidates, parts);
+    work.used += (uint64_t)*stride * (uint64_t)besa__cpu_of(be)->threads;
+    BESA__CPU_FITS(be, work);
+    for (int64_t d = 0; d <= last; d++) {
+        rates->p[d] = last > 0 ? (float)((double)(last - d) / (double)last) : 1.0f;
+        rates->base[d] = s->tilt * rates->p[d];
+    }
+    if (theta_layer)
+        besa__cpu_logits_run(rates->base, rates->base, theta_layer, s->layer_scale, s->plain, s->candidates);
+    return besa__parts(s->rows, s->group_rows);
+}
+
+/* This thread's beta and dbeta. */
+static besa__cpu_rates besa__cpu_rates_mine(const besa__cpu_rates *rates, size_t stride)
+{
+    besa__cpu_rates mine = *rates;
+    mine.beta = (float *)(void *)((unsigned char *)(void *)rates->beta + stride * (size_t)BESA__THREAD_INDEX());
+    mine.dbeta = (float *)(void *)((unsigned char *)(void *)mine.beta + stride / 2);
+    return mine;
+}
+
+/* beta = softmax(z) of group g; returns alpha = sum beta p */
+static double besa__cpu_rates_beta(const besa__cpu_rates *rates, const float *theta_row, int64_t g,
+                                   const besa_rate_shape *s)
+{
+    double sums[2];
+    if (theta_row)
+        besa__cpu_logits_run(rates->beta, rates->base, theta_row + g * s->candidates, s->row_scale, s->plain,
+                             s->candidates);
+    else memcpy(rates->beta, rates->base, (size_t)s->candidates * sizeof(float));
+    besa__cpu_exp_sum(rates->beta, rates->beta, besa__cpu_row_max(rates->beta, s->candidates), s->candidates);
+    besa__cpu_moments(sums, rates->beta, rates->p, s->candidates);
+    besa__cpu_scale(rates->beta, (float)(1.0 / sums[0]), s->candidates);
+    return sums[1] / sums[0];
+}
+
+enum { BESA__CPU_GROUPS = 32 }; /* of one task */
+
+/* alpha(R), n(R) = max(floor(alpha units), zeros), the product in float as the published code has it */
+static besa_result besa__cpu_rate_forward(besa_backend *be, float *alpha, int32_t *n, const float *theta_layer,
+                                          const float *theta_row, const int32_t *zeros, const besa_rate_shape *s)
+{
+    besa__cpu_rates rates;
+    size_t stride;
+    int64_t groups = besa__cpu_rates_begin(be, &rates, &stride, 0, s->layer_scale == 0.0f ? NULL : theta_layer, s);
+    int64_t tasks = besa__parts(groups, BESA__CPU_GROUPS);
+    if (s->row_scale == 0.0f) theta_row = NULL;
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        besa__cpu_rates mine = besa__cpu_rates_mine(&rates, stride);
+        for (int64_t g = task * BESA__CPU_GROUPS; g < besa__min(groups, (task + 1) * BESA__CPU_GROUPS); g++) {
+            float rate = (float)besa__cpu_rates_beta(&mine, theta_row, g, s), share = floorf(rate * (float)s->units);
+            int64_t pruned = share > 0.0f ? besa__min((int64_t)share, s->units) : 0; /* 0 where alpha is NaN */
+            for (int64_t r = g * s->group_rows; r < besa__min(s->rows, (g + 1) * s->group_rows); r++) {
+                alpha[r] = rate;
+                if (n) n[r] = (int32_t)(zeros ? besa__max(pruned, zeros[r]) : pruned);
+            }
+        }
+    }
+    return BESA_OK;
+}
+
+/* mean(1) [+]= share * sum_r alpha_r / R */
+static besa_result besa__cpu_rate_mean(besa_backend *be, float *mean, const float *alpha, float share, int accumulate,
+                                       int64_t rows)
+{
+    double sum = 0.0;
+    (void)be;
+    for (int64_t r = 0; r < rows; r++) sum += (double)alpha[r];
+    *mean = (accumulate ? *mean : 0.0f) + (float)((double)share * sum / (double)rows);
+    return BESA_OK;
+}
+
+/* mine->dbeta = dL/dz of group g, from dL/dbeta_d = - sum over rows and buckets b >= d of sums[r,b] + slope p_d with
+ * slope = slope_of_row times the rows of g */
+static void besa__cpu_rate_group_backward(const besa__cpu_rates *mine, const float *sums, const float *theta_row,
+                                          int64_t g, double slope_of_row, const besa_rate_shape *s)
+{
+    int64_t last = s->candidates - 1, end = besa__min(s->rows, (g + 1) * s->group_rows);
+    double run = 0.0, moments[2], slope = slope_of_row * (double)(end - g * s->group_rows);
+    memset(mine->dbeta, 0, (size_t)s->candidates * sizeof(float));
+    for (int64_t r = g * s->group_rows; r < end; r++) besa__cpu_axpy(mine->dbeta, 1.0f, sums + r * last, last);
+    for (int64_t d = last; d >= 0; d--) {
+        run += (double)mine->dbeta[d];
+        mine->dbeta[d] = (float)(slope * (double)mine->p[d] - run);
+    }
+    besa__cpu_rates_beta(mine, theta_row, g, s);
+    besa__cpu_moments(moments, mine->beta, mine->dbeta, s->candidates);
+    besa__cpu_beta_back(mine->dbeta, mine->dbeta, mine->beta, (float)(moments[1] / moments[0]), s->candidates);
+}
+
+/* dtheta_row(G,D+1) and dtheta_layer(D+1), assigned */
+static besa_result besa__cpu_rate_backward(besa_backend *be, float *dtheta_layer, float *dtheta_row, const float *sums,
+                                           const float *theta_layer, const float *theta_row,
+                                           const besa_penalty *penalty, const besa_rate_shape *s)
+{
+    besa__cpu_rates rates;
+    size_t stride;
+    int64_t groups = besa__parts(s->rows, s->group_rows), n = s->candidates;
+    int64_t parts = besa__cpu_rate_parts(groups, n), run = besa__parts(groups, parts);
+    double slope = 0.0;
+    besa__cpu_rates_begin(be, &rates, &stride, parts, s->layer_scale == 0.0f ? NULL : theta_layer, s);
+    if (s->row_scale == 0.0f) theta_row = dtheta_row = NULL;
+    if (s->layer_scale == 0.0f) dtheta_layer = NULL;
+    if (penalty && penalty->coefficient != 0.0f)
+        slope = (double)penalty->coefficient * ((double)*penalty->mean - (double)penalty->target) / (double)s->rows;
+    parts = besa__parts(groups, run);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, parts))
+    for (int64_t part = 0; part < parts; part++) {
+        besa__cpu_rates mine = besa__cpu_rates_mine(&rates, stride);
+        memset(mine.part + part * n, 0, (size_t)n * sizeof(float));
+        for (int64_t g = part * run; g < besa__min(groups, (part + 1) * run); g++) {
+            besa__cpu_rate_group_backward(&mine, sums, theta_row, g, slope, s);
+            if (dtheta_layer) besa__cpu_axpy(mine.part + part * n, 1.0f, mine.dbeta, n);
+            if (dtheta_row)
+                besa__cpu_logits_back(dtheta_row + g * n, mine.dbeta, theta_row + g * n, s->row_scale, s->plain, n);
+        }
+    }
+    if (!dtheta_layer) return BESA_OK;
+    memset(dtheta_layer, 0, (size_t)n * sizeof(float));
+    for (int64_t part = 0; part < parts; part++) besa__cpu_axpy(dtheta_layer, 1.0f, rates.part + part * n, n);
+    besa__cpu_logits_back(dtheta_layer, dtheta_layer, theta_layer, s->layer_scale, s->plain, n);
+    return BESA_OK;
+}
+
+/* ---- optimisers ---------------------------------------------------------------------------- */
+
+/* Prodigy's m, v, s: x = beta x + c g; v with g^2 */
+BESA__INLINE void besa__cpu_prodigy_state_body(const besa_optimizer_step *o, int64_t at, int64_t n, float d, float gain)
+{
+    float *m = o->m + at, *v = o->v + at, *s = o->s + at;
+    float b1 = (float)o->beta1, b2 = (float)o->beta2, b3 = (float)o->beta3;
+    float c1 = d * (float)(1.0 - o->beta1), c2 = d * d * (float)(1.0 - o->beta2);
+    const float *grad = o->grad + at;
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float g = grad[i];
+        m[i] = b1 * m[i] + c1 * g;
+        v[i] = b2 * v[i] + c2 * g * g;
+        s[i] = b3 * s[i] + gain * g;
+    }
+}
+BESA__KERNEL(besa__cpu_prodigy_state, (const besa_optimizer_step *o, int64_t at, int64_t n, float d, float gain),
+             (o, at, n, d, gain))
+
+/* sums (2) += <g, theta0 - theta>, sum |s| */
+BESA__INLINE void besa__cpu_prodigy_sums_body(double *sums, const besa_optimizer_step *o, int64_t at, int64_t n)
+{
+    const float *g = o->grad + at, *x0 = o->theta0 + at, *x = o->theta + at, *s = o->s + at;
+    double a[8], b[8];
+    int64_t i = 0;
+    for (int l = 0; l < 8; l++) a[l] = b[l] = 0.0;
+    for (; i + 8 <= n; i += 8)
+        for (int l = 0; l < 8; l++) {
+            a[l] += (double)g[i + l] * (double)(x0[i + l] - x[i + l]);
+            b[l] += (double)besa__bits_float(besa__float_bits(s[i + l]) & 0x7FFFFFFFu);
+        }
+    for (; i < n; i++) {
+        a[i % 8] += (double)g[i] * (double)(x0[i] - x[i]);
+        b[i % 8] += (double)besa__bits_float(besa__float_bits(s[i]) & 0x7FFFFFFFu);
+    }
+    for (int l = 0; l < 8; l++) sums[0] += a[l], sums[1] += b[l];
+}
+BESA__KERNEL(besa__cpu_prodigy_sums, (double *sums, const besa_optimizer_step *o, int64_t at, int64_t n),
+             (sums, o, at, n))
+
+/* theta = theta keep - rate m / (sqrt(v) / root + eps) */
+BESA__INLINE void besa__cpu_optimizer_move_body(const besa_optimizer_step *o, int64_t at, int64_t n, float keep,
+                                                float rate, float root, float eps)
+{
+    float *x = o->theta + at, *m = o->m + at, *v = o->v + at;
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) x[i] = keep * x[i] - rate * m[i] / (besa__sqrt(v[i]) / root + eps);
+}
+BESA__KERNEL(besa__cpu_optimizer_move,
+             (const besa_optimizer_step *o, int64_t at, int64_t n, float keep, float rate, float root, float eps),
+             (o, at, n, keep, rate, root, eps))
+
+/* AdamW's m = beta1 m + (1-beta1) g, v = beta2 v + (1-beta2) g^2 */
+BESA__INLINE void besa__cpu_adamw_state_body(const besa_optimizer_step *o, int64_t at, int64_t n)
+{
+    float *m = o->m + at, *v = o->v + at, b1 = (float)o->beta1, b2 = (float)o->beta2;
+    float c1 = (float)(1.0 - o->beta1), c2 = (float)(1.0 - o->beta2);
+    const float *grad = o->grad + at;
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float g = grad[i];
+        m[i] = b1 * m[i] + c1 * g;
+        v[i] = b2 * v[i] + c2 * g * g;
+    }
+}
+BESA__KERNEL(besa__cpu_adamw_state, (const besa_optimizer_step *o, int64_t at, int64_t n), (o, at, n))
+
+enum { BESA__CPU_STEP_PARTS = 1024, BESA__CPU_STEP_RUN = 8192 };
+
+static double *besa__cpu_optimizer_place(besa__arena *work)
+{
+    return (double *)besa__take(work, 2 * BESA__CPU_STEP_PARTS * sizeof(double));
+}
+
+/* Decoupled weight decay, bias correction: theta = theta (1 - lr decay) - lr / c1 m / (sqrt(v / c2) + eps) */
+static besa_result besa__cpu_adamw(besa_backend *be, const besa_optimizer_step *o, int64_t run, int64_t tasks)
+{
+    double c1 = 1.0 - pow(o->beta1, (double)o->step), c2 = 1.0 - pow(o->beta2, (double)o->step);
+    float keep = (float)(1.0 - o->lr * o->weight_decay);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * run, n = besa__min(run, o->n - at);
+        besa__cpu_adamw_state(o, at, n);
+        besa__cpu_optimizer_move(o, at, n, keep, (float)(o->lr / c1), (float)sqrt(c2), (float)o->eps);
+    }
+    return BESA_OK;
+}
+
+/* One step over n parameters. Prodigy (arXiv 2306.06101) or AdamW; scalars = d, numerator */
+static besa_result besa__cpu_optimizer_step(besa_backend *be, const besa_optimizer_step *o)
+{
+    int64_t run = besa__max(BESA__CPU_STEP_RUN, besa__parts(o->n, BESA__CPU_STEP_PARTS));
+    int64_t tasks = besa__parts(o->n, run);
+    double sum[2] = {0.0, 0.0}, d, dlr, gain, numerator, estimate, *part;
+    besa__arena work = besa__cpu_work(be);
+    if (o->kind != BESA_PRODIGY) return besa__cpu_adamw(be, o, run, tasks);
+    d = o->scalars[0], dlr = d * o->lr, gain = d / o->d0 * dlr;
+    part = besa__cpu_optimizer_place(&work);
+    BESA__CPU_FITS(be, work);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * run, n = besa__min(run, o->n - at);
+        part[2 * task] = part[2 * task + 1] = 0.0;
+        besa__cpu_prodigy_state(o, at, n, (float)d, (float)gain);
+        besa__cpu_prodigy_sums(part + 2 * task, o, at, n);
+    }
+    for (int64_t task = 0; task < tasks; task++) sum[0] += part[2 * task], sum[1] += part[2 * task + 1];
+    if (sum[1] == 0.0) return BESA_OK; /* no gradient yet: nothing moves */
+    numerator = o->beta3 * o->scalars[1] + gain * sum[0];
+    estimate = o->d_coef * numerator / sum[1];
+    if (estimate > d) o->scalars[0] = estimate;
+    o->scalars[1] = numerator;
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        besa__cpu_optimizer_move(o, task * run, besa__min(run, o->n - task * run),
+                                 (float)(1.0 - dlr * o->weight_decay), (float)dlr, 1.0f,
+                                 (float)(o->scalars[0] * o->eps));
+    return BESA_OK;
+}
+
+/* ---- the exact count ----------------------------------------------------------------------- */
+
+typedef struct besa__cpu_projected {
+    double logit, exact;                        /* of the row's rate; shifted rate times columns */
+    int64_t columns, least, n, row;
+} besa__cpu_projected;
+
+/* n = floor(exact) within least .. columns of every row for one shift; returns the sum. */
+static int64_t besa__cpu_project_shift(besa__cpu_projected *p, int64_t rows, double shift)
+{
+    int64_t total = 0;
+    for (int64_t i = 0; i < rows; i++) {
+        p[i].exact = (double)p[i].columns / (1 + exp(-(p[i].logit + shift)));
+        p[i].n = besa__min(p[i].columns, besa__max(p[i].least, (int64_t)floor(p[i].exact)));
+        total += p[i].n;
+    }
+    return total;
+}
+
+static int besa__cpu_by_fraction(const void *left, const void *right)
+{
+    const besa__cpu_projected *a = (const besa__cpu_projected *)left, *b = (const besa__cpu_projected *)right;
+    double fa = a->exact - (double)a->n, fb = b->exact - (double)b->n;
+    if (fa != fb) return fa > fb ? -1 : 1;
+    return a->row < b->row ? -1 : 1;
+}
+
+/* Choose n of every row so that their sum is count. */
+static void besa__cpu_project(besa__cpu_projected *p, int64_t rows, int64_t count)
+{
+    double low = -60, high = 60;
+    for (int i = 0; i < 80; i++) {
+        double shift = 0.5 * (low + high);
+        if (besa__cpu_project_shift(p, rows, shift) <= count) low = shift;
+        else high = shift;
+    }
+    int64_t missing = count - besa__cpu_project_shift(p, rows, low), before = -1;
+    qsort(p, (size_t)rows, sizeof *p, besa__cpu_by_fraction);
+    while (missing > 0 && missing != before) {
+        before = missing;
+        for (int64_t i = 0; i < rows && missing > 0; i++)
+            if (p[i].n < p[i].columns) {
+                p[i].n++;
+                missing--;
+            }
+    }
+}
+
+static besa__cpu_projected *besa__cpu_project_place(besa__arena *work, int64_t rows)
+{
+    return (besa__cpu_projected *)besa__take_array(work, rows, sizeof(besa__cpu_projected));
+}
+
+/* n(R) whose sum is count; excess(1) says whether that can be */
+static besa_result besa__cpu_project_counts(besa_backend *be, int32_t *n, int64_t *excess, const float *alpha,
+                                            const int32_t *least, const int32_t *columns, int64_t count, int64_t rows)
+{
+    besa__arena work = besa__cpu_work(be);
+    besa__cpu_projected *p = besa__cpu_project_place(&work, rows);
+    int64_t used = 0, sum = 0;
+    BESA__CPU_FITS(be, work);
+    *excess = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        double rate = (double)alpha[r];
+        if (columns[r] == 0) continue;
+        if (!besa__is_finite(rate)) *excess = -1;
+        rate = rate < 1e-7 ? 1e-7 : rate > 1 - 1e-7 ? 1 - 1e-7 : rate;
+        p[used].logit = log(rate / (1 - rate));
+        p[used].columns = columns[r];
+        p[used].least = least[r];
+        p[used++].row = r;
+        sum += least[r];
+    }
+    if (*excess == 0 && sum > count) *excess = sum - count;
+    if (*excess != 0) return BESA_OK;
+    besa__cpu_project(p, used, count);
+    for (int64_t i = 0; i < used; i++) n[p[i].row] = (int32_t)p[i].n;
+    return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>cpu-sparsegpt         SparseGPT on the CPU: factor of the inverse Hessian, slabs of weights
+ * ============================================================================================
+ * SparseGPT (arXiv 2301.00774). All in float; products go to section cpu-gemm, never in bf16. The factor: H = W'W with
+ * W lower triangular (Cholesky, last block of rows first), Z = W^-1, U = Z' : then U'U = Z Z' = inv(H), U upper. */
+
+enum { BESA__CPU_FACTOR = 128 /* rows of a block */, BESA__CPU_STRIP = 1024 /* columns of one product */ };
+
+typedef struct besa__cpu_factor {
+    float *h;                          /* (C,C) */
+    int64_t columns;
+    float *inverse;                    /* (FACTOR, FACTOR) of the diagonal block */
+    float *panel;                      /* (FACTOR, C) */
+} besa__cpu_factor;
+
+static void besa__cpu_factor_place(besa__arena *work, besa__cpu_factor *f, int threads, int64_t columns)
+{
+    besa__cpu_gemm_place(work, threads); /* first, where besa__cpu_multiply has it */
+    f->columns = columns;
+    f->inverse = besa__take_floats(work, BESA__CPU_FACTOR * BESA__CPU_FACTOR);
+    f->panel = besa__take_floats(work, besa__product(BESA__CPU_FACTOR, columns));
+}
+
+/* dead(C), ones on the diagonal there, then damping * mean(diag) on all of it */
+static void besa__cpu_hessian_damp(const besa__cpu_factor *f, int32_t *dead, float damping)
+{
+    double sum = 0.0;
+    float add;
+    for (int64_t j = 0; j < f->columns; j++) {
+        float *diagonal = f->h + j * f->columns + j;
+        dead[j] = *diagonal == 0.0f;
+        if (dead[j]) *diagonal = 1.0f;
+        sum += (double)*diagonal;
+    }
+    add = (float)((double)damping * sum / (double)f->columns);
+    for (int64_t j = 0; j < f->columns; j++) f->h[j * f->columns + j] += add;
+}
+
+/* In place D(n,n) -> W, D = W'W, lower triangles, rows `step` apart. Returns -1, or the column whose pivot is bad. */
+static int64_t besa__cpu_factor_block(float *d, int64_t n, int64_t step)
+{
+    for (int64_t p = n - 1; p >= 0; p--) {
+        float *row = d + p * step, pivot = row[p];
+        if (!(pivot > 0.0f) || pivot > 3.0e38f) return p;
+        besa__cpu_scale(row, 1.0f / sqrtf(pivot), p);
+        row[p] = sqrtf(pivot);
+        for (int64_t i = 0; i < p; i++) besa__cpu_axpy(d + i * step, -row[i], row, i + 1);
+    }
+    return -1;
+}
+
+/* Z(n,n) = W^-1, lower triangular, zeros above; rows of W `step` apart */
+static void besa__cpu_invert_block(float *z, const float *w, int64_t n, int64_t step)
+{
+    memset(z, 0, (size_t)(n * n) * sizeof *z);
+    for (int64_t i = 0; i < n; i++) {
+        for (int64_t k = 0; k < i; k++) besa__cpu_axpy(z + i * n, w[i * step + k], z + k * n, k + 1);
+        besa__cpu_scale(z + i * n, -1.0f / w[i * step + i], i);
+        z[i * n + i] = 1.0f / w[i * step + i];
+    }
+}
+
+/* H -> W in the lower triangle, blocks of rows from the last to the first; -1 or the bad column */
+static int64_t besa__cpu_factor_lower(besa_backend *be, const besa__cpu_factor *f)
+{
+    int64_t c = f->columns, blocks = besa__parts(c, BESA__CPU_FACTOR);
+    for (int64_t block = blocks - 1; block >= 0; block--) {
+        int64_t i0 = block * BESA__CPU_FACTOR, n = besa__min(BESA__CPU_FACTOR, c - i0);
+        float *rows = f->h + i0 * c;
+        int64_t bad = besa__cpu_factor_block(rows + i0, n, c);
+        besa__gemm_args g = besa__cpu_product(rows, n, i0, n);
+        if (bad >= 0) return i0 + bad;
+        if (i0 == 0) break;
+        besa__cpu_invert_block(f->inverse, rows + i0, n, c);
+        for (int64_t i = 0; i < n; i++) memcpy(f->panel + i * i0, rows + i * c, (size_t)i0 * sizeof(float));
+        besa__cpu_operand_a(&g, f->inverse, BESA_F32, 1, n); /* the block's rows: (W_bb^-1)' H_b */
+        besa__cpu_operand_b(&g, f->panel, BESA_F32, i0, 1);
+        g.c_row = c;
+        besa__cpu_multiply(be, &g, 0);
+        g = besa__cpu_product(f->h, i0, i0, n); /* what is above: H -= W_b' W_b */
+        besa__cpu_operand_a(&g, rows, BESA_F32, 1, c);
+        besa__cpu_operand_b(&g, rows, BESA_F32, c, 1);
+        g.c_row = c;
+        g.alpha = -1.0f;
+        g.accumulate = 1;
+        g.lower = 1;
+        besa__cpu_multiply(be, &g, 0);
+    }
+    return -1;
+}
+
+/* W -> Z = W^-1 in place, blocks of rows from the first to the last: Z_b = W_bb^-1 (-W_b Z_before | 1) */
+static void besa__cpu_invert_lower(besa_backend *be, const besa__cpu_factor *f)
+{
+    int64_t c = f->columns;
+    for (int64_t i0 = 0; i0 < c; i0 += BESA__CPU_FACTOR) {
+        int64_t n = besa__min(BESA__CPU_FACTOR, c - i0);
+        float *rows = f->h + i0 * c;
+        besa__gemm_args g;
+        besa__cpu_invert_block(f->inverse, rows + i0, n, c);
+        for (int64_t j0 = 0; j0 < i0; j0 += BESA__CPU_STRIP) { /* Z_before is 0 above row j0 */
+            g = besa__cpu_product(f->panel + j0, n, besa__min(BESA__CPU_STRIP, i0 - j0), i0 - j0);
+            besa__cpu_operand_a(&g, rows + j0, BESA_F32, c, 1);
+            besa__cpu_operand_b(&g, f->h + j0 * c + j0, BESA_F32, c, 1);
+            g.c_row = i0;
+            besa__cpu_multiply(be, &g, 0);
+        }
+        if (i0 > 0) {
+            g = besa__cpu_product(rows, n, i0, n);
+            besa__cpu_operand_a(&g, f->inverse, BESA_F32, n, 1);
+            besa__cpu_operand_b(&g, f->panel, BESA_F32, i0, 1);
+            g.c_row = c;
+            g.alpha = -1.0f;
+            besa__cpu_multiply(be, &g, 0);
+        }
+        for (int64_t i = 0; i < n; i++)
+            memcpy(rows + i * c + i0, f->inverse + i * n, (size_t)n * sizeof(float));
+    }
+}
+
+/* The strict upper triangle: zeros, or (transpose) what is below, which becomes zero. */
+static void besa__cpu_upper(besa_backend *be, const besa__cpu_factor *f, int transpose)
+{
+    int64_t c = f->columns, tile = 64, tasks = besa__parts(c, tile);
+    float *h = f->h;
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t i1 = besa__min(c, (task + 1) * tile);
+        for (int64_t j0 = task * tile; j0 < c; j0 += tile)
+            for (int64_t i = task * tile; i < i1; i++)
+                for (int64_t j = besa__max(i + 1, j0); j < besa__min(c, j0 + tile); j++) {
+                    h[i * c + j] = transpose ? h[j * c + i] : 0.0f;
+                    if (transpose) h[j * c + i] = 0.0f;
+                }
+    }
+}
+
+/* H(C,C) -> U, U'U = inv(H + damping mean(diag)) */
+static besa_result besa__cpu_hessian_factor(besa_backend *be, float *h, int32_t *dead, float damping, int64_t columns)
+{
+    besa__arena work = besa__cpu_work(be);
+    besa__cpu_factor f;
+    int64_t bad;
+    besa__cpu_factor_place(&work, &f, besa__cpu_of(be)->threads, columns);
+    BESA__CPU_FITS(be, work);
+    f.h = h;
+    besa__cpu_hessian_damp(&f, dead, damping);
+    bad = besa__cpu_factor_lower(be, &f);
+    if (bad >= 0)
+        return besa__fail(&be->error, BESA_ERROR_NUMERIC,
+                          "the Hessian of %lld columns is not positive definite at column %lld (a larger option "
+                          "damping or more calibration tokens may help)", (long long)columns, (long long)bad);
+    besa__cpu_upper(be, &f, 0);
+    besa__cpu_invert_lower(be, &f);
+    besa__cpu_upper(be, &f, 1);
+    return BESA_OK;
+}
+
+/* diag(C) = U_jj, infinity where dead */
+static besa_result besa__cpu_diagonal(besa_backend *be, float *diag, const float *u, const int32_t *dead,
+                                      int64_t columns)
+{
+    (void)be;
+    for (int64_t j = 0; j < columns; j++) diag[j] = dead[j] ? besa__bits_float(0x7F800000u) : u[j * columns + j];
+    return BESA_OK;
+}
+
+/* ---- slabs --------------------------------------------------------------------------------- */
+
+typedef struct besa__cpu_slab {
+    float *w, *err;                    /* of row 0: (R, width), rows `columns` and `width` apart */
+    const float *u;                    /* (width, width) on U's diagonal, rows `columns` apart */
+    const int32_t *dead;               /* (width) */
+    float *scale;                      /* (width) = 1 / U_jj^2 */
+    int64_t width, columns;
+    uint32_t threshold;                /* of keys */
+    int n, m;
+} besa__cpu_slab;
+
+static void besa__cpu_slab_place(besa__arena *work, besa__cpu_slab *slab, besa__cpu_select *select, int64_t width,
+                                 int threads)
+{
+    besa__cpu_select_place(work, select, width, threads);
+    slab->scale = besa__take_floats(work, width);
+}
+
+/* key = key of w^2 scale */
+BESA__INLINE void besa__cpu_saliency_keys_body(uint32_t *key, const float *w, const float *scale, int64_t n)
+{
+    for (int64_t j = 0; j < n; j++) key[j] = besa__float_bits(w[j] * w[j] * scale[j]) | 0x80000000u;
+}
+BESA__KERNEL(besa__cpu_saliency_keys, (uint32_t *key, const float *w, const float *scale, int64_t n), (key, w, scale, n))
+
+static void besa__cpu_slab_keys(const besa__cpu_select *select, uint32_t *key, int64_t row)
+{
+    const besa__cpu_slab *slab = (const besa__cpu_slab *)select->data;
+    besa__cpu_saliency_keys(key, slab->w + row * slab->columns, slab->scale, slab->width);
+}
+
+/* go[i] = 1 for the n smallest w^2 scale of columns first .. first+m-1, as far as the slab reaches; 0 for the others */
+static void besa__cpu_slab_group(const besa__cpu_slab *slab, uint32_t *go, const float *w, int64_t first)
+{
+    int64_t end = besa__min(slab->width, first + slab->m);
+    for (int64_t j = first; j < end; j++) {
+        float s = w[j] * w[j] * slab->scale[j];
+        int place = 0;
+        for (int64_t i = first; i < end; i++) {
+            float other = w[i] * w[i] * slab->scale[i];
+            place += other < s || (i < j && !(other > s));
+        }
+        go[j] = place < slab->n;
+    }
+}
+
+/* One row, left to right: a pruned weight's error e = w / U_ii is taken off the later columns along U[i, i+1:]. */
+static void besa__cpu_slab_row(const besa__cpu_slab *slab, uint32_t *go, int64_t row)
+{
+    float *w = slab->w + row * slab->columns, *err = slab->err + row * slab->width;
+    besa__cpu_saliency_keys(go, w, slab->scale, slab->width);
+    for (int64_t i = 0; i < slab->width; i++) go[i] = go[i] <= slab->threshold;
+    for (int64_t i = 0; i < slab->width; i++) {
+        const float *u = slab->u + i * slab->columns;
+        if (slab->m > 0 && i % slab->m == 0) besa__cpu_slab_group(slab, go, w, i);
+        err[i] = go[i] ? w[i] / u[i] : 0.0f;
+        if (err[i] != 0.0f) besa__cpu_axpy(w + i + 1, -err[i], u + i + 1, slab->width - i - 1);
+        if (go[i]) w[i] = 0.0f;
+    }
+}
+
+/* Dead columns of the slab become 0. */
+static void besa__cpu_slab_bury(const besa__cpu_slab *slab, int64_t rows)
+{
+    for (int64_t j = 0; j < slab->width; j++)
+        for (int64_t r = 0; slab->dead[j] && r < rows; r++) slab->w[r * slab->columns + j] = 0.0f;
+}
+
+/* Columns first .. first+width-1 of Wf(R,C) */
+static besa_result besa__cpu_sparsegpt_slab(besa_backend *be, float *wf, float *err, const float *u,
+                                            const int32_t *dead, int64_t first, int64_t width, double target, int n,
+                                            int m, int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(width * 16), tasks = besa__parts(rows, grain), smaller;
+    besa__arena work = besa__cpu_work(be);
+    besa__cpu_select select;
+    besa__cpu_slab slab;
+    slab.w = wf + first, slab.err = err, slab.u = u + first * columns + first, slab.dead = dead + first;
+    slab.width = width, slab.columns = columns, slab.n = n, slab.m = m;
+    besa__cpu_slab_place(&work, &slab, &select, width, besa__cpu_of(be)->threads);
+    BESA__CPU_FITS(be, work);
+    for (int64_t j = 0; j < width; j++) slab.scale[j] = 1.0f / (slab.u[j * columns + j] * slab.u[j * columns + j]);
+    besa__cpu_slab_bury(&slab, rows);
+    slab.threshold = 0;
+    if (m == 0) {
+        double place = floor((double)width * (double)rows * target);
+        select.keys = besa__cpu_slab_keys;
+        select.data = &slab;
+        select.rows = rows, select.columns = width;
+        slab.threshold = besa__cpu_select_run(be, &select, besa__min((int64_t)place, width * rows - 1), &smaller);
+    }
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++)
+            besa__cpu_slab_row(&slab, select.key + BESA__THREAD_INDEX() * width, r);
+    return BESA_OK;
+}
+
+/* Wf[:, first+width:] -= err(R,width) U[first:first+width, first+width:] */
+static besa_result besa__cpu_sparsegpt_push(besa_backend *be, float *wf, const float *err, const float *u,
+                                            int64_t first, int64_t width, int64_t rows, int64_t columns)
+{
+    int64_t next = first + width;
+    besa__gemm_args g = besa__cpu_product(wf + next, rows, columns - next, width);
+    if (next >= columns) return BESA_OK;
+    besa__cpu_operand_a(&g, err, BESA_F32, width, 1);
+    besa__cpu_operand_b(&g, u + first * columns + next, BESA_F32, columns, 1);
+    g.c_row = columns;
+    g.alpha = -1.0f;
+    g.accumulate = 1;
+    besa__cpu_multiply(be, &g, 0);
+    return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>cpu-backend           the CPU's table of operations
  * ============================================================================================ */
 
-/* Text that grows; after a failed allocation text is NULL and everything more is ignored. */
-typedef struct besa__text {
-    char *text;
-    size_t length, room;
-} besa__text;
-
-static void besa__append(besa__text *t, const char *format, ...) BESA__PRINTF(2, 3);
-static void besa__append(besa__text *t, const char *format, ...)
+/* Rates, bucket sums and the optimiser; 0 candidates: as many as there may be. */
+static uint64_t besa__cpu_rates_bytes(int64_t columns, int64_t candidates, int threads)
 {
-    for (int attempt = 0; t->text && attempt < 2; attempt++) {
-        va_list args;
-        va_start(args, format);
-        size_t wrote = besa__format(t->text + t->length, t->room - t->length, format, &args);
-        va_end(args);
-        if (wrote < t->room - t->length) {
-            t->length += wrote;
-            return;
-        }
-        t->room = 2 * t->room + wrote;
-        char *grown = (char *)BESA_REALLOC(t->text, t->room);
-        if (!grown) BESA_FREE(t->text);
-        t->text = grown;
-    }
+    besa__arena work = {NULL, 0}, cell_work = {NULL, 0}, step_work = {NULL, 0};
+    besa__cpu_rates rates;
+    besa__cpu_cells cells;
+    int64_t n = candidates > 0 ? candidates : (int64_t)BESA__CPU_BUCKETS;
+    uint64_t stride = besa__cpu_rates_place(&work, &rates, n, besa__cpu_rate_parts(INT64_MAX, n));
+    work.used = besa__add_sizes(work.used, besa__multiply_sizes(stride, (uint64_t)threads));
+    stride = besa__cpu_cells_place(&cell_work, &cells, columns, n);
+    cell_work.used = besa__add_sizes(cell_work.used, besa__multiply_sizes(stride, (uint64_t)threads));
+    besa__cpu_optimizer_place(&step_work);
+    uint64_t most = work.used > cell_work.used ? work.used : cell_work.used;
+    return most > step_work.used ? most : step_work.used;
 }
 
-/* JSON has no NaN: null stands for it. */
-static void besa__append_number(besa__text *t, const char *key, double value, const char *after)
+static uint64_t besa__cpu_attention_bytes(const besa_workload *w, int threads)
 {
-    if (besa__is_finite(value)) besa__append(t, "\"%s\": %.9g%s", key, value, after);
-    else besa__append(t, "\"%s\": null%s", key, after);
+    besa__arena work = {NULL, 0}, one = {NULL, 0};
+    besa__cpu_head head;
+    float *dk, *dv;
+    if (w->num_attention_heads <= 0 || w->tokens <= 0) return 0;
+    besa__cpu_attention_parts_place(&work, &dk, &dv, w->tokens, w->num_attention_heads, w->num_key_value_heads,
+                                    w->head_dim);
+    besa__cpu_attention_place(&one, &head, w->seqlen, 1);
+    besa__take_parts(&work, &one, threads);
+    return work.used;
 }
 
-static void besa__append_string(besa__text *t, const char *string)
+static uint64_t besa__cpu_hessian_bytes(const besa_workload *w, int threads)
 {
-    besa__append(t, "\"");
-    for (; *string; string++) {
-        unsigned char c = (unsigned char)*string;
-        int length = (int)besa__utf8_length((const unsigned char *)string);
-        if (length != 1) { /* a file's name may be anything */
-            besa__append(t, length ? "%.*s" : "%.*s\\ufffd", length, string);
-            string += length > 0 ? length - 1 : 0;
-            continue;
-        }
-        if (c == '\n') besa__append(t, "\\n");
-        else if (c == '"' || c == '\\') besa__append(t, "\\%c", c);
-        else if (c < 0x20) besa__append(t, "\\u%04x", c);
-        else besa__append(t, "%c", c);
-    }
-    besa__append(t, "\"");
+    besa__arena work = {NULL, 0}, slab_work = {NULL, 0};
+    besa__cpu_factor factor;
+    besa__cpu_slab slab;
+    besa__cpu_select select;
+    if (w->hessian_columns <= 0) return 0;
+    besa__cpu_factor_place(&work, &factor, threads, w->hessian_columns);
+    besa__cpu_slab_place(&slab_work, &slab, &select, w->hessian_columns, threads);
+    return work.used > slab_work.used ? work.used : slab_work.used;
 }
 
-static void besa__append_layer(besa__text *t, const besa_layer_report *layer, int index)
+/* The most that any operation takes. */
+static size_t besa__cpu_workspace_size(besa_backend *be, const besa_workload *w)
 {
-    double weights = layer->weights > 0 ? (double)layer->weights : 1;
-    besa__append(t, "      {\"name\": \"%s\", \"weights\": %lld, \"pruned\": %lld, \"source_zeros\": %lld, ",
-                 besa__layers[index].path, (long long)layer->weights, (long long)layer->pruned,
-                 (long long)layer->source_zeros);
-    besa__append_number(t, "sparsity", (double)layer->pruned / weights, ", ");
-    besa__append_number(t, "rate_min", layer->rate_min, ", ");
-    besa__append_number(t, "rate_mean", layer->rate_mean, ", ");
-    besa__append_number(t, "rate_max", layer->rate_max, ", ");
-    besa__append_number(t, "rate_std", layer->rate_std, index + 1 < BESA_LAYERS ? "},\n" : "}\n");
+    int threads = besa__cpu_of(be)->threads;
+    besa__arena work[6] = {{NULL, 0}, {NULL, 0}, {NULL, 0}, {NULL, 0}, {NULL, 0}, {NULL, 0}};
+    besa__cpu_sort sort;
+    besa__cpu_select select;
+    int64_t *ties;
+    float *weight;
+    double *part;
+    uint64_t most[9], largest = 0;
+    if (w->tokens > 0) besa__cpu_gemm_place(&work[0], threads);
+    besa__cpu_column_sumsq_place(&work[1], BESA__CPU_SUM_PARTS, w->columns); /* of any number of tokens */
+    besa__cpu_block_loss_place(&work[2], &weight, &part, w->tokens, w->columns);
+    besa__cpu_sort_place(&work[3], &sort, w->columns);
+    besa__cpu_mask_smallest_place(&work[4], &select, &ties, w->rows, w->columns, threads); /* and count_zeros */
+    for (int i = 0; i < 5; i++) most[i] = work[i].used;
+    most[3] = besa__multiply_sizes(most[3], (uint64_t)threads);
+    most[5] = besa__cpu_rates_bytes(w->columns, w->candidates, threads);
+    most[6] = besa__cpu_attention_bytes(w, threads);
+    most[7] = besa__cpu_hessian_bytes(w, threads);
+    besa__cpu_project_place(&work[5], w->projected_rows);
+    most[8] = work[5].used;
+    for (int i = 0; i < 9; i++) largest = most[i] > largest ? most[i] : largest;
+    return besa__size(largest);
 }
 
-static void besa__append_block(besa__text *t, const besa_block_report *b, int64_t index)
+static void besa__cpu_destroy(besa_backend *be)
 {
-    besa__append(t, "    {\"block\": %lld, ", (long long)index);
-    besa__append_number(t, "sparsity", b->sparsity, ", ");
-    besa__append_number(t, "loss_uniform", b->loss_uniform, ", ");
-    besa__append_number(t, "loss_before", b->loss_before, ", ");
-    besa__append_number(t, "loss_after", b->loss_after, ", ");
-    besa__append_number(t, "loss_all", b->loss_all, ",\n     ");
-    besa__append_number(t, "prodigy_d", b->d, ", ");
-    besa__append_number(t, "mean_rate", b->mean_rate, ",\n     \"seconds\": {");
-    for (int i = 0; i < BESA_PASS_COUNT; i++)
-        besa__append_number(t, besa_pass_name((besa_pass)i), b->seconds[i], i + 1 < BESA_PASS_COUNT ? ", " : "},\n     \"layers\": [\n");
-    for (int i = 0; i < BESA_LAYERS; i++) besa__append_layer(t, &b->layer[i], i);
-    besa__append(t, "     ]}");
+    BESA_FREE(be->context);
+    memset(be, 0, sizeof *be);
 }
 
-/* The name of an enum's value, from the row's "a|b|c"; returns buffer. */
-static const char *besa__option_word(const besa_option *o, int value, char *buffer, size_t size)
+/* Memory is memory: what moves, copies; what is pinned, allocates. */
+#define besa__cpu_host_alloc besa__cpu_alloc
+#define besa__cpu_host_free besa__cpu_free
+#define besa__cpu_download besa__cpu_upload
+#define besa__cpu_copy besa__cpu_upload
+
+/* Whether float arithmetic is as written, with subnormal numbers. Options such as -funsafe-math-optimizations set no macro,
+ * yet fold the exponential's rounding constant away. Inputs are volatile: nothing is worked out by the compiler. */
+static besa_result besa__check_arithmetic(besa_error *error)
 {
-    const char *word = o->value;
-    for (; value > 0; value--) word += strcspn(word, "|") + 1;
-    snprintf(buffer, size, "%.*s", (int)strcspn(word, "|"), word);
-    return buffer;
+    enum { TRIED = 3 * BESA__LANES + 5, HALVES = 5 };
+    static const float special[3] = {-200, 200, (float)NAN};
+    volatile float step = 1.75f;
+    volatile uint16_t half = 0x8001;            /* -2^-24, subnormal in 16 bits */
+    float x[TRIED], y[TRIED], limits[3], halves[HALVES];
+    uint16_t bits[HALVES];
+    int wrong = 0;
+    for (int i = 0; i < TRIED; i++) x[i] = step * (float)(i - TRIED / 2); /* -87.5 .. 87.5: exp's results from subnormal up */
+    besa__cpu_exp_sum(y, x, 0.0f, TRIED);
+    for (int i = 0; i < TRIED; i++) wrong += !(fabs((double)y[i] - exp((double)x[i])) <= 1e-6 * exp((double)x[i]));
+    for (int i = 0; i < TRIED; i++) y[i] = besa__sqrt(x[i] * x[i]);
+    for (int i = 0; i < TRIED; i++) wrong += !(fabs((double)y[i] - fabs((double)x[i])) <= 1e-6 * fabs((double)x[i]));
+    besa__cpu_exp_sum(limits, special, step - 1.75f, 3);
+    wrong += limits[0] != 0 || besa__float_bits(limits[1]) != 0x7F800000u;
+    wrong += (besa__float_bits(limits[2]) & 0x7FFFFFFFu) <= 0x7F800000u;
+    for (int i = 0; i < HALVES; i++) bits[i] = (uint16_t)(half + i);
+    besa__cpu_widen_f16(halves, bits, HALVES);
+    for (int i = 0; i < HALVES; i++) wrong += (double)halves[i] != ldexp(-1 - i, -24);
+    if (!wrong) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_UNSUPPORTED, "float arithmetic of this program is not as written, %d of its results are "
+                      "wrong: compile without -funsafe-math-optimizations, and let subnormal numbers not be flushed to zero "
+                      "(linking with -ffast-math has them flushed)", wrong);
 }
 
-/* What the run was asked for, an option a member; those that only BESA looks at are left out for other methods. */
-static void besa__append_options(besa__text *t, const besa_prune_options *options)
+BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *options, besa_error *error)
 {
-    const char *between = "";
-    besa__append(t, ",\n  \"options\": {");
-    for (const besa_option *o = besa__options; o->name; o++) {
-        double value = besa__option_get(o, (const unsigned char *)options + o->offset);
-        char word[32];
-        if ((o->flags & BESA_OPTION_BESA) && options->method != BESA_METHOD_BESA) continue;
-        besa__append(t, "%s", between);
-        between = ", ";
-        if (o->kind == BESA_OPTION_ENUM)
-            besa__append(t, "\"%s\": \"%s\"", o->name, besa__option_word(o, (int)value, word, sizeof word));
-        else besa__append_number(t, o->name, value, "");
-    }
-    besa__append(t, "}");
+    besa__cpu *cpu;
+    void *memory;
+    int threads = options ? options->threads : 0;
+    memset(be, 0, sizeof *be);
+    if (threads < 0 || threads > 1024)
+        return besa__fail(error, BESA_ERROR_OPTION, "threads is %d, expected 0 to 1024", threads);
+#if defined(_OPENMP)
+    if (threads == 0) threads = omp_get_max_threads();
+#else
+    threads = 1;
+#endif
+    BESA__TRY(besa__check_arithmetic(error));
+    BESA__TRY(besa__malloc(&memory, sizeof *cpu, "the CPU backend", error));
+    cpu = (besa__cpu *)memset(memory, 0, sizeof *cpu);
+    cpu->threads = threads;
+    cpu->bf16 = options && options->bf16;
+    be->name = cpu->bf16 ? "CPU, bf16 products" : "CPU";
+    be->context = cpu;
+    be->activation_dtype = BESA_F32;
+    be->unified_memory = 1;
+#define BESA__FILL(operation) be->operation = besa__cpu_##operation;
+    BESA_OPERATIONS(BESA__FILL)
+#undef BESA__FILL
+    return BESA_OK;
 }
 
-BESA_API char *besa_report_json(const besa_report *report)
-{
-    besa__text t;
-    t.length = 0;
-    t.room = 4096;
-    t.text = (char *)BESA_MALLOC(t.room);
-    besa__append(&t, "{\n  ");
-    besa__append_number(&t, "target", report->target, ",\n  ");
-    besa__append_number(&t, "sparsity", report->sparsity, ",\n  ");
-    besa__append(&t, "\"weights\": %lld,\n  \"pruned\": %lld,\n  ", (long long)report->weights, (long long)report->pruned);
-    besa__append_number(&t, "seconds", report->seconds, ",\n  ");
-    if (report->perplexity > 0) besa__append_number(&t, "perplexity", report->perplexity, ",\n  ");
-    besa__append(&t, "\"resumed_blocks\": %lld,\n  \"notes\": ", (long long)report->resumed_blocks);
-    besa__append_string(&t, report->notes ? report->notes : "");
-    besa__append_options(&t, &report->options);
-    besa__append(&t, ",\n  \"blocks\": [");
-    for (int64_t i = 0; i < report->num_blocks; i++) {
-        besa__append(&t, i ? ",\n" : "\n");
-        besa__append_block(&t, &report->block[i], i);
-    }
-    besa__append(&t, "\n  ]\n}\n");
-    return t.text;
-}
-
-BESA_API void besa_report_free(besa_report *report)
-{
-    if (!report) return;
-    BESA_FREE(report->block);
-    BESA_FREE(report->notes);
-    memset(report, 0, sizeof *report);
-}
-#endif /* BESA_NO_STDIO */
+#if defined(__clang__)
+#pragma clang diagnostic pop
+#endif
 
 #if defined(BESA_CUDA) && defined(__CUDACC__)
 #include "besa_cuda.cuh"

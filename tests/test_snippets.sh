@@ -13,6 +13,14 @@ failed=0
 awk -f sections.awk "$header" "$header"
 verdict $? "sections in order"
 
+# The manual names functions that exist.
+missing=""
+for name in $(sed '/define BESA_H$/q' "$header" | grep -o 'besa__[a-z0-9_]*' | sort -u); do
+    grep -q "^static .*[ *]$name(" "$header" || missing="$missing $name"
+done
+[ -z "$missing" ]
+verdict $? "functions that the manual names${missing:+, but$missing}"
+
 # The fields of a struct in the header, one a line.
 fields() { sed -n "/^typedef struct $1 {/,/^} $1;/p" "$header" | sed '1d;$d; s,/\*.*,,; s/.*\*\///' |
            sed -n 's/^ *\(const \)*[a-z_0-9]* \**\(.*\);.*/\2/p' | tr -d '* ' | tr ',' '\n'; }
