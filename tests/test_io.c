@@ -360,6 +360,15 @@ static void test_json(void)
     free(big);
 }
 
+static int open_files(void)
+{
+    DIR *d = opendir("/proc/self/fd");
+    int n = 0;
+    while (d && readdir(d)) n++;
+    if (d) closedir(d);
+    return n;
+}
+
 static void test_headers(void)
 {
     static const struct { const char *name, *header; size_t data; besa_result code; const char *words; } t[] = {
@@ -410,15 +419,24 @@ static void test_headers(void)
     memset(file, 0xFF, 8);
     put(path, file, n);
     check_error("safetensors: header length of 2^64 - 1", open_close(dir), BESA_ERROR_FORMAT, "truncated");
+    refused = 1;
+    for (size_t over = 1; over <= 16; over++) { /* in the mapped page, but not in the file */
+        for (int i = 0; i < 8; i++) file[i] = (char)((n - 8 + over) >> (8 * i));
+        put(path, file, n);
+        refused = refused && open_close(dir) == BESA_ERROR_FORMAT && strstr(err.message, "truncated") != NULL;
+    }
+    check("safetensors: header length beyond the file", refused);
     put(path, "GIF89a..........", 16);
     check_error("safetensors: another format", open_close(dir), BESA_ERROR_FORMAT, "model.safetensors");
     unlink(path);
     check_error("safetensors: none", open_close(dir), BESA_ERROR_NOT_FOUND, "neither");
+    int files = open_files();
     mkdir(path, 0777);
     check_error("safetensors: a directory of that name", open_close(dir), BESA_ERROR_READ, "regular");
     rmdir(path);
     mkfifo(path, 0666);
     check_error("safetensors: a FIFO of that name", open_close(dir), BESA_ERROR_READ, "regular");
+    check("safetensors: what was refused is closed", open_files() == files);
     free(file);
     check_error("directory missing", open_close(at("nowhere")), BESA_ERROR_NOT_FOUND, "nowhere");
     mkdir(at("empty"), 0777);

@@ -8,6 +8,7 @@
 
     -j N            workers, of one core each (1)
     --file HEADER   those of one header
+    --quick         only tests of a few seconds: who survives them is to be tried by the others
     --again         those that survived last time, and whatever is new
     --fresh         nothing is remembered
     --stop          the first survivor ends the run
@@ -62,16 +63,23 @@ class Program:
         self.name, self.arguments = name, arguments
         self.cuda = name == "test_cuda"
 
+    def files(self):
+        """All that it is made of but the headers."""
+        own = (self.name + ".cpp", "cuda.mk") if self.cuda else (self.name + ".c", "fuzz_io.c")
+        paths = [os.path.join(TESTS, name) for name in os.listdir(TESTS) if name in own or name.endswith(".h")]
+        standin = os.path.join(TESTS, "cuda_standin")
+        return paths + [os.path.join(standin, name) for name in os.listdir(standin) if self.cuda and name[-3:] in ("cpp", "cuh")]
+
     def build(self, directory, variant="plain"):
-        """Its path, or None where it does not compile. Variants: plain, coverage, address, thread."""
+        """Its path, or None where it does not compile. Variants: plain, fast, coverage, address, thread."""
         out = os.path.join(directory, variant)
         options = ["BESA=" + directory, "BUILD=" + out, "CC=gcc", "CXX=g++"]
         if not self.cuda:
-            flags = {"plain": LEVEL.get(self.name, "-O1"), "coverage": COVERAGE, "address": ADDRESS}[variant]
+            flags = {"plain": LEVEL.get(self.name, "-O1"), "fast": "-O3", "coverage": COVERAGE, "address": ADDRESS}[variant]
             path = os.path.join(out, self.name)
             options += ["CFLAGS=%s -ffile-prefix-map=%s=." % (flags, directory)]
         else:
-            kind = variant if variant in ("address", "thread") else "plain"
+            kind = variant if variant in ("address", "thread") else "plain"     # the stand-in's builds
             path = os.path.join(out, "cuda", "test_cuda-" + kind)
             make(*options, os.path.join(out, "cuda", "standin-%s.o" % kind))    # with its own flags
             if kind == "plain":
@@ -111,7 +119,7 @@ def run_test(path, program, only, directory, seconds=600.0, slower=1, output=Non
     child = subprocess.Popen([path] + arguments, cwd=TESTS, env=environment, stdin=subprocess.DEVNULL,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                              preexec_fn=limits(allowed, 0 if program.cuda or slower > 1 else 8 << 30))
-    late = threading.Timer(60 + 3 * allowed, os.killpg, (child.pid, signal.SIGKILL))
+    late = threading.Timer((30 + 10 * seconds) * slower, os.killpg, (child.pid, signal.SIGKILL))
     late.start()
     reason = None
     for line in child.stdout:
@@ -189,13 +197,12 @@ def digest(paths):
 
 
 def profile(texts, everything, fresh):
-    """What was measured of all programs, remembered until a header or a test changes."""
-    tests = [os.path.join(folder, name) for folder in (TESTS, os.path.join(TESTS, "cuda_standin"))
-             for name in os.listdir(folder) if name.endswith((".c", ".h", ".cpp", ".mk"))]
-    key = digest(tests + [os.path.join(ROOT, h) for h in HEADERS])
-    known, directory = {"key": key, "units": [], "code": {h: [] for h in HEADERS}}, os.path.join(WORK, "measure")
+    """What was measured of all programs, remembered until the headers or a program's own files change."""
+    known, directory = {"units": [], "code": {h: [] for h in HEADERS}}, os.path.join(WORK, "measure")
+    headers = [os.path.join(ROOT, h) for h in HEADERS]
     write_headers(directory, texts)
     for program in everything:
+        key = digest(headers + program.files())
         path = os.path.join(WORK, program.name + ".json")
         one = json.load(open(path)) if os.path.exists(path) and not fresh else {}
         if one.get("key") != key:
@@ -257,7 +264,7 @@ def same_code(m, directory, texts):
     return codes[0] == codes[1]
 
 
-def try_mutant(m, directory, known, texts, everything):
+def try_mutant(m, directory, known, texts, everything, quick):
     """(result, how): caught, survived, equal (the same machine code) or uncompiled."""
     write_headers(directory, dict(texts, **{m.file: m.text}))
     by_name, built = {p.name: p for p in everything}, {}
@@ -273,17 +280,20 @@ def try_mutant(m, directory, known, texts, everything):
                 return "uncompiled"
             reason, _ = run_test(built[name, variant], by_name[name], only, directory, seconds, slower)
             if reason:
-                return "%s%s: %s" % (name, "" if variant == "plain" else ", " + variant, reason)
-    how = first_failure("plain", units, 1)
+                return "%s%s: %s" % (name, ", " + variant if variant in ("address", "thread") else "", reason)
+    how = first_failure("plain", [u for u in units if u[2] < QUICK], 1)
+    if not how and quick:
+        return "survived", "the quick tests pass"
+    how = how or first_failure("fast", [u for u in units if u[2] >= QUICK], 1)
     if how == "uncompiled":
         return how, make.error.strip().split("\n")[0][:160]
     if not how and same_code(m, directory, texts):
         return "equal", "the compiler makes the same code of it"
     write_headers(directory, dict(texts, **{m.file: m.text}))
-    quick = [u for u in units if u[2] < QUICK ]
-    how = how or first_failure("address", quick, 8)
-    if not how and m.barrier and m.file == "besa_cuda.cuh":
-        how = first_failure("thread", [u for u in units if u[0] == "test_cuda"][:6], 40)
+    cuda = m.file == "besa_cuda.cuh"
+    how = how or first_failure("address", [u for u in units if cuda or u[2] < QUICK], 8)
+    if not how and m.barrier and cuda:
+        how = first_failure("thread", units, 40)
     return ("caught", how) if how else ("survived", "%d tests pass" % len(units))
 
 
@@ -331,7 +341,7 @@ def work(todo, results, options, known, texts, everything, number, done):
         entry = results.get(m, options.again)
         if not entry:
             start = time.time()
-            result, how = try_mutant(m, directory, known, texts, everything)
+            result, how = try_mutant(m, directory, known, texts, everything, options.quick)
             entry = results.add(m, result, how, time.time() - start)
         done(m, entry)
     shutil.rmtree(directory, ignore_errors=True)
@@ -389,7 +399,7 @@ def main():
     parser.add_argument("--only", default="")
     parser.add_argument("--file", choices=HEADERS)
     parser.add_argument("-j", type=int, default=1)
-    for flag in ("check", "again", "fresh", "stop"):
+    for flag in ("check", "quick", "again", "fresh", "stop"):
         parser.add_argument("--" + flag, action="store_true")
     options = parser.parse_args()
     texts = {h: open(os.path.join(ROOT, h), encoding="utf-8").read() for h in HEADERS}
@@ -410,7 +420,8 @@ def main():
     os.makedirs(WORK, exist_ok=True)
     everything = [p for p in programs() if HEADERS[p.cuda] in files]
     known = profile(texts, everything, options.fresh)
-    results = Results(os.path.join(WORK, name + ".jsonl"), known["key"], options.fresh)
+    key = digest([path for p in everything for path in p.files()])
+    results = Results(os.path.join(WORK, name + ("-quick" if options.quick else "") + ".jsonl"), key, options.fresh)
     entries = run_all(mutants, options.generate, results, options, known, texts, everything)
     return report(entries, texts, not options.generate)
 

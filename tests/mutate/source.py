@@ -63,7 +63,7 @@ def read_list(path, texts):
         if not lines:
             continue
         file, *function = lines[1].split()
-        old, new, known = (" \n".join(line[2:] for line in lines[2:] if line[0] == mark) for mark in "-+?")
+        old, new, known = ("\n".join(line[2:] for line in lines[2:] if line[0] == mark) for mark in "-+?")
         begin, end = spans[file].get(function[0], (0, 0)) if function else (0, len(texts[file]))
         words = r"\s+".join(re.escape(word) for word in old.split())    # however it is broken into lines
         found = list(re.compile(words).finditer(texts[file], begin, end))
