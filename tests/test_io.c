@@ -587,6 +587,78 @@ static void test_windows(void)
     check_windows("qwen3 layer_types without window", "{" SIZES "\"model_type\":\"qwen3\",\"layer_types\":[\"sliding_attention\",\"full_attention\",\"full_attention\"]}", NULL, 0);
 }
 
+static besa_result read_config(besa_config *config, const char *text)
+{
+    besa__json json;
+    int bias[BESA_LAYERS];
+    memset(config, 0, sizeof *config);
+    err.code = BESA_OK;
+    besa_result result = parse(&json, text, strlen(text));
+    besa__config_reader reader = { &json, json.values, "config.json", &err };
+    if (result == BESA_OK) result = besa__config_read(&reader, config, bias);
+    besa__json_free(&json);
+    return result;
+}
+
+/* Settings that change the forward pass: refused by name, unless null or false. */
+static void test_unknown_settings(void)
+{
+    static const char *const keys[] = {
+        "quantization_config", "compression_config", "num_local_experts", "num_experts", "n_routed_experts",
+        "attn_logit_softcapping", "final_logit_softcapping", "no_rope_layers", "attention_chunk_size", "use_qk_norm", "use_mrope",
+        "is_encoder_decoder", "alibi" };
+    static const char *const values[] = { "null", "false", "2", "true", "{}" };
+    besa_config config;
+    char text[1024];
+    int all = 1;
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+        for (int v = 0; v < 5; v++) {
+            snprintf(text, sizeof text, "{\"%s\":%s,%s", keys[i], values[v], small_config + 1);
+            besa_result result = read_config(&config, text);
+            int ok = v < 2 ? result == BESA_OK : result == BESA_ERROR_UNSUPPORTED && strstr(err.message, keys[i]);
+            if (!ok) printf("  %s = %s: %s\n", keys[i], values[v], besa_result_string(result)), all = 0;
+        }
+    check("config: settings that are not known", all);
+}
+
+/* What transformers takes where key/value heads and head_dim are not given. */
+static void test_head_defaults(void)
+{
+    static const struct { const char *type; int heads; int64_t kv, dim; } t[] = {
+        { "llama", 16, 16, 8 }, { "mistral", 16, 8, 8 }, { "qwen2", 64, 32, 2 }, { "qwen3", 64, 32, 128 } };
+    besa_config config;
+    char text[512], label[64];
+    for (int i = 0; i < 4; i++) {
+        snprintf(text, sizeof text, "{\"model_type\":\"%s\",\"hidden_size\":128,\"intermediate_size\":12,\"num_attention_heads\":%d,"
+                 "\"num_hidden_layers\":1,\"vocab_size\":10}", t[i].type, t[i].heads);
+        besa_result result = read_config(&config, text);
+        snprintf(label, sizeof label, "config: heads of %s by default", t[i].type);
+        check(label, result == BESA_OK && config.block.num_key_value_heads == t[i].kv && config.block.head_dim == t[i].dim);
+    }
+}
+
+/* One prunable weight of another type than the rest, each in turn. */
+static void test_mixed_types(void)
+{
+    const char *dir = make_model("mixed", 0);
+    char path[1100], name[160];
+    size_t n;
+    int all = 1;
+    snprintf(path, sizeof path, "%s/model.safetensors", dir);
+    char *file = get(path, &n);
+    for (int b = 0; b < 3; b++)
+        for (int l = 0; l < BESA_LAYERS; l++) {
+            snprintf(name, sizeof name, "\"model.layers.%d.%s.weight\":{\"dtype\":", b, besa__layer_paths[l]);
+            char *dtype = (char *)memmem(file, n, name, strlen(name));
+            if (dtype) memcpy(dtype + strlen(name), "\"F16\" ", 6);
+            put(path, file, n);
+            if (!dtype || open_close(dir) != BESA_ERROR_UNSUPPORTED || !strstr(err.message, "one dtype")) all = 0;
+            if (dtype) memcpy(dtype + strlen(name), "\"BF16\"", 6);
+        }
+    check("a weight of another type than the others", all);
+    free(file);
+}
+
 /* ---- tokens ------------------------------------------------------------------------------ */
 
 static size_t npy(unsigned char *file, int version, const char *dict, const void *data, size_t bytes)
@@ -1119,6 +1191,9 @@ int main(int argc, char **argv)
     test_index();
     test_config();
     test_windows();
+    test_unknown_settings();
+    test_head_defaults();
+    test_mixed_types();
     test_tokens();
     test_writer(0);
     test_writer(1);
