@@ -1007,6 +1007,42 @@ static void test_writer(int sharded)
     besa_checkpoint_close(c);
 }
 
+/* Weights in other formats, by every ending and name that says so, are left out; the like that is none comes along. */
+static void test_left_out(void)
+{
+    static const char *const out[] = { "a.safetensors", "a.bin", "a.pth", "a.pt", "a.ckpt", "a.h5", "a.msgpack", "a.ot", "a.onnx", "a.gguf",
+                                       "a.index.json", "a.npy", "a.u16", "a.i32", "pytorch_model-1", "consolidated.0", ".hidden" };
+    static const char *const in[] = { "bin", "a.ptx", "a.json", "tokenizer.model", "apth" };
+    char path[1300];
+    const char *dir = make_model("mixture", 0);
+    besa_checkpoint *c;
+    besa__writer *w;
+    char *notes = NULL;
+    int64_t done;
+    int all = 1;
+    for (size_t i = 0; i < sizeof out / sizeof *out; i++) put_text(dir, out[i], "x");
+    for (size_t i = 0; i < sizeof in / sizeof *in; i++) put_text(dir, in[i], "x");
+    if (besa_checkpoint_open(&c, dir, &err) != BESA_OK || besa__writer_open(&w, c, at("mixed-out"), "fp", 3, &done, &notes, &err) != BESA_OK) {
+        check("files beside the weights", 0);
+        return;
+    }
+    for (size_t i = 0; i < sizeof out / sizeof *out; i++) {
+        snprintf(path, sizeof path, "/%s", out[i]);
+        int ok = !exists(partial(at("mixed-out"), path)) && notes && strstr(notes, out[i]);
+        if (!ok) printf("  %s\n", out[i]), all = 0;
+    }
+    check("weights in other formats are left out, and noted", all);
+    all = 1;
+    for (size_t i = 0; i < sizeof in / sizeof *in; i++) {
+        snprintf(path, sizeof path, "/%s", in[i]);
+        if (!exists(partial(at("mixed-out"), path))) printf("  %s\n", in[i]), all = 0;
+    }
+    check("other files come along", all);
+    free(notes);
+    besa__writer_abandon(w, 2);
+    besa_checkpoint_close(c);
+}
+
 /* A child is killed at a random moment, again and again, until it has finished. */
 static void test_kill(void)
 {
@@ -1197,6 +1233,7 @@ int main(int argc, char **argv)
     test_tokens();
     test_writer(0);
     test_writer(1);
+    test_left_out();
     test_kill();
     test_kill_points();
     test_faults(FAULT_ERROR);

@@ -454,6 +454,25 @@ static void test_fixed_layers(void)
     }
 }
 
+/* Which layers a pattern names: whole dotted parts of the name, or a glob over all of it. */
+static void test_fixed_patterns(void)
+{
+    static const struct { const char *pattern, *name; int matches; } t[] = {
+        { "layers.1", "model.layers.1.mlp.up_proj", 1 },   { "layers.1", "model.layers.11.mlp.up_proj", 0 },
+        { "layers.1", "model.layers.21.mlp.up_proj", 0 },  { "1", "model.layers.11.mlp.up_proj", 0 },
+        { "1", "model.layers.1.mlp.up_proj", 1 },          { "up_proj", "model.layers.1.mlp.up_proj", 1 },
+        { "proj", "model.layers.1.mlp.up_proj", 0 },       { "up", "model.layers.1.mlp.up_proj", 0 },
+        { "mlp.up_proj", "model.layers.1.mlp.up_proj", 1 }, { "lp.up_proj", "model.layers.1.mlp.up_proj", 0 },
+        { "model", "model.layers.1.mlp.up_proj", 1 },      { "odel", "model.layers.1.mlp.up_proj", 0 },
+        { "", "model.layers.1.mlp.up_proj", 0 },           { "a.b", "x.aa.b.a.b", 1 },
+        { "*proj", "model.layers.1.mlp.up_proj", 1 },      { "*pro", "model.layers.1.mlp.up_proj", 0 },
+        { "model.layers.?.*", "model.layers.1.mlp.up_proj", 1 }, { "model.layers.?.*", "model.layers.11.mlp.up_proj", 0 },
+        { "*.1.*.up*j", "model.layers.1.mlp.up_proj", 1 }, { "?", "model.layers.1.mlp.up_proj", 0 },
+        { "*", "model.layers.1.mlp.up_proj", 1 },          { "*ab", "aab", 1 } };
+    for (size_t i = 0; i < sizeof t / sizeof *t; i++)
+        CHECK(besa__match(t[i].pattern, t[i].name) == t[i].matches, "\"%s\" and %s", t[i].pattern, t[i].name);
+}
+
 static void test_presets(void)
 {
     static const char *const preset[] = { "default", "published-row", "published-layer" };
@@ -1020,6 +1039,16 @@ static void test_budget(void)
     s.options.device_memory = 10000;
     expect(&s, BESA_ERROR_MEMORY, "10000");
     discard(s.output);
+    {                                           /* the least that the message names works, and not a byte less */
+        const char *words = "the smallest that works here is ", *at = strstr(s.error.message, words);
+        size_t least = at ? (size_t)strtoull(at + strlen(words), NULL, 10) : 0;
+        s.options.device_memory = least;
+        less = plan_of(&s, &result);
+        CHECK(result == BESA_OK && less.device_bytes <= least && least > 10000, "%zu bytes: %s", least, besa_result_string(result));
+        s.options.device_memory = least - 1;
+        less = plan_of(&s, &result);
+        CHECK(result == BESA_ERROR_MEMORY, "%zu bytes: %s", least - 1, besa_result_string(result));
+    }
 }
 
 /* A backend with memory of its own: blocks come and go while others compute, and as the budget shrinks the activations
@@ -1131,6 +1160,35 @@ static void test_allocation_failures(void)
         be.destroy(&be);
         discard(s.output);
     }
+}
+
+/* besa_pruner_create with each allocation failing, the backend's too: an error, nothing leaked. */
+static void test_pruner_allocations(void)
+{
+    besa_checkpoint *stories = open_stories();
+    const besa_config *config = besa_checkpoint_config(stories);
+    besa_prune_options o;
+    besa_error error;
+    int64_t live;
+    memset(&o, 0, sizeof o);
+    o.rates.target = 0.5;
+    for (int device = 0; device < 2; device++)
+        for (int n = 1, done = 0; !done; n++) {
+            besa_backend be = counted_backend(device ? n : 0);
+            besa_pruner *pruner = NULL;
+            besa_result r;
+            live = g_live, g_allocations = 0, g_fail_at = device ? 0 : n;
+            r = besa_pruner_create(&pruner, &be, &config->block, BESA_F32, 0, &o, 2, 16, &error);
+            done = device ? g_counted.calls < n : g_allocations < n;
+            g_fail_at = 0;
+            CHECK(r == (done ? BESA_OK : BESA_ERROR_MEMORY) && !pruner == !done, "allocation %d: %s", n, besa_result_string(r));
+            besa_pruner_destroy(pruner);
+            CHECK(g_live == live && g_counted.live[0] == 0 && g_counted.live[1] == 0, "allocation %d: %d blocks leaked", n,
+                  (int)(g_live - live));
+            CHECK(n < 100, "%d allocations", n);
+            be.destroy(&be);
+        }
+    besa_checkpoint_close(stories);
 }
 
 /* ---- interrupted runs ------------------------------------------------------------------------ */
@@ -1365,6 +1423,7 @@ int main(int argc, char **argv)
     TEST("N:M patterns") test_patterns();
     TEST("BESA's options") test_besa_options();
     TEST("fixed layers") test_fixed_layers();
+    TEST("patterns of fixed layers") test_fixed_patterns();
     TEST("presets") test_presets();
     TEST("reference checkpoints pruned") test_reference_checkpoints();
     TEST("report, small files, links") test_report_and_files();
@@ -1381,6 +1440,7 @@ int main(int argc, char **argv)
     TEST("memory budget") test_budget();
     TEST("memory of the device's own") test_separate_memory();
     TEST("allocation failures") test_allocation_failures();
+    TEST("allocation failures of a pruner") test_pruner_allocations();
     TEST("cancel and resume") test_cancel();
     TEST("resume refused") test_resume_refused();
     TEST("kill and resume") test_kill();

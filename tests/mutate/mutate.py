@@ -9,7 +9,7 @@
     -j N            workers, of one core each (1)
     --file HEADER   those of one header
     --quick         only tests of a few seconds: who survives them is to be tried by the others
-    --again         those that survived last time, and whatever is new
+    --again         those that were not caught last time, and whatever is new
     --fresh         nothing is remembered
     --stop          the first survivor ends the run
 
@@ -41,6 +41,7 @@ WORK = os.path.join(TESTS, "build", "mutate")
 HEADERS = ("besa.h", "besa_cuda.cuh")
 FAILED = re.compile(rb"^(FAIL|    \w+\.(c|h|cpp):\d+: |.*(ERROR: \w+Sanitizer|WARNING: ThreadSanitizer|runtime error:))")
 QUICK = 9.0                                     # seconds: longer tests come last, and not under sanitizers
+QUICKLY = "the quick tests pass"                # how one survives --quick
 COVERAGE = "-O1 --coverage"
 ADDRESS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 # what is compiled and run sooner without optimisation
@@ -244,7 +245,8 @@ def units_of(m, known, texts):
     for unit in known["units"]:
         name, _, seconds, ran = unit
         whole[name] = whole.get(name, 0) + seconds
-        if (name == "test_cuda") == (m.file == "besa_cuda.cuh") and (lines is None or lines & set(ran[m.file])):
+        fits = m.order or (name == "test_cuda") == (m.file == "besa_cuda.cuh")
+        if fits and (lines is None or lines & set(ran[m.file])):
             units.append(unit)
     return sorted(units, key=lambda u: (u[2] >= QUICK, whole[u[0]], u[2]))
 
@@ -283,7 +285,7 @@ def try_mutant(m, directory, known, texts, everything, quick):
                 return "%s%s: %s" % (name, ", " + variant if variant in ("address", "thread") else "", reason)
     how = first_failure("plain", [u for u in units if u[2] < QUICK], 1)
     if not how and quick:
-        return "survived", "the quick tests pass"
+        return "survived", QUICKLY
     how = how or first_failure("fast", [u for u in units if u[2] >= QUICK], 1)
     if how == "uncompiled":
         return how, make.error.strip().split("\n")[0][:160]
@@ -292,7 +294,7 @@ def try_mutant(m, directory, known, texts, everything, quick):
     write_headers(directory, dict(texts, **{m.file: m.text}))
     cuda = m.file == "besa_cuda.cuh"
     how = how or first_failure("address", [u for u in units if cuda or u[2] < QUICK], 8)
-    if not how and m.barrier and cuda:
+    if not how and m.order and cuda:
         how = first_failure("thread", units, 40)
     return ("caught", how) if how else ("survived", "%d tests pass" % len(units))
 
@@ -310,13 +312,14 @@ class Results:
             entry = json.loads(line)
             self.known[entry["name"]] = entry
 
-    def get(self, m, again):
-        """What is known of it; not where it or the tests have changed, nor of a survivor that is to be tried again."""
+    def get(self, m, options):
+        """What is known of it; nothing where it or the tests have changed, nor of a survivor that is to be tried again."""
         entry = self.known.get(m.name)
-        caught = entry and entry["result"] == "caught"
-        if not entry or entry["text"] != digest_text(m.text) or (again and not caught):
+        if not entry or entry["text"] != digest_text(m.text):
             return None
-        return entry if entry["key"] == self.key or (again and caught) else None
+        if options.again:
+            return entry if entry["result"] == "caught" else None
+        return entry if entry["key"] == self.key and (options.quick or entry["how"] != QUICKLY) else None
 
     def add(self, m, result, how, seconds):
         entry = {"name": m.name, "result": result, "how": how, "seconds": round(seconds, 1), "key": self.key,
@@ -338,7 +341,7 @@ def work(todo, results, options, known, texts, everything, number, done):
             m = todo()
         except StopIteration:
             break
-        entry = results.get(m, options.again)
+        entry = results.get(m, options)
         if not entry:
             start = time.time()
             result, how = try_mutant(m, directory, known, texts, everything, options.quick)
@@ -405,7 +408,6 @@ def main():
     texts = {h: open(os.path.join(ROOT, h), encoding="utf-8").read() for h in HEADERS}
     if options.generate:
         mutants, name = source.generate(texts, options.seed), "generated-%d" % options.seed
-        files = HEADERS
     else:
         mutants, lost = source.read_list(os.path.join(HERE, "mutants.txt"), texts)
         if lost:
@@ -413,15 +415,13 @@ def main():
         print("%d mutants apply" % len(mutants))
         if options.check:
             return 0
-        mutants, name = [m for m in mutants if options.only in m.name], "list"
-        files = {m.file for m in mutants}
-    files = {options.file} if options.file else files
-    mutants = (m for m in mutants if m.file in files)
+        mutants, name = (m for m in mutants if options.only in m.name), "list"
+    mutants = (m for m in mutants if options.file in (None, m.file))
     os.makedirs(WORK, exist_ok=True)
-    everything = [p for p in programs() if HEADERS[p.cuda] in files]
+    everything = programs()
     known = profile(texts, everything, options.fresh)
     key = digest([path for p in everything for path in p.files()])
-    results = Results(os.path.join(WORK, name + ("-quick" if options.quick else "") + ".jsonl"), key, options.fresh)
+    results = Results(os.path.join(WORK, name + ".jsonl"), key, options.fresh)
     entries = run_all(mutants, options.generate, results, options, known, texts, everything)
     return report(entries, texts, not options.generate)
 

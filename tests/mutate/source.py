@@ -4,9 +4,10 @@ import random
 import re
 from collections import namedtuple
 
-# name: what is broken; text: the whole mutated file; lines: numbers of the lines that differ; known: why it may survive
-Mutant = namedtuple("Mutant", "name file text lines barrier known")
-BARRIER = re.compile(r"__sync(threads|warp)|->wait\(|->record\(|->synchronize\(|besa__sync\(|besa__settle\(")
+# name: what is broken; text: the whole mutated file; lines: numbers of the lines that differ; order: whether
+# a barrier, an event or a wait is changed; known: why it may survive
+Mutant = namedtuple("Mutant", "name file text lines order known")
+ORDER = re.compile(r"__sync(threads|warp)|->(wait|record|synchronize)\(|besa__settle\(")      # what only a device notices
 
 
 def blank(text):
@@ -44,7 +45,7 @@ def mutant(name, file, text, begin, end, new, known=None):
     new += "\n" * (old.count("\n") - new.count("\n"))        # other lines keep their numbers
     first = text.count("\n", 0, begin) + 1
     changed = text[:begin] + new + text[end:]
-    return Mutant(name, file, changed, range(first, first + old.count("\n") + 1), bool(BARRIER.search(old)), known)
+    return Mutant(name, file, changed, range(first, first + old.count("\n") + 1), bool(ORDER.search(old)), known)
 
 
 def diff(text, m):
@@ -152,7 +153,7 @@ def candidates(file, text, chance):
             line = code[code.rfind("\n", 0, m.start()) + 1:m.start()]
             add("bound" if "for (" in line else "constant", m.start(), m.end(), other_number(m.group(), chance))
         for first, last in statements(code, body, end):
-            add("barrier" if BARRIER.search(code[first:last]) else "statement", first, last, ";")
+            add("barrier" if re.search(ORDER.pattern + r"|besa__sync\(", code[first:last]) else "statement", first, last, ";")
     return kinds
 
 
