@@ -518,6 +518,15 @@ static void test_json(void)
     free(big);
 }
 
+static int open_files(void)
+{
+    DIR *d = opendir("/proc/self/fd");
+    int n = 0;
+    while (d && readdir(d)) n++;
+    if (d) closedir(d);
+    return n;
+}
+
 /* Repeat `unit` to a text of n bytes between `begin` and `end`; %d in it is a number of four digits or more. */
 static char *repeated(const char *begin, const char *unit, const char *end, size_t n, size_t *size)
 {
@@ -628,15 +637,24 @@ static void test_headers(void)
     memset(file, 0xFF, 8);
     put(path, file, n);
     check_error("safetensors: header length of 2^64 - 1", open_close(dir), BESA_ERROR_FORMAT, "truncated");
+    refused = 1;
+    for (size_t over = 1; over <= 16; over++) { /* in the mapped page, but not in the file */
+        for (int i = 0; i < 8; i++) file[i] = (char)((n - 8 + over) >> (8 * i));
+        put(path, file, n);
+        refused = refused && open_close(dir) == BESA_ERROR_FORMAT && strstr(err.message, "truncated") != NULL;
+    }
+    check("safetensors: header length beyond the file", refused);
     put(path, "GIF89a..........", 16);
     check_error("safetensors: another format", open_close(dir), BESA_ERROR_FORMAT, "model.safetensors");
     unlink(path);
     check_error("safetensors: none", open_close(dir), BESA_ERROR_NOT_FOUND, "neither");
+    int files = open_files();
     mkdir(path, 0777);
     check_error("safetensors: a directory of that name", open_close(dir), BESA_ERROR_READ, "regular");
     rmdir(path);
     mkfifo(path, 0666);
     check_error("safetensors: a FIFO of that name", open_close(dir), BESA_ERROR_READ, "regular");
+    check("safetensors: what was refused is closed", open_files() == files);
     free(file);
     check_error("directory missing", open_close(at("nowhere")), BESA_ERROR_NOT_FOUND, "nowhere");
     mkdir(at("empty"), 0777);
@@ -885,6 +903,65 @@ static void test_windows(void)
     check_windows("qwen2 window null", "{" SIZES "\"model_type\":\"qwen2\",\"use_sliding_window\":true,\"sliding_window\":null,\"max_window_layers\":0}", "000", 0);
     check_windows("qwen3 layer_types", "{" SIZES "\"model_type\":\"qwen3\",\"use_sliding_window\":true,\"sliding_window\":7,\"layer_types\":[\"sliding_attention\",\"full_attention\",\"sliding_attention\"]}", "101", 7);
     check_windows("qwen3 layer_types without window", "{" SIZES "\"model_type\":\"qwen3\",\"layer_types\":[\"sliding_attention\",\"full_attention\",\"full_attention\"]}", NULL, 0);
+}
+
+/* Settings that change the forward pass: refused by name, unless null or false. */
+static void test_unknown_settings(void)
+{
+    static const char *const keys[] = {
+        "quantization_config", "compression_config", "num_local_experts", "num_experts", "n_routed_experts",
+        "attn_logit_softcapping", "final_logit_softcapping", "no_rope_layers", "attention_chunk_size", "use_qk_norm", "use_mrope",
+        "is_encoder_decoder", "alibi" };
+    static const char *const values[] = { "null", "false", "2", "true", "{}" };
+    besa_config config;
+    char text[1024];
+    int all = 1;
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+        for (int v = 0; v < 5; v++) {
+            snprintf(text, sizeof text, "{\"%s\":%s,%s", keys[i], values[v], small_config + 1);
+            besa_result result = read_config(text, &config);
+            int ok = v < 2 ? result == BESA_OK : result == BESA_ERROR_UNSUPPORTED && strstr(err.message, keys[i]);
+            if (!ok) printf("  %s = %s: %s\n", keys[i], values[v], besa_result_string(result)), all = 0;
+        }
+    check("config: settings that are not known", all);
+}
+
+/* What transformers takes where key/value heads and head_dim are not given. */
+static void test_head_defaults(void)
+{
+    static const struct { const char *type; int heads; int64_t kv, dim; } t[] = {
+        { "llama", 16, 16, 8 }, { "mistral", 16, 8, 8 }, { "qwen2", 64, 32, 2 }, { "qwen3", 64, 32, 128 } };
+    besa_config config;
+    char text[512], label[64];
+    for (int i = 0; i < 4; i++) {
+        snprintf(text, sizeof text, "{\"model_type\":\"%s\",\"hidden_size\":128,\"intermediate_size\":12,\"num_attention_heads\":%d,"
+                 "\"num_hidden_layers\":1,\"vocab_size\":10}", t[i].type, t[i].heads);
+        besa_result result = read_config(text, &config);
+        snprintf(label, sizeof label, "config: heads of %s by default", t[i].type);
+        check(label, result == BESA_OK && config.block.num_key_value_heads == t[i].kv && config.block.head_dim == t[i].dim);
+    }
+}
+
+/* One prunable weight of another type than the rest, each in turn. */
+static void test_mixed_types(void)
+{
+    const char *dir = make_model("mixed", 0);
+    char path[1100], name[160];
+    size_t n;
+    int all = 1;
+    snprintf(path, sizeof path, "%s/model.safetensors", dir);
+    char *file = get(path, &n);
+    for (int b = 0; b < 3; b++)
+        for (int l = 0; l < BESA_LAYERS; l++) {
+            snprintf(name, sizeof name, "\"model.layers.%d.%s.weight\":{\"dtype\":", b, besa__layers[l].path);
+            char *dtype = (char *)memmem(file, n, name, strlen(name));
+            if (dtype) memcpy(dtype + strlen(name), "\"F16\" ", 6);
+            put(path, file, n);
+            if (!dtype || open_close(dir) != BESA_ERROR_UNSUPPORTED || !strstr(err.message, "one dtype")) all = 0;
+            if (dtype) memcpy(dtype + strlen(name), "\"BF16\"", 6);
+        }
+    check("a weight of another type than the others", all);
+    free(file);
 }
 
 /* ---- tokens ------------------------------------------------------------------------------ */
@@ -1883,6 +1960,9 @@ int main(int argc, char **argv)
     test_config_ranges();
     test_config_public();
     test_windows();
+    test_unknown_settings();
+    test_head_defaults();
+    test_mixed_types();
     test_tokens();
     test_token_widths();
     test_tied_head();
@@ -1892,6 +1972,7 @@ int main(int argc, char **argv)
     check("every error of the readers frees what it took", !live_blocks);
     test_writer(0);
     test_writer(1);
+    test_left_out();
     test_kill();
     test_kill_points();
     test_sync_order(at("src1"), at("ref1"));

@@ -474,6 +474,25 @@ static void test_fixed_layers(void)
     }
 }
 
+/* Which layers a pattern names: whole dotted parts of the name, or a glob over all of it. */
+static void test_fixed_patterns(void)
+{
+    static const struct { const char *pattern, *name; int matches; } t[] = {
+        { "layers.1", "model.layers.1.mlp.up_proj", 1 },   { "layers.1", "model.layers.11.mlp.up_proj", 0 },
+        { "layers.1", "model.layers.21.mlp.up_proj", 0 },  { "1", "model.layers.11.mlp.up_proj", 0 },
+        { "1", "model.layers.1.mlp.up_proj", 1 },          { "up_proj", "model.layers.1.mlp.up_proj", 1 },
+        { "proj", "model.layers.1.mlp.up_proj", 0 },       { "up", "model.layers.1.mlp.up_proj", 0 },
+        { "mlp.up_proj", "model.layers.1.mlp.up_proj", 1 }, { "lp.up_proj", "model.layers.1.mlp.up_proj", 0 },
+        { "model", "model.layers.1.mlp.up_proj", 1 },      { "odel", "model.layers.1.mlp.up_proj", 0 },
+        { "", "model.layers.1.mlp.up_proj", 0 },           { "a.b", "x.aa.b.a.b", 1 },
+        { "*proj", "model.layers.1.mlp.up_proj", 1 },      { "*pro", "model.layers.1.mlp.up_proj", 0 },
+        { "model.layers.?.*", "model.layers.1.mlp.up_proj", 1 }, { "model.layers.?.*", "model.layers.11.mlp.up_proj", 0 },
+        { "*.1.*.up*j", "model.layers.1.mlp.up_proj", 1 }, { "?", "model.layers.1.mlp.up_proj", 0 },
+        { "*", "model.layers.1.mlp.up_proj", 1 },          { "*ab", "aab", 1 } };
+    for (size_t i = 0; i < sizeof t / sizeof *t; i++)
+        CHECK(besa__match(t[i].pattern, t[i].name) == t[i].matches, "\"%s\" and %s", t[i].pattern, t[i].name);
+}
+
 static void test_presets(void)
 {
     static const char *const preset[] = { "default", "published-row", "published-layer" };
@@ -1313,6 +1332,16 @@ static void test_budget(void)
     s.options.device_memory = 10000;
     expect(&s, BESA_ERROR_MEMORY, "10000");
     discard(s.output);
+    {                                           /* the least that the message names works, and not a byte less */
+        const char *words = "the smallest that works here is ", *at = strstr(s.error.message, words);
+        size_t least = at ? (size_t)strtoull(at + strlen(words), NULL, 10) : 0;
+        s.options.device_memory = least;
+        less = plan_of(&s, &result);
+        CHECK(result == BESA_OK && less.device_bytes <= least && least > 10000, "%zu bytes: %s", least, besa_result_string(result));
+        s.options.device_memory = least - 1;
+        less = plan_of(&s, &result);
+        CHECK(result == BESA_ERROR_MEMORY, "%zu bytes: %s", least - 1, besa_result_string(result));
+    }
 }
 
 /* A backend with memory of its own: blocks come and go while others compute, and as the budget shrinks the activations
@@ -2185,6 +2214,7 @@ int main(int argc, char **argv)
     TEST("N:M patterns") test_patterns();
     TEST("BESA's options") test_besa_options();
     TEST("fixed layers") test_fixed_layers();
+    TEST("patterns of fixed layers") test_fixed_patterns();
     TEST("presets") test_presets();
     TEST("fields of presets") test_preset_fields();
     TEST("reference checkpoints pruned") test_reference_checkpoints();

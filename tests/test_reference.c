@@ -759,6 +759,7 @@ static void test_rates_arguments(void)
           "%s", g_error.message);
     CHECK_OK(besa_rates_create(&rates, &g_be, &shape, 1, &o, &g_error), g_error);
     CHECK(besa_rates_mask(rates, 0, w, w, &g_error) == BESA_ERROR_OPTION && strstr(g_error.message, "no ranks"), "%s", g_error.message);
+    CHECK(besa_rates_project(rates, &g_error) == BESA_ERROR_OPTION && strstr(g_error.message, "no ranks"), "%s", g_error.message);
     CHECK(besa_rates_rank(rates, 0, w, (besa_importance)9, statistic, scratch, &g_error) == BESA_ERROR_OPTION &&
           strstr(g_error.message, "importance is 9"), "%s", g_error.message);
     CHECK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_COUNT, statistic, scratch, &g_error) == BESA_ERROR_OPTION, "importance 4");
@@ -769,6 +770,44 @@ static void test_rates_arguments(void)
     CHECK(besa_rates_project(rates, &g_error) == BESA_ERROR_TARGET && strstr(g_error.message, "16 weights are zero"), "%s",
           g_error.message);
     besa_rates_destroy(rates);
+}
+
+/* Public functions use a workspace of their own: the caller's is the backend's again afterwards, whatever came of it. */
+static void test_rates_workspace(void)
+{
+    besa_layer_shape shape = { 3, 8, BESA_F32 };
+    besa_rate_options o;
+    besa_rates *rates = NULL;
+    float w[24], pruned[24], scratch[32];
+    char mine[256];
+    void *before = g_be.workspace;
+    size_t bytes = g_be.workspace_bytes;
+    memset(&o, 0, sizeof o);
+    o.target = 0.5;
+    for (int i = 0; i < 24; i++) w[i] = (float)(i % 7 - 3) + 0.5f;
+    g_be.workspace = mine, g_be.workspace_bytes = 17;
+#define KEEPS(call)                                                                                \
+    do {                                                                                           \
+        call;                                                                                      \
+        CHECK(g_be.workspace == mine && g_be.workspace_bytes == 17, "%s: another workspace", #call); \
+        g_be.workspace = mine, g_be.workspace_bytes = 17;                                          \
+    } while (0)
+    KEEPS(CHECK_OK(besa_rates_create(&rates, &g_be, &shape, 1, &o, &g_error), g_error));
+    KEEPS(CHECK_OK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_MAGNITUDE, NULL, scratch, &g_error), g_error));
+    KEEPS(CHECK_OK(besa_rates_forward(rates, &g_error), g_error));
+    KEEPS(CHECK_OK(besa_rates_mask(rates, 0, w, pruned, &g_error), g_error));
+    KEEPS(CHECK_OK(besa_rates_gradient(rates, 0, w, w, &g_error), g_error));
+    KEEPS(CHECK_OK(besa_rates_backward(rates, &g_error), g_error));
+    KEEPS(CHECK_OK(besa_rates_optimize(rates, &g_error), g_error));
+    KEEPS(CHECK_OK(besa_rates_project(rates, &g_error), g_error));
+    KEEPS(CHECK_OK(besa_rates_fix(rates, 0, 0.25, &g_error), g_error));
+    KEEPS(CHECK_OK(besa_rates_reset(rates, &g_error), g_error));
+    memset(w, 0, sizeof w);
+    KEEPS(CHECK_OK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_MAGNITUDE, NULL, scratch, &g_error), g_error));
+    KEEPS(CHECK(besa_rates_project(rates, &g_error) == BESA_ERROR_TARGET, "a target below what is zero"));
+    KEEPS(besa_rates_destroy(rates));
+#undef KEEPS
+    g_be.workspace = before, g_be.workspace_bytes = bytes;
 }
 
 /* A trace, a copy of its inputs to prune on, and room for the pruned weights. */
@@ -1056,6 +1095,38 @@ static void test_waits(besa_method method)
     besa_pruner_destroy(pruner);
 }
 
+/* A pruner runs only on blocks of the shape, type and norms that it was made for. */
+static void test_other_blocks(void)
+{
+    trace t;
+    besa_prune_options o;
+    besa_pruner *pruner = NULL;
+    void *pruned[BESA_LAYERS];
+    float *x = prune_inputs(&t, "trace_published_penalty", pruned);
+    memset(&o, 0, sizeof o);
+    o.rates.target = 0.5, o.method = BESA_METHOD_WANDA;
+    CHECK_OK(besa_pruner_create(&pruner, &g_be, &t.block.shape, BESA_F32, 0, &o, STEPS, t.seqlen, &g_error), g_error);
+    if (!pruner) return;
+    for (int i = 0; i < 8; i++) {
+        besa_block other = t.block;
+        switch (i) {
+        case 0: other.shape.hidden_size += 2; break;
+        case 1: other.shape.intermediate_size++; break;
+        case 2: other.shape.num_attention_heads *= 2; break;
+        case 3: other.shape.num_key_value_heads *= 2; break;
+        case 4: other.shape.head_dim += 2; break;
+        case 5: other.dtype = BESA_BF16; break;
+        case 6: other.q_norm = other.norm1; break;
+        case 7: other.k_norm = other.norm1; break;
+        }
+        g_error.message[0] = 0;
+        CHECK(besa_pruner_run(pruner, &other, NULL, x, NULL, pruned, NULL, &g_error) == BESA_ERROR_OPTION &&
+              strstr(g_error.message, "not those of the pruner"), "case %d: \"%s\"", i, g_error.message);
+    }
+    CHECK_OK(besa_pruner_run(pruner, &t.block, NULL, x, NULL, pruned, NULL, &g_error), g_error);
+    besa_pruner_destroy(pruner);
+}
+
 /* The same run by besa_pruner_run, which takes its own jumps: a row at rate 1/2 is a hair from losing one weight more,
  * so runs part within rounding's reach from the first steps on and the bounds widen with the steps. */
 static void test_trace(const char *name, double alpha_bound, double mask_bound)
@@ -1306,6 +1377,8 @@ int main(int argc, char **argv)
     TEST("overflow is named") test_overflow_named();
     TEST("arguments of the layer API") test_rates_arguments();
     TEST("shapes of a block") test_shapes();
+    TEST("the caller's workspace") test_rates_workspace();
+    TEST("a pruner and other blocks") test_other_blocks();
     TEST("one wait a block, besa") test_waits(BESA_METHOD_BESA);
     TEST("one wait a block, wanda") test_waits(BESA_METHOD_WANDA);
     TEST("one wait a block, sparsegpt") test_waits(BESA_METHOD_SPARSEGPT);
