@@ -1142,7 +1142,7 @@ static besa_result besa__fail(besa_error *error, besa_result code, const char *f
 static inline uint64_t besa__add_sizes(uint64_t a, uint64_t b) { return a > UINT64_MAX - b ? UINT64_MAX : a + b; }
 static inline uint64_t besa__multiply_sizes(uint64_t a, uint64_t b) { return b && a > UINT64_MAX / b ? UINT64_MAX : a * b; }
 
-/* a b elements, neither negative; INT64_MAX stands for more. */
+/* The same for counts, which are not negative: INT64_MAX stands for more. */
 static inline int64_t besa__product(int64_t a, int64_t b) { return b > 0 && a > INT64_MAX / b ? INT64_MAX : a * b; }
 
 static inline int64_t besa__sum(int64_t a, int64_t b) { return a > INT64_MAX - b ? INT64_MAX : a + b; }
