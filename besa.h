@@ -1358,7 +1358,7 @@ BESA__UNUSED static uint64_t besa__hash(uint64_t h, const void *data, size_t byt
 static inline uint64_t besa__add_sizes(uint64_t a, uint64_t b) { return a > UINT64_MAX - b ? UINT64_MAX : a + b; }
 static inline uint64_t besa__multiply_sizes(uint64_t a, uint64_t b) { return b && a > UINT64_MAX / b ? UINT64_MAX : a * b; }
 
-/* a b elements, neither negative; INT64_MAX stands for more. */
+/* The same for counts, which are not negative: INT64_MAX stands for more. */
 static inline int64_t besa__product(int64_t a, int64_t b) { return b > 0 && a > INT64_MAX / b ? INT64_MAX : a * b; }
 
 static inline int64_t besa__sum(int64_t a, int64_t b) { return a > INT64_MAX - b ? INT64_MAX : a + b; }
@@ -6522,7 +6522,9 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
 
 #define BESA__JOURNAL "besa-journal"
 #define BESA__CONFIG "config.json"
+#ifndef BESA__CHUNK                             /* a test's is smaller than its tensors */
 #define BESA__CHUNK ((size_t)8 << 20)           /* bytes copied or hashed at a time; a multiple of 8 */
+#endif
 #define BESA__SYNC ((size_t)64 << 20)           /* bytes of a block that are written between syncs */
 
 /* A block's checksum; .end is the journal's size with the line "run" [0], "copied" [1], and that of block b [b + 2]. */

@@ -172,7 +172,7 @@ static void fixture_end(fixture *f)
     data = read_bytes(path, &n);
     unlink(path);
     snprintf(path, sizeof path, "%s/model.safetensors", f->directory);
-    for (int i = 0; i < 8; i++) size[i] = (unsigned char)(f->header_size >> 8 * i);
+    for (int i = 0; i < 8; i++) size[i] = (unsigned char)((uint64_t)f->header_size >> 8 * i);
     out = fopen(path, "wb");
     if (!out || !data) exit(1);
     fwrite(size, 1, 8, out);

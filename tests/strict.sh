@@ -22,6 +22,7 @@ for omp in "" $openmp; do
         try "$cc -std=$std $omp" "$cc" -std=$std $omp
         try "$cc -std=$std $omp -DBESA_NO_STDIO" "$cc" -std=$std $omp -DBESA_NO_STDIO
     done
+    try "$cc -std=c99 $omp -DBESA_NO_STDIO" "$cc" -std=c99 $omp -DBESA_NO_STDIO
     try "$cc -std=gnu11 $omp after other headers" "$cc" -std=gnu11 $omp $before
     try "$cxx -std=c++17 $omp" "$cxx" -xc++ -std=c++17 $omp
     try "$cxx -std=c++17 $omp -DBESA_NO_STDIO" "$cxx" -xc++ -std=c++17 $omp -DBESA_NO_STDIO

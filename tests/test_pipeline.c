@@ -45,6 +45,7 @@ static void counted_free(void *p)
 #define BESA_MALLOC(bytes) counted_malloc(bytes)
 #define BESA_REALLOC(pointer, bytes) counted_realloc(pointer, bytes)
 #define BESA_FREE(pointer) counted_free(pointer)
+#define BESA__CHUNK ((size_t)1024)              /* most tensors come and go in pieces */
 #define BESA_IMPLEMENTATION
 #include "besa.h"
 #include "test.h"

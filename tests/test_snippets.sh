@@ -1,7 +1,7 @@
 #!/bin/sh
 # test_snippets.sh HEADER README WORK - what is written for readers is true: the header's contents name its sections
 # in their order, no section uses a later one, options and operations are complete, the quick start in its manual compiles,
-# and so does every C block of the README.
+# and so does every C block of the README. And the builds that its limits rule out are refused.
 header=$1 readme=$2 work=$3 cc=${CC:-cc}
 include=$(dirname "$header")
 rm -rf "$work" && mkdir -p "$work" || exit 1
@@ -77,4 +77,25 @@ if [ "$(wc -l <"$work/quickstart")" -gt 5 ]; then
     [ -f "$work/quick.o" ]
     verdict $? "the quick start in the header compiles"
 else echo "FAIL the header's manual has no quick start"; failed=1; fi
+
+# The header refuses float arithmetic that is not as written. only_if STATUS VALUE FLAGS...: what the preprocessor makes of it
+only_if()
+{
+    expected=$1 value=$2
+    shift 2
+    printf '#include <float.h>\n#undef FLT_EVAL_METHOD\n#define FLT_EVAL_METHOD %s\n' "$value" >"$work/float.c"
+    printf '#define BESA_IMPLEMENTATION\n#include "besa.h"\n' >>"$work/float.c"
+    $cc "$@" -I"$include" -E -o "$work/float.i" "$work/float.c" 2>"$work/float.log"
+    found=$?
+    [ $found -eq 0 ] || grep -q 'besa.h: f' "$work/float.log" || found=2
+    [ $((found > 0)) -eq "$expected" ] && [ $found -lt 2 ]
+    verdict $? "FLT_EVAL_METHOD $value $*: $([ "$expected" -eq 1 ] && echo refused || echo compiles)"
+}
+only_if 0 0
+only_if 0 16
+only_if 1 1
+only_if 1 2
+only_if 1 -1
+only_if 1 0 -ffast-math
+only_if 1 0 -ffinite-math-only
 exit $failed
