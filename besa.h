@@ -880,10 +880,13 @@ typedef struct besa_calibration {
  *   be            NULL: the CPU backend with its defaults
  *   output        must not exist; appears when it is complete. NULL: nothing is written (measure only).
  *                 An interrupted run leaves output.partial and goes on from it when called again with the same
- *                 arguments; any other arguments there are BESA_ERROR_RESUME.
+ *                 arguments; any other arguments there are BESA_ERROR_RESUME. Killed at its very end, it leaves
+ *                 output.partial.RUN, RUN being a number of these arguments, and ends from there.
+ *                 Files are as readable as the source's, as far as the umask allows.
  *   report        may be NULL; release with besa_report_free
  * Errors: all of them; the message names the culprit, and nothing that looks valid is left: an output.partial that has
- * finished blocks stays, to be gone on from or deleted, any other is removed. */
+ * finished blocks stays, to be gone on from or deleted, any other is removed, but for files that are not its own.
+ * A source file whose contents change while the run reads it is BESA_ERROR_READ. */
 BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *output, besa_backend *be,
                                 const besa_calibration *calibration, const besa_prune_options *options,
                                 besa_report *report, besa_error *error);
@@ -7979,7 +7982,9 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
 
 #define BESA__JOURNAL "besa-journal"
 #define BESA__CONFIG "config.json"
+#ifndef BESA__CHUNK                             /* a test's is smaller than its tensors */
 #define BESA__CHUNK ((size_t)8 << 20)           /* bytes copied or hashed at a time; a multiple of 8 */
+#endif
 #define BESA__SYNC ((size_t)64 << 20)           /* bytes of a block that are written between syncs */
 
 /* A block's checksum; .end is the journal's size with the line "run" [0], "copied" [1], and that of block b [b + 2]. */
@@ -8435,7 +8440,8 @@ static besa_result besa__copy_sides(const besa__writer *w, char **notes, besa_er
     if (!w->created) {
         besa__find_foreign(w, foreign, 0);
         if (*foreign && notes)
-            besa__notes_add(notes, "warning: %s lay in %s and is none of this run's files: it stays there", foreign, w->partial);
+            besa__notes_add(notes, "warning: %s lay in %s and is none of this run's files: it stays there", foreign,
+                            w->partial);
     }
     if (w->checkpoint->index)
         BESA__TRY(besa__write_file(w, w->checkpoint->index, index->bytes, index->size, index->stat.st_mode, error));
@@ -8582,8 +8588,8 @@ static void besa__writer_discard(besa__writer *w, besa_error *error)
     if (besa__is_ours(w, BESA__JOURNAL)) unlinkat(w->directory, BESA__JOURNAL, 0);
     if (!unlinkat(w->parent, w->partial_name, AT_REMOVEDIR) || !error || !*foreign) return;
     size_t length = strlen(error->message);
-    snprintf(error->message + length, sizeof error->message - length, "; %s stays: %s in it is no file of this run; move it away",
-             w->partial, foreign);
+    snprintf(error->message + length, sizeof error->message - length,
+             "; %s stays: %s in it is no file of this run; move it away", w->partial, foreign);
 }
 
 /* The paths: OUT without a slash at its end, OUT.partial, OUT.partial.RUN. */
@@ -8702,7 +8708,8 @@ BESA__UNUSED static besa_result besa__writer_open(besa__writer **writer, const b
 
 /* The run has read these bytes of a source tensor, one piece after another from its start (at 0); all pieces but the last are
  * multiples of 8. */
-BESA__UNUSED static void besa__writer_saw(besa__writer *w, const besa_tensor *tensor, size_t at, const void *bytes, size_t size)
+BESA__UNUSED static void besa__writer_saw(besa__writer *w, const besa_tensor *tensor, size_t at, const void *bytes,
+                                          size_t size)
 {
     besa__source *source = w->sources + (tensor - w->checkpoint->tensors);
     source->hash = besa__hash(at ? source->hash : BESA__HASH_START, bytes, size);
@@ -8773,7 +8780,8 @@ static besa_result besa__hash_range(int fd, uint64_t offset, uint64_t bytes, voi
 }
 
 /* Whether a shard holds what was read of it. */
-static besa_result besa__compare_shard(const besa__writer *w, int64_t file, int fd, size_t size, void *buffer, besa_error *error)
+static besa_result besa__compare_shard(const besa__writer *w, int64_t file, int fd, size_t size, void *buffer,
+                                       besa_error *error)
 {
     const besa_checkpoint *c = w->checkpoint;
     const besa__shard *shard = c->shards + file;
@@ -9721,8 +9729,9 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
     size_t tokens = (size_t)(c->nsamples * c->seqlen) * sizeof(int32_t);
     options = besa__hash(options, run->be->name, strlen(run->be->name));
     options = besa__hash_integer(options, run->be->activation_dtype);
-    snprintf(line, size, "besa %d.%d method %d sparsity 0.%06d micro-batch %lld tokens %lldx%lld %016llx source %016llx options "
-             "%016llx", BESA_VERSION_MAJOR, BESA_VERSION_MINOR, (int)o->method, (int)besa__min((int64_t)(o->rates.target * 1e6 + 0.5), 999999),
+    int millionths = (int)besa__min((int64_t)(o->rates.target * 1e6 + 0.5), 999999);
+    snprintf(line, size, "besa %d.%d method %d sparsity 0.%06d micro-batch %lld tokens %lldx%lld %016llx source %016llx "
+             "options %016llx", BESA_VERSION_MAJOR, BESA_VERSION_MINOR, (int)o->method, millionths,
              (long long)run->pruner.chunk, (long long)c->nsamples, (long long)c->seqlen,
              (unsigned long long)besa__hash(BESA__HASH_START, c->ids, tokens),
              (unsigned long long)besa__source_hash(run->checkpoint), (unsigned long long)options);

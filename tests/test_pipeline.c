@@ -1,7 +1,7 @@
 /* test_pipeline - whole runs: a checkpoint in, a pruned one out, and everything that can go wrong on the way.
  *
  *     test_pipeline STORIES260K_DIRECTORY REFERENCE_DIRECTORY [part of a test's name]
- *     test_pipeline --child SOURCE OUTPUT TOKENS           one small run, for the tests that kill it */
+ *     test_pipeline --child SOURCE OUTPUT TOKENS CALL      one small run that ends itself at a call of its progress callback */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -45,6 +45,7 @@ static void counted_free(void *p)
 #define BESA_MALLOC(bytes) counted_malloc(bytes)
 #define BESA_REALLOC(pointer, bytes) counted_realloc(pointer, bytes)
 #define BESA_FREE(pointer) counted_free(pointer)
+#define BESA__CHUNK ((size_t)1024)              /* most tensors come and go in pieces */
 #define BESA_IMPLEMENTATION
 #include "besa.h"
 #include "test.h"
@@ -803,30 +804,54 @@ static void test_output_place(void)
     besa_report_free(&s.report);
 }
 
-/* A disk that is full: files may not grow past a limit. */
+static void limit_files(rlim_t bytes)
+{
+    struct rlimit limit;
+    getrlimit(RLIMIT_FSIZE, &limit);
+    limit.rlim_cur = bytes < limit.rlim_max ? bytes : limit.rlim_max;
+    setrlimit(RLIMIT_FSIZE, &limit);
+}
+
+static int limit_in_last_block(void *user, const besa_progress *p)
+{
+    (void)user;
+    if (p->block == p->blocks - 1) limit_files(1000);
+    return 0;
+}
+
+/* A disk that is full, where files may not grow past a limit: from the start, which leaves nothing, and after some blocks,
+ * which are gone on from when there is room again. */
 static void test_full_disk(void)
 {
-    struct rlimit old, small;
-    setup s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
+    setup s = new_setup(temp_path("whole"), BESA_METHOD_WANDA, 0.5);
     void (*handler)(int) = signal(SIGXFSZ, SIG_IGN);
+    char first[256];
     besa_result r;
-    fflush(stdout);
-    getrlimit(RLIMIT_FSIZE, &old);
-    small = old;
-    small.rlim_cur = 400 * 1000;
-    setrlimit(RLIMIT_FSIZE, &small);
-    r = run(&s);
-    setrlimit(RLIMIT_FSIZE, &old);
-    signal(SIGXFSZ, handler);
-    CHECK(r == BESA_ERROR_WRITE, "%s: %s", besa_result_string(r), s.error.message);
-    CHECK(!exists(s.output), "an output was left");
+    CHECK_RUN(&s);
     besa_report_free(&s.report);
-    if (exists(partial_of(s.output))) {         /* room again: it goes on */
+    fflush(stdout);
+    for (int late = 0; late < 2; late++) {
+        s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
+        if (late) s.options.progress = limit_in_last_block;
+        else limit_files(400 * 1000);
+        r = run(&s);
+        limit_files(RLIM_INFINITY);
+        CHECK(r == BESA_ERROR_WRITE && strstr(s.error.message, partial_of(s.output)), "%s: %s", besa_result_string(r),
+              s.error.message);
+        CHECK(!exists(s.output), "an output was left");
+        CHECK(exists(partial_of(s.output)) == late, "late %d: %s", late, late ? "blocks were thrown away" : "files were left");
+        besa_report_free(&s.report);
+        s.options.progress = NULL;
         CHECK_RUN(&s);
+        CHECK(s.report.resumed_blocks == (late ? s.report.num_blocks - 1 : 0), "late %d: %d blocks taken over", late,
+              (int)s.report.resumed_blocks);
         verify(&s);
         besa_report_free(&s.report);
+        CHECK(compare_directories(temp_path("whole"), s.output, NULL, first) == 0, "late %d: %s differs", late, first);
+        discard(s.output);
     }
-    discard(s.output);
+    signal(SIGXFSZ, handler);
+    discard(temp_path("whole"));
 }
 
 /* ---- determinism and memory ------------------------------------------------------------------ */
@@ -1135,7 +1160,7 @@ static void test_allocation_failures(void)
 
 /* ---- interrupted runs ------------------------------------------------------------------------ */
 
-static struct { int64_t calls, stop_at; double last; } g_progress;
+static struct { int64_t calls, stop_at; double last; } g_progress; /* stop_at -1: never, -2: in block 3 */
 
 static int count_progress(void *user, const besa_progress *p)
 {
@@ -1145,6 +1170,7 @@ static int count_progress(void *user, const besa_progress *p)
           p->pass >= 0 && p->pass < BESA_PASS_COUNT && isfinite(p->seconds_left) && p->seconds >= 0,
           "progress: block %d, fraction %g after %g", (int)p->block, p->fraction, g_progress.last);
     g_progress.last = p->fraction;
+    if (g_progress.stop_at == -2) return p->block == 3;
     return g_progress.calls == g_progress.stop_at;
 }
 
@@ -1194,6 +1220,338 @@ static void test_cancel(void)
     discard(whole);
 }
 
+/* A small model of five blocks, for what is run many times. */
+static setup small_setup(const char *output)
+{
+    const char *model = temp_path("five");
+    setup s = interrupted_setup(output, -1);
+    if (!exists(model)) fixture_random_llama(model, 5, 16, 24, 2, 1, 32, BESA_F32);
+    s.source = model;
+    s.nsamples = 3, s.seqlen = 8, s.windows = 0, s.threads = 1;
+    return s;
+}
+
+/* Kinds of run that keep more than the pruned stream, or keep it elsewhere. */
+static setup kind_setup(const char *output, int kind)
+{
+    setup s = small_setup(output);
+    s.nsamples = 12, s.seqlen = 16;             /* steps enough for the reference to matter */
+    s.options.rates.d_coef = 1e5;
+    s.options.dense_stream = kind < 3, s.options.norm_all = kind == 2, s.options.batch_size = kind == 2 ? 2 : 1;
+    if (kind == 3) s.options.method = BESA_METHOD_SPARSEGPT;
+    if (kind == 4) s.options.method = BESA_METHOD_WANDA;
+    if (kind == 5) s.options.importance = BESA_IMPORTANCE_SPARSEGPT_SQUARED;
+    return s;
+}
+
+/* The dense model's own stream goes on where it was too: every kind of run, stopped twice in every block. */
+static void test_cancel_kinds(void)
+{
+    for (int kind = 0; kind < 6; kind++) {
+        const char *whole = temp_path("whole");
+        int64_t calls, blocks = 0;
+        char first[256];
+        besa_backend be = counted_backend(0);
+        besa_backend *own = kind == 1 ? &be : NULL; /* a device with memory of its own */
+        setup s = kind_setup(whole, kind);
+        be.unified_memory = 0;
+        s.be = own;
+        CHECK_RUN(&s);
+        besa_report_free(&s.report);
+        calls = g_progress.calls;
+        if (s.options.dense_stream) {           /* or else this tests nothing */
+            s = kind_setup(temp_path("out"), kind);
+            s.options.dense_stream = 0;
+            CHECK_RUN(&s);
+            besa_report_free(&s.report);
+            CHECK(compare_directories(whole, s.output, NULL, first) == 1, "kind %d: the dense stream changes nothing", kind);
+            discard(s.output);
+        }
+        for (int64_t i = 0; i < 10; i++) {
+            int64_t stop = 1 + i * (calls - 1) / 9;
+            s = kind_setup(temp_path("out"), kind);
+            s.be = own;
+            g_progress.stop_at = stop;
+            CHECK(run(&s) == BESA_ERROR_CANCELLED && !exists(s.output), "kind %d, stop %d: %s", kind, (int)stop, s.error.message);
+            besa_report_free(&s.report);
+            g_progress.stop_at = -1, g_progress.last = 0;
+            CHECK(run(&s) == BESA_OK, "kind %d, stop %d: %s", kind, (int)stop, s.error.message);
+            blocks += s.report.resumed_blocks > blocks;
+            besa_report_free(&s.report);
+            CHECK(compare_directories(whole, s.output, NULL, first) == 0, "kind %d, stop %d: %s differs", kind, (int)stop, first);
+            discard(s.output);
+        }
+        CHECK(blocks >= (own ? 3 : 4), "kind %d was stopped after %d blocks at most", kind, (int)blocks);
+        be.destroy(&be);
+        discard(whole);
+    }
+}
+
+/* Every option: those that decide bytes refuse to go on when they are changed, the others do not; in both directions, as far
+ * as the method has them. `size` says how the field is set; a field of besa_prune_options that is missing here is noticed. */
+static const struct option_case {
+    size_t offset, size;
+    int is_double;
+    double value;                               /* a valid one other than the default */
+    unsigned decides;                           /* for which methods: 1 << method */
+} g_options[] = {
+#define FIELD(name, value, decides) \
+    { offsetof(besa_prune_options, name), sizeof(((besa_prune_options *)0)->name), IS_DOUBLE(name), value, decides }
+#define IS_DOUBLE(name) _Generic(((besa_prune_options *)0)->name, double: 1, default: 0)
+#define ALL 15u
+#define LEARNED (1u << BESA_METHOD_BESA)
+    FIELD(rates.target, 0.6, ALL), FIELD(rates.form, BESA_RATES_ROW, LEARNED), FIELD(rates.layer_scale, 2, LEARNED),
+    FIELD(rates.row_scale, 2, LEARNED), FIELD(rates.plain_softmax, 1, LEARNED), FIELD(rates.zero_start, 1, LEARNED),
+    FIELD(rates.candidates, 50, LEARNED), FIELD(rates.group_rows, 2, LEARNED), FIELD(rates.penalty, 2, LEARNED),
+    FIELD(rates.optimizer, BESA_ADAMW, LEARNED), FIELD(rates.lr, 0.5, LEARNED), FIELD(rates.beta1, 0.8, LEARNED),
+    FIELD(rates.beta2, 0.99, LEARNED), FIELD(rates.weight_decay, 0.125, LEARNED), FIELD(rates.d0, 1e-5, LEARNED),
+    FIELD(rates.d_coef, 4, LEARNED), FIELD(importance, BESA_IMPORTANCE_MAGNITUDE, LEARNED), FIELD(epochs, 2, LEARNED),
+    FIELD(batch_size, 2, LEARNED), FIELD(norm_all, 1, LEARNED), FIELD(dense_stream, 1, LEARNED), FIELD(no_projection, 1, LEARNED),
+    FIELD(magnitude_per_row, 1, 1u << BESA_METHOD_MAGNITUDE), FIELD(device_memory, 1e9, 0),
+    /* not by a number: the test has cases of their own for these, and callbacks decide nothing */
+    FIELD(method, -1, 0), FIELD(pattern_n, -1, 0), FIELD(pattern_m, -1, 0), FIELD(fixed, -1, 0), FIELD(num_fixed, -1, 0),
+    FIELD(progress, -1, 0), FIELD(step, -1, 0), FIELD(user, -1, 0)
+};
+
+static void set_option(besa_prune_options *options, const struct option_case *c)
+{
+    void *field = (char *)options + c->offset;
+    int as_int = (int)c->value;
+    int64_t as_int64 = (int64_t)c->value;
+    if (c->is_double) memcpy(field, &c->value, sizeof c->value);
+    else if (c->size == sizeof as_int) memcpy(field, &as_int, sizeof as_int);
+    else memcpy(field, &as_int64, sizeof as_int64);
+}
+
+/* A partial output of `base` is there: is it refused to s? If not, it is finished by s, and begun again for the next case. */
+static int refused(setup *s, setup base)
+{
+    besa_result r;
+    int64_t resumed;
+    g_progress.calls = 0, g_progress.stop_at = -1, g_progress.last = 0;
+    r = run(s);
+    resumed = s->report.resumed_blocks;
+    besa_report_free(&s->report);
+    if (r == BESA_ERROR_RESUME) return 1;
+    CHECK(r == BESA_OK && resumed >= 1, "neither refused nor taken over: %s", s->error.message);
+    discard(s->output);
+    g_progress.stop_at = g_progress.calls = 0, g_progress.last = 0;
+    g_progress.stop_at = -2;                    /* stop in block 3 */
+    CHECK(run(&base) == BESA_ERROR_CANCELLED, "%s", base.error.message);
+    besa_report_free(&base.report);
+    return 0;
+}
+
+static void test_resume_options(void)
+{
+    static const besa_fixed_rate fixed[] = { { "layers.3", 0.25 }, { "layers.3", 0.26 }, { "layers.4", 0.25 }, { "v_proj", 0 } };
+    unsigned char covered[sizeof(besa_prune_options)] = { 0 };
+    size_t run_length = 0, longest = 0, count = sizeof g_options / sizeof *g_options;
+    for (size_t i = 0; i < count; i++) memset(covered + g_options[i].offset, 1, g_options[i].size);
+    for (size_t i = 0; i < sizeof covered; i++) {
+        run_length = covered[i] ? 0 : run_length + 1;
+        if (run_length > longest) longest = run_length;
+    }
+    CHECK(longest <= 4, "%d bytes of besa_prune_options belong to no option of this test", (int)longest);
+    for (int method = 0; method < 4; method++) {
+        setup base = small_setup(temp_path("out"));
+        base.options.method = (besa_method)method;
+        g_progress.stop_at = -2;
+        CHECK(run(&base) == BESA_ERROR_CANCELLED, "%s", base.error.message);
+        besa_report_free(&base.report);
+        for (size_t i = 0; i < count; i++) {
+            setup s = base;
+            int expected = (int)(g_options[i].decides >> method & 1u);
+            if (g_options[i].value < 0) continue;
+            set_option(&s.options, &g_options[i]);
+            CHECK(refused(&s, base) == expected, "method %d, option at byte %d: %s", method, (int)g_options[i].offset,
+                  expected ? "not refused" : "refused");
+        }
+        for (int i = 0; i < 8; i++) {
+            setup s = base;
+            switch (i) {
+            case 0: s.options.method = (besa_method)((method + 1) % 4); break;
+            case 1: case 2: case 3: case 4: s.options.fixed = fixed + i - 1, s.options.num_fixed = 1; break;
+            case 5: s.options.fixed = fixed, s.options.num_fixed = 2; break;
+            case 6: s.skip_tokens = 1; break;
+            case 7: s.nsamples = 2; break;
+            }
+            CHECK(refused(&s, base), "method %d, case %d: not refused", method, i);
+        }
+        for (int i = 0; i < 4; i++) {           /* of no effect: who looks on, the machine, a perplexity besides */
+            setup s = base;
+            switch (i) {
+            case 0: s.options.user = &s; break;
+            case 1: s.threads = 2; break;
+            case 2: s.windows = 1; break;
+            case 3: s.options.rates.layer_scale = 1; break; /* the default, spelled out */
+            }
+            CHECK(!refused(&s, base), "method %d, harmless case %d: refused", method, i);
+        }
+        discard(base.output);
+    }
+    for (int i = 0; i < 6; i++) {               /* changes between two settings other than the default */
+        setup base = small_setup(temp_path("out")), s;
+        if (i < 2) base.options.fixed = fixed, base.options.num_fixed = 1;
+        if (i == 2 || i == 3) base.options.importance = BESA_IMPORTANCE_SPARSEGPT;
+        if (i == 4) base.options.method = BESA_METHOD_WANDA, base.options.pattern_n = 2, base.options.pattern_m = 4;
+        if (i == 5) base.options.rates.optimizer = BESA_ADAMW;
+        g_progress.stop_at = -2;
+        CHECK(run(&base) == BESA_ERROR_CANCELLED, "%s", base.error.message);
+        besa_report_free(&base.report);
+        s = base;
+        switch (i) {
+        case 0: s.options.fixed = fixed + 1; break;
+        case 1: s.options.num_fixed = 0; break;
+        case 2: s.options.importance = BESA_IMPORTANCE_SPARSEGPT_SQUARED; break;
+        case 3: s.options.importance = BESA_IMPORTANCE_WANDA; break;
+        case 4: s.options.pattern_n = 4, s.options.pattern_m = 8; break;
+        case 5: s.options.rates.d_coef = 3, s.options.rates.d0 = 1e-3; break; /* which AdamW does not have */
+        }
+        CHECK(refused(&s, base) == (i < 5), "changed setting %d", i);
+        discard(base.output);
+    }
+}
+
+/* Overwrite bytes of a file in its place, and set the time of its last change. */
+static void patch_file(const char *path, int64_t at, unsigned char bits, struct timespec changed)
+{
+    int fd = open(path, O_RDWR);
+    unsigned char byte;
+    struct timespec times[2];
+    times[0] = times[1] = changed;
+    CHECK(fd >= 0 && pread(fd, &byte, 1, at) == 1, "%s", path);
+    byte ^= bits;
+    CHECK(pwrite(fd, &byte, 1, at) == 1 && futimens(fd, times) == 0, "%s", path);
+    close(fd);
+}
+
+/* The source is another one though its files have the size they had, and were changed within the same second; and it is the
+ * same one though its config was written anew. */
+static void test_resume_source(void)
+{
+    setup s = small_setup(temp_path("out"));
+    char config[600], shard[600], *text;
+    struct stat st[2];
+    struct timespec later;
+    size_t n;
+    int64_t digit;
+    snprintf(config, sizeof config, "%s/config.json", s.source);
+    snprintf(shard, sizeof shard, "%s/model.safetensors", s.source);
+    g_progress.stop_at = -2;
+    CHECK(run(&s) == BESA_ERROR_CANCELLED, "%s", s.error.message);
+    besa_report_free(&s.report);
+    g_progress.stop_at = -1;
+    CHECK(stat(config, &st[0]) == 0 && stat(shard, &st[1]) == 0, "the source is gone");
+    later = st[1].st_mtim;
+    later.tv_nsec = later.tv_nsec < 500000000 ? later.tv_nsec + 1 : later.tv_nsec - 1;
+    text = (char *)read_bytes(config, &n);
+    digit = text && strstr(text, "10000.0") ? strstr(text, "10000.0") - text : 0; /* rope_theta */
+    free(text);
+    for (int i = 0; i < 3; i++) {
+        int64_t at = i < 2 ? digit : st[1].st_size - 1;
+        const char *path = i < 2 ? config : shard;
+        patch_file(path, at, i == 1 ? 0 : 2, i < 2 ? st[0].st_mtim : later); /* 30000.0; case 1: the same bytes */
+        if (i != 1) {
+            CHECK(run(&s) == BESA_ERROR_RESUME, "case %d: %s", i, s.error.message);
+            besa_report_free(&s.report);
+        }
+        patch_file(path, at, i == 1 ? 0 : 2, i < 2 ? later : st[1].st_mtim);
+    }
+    g_progress.calls = 0, g_progress.last = 0;
+    CHECK_RUN(&s);                              /* all is as it was, but for the time of config.json */
+    CHECK(s.report.resumed_blocks >= 1, "nothing was taken over");
+    besa_report_free(&s.report);
+    discard(s.output);
+}
+
+/* While a run goes on its source is replaced: by the same bytes, or by others. */
+static struct { const char *path; unsigned char bits; int64_t at; } g_replaced;
+
+static int replace_source(void *user, const besa_progress *p)
+{
+    (void)user;
+    if (p->block == 3 && g_replaced.path) {
+        char aside[700];
+        size_t n;
+        unsigned char *bytes = read_bytes(g_replaced.path, &n);
+        snprintf(aside, sizeof aside, "%s.old", g_replaced.path);
+        bytes[g_replaced.at] ^= g_replaced.bits;
+        if (rename(g_replaced.path, aside) == 0) write_bytes(g_replaced.path, bytes, n);
+        free(bytes);
+        g_replaced.path = NULL;
+    }
+    return 0;
+}
+
+static void test_source_replaced(void)
+{
+    static const char *const names[] = { "config.json", "model.safetensors", "model.safetensors", "model.safetensors" };
+    setup s = small_setup(temp_path("whole"));
+    char first[256];
+    besa_checkpoint *checkpoint = NULL;
+    int64_t at[4] = { 0, 0, 0, 0 };
+    CHECK_RUN(&s);
+    besa_report_free(&s.report);
+    CHECK_OK(besa_checkpoint_open(&checkpoint, s.source, &s.error), s.error);
+    if (!checkpoint) return;
+    at[1] = (int64_t)besa_checkpoint_find(checkpoint, "model.embed_tokens.weight")->offset;
+    at[2] = (int64_t)besa_checkpoint_find(checkpoint, "model.layers.0.self_attn.q_proj.weight")->offset;
+    at[3] = (int64_t)besa_checkpoint_find(checkpoint, "model.layers.4.mlp.down_proj.weight")->offset;
+    besa_checkpoint_close(checkpoint);
+    for (int own = 0; own < 2; own++)           /* a device with memory of its own: weights come in pieces */
+        for (int i = 0; i < 8; i++) {
+            besa_backend be = counted_backend(0);
+            char path[600], aside[700];
+            besa_result r;
+            be.unified_memory = !own;
+            s = small_setup(temp_path("out"));
+            s.be = &be;
+            s.options.progress = replace_source;
+            snprintf(path, sizeof path, "%s/%s", s.source, names[i % 4]);
+            snprintf(aside, sizeof aside, "%s.old", path);
+            g_replaced.path = path, g_replaced.bits = i < 4 ? 0 : 1, g_replaced.at = at[i % 4];
+            r = run(&s);
+            besa_report_free(&s.report);
+            CHECK(r == (i < 4 ? BESA_OK : BESA_ERROR_READ), "replaced %d: %s", i, r ? s.error.message : "not noticed");
+            CHECK(rename(aside, path) == 0, "it was not replaced");
+            if (i >= 4) {
+                CHECK(strstr(s.error.message, names[i % 4]) && !exists(s.output), "replaced %d: %s", i, s.error.message);
+                CHECK_RUN(&s);
+                CHECK(s.report.resumed_blocks == 5, "replaced %d: %d blocks kept", i, (int)s.report.resumed_blocks);
+                besa_report_free(&s.report);
+            }
+            CHECK(compare_directories(temp_path("whole"), s.output, NULL, first) == 0, "replaced %d: %s differs", i, first);
+            discard(s.output);
+            be.destroy(&be);
+        }
+    discard(temp_path("whole"));
+}
+
+/* Every allocation of a run that goes on fails in turn: it is an error of memory, and never another run's output. */
+static void test_resume_allocations(void)
+{
+    setup s = small_setup(temp_path("out"));
+    int done = 0;
+    int64_t n = 1, live = g_live;
+    g_progress.stop_at = -2;
+    CHECK(run(&s) == BESA_ERROR_CANCELLED, "%s", s.error.message);
+    besa_report_free(&s.report);
+    for (; !done && n < 2000; n++) {
+        besa_result r;
+        g_progress.calls = 0, g_progress.stop_at = -1, g_progress.last = 0;
+        g_allocations = 0, g_fail_at = n;
+        r = run(&s);
+        g_fail_at = 0;
+        done = r == BESA_OK;
+        CHECK(r == BESA_OK || r == BESA_ERROR_MEMORY, "allocation %d: %s", (int)n, s.error.message);
+        CHECK(!done || s.report.resumed_blocks >= 3, "allocation %d: the blocks are lost", (int)n);
+        besa_report_free(&s.report);
+    }
+    CHECK(done && n > 20 && g_live == live, "%d allocations, %d blocks leaked", (int)n, (int)(g_live - live));
+    discard(s.output);
+}
+
 /* A partial output belongs to the run that began it, and survives the attempts of others. */
 static void test_resume_refused(void)
 {
@@ -1236,101 +1594,123 @@ static void test_resume_refused(void)
     discard(temp_path("whole"));
 }
 
-static double seconds(void)
+static int kill_at_call(void *user, const besa_progress *p)
 {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    (void)p;
+    if (++g_progress.calls == *(const int64_t *)user) raise(SIGKILL);
+    return 0;
 }
 
-/* The run of --child: the same in this process and in one that gets killed. */
+/* The run of --child: the same in this process and in one that kills itself. */
 static setup child_setup(const char *source, const char *output)
 {
     setup s = new_setup(output, BESA_METHOD_BESA, 0.5);
     s.source = source;
-    s.nsamples = 16;
-    s.seqlen = 64;
+    s.nsamples = 8;
+    s.options.progress = kill_at_call;
+    g_progress.calls = 0;
     return s;
 }
 
-static pid_t start_child(const char *source, const char *output, const char *tokens)
+/* Whether a process that kills itself at this call of its progress callback ran to its end instead; 0: never. */
+static int child_ends(const char *source, const char *output, int64_t call)
 {
-    pid_t pid = fork();
+    char tokens[600], number[32];
+    int status = 0;
+    pid_t pid;
+    snprintf(tokens, sizeof tokens, "%s/calibration_tokens.npy", g_stories);
+    snprintf(number, sizeof number, "%lld", (long long)call);
+    fflush(stdout);
+    pid = fork();
     if (pid == 0) {
-        execl("/proc/self/exe", "test_pipeline", "--child", source, output, tokens, (char *)NULL);
+        execl("/proc/self/exe", "test_pipeline", "--child", source, output, tokens, number, (char *)NULL);
         _exit(127);
     }
-    return pid;
+    CHECK(waitpid(pid, &status, 0) == pid && (WIFEXITED(status) ? WEXITSTATUS(status) == 0 : WTERMSIG(status) == SIGKILL),
+          "the child ended with status %d", status);
+    return WIFEXITED(status);
 }
 
-/* kill -9 at random moments, twice before the run may end; the output is absent or whole, and the same in the end. */
+/* kill -9 at calls of the progress callback spread over the run, twice before it may end; the output is absent or whole, and
+ * the same in the end. */
 static void test_kill(void)
 {
     const char *whole = temp_path("whole"), *out = temp_path("out");
-    char tokens[600], first[256];
+    const int64_t rounds = 6;
+    char first[256];
+    int64_t never = 0, calls, resumed = 0;
     setup s = child_setup(g_stories, whole);
-    uint64_t state = 7;
-    double t = seconds();
-    int64_t resumed = 0, killed = 0;
-    int status;
-    snprintf(tokens, sizeof tokens, "%s/calibration_tokens.npy", g_stories);
-    waitpid(start_child(g_stories, out, tokens), &status, 0);
-    t = seconds() - t;
-    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the child failed");
+    s.options.user = &never;
     CHECK_RUN(&s);
     besa_report_free(&s.report);
+    calls = g_progress.calls;
+    CHECK(child_ends(g_stories, out, 0), "the child was killed");
     CHECK(compare_directories(whole, out, NULL, first) == 0, "another process: %s differs", first);
-    for (int round = 0; round < 12; round++) {
+    for (int64_t round = 0; round < rounds; round++) {
+        int64_t call = 1 + round * (calls - 1) / (rounds - 1), left;
         discard(out);
-        for (int k = 0; k < 2 && !exists(out); k++) {
-            pid_t pid = start_child(g_stories, out, tokens);
-            usleep((useconds_t)(1e6 * t * (0.55 + 0.5 * (double)fixture_random(&state))));
-            kill(pid, SIGKILL);
-            waitpid(pid, &status, 0);
-            killed += WIFSIGNALED(status);
-            CHECK(!exists(out) || compare_directories(whole, out, NULL, first) == 0, "round %d: %s is not whole", round, first);
-        }
+        CHECK(!child_ends(g_stories, out, call), "round %d: not killed at call %d of %d", (int)round, (int)call, (int)calls);
+        CHECK(!exists(out) && exists(partial_of(out)), "round %d: what is left is no unfinished output", (int)round);
+        left = (calls - call) / 2;              /* a run that goes on has a call for each block that is taken over */
+        if (left > 0) child_ends(g_stories, out, left);
+        CHECK(!exists(out) || compare_directories(whole, out, NULL, first) == 0, "round %d: %s is not whole", (int)round, first);
         if (!exists(out)) {
             s = child_setup(g_stories, out);
+            s.options.user = &never;
             CHECK_RUN(&s);
             resumed += s.report.resumed_blocks;
             besa_report_free(&s.report);
         }
-        CHECK(compare_directories(whole, out, NULL, first) == 0, "round %d: %s differs", round, first);
+        CHECK(compare_directories(whole, out, NULL, first) == 0, "round %d: %s differs", (int)round, first);
+        CHECK(!exists(partial_of(out)), "round %d: the partial output is still there", (int)round);
     }
-    CHECK(killed > 4 && resumed > 0, "%d runs killed, %d blocks taken over", (int)killed, (int)resumed);
+    CHECK(resumed >= rounds, "%d blocks taken over", (int)resumed);
     discard(out);
     discard(whole);
 }
 
-/* A damaged partial output is noticed: the block's checksum in the journal, and the run ends with the right bytes. */
+/* A damaged partial output is noticed: by the block's checksum in the journal, and what has none is written again. The run goes
+ * on from before the damage and ends with the right bytes. */
 static void test_damaged_partial(void)
 {
-    setup s = interrupted_setup(temp_path("whole"), -1);
-    char path[700], first[256];
-    int64_t calls;
-    unsigned char *p;
-    size_t n;
-    besa_result r;
+    static const struct { const char *tensor; int64_t blocks; } damage[] = {
+        { "model.layers.0.self_attn.q_proj.weight", 0 }, { "model.layers.0.mlp.down_proj.weight", 0 },
+        { "model.layers.1.mlp.up_proj.weight", 1 },      { "model.layers.2.self_attn.o_proj.weight", 2 },
+        { "model.layers.3.mlp.gate_proj.weight", 3 },    { "model.embed_tokens.weight", 3 },
+        { "model.layers.1.input_layernorm.weight", 3 },  { NULL, 3 } };
+    setup s = small_setup(temp_path("whole"));
+    besa_checkpoint *source = NULL;
+    char first[256];
     CHECK_RUN(&s);
     besa_report_free(&s.report);
-    calls = g_progress.calls;
-    s = interrupted_setup(temp_path("out"), calls * 3 / 4);
-    CHECK(run(&s) == BESA_ERROR_CANCELLED, "%s", s.error.message);
-    besa_report_free(&s.report);
-    snprintf(path, sizeof path, "%s/model.safetensors", partial_of(s.output));
-    p = read_bytes(path, &n);
-    if (CHECK(p && n > 700000, "%s is not there", path)) {
-        for (size_t i = n / 16 * 4; i < n / 16 * 4 + 4000; i += 4) p[i] ^= 0x5A; /* mantissas: all stays finite */
-        write_bytes(path, p, n);
-    }
-    free(p);
-    s = interrupted_setup(s.output, -1);
-    r = run(&s);                                /* begun again from the damage, or refused: never passed on */
-    besa_report_free(&s.report);
-    CHECK(r != BESA_OK || compare_directories(temp_path("whole"), s.output, NULL, first) == 0, "damage was passed on: %s",
-          first);
-    discard(s.output);
+    CHECK_OK(besa_checkpoint_open(&source, s.source, &s.error), s.error);
+    for (size_t i = 0; source && i < sizeof damage / sizeof *damage; i++)
+        for (int end = 0; end < 2; end++) {     /* the first byte of a tensor, or of the header, and the last */
+            const besa_tensor *t = damage[i].tensor ? besa_checkpoint_find(source, damage[i].tensor) : NULL;
+            char path[700];
+            unsigned char *p;
+            size_t n;
+            s = small_setup(temp_path("out"));
+            g_progress.stop_at = -2;
+            CHECK(run(&s) == BESA_ERROR_CANCELLED, "%s", s.error.message);
+            besa_report_free(&s.report);
+            snprintf(path, sizeof path, "%s/model.safetensors", partial_of(s.output));
+            p = read_bytes(path, &n);
+            if (CHECK(p && n > 1000, "%s is not there", path)) {
+                p[t ? t->offset + (end ? t->bytes - 1 : 0) : end ? 100u : 0] ^= 1;
+                write_bytes(path, p, n);
+            }
+            free(p);
+            g_progress.calls = 0, g_progress.stop_at = -1, g_progress.last = 0;
+            CHECK(run(&s) == BESA_OK, "damage %d: %s", (int)i, s.error.message);
+            CHECK(s.report.resumed_blocks == damage[i].blocks, "damage %d: %d blocks taken over", (int)i,
+                  (int)s.report.resumed_blocks);
+            besa_report_free(&s.report);
+            CHECK(compare_directories(temp_path("whole"), s.output, NULL, first) == 0, "damage %d was passed on: %s", (int)i,
+                  first);
+            discard(s.output);
+        }
+    besa_checkpoint_close(source);
     discard(temp_path("whole"));
 }
 
@@ -1340,6 +1720,8 @@ static int child(char **argv)
 {
     besa_error error;
     setup s = child_setup(argv[0], argv[1]);
+    int64_t call = strtoll(argv[3], NULL, 10);
+    s.options.user = &call;
     int failed = besa_tokens_load(&g_calibration, argv[2], &error) != BESA_OK || run(&s) != BESA_OK;
     besa_report_free(&s.report);
     besa_tokens_free(&g_calibration);
@@ -1350,7 +1732,7 @@ int main(int argc, char **argv)
 {
     char path[600];
     besa_error error;
-    if (argc == 5 && !strcmp(argv[1], "--child")) return child(argv + 2);
+    if (argc == 6 && !strcmp(argv[1], "--child")) return child(argv + 2);
     if (argc < 3) return fprintf(stderr, "usage: %s STORIES260K REFERENCE [part of a test's name]\n", argv[0]), 2;
     g_stories = argv[1];
     g_reference = argv[2];
@@ -1382,7 +1764,12 @@ int main(int argc, char **argv)
     TEST("memory of the device's own") test_separate_memory();
     TEST("allocation failures") test_allocation_failures();
     TEST("cancel and resume") test_cancel();
+    TEST("cancel and resume, every kind of run") test_cancel_kinds();
     TEST("resume refused") test_resume_refused();
+    TEST("resume and every option") test_resume_options();
+    TEST("resume and the source") test_resume_source();
+    TEST("resume and allocation failures") test_resume_allocations();
+    TEST("source replaced during the run") test_source_replaced();
     TEST("kill and resume") test_kill();
     TEST("damaged partial output") test_damaged_partial();
     besa_tokens_free(&g_calibration);
