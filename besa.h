@@ -37,7 +37,7 @@
  *                  H = 2/N X'X for SparseGPT and its scores
  *     rank     reads W and the statistics (besa__rank_pass). Computes
  *                  U, U'U = inv(H + damping), where there is an H         besa__finish_statistics
- *                  the score of each weight: |W| norm2(X_j), or as        besa__masks_rank
+ *                  the score of each weight: |W| l2(X_j), or as           besa__masks_rank
  *                  BESA_IMPORTANCES has it; its rank in its row
  *                  of a baseline the mask, or What itself                 besa__rank_or_prune
  *     learn    BESA only (besa__learn_pass). For every batch of sequences, with logits theta that start at 0:
@@ -587,7 +587,7 @@ typedef enum besa_statistic {
 /* The importances: X(value, name, statistic, power, exponent) scores a weight |W|^power statistic_j^exponent, power 1 or 2.
  * All that the library and the command line know of an importance is its row here. */
 #define BESA_IMPORTANCES(X)                                                                        \
-    X(BESA_IMPORTANCE_WANDA, "wanda", BESA_STATISTIC_SUMSQ, 1, 0.5f)           /* |W| norm2(X_j), the default */ \
+    X(BESA_IMPORTANCE_WANDA, "wanda", BESA_STATISTIC_SUMSQ, 1, 0.5f)           /* |W| l2(X_j), the default */ \
     X(BESA_IMPORTANCE_MAGNITUDE, "magnitude", BESA_STATISTIC_NONE, 1, 0.0f)    /* |W| */           \
     X(BESA_IMPORTANCE_SPARSEGPT, "sparsegpt", BESA_STATISTIC_FACTOR, 2, -1.0f) /* W^2 / U_jj, as the published code */ \
     X(BESA_IMPORTANCE_SPARSEGPT_SQUARED, "sparsegpt-squared", BESA_STATISTIC_FACTOR, 2, -2.0f) /* W^2 / U_jj^2, the paper */
@@ -3833,7 +3833,7 @@ static besa_result besa__add_norms(besa_pruner *p, void *yref, int64_t first, in
 }
 
 /* The reconstruction loss of `count` sequences from `first`, whose outputs are y and references yref (count, seqlen, d):
- *     L = (1/d) sum over tokens t and channels c of ((Yref[t,c] - Y[t,c]) / norm2(Yref[:,c]))^2
+ *     L = (1/d) sum over tokens t and channels c of ((Yref[t,c] - Y[t,c]) / l2(Yref[:,c]))^2
  * is added to *loss, and its derivative goes to dy (NULL: not wanted; may be y). Channel norms are those of the
  * optimiser's batch that a sequence belongs to, or of all tokens (norm_all).
  * mean_over 0 adds the sum that is differentiated. For the report, mean_over is the number of sequences that the whole
@@ -10263,7 +10263,7 @@ BESA__KERNEL(besa__cpu_loss_back_row,
              (float *dy, const float *a, const float *b, const float *w, float factor, int64_t d, int accumulate),
              (dy, a, b, w, factor, d, accumulate))
 
-/* weight(d) = 1 / norm2, or 0, and the partial sums of runs of rows */
+/* weight(d) = 1 / sumsq, or 0, and the partial sums of runs of rows */
 static void besa__cpu_block_loss_place(besa__arena *work, float **weight, double **part, int64_t tokens, int64_t d)
 {
     *weight = besa__take_floats(work, d);
@@ -10656,7 +10656,7 @@ static void besa__cpu_mask_smallest_place(besa__arena *work, besa__cpu_select *s
 }
 
 /* What's bits = W's with those of column j zeroed */
-static void besa__cpu_prune(void *what, besa_dtype dtype, int64_t j)
+static void besa__cpu_zero_weight(void *what, besa_dtype dtype, int64_t j)
 {
     if (dtype == BESA_F32) ((uint32_t *)what)[j] = 0;
     else ((uint16_t *)what)[j] = 0;
@@ -10669,7 +10669,7 @@ static void besa__cpu_mask_below(void *what, besa_dtype dtype, const uint32_t *k
     for (int64_t j = 0; j < columns; j++) {
         if (key[j] > threshold || (key[j] == threshold && ties <= 0)) continue;
         if (key[j] == threshold) ties--;
-        besa__cpu_prune(what, dtype, j);
+        besa__cpu_zero_weight(what, dtype, j);
     }
 }
 
@@ -10736,7 +10736,7 @@ static besa_result besa__cpu_mask_pattern(besa_backend *be, void *what, const vo
             memmove(row, besa__at_const(w, dtype, r * columns), (size_t)columns * besa_dtype_size(dtype));
             for (int64_t j = 0; j + m <= columns; j += m)
                 for (int i = 0; i < m; i++)
-                    if (besa__cpu_place(s + r * columns + j, m, i) < n) besa__cpu_prune(row, dtype, j + i);
+                    if (besa__cpu_place(s + r * columns + j, m, i) < n) besa__cpu_zero_weight(row, dtype, j + i);
         }
     return BESA_OK;
 }
@@ -11586,20 +11586,13 @@ static besa_result besa__cpu_sparsegpt_push(besa_backend *be, float *wf, const f
  * // >>cpu-backend           the CPU's table of operations
  * ============================================================================================ */
 
-/* Rates, bucket sums and the optimiser; 0 candidates: as many as there may be. */
-static uint64_t besa__cpu_rates_bytes(int64_t columns, int64_t candidates, int threads)
+/* Bytes of scratch of the operations, in groups that have some. */
+
+static uint64_t besa__cpu_gemm_bytes(const besa_workload *w, int threads)
 {
-    besa__arena work = {NULL, 0}, cell_work = {NULL, 0}, step_work = {NULL, 0};
-    besa__cpu_rates rates;
-    besa__cpu_cells cells;
-    int64_t n = candidates > 0 ? candidates : (int64_t)BESA__CPU_BUCKETS;
-    uint64_t stride = besa__cpu_rates_place(&work, &rates, n, besa__cpu_rate_parts(INT64_MAX, n));
-    work.used = besa__add_sizes(work.used, besa__multiply_sizes(stride, (uint64_t)threads));
-    stride = besa__cpu_cells_place(&cell_work, &cells, columns, n);
-    cell_work.used = besa__add_sizes(cell_work.used, besa__multiply_sizes(stride, (uint64_t)threads));
-    besa__cpu_optimizer_place(&step_work);
-    uint64_t most = work.used > cell_work.used ? work.used : cell_work.used;
-    return most > step_work.used ? most : step_work.used;
+    besa__arena work = {NULL, 0};
+    if (w->tokens > 0) besa__cpu_gemm_place(&work, threads);
+    return work.used;
 }
 
 static uint64_t besa__cpu_attention_bytes(const besa_workload *w, int threads)
@@ -11612,6 +11605,66 @@ static uint64_t besa__cpu_attention_bytes(const besa_workload *w, int threads)
                                     w->head_dim);
     besa__cpu_attention_place(&one, &head, w->seqlen, 1);
     besa__take_parts(&work, &one, threads);
+    return work.used;
+}
+
+static uint64_t besa__cpu_column_sumsq_bytes(const besa_workload *w, int threads)
+{
+    besa__arena work = {NULL, 0};
+    (void)threads;
+    besa__cpu_column_sumsq_place(&work, BESA__CPU_SUM_PARTS, w->columns); /* of any number of tokens */
+    return work.used;
+}
+
+static uint64_t besa__cpu_block_loss_bytes(const besa_workload *w, int threads)
+{
+    besa__arena work = {NULL, 0};
+    float *weight;
+    double *part;
+    (void)threads;
+    besa__cpu_block_loss_place(&work, &weight, &part, w->tokens, w->columns);
+    return work.used;
+}
+
+static uint64_t besa__cpu_sort_bytes(const besa_workload *w, int threads)
+{
+    besa__arena work = {NULL, 0};
+    besa__cpu_sort sort;
+    besa__cpu_sort_place(&work, &sort, w->columns);
+    return besa__multiply_sizes(work.used, (uint64_t)threads);
+}
+
+/* And count_zeros. */
+static uint64_t besa__cpu_mask_smallest_bytes(const besa_workload *w, int threads)
+{
+    besa__arena work = {NULL, 0};
+    besa__cpu_select select;
+    int64_t *ties;
+    besa__cpu_mask_smallest_place(&work, &select, &ties, w->rows, w->columns, threads);
+    return work.used;
+}
+
+/* Rates, bucket sums and the optimiser; 0 candidates: as many as there may be. */
+static uint64_t besa__cpu_rates_bytes(const besa_workload *w, int threads)
+{
+    besa__arena work = {NULL, 0}, cell_work = {NULL, 0}, step_work = {NULL, 0};
+    besa__cpu_rates rates;
+    besa__cpu_cells cells;
+    int64_t n = w->candidates > 0 ? w->candidates : (int64_t)BESA__CPU_BUCKETS;
+    uint64_t stride = besa__cpu_rates_place(&work, &rates, n, besa__cpu_rate_parts(INT64_MAX, n));
+    work.used = besa__add_sizes(work.used, besa__multiply_sizes(stride, (uint64_t)threads));
+    stride = besa__cpu_cells_place(&cell_work, &cells, w->columns, n);
+    cell_work.used = besa__add_sizes(cell_work.used, besa__multiply_sizes(stride, (uint64_t)threads));
+    besa__cpu_optimizer_place(&step_work);
+    uint64_t most = work.used > cell_work.used ? work.used : cell_work.used;
+    return most > step_work.used ? most : step_work.used;
+}
+
+static uint64_t besa__cpu_project_bytes(const besa_workload *w, int threads)
+{
+    besa__arena work = {NULL, 0};
+    (void)threads;
+    besa__cpu_project_place(&work, w->projected_rows);
     return work.used;
 }
 
@@ -11630,27 +11683,15 @@ static uint64_t besa__cpu_hessian_bytes(const besa_workload *w, int threads)
 /* The most that any operation takes. */
 static size_t besa__cpu_workspace_size(besa_backend *be, const besa_workload *w)
 {
-    int threads = besa__cpu_of(be)->threads;
-    besa__arena work[6] = {{NULL, 0}, {NULL, 0}, {NULL, 0}, {NULL, 0}, {NULL, 0}, {NULL, 0}};
-    besa__cpu_sort sort;
-    besa__cpu_select select;
-    int64_t *ties;
-    float *weight;
-    double *part;
-    uint64_t most[9], largest = 0;
-    if (w->tokens > 0) besa__cpu_gemm_place(&work[0], threads);
-    besa__cpu_column_sumsq_place(&work[1], BESA__CPU_SUM_PARTS, w->columns); /* of any number of tokens */
-    besa__cpu_block_loss_place(&work[2], &weight, &part, w->tokens, w->columns);
-    besa__cpu_sort_place(&work[3], &sort, w->columns);
-    besa__cpu_mask_smallest_place(&work[4], &select, &ties, w->rows, w->columns, threads); /* and count_zeros */
-    for (int i = 0; i < 5; i++) most[i] = work[i].used;
-    most[3] = besa__multiply_sizes(most[3], (uint64_t)threads);
-    most[5] = besa__cpu_rates_bytes(w->columns, w->candidates, threads);
-    most[6] = besa__cpu_attention_bytes(w, threads);
-    most[7] = besa__cpu_hessian_bytes(w, threads);
-    besa__cpu_project_place(&work[5], w->projected_rows);
-    most[8] = work[5].used;
-    for (int i = 0; i < 9; i++) largest = most[i] > largest ? most[i] : largest;
+    static uint64_t (*const bytes[])(const besa_workload *, int) = {
+        besa__cpu_gemm_bytes, besa__cpu_attention_bytes, besa__cpu_column_sumsq_bytes, besa__cpu_block_loss_bytes,
+        besa__cpu_sort_bytes, besa__cpu_mask_smallest_bytes, besa__cpu_rates_bytes, besa__cpu_project_bytes,
+        besa__cpu_hessian_bytes};
+    uint64_t largest = 0;
+    for (size_t i = 0; i < sizeof bytes / sizeof *bytes; i++) {
+        uint64_t one = bytes[i](w, besa__cpu_of(be)->threads);
+        if (one > largest) largest = one;
+    }
     return besa__size(largest);
 }
 
