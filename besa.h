@@ -3513,22 +3513,6 @@ static int besa__uses_gram(const besa_prune_options *o) { return besa__statistic
 
 static int besa__uses_inputs(const besa_prune_options *o) { return besa__statistic(o) != BESA_STATISTIC_NONE; }
 
-/* What the method does not look at gets its default, so that it decides nothing, and no resumed run is refused for it. */
-static void besa__ignore_options(besa_prune_options *o)
-{
-    const besa_prune_options given = *o;
-    for (const besa_option *row = besa__options; row->name; row++)
-        if ((row->flags & BESA_OPTION_BESA) && o->method != BESA_METHOD_BESA)
-            besa__option_set(row, (unsigned char *)o + row->offset, row->standard);
-    if (o->method != BESA_METHOD_MAGNITUDE) o->magnitude_per_row = 0;
-    if (!besa__uses_gram(&given)) o->damping = besa__find_option("damping")->standard;
-    if (o->rates.optimizer != BESA_PRODIGY) {
-        o->rates.d0 = besa__find_option("d0")->standard;
-        o->rates.d_coef = besa__find_option("d_coef")->standard;
-    }
-    if (o->rates.row_scale <= 0) o->rates.group_rows = 1;
-}
-
 /* Check the options and fill in what 0 stands for. */
 static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_shape *shape, besa_error *error)
 {
@@ -3536,9 +3520,7 @@ static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_
     BESA__TRY(besa__options_fill((unsigned char *)o + begin, begin, sizeof *o, error));
     if (o->pattern_n != 0 || o->pattern_m != 0) BESA__TRY(besa__pattern_defaults(o, shape, error));
     BESA__TRY(besa__check_fixed_rates(o, error));
-    BESA__TRY(besa__rate_defaults(&o->rates, error));
-    besa__ignore_options(o);
-    return BESA_OK;
+    return besa__rate_defaults(&o->rates, error);
 }
 
 /* The sparsity that the caller fixed for a layer of the block called name, or -1. */
@@ -8364,12 +8346,29 @@ static uint64_t besa__source_hash(const besa_checkpoint *checkpoint)
     return hash;
 }
 
-/* A hash of every option of the table, and of the fixed layers. */
+/* What the method does not look at gets its default: no resumed run is refused for it. */
+static void besa__ignore_options(besa_prune_options *o)
+{
+    const besa_prune_options given = *o;
+    for (const besa_option *row = besa__options; row->name; row++)
+        if ((row->flags & BESA_OPTION_BESA) && o->method != BESA_METHOD_BESA)
+            besa__option_set(row, (unsigned char *)o + row->offset, row->standard);
+    if (o->method != BESA_METHOD_MAGNITUDE) o->magnitude_per_row = 0;
+    if (!besa__uses_gram(&given)) o->damping = besa__find_option("damping")->standard;
+    if (o->rates.optimizer != BESA_PRODIGY) {
+        o->rates.d0 = besa__find_option("d0")->standard;
+        o->rates.d_coef = besa__find_option("d_coef")->standard;
+    }
+}
+
+/* A hash of every option of the table, as far as the method looks at it, and of the fixed layers. */
 static uint64_t besa__options_hash(const besa_prune_options *options)
 {
+    besa_prune_options used = *options;
     uint64_t hash = BESA__HASH_START;
+    besa__ignore_options(&used);
     for (const besa_option *o = besa__options; o->name; o++)
-        hash = besa__hash_double(hash, besa__option_get(o, (const unsigned char *)options + o->offset));
+        hash = besa__hash_double(hash, besa__option_get(o, (const unsigned char *)&used + o->offset));
     for (int64_t i = 0; i < options->num_fixed; i++) {
         hash = besa__hash(hash, options->fixed[i].pattern, strlen(options->fixed[i].pattern) + 1);
         hash = besa__hash_double(hash, options->fixed[i].sparsity);

@@ -1404,13 +1404,13 @@ static double pause_of(double wanted)
 /* Copies of weights take their time; norms, which are small, are not counted. */
 static besa_result slow_upload(besa_backend *be, besa_queue q, void *to, const void *from, size_t bytes)
 {
-    if (q == BESA_QUEUE_STAGE && bytes >= 4096) g_in += pause_of(5e-4);
+    if (q == BESA_QUEUE_STAGE && bytes >= 1024) g_in += pause_of(5e-5);
     return g_copy(be, q, to, from, bytes);
 }
 
 static besa_result slow_download(besa_backend *be, besa_queue q, void *to, const void *from, size_t bytes)
 {
-    if (q == BESA_QUEUE_STAGE && bytes >= 4096) g_out += pause_of(5e-4);
+    if (q == BESA_QUEUE_STAGE && bytes >= 1024) g_out += pause_of(5e-5);
     return g_copy(be, q, to, from, bytes);
 }
 
