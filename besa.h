@@ -1787,7 +1787,8 @@ static void besa__option_set(const besa_option *o, void *field, double value)
 
 static besa_result besa__option_check(const besa_option *o, double x, besa_error *error)
 {
-    if ((x == 0 && !(o->flags & BESA_OPTION_REQUIRED)) || (x == BESA_NONE && (o->flags & (BESA_OPTION_NONE | BESA_OPTION_ALL)))) return BESA_OK;
+    if (x == 0 && !(o->flags & BESA_OPTION_REQUIRED)) return BESA_OK;
+    if (x == BESA_NONE && (o->flags & (BESA_OPTION_NONE | BESA_OPTION_ALL))) return BESA_OK;
     int above = x > o->least || (x == o->least && !(o->flags & BESA_OPTION_ABOVE));
     int below = x < o->most || (x == o->most && !(o->flags & BESA_OPTION_BELOW));
     if (above && below) return BESA_OK;
@@ -2955,7 +2956,8 @@ static besa_result besa__mlp_forward(besa_backend *be, const besa_block *b, besa
                                      int64_t tokens)
 {
     const besa_block_shape *s = &b->shape;
-    BESA__TRY(be->rmsnorm_forward(be, acts->m, acts->inv_rms2, h1, b->norm2, tokens, s->hidden_size, (float)s->rms_norm_eps));
+    float eps = (float)s->rms_norm_eps;
+    BESA__TRY(be->rmsnorm_forward(be, acts->m, acts->inv_rms2, h1, b->norm2, tokens, s->hidden_size, eps));
     BESA__TRY(besa__layer_forward(be, b, BESA_GATE, acts->gate, acts->m, tokens, 0));
     BESA__TRY(besa__layer_forward(be, b, BESA_UP, acts->up, acts->m, tokens, 0));
     return be->swiglu_forward(be, acts->z, acts->gate, acts->up, tokens * s->intermediate_size);
@@ -3301,7 +3303,8 @@ static besa_result besa__stream_close(besa__stream *s, int changed)
 }
 
 /* All of it through a block, in the walk's chunks: X = F(W, X). */
-BESA__UNUSED static besa_result besa__stream_forward(besa__stream *s, besa__walk walk, const besa_block *block, besa_activations *acts)
+BESA__UNUSED static besa_result besa__stream_forward(besa__stream *s, besa__walk walk, const besa_block *block,
+                                                     besa_activations *acts)
 {
     while (besa__walk_next(&walk)) {
         void *x;
@@ -8437,10 +8440,11 @@ static besa_result besa__reload_block(besa__run *run, int64_t index, besa_block 
     besa_pruner *p = &run->pruner;
     void *const *pruned = run->pruned[besa__room_of(run, index)];
     BESA__TRY(besa__read_pruned(run, index, error));
-    if (run->has_dense) BESA__TRY_ON(be, besa__stream_forward(&run->dense, besa__pass_walk(p, p->nsamples), block, &p->acts), error);
+    besa__walk walk = besa__pass_walk(p, p->nsamples); /* cut as the passes cut it: the same bytes */
+    if (run->has_dense) BESA__TRY_ON(be, besa__stream_forward(&run->dense, walk, block, &p->acts), error);
     BESA__TRY(besa__report_reloaded(run, block, pruned, report, error));
     for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = pruned[i];
-    BESA__TRY_ON(be, besa__stream_forward(&run->calibration, besa__pass_walk(p, p->nsamples), block, &p->acts), error);
+    BESA__TRY_ON(be, besa__stream_forward(&run->calibration, walk, block, &p->acts), error);
     return besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
 }
 
