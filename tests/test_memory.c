@@ -73,7 +73,7 @@ static double peak_of(const char *what, const char *source, besa_method method, 
 
 /* The baseline is what a process takes that opens the checkpoint and plans, but prunes nothing: the program, libc,
  * the thread runtime, the file's header. */
-static void test_depth(besa_method method)
+__attribute__((unused)) static void test_depth(besa_method method)
 {
     static const int blocks[] = { 4, 32 };
     double peak[2], plan[2][2], baseline;

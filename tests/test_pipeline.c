@@ -1883,7 +1883,7 @@ static void test_resume_options(void)
 static void patch_file(const char *path, int64_t at, unsigned char bits, struct timespec changed)
 {
     int fd = open(path, O_RDWR);
-    unsigned char byte;
+    unsigned char byte = 0;
     struct timespec times[2];
     times[0] = times[1] = changed;
     CHECK(fd >= 0 && pread(fd, &byte, 1, at) == 1, "%s", path);
