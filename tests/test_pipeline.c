@@ -479,6 +479,8 @@ static void test_fixed_patterns(void)
         CHECK(besa__match(t[i].pattern, t[i].name) == t[i].matches, "\"%s\" and %s", t[i].pattern, t[i].name);
 }
 
+static int count_progress(void *user, const besa_progress *p);
+
 static void test_presets(void)
 {
     static const char *const preset[] = { "default", "published-row", "published-layer" };
@@ -502,6 +504,27 @@ static void test_presets(void)
         }
     memset(&o, 0, sizeof o);
     CHECK(besa_preset(&o, "nonsense", &error) == BESA_ERROR_OPTION && strstr(error.message, "nonsense"), "%s", error.message);
+}
+
+/* What a preset leaves as the caller has it. */
+static void test_preset_keeps(void)
+{
+    static const char *const preset[] = { "default", "published-row", "published-layer" };
+    static const besa_fixed_rate fixed[] = { { "v_proj", 0.3 } };
+    int user = 0;
+    for (int p = 0; p < 3; p++) {
+        besa_prune_options o, before;
+        besa_error error;
+        memset(&o, 0, sizeof o);
+        o.rates.target = 0.4, o.fixed = fixed, o.num_fixed = 1, o.device_memory = 12345, o.user = &user;
+        o.progress = count_progress;
+        o.epochs = 7, o.rates.lr = 0.3, o.norm_all = 1; /* these are the preset's */
+        before = o;
+        CHECK_OK(besa_preset(&o, preset[p], &error), error);
+        CHECK(o.rates.target == before.rates.target && o.fixed == fixed && o.num_fixed == 1 && o.device_memory == 12345 &&
+              o.user == &user && o.progress == before.progress, "%s loses what is not its own", preset[p]);
+        CHECK(o.epochs == 0 && o.rates.lr == 0 && !o.norm_all, "%s leaves options of before", preset[p]);
+    }
 }
 
 /* All architectures, element types and file layouts: sharded outputs with the source's index. */
@@ -1604,6 +1627,7 @@ int main(int argc, char **argv)
     TEST("fixed layers") test_fixed_layers();
     TEST("patterns of fixed layers") test_fixed_patterns();
     TEST("presets") test_presets();
+    TEST("what presets leave alone") test_preset_keeps();
     TEST("reference checkpoints pruned") test_reference_checkpoints();
     TEST("report, small files, links") test_report_and_files();
     TEST("strings and numbers of the report") test_report_strings();

@@ -757,6 +757,69 @@ static void test_thread_counts(void)
     }
 }
 
+/* To the nearest bf16, ties to even, by arithmetic. */
+static float nearest_bf16(float x)
+{
+    int exponent;
+    double mantissa = frexp((double)x, &exponent) * 256, whole = floor(mantissa), rest = mantissa - whole;
+    if (rest > 0.5 || (rest >= 0.5 && fmod(whole, 2) != 0)) whole++;
+    return (float)ldexp(whole, exponent - 8);
+}
+
+/* Products in bf16 are those of operands rounded beforehand, to the byte: ties, and each way an operand can lie. */
+static void test_bf16_products(void)
+{
+    enum { T = 19, R = 37, C = 70 };
+    float *x = take_floats(T * C), *w = take_floats(R * C), *x16 = take_floats(T * C), *w16 = take_floats(R * C);
+    float *got = take_floats(R * C), *want = take_floats(R * C);
+    besa_cpu_options cpu;
+    besa_backend be;
+    uint64_t state = 5;
+    memset(&cpu, 0, sizeof cpu);
+    cpu.threads = 1, cpu.bf16 = 1;
+    CHECK_OK(besa_cpu_backend(&be, &cpu, &g_error), g_error);
+    for (int i = 0; i < T * C + R * C; i++) {
+        float *v = i < T * C ? &x[i] : &w[i - T * C];
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        *v = (float)((int)(state >> 48) - 32768) / 65536.0f;    /* half of them, and more, are ties or lie beside one */
+        if (i % 2) *v = ldexpf(roundf(*v * 1024) + 0.5f, -2 - i % 5);
+    }
+    for (int i = 0; i < T * C; i++) x16[i] = nearest_bf16(x[i]);
+    for (int i = 0; i < R * C; i++) w16[i] = nearest_bf16(w[i]);
+    besa_workload work;
+    memset(&work, 0, sizeof work);
+    work.rows = work.columns = C, work.tokens = T;
+    set_workspace(work);
+    be.workspace = g_be.workspace, be.workspace_bytes = g_be.workspace_bytes;
+    be.linear_forward(&be, got, x, w, BESA_F32, NULL, T, R, C, 0);
+    be.linear_forward(&be, want, x16, w16, BESA_F32, NULL, T, R, C, 0);
+    CHECK(!memcmp(got, want, T * R * sizeof(float)), "forward");
+    be.linear_backward_input(&be, got, x, w, BESA_F32, T, C, R, 0);     /* the same arrays as dY (T, C) and W (C, R) */
+    be.linear_backward_input(&be, want, x16, w16, BESA_F32, T, C, R, 0);
+    CHECK(!memcmp(got, want, T * R * sizeof(float)), "backward, input");
+    be.linear_backward_weight(&be, got, x, w, T, C, R, 0, C);           /* dY (T, C), X (T, R) */
+    be.linear_backward_weight(&be, want, x16, w16, T, C, R, 0, C);
+    CHECK(!memcmp(got, want, C * R * sizeof(float)), "backward, weight");
+    be.destroy(&be);
+}
+
+/* Hessians whose pivot is 0 or NaN have no factor. */
+static void test_singular(void)
+{
+    for (int kind = 0; kind < 3; kind++) {
+        float h[9] = { 1, 1, 0, 1, 1, 0, 0, 0, 2 };
+        int32_t dead[3];
+        if (kind == 1) h[4] = NAN;              /* the mean of the diagonal is NaN too, and the last column comes first */
+        if (kind == 2) h[0] = -1;
+        besa_workload w;
+        memset(&w, 0, sizeof w);
+        w.rows = w.columns = w.hessian_columns = 3, w.tokens = 1;
+        set_workspace(w);
+        CHECK(g_be.hessian_factor(&g_be, h, dead, 0, 3) == BESA_ERROR_NUMERIC, "kind %d has a factor", kind);
+        CHECK(strstr(g_be.error.message, kind == 1 ? "column 2" : "column 0"), "%s", g_be.error.message);
+    }
+}
+
 /* Public functions use a workspace of their own: the caller's is the backend's again afterwards, whatever came of it. */
 static void test_rates_workspace(void)
 {
@@ -985,6 +1048,8 @@ int main(int argc, char **argv)
     TEST("AdamW with other options") test_optimizer_options(1);
     TEST("rates of many rows") test_rates_of_many_rows();
     TEST("how many threads") test_thread_counts();
+    TEST("bf16 products") test_bf16_products();
+    TEST("Hessians without a factor") test_singular();
     TEST("a pruner and other blocks") test_other_blocks();
     TEST("one wait a block, besa") test_waits(BESA_METHOD_BESA);
     TEST("one wait a block, wanda") test_waits(BESA_METHOD_WANDA);
