@@ -407,6 +407,12 @@ static void test_patterns(void)
             run_and_verify(&s);
             discard(s.output);
         }
+    fixture_random_llama(temp_path("model144"), 1, 144, 288, 4, 2, 64, BESA_F32);
+    s = new_setup(temp_path("out"), BESA_METHOD_SPARSEGPT, 0.25);
+    s.source = temp_path("model144");
+    s.options.pattern_n = 3, s.options.pattern_m = 12; /* 128 columns of a slab are no multiple */
+    run_and_verify(&s);
+    discard(s.output);
     s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
     s.options.pattern_n = 2, s.options.pattern_m = 4;
     expect(&s, BESA_ERROR_OPTION, "attern");
@@ -493,6 +499,8 @@ static void test_fixed_patterns(void)
     for (size_t i = 0; i < sizeof t / sizeof *t; i++)
         CHECK(besa__match(t[i].pattern, t[i].name) == t[i].matches, "\"%s\" and %s", t[i].pattern, t[i].name);
 }
+
+static int count_progress(void *user, const besa_progress *p);
 
 static void test_presets(void)
 {
@@ -630,6 +638,47 @@ static void test_report_and_files(void)
         discard(l.output);
     }
     discard(s.output);
+}
+
+/* Sliding windows in no layer, in the middle one, in all: three different models. */
+static void test_some_windows(void)
+{
+    static const char *const slides[] = { "full", "full", "full", "full", "sliding", "full", "sliding", "sliding", "sliding" };
+    double ppl[3];
+    for (int i = 0; i < 3; i++) {
+        const char *directory = temp_path("windows%d", i);
+        char text[1024], path[600], to[600];
+        snprintf(text, sizeof text, "{\"model_type\":\"qwen2\",\"hidden_size\":48,\"intermediate_size\":104,\"num_attention_heads\":4,"
+                 "\"num_key_value_heads\":2,\"num_hidden_layers\":3,\"vocab_size\":199,\"rms_norm_eps\":1e-6,\"rope_theta\":1e6,"
+                 "\"tie_word_embeddings\":true,\"use_sliding_window\":true,\"sliding_window\":4,\"layer_types\":[\"%s_attention\","
+                 "\"%s_attention\",\"%s_attention\"]}", slides[3 * i], slides[3 * i + 1], slides[3 * i + 2]);
+        mkdir(directory, 0777);
+        snprintf(path, sizeof path, "%s/config.json", directory);
+        write_bytes(path, text, strlen(text));
+        snprintf(path, sizeof path, "%s/checkpoints/qwen2_bias_tied_bf16/model.safetensors", g_reference);
+        snprintf(to, sizeof to, "%s/model.safetensors", directory);
+        char *real = realpath(path, NULL);
+        CHECK(real && symlink(real, to) == 0, "symlink");
+        free(real);
+        ppl[i] = directory_perplexity(directory, 4, 64, 2);
+    }
+    CHECK(fabs(ppl[0] - ppl[1]) > 1e-4 && fabs(ppl[1] - ppl[2]) > 1e-4 && fabs(ppl[0] - ppl[2]) > 1e-4,
+          "perplexity %.6f without windows, %.6f with one, %.6f with three", ppl[0], ppl[1], ppl[2]);
+}
+
+/* Notes as a string of JSON. */
+static void test_report_strings(void)
+{
+    besa_report report;
+    char *json, notes[] = "a \"b\" \\ c\n\t\x01 \xC3\xA9 \xFF end";
+    memset(&report, 0, sizeof report);
+    report.notes = notes;
+    report.target = NAN, report.sparsity = INFINITY, report.seconds = -INFINITY;
+    json = besa_report_json(&report);
+    CHECK(json && strstr(json, "\"notes\": \"a \\\"b\\\" \\\\ c\\n\\u0009\\u0001 \xC3\xA9 \\ufffd end\","), "%s", json ? json : "NULL");
+    CHECK(json && strstr(json, "\"target\": null") && strstr(json, "\"sparsity\": null") && strstr(json, "\"seconds\": null"), "%s",
+          json ? json : "NULL");
+    if (json) counted_free(json);
 }
 
 /* ---- sources with zeros, other types and bad weights ----------------------------------------- */
@@ -783,6 +832,44 @@ static void test_not_finite(void)
     }
 }
 
+static const char *g_changed;                   /* the tensor that the next two change */
+
+static void last_infinite(const char *name, float *v, int64_t rows, int64_t columns)
+{
+    if (!strcmp(name, g_changed)) v[rows * columns - 1] = INFINITY;
+}
+
+static void all_huge(const char *name, float *v, int64_t rows, int64_t columns)
+{
+    for (int64_t i = 0; !strcmp(name, g_changed) && i < rows * columns; i++) v[i] = 3e38f;
+}
+
+/* Tensors that are only copied: an embedding that no token asks for, the final norm. And logits that overflow. */
+static void test_copied_not_finite(void)
+{
+    static const char *const names[] = { "model.embed_tokens.weight", "model.norm.weight" };
+    besa_checkpoint *stories = open_stories(), *huge = NULL;
+    besa_error error;
+    double ppl;
+    for (int i = 0; i < 2; i++) {
+        setup s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
+        g_changed = names[i];
+        fixture_variant(temp_path("copied%d", i), stories, g_stories, BESA_F32, last_infinite);
+        s.source = temp_path("copied%d", i);
+        s.nsamples = 1, s.seqlen = 4;
+        for (int t = 0; t < 4; t++) CHECK(g_calibration.ids[t] != 511, "token %d is the changed one", t);
+        expect(&s, BESA_ERROR_NOT_FINITE, names[i]);
+        discard(s.output);
+    }
+    g_changed = names[1];
+    fixture_variant(temp_path("huge"), stories, g_stories, BESA_F32, all_huge);
+    besa_checkpoint_close(stories);
+    CHECK_OK(besa_checkpoint_open(&huge, temp_path("huge"), &error), error);
+    CHECK(besa_perplexity(huge, NULL, g_test.ids, 2, 16, &ppl, NULL, NULL, NULL, &error) == BESA_ERROR_NOT_FINITE &&
+          strstr(error.message, "window 0"), "%s", error.message);
+    besa_checkpoint_close(huge);
+}
+
 /* ---- refusals -------------------------------------------------------------------------------- */
 
 /* Every option that is a number: both ends of its range are taken, what lies just beyond is refused by a message that names
@@ -931,6 +1018,17 @@ static void test_bad_options(void)
         CHECK(!exists(s.output) && !exists(partial_of(s.output)), "bad option %d leaves files", i);
         besa_report_free(&s.report);
         discard(s.output);
+    }
+}
+
+/* A fixed rate that names no layer of the model. */
+static void test_fixed_nothing(void)
+{
+    static const besa_fixed_rate fixed[] = { { "v_proj", 0.3 }, { "layers.7", 0.3 } };
+    for (int m = 0; m < 2; m++) {
+        setup s = new_setup(temp_path("out"), m ? BESA_METHOD_WANDA : BESA_METHOD_BESA, 0.5);
+        s.options.fixed = fixed, s.options.num_fixed = 2;
+        expect(&s, BESA_ERROR_OPTION, "\"layers.7\" matches none");
     }
 }
 
@@ -1301,6 +1399,121 @@ static void test_free_memory(void)
     snprintf(word, sizeof word, "the device can give %zu bytes", g_free - g_free / 32);
     expect(&s, BESA_ERROR_MEMORY, word);
     be.destroy(&be);
+}
+
+/* The disk that is needed is that of all shards; a run whose report is not asked for keeps nothing of it. */
+static void test_shards(void)
+{
+    char source[512];
+    setup s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
+    besa_result result;
+    besa_checkpoint *c = NULL;
+    besa_calibration calibration;
+    besa_error error;
+    uint64_t bytes = 0;
+    int64_t live = g_live;
+    DIR *d;
+    struct dirent *e;
+    snprintf(source, sizeof source, "%s/checkpoints/qwen3_qknorm_f32", g_reference);
+    s.source = source;
+    d = opendir(source);
+    while (d && (e = readdir(d)) != NULL) {
+        char path[900];
+        struct stat st;
+        snprintf(path, sizeof path, "%s/%s", source, e->d_name);
+        if (strstr(e->d_name, ".safetensors") && !strstr(e->d_name, ".json") && stat(path, &st) == 0) bytes += (uint64_t)st.st_size;
+    }
+    if (d) closedir(d);
+    CHECK(bytes > 0 && plan_of(&s, &result).disk_bytes == bytes, "not %.0f bytes", (double)bytes);
+    memset(&calibration, 0, sizeof calibration);
+    int32_t *ids = (int32_t *)calloc(16, sizeof *ids);
+    calibration.ids = ids, calibration.nsamples = 1, calibration.seqlen = 16;
+    CHECK_OK(besa_checkpoint_open(&c, source, &error), error);
+    CHECK_OK(besa_prune(c, s.output, NULL, &calibration, &s.options, NULL, &error), error);
+    besa_checkpoint_close(c);
+    free(ids);
+    CHECK(g_live == live, "%d blocks leaked", (int)(g_live - live));
+    discard(s.output);
+}
+
+/* Weight gradients in pieces of 128 rows: the same bytes. */
+static void test_gradient_pieces(void)
+{
+    setup s = new_setup(temp_path("whole"), BESA_METHOD_BESA, 0.5);
+    char first[512];
+    besa_backend be = counted_backend(0);
+    besa_plan_result whole, pieces;
+    besa_result result;
+    s.be = &be;
+    s.source = temp_path("model256");
+    s.nsamples = 6, s.seqlen = 8;
+    s.options.rates.d_coef = 1000;              /* so that few steps move the rates */
+    fixture_random_llama(s.source, 1, 256, 256, 4, 4, 64, BESA_F32);
+    CHECK_RUN(&s);
+    besa_report_free(&s.report);
+    memset(&pieces, 0, sizeof pieces);
+    CHECK(plan_with(&s, &be, &whole) == BESA_OK, "no plan");
+    be.gradient_bytes = 128 * 256 * sizeof(float);
+    result = plan_with(&s, &be, &pieces);
+    CHECK(result == BESA_OK && pieces.device_bytes < whole.device_bytes, "%zu bytes in pieces, %zu whole", pieces.device_bytes,
+          whole.device_bytes);
+    s.output = temp_path("out");
+    CHECK_RUN(&s);
+    besa_report_free(&s.report);
+    CHECK(compare_directories(temp_path("whole"), s.output, NULL, first) == 0, "%s differs", first);
+    be.destroy(&be);
+    discard(s.output);
+    discard(temp_path("whole"));
+}
+
+static int64_t cut_of_three(const void *cutter, int64_t first)
+{
+    (void)cutter, (void)first;
+    return 3;
+}
+
+/* One chunk of a stream, `next` of it to be sent for. */
+static besa__walk chunk_of(int64_t first, int64_t count, int64_t next_first, int64_t next)
+{
+    besa__walk w = besa__walk_over(cut_of_three, NULL, first, first + count, -1);
+    w.first = first, w.count = count, w.next_first = next_first, w.next_count = next;
+    return w;
+}
+
+/* The slots of a stream that lives on the host: a chunk is sent for again once a part of it was changed in the other. */
+static void test_stream_slots(void)
+{
+    besa_backend be = counted_backend(0);
+    besa__stream s;
+    float host[6] = { 0, 1, 2, 3, 4, 5 }, slots[2][3];
+    besa__walk first = chunk_of(0, 3, 3, 3), overlapping = chunk_of(2, 2, 0, 0), again = chunk_of(0, 3, 0, 0);
+    void *x;
+    besa__stream_init(&s, &be, BESA__EVENT_X, 6, 1, 1);
+    s.streamed = 1, s.x = host, s.slot[0] = slots[0], s.slot[1] = slots[1];
+    CHECK(besa__stream_open(&s, &first, &x) == BESA_OK && ((float *)x)[2] == 2, "the first chunk");
+    CHECK(besa__stream_close(&s, 0) == BESA_OK, "close");
+    CHECK(besa__stream_open(&s, &overlapping, &x) == BESA_OK && ((float *)x)[0] == 2, "one that overlaps it");
+    ((float *)x)[0] = 7;
+    CHECK(besa__stream_close(&s, 1) == BESA_OK && host[2] == 7, "it did not come home");
+    CHECK(besa__stream_open(&s, &again, &x) == BESA_OK && ((float *)x)[2] == 7, "the first chunk is out of date");
+    be.destroy(&be);
+}
+
+/* A walk: every sequence once, in chunks no larger than the cut; the next chunk is what will come next. */
+static void test_walk(void)
+{
+    for (int64_t end = 1; end < 9; end++)
+        for (int again = -1; again < 1; again++) {
+            besa__walk w = besa__walk_over(cut_of_three, NULL, 1, 1 + end, again);
+            int64_t at = 1, promised = -2, count = 0;
+            while (besa__walk_next(&w)) {
+                CHECK(w.first == at && w.count == (1 + end - at < 3 ? 1 + end - at : 3), "%d from %d", (int)w.count, (int)w.first);
+                CHECK(promised == -2 || (w.first == promised && w.count <= count), "%d was promised", (int)promised);
+                at += w.count;
+                promised = w.next_first, count = w.next_count;
+            }
+            CHECK(at == 1 + end && promised == again && (count > 0) == (again >= 0), "it ends at %d, then %d", (int)at, (int)promised);
+        }
 }
 
 /* A smaller budget means smaller micro-batches and the same result but for rounding; one too small names the bytes. */
@@ -2220,19 +2433,27 @@ int main(int argc, char **argv)
     TEST("fields of presets") test_preset_fields();
     TEST("reference checkpoints pruned") test_reference_checkpoints();
     TEST("report, small files, links") test_report_and_files();
+    TEST("strings and numbers of the report") test_report_strings();
+    TEST("windows of some layers") test_some_windows();
     TEST("f16 and bf16") test_element_types();
     TEST("source zeros") test_source_zeros();
     TEST("dead input column") test_dead_column();
     TEST("weights that are not finite") test_not_finite();
+    TEST("copied tensors and logits that are not finite") test_copied_not_finite();
+    TEST("a walk") test_walk();
     TEST("ranges of options") test_option_ranges();
     TEST("defaults of options") test_option_defaults();
     TEST("few learning steps") test_few_steps();
     TEST("bad options") test_bad_options();
+    TEST("a fixed rate that names nothing") test_fixed_nothing();
     TEST("bad tokens") test_bad_tokens();
     TEST("output place") test_output_place();
     TEST("full disk") test_full_disk();
     TEST("threads") test_threads();
     TEST("plan") test_plan();
+    TEST("shards, and no report") test_shards();
+    TEST("weight gradients in pieces") test_gradient_pieces();
+    TEST("slots of a stream") test_stream_slots();
     TEST("memory budget") test_budget();
     TEST("memory that is free") test_free_memory();
     TEST("seconds of a run") test_seconds(1);

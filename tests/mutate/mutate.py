@@ -4,7 +4,7 @@
     mutate.py                              the mistakes of mutants.txt
     mutate.py --generate 200 --seed 1      mistakes made by chance; those that do not compile are not counted
     mutate.py --check                      only that every mistake of the list still applies, exactly once
-    mutate.py --only WORD                  those whose name or function contains WORD
+    mutate.py --only WORD                  those whose name contains WORD
 
     -j N            workers, of one core each (1)
     --file HEADER   those of one header
@@ -15,14 +15,13 @@
 
 A mutant is a copy of the headers with one place changed. The test programs are built from it by tests/Makefile and run
 from the quickest on; the first failed check, crash or test that takes five times as long has caught it. Which tests run which
-line is measured beforehand, so that only those are run that can notice. Survivors go through the sanitizers in the end, mutants
-of besa_cuda.cuh through the stand-in runtime and, where a barrier or an event was touched, ThreadSanitizer.
+line is measured beforehand, so that only those are run that can notice. Survivors go through AddressSanitizer in the end, and
+where a barrier of a kernel is left out through ThreadSanitizer. Mutants of besa_cuda.cuh run on the stand-in runtime.
 Results are remembered in build/mutate: an interrupted run goes on. A first run measures all tests, which takes minutes."""
 import argparse
 import hashlib
 import json
 import os
-import queue
 import re
 import resource
 import shutil
@@ -109,7 +108,7 @@ def limits(seconds, address_space):
     return set_limits
 
 
-def run_test(path, program, only, directory, seconds=600.0, slower=1, output=None):
+def run_test(path, program, only, directory, seconds=600.0, slower=1):
     """Run a program, or one test of it. What it failed by, or None; and the processor time it took."""
     temporary = os.path.join(directory, "tmp")
     os.makedirs(temporary, exist_ok=True)
@@ -124,8 +123,6 @@ def run_test(path, program, only, directory, seconds=600.0, slower=1, output=Non
     late.start()
     reason = None
     for line in child.stdout:
-        if output is not None:
-            output.append(line.decode("utf-8", "replace"))
         if FAILED.match(line):
             reason = line.decode("utf-8", "replace").strip()[:160]
             break
