@@ -49,7 +49,7 @@ suite()
         case $program in
         test_portable) arguments=$stories ;;
         test_ops) arguments="test 2" ;;
-        test_reference) arguments=$reference ;;
+        test_reference) arguments="$reference $(dirname "$reference")/cases" ;;
         test_io) arguments="$reference/checkpoints $work" ;;
         test_pipeline) arguments="$stories $reference" ;;
         esac
