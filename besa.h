@@ -49,10 +49,10 @@
  *                  dL/dWhat by the backward pass                          besa__block_backward
  *                  dL/dbeta_d = - sum of dL/dWhat W over rank < k_d       besa__rates_gradient, besa__rates_backward
  *                  (as if keeping were 1 - sum_d beta_d [rank < k_d]),
- *                  + the penalty's lambda ((S - t) / t)^2, then dL/dtheta
+ *                  + that of the penalty lambda ((S - t) / t)^2; dL/dtheta
  *                  theta by Prodigy or AdamW                              besa__parameters_step
- *              and then n of all rows, shifted together until the         besa__rates_project, besa__final_masks
- *              count is exact, and What
+ *              and then logit(alpha) of all rows, shifted together        besa__rates_project, besa__final_masks
+ *              until the count is exact, and What
  *     commit   X = F(What, X): the next block's inputs; the loss          besa__commit_pass
  *
  *     The paper's pseudo-code carries two streams, the dense model's and the pruned one's, and aims at the dense stream's
@@ -1729,7 +1729,7 @@ static const besa_option besa__options[] = {
      "lr", "X", "learning rate [prodigy 1, adamw 0.01]"},
     {BESA__RATE(ENUM, schedule), 0, 0, BESA_SCHEDULE_COSINE, BESA__BESA, "a value of besa_schedule",
      "schedule", "constant|cosine", "how the learning rate goes on [constant]"},
-    {BESA__RATE(DOUBLE, warmup), 0, 0, 1, BESA_OPTION_BELOW | BESA__BESA, "0 or more and below 1",
+    {BESA__RATE(DOUBLE, warmup), 0, 0, 1, BESA__FROM_0 | BESA__BESA, "0 or more and below 1",
      "warmup", "X", "share of the learning steps in which the learning rate rises [0]"},
     {BESA__RATE(INT64, steps), 1, 1, BESA__NO_LIMIT, BESA__BESA, "1 or more", NULL, NULL, NULL},
     {BESA__RATE(DOUBLE, beta1), 0.9, 0, 1, BESA__FROM_0 | BESA__BESA, "0 or more and below 1", NULL, NULL, NULL},
@@ -2136,8 +2136,8 @@ static float *besa__parameters_at(float *array, int64_t offset) { return offset 
  *
  * Per group g of rows the rate is alpha_g = sum_d beta_d p_d with beta = softmax(z), p_d = 1 - d/D and
  *     z_d = c p_d + s_L u(theta_L[d]) + s_R u(theta_g[d]),      u(x) = sigmoid(x) - 1/2.
- * Row r prunes its n_r = floor(alpha C) lowest ranks. c makes the rate at theta = 0 the target, so that any target in
- * (0, 1) can be reached; the published form is c = 0, which confines alpha to 0.376 .. 0.624. Once learned, all rows are
+ * Row r prunes its n_r = floor(alpha C) lowest ranks. c makes the rate at theta = 0 the target, any in (0, 1), so
+ * that learning starts there; the published form is c = 0, which confines alpha to 0.376 .. 0.624. Once learned, all rows are
  * shifted together in logit space until exactly floor(target N + 1/2) of the N learned weights go (be->project_counts). */
 
 typedef struct besa__rate_layer {
@@ -3321,7 +3321,7 @@ BESA__UNUSED static besa_result besa__stream_forward(besa__stream *s, besa__walk
  * Owns the memory that the passes over one block share, and how far a run is. The passes are in the sections that follow,
  * their order in section passes. Nothing in a block waits for the device: results come back once, at its end. */
 
-/* Losses; from BESA__LOSS_STEP on there is one for each learning step. */
+/* Losses; from BESA__LOSS_STEP on there is one for each learning step, up to BESA__STEP_LOSSES. */
 enum { BESA__LOSS_UNIFORM, BESA__LOSS_BEFORE, BESA__LOSS_AFTER, BESA__LOSS_REST, BESA__LOSS_STEP };
 
 /* Events of the backend: marks of the passes' ends (section passes), then those of the streams, first this section's. */
@@ -3378,13 +3378,14 @@ struct besa_pruner {
     besa__parameters parameters;                /* theta */
     double fixed[BESA_LAYERS];                  /* of this block: sparsity, or negative: the method decides */
     besa__stream yref;                          /* (reference, seqlen, d); not placed where there is a dense stream */
-    void *y;                                    /* (chunk, seqlen, d) act: the masked block's output, then dL/dy of it */
+    void *y;                                    /* (chunk, seqlen, d) act: the masked block's output, then dL/dy, which the
+                                                   backward pass turns into dL/dh1 */
     float *channel_sumsq;                       /* (norms, d) of Yref: of every optimiser's batch, or one of all */
     float *losses;                              /* (BESA__LOSS_STEP + step_losses) */
     int64_t step_losses;
-    float *statistic[BESA__INPUTS];             /* (columns) sums of squares of the inputs; after the dense pass the scores'
-                                                   factors */
-    float *gram[BESA__INPUTS];                  /* (columns, columns), where Hessians are used: H; after the dense pass the
+    float *statistic[BESA__INPUTS];             /* (columns) sums of squares of the inputs, where there is no gram; from the
+                                                   rank pass on the scores' factors */
+    float *gram[BESA__INPUTS];                  /* (columns, columns), where Hessians are used: H; from the rank pass on the
                                                    factor U of its inverse */
     int32_t *dead[BESA__INPUTS];                /* (columns) with gram: inputs that were always 0 */
     float *scores;                              /* scores of a layer, or SparseGPT's weights as floats: the largest (R,C);
@@ -3919,7 +3920,7 @@ static besa_result besa__count_layers(besa_pruner *p, const void *const weight[B
     return BESA_OK;
 }
 
-/* Pass 1. The dense block over all sequences: statistics, and Yref as far as it is needed. */
+/* Pass 1. The dense block over the sequences: statistics, and Yref as far as it is needed. */
 static besa_result besa__dense_pass(const besa__work *work, besa_error *error)
 {
     besa_pruner *p = work->pruner;
@@ -3936,7 +3937,7 @@ static besa_result besa__dense_pass(const besa__work *work, besa_error *error)
 /* ============================================================================================
  * // >>baselines             the rank pass: ranks for BESA, masks of the other methods
  * ============================================================================================
- * Owns what each method does with the statistics of the dense pass. */
+ * Owns what each method does with the statistics of the dense pass; for BESA these are the ranks. */
 
 /* Turn Gram matrices into factors and column sums into the scores' factors. */
 static besa_result besa__finish_statistics(besa_pruner *p)
@@ -4171,7 +4172,7 @@ static besa_result besa__learn_rates(const besa__work *work, unsigned layers, be
 {
     besa_pruner *p = work->pruner;
     int64_t size = p->options.batch_size, batches = besa__parts(p->nsamples, size), steps = p->options.epochs * batches;
-    besa__work user = *work;
+    besa__work user = *work;                    /* a copy, as the callback gets no pointer to const */
     besa__batch batch = {0, 0, 0, NULL, layers, besa__learn_gradient, &user};
     BESA__TRY_ON(p->be, besa__losses_before(work), error);
     for (int64_t s = 0; s < steps; s++) {

@@ -50,7 +50,7 @@ suite()
         test_portable) arguments=$stories ;;
         test_ops) arguments="test 2" ;;
         test_reference) arguments="$reference $(dirname "$reference")/cases" ;;
-        test_io) arguments="$reference/checkpoints $work" ;;
+        test_io) arguments="$reference/checkpoints $(cd "$work" && pwd)" ;; # it makes links
         test_pipeline) arguments="$stories $reference" ;;
         esac
         build "$suite, $program" $program "$@" && run "$suite, $program" $runner "$work/$program" $arguments

@@ -894,7 +894,7 @@ static const struct bounds {
     { "importance", 'i', 0, 3, 0, 0, 0, "besa_importance" }, { "damping", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
     { "epochs", 'l', 1, 1000000, 0, 0, 0, "1 to 1000000" }, { "batch_size", 'l', 1, 0, 0, 0, 0, "1 or more" },
     { "norm_all", 'i', 0, 1, 0, 0, 0, "0 or 1" }, { "dense_stream", 'i', 0, 1, 0, 0, 0, "0 or 1" },
-    { "schedule", 'i', 0, 1, 0, 0, 0, "besa_schedule" }, { "warmup", 'd', 0, 1, 0, 1, 0, "0 or more and below 1" },
+    { "schedule", 'i', 0, 1, 0, 0, 0, "besa_schedule" }, { "warmup", 'd', 0, 1, 0, 1, 1, "0 or more and below 1" },
     { "steps", 'l', 1, 0, 0, 0, 0, "1 or more" },
     { "no_projection", 'i', 0, 1, 0, 0, 0, "0 or 1" }, { "num_fixed", 'l', 0, 0, 0, 0, 0, "0 or more" },
 };
