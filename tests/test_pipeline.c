@@ -57,6 +57,7 @@ static besa_tokens g_calibration, g_test;       /* of stories260K */
 typedef struct setup {
     const char *source, *output;
     int64_t nsamples, seqlen, skip_tokens;
+    int32_t last_id;                            /* added to the last calibration id */
     int64_t windows;                            /* of 64 test tokens; 0: no perplexity */
     int threads;
     besa_backend *be;                           /* NULL: a CPU backend of `threads` threads */
@@ -96,6 +97,7 @@ static besa_result run(setup *s)
     if (r == BESA_OK) {                         /* the reference checkpoints have fewer words */
         vocab = besa_checkpoint_config(checkpoint)->vocab_size;
         for (int64_t i = 0; i < n; i++) ids[i] = (int32_t)(g_calibration.ids[s->skip_tokens + i] % vocab);
+        ids[n - 1] = (int32_t)((ids[n - 1] + s->last_id) % vocab);
     }
     if (s->windows) {
         test_ids = (int32_t *)calloc((size_t)s->windows * 64, sizeof *test_ids);
@@ -406,6 +408,12 @@ static void test_patterns(void)
             run_and_verify(&s);
             discard(s.output);
         }
+    fixture_random_llama(temp_path("model144"), 1, 144, 288, 4, 2, 64, BESA_F32);
+    s = new_setup(temp_path("out"), BESA_METHOD_SPARSEGPT, 0.25);
+    s.source = temp_path("model144");
+    s.options.pattern_n = 3, s.options.pattern_m = 12; /* 128 columns of a slab are no multiple */
+    run_and_verify(&s);
+    discard(s.output);
     s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
     s.options.pattern_n = 2, s.options.pattern_m = 4;
     expect(&s, BESA_ERROR_OPTION, "attern");
@@ -492,6 +500,8 @@ static void test_fixed_patterns(void)
     for (size_t i = 0; i < sizeof t / sizeof *t; i++)
         CHECK(besa__match(t[i].pattern, t[i].name) == t[i].matches, "\"%s\" and %s", t[i].pattern, t[i].name);
 }
+
+static int count_progress(void *user, const besa_progress *p);
 
 static void test_presets(void)
 {
@@ -629,6 +639,47 @@ static void test_report_and_files(void)
         discard(l.output);
     }
     discard(s.output);
+}
+
+/* Sliding windows in no layer, in the middle one, in all: three different models. */
+static void test_some_windows(void)
+{
+    static const char *const slides[] = { "full", "full", "full", "full", "sliding", "full", "sliding", "sliding", "sliding" };
+    double ppl[3];
+    for (int i = 0; i < 3; i++) {
+        const char *directory = temp_path("windows%d", i);
+        char text[1024], path[600], to[600];
+        snprintf(text, sizeof text, "{\"model_type\":\"qwen2\",\"hidden_size\":48,\"intermediate_size\":104,\"num_attention_heads\":4,"
+                 "\"num_key_value_heads\":2,\"num_hidden_layers\":3,\"vocab_size\":199,\"rms_norm_eps\":1e-6,\"rope_theta\":1e6,"
+                 "\"tie_word_embeddings\":true,\"use_sliding_window\":true,\"sliding_window\":4,\"layer_types\":[\"%s_attention\","
+                 "\"%s_attention\",\"%s_attention\"]}", slides[3 * i], slides[3 * i + 1], slides[3 * i + 2]);
+        mkdir(directory, 0777);
+        snprintf(path, sizeof path, "%s/config.json", directory);
+        write_bytes(path, text, strlen(text));
+        snprintf(path, sizeof path, "%s/checkpoints/qwen2_bias_tied_bf16/model.safetensors", g_reference);
+        snprintf(to, sizeof to, "%s/model.safetensors", directory);
+        char *real = realpath(path, NULL);
+        CHECK(real && symlink(real, to) == 0, "symlink");
+        free(real);
+        ppl[i] = directory_perplexity(directory, 4, 64, 2);
+    }
+    CHECK(fabs(ppl[0] - ppl[1]) > 1e-4 && fabs(ppl[1] - ppl[2]) > 1e-4 && fabs(ppl[0] - ppl[2]) > 1e-4,
+          "perplexity %.6f without windows, %.6f with one, %.6f with three", ppl[0], ppl[1], ppl[2]);
+}
+
+/* Notes as a string of JSON. */
+static void test_report_strings(void)
+{
+    besa_report report;
+    char *json, notes[] = "a \"b\" \\ c\n\t\x01 \xC3\xA9 \xFF end";
+    memset(&report, 0, sizeof report);
+    report.notes = notes;
+    report.target = NAN, report.sparsity = INFINITY, report.seconds = -INFINITY;
+    json = besa_report_json(&report);
+    CHECK(json && strstr(json, "\"notes\": \"a \\\"b\\\" \\\\ c\\n\\u0009\\u0001 \xC3\xA9 \\ufffd end\","), "%s", json ? json : "NULL");
+    CHECK(json && strstr(json, "\"target\": null") && strstr(json, "\"sparsity\": null") && strstr(json, "\"seconds\": null"), "%s",
+          json ? json : "NULL");
+    if (json) counted_free(json);
 }
 
 /* ---- sources with zeros, other types and bad weights ----------------------------------------- */
@@ -782,6 +833,44 @@ static void test_not_finite(void)
     }
 }
 
+static const char *g_changed;                   /* the tensor that the next two change */
+
+static void last_infinite(const char *name, float *v, int64_t rows, int64_t columns)
+{
+    if (!strcmp(name, g_changed)) v[rows * columns - 1] = INFINITY;
+}
+
+static void all_huge(const char *name, float *v, int64_t rows, int64_t columns)
+{
+    for (int64_t i = 0; !strcmp(name, g_changed) && i < rows * columns; i++) v[i] = 3e38f;
+}
+
+/* Tensors that are only copied: an embedding that no token asks for, the final norm. And logits that overflow. */
+static void test_copied_not_finite(void)
+{
+    static const char *const names[] = { "model.embed_tokens.weight", "model.norm.weight" };
+    besa_checkpoint *stories = open_stories(), *huge = NULL;
+    besa_error error;
+    double ppl;
+    for (int i = 0; i < 2; i++) {
+        setup s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
+        g_changed = names[i];
+        fixture_variant(temp_path("copied%d", i), stories, g_stories, BESA_F32, last_infinite);
+        s.source = temp_path("copied%d", i);
+        s.nsamples = 1, s.seqlen = 4;
+        for (int t = 0; t < 4; t++) CHECK(g_calibration.ids[t] != 511, "token %d is the changed one", t);
+        expect(&s, BESA_ERROR_NOT_FINITE, names[i]);
+        discard(s.output);
+    }
+    g_changed = names[1];
+    fixture_variant(temp_path("huge"), stories, g_stories, BESA_F32, all_huge);
+    besa_checkpoint_close(stories);
+    CHECK_OK(besa_checkpoint_open(&huge, temp_path("huge"), &error), error);
+    CHECK(besa_perplexity(huge, NULL, g_test.ids, 2, 16, &ppl, NULL, NULL, NULL, &error) == BESA_ERROR_NOT_FINITE &&
+          strstr(error.message, "window 0"), "%s", error.message);
+    besa_checkpoint_close(huge);
+}
+
 /* ---- refusals -------------------------------------------------------------------------------- */
 
 /* Every option that is a number: both ends of its range are taken, what lies just beyond is refused by a message that names
@@ -930,6 +1019,17 @@ static void test_bad_options(void)
         CHECK(!exists(s.output) && !exists(partial_of(s.output)), "bad option %d leaves files", i);
         besa_report_free(&s.report);
         discard(s.output);
+    }
+}
+
+/* A fixed rate that names no layer of the model. */
+static void test_fixed_nothing(void)
+{
+    static const besa_fixed_rate fixed[] = { { "v_proj", 0.3 }, { "layers.7", 0.3 } };
+    for (int m = 0; m < 2; m++) {
+        setup s = new_setup(temp_path("out"), m ? BESA_METHOD_WANDA : BESA_METHOD_BESA, 0.5);
+        s.options.fixed = fixed, s.options.num_fixed = 2;
+        expect(&s, BESA_ERROR_OPTION, "\"layers.7\" matches none");
     }
 }
 
@@ -1299,6 +1399,101 @@ static void test_free_memory(void)
     CHECK(levels > 3, "%d levels", levels);
     snprintf(word, sizeof word, "the device can give %zu bytes", g_free - g_free / 32);
     expect(&s, BESA_ERROR_MEMORY, word);
+}
+
+/* The disk that is needed is that of all shards; a run whose report is not asked for keeps nothing of it. */
+static void test_shards(void)
+{
+    char source[512];
+    setup s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
+    besa_result result;
+    besa_checkpoint *c = NULL;
+    besa_calibration calibration;
+    besa_error error;
+    uint64_t bytes = 0;
+    int64_t live = g_live;
+    DIR *d;
+    struct dirent *e;
+    snprintf(source, sizeof source, "%s/checkpoints/qwen3_qknorm_f32", g_reference);
+    s.source = source;
+    d = opendir(source);
+    while (d && (e = readdir(d)) != NULL) {
+        char path[900];
+        struct stat st;
+        snprintf(path, sizeof path, "%s/%s", source, e->d_name);
+        if (strstr(e->d_name, ".safetensors") && !strstr(e->d_name, ".json") && stat(path, &st) == 0) bytes += (uint64_t)st.st_size;
+    }
+    if (d) closedir(d);
+    CHECK(bytes > 0 && plan_of(&s, &result).disk_bytes == bytes, "not %.0f bytes", (double)bytes);
+    memset(&calibration, 0, sizeof calibration);
+    int32_t *ids = (int32_t *)calloc(16, sizeof *ids);
+    calibration.ids = ids, calibration.nsamples = 1, calibration.seqlen = 16;
+    CHECK_OK(besa_checkpoint_open(&c, source, &error), error);
+    CHECK_OK(besa_prune(c, s.output, NULL, &calibration, &s.options, NULL, &error), error);
+    besa_checkpoint_close(c);
+    free(ids);
+    CHECK(g_live == live, "%d blocks leaked", (int)(g_live - live));
+    discard(s.output);
+}
+
+/* Weight gradients in pieces of 128 rows: the same bytes. */
+static void test_gradient_pieces(void)
+{
+    setup s = new_setup(temp_path("whole"), BESA_METHOD_BESA, 0.5);
+    char first[512];
+    besa_backend be = counted_backend(0);
+    besa_plan_result whole, pieces;
+    besa_result result;
+    s.be = &be;
+    s.source = temp_path("model256");
+    s.nsamples = 6, s.seqlen = 8;
+    s.options.rates.d_coef = 1000;              /* so that few steps move the rates */
+    fixture_random_llama(s.source, 1, 256, 256, 4, 4, 64, BESA_F32);
+    CHECK_RUN(&s);
+    besa_report_free(&s.report);
+    memset(&pieces, 0, sizeof pieces);
+    CHECK(plan_with(&s, &be, &whole) == BESA_OK, "no plan");
+    be.gradient_bytes = 128 * 256 * sizeof(float);
+    result = plan_with(&s, &be, &pieces);
+    CHECK(result == BESA_OK && pieces.device_bytes < whole.device_bytes, "%zu bytes in pieces, %zu whole", pieces.device_bytes,
+          whole.device_bytes);
+    s.output = temp_path("out");
+    CHECK_RUN(&s);
+    besa_report_free(&s.report);
+    CHECK(compare_directories(temp_path("whole"), s.output, NULL, first) == 0, "%s differs", first);
+    be.destroy(&be);
+    discard(s.output);
+    discard(temp_path("whole"));
+}
+
+/* Open one chunk of a stream, and send for the next. */
+static float *open_chunk(besa__stream *s, int64_t first, int64_t count, int64_t next_first, int64_t next_count)
+{
+    besa__walk chunk;
+    void *x = NULL;
+    memset(&chunk, 0, sizeof chunk);
+    chunk.first = first, chunk.count = count, chunk.next_first = next_first, chunk.next_count = next_count;
+    CHECK(besa__stream_open(s, &chunk, &x) == BESA_OK, "open %d", (int)first);
+    return (float *)x;
+}
+
+/* The slots of a stream that lives on the host: a chunk is sent for again once a part of it was changed in the other. */
+static void test_stream_slots(void)
+{
+    besa_backend be = counted_backend(0);
+    besa__stream s;
+    float host[6] = { 0, 1, 2, 3, 4, 5 }, slots[2][3], *x;
+    besa__stream_init(&s, &be, BESA__EVENT_X, 6, 1, 1);
+    s.streamed = 1, s.x = host, s.slot[0] = slots[0], s.slot[1] = slots[1];
+    x = open_chunk(&s, 0, 3, 3, 3);
+    CHECK(x[2] == 2, "the first chunk");
+    CHECK(besa__stream_close(&s, 0) == BESA_OK, "close");
+    x = open_chunk(&s, 2, 2, 0, 0);
+    CHECK(x[0] == 2, "one that overlaps it");
+    x[0] = 7;
+    CHECK(besa__stream_close(&s, 1) == BESA_OK && host[2] == 7, "it did not come home");
+    x = open_chunk(&s, 0, 3, 0, 0);
+    CHECK(x[2] == 7, "the first chunk is out of date");
     be.destroy(&be);
 }
 
@@ -1808,7 +2003,8 @@ static int refused(setup *s, setup base)
 
 static void test_resume_options(void)
 {
-    static const besa_fixed_rate fixed[] = { { "layers.3", 0.25 }, { "layers.3", 0.26 }, { "layers.4", 0.25 }, { "v_proj", 0 } };
+    static const besa_fixed_rate fixed[] = { { "layers.3", 0.25 }, { "layers.3", 0.26 }, { "layers.4", 0.25 }, { "v_proj", 0 },
+                                             { "v_proj", -0.0 } };
     unsigned char covered[sizeof(besa_prune_options)] = { 0 };
     size_t run_length = 0, longest = 0, count = sizeof g_options / sizeof *g_options;
     for (size_t i = 0; i < count; i++) memset(covered + g_options[i].offset, 1, g_options[i].size);
@@ -1831,16 +2027,21 @@ static void test_resume_options(void)
             CHECK(refused(&s, base) == expected, "method %d, option at byte %d: %s", method, (int)g_options[i].offset,
                   expected ? "not refused" : "refused");
         }
-        for (int i = 0; i < 8; i++) {
+        for (int i = 0; i < 10; i++) {
+            besa_backend other = counted_backend(0);
             setup s = base;
+            other.name = "another device";
             switch (i) {
             case 0: s.options.method = (besa_method)((method + 1) % 4); break;
             case 1: case 2: case 3: case 4: s.options.fixed = fixed + i - 1, s.options.num_fixed = 1; break;
             case 5: s.options.fixed = fixed, s.options.num_fixed = 2; break;
             case 6: s.skip_tokens = 1; break;
             case 7: s.nsamples = 2; break;
+            case 8: s.last_id = 1; break;
+            case 9: s.be = &other; break;
             }
             CHECK(refused(&s, base), "method %d, case %d: not refused", method, i);
+            other.destroy(&other);
         }
         for (int i = 0; i < 4; i++) {           /* of no effect: who looks on, the machine, a perplexity besides */
             setup s = base;
@@ -1854,12 +2055,13 @@ static void test_resume_options(void)
         }
         discard(base.output);
     }
-    for (int i = 0; i < 7; i++) {               /* changes between two settings other than the default */
+    for (int i = 0; i < 8; i++) {               /* changes between two settings other than the default */
         setup base = small_setup(temp_path("out")), s;
         if (i < 2) base.options.fixed = fixed, base.options.num_fixed = 1;
         if (i == 2 || i == 3 || i == 6) base.options.importance = BESA_IMPORTANCE_SPARSEGPT;
         if (i == 4) base.options.method = BESA_METHOD_WANDA, base.options.pattern_n = 2, base.options.pattern_m = 4;
         if (i == 5) base.options.rates.optimizer = BESA_ADAMW;
+        if (i == 7) base.options.fixed = fixed + 3, base.options.num_fixed = 1;
         g_progress.stop_at = -2;
         CHECK(run(&base) == BESA_ERROR_CANCELLED, "%s", base.error.message);
         besa_report_free(&base.report);
@@ -1872,8 +2074,9 @@ static void test_resume_options(void)
         case 4: s.options.pattern_n = 4, s.options.pattern_m = 8; break;
         case 5: s.options.rates.d_coef = 3, s.options.rates.d0 = 1e-3; break; /* which AdamW does not have */
         case 6: s.options.damping = 0.02; break;
+        case 7: s.options.fixed = fixed + 4; break; /* -0, which is 0 */
         }
-        CHECK(refused(&s, base) == (i != 5), "changed setting %d", i);
+        CHECK(refused(&s, base) == (i != 5 && i != 7), "changed setting %d", i);
         discard(base.output);
     }
 }
@@ -2219,6 +2422,8 @@ int main(int argc, char **argv)
     TEST("fields of presets") test_preset_fields();
     TEST("reference checkpoints pruned") test_reference_checkpoints();
     TEST("report, small files, links") test_report_and_files();
+    TEST("strings and numbers of the report") test_report_strings();
+    TEST("windows of some layers") test_some_windows();
     TEST("f16 and bf16") test_element_types();
     TEST("source zeros") test_source_zeros();
     TEST("dead input column") test_dead_column();
@@ -2226,12 +2431,17 @@ int main(int argc, char **argv)
     TEST("ranges of options") test_option_ranges();
     TEST("defaults of options") test_option_defaults();
     TEST("few learning steps") test_few_steps();
+    TEST("copied tensors and logits that are not finite") test_copied_not_finite();
     TEST("bad options") test_bad_options();
+    TEST("a fixed rate that names nothing") test_fixed_nothing();
     TEST("bad tokens") test_bad_tokens();
     TEST("output place") test_output_place();
     TEST("full disk") test_full_disk();
     TEST("threads") test_threads();
     TEST("plan") test_plan();
+    TEST("shards, and no report") test_shards();
+    TEST("weight gradients in pieces") test_gradient_pieces();
+    TEST("slots of a stream") test_stream_slots();
     TEST("memory budget") test_budget();
     TEST("memory that is free") test_free_memory();
     TEST("seconds of a run") test_seconds(1);

@@ -772,6 +772,146 @@ static void test_rates_arguments(void)
     besa_rates_destroy(rates);
 }
 
+/* The step over given gradients against Prodigy and AdamW in plain double, every option other than its default. */
+static void test_optimizer_options(int adamw)
+{
+    enum { N = 8 * 5, STEPS_ = 40 };
+    besa_layer_shape shape = { 8, 8, BESA_F32 };
+    besa_rate_options o;
+    besa_rates *rates = NULL;
+    float *theta, *grad;
+    double x[N], m[N], v[N], s[N], d = 0.02, dmax = 0.02, num = 0, lr = 0.7, b1 = 0.8, b2 = 0.95, decay = 0.3, error = 0, got;
+    memset(&o, 0, sizeof o);
+    memset(x, 0, sizeof x), memset(m, 0, sizeof m), memset(v, 0, sizeof v), memset(s, 0, sizeof s);
+    o.target = 0.5, o.form = BESA_RATES_ROW, o.candidates = 4, o.optimizer = adamw ? BESA_ADAMW : BESA_PRODIGY;
+    o.lr = lr, o.beta1 = b1, o.beta2 = b2, o.weight_decay = decay, o.d0 = d, o.d_coef = 3;
+    CHECK_OK(besa_rates_create(&rates, &g_be, &shape, 1, &o, &g_error), g_error);
+    if (!rates || !CHECK(besa_rates_parameters(rates, &theta, &grad) == N, "parameters")) return;
+    for (int step = 1; step <= STEPS_; step++) {
+        double sum = 0, inner = 0, dlr = adamw ? lr : d * lr, gain = d / o.d0 * dlr, estimate;
+        double c1 = 1 - pow(b1, step), c2 = 1 - pow(b2, step);
+        for (int i = 0; i < N; i++) {
+            double g = x[i] - (1 + 0.1 * i), scale = adamw ? 1 : d;
+            grad[i] = (float)g;
+            g = (double)grad[i];
+            m[i] = b1 * m[i] + (1 - b1) * scale * g;
+            v[i] = b2 * v[i] + (1 - b2) * scale * scale * g * g;
+            s[i] = sqrt(b2) * s[i] + gain * g;
+            inner += g * (0 - x[i]), sum += fabs(s[i]);
+        }
+        num = sqrt(b2) * num + gain * inner;
+        estimate = o.d_coef * num / sum;
+        if (estimate > dmax) dmax = estimate;
+        if (!adamw) d = dmax, c1 = c2 = 1;
+        for (int i = 0; i < N; i++) x[i] = x[i] * (1 - dlr * decay) - dlr / c1 * m[i] / (sqrt(v[i] / c2) + (adamw ? 1 : d) * 1e-8);
+        CHECK_OK(besa_rates_optimize(rates, &g_error), g_error);
+    }
+    for (int i = 0; i < N; i++) error = fmax(error, fabs((double)theta[i] - x[i]) / (1 + fabs(x[i])));
+    CHECK(error < 1e-3, "theta is off by %g", error);
+    CHECK_OK(besa_rates_status(rates, &got, NULL, &g_error), g_error);
+    if (!adamw) CHECK(fabs(got / d - 1) < 1e-4 && d > 0.1, "d is %g, expected %g", got, d);
+    besa_rates_destroy(rates);
+}
+
+/* Many rows of few columns: the projection's scratch is the largest. */
+static void test_rates_of_many_rows(void)
+{
+    enum { ROWS = 40000 };
+    besa_layer_shape shape = { ROWS, 2, BESA_F32 };
+    besa_rate_options o;
+    besa_rates *rates = NULL;
+    float *w = take_floats(2 * ROWS), *scratch = take_floats(2 * ROWS + 2);
+    int32_t *n = (int32_t *)take(ROWS * sizeof *n);
+    int64_t sum = 0;
+    memset(&o, 0, sizeof o);
+    o.target = 0.3, o.candidates = 4, o.group_rows = BESA_ALL_ROWS;
+    for (int i = 0; i < 2 * ROWS; i++) w[i] = (float)(i % 17 + 1);
+    CHECK_OK(besa_rates_create(&rates, &g_be, &shape, 1, &o, &g_error), g_error);
+    CHECK_OK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_MAGNITUDE, NULL, scratch, &g_error), g_error);
+    CHECK_OK(besa_rates_project(rates, &g_error), g_error);
+    CHECK_OK(besa_rates_read(rates, 0, NULL, n, &g_error), g_error);
+    for (int r = 0; r < ROWS; r++) sum += n[r];
+    CHECK(sum == (int64_t)floor(0.3 * 2 * ROWS + 0.5), "%d weights", (int)sum);
+    besa_rates_destroy(rates);
+}
+
+static void test_thread_counts(void)
+{
+    static const int threads[] = { -1, 0, 1, 1024, 1025 };
+    for (int i = 0; i < 5; i++) {
+        besa_cpu_options cpu;
+        besa_backend be;
+        memset(&cpu, 0, sizeof cpu);
+        cpu.threads = threads[i];
+        besa_result result = besa_cpu_backend(&be, &cpu, &g_error);
+        CHECK(result == (i % 4 == 0 ? BESA_ERROR_OPTION : BESA_OK), "%d threads: %s", threads[i], besa_result_string(result));
+        if (result == BESA_OK) be.destroy(&be);
+    }
+}
+
+/* To the nearest bf16, ties to even, by arithmetic. */
+static float nearest_bf16(float x)
+{
+    int exponent;
+    double mantissa = frexp((double)x, &exponent) * 256, whole = floor(mantissa), rest = mantissa - whole;
+    if (rest > 0.5 || (rest >= 0.5 && fmod(whole, 2) != 0)) whole++;
+    return (float)ldexp(whole, exponent - 8);
+}
+
+/* Products in bf16 are those of operands rounded beforehand, to the byte: ties, and each way an operand can lie. */
+static void test_bf16_products(void)
+{
+    enum { T = 19, R = 37, C = 70 };
+    float *x = take_floats(T * C), *w = take_floats(R * C), *x16 = take_floats(T * C), *w16 = take_floats(R * C);
+    float *got = take_floats(R * C), *want = take_floats(R * C);
+    besa_cpu_options cpu;
+    besa_backend be;
+    uint64_t state = 5;
+    memset(&cpu, 0, sizeof cpu);
+    cpu.threads = 1, cpu.bf16 = 1;
+    CHECK_OK(besa_cpu_backend(&be, &cpu, &g_error), g_error);
+    for (int i = 0; i < T * C + R * C; i++) {
+        float *v = i < T * C ? &x[i] : &w[i - T * C];
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        *v = (float)((int)(state >> 48) - 32768) / 65536.0f;    /* half of them, and more, are ties or lie beside one */
+        if (i % 2) *v = ldexpf(roundf(*v * 1024) + 0.5f, -2 - i % 5);
+    }
+    for (int i = 0; i < T * C; i++) x16[i] = nearest_bf16(x[i]);
+    for (int i = 0; i < R * C; i++) w16[i] = nearest_bf16(w[i]);
+    besa_workload work;
+    memset(&work, 0, sizeof work);
+    work.rows = work.columns = C, work.tokens = T;
+    set_workspace(work);
+    be.workspace = g_be.workspace, be.workspace_bytes = g_be.workspace_bytes;
+    be.linear_forward(&be, got, x, w, BESA_F32, NULL, T, R, C, 0);
+    be.linear_forward(&be, want, x16, w16, BESA_F32, NULL, T, R, C, 0);
+    CHECK(!memcmp(got, want, T * R * sizeof(float)), "forward");
+    be.linear_backward_input(&be, got, x, w, BESA_F32, T, C, R, 0);     /* the same arrays as dY (T, C) and W (C, R) */
+    be.linear_backward_input(&be, want, x16, w16, BESA_F32, T, C, R, 0);
+    CHECK(!memcmp(got, want, T * R * sizeof(float)), "backward, input");
+    be.linear_backward_weight(&be, got, x, w, T, C, R, 0, C, 0);        /* dY (T, C), X (T, R) */
+    be.linear_backward_weight(&be, want, x16, w16, T, C, R, 0, C, 0);
+    CHECK(!memcmp(got, want, C * R * sizeof(float)), "backward, weight");
+    be.destroy(&be);
+}
+
+/* Hessians whose pivot is 0 or NaN have no factor. */
+static void test_singular(void)
+{
+    for (int kind = 0; kind < 3; kind++) {
+        float h[9] = { 1, 1, 0, 1, 1, 0, 0, 0, 2 };
+        int32_t dead[3];
+        if (kind == 1) h[4] = NAN;              /* the mean of the diagonal is NaN too, and the last column comes first */
+        if (kind == 2) h[0] = -1;
+        besa_workload w;
+        memset(&w, 0, sizeof w);
+        w.rows = w.columns = w.hessian_columns = 3, w.tokens = 1;
+        set_workspace(w);
+        CHECK(g_be.hessian_factor(&g_be, h, dead, 0, 3) == BESA_ERROR_NUMERIC, "kind %d has a factor", kind);
+        CHECK(strstr(g_be.error.message, kind == 1 ? "column 2" : "column 0"), "%s", g_be.error.message);
+    }
+}
+
 /* Public functions use a workspace of their own: the caller's is the backend's again afterwards, whatever came of it. */
 static void test_rates_workspace(void)
 {
@@ -1378,6 +1518,12 @@ int main(int argc, char **argv)
     TEST("arguments of the layer API") test_rates_arguments();
     TEST("shapes of a block") test_shapes();
     TEST("the caller's workspace") test_rates_workspace();
+    TEST("Prodigy with other options") test_optimizer_options(0);
+    TEST("AdamW with other options") test_optimizer_options(1);
+    TEST("rates of many rows") test_rates_of_many_rows();
+    TEST("how many threads") test_thread_counts();
+    TEST("bf16 products") test_bf16_products();
+    TEST("Hessians without a factor") test_singular();
     TEST("a pruner and other blocks") test_other_blocks();
     TEST("one wait a block, besa") test_waits(BESA_METHOD_BESA);
     TEST("one wait a block, wanda") test_waits(BESA_METHOD_WANDA);
