@@ -58,6 +58,7 @@ static besa_tokens g_calibration, g_test;       /* of stories260K */
 typedef struct setup {
     const char *source, *output;
     int64_t nsamples, seqlen, skip_tokens;
+    int32_t last_id;                            /* added to the last calibration id */
     int64_t windows;                            /* of 64 test tokens; 0: no perplexity */
     int threads;
     besa_backend *be;                           /* NULL: a CPU backend of `threads` threads */
@@ -97,6 +98,7 @@ static besa_result run(setup *s)
     if (r == BESA_OK) {                         /* the reference checkpoints have fewer words */
         vocab = besa_checkpoint_config(checkpoint)->vocab_size;
         for (int64_t i = 0; i < n; i++) ids[i] = (int32_t)(g_calibration.ids[s->skip_tokens + i] % vocab);
+        ids[n - 1] = (int32_t)((ids[n - 1] + s->last_id) % vocab);
     }
     if (s->windows) {
         test_ids = (int32_t *)calloc((size_t)s->windows * 64, sizeof *test_ids);
@@ -2022,7 +2024,8 @@ static int refused(setup *s, setup base)
 
 static void test_resume_options(void)
 {
-    static const besa_fixed_rate fixed[] = { { "layers.3", 0.25 }, { "layers.3", 0.26 }, { "layers.4", 0.25 }, { "v_proj", 0 } };
+    static const besa_fixed_rate fixed[] = { { "layers.3", 0.25 }, { "layers.3", 0.26 }, { "layers.4", 0.25 }, { "v_proj", 0 },
+                                             { "v_proj", -0.0 } };
     unsigned char covered[sizeof(besa_prune_options)] = { 0 };
     size_t run_length = 0, longest = 0, count = sizeof g_options / sizeof *g_options;
     for (size_t i = 0; i < count; i++) memset(covered + g_options[i].offset, 1, g_options[i].size);
@@ -2045,16 +2048,21 @@ static void test_resume_options(void)
             CHECK(refused(&s, base) == expected, "method %d, option at byte %d: %s", method, (int)g_options[i].offset,
                   expected ? "not refused" : "refused");
         }
-        for (int i = 0; i < 8; i++) {
+        for (int i = 0; i < 10; i++) {
+            besa_backend other = counted_backend(0);
             setup s = base;
+            other.name = "another device";
             switch (i) {
             case 0: s.options.method = (besa_method)((method + 1) % 4); break;
             case 1: case 2: case 3: case 4: s.options.fixed = fixed + i - 1, s.options.num_fixed = 1; break;
             case 5: s.options.fixed = fixed, s.options.num_fixed = 2; break;
             case 6: s.skip_tokens = 1; break;
             case 7: s.nsamples = 2; break;
+            case 8: s.last_id = 1; break;
+            case 9: s.be = &other; break;
             }
             CHECK(refused(&s, base), "method %d, case %d: not refused", method, i);
+            other.destroy(&other);
         }
         for (int i = 0; i < 4; i++) {           /* of no effect: who looks on, the machine, a perplexity besides */
             setup s = base;
@@ -2068,12 +2076,13 @@ static void test_resume_options(void)
         }
         discard(base.output);
     }
-    for (int i = 0; i < 7; i++) {               /* changes between two settings other than the default */
+    for (int i = 0; i < 8; i++) {               /* changes between two settings other than the default */
         setup base = small_setup(temp_path("out")), s;
         if (i < 2) base.options.fixed = fixed, base.options.num_fixed = 1;
         if (i == 2 || i == 3 || i == 6) base.options.importance = BESA_IMPORTANCE_SPARSEGPT;
         if (i == 4) base.options.method = BESA_METHOD_WANDA, base.options.pattern_n = 2, base.options.pattern_m = 4;
         if (i == 5) base.options.rates.optimizer = BESA_ADAMW;
+        if (i == 7) base.options.fixed = fixed + 3, base.options.num_fixed = 1;
         g_progress.stop_at = -2;
         CHECK(run(&base) == BESA_ERROR_CANCELLED, "%s", base.error.message);
         besa_report_free(&base.report);
@@ -2086,8 +2095,9 @@ static void test_resume_options(void)
         case 4: s.options.pattern_n = 4, s.options.pattern_m = 8; break;
         case 5: s.options.rates.d_coef = 3, s.options.rates.d0 = 1e-3; break; /* which AdamW does not have */
         case 6: s.options.damping = 0.02; break;
+        case 7: s.options.fixed = fixed + 4; break; /* -0, which is 0 */
         }
-        CHECK(refused(&s, base) == (i != 5), "changed setting %d", i);
+        CHECK(refused(&s, base) == (i != 5 && i != 7), "changed setting %d", i);
         discard(base.output);
     }
 }

@@ -248,28 +248,34 @@ def units_of(m, known, texts):
     return sorted(units, key=lambda u: (u[2] >= QUICK, whole[u[0]], u[2]))
 
 
-def same_code(m, directory, texts):
-    """Does the compiler make the same code of it?"""
-    codes = []
-    for text in (texts[m.file], m.text):
+def same_code(m, directory, texts, before={}):
+    """Does the compiler make the same code of it? `before` remembers what it makes of the headers as they are."""
+    def code_of(text):
         write_headers(directory, dict(texts, **{m.file: text}))
-        out = os.path.join(directory, "code.o")
         if m.file == "besa.h":
             call = ["gcc", "-std=gnu11", "-c", os.path.join(TESTS, "strict", "first.c")]
         else:
-            call = ["g++", "-std=c++17", "-I%s/cuda_standin/include" % TESTS, "-I" + TESTS, "-c", os.path.join(TESTS, "test_cuda.cpp")]
-        subprocess.run(call + ["-O2", "-w", "-fopenmp", "-I" + directory, "-o", out], check=True, stderr=subprocess.DEVNULL)
-        codes.append(digest([out]))
-    return codes[0] == codes[1]
+            call = ["g++", "-std=c++17", "-I%s/cuda_standin/include" % TESTS, "-I" + TESTS, "-c",
+                    os.path.join(TESTS, "test_cuda.cpp")]
+        out = os.path.join(directory, "code.o")
+        run = subprocess.run(call + ["-O2", "-w", "-fopenmp", "-I" + directory, "-o", out], stderr=subprocess.DEVNULL)
+        return None if run.returncode else digest([out])
+    if (directory, m.file) not in before:
+        before[directory, m.file] = code_of(texts[m.file])
+    return code_of(m.text) == before[directory, m.file]
 
 
 def try_mutant(m, directory, known, texts, everything, quick):
     """(result, how): caught, survived, equal (the same machine code) or uncompiled."""
-    write_headers(directory, dict(texts, **{m.file: m.text}))
+    os.makedirs(directory, exist_ok=True)
     by_name, built = {p.name: p for p in everything}, {}
     units = units_of(m, known, texts)
+    equal = "equal", "the compiler makes the same code of it"
     if not units:
         return "survived", "no test runs this line"
+    if relevant_lines(m, known, texts) is None and same_code(m, directory, texts):
+        return equal                            # code for another machine
+    write_headers(directory, dict(texts, **{m.file: m.text}))
 
     def first_failure(variant, some, slower):
         for name, only, seconds, _ in some:
@@ -287,7 +293,7 @@ def try_mutant(m, directory, known, texts, everything, quick):
     if how == "uncompiled":
         return how, make.error.strip().split("\n")[0][:160]
     if not how and same_code(m, directory, texts):
-        return "equal", "the compiler makes the same code of it"
+        return equal
     write_headers(directory, dict(texts, **{m.file: m.text}))
     cuda = m.file == "besa_cuda.cuh"
     how = how or first_failure("address", [u for u in units if cuda or u[2] < QUICK], 8)
@@ -415,7 +421,7 @@ def main():
         mutants, name = (m for m in mutants if options.only in m.name), "list"
     mutants = (m for m in mutants if options.file in (None, m.file))
     os.makedirs(WORK, exist_ok=True)
-    everything = programs()
+    everything = [p for p in programs() if p.cuda or options.file != "besa_cuda.cuh"]
     known = profile(texts, everything, options.fresh)
     key = digest([path for p in everything for path in p.files()])
     results = Results(os.path.join(WORK, name + ".jsonl"), key, options.fresh)
