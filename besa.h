@@ -2046,16 +2046,18 @@ typedef struct besa__parameters {
     int64_t steps;                              /* that there will be; only the schedule wants to know */
 } besa__parameters;
 
-/* The optimiser as the options have it, for no parameters yet. */
-static void besa__parameters_init(besa__parameters *p, besa_backend *be, const besa_rate_options *o)
+/* An optimiser of its own for a set without parameters yet: which, its learning rate, and the rest as the options have it.
+ * To be called anew before each time that room is reserved and placed. */
+static void besa__parameters_init(besa__parameters *p, besa_backend *be, besa_optimizer_kind kind, double lr,
+                                  const besa_rate_options *o)
 {
     memset(p, 0, sizeof *p);
     p->be = be;
-    p->lr = o->lr;
+    p->lr = lr;
     p->schedule = o->schedule;
     p->warmup = o->warmup;
     p->steps = o->steps;
-    p->step.kind = o->optimizer;
+    p->step.kind = kind;
     p->step.beta1 = o->beta1;
     p->step.beta2 = o->beta2;
     p->step.beta3 = sqrt(o->beta2);
@@ -2117,7 +2119,7 @@ static double besa__schedule_factor(besa_schedule schedule, double warmup, int64
     return schedule == BESA_SCHEDULE_COSINE ? 0.5 * (1 + cos(3.141592653589793 * after / left)) : 1;
 }
 
-/* One step of the optimiser along the gradient. */
+/* One step of the optimiser along the gradient, which is left as it is: its owners fill it in anew for each step. */
 static besa_result besa__parameters_step(besa__parameters *p)
 {
     p->step.step++;
@@ -2312,7 +2314,8 @@ static size_t besa__sums_bytes(const besa_rate_shape *s)
     return (size_t)(s->rows * (s->candidates - 1)) * sizeof(float);
 }
 
-/* No layer fixed, sums empty. The masks and the parameters are reset by themselves. Does not wait for the device. */
+/* Sums empty, no rate yet, shares as the masks' fixed layers have them: the masks are to be reset before, the parameters too.
+ * Does not wait for the device. */
 static besa_result besa__rates_reset(besa_rates *rates)
 {
     besa_backend *be = rates->masks->be;
@@ -2549,7 +2552,7 @@ static uint64_t besa__rates_layout(besa__rates_owner *o, besa_backend *be, const
     besa__arena arena;
     arena.base = (unsigned char *)memory;
     arena.used = 0;
-    besa__parameters_init(&o->parameters, be, &o->options);
+    besa__parameters_init(&o->parameters, be, o->options.optimizer, o->options.lr, &o->options);
     besa__masks_place(&o->masks, be, mask_layer, layers, count, &arena);
     besa__rates_place(&o->rates, (besa__rate_layer *)(void *)(mask_layer + count), &arena);
     besa__parameters_place(&o->parameters, &arena);
@@ -2993,8 +2996,8 @@ typedef struct besa__backward {
     int64_t batch, seqlen, tokens;
     unsigned layers;                            /* bit i: layer i's gradient is wanted */
     besa_weight_gradient gradient;
-    besa_result (*at_h1)(void *user, void *dh1); /* a second loss, at h1 (in acts): adds its derivative to dh1 (T, d), act;
-                                                   NULL: none */
+    besa_result (*at_h1)(void *user, void *dh1); /* for a second loss, at h1 (in acts): adds its derivative to dh1 (T, d),
+                                                   act; NULL: none, as in BESA's own learning */
     void *user;                                 /* of both */
 } besa__backward;
 
@@ -3551,7 +3554,7 @@ static void besa__pruner_place_masks(besa_pruner *p, besa__arena *arena)
     besa__masks_place(&p->masks, p->be, p->mask_layer, shapes, BESA_LAYERS, arena);
     for (int i = 0; i < BESA_LAYERS; i++) p->mask_layer[i].name = besa__layers[i].path;
     if (!besa__learns(p)) return;
-    besa__parameters_init(&p->parameters, p->be, &p->options.rates);
+    besa__parameters_init(&p->parameters, p->be, p->options.rates.optimizer, p->options.rates.lr, &p->options.rates);
     besa__rates_place(&p->rates, p->rate_layer, arena);
     besa__parameters_place(&p->parameters, arena);
 }
@@ -3743,6 +3746,15 @@ static besa_result besa__pruner_start(besa_pruner *p)
     if (result == BESA_OK) result = besa__rates_start(&p->rates);
     besa__use_workspace(p->be, callers.memory, callers.bytes);
     return result;
+}
+
+/* As before the block's first pass. */
+static besa_result besa__pruner_reset(besa_pruner *p)
+{
+    if (p->masks.count > 0) BESA__TRY(besa__masks_reset(&p->masks));
+    if (!besa__learns(p)) return BESA_OK;
+    BESA__TRY(besa__parameters_reset(&p->parameters));
+    return besa__rates_reset(&p->rates);
 }
 
 /* ============================================================================================
@@ -4005,7 +4017,8 @@ static besa_result besa__prune_layer(const besa__work *work, int layer, double t
     void *pruned = work->pruned[layer];
     int64_t rows, columns;
     besa_block_layer(&p->shape, layer, &rows, &columns);
-    BESA__TRY(be->score(be, p->scores, w, p->dtype, besa__score_scale(p, layer), 1, rows, columns));
+    int power = besa__importance_row(besa__scored_by(&p->options))->power;
+    BESA__TRY(be->score(be, p->scores, w, p->dtype, besa__score_scale(p, layer), power, rows, columns));
     if (m > 0) return be->mask_pattern(be, pruned, w, p->dtype, p->scores, n, m, rows, columns);
     int64_t count = (int64_t)floor(target * (double)(rows * columns));
     return be->mask_smallest(be, pruned, w, p->dtype, p->scores, count, rows, columns);
@@ -4316,7 +4329,7 @@ static besa_result besa__check_loss(float loss, const char *name, int64_t first,
 static besa_result besa__check_learning(const besa_pruner *p, const char *name, besa_error *error)
 {
     const float *loss = p->results_losses;
-    int64_t shown = besa__min(BESA__REPORT_SEQUENCES, p->reference), batch = p->options.batch_size;
+    int64_t shown = besa__shown(p), batch = p->options.batch_size;
     BESA__TRY(besa__check_loss(loss[BESA__LOSS_UNIFORM], name, 0, shown, "before learning, with uniform masks", error));
     BESA__TRY(besa__check_loss(loss[BESA__LOSS_BEFORE], name, 0, shown, "before learning, with the first masks", error));
     for (int64_t s = 0; s < p->step_losses; s++) {
@@ -4334,7 +4347,7 @@ static besa_result besa__check_learning(const besa_pruner *p, const char *name, 
 
 static besa_result besa__check_commit(const besa_pruner *p, const char *name, besa_error *error)
 {
-    int64_t shown = besa__min(BESA__REPORT_SEQUENCES, p->reference);
+    int64_t shown = besa__shown(p);
     BESA__TRY(besa__check_loss(p->results_losses[BESA__LOSS_AFTER], name, 0, shown, "in the commit pass", error));
     return besa__check_loss(p->results_losses[BESA__LOSS_REST], name, shown, p->reference, "in the commit pass", error);
 }
@@ -4365,7 +4378,7 @@ static void besa__report_losses(const besa_pruner *p, besa_block_report *report)
     const float *loss = p->results_losses;
     int learned = 0;
     for (int i = 0; i < BESA_LAYERS; i++) learned |= besa__learns(p) && p->fixed[i] < 0;
-    double shown = (double)besa__min(BESA__REPORT_SEQUENCES, p->reference), all = (double)p->reference;
+    double shown = (double)besa__shown(p), all = (double)p->reference;
     report->loss_after = (double)loss[BESA__LOSS_AFTER];
     report->loss_uniform = learned ? (double)loss[BESA__LOSS_UNIFORM] : report->loss_after;
     report->loss_before = learned ? (double)loss[BESA__LOSS_BEFORE] : report->loss_after;
@@ -4439,6 +4452,7 @@ BESA_API const char *besa_pass_name(besa_pass pass)
 /* A mark after pass `index`, counted from 0; -1: before the first. */
 static besa_result besa__mark(besa_pruner *p, int index)
 {
+    BESA_ASSERT(BESA__EVENT_MARKS + BESA__PASSES < BESA__EVENT_YREF);
     return p->be->record(p->be, BESA_QUEUE_COMPUTE, BESA__EVENT_MARKS + index + 1);
 }
 
@@ -4448,15 +4462,6 @@ static besa_result besa__pass_seconds(besa_pruner *p, double seconds[BESA_PASS_C
     for (int i = 0; i < BESA__PASSES; i++)
         BESA__TRY(p->be->elapsed(p->be, BESA__EVENT_MARKS + i, BESA__EVENT_MARKS + i + 1, &seconds[besa__passes[i].pass]));
     return BESA_OK;
-}
-
-/* As before the block's first pass. */
-static besa_result besa__pruner_reset(besa_pruner *p)
-{
-    if (p->masks.count > 0) BESA__TRY(besa__masks_reset(&p->masks));
-    if (!besa__learns(p)) return BESA_OK;
-    BESA__TRY(besa__parameters_reset(&p->parameters));
-    return besa__rates_reset(&p->rates);
 }
 
 /* Every pass in turn. */
