@@ -135,6 +135,9 @@ def run_test(path, program, only, directory, seconds=600.0, slower=1):
     child.returncode = status
     late.cancel()
     child.stdout.close()
+    for line in open("/proc/mounts"):           # of a test that was ended while it had a small file system of its own
+        if line.split()[1].startswith(temporary + "/"):
+            subprocess.run(["umount", line.split()[1]], stderr=subprocess.DEVNULL)
     shutil.rmtree(temporary, ignore_errors=True)
     if not reason and status:
         reason = "took too long" if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (9, 24) else "ended with status %d" % status
