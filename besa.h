@@ -4616,7 +4616,7 @@ static const char *const besa__json_words[] = { "null", "false", "true" }; /* of
 /* A text is parsed into words of 4 bytes, values in the order of the text. A value is one word, the byte at which it
  * begins in the text; an array or object has a second, the number of the first word behind its last element; a member's
  * key is the word before its value. The rest is read from the text when it is asked for, so that a text costs at
- * most three times its size beside itself, whatever it holds. */
+ * most four times its size beside itself; eight, until it is refused, where it is all opening brackets. */
 typedef struct besa__json_value {
     uint32_t at;
 } besa__json_value;
@@ -8639,9 +8639,10 @@ static besa_result besa__check_copied(const besa__run *run, besa_error *error)
         int64_t size = (int64_t)besa_dtype_size(t->dtype), count = (int64_t)t->bytes / size;
         for (int64_t first = 0; first < count; first += 4096) {
             float part[4096];
+            uint64_t offset = t->offset + (uint64_t)(first * size);
             BESA__TRY(besa__tensor_floats(part, t, first, besa__min(4096, count - first), error));
+            besa__release_range(run->checkpoint->shards + t->file, offset, sizeof part);
         }
-        besa__release_pages(run->checkpoint, t);
     }
     return BESA_OK;
 }
