@@ -93,6 +93,8 @@ static void test_arithmetic_of_sizes(void)
     CHECK(arena.used == UINT64_MAX, "an arena's size wraps: %llu", (unsigned long long)arena.used);
     CHECK(besa__malloc(&memory, beyond, "a test", &error) == BESA_ERROR_MEMORY &&
           strstr(error.message, "a test") && !memory, "%s", error.message);
+    CHECK(besa__check_size(SIZE_MAX - 1, "a test", &error) == BESA_OK, "the largest size is refused");
+    CHECK(besa__check_size(beyond, "a test", &error) == BESA_ERROR_MEMORY && strstr(error.message, "can address"), "%s", error.message);
 }
 
 /* A larger workload never takes less; but as many key/value heads as heads do. */
