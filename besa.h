@@ -1172,13 +1172,11 @@ BESA_API void besa_report_free(besa_report *report);
 #define BESA__UNUSED
 #endif
 
+#define BESA__TEXT(value, text) text,           /* of a list's row, as BESA__ENUM takes its value */
+
 BESA_API const char *besa_result_string(besa_result code)
 {
-    static const char *const text[] = {
-#define BESA__TEXT(name, words) words,
-        BESA_RESULTS(BESA__TEXT)
-#undef BESA__TEXT
-    };
+    static const char *const text[] = {BESA_RESULTS(BESA__TEXT)};
     return (unsigned)code < BESA_RESULT_COUNT ? text[code] : "unknown result";
 }
 
@@ -1292,7 +1290,7 @@ static size_t besa__format(char *text, size_t size, const char *format, va_list 
     return out.length;
 }
 
-BESA__UNUSED static void besa__write_text(char *text, size_t size, const char *format, ...) BESA__PRINTF(3, 4);
+static void besa__write_text(char *text, size_t size, const char *format, ...) BESA__PRINTF(3, 4);
 static void besa__write_text(char *text, size_t size, const char *format, ...)
 {
     va_list args;
@@ -1379,7 +1377,7 @@ static besa_result besa__check_size(uint64_t bytes, const char *what, besa_error
 }
 
 /* BESA_MALLOC with an error that says what the memory was for. */
-BESA__UNUSED static besa_result besa__malloc(void **memory, uint64_t bytes, const char *what, besa_error *error)
+static besa_result besa__malloc(void **memory, uint64_t bytes, const char *what, besa_error *error)
 {
     *memory = NULL;
     BESA__TRY(besa__check_size(bytes, what, error));
@@ -1758,11 +1756,7 @@ BESA_API const besa_option *besa_option_table(void) { return besa__options; }
 
 BESA_API const char *besa_method_name(besa_method method)
 {
-    static const char *const name[] = {
-#define BESA__METHOD_NAME(value, text) text,
-        BESA_METHODS(BESA__METHOD_NAME)
-#undef BESA__METHOD_NAME
-    };
+    static const char *const name[] = {BESA_METHODS(BESA__TEXT)};
     return (unsigned)method < BESA_METHOD_COUNT ? name[method] : "?";
 }
 
@@ -2607,14 +2601,20 @@ static besa_result besa__rates_leave(besa_rates *rates, besa__workspace callers,
     return besa__pass_error(be, result, error);
 }
 
-/* What never changes, and then everything as before the first step. */
-static besa_result besa__owner_start(besa__rates_owner *o)
+/* Everything as before the first step. */
+static besa_result besa__owner_reset(besa_rates *rates)
 {
-    BESA__TRY(besa__parameters_start(&o->parameters));
-    BESA__TRY(besa__rates_start(&o->rates));
-    BESA__TRY(besa__masks_reset(&o->masks));
-    BESA__TRY(besa__parameters_reset(&o->parameters));
-    return besa__rates_reset(&o->rates);
+    BESA__TRY(besa__masks_reset(rates->masks));
+    BESA__TRY(besa__parameters_reset(rates->parameters));
+    return besa__rates_reset(rates);
+}
+
+/* Once after placing: what never changes, and the first reset. */
+static besa_result besa__owner_start(besa_rates *rates)
+{
+    BESA__TRY(besa__parameters_start(rates->parameters));
+    BESA__TRY(besa__rates_start(rates));
+    return besa__owner_reset(rates);
 }
 
 BESA_API besa_result besa_rates_create(besa_rates **rates, besa_backend *be, const besa_layer_shape *layers,
@@ -2629,7 +2629,7 @@ BESA_API besa_result besa_rates_create(besa_rates **rates, besa_backend *be, con
     if (result == BESA_OK) {
         besa__rates_layout(o, be, layers, count, o->memory);
         besa__workspace callers = besa__rates_enter(&o->rates);
-        result = besa__rates_leave(&o->rates, callers, besa__owner_start(o), error);
+        result = besa__rates_leave(&o->rates, callers, besa__owner_start(&o->rates), error);
     }
     if (result != BESA_OK) besa_rates_destroy(&o->rates);
     else *rates = &o->rates;
@@ -2692,10 +2692,7 @@ BESA_API besa_result besa_rates_fix(besa_rates *rates, int layer, double sparsit
 BESA_API besa_result besa_rates_reset(besa_rates *rates, besa_error *error)
 {
     besa__workspace callers = besa__rates_enter(rates);
-    besa_result result = besa__masks_reset(rates->masks);
-    if (result == BESA_OK) result = besa__parameters_reset(rates->parameters);
-    if (result == BESA_OK) result = besa__rates_reset(rates);
-    return besa__rates_leave(rates, callers, result, error);
+    return besa__rates_leave(rates, callers, besa__owner_reset(rates), error);
 }
 
 BESA_API besa_result besa_rates_forward(besa_rates *rates, besa_error *error)
@@ -3995,13 +3992,12 @@ static const float *besa__score_scale(const besa_pruner *p, int layer)
     return besa__uses_inputs(&p->options) ? p->statistic[besa__layers[layer].input] : NULL;
 }
 
-/* The ranks of a layer's rows; where its rate is known beforehand, its mask too. */
-static besa_result besa__rank_layer(const besa__work *work, int layer)
+/* The ranks of a layer's rows; where its rate is known beforehand (not negative), its mask too. */
+static besa_result besa__rank_layer(const besa__work *work, int layer, double rate)
 {
     besa_pruner *p = work->pruner;
     const void *w = work->dense->weight[layer];
     int power = besa__importance_row(besa__scored_by(&p->options))->power;
-    double rate = besa__learns(p) || p->fixed[layer] >= 0 ? p->fixed[layer] : p->options.rates.target;
     BESA__TRY(besa__masks_rank(&p->masks, layer, w, besa__score_scale(p, layer), power, p->scores, p->scores_count));
     if (rate < 0) return BESA_OK;
     BESA__TRY(besa__masks_fix(&p->masks, layer, rate));
@@ -4042,7 +4038,8 @@ static besa_result besa__rank_or_prune(const besa__work *work, int layer)
     }
     if (o->method == BESA_METHOD_SPARSEGPT) return besa__sparsegpt_layer(p, w, work->pruned[layer], layer, target, n, m);
     int whole_layer = o->method == BESA_METHOD_MAGNITUDE && !o->magnitude_per_row;
-    return m > 0 || whole_layer ? besa__prune_layer(work, layer, target, n, m) : besa__rank_layer(work, layer);
+    if (m > 0 || whole_layer) return besa__prune_layer(work, layer, target, n, m);
+    return besa__rank_layer(work, layer, besa__learns(p) ? p->fixed[layer] : target);
 }
 
 /* Pass 2. Every layer is ranked, or pruned at once. */
@@ -4184,7 +4181,7 @@ static besa_result besa__tell_step(besa_pruner *p, int64_t step, int64_t steps, 
 static besa_result besa__learn_rates(const besa__work *work, unsigned layers, besa_error *error)
 {
     besa_pruner *p = work->pruner;
-    int64_t size = p->options.batch_size, batches = besa__parts(p->nsamples, size), steps = p->options.epochs * batches;
+    int64_t size = p->options.batch_size, batches = besa__parts(p->nsamples, size), steps = p->options.rates.steps;
     besa__work user = *work;                    /* a copy, as the callback gets no pointer to const */
     besa__batch batch = {0, 0, 0, NULL, layers, besa__learn_gradient, &user};
     BESA__TRY_ON(p->be, besa__losses_before(work), error);
@@ -4333,6 +4330,7 @@ static besa_result besa__check_learning(const besa_pruner *p, const char *name, 
     BESA__TRY(besa__check_loss(loss[BESA__LOSS_UNIFORM], name, 0, shown, "before learning, with uniform masks", error));
     BESA__TRY(besa__check_loss(loss[BESA__LOSS_BEFORE], name, 0, shown, "before learning, with the first masks", error));
     for (int64_t s = 0; s < p->step_losses; s++) {
+        if (besa__is_finite((double)loss[BESA__LOSS_STEP + s])) continue;
         char when[64];
         int64_t first = s % besa__parts(p->nsamples, batch) * batch, end = besa__min(first + batch, p->nsamples);
         snprintf(when, sizeof when, "in learning step %lld", (long long)s + 1);
@@ -4340,7 +4338,7 @@ static besa_result besa__check_learning(const besa_pruner *p, const char *name, 
             snprintf(when, sizeof when, "in learning step %lld or a later one", (long long)s + 1);
             first = 0, end = p->nsamples;
         }
-        BESA__TRY(besa__check_loss(loss[BESA__LOSS_STEP + s], name, first, end, when, error));
+        return besa__check_loss(loss[BESA__LOSS_STEP + s], name, first, end, when, error);
     }
     return BESA_OK;
 }
@@ -4441,11 +4439,7 @@ enum { BESA__PASSES = (int)(sizeof besa__passes / sizeof *besa__passes) };
 
 BESA_API const char *besa_pass_name(besa_pass pass)
 {
-    static const char *const name[] = {
-#define BESA__PASS_NAME(id, text) text,
-        BESA_PASSES(BESA__PASS_NAME)
-#undef BESA__PASS_NAME
-    };
+    static const char *const name[] = {BESA_PASSES(BESA__TEXT)};
     return (unsigned)pass < BESA_PASS_COUNT ? name[pass] : "?";
 }
 
@@ -5105,6 +5099,16 @@ static int besa__has_moved(const struct stat *then, const struct stat *now)
            besa__mtime_nanoseconds(then) != besa__mtime_nanoseconds(now) || then->st_ctime != now->st_ctime;
 }
 
+/* The first n characters of text, for BESA_FREE; what: for the message. */
+static besa_result besa__copy_text(char **copy, const char *text, size_t n, const char *what, besa_error *error)
+{
+    void *memory;
+    BESA__TRY(besa__malloc(&memory, n + 1, what, error));
+    *copy = (char *)memcpy(memory, text, n);
+    (*copy)[n] = 0;
+    return BESA_OK;
+}
+
 /* directory/name, for BESA_FREE. */
 static besa_result besa__join(char **path, const char *directory, const char *name, besa_error *error)
 {
@@ -5478,11 +5482,8 @@ static besa_result besa__list_shards(besa_checkpoint *checkpoint, const besa__js
         checkpoint->num_shards = (int64_t)distinct;
         memset(memory, 0, distinct * sizeof(besa__shard));
     }
-    for (size_t i = 0; i < distinct && result == BESA_OK; i++) {
-        size_t bytes = strlen(names[i]) + 1;
-        result = besa__malloc(&memory, bytes, "a shard's name", error);
-        if (result == BESA_OK) checkpoint->shards[i].name = (char *)memcpy(memory, names[i], bytes);
-    }
+    for (size_t i = 0; i < distinct && result == BESA_OK; i++)
+        result = besa__copy_text(&checkpoint->shards[i].name, names[i], strlen(names[i]), "a shard's name", error);
     BESA_FREE(names);
     return result;
 }
@@ -5556,12 +5557,10 @@ static besa_result besa__open_weights(besa_checkpoint *checkpoint, besa_error *e
         if (result == BESA_OK) {
             checkpoint->shards = (besa__shard *)memset(memory, 0, sizeof(besa__shard));
             checkpoint->num_shards = 1;
-            result = besa__malloc(&memory, sizeof besa__single_name, "a shard's name", error);
+            result = besa__copy_text(&checkpoint->shards->name, besa__single_name, strlen(besa__single_name),
+                                     "a shard's name", error);
         }
-        if (result == BESA_OK) {
-            checkpoint->shards->name = (char *)memcpy(memory, besa__single_name, sizeof besa__single_name);
-            result = besa__map_shard(checkpoint, 0, error);
-        }
+        if (result == BESA_OK) result = besa__map_shard(checkpoint, 0, error);
         if (result == BESA_OK) result = besa__sort_tensors(checkpoint, error);
     } else if (!lstat(index, &st)) {
         checkpoint->index = besa__index_name;
@@ -5609,7 +5608,8 @@ BESA_API const besa_tensor *besa_checkpoint_tensor(const besa_checkpoint *checkp
  * // >>tokens                token files and the sequences cut out of them
  * ============================================================================================
  * Owns the reading of .npy and raw token files. Uses the file helpers of safetensors. */
-/* Element kinds of token files. */
+
+/* How the ids lie in a token file of any kind. */
 typedef struct besa__npy {
     size_t data;                                /* where the elements begin */
     size_t width;                               /* bytes of one */
@@ -6458,12 +6458,9 @@ static besa_result besa__checkpoint_load(besa_checkpoint *checkpoint, const char
 {
     besa__model model;
     struct stat st;
-    void *memory;
     size_t n = strlen(directory);
     while (n > 1 && directory[n - 1] == '/') n--;
-    BESA__TRY(besa__malloc(&memory, n + 1, "a path", error));
-    checkpoint->directory = (char *)memcpy(memory, directory, n);
-    checkpoint->directory[n] = 0;
+    BESA__TRY(besa__copy_text(&checkpoint->directory, directory, n, "a path", error));
     if (stat(checkpoint->directory, &st))
         return besa__fail(error, errno == ENOENT || errno == ENOTDIR ? BESA_ERROR_NOT_FOUND : BESA_ERROR_READ, "%s: %s",
                           directory, strerror(errno));
@@ -6611,6 +6608,19 @@ static besa_result besa__copy_range(const besa__writer *w, int64_t file, uint64_
         BESA__TRY(besa__write_at(w, w->files[file], shard->name, shard->base + at, part, at, error));
         besa__release_range(shard, at, part);
         at += part;
+    }
+    return BESA_OK;
+}
+
+/* Hash a range of an open file; buffer: BESA__CHUNK bytes. */
+static besa_result besa__hash_range(int fd, uint64_t offset, uint64_t bytes, void *buffer, uint64_t *hash, const char *path,
+                                    besa_error *error)
+{
+    *hash = BESA__HASH_START;
+    for (uint64_t at = 0; at < bytes; at += BESA__CHUNK) {
+        size_t part = bytes - at < BESA__CHUNK ? (size_t)(bytes - at) : BESA__CHUNK;
+        BESA__TRY(besa__read_at(fd, buffer, part, offset + at, path, error));
+        *hash = besa__hash(*hash, buffer, part);
     }
     return BESA_OK;
 }
@@ -6915,14 +6925,14 @@ static besa_result besa__copy_side(const besa__writer *w, besa__side *side, besa
 /* Add a file to the list of those that are copied. */
 static besa_result besa__add_side(besa__writer *w, const char *name, besa_error *error)
 {
-    void *copy;
+    char *copy;
     size_t count = (size_t)w->num_sides;
     void *more = BESA_REALLOC(w->sides, (count + 1) * sizeof *w->sides);
     if (!more) return besa__fail(error, BESA_ERROR_MEMORY, "out of host memory for %zu files' names", count + 1);
     w->sides = (besa__side *)more;
-    BESA__TRY(besa__malloc(&copy, strlen(name) + 1, "a file's name", error));
+    BESA__TRY(besa__copy_text(&copy, name, strlen(name), "a file's name", error));
     memset(w->sides + count, 0, sizeof *w->sides);
-    w->sides[count].name = (char *)memcpy(copy, name, strlen(name) + 1);
+    w->sides[count].name = copy;
     w->num_sides++;
     return BESA_OK;
 }
@@ -7091,12 +7101,7 @@ static besa_result besa__writer_verify(besa__writer *w, besa_error *error)
         result = besa__block_bind(&w->current, w->checkpoint, good, error);
         for (int i = 0; i < BESA_LAYERS && result == BESA_OK; i++) {
             const besa_tensor *t = w->current.weight[i];
-            hash[i] = BESA__HASH_START;
-            for (size_t at = 0; at < t->bytes && result == BESA_OK; at += BESA__CHUNK) {
-                size_t part = t->bytes - at < BESA__CHUNK ? t->bytes - at : BESA__CHUNK;
-                result = besa__read_at(w->files[t->file], buffer, part, t->offset + at, w->partial, error);
-                if (result == BESA_OK) hash[i] = besa__hash(hash[i], buffer, part);
-            }
+            result = besa__hash_range(w->files[t->file], t->offset, t->bytes, buffer, &hash[i], w->partial, error);
         }
         if (result == BESA_OK && besa__block_hash(hash) != w->marks[good].checksum) break;
     }
@@ -7157,9 +7162,7 @@ static besa_result besa__writer_name(besa__writer *w, const char *output, const 
     if (strchr(fingerprint, '\n') || strlen(fingerprint) > 400)
         return besa__fail(error, BESA_ERROR_OPTION, "fingerprint: not one line of up to 400 characters");
     while (n > 1 && output[n - 1] == '/') n--;
-    BESA__TRY(besa__malloc(&memory, n + 1, "a path", error));
-    w->output = (char *)memcpy(memory, output, n);
-    w->output[n] = 0;
+    BESA__TRY(besa__copy_text(&w->output, output, n, "a path", error));
     BESA__TRY(besa__malloc(&memory, n + sizeof partial, "a path", error));
     w->partial = (char *)memcpy(memory, w->output, n);
     memcpy(w->partial + n, partial, sizeof partial);
@@ -7236,9 +7239,9 @@ static besa_result besa__writer_start(besa__writer *w, const char *output, const
 /* Begin an output, or go on with an unfinished one of the same fingerprint (one line). done_blocks are on disk
  * already. Lines are appended to *notes (NULL to start with, for BESA_FREE); notes may be NULL.
  * Errors: EXISTS, NOT_FOUND, RESUME, READ, WRITE, MEMORY. A failed begin leaves nothing new behind. */
-BESA__UNUSED static besa_result besa__writer_open(besa__writer **writer, const besa_checkpoint *checkpoint,
-                                                  const char *output, const char *fingerprint, int64_t blocks,
-                                                  int64_t *done_blocks, char **notes, besa_error *error)
+static besa_result besa__writer_open(besa__writer **writer, const besa_checkpoint *checkpoint, const char *output,
+                                     const char *fingerprint, int64_t blocks, int64_t *done_blocks, char **notes,
+                                     besa_error *error)
 {
     void *memory;
     *writer = NULL;
@@ -7263,8 +7266,7 @@ BESA__UNUSED static besa_result besa__writer_open(besa__writer **writer, const b
 
 /* The run has read these bytes of a source tensor, one piece after another from its start (at 0); all pieces but the last are
  * multiples of 8. */
-BESA__UNUSED static void besa__writer_saw(besa__writer *w, const besa_tensor *tensor, size_t at, const void *bytes,
-                                          size_t size)
+static void besa__writer_saw(besa__writer *w, const besa_tensor *tensor, size_t at, const void *bytes, size_t size)
 {
     besa__source *source = w->sources + (tensor - w->checkpoint->tensors);
     source->hash = besa__hash(at ? source->hash : BESA__HASH_START, bytes, size);
@@ -7274,8 +7276,8 @@ BESA__UNUSED static void besa__writer_saw(besa__writer *w, const besa_tensor *te
 /* The next `size` new bytes of one prunable weight of the current block; all pieces but the last are multiples of 8.
  * Weights that never come keep the source's bytes. What was written is synced from time to time, so that no sync takes
  * long. */
-BESA__UNUSED static besa_result besa__writer_write(besa__writer *w, const besa_tensor *tensor, const void *bytes, size_t size,
-                                                   besa_error *error)
+static besa_result besa__writer_write(besa__writer *w, const besa_tensor *tensor, const void *bytes, size_t size,
+                                      besa_error *error)
 {
     int i = 0;
     while (i < BESA_LAYERS && w->current.weight[i] != tensor) i++;
@@ -7294,7 +7296,7 @@ BESA__UNUSED static besa_result besa__writer_write(besa__writer *w, const besa_t
 }
 
 /* The current block is complete: on return it is on disk and in the journal. */
-BESA__UNUSED static besa_result besa__writer_block_done(besa__writer *w, int64_t block, besa_error *error)
+static besa_result besa__writer_block_done(besa__writer *w, int64_t block, besa_error *error)
 {
     char line[64];
     if (block != w->done || block >= w->blocks)
@@ -7325,19 +7327,6 @@ BESA__UNUSED static besa_result besa__writer_block_done(besa__writer *w, int64_t
  * // >>finish                the sources once more, and the rename
  * ============================================================================================
  * Owns the end of an output: it appears under its name only if the sources are still what was read. */
-
-/* Hash the bytes of an open source file. */
-static besa_result besa__hash_range(int fd, uint64_t offset, uint64_t bytes, void *buffer, uint64_t *hash, const char *path,
-                                    besa_error *error)
-{
-    *hash = BESA__HASH_START;
-    for (uint64_t at = 0; at < bytes; at += BESA__CHUNK) {
-        size_t part = bytes - at < BESA__CHUNK ? (size_t)(bytes - at) : BESA__CHUNK;
-        BESA__TRY(besa__read_at(fd, buffer, part, offset + at, path, error));
-        *hash = besa__hash(*hash, buffer, part);
-    }
-    return BESA_OK;
-}
 
 /* Whether a shard holds what was read of it. */
 static besa_result besa__compare_shard(const besa__writer *w, int64_t file, int fd, size_t size, void *buffer,
@@ -7479,7 +7468,7 @@ static besa_result besa__writer_rename(besa__writer *w, besa_error *error)
 }
 
 /* All blocks are done: OUT.partial becomes OUT. Closes the writer in any case; a failure leaves what can be resumed. */
-BESA__UNUSED static besa_result besa__writer_finish(besa__writer *w, besa_error *error)
+static besa_result besa__writer_finish(besa__writer *w, besa_error *error)
 {
     besa_result result = besa__writer_rename(w, error);
     besa__writer_close(w);
@@ -7489,7 +7478,7 @@ BESA__UNUSED static besa_result besa__writer_finish(besa__writer *w, besa_error 
 /* Stop without an output. OUT.partial stays and can be resumed (0), is deleted if no block is done, not even by an
  * earlier run (1), or in any case (2). *error says why the run stops, and what cannot be deleted is added to it. NULL, both,
  * are fine. */
-BESA__UNUSED static void besa__writer_abandon(besa__writer *w, int remove_it, besa_error *error)
+static void besa__writer_abandon(besa__writer *w, int remove_it, besa_error *error)
 {
     if (!w) return;
     if (!w->is_ready && (remove_it > 1 || (remove_it && !w->done))) besa__writer_discard(w, error);
@@ -7638,6 +7627,7 @@ BESA_API void besa_report_free(besa_report *report)
     BESA_FREE(report->notes);
     memset(report, 0, sizeof *report);
 }
+
 /* ============================================================================================
  * // >>run                   the whole model, block by block (level 1): layout, opening, closing
  * ============================================================================================
@@ -8522,7 +8512,7 @@ static void besa__note_steps(const besa_pruner *p, char **notes)
 {
     const besa_prune_options *o = &p->options;
     const char *larger = o->rates.optimizer == BESA_ADAMW ? "lr" : "d_coef";
-    int64_t steps = o->epochs * besa__parts(p->nsamples, o->batch_size);
+    int64_t steps = o->rates.steps;
     double needed = besa__steps_needed(&o->rates);
     if (o->method != BESA_METHOD_BESA || (double)steps >= needed) return;
     besa__notes_add(notes, "warning: %lld learning step%s a block (sequences x epochs / batch size): rates hardly move before "
