@@ -193,10 +193,11 @@ static void check_close_at(const char *file, int line, const char *what, const f
 #define CHECK_CLOSE(what, got, want, n, tolerance)                                                 \
     check_close_at(__FILE__, __LINE__, what, got, want, n, tolerance)
 
-/* A number out of a small JSON file. */
-__attribute__((unused)) static double json_number(const char *directory, const char *file, const char *key)
+/* What follows a key in a small JSON file, until the next call; the file must have it. */
+static const char *json_text(const char *directory, const char *file, const char *key)
 {
-    char path[1024], text[8192], quoted[64], *p;
+    static char text[8192];
+    char path[1024], quoted[64], *p;
     size_t length = 0;
     FILE *f;
     snprintf(path, sizeof path, "%s/%s", directory, file);
@@ -210,30 +211,27 @@ __attribute__((unused)) static double json_number(const char *directory, const c
         printf("FAIL %s has no \"%s\"\n", path, key);
         exit(1);
     }
-    return strtod(p + strlen(quoted), NULL);
+    return p + strlen(quoted);
+}
+
+/* A number out of a small JSON file. */
+__attribute__((unused)) static double json_number(const char *directory, const char *file, const char *key)
+{
+    return strtod(json_text(directory, file, key), NULL);
 }
 
 /* The first n numbers of a list out of a small JSON file. */
 __attribute__((unused))
 static void json_numbers(const char *directory, const char *file, const char *key, double *out, int n)
 {
-    char path[1024], text[8192], quoted[64], *p;
-    size_t length = 0;
-    FILE *f;
-    snprintf(path, sizeof path, "%s/%s", directory, file);
-    snprintf(quoted, sizeof quoted, "\"%s\": [", key);
-    if ((f = fopen(path, "rb")) != NULL) {
-        length = fread(text, 1, sizeof text - 1, f);
-        fclose(f);
-    }
-    text[length] = 0;
-    p = strstr(text, quoted);
-    if (p) p += strlen(quoted);
+    const char *p = json_text(directory, file, key);
+    int is_list = strncmp(p, " [", 2) == 0;
+    p += is_list ? 2 : 0;
     for (int i = 0; i < n; i++) {
-        char *end = p;
-        if (p) out[i] = strtod(p, &end);
-        if (end == p) {
-            printf("FAIL %s has no list \"%s\" of %d numbers\n", path, key, n);
+        char *end = NULL;
+        if (is_list) out[i] = strtod(p, &end);
+        if (!is_list || end == p) {
+            printf("FAIL %s/%s has no list \"%s\" of %d numbers\n", directory, file, key, n);
             exit(1);
         }
         p = end + (*end == ',');
