@@ -48,7 +48,7 @@ suite()
     for program in $programs; do
         case $program in
         test_portable) arguments=$stories ;;
-        test_ops) arguments="test 2" ;;
+        test_ops) arguments="--cases test 2" ;;
         test_reference) arguments="$reference $(dirname "$reference")/cases" ;;
         test_io) arguments="$reference/checkpoints $(cd "$work" && pwd)" ;; # it makes links
         test_pipeline) arguments="$stories $reference" ;;

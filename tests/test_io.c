@@ -1,6 +1,10 @@
-/* Checkpoints, configs, token files and the output directory. usage: test_io CHECKPOINTS SCRATCH
- *   CHECKPOINTS  folder of the five reference checkpoints
- *   SCRATCH      an existing directory to work in */
+/* test_io - checkpoints, configs, token files and the output directory, in calls of the library's own readers and writer.
+ *
+ *     test_io CHECKPOINTS SCRATCH [part of a test's name]
+ *
+ * CHECKPOINTS: the folder of the five reference checkpoints. SCRATCH: an existing directory to work in, best one in memory.
+ * What is slow or fails in the real world is played: system calls and allocations that fail, a kill at any of them, a loss
+ * of power, short writes, a disk that is full. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -9,9 +13,6 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
@@ -19,8 +20,8 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
+#include "test.h"
 
 /* Every system call that besa.h makes on files, and every allocation, is counted; the chosen one fails or is the last. */
 enum { FAULT_NONE, FAULT_KILL, FAULT_ERROR, FAULT_MEMORY };
@@ -233,91 +234,115 @@ static void io_free(void *p)
 #define BESA_FREE io_free
 #define BESA_IMPLEMENTATION
 #include "besa.h"
+#include "fixture.h"
 #include "fuzz_io.c"
 
-static int passed, failed, skipped;
 static besa_error err;
-static char root[512]; /* a directory of this run's own */
 
-static void check(const char *name, int ok)
+/* ---- checks ------------------------------------------------------------------------------ */
+
+/* The library said `got`: it must be `want`, and the message of an error must have the words. */
+static void expect(int line, const char *what, besa_result got, besa_result want, const char *words)
 {
-    printf("%s %s\n", ok ? "PASS" : "FAIL", name);
-    if (ok) passed++;
-    else failed++;
+    int same = got == want && (got == BESA_OK || (err.code == got && (!words || strstr(err.message, words))));
+    test_check(same, __FILE__, line, "%s: got %s (%s), expected %s (%s)", what, besa_result_string(got),
+               got ? err.message : "", besa_result_string(want), words ? words : "");
 }
 
-/* result is as expected, and the message has the words. */
-static void check_error(const char *name, besa_result result, besa_result expected, const char *words)
+/* A call that must end so; of a table's case, which a name tells. */
+#define CHECK_ERROR(call, want, words)      expect(__LINE__, #call, call, want, words)
+#define CHECK_CASE(name, call, want, words) expect(__LINE__, name, call, want, words)
+
+/* What the library takes in a test it gives back. */
+static void check_freed(size_t blocks, size_t bytes)
 {
-    int ok = result == expected && (result == BESA_OK || (err.code == result && (!words || strstr(err.message, words))));
-    check(name, ok);
-    if (!ok) printf("  expected %s (%s), got %s: %s\n", besa_result_string(expected), words ? words : "", besa_result_string(result),
-                    result ? err.message : "");
+    CHECK(live_blocks == blocks && live_bytes == bytes, "%d blocks, %d bytes are not freed", (int)(live_blocks - blocks),
+          (int)(live_bytes - bytes));
+}
+
+static void run(void (*body)(void))
+{
+    size_t blocks = live_blocks, bytes = live_bytes;
+    body();
+    check_freed(blocks, bytes);
+}
+
+/* The same with a model of one file (0), then of shards (1). */
+static void run_both(void (*body)(int sharded))
+{
+    size_t blocks = live_blocks, bytes = live_bytes;
+    for (int sharded = 0; sharded < 2; sharded++) {
+        int failed = test.checks_failed;
+        body(sharded);
+        if (failed < test.checks_failed) printf("    with a model of %s\n", sharded ? "shards" : "one file");
+    }
+    check_freed(blocks, bytes);
 }
 
 /* ---- files ------------------------------------------------------------------------------- */
 
-/* root/name; each name's path stays valid */
-static const char *at(const char *name)
+/* directory/name, kept until test_finish */
+static const char *in(const char *directory, const char *name)
 {
-    static char paths[256][640];
-    int i = 0;
-    char path[640];
-    snprintf(path, sizeof path, "%s/%s", root, name);
-    while (i < 255 && paths[i][0] && strcmp(paths[i], path)) i++;
-    memcpy(paths[i], path, sizeof path);
-    return paths[i];
+    char *path = (char *)take(640);
+    snprintf(path, 640, "%s/%s", directory, name);
+    return path;
 }
 
-static void put(const char *path, const void *bytes, size_t n)
+static void put_text(const char *directory, const char *name, const char *text)
 {
-    FILE *f = fopen(path, "wb");
-    if (!f || fwrite(bytes, 1, n, f) != n) printf("FAIL cannot write %s\n", path), failed++;
-    if (f) fclose(f);
+    write_bytes(in(directory, name), text, strlen(text));
 }
 
-static char *get(const char *path, size_t *n)
-{
-    FILE *f = fopen(path, "rb");
-    char *bytes = NULL;
-    *n = 0;
-    if (!f) return NULL;
-    fseek(f, 0, SEEK_END);
-    *n = (size_t)ftell(f);
-    rewind(f);
-    bytes = (char *)malloc(*n + 1);
-    if (bytes && fread(bytes, 1, *n, f) != *n) *n = 0;
-    if (bytes) bytes[*n] = 0;
-    fclose(f);
-    return bytes;
-}
-
-static int exists(const char *path)
-{
-    struct stat st;
-    return !lstat(path, &st);
-}
-
-static void shell(const char *format, const char *a, const char *b)
+__attribute__((format(printf, 1, 2))) static void shell(const char *format, ...)
 {
     char command[2400];
-    snprintf(command, sizeof command, format, a, b);
-    if (system(command)) printf("  (failed: %s)\n", command);
+    va_list args;
+    va_start(args, format);
+    vsnprintf(command, sizeof command, format, args);
+    va_end(args);
+    CHECK(system(command) == 0, "failed: %s", command);
 }
 
-static void clean(const char *path) { shell("rm -rf '%s'%s", path, ""); }
-
-static int same_file(const char *a, const char *b)
+/* The first line that a command prints. */
+__attribute__((format(printf, 3, 4))) static void shell_line(char *line, int size, const char *format, ...)
 {
-    size_t n, m;
-    char *x = get(a, &n), *y = get(b, &m);
-    int same = x && y && n == m && !memcmp(x, y, n);
-    free(x);
-    free(y);
-    return same;
+    char command[2400];
+    va_list args;
+    FILE *f;
+    va_start(args, format);
+    vsnprintf(command, sizeof command, format, args);
+    va_end(args);
+    *line = 0;
+    f = popen(command, "r");
+    if (f && !fgets(line, size, f)) *line = 0;
+    if (f) pclose(f);
+}
+
+/* Names in a directory that begin so. */
+static int names_like(const char *directory, const char *start)
+{
+    DIR *d = opendir(directory);
+    struct dirent *e;
+    int n = 0;
+    while (d && (e = readdir(d)) != NULL) n += !strncmp(e->d_name, start, strlen(start));
+    if (d) closedir(d);
+    return n;
+}
+
+static int open_files(void)
+{
+    DIR *d = opendir("/proc/self/fd");
+    int n = 0;
+    while (d && readdir(d)) n++;
+    if (d) closedir(d);
+    return n;
 }
 
 /* ---- a small checkpoint ------------------------------------------------------------------ */
+
+/* a tensor as a header has it */
+#define TENSOR(dtype, shape, offsets) "{\"dtype\":\"" dtype "\",\"shape\":" shape ",\"data_offsets\":" offsets "}"
 
 typedef struct shard_text {
     char header[32768];
@@ -343,7 +368,7 @@ static void put_raw(const char *path, const char *header, size_t data, unsigned 
     for (size_t i = 0; i < 8; i++) file[i] = (unsigned char)((uint64_t)n >> (8 * i));
     memcpy(file + 8, header, n);
     for (size_t i = 0; i < data; i++) file[8 + n + i] = (unsigned char)((seed += 0x9E3779B9u) >> 24);
-    put(path, file, 8 + n + data);
+    write_bytes(path, file, 8 + n + data);
     free(file);
 }
 
@@ -354,9 +379,18 @@ static const char small_config[] =
 
 static void block_tensors(shard_text *s, int b)
 {
-    static const struct { const char *name; int rows, columns; } t[] = {
-        { "self_attn.q_proj", 8, 8 }, { "self_attn.k_proj", 4, 8 }, { "self_attn.v_proj", 4, 8 }, { "self_attn.o_proj", 8, 8 },
-        { "mlp.gate_proj", 12, 8 }, { "mlp.up_proj", 12, 8 }, { "mlp.down_proj", 8, 12 }, { "input_layernorm", 8, 0 },
+    static const struct {
+        const char *name;
+        int rows, columns;
+    } t[] = {
+        { "self_attn.q_proj", 8, 8 },
+        { "self_attn.k_proj", 4, 8 },
+        { "self_attn.v_proj", 4, 8 },
+        { "self_attn.o_proj", 8, 8 },
+        { "mlp.gate_proj", 12, 8 },
+        { "mlp.up_proj", 12, 8 },
+        { "mlp.down_proj", 8, 12 },
+        { "input_layernorm", 8, 0 },
         { "post_attention_layernorm", 8, 0 } };
     char name[128];
     for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
@@ -370,40 +404,57 @@ static void block_tensors(shard_text *s, int b)
 static void put_shard(const char *dir, const char *name, int first, int last, int others)
 {
     static shard_text s;
-    char path[1100];
     memset(&s, 0, sizeof s);
     if (others) add_tensor(&s, "model.embed_tokens.weight", "BF16", 2, 10, 8);
     for (int b = first; b < last; b++) block_tensors(&s, b);
     if (others) add_tensor(&s, "model.norm.weight", "BF16", 2, 8, 0);
     s.n += (size_t)snprintf(s.header + s.n, sizeof s.header - s.n, ",\"__metadata__\":{\"format\":\"pt\"}}   ");
-    snprintf(path, sizeof path, "%s/%s", dir, name);
-    put_raw(path, s.header, s.data, (unsigned)(first + 1));
-}
-
-static void put_text(const char *dir, const char *name, const char *text)
-{
-    char path[1100];
-    snprintf(path, sizeof path, "%s/%s", dir, name);
-    put(path, text, strlen(text));
+    put_raw(in(dir, name), s.header, s.data, (unsigned)(first + 1));
 }
 
 #define INDEX "model.safetensors.index.json"
+#define SHARD_1 "model-00001-of-00002.safetensors"
+#define SHARD_2 "model-00002-of-00002.safetensors"
 
 /* A model of three blocks: in one file, or in two shards (block 0, the rest). */
 static const char *make_model(const char *name, int sharded)
 {
-    const char *dir = at(name);
-    clean(dir);
+    const char *dir = temp_path("%s", name);
+    remove_tree(dir);
     mkdir(dir, 0777);
     put_text(dir, "config.json", small_config);
     if (!sharded) {
         put_shard(dir, "model.safetensors", 0, 3, 1);
         return dir;
     }
-    put_shard(dir, "model-00001-of-00002.safetensors", 0, 1, 0);
-    put_shard(dir, "model-00002-of-00002.safetensors", 1, 3, 1);
-    put_text(dir, INDEX, "{\"metadata\":{\"total_size\":1},\"weight_map\":{\"model.norm.weight\":\"model-00002-of-00002.safetensors\","
-                         "\"model.layers.0.mlp.up_proj.weight\":\"model-00001-of-00002.safetensors\"}}");
+    put_shard(dir, SHARD_1, 0, 1, 0);
+    put_shard(dir, SHARD_2, 1, 3, 1);
+    put_text(dir, INDEX, "{\"metadata\":{\"total_size\":1},\"weight_map\":{\"model.norm.weight\":\"" SHARD_2 "\","
+                         "\"model.layers.0.mlp.up_proj.weight\":\"" SHARD_1 "\"}}");
+    return dir;
+}
+
+/* The small model with a head beside the tied embedding. */
+enum { HEAD_SAME, HEAD_OTHER_BIT, HEAD_OTHER_TYPE, HEAD_OTHER_SHAPE, HEAD_NO_WEIGHTS };
+
+static const char *make_headed(const char *name, int kind)
+{
+    static shard_text s;
+    const char *dir = make_model(name, 0), *path = in(dir, "model.safetensors");
+    const char *dtype = kind == HEAD_OTHER_TYPE ? "F16" : kind == HEAD_NO_WEIGHTS ? "I16" : "BF16";
+    size_t n;
+    memset(&s, 0, sizeof s);
+    add_tensor(&s, "model.embed_tokens.weight", "BF16", 2, 10, 8);
+    add_tensor(&s, "lm_head.weight", dtype, 2, kind == HEAD_OTHER_SHAPE ? 11 : 10, 8);
+    for (int b = 0; b < 3; b++) block_tensors(&s, b);
+    add_tensor(&s, "model.norm.weight", "BF16", 2, 8, 0);
+    s.n += (size_t)snprintf(s.header + s.n, sizeof s.header - s.n, "}");
+    put_raw(path, s.header, s.data, 5);
+    unsigned char *file = read_bytes(path, &n), *data = file + 8 + s.n;
+    memcpy(data + 160, data, 160);              /* the embedding again, and its last byte */
+    data[319] ^= kind == HEAD_OTHER_BIT;
+    write_bytes(path, file, n);
+    free(file);
     return dir;
 }
 
@@ -416,49 +467,93 @@ static besa_result open_close(const char *dir)
     return result;
 }
 
-/* ---- tests ------------------------------------------------------------------------------- */
-
-static void test_references(const char *folder)
+/* The checkpoint, which must open; NULL if it does not. */
+static besa_checkpoint *open_model(const char *dir)
 {
-    static const struct { const char *name; int64_t tensors, heads, kv, dim; int tied, qk; double theta; } t[] = {
-        { "llama_mha_f16", 30, 4, 4, 12, 0, 0, 1e4 }, { "llama3_gqa_tied_bf16", 29, 6, 2, 16, 1, 0, 5e5 },
-        { "mistral_gqa_bf16", 30, 4, 2, 8, 0, 0, 1e6 }, { "qwen2_bias_tied_bf16", 38, 4, 2, 12, 1, 0, 1e6 },
+    besa_checkpoint *c = NULL;
+    CHECK_OK(besa_checkpoint_open(&c, dir, &err), err);
+    return c;
+}
+
+/* ---- reference checkpoints ----------------------------------------------------------------- */
+
+static const char *g_checkpoints;               /* the directory of the five */
+
+typedef struct reference_case {
+    const char *name;
+    int64_t tensors, heads, kv_heads, head_dim;
+    int tied, qk_norm;
+    double theta;
+} reference_case;
+
+static void check_reference_config(const reference_case *t, const besa_config *g)
+{
+    const besa_block_shape *b = &g->block;
+    CHECK(g->vocab_size == 199 && g->num_hidden_layers == 3 && b->hidden_size == 48 && b->intermediate_size == 104,
+          "%s: vocabulary %d, %d layers of %d and %d", t->name, (int)g->vocab_size, (int)g->num_hidden_layers,
+          (int)b->hidden_size, (int)b->intermediate_size);
+    CHECK(b->num_attention_heads == t->heads && b->num_key_value_heads == t->kv_heads && b->head_dim == t->head_dim,
+          "%s: %d and %d heads of %d", t->name, (int)b->num_attention_heads, (int)b->num_key_value_heads, (int)b->head_dim);
+    CHECK(g->qk_norm == t->qk_norm && g->tie_word_embeddings == t->tied, "%s: qk_norm %d, tied %d", t->name, g->qk_norm,
+          g->tie_word_embeddings);
+    CHECK(fabs(b->rope.theta - t->theta) < 1e-9, "%s: rope_theta %g", t->name, b->rope.theta);
+}
+
+static void check_reference_tensors(const reference_case *t, besa_checkpoint *c)
+{
+    const besa_tensor *down = besa_checkpoint_find(c, "model.layers.2.mlp.down_proj.weight");
+    besa__model model;
+    CHECK(besa_checkpoint_tensor_count(c) == t->tensors, "%s: %d tensors", t->name, (int)besa_checkpoint_tensor_count(c));
+    CHECK(!besa_checkpoint_find(c, "no such") && !besa_checkpoint_tensor(c, t->tensors), "%s: a tensor too many", t->name);
+    CHECK_OK(besa__model_bind(&model, c, &err), err);
+    CHECK((model.head == model.embedding) == t->tied, "%s: tied %d", t->name, model.head == model.embedding);
+    if (!CHECK(down != NULL, "%s: no down_proj", t->name)) return;
+    CHECK(down->shape[0] == 48 && down->shape[1] == 104, "%s: down_proj has shape [%d, %d]", t->name, (int)down->shape[0],
+          (int)down->shape[1]);
+    besa__release_pages(c, down);
+}
+
+static void test_reference_checkpoints(void)
+{
+    static const reference_case t[] = {
+        { "llama_mha_f16", 30, 4, 4, 12, 0, 0, 1e4 },
+        { "llama3_gqa_tied_bf16", 29, 6, 2, 16, 1, 0, 5e5 },
+        { "mistral_gqa_bf16", 30, 4, 2, 8, 0, 0, 1e6 },
+        { "qwen2_bias_tied_bf16", 38, 4, 2, 12, 1, 0, 1e6 },
         { "qwen3_qknorm_f32", 36, 4, 2, 20, 0, 1, 1e6 } };
-    char path[1024], label[128];
     for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
-        besa_checkpoint *c;
-        besa__model model;
-        snprintf(path, sizeof path, "%s/%s", folder, t[i].name);
-        if (!exists(path)) {
-            printf("SKIP reference %s: not there\n", t[i].name);
-            skipped++;
-            continue;
-        }
-        snprintf(label, sizeof label, "reference %s opens", t[i].name);
-        besa_result result = besa_checkpoint_open(&c, path, &err);
-        check_error(label, result, BESA_OK, NULL);
-        if (result != BESA_OK) continue;
-        const besa_config *g = besa_checkpoint_config(c);
-        const besa_tensor *down = besa_checkpoint_find(c, "model.layers.2.mlp.down_proj.weight");
-        snprintf(label, sizeof label, "reference %s config", t[i].name);
-        check(label, g->vocab_size == 199 && g->num_hidden_layers == 3 && g->block.hidden_size == 48 &&
-                     g->block.intermediate_size == 104 && g->block.num_attention_heads == t[i].heads &&
-                     g->block.num_key_value_heads == t[i].kv && g->block.head_dim == t[i].dim && g->qk_norm == t[i].qk &&
-                     g->tie_word_embeddings == t[i].tied && fabs(g->block.rope.theta - t[i].theta) < 1e-9);
-        snprintf(label, sizeof label, "reference %s tensors", t[i].name);
-        check(label, besa_checkpoint_tensor_count(c) == t[i].tensors && down && down->shape[0] == 48 && down->shape[1] == 104 &&
-                     besa__model_bind(&model, c, &err) == BESA_OK && (model.head == model.embedding) == t[i].tied &&
-                     !besa_checkpoint_find(c, "no such") && !besa_checkpoint_tensor(c, t[i].tensors));
-        if (!strcmp(t[i].name, "llama3_gqa_tied_bf16"))
-            check("reference llama3 rope", g->block.rope.type == BESA_ROPE_LLAMA3 && fabs(g->block.rope.factor - 8) < 1e-12 &&
-                  fabs(g->block.rope.original_max_position_embeddings - 64) < 1e-12 && fabs(g->block.rms_norm_eps - 1e-5) < 1e-18);
-        if (!strcmp(t[i].name, "mistral_gqa_bf16"))
-            check("reference mistral window", g->sliding_window == 16 && g->window[0] && g->window[2]);
-        if (!strcmp(t[i].name, "qwen3_qknorm_f32")) check("reference qwen3 window", g->sliding_window == 0 && !g->window[0]);
-        if (down) besa__release_pages(c, down);
+        besa_checkpoint *c = open_model(in(g_checkpoints, t[i].name));
+        if (!c) continue;
+        check_reference_config(&t[i], besa_checkpoint_config(c));
+        check_reference_tensors(&t[i], c);
         besa_checkpoint_close(c);
     }
 }
+
+/* What only one of the families has. */
+static void test_reference_families(void)
+{
+    besa_checkpoint *c = open_model(in(g_checkpoints, "llama3_gqa_tied_bf16"));
+    if (!c) return;
+    const besa_config *g = besa_checkpoint_config(c);
+    CHECK(g->block.rope.type == BESA_ROPE_LLAMA3 && fabs(g->block.rope.factor - 8) < 1e-12 &&
+          fabs(g->block.rope.original_max_position_embeddings - 64) < 1e-12, "llama3: rope %d, factor %g, positions %g",
+          (int)g->block.rope.type, g->block.rope.factor, g->block.rope.original_max_position_embeddings);
+    CHECK(fabs(g->block.rms_norm_eps - 1e-5) < 1e-18, "llama3: rms_norm_eps %g", g->block.rms_norm_eps);
+    besa_checkpoint_close(c);
+    if ((c = open_model(in(g_checkpoints, "mistral_gqa_bf16"))) == NULL) return;
+    g = besa_checkpoint_config(c);
+    CHECK(g->sliding_window == 16 && g->window[0] && g->window[2], "mistral: window %d of layers %d, %d",
+          (int)g->sliding_window, g->window[0], g->window[2]);
+    besa_checkpoint_close(c);
+    if ((c = open_model(in(g_checkpoints, "qwen3_qknorm_f32"))) == NULL) return;
+    g = besa_checkpoint_config(c);
+    CHECK(g->sliding_window == 0 && !g->window[0], "qwen3: window %d, of layer 0: %d", (int)g->sliding_window,
+          g->window[0]);
+    besa_checkpoint_close(c);
+}
+
+/* ---- JSON ---------------------------------------------------------------------------------- */
 
 static besa_result parse(besa__json *json, const char *text, size_t n)
 {
@@ -468,7 +563,7 @@ static besa_result parse(besa__json *json, const char *text, size_t n)
     return besa__json_parse(json, copy, n, "text", &err);
 }
 
-static void test_json(void)
+static void test_json_malformed(void)
 {
     static const char *const bad[] = {
         "", " ", "{", "}", "[1,]", "[,1]", "{\"a\":1,}", "{a:1}", "{\"a\" 1}", "[1 2]", "01", "-", "1.", ".5", "1e", "+1", "1e999",
@@ -476,55 +571,82 @@ static void test_json(void)
         "\"\xC0\x80\"", "\"\xED\xA0\x80\"", "\"\xF5\x80\x80\x80\"", "\"\xE2\x82\"", "\"\x80\"", "1 1", "[1]]", "{\"a\":1,\"a\":2}",
         "{\"a\":1,\"\\u0061\":2}", "{\"1\":1,\"2\":1,\"3\":1,\"4\":1,\"5\":1,\"6\":1,\"7\":1,\"8\":1,\"9\":1,\"3\":1}", "\xEF\xBB\xBF{}" };
     besa__json json;
-    int all = 1;
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         err.code = BESA_OK;
-        int ok = parse(&json, bad[i], strlen(bad[i])) == BESA_ERROR_JSON && strstr(err.message, "byte ");
-        if (!ok) printf("  accepted: %s\n", bad[i]), all = 0;
+        CHECK_CASE(bad[i], parse(&json, bad[i], strlen(bad[i])), BESA_ERROR_JSON, "byte ");
         besa__json_free(&json);
     }
-    check("json refuses what is malformed", all);
-    const char *good = " { \"k\\u00e9\\n\" : [ 9223372036854775807, -9223372036854775808, 9223372036854775808, -0, 1e-05,"
-                       " 0.1, 123456789012345678901234567890, 1.7976931348623157e308, 5e-324 ], \"s\":\"\\ud83d\\ude00\\\"\\/\", \"e\":{}, \"n\":null } ";
-    int ok = parse(&json, good, strlen(good)) == BESA_OK;
-    const besa__json_value *list = ok ? besa__json_get(&json, json.values, "k\xC3\xA9\n") : NULL, *v = list ? besa__json_first(&json, list) : NULL;
-    double numbers[9];
-    int64_t integers[9];
+}
+
+static void test_json_numbers(void)
+{
+    static const char text[] = "[9223372036854775807, -9223372036854775808, 9223372036854775808, -0, 1e-05, 0.1, "
+                               "123456789012345678901234567890, 1.7976931348623157e308, 5e-324]";
+    static const struct {
+        double least, most;
+        int is_integer;
+        int64_t integer;
+    } t[] = {
+        { 9223372036854775807.0, 9223372036854775807.0, 1, INT64_MAX },
+        { -9223372036854775808.0, -9223372036854775808.0, 1, INT64_MIN },
+        { 9223372036854775808.0, 9223372036854775808.0, 0, 0 },
+        { 0, 0, 1, 0 },
+        { 1e-05, 1e-05, 0, 0 },
+        { 0.1, 0.1, 0, 0 },
+        { 1.2e29, 1.3e29, 0, 0 },
+        { 1.79e308, INFINITY, 0, 0 },
+        { 5e-324, 5e-324, 0, 0 } };
+    besa__json json;
+    CHECK_ERROR(parse(&json, text, strlen(text)), BESA_OK, NULL);
+    const besa__json_value *list = json.values, *v = besa__json_first(&json, list);
+    CHECK(besa__json_count(&json, list) == 9, "%d numbers of 9", (int)besa__json_count(&json, list));
     for (int i = 0; v && i < 9; v = besa__json_next(&json, list, v), i++) {
         besa__json_number number = besa__json_number_of(&json, v);
-        numbers[i] = number.value, integers[i] = number.is_integer ? number.integer : 77;
+        CHECK(number.value >= t[i].least && number.value <= t[i].most, "number %d is %.17g", i, number.value);
+        CHECK(number.is_integer == t[i].is_integer && (!number.is_integer || number.integer == t[i].integer),
+              "number %d: integer %d, %lld", i, number.is_integer, (long long)number.integer);
     }
-    check("json numbers are exact", list && besa__json_count(&json, list) == 9 && integers[0] == INT64_MAX && integers[1] == INT64_MIN &&
-          integers[2] == 77 && integers[3] == 0 && !memcmp(&numbers[4], &(const double){ 1e-05 }, 8) && !memcmp(&numbers[5], &(const double){ 0.1 }, 8) &&
-          numbers[6] > 1.2e29 && numbers[7] > 1.79e308 && numbers[8] > 0);
-    v = ok ? besa__json_get(&json, json.values, "s") : NULL;
-    check("json strings are decoded", v && !strcmp(besa__json_string(&json, v), "\xF0\x9F\x98\x80\"/"));
     besa__json_free(&json);
+}
+
+static void test_json_strings(void)
+{
+    static const char text[] = " { \"k\\u00e9\\n\" : [ ], \"s\":\"\\ud83d\\ude00\\\"\\/\", \"e\":{}, \"n\":null } ";
+    besa__json json;
+    CHECK_ERROR(parse(&json, text, strlen(text)), BESA_OK, NULL);
+    const besa__json_value *v = besa__json_get(&json, json.values, "s");
+    CHECK(besa__json_get(&json, json.values, "k\xC3\xA9\n") != NULL, "a key with escapes is not found");
+    const char *s = v ? besa__json_string(&json, v) : "missing";
+    CHECK(!strcmp(s, "\xF0\x9F\x98\x80\"/"), "\"s\" is %s", s);
+    besa__json_free(&json);
+}
+
+static void test_json_depth(void)
+{
+    besa__json json;
     char deep[200];
     memset(deep, '[', 100);
     memset(deep + 100, ']', 100);
-    check_error("json depth is limited", parse(&json, deep, 200), BESA_ERROR_JSON, "deeply");
+    CHECK_ERROR(parse(&json, deep, 200), BESA_ERROR_JSON, "deeply");
     besa__json_free(&json);
+}
+
+static void test_json_time(void)
+{
+    besa__json json;
     size_t n = 0, room = 12u << 20;
     char *big = (char *)malloc(room);
     big[n++] = '{';
     for (int i = 0; n < (10u << 20); i++)
-        n += (size_t)snprintf(big + n, 100, "%s\"model.layers.%d.some_long_common_name.weight\":\"model-1-of-2.safetensors\"", i ? "," : "", i);
+        n += (size_t)snprintf(big + n, 100, "%s\"model.layers.%d.some_long_common_name.weight\":\"model-1-of-2.safetensors\"",
+                              i ? "," : "", i);
     big[n++] = '}';
     clock_t start = clock();
-    check_error("json of 10 MB", parse(&json, big, n), BESA_OK, NULL);
-    check("json of 10 MB within 5 s", (double)(clock() - start) / CLOCKS_PER_SEC < 5);
+    CHECK_ERROR(parse(&json, big, n), BESA_OK, NULL);
+    double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
+    CHECK(seconds < 5, "%.1f s", seconds);
     besa__json_free(&json);
     free(big);
-}
-
-static int open_files(void)
-{
-    DIR *d = opendir("/proc/self/fd");
-    int n = 0;
-    while (d && readdir(d)) n++;
-    if (d) closedir(d);
-    return n;
 }
 
 /* Repeat `unit` to a text of n bytes between `begin` and `end`; %d in it is a number of four digits or more. */
@@ -538,26 +660,37 @@ static char *repeated(const char *begin, const char *unit, const char *end, size
     return text;
 }
 
+/* The most bytes held since peak_bytes was set to 0, beyond those held `before`, are no more than that. */
+static void check_peak(const char *name, size_t before, size_t allowed)
+{
+    CHECK(peak_bytes - before <= allowed, "%s: %zu bytes, allowed are %zu", name, peak_bytes - before, allowed);
+    if (getenv("TEST_VERBOSE")) printf("    %s: %.2f MB\n", name, (double)(peak_bytes - before) / 1e6);
+}
+
 /* A text costs its own size and at most three times that, whatever it holds. */
 static void test_json_memory(void)
 {
-    static const struct { const char *name, *begin, *unit, *end; } t[] = {
-        { "numbers", "[", "0,", "0]" }, { "lists", "[", "[],", "0]" }, { "objects", "[", "{},", "0]" },
-        { "lists of one", "[", "[0],", "0]" }, { "objects of one", "[", "{\"\":0},", "0]" },
-        { "members", "{", "\"%d\":0,", "\"\":0}" }, { "strings", "[", "\"\",", "0]" }, { "one string", "[\"", ",[{:\\\"", "\"]" },
-        { "weight_map", "{\"weight_map\":{", "\"model.layers.%d.mlp.up_proj.weight\":\"model-00001-of-00002.safetensors\",", "\"a\":\"b\"}}" } };
-    char label[128];
+    static const struct {
+        const char *name, *begin, *unit, *end;
+    } t[] = {
+        { "numbers", "[", "0,", "0]" },
+        { "lists", "[", "[],", "0]" },
+        { "objects", "[", "{},", "0]" },
+        { "lists of one", "[", "[0],", "0]" },
+        { "objects of one", "[", "{\"\":0},", "0]" },
+        { "members", "{", "\"%d\":0,", "\"\":0}" },
+        { "strings", "[", "\"\",", "0]" },
+        { "one string", "[\"", ",[{:\\\"", "\"]" },
+        { "weight_map", "{\"weight_map\":{", "\"model.layers.%d.mlp.up_proj.weight\":\"" SHARD_1 "\",", "\"a\":\"b\"}}" } };
     for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
         besa__json json;
         size_t n, before = live_bytes;
         char *text = repeated(t[i].begin, t[i].unit, t[i].end, 1 << 20, &n);
         peak_bytes = 0;
-        snprintf(label, sizeof label, "json memory: %s", t[i].name);
-        check_error(label, parse(&json, text, n), BESA_OK, NULL);
-        check(label, peak_bytes - before <= 4 * n + 4096);
-        if (getenv("TEST_VERBOSE")) printf("  %.2f times the text\n", (double)(peak_bytes - before) / (double)n);
+        CHECK_CASE(t[i].name, parse(&json, text, n), BESA_OK, NULL);
+        check_peak(t[i].name, before, 4 * n + 4096);
         besa__json_free(&json);
-        check(label, live_bytes == before);
+        CHECK(live_bytes == before, "%s: %d bytes are not freed", t[i].name, (int)(live_bytes - before));
         free(text);
     }
 }
@@ -566,7 +699,7 @@ static void test_json_memory(void)
 static void test_file_memory(void)
 {
     const char *dir = make_model("large", 0);
-    char path[1100], begin[sizeof small_config];
+    char begin[sizeof small_config];
     size_t n, before = live_bytes;
     memcpy(begin, small_config, sizeof begin);
     begin[strlen(begin) - 1] = 0;               /* without its brace */
@@ -574,131 +707,162 @@ static void test_file_memory(void)
     put_text(dir, "config.json", text);
     free(text);
     peak_bytes = 0;
-    check_error("memory: config.json of 1 MB", open_close(dir), BESA_OK, NULL);
-    check("memory: of config.json", peak_bytes - before <= 5 * n + (64 << 10));
-    text = repeated("{", "\"%d\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]},",
-                    "\"\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}}", 1 << 20, &n);
-    snprintf(path, sizeof path, "%s/model.safetensors", dir);
-    put_raw(path, text, 0, 1);
+    CHECK_ERROR(open_close(dir), BESA_OK, NULL);
+    check_peak("config.json", before, 5 * n + (64 << 10));
+    text = repeated("{", "\"%d\":" TENSOR("U8", "[0]", "[0,0]") ",", "\"\":" TENSOR("U8", "[0]", "[0,0]") "}", 1 << 20, &n);
+    put_raw(in(dir, "model.safetensors"), text, 0, 1);
     free(text);
     peak_bytes = 0;
-    check_error("memory: a header of 1 MB", open_close(dir), BESA_ERROR_TENSOR, "embed_tokens");
-    check("memory: of a header and its tensors", peak_bytes - before <= 6 * n + (64 << 10));
-    if (getenv("TEST_VERBOSE")) printf("  %.2f times the header\n", (double)(peak_bytes - before) / (double)n);
+    CHECK_ERROR(open_close(dir), BESA_ERROR_TENSOR, "embed_tokens");
+    check_peak("a header and its tensors", before, 6 * n + (64 << 10));
 }
+
+/* ---- safetensors --------------------------------------------------------------------------- */
+
+#define ONE(dtype, shape, offsets) "{\"a\":" TENSOR(dtype, shape, offsets) "}"
 
 static void test_headers(void)
 {
-    static const struct { const char *name, *header; size_t data; besa_result code; const char *words; } t[] = {
-        { "a hole", "{\"a\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[2,4]}}", 4, BESA_ERROR_FORMAT, "a hole" },
-        { "an overlap", "{\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]},\"b\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[3,5]}}", 5, BESA_ERROR_FORMAT, "overlap" },
-        { "out of range", "{\"a\":{\"dtype\":\"U8\",\"shape\":[9],\"data_offsets\":[0,9]}}", 4, BESA_ERROR_FORMAT, "truncated" },
-        { "trailing bytes", "{\"a\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[0,2]}}", 4, BESA_ERROR_FORMAT, "after the last" },
-        { "a wrong size", "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,4]}}", 4, BESA_ERROR_FORMAT, "by its shape" },
-        { "an overflow", "{\"a\":{\"dtype\":\"F32\",\"shape\":[4611686018427387904,4],\"data_offsets\":[0,0]}}", 0, BESA_ERROR_FORMAT, "overflows" },
-        { "an overflow of bits", "{\"a\":{\"dtype\":\"U8\",\"shape\":[2305843009213693952],\"data_offsets\":[0,0]}}", 0, BESA_ERROR_FORMAT, "overflows" },
-        { "offsets reversed", "{\"a\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[2,0]}}", 2, BESA_ERROR_FORMAT, "[begin, end]" },
-        { "offsets negative", "{\"a\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[-2,0]}}", 2, BESA_ERROR_FORMAT, "[begin, end]" },
+    static const struct {
+        const char *name, *header;
+        size_t data;                            /* bytes that follow it */
+        besa_result code;
+        const char *words;
+    } t[] = {
+        { "a hole", ONE("U8", "[2]", "[2,4]"), 4, BESA_ERROR_FORMAT, "a hole" },
+        { "an overlap", "{\"a\":" TENSOR("U8", "[4]", "[0,4]") ",\"b\":" TENSOR("U8", "[2]", "[3,5]") "}", 5, BESA_ERROR_FORMAT, "overlap" },
+        { "out of range", ONE("U8", "[9]", "[0,9]"), 4, BESA_ERROR_FORMAT, "truncated" },
+        { "trailing bytes", ONE("U8", "[2]", "[0,2]"), 4, BESA_ERROR_FORMAT, "after the last" },
+        { "a wrong size", ONE("F32", "[2]", "[0,4]"), 4, BESA_ERROR_FORMAT, "by its shape" },
+        { "an overflow", ONE("F32", "[4611686018427387904,4]", "[0,0]"), 0, BESA_ERROR_FORMAT, "overflows" },
+        { "an overflow of bits", ONE("U8", "[2305843009213693952]", "[0,0]"), 0, BESA_ERROR_FORMAT, "overflows" },
+        { "offsets reversed", ONE("U8", "[2]", "[2,0]"), 2, BESA_ERROR_FORMAT, "[begin, end]" },
+        { "offsets negative", ONE("U8", "[2]", "[-2,0]"), 2, BESA_ERROR_FORMAT, "[begin, end]" },
         { "offsets missing", "{\"a\":{\"dtype\":\"U8\",\"shape\":[2]}}", 2, BESA_ERROR_FORMAT, "data_offsets" },
-        { "offsets of three", "{\"a\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[0,1,2]}}", 2, BESA_ERROR_FORMAT, "[begin, end]" },
-        { "a fractional offset", "{\"a\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[0,2.0]}}", 2, BESA_ERROR_FORMAT, "[begin, end]" },
-        { "shape negative", "{\"a\":{\"dtype\":\"U8\",\"shape\":[-2],\"data_offsets\":[0,2]}}", 2, BESA_ERROR_FORMAT, "no count" },
+        { "offsets of three", ONE("U8", "[2]", "[0,1,2]"), 2, BESA_ERROR_FORMAT, "[begin, end]" },
+        { "a fractional offset", ONE("U8", "[2]", "[0,2.0]"), 2, BESA_ERROR_FORMAT, "[begin, end]" },
+        { "shape negative", ONE("U8", "[-2]", "[0,2]"), 2, BESA_ERROR_FORMAT, "no count" },
         { "dtype missing", "{\"a\":{\"shape\":[2],\"data_offsets\":[0,2]}}", 2, BESA_ERROR_FORMAT, "no dtype" },
-        { "dtype unknown", "{\"a\":{\"dtype\":\"X7\",\"shape\":[2],\"data_offsets\":[0,2]}}", 2, BESA_ERROR_UNSUPPORTED, "X7" },
-        { "half a byte", "{\"a\":{\"dtype\":\"F4\",\"shape\":[3],\"data_offsets\":[0,1]}}", 1, BESA_ERROR_FORMAT, "whole bytes" },
-        { "nine dimensions", "{\"a\":{\"dtype\":\"U8\",\"shape\":[1,1,1,1,1,1,1,1,1],\"data_offsets\":[0,1]}}", 1, BESA_ERROR_UNSUPPORTED, "dimensions" },
-        { "a name twice", "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]},\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[1,2]}}", 2, BESA_ERROR_JSON, "twice" },
+        { "dtype unknown", ONE("X7", "[2]", "[0,2]"), 2, BESA_ERROR_UNSUPPORTED, "X7" },
+        { "half a byte", ONE("F4", "[3]", "[0,1]"), 1, BESA_ERROR_FORMAT, "whole bytes" },
+        { "nine dimensions", ONE("U8", "[1,1,1,1,1,1,1,1,1]", "[0,1]"), 1, BESA_ERROR_UNSUPPORTED, "dimensions" },
+        { "a name twice", "{\"a\":" TENSOR("U8", "[1]", "[0,1]") ",\"a\":" TENSOR("U8", "[1]", "[1,2]") "}", 2, BESA_ERROR_JSON, "twice" },
         { "no object", "{\"a\":3}", 0, BESA_ERROR_FORMAT, "not an object" },
         { "a list", "[1]", 0, BESA_ERROR_FORMAT, "no JSON object" },
-        { "all dtypes", "{\"a\":{\"dtype\":\"F8_E4M3\",\"shape\":[1],\"data_offsets\":[0,1]},\"b\":{\"dtype\":\"BOOL\",\"shape\":[],\"data_offsets\":[1,2]},"
-          "\"c\":{\"dtype\":\"F64\",\"shape\":[0,5],\"data_offsets\":[2,2]},\"d\":{\"dtype\":\"F4\",\"shape\":[2],\"data_offsets\":[2,3]}}", 3, BESA_ERROR_TENSOR, "embed_tokens" } };
-    char label[128];
+        { "dtypes of other widths", "{\"a\":" TENSOR("F8_E4M3", "[1]", "[0,1]") ",\"b\":" TENSOR("BOOL", "[]", "[1,2]")
+          ",\"c\":" TENSOR("F64", "[0,5]", "[2,2]") ",\"d\":" TENSOR("F4", "[2]", "[2,3]") "}", 3, BESA_ERROR_TENSOR, "embed_tokens" } };
     for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
         const char *dir = make_model("hostile", 0);
-        char path[1100];
-        snprintf(path, sizeof path, "%s/model.safetensors", dir);
-        put_raw(path, t[i].header, t[i].data, 1);
-        snprintf(label, sizeof label, "safetensors: %s", t[i].name);
-        check_error(label, open_close(dir), t[i].code, t[i].words);
+        put_raw(in(dir, "model.safetensors"), t[i].header, t[i].data, 1);
+        CHECK_CASE(t[i].name, open_close(dir), t[i].code, t[i].words);
     }
-    const char *dir = make_model("hostile", 0);
-    char path[1100];
+}
+
+static void test_truncated(void)
+{
+    const char *dir = make_model("truncated", 0), *path = in(dir, "model.safetensors");
     size_t n;
-    int refused = 1;
-    snprintf(path, sizeof path, "%s/model.safetensors", dir);
-    check_error("small model opens", open_close(dir), BESA_OK, NULL);
-    char *file = get(path, &n);
+    CHECK_ERROR(open_close(dir), BESA_OK, NULL);
+    unsigned char *file = read_bytes(path, &n);
     for (size_t cut = 0; cut < n; cut += cut < 800 || cut + 16 > n ? 1 : 131) { /* every byte at both ends */
-        put(path, file, cut);
+        write_bytes(path, file, cut);
         besa_result result = open_close(dir);
-        if (result != BESA_ERROR_FORMAT || !strstr(err.message, "model.safetensors")) refused = 0, printf("  cut at %zu: %s\n", cut, err.message);
+        CHECK(result == BESA_ERROR_FORMAT && strstr(err.message, "model.safetensors"), "cut at %zu: %s (%s)", cut,
+              besa_result_string(result), result ? err.message : "");
     }
-    check("safetensors: truncated anywhere", refused);
+    free(file);
+}
+
+static void test_header_length(void)
+{
+    const char *dir = make_model("length", 0), *path = in(dir, "model.safetensors");
+    size_t n;
+    unsigned char *file = read_bytes(path, &n);
     memset(file, 0xFF, 8);
-    put(path, file, n);
-    check_error("safetensors: header length of 2^64 - 1", open_close(dir), BESA_ERROR_FORMAT, "truncated");
-    refused = 1;
+    write_bytes(path, file, n);
+    CHECK_CASE("2^64 - 1", open_close(dir), BESA_ERROR_FORMAT, "truncated");
     for (size_t over = 1; over <= 16; over++) { /* in the mapped page, but not in the file */
-        for (int i = 0; i < 8; i++) file[i] = (char)((n - 8 + over) >> (8 * i));
-        put(path, file, n);
-        refused = refused && open_close(dir) == BESA_ERROR_FORMAT && strstr(err.message, "truncated") != NULL;
+        for (int i = 0; i < 8; i++) file[i] = (unsigned char)((uint64_t)(n - 8 + over) >> (8 * i));
+        write_bytes(path, file, n);
+        besa_result result = open_close(dir);
+        CHECK(result == BESA_ERROR_FORMAT && strstr(err.message, "truncated"), "%zu bytes beyond the file: %s (%s)", over,
+              besa_result_string(result), result ? err.message : "");
     }
-    check("safetensors: header length beyond the file", refused);
-    put(path, "GIF89a..........", 16);
-    check_error("safetensors: another format", open_close(dir), BESA_ERROR_FORMAT, "model.safetensors");
+    free(file);
+}
+
+static void test_no_model(void)
+{
+    const char *dir = make_model("no_model", 0), *path = in(dir, "model.safetensors");
+    write_bytes(path, "GIF89a..........", 16);
+    CHECK_CASE("another format", open_close(dir), BESA_ERROR_FORMAT, "model.safetensors");
     unlink(path);
-    check_error("safetensors: none", open_close(dir), BESA_ERROR_NOT_FOUND, "neither");
+    CHECK_CASE("no file", open_close(dir), BESA_ERROR_NOT_FOUND, "neither");
     int files = open_files();
     mkdir(path, 0777);
-    check_error("safetensors: a directory of that name", open_close(dir), BESA_ERROR_READ, "regular");
+    CHECK_CASE("a directory of that name", open_close(dir), BESA_ERROR_READ, "regular");
     rmdir(path);
     mkfifo(path, 0666);
-    check_error("safetensors: a FIFO of that name", open_close(dir), BESA_ERROR_READ, "regular");
-    check("safetensors: what was refused is closed", open_files() == files);
-    free(file);
-    check_error("directory missing", open_close(at("nowhere")), BESA_ERROR_NOT_FOUND, "nowhere");
-    mkdir(at("empty"), 0777);
-    check_error("config.json missing", open_close(at("empty")), BESA_ERROR_NOT_FOUND, "config.json");
+    CHECK_CASE("a FIFO of that name", open_close(dir), BESA_ERROR_READ, "regular");
+    CHECK(open_files() == files, "%d files are open, before %d", open_files(), files);
+    CHECK_CASE("no directory", open_close(temp_path("nowhere")), BESA_ERROR_NOT_FOUND, "nowhere");
+    mkdir(temp_path("empty"), 0777);
+    CHECK_CASE("no config.json", open_close(temp_path("empty")), BESA_ERROR_NOT_FOUND, "config.json");
 }
+
+/* ---- the index of shards ------------------------------------------------------------------- */
+
+#define MAP(members) "{\"weight_map\":{" members "}}"
 
 static void test_index(void)
 {
-    static const struct { const char *name, *map; besa_result code; const char *words; } t[] = {
-        { "parent directory", "{\"weight_map\":{\"a\":\"../x.safetensors\"}}", BESA_ERROR_FORMAT, "same directory" },
-        { "absolute", "{\"weight_map\":{\"a\":\"/tmp/x.safetensors\"}}", BESA_ERROR_FORMAT, "same directory" },
-        { "subdirectory", "{\"weight_map\":{\"a\":\"sub/x.safetensors\"}}", BESA_ERROR_FORMAT, "same directory" },
-        { "backslash", "{\"weight_map\":{\"a\":\"..\\\\x.safetensors\"}}", BESA_ERROR_FORMAT, "same directory" },
-        { "another kind of file", "{\"weight_map\":{\"a\":\"config.json\"}}", BESA_ERROR_FORMAT, "same directory" },
-        { "two dots", "{\"weight_map\":{\"a\":\"..\"}}", BESA_ERROR_FORMAT, "same directory" },
-        { "no string", "{\"weight_map\":{\"a\":1}}", BESA_ERROR_FORMAT, "names no file" },
-        { "empty map", "{\"weight_map\":{}}", BESA_ERROR_FORMAT, "weight_map" },
+    static const struct {
+        const char *name, *map;
+        besa_result code;
+        const char *words;
+    } t[] = {
+        { "parent directory", MAP("\"a\":\"../x.safetensors\""), BESA_ERROR_FORMAT, "same directory" },
+        { "absolute", MAP("\"a\":\"/tmp/x.safetensors\""), BESA_ERROR_FORMAT, "same directory" },
+        { "subdirectory", MAP("\"a\":\"sub/x.safetensors\""), BESA_ERROR_FORMAT, "same directory" },
+        { "backslash", MAP("\"a\":\"..\\\\x.safetensors\""), BESA_ERROR_FORMAT, "same directory" },
+        { "another kind of file", MAP("\"a\":\"config.json\""), BESA_ERROR_FORMAT, "same directory" },
+        { "two dots", MAP("\"a\":\"..\""), BESA_ERROR_FORMAT, "same directory" },
+        { "no string", MAP("\"a\":1"), BESA_ERROR_FORMAT, "names no file" },
+        { "empty map", MAP(""), BESA_ERROR_FORMAT, "weight_map" },
         { "no map", "{}", BESA_ERROR_FORMAT, "weight_map" },
         { "a list", "[]", BESA_ERROR_FORMAT, "weight_map" },
         { "broken JSON", "{\"weight_map\":", BESA_ERROR_JSON, "byte 14" },
-        { "missing shard", "{\"weight_map\":{\"a\":\"gone.safetensors\"}}", BESA_ERROR_NOT_FOUND, "shard is missing" },
-        { "tensor not in its shard", "{\"weight_map\":{\"model.norm.weight\":\"model-00001-of-00002.safetensors\"}}", BESA_ERROR_FORMAT, "missing there" },
-        { "tensor in the other shard", "{\"weight_map\":{\"model.norm.weight\":\"model-00001-of-00002.safetensors\",\"model.layers.1.mlp.up_proj.weight\":\"model-00002-of-00002.safetensors\"}}", BESA_ERROR_FORMAT, "is in model-00002" } };
-    char label[128];
+        { "missing shard", MAP("\"a\":\"gone.safetensors\""), BESA_ERROR_NOT_FOUND, "shard is missing" },
+        { "tensor not in its shard", MAP("\"model.norm.weight\":\"" SHARD_1 "\""), BESA_ERROR_FORMAT, "missing there" },
+        { "tensor in the other shard", MAP("\"model.norm.weight\":\"" SHARD_1 "\",\"model.layers.1.mlp.up_proj.weight\":\"" SHARD_2 "\""),
+          BESA_ERROR_FORMAT, "is in model-00002" } };
     for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
         const char *dir = make_model("indexed", 1);
         put_text(dir, INDEX, t[i].map);
-        snprintf(label, sizeof label, "index: %s", t[i].name);
-        check_error(label, open_close(dir), t[i].code, t[i].words);
+        CHECK_CASE(t[i].name, open_close(dir), t[i].code, t[i].words);
     }
-    const char *dir = make_model("indexed", 1);
-    check_error("sharded model opens", open_close(dir), BESA_OK, NULL);
-    put_shard(dir, "model-00001-of-00002.safetensors", 0, 2, 0);
-    check_error("index: a tensor in two shards", open_close(dir), BESA_ERROR_FORMAT, "two shards");
-    dir = make_model("indexed", 1);
-    clean(at("snapshot"));
-    mkdir(at("snapshot"), 0777);
-    shell("for f in '%s'/*; do ln -s \"$f\" '%s'/; done", dir, at("snapshot"));
-    check_error("a snapshot of links opens", open_close(at("snapshot")), BESA_OK, NULL);
-    clean(dir);
-    check_error("a snapshot of dangling links", open_close(at("snapshot")), BESA_ERROR_NOT_FOUND, "config.json");
 }
 
-#define LLAMA3 "\"rope_type\":\"llama3\","
+static void test_shards(void)
+{
+    const char *dir = make_model("shards", 1);
+    CHECK_ERROR(open_close(dir), BESA_OK, NULL);
+    put_shard(dir, SHARD_1, 0, 2, 0);
+    CHECK_CASE("a tensor in two shards", open_close(dir), BESA_ERROR_FORMAT, "two shards");
+}
+
+/* As the cache of Hugging Face keeps them. */
+static void test_snapshot(void)
+{
+    const char *dir = make_model("linked", 1), *snapshot = temp_path("snapshot");
+    mkdir(snapshot, 0777);
+    shell("for f in '%s'/*; do ln -s \"$f\" '%s'/; done", dir, snapshot);
+    CHECK_CASE("links", open_close(snapshot), BESA_OK, NULL);
+    remove_tree(dir);
+    CHECK_CASE("dangling links", open_close(snapshot), BESA_ERROR_NOT_FOUND, "config.json");
+}
+
+/* ---- config.json --------------------------------------------------------------------------- */
 
 /* Set a member of a JSON object of plain members, or take it out where the value is empty or NULL. */
 static void config_set(char *text, size_t size, const char *key, const char *value)
@@ -712,10 +876,17 @@ static void config_set(char *text, size_t size, const char *key, const char *val
     if (value && *value) snprintf(text + n, size - n, ",%s%s}", quoted, value);
 }
 
+#define LLAMA3 "\"rope_type\":\"llama3\","
+#define LLAMA3_OF(low, high) LLAMA3 "\"factor\":8,\"low_freq_factor\":" low ",\"high_freq_factor\":" high
+#define LLAMA3_POSITIONS "\"original_max_position_embeddings\":64"
+
 static void test_config(void)
 {
-    /* text is put in front of the small config's other keys, which it may replace */
-    static const struct { const char *name, *change; besa_result code; const char *words; } t[] = {
+    static const struct {
+        const char *name, *change;              /* of the small model's config; "key=" leaves the key out */
+        besa_result code;
+        const char *words;
+    } t[] = {
         { "model_type", "model_type=\"gpt2\"", BESA_ERROR_UNSUPPORTED, "model_type = \"gpt2\"" },
         { "model_type absent", "model_type=", BESA_ERROR_UNSUPPORTED, "model_type = (absent)" },
         { "architectures", "architectures=[\"LlamaForSequenceClassification\"]", BESA_ERROR_UNSUPPORTED, "LlamaForSequence" },
@@ -733,9 +904,9 @@ static void test_config(void)
         { "rope null", "rope_scaling=null", BESA_OK, NULL },
         { "rope string", "rope_scaling=\"linear\"", BESA_ERROR_UNSUPPORTED, "rope_scaling" },
         { "rope per layer kind", "rope_parameters={\"full_attention\":{\"rope_type\":\"default\"}}", BESA_ERROR_UNSUPPORTED, "full_attention" },
-        { "rope llama3", "rope_scaling={\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":1,\"high_freq_factor\":4,\"original_max_position_embeddings\":64}", BESA_OK, NULL },
-        { "rope llama3 incomplete", "rope_scaling={\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":1,\"high_freq_factor\":4}", BESA_ERROR_UNSUPPORTED, "original_max_position_embeddings" },
-        { "rope llama3 degenerate", "rope_scaling={\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":4,\"high_freq_factor\":4,\"original_max_position_embeddings\":64}", BESA_ERROR_UNSUPPORTED, "high_freq_factor" },
+        { "rope llama3", "rope_scaling={" LLAMA3_OF("1", "4") "," LLAMA3_POSITIONS "}", BESA_OK, NULL },
+        { "rope llama3 incomplete", "rope_scaling={" LLAMA3_OF("1", "4") "}", BESA_ERROR_UNSUPPORTED, "original_max_position_embeddings" },
+        { "rope llama3 degenerate", "rope_scaling={" LLAMA3_OF("4", "4") "," LLAMA3_POSITIONS "}", BESA_ERROR_UNSUPPORTED, "high_freq_factor" },
         { "rope_theta", "rope_theta=-1", BESA_ERROR_UNSUPPORTED, "rope_theta = -1" },
         { "hidden_size 0", "hidden_size=0", BESA_ERROR_UNSUPPORTED, "hidden_size = 0" },
         { "hidden_size absurd", "hidden_size=1099511627776", BESA_ERROR_UNSUPPORTED, "hidden_size" },
@@ -757,20 +928,19 @@ static void test_config(void)
         { "rms_norm_eps", "rms_norm_eps=0", BESA_ERROR_UNSUPPORTED, "rms_norm_eps" },
         { "sliding_window of llama", "sliding_window=4", BESA_ERROR_UNSUPPORTED, "sliding_window" },
         { "layer_types", "layer_types=[\"full_attention\",\"full_attention\",\"chunked_attention\"]", BESA_ERROR_UNSUPPORTED, "layer_types[2]" },
-        { "layer_types too few", "layer_types=[\"full_attention\"]", BESA_ERROR_UNSUPPORTED, "layer_types" },
-        { "not an object", "!", BESA_ERROR_JSON, "no JSON object" } };
-    char label[128], text[2048], key[64];
+        { "layer_types too few", "layer_types=[\"full_attention\"]", BESA_ERROR_UNSUPPORTED, "layer_types" } };
+    char text[2048], key[64];
     const char *dir = make_model("config", 0);
     for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
         const char *equals = strchr(t[i].change, '=');
-        snprintf(text, sizeof text, "%s", equals ? small_config : "[]");
-        snprintf(key, sizeof key, "%.*s", equals ? (int)(equals - t[i].change) : 0, t[i].change);
-        if (equals) config_set(text, sizeof text, key, equals + 1);
+        snprintf(text, sizeof text, "%s", small_config);
+        snprintf(key, sizeof key, "%.*s", (int)(equals - t[i].change), t[i].change);
+        config_set(text, sizeof text, key, equals + 1);
         put_text(dir, "config.json", text);
-        snprintf(label, sizeof label, "config: %s", t[i].name);
-        check_error(label, open_close(dir), t[i].code, t[i].words);
-        if (err.code == BESA_ERROR_JSON && equals) printf("  %s\n", text);
+        CHECK_CASE(t[i].name, open_close(dir), t[i].code, t[i].words);
     }
+    put_text(dir, "config.json", "[]");
+    CHECK_CASE("not an object", open_close(dir), BESA_ERROR_JSON, "no JSON object");
 }
 
 static besa_result read_config(const char *text, besa_config *config)
@@ -786,123 +956,143 @@ static besa_result read_config(const char *text, besa_config *config)
     return result;
 }
 
-/* A config with one number; `also` sets what its value asks for, `rope` is the rope_scaling that it is a member of. */
-static besa_result read_number(const char *key, const char *number, const char *const also[3][2], const char *rope)
+/* A number of a config, and the range that it must lie in. */
+typedef struct range_case {
+    const char *key;
+    const char *also[3][2];                     /* what its largest value asks of other members */
+    const char *rope;                           /* the rope_scaling that it is a member of, or NULL */
+    double least, most;
+} range_case;
+
+static const range_case range_cases[] = {
+    { "vocab_size", { { NULL } }, NULL, 1, 16777216 },
+    { "hidden_size", { { "head_dim", "2" } }, NULL, 1, 16777216 },
+    { "intermediate_size", { { NULL } }, NULL, 1, 16777216 },
+    { "num_hidden_layers", { { NULL } }, NULL, 1, 1024 },
+    { "num_attention_heads", { { "head_dim", "2" } }, NULL, 1, 65536 },
+    { "num_key_value_heads", { { "head_dim", "2" }, { "num_attention_heads", "65536" } }, NULL, 1, 65536 },
+    { "head_dim", { { NULL } }, NULL, 2, 65536 },
+    { "max_position_embeddings", { { NULL } }, NULL, 1, 1099511627776.0 },
+    { "sliding_window", { { "model_type", "\"mistral\"" }, { "architectures", NULL } }, NULL, 1, 1099511627776.0 },
+    { "max_window_layers", { { "model_type", "\"qwen2\"" }, { "architectures", NULL } }, NULL, 0, 1099511627776.0 },
+    { "rms_norm_eps", { { NULL } }, NULL, 1e-30, 1 },
+    { "rope_theta", { { NULL } }, NULL, 1e-6, 1e15 },
+    { "rope_theta", { { NULL } }, "", 1e-6, 1e15 },
+    { "factor", { { NULL } }, "\"type\":\"linear\",", 1e-6, 1e15 },
+    { "factor", { { NULL } }, LLAMA3 "\"low_freq_factor\":1,\"high_freq_factor\":4," LLAMA3_POSITIONS ",", 1e-6, 1e15 },
+    { "low_freq_factor", { { NULL } }, LLAMA3 "\"factor\":8,\"high_freq_factor\":1e15," LLAMA3_POSITIONS ",", 1e-6, 9.9e14 },
+    { "high_freq_factor", { { NULL } }, LLAMA3 "\"factor\":8,\"low_freq_factor\":1e-6," LLAMA3_POSITIONS ",", 1.1e-6, 1e15 },
+    { "original_max_position_embeddings", { { NULL } }, LLAMA3 "\"factor\":8,\"low_freq_factor\":1,\"high_freq_factor\":4,", 1e-6, 1e15 },
+    { "partial_rotary_factor", { { NULL } }, NULL, 1, 1 },
+    { "partial_rotary_factor", { { NULL } }, "", 1, 1 } };
+
+/* A config with one number. */
+static besa_result read_number(const range_case *t, const char *number)
 {
     besa_config config;
     char text[2048], object[512];
     snprintf(text, sizeof text, "%s", small_config);
-    for (int i = 0; i < 3 && also[i][0]; i++) config_set(text, sizeof text, also[i][0], also[i][1]);
-    snprintf(object, sizeof object, "{%s\"%s\":%s}", rope ? rope : "", key, number);
-    config_set(text, sizeof text, rope ? "rope_scaling" : key, rope ? object : number);
+    for (int i = 0; i < 3 && t->also[i][0]; i++) config_set(text, sizeof text, t->also[i][0], t->also[i][1]);
+    snprintf(object, sizeof object, "{%s\"%s\":%s}", t->rope ? t->rope : "", t->key, number);
+    config_set(text, sizeof text, t->rope ? "rope_scaling" : t->key, t->rope ? object : number);
     return read_config(text, &config);
 }
 
-/* Every number of a config at both ends of its range, beyond them, and as what is no number. */
+/* At both ends of its range, beyond them, and as what is no number. */
+static void check_range(const range_case *t)
+{
+    static const char *const wrong[] = { "-1", "-1e300", "1e300", "\"1\"", "true", "[]" };
+    const besa__range *range = besa__find_range(t->key);
+    int whole = t->least == floor(t->least) && t->most > 1; /* a count */
+    const double beyond[2] = { whole ? t->least - 1 : t->least * 0.9, whole ? t->most + 1 : t->most * 1.1 };
+    char name[128], number[64], said[96], expected[96];
+    snprintf(said, sizeof said, "%s = ", t->key);
+    besa__range_text(range, expected, sizeof expected);
+    for (int end = 0; end < 2; end++) {
+        snprintf(number, sizeof number, "%.17g", end ? t->most : t->least);
+        snprintf(name, sizeof name, "%s%s = %s", t->rope ? "rope_scaling." : "", t->key, number);
+        CHECK_CASE(name, read_number(t, number), BESA_OK, NULL);
+        snprintf(number, sizeof number, "%.17g", beyond[end]);
+        snprintf(name, sizeof name, "%s%s = %s", t->rope ? "rope_scaling." : "", t->key, number);
+        CHECK_CASE(name, read_number(t, number), BESA_ERROR_UNSUPPORTED, said);
+        if (range->least == t->least && range->most == t->most) /* elsewhere another member's value is a bound */
+            CHECK(strstr(err.message, expected) != NULL, "%s: \"%s\" does not say \"%s\"", name, err.message, expected);
+    }
+    for (size_t k = 0; k < sizeof wrong / sizeof *wrong; k++) {
+        snprintf(name, sizeof name, "%s%s = %s", t->rope ? "rope_scaling." : "", t->key, wrong[k]);
+        CHECK_CASE(name, read_number(t, wrong[k]), BESA_ERROR_UNSUPPORTED, said);
+    }
+    if (whole) CHECK_CASE(t->key, read_number(t, "1.5"), BESA_ERROR_UNSUPPORTED, said);
+}
+
 static void test_config_ranges(void)
 {
-    static const struct { const char *key, *also[3][2], *rope; double least, most; } t[] = {
-        { "vocab_size", { { NULL } }, NULL, 1, 16777216 },
-        { "hidden_size", { { "head_dim", "2" } }, NULL, 1, 16777216 },
-        { "intermediate_size", { { NULL } }, NULL, 1, 16777216 },
-        { "num_hidden_layers", { { NULL } }, NULL, 1, 1024 },
-        { "num_attention_heads", { { "head_dim", "2" } }, NULL, 1, 65536 },
-        { "num_key_value_heads", { { "head_dim", "2" }, { "num_attention_heads", "65536" } }, NULL, 1, 65536 },
-        { "head_dim", { { NULL } }, NULL, 2, 65536 },
-        { "max_position_embeddings", { { NULL } }, NULL, 1, 1099511627776.0 },
-        { "sliding_window", { { "model_type", "\"mistral\"" }, { "architectures", NULL } }, NULL, 1, 1099511627776.0 },
-        { "max_window_layers", { { "model_type", "\"qwen2\"" }, { "architectures", NULL } }, NULL, 0, 1099511627776.0 },
-        { "rms_norm_eps", { { NULL } }, NULL, 1e-30, 1 },
-        { "rope_theta", { { NULL } }, NULL, 1e-6, 1e15 },
-        { "rope_theta", { { NULL } }, "", 1e-6, 1e15 },
-        { "factor", { { NULL } }, "\"type\":\"linear\",", 1e-6, 1e15 },
-        { "factor", { { NULL } }, LLAMA3 "\"low_freq_factor\":1,\"high_freq_factor\":4,\"original_max_position_embeddings\":64,", 1e-6, 1e15 },
-        { "low_freq_factor", { { NULL } }, LLAMA3 "\"factor\":8,\"high_freq_factor\":1e15,\"original_max_position_embeddings\":64,", 1e-6, 9.9e14 },
-        { "high_freq_factor", { { NULL } }, LLAMA3 "\"factor\":8,\"low_freq_factor\":1e-6,\"original_max_position_embeddings\":64,", 1.1e-6, 1e15 },
-        { "original_max_position_embeddings", { { NULL } }, LLAMA3 "\"factor\":8,\"low_freq_factor\":1,\"high_freq_factor\":4,", 1e-6, 1e15 },
-        { "partial_rotary_factor", { { NULL } }, NULL, 1, 1 }, { "partial_rotary_factor", { { NULL } }, "", 1, 1 } };
-    static const char *const wrong[] = { "-1", "-1e300", "1e300", "\"1\"", "true", "[]" };
-    char label[128], number[64], said[96], expected[96];
-    int listed = 1;
-    for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
-        const besa__range *range = besa__find_range(t[i].key);
-        int whole = t[i].least == floor(t[i].least) && t[i].most > 1; /* a count */
-        const double beyond[2] = { whole ? t[i].least - 1 : t[i].least * 0.9, whole ? t[i].most + 1 : t[i].most * 1.1 };
-        snprintf(said, sizeof said, "%s = ", t[i].key);
-        besa__range_text(range, expected, sizeof expected);
-        snprintf(label, sizeof label, "range of %s%s", t[i].rope ? "rope_scaling." : "", t[i].key);
-        for (int end = 0; end < 2; end++) {
-            snprintf(number, sizeof number, "%.17g", end ? t[i].most : t[i].least);
-            check_error(label, read_number(t[i].key, number, t[i].also, t[i].rope), BESA_OK, NULL);
-            snprintf(number, sizeof number, "%.17g", beyond[end]);
-            check_error(label, read_number(t[i].key, number, t[i].also, t[i].rope), BESA_ERROR_UNSUPPORTED, said);
-            if (range->least == t[i].least && range->most == t[i].most) check(label, strstr(err.message, expected) != NULL);
-        }
-        for (size_t k = 0; k < sizeof wrong / sizeof *wrong; k++) {
-            besa_result result = read_number(t[i].key, wrong[k], t[i].also, t[i].rope);
-            if (result != BESA_ERROR_UNSUPPORTED || !strstr(err.message, said)) check_error(label, result, BESA_ERROR_UNSUPPORTED, said);
-        }
-        if (whole) check_error(label, read_number(t[i].key, "1.5", t[i].also, t[i].rope), BESA_ERROR_UNSUPPORTED, said);
-    }
+    for (size_t i = 0; i < sizeof range_cases / sizeof *range_cases; i++) check_range(&range_cases[i]);
     for (size_t i = 0; i < sizeof besa__ranges / sizeof *besa__ranges; i++) {
         int found = 0;
-        for (size_t k = 0; k < sizeof t / sizeof *t; k++) found = found || !strcmp(t[k].key, besa__ranges[i].key);
-        listed = listed && found;
+        for (size_t k = 0; k < sizeof range_cases / sizeof *range_cases; k++)
+            found = found || !strcmp(range_cases[k].key, besa__ranges[i].key);
+        CHECK(found, "the range of %s is not tested", besa__ranges[i].key);
     }
-    check("every range is tested", listed);
 }
 
 /* What public models have in these keys. */
 static void test_config_public(void)
 {
     static const char *const taken[][2] = {
-        { "rope_theta", "10000" }, { "rope_theta", "500000.0" }, { "rope_theta", "1000000000.0" }, { "rope_theta", "null" },
-        { "rms_norm_eps", "1e-05" }, { "rms_norm_eps", "1e-6" }, { "rms_norm_eps", "1e-12" }, { "rms_norm_eps", "0.001" }, { "rms_norm_eps", "null" },
-        { "head_dim", "null" }, { "num_key_value_heads", "null" }, { "vocab_size", "256000" }, { "max_position_embeddings", "10485760" },
-        { "max_position_embeddings", "null" }, { "sliding_window", "null" }, { "sliding_window", "0" }, { "attention_bias", "null" }, { "mlp_bias", "false" },
-        { "rope_scaling", "null" }, { "rope_scaling", "{}" }, { "rope_scaling", "{\"type\":\"linear\",\"factor\":2.5}" },
-        { "rope_scaling", "{\"rope_type\":\"default\",\"factor\":null}" }, { "partial_rotary_factor", "null" }, { "quantization_config", "null" },
-        { "num_experts", "null" }, { "use_qk_norm", "false" }, { "pretraining_tp", "2" }, { "tie_word_embeddings", "null" } };
-    char label[128], text[2048];
+        { "rope_theta", "10000" }, { "rope_theta", "500000.0" }, { "rope_theta", "1000000000.0" },
+        { "rope_theta", "null" }, { "rms_norm_eps", "1e-05" }, { "rms_norm_eps", "1e-6" }, { "rms_norm_eps", "1e-12" },
+        { "rms_norm_eps", "0.001" }, { "rms_norm_eps", "null" }, { "head_dim", "null" },
+        { "num_key_value_heads", "null" }, { "vocab_size", "256000" }, { "max_position_embeddings", "10485760" },
+        { "max_position_embeddings", "null" }, { "sliding_window", "null" }, { "sliding_window", "0" },
+        { "attention_bias", "null" }, { "mlp_bias", "false" }, { "rope_scaling", "null" }, { "rope_scaling", "{}" },
+        { "rope_scaling", "{\"type\":\"linear\",\"factor\":2.5}" },
+        { "rope_scaling", "{\"rope_type\":\"default\",\"factor\":null}" }, { "partial_rotary_factor", "null" },
+        { "quantization_config", "null" }, { "num_experts", "null" }, { "use_qk_norm", "false" },
+        { "pretraining_tp", "2" }, { "tie_word_embeddings", "null" } };
+    char text[2048], name[128];
     besa_config config;
     for (size_t i = 0; i < sizeof taken / sizeof *taken; i++) {
         snprintf(text, sizeof text, "%s", small_config);
         config_set(text, sizeof text, taken[i][0], taken[i][1]);
-        snprintf(label, sizeof label, "config: %s = %s", taken[i][0], taken[i][1]);
-        check_error(label, read_config(text, &config), BESA_OK, NULL);
+        snprintf(name, sizeof name, "%s = %s", taken[i][0], taken[i][1]);
+        CHECK_CASE(name, read_config(text, &config), BESA_OK, NULL);
     }
 }
 
-/* The layers that slide, as a string of 0 and 1, or the error's name. */
-static void check_windows(const char *name, const char *text, const char *expected, int64_t window)
-{
-    besa_config config;
-    int ok = 1;
-    char label[128];
-    besa_result result = read_config(text, &config);
-    snprintf(label, sizeof label, "config: %s", name);
-    if (!expected) {
-        check(label, result == BESA_ERROR_UNSUPPORTED);
-        return;
-    }
-    for (int i = 0; i < 3; i++) ok = ok && config.window[i] == (expected[i] == '1');
-    check_error(label, result, BESA_OK, NULL);
-    check(label, ok && config.sliding_window == window);
-}
+#define SLIDING(members)                                                                                            \
+    "{\"hidden_size\":8,\"intermediate_size\":12,\"num_attention_heads\":8,\"num_hidden_layers\":3,\"vocab_size\":10,"  \
+    "\"num_key_value_heads\":null,\"head_dim\":2,\"model_type\":" members "}"
+#define QWEN2_ON "\"qwen2\",\"use_sliding_window\":true,"
+#define SLIDES "\"sliding_attention\""
+#define FULL "\"full_attention\""
 
 static void test_windows(void)
 {
-#define SIZES "\"hidden_size\":8,\"intermediate_size\":12,\"num_attention_heads\":8,\"num_hidden_layers\":3,\"vocab_size\":10,\"num_key_value_heads\":null,\"head_dim\":2,"
-    check_windows("mistral default window", "{" SIZES "\"model_type\":\"mistral\"}", "111", 4096);
-    check_windows("mistral window null", "{" SIZES "\"model_type\":\"mistral\",\"sliding_window\":null}", "000", 0);
-    check_windows("mistral window", "{" SIZES "\"model_type\":\"mistral\",\"sliding_window\":7}", "111", 7);
-    check_windows("mistral window 0", "{" SIZES "\"model_type\":\"mistral\",\"sliding_window\":0}", NULL, 0);
-    check_windows("qwen2 window off", "{" SIZES "\"model_type\":\"qwen2\",\"sliding_window\":7,\"max_window_layers\":1}", "000", 0);
-    check_windows("qwen2 window on", "{" SIZES "\"model_type\":\"qwen2\",\"use_sliding_window\":true,\"sliding_window\":7,\"max_window_layers\":1}", "011", 7);
-    check_windows("qwen2 window beyond", "{" SIZES "\"model_type\":\"qwen2\",\"use_sliding_window\":true,\"sliding_window\":7}", "000", 0);
-    check_windows("qwen2 window null", "{" SIZES "\"model_type\":\"qwen2\",\"use_sliding_window\":true,\"sliding_window\":null,\"max_window_layers\":0}", "000", 0);
-    check_windows("qwen3 layer_types", "{" SIZES "\"model_type\":\"qwen3\",\"use_sliding_window\":true,\"sliding_window\":7,\"layer_types\":[\"sliding_attention\",\"full_attention\",\"sliding_attention\"]}", "101", 7);
-    check_windows("qwen3 layer_types without window", "{" SIZES "\"model_type\":\"qwen3\",\"layer_types\":[\"sliding_attention\",\"full_attention\",\"full_attention\"]}", NULL, 0);
+    static const struct {
+        const char *name, *text;
+        const char *slide;                      /* 1 of each layer that slides, 0 of each that does not; NULL: refused */
+        int64_t window;
+    } t[] = {
+        { "mistral by default", SLIDING("\"mistral\""), "111", 4096 },
+        { "mistral, null", SLIDING("\"mistral\",\"sliding_window\":null"), "000", 0 },
+        { "mistral, 7", SLIDING("\"mistral\",\"sliding_window\":7"), "111", 7 },
+        { "mistral, 0", SLIDING("\"mistral\",\"sliding_window\":0"), NULL, 0 },
+        { "qwen2, off", SLIDING("\"qwen2\",\"sliding_window\":7,\"max_window_layers\":1"), "000", 0 },
+        { "qwen2, on", SLIDING(QWEN2_ON "\"sliding_window\":7,\"max_window_layers\":1"), "011", 7 },
+        { "qwen2, beyond the last layer", SLIDING(QWEN2_ON "\"sliding_window\":7"), "000", 0 },
+        { "qwen2, null", SLIDING(QWEN2_ON "\"sliding_window\":null,\"max_window_layers\":0"), "000", 0 },
+        { "qwen3, layer_types", SLIDING("\"qwen3\",\"use_sliding_window\":true,\"sliding_window\":7,"
+                                        "\"layer_types\":[" SLIDES "," FULL "," SLIDES "]"), "101", 7 },
+        { "qwen3, layer_types without a window", SLIDING("\"qwen3\",\"layer_types\":[" SLIDES "," FULL "," FULL "]"), NULL, 0 } };
+    besa_config config;
+    for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
+        CHECK_CASE(t[i].name, read_config(t[i].text, &config), t[i].slide ? BESA_OK : BESA_ERROR_UNSUPPORTED, NULL);
+        for (int l = 0; l < 3 && t[i].slide; l++)
+            CHECK(config.window[l] == (t[i].slide[l] == '1'), "%s: layer %d slides: %d", t[i].name, l, config.window[l]);
+        if (t[i].slide)
+            CHECK(config.sliding_window == t[i].window, "%s: a window of %d", t[i].name, (int)config.sliding_window);
+    }
 }
 
 /* Settings that change the forward pass: refused by name, unless null or false. */
@@ -910,57 +1100,59 @@ static void test_unknown_settings(void)
 {
     static const char *const keys[] = {
         "quantization_config", "compression_config", "num_local_experts", "num_experts", "n_routed_experts",
-        "attn_logit_softcapping", "final_logit_softcapping", "no_rope_layers", "attention_chunk_size", "use_qk_norm", "use_mrope",
-        "is_encoder_decoder", "alibi" };
+        "attn_logit_softcapping", "final_logit_softcapping", "no_rope_layers", "attention_chunk_size", "use_qk_norm",
+        "use_mrope", "is_encoder_decoder", "alibi" };
     static const char *const values[] = { "null", "false", "2", "true", "{}" };
     besa_config config;
-    char text[1024];
-    int all = 1;
+    char text[1024], name[128];
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
         for (int v = 0; v < 5; v++) {
             snprintf(text, sizeof text, "{\"%s\":%s,%s", keys[i], values[v], small_config + 1);
-            besa_result result = read_config(text, &config);
-            int ok = v < 2 ? result == BESA_OK : result == BESA_ERROR_UNSUPPORTED && strstr(err.message, keys[i]);
-            if (!ok) printf("  %s = %s: %s\n", keys[i], values[v], besa_result_string(result)), all = 0;
+            snprintf(name, sizeof name, "%s = %s", keys[i], values[v]);
+            CHECK_CASE(name, read_config(text, &config), v < 2 ? BESA_OK : BESA_ERROR_UNSUPPORTED, keys[i]);
         }
-    check("config: settings that are not known", all);
 }
 
 /* What transformers takes where key/value heads and head_dim are not given. */
 static void test_head_defaults(void)
 {
-    static const struct { const char *type; int heads; int64_t kv, dim; } t[] = {
-        { "llama", 16, 16, 8 }, { "mistral", 16, 8, 8 }, { "qwen2", 64, 32, 2 }, { "qwen3", 64, 32, 128 } };
+    static const struct {
+        const char *type;
+        int heads;
+        int64_t kv_heads, head_dim;
+    } t[] = {
+        { "llama", 16, 16, 8 },
+        { "mistral", 16, 8, 8 },
+        { "qwen2", 64, 32, 2 },
+        { "qwen3", 64, 32, 128 } };
     besa_config config;
-    char text[512], label[64];
+    char text[512];
     for (int i = 0; i < 4; i++) {
-        snprintf(text, sizeof text, "{\"model_type\":\"%s\",\"hidden_size\":128,\"intermediate_size\":12,\"num_attention_heads\":%d,"
-                 "\"num_hidden_layers\":1,\"vocab_size\":10}", t[i].type, t[i].heads);
-        besa_result result = read_config(text, &config);
-        snprintf(label, sizeof label, "config: heads of %s by default", t[i].type);
-        check(label, result == BESA_OK && config.block.num_key_value_heads == t[i].kv && config.block.head_dim == t[i].dim);
+        snprintf(text, sizeof text, "{\"model_type\":\"%s\",\"hidden_size\":128,\"intermediate_size\":12,"
+                 "\"num_attention_heads\":%d,\"num_hidden_layers\":1,\"vocab_size\":10}", t[i].type, t[i].heads);
+        CHECK_CASE(t[i].type, read_config(text, &config), BESA_OK, NULL);
+        CHECK(config.block.num_key_value_heads == t[i].kv_heads && config.block.head_dim == t[i].head_dim,
+              "%s: %d key/value heads of %d", t[i].type, (int)config.block.num_key_value_heads, (int)config.block.head_dim);
     }
 }
 
 /* One prunable weight of another type than the rest, each in turn. */
 static void test_mixed_types(void)
 {
-    const char *dir = make_model("mixed", 0);
-    char path[1100], name[160];
+    const char *path = in(make_model("mixed", 0), "model.safetensors");
+    char name[160];
     size_t n;
-    int all = 1;
-    snprintf(path, sizeof path, "%s/model.safetensors", dir);
-    char *file = get(path, &n);
+    unsigned char *file = read_bytes(path, &n);
     for (int b = 0; b < 3; b++)
         for (int l = 0; l < BESA_LAYERS; l++) {
             snprintf(name, sizeof name, "\"model.layers.%d.%s.weight\":{\"dtype\":", b, besa__layers[l].path);
             char *dtype = (char *)memmem(file, n, name, strlen(name));
-            if (dtype) memcpy(dtype + strlen(name), "\"F16\" ", 6);
-            put(path, file, n);
-            if (!dtype || open_close(dir) != BESA_ERROR_UNSUPPORTED || !strstr(err.message, "one dtype")) all = 0;
-            if (dtype) memcpy(dtype + strlen(name), "\"BF16\"", 6);
+            if (!CHECK(dtype != NULL, "the header has no %s", name)) continue;
+            memcpy(dtype + strlen(name), "\"F16\" ", 6);
+            write_bytes(path, file, n);
+            CHECK_CASE(name, open_close(temp_path("mixed")), BESA_ERROR_UNSUPPORTED, "one dtype");
+            memcpy(dtype + strlen(name), "\"BF16\"", 6);
         }
-    check("a weight of another type than the others", all);
     free(file);
 }
 
@@ -968,102 +1160,153 @@ static void test_mixed_types(void)
 
 static size_t npy(unsigned char *file, int version, const char *dict, const void *data, size_t bytes)
 {
-    size_t n = strlen(dict), at_ = version == 1 ? 10 : 12;
+    size_t n = strlen(dict), at = version == 1 ? 10 : 12;
     memcpy(file, "\x93NUMPY", 6);
     file[6] = (unsigned char)version;
     file[7] = 0;
-    for (size_t i = 8; i < at_; i++) file[i] = (unsigned char)(n >> (8 * (i - 8)));
-    memcpy(file + at_, dict, n);
-    if (bytes) memcpy(file + at_ + n, data, bytes);
-    return at_ + n + bytes;
+    for (size_t i = 8; i < at; i++) file[i] = (unsigned char)(n >> (8 * (i - 8)));
+    memcpy(file + at, dict, n);
+    if (bytes) memcpy(file + at + n, data, bytes);
+    return at + n + bytes;
 }
 
-static void test_tokens(void)
+#define NPY(descr, shape) "{'descr': " descr ", 'fortran_order': False, 'shape': " shape ", }"
+
+/* uint16 1 .. 8, a -1 of 64 bits, zeros */
+static const unsigned char token_data[64] = { 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7, 0, 8, 0,
+                                              0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF };
+
+/* Write a token file, and open it. */
+static besa_result load_tokens(besa_tokens *tokens, const char *name, const void *bytes, size_t size)
 {
-    static const unsigned char data[64] = { 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7, 0, 8, 0, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF };
-    static const struct { const char *name, *dict; int version; size_t first, bytes; besa_result code; const char *words; int64_t count, rows; } t[] = {
-        { "uint16 stream", "{'descr': '<u2', 'fortran_order': False, 'shape': (6,), }   \n", 1, 0, 12, BESA_OK, NULL, 6, 0 },
-        { "uint16 sequences", "{'descr': '<u2', 'fortran_order': False, 'shape': (2, 3), }\n", 1, 0, 12, BESA_OK, NULL, 6, 2 },
+    write_bytes(temp_path("%s", name), bytes, size);
+    err.code = BESA_OK;
+    return besa_tokens_load(tokens, temp_path("%s", name), &err);
+}
+
+static void test_npy(void)
+{
+    static const struct {
+        const char *name, *dict;
+        int version;
+        size_t first, bytes;                    /* of token_data */
+        besa_result code;
+        const char *words;
+        int64_t count, rows;                    /* that come of it */
+    } t[] = {
+        { "uint16 stream", NPY("'<u2'", "(6,)") "   \n", 1, 0, 12, BESA_OK, NULL, 6, 0 },
+        { "uint16 sequences", NPY("'<u2'", "(2, 3)") "\n", 1, 0, 12, BESA_OK, NULL, 6, 2 },
         { "version 2", "{'descr': '<u2', 'fortran_order': False, 'shape': (2, 3)}\n", 2, 0, 12, BESA_OK, NULL, 6, 2 },
         { "version 3, keys turned round", "{\"shape\": (3,), \"fortran_order\": False, \"descr\": \"<i4\"}", 3, 0, 12, BESA_OK, NULL, 3, 0 },
-        { "uint32", "{'descr': '<u4', 'fortran_order': False, 'shape': (2,), }", 1, 0, 8, BESA_OK, NULL, 2, 0 },
-        { "int64 out of range", "{'descr': '<i8', 'fortran_order': False, 'shape': (1,), }", 1, 0, 8, BESA_ERROR_TOKEN, "token 0 is", 0, 0 },
-        { "int64 zero", "{'descr': '<i8', 'fortran_order': False, 'shape': (2,), }", 1, 32, 16, BESA_OK, NULL, 2, 0 },
-        { "int64 negative", "{'descr': '<i8', 'fortran_order': False, 'shape': (1,), }", 1, 16, 8, BESA_ERROR_TOKEN, "is -1", 0, 0 },
-        { "int32 negative", "{'descr': '<i4', 'fortran_order': False, 'shape': (1,), }", 1, 16, 4, BESA_ERROR_TOKEN, "is -1", 0, 0 },
-        { "uint32 too large", "{'descr': '<u4', 'fortran_order': False, 'shape': (1,), }", 1, 16, 4, BESA_ERROR_TOKEN, "4294967295", 0, 0 },
-        { "big endian", "{'descr': '>u2', 'fortran_order': False, 'shape': (6,), }", 1, 0, 12, BESA_ERROR_UNSUPPORTED, "'>u2'", 0, 0 },
-        { "bytes", "{'descr': '|u1', 'fortran_order': False, 'shape': (12,), }", 1, 0, 12, BESA_ERROR_UNSUPPORTED, "'|u1'", 0, 0 },
-        { "floats", "{'descr': '<f4', 'fortran_order': False, 'shape': (3,), }", 1, 0, 12, BESA_ERROR_UNSUPPORTED, "'<f4'", 0, 0 },
-        { "objects", "{'descr': '|O', 'fortran_order': False, 'shape': (3,), }", 1, 0, 12, BESA_ERROR_UNSUPPORTED, "'|O'", 0, 0 },
-        { "fields", "{'descr': [('a', '<u2')], 'fortran_order': False, 'shape': (3,), }", 1, 0, 12, BESA_ERROR_FORMAT, "expected a string", 0, 0 },
+        { "uint32", NPY("'<u4'", "(2,)"), 1, 0, 8, BESA_OK, NULL, 2, 0 },
+        { "int64 out of range", NPY("'<i8'", "(1,)"), 1, 0, 8, BESA_ERROR_TOKEN, "token 0 is", 0, 0 },
+        { "int64 zero", NPY("'<i8'", "(2,)"), 1, 32, 16, BESA_OK, NULL, 2, 0 },
+        { "int64 negative", NPY("'<i8'", "(1,)"), 1, 16, 8, BESA_ERROR_TOKEN, "is -1", 0, 0 },
+        { "int32 negative", NPY("'<i4'", "(1,)"), 1, 16, 4, BESA_ERROR_TOKEN, "is -1", 0, 0 },
+        { "uint32 too large", NPY("'<u4'", "(1,)"), 1, 16, 4, BESA_ERROR_TOKEN, "4294967295", 0, 0 },
+        { "big endian", NPY("'>u2'", "(6,)"), 1, 0, 12, BESA_ERROR_UNSUPPORTED, "'>u2'", 0, 0 },
+        { "bytes", NPY("'|u1'", "(12,)"), 1, 0, 12, BESA_ERROR_UNSUPPORTED, "'|u1'", 0, 0 },
+        { "floats", NPY("'<f4'", "(3,)"), 1, 0, 12, BESA_ERROR_UNSUPPORTED, "'<f4'", 0, 0 },
+        { "objects", NPY("'|O'", "(3,)"), 1, 0, 12, BESA_ERROR_UNSUPPORTED, "'|O'", 0, 0 },
+        { "fields", NPY("[('a', '<u2')]", "(3,)"), 1, 0, 12, BESA_ERROR_FORMAT, "expected a string", 0, 0 },
         { "Fortran order", "{'descr': '<u2', 'fortran_order': True, 'shape': (2, 3), }", 1, 0, 12, BESA_ERROR_UNSUPPORTED, "fortran_order", 0, 0 },
-        { "version 4", "{'descr': '<u2', 'fortran_order': False, 'shape': (6,), }", 4, 0, 12, BESA_ERROR_UNSUPPORTED, "version 4.0", 0, 0 },
-        { "three dimensions", "{'descr': '<u2', 'fortran_order': False, 'shape': (1,2,3), }", 1, 0, 12, BESA_ERROR_UNSUPPORTED, "dimensions", 0, 0 },
-        { "a scalar", "{'descr': '<u2', 'fortran_order': False, 'shape': (), }", 1, 0, 2, BESA_ERROR_FORMAT, "scalar", 0, 0 },
-        { "no tuple", "{'descr': '<u2', 'fortran_order': False, 'shape': (6), }", 1, 0, 12, BESA_ERROR_FORMAT, "tuple", 0, 0 },
-        { "negative size", "{'descr': '<u2', 'fortran_order': False, 'shape': (-6,), }", 1, 0, 12, BESA_ERROR_FORMAT, "no number", 0, 0 },
-        { "overflowing size", "{'descr': '<u2', 'fortran_order': False, 'shape': (99999999999999999999,), }", 1, 0, 12, BESA_ERROR_FORMAT, "overflows", 0, 0 },
-        { "overflowing product", "{'descr': '<u2', 'fortran_order': False, 'shape': (4294967296,4294967296), }", 1, 0, 12, BESA_ERROR_FORMAT, "truncated", 0, 0 },
-        { "too short", "{'descr': '<u2', 'fortran_order': False, 'shape': (7,), }", 1, 0, 12, BESA_ERROR_FORMAT, "truncated", 0, 0 },
-        { "too long", "{'descr': '<u2', 'fortran_order': False, 'shape': (5,), }", 1, 0, 12, BESA_ERROR_FORMAT, "12 bytes", 0, 0 },
-        { "empty", "{'descr': '<u2', 'fortran_order': False, 'shape': (0,), }", 1, 0, 0, BESA_ERROR_TOKENS, "no tokens", 0, 0 },
+        { "version 4", NPY("'<u2'", "(6,)"), 4, 0, 12, BESA_ERROR_UNSUPPORTED, "version 4.0", 0, 0 },
+        { "three dimensions", NPY("'<u2'", "(1,2,3)"), 1, 0, 12, BESA_ERROR_UNSUPPORTED, "dimensions", 0, 0 },
+        { "a scalar", NPY("'<u2'", "()"), 1, 0, 2, BESA_ERROR_FORMAT, "scalar", 0, 0 },
+        { "no tuple", NPY("'<u2'", "(6)"), 1, 0, 12, BESA_ERROR_FORMAT, "tuple", 0, 0 },
+        { "negative size", NPY("'<u2'", "(-6,)"), 1, 0, 12, BESA_ERROR_FORMAT, "no number", 0, 0 },
+        { "overflowing size", NPY("'<u2'", "(99999999999999999999,)"), 1, 0, 12, BESA_ERROR_FORMAT, "overflows", 0, 0 },
+        { "overflowing product", NPY("'<u2'", "(4294967296,4294967296)"), 1, 0, 12, BESA_ERROR_FORMAT, "truncated", 0, 0 },
+        { "too short", NPY("'<u2'", "(7,)"), 1, 0, 12, BESA_ERROR_FORMAT, "truncated", 0, 0 },
+        { "too long", NPY("'<u2'", "(5,)"), 1, 0, 12, BESA_ERROR_FORMAT, "12 bytes", 0, 0 },
+        { "empty", NPY("'<u2'", "(0,)"), 1, 0, 0, BESA_ERROR_TOKENS, "no tokens", 0, 0 },
         { "key missing", "{'descr': '<u2', 'shape': (6,), }", 1, 0, 12, BESA_ERROR_FORMAT, "missing", 0, 0 },
         { "key twice", "{'descr': '<u2', 'descr': '<u2', 'fortran_order': False, 'shape': (6,), }", 1, 0, 12, BESA_ERROR_FORMAT, "twice", 0, 0 },
-        { "text after", "{'descr': '<u2', 'fortran_order': False, 'shape': (6,), } x", 1, 0, 12, BESA_ERROR_FORMAT, "follows", 0, 0 } };
+        { "text after", NPY("'<u2'", "(6,)") " x", 1, 0, 12, BESA_ERROR_FORMAT, "follows", 0, 0 } };
     unsigned char file[512];
-    char label[128];
     besa_tokens tokens;
     for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
-        size_t n = npy(file, t[i].version, t[i].dict, data + t[i].first, t[i].bytes);
-        put(at("t.npy"), file, n);
-        snprintf(label, sizeof label, "npy: %s", t[i].name);
-        err.code = BESA_OK;
-        besa_result result = besa_tokens_load(&tokens, at("t.npy"), &err);
-        check_error(label, result, t[i].code, t[i].words);
-        if (result == BESA_OK && (tokens.count != t[i].count || tokens.rows != t[i].rows)) check(label, 0);
+        size_t n = npy(file, t[i].version, t[i].dict, token_data + t[i].first, t[i].bytes);
+        besa_result result = load_tokens(&tokens, "t.npy", file, n);
+        CHECK_CASE(t[i].name, result, t[i].code, t[i].words);
+        if (result == BESA_OK)
+            CHECK(tokens.count == t[i].count && tokens.rows == t[i].rows, "%s: %d tokens, %d rows", t[i].name,
+                  (int)tokens.count, (int)tokens.rows);
         besa_tokens_free(&tokens);
     }
-    size_t n = npy(file, 1, t[0].dict, data, 12);
-    int refused = 1;
+}
+
+static void test_npy_truncated(void)
+{
+    unsigned char file[512];
+    besa_tokens tokens;
+    size_t n = npy(file, 1, NPY("'<u2'", "(6,)") "   \n", token_data, 12);
     for (size_t cut = 0; cut < n; cut++) {
-        put(at("t.npy"), file, cut);
-        refused = refused && besa_tokens_load(&tokens, at("t.npy"), &err) == BESA_ERROR_FORMAT;
+        besa_result result = load_tokens(&tokens, "t.npy", file, cut);
+        CHECK(result == BESA_ERROR_FORMAT, "cut at %zu: %s", cut, besa_result_string(result));
+        besa_tokens_free(&tokens);
     }
-    check("npy: truncated anywhere", refused);
-    put(at("t.u16"), data, 16);
-    check("raw uint16", besa_tokens_load(&tokens, at("t.u16"), &err) == BESA_OK && tokens.count == 8 && tokens.ids[7] == 8);
+}
+
+static void test_raw_tokens(void)
+{
+    besa_tokens tokens;
+    CHECK_ERROR(load_tokens(&tokens, "t.u16", token_data, 16), BESA_OK, NULL);
+    CHECK(tokens.count == 8 && tokens.ids[7] == 8, ".u16: %d tokens, the last %d", (int)tokens.count, (int)tokens.ids[7]);
+    besa_tokens_free(&tokens);
+    CHECK_ERROR(load_tokens(&tokens, "t.bin", token_data, 16), BESA_OK, NULL);
+    CHECK(tokens.count == 8, ".bin: %d tokens", (int)tokens.count);
+    besa_tokens_free(&tokens);
+    CHECK_ERROR(load_tokens(&tokens, "t.i32", token_data + 32, 16), BESA_OK, NULL);
+    CHECK(tokens.count == 4, ".i32: %d tokens", (int)tokens.count);
+    besa_tokens_free(&tokens);
+    CHECK_ERROR(load_tokens(&tokens, "t.u16", token_data, 15), BESA_ERROR_FORMAT, "15 bytes");
+    CHECK_ERROR(load_tokens(&tokens, "t.u16", token_data, 0), BESA_ERROR_TOKENS, "no tokens");
+    CHECK_ERROR(load_tokens(&tokens, "t.txt", token_data, 16), BESA_ERROR_UNSUPPORTED, ".npy");
+    CHECK_ERROR(besa_tokens_load(&tokens, temp_path("t.none.npy"), &err), BESA_ERROR_NOT_FOUND, "t.none.npy");
+}
+
+/* Of a stream: windows from its start where the seed is 0, else from where splitmix64 says. */
+static void test_sample_stream(void)
+{
+    besa_tokens tokens;
     int32_t ids[16];
-    check("stream from its start", besa_tokens_sample(&tokens, 2, 4, 0, 9, ids, &err) == BESA_OK && ids[0] == 1 && ids[4] == 5 && ids[7] == 8);
-    check_error("id outside the vocabulary", besa_tokens_sample(&tokens, 2, 4, 0, 8, ids, &err), BESA_ERROR_TOKEN, "token 7 is 8");
-    check_error("too few tokens", besa_tokens_sample(&tokens, 3, 4, 0, 9, ids, &err), BESA_ERROR_TOKENS, "has 8 tokens");
-    check_error("too few for one window", besa_tokens_sample(&tokens, 1, 9, 5, 9, ids, &err), BESA_ERROR_TOKENS, "has 8 tokens");
-    check_error("no samples", besa_tokens_sample(&tokens, 0, 4, 0, 9, ids, &err), BESA_ERROR_OPTION, "nsamples = 0");
-    check_error("windows may overlap", besa_tokens_sample(&tokens, 4, 4, 7, 9, ids, &err), BESA_OK, NULL);
-    int windows = 1;
-    for (int i = 0; i < 4; i++) windows = windows && ids[4 * i] == 1 + (int32_t)(besa__splitmix64(7, (uint64_t)i) % 5) && ids[4 * i + 3] == ids[4 * i] + 3;
-    check("windows by splitmix64", windows);
-    check("splitmix64 as published", besa__splitmix64(1234567, 0) == 6457827717110365317u && besa__splitmix64(1234567, 1) == 3203168211198807973u);
+    if (!CHECK(load_tokens(&tokens, "t.u16", token_data, 16) == BESA_OK, "%s", err.message)) return;
+    CHECK_ERROR(besa_tokens_sample(&tokens, 2, 4, 0, 9, ids, &err), BESA_OK, NULL);
+    CHECK(ids[0] == 1 && ids[4] == 5 && ids[7] == 8, "ids %d, %d, %d", (int)ids[0], (int)ids[4], (int)ids[7]);
+    CHECK_ERROR(besa_tokens_sample(&tokens, 2, 4, 0, 8, ids, &err), BESA_ERROR_TOKEN, "token 7 is 8");
+    CHECK_ERROR(besa_tokens_sample(&tokens, 3, 4, 0, 9, ids, &err), BESA_ERROR_TOKENS, "has 8 tokens");
+    CHECK_ERROR(besa_tokens_sample(&tokens, 1, 9, 5, 9, ids, &err), BESA_ERROR_TOKENS, "has 8 tokens");
+    CHECK_ERROR(besa_tokens_sample(&tokens, 0, 4, 0, 9, ids, &err), BESA_ERROR_OPTION, "nsamples = 0");
+    CHECK_ERROR(besa_tokens_sample(&tokens, 4, 4, 7, 9, ids, &err), BESA_OK, NULL); /* they may overlap */
+    for (int i = 0; i < 4; i++) {
+        int32_t first = 1 + (int32_t)(besa__splitmix64(7, (uint64_t)i) % 5);
+        CHECK(ids[4 * i] == first && ids[4 * i + 3] == first + 3, "window %d: %d .. %d, expected from %d", i,
+              (int)ids[4 * i], (int)ids[4 * i + 3], (int)first);
+    }
     besa_tokens_free(&tokens);
-    put(at("t.u16"), data, 15);
-    check_error("raw uint16 of 15 bytes", besa_tokens_load(&tokens, at("t.u16"), &err), BESA_ERROR_FORMAT, "15 bytes");
-    put(at("t.bin"), data, 16);
-    check("raw .bin", besa_tokens_load(&tokens, at("t.bin"), &err) == BESA_OK && tokens.count == 8);
-    besa_tokens_free(&tokens);
-    put(at("t.i32"), data + 32, 16);
-    check("raw int32", besa_tokens_load(&tokens, at("t.i32"), &err) == BESA_OK && tokens.count == 4);
-    besa_tokens_free(&tokens);
-    put(at("t.txt"), data, 16);
-    check_error("another ending", besa_tokens_load(&tokens, at("t.txt"), &err), BESA_ERROR_UNSUPPORTED, ".npy");
-    put(at("t.u16"), data, 0);
-    check_error("empty file", besa_tokens_load(&tokens, at("t.u16"), &err), BESA_ERROR_TOKENS, "no tokens");
-    check_error("missing file", besa_tokens_load(&tokens, at("t.none.npy"), &err), BESA_ERROR_NOT_FOUND, "t.none.npy");
-    n = npy(file, 1, t[1].dict, data, 12);
-    put(at("t.npy"), file, n);
-    check_error("2-D file", besa_tokens_load(&tokens, at("t.npy"), &err), BESA_OK, NULL);
-    check("2-D rows", besa_tokens_sample(&tokens, 2, 2, 99, 9, ids, &err) == BESA_OK && ids[0] == 1 && ids[1] == 2 && ids[2] == 4 && ids[3] == 5);
-    check_error("2-D too few rows", besa_tokens_sample(&tokens, 3, 2, 0, 9, ids, &err), BESA_ERROR_TOKENS, "2 of 3");
-    check_error("2-D too short", besa_tokens_sample(&tokens, 1, 4, 0, 9, ids, &err), BESA_ERROR_TOKENS, "2 of 3");
+}
+
+static void test_splitmix(void)
+{
+    static const uint64_t published[2] = { 6457827717110365317u, 3203168211198807973u };
+    for (uint64_t i = 0; i < 2; i++)
+        CHECK(besa__splitmix64(1234567, i) == published[i], "number %d is %llu", (int)i,
+              (unsigned long long)besa__splitmix64(1234567, i));
+}
+
+static void test_sample_rows(void)
+{
+    unsigned char file[512];
+    besa_tokens tokens;
+    int32_t ids[16];
+    size_t n = npy(file, 1, NPY("'<u2'", "(2, 3)") "\n", token_data, 12);
+    if (!CHECK(load_tokens(&tokens, "t.npy", file, n) == BESA_OK, "%s", err.message)) return;
+    CHECK_ERROR(besa_tokens_sample(&tokens, 2, 2, 99, 9, ids, &err), BESA_OK, NULL);
+    CHECK(ids[0] == 1 && ids[1] == 2 && ids[2] == 4 && ids[3] == 5, "ids %d, %d, %d, %d", (int)ids[0], (int)ids[1],
+          (int)ids[2], (int)ids[3]);
+    CHECK_ERROR(besa_tokens_sample(&tokens, 3, 2, 0, 9, ids, &err), BESA_ERROR_TOKENS, "2 of 3");
+    CHECK_ERROR(besa_tokens_sample(&tokens, 1, 4, 0, 9, ids, &err), BESA_ERROR_TOKENS, "2 of 3");
     besa_tokens_free(&tokens);
 }
 
@@ -1076,9 +1319,40 @@ static size_t numbers(unsigned char *out, size_t width, const int64_t *v, size_t
 }
 
 /* Raw files by what is in them: llm.c's header, 32-bit ids under a name of 16-bit ones, vocabularies too large for 16. */
+typedef struct raw_case {
+    const char *name, *file;
+    int64_t header[3];                          /* magic, version, count of llm.c */
+    size_t header_bytes, width;
+    int spread;                                 /* from one id to the next; 0: ids 1 .. 10 again and again */
+    int64_t count, vocab;
+    besa_result code;
+    const char *words;
+} raw_case;
+
+static void check_raw(const raw_case *t)
+{
+    unsigned char file[2048];
+    int64_t v[100];
+    int32_t ids[100];
+    besa_tokens tokens;
+    size_t n = t->header_bytes;
+    memset(file, 0, sizeof file);
+    numbers(file, 4, t->header, n ? 3 : 0);
+    for (int64_t k = 0; k < t->count; k++) v[k] = t->spread ? 1 + k * t->spread : k % 10 + 1;
+    n += numbers(file + n, t->width, v, (size_t)t->count);
+    besa_result result = load_tokens(&tokens, t->file, file, n);
+    int64_t count = tokens.count;
+    if (result == BESA_OK) result = besa_tokens_sample(&tokens, 1, count, 0, t->vocab, ids, &err);
+    besa_tokens_free(&tokens);
+    CHECK_CASE(t->name, result, t->code, t->words);
+    if (result != BESA_OK || !CHECK(count == t->count, "%s: %d tokens of %d", t->name, (int)count, (int)t->count)) return;
+    for (int64_t k = 0; k < count; k++)
+        CHECK(ids[k] == v[k], "%s: token %d is %d, expected %d", t->name, (int)k, (int)ids[k], (int)v[k]);
+}
+
 static void test_token_widths(void)
 {
-    static const struct { const char *name, *file; int64_t header[3]; size_t header_bytes, width; int spread; int64_t count, vocab; besa_result code; const char *words; } t[] = {
+    static const raw_case t[] = {
         { "llm.c of GPT-2", "l.bin", { 20240520, 1, 40 }, 1024, 2, 7, 40, 50257, BESA_OK, NULL },
         { "llm.c of Llama 3", "l.bin", { 20240801, 7, 40 }, 1024, 4, 3000, 40, 128256, BESA_OK, NULL },
         { "llm.c, another name", "l.u16", { 20240801, 7, 40 }, 1024, 4, 3000, 40, 128256, BESA_OK, NULL },
@@ -1101,38 +1375,83 @@ static void test_token_widths(void)
         { "uint32 of 130000 as .bin", "l.bin", { 0 }, 0, 4, 3333, 40, 128256, BESA_ERROR_FORMAT, "name it .i32" },
         { "uint32 of 130000 as .bin, few tokens", "l.bin", { 0 }, 0, 4, 30000, 5, 128256, BESA_ERROR_TOKEN, "name a raw file .i32" },
         { "uint16 of a small vocabulary", "l.bin", { 0 }, 0, 2, 0, 80, 16, BESA_OK, NULL } };
-    unsigned char file[2048];
-    char label[128];
     for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
-        int64_t v[100];
-        int32_t ids[100];
-        besa_tokens tokens;
-        size_t n = t[i].header_bytes, blocks = live_blocks;
-        memset(file, 0, sizeof file);
-        numbers(file, 4, t[i].header, n ? 3 : 0);
-        for (int64_t k = 0; k < t[i].count; k++) v[k] = t[i].spread ? 1 + k * t[i].spread : k % 10 + 1;
-        n += numbers(file + n, t[i].width, v, (size_t)t[i].count);
-        put(at(t[i].file), file, n);
-        err.code = BESA_OK;
-        besa_result result = besa_tokens_load(&tokens, at(t[i].file), &err);
-        int64_t count = tokens.count;
-        if (result == BESA_OK) result = besa_tokens_sample(&tokens, 1, count, 0, t[i].vocab, ids, &err);
-        besa_tokens_free(&tokens);
-        snprintf(label, sizeof label, "tokens: %s", t[i].name);
-        check_error(label, result, t[i].code, t[i].words);
-        int same = result != BESA_OK || count == t[i].count;
-        for (int64_t k = 0; k < count && result == BESA_OK; k++) same = same && ids[k] == v[k];
-        check(label, same && live_blocks == blocks);
+        size_t blocks = live_blocks;
+        check_raw(&t[i]);
+        CHECK(live_blocks == blocks, "%s: %d blocks are not freed", t[i].name, (int)(live_blocks - blocks));
     }
-    static const unsigned char data[8] = { 1, 0, 2, 0, 3, 0, 4, 0 };
+}
+
+static void test_npy_widths(void)
+{
+    unsigned char file[512];
     besa_tokens tokens;
     int32_t ids[4];
-    size_t n = npy(file, 1, "{'descr': '<u2', 'fortran_order': False, 'shape': (4,), }", data, 8);
-    put(at("t.npy"), file, n);
-    check_error("tokens: .npy of uint16", besa_tokens_load(&tokens, at("t.npy"), &err), BESA_OK, NULL);
-    check_error("tokens: .npy of uint16, 65536 ids", besa_tokens_sample(&tokens, 1, 4, 0, 65536, ids, &err), BESA_OK, NULL);
-    check_error("tokens: .npy of uint16, 65537 ids", besa_tokens_sample(&tokens, 1, 4, 0, 65537, ids, &err), BESA_ERROR_TOKEN, "t.npy");
+    size_t n = npy(file, 1, NPY("'<u2'", "(4,)"), token_data, 8);
+    if (!CHECK(load_tokens(&tokens, "t.npy", file, n) == BESA_OK, "%s", err.message)) return;
+    CHECK_ERROR(besa_tokens_sample(&tokens, 1, 4, 0, 65536, ids, &err), BESA_OK, NULL);
+    CHECK_ERROR(besa_tokens_sample(&tokens, 1, 4, 0, 65537, ids, &err), BESA_ERROR_TOKEN, "t.npy");
     besa_tokens_free(&tokens);
+}
+
+/* ---- what lies beside ---------------------------------------------------------------------- */
+
+static void test_tied_head(void)
+{
+    static const struct {
+        const char *name;
+        int kind;
+        besa_result code;
+        const char *words;
+        int tied;                               /* it is the embedding after all */
+    } t[] = {
+        { "the embedding again", HEAD_SAME, BESA_OK, NULL, 1 },
+        { "another in one bit", HEAD_OTHER_BIT, BESA_OK, NULL, 0 },
+        { "another type", HEAD_OTHER_TYPE, BESA_OK, NULL, 0 },
+        { "another shape", HEAD_OTHER_SHAPE, BESA_ERROR_TENSOR, "lm_head.weight has shape [11, 8]", 0 },
+        { "no weights", HEAD_NO_WEIGHTS, BESA_ERROR_UNSUPPORTED, "lm_head.weight has dtype I16", 0 } };
+    for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
+        besa_checkpoint *c;
+        besa__model model;
+        err.code = BESA_OK;
+        CHECK_CASE(t[i].name, besa_checkpoint_open(&c, make_headed("headed", t[i].kind), &err), t[i].code, t[i].words);
+        if (!c) continue;
+        const char *notes = besa_checkpoint_notes(c), *head = t[i].tied ? "model.embed_tokens.weight" : "lm_head.weight";
+        CHECK_OK(besa__model_bind(&model, c, &err), err);
+        CHECK(c->config.tie_word_embeddings == t[i].tied, "%s: tied %d", t[i].name, c->config.tie_word_embeddings);
+        CHECK(model.head == besa_checkpoint_find(c, head), "%s: the head is %s", t[i].name, model.head->name);
+        CHECK((strstr(notes, "lm_head.weight differs") == NULL) == t[i].tied, "%s: notes: %s", t[i].name, notes);
+        besa_checkpoint_close(c);
+    }
+}
+
+static void test_adapters(void)
+{
+    static const char *const names[] = { "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin" };
+    besa_checkpoint *c = open_model(make_model("adapted", 0));
+    if (!c) return;
+    CHECK(!*besa_checkpoint_notes(c), "without an adapter: %s", besa_checkpoint_notes(c));
+    besa_checkpoint_close(c);
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        const char *dir = make_model("adapted", 0);
+        put_text(dir, names[i], "{}");
+        if ((c = open_model(dir)) == NULL) return;
+        const char *notes = besa_checkpoint_notes(c);
+        CHECK(strstr(notes, names[i]) && strstr(notes, "not applied"), "%s: notes: %s", names[i], notes);
+        besa_checkpoint_close(c);
+    }
+}
+
+static void test_notes(void)
+{
+    const char *dir = make_headed("noted", HEAD_OTHER_BIT);
+    put_text(dir, "adapter_config.json", "{}");
+    besa_checkpoint *c = open_model(dir);
+    if (!c) return;
+    const char *notes = besa_checkpoint_notes(c), *second = strchr(notes, '\n');
+    const char *end = second ? strchr(second + 1, '\n') : NULL;
+    CHECK(second && strstr(second, "adapter") && end && !end[1], "not two lines, the second of an adapter: %s", notes);
+    besa_checkpoint_close(c);
 }
 
 /* ---- writer ------------------------------------------------------------------------------ */
@@ -1154,8 +1473,14 @@ static besa_result write_block(besa__writer *w, const besa_checkpoint *c, int64_
     return besa__writer_block_done(w, b, &err);
 }
 
+static besa_result open_writer(besa__writer **w, const besa_checkpoint *c, const char *out, int64_t *done)
+{
+    err.code = BESA_OK;
+    return besa__writer_open(w, c, out, "fp 1", 3, done, NULL, &err);
+}
+
 /* Open (expecting `done` blocks), write up to block `stop`, and finish if that is all of them. */
-static besa_result run_writer(const besa_checkpoint *c, const char *out, const char *fingerprint, int64_t stop, int64_t *done)
+static besa_result run_as(const char *fingerprint, const besa_checkpoint *c, const char *out, int64_t stop, int64_t *done)
 {
     besa__writer *w;
     char *notes = NULL;
@@ -1168,305 +1493,467 @@ static besa_result run_writer(const besa_checkpoint *c, const char *out, const c
     return result;
 }
 
-static int same_output(const char *a, const char *b)
+static besa_result run_writer(const besa_checkpoint *c, const char *out, int64_t stop, int64_t *done)
 {
-    char command[2400];
-    snprintf(command, sizeof command, "diff -r '%s' '%s' >/dev/null 2>&1", a, b);
-    return system(command) == 0;
+    return run_as("fp 1", c, out, stop, done);
 }
 
+/* OUT.partial and the rest of a path */
 static const char *partial(const char *out, const char *rest)
 {
-    static char path[1100];
-    snprintf(path, sizeof path, "%s.partial%s", out, rest);
+    char *path = (char *)take(640);
+    snprintf(path, 640, "%s.partial%s", out, rest);
     return path;
 }
 
-static void test_writer(int sharded)
+static void remove_output(const char *out)
 {
-    char src[600], out[600], ref[600], label[160];
-    besa_checkpoint *c;
-    besa__writer *w, *second;
-    char *notes = NULL;
-    int64_t done;
-    snprintf(src, sizeof src, "%s", make_model(sharded ? "src2" : "src1", sharded));
-    snprintf(out, sizeof out, "%s", at(sharded ? "out2" : "out1"));
-    snprintf(ref, sizeof ref, "%s", at(sharded ? "ref2" : "ref1"));
-    put_text(src, "tokenizer.json", "{\"x\":1}\n");
-    put_text(src, "empty.txt", "");
-    put_text(src, "pytorch_model.bin", "x");
-    put_text(src, "consolidated.00.pth", "x");
-    put_text(src, "extra.safetensors", "x");
-    put_text(src, "model.gguf", "x");
-    put_text(src, "pytorch_model.bin.index.json", "{}");
-    put_text(src, "adapter_config.json", "{}");
-    put_text(src, ".gitattributes", "x");
-    shell("mkdir -p '%s'/original; ln -s /nonexistent '%s'/dangling", src, src);
-    shell("ln -s config.json '%s'/generation_config.json; mkfifo '%s'/pipe", src, src);
-    if (besa_checkpoint_open(&c, src, &err) != BESA_OK) {
-        check("writer: source opens", 0);
-        return;
-    }
-
-    /* an uninterrupted run is the reference of the others */
-    check_error("writer: begins", besa__writer_open(&w, c, ref, "fp 1", 3, &done, &notes, &err), BESA_OK, NULL);
-    check("writer: nothing under the final name yet", done == 0 && !exists(ref) && exists(partial(ref, "/besa-journal")));
-    check("writer: nothing that opens as a checkpoint", !exists(partial(ref, "/config.json")));
-    static const char *const left_out[] = { "original (a subdirectory)", "pytorch_model.bin (", "consolidated.00.pth", "extra.safetensors",
-                                            "model.gguf", "pytorch_model.bin.index.json", "adapter_config.json (an adapter", ".gitattributes (hidden)", "dangling (a dangling link)", "pipe (not" };
-    for (size_t i = 0; i < sizeof left_out / sizeof *left_out; i++)
-        if (!notes || !strstr(notes, left_out[i])) printf("  no note of %s\n", left_out[i]), check("writer: notes", 0);
-    check_error("writer: a second one is locked out", besa__writer_open(&second, c, ref, "fp 1", 3, &done, NULL, &err), BESA_ERROR_RESUME, "another process");
-    besa__block_tensors t;
-    besa__block_bind(&t, c, 1, &err);
-    check_error("writer: a tensor of another block", besa__writer_write(w, t.weight[0], t.weight[0]->data, t.weight[0]->bytes, &err), BESA_ERROR_OPTION, "block 0");
-    check_error("writer: a tensor that is not prunable", besa__writer_write(w, besa_checkpoint_find(c, "model.norm.weight"), src, 8, &err), BESA_ERROR_OPTION, "block 0");
-    check_error("writer: another block done", besa__writer_block_done(w, 1, &err), BESA_ERROR_OPTION, "block 1");
-    for (int64_t b = 0; b < 3; b++) check_error("writer: a block", write_block(w, c, b), BESA_OK, NULL);
-    unsigned char back[4096];
-    besa__block_bind(&t, c, 2, &err);
-    check("writer: reads back", besa__writer_read(w, t.weight[BESA_DOWN], back, 0, t.weight[BESA_DOWN]->bytes, &err) == BESA_OK && back[0] == 2 &&
-          back[1] == ((const unsigned char *)t.weight[BESA_DOWN]->data)[1] &&
-          besa__writer_read(w, t.weight[BESA_O], back, 0, t.weight[BESA_O]->bytes, &err) == BESA_OK && !memcmp(back, t.weight[BESA_O]->data, t.weight[BESA_O]->bytes));
-    check_error("writer: finishes", besa__writer_finish(w, &err), BESA_OK, NULL);
-    BESA_FREE(notes);
-    check("writer: nothing is left over", exists(ref) && !exists(partial(ref, "")) && !exists(partial(ref, "." "besa-journal")));
-    char list[512] = "";
-    FILE *ls = NULL;
-    char command[1400];
-    snprintf(command, sizeof command, "cd '%s' && ls -A | tr '\\n' ' '", ref);
-    ls = popen(command, "r");
-    if (ls && !fgets(list, sizeof list, ls)) list[0] = 0;
-    if (ls) pclose(ls);
-    const char *expected = sharded ? "config.json empty.txt generation_config.json model-00001-of-00002.safetensors model-00002-of-00002.safetensors model.safetensors.index.json tokenizer.json "
-                                   : "config.json empty.txt generation_config.json model.safetensors tokenizer.json ";
-    check("writer: only what a checkpoint has", !strcmp(list, expected));
-    snprintf(command, sizeof command, "%s/generation_config.json", ref);
-    check("writer: links become files", same_file(command, at(sharded ? "src2/config.json" : "src1/config.json")));
-    besa_checkpoint *o;
-    if (besa_checkpoint_open(&o, ref, &err) == BESA_OK) {
-        int same = 1, changed = 0;
-        for (int64_t i = 0; i < c->num_tensors; i++) {
-            const besa_tensor *x = c->tensors + i, *y = o->tensors + i;
-            int eq = x->offset == y->offset && !memcmp(x->data, y->data, x->bytes);
-            if (strstr(x->name, "_proj") && !strstr(x->name, "o_proj")) changed += !eq;
-            else same = same && eq;
-        }
-        check("writer: all but the written weights is the source's", same && changed == 18);
-        besa_checkpoint_close(o);
-    } else check("writer: output opens", 0);
-
-    /* refusals */
-    check_error("writer: output exists", run_writer(c, ref, "fp 1", 3, &done), BESA_ERROR_EXISTS, "exists already");
-    check_error("writer: output is the input", run_writer(c, src, "fp 1", 3, &done), BESA_ERROR_EXISTS, "is the input");
-    snprintf(command, sizeof command, "%s/inside", src);
-    check_error("writer: output inside the input", run_writer(c, command, "fp 1", 3, &done), BESA_ERROR_EXISTS, "inside the input");
-    check_error("writer: output is /", run_writer(c, "/", "fp 1", 3, &done), BESA_ERROR_EXISTS, NULL);
-    check_error("writer: no output", run_writer(c, "", "fp 1", 3, &done), BESA_ERROR_OPTION, NULL);
-    check_error("writer: parent missing", run_writer(c, at("no/such/out"), "fp 1", 3, &done), BESA_ERROR_NOT_FOUND, "parent");
-    put_text(root, "plain", "x");
-    check_error("writer: parent is a file", run_writer(c, at("plain/out"), "fp 1", 3, &done), BESA_ERROR_NOT_FOUND, "parent");
-    mkdir(partial(out, ""), 0777);
-    put(partial(out, "/mine"), "x", 1);
-    check_error("writer: a foreign .partial", run_writer(c, out, "fp 1", 3, &done), BESA_ERROR_EXISTS, "no unfinished output");
-    put(partial(out, "/besa-journal"), "hello\n", 6);
-    check_error("writer: a foreign journal", run_writer(c, out, "fp 1", 3, &done), BESA_ERROR_EXISTS, "besa-journal");
-    check("writer: foreign files are untouched", exists(partial(out, "/mine")));
-    clean(partial(out, ""));
-
-    /* interrupted after each block */
-    for (int64_t stop = 0; stop < 3; stop++) {
-        clean(out);
-        clean(partial(out, ""));
-        besa_result first = run_writer(c, out, "fp 1", stop, &done);
-        snprintf(label, sizeof label, "writer: stopped after %d blocks, then other options", (int)stop);
-        check_error(label, run_writer(c, out, "fp 2", 3, &done), BESA_ERROR_RESUME, ".partial");
-        besa_result then = run_writer(c, out, "fp 1", 3, &done);
-        snprintf(label, sizeof label, "writer: stopped after %d blocks, resumed", (int)stop);
-        check(label, first == BESA_OK && then == BESA_OK && done == stop && same_output(out, ref));
-    }
-    check_error("writer: a fingerprint of two lines", run_writer(c, at("fp"), "a\nb", 3, &done), BESA_ERROR_OPTION, "fingerprint");
-    check("writer: a failed begin leaves nothing", !exists(at("fp")) && !exists(at("fp.partial")));
-
-    /* the journal torn at every byte, or overwritten there: the same output, and never more blocks than lines */
-    clean(out);
-    run_writer(c, out, "fp 1", 2, &done);
-    char saved[1100];
-    snprintf(saved, sizeof saved, "%s.saved", out);
-    clean(saved);
-    shell("cp -r '%s' '%s'", partial(out, ""), saved);
-    size_t n;
-    char *journal = get(partial(out, "/besa-journal"), &n);
-    int torn = 1, flipped = 1, counts[4] = { 0, 0, 0, 0 };
-    for (size_t cut = 0; cut <= n; cut++) {
-        clean(out);
-        clean(partial(out, ""));
-        shell("cp -r '%s' '%s'", saved, partial(out, ""));
-        put(partial(out, "/besa-journal"), journal, cut);
-        besa_result result = run_writer(c, out, "fp 1", 3, &done);
-        torn = torn && result == BESA_OK && done == (cut == n ? 2 : cut >= n - 42 ? 1 : 0) && same_output(out, ref);
-        counts[done]++;
-        if (!torn) { printf("  cut at %zu of %zu: %d done, %s\n", cut, n, (int)done, result ? err.message : ""); break; }
-    }
-    check("writer: journal torn at every byte", torn && counts[2] == 1 && counts[1] > 0);
-    for (size_t k = 0; k < n; k += 3) {
-        char keep = journal[k];
-        clean(out);
-        clean(partial(out, ""));
-        shell("cp -r '%s' '%s'", saved, partial(out, ""));
-        journal[k] = (char)(keep ^ 1);
-        put(partial(out, "/besa-journal"), journal, n);
-        journal[k] = keep;
-        besa_result result = run_writer(c, out, "fp 1", 3, &done);
-        int fine = result == BESA_OK ? done < 2 && same_output(out, ref) : k < 12 && result == BESA_ERROR_EXISTS;
-        if (!fine) printf("  flip at %zu: %d done, %s\n", k, (int)done, result ? err.message : "");
-        flipped = flipped && fine;
-    }
-    check("writer: a bit of the journal flipped", flipped);
-
-    /* a block's bytes damaged, a shard short or gone, a small file gone */
-    const besa_tensor *victim = besa_checkpoint_find(c, "model.layers.1.mlp.up_proj.weight");
-    const char *shard = c->shards[victim->file].name;
-    for (int damage = 0; damage < 4; damage++) {
-        char path[1300];
-        clean(out);
-        clean(partial(out, ""));
-        shell("cp -r '%s' '%s'", saved, partial(out, ""));
-        snprintf(path, sizeof path, "%s.partial/%s", out, damage == 3 ? "config.json" : shard);
-        if (damage == 0) {
-            size_t m;
-            char *bytes = get(path, &m);
-            bytes[victim->offset + 5] ^= 16;
-            put(path, bytes, m);
-            free(bytes);
-        } else if (damage == 1) put(path, "x", 1);
-        else unlink(path);
-        besa_result result = run_writer(c, out, "fp 1", 3, &done);
-        static const int expected_done[] = { 1, 0, 0, 2 };
-        snprintf(label, sizeof label, "writer: damage %d is repaired", damage);
-        check(label, result == BESA_OK && done == expected_done[damage] && same_output(out, ref));
-    }
-
-    free(journal);
-
-    /* giving up */
-    clean(out);
-    besa__writer_open(&w, c, out, "fp 1", 3, &done, NULL, &err);
-    check_error("writer: finish too early", besa__writer_finish(w, &err), BESA_ERROR_OPTION, "0 of 3");
-    besa__writer_open(&w, c, out, "fp 1", 3, &done, NULL, &err);
-    besa__writer_abandon(w, 1, &err);
-    check("writer: abandoned without a block", !exists(partial(out, "")));
-    run_writer(c, out, "fp 1", 1, &done);
-    besa__writer_open(&w, c, out, "fp 1", 3, &done, NULL, &err);
-    besa__writer_abandon(w, 1, &err);
-    check("writer: abandoned with a block", done == 1 && exists(partial(out, "")));
-    besa__writer_open(&w, c, out, "fp 1", 3, &done, NULL, &err);
-    for (int64_t b = 1; b < 3; b++) write_block(w, c, b);
-    mkdir(out, 0777);
-    check_error("writer: the output has come to exist", besa__writer_finish(w, &err), BESA_ERROR_EXISTS, "come to exist");
-    rmdir(out);
-    check("writer: and is finished later", run_writer(c, out, "fp 1", 3, &done) == BESA_OK && done == 3 && same_output(out, ref));
-    besa_checkpoint_close(c);
+    remove_tree(out);
+    remove_tree(partial(out, ""));
 }
 
-/* ---- what lies beside ---------------------------------------------------------------------- */
-
-/* The small model with a head: 0 as the embedding, 1 another in its last byte, 2 of another type, 3 of another shape, 4 of a
- * type that is no weight's. */
-static const char *make_headed(const char *name, int kind)
+/* A begun output of one block. */
+static void begin_output(const besa_checkpoint *c, const char *out)
 {
-    static shard_text s;
-    const char *dir = make_model(name, 0);
-    char path[1100];
-    size_t n;
-    memset(&s, 0, sizeof s);
-    add_tensor(&s, "model.embed_tokens.weight", "BF16", 2, 10, 8);
-    add_tensor(&s, "lm_head.weight", kind == 2 ? "F16" : kind == 4 ? "I16" : "BF16", 2, kind == 3 ? 11 : 10, 8);
-    for (int b = 0; b < 3; b++) block_tensors(&s, b);
-    add_tensor(&s, "model.norm.weight", "BF16", 2, 8, 0);
-    s.n += (size_t)snprintf(s.header + s.n, sizeof s.header - s.n, "}");
-    snprintf(path, sizeof path, "%s/model.safetensors", dir);
-    put_raw(path, s.header, s.data, 5);
-    unsigned char *file = (unsigned char *)get(path, &n), *data = file + 8 + s.n;
-    memcpy(data + 160, data, 160);
-    data[319] ^= kind == 1;
-    put(path, file, n);
-    free(file);
+    int64_t done;
+    remove_output(out);
+    CHECK_ERROR(run_writer(c, out, 1, &done), BESA_OK, NULL);
+}
+
+static char difference[400];                    /* that same_output has found, in diff's words */
+
+static int same_output(const char *a, const char *b)
+{
+    shell_line(difference, sizeof difference, "diff -r '%s' '%s' 2>&1 || echo differs", a, b);
+    difference[strcspn(difference, "\n")] = 0;
+    return !*difference;
+}
+
+#define CHECK_OUTPUT(out, wanted) CHECK(same_output(out, wanted), "%s: %s", out, difference)
+
+/* A run that must go on with `blocks` of them done, and give the output. */
+static void check_resumed(const char *what, const besa_checkpoint *c, const char *out, int64_t blocks, const char *wanted)
+{
+    int64_t done = -1;
+    CHECK_CASE(what, run_writer(c, out, 3, &done), BESA_OK, NULL);
+    CHECK(done == blocks, "%s: %d blocks were done, expected %d", what, (int)done, (int)blocks);
+    CHECK(same_output(out, wanted), "%s: %s", what, difference);
+}
+
+/* A model with all that may lie beside it, made when it is first asked for. */
+static const char *source_model(int sharded)
+{
+    static const char *const others[] = { "pytorch_model.bin", "consolidated.00.pth", "extra.safetensors", "model.gguf",
+                                          "pytorch_model.bin.index.json", "adapter_config.json", ".gitattributes" };
+    const char *dir = temp_path(sharded ? "src2" : "src1");
+    if (exists(dir)) return dir;
+    make_model(sharded ? "src2" : "src1", sharded);
+    put_text(dir, "tokenizer.json", "{\"x\":1}\n");
+    put_text(dir, "empty.txt", "");
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++)
+        put_text(dir, others[i], strstr(others[i], "json") ? "{}" : "x");
+    mkdir(in(dir, "original"), 0777);
+    mkfifo(in(dir, "pipe"), 0666);
+    CHECK(!symlink("/nonexistent", in(dir, "dangling")) && !symlink("config.json", in(dir, "generation_config.json")),
+          "no links in %s", dir);
     return dir;
 }
 
-static void test_tied_head(void)
+/* What a run gives that nothing interrupts: made when it is first asked for. */
+static const char *wanted_output(int sharded)
 {
-    static const struct { const char *name; int kind; besa_result code; const char *words; int tied; } t[] = {
-        { "the embedding again", 0, BESA_OK, NULL, 1 }, { "another in one bit", 1, BESA_OK, NULL, 0 },
-        { "another type", 2, BESA_OK, NULL, 0 }, { "another shape", 3, BESA_ERROR_TENSOR, "lm_head.weight has shape [11, 8]", 0 },
-        { "no weights", 4, BESA_ERROR_UNSUPPORTED, "lm_head.weight has dtype I16", 0 } };
-    char label[128];
-    for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
-        besa_checkpoint *c;
-        besa__model model;
-        err.code = BESA_OK;
-        besa_result result = besa_checkpoint_open(&c, make_headed("headed", t[i].kind), &err);
-        snprintf(label, sizeof label, "tied head: %s", t[i].name);
-        check_error(label, result, t[i].code, t[i].words);
-        if (!c) continue;
-        const char *note = strstr(besa_checkpoint_notes(c), "lm_head.weight differs");
-        check(label, besa__model_bind(&model, c, &err) == BESA_OK && c->config.tie_word_embeddings == t[i].tied &&
-                     (model.head == besa_checkpoint_find(c, t[i].tied ? "model.embed_tokens.weight" : "lm_head.weight")) && (note == NULL) == t[i].tied);
-        besa_checkpoint_close(c);
-    }
+    const char *out = temp_path(sharded ? "ref2" : "ref1");
+    if (exists(out)) return out;
+    besa_checkpoint *c = open_model(source_model(sharded));
     int64_t done;
-    besa_checkpoint *c;
-    besa_checkpoint_open(&c, make_headed("headed", 1), &err);
-    put_text(at("headed"), "adapter_config.json", "{}");
-    check_error("tied head: written", run_writer(c, at("headed_out"), "fp 1", 3, &done), BESA_OK, NULL);
+    if (c) CHECK_ERROR(run_writer(c, out, 3, &done), BESA_OK, NULL);
     besa_checkpoint_close(c);
-    check_error("tied head: the output opens", besa_checkpoint_open(&c, at("headed_out"), &err), BESA_OK, NULL);
-    check("tied head: the output has it too, and no adapter", c && !c->config.tie_word_embeddings && strstr(besa_checkpoint_notes(c), "lm_head.weight differs") &&
-          !strstr(besa_checkpoint_notes(c), "adapter"));
+    return out;
+}
+
+/* Nothing lies under the output's name before all of it is there, nor anything that opens as a checkpoint; then nothing
+ * lies beside it. */
+static void test_writer_appears(int sharded)
+{
+    const char *out = temp_path("appears%d", sharded);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    besa__writer *w;
+    int64_t done;
+    if (!c) return;
+    CHECK_ERROR(open_writer(&w, c, out, &done), BESA_OK, NULL);
+    CHECK(done == 0, "%d blocks are done", (int)done);
+    for (int64_t b = 0; b < 3; b++) {
+        CHECK(!exists(out), "it exists before block %d", (int)b);
+        CHECK(exists(partial(out, "/besa-journal")), "no journal before block %d", (int)b);
+        CHECK(!exists(partial(out, "/config.json")), "config.json exists before block %d", (int)b);
+        CHECK_ERROR(write_block(w, c, b), BESA_OK, NULL);
+    }
+    CHECK_ERROR(besa__writer_finish(w, &err), BESA_OK, NULL);
+    CHECK(exists(out), "no output");
+    CHECK(!exists(partial(out, "")), ".partial is left over");
+    CHECK(!exists(partial(out, ".besa-journal")), "the journal is left over");
     besa_checkpoint_close(c);
 }
 
-static void test_adapters(void)
+static void test_writer_notes(int sharded)
 {
-    static const char *const names[] = { "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin" };
-    besa_checkpoint *c;
-    check_error("no adapter", besa_checkpoint_open(&c, make_model("adapted", 0), &err), BESA_OK, NULL);
-    check("no adapter: no note", c && !*besa_checkpoint_notes(c));
+    static const char *const left_out[] = {
+        "original (a subdirectory)", "pytorch_model.bin (", "consolidated.00.pth", "extra.safetensors", "model.gguf",
+        "pytorch_model.bin.index.json", "adapter_config.json (an adapter", ".gitattributes (hidden)",
+        "dangling (a dangling link)", "pipe (not" };
+    besa_checkpoint *c = open_model(source_model(sharded));
+    besa__writer *w;
+    char *notes = NULL;
+    int64_t done;
+    if (!c) return;
+    CHECK_ERROR(besa__writer_open(&w, c, temp_path("notes%d", sharded), "fp 1", 3, &done, &notes, &err), BESA_OK, NULL);
+    for (size_t i = 0; i < sizeof left_out / sizeof *left_out; i++)
+        CHECK(notes && strstr(notes, left_out[i]), "no note of %s: %s", left_out[i], notes ? notes : "no notes");
+    besa__writer_abandon(w, 1, NULL);
+    BESA_FREE(notes);
     besa_checkpoint_close(c);
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        const char *dir = make_model("adapted", 0);
-        put_text(dir, names[i], "{}");
-        check_error(names[i], besa_checkpoint_open(&c, dir, &err), BESA_OK, NULL);
-        check(names[i], c && strstr(besa_checkpoint_notes(c), names[i]) && strstr(besa_checkpoint_notes(c), "not applied"));
-        besa_checkpoint_close(c);
+}
+
+/* A writer that was refused something still makes the output. */
+static void check_goes_on(besa__writer *w, const besa_checkpoint *c, const char *out, const char *wanted)
+{
+    for (int64_t b = 0; b < 3; b++) CHECK_ERROR(write_block(w, c, b), BESA_OK, NULL);
+    CHECK_ERROR(besa__writer_finish(w, &err), BESA_OK, NULL);
+    CHECK_OUTPUT(out, wanted);
+}
+
+static void test_writer_lock(int sharded)
+{
+    const char *out = temp_path("locked%d", sharded);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    besa__writer *w, *second;
+    int64_t done;
+    if (!c) return;
+    CHECK_ERROR(open_writer(&w, c, out, &done), BESA_OK, NULL);
+    CHECK_ERROR(open_writer(&second, c, out, &done), BESA_ERROR_RESUME, "another process");
+    check_goes_on(w, c, out, wanted_output(sharded));
+    besa_checkpoint_close(c);
+}
+
+/* Only weights of the block that is to come. */
+static void test_writer_order(int sharded)
+{
+    const char *out = temp_path("order%d", sharded);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    besa__block_tensors t;
+    besa__writer *w;
+    int64_t done;
+    if (!c) return;
+    const besa_tensor *norm = besa_checkpoint_find(c, "model.norm.weight");
+    CHECK_ERROR(open_writer(&w, c, out, &done), BESA_OK, NULL);
+    CHECK_OK(besa__block_bind(&t, c, 1, &err), err);
+    CHECK_CASE("a weight of block 1", besa__writer_write(w, t.weight[0], t.weight[0]->data, t.weight[0]->bytes, &err),
+               BESA_ERROR_OPTION, "block 0");
+    CHECK_CASE("a norm", besa__writer_write(w, norm, norm->data, 8, &err), BESA_ERROR_OPTION, "block 0");
+    CHECK_CASE("block 1 done", besa__writer_block_done(w, 1, &err), BESA_ERROR_OPTION, "block 1");
+    check_goes_on(w, c, out, wanted_output(sharded));
+    besa_checkpoint_close(c);
+}
+
+/* What was written, or the source's bytes where nothing was. */
+static void test_writer_reads(int sharded)
+{
+    besa_checkpoint *c = open_model(source_model(sharded));
+    besa__block_tensors t;
+    besa__writer *w;
+    unsigned char back[4096];
+    int64_t done;
+    if (!c) return;
+    CHECK_ERROR(open_writer(&w, c, temp_path("reads%d", sharded), &done), BESA_OK, NULL);
+    for (int64_t b = 0; b < 3; b++) CHECK_ERROR(write_block(w, c, b), BESA_OK, NULL);
+    CHECK_OK(besa__block_bind(&t, c, 2, &err), err);
+    const besa_tensor *down = t.weight[BESA_DOWN], *o = t.weight[BESA_O];
+    CHECK_OK(besa__writer_read(w, down, back, 0, down->bytes, &err), err);
+    CHECK(back[0] == 2 && back[1] == ((const unsigned char *)down->data)[1], "down_proj begins with %d, %d", back[0],
+          back[1]);
+    CHECK_OK(besa__writer_read(w, o, back, 0, o->bytes, &err), err);
+    CHECK(!memcmp(back, o->data, o->bytes), "o_proj is not the source's");
+    besa__writer_abandon(w, 0, NULL);
+    remove_output(temp_path("reads%d", sharded));
+    besa_checkpoint_close(c);
+}
+
+static void test_writer_files(int sharded)
+{
+    const char *out = wanted_output(sharded);
+    static const char *const expected[2] = {
+        "config.json empty.txt generation_config.json model.safetensors tokenizer.json ",
+        "config.json empty.txt generation_config.json " SHARD_1 " " SHARD_2 " " INDEX " tokenizer.json " };
+    char list[512];
+    struct stat st;
+    shell_line(list, sizeof list, "cd '%s' && ls -A | LC_ALL=C sort | tr '\\n' ' '", out);
+    CHECK(!strcmp(list, expected[sharded]), "files: %s", list);
+    CHECK(!lstat(in(out, "generation_config.json"), &st) && S_ISREG(st.st_mode), "a link is still a link");
+    CHECK(same_file(in(out, "generation_config.json"), in(source_model(sharded), "config.json")),
+          "what a link led to differs");
+}
+
+static void test_writer_bytes(int sharded)
+{
+    besa_checkpoint *c = open_model(source_model(sharded)), *o = open_model(wanted_output(sharded));
+    int changed = 0;
+    for (int64_t i = 0; c && o && i < c->num_tensors; i++) {
+        const besa_tensor *x = c->tensors + i, *y = o->tensors + i;
+        int same = x->offset == y->offset && !memcmp(x->data, y->data, x->bytes);
+        if (strstr(x->name, "_proj") && !strstr(x->name, "o_proj")) changed += !same;
+        else CHECK(same, "%s is not the source's", x->name);
     }
-    besa_checkpoint_open(&c, make_headed("adapted", 1), &err);
-    put_text(at("adapted"), names[0], "{}");
+    CHECK(changed == 18, "%d weights of 18 are not the source's", changed);
+    besa_checkpoint_close(o);
     besa_checkpoint_close(c);
-    besa_checkpoint_open(&c, at("adapted"), &err);
-    const char *notes = c ? besa_checkpoint_notes(c) : "", *second = strchr(notes, '\n');
-    check("notes are lines", second && strstr(second, "adapter") && !strchr(second + 1, '\n')[1]);
+}
+
+static void test_writer_places(int sharded)
+{
+    besa_checkpoint *c = open_model(source_model(sharded));
+    const char *src = source_model(sharded), *fresh = temp_path("fresh%d", sharded);
+    int64_t done;
+    if (!c) return;
+    write_bytes(temp_path("plain"), "x", 1);
+    CHECK_ERROR(run_writer(c, wanted_output(sharded), 3, &done), BESA_ERROR_EXISTS, "exists already");
+    CHECK_ERROR(run_writer(c, src, 3, &done), BESA_ERROR_EXISTS, "is the input");
+    CHECK_ERROR(run_writer(c, in(src, "inside"), 3, &done), BESA_ERROR_EXISTS, "inside the input");
+    CHECK_ERROR(run_writer(c, "/", 3, &done), BESA_ERROR_EXISTS, NULL);
+    CHECK_ERROR(run_writer(c, "", 3, &done), BESA_ERROR_OPTION, NULL);
+    CHECK_ERROR(run_writer(c, temp_path("no/such/out"), 3, &done), BESA_ERROR_NOT_FOUND, "parent");
+    CHECK_ERROR(run_writer(c, temp_path("plain/out"), 3, &done), BESA_ERROR_NOT_FOUND, "parent");
+    CHECK_ERROR(run_as("a\nb", c, fresh, 3, &done), BESA_ERROR_OPTION, "fingerprint");
+    CHECK(!exists(fresh) && !exists(partial(fresh, "")), "a failed begin leaves something");
     besa_checkpoint_close(c);
+}
+
+static void test_writer_foreign(int sharded)
+{
+    const char *out = temp_path("foreign%d", sharded);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    int64_t done;
+    if (!c) return;
+    mkdir(partial(out, ""), 0777);
+    write_bytes(partial(out, "/mine"), "x", 1);
+    CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_EXISTS, "no unfinished output");
+    write_bytes(partial(out, "/besa-journal"), "hello\n", 6);
+    CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_EXISTS, "besa-journal");
+    CHECK(exists(partial(out, "/mine")), "a foreign file is gone");
+    remove_output(out);
+    besa_checkpoint_close(c);
+}
+
+/* Interrupted after each block; other options are refused meanwhile. */
+static void test_writer_stopped(int sharded)
+{
+    const char *out = temp_path("stopped%d", sharded);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    char name[64];
+    int64_t done;
+    for (int64_t stop = 0; c && stop < 3; stop++) {
+        snprintf(name, sizeof name, "stopped after %d blocks", (int)stop);
+        remove_output(out);
+        CHECK_CASE(name, run_writer(c, out, stop, &done), BESA_OK, NULL);
+        CHECK_CASE(name, run_as("fp 2", c, out, 3, &done), BESA_ERROR_RESUME, ".partial");
+        check_resumed(name, c, out, stop, wanted_output(sharded));
+    }
+    besa_checkpoint_close(c);
+}
+
+/* OUT.partial after two blocks, and its journal. */
+typedef struct stopped {
+    besa_checkpoint *c;
+    const char *out, *saved;
+    unsigned char *journal;
+    size_t size;
+} stopped;
+
+static int stopped_begin(stopped *s, int sharded, const char *name)
+{
+    int64_t done;
+    s->c = open_model(source_model(sharded));
+    s->out = temp_path("%s%d", name, sharded);
+    s->saved = temp_path("%s%d.saved", name, sharded);
+    if (!s->c) return 0;
+    CHECK_ERROR(run_writer(s->c, s->out, 2, &done), BESA_OK, NULL);
+    shell("cp -r '%s' '%s'", partial(s->out, ""), s->saved);
+    s->journal = read_bytes(partial(s->out, "/besa-journal"), &s->size);
+    return 1;
+}
+
+/* OUT.partial as it was, with other bytes for a journal. */
+static void stopped_again(const stopped *s, size_t size)
+{
+    remove_output(s->out);
+    shell("cp -r '%s' '%s'", s->saved, partial(s->out, ""));
+    write_bytes(partial(s->out, "/besa-journal"), s->journal, size);
+}
+
+static void stopped_end(stopped *s)
+{
+    free(s->journal);
+    remove_output(s->out);
+    remove_tree(s->saved);
+    besa_checkpoint_close(s->c);
+}
+
+/* The same output, and never more blocks than whole lines; a block's line is 42 bytes. */
+static void test_writer_torn(int sharded)
+{
+    const char *wanted = wanted_output(sharded);
+    char name[64];
+    int64_t one = 0;
+    stopped s;
+    if (!stopped_begin(&s, sharded, "torn")) return;
+    for (size_t cut = 0; cut <= s.size; cut++) {
+        int64_t blocks = cut == s.size ? 2 : cut + 42 >= s.size ? 1 : 0;
+        stopped_again(&s, cut);
+        snprintf(name, sizeof name, "cut at %zu of %zu", cut, s.size);
+        check_resumed(name, s.c, s.out, blocks, wanted);
+        one += blocks == 1;
+    }
+    CHECK(one > 0, "no cut leaves one block");
+    stopped_end(&s);
+}
+
+/* Fewer blocks, or, in its first word, no journal. */
+static void test_writer_flipped(int sharded)
+{
+    const char *wanted = wanted_output(sharded);
+    int64_t done;
+    stopped s;
+    if (!stopped_begin(&s, sharded, "flipped")) return;
+    for (size_t k = 0; k < s.size; k += 3) {
+        s.journal[k] ^= 1;
+        stopped_again(&s, s.size);
+        s.journal[k] ^= 1;
+        besa_result result = run_writer(s.c, s.out, 3, &done);
+        if (result == BESA_OK) {
+            CHECK(done < 2, "flip at %zu: %d blocks are done", k, (int)done);
+            CHECK(same_output(s.out, wanted), "flip at %zu: %s", k, difference);
+        } else CHECK(k < 12 && result == BESA_ERROR_EXISTS, "flip at %zu: %s (%s)", k, besa_result_string(result),
+                     err.message);
+    }
+    stopped_end(&s);
+}
+
+/* A block's bytes damaged, a shard short or gone, a small file gone: made good, from the first block that is not whole. */
+static void test_writer_damage(int sharded)
+{
+    const char *wanted = wanted_output(sharded);
+    stopped s;
+    if (!stopped_begin(&s, sharded, "damaged")) return;
+    const besa_tensor *victim = besa_checkpoint_find(s.c, "model.layers.1.mlp.up_proj.weight");
+    const char *shard = in(partial(s.out, ""), s.c->shards[victim->file].name);
+    size_t n;
+    stopped_again(&s, s.size);
+    unsigned char *bytes = read_bytes(shard, &n);
+    bytes[victim->offset + 5] ^= 16;
+    write_bytes(shard, bytes, n);
+    free(bytes);
+    check_resumed("a bit of block 1", s.c, s.out, 1, wanted);
+    stopped_again(&s, s.size);
+    write_bytes(shard, "x", 1);
+    check_resumed("a short shard", s.c, s.out, 0, wanted);
+    stopped_again(&s, s.size);
+    unlink(shard);
+    check_resumed("a missing shard", s.c, s.out, 0, wanted);
+    stopped_again(&s, s.size);
+    unlink(partial(s.out, "/config.json"));
+    check_resumed("a missing config.json", s.c, s.out, 2, wanted);
+    stopped_end(&s);
+}
+
+/* Giving up keeps finished blocks, and nothing where there is none. */
+static void test_writer_abandoned(int sharded)
+{
+    const char *out = temp_path("abandoned%d", sharded);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    besa__writer *w;
+    int64_t done;
+    if (!c) return;
+    CHECK_ERROR(open_writer(&w, c, out, &done), BESA_OK, NULL);
+    CHECK_ERROR(besa__writer_finish(w, &err), BESA_ERROR_OPTION, "0 of 3");
+    CHECK_ERROR(open_writer(&w, c, out, &done), BESA_OK, NULL);
+    besa__writer_abandon(w, 1, &err);
+    CHECK(!exists(partial(out, "")), "something is left where no block was done");
+    CHECK_ERROR(run_writer(c, out, 1, &done), BESA_OK, NULL);
+    CHECK_ERROR(open_writer(&w, c, out, &done), BESA_OK, NULL);
+    besa__writer_abandon(w, 1, &err);
+    CHECK(done == 1, "%d blocks were done", (int)done);
+    CHECK(exists(partial(out, "")), "the block is not kept");
+    remove_output(out);
+    besa_checkpoint_close(c);
+}
+
+/* The last rename replaces nothing, not even an empty directory; with and without renameat2. */
+static void test_writer_replaces_nothing(int sharded)
+{
+    static const int lacking[] = { 0, ENOSYS, EINVAL };
+    const char *out = temp_path("appeared%d", sharded), *wanted = wanted_output(sharded);
+    char beside[64];
+    besa_checkpoint *c = open_model(source_model(sharded));
+    besa__writer *w;
+    int64_t done;
+    snprintf(beside, sizeof beside, "appeared%d.partial", sharded);
+    for (int i = 0; c && i < 3; i++) {
+        no_renameat2 = lacking[i];
+        begin_output(c, out);
+        CHECK_ERROR(open_writer(&w, c, out, &done), BESA_OK, NULL);
+        for (int64_t b = 1; b < 3; b++) CHECK_ERROR(write_block(w, c, b), BESA_OK, NULL);
+        mkdir(out, 0777);
+        CHECK_ERROR(besa__writer_finish(w, &err), BESA_ERROR_EXISTS, "come to exist");
+        CHECK(rmdir(out) == 0, "%s is no empty directory any more", out);
+        CHECK(exists(partial(out, "")), "the unfinished output is gone");
+        CHECK(names_like(g_temp, beside) == 1, "%d names begin with %s", names_like(g_temp, beside), beside);
+        check_resumed("finished later", c, out, 3, wanted);
+    }
+    no_renameat2 = 0;
+    remove_output(out);
+    besa_checkpoint_close(c);
+}
+
+/* ---- what the output has of the source ------------------------------------------------------- */
+
+static void test_written_head(void)
+{
+    const char *dir = make_headed("headed", HEAD_OTHER_BIT), *out = temp_path("headed_out");
+    put_text(dir, "adapter_config.json", "{}");
+    besa_checkpoint *c = open_model(dir);
+    int64_t done;
+    if (!c) return;
+    CHECK_ERROR(run_writer(c, out, 3, &done), BESA_OK, NULL);
+    besa_checkpoint_close(c);
+    if ((c = open_model(out)) == NULL) return;
+    const char *notes = besa_checkpoint_notes(c);
+    CHECK(!c->config.tie_word_embeddings && strstr(notes, "lm_head.weight differs"), "tied %d, notes: %s",
+          c->config.tie_word_embeddings, notes);
+    CHECK(!strstr(notes, "adapter"), "notes: %s", notes);
+    besa_checkpoint_close(c);
+    remove_output(out);
 }
 
 /* Which files become part of an output. */
 static void test_left_out(void)
 {
     static const char *const copied[] = {
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-        "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "tekken.json", "qwen.tiktoken",
-        "modeling_custom.py", "README.md", "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "preprocessor_config.json", "model.index.md" };
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+        "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+        "chat_template.json", "tekken.json", "qwen.tiktoken", "modeling_custom.py", "README.md", "LICENSE",
+        "LICENSE.txt", "NOTICE", "USE_POLICY.md", "preprocessor_config.json", "model.index.md" };
     static const char *const left_out[] = {
-        "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapter_model.safetensors.index.json", "model.fp16.safetensors",
-        "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model.bin.index.fp16.json", "model.safetensors.index.json",
-        "model.safetensors.index.fp16.json", "tf_model.h5", "tf_model.h5.index.json", "flax_model.msgpack", "flax_model.msgpack.index.json",
-        "rust_model.ot", "model.onnx", "model.onnx_data", "model-Q4_K_M.gguf", "MODEL.GGUF", "ggml-model.ggml", "weights.npz", "consolidated.00.pth",
-        "consolidated.safetensors", "params.json", "checklist.chk", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state_0.pth",
-        "trainer_state.json", "trainer_log.jsonl", "training_args.bin", "training_args.json", "all_results.json", "eval_results.json",
-        "train_results.json", "events.out.tfevents.1700000000.host", "latest", "zero_to_fp32.py", "quantize_config.json", "quant_config.json",
-        "quantization_config.json", "hf_quant_config.json", "kv_cache_scales.json", "measurement.json", "imatrix.dat", "model.imatrix",
-        "openvino_model.xml", "openvino_model.bin", "genai_config.json", "ndarray-cache.json", "tensor-cache-b16.json", "SHA256SUMS",
+        "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin",
+        "adapter_model.safetensors.index.json", "model.fp16.safetensors", "pytorch_model.bin",
+        "pytorch_model.bin.index.json", "pytorch_model.bin.index.fp16.json", "model.safetensors.index.json",
+        "model.safetensors.index.fp16.json", "tf_model.h5", "tf_model.h5.index.json", "flax_model.msgpack",
+        "flax_model.msgpack.index.json", "rust_model.ot", "model.onnx", "model.onnx_data", "model-Q4_K_M.gguf",
+        "MODEL.GGUF", "ggml-model.ggml", "weights.npz", "consolidated.00.pth", "consolidated.safetensors",
+        "params.json", "checklist.chk", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state_0.pth",
+        "trainer_state.json", "trainer_log.jsonl", "training_args.bin", "training_args.json", "all_results.json",
+        "eval_results.json", "train_results.json", "events.out.tfevents.1700000000.host", "latest", "zero_to_fp32.py",
+        "quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json",
+        "kv_cache_scales.json", "measurement.json", "imatrix.dat", "model.imatrix", "openvino_model.xml",
+        "openvino_model.bin", "genai_config.json", "ndarray-cache.json", "tensor-cache-b16.json", "SHA256SUMS",
         "md5sums.txt", "model.safetensors.sha256", "model.sig", "tokens.npy", "tokens.u16", ".gitattributes" };
     besa_checkpoint c;
     struct stat st;
@@ -1475,14 +1962,364 @@ static void test_left_out(void)
     st.st_mode = S_IFREG;
     for (size_t i = 0; i < sizeof copied / sizeof *copied; i++) {
         const char *why = besa__why_left_out(&c, copied[i], &st);
-        if (why) printf("  %s: %s\n", copied[i], why), check("files: copied", 0);
+        CHECK(!why, "%s is left out: %s", copied[i], why);
     }
     for (size_t i = 0; i < sizeof left_out / sizeof *left_out; i++)
-        if (!besa__why_left_out(&c, left_out[i], &st)) printf("  %s\n", left_out[i]), check("files: left out", 0);
-    check("files: another model's adapter", !strcmp(besa__why_left_out(&c, "adapter_config.json", &st), "an adapter, which is not applied"));
+        CHECK(besa__why_left_out(&c, left_out[i], &st), "%s is copied", left_out[i]);
+    const char *adapter = besa__why_left_out(&c, "adapter_config.json", &st);
+    CHECK(adapter && !strcmp(adapter, "an adapter, which is not applied"), "of an adapter: %s", adapter ? adapter : "copied");
     c.index = INDEX;
-    check("files: the index of the shards", !besa__why_left_out(&c, INDEX, &st));
+    CHECK(!besa__why_left_out(&c, INDEX, &st), "the index of the shards is left out");
 }
+
+static int mode_of(const char *path)
+{
+    struct stat st;
+    return stat(path, &st) ? -1 : (int)(st.st_mode & 0777);
+}
+
+/* Four files with each of four modes in turn, under a umask; the run goes on where it may only read what it made. */
+static void check_modes(const char *src, const char *out, int shift, mode_t mask)
+{
+    static const char *const names[] = { "config.json", "model.safetensors", "tokenizer.json", "empty.txt" };
+    static const mode_t modes[] = { 0600, 0640, 0444, 0666 };
+    mode_t old = umask(mask);
+    int64_t done;
+    for (int i = 0; i < 4; i++) chmod(in(src, names[i]), modes[(i + shift) % 4]);
+    besa_checkpoint *c = open_model(src);
+    if (c) {
+        CHECK_ERROR(run_writer(c, out, 1, &done), BESA_OK, NULL);
+        CHECK_ERROR(run_writer(c, out, 3, &done), BESA_OK, NULL);
+        CHECK(done == 1, "umask %03o: %d blocks were done", (unsigned)mask, (int)done);
+    }
+    umask(old);
+    for (int i = 0; c && i < 4; i++) {
+        int expected = (int)(modes[(i + shift) % 4] & ~mask);
+        int found = mode_of(in(out, names[i]));
+        CHECK(found == expected, "umask %03o: %s has mode %03o, expected %03o", (unsigned)mask, names[i], (unsigned)found,
+              (unsigned)expected);
+    }
+    besa_checkpoint_close(c);
+    remove_output(out);
+}
+
+/* Files are as private as the source's; a umask takes away more. Reading only does not keep a run from going on. */
+static void test_permissions(void)
+{
+    static const mode_t masks[] = { 022, 077, 0 };
+    const char *src = temp_path("modes"), *out = temp_path("modes-out");
+    int64_t done;
+    shell("cp -r '%s' '%s'", source_model(0), src);
+    for (int m = 0; m < 3; m++)
+        for (int shift = 0; shift < 4; shift++) check_modes(src, out, shift, masks[m]);
+    chmod(src, 0700);
+    besa_checkpoint *c = open_model(src);
+    if (!c) return;
+    CHECK_ERROR(run_writer(c, out, 3, &done), BESA_OK, NULL);
+    CHECK(mode_of(out) == 0700, "the directory has mode %03o", (unsigned)mode_of(out));
+    besa_checkpoint_close(c);
+    remove_output(out);
+    remove_tree(src);
+}
+
+/* A source file is replaced while the run goes on: by the same contents, by others, by nothing; then it is put back. */
+enum { CHANGE_SAME, CHANGE_BYTE, CHANGE_SHORTER, CHANGE_GONE, CHANGE_BEFORE, CHANGES };
+
+/* A run with a change of the file: CHANGE_BEFORE it begins, and put back during it; else before it ends. kept: the
+ * checkpoint holds the file's bytes, so that others may be there in between. */
+static besa_result run_changed(const besa_checkpoint *c, const char *path, int kept, int change, const char *out)
+{
+    besa__writer *w;
+    besa__block_tensors t;
+    int64_t done;
+    size_t n;
+    unsigned char *bytes = read_bytes(path, &n);
+    if (change == CHANGE_BEFORE) {
+        write_bytes(path, "x", 1);
+        if (!kept) write_bytes(path, bytes, n);
+    }
+    besa_result result = open_writer(&w, c, out, &done);
+    for (int64_t b = 0; b < 3 && result == BESA_OK; b++) {
+        if (besa__block_bind(&t, c, b, &err) == BESA_OK)
+            for (int l = 0; l < BESA_LAYERS; l++)
+                besa__writer_saw(w, t.weight[l], 0, t.weight[l]->data, t.weight[l]->bytes);
+        result = write_block(w, c, b);
+    }
+    CHECK_CASE("blocks", result, BESA_OK, NULL);
+    if (change != CHANGE_BEFORE) rename(path, temp_path("aside"));
+    if (change == CHANGE_BYTE) bytes[n - 1] ^= 1; /* of shards the last one is of a weight */
+    if (change != CHANGE_GONE) write_bytes(path, bytes, change == CHANGE_SHORTER ? n - 1 : n);
+    free(bytes);
+    return besa__writer_finish(w, &err);
+}
+
+/* The output is of what was read, or the error names the file and the blocks are kept. */
+static void check_source_change(const char *src, const char *name, int change, const char *out)
+{
+    static const char *const how[] = { "the same", "another byte", "shorter", "gone", "another before" };
+    int kept = !strcmp(name, "config.json") || !strcmp(name, INDEX);
+    int refused = change == CHANGE_BYTE || change == CHANGE_SHORTER || change == CHANGE_GONE;
+    besa_checkpoint *c = open_model(src);
+    char label[128];
+    if (!c) return;
+    snprintf(label, sizeof label, "%s: %s", name, how[change]);
+    besa_result result = run_changed(c, in(src, name), kept, change, out);
+    CHECK_CASE(label, result, refused ? BESA_ERROR_READ : BESA_OK, name);
+    if (result != BESA_OK) {
+        CHECK(!exists(out) && exists(partial(out, "/besa-journal")), "%s: the blocks are not kept", label);
+        rename(temp_path("aside"), in(src, name));
+        check_resumed(label, c, out, 3, wanted_output(1));
+    } else CHECK(same_output(out, wanted_output(1)), "%s: %s", label, difference);
+    unlink(temp_path("aside"));
+    besa_checkpoint_close(c);
+    remove_output(out);
+}
+
+static void test_source_changes(void)
+{
+    static const char *const names[] = { "config.json", INDEX, SHARD_1, SHARD_2, "tokenizer.json" };
+    const char *src = temp_path("changes"), *out = temp_path("changes-out");
+    shell("cp -r '%s' '%s'", source_model(1), src);
+    unlink(in(src, "generation_config.json"));  /* no link to a file that changes */
+    shell("cd '%s' && cp config.json generation_config.json", src);
+    for (int i = 0; i < 5; i++)
+        for (int change = 0; change < CHANGES; change++) check_source_change(src, names[i], change, out);
+    remove_tree(src);
+}
+
+/* The header of a shard that is mapped, changed in place after it was read. */
+static void test_header_changes(void)
+{
+    const char *src = make_model("overwritten", 0), *out = temp_path("overwritten-out");
+    besa_checkpoint *c = open_model(src);
+    besa__writer *w;
+    int64_t done;
+    FILE *f = fopen(in(src, "model.safetensors"), "r+b");
+    if (c && f) {
+        fseek(f, 8, SEEK_SET);
+        fputc(' ', f);                          /* was the first brace */
+        fflush(f);
+        besa_result result = open_writer(&w, c, out, &done);
+        CHECK_CASE("overwritten header", result, BESA_ERROR_READ, "model.safetensors: has changed");
+        CHECK(!exists(out), "there is an output");
+        if (result == BESA_OK) besa__writer_abandon(w, 1, NULL);
+    }
+    if (f) fclose(f);
+    besa_checkpoint_close(c);
+    remove_output(out);
+}
+
+/* ---- kills, loss of power -------------------------------------------------------------------- */
+
+/* Whether a child that makes this many system calls before it is killed has finished instead; -1: it failed. */
+static int finished_before(const besa_checkpoint *c, const char *out, int calls)
+{
+    int status;
+    int64_t done;
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        fault_kind = FAULT_KILL;
+        fault_at = calls, fault_calls = 0;
+        _exit(run_writer(c, out, 3, &done) == BESA_OK ? 0 : 1);
+    }
+    waitpid(child, &status, 0);
+    return WIFSIGNALED(status) ? 0 : WEXITSTATUS(status) ? -1 : 1;
+}
+
+/* Killed again and again, each time a call later, without cleaning up in between. */
+static void test_kill(void)
+{
+    const char *out = temp_path("killed"), *wanted = wanted_output(1);
+    besa_checkpoint *c = open_model(source_model(1));
+    int calls = 1, finished = 0;
+    if (!c) return;
+    for (; !finished && calls < 1000; calls++) finished = exists(out) ? 1 : finished_before(c, out, calls);
+    CHECK(finished == 1, "after %d calls the run has %s", calls - 1, finished ? "failed" : "not ended");
+    CHECK_OUTPUT(out, wanted);
+    CHECK(names_like(g_temp, "killed") == 1, "%d names begin with killed", names_like(g_temp, "killed"));
+    besa_checkpoint_close(c);
+}
+
+/* Killed at each system call in turn, each time from the start: what is left is the output and nothing beside it, or is
+ * gone on from. */
+static void test_kill_points(void)
+{
+    const char *out = temp_path("killpoint"), *wanted = wanted_output(1);
+    besa_checkpoint *c = open_model(source_model(1));
+    int64_t done;
+    int ok = 1, finished = 0, calls = 1;
+    if (!c) return;
+    for (; !finished && ok && calls < 1000; calls++) {
+        finished = finished_before(c, out, calls);
+        ok = CHECK(finished >= 0, "call %d: the run fails", calls);
+        if (!finished && !exists(out))
+            ok = CHECK(run_writer(c, out, 3, &done) == BESA_OK, "call %d: %s", calls, err.message) && ok;
+        ok = CHECK(same_output(out, wanted), "call %d: %s", calls, difference) && ok;
+        ok = CHECK(names_like(g_temp, "killpoint") == 1, "call %d: %d names begin with killpoint", calls,
+                   names_like(g_temp, "killpoint")) && ok;
+        remove_output(out);
+    }
+    CHECK(finished, "after %d calls the run has not ended", calls - 1);
+    if (getenv("TEST_VERBOSE")) printf("    %d calls\n", calls - 2);
+    besa_checkpoint_close(c);
+}
+
+/* What a loss of power leaves is as good as what a kill leaves: bytes are on disk before the line that says so, all of it
+ * before a name says so; whether the run is a new one or goes on. */
+static void test_sync_order(int sharded)
+{
+    const char *out = temp_path("ordered"), *wanted = wanted_output(sharded);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    int64_t done;
+    for (int resumed = 0; c && resumed < 2; resumed++) {
+        const char *how = resumed ? "resumed" : "new";
+        if (resumed) CHECK_ERROR(run_writer(c, out, 1, &done), BESA_OK, NULL);
+        memset(&ledger, 0, sizeof ledger);
+        ledger.watching = 1;
+        besa_result result = run_writer(c, out, 3, &done);
+        ledger_expect_clean("the end", "", 0);
+        ledger.watching = 0;
+        CHECK_CASE(how, result, BESA_OK, NULL);
+        CHECK(done == resumed, "%s: %d blocks were done", how, (int)done);
+        CHECK(!ledger.violations, "%s: %s", how, ledger.first);
+        CHECK(ledger.lines == (resumed ? 2 : 6) && ledger.renames == 2, "%s: %d lines, %d renames", how, ledger.lines,
+              ledger.renames);
+        CHECK(same_output(out, wanted), "%s: %s", how, difference);
+        remove_output(out);
+    }
+    besa_checkpoint_close(c);
+}
+
+/* ---- what others have put into OUT.partial: not read as a file, nor written through, nor deleted ---- */
+
+static const char *const run_files[] = { "besa-journal", SHARD_2, "tokenizer.json", "config.json", INDEX };
+
+/* A FIFO, a socket, a directory where a file should be. */
+static void test_places_kinds(void)
+{
+    static const char *const kinds[] = { "a FIFO", "a socket", "a directory" };
+    static const mode_t types[] = { S_IFIFO, S_IFSOCK, S_IFDIR };
+    const char *out = temp_path("kinds");
+    besa_checkpoint *c = open_model(source_model(1));
+    int64_t done;
+    for (int kind = 0; c && kind < 3; kind++)
+        for (int i = 0; i < 5; i++) {
+            const char *path = in(partial(out, ""), run_files[i]);
+            begin_output(c, out);
+            unlink(path);
+            if (types[kind] == S_IFDIR) mkdir(path, 0777);
+            else mknod(path, types[kind] | 0666, 0);
+            alarm(20);                          /* instead of waiting for a writer */
+            besa_result result = run_writer(c, out, 3, &done);
+            alarm(0);
+            CHECK_CASE(kinds[kind], result, BESA_ERROR_EXISTS, run_files[i]);
+            CHECK(exists(path), "%s in place of %s is gone", kinds[kind], run_files[i]);
+            CHECK(!exists(out), "%s in place of %s: there is an output", kinds[kind], run_files[i]);
+        }
+    remove_output(out);
+    besa_checkpoint_close(c);
+}
+
+/* Another name of the same file, as in a backup made by cp -al, keeps its contents; i: of run_files, 1 is a shard. */
+static void check_hard_link(const besa_checkpoint *c, const char *out, int i)
+{
+    const char *name = run_files[i], *path = in(partial(out, ""), name), *mine = temp_path("links-mine");
+    const char *wanted = wanted_output(1);
+    int64_t done;
+    size_t n, m;
+    begin_output(c, out);
+    if (!exists(path)) write_bytes(path, "other", 5);
+    CHECK(link(path, mine) == 0, "%s: no link", name);
+    unsigned char *before = read_bytes(mine, &n), *after;
+    besa_result result = run_writer(c, out, 3, &done);
+    CHECK_CASE(name, result, i == 1 ? BESA_ERROR_EXISTS : BESA_OK, "hard links");
+    after = read_bytes(mine, &m);
+    CHECK(before && after && n == m && !memcmp(before, after, n), "%s: its other name has other contents", name);
+    free(before);
+    free(after);
+    unlink(mine);
+    if (result != BESA_OK) CHECK_CASE(name, run_writer(c, out, 3, &done), BESA_OK, NULL);
+    CHECK(same_output(out, wanted), "%s: %s", name, difference);
+}
+
+static void test_places_links(void)
+{
+    besa_checkpoint *c = open_model(source_model(1));
+    for (int i = 1; c && i < 5; i++) check_hard_link(c, temp_path("links"), i);
+    remove_output(temp_path("links"));
+    besa_checkpoint_close(c);
+}
+
+/* Giving up leaves a foreign file alone, and says so after what the run ended with. */
+static void test_places_discarded(void)
+{
+    const char *out = temp_path("discarded");
+    besa_checkpoint *c = open_model(source_model(1));
+    besa__writer *w;
+    char left[256];
+    int64_t done;
+    if (!c) return;
+    begin_output(c, out);
+    write_bytes(partial(out, "/notes.txt"), "mine", 4);
+    CHECK_ERROR(open_writer(&w, c, out, &done), BESA_OK, NULL);
+    err.code = BESA_ERROR_CANCELLED;
+    snprintf(err.message, sizeof err.message, "stopped");
+    besa__writer_abandon(w, 2, &err);
+    CHECK_CASE("discarded", err.code, BESA_ERROR_CANCELLED, "stopped; ");
+    CHECK(strstr(err.message, "notes.txt") && strstr(err.message, ".partial stays"), "message: %s", err.message);
+    shell_line(left, sizeof left, "ls -A '%s' | tr '\\n' ' '", partial(out, ""));
+    CHECK(!strcmp(left, "notes.txt "), "left are: %s", left);
+    remove_output(out);
+    besa_checkpoint_close(c);
+}
+
+/* A start that fails, of a run that was killed while it copied, takes back what is its own, and no more. */
+static void test_places_failed_start(void)
+{
+    const char *out = temp_path("unstarted"), *first = "besa-journal 1";
+    besa_checkpoint *c = open_model(source_model(1));
+    char line[128];
+    int64_t done;
+    if (!c) return;
+    begin_output(c, out);
+    snprintf(line, sizeof line, "%s %016llx\n", first,
+             (unsigned long long)besa__hash(BESA__HASH_START, first, strlen(first)));
+    write_bytes(partial(out, "/besa-journal"), line, strlen(line));
+    write_bytes(partial(out, "/notes.txt"), "mine", 4);
+    unlink(partial(out, "/tokenizer.json"));
+    mkfifo(partial(out, "/tokenizer.json"), 0666);
+    CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_EXISTS, "tokenizer.json");
+    CHECK(strstr(err.message, ".partial stays"), "message: %s", err.message);
+    CHECK(exists(partial(out, "/notes.txt")), "notes.txt is gone");
+    CHECK(exists(partial(out, "/tokenizer.json")), "the FIFO is gone");
+    CHECK(!exists(partial(out, "/besa-journal")), "the journal is left");
+    CHECK(!exists(partial(out, "/empty.txt")), "empty.txt is left");
+    CHECK(!exists(partial(out, "/" SHARD_1)), "a shard is left");
+    remove_output(out);
+    besa_checkpoint_close(c);
+}
+
+/* A run that ends well says what else becomes part of the output. */
+static void test_places_noted(void)
+{
+    const char *out = temp_path("noted-out");
+    besa_checkpoint *c = open_model(source_model(1));
+    besa__writer *w;
+    char *notes = NULL;
+    int64_t done;
+    if (!c) return;
+    begin_output(c, out);
+    write_bytes(partial(out, "/notes.txt"), "mine", 4);
+    CHECK_ERROR(besa__writer_open(&w, c, out, "fp 1", 3, &done, &notes, &err), BESA_OK, NULL);
+    CHECK(notes && strstr(notes, "notes.txt"), "notes: %s", notes ? notes : "none");
+    BESA_FREE(notes);
+    besa__writer_abandon(w, 0, NULL);
+    remove_output(out);
+    besa_checkpoint_close(c);
+}
+
+/* ---- failing calls --------------------------------------------------------------------------- */
 
 /* Each allocation fails in turn, and every input check: nothing is kept. */
 static void check_frees(const char *name, const char *dir, const char *tokens)
@@ -1497,495 +2334,323 @@ static void check_frees(const char *name, const char *dir, const char *tokens)
         besa_result result = dir ? besa_checkpoint_open(&c, dir, &err) : besa_tokens_load(&t, tokens, &err);
         finished = fault_calls < calls;
         fault_kind = FAULT_NONE;
-        ok = (finished || (result == BESA_ERROR_MEMORY && err.code == result)) && (result == BESA_OK || live_blocks == blocks);
+        ok = CHECK(finished || (result == BESA_ERROR_MEMORY && err.code == result), "%s, allocation %d: %s (%s)", name,
+                   calls, besa_result_string(result), result ? err.message : "");
+        ok = CHECK(result == BESA_OK || live_blocks == blocks, "%s, allocation %d: %d blocks are kept", name, calls,
+                   (int)(live_blocks - blocks)) && ok;
         besa_checkpoint_close(c);
         besa_tokens_free(&t);
-        ok = ok && live_blocks == blocks;
-        if (!ok) printf("  call %d: %s, %d blocks kept\n", calls, result ? err.message : "", (int)(live_blocks - blocks));
+        ok = CHECK(live_blocks == blocks, "%s, allocation %d: %d blocks are kept after closing", name, calls,
+                   (int)(live_blocks - blocks)) && ok;
     }
-    check(name, ok && finished && calls > 2);
+    CHECK(finished && calls > 2, "%s: not all of %d allocations were tried", name, calls - 1);
 }
 
-static void test_frees(void)
+static void test_frees_checkpoints(void)
+{
+    const char *dir = temp_path("frees");
+    check_frees("one file", make_model("frees", 0), NULL);
+    check_frees("shards", make_model("frees", 1), NULL);
+    check_frees("a head that differs", make_headed("frees", HEAD_OTHER_BIT), NULL);
+    check_frees("a head of another shape", make_headed("frees", HEAD_OTHER_SHAPE), NULL);
+    put_text(dir, "adapter_config.json", "{}");
+    check_frees("and an adapter", dir, NULL);
+    put_text(dir, "config.json", "{\"model_type\":\"llama\",\"hidden_size\":-1}");
+    check_frees("a bad config", dir, NULL);
+}
+
+static void test_frees_tokens(void)
 {
     static const unsigned char bad[16] = { 1, 0, 0, 0, 255, 255, 255, 255 };
+    const char *path = temp_path("f.npy");
     unsigned char file[256];
-    check_frees("frees: one file", make_model("frees", 0), NULL);
-    check_frees("frees: shards", make_model("frees", 1), NULL);
-    check_frees("frees: a head that differs", make_headed("frees", 1), NULL);
-    check_frees("frees: a head of another shape", make_headed("frees", 3), NULL);
-    put_text(at("frees"), "adapter_config.json", "{}");
-    check_frees("frees: and an adapter", at("frees"), NULL);
-    put_text(at("frees"), "config.json", "{\"model_type\":\"llama\",\"hidden_size\":-1}");
-    check_frees("frees: a bad config", at("frees"), NULL);
-    put(at("f.npy"), file, npy(file, 1, "{'descr': '<i4', 'fortran_order': False, 'shape': (1,), }", bad, 4));
-    check_frees("frees: .npy", NULL, at("f.npy"));
-    put(at("f.npy"), file, npy(file, 1, "{'descr': '<i4', 'fortran_order': False, 'shape': (2,), }", bad, 8));
-    check_frees("frees: .npy with a bad id", NULL, at("f.npy"));
-    put(at("f.npy"), file, npy(file, 1, "{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }", bad, 8));
-    check_frees("frees: .npy of floats", NULL, at("f.npy"));
-    put(at("f.i32"), bad, 8);
-    check_frees("frees: raw with a bad id", NULL, at("f.i32"));
+    write_bytes(path, file, npy(file, 1, NPY("'<i4'", "(1,)"), bad, 4));
+    check_frees(".npy", NULL, path);
+    write_bytes(path, file, npy(file, 1, NPY("'<i4'", "(2,)"), bad, 8));
+    check_frees(".npy with a bad id", NULL, path);
+    write_bytes(path, file, npy(file, 1, NPY("'<f4'", "(2,)"), bad, 8));
+    check_frees(".npy of floats", NULL, path);
+    write_bytes(temp_path("f.i32"), bad, 8);
+    check_frees("raw with a bad id", NULL, temp_path("f.i32"));
 }
 
-/* Whether a child that makes this many system calls before it is killed has finished instead; -1: it failed. */
-static int finished_before(const besa_checkpoint *c, const char *out, int calls)
+/* Each call of the kind fails while a model opens: an error. */
+static void check_failing_open(int kind)
 {
-    int status;
-    int64_t done;
-    pid_t child = fork();
-    if (child == 0) {
-        fault_kind = FAULT_KILL;
-        fault_at = calls, fault_calls = 0;
-        _exit(run_writer(c, out, "fp 1", 3, &done) == BESA_OK ? 0 : 1);
-    }
-    waitpid(child, &status, 0);
-    return WIFSIGNALED(status) ? 0 : WEXITSTATUS(status) ? -1 : 1;
-}
-
-/* Names in a directory that begin so. */
-static int names_like(const char *directory, const char *start)
-{
-    DIR *d = opendir(directory);
-    struct dirent *e;
-    int n = 0;
-    while (d && (e = readdir(d)) != NULL) n += !strncmp(e->d_name, start, strlen(start));
-    if (d) closedir(d);
-    return n;
-}
-
-/* Killed again and again, each time a call later, without cleaning up in between. */
-static void test_kill(void)
-{
-    const char *out = at("killed");
-    besa_checkpoint *c;
-    int calls = 1, finished = 0;
-    if (besa_checkpoint_open(&c, at("src2"), &err) != BESA_OK) return;
-    for (; !finished && calls < 1000; calls++) finished = exists(out) ? 1 : finished_before(c, out, calls);
-    check("killed a call later each time, ends the same", finished == 1 && same_output(out, at("ref2")));
-    check("and leaves nothing beside it", names_like(root, "killed") == 1);
-    besa_checkpoint_close(c);
-}
-
-/* Killed at each system call in turn, each time from the start: what is left is the output and nothing beside it, or is
- * gone on from. */
-static void test_kill_points(void)
-{
-    const char *out = at("killpoint");
-    besa_checkpoint *c;
-    int64_t done;
-    int ok = 1, finished = 0, calls = 1;
-    if (besa_checkpoint_open(&c, at("src2"), &err) != BESA_OK) return;
-    for (; !finished && ok && calls < 1000; calls++) {
-        finished = finished_before(c, out, calls);
-        if (!finished && !exists(out)) ok = run_writer(c, out, "fp 1", 3, &done) == BESA_OK;
-        ok = ok && finished >= 0 && same_output(out, at("ref2")) && names_like(root, "killpoint") == 1;
-        if (!ok) printf("  call %d: %s\n", calls, err.message);
-        clean(out);
-        clean(partial(out, ""));
-    }
-    printf("  %d calls\n", calls - 2);
-    check("killed at each system call, resumed: the same bytes", ok && finished);
-    besa_checkpoint_close(c);
-}
-
-/* What a loss of power leaves is as good as what a kill leaves: bytes are on disk before the line that says so, all of it
- * before a name says so; whether the run is a new one or goes on. */
-static void test_sync_order(const char *source, const char *reference)
-{
-    besa_checkpoint *c;
-    int64_t done;
-    if (besa_checkpoint_open(&c, source, &err) != BESA_OK) return;
-    for (int resumed = 0; resumed < 2; resumed++) {
-        const char *out = at("ordered");
-        if (resumed) run_writer(c, out, "fp 1", 1, &done);
-        memset(&ledger, 0, sizeof ledger);
-        ledger.watching = 1;
-        besa_result result = run_writer(c, out, "fp 1", 3, &done);
-        ledger_expect_clean("the end", "", 0);
-        ledger.watching = 0;
-        check_error("order of writes", result, BESA_OK, NULL);
-        check(resumed ? "order of writes, resumed: synced before it is said" : "order of writes: synced before it is said",
-              !ledger.violations && done == resumed && same_output(out, reference));
-        if (ledger.violations) printf("  %s\n", ledger.first);
-        check("order of writes: lines and renames", ledger.lines == (resumed ? 2 : 6) && ledger.renames == 2);
-        clean(out);
-    }
-    besa_checkpoint_close(c);
-}
-
-/* A begun output of one block, and a second file of the run's. */
-static void begin_output(const besa_checkpoint *c, const char *out)
-{
-    int64_t done;
-    clean(out);
-    clean(partial(out, ""));
-    run_writer(c, out, "fp 1", 1, &done);
-}
-
-/* What others have put into OUT.partial: neither read as a file, nor written through, nor deleted. */
-static void test_places(void)
-{
-    static const char *const names[] = { "besa-journal", "model-00002-of-00002.safetensors", "tokenizer.json", "config.json",
-                                         "model.safetensors.index.json" };
-    const char *out = at("places"), *mine = at("places-mine");
-    besa_checkpoint *c;
-    besa__writer *w;
-    int64_t done;
-    char path[1200], label[200], journal[64];
-    size_t n;
-    if (besa_checkpoint_open(&c, at("src2"), &err) != BESA_OK) return;
-    for (int kind = 0; kind < 3; kind++)        /* a FIFO, a socket, a directory where a file should be */
-        for (int i = 0; i < 5; i++) {
-            begin_output(c, out);
-            snprintf(path, sizeof path, "%s.partial/%s", out, names[i]);
-            unlink(path);
-            if (kind == 2) mkdir(path, 0777);
-            else mknod(path, (kind ? S_IFSOCK : S_IFIFO) | 0666, 0);
-            alarm(20);                          /* instead of waiting for a writer */
-            snprintf(label, sizeof label, "places: kind %d in place of %s", kind, names[i]);
-            check_error(label, run_writer(c, out, "fp 1", 3, &done), BESA_ERROR_EXISTS, names[i]);
-            alarm(0);
-            check("places: it is still there", exists(path) && !exists(out));
-            clean(path);
-        }
-    for (int i = 1; i < 5; i++) {               /* another name of the same file: a backup made by cp -al */
-        begin_output(c, out);
-        snprintf(path, sizeof path, "%s.partial/%s", out, names[i]);
-        if (!exists(path)) put(path, "other", 5);
-        clean(mine);
-        if (link(path, mine)) check("places: link", 0);
-        char *before = get(mine, &n), *after;
-        size_t m;
-        besa_result result = run_writer(c, out, "fp 1", 3, &done);
-        snprintf(label, sizeof label, "places: %s has a second name", names[i]);
-        check_error(label, result, i == 1 ? BESA_ERROR_EXISTS : BESA_OK, "hard links");
-        after = get(mine, &m);
-        check("places: which keeps its contents", before && after && n == m && !memcmp(before, after, n));
-        free(before);
-        free(after);
-        unlink(mine);
-        if (result != BESA_OK) result = run_writer(c, out, "fp 1", 3, &done);
-        check("places: and the output is right", result == BESA_OK && same_output(out, at("ref2")));
-    }
-    /* giving up, and failing to begin, leave a foreign file and say so */
-    begin_output(c, out);
-    put(partial(out, "/notes.txt"), "mine", 4);
-    besa__writer_open(&w, c, out, "fp 1", 3, &done, NULL, &err);
-    err.code = BESA_ERROR_CANCELLED;
-    snprintf(err.message, sizeof err.message, "stopped");
-    besa__writer_abandon(w, 2, &err);
-    check_error("places: discarded", err.code, BESA_ERROR_CANCELLED, "stopped; ");
-    check("places: the message names the foreign file", strstr(err.message, "notes.txt") && strstr(err.message, ".partial stays"));
-    shell("ls -A '%s' > '%s'", partial(out, ""), mine);
-    char *left = get(mine, &n);
-    check("places: which alone is left", left && !strcmp(left, "notes.txt\n"));
-    free(left);
-    clean(partial(out, ""));
-    begin_output(c, out);
-    snprintf(journal, sizeof journal, "besa-journal 1");
-    snprintf(path, sizeof path, "%s %016llx\n", journal, (unsigned long long)besa__hash(BESA__HASH_START, journal, strlen(journal)));
-    put(partial(out, "/besa-journal"), path, strlen(path)); /* killed while it was copied */
-    put(partial(out, "/notes.txt"), "mine", 4);
-    unlink(partial(out, "/tokenizer.json"));
-    mkfifo(partial(out, "/tokenizer.json"), 0666);
-    check_error("places: a failed start", run_writer(c, out, "fp 1", 3, &done), BESA_ERROR_EXISTS, "tokenizer.json");
-    check("places: leaves both", exists(partial(out, "/notes.txt")) && exists(partial(out, "/tokenizer.json")));
-    check("places: and none of its own", !exists(partial(out, "/besa-journal")) && !exists(partial(out, "/empty.txt")) &&
-          !exists(partial(out, "/model-00001-of-00002.safetensors")) && strstr(err.message, ".partial stays"));
-    clean(partial(out, ""));
-    begin_output(c, out);                       /* a run that ends well says what else becomes part of the output */
-    put(partial(out, "/notes.txt"), "mine", 4);
-    char *notes = NULL;
-    check_error("places: resumed beside a foreign file", besa__writer_open(&w, c, out, "fp 1", 3, &done, &notes, &err), BESA_OK, NULL);
-    check("places: is noted", notes && strstr(notes, "notes.txt"));
-    BESA_FREE(notes);
-    besa__writer_abandon(w, 0, NULL);
-    clean(partial(out, ""));
-    /* the last rename replaces nothing, not even an empty directory; with and without renameat2 */
-    static const int lacking[] = { 0, ENOSYS, EINVAL };
-    for (int i = 0; i < 3; i++) {
-        no_renameat2 = lacking[i];
-        begin_output(c, out);
-        besa__writer_open(&w, c, out, "fp 1", 3, &done, NULL, &err);
-        for (int64_t b = 1; b < 3; b++) write_block(w, c, b);
-        mkdir(out, 0777);
-        check_error("places: OUT has come to exist", besa__writer_finish(w, &err), BESA_ERROR_EXISTS, "come to exist");
-        check("places: and is not replaced", rmdir(out) == 0 && exists(partial(out, "")) && names_like(root, "places.partial") == 1);
-        check("places: finished later", run_writer(c, out, "fp 1", 3, &done) == BESA_OK && done == 3 && same_output(out, at("ref2")));
-    }
-    no_renameat2 = 0;
-    clean(out);
-    besa_checkpoint_close(c);
-}
-
-static int mode_of(const char *directory, const char *name)
-{
-    char path[1200];
-    struct stat st;
-    snprintf(path, sizeof path, "%s/%s", directory, name);
-    return stat(path, &st) ? -1 : (int)(st.st_mode & 0777);
-}
-
-/* Files are as private as the source's; a umask takes away more. Reading only does not keep a run from going on. */
-static void test_permissions(void)
-{
-    static const char *const names[] = { "config.json", "model.safetensors", "tokenizer.json", "empty.txt" };
-    static const mode_t modes[] = { 0600, 0640, 0444, 0666 }, masks[] = { 022, 077, 0 };
-    const char *src = at("modes"), *out = at("modes-out");
-    besa_checkpoint *c;
-    int64_t done;
-    clean(src);
-    shell("cp -r '%s' '%s'", at("src1"), src);
-    for (int m = 0; m < 3; m++)
-        for (int shift = 0; shift < 4; shift++) {
-            mode_t old = umask(masks[m]);
-            int same = 1;
-            for (int i = 0; i < 4; i++) {
-                char path[1200];
-                snprintf(path, sizeof path, "%s/%s", src, names[i]);
-                chmod(path, modes[(i + shift) % 4]);
-            }
-            if (besa_checkpoint_open(&c, src, &err) != BESA_OK) break;
-            run_writer(c, out, "fp 1", 1, &done);
-            besa_result result = run_writer(c, out, "fp 1", 3, &done);
-            umask(old);
-            for (int i = 0; i < 4; i++) same = same && mode_of(out, names[i]) == (int)(modes[(i + shift) % 4] & ~masks[m]);
-            check_error("permissions: resumed", result, BESA_OK, NULL);
-            check("permissions are the source's", same && done == 1);
-            besa_checkpoint_close(c);
-            clean(out);
-            clean(partial(out, ""));
-        }
-    chmod(src, 0700);
-    if (besa_checkpoint_open(&c, src, &err) != BESA_OK) return;
-    run_writer(c, out, "fp 1", 3, &done);
-    check("permissions of the directory", mode_of(out, ".") == 0700);
-    besa_checkpoint_close(c);
-    clean(out);
-    clean(src);
-}
-
-/* A source file is replaced while the run goes on: by the same contents, by others, by nothing; then it is put back. The output
- * is of what was read, or the error names the file and the blocks are kept. */
-static void test_source_changes(void)
-{
-    static const char *const names[] = { "config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
-                                         "model-00002-of-00002.safetensors", "tokenizer.json" };
-    const char *src = at("changes"), *out = at("changes-out");
-    char path[1200], aside[1300], label[200];
-    int64_t done;
-    clean(src);
-    shell("cp -r '%s' '%s'", at("src2"), src);
-    shell("cd '%s' && rm generation_config.json && cp config.json generation_config.json%s", src, ""); /* no link to a file that changes */
-    for (int i = 0; i < 5; i++)
-        for (int change = 0; change < 5; change++) {
-            besa_checkpoint *c;
-            besa__writer *w;
-            size_t n;
-            if (besa_checkpoint_open(&c, src, &err) != BESA_OK) return check("changes: source opens", 0);
-            snprintf(path, sizeof path, "%s/%s", src, names[i]);
-            snprintf(aside, sizeof aside, "%s.old", path);
-            char *bytes = get(path, &n);
-            if (change == 4) put(path, "x", i < 2 ? 1 : 0);  /* before the run begins, and put back during it: only small files */
-            if (change == 4 && i > 1) put(path, bytes, n);
-            besa_result result = besa__writer_open(&w, c, out, "fp 1", 3, &done, NULL, &err);
-            for (int64_t b = 0; b < 3 && result == BESA_OK; b++) {
-                besa__block_tensors t;
-                if (besa__block_bind(&t, c, b, &err) == BESA_OK)
-                    for (int l = 0; l < BESA_LAYERS; l++) besa__writer_saw(w, t.weight[l], 0, t.weight[l]->data, t.weight[l]->bytes);
-                result = write_block(w, c, b);
-            }
-            check_error("changes: blocks", result, BESA_OK, NULL);
-            if (change < 4) rename(path, aside);
-            if (change == 0 || change == 4) put(path, bytes, n);
-            if (change == 1) {                  /* the last byte: of shards a weight */
-                bytes[n - 1] ^= 1;
-                put(path, bytes, n);
-                bytes[n - 1] ^= 1;
-            }
-            if (change == 2) put(path, bytes, n - 1);
-            result = besa__writer_finish(w, &err);
-            snprintf(label, sizeof label, "changes: %s, change %d", names[i], change);
-            check_error(label, result, change > 0 && change < 4 ? BESA_ERROR_READ : BESA_OK, names[i]);
-            if (result != BESA_OK) {
-                check("changes: the blocks are kept", !exists(out) && exists(partial(out, "/besa-journal")));
-                rename(aside, path);
-                check("changes: put back, it goes on", run_writer(c, out, "fp 1", 3, &done) == BESA_OK && done == 3);
-            }
-            check("changes: the output is of what was read", same_output(out, at("ref2")));
-            unlink(aside);
-            free(bytes);
-            besa_checkpoint_close(c);
-            clean(out);
-            clean(partial(out, ""));
-        }
-    clean(src);
-}
-
-/* Each system call, or each allocation, fails in turn: an error, no leak, nothing lost. */
-static void test_faults(int kind)
-{
-    const char *out = at("faulty"), *dir = at("src2");
-    besa_checkpoint *c;
-    int64_t done, before;
-    int ok = 1, finished = 0, calls = 1;
+    int ok = 1, calls = 1;
+    const char *dir = source_model(1);
     for (int opened = 0; !opened && ok && calls < 1000; calls++) {
+        besa_checkpoint *c;
         fault_kind = kind, fault_at = calls, fault_calls = 0;
         besa_result result = besa_checkpoint_open(&c, dir, &err);
         fault_kind = FAULT_NONE;
         besa_checkpoint_close(c);
         opened = result == BESA_OK;
-        ok = opened || (err.code == result && (kind == FAULT_MEMORY ? result == BESA_ERROR_MEMORY : result == BESA_ERROR_READ));
-        if (!ok) printf("  open, call %d: %s\n", calls, err.message);
+        ok = CHECK(opened || (err.code == result && result == (kind == FAULT_MEMORY ? BESA_ERROR_MEMORY : BESA_ERROR_READ)),
+                   "call %d: %s (%s)", calls, besa_result_string(result), err.message);
     }
-    check(kind == FAULT_MEMORY ? "opening with each allocation failing" : "opening with each system call failing", ok && calls > 5);
-    if (besa_checkpoint_open(&c, dir, &err) != BESA_OK) return;
-    for (calls = 1; !finished && ok && calls < 1000; calls++) {
-        run_writer(c, out, "fp 1", 1, &before);
+    CHECK(calls > 5 && calls < 1000, "%d calls were tried", calls - 1);
+}
+
+/* Each call of the kind fails while a run goes on: an error that says so, blocks that are kept, and the same bytes when it
+ * is run again. */
+static void check_failing_run(int kind)
+{
+    const char *out = temp_path("faulty"), *wanted = wanted_output(1);
+    besa_checkpoint *c = open_model(source_model(1));
+    int64_t done, before;
+    int ok = 1, finished = 0, calls = 1;
+    for (; c && !finished && ok && calls < 1000; calls++) {
+        ok = CHECK(run_writer(c, out, 1, &before) == BESA_OK, "call %d: %s", calls, err.message);
         fault_kind = kind, fault_at = calls, fault_calls = 0;
-        besa_result result = run_writer(c, out, "fp 1", 3, &done);
+        besa_result result = run_writer(c, out, 3, &done);
         finished = fault_calls < calls;
         fault_kind = FAULT_NONE;
-        if (result == BESA_ERROR_WRITE && exists(out)) ok = strstr(err.message, "complete") != NULL; /* only its parent's sync */
-        else if (result != BESA_OK) ok = !exists(out) && exists(partial(out, "")) && err.code == result && run_writer(c, out, "fp 1", 3, &done) == BESA_OK && done >= 1;
-        ok = ok && same_output(out, at("ref2")) && !exists(partial(out, ""));
-        if (!ok) printf("  call %d: %s; %d done\n", calls, err.message, (int)done);
-        clean(out);
-        clean(partial(out, ""));
+        if (result == BESA_ERROR_WRITE && exists(out)) { /* only its parent's sync */
+            ok = CHECK(strstr(err.message, "complete"), "call %d: %s", calls, err.message) && ok;
+        } else if (result != BESA_OK) {
+            ok = CHECK(!exists(out) && exists(partial(out, "")), "call %d: the blocks are not kept", calls) && ok;
+            ok = CHECK(err.code == result, "call %d: %s, but %s", calls, besa_result_string(result),
+                       besa_result_string(err.code)) && ok;
+            ok = CHECK(run_writer(c, out, 3, &done) == BESA_OK, "call %d: not resumed: %s", calls, err.message) && ok;
+            ok = CHECK(done >= 1, "call %d: %d blocks were done", calls, (int)done) && ok;
+        }
+        ok = CHECK(same_output(out, wanted), "call %d: %s", calls, difference) && ok;
+        ok = CHECK(!exists(partial(out, "")), "call %d: .partial is left over", calls) && ok;
+        remove_output(out);
     }
-    printf("  %d calls\n", calls - 2);
-    check(kind == FAULT_MEMORY ? "writing with each allocation failing" : "writing with each system call failing", ok && finished);
-    short_writes = 1;
-    check_error("short reads, short writes and EINTR", run_writer(c, out, "fp 1", 3, &done), BESA_OK, NULL);
-    short_writes = 0;
-    check("give the same bytes", same_output(out, at("ref2")));
-    clean(out);
+    CHECK(finished, "after %d calls the run has not ended", calls - 1);
+    if (getenv("TEST_VERBOSE")) printf("    %d calls\n", calls - 2);
     besa_checkpoint_close(c);
 }
 
-/* No room: a limit on file sizes, then a small tmpfs. */
-static void test_full_disk(void)
+static void test_system_calls(void)
 {
-    besa_checkpoint *c;
+    check_failing_open(FAULT_ERROR);
+    check_failing_run(FAULT_ERROR);
+}
+
+static void test_allocations(void)
+{
+    check_failing_open(FAULT_MEMORY);
+    check_failing_run(FAULT_MEMORY);
+}
+
+static void test_short_writes(void)
+{
+    const char *out = temp_path("short"), *wanted = wanted_output(1);
+    besa_checkpoint *c = open_model(source_model(1));
     int64_t done;
+    if (!c) return;
+    short_writes = 1;
+    CHECK_ERROR(run_writer(c, out, 3, &done), BESA_OK, NULL);
+    short_writes = 0;
+    CHECK_OUTPUT(out, wanted);
+    besa_checkpoint_close(c);
+}
+
+static void test_file_size_limit(void)
+{
+    const char *out = temp_path("full");
+    besa_checkpoint *c = open_model(source_model(0));
+    int64_t done;
+    int refused = 0;
     struct rlimit old, low;
-    if (besa_checkpoint_open(&c, at("src1"), &err) != BESA_OK) return;
+    if (!c) return;
     signal(SIGXFSZ, SIG_IGN);
     getrlimit(RLIMIT_FSIZE, &old);
     low = old;
     for (rlim_t limit = 0; limit < 8000; limit += 500) {
         low.rlim_cur = limit;
+        fflush(stdout);
         setrlimit(RLIMIT_FSIZE, &low);
         err.code = BESA_OK;
-        besa_result result = run_writer(c, at("full"), "fp 1", 3, &done);
+        besa_result result = run_writer(c, out, 3, &done);
         setrlimit(RLIMIT_FSIZE, &old);
-        int clean_ = !exists(at("full")) && !exists(at("full.partial"));
-        if (result == BESA_OK) {
-            clean(at("full"));
-            continue;
+        if (result != BESA_OK) {
+            CHECK_CASE("a limit", result, BESA_ERROR_WRITE, NULL);
+            CHECK(!exists(out) && !exists(partial(out, "")), "a limit of %d bytes leaves something", (int)limit);
+            refused++;
         }
-        if (result != BESA_ERROR_WRITE || !clean_) {
-            check_error("file size limit", result, BESA_ERROR_WRITE, NULL);
-            check("file size limit leaves nothing", clean_);
-        }
+        remove_output(out);
     }
-    check("file size limits are reported", !exists(at("full.partial")));
-    mkdir(at("tmpfs"), 0777);
-    if (mount("tmpfs", at("tmpfs"), "tmpfs", 0, "size=8k")) {
-        printf("SKIP a full tmpfs: cannot mount\n");
-        skipped++;
-    } else {
-        besa_result result = run_writer(c, at("tmpfs/out"), "fp 1", 3, &done);
-        check_error("full disk", result, BESA_ERROR_WRITE, "No space");
-        check("full disk leaves nothing", !exists(at("tmpfs/out")) && !exists(at("tmpfs/out.partial")));
-        umount(at("tmpfs"));
-    }
+    CHECK(refused > 0, "no limit was too low");
     besa_checkpoint_close(c);
 }
 
-/* Inputs of every reader, mutated: no crash, an error that says something, and each reader takes some and refuses some. */
-static void test_fuzz(int rounds)
+/* In a tmpfs of 8 kB. */
+static void test_full_disk(void)
 {
-    static const char *const seeds[] = {
-        "0{\"a\":[1,2.5e3,null,true],\"b\":{\"c\":\"\\u00e9\\ud83d\\ude00\"}}",
-        "3{\"model_type\":\"qwen2\",\"hidden_size\":8,\"intermediate_size\":12,\"num_attention_heads\":2,\"num_key_value_heads\":1,\"num_hidden_layers\":3,\"vocab_size\":10,"
-        "\"use_sliding_window\":true,\"max_window_layers\":1,\"rope_scaling\":{\"type\":\"linear\",\"factor\":2}}" };
-    static const char header[] = "{\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]},\"b\":{\"dtype\":\"F16\",\"shape\":[2,1],\"data_offsets\":[4,8]}}";
-    static const char index[] = "4{\"metadata\":{\"total_size\":8},\"weight_map\":{\"a\":\"x.safetensors\",\"b\":\"x.safetensors\",\"c\":\"y.safetensors\"}}";
+    const char *out = temp_path("tmpfs/out");
+    besa_checkpoint *c = open_model(source_model(0));
+    int64_t done;
+    if (!c) return;
+    CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_WRITE, "No space");
+    CHECK(!exists(out) && !exists(partial(out, "")), "something is left");
+    besa_checkpoint_close(c);
+}
+
+/* ---- mutated inputs -------------------------------------------------------------------------- */
+
+/* One input of every kind that fuzz_io.c knows, the kind in front. */
+static void fuzz_seeds(unsigned char input[5][512], size_t size[5])
+{
+    static const char json[] = "0{\"a\":[1,2.5e3,null,true],\"b\":{\"c\":\"\\u00e9\\ud83d\\ude00\"}}";
+    static const char header[] = "{\"a\":" TENSOR("U8", "[4]", "[0,4]") ",\"b\":" TENSOR("F16", "[2,1]", "[4,8]") "}";
+    static const char config[] =
+        "3{\"model_type\":\"qwen2\",\"hidden_size\":8,\"intermediate_size\":12,\"num_attention_heads\":2,"
+        "\"num_key_value_heads\":1,\"num_hidden_layers\":3,\"vocab_size\":10,\"use_sliding_window\":true,\"max_window_layers\":1,"
+        "\"rope_scaling\":{\"type\":\"linear\",\"factor\":2}}";
+    static const char index[] = "4{\"metadata\":{\"total_size\":8},\"weight_map\":{\"a\":\"x.safetensors\","
+                                "\"b\":\"x.safetensors\",\"c\":\"y.safetensors\"}}";
+    memcpy(input[0], json, size[0] = sizeof json - 1);
+    memset(input[1], 0, 512);
+    input[1][0] = '1';
+    input[1][1] = sizeof header - 1;
+    memcpy(input[1] + 9, header, sizeof header - 1);
+    size[1] = 9 + sizeof header - 1 + 8;
+    input[2][0] = '2';
+    size[2] = 1 + npy(input[2] + 1, 1, NPY("'<u2'", "(2, 3)") "\n", header, 12);
+    memcpy(input[3], config, size[3] = sizeof config - 1);
+    memcpy(input[4], index, size[4] = sizeof index - 1);
+}
+
+/* One to four edits of the n bytes in work (600); the new size. */
+static size_t fuzz_edit(unsigned char *work, size_t n, uint64_t *turn)
+{
+    static const char likely[] = "{}[]\",:\\0123456789-.eu'()<\xC3\xFF";
+    for (uint64_t edits = 1 + besa__splitmix64(1, (*turn)++) % 4; edits; edits--) {
+        uint64_t x = besa__splitmix64(2, (*turn)++), p = 1 + (x >> 8) % (n - 1);
+        if (x % 5 == 0) work[p] = (unsigned char)(x >> 40);
+        else if (x % 5 == 1) work[p] = (unsigned char)likely[(x >> 40) % (sizeof likely - 1)];
+        else if (x % 5 == 2) work[p] ^= (unsigned char)(1u << (x >> 40 & 7));
+        else if (x % 5 == 3 && n > 2) memmove(work + p, work + p + 1, --n - p);
+        else if (n < 590) memmove(work + p + 1, work + p, n++ - p);
+    }
+    return n;
+}
+
+/* No crash, an error that says something, and each reader takes some and refuses some. */
+static void test_fuzz(void)
+{
+    static const char *const kinds[5] = { "JSON", "safetensors", ".npy", "config", "index" };
     unsigned char input[5][512], work[600];
     size_t size[5];
-    uint64_t n = 0;
-    for (int i = 0; i < 2; i++) memcpy(input[i], seeds[i], size[i] = strlen(seeds[i]));
-    memset(input[2], 0, 512);
-    input[2][0] = '1';
-    input[2][1] = sizeof header - 1;
-    memcpy(input[2] + 9, header, sizeof header - 1);
-    size[2] = 9 + sizeof header - 1 + 8;
-    input[3][0] = '2';
-    size[3] = 1 + npy(input[3] + 1, 1, "{'descr': '<u2', 'fortran_order': False, 'shape': (2, 3), }\n", header, 12);
-    memcpy(input[4], index, size[4] = strlen(index));
-    for (int r = 0; r < rounds; r++)
-        for (int i = 0; i < 5; i++) {
-            size_t m = size[i];
-            memcpy(work, input[i], m);
-            for (uint64_t edits = 1 + besa__splitmix64(1, n++) % 4; edits; edits--) {
-                uint64_t x = besa__splitmix64(2, n++), p = 1 + (x >> 8) % (m - 1);
-                static const char likely[] = "{}[]\",:\\0123456789-.eu'()<\xC3\xFF";
-                if (x % 5 == 0) work[p] = (unsigned char)(x >> 40);
-                else if (x % 5 == 1) work[p] = (unsigned char)likely[(x >> 40) % (sizeof likely - 1)];
-                else if (x % 5 == 2) work[p] ^= (unsigned char)(1u << (x >> 40 & 7));
-                else if (x % 5 == 3 && m > 2) memmove(work + p, work + p + 1, --m - p);
-                else if (m < 590) memmove(work + p + 1, work + p, m++ - p);
-            }
-            LLVMFuzzerTestOneInput(work, m);
+    uint64_t turn = 0;
+    fuzz_seeds(input, size);
+    for (int round = 0; round < 20000; round++)
+        for (int kind = 0; kind < 5; kind++) {
+            memcpy(work, input[kind], size[kind]);
+            LLVMFuzzerTestOneInput(work, fuzz_edit(work, size[kind], &turn));
         }
-    int kinds = 0;
-    for (int i = 0; i < 5; i++) kinds += fuzz_taken[i] && fuzz_refused[i];
-    check("mutated inputs: of every kind some are taken and some refused", kinds == 5);
+    for (int kind = 0; kind < 5; kind++)
+        CHECK(fuzz_taken[kind] && fuzz_refused[kind], "%s: %d inputs were taken, %d refused", kinds[kind], fuzz_taken[kind],
+              fuzz_refused[kind]);
+}
+
+/* ---- main ------------------------------------------------------------------------------------ */
+
+static void readers(void)
+{
+    TEST("the reference checkpoints: config and tensors") run(test_reference_checkpoints);
+    TEST("the reference checkpoints: what one family has") run(test_reference_families);
+    TEST("json: what is malformed is refused") run(test_json_malformed);
+    TEST("json: numbers are exact") run(test_json_numbers);
+    TEST("json: strings are decoded") run(test_json_strings);
+    TEST("json: depth is limited") run(test_json_depth);
+    TEST("json: 10 MB within 5 s") run(test_json_time);
+    TEST("json: memory is in proportion to the text") run(test_json_memory);
+    TEST("safetensors and config.json: memory is in proportion to the file") run(test_file_memory);
+    TEST("safetensors: headers that are wrong") run(test_headers);
+    TEST("safetensors: truncated anywhere") run(test_truncated);
+    TEST("safetensors: a header longer than the file") run(test_header_length);
+    TEST("safetensors: something else in its place") run(test_no_model);
+    TEST("index: what is wrong is refused") run(test_index);
+    TEST("index: tensors of two shards") run(test_shards);
+    TEST("index: a snapshot of links") run(test_snapshot);
+    TEST("config: one setting changed") run(test_config);
+    TEST("config: ranges") run(test_config_ranges);
+    TEST("config: what public models have") run(test_config_public);
+    TEST("config: sliding windows") run(test_windows);
+    TEST("config: settings that are not known") run(test_unknown_settings);
+    TEST("config: heads by default") run(test_head_defaults);
+    TEST("config: a weight of another type than the others") run(test_mixed_types);
+    TEST("tokens: headers of .npy") run(test_npy);
+    TEST("tokens: .npy truncated anywhere") run(test_npy_truncated);
+    TEST("tokens: raw files") run(test_raw_tokens);
+    TEST("tokens: windows of a stream") run(test_sample_stream);
+    TEST("tokens: splitmix64 is the published one") run(test_splitmix);
+    TEST("tokens: sequences of a 2-D file") run(test_sample_rows);
+    TEST("tokens: raw files by their contents") run(test_token_widths);
+    TEST("tokens: .npy of 16 bits and the vocabulary") run(test_npy_widths);
+}
+
+static void writer(void)
+{
+    TEST("a head beside the tied embedding: read") run(test_tied_head);
+    TEST("a head beside the tied embedding: written") run(test_written_head);
+    TEST("adapters are noted") run(test_adapters);
+    TEST("notes are lines") run(test_notes);
+    TEST("files: what becomes part of an output") run(test_left_out);
+    TEST("writer: nothing under the output's name before its end") run_both(test_writer_appears);
+    TEST("writer: a note of every file that is left out") run_both(test_writer_notes);
+    TEST("writer: a second one is locked out") run_both(test_writer_lock);
+    TEST("writer: takes weights of the next block only") run_both(test_writer_order);
+    TEST("writer: reads back what it wrote") run_both(test_writer_reads);
+    TEST("writer: an output has a checkpoint's files, none of them a link") run_both(test_writer_files);
+    TEST("writer: an output has the source's bytes but for what was written") run_both(test_writer_bytes);
+    TEST("writer: places where no output can be") run_both(test_writer_places);
+    TEST("writer: somebody else's .partial") run_both(test_writer_foreign);
+    TEST("writer: stopped after each block, resumed, the same bytes") run_both(test_writer_stopped);
+    TEST("writer: a journal torn at every byte") run_both(test_writer_torn);
+    TEST("writer: a bit of the journal flipped") run_both(test_writer_flipped);
+    TEST("writer: damaged files are made good") run_both(test_writer_damage);
+    TEST("writer: abandoned with and without a block") run_both(test_writer_abandoned);
+    TEST("writer: replaces nothing that has come to exist") run_both(test_writer_replaces_nothing);
+}
+
+static void accidents(void)
+{
+    TEST("permissions are the source's") run(test_permissions);
+    TEST("source files that change during a run") run(test_source_changes);
+    TEST("a header that changes after it was read") run(test_header_changes);
+    TEST("killed a call later each time") run(test_kill);
+    TEST("killed at each system call") run(test_kill_points);
+    TEST("synced before it is said") run_both(test_sync_order);
+    TEST("places: no regular file") run(test_places_kinds);
+    TEST("places: a file with a second name") run(test_places_links);
+    TEST("places: discarded beside a foreign file") run(test_places_discarded);
+    TEST("places: a failed start beside a foreign file") run(test_places_failed_start);
+    TEST("places: a foreign file is noted") run(test_places_noted);
+    TEST("frees: checkpoints") run(test_frees_checkpoints);
+    TEST("frees: tokens") run(test_frees_tokens);
+    TEST("each system call fails") run(test_system_calls);
+    TEST("each allocation fails") run(test_allocations);
+    TEST("short reads, short writes and EINTR") run(test_short_writes);
+    TEST("a limit of file sizes") run(test_file_size_limit);
+}
+
+static void full_disk(void)
+{
+    mkdir(temp_path("tmpfs"), 0777);
+    if (mount("tmpfs", temp_path("tmpfs"), "tmpfs", 0, "size=8k")) test_skip("a full disk", "cannot mount a tmpfs");
+    else {
+        TEST("a full disk") run(test_full_disk);
+        umount(temp_path("tmpfs"));
+    }
 }
 
 int main(int argc, char **argv)
 {
-    if (argc < 3) return printf("usage: test_io CHECKPOINTS SCRATCH\n"), 2;
-    snprintf(root, sizeof root, "%s/besa_io_XXXXXX", argv[2]);
-    if (!mkdtemp(root)) return printf("cannot work in %s\n", argv[2]), 2;
-    test_references(argv[1]);
-    test_json();
-    test_json_memory();
-    test_file_memory();
-    test_headers();
-    test_index();
-    test_config();
-    test_config_ranges();
-    test_config_public();
-    test_windows();
-    test_unknown_settings();
-    test_head_defaults();
-    test_mixed_types();
-    test_tokens();
-    test_token_widths();
-    test_tied_head();
-    test_adapters();
-    test_left_out();
-    test_frees();
-    check("every error of the readers frees what it took", !live_blocks);
-    test_writer(0);
-    test_writer(1);
-    test_left_out();
-    test_kill();
-    test_kill_points();
-    test_sync_order(at("src1"), at("ref1"));
-    test_sync_order(at("src2"), at("ref2"));
-    test_places();
-    test_permissions();
-    test_source_changes();
-    test_faults(FAULT_ERROR);
-    test_faults(FAULT_MEMORY);
-    test_full_disk();
-    test_fuzz(argc > 3 ? atoi(argv[3]) : 20000);
-    check("everything is freed", !live_blocks && !live_bytes);
-    clean(root);
-    printf("%d passed, %d failed, %d skipped\n", passed, failed, skipped);
-    return failed != 0;
+    if (argc < 3) return printf("usage: test_io CHECKPOINTS SCRATCH [part of a test's name]\n"), 2;
+    g_checkpoints = argv[1];
+    test.only = argc > 3 ? argv[3] : NULL;
+    setenv("TMPDIR", argv[2], 1);
+    temp_create();
+    readers();
+    writer();
+    accidents();
+    full_disk();
+    TEST("mutated inputs of every reader") run(test_fuzz);
+    return test_finish();
 }

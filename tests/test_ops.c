@@ -1,83 +1,68 @@
-/* test_ops.c - the CPU backend under the cases of backend_ops.h.
+/* test_ops - the CPU backend under the cases of backend_ops.h, with any number of threads and as on processors that have
+ * less than this one, and against stored reference arrays.
  *
- *   test_ops [check|test|grad|perf] [threads] [filter]
+ *     test_ops REFERENCE_DIRECTORY [part of a test's or a case's name]
+ *     test_ops --cases test|grad|perf THREADS [part of a case's name]      the cases alone: their speed, say
  *
- * `test` also compares with the stored reference arrays (BESA_REFERENCE, default data/reference; SKIP where
- * they are absent), demands the same bytes from 1, 2, 3 and 8 threads, runs the cases with products in bf16, and as on
- * processors that have less than this one. */
+ * A case is a test of its own; a test that runs all of them again prints those that fail. */
 static int simd_max = 2;                /* what besa__cpu_simd may say: the paths of lesser processors are tested too */
 #define BESA_SIMD_MAX simd_max
 #define BESA_IMPLEMENTATION
 #include "besa.h"
 #include "backend_ops.h"
+#include "test.h"
 
-static int counts[3];
+static const char *g_reference;         /* the directory */
+static besa_backend g_be;               /* of the running test */
+static besa_error g_error;
 
-static void result(const char *name, int passed, const char *what, double got, double limit)
+/* Open g_be; its workspace is for matrices of that size, 0 leaves it to the cases. */
+static int backend_begin(int threads, int bf16, int64_t rows, int64_t columns)
 {
-    counts[passed ? 0 : 1]++;
-    if (passed) printf("PASS %s\n", name);
-    else printf("FAIL %s %s: %g, limit %g\n", name, what, got, limit);
+    besa_cpu_options options;
+    memset(&options, 0, sizeof options);
+    options.threads = threads, options.bf16 = bf16;
+    if (!CHECK(besa_cpu_backend(&g_be, &options, &g_error) == BESA_OK, "besa_cpu_backend: %s", g_error.message)) return 0;
+    if (rows) {
+        besa_workload w = ops_sizes(rows, columns, 1);
+        void *p;
+        w.hessian_columns = columns;
+        g_be.workspace_bytes = g_be.workspace_size(&g_be, &w);
+        if (!CHECK(g_be.alloc(&g_be, &p, g_be.workspace_bytes) == BESA_OK, "no workspace: %s", g_be.error.message)) {
+            g_be.destroy(&g_be);
+            return 0;
+        }
+        g_be.workspace = p;
+    }
+    return 1;
 }
 
-static void *pool[512];                /* all memory of the reference tests */
-static int pooled;
-
-static void *take(size_t count, size_t size)
+static void backend_end(void)
 {
-    void *p = calloc(count + 1, size);
-    if (!p || pooled == 512) abort();
-    return pool[pooled++] = p;
+    if (g_be.workspace) g_be.free(&g_be, g_be.workspace);
+    g_be.destroy(&g_be);
 }
+
+#define CHECK_BE(call) CHECK((call) == BESA_OK, "%s: %s", #call, g_be.error.message)
 
 /* ---- reference arrays ---------------------------------------------------------------------- */
 
-/* A .npy file as doubles; NULL where there is none. */
-static double *load(const char *folder, const char *name, int64_t *count)
+static const char *folder(const char *name)
 {
-    char path[512], header[4096], *shape;
-    const char *base = getenv("BESA_REFERENCE");
-    unsigned char start[10];
-    size_t length, width;
-    FILE *file;
-    double *x;
-    snprintf(path, sizeof path, "%s/%s/%s.npy", base ? base : "data/reference", folder, name);
-    file = fopen(path, "rb");
-    if (!file) return NULL;
-    if (fread(start, 1, 10, file) != 10) abort();
-    length = (size_t)start[8] + 256u * start[9];
-    if (length >= sizeof header || fread(header, 1, length, file) != length) abort();
-    header[length] = 0;
-    shape = strchr(strstr(header, "'shape'"), '(') + 1;
-    *count = 1;
-    while (*shape != ')') {
-        int64_t n = strtoll(shape, &shape, 10);
-        if (n) *count *= n;
-        while (*shape == ',' || *shape == ' ') shape++;
-    }
-    width = strstr(header, "'<f8'") ? 8 : strstr(header, "'|u1'") ? 1 : 4;
-    x = (double *)take((size_t)*count, sizeof *x);
-    for (int64_t i = 0; i < *count; i++) {
-        unsigned char raw[8];
-        float f;
-        int32_t n;
-        if (fread(raw, 1, width, file) != width) abort();
-        memcpy(&f, raw, 4), memcpy(&n, raw, 4);
-        if (width == 8) memcpy(&x[i], raw, 8);
-        else x[i] = width == 1 ? raw[0] : strstr(header, "'<i4'") ? (double)n : (double)f;
-    }
-    fclose(file);
-    return x;
+    char *path = (char *)take(512);
+    snprintf(path, 512, "%s/%s", g_reference, name);
+    return path;
 }
 
-static float *floats(const double *x, int64_t n)
+static float *copy_of(array a)
 {
-    float *f = (float *)take((size_t)n, sizeof *f);
-    for (int64_t i = 0; x && i < n; i++) f[i] = (float)x[i];
+    float *f = take_floats(a.count);
+    memcpy(f, a.f, (size_t)a.count * sizeof *f);
     return f;
 }
 
-static double error_of(const float *got, const double *want, int64_t n)
+/* sqrt(sum (got - want)^2 / sum want^2) */
+static double rms_error(const float *got, const double *want, int64_t n)
 {
     double e = 0, s = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -87,269 +72,291 @@ static double error_of(const float *got, const double *want, int64_t n)
     return sqrt(e / (s > 0 ? s : 1));
 }
 
-static void workspace(besa_backend *be, int64_t rows, int64_t columns)
+#define CHECK_RMS(what, got, want, n, tolerance) check_rms(__LINE__, what, rms_error(got, want, n), tolerance)
+
+static void check_rms(int line, const char *what, double error, double tolerance)
 {
-    besa_workload w = ops_sizes(rows, columns, 1);
-    void *p;
-    w.hessian_columns = columns;
-    be->workspace_bytes = be->workspace_size(be, &w);
-    if (be->alloc(be, &p, be->workspace_bytes) != BESA_OK) abort();
-    be->workspace = p;
+    if (getenv("TEST_VERBOSE")) printf("    %-28s error %.2e of %.0e\n", what, error, tolerance);
+    test_check(error < tolerance, __FILE__, line, "%s: error %.3g, allowed %.3g", what, error, tolerance);
 }
 
 #define BETA(x) (sizeof(o.beta1) == 4 ? (float)(x) : (x)) /* the fields' own type */
 
 /* theta is x - x0: in float the first steps of 1e-6 would drown in an x0 of size 1 */
-static void prodigy(besa_backend *be)
+static void test_prodigy(void)
 {
-    int64_t n, nn, all, steps;
-    double *A = load("prodigy", "A", &nn), *b = load("prodigy", "b", &n), *x0 = load("prodigy", "x0", &n);
-    double *xs = load("prodigy", "x", &all), *ds = load("prodigy", "d", &steps), scalars[BESA_OPTIMIZER_SCALARS] = {1e-6, 0};
-    double worst_x = 0, worst_d = 0, limit_x = 2e-3, limit_d = 1e-4;
-    float *x = floats(NULL, n), *start = floats(NULL, n), *m = floats(NULL, n), *v = floats(NULL, n), *s = floats(NULL, n);
-    float *g = floats(NULL, n);
+    enum { N = 20, STEPS = 40 };
+    const char *directory = folder("prodigy");
+    array A = npy_load(directory, "A", N, N, 0), b = npy_load(directory, "b", N, 0, 0);
+    array x0 = npy_load(directory, "x0", N, 0, 0), xs = npy_load(directory, "x", STEPS, N, 0);
+    array ds = npy_load(directory, "d", STEPS, 0, 0);
+    float *x = take_floats(N), *start = take_floats(N), *m = take_floats(N), *v = take_floats(N), *s = take_floats(N);
+    float *g = take_floats(N);
+    double scalars[BESA_OPTIMIZER_SCALARS] = {1e-6, 0}, limit_x = 2e-3, limit_d = 1e-4;
     besa_optimizer_step o;
-    if (!A) {
-        counts[2]++, printf("SKIP reference prodigy\n");
-        return;
-    }
     memset(&o, 0, sizeof o);
-    o.kind = BESA_PRODIGY, o.lr = 1, o.beta1 = BETA(0.9), o.beta2 = BETA(0.999), o.beta3 = BETA(sqrt(0.999)), o.eps = BETA(1e-8);
-    o.d0 = 1e-6, o.d_coef = 5, o.n = n, o.theta = x, o.theta0 = start, o.grad = g, o.m = m, o.v = v, o.s = s, o.scalars = scalars;
-    workspace(be, 1, 1);
-    for (o.step = 1; o.step <= steps; o.step++) {
-        double *want = xs + (o.step - 1) * n;
-        double e, d;
-        for (int64_t i = 0; i < n; i++) {
-            double sum = -b[i];
-            for (int64_t j = 0; j < n; j++) sum += A[i * n + j] * (x0[j] + (double)x[j]);
+    o.kind = BESA_PRODIGY, o.lr = 1, o.d0 = 1e-6, o.d_coef = 5;
+    o.beta1 = BETA(0.9), o.beta2 = BETA(0.999), o.beta3 = BETA(sqrt(0.999)), o.eps = BETA(1e-8);
+    o.n = N, o.theta = x, o.theta0 = start, o.grad = g, o.m = m, o.v = v, o.s = s, o.scalars = scalars;
+    if (sizeof o.beta2 == sizeof(double)) limit_x = 1e-4, limit_d = 1e-5; /* 1 - 0.999f is off by 1.3e-5: it is amplified */
+    if (!backend_begin(0, 0, 1, 1)) return;
+    for (o.step = 1; o.step <= STEPS; o.step++) {
+        double *want = xs.v + (o.step - 1) * N;
+        for (int64_t i = 0; i < N; i++) {
+            double sum = -b.v[i];
+            for (int64_t j = 0; j < N; j++) sum += A.v[i * N + j] * (x0.v[j] + (double)x[j]);
             g[i] = (float)sum;
         }
-        if (be->optimizer_step(be, &o) != BESA_OK) abort();
-        for (int64_t i = 0; i < n; i++) want[i] -= x0[i];
-        e = error_of(x, want, n), d = fabs(scalars[0] / ds[o.step - 1] - 1);
-        worst_x = e > worst_x ? e : worst_x, worst_d = d > worst_d ? d : worst_d;
+        CHECK_BE(g_be.optimizer_step(&g_be, &o));
+        for (int64_t i = 0; i < N; i++) want[i] -= x0.v[i];
+        CHECK_RMS("x", x, want, N, limit_x);
+        check_rms(__LINE__, "d", fabs(scalars[0] / ds.v[o.step - 1] - 1), limit_d);
     }
-    be->free(be, be->workspace);
-    if (sizeof o.beta2 == sizeof(double)) limit_x = 1e-4, limit_d = 1e-5; /* 1 - 0.999f is off by 1.3e-5, which 40 steps amplify */
-    printf("  prodigy: relative error of x %.2g, of d %.2g over %d steps\n", worst_x, worst_d, (int)steps);
-    result("reference prodigy x", worst_x < limit_x, "relative error", worst_x, limit_x);
-    result("reference prodigy d", worst_d < limit_d, "relative error", worst_d, limit_d);
+    backend_end();
 }
 
-/* folder: the published sparse layer; groups 1 for the layer-wise form */
-static void sparse_layer(besa_backend *be, const char *folder, int plain, int layer_wise)
+/* The published sparse layer. */
+enum { SPARSE_R = 12, SPARSE_C = 203, SPARSE_D = 100, SPARSE_T = 30, SPARSE_RC = SPARSE_R * SPARSE_C };
+
+/* dW (R, C) = dy^T x of the stored x (T, C) and dy (T, R) */
+static float *sparse_weight_gradient(const char *directory)
 {
-    int64_t rc, C, th, td, R;
-    double *w = load(folder, "weight", &rc), *norm = load(folder, "colnorm", &C), *theta = load(folder, "theta", &th);
-    double *alpha = load(folder, "alpha", &td), *mask = load(folder, "mask", &rc), *grad = load(folder, "grad_theta", &th);
-    double *x = load(folder, "x", &td), *dy = load(folder, "dy", &td), worst = 0;
-    int64_t D = 100, wrong = 0, T = 30;
-    float *scale, *score, *wf, *sums, *dw, *theta_f, *dtheta, *alpha_f;
-    uint16_t *rank, bucket[4096];
-    int32_t *n;
-    besa_rate_shape s;
-    char name[128];
-    if (!w) {
-        counts[2]++, printf("SKIP reference %s\n", folder);
-        return;
-    }
-    R = rc / C;
-    memset(&s, 0, sizeof s);
-    s.rows = R, s.units = C, s.group_rows = layer_wise ? R : 1, s.candidates = D + 1, s.plain = plain;
-    s.layer_scale = layer_wise ? 1.0f : 0.0f, s.row_scale = layer_wise ? 0.0f : 1.0f;
-    scale = floats(norm, C), wf = floats(w, rc), score = floats(NULL, rc), sums = floats(NULL, R * D), dw = floats(NULL, rc);
-    theta_f = floats(theta, th), dtheta = floats(NULL, th), alpha_f = floats(NULL, R);
-    rank = (uint16_t *)take((size_t)rc, 2), n = (int32_t *)take((size_t)R, 4);
-    workspace(be, R, C);
-    if (be->score(be, score, wf, BESA_F32, scale, 1, R, C) || be->rank_rows(be, rank, score, R, C) ||
-        be->rate_forward(be, alpha_f, n, layer_wise ? theta_f : NULL, layer_wise ? NULL : theta_f, NULL, &s)) abort();
-    for (int64_t i = 0; i < (layer_wise ? 1 : R); i++) {
-        double e = fabs((double)alpha_f[i] / alpha[i] - 1);
-        worst = e > worst ? e : worst;
-    }
-    snprintf(name, sizeof name, "reference %s alpha", folder);
-    result(name, worst < 2.5e-7, "relative error", worst, 2.5e-7);
-    for (int64_t i = 0; i < rc; i++) wrong += (rank[i] >= n[i / C]) != (mask[i] != 0);
-    snprintf(name, sizeof name, "reference %s mask", folder);
-    result(name, wrong == 0, "wrong bits", (double)wrong, 0);
-    for (int64_t j = 0; j < C; j++)
-        for (int64_t d = 0; d < D; d++)
-            if (j < ((D - d) * C) / D) bucket[j] = (uint16_t)d;
-    for (int64_t r = 0; r < R; r++)
-        for (int64_t j = 0; j < C; j++) {
+    array x = npy_load(directory, "x", SPARSE_T, SPARSE_C, 0), dy = npy_load(directory, "dy", SPARSE_T, SPARSE_R, 0);
+    float *dw = take_floats(SPARSE_RC);
+    for (int r = 0; r < SPARSE_R; r++)
+        for (int j = 0; j < SPARSE_C; j++) {
             double sum = 0;
-            for (int64_t t = 0; t < T; t++) sum += dy[t * R + r] * x[t * C + j];
-            dw[r * C + j] = (float)sum;
+            for (int t = 0; t < SPARSE_T; t++) sum += dy.v[t * SPARSE_R + r] * x.v[t * SPARSE_C + j];
+            dw[r * SPARSE_C + j] = (float)sum;
         }
-    if (be->bucket_gradient(be, sums, dw, wf, BESA_F32, rank, bucket, R, C, D) ||
-        be->rate_backward(be, layer_wise ? dtheta : NULL, layer_wise ? NULL : dtheta, sums, layer_wise ? theta_f : NULL,
-                          layer_wise ? NULL : theta_f, NULL, &s)) abort();
-    snprintf(name, sizeof name, "reference %s grad_theta", folder);
-    result(name, error_of(dtheta, grad, th) < 1e-5, "relative error", error_of(dtheta, grad, th), 1e-5);
-    be->free(be, be->workspace);
+    return dw;
 }
 
-static void sparsegpt(besa_backend *be)
+/* The last candidate d < D whose (D - d) C / D ranks hold rank j, as the published code cuts them. */
+static uint16_t *sparse_buckets(void)
 {
-    static const char *const names[3] = {"pruned_50", "pruned_2of4", "pruned_4of8"};
-    int64_t cc, rc, C = 256, R;
-    double *h = load("sparsegpt", "hessian", &cc), *u = load("sparsegpt", "chol_upper_of_inverse", &cc);
-    double *w = load("sparsegpt", "weight", &rc), e;
-    float *hf = floats(h, cc), *err;
-    int32_t dead[256];
-    if (!h) {
-        counts[2]++, printf("SKIP reference sparsegpt\n");
-        return;
-    }
-    R = rc / C;
-    err = floats(NULL, R * 128);
-    workspace(be, R, C);
-    if (be->hessian_factor(be, hf, dead, 0.01f, C)) abort();
-    e = error_of(hf, u, cc);
-    result("reference sparsegpt factor", e < 2e-5, "relative error", e, 2e-5);
+    uint16_t *bucket = (uint16_t *)take(SPARSE_C * sizeof *bucket);
+    for (int j = 0; j < SPARSE_C; j++)
+        for (int d = 0; d < SPARSE_D; d++)
+            if (j < ((SPARSE_D - d) * SPARSE_C) / SPARSE_D) bucket[j] = (uint16_t)d;
+    return bucket;
+}
+
+/* groups: of rates, one per row or 1 for the layer-wise form */
+static void check_sparse_layer(const char *name, int plain, int groups)
+{
+    const char *directory = folder(name);
+    int64_t n0 = groups > 1 ? groups : SPARSE_D + 1, n1 = groups > 1 ? SPARSE_D + 1 : 0;
+    array w = npy_load(directory, "weight", SPARSE_R, SPARSE_C, 0), norm = npy_load(directory, "colnorm", SPARSE_C, 0, 0);
+    array theta = npy_load(directory, "theta", n0, n1, 0), grad = npy_load(directory, "grad_theta", n0, n1, 0);
+    array alpha = npy_load(directory, "alpha", groups, 0, 0), mask = npy_load(directory, "mask", SPARSE_R, SPARSE_C, 0);
+    float *score = take_floats(SPARSE_RC), *sums = take_floats(SPARSE_R * SPARSE_D), *got = take_floats(theta.count);
+    float *rate = take_floats(SPARSE_R), *dw = sparse_weight_gradient(directory);
+    float *layer = groups > 1 ? NULL : theta.f, *row = groups > 1 ? theta.f : NULL;
+    uint16_t *rank = (uint16_t *)take(SPARSE_RC * sizeof *rank), *bucket = sparse_buckets();
+    int32_t n[SPARSE_R];
+    int64_t wrong = 0;
+    besa_rate_shape s;
+    memset(&s, 0, sizeof s);
+    s.rows = SPARSE_R, s.units = SPARSE_C, s.candidates = SPARSE_D + 1, s.plain = plain;
+    s.group_rows = groups > 1 ? 1 : SPARSE_R;
+    s.layer_scale = groups > 1 ? 0.0f : 1.0f, s.row_scale = groups > 1 ? 1.0f : 0.0f;
+    if (!backend_begin(0, 0, SPARSE_R, SPARSE_C)) return;
+    CHECK_BE(g_be.score(&g_be, score, w.f, BESA_F32, norm.f, 1, SPARSE_R, SPARSE_C));
+    CHECK_BE(g_be.rank_rows(&g_be, rank, score, SPARSE_R, SPARSE_C));
+    CHECK_BE(g_be.rate_forward(&g_be, rate, n, layer, row, NULL, &s));
+    for (int i = 0; i < groups; i++)
+        CHECK(fabs((double)rate[i] / alpha.v[i] - 1) < 2.5e-7, "rate %d is %.9g, expected %.9g", i, (double)rate[i],
+              alpha.v[i]);
+    for (int i = 0; i < SPARSE_RC; i++) wrong += (rank[i] >= n[i / SPARSE_C]) != (mask.v[i] != 0);
+    CHECK(wrong == 0, "%d bits of the mask are wrong", (int)wrong);
+    CHECK_BE(g_be.bucket_gradient(&g_be, sums, dw, w.f, BESA_F32, rank, bucket, SPARSE_R, SPARSE_C, SPARSE_D));
+    CHECK_BE(g_be.rate_backward(&g_be, layer ? got : NULL, row ? got : NULL, sums, layer, row, NULL, &s));
+    CHECK_RMS("grad_theta", got, grad.v, grad.count, 1e-5);
+    backend_end();
+}
+
+static void test_sparse_row_sigmoid(void) { check_sparse_layer("sparse_row_sigmoid", 0, SPARSE_R); }
+static void test_sparse_row_softmax(void) { check_sparse_layer("sparse_row_softmax", 1, SPARSE_R); }
+static void test_sparse_layer_sigmoid(void) { check_sparse_layer("sparse_layer_sigmoid", 0, 1); }
+
+static void test_sparsegpt(void)
+{
+    static const struct {
+        const char *name;
+        int64_t n, m;                           /* n zeros in each group of m, 0: half of the slab */
+    } t[] = {
+        { "pruned_50", 0, 0 },
+        { "pruned_2of4", 2, 4 },
+        { "pruned_4of8", 4, 8 } };
+    enum { R = 24, C = 256, SLAB = 128 };
+    const char *directory = folder("sparsegpt");
+    array h = npy_load(directory, "hessian", C, C, 0), u = npy_load(directory, "chol_upper_of_inverse", C, C, 0);
+    array w = npy_load(directory, "weight", R, C, 0);
+    float *factor = copy_of(h), *errors = take_floats(R * SLAB);
+    int32_t dead[C];
+    if (!backend_begin(0, 0, R, C)) return;
+    CHECK_BE(g_be.hessian_factor(&g_be, factor, dead, 0.01f, C));
+    CHECK_RMS("the factor", factor, u.v, C * C, 2e-5);
     for (int k = 0; k < 3; k++) {
-        double *want = load("sparsegpt", names[k], &rc);
-        float *wf = floats(w, rc);
-        int64_t wrong = 0;
-        char name[64];
-        for (int64_t first = 0; first < C; first += 128)
-            if (be->sparsegpt_slab(be, wf, err, hf, dead, first, 128, 0.5, k == 0 ? 0 : 2 * k, 4 * k, R, C) ||
-                be->sparsegpt_push(be, wf, err, hf, first, 128, R, C)) abort();
-        for (int64_t i = 0; i < rc; i++) wrong += (wf[i] == 0.0f) != (want[i] == 0.0);
-        e = error_of(wf, want, rc);
-        printf("  %s: relative error %.2g\n", names[k], e);
-        snprintf(name, sizeof name, "reference sparsegpt %s", names[k]);
-        result(name, wrong == 0 && e < 2e-5, wrong ? "wrong zeros" : "relative error", wrong ? (double)wrong : e, 2e-5);
+        array want = npy_load(directory, t[k].name, R, C, 0);
+        float *got = copy_of(w);
+        int wrong = 0;
+        for (int64_t first = 0; first < C; first += SLAB) {
+            CHECK_BE(g_be.sparsegpt_slab(&g_be, got, errors, factor, dead, first, SLAB, 0.5, t[k].n, t[k].m, R, C));
+            CHECK_BE(g_be.sparsegpt_push(&g_be, got, errors, factor, first, SLAB, R, C));
+        }
+        for (int i = 0; i < R * C; i++) wrong += (got[i] == 0.0f) != (want.v[i] == 0.0);
+        CHECK(wrong == 0, "%s: %d zeros are wrong", t[k].name, wrong);
+        CHECK_RMS(t[k].name, got, want.v, R * C, 2e-5);
     }
-    be->free(be, be->workspace);
+    backend_end();
 }
 
-/* scores w^2 / U_jj (published code) and w^2 / U_jj^2: the Hessian is given, column 7 dead */
-static void sparsegpt_scores(besa_backend *be, const char *folder, float exponent)
+/* w^2 / U_jj (published code) and w^2 / U_jj^2: the Hessian is given, column 7 dead */
+static void check_sparsegpt_score(const char *name, float exponent)
 {
-    int64_t cc, rc, C = 40, R, wrong = 0;
-    double *h = load(folder, "hessian", &cc), *w = load(folder, "weight", &rc), *want = load(folder, "score", &rc);
-    float *hf = floats(h, cc), *wf = floats(w, rc), *score = floats(NULL, rc), *scale = floats(NULL, C);
-    double e = 0, norm = 0;
-    int32_t dead[40];
-    char name[64];
-    if (!h) {
-        counts[2]++, printf("SKIP reference %s\n", folder);
-        return;
-    }
-    R = rc / C;
-    workspace(be, R, C);
-    if (be->hessian_factor(be, hf, dead, 0.01f, C) || be->diagonal(be, scale, hf, dead, C) ||
-        be->power(be, scale, scale, exponent, C) || be->score(be, score, wf, BESA_F32, scale, 2, R, C)) abort();
-    for (int64_t i = 0; i < rc; i++) {
-        double d = (double)score[i] - want[i];
-        e += d * d, norm += want[i] * want[i];
-    }
-    for (int64_t j = 0; j < C; j++) wrong += dead[j] != (j == 7);
-    snprintf(name, sizeof name, "reference %s", folder);
-    result(name, wrong == 0 && sqrt(e / norm) < 2e-5, "relative error", sqrt(e / norm), 2e-5);
-    be->free(be, be->workspace);
+    enum { R = 8, C = 40 };
+    const char *directory = folder(name);
+    array h = npy_load(directory, "hessian", C, C, 0), w = npy_load(directory, "weight", R, C, 0);
+    array want = npy_load(directory, "score", R, C, 0);
+    float *factor = copy_of(h), *score = take_floats(R * C), *scale = take_floats(C);
+    int32_t dead[C];
+    if (!backend_begin(0, 0, R, C)) return;
+    CHECK_BE(g_be.hessian_factor(&g_be, factor, dead, 0.01f, C));
+    CHECK_BE(g_be.diagonal(&g_be, scale, factor, dead, C));
+    CHECK_BE(g_be.power(&g_be, scale, scale, exponent, C));
+    CHECK_BE(g_be.score(&g_be, score, w.f, BESA_F32, scale, 2, R, C));
+    CHECK_RMS("scores", score, want.v, R * C, 2e-5);
+    for (int j = 0; j < C; j++) CHECK(dead[j] == (j == 7), "column %d: dead is %d", j, (int)dead[j]);
+    backend_end();
 }
+
+static void test_sparsegpt_score(void) { check_sparsegpt_score("score_sparsegpt", -1.0f); }
+static void test_sparsegpt_score_git(void) { check_sparsegpt_score("score_sparsegpt_git", -2.0f); }
 
 /* ---- exp ----------------------------------------------------------------------------------- */
 
-static void exponential(void)
+static void test_exp(void)
 {
     double worst = 0;
-    float special[6] = {INFINITY, -INFINITY, NAN, 0.0f, 88.72f, -103.9f}, e[6];
     for (int64_t i = 0; i < 4000000; i++) {
         float x = -87.3f + (float)i * (176.0f / 4000000.0f), y;
         double want = exp((double)x), ulp;
         besa__cpu_exp_sum(&y, &x, 0.0f, 1);
         ulp = fabs((double)y - want) / (ldexp(1.0, ilogb(want) - 23));
-        worst = ulp > worst ? ulp : worst;
+        if (!(ulp <= worst)) worst = ulp;
     }
-    printf("  exp: %.2f ulp\n", worst);
-    result("exp", worst < 2, "ulp", worst, 2);
-    besa__cpu_exp_sum(e, special, 0.0f, 6);
-    result("exp special", e[0] == INFINITY && e[1] == 0 && e[2] != e[2] && e[3] == 1 && e[4] > 3e38f && e[4] < INFINITY &&
-           e[5] > 0, "value", (double)e[5], 0);
+    CHECK(worst < 2, "%.2f units in the last place", worst);
 }
 
-/* ---- main ---------------------------------------------------------------------------------- */
-
-static void run(int threads, int bf16, const char *mode, const char *filter, int quiet, uint64_t *hashes)
+static void test_exp_special(void)
 {
-    besa_cpu_options options;
-    besa_backend be;
-    besa_error error;
+    static const struct {
+        float x;
+        double least, most;
+    } t[] = {
+        { INFINITY, INFINITY, INFINITY },
+        { -INFINITY, 0, 0 },
+        { 0, 1, 1 },
+        { 88.72f, 3.0000001e38, 3.4028234663852886e38 },
+        { -103.9f, 1e-46, 1e-38 } };
+    float x[6], e[6];
+    for (int i = 0; i < 5; i++) x[i] = t[i].x;
+    x[5] = NAN;
+    besa__cpu_exp_sum(e, x, 0.0f, 6);
+    for (int i = 0; i < 5; i++)
+        CHECK((double)e[i] >= t[i].least && (double)e[i] <= t[i].most, "exp(%g) is %g", (double)x[i], (double)e[i]);
+    CHECK(isnan(e[5]), "exp(NaN) is %g", (double)e[5]);
+}
+
+/* ---- the cases ----------------------------------------------------------------------------- */
+
+/* Run the cases of a mode; how many failed. quiet: only those are printed. hashes (OPS_CASES) may be NULL. */
+static int run_cases(int threads, int bf16, const char *mode, const char *only, int quiet, uint64_t *hashes)
+{
     ops t;
     double bandwidth = 0;
+    int counts[3] = {0, 0, 0};
+    if (!backend_begin(threads, bf16, 0, 0)) return 1;
     memset(&t, 0, sizeof t);
-    options.threads = threads, options.bf16 = bf16;
-    if (besa_cpu_backend(&be, &options, &error) != BESA_OK) {
-        printf("FAIL besa_cpu_backend %s\n", error.message);
-        counts[1]++;
-        return;
-    }
-    t.be = &be, t.mode = mode, t.quiet = t.brief = quiet, t.product_tolerance = bf16 ? 1e-2 : 0;
+    t.be = &g_be, t.mode = mode, t.quiet = t.brief = quiet, t.product_tolerance = bf16 ? 1e-2 : 0;
     if (ops_is(&t, "perf")) {
-        bandwidth = ops_copy_bandwidth(&be, besa__cpu_of(&be)->threads);
-        printf("%d threads, copy bandwidth %.1f GB/s, reads and writes\n", besa__cpu_of(&be)->threads, bandwidth);
+        bandwidth = ops_copy_bandwidth(&g_be, besa__cpu_of(&g_be)->threads);
+        printf("%d threads, copy bandwidth %.1f GB/s, reads and writes\n", besa__cpu_of(&g_be)->threads, bandwidth);
     }
-    ops_run(&t, filter, bandwidth, hashes, counts);
-    if (ops_is(&t, "test") && !quiet && !filter) {
-        exponential();
-        prodigy(&be);
-        sparse_layer(&be, "sparse_row_sigmoid", 0, 0);
-        sparse_layer(&be, "sparse_row_softmax", 1, 0);
-        sparse_layer(&be, "sparse_layer_sigmoid", 0, 1);
-        sparsegpt(&be);
-        sparsegpt_scores(&be, "score_sparsegpt", -1.0f);
-        sparsegpt_scores(&be, "score_sparsegpt_git", -2.0f);
+    ops_run(&t, only, bandwidth, hashes, counts);
+    g_be.workspace = NULL;                      /* was the last case's */
+    backend_end();
+    return counts[1];
+}
+
+/* However many threads there are. */
+static void check_same_bytes(int bf16)
+{
+    static const int teams[4] = {1, 2, 3, 8};
+    static uint64_t hashes[4][OPS_CASES];
+    for (int k = 0; k < 4; k++) {
+        int failed = run_cases(teams[k], bf16, "test", NULL, 1, hashes[k]);
+        CHECK(failed == 0, "%d cases failed with %d threads", failed, teams[k]);
+        for (int i = 0; i < OPS_CASES; i++)
+            CHECK(hashes[k][i] == hashes[0][i], "%s: %d threads give other bytes than one", ops_cases[i].name, teams[k]);
     }
-    while (pooled > 0) free(pool[--pooled]);
-    be.destroy(&be);
 }
 
 /* ---- lesser processors --------------------------------------------------------------------- */
 
-/* Every path below the one of this processor, down to plain C. */
-static void lesser(const char *filter)
+/* As on a processor of that level. */
+static void check_level(int level)
 {
-    int most = besa__cpu_simd(), tiles = 0;
-    besa__gemm_tile_fn *tile = besa__gemm_choose(0).tile;
-    for (simd_max = most - 1; simd_max >= 0; simd_max--) {
-        int failed = counts[1];
-        char name[64];
-        tiles += besa__cpu_simd() == simd_max && besa__gemm_choose(0).tile != tile;
-        tile = besa__gemm_choose(0).tile;
-        run(1, 0, "test", filter, 1, NULL);
-        snprintf(name, sizeof name, "instructions of level %d", simd_max);
-        result(name, failed == counts[1], "cases", counts[1] - failed, 0);
-    }
+    int failed;
+    simd_max = level;
+    failed = run_cases(1, 0, "test", NULL, 1, NULL);
+    CHECK(failed == 0, "%d cases failed", failed);
     simd_max = 2;
-    result("each level has a tile of its own, the last is plain C", tiles == most && tile == besa__gemm_tile_c, "tiles", tiles,
-           most);
 }
+
+/* Each level has a tile of its own, the last is plain C. */
+static void check_tiles(int most)
+{
+    besa__gemm_tile_fn *above = besa__gemm_choose(0).tile;
+    for (simd_max = most - 1; simd_max >= 0; simd_max--) {
+        besa__gemm_tile_fn *tile = besa__gemm_choose(0).tile;
+        CHECK(besa__cpu_simd() == simd_max, "level %d is level %d", simd_max, besa__cpu_simd());
+        CHECK(tile != above, "level %d has the tile of the one above it", simd_max);
+        above = tile;
+    }
+    CHECK(above == besa__gemm_tile_c, "the last is not plain C");
+    simd_max = 2;
+}
+
+/* ---- main ---------------------------------------------------------------------------------- */
 
 int main(int argc, char **argv)
 {
-    static const int teams[4] = {1, 2, 3, 8};
-    static uint64_t hashes[4][OPS_CASES];
-    const char *given = argc > 1 ? argv[1] : "check", *filter = argc > 3 ? argv[3] : NULL;
-    int threads = argc > 2 ? atoi(argv[2]) : 0, different = 0, check = strcmp(given, "check") == 0;
-    const char *mode = check ? "test" : given; /* check: test, then grad */
-    run(threads, 0, mode, filter, 0, NULL);
-    if (check) run(threads, 0, "grad", filter, 0, NULL);
-    if (strcmp(mode, "test") == 0 && threads == 0) {
-        for (int bf16 = 0; bf16 < 2; bf16++) {
-            for (int k = 0; k < 4; k++) run(teams[k], bf16, mode, filter, 1, hashes[k]);
-            for (int k = 1; k < 4; k++)
-                for (int i = 0; i < OPS_CASES; i++)
-                    if (hashes[k][i] != hashes[0][i])
-                        different++, printf("FAIL %s: %d threads give other bytes than one%s\n", ops_cases[i].name, teams[k], bf16 ? " (bf16)" : "");
-            result(bf16 ? "same bytes for 1, 2, 3, 8 threads, bf16 products" : "same bytes for 1, 2, 3, 8 threads", different == 0,
-                   "cases", different, 0);
-        }
+    int failed, most = besa__cpu_simd();
+    if (argc > 3 && !strcmp(argv[1], "--cases"))
+        return run_cases(atoi(argv[3]), 0, argv[2], argc > 4 ? argv[4] : NULL, 0, NULL) != 0;
+    if (argc < 2) return printf("usage: test_ops REFERENCE_DIRECTORY [part of a test's name]\n"), 2;
+    g_reference = argv[1];
+    test.only = argc > 2 ? argv[2] : NULL;
+    failed = run_cases(0, 0, "test", test.only, 0, NULL) + run_cases(0, 0, "grad", test.only, 0, NULL);
+    TEST("exp within 2 units in the last place") test_exp();
+    TEST("exp of what is special") test_exp_special();
+    TEST("reference prodigy") test_prodigy();
+    TEST("reference sparse_row_sigmoid") test_sparse_row_sigmoid();
+    TEST("reference sparse_row_softmax") test_sparse_row_softmax();
+    TEST("reference sparse_layer_sigmoid") test_sparse_layer_sigmoid();
+    TEST("reference sparsegpt") test_sparsegpt();
+    TEST("reference score_sparsegpt") test_sparsegpt_score();
+    TEST("reference score_sparsegpt_git") test_sparsegpt_score_git();
+    TEST("the same bytes from 1, 2, 3 and 8 threads") check_same_bytes(0);
+    TEST("the same bytes from 1, 2, 3 and 8 threads, products in bf16") check_same_bytes(1);
+    for (int level = most - 1; level >= 0; level--) {
+        char *name = (char *)take(64);
+        snprintf(name, 64, "instructions of level %d", level);
+        TEST(name) check_level(level);
     }
-    if (check && threads == 0) lesser(filter);
-    printf("%d passed, %d failed, %d skipped\n", counts[0], counts[1], counts[2]);
-    return counts[1] != 0;
+    TEST("each level of instructions has a tile of its own") check_tiles(most);
+    return test_finish() || failed;
 }
