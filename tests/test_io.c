@@ -330,15 +330,6 @@ static int names_like(const char *directory, const char *start)
     return n;
 }
 
-static int open_files(void)
-{
-    DIR *d = opendir("/proc/self/fd");
-    int n = 0;
-    while (d && readdir(d)) n++;
-    if (d) closedir(d);
-    return n;
-}
-
 /* ---- a small checkpoint ------------------------------------------------------------------ */
 
 /* a tensor as a header has it */

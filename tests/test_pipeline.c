@@ -1669,15 +1669,6 @@ static void test_seconds(int unified)
     discard(s.output);
 }
 
-static int open_files(void)
-{
-    DIR *d = opendir("/proc/self/fd");
-    int n = 0;
-    while (d && readdir(d)) n++;
-    if (d) closedir(d);
-    return n;
-}
-
 static int mapped_files(void)                   /* mappings of files below g_temp or the source */
 {
     FILE *f = fopen("/proc/self/maps", "r");
