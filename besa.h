@@ -117,6 +117,7 @@
  *     BESA_NO_STDIO               leave out level 1: levels 2 and 3 need no file system
  *     BESA_CBLAS                  float products through cblas_sgemm of the CBLAS that you link
  *     BESA_NO_SIMD                plain C loops alone, instead of AVX2, AVX-512 or NEON as the processor has them
+ *     BESA_SIMD_MAX               the most that is used of it on x86: [2] AVX-512, 1 AVX2, 0 plain C
  *     BESA_SECONDS()              a clock in seconds, a double that never goes back; default: CLOCK_MONOTONIC, Windows's
  *                                 performance counter
  *
@@ -133,6 +134,7 @@
  *     rates.penalty               [1] lambda of lambda ((sparsity - target) / target)^2
  *     rates.optimizer, lr, d_coef [Prodigy, 1, 5]; AdamW: lr [0.01]; also beta1, beta2, d0, and weight_decay of both
  *     rates.schedule, warmup      [constant, 0] cosine: lr falls to 0 over the steps; share of them in which it rises
+ *     rates.steps                 [1] how many there will be; levels 1 and 2 count them themselves
  *     rates.plain_softmax         [0] softmax(theta) instead of softmax(sigmoid(theta))
  *     rates.zero_start            [0] start at rate 1/2, as the paper's code does, instead of at the target
  *     importance                  [wanda] magnitude, sparsegpt, sparsegpt squared
@@ -143,6 +145,7 @@
  *     pattern_n, pattern_m        [none] n of every m; not with besa
  *     magnitude_per_row           [0] magnitude: each row at the target instead of each layer
  *     fixed                       [none] layers that stay dense or have a rate of their own
+ *     progress, step, user        [none] callbacks: after each unit of work, which can stop the run; after each learning step
  *     besa_preset                 [default] published-row and published-layer: the paper's runs of LLaMA-1-7B, d_coef 5 and
  *                                 50. For other models set the paper's d_coef: by row 5 (1-13B, 2-7B, 2-13B), 10 (1-30B),
  *                                 50 (1-65B, 2-70B); by layer 0.5 (1-13B, 1-65B, 2-70B), 0.05 (1-30B, 2-7B, 2-13B)
@@ -151,7 +154,7 @@
  *
  * MEMORY AND TIME
  *
- *     One device and one host allocation hold everything, and besa_plan says their sizes beforehand, to the byte. N weights
+ *     One device and one host allocation hold all that follows, and besa_plan says their sizes beforehand, to the byte. N weights
  *     and R rows in a block, T tokens in all, t at a time, hidden size d, intermediate size i, activations of a = 4 bytes
  *     (CUDA: 2), weights of w = 2 bytes (bf16, f16) or 4:
  *         weights and pruned weights   2 w N (CUDA: 4 w N, of two blocks)    ranks        2 N bytes
@@ -163,8 +166,10 @@
  *                                                                                         activations of its own
  *         pinned host memory           16 MB of weights, 8192 d of rows
  *     Where device_memory is not enough, the test's activations, Yref and X live in pinned host memory and come batch by
- *     batch while others compute. Nothing grows with the number of blocks. Time is about 10 FLOP per weight and token for
- *     BESA, 4 for Wanda and 6.4 for SparseGPT.
+ *     batch while others compute. None of this grows with the number of blocks; beside it there are the tensor table, the
+ *     journal's marks and the report, some hundred bytes per tensor and block. A weight and token cost about 10 FLOP for
+ *     BESA, 4.2 for Wanda and 5 for SparseGPT in a 7B model at 2048 tokens; attention weighs more in small ones (SmolLM2-135M:
+ *     13, 5.3 and 6.3).
  *
  * ERRORS
  *
@@ -958,12 +963,13 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
 
 /* config.json as far as the forward pass needs it. */
 typedef struct besa_config {
-    char model_type[16];                        /* "llama", "mistral", "qwen2", "qwen3" */
+    const char *model_type;                     /* as in config.json; lives as long as the library */
     int64_t vocab_size, num_hidden_layers, max_position_embeddings;
     besa_block_shape block;                     /* sliding_window 0 here: see window[] */
     int64_t sliding_window;                     /* of the layers that have one */
     uint8_t window[BESA_MAX_LAYERS];            /* 1: this layer slides */
-    int qk_norm;                                /* Qwen3 */
+    int bias[BESA_LAYERS];                      /* 1: the layer has a bias */
+    int qk_norm;                                /* q and k are normed per head before rope */
     int tie_word_embeddings;                    /* 1: the embedding is the head; 0 too where the file's head differs */
 } besa_config;
 
@@ -996,6 +1002,8 @@ BESA_API const besa_config *besa_checkpoint_config(const besa_checkpoint *checkp
 BESA_API int64_t besa_checkpoint_tensor_count(const besa_checkpoint *checkpoint);
 BESA_API const besa_tensor *besa_checkpoint_tensor(const besa_checkpoint *checkpoint, int64_t index); /* file order */
 BESA_API const besa_tensor *besa_checkpoint_find(const besa_checkpoint *checkpoint, const char *name); /* or NULL */
+/* The weights (R, C) of a block's layer, BESA_Q .. BESA_DOWN; NULL where there is no such block or layer. */
+BESA_API const besa_tensor *besa_checkpoint_layer(const besa_checkpoint *checkpoint, int64_t block, int layer);
 
 /* A token file: .npy (uint16, int32, uint32 or int64; 1-D stream or 2-D sequences), raw little-endian .u16 / .i32 / .bin
  * (uint16; refused where it looks like 32-bit ids), or a file of llm.c's, which says its width in its header. */
@@ -1026,7 +1034,8 @@ typedef struct besa_report {
     double perplexity;                          /* of test_ids; 0 where not asked for */
     int64_t resumed_blocks;                     /* taken over from an unfinished run */
     char *notes;                                /* lines: warnings, files not copied; owned, NULL if there are none */
-    besa_prune_options options;                 /* of the run, with the defaults filled in; no fixed layers, no callbacks */
+    besa_prune_options options;                 /* of the run, to be read: defaults are filled in, BESA_NONE is 0, and fixed
+                                                   (num_fixed of them) and callbacks are NULL */
 } besa_report;
 
 /* The run's memory and cost, worked out from shapes before anything is allocated. */
@@ -1035,8 +1044,8 @@ typedef struct besa_plan_result {
     size_t host_bytes;                          /* staging, and activations that live on the host: pinned, to the byte */
     int x_on_host, yref_on_host, test_on_host;  /* 1: the budget sends X, Yref (or the dense stream), the test's
                                                    activations to the host, and they come to the device batch by batch */
-    size_t mapped_block_bytes;                  /* checkpoint pages resident at a time: one block's, or a part of the
-                                                   embedding or head */
+    size_t mapped_block_bytes;                  /* checkpoint pages resident at a time, at most: one block's, or a part of
+                                                   the embedding or head */
     uint64_t disk_bytes;                        /* of the output's weight files */
     int64_t micro_batch;                        /* sequences per forward pass */
     double flop;                                /* of all products, a dense stream's included, the report's losses not */
@@ -1299,6 +1308,16 @@ static void besa__write_text(char *text, size_t size, const char *format, ...)
     va_end(args);
 }
 
+/* Names in files may hold anything: control characters, C1 in UTF-8 too, become question marks where they would reach a
+ * terminal. */
+static void besa__make_printable(char *text)
+{
+    for (unsigned char *s = (unsigned char *)text; *s; s++) {
+        if (*s < 0x20 || *s == 0x7F) *s = '?';
+        if (s[0] == 0xC2 && s[1] >= 0x80 && s[1] < 0xA0) s[0] = s[1] = '?';
+    }
+}
+
 /* Fill in *error (may be NULL) and return the code. */
 static besa_result besa__fail(besa_error *error, besa_result code, const char *format, ...) BESA__PRINTF(3, 4);
 static besa_result besa__fail(besa_error *error, besa_result code, const char *format, ...)
@@ -1309,6 +1328,7 @@ static besa_result besa__fail(besa_error *error, besa_result code, const char *f
         error->code = code;
         besa__format(error->message, sizeof error->message, format, &args);
         va_end(args);
+        besa__make_printable(error->message);
     }
     return code;
 }
@@ -1322,6 +1342,7 @@ static void besa__notes_add(char **notes, const char *format, ...)
     va_start(args, format);
     besa__format(line, sizeof line, format, &args);
     va_end(args);
+    besa__make_printable(line);
     size_t n = *notes ? strlen(*notes) : 0, m = strlen(line);
     char *text = (char *)BESA_REALLOC(*notes, n + m + 2);
     if (!text) return;
@@ -2217,6 +2238,15 @@ static besa_result besa__rate_defaults(besa_rate_options *o, besa_error *error)
                       "form has, found none");
 }
 
+/* The penalty's gradient has 2 lambda / t^2 as a float. o: with the defaults filled in. */
+static besa_result besa__check_penalty(const besa_rate_options *o, besa_error *error)
+{
+    double most = 1e37 * o->target * o->target;
+    if (o->penalty <= most) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_OPTION, "penalty is %g, expected at most %g (1e37 times target squared) for a target of "
+                      "%g; BESA_NONE: no penalty", o->penalty, most, o->target);
+}
+
 /* Fill in one layer and place its arrays, with room for its theta among the parameters. */
 static void besa__rate_layer_place(besa_rates *rates, int index, besa__arena *arena)
 {
@@ -2566,6 +2596,7 @@ static besa_result besa__rates_make(besa__rates_owner **owner, besa_backend *be,
     BESA__TRY(besa__check_backend(be, error));
     BESA__TRY(besa__check_layers(layers, count, error));
     BESA__TRY(besa__rate_defaults(&filled, error));
+    BESA__TRY(besa__check_penalty(&filled, error));
     uint64_t layer_bytes = besa__bytes(count, sizeof(besa__mask_layer) + sizeof(besa__rate_layer));
     BESA__TRY(besa__malloc(&memory, besa__add_sizes(sizeof **owner, layer_bytes), "rates", error));
     besa__rates_owner *o = *owner = (besa__rates_owner *)memset(memory, 0, sizeof **owner);
@@ -2662,6 +2693,7 @@ BESA_API besa_result besa_rates_rank(besa_rates *rates, int layer, const void *w
     if ((unsigned)importance >= BESA_IMPORTANCE_COUNT)
         return besa__fail(error, BESA_ERROR_OPTION, "importance is %d, expected a value of besa_importance", (int)importance);
     const besa__importance *row = besa__importance_row(importance);
+    if (!w || !scratch) return besa__fail(error, BESA_ERROR_OPTION, "%s is NULL", w ? "scratch" : "w");
     if (row->statistic != BESA_STATISTIC_NONE && !statistic)
         return besa__fail(error, BESA_ERROR_OPTION, "statistic is NULL, which the importance %s needs", row->name);
     const besa_layer_shape *shape = &rates->masks->layer[layer].shape;
@@ -2704,6 +2736,7 @@ BESA_API besa_result besa_rates_forward(besa_rates *rates, besa_error *error)
 BESA_API besa_result besa_rates_mask(besa_rates *rates, int layer, const void *w, void *pruned, besa_error *error)
 {
     BESA__TRY(besa__check_layer(rates, layer, 1, error));
+    if (!w || !pruned) return besa__fail(error, BESA_ERROR_OPTION, "%s is NULL", w ? "pruned" : "w");
     besa__workspace callers = besa__rates_enter(rates);
     return besa__rates_leave(rates, callers, besa__masks_apply(rates->masks, layer, w, pruned), error);
 }
@@ -2712,6 +2745,7 @@ BESA_API besa_result besa_rates_gradient(besa_rates *rates, int layer, const voi
                                          besa_error *error)
 {
     BESA__TRY(besa__check_layer(rates, layer, 1, error));
+    if (!w || !dw) return besa__fail(error, BESA_ERROR_OPTION, "%s is NULL", w ? "dw" : "w");
     besa__workspace callers = besa__rates_enter(rates);
     besa_result result = besa__rates_gradient(rates, layer, w, 0, rates->layer[layer].shape.rows, dw);
     return besa__rates_leave(rates, callers, result, error);
@@ -3524,7 +3558,8 @@ static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_
     BESA__TRY(besa__options_fill((unsigned char *)o + begin, begin, sizeof *o, error));
     if (o->pattern_n != 0 || o->pattern_m != 0) BESA__TRY(besa__pattern_defaults(o, shape, error));
     BESA__TRY(besa__check_fixed_rates(o, error));
-    return besa__rate_defaults(&o->rates, error);
+    BESA__TRY(besa__rate_defaults(&o->rates, error));
+    return o->method == BESA_METHOD_BESA ? besa__check_penalty(&o->rates, error) : BESA_OK;
 }
 
 /* The sparsity that the caller fixed for a layer of the block called name, or -1. */
@@ -5055,7 +5090,6 @@ struct besa_checkpoint {
     int64_t num_tensors;
     const besa_tensor **sorted;                 /* by name */
     besa_config config;
-    int bias[BESA_LAYERS];                      /* 1: the config gives the layer a bias */
     char notes[1024];                           /* lines */
 };
 
@@ -5360,6 +5394,18 @@ static besa_result besa__check_layout(besa_checkpoint *checkpoint, const besa__s
                       (unsigned long long)(shard->size - end));
 }
 
+/* The format allows strings alone as metadata. */
+static besa_result besa__check_metadata(const besa__json *json, const besa__json_value *metadata, const char *path,
+                                        besa_error *error)
+{
+    const besa__json_value *entry = besa__json_first(json, metadata);
+    for (; entry; entry = besa__json_next(json, metadata, entry))
+        if (!besa__json_is(json, entry, BESA__JSON_STRING))
+            return besa__fail(error, BESA_ERROR_FORMAT, "%s: __metadata__: %.200s is not a string", path,
+                              besa__json_key(json, entry));
+    return BESA_OK;
+}
+
 /* All entries of a parsed header. */
 static besa_result besa__parse_header(besa_checkpoint *checkpoint, int64_t file, const besa__json *json,
                                       const char *path, besa_error *error)
@@ -5374,7 +5420,10 @@ static besa_result besa__parse_header(besa_checkpoint *checkpoint, int64_t file,
         const char *name = besa__json_key(json, entry);
         if (!besa__json_is(json, entry, BESA__JSON_OBJECT))
             return besa__fail(error, BESA_ERROR_FORMAT, "%s: header entry %.200s is not an object", path, name);
-        if (!strcmp(name, "__metadata__")) continue;
+        if (!strcmp(name, "__metadata__")) {
+            BESA__TRY(besa__check_metadata(json, entry, path, error));
+            continue;
+        }
         BESA__TRY(besa__parse_tensor(checkpoint, file, json, entry, path, error));
     }
     return besa__check_layout(checkpoint, checkpoint->shards + file, first, path, error);
@@ -6024,26 +6073,26 @@ enum { BESA__WINDOW_NONE, BESA__WINDOW_ALL, BESA__WINDOW_CHOSEN };
 typedef struct besa__architecture {
     const char *model_type;
     const char *class_name, *former_class;      /* in `architectures`; former_class NULL: none */
-    int64_t num_key_value_heads, head_dim;      /* where config.json has no such key; 0: as many as attention heads,
-                                                   hidden_size / num_attention_heads */
+    const char *prefix;                         /* of all tensor names but lm_head's */
     int bias[BESA__GROUPS];                     /* BESA__BIAS_..: of q, k, v; of o; of gate, up, down */
     int qk_norm;                                /* q and k are normed per head before rope */
     int window;                                 /* BESA__WINDOW_.. */
     unsigned ropes;                             /* bits of besa_rope_type */
-    const char *prefix;                         /* of all tensor names but lm_head's */
+    /* where config.json has no such key; 0: as many as attention heads, hidden_size / num_attention_heads, no window */
+    int64_t num_key_value_heads, head_dim, sliding_window, max_position_embeddings;
 } besa__architecture;
 
 #define BESA__ROPES (1u << BESA_ROPE_DEFAULT | 1u << BESA_ROPE_LINEAR | 1u << BESA_ROPE_LLAMA3)
 
 static const besa__architecture besa__architectures[] = {
-    {"llama", "LlamaForCausalLM", "LLaMAForCausalLM", 0, 0, {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY}, 0,
-     BESA__WINDOW_NONE, BESA__ROPES, "model."},
-    {"mistral", "MistralForCausalLM", NULL, 8, 0, {BESA__BIAS_REFUSED, BESA__BIAS_REFUSED, BESA__BIAS_REFUSED}, 0,
-     BESA__WINDOW_ALL, BESA__ROPES, "model."},
-    {"qwen2", "Qwen2ForCausalLM", NULL, 32, 0, {BESA__BIAS_ALWAYS, BESA__BIAS_NONE, BESA__BIAS_REFUSED}, 0,
-     BESA__WINDOW_CHOSEN, BESA__ROPES, "model."},
-    {"qwen3", "Qwen3ForCausalLM", NULL, 32, 128, {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_REFUSED}, 1,
-     BESA__WINDOW_CHOSEN, BESA__ROPES, "model."},
+    {"llama", "LlamaForCausalLM", "LLaMAForCausalLM", "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY}, 0,
+     BESA__WINDOW_NONE, BESA__ROPES, 0, 0, 0, 2048},
+    {"mistral", "MistralForCausalLM", NULL, "model.", {BESA__BIAS_REFUSED, BESA__BIAS_REFUSED, BESA__BIAS_REFUSED}, 0,
+     BESA__WINDOW_ALL, BESA__ROPES, 8, 0, 4096, 131072},
+    {"qwen2", "Qwen2ForCausalLM", NULL, "model.", {BESA__BIAS_ALWAYS, BESA__BIAS_NONE, BESA__BIAS_REFUSED}, 0,
+     BESA__WINDOW_CHOSEN, BESA__ROPES, 32, 0, 4096, 32768},
+    {"qwen3", "Qwen3ForCausalLM", NULL, "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_REFUSED}, 1,
+     BESA__WINDOW_CHOSEN, BESA__ROPES, 32, 128, 4096, 32768},
 };
 
 enum { BESA__ARCHITECTURES = (int)(sizeof besa__architectures / sizeof *besa__architectures) };
@@ -6079,7 +6128,7 @@ static besa_result besa__config_architecture(const besa__config_reader *r, besa_
     const besa__architecture *a = *out = besa__find_architecture(besa__json_string(r->json, type));
     char known[256];
     if (!a) return besa__config_refuse(r, "model_type", type, besa__model_types(known, sizeof known));
-    snprintf(config->model_type, sizeof config->model_type, "%s", a->model_type);
+    config->model_type = a->model_type;
     if (!list) return BESA_OK;
     const besa__json_value *name = besa__json_is(r->json, list, BESA__JSON_ARRAY) && besa__json_count(r->json, list) == 1
                                        ? besa__json_first(r->json, list) : NULL;
@@ -6145,15 +6194,16 @@ static besa_result besa__config_rope(const besa__config_reader *r, const besa__a
 {
     const besa__json *json = r->json;
     const besa__json_value *object = besa__config_get(r, "rope_scaling"), *type = NULL;
-    const char *prefix = "rope_scaling.";
+    const char *key = "rope_scaling";
+    char prefix[32];
     double unused;
     if (!object || (besa__json_is(json, object, BESA__JSON_OBJECT) && !besa__json_first(json, object))) {
-        object = besa__config_get(r, "rope_parameters");
-        prefix = "rope_parameters.";
+        key = "rope_parameters";
+        object = besa__config_get(r, key);
     }
     if (object && !besa__json_is(json, object, BESA__JSON_OBJECT))
-        return besa__config_refuse(r, *(prefix + 5) == 's' ? "rope_scaling" : "rope_parameters", object,
-                                   "an object, or null");
+        return besa__config_refuse(r, key, object, "an object, or null");
+    snprintf(prefix, sizeof prefix, "%s.", key);
     const besa__json_value *v = object ? besa__json_first(json, object) : NULL;
     for (; v; v = besa__json_next(json, object, v))
         if (besa__json_is(json, v, BESA__JSON_OBJECT))
@@ -6192,8 +6242,8 @@ static besa_result besa__config_windows(const besa__config_reader *r, besa_confi
         BESA__TRY(besa__config_bool(r, "use_sliding_window", &sliding));
         BESA__TRY(besa__config_integer(r, "max_window_layers", 28, &first));
     }
-    if (sliding && (besa__config_get(r, "sliding_window") || !given))
-        BESA__TRY(besa__config_integer(r, "sliding_window", 4096, &window));
+    if (sliding && (besa__config_get(r, "sliding_window") || (!given && a->sliding_window)))
+        BESA__TRY(besa__config_integer(r, "sliding_window", a->sliding_window, &window));
     for (int64_t i = 0; i < config->num_hidden_layers; i++) config->window[i] = (uint8_t)(window && i >= first);
     if (types && (!besa__json_is(r->json, types, BESA__JSON_ARRAY) ||
                   besa__json_count(r->json, types) != (uint64_t)config->num_hidden_layers))
@@ -6227,7 +6277,7 @@ static besa_result besa__config_sizes(const besa__config_reader *r, besa_config 
     BESA__TRY(besa__config_integer(r, "hidden_size", 0, &b->hidden_size));
     BESA__TRY(besa__config_integer(r, "intermediate_size", 0, &b->intermediate_size));
     BESA__TRY(besa__config_integer(r, "num_hidden_layers", 0, &config->num_hidden_layers));
-    BESA__TRY(besa__config_integer(r, "max_position_embeddings", 2048,
+    BESA__TRY(besa__config_integer(r, "max_position_embeddings", a->max_position_embeddings,
                                    &config->max_position_embeddings));
     BESA__TRY(besa__config_integer(r, "num_attention_heads", 0, &b->num_attention_heads));
     int64_t groups = heads_given || !a->num_key_value_heads ? b->num_attention_heads : a->num_key_value_heads;
@@ -6252,7 +6302,7 @@ static besa_result besa__config_sizes(const besa__config_reader *r, besa_config 
     return BESA_OK;
 }
 
-/* bias[layer] = 1 for each layer that has one. */
+/* Which layers have a bias. */
 static besa_result besa__config_biases(const besa__config_reader *r, const besa__architecture *a, int bias[BESA_LAYERS])
 {
     for (int i = 0; i < BESA_LAYERS; i++) {
@@ -6268,7 +6318,7 @@ static besa_result besa__config_biases(const besa__config_reader *r, const besa_
     return BESA_OK;
 }
 
-static besa_result besa__config_read(const besa__config_reader *r, besa_config *config, int bias[BESA_LAYERS])
+static besa_result besa__config_read(const besa__config_reader *r, besa_config *config)
 {
     const besa__architecture *a;
     if (!besa__json_is(r->json, r->root, BESA__JSON_OBJECT))
@@ -6281,11 +6331,10 @@ static besa_result besa__config_read(const besa__config_reader *r, besa_config *
     BESA__TRY(besa__config_number(r, r->root, "", "rms_norm_eps", 1e-6, &config->block.rms_norm_eps));
     BESA__TRY(besa__config_bool(r, "tie_word_embeddings", &config->tie_word_embeddings));
     config->qk_norm = a->qk_norm;
-    return besa__config_biases(r, a, bias);
+    return besa__config_biases(r, a, config->bias);
 }
 
-static besa_result besa__config_load(besa_config *config, int bias[BESA_LAYERS], besa__kept *kept, const char *directory,
-                                     besa_error *error)
+static besa_result besa__config_load(besa_config *config, besa__kept *kept, const char *directory, besa_error *error)
 {
     char *path;
     besa__json json;
@@ -6293,7 +6342,7 @@ static besa_result besa__config_load(besa_config *config, int bias[BESA_LAYERS],
     BESA__TRY(besa__join(&path, directory, "config.json", error));
     besa_result result = besa__json_load(&json, kept, path, error);
     besa__config_reader reader = { &json, json.values, path, error };
-    if (result == BESA_OK) result = besa__config_read(&reader, config, bias);
+    if (result == BESA_OK) result = besa__config_read(&reader, config);
     besa__json_free(&json);
     BESA_FREE(path);
     return result;
@@ -6349,7 +6398,7 @@ static besa_result besa__block_bind(besa__block_tensors *tensors, const besa_che
         BESA__TRY(besa__need(&tensors->weight[i], checkpoint, name, rows, columns, error));
         snprintf(rest, sizeof rest, "%s.bias", path);
         besa__tensor_name(name, sizeof name, &checkpoint->config, block, rest);
-        BESA__TRY(besa__need_if(checkpoint->bias[i], &tensors->bias[i], checkpoint, name, rows, error));
+        BESA__TRY(besa__need_if(checkpoint->config.bias[i], &tensors->bias[i], checkpoint, name, rows, error));
     }
     besa__tensor_name(name, sizeof name, &checkpoint->config, block, "input_layernorm.weight");
     BESA__TRY(besa__need(&tensors->norm1, checkpoint, name, s->hidden_size, 0, error));
@@ -6359,6 +6408,15 @@ static besa_result besa__block_bind(besa__block_tensors *tensors, const besa_che
     BESA__TRY(besa__need_if(checkpoint->config.qk_norm, &tensors->q_norm, checkpoint, name, s->head_dim, error));
     besa__tensor_name(name, sizeof name, &checkpoint->config, block, "self_attn.k_norm.weight");
     return besa__need_if(checkpoint->config.qk_norm, &tensors->k_norm, checkpoint, name, s->head_dim, error);
+}
+
+BESA_API const besa_tensor *besa_checkpoint_layer(const besa_checkpoint *checkpoint, int64_t block, int layer)
+{
+    char name[96], rest[48];
+    if (block < 0 || block >= checkpoint->config.num_hidden_layers || layer < 0 || layer >= BESA_LAYERS) return NULL;
+    snprintf(rest, sizeof rest, "%s.weight", besa__layers[layer].path);
+    besa__tensor_name(name, sizeof name, &checkpoint->config, block, rest);
+    return besa_checkpoint_find(checkpoint, name);
 }
 
 /* No tensor may be of a block beyond those that config.json counts. */
@@ -6430,9 +6488,8 @@ static besa_result besa__check_tied_head(besa_checkpoint *checkpoint, const besa
     BESA__TRY(besa__need(&head, checkpoint, besa__head_name, c->vocab_size, c->block.hidden_size, error));
     if (besa__same_tensor(checkpoint, head, embedding)) return BESA_OK;
     c->tie_word_embeddings = 0;
-    besa__checkpoint_note(checkpoint, "note: config.json says tie_word_embeddings, but lm_head.weight differs from "
-                          "model.embed_tokens.weight: the head is used, as transformers 5 does (earlier versions use "
-                          "the embedding)");
+    besa__checkpoint_note(checkpoint, "note: config.json says tie_word_embeddings, but %s differs from %s: the head is used, "
+                          "as transformers 5 does (earlier versions use the embedding)", head->name, embedding->name);
     return BESA_OK;
 }
 
@@ -6465,8 +6522,7 @@ static besa_result besa__checkpoint_load(besa_checkpoint *checkpoint, const char
         return besa__fail(error, errno == ENOENT || errno == ENOTDIR ? BESA_ERROR_NOT_FOUND : BESA_ERROR_READ, "%s: %s",
                           directory, strerror(errno));
     if (!S_ISDIR(st.st_mode)) return besa__fail(error, BESA_ERROR_NOT_FOUND, "%s: not a directory", directory);
-    BESA__TRY(besa__config_load(&checkpoint->config, checkpoint->bias, &checkpoint->config_file, checkpoint->directory,
-                                error));
+    BESA__TRY(besa__config_load(&checkpoint->config, &checkpoint->config_file, checkpoint->directory, error));
     BESA__TRY(besa__open_weights(checkpoint, error));
     BESA__TRY(besa__model_bind(&model, checkpoint, error));
     BESA__TRY(besa__check_tied_head(checkpoint, model.embedding, error));
@@ -8717,6 +8773,24 @@ static double besa__plan_flop(const besa__run *run)
     return flop + (double)(run->test.count * run->test.seqlen) * (head + block * (double)run->config->num_hidden_layers);
 }
 
+/* Pages of the checkpoint that are resident at a time, at most: a block's weights; for embedding, a row of each token of a
+ * chunk, each with the 64 KB that the system brings in around it; for the head, a chunk of rows. */
+static size_t besa__plan_mapped(const besa__run *run)
+{
+    const besa_tensor *table = run->model.embedding, *head = run->model.head;
+    uint64_t row = table->bytes / (uint64_t)table->shape[0], block = 0, rows = 0;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t r, c;
+        besa_block_layer(&run->config->block, i, &r, &c);
+        block = besa__add_sizes(block, besa__bytes(besa__product(r, c), besa_dtype_size(run->model.dtype)));
+    }
+    uint64_t embedded = besa__bytes(BESA__CHUNK_TOKENS, row + 65536);
+    if (embedded > table->bytes) embedded = table->bytes;
+    if (run->has_test) rows = besa__bytes(besa__vocab_chunk(run), (uint64_t)head->bytes / (uint64_t)head->shape[0]);
+    if (rows < embedded) rows = embedded;
+    return besa__size(block > rows ? block : rows);
+}
+
 BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *be, const besa_calibration *calibration,
                                const besa_prune_options *options, besa_plan_result *plan, besa_error *error)
 {
@@ -8737,14 +8811,8 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
         BESA_FREE(notes);
         plan->micro_batch = run.pruner.chunk;
         plan->flop = besa__plan_flop(&run);
-        uint64_t mapped = 0;
+        plan->mapped_block_bytes = besa__plan_mapped(&run);
         for (int64_t i = 0; i < checkpoint->num_shards; i++) plan->disk_bytes += checkpoint->shards[i].size;
-        for (int i = 0; i < BESA_LAYERS; i++) {
-            int64_t rows, columns;
-            besa_block_layer(&run.config->block, i, &rows, &columns);
-            mapped = besa__add_sizes(mapped, besa__bytes(besa__product(rows, columns), besa_dtype_size(run.model.dtype)));
-        }
-        plan->mapped_block_bytes = besa__size(mapped);
     }
     besa__run_close(&run);
     return result;
@@ -8800,7 +8868,7 @@ typedef struct besa__gemm_kernel {
 /* ---- what the processor has ---- */
 
 #ifndef BESA_SIMD_MAX
-#define BESA_SIMD_MAX 2                /* 1: without AVX-512, 0: plain C alone; an expression, as tests change it */
+#define BESA_SIMD_MAX 2                         /* an expression: tests change it */
 #endif
 
 /* GCC for Windows keeps the stack aligned to 16 bytes only: its AVX code faults. */

@@ -356,14 +356,6 @@ static int64_t count_zeros(const besa_tensor *t)
     return zeros;
 }
 
-static const besa_tensor *find_layer(const besa_checkpoint *checkpoint, int64_t block, int layer)
-{
-    char name[MAX_NAME];
-    snprintf(name, sizeof name, "model.layers.%lld.%s.%s.weight", (long long)block,
-             layer < BESA_GATE ? "self_attn" : "mlp", besa_layer_name(layer));
-    return besa_checkpoint_find(checkpoint, name);
-}
-
 static void print_shape(const besa_config *c, int json)
 {
     const struct { const char *name; int64_t value; } size[] = {
@@ -410,7 +402,7 @@ static besa_result run_info(job *j)
     for (int64_t b = 0; b < config->num_hidden_layers; b++) {
         if (!json) printf("\n%8lld", (long long)b);
         for (int i = 0; i < BESA_LAYERS; i++) {
-            const besa_tensor *t = find_layer(j->checkpoint, b, i);
+            const besa_tensor *t = besa_checkpoint_layer(j->checkpoint, b, i);
             double n = (double)t->shape[0] * (double)t->shape[1], z = (double)count_zeros(t);
             weights += n;
             zeros += z;

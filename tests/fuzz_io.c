@@ -63,10 +63,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         result = besa__json_parse(&json, text, size, "fuzz", &error);
         if (kind == 3 && result == BESA_OK) {
             besa_config config;
-            int bias[BESA_LAYERS];
             besa__config_reader reader = { &json, json.values, "fuzz", &error };
             memset(&config, 0, sizeof config);
-            result = besa__config_read(&reader, &config, bias);
+            result = besa__config_read(&reader, &config);
             if (result == BESA_OK && (config.block.head_dim < 2 || config.num_hidden_layers > BESA_MAX_LAYERS)) abort();
         }
         besa__json_free(&json);

@@ -739,6 +739,10 @@ static void test_headers(void)
         { "nine dimensions", ONE("U8", "[1,1,1,1,1,1,1,1,1]", "[0,1]"), 1, BESA_ERROR_UNSUPPORTED, "dimensions" },
         { "a name twice", "{\"a\":" TENSOR("U8", "[1]", "[0,1]") ",\"a\":" TENSOR("U8", "[1]", "[1,2]") "}", 2, BESA_ERROR_JSON, "twice" },
         { "no object", "{\"a\":3}", 0, BESA_ERROR_FORMAT, "not an object" },
+        { "metadata that is no object", "{\"__metadata__\":\"pt\"}", 0, BESA_ERROR_FORMAT, "__metadata__ is not an object" },
+        { "metadata that is no string", "{\"__metadata__\":{\"format\":\"pt\",\"step\":3}}", 0, BESA_ERROR_FORMAT,
+          "__metadata__: step is not a string" },
+        { "a name with control characters", "{\"a\\u001b[2Jb\\u009bc\\u007f\":3}", 0, BESA_ERROR_FORMAT, "a?[2Jb??c? is" },
         { "a list", "[1]", 0, BESA_ERROR_FORMAT, "no JSON object" },
         { "dtypes of other widths", "{\"a\":" TENSOR("F8_E4M3", "[1]", "[0,1]") ",\"b\":" TENSOR("BOOL", "[]", "[1,2]")
           ",\"c\":" TENSOR("F64", "[0,5]", "[2,2]") ",\"d\":" TENSOR("F4", "[2]", "[2,3]") "}", 3, BESA_ERROR_TENSOR, "embed_tokens" } };
@@ -937,12 +941,11 @@ static void test_config(void)
 static besa_result read_config(const char *text, besa_config *config)
 {
     besa__json json;
-    int bias[BESA_LAYERS];
     memset(config, 0, sizeof *config);
     err.code = BESA_OK;
     besa_result result = parse(&json, text, strlen(text));
     besa__config_reader reader = { &json, json.values, "config.json", &err };
-    if (result == BESA_OK) result = besa__config_read(&reader, config, bias);
+    if (result == BESA_OK) result = besa__config_read(&reader, config);
     besa__json_free(&json);
     return result;
 }
@@ -1104,18 +1107,18 @@ static void test_unknown_settings(void)
         }
 }
 
-/* What transformers takes where key/value heads and head_dim are not given. */
-static void test_head_defaults(void)
+/* What transformers takes where key/value heads, head_dim and positions are not given. */
+static void test_family_defaults(void)
 {
     static const struct {
         const char *type;
         int heads;
-        int64_t kv_heads, head_dim;
+        int64_t kv_heads, head_dim, positions;
     } t[] = {
-        { "llama", 16, 16, 8 },
-        { "mistral", 16, 8, 8 },
-        { "qwen2", 64, 32, 2 },
-        { "qwen3", 64, 32, 128 } };
+        { "llama", 16, 16, 8, 2048 },
+        { "mistral", 16, 8, 8, 131072 },
+        { "qwen2", 64, 32, 2, 32768 },
+        { "qwen3", 64, 32, 128, 32768 } };
     besa_config config;
     char text[512];
     for (int i = 0; i < 4; i++) {
@@ -1124,7 +1127,25 @@ static void test_head_defaults(void)
         CHECK_CASE(t[i].type, read_config(text, &config), BESA_OK, NULL);
         CHECK(config.block.num_key_value_heads == t[i].kv_heads && config.block.head_dim == t[i].head_dim,
               "%s: %d key/value heads of %d", t[i].type, (int)config.block.num_key_value_heads, (int)config.block.head_dim);
+        CHECK(config.max_position_embeddings == t[i].positions && !strcmp(config.model_type, t[i].type),
+              "%s: %s of %d positions", t[i].type, config.model_type, (int)config.max_position_embeddings);
     }
+}
+
+/* The layers by number are those by name. */
+static void test_layer_tensors(void)
+{
+    besa_checkpoint *c = NULL;
+    char name[96];
+    CHECK_OK(besa_checkpoint_open(&c, make_model("layers", 0), &err), err);
+    for (int b = 0; b < 3; b++)
+        for (int l = 0; l < BESA_LAYERS; l++) {
+            snprintf(name, sizeof name, "model.layers.%d.%s.%s.weight", b, l < BESA_GATE ? "self_attn" : "mlp", besa_layer_name(l));
+            CHECK(besa_checkpoint_find(c, name) && besa_checkpoint_layer(c, b, l) == besa_checkpoint_find(c, name), "%s", name);
+        }
+    CHECK(!besa_checkpoint_layer(c, 3, 0) && !besa_checkpoint_layer(c, -1, 0) && !besa_checkpoint_layer(c, 0, -1) &&
+          !besa_checkpoint_layer(c, 0, BESA_LAYERS), "there are 3 blocks of 7 layers");
+    besa_checkpoint_close(c);
 }
 
 /* One prunable weight of another type than the rest, each in turn. */
@@ -2564,8 +2585,9 @@ static void readers(void)
     TEST("config: what public models have") run(test_config_public);
     TEST("config: sliding windows") run(test_windows);
     TEST("config: settings that are not known") run(test_unknown_settings);
-    TEST("config: heads by default") run(test_head_defaults);
+    TEST("config: heads by default") run(test_family_defaults);
     TEST("config: a weight of another type than the others") run(test_mixed_types);
+    TEST("config: the layers by number") run(test_layer_tensors);
     TEST("tokens: headers of .npy") run(test_npy);
     TEST("tokens: .npy truncated anywhere") run(test_npy_truncated);
     TEST("tokens: raw files") run(test_raw_tokens);

@@ -92,6 +92,53 @@ __attribute__((unused)) static void test_depth(besa_method method)
     CHECK(fabs(peak[1] / peak[0] - 1) < 0.05, "%.1f MB with 4 blocks, %.1f with 32", peak[0] / 1e6, peak[1] / 1e6);
 }
 
+/* Give a model whose first tensor is its embedding (rows, columns) in bfloat16 a head that is a copy of it. */
+__attribute__((unused)) static void copy_head(const char *model, int rows, int columns)
+{
+    char path[600];
+    size_t size, length, bytes = (size_t)rows * (size_t)columns * 2;
+    snprintf(path, sizeof path, "%s/model.safetensors", model);
+    unsigned char *old = read_bytes(path, &size);
+    memcpy(&length, old, 8);
+    size_t data = size - 8 - length;
+    unsigned char *file = (unsigned char *)malloc(size + 256 + bytes), *at = file + 8 + length;
+    memcpy(file, old, 8 + length);
+    while (at[-1] == ' ') at--;
+    at += sprintf((char *)at - 1, ",\"lm_head.weight\":{\"dtype\":\"BF16\",\"shape\":[%d,%d],\"data_offsets\":[%zu,%zu]}}", rows,
+                  columns, data, data + bytes) - 1;
+    while ((at - file) % 8) *at++ = ' ';
+    length = (size_t)(at - file) - 8;
+    memcpy(file, &length, 8);
+    memcpy(at, old + size - data, data);
+    memcpy(at + data, old + size - data, bytes);
+    write_bytes(path, file, (size_t)(at - file) + data + bytes);
+    free(file);
+    free(old);
+}
+
+/* Embedding and head are read a part at a time: to compare them where the config ties them, for their rows, to look for what
+ * is not finite, to copy them. */
+__attribute__((unused)) static void test_large_embedding(void)
+{
+    enum { ROWS = 131072, COLUMNS = 256 };
+    static const char *const what[] = { "plan", "prune" };
+    const double table = 2.0 * ROWS * COLUMNS, part = 16 << 20;
+    const char *small = temp_path("small"), *large = temp_path("large");
+    double plan[2], unused[2];
+    fixture_random_llama(small, 1, COLUMNS, 704, 8, 4, VOCAB, BESA_BF16);
+    fixture_random_llama(large, 1, COLUMNS, 704, 8, 4, ROWS, BESA_BF16);
+    copy_head(large, ROWS, COLUMNS);
+    for (int i = 0; i < 2; i++) {
+        double usual = peak_of(what[i], small, BESA_METHOD_WANDA, unused);
+        double peak = peak_of(what[i], large, BESA_METHOD_WANDA, plan);
+        printf("    %s: peak %.1f MB, %.1f with a small embedding\n", what[i], peak / 1e6, usual / 1e6);
+        CHECK(peak <= usual + (i ? 0 : part) + table / 8, "%s: %.1f MB at the peak, %.1f with a small embedding", what[i], peak / 1e6,
+              usual / 1e6);
+        CHECK(peak <= usual + plan[1], "%s: %.1f MB of mapped pages in the plan", what[i], plan[1] / 1e6);
+    }
+    CHECK(plan[1] > 0 && plan[1] <= table, "%.1f MB of mapped pages in the plan", plan[1] / 1e6);
+}
+
 int main(int argc, char **argv)
 {
     if (argc == 6 && !strcmp(argv[1], "--child")) return child(argv + 2);
@@ -109,6 +156,7 @@ int main(int argc, char **argv)
 #else
     TEST("memory of besa, 4 and 32 blocks") test_depth(BESA_METHOD_BESA);
     TEST("memory of sparsegpt, 4 and 32 blocks") test_depth(BESA_METHOD_SPARSEGPT);
+    TEST("memory of a large embedding, and of a head that is its copy") test_large_embedding();
 #endif
     return test_finish();
 }

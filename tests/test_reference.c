@@ -766,10 +766,54 @@ static void test_rates_arguments(void)
     CHECK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_WANDA, NULL, scratch, &g_error) == BESA_ERROR_OPTION &&
           strstr(g_error.message, "statistic is NULL") && strstr(g_error.message, "wanda"), "%s", g_error.message);
     CHECK(besa_rates_rank(rates, 1, w, BESA_IMPORTANCE_MAGNITUDE, NULL, scratch, &g_error) == BESA_ERROR_OPTION, "layer 1");
+    CHECK(besa_rates_rank(rates, 0, NULL, BESA_IMPORTANCE_MAGNITUDE, NULL, scratch, &g_error) == BESA_ERROR_OPTION &&
+          strstr(g_error.message, "w is NULL"), "%s", g_error.message);
+    CHECK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_MAGNITUDE, NULL, NULL, &g_error) == BESA_ERROR_OPTION &&
+          strstr(g_error.message, "scratch is NULL"), "%s", g_error.message);
     CHECK_OK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_MAGNITUDE, NULL, scratch, &g_error), g_error);
     CHECK(besa_rates_project(rates, &g_error) == BESA_ERROR_TARGET && strstr(g_error.message, "16 weights are zero"), "%s",
           g_error.message);
+    CHECK(besa_rates_mask(rates, 0, NULL, w, &g_error) == BESA_ERROR_OPTION && strstr(g_error.message, "w is NULL") &&
+          besa_rates_mask(rates, 0, w, NULL, &g_error) == BESA_ERROR_OPTION && strstr(g_error.message, "pruned is NULL") &&
+          besa_rates_gradient(rates, 0, NULL, w, &g_error) == BESA_ERROR_OPTION && strstr(g_error.message, "w is NULL") &&
+          besa_rates_gradient(rates, 0, w, NULL, &g_error) == BESA_ERROR_OPTION && strstr(g_error.message, "dw is NULL"), "%s",
+          g_error.message);
     besa_rates_destroy(rates);
+}
+
+/* The largest penalty that a target allows is learned with; one beyond it is refused, with the remedy. */
+static void test_largest_penalty(void)
+{
+    static const double targets[] = { 0.5, 1e-4, 1e-18, 1e-25, 1e-160 };
+    besa_layer_shape shape = { 3, 8, BESA_F32 };
+    besa_rate_options o;
+    besa_rates *rates = NULL;
+    float w[24], scratch[32];
+    double d, mean;
+    for (int i = 0; i < 24; i++) w[i] = (float)(i % 7 + 1);
+    memset(&o, 0, sizeof o);
+    for (size_t i = 0; i < sizeof targets / sizeof *targets; i++) {
+        o.target = targets[i];
+        o.penalty = 1.01e37 * o.target * o.target;
+        if (o.penalty > 0)
+            CHECK(o.penalty > 1e30 || besa_rates_create(&rates, &g_be, &shape, 1, &o, &g_error) == BESA_ERROR_OPTION, "%g", o.target);
+        o.penalty = 1e37 * o.target * o.target;
+        if (o.penalty > 9e29) o.penalty = 9e29;
+        if (o.penalty == 0) o.penalty = BESA_NONE;
+        CHECK_OK(besa_rates_create(&rates, &g_be, &shape, 1, &o, &g_error), g_error);
+        CHECK_OK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_MAGNITUDE, NULL, scratch, &g_error), g_error);
+        for (int step = 0; step < 3; step++) {
+            CHECK_OK(besa_rates_forward(rates, &g_error), g_error);
+            CHECK_OK(besa_rates_gradient(rates, 0, w, w, &g_error), g_error);
+            CHECK_OK(besa_rates_step(rates, &g_error), g_error);
+        }
+        CHECK_OK(besa_rates_status(rates, &d, &mean, &g_error), g_error);
+        CHECK_OK(besa_rates_project(rates, &g_error), g_error);
+        besa_rates_destroy(rates);
+    }
+    o.target = 1e-20, o.penalty = 0;            /* the default, 1 */
+    CHECK(besa_rates_create(&rates, &g_be, &shape, 1, &o, &g_error) == BESA_ERROR_OPTION && strstr(g_error.message, "penalty is 1, ")
+          && strstr(g_error.message, "BESA_NONE"), "%s", g_error.message);
 }
 
 /* The step over given gradients against Prodigy and AdamW in plain double, every option other than its default. */
@@ -1516,6 +1560,7 @@ int main(int argc, char **argv)
     TEST("losses that overflow") test_loss_overflow();
     TEST("overflow is named") test_overflow_named();
     TEST("arguments of the layer API") test_rates_arguments();
+    TEST("the largest penalty of a target") test_largest_penalty();
     TEST("shapes of a block") test_shapes();
     TEST("the caller's workspace") test_rates_workspace();
     TEST("Prodigy with other options") test_optimizer_options(0);
