@@ -3205,10 +3205,10 @@ enum { BESA__STREAM_EVENTS = 6 };               /* of each slot: it is filled, c
 typedef struct besa__stream {
     besa_backend *be;
     int64_t count, seqlen, width;               /* (count, seqlen, width) act */
-    int64_t chunk;                              /* most sequences at a time */
+    int64_t micro_batch;                        /* most sequences at a time */
     int streamed, event;                        /* event: the first of BESA__STREAM_EVENTS */
     void *x;                                    /* all of it: device, or host where streamed */
-    void *slot[2];                              /* (chunk, seqlen, width) device, where streamed */
+    void *slot[2];                              /* (micro_batch, seqlen, width) device, where streamed */
     int64_t first[2], held[2];                  /* the sequences in a slot; held 0: none */
     int open;                                   /* the slot that was opened last */
 } besa__stream;
@@ -3217,7 +3217,7 @@ static void besa__stream_init(besa__stream *s, besa_backend *be, int event, int6
 {
     memset(s, 0, sizeof *s);
     s->be = be;
-    s->count = s->chunk = count;
+    s->count = s->micro_batch = count;
     s->seqlen = seqlen;
     s->width = width;
     s->event = event;
@@ -3244,7 +3244,7 @@ static void *besa__stream_at(const besa__stream *s, void *x, int64_t index)
 static int64_t besa__stream_cut(const void *stream, int64_t first)
 {
     const besa__stream *s = (const besa__stream *)stream;
-    return besa__min(s->chunk, s->count - first);
+    return besa__min(s->micro_batch, s->count - first);
 }
 
 /* Over all of it; again: where the next walk will begin, or -1. */
@@ -3254,14 +3254,14 @@ BESA__UNUSED static besa__walk besa__stream_walk(const besa__stream *s, int64_t 
 }
 
 /* Let it live on the host, or not. Up to two chunks always fit the device: the slots would take as much. */
-static void besa__stream_send(besa__stream *s, int to_host, int64_t chunk)
+static void besa__stream_send(besa__stream *s, int to_host, int64_t micro_batch)
 {
-    s->streamed = to_host && s->count > 2 * chunk;
+    s->streamed = to_host && s->count > 2 * micro_batch;
 }
 
 static void besa__stream_place(besa__stream *s, besa__arena *device, besa__arena *host)
 {
-    uint64_t all = besa__stream_bytes(s, s->count), chunk = besa__stream_bytes(s, besa__min(s->chunk, s->count));
+    uint64_t all = besa__stream_bytes(s, s->count), chunk = besa__stream_bytes(s, besa__min(s->micro_batch, s->count));
     s->x = besa__take(s->streamed ? host : device, all);
     for (int i = 0; i < 2; i++) s->slot[i] = s->streamed ? besa__take(device, chunk) : NULL;
 }
@@ -3376,8 +3376,8 @@ typedef struct besa__meter {
     int64_t block, blocks, first_block;
     double start, began;                        /* clock at the run's start, and at its first_block's */
     besa_pass pass;
-    double pass_units;                          /* of work, of this pass */
-    double units, done;                         /* of this block */
+    double pass_cost;                          /* of work, of this pass */
+    double cost, done;                          /* of this block */
 } besa__meter;
 
 enum { BESA__DENSE, BESA__WRITTEN };            /* weights that zeros are counted of */
@@ -3398,7 +3398,7 @@ struct besa_pruner {
     besa_block_shape shape;
     besa_dtype dtype;
     int qk_norm;
-    int64_t nsamples, seqlen, chunk, reference; /* sequences: all, at a time, with a reference output */
+    int64_t nsamples, seqlen, micro_batch, reference; /* sequences: all, at a time, with a reference output */
     int64_t rows;                               /* of all layers */
     besa__meter meter;
     void *memory, *host_memory;                 /* owned; NULL inside larger arenas */
@@ -3412,8 +3412,8 @@ struct besa_pruner {
     besa__parameters parameters;                /* theta */
     double fixed[BESA_LAYERS];                  /* of this block: sparsity, or negative: the method decides */
     besa__stream yref;                          /* (reference, seqlen, d); not placed where there is a dense stream */
-    void *y;                                    /* (chunk, seqlen, d) act: the masked block's output, then dL/dy, which the
-                                                   backward pass turns into dL/dh1 */
+    void *y;                                    /* (micro_batch, seqlen, d) act: the masked block's output, then dL/dy,
+                                                   which the backward pass turns into dL/dh1 */
     float *channel_sumsq;                       /* (norms, d) of Yref: of every optimiser's batch, or one of all */
     float *losses;                              /* (BESA__LOSS_STEP + step_losses) */
     int64_t step_losses;
@@ -3438,7 +3438,7 @@ typedef struct besa__work {
     besa_pruner *pruner;
     const besa_block *dense, *masked;           /* the block as it came; the same with `pruned` for its weights */
     void *const *pruned;                        /* (BESA_LAYERS) */
-    besa__stream *x, *target;                   /* its inputs; the outputs to come close to: yref, or the dense stream */
+    besa__stream *x, *yref;                     /* its inputs; the outputs aimed at: the pruner's yref or the dense stream */
 } besa__work;
 
 static int besa__learns(const besa_pruner *p) { return p->options.method == BESA_METHOD_BESA; }
@@ -3446,8 +3446,8 @@ static int besa__learns(const besa_pruner *p) { return p->options.method == BESA
 /* A share of the pass is done: do what else is due, and tell the callback. */
 static besa_result besa__tick(besa__meter *meter, double share, besa_error *error)
 {
-    meter->done += share * meter->pass_units;
-    double in_block = meter->units > 0 && meter->done < meter->units ? meter->done / meter->units : 1;
+    meter->done += share * meter->pass_cost;
+    double in_block = meter->cost > 0 && meter->done < meter->cost ? meter->done / meter->cost : 1;
     if (meter->meanwhile) BESA__TRY(meter->meanwhile(meter->run, in_block, error));
     if (!meter->callback) return BESA_OK;
     besa_progress now;
@@ -3627,16 +3627,16 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
 {
     const besa_block_shape *s = &p->shape;
     int learns = besa__learns(p);
-    besa_workload work = besa_block_workload(s, p->chunk, p->seqlen);
+    besa_workload work = besa_block_workload(s, p->micro_batch, p->seqlen);
     work.candidates = learns ? p->options.rates.candidates + 1 : 1;
     work.projected_rows = learns ? p->rows : 0;
     p->scores_count = learns ? besa__gradient_piece(p->be, s) : besa__largest_layer(s);
-    besa__activations_place(&p->acts, arena, p->be->activation_dtype, s, p->qk_norm, p->chunk * p->seqlen,
+    besa__activations_place(&p->acts, arena, p->be->activation_dtype, s, p->qk_norm, p->micro_batch * p->seqlen,
                             learns ? p->scores_count : 0);
     besa__pruner_place_masks(p, arena);
-    p->yref.chunk = p->chunk;
+    p->yref.micro_batch = p->micro_batch;
     if (!p->options.dense_stream) besa__stream_place(&p->yref, arena, host);
-    p->y = besa__take(arena, besa__stream_bytes(&p->yref, p->chunk));
+    p->y = besa__take(arena, besa__stream_bytes(&p->yref, p->micro_batch));
     p->channel_sumsq = besa__take_floats(arena, besa__product(besa__norms(p), s->hidden_size));
     p->losses = besa__take_floats(arena, BESA__LOSS_STEP + p->step_losses);
     besa__pruner_place_statistics(p, arena, &work);
@@ -3653,7 +3653,7 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
 }
 
 /* Sequences that go through a pass together: about 2048 tokens. A larger batch is accumulated over several. */
-static int64_t besa__preferred_chunk(int64_t nsamples, int64_t seqlen)
+static int64_t besa__preferred_micro_batch(int64_t nsamples, int64_t seqlen)
 {
     return besa__min(nsamples, besa__max(1, BESA__CHUNK_TOKENS / seqlen));
 }
@@ -3722,7 +3722,7 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     if (o->batch_size > nsamples) o->batch_size = nsamples;
     o->rates.steps = o->epochs * besa__parts(nsamples, o->batch_size);
     p->step_losses = learns ? besa__min(o->rates.steps, BESA__STEP_LOSSES) : 0;
-    p->chunk = besa__preferred_chunk(nsamples, seqlen);
+    p->micro_batch = besa__preferred_micro_batch(nsamples, seqlen);
     p->reference = learns || nsamples < BESA__REPORT_SEQUENCES ? nsamples : BESA__REPORT_SEQUENCES;
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t rows, columns;
@@ -3738,20 +3738,20 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     return BESA_OK;
 }
 
-/* Find what fits into `budget` bytes of the device (0: what can be addressed): the largest chunk, and for it the lowest
+/* Find what fits into `budget` bytes of the device (0: what can be addressed): the largest micro-batch, and for it the lowest
  * level of `levels`, each of which moves more to the host. size(user, level) makes the level so and gives its bytes. */
-static besa_result besa__fit_budget(int64_t *chunk, uint64_t (*size)(void *, int level), int levels, void *user,
+static besa_result besa__fit_budget(int64_t *micro_batch, uint64_t (*size)(void *, int level), int levels, void *user,
                                     size_t budget, const char *whose, besa_error *error)
 {
     uint64_t limit = budget ? budget : SIZE_MAX - 1;
-    for (uint64_t least = UINT64_MAX;; *chunk = (*chunk + 1) / 2) {
+    for (uint64_t least = UINT64_MAX;; *micro_batch = (*micro_batch + 1) / 2) {
         for (int level = 0; level < levels; level++) {
             uint64_t bytes = size(user, level);
             if (bytes <= limit) return BESA_OK;
             if (bytes < least) least = bytes;
         }
-        if (*chunk <= 1 && budget == 0) return besa__check_size(least, "the run's arrays", error);
-        if (*chunk <= 1)
+        if (*micro_batch <= 1 && budget == 0) return besa__check_size(least, "the run's arrays", error);
+        if (*micro_batch <= 1)
             return besa__fail(error, BESA_ERROR_MEMORY, "%s %zu bytes, the smallest that works here is %llu", whose, budget,
                               (unsigned long long)least);
     }
@@ -3806,7 +3806,7 @@ static int64_t besa__pass_cut(const void *pruner, int64_t first)
 {
     const besa_pruner *p = (const besa_pruner *)pruner;
     int64_t shown = besa__shown(p), end = first < shown ? shown : first < p->reference ? p->reference : p->nsamples;
-    return besa__min(p->chunk, end - first);
+    return besa__min(p->micro_batch, end - first);
 }
 
 /* Over the first `count` sequences as the passes cut them. */
@@ -3820,13 +3820,13 @@ static besa_result besa__work_open(const besa__work *work, const besa__walk *chu
 {
     *yref = NULL;
     BESA__TRY(besa__stream_open(work->x, chunk, x));
-    return chunk->first < work->pruner->reference ? besa__stream_open(work->target, chunk, yref) : BESA_OK;
+    return chunk->first < work->pruner->reference ? besa__stream_open(work->yref, chunk, yref) : BESA_OK;
 }
 
 static besa_result besa__work_close(const besa__work *work, int x_changed, const void *yref)
 {
     BESA__TRY(besa__stream_close(work->x, x_changed));
-    return yref ? besa__stream_close(work->target, 0) : BESA_OK;
+    return yref ? besa__stream_close(work->yref, 0) : BESA_OK;
 }
 
 /* A run of sequences with the same channel norms: row `norms` of channel_sumsq, `count` sequences, out of the `of` that the
@@ -3934,20 +3934,20 @@ static besa_result besa__dense_chunk(const besa__work *work, const besa__walk *c
 {
     besa_pruner *p = work->pruner;
     besa_backend *be = p->be;
-    int statistics = besa__uses_inputs(&p->options), dense_stream = work->target != &p->yref;
+    int statistics = besa__uses_inputs(&p->options), dense_stream = work->yref != &p->yref;
     void *x, *y = NULL;
     BESA__TRY(besa__stream_open(work->x, chunk, &x));
-    if (!dense_stream && chunk->first < p->reference) BESA__TRY(besa__stream_begin(work->target, chunk, &y));
+    if (!dense_stream && chunk->first < p->reference) BESA__TRY(besa__stream_begin(work->yref, chunk, &y));
     if (y || statistics) BESA__TRY(besa__block_forward(be, work->dense, &p->acts, x, y, chunk->count, p->seqlen, 0));
     if (statistics) BESA__TRY(besa__add_statistics(p, chunk->count * p->seqlen));
     BESA__TRY(besa__stream_close(work->x, 0));
     if (dense_stream) {
-        BESA__TRY(besa__stream_open(work->target, chunk, &y));
+        BESA__TRY(besa__stream_open(work->yref, chunk, &y));
         BESA__TRY(besa__block_forward(be, work->dense, &p->acts, y, y, chunk->count, p->seqlen, 0));
     }
     if (!y) return BESA_OK;
     BESA__TRY(besa__add_norms(p, y, chunk->first, chunk->count));
-    return besa__stream_close(work->target, 1);
+    return besa__stream_close(work->yref, 1);
 }
 
 /* Zeros of every row, and what is not finite, of the dense weights or of those written. */
@@ -4111,7 +4111,7 @@ static int64_t besa__batch_cut(const void *pruner, int64_t first)
 {
     const besa_pruner *p = (const besa_pruner *)pruner;
     int64_t batch = p->options.batch_size, end = besa__min(first / batch * batch + batch, p->nsamples);
-    return besa__min(p->chunk, end - first);
+    return besa__min(p->micro_batch, end - first);
 }
 
 /* The masked block's loss on a batch, and the gradients of its weights: L and dL/dWhat, sums over the batch. */
@@ -4442,32 +4442,32 @@ static besa_result besa__report_block(besa_pruner *p, const char *name, besa_blo
  * ============================================================================================
  * Owns the table of passes, from which progress, marks and the report's seconds follow. */
 
-static double besa__units_one(const besa_pruner *p)
+static double besa__cost_one(const besa_pruner *p)
 {
     (void)p;
     return 1;
 }
 
-static double besa__units_rank(const besa_pruner *p)
+static double besa__cost_rank(const besa_pruner *p)
 {
     (void)p;
     return 0.5;
 }
 
 /* A learning step costs about three forward passes. */
-static double besa__units_learn(const besa_pruner *p) { return besa__learns(p) ? 3 * (double)p->options.epochs : 0; }
+static double besa__cost_learn(const besa_pruner *p) { return besa__learns(p) ? 3 * (double)p->options.epochs : 0; }
 
 typedef struct besa__pass_row {
     besa_pass pass;
-    double (*units)(const besa_pruner *p);      /* of work, see besa__meter; 0: the method does without */
+    double (*cost)(const besa_pruner *p);       /* of work, see besa__meter; 0: the method does without */
     besa_result (*run)(const besa__work *work, besa_error *error);
 } besa__pass_row;
 
 static const besa__pass_row besa__passes[] = {
-    {BESA_PASS_DENSE, besa__units_one, besa__dense_pass},
-    {BESA_PASS_RANK, besa__units_rank, besa__rank_pass},
-    {BESA_PASS_LEARN, besa__units_learn, besa__learn_pass},
-    {BESA_PASS_COMMIT, besa__units_one, besa__commit_pass},
+    {BESA_PASS_DENSE, besa__cost_one, besa__dense_pass},
+    {BESA_PASS_RANK, besa__cost_rank, besa__rank_pass},
+    {BESA_PASS_LEARN, besa__cost_learn, besa__learn_pass},
+    {BESA_PASS_COMMIT, besa__cost_one, besa__commit_pass},
 };
 
 enum { BESA__PASSES = (int)(sizeof besa__passes / sizeof *besa__passes) };
@@ -4500,12 +4500,12 @@ static besa_result besa__run_passes(const besa__work *work, besa_error *error)
     besa__meter *meter = &p->meter;
     BESA__TRY_ON(p->be, besa__mark(p, -1), error);
     BESA__TRY_ON(p->be, besa__pruner_reset(p), error);
-    meter->units = meter->done = 0;
-    for (int i = 0; i < BESA__PASSES; i++) meter->units += besa__passes[i].units(p);
+    meter->cost = meter->done = 0;
+    for (int i = 0; i < BESA__PASSES; i++) meter->cost += besa__passes[i].cost(p);
     for (int i = 0; i < BESA__PASSES; i++) {
         meter->pass = besa__passes[i].pass;
-        meter->pass_units = besa__passes[i].units(p);
-        if (meter->pass_units > 0) BESA__TRY(besa__passes[i].run(work, error));
+        meter->pass_cost = besa__passes[i].cost(p);
+        if (meter->pass_cost > 0) BESA__TRY(besa__passes[i].run(work, error));
         BESA__TRY_ON(p->be, besa__mark(p, i), error);
     }
     return BESA_OK;
@@ -4535,7 +4535,7 @@ static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, con
     besa_block masked = *block;
     besa__work work = {p, block, &masked, pruned, x, dense ? dense : &p->yref};
     memset(report, 0, sizeof *report);
-    x->chunk = work.target->chunk = p->chunk;
+    x->micro_batch = work.yref->micro_batch = p->micro_batch;
     for (int i = 0; i < BESA_LAYERS; i++) {
         masked.weight[i] = pruned[i];
         p->fixed[i] = besa__fixed_rate(&p->options, name, i);
@@ -4554,7 +4554,7 @@ static uint64_t besa__pruner_size(void *pruner, int level)
 {
     besa_pruner *p = (besa_pruner *)pruner;
     besa__arena device = {NULL, 0}, host = {NULL, 0};
-    besa__stream_send(&p->yref, level > 0, p->chunk);
+    besa__stream_send(&p->yref, level > 0, p->micro_batch);
     besa__pruner_place(p, &device, &host);
     return device.used;
 }
@@ -4565,9 +4565,9 @@ static besa_result besa__pruner_allocate(besa_pruner *p, besa_error *error)
     besa__arena device = {NULL, 0}, host = {NULL, 0};
     size_t budget = p->options.device_memory;
     const char *whose;
+    int levels = be->unified_memory || p->options.dense_stream ? 1 : 2;
     BESA__TRY(besa__default_budget(be, &budget, &whose, error));
-    BESA__TRY(besa__fit_budget(&p->chunk, besa__pruner_size, be->unified_memory || p->options.dense_stream ? 1 : 2, p, budget,
-                               whose, error));
+    BESA__TRY(besa__fit_budget(&p->micro_batch, besa__pruner_size, levels, p, budget, whose, error));
     besa__pruner_place(p, &device, &host);
     BESA__TRY(besa__check_size(host.used, "the host's arrays", error));
     BESA__TRY_ON(be, be->alloc(be, &p->memory, (size_t)device.used), error);
@@ -7783,8 +7783,8 @@ static void besa__run_place_blocks(besa__run *run, besa__arena *arena)
 static void besa__run_place_test(besa__run *run, besa__arena *arena, besa__arena *host)
 {
     const besa_block_shape *s = &run->config->block;
-    int64_t chunk_tokens = run->test.chunk * run->test.seqlen, tokens = run->test.count * run->test.seqlen;
-    besa_workload work = besa_block_workload(s, run->test.chunk, run->test.seqlen);
+    int64_t chunk_tokens = run->test.micro_batch * run->test.seqlen, tokens = run->test.count * run->test.seqlen;
+    besa_workload work = besa_block_workload(s, run->test.micro_batch, run->test.seqlen);
     work.rows = besa__max(work.rows, besa__vocab_chunk(run));
     besa__stream_place(&run->test, arena, host);
     besa__activations_place(&run->acts, arena, run->be->activation_dtype, s, run->config->qk_norm, chunk_tokens, 0);
@@ -7834,7 +7834,7 @@ static void besa__run_place(besa__run *run, besa__arena *arena, besa__arena *hos
     besa__run_place_host(run, host);
     besa__run_place_blocks(run, arena);
     run->rows = besa__take_floats(arena, besa__product(besa__staged_rows(run), run->config->block.hidden_size));
-    run->calibration.chunk = run->dense.chunk = run->pruner.chunk;
+    run->calibration.micro_batch = run->dense.micro_batch = run->pruner.micro_batch;
     if (run->has_pruner) besa__stream_place(&run->calibration, arena, host);
     if (run->has_dense) besa__stream_place(&run->dense, arena, host);
     if (run->has_test) besa__run_place_test(run, arena, host);
@@ -7850,12 +7850,14 @@ static uint64_t besa__run_size(void *user, int level)
 {
     besa__arena device = {NULL, 0}, host = {NULL, 0};
     besa__run *run = (besa__run *)user;
-    if (run->has_test && run->has_pruner)
-        run->test.chunk = besa__min(run->test.chunk, besa__max(1, run->pruner.chunk * run->pruner.seqlen / run->test.seqlen));
-    besa__stream_send(&run->test, level >= BESA__LEVEL_TEST, run->test.chunk);
-    besa__stream_send(&run->pruner.yref, level >= BESA__LEVEL_YREF, run->pruner.chunk);
-    besa__stream_send(&run->dense, level >= BESA__LEVEL_YREF, run->pruner.chunk);
-    besa__stream_send(&run->calibration, level >= BESA__LEVEL_X, run->pruner.chunk);
+    if (run->has_test && run->has_pruner) {
+        int64_t as_many = run->pruner.micro_batch * run->pruner.seqlen / run->test.seqlen; /* as pruning has tokens at a time */
+        run->test.micro_batch = besa__min(run->test.micro_batch, besa__max(1, as_many));
+    }
+    besa__stream_send(&run->test, level >= BESA__LEVEL_TEST, run->test.micro_batch);
+    besa__stream_send(&run->pruner.yref, level >= BESA__LEVEL_YREF, run->pruner.micro_batch);
+    besa__stream_send(&run->dense, level >= BESA__LEVEL_YREF, run->pruner.micro_batch);
+    besa__stream_send(&run->calibration, level >= BESA__LEVEL_X, run->pruner.micro_batch);
     besa__run_place(run, &device, &host);
     return device.used;
 }
@@ -7884,7 +7886,7 @@ static besa_result besa__run_test(besa__run *run, const int32_t *ids, int64_t wi
     run->has_test = 1;
     run->test_ids = ids;
     besa__stream_init(&run->test, run->be, BESA__EVENT_TEST, windows, seqlen, run->config->block.hidden_size);
-    run->test.chunk = besa__min(windows, besa__max(1, BESA__CHUNK_TOKENS / seqlen));
+    run->test.micro_batch = besa__min(windows, besa__max(1, BESA__CHUNK_TOKENS / seqlen));
     run->positions = besa__max(run->positions, seqlen);
     return BESA_OK;
 }
@@ -7906,13 +7908,13 @@ static besa_result besa__run_calibration(besa__run *run, const besa_calibration 
     return BESA_OK;
 }
 
-/* The chunk and the level that fit the budget. */
-static besa_result besa__run_fit(besa__run *run, int64_t *chunk, size_t budget, besa_error *error)
+/* The micro-batch and the level that fit the budget. */
+static besa_result besa__run_fit(besa__run *run, int64_t *micro_batch, size_t budget, besa_error *error)
 {
     const char *whose;
     besa__arena device = {NULL, 0}, host = {NULL, 0};
     BESA__TRY(besa__default_budget(run->be, &budget, &whose, error));
-    BESA__TRY(besa__fit_budget(chunk, besa__run_size, besa__levels(run->be), run, budget, whose, error));
+    BESA__TRY(besa__fit_budget(micro_batch, besa__run_size, besa__levels(run->be), run, budget, whose, error));
     besa__run_place(run, &device, &host);
     return besa__check_size(host.used, "the host's arrays", error);
 }
@@ -8322,7 +8324,7 @@ static besa_result besa__run_test_blocks(besa__run *run, besa_progress_callback 
     meter.user = user;
     meter.blocks = run->config->num_hidden_layers;
     meter.pass = BESA_PASS_DENSE;
-    meter.units = meter.pass_units = 1;
+    meter.cost = meter.pass_cost = 1;
     meter.start = meter.began = besa__seconds();
     BESA__TRY(besa__load_rope(run, error));
     BESA__TRY(besa__stream_embed(run, &run->test, run->test_ids, error));
@@ -8344,7 +8346,7 @@ static besa_result besa__open_test(besa__run *run, const besa_checkpoint *checkp
     BESA__TRY(besa__run_init(run, checkpoint, be, error));
     BESA__TRY(besa__run_test(run, ids, windows, seqlen, error));
     BESA__TRY(besa__check_ids(run, ids, windows * seqlen, "test", error));
-    BESA__TRY(besa__run_fit(run, &run->test.chunk, 0, error));
+    BESA__TRY(besa__run_fit(run, &run->test.micro_batch, 0, error));
     return besa__run_allocate(run, error);
 }
 
@@ -8441,7 +8443,7 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
     options = besa__hash_integer(options, run->be->activation_dtype);
     besa__write_text(line, size, "besa %d.%d %s sparsity %g micro-batch %lld tokens %lldx%lld %016llx source %016llx options "
                      "%016llx", BESA_VERSION_MAJOR, BESA_VERSION_MINOR, besa_method_name(o->method), o->rates.target,
-                     (long long)run->pruner.chunk, (long long)c->nsamples, (long long)c->seqlen, (unsigned long long)ids,
+                     (long long)run->pruner.micro_batch, (long long)c->nsamples, (long long)c->seqlen, (unsigned long long)ids,
                      (unsigned long long)besa__source_hash(run->checkpoint), (unsigned long long)options);
 }
 
@@ -8528,7 +8530,7 @@ static besa_result besa__run_block(besa__run *run, int64_t index, int64_t done, 
     if (index < done) {
         besa__meter *meter = &run->pruner.meter;
         meter->pass = BESA_PASS_COMMIT;
-        meter->units = 1;
+        meter->cost = 1;
         meter->done = 0;
         BESA__TRY(besa__tick(meter, 0, error));
         besa__use_workspace(run->be, run->pruner.workspace, run->pruner.workspace_bytes);
@@ -8700,7 +8702,7 @@ static besa_result besa__prune_start(besa__run *run, const besa_checkpoint *chec
     BESA__TRY(besa__run_init(run, checkpoint, be, error));
     BESA__TRY(besa__run_calibration(run, calibration, options, error));
     BESA__TRY(besa__check_fixed(run, options, error));
-    return besa__run_fit(run, &run->pruner.chunk, options->device_memory, error);
+    return besa__run_fit(run, &run->pruner.micro_batch, options->device_memory, error);
 }
 
 BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *output, besa_backend *be,
@@ -8809,7 +8811,7 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
         besa__note_settings(&run, &notes);
         if (notes) snprintf(plan->notes, sizeof plan->notes, "%s", notes);
         BESA_FREE(notes);
-        plan->micro_batch = run.pruner.chunk;
+        plan->micro_batch = run.pruner.micro_batch;
         plan->flop = besa__plan_flop(&run);
         plan->mapped_block_bytes = besa__plan_mapped(&run);
         for (int64_t i = 0; i < checkpoint->num_shards; i++) plan->disk_bytes += checkpoint->shards[i].size;

@@ -213,7 +213,7 @@ static int run_pruner(run *r, const model *m, const besa_prune_options *o, int64
     if (budget && result == BESA_ERROR_MEMORY) return 0;
     CHECK_OK(result, g_error);
     if (!pruner) return 0;
-    r->chunk = pruner->chunk, r->bytes = size_of(pruner);
+    r->chunk = pruner->micro_batch, r->bytes = size_of(pruner);
     CHECK_OK(besa_pruner_run(pruner, &m->block, "block.", r->x, o->dense_stream ? r->dense_x : NULL, r->pruned, &r->report,
                              &g_error), g_error);
     if (pruner->rates.alpha) memcpy(r->alpha, pruner->rates.alpha, sizeof r->alpha);
@@ -830,7 +830,7 @@ static void test_sparsegpt_stored(const char *file, int n, int m, int64_t seqlen
         float *inputs = (float *)copy_of(x, (size_t)(tokens * 256) * sizeof *x);
         CHECK_OK(besa_pruner_create(&pruner, &g_be, &b.shape, BESA_F32, 0, &o, tokens / seqlen, seqlen, &g_error), g_error);
         if (!pruner) return;
-        chunk = pruner->chunk;
+        chunk = pruner->micro_batch;
         o.device_memory = size_of(pruner) - 1; /* less the next time */
         CHECK_OK(besa_pruner_run(pruner, &b, NULL, inputs, NULL, (void **)out, NULL, &g_error), g_error);
         besa_pruner_destroy(pruner);
