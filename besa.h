@@ -1065,7 +1065,7 @@ typedef struct besa_calibration {
  *   output        must not exist; appears when it is complete. NULL: nothing is written (measure only).
  *                 An interrupted run leaves output.partial and goes on from it when called again with the same
  *                 arguments; any other arguments there are BESA_ERROR_RESUME. Killed at its very end, it leaves
- *                 output.partial.RUN, RUN being a number of these arguments, and ends from there.
+ *                 output.partial.RUN.BLOCKS, two numbers of these arguments and of the weights, and ends from there.
  *                 Files are as readable as the source's, as far as the umask allows.
  *   report        may be NULL; release with besa_report_free
  * Errors: all of them; the message names the culprit, and nothing that looks valid is left: an output.partial that has
@@ -6552,9 +6552,10 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
  * prunable weights; blocks come in one after another. Its journal has one line per step that is on disk,
  *     besa-journal 1 | run FINGERPRINT | copied | block 0 HASH | block 1 HASH ...
  * each ending in the hash of its own text, so that a torn line counts for nothing. A step's bytes are synced before
- * its line is. When all is done the directory becomes OUT.partial.RUN, RUN being a hash of the fingerprint; then the
- * journal goes, and the directory becomes OUT: a kill at any point leaves something to go on from or the finished output,
- * and nothing beside it. Names that no run has made are never written to or deleted.
+ * its line is. When all is done the directory becomes OUT.partial.RUN.BLOCKS, RUN being a hash of the fingerprint and BLOCKS
+ * one of all blocks' hashes; then the journal goes, and the directory becomes OUT. A kill at any point leaves something to go
+ * on from or the finished output, and nothing beside it: who finds OUT.partial.RUN.BLOCKS reads the blocks back, and writes
+ * the rest again. Names that no run has made are never written to or deleted.
  * The output is made of what was read: before the last rename the sources are looked at again, and one whose contents are
  * no longer those that were read is an error. Uses safetensors, config and POSIX; knows nothing of pruning. */
 
@@ -6571,10 +6572,10 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
 #endif
 #define BESA__SYNC ((size_t)64 << 20)           /* bytes of a block that are written between syncs */
 
-/* A block's checksum; .end is the journal's size with the line "run" [0], "copied" [1], and that of block b [b + 2]. */
-typedef struct besa__journal_mark {
-    uint64_t checksum, end;
-} besa__journal_mark;
+/* A finished block: the hash of its bytes, and the journal's size with its line. */
+typedef struct besa__done_block {
+    uint64_t hash, journal_end;
+} besa__done_block;
 
 /* A file that lies beside the weights and is copied: what it was when it was read. */
 typedef struct besa__side {
@@ -6591,8 +6592,9 @@ typedef struct besa__source {
 
 typedef struct besa__writer {
     const besa_checkpoint *checkpoint;
-    char *output, *partial, *ready;             /* paths, for messages and opening */
+    char *output, *partial, *ready;             /* paths, for messages: OUT, OUT.partial, OUT.partial.RUN[.BLOCKS] */
     const char *name, *partial_name, *ready_name; /* their last parts, in the parent directory */
+    const char *where;                          /* partial or ready: what the directory is called now */
     unsigned char *prunable;                    /* (num_tensors) 1: comes in with its block */
     besa__source *sources;                      /* (num_tensors) */
     besa__side *sides;                          /* (num_sides) */
@@ -6600,22 +6602,22 @@ typedef struct besa__writer {
     int *files;                                 /* (num_shards) descriptors, as are the next three; -1: not open */
     int parent, directory, journal;
     int created, locked;                        /* we made the directory; the journal is ours */
-    int is_ready;                               /* all is done but the last rename */
+    int was_ready;                              /* an earlier run has done all but the last rename */
     int worthless;                              /* nothing in it is worth keeping: a failure deletes it */
     int copied;                                 /* all but the prunable weights is on disk */
     int64_t blocks, done;
-    besa__journal_mark *marks;                          /* (blocks + 2) */
-    uint64_t journal_end;
+    besa__done_block *finished;                 /* (blocks), of them `done` are */
+    uint64_t run_end, copied_end, journal_end;  /* the journal's size with the line "run", "copied", with all */
     besa__block_tensors current;                /* of block number done */
     uint64_t hash[BESA_LAYERS];                 /* of its weights, as far as written */
     size_t written[BESA_LAYERS];                /* bytes */
     size_t unsynced;                            /* bytes since the last sync */
 } besa__writer;
 
-/* A failed system call on partial/name. */
+/* A failed system call on a file of the unfinished output. */
 static besa_result besa__writer_fail(const besa__writer *w, const char *name, int reason, besa_error *error)
 {
-    return besa__fail(error, BESA_ERROR_WRITE, "%s/%s: %s", w->partial, name, strerror(reason));
+    return besa__fail(error, BESA_ERROR_WRITE, "%s/%s: %s", w->where, name, strerror(reason));
 }
 
 static besa_result besa__write_at(const besa__writer *w, int fd, const char *name, const void *bytes, size_t count,
@@ -6707,13 +6709,19 @@ static const char *besa__journal_line(char **at)
     return line;
 }
 
+/* The journal's line of a block. */
+static void besa__block_line(char *line, size_t size, int64_t block, uint64_t hash)
+{
+    snprintf(line, size, "block %lld %016llx", (long long)block, (unsigned long long)hash);
+}
+
 /* Take over what the journal says: whether the copy is complete, and the blocks done with their hashes. */
 static besa_result besa__journal_parse(besa__writer *w, char *text, const char *run, besa_error *error)
 {
     char *at = text;
     const char *line = besa__journal_line(&at);
     if (strncmp(text, BESA__JOURNAL, strlen(text) < 12 ? strlen(text) : 12))
-        return besa__fail(error, BESA_ERROR_EXISTS, "%s: holds a %s that is none; move the directory away", w->partial,
+        return besa__fail(error, BESA_ERROR_EXISTS, "%s: holds a %s that is none; move the directory away", w->where,
                           BESA__JOURNAL);
     if (line && !strcmp(line, BESA__JOURNAL " 1")) line = besa__journal_line(&at);
     else if (line) line = "of another version";
@@ -6722,22 +6730,21 @@ static besa_result besa__journal_parse(besa__writer *w, char *text, const char *
         return besa__fail(error, BESA_ERROR_RESUME,
                           "%s: an unfinished run with other options, tokens, checkpoint or micro-batches (as the memory "
                           "allows): \"%s\", this one is \"%s\"; finish it with the same arguments, or remove the "
-                          "directory to start again", w->partial, line, run);
-    w->journal_end = w->marks[0].end = (uint64_t)(at - text);
+                          "directory to start again", w->where, line, run);
+    w->journal_end = w->run_end = (uint64_t)(at - text);
     line = besa__journal_line(&at);
     w->copied = line && !strcmp(line, "copied");
-    w->marks[1].end = (uint64_t)(at - text);
+    if (w->copied) w->journal_end = w->copied_end = (uint64_t)(at - text);
     while (w->copied && w->done < w->blocks && (line = besa__journal_line(&at)) != NULL) {
-        char expected[48];
+        char expected[64];
         const char *hash = strrchr(line, ' ');
-        w->marks[w->done].checksum = hash ? strtoull(hash + 1, NULL, 16) : 0;
-        snprintf(expected, sizeof expected, "block %lld %016llx", (long long)w->done,
-                 (unsigned long long)w->marks[w->done].checksum);
+        besa__done_block *block = &w->finished[w->done];
+        block->hash = hash ? strtoull(hash + 1, NULL, 16) : 0;
+        besa__block_line(expected, sizeof expected, w->done, block->hash);
         if (strcmp(line, expected)) break;
+        w->journal_end = block->journal_end = (uint64_t)(at - text);
         w->done++;
-        w->marks[w->done + 1].end = (uint64_t)(at - text);
     }
-    if (w->copied) w->journal_end = w->marks[w->done + 1].end;
     return BESA_OK;
 }
 
@@ -6751,7 +6758,7 @@ static besa_result besa__journal_read(besa__writer *w, const char *fingerprint, 
     size_t size = (size_t)besa__min(besa__max((int64_t)st.st_size, 0), 1 << 20);
     BESA__TRY(besa__malloc(&text, size + 1, "the journal", error));
     ((char *)text)[size] = 0;
-    besa_result result = besa__read_at(w->journal, text, size, 0, w->partial, error);
+    besa_result result = besa__read_at(w->journal, text, size, 0, w->where, error);
     if (result == BESA_OK) result = besa__journal_parse(w, (char *)text, run, error);
     BESA_FREE(text);
     BESA__TRY(result);
@@ -6760,7 +6767,7 @@ static besa_result besa__journal_read(besa__writer *w, const char *fingerprint, 
     if (w->journal_end) return BESA_OK;
     BESA__TRY(besa__journal_add(w, BESA__JOURNAL " 1", error));
     BESA__TRY(besa__journal_add(w, run, error));
-    w->marks[0].end = w->journal_end;
+    w->run_end = w->journal_end;
     BESA__TRY(besa__sync(w, w->directory, ".", error));
     return besa__sync(w, w->parent, "..", error);
 }
@@ -6813,7 +6820,7 @@ static int besa__is_empty_directory(int directory)
 static besa_result besa__check_entry(const besa__writer *w, const char *name, const struct stat *st, besa_error *error)
 {
     if (S_ISREG(st->st_mode) && st->st_nlink <= 1) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_EXISTS, "%s/%s: %s; move it away", w->partial, name,
+    return besa__fail(error, BESA_ERROR_EXISTS, "%s/%s: %s; move it away", w->where, name,
                       S_ISREG(st->st_mode) ? "has other names (hard links), whose contents would change with it"
                                            : "not a regular file, and none that a run has made");
 }
@@ -6833,7 +6840,7 @@ static besa_result besa__open_entry(const besa__writer *w, int *fd, const char *
     *fd = openat(w->directory, name, O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
     if (*fd < 0 || fstat(*fd, &opened)) return besa__writer_fail(w, name, errno, error);
     if (!besa__is_same(&st, &opened))
-        return besa__fail(error, BESA_ERROR_RESUME, "%s/%s: another process is changing it", w->partial, name);
+        return besa__fail(error, BESA_ERROR_RESUME, "%s/%s: another process is changing it", w->where, name);
     return guarded && fchmod(*fd, mode) ? besa__writer_fail(w, name, errno, error) : BESA_OK;
 }
 
@@ -6850,46 +6857,73 @@ static besa_result besa__create_entry(const besa__writer *w, int *fd, const char
     return *fd < 0 ? besa__writer_fail(w, name, errno, error) : BESA_OK;
 }
 
-/* Open the directory of a run that was killed before its last rename, or make or open OUT.partial: as private as the source
- * is. */
+/* Look for the directory of a run of this fingerprint that was killed before its last rename, OUT.partial.RUN.BLOCKS. */
+static besa_result besa__writer_find_ready(besa__writer *w, besa_error *error)
+{
+    const size_t length = strlen(w->ready_name);
+    int fd = openat(w->parent, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    DIR *list = fd < 0 ? NULL : fdopendir(fd);
+    if (!list) {
+        besa_result result = besa__fail(error, BESA_ERROR_WRITE, "%s: looking into its directory: %s", w->ready, strerror(errno));
+        if (fd >= 0) close(fd);
+        return result;
+    }
+    for (struct dirent *e; !w->was_ready && (e = readdir(list)) != NULL;) {
+        if (strncmp(e->d_name, w->ready_name, length) || e->d_name[length] != '.' || strlen(e->d_name + length) != 17) continue;
+        memcpy(w->ready + strlen(w->ready), e->d_name + length, 18);
+        w->was_ready = 1;
+    }
+    closedir(list);
+    return BESA_OK;
+}
+
+/* Open that directory, or make or open OUT.partial: as private as the source is. */
 static besa_result besa__writer_open_directory(besa__writer *w, besa_error *error)
 {
     const int flags = O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK;
     struct stat source;
-    w->directory = openat(w->parent, w->ready_name, flags);
-    w->is_ready = w->directory >= 0;
-    if (w->is_ready) return BESA_OK;
-    if (errno != ENOENT) return besa__fail(error, BESA_ERROR_WRITE, "%s: %s", w->ready, strerror(errno));
+    BESA__TRY(besa__writer_find_ready(w, error));
+    if (w->was_ready) {
+        w->where = w->ready;
+        w->directory = openat(w->parent, w->ready_name, flags);
+        return w->directory < 0 ? besa__fail(error, BESA_ERROR_WRITE, "%s: %s", w->ready, strerror(errno)) : BESA_OK;
+    }
     mode_t mode = stat(w->checkpoint->directory, &source) ? 0777 : (source.st_mode & 0777) | 0700;
     w->created = !mkdirat(w->parent, w->partial_name, mode);
     if (!w->created && errno != EEXIST)
-        return besa__fail(error, BESA_ERROR_WRITE, "%s: %s", w->partial, strerror(errno));
+        return besa__fail(error, BESA_ERROR_WRITE, "%s: %s", w->where, strerror(errno));
     w->directory = openat(w->parent, w->partial_name, flags);
     if (w->directory >= 0) return BESA_OK;
     return besa__fail(error, errno == ENOTDIR || errno == ELOOP ? BESA_ERROR_EXISTS : BESA_ERROR_WRITE,
-                      "%s: %s; it is needed for the unfinished output", w->partial, strerror(errno));
+                      "%s: %s; it is needed for the unfinished output", w->where, strerror(errno));
+}
+
+/* Lock a file of the unfinished output against other processes, which may have finished it just before. */
+static besa_result besa__lock(const besa__writer *w, int fd, const char *name, besa_error *error)
+{
+    const char *directory = w->was_ready ? w->ready_name : w->partial_name;
+    struct stat a, b;
+    if (flock(fd, LOCK_EX | LOCK_NB)) {
+        if (errno != EWOULDBLOCK) return besa__writer_fail(w, name, errno, error);
+        return besa__fail(error, BESA_ERROR_RESUME, "%s: another process is writing it", w->where);
+    }
+    int same = !fstat(w->directory, &a) && !fstatat(w->parent, directory, &b, AT_SYMLINK_NOFOLLOW) && besa__is_same(&a, &b);
+    same = same && !fstat(fd, &a) && !fstatat(w->directory, name, &b, AT_SYMLINK_NOFOLLOW) && besa__is_same(&a, &b);
+    if (same) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_RESUME, "%s: another process has just finished it", w->where);
 }
 
 /* Open, or begin, the journal of OUT.partial and lock it. */
 static besa_result besa__writer_lock(besa__writer *w, besa_error *error)
 {
-    struct stat a, b;
     BESA__TRY(besa__open_entry(w, &w->journal, BESA__JOURNAL, error));
     if (w->journal < 0) {
         if (!besa__is_empty_directory(w->directory))
             return besa__fail(error, BESA_ERROR_EXISTS, "%s: exists and is no unfinished output; move it away",
-                              w->partial);
+                              w->where);
         BESA__TRY(besa__create_entry(w, &w->journal, BESA__JOURNAL, 0666, error));
     }
-    if (flock(w->journal, LOCK_EX | LOCK_NB)) {
-        if (errno != EWOULDBLOCK) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
-        return besa__fail(error, BESA_ERROR_RESUME, "%s: another process is writing it", w->partial);
-    }
-    int same = !fstat(w->directory, &a) && !fstatat(w->parent, w->partial_name, &b, AT_SYMLINK_NOFOLLOW) &&
-               besa__is_same(&a, &b);
-    same = same && !fstat(w->journal, &a) && !fstatat(w->directory, BESA__JOURNAL, &b, AT_SYMLINK_NOFOLLOW) &&
-           besa__is_same(&a, &b);
-    if (!same) return besa__fail(error, BESA_ERROR_RESUME, "%s: another process has just finished it", w->partial);
+    BESA__TRY(besa__lock(w, w->journal, BESA__JOURNAL, error));
     w->locked = 1;
     return BESA_OK;
 }
@@ -7033,19 +7067,23 @@ static int besa__is_ours(const besa__writer *w, const char *name)
     return ours && !fstatat(w->directory, name, &st, AT_SYMLINK_NOFOLLOW) && S_ISREG(st.st_mode);
 }
 
-/* The first name in OUT.partial that no run has made, or "". With `remove` all others are deleted, but for the journal. */
-static void besa__find_foreign(const besa__writer *w, char foreign[256], int remove)
+/* The first name in the unfinished output that no run has made, or "". With `remove` all others are deleted, but for the
+ * journal. Returns whether all that lies there was seen and, where asked for, deleted. */
+static int besa__find_foreign(const besa__writer *w, char foreign[256], int remove)
 {
-    int fd = openat(w->directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int fd = openat(w->directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC), all = 1;
     DIR *list = fd < 0 ? NULL : fdopendir(fd);
     *foreign = 0;
     if (!list && fd >= 0) close(fd);
-    for (struct dirent *e; list && (e = readdir(list)) != NULL;) {
+    errno = 0;
+    for (struct dirent *e; list && (e = readdir(list)) != NULL; errno = 0) {
         if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..") || !strcmp(e->d_name, BESA__JOURNAL)) continue;
         if (!besa__is_ours(w, e->d_name)) snprintf(foreign, 256, "%s", e->d_name);
-        else if (remove) unlinkat(w->directory, e->d_name, 0);
+        else if (remove && unlinkat(w->directory, e->d_name, 0)) all = 0;
     }
+    all = all && list && !errno;
     if (list) closedir(list);
+    return all;
 }
 
 /* The index as it was read, and what lies beside the weights. */
@@ -7057,7 +7095,7 @@ static besa_result besa__copy_sides(const besa__writer *w, char **notes, besa_er
         besa__find_foreign(w, foreign, 0);
         if (*foreign && notes)
             besa__notes_add(notes, "warning: %s lay in %s and is none of this run's files: it stays there", foreign,
-                            w->partial);
+                            w->where);
     }
     if (w->checkpoint->index)
         BESA__TRY(besa__write_file(w, w->checkpoint->index, index->bytes, index->size, index->stat.st_mode, error));
@@ -7086,14 +7124,14 @@ static besa_result besa__writer_open_files(besa__writer *w, besa_error *error)
         if (w->files[i] >= 0) close(w->files[i]);
         BESA__TRY(besa__create_entry(w, &w->files[i], shard->name, shard->stat.st_mode, error));
     }
-    return BESA_OK;
+    return besa__lock(w, w->files[0], w->checkpoint->shards[0].name, error); /* the journal will go before the last rename */
 }
 
 static besa_result besa__source_changed(const besa__writer *w, const char *name, besa_error *error)
 {
     return besa__fail(error, BESA_ERROR_READ, "%s/%s: has changed since this run read it. Finished blocks are in %s: run again "
                       "with the file as it was, or remove that directory to start again", w->checkpoint->directory, name,
-                      w->partial);
+                      w->where);
 }
 
 /* Headers, and every tensor that is not pruned. */
@@ -7120,14 +7158,14 @@ static besa_result besa__writer_copy(besa__writer *w, besa_error *error)
 {
     const besa_checkpoint *c = w->checkpoint;
     w->done = 0;
-    w->journal_end = w->marks[0].end;
+    w->journal_end = w->run_end;
     if (ftruncate(w->journal, (off_t)w->journal_end)) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
     for (int64_t i = 0; i < c->num_shards; i++)
         BESA__TRY(besa__allocate(w, w->files[i], c->shards[i].name, c->shards[i].size, error));
     BESA__TRY(besa__copy_unpruned(w, error));
     BESA__TRY(besa__sync(w, w->directory, ".", error));
     BESA__TRY(besa__journal_add(w, "copied", error));
-    w->marks[1].end = w->journal_end;
+    w->copied_end = w->journal_end;
     w->copied = 1;
     w->worthless = 0;
     return BESA_OK;
@@ -7136,13 +7174,34 @@ static besa_result besa__writer_copy(besa__writer *w, besa_error *error)
 static besa_result besa__writer_read(besa__writer *w, const besa_tensor *tensor, void *memory, size_t at, size_t size,
                                      besa_error *error)
 {
-    return besa__read_at(w->files[tensor->file], memory, size, tensor->offset + at, w->partial, error);
+    return besa__read_at(w->files[tensor->file], memory, size, tensor->offset + at, w->where, error);
 }
 
 /* The hash of a block is that of its seven tensors' hashes. */
 static uint64_t besa__block_hash(const uint64_t hash[BESA_LAYERS])
 {
     return besa__hash(BESA__HASH_START, hash, BESA_LAYERS * sizeof *hash);
+}
+
+/* That of all blocks, of those of each. */
+static uint64_t besa__blocks_hash(const besa__writer *w)
+{
+    uint64_t h = BESA__HASH_START;
+    for (int64_t b = 0; b < w->blocks; b++) h = besa__hash(h, &w->finished[b].hash, sizeof w->finished[b].hash);
+    return h;
+}
+
+/* The hash of a block's bytes on disk; buffer: BESA__CHUNK bytes. */
+static besa_result besa__hash_block(besa__writer *w, int64_t block, void *buffer, uint64_t *block_hash, besa_error *error)
+{
+    uint64_t hash[BESA_LAYERS];
+    BESA__TRY(besa__block_bind(&w->current, w->checkpoint, block, error));
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        const besa_tensor *t = w->current.weight[i];
+        BESA__TRY(besa__hash_range(w->files[t->file], t->offset, t->bytes, buffer, &hash[i], w->where, error));
+    }
+    *block_hash = besa__block_hash(hash);
+    return BESA_OK;
 }
 
 /* Keep the leading blocks whose bytes on disk are those that were written. */
@@ -7153,18 +7212,14 @@ static besa_result besa__writer_verify(besa__writer *w, besa_error *error)
     besa_result result = BESA_OK;
     BESA__TRY(besa__malloc(&buffer, BESA__CHUNK, "reading back", error));
     for (; good < w->done && result == BESA_OK; good++) {
-        uint64_t hash[BESA_LAYERS];
-        result = besa__block_bind(&w->current, w->checkpoint, good, error);
-        for (int i = 0; i < BESA_LAYERS && result == BESA_OK; i++) {
-            const besa_tensor *t = w->current.weight[i];
-            result = besa__hash_range(w->files[t->file], t->offset, t->bytes, buffer, &hash[i], w->partial, error);
-        }
-        if (result == BESA_OK && besa__block_hash(hash) != w->marks[good].checksum) break;
+        uint64_t hash;
+        result = besa__hash_block(w, good, buffer, &hash, error);
+        if (result == BESA_OK && hash != w->finished[good].hash) break;
     }
     BESA_FREE(buffer);
     BESA__TRY(result);
     w->done = good;
-    w->journal_end = w->marks[good + 1].end;
+    w->journal_end = good ? w->finished[good - 1].journal_end : w->copied_end;
     return ftruncate(w->journal, (off_t)w->journal_end) ? besa__writer_fail(w, BESA__JOURNAL, errno, error) : BESA_OK;
 }
 
@@ -7188,7 +7243,7 @@ static void besa__writer_close(besa__writer *w)
     BESA_FREE(w->sources);
     BESA_FREE(w->files);
     BESA_FREE(w->prunable);
-    BESA_FREE(w->marks);
+    BESA_FREE(w->finished);
     BESA_FREE(w->output);
     BESA_FREE(w->partial);
     BESA_FREE(w->ready);
@@ -7200,19 +7255,19 @@ static void besa__writer_close(besa__writer *w)
 static void besa__writer_discard(besa__writer *w, besa_error *error)
 {
     char foreign[256];
-    besa__find_foreign(w, foreign, 1);
+    if (!besa__find_foreign(w, foreign, 1)) return; /* with its journal it can be gone on from */
     if (besa__is_ours(w, BESA__JOURNAL)) unlinkat(w->directory, BESA__JOURNAL, 0);
     if (!unlinkat(w->parent, w->partial_name, AT_REMOVEDIR) || !error || !*foreign) return;
     size_t length = strlen(error->message);
     snprintf(error->message + length, sizeof error->message - length,
-             "; %s stays: %s in it is no file of this run; move it away", w->partial, foreign);
+             "; %s stays: %s in it is no file of this run; move it away", w->where, foreign);
 }
 
-/* The paths: OUT without a slash at its end, OUT.partial, OUT.partial.RUN. */
+/* The paths: OUT without a slash at its end, OUT.partial, OUT.partial.RUN with room for .BLOCKS. */
 static besa_result besa__writer_name(besa__writer *w, const char *output, const char *fingerprint, besa_error *error)
 {
     static const char partial[] = ".partial";
-    const size_t run = 17; /* a dot and the hash of the fingerprint */
+    const size_t run = 17, blocks = 17; /* a dot and a hash */
     size_t n = strlen(output);
     void *memory;
     if (strchr(fingerprint, '\n') || strlen(fingerprint) > 400)
@@ -7222,7 +7277,7 @@ static besa_result besa__writer_name(besa__writer *w, const char *output, const 
     BESA__TRY(besa__malloc(&memory, n + sizeof partial, "a path", error));
     w->partial = (char *)memcpy(memory, w->output, n);
     memcpy(w->partial + n, partial, sizeof partial);
-    BESA__TRY(besa__malloc(&memory, n + sizeof partial + run, "a path", error));
+    BESA__TRY(besa__malloc(&memory, n + sizeof partial + run + blocks, "a path", error));
     w->ready = (char *)memory;
     snprintf(w->ready, n + sizeof partial + run, "%s.%016llx", w->partial,
              (unsigned long long)besa__hash(BESA__HASH_START, fingerprint, strlen(fingerprint)));
@@ -7231,6 +7286,7 @@ static besa_result besa__writer_name(besa__writer *w, const char *output, const 
     w->name = w->output + first;
     w->partial_name = w->partial + first;
     w->ready_name = w->ready + first;
+    w->where = w->partial;
     return BESA_OK;
 }
 
@@ -7239,8 +7295,8 @@ static besa_result besa__writer_init(besa__writer *w, besa_error *error)
 {
     const besa_checkpoint *c = w->checkpoint;
     void *memory;
-    BESA__TRY(besa__malloc(&memory, besa__bytes(w->blocks + 2, sizeof *w->marks), "the journal", error));
-    w->marks = (besa__journal_mark *)memset(memory, 0, ((size_t)w->blocks + 2) * sizeof *w->marks);
+    BESA__TRY(besa__malloc(&memory, besa__bytes(w->blocks, sizeof *w->finished), "the journal", error));
+    w->finished = (besa__done_block *)memset(memory, 0, (size_t)w->blocks * sizeof *w->finished);
     BESA__TRY(besa__malloc(&memory, besa__bytes(c->num_shards, sizeof(int)), "the shards", error));
     w->files = (int *)memset(memory, 0xFF, (size_t)c->num_shards * sizeof(int));
     BESA__TRY(besa__malloc(&memory, (size_t)c->num_tensors, "the tensor table", error));
@@ -7254,20 +7310,29 @@ static besa_result besa__writer_init(besa__writer *w, besa_error *error)
     return BESA_OK;
 }
 
-/* All of a run is there but its name. */
+/* All of a run is there but its name: blocks that are those that were written, by the hash in the directory's name. */
 static besa_result besa__writer_open_ready(besa__writer *w, besa_error *error)
 {
+    void *buffer;
+    w->copied = 1;
     for (int64_t i = 0; i < w->checkpoint->num_shards; i++) {
         struct stat st;
         const char *name = w->checkpoint->shards[i].name;
         BESA__TRY(besa__open_entry(w, &w->files[i], name, error));
         if (w->files[i] >= 0 && !fstat(w->files[i], &st) && (uint64_t)st.st_size == w->checkpoint->shards[i].size) continue;
-        return besa__fail(error, BESA_ERROR_EXISTS, "%s: no finished output, as its name says: %s is not there in full; move "
-                          "it away", w->ready, name);
+        return besa__fail(error, BESA_ERROR_EXISTS, "%s: no finished output, as its name says: %s is not there in full; "
+                          "remove it to start again", w->ready, name);
     }
-    w->copied = 1;
-    w->done = w->blocks;
-    return BESA_OK;
+    BESA__TRY(besa__lock(w, w->files[0], w->checkpoint->shards[0].name, error));
+    BESA__TRY(besa__malloc(&buffer, BESA__CHUNK, "reading back", error));
+    besa_result result = BESA_OK;
+    for (; w->done < w->blocks && result == BESA_OK; w->done++)
+        result = besa__hash_block(w, w->done, buffer, &w->finished[w->done].hash, error);
+    BESA_FREE(buffer);
+    BESA__TRY(result);
+    if (besa__blocks_hash(w) == strtoull(strrchr(w->ready, '.') + 1, NULL, 16)) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_EXISTS, "%s: its weights are not those that the run has written; remove it to start again",
+                      w->ready);
 }
 
 static besa_result besa__writer_start(besa__writer *w, const char *output, const char *fingerprint, char **notes,
@@ -7278,15 +7343,17 @@ static besa_result besa__writer_start(besa__writer *w, const char *output, const
     BESA__TRY(besa__writer_open_parent(w, error));
     BESA__TRY(besa__writer_open_directory(w, error));
     BESA__TRY(besa__list_sides(w, notes, error));
-    if (w->is_ready) return besa__writer_open_ready(w, error);
-    BESA__TRY(besa__writer_lock(w, error));
-    BESA__TRY(besa__journal_read(w, fingerprint, error));
-    BESA__TRY(besa__writer_open_files(w, error));
+    if (w->was_ready) BESA__TRY(besa__writer_open_ready(w, error));
+    else {
+        BESA__TRY(besa__writer_lock(w, error));
+        BESA__TRY(besa__journal_read(w, fingerprint, error));
+        BESA__TRY(besa__writer_open_files(w, error));
+        if (w->copied) BESA__TRY(besa__writer_verify(w, error));
+    }
     BESA__TRY(besa__copy_sides(w, notes, error));
     if (!w->copied) BESA__TRY(besa__writer_copy(w, error));
-    else {
-        BESA__TRY(besa__writer_verify(w, error));     /* finished blocks by their checksums, */
-        BESA__TRY(besa__copy_unpruned(w, error));     /* and what has none is written again */
+    else {                                      /* blocks are as they were written; what has no hash is written again */
+        BESA__TRY(besa__copy_unpruned(w, error));
         BESA__TRY(besa__sync(w, w->directory, ".", error));
     }
     return besa__writer_next(w, error);
@@ -7370,10 +7437,10 @@ static besa_result besa__writer_block_done(besa__writer *w, int64_t block, besa_
         for (int j = 0; j < i; j++) synced = synced || w->current.weight[j]->file == file;
         if (!synced) BESA__TRY(besa__sync(w, w->files[file], w->checkpoint->shards[file].name, error));
     }
-    w->marks[block].checksum = besa__block_hash(w->hash);
-    snprintf(line, sizeof line, "block %lld %016llx", (long long)block, (unsigned long long)w->marks[block].checksum);
+    w->finished[block].hash = besa__block_hash(w->hash);
+    besa__block_line(line, sizeof line, block, w->finished[block].hash);
     BESA__TRY(besa__journal_add(w, line, error));
-    w->marks[block + 2].end = w->journal_end;
+    w->finished[block].journal_end = w->journal_end;
     w->done++;
     w->unsynced = 0;
     return besa__writer_next(w, error);
@@ -7467,32 +7534,35 @@ static int besa__rename_new(const besa__writer *w, const char *from, const char 
     return renameat(w->parent, from, w->parent, to);
 }
 
-/* Back from OUT.partial.RUN to OUT.partial, with its journal; where that fails too, the next run takes up the former. Returns
- * where the output is. */
-static const char *besa__writer_undo_ready(besa__writer *w)
+/* Back to OUT.partial, with its journal; where that fails too, or where the run began with OUT.partial.RUN.BLOCKS, the next
+ * one takes that up. */
+static void besa__writer_undo_ready(besa__writer *w)
 {
     struct stat st;
     void *text = NULL;
     size_t size = (size_t)w->journal_end;
-    if (w->journal < 0) return w->ready;
+    if (w->journal < 0) return;
     besa_result result = BESA_OK;
     if (fstatat(w->directory, BESA__JOURNAL, &st, AT_SYMLINK_NOFOLLOW)) { /* gone, but we hold it open */
         result = besa__malloc(&text, size, "the journal", NULL);
-        if (result == BESA_OK) result = besa__read_at(w->journal, text, size, 0, w->partial, NULL);
+        if (result == BESA_OK) result = besa__read_at(w->journal, text, size, 0, w->where, NULL);
         if (result == BESA_OK) result = besa__write_file(w, BESA__JOURNAL, text, size, 0666, NULL);
         BESA_FREE(text);
     }
-    return result == BESA_OK && !besa__rename_new(w, w->ready_name, w->partial_name) ? w->partial : w->ready;
+    if (result == BESA_OK && !besa__rename_new(w, w->ready_name, w->partial_name)) w->where = w->partial;
 }
 
-/* All is on disk: OUT.partial becomes OUT.partial.RUN, and then needs no journal. */
+/* All is on disk: OUT.partial becomes OUT.partial.RUN.BLOCKS, and then needs no journal. */
 static besa_result besa__writer_make_ready(besa__writer *w, besa_error *error)
 {
-    BESA__TRY(besa__sync(w, w->directory, ".", error));
-    if (besa__rename_new(w, w->partial_name, w->ready_name))
-        return besa__fail(error, BESA_ERROR_WRITE, "%s: renaming to %s: %s", w->partial, w->ready, strerror(errno));
+    if (!w->was_ready) {
+        snprintf(w->ready + strlen(w->ready), 18, ".%016llx", (unsigned long long)besa__blocks_hash(w));
+        if (besa__rename_new(w, w->partial_name, w->ready_name))
+            return besa__fail(error, BESA_ERROR_WRITE, "%s: renaming to %s: %s", w->partial, w->ready, strerror(errno));
+        w->where = w->ready;
+    }
     besa_result result = besa__sync(w, w->parent, "..", error);
-    if (result == BESA_OK && unlinkat(w->directory, BESA__JOURNAL, 0))
+    if (result == BESA_OK && unlinkat(w->directory, BESA__JOURNAL, 0) && errno != ENOENT)
         result = besa__writer_fail(w, BESA__JOURNAL, errno, error);
     if (result == BESA_OK) result = besa__sync(w, w->directory, ".", error);
     if (result != BESA_OK) besa__writer_undo_ready(w);
@@ -7503,20 +7573,18 @@ static besa_result besa__writer_rename(besa__writer *w, besa_error *error)
 {
     const besa__kept *config = &w->checkpoint->config_file;
     if (w->done != w->blocks)
-        return besa__fail(error, BESA_ERROR_OPTION, "%s: %lld of %lld blocks are done", w->partial, (long long)w->done,
+        return besa__fail(error, BESA_ERROR_OPTION, "%s: %lld of %lld blocks are done", w->where, (long long)w->done,
                           (long long)w->blocks);
-    if (!w->is_ready) {
-        BESA__TRY(besa__check_sources(w, error));     /* only with its config does the directory look like a checkpoint */
-        BESA__TRY(besa__write_file(w, BESA__CONFIG, config->bytes, config->size, config->stat.st_mode, error));
-        BESA__TRY(besa__writer_make_ready(w, error));
-    } else if (unlinkat(w->directory, BESA__JOURNAL, 0) && errno != ENOENT)
-        return besa__writer_fail(w, BESA__JOURNAL, errno, error);
+    BESA__TRY(besa__check_sources(w, error));   /* only with its config does the directory look like a checkpoint */
+    BESA__TRY(besa__write_file(w, BESA__CONFIG, config->bytes, config->size, config->stat.st_mode, error));
+    BESA__TRY(besa__sync(w, w->directory, ".", error));
+    BESA__TRY(besa__writer_make_ready(w, error));
     if (besa__rename_new(w, w->ready_name, w->name)) {
         int reason = errno;
-        const char *place = besa__writer_undo_ready(w);
+        besa__writer_undo_ready(w);
         if (reason == EEXIST || reason == ENOTEMPTY || reason == ENOTDIR)
-            return besa__fail(error, BESA_ERROR_EXISTS, "%s: has come to exist; the complete output is %s", w->output, place);
-        return besa__fail(error, BESA_ERROR_WRITE, "%s: renaming %s: %s", w->output, place, strerror(reason));
+            return besa__fail(error, BESA_ERROR_EXISTS, "%s: has come to exist; the complete output is %s", w->output, w->where);
+        return besa__fail(error, BESA_ERROR_WRITE, "%s: renaming %s: %s", w->output, w->where, strerror(reason));
     }
     besa_result result = besa__sync(w, w->parent, "..", NULL);
     if (result == BESA_OK) return BESA_OK;
@@ -7531,13 +7599,12 @@ static besa_result besa__writer_finish(besa__writer *w, besa_error *error)
     return result;
 }
 
-/* Stop without an output. OUT.partial stays and can be resumed (0), is deleted if no block is done, not even by an
- * earlier run (1), or in any case (2). *error says why the run stops, and what cannot be deleted is added to it. NULL, both,
- * are fine. */
-static void besa__writer_abandon(besa__writer *w, int remove_it, besa_error *error)
+/* Stop without an output. OUT.partial stays where a block is done, even if by an earlier run, and can be gone on from; else
+ * it is deleted. *error says why the run stops, and what cannot be deleted is added to it. NULL, both, are fine. */
+static void besa__writer_abandon(besa__writer *w, besa_error *error)
 {
     if (!w) return;
-    if (!w->is_ready && (remove_it > 1 || (remove_it && !w->done))) besa__writer_discard(w, error);
+    if (!w->was_ready && !w->done) besa__writer_discard(w, error);
     besa__writer_close(w);
 }
 
@@ -8654,7 +8721,7 @@ static besa_result besa__prune_into(besa__run *run, const char *output, const be
     besa_result result = besa__run_prune(run, done, report, error);
     if (!run->writer) return result;
     if (result == BESA_OK) return besa__writer_finish(run->writer, error);
-    besa__writer_abandon(run->writer, 1, error); /* finished blocks are kept */
+    besa__writer_abandon(run->writer, error); /* finished blocks are kept */
     return result;
 }
 

@@ -166,7 +166,14 @@ static int io_mkdirat(int a, const char *b, mode_t c)
     return failed;
 }
 static int io_fstat(int fd, struct stat *st) { return fault(FAULT_ERROR) ? -1 : fstat(fd, st); }
-static int io_flock(int fd, int how) { return fault(FAULT_ERROR) ? -1 : flock(fd, how); }
+static const char *renamed_at_lock[2];        /* by another process, just before the library has locked it; NULL: nothing */
+static void (*before_rename)(const char *from);
+static int io_flock(int fd, int how)
+{
+    if (fault(FAULT_ERROR)) return -1;
+    if (renamed_at_lock[0]) rename(renamed_at_lock[0], renamed_at_lock[1]), renamed_at_lock[0] = NULL;
+    return flock(fd, how);
+}
 static int io_fstatat(int fd, const char *path, struct stat *st, int how) { return fault(FAULT_ERROR) ? -1 : fstatat(fd, path, st, how); }
 static int io_fchmod(int fd, mode_t mode) { return fault(FAULT_ERROR) ? -1 : fchmod(fd, mode); }
 static int io_fchmodat(int fd, const char *path, mode_t mode, int how) { return fault(FAULT_ERROR) ? -1 : fchmodat(fd, path, mode, how); }
@@ -175,6 +182,7 @@ static long io_syscall(long number, int a, const char *b, int c, const char *d, 
 {
     if (no_renameat2) return errno = no_renameat2, -1;
     if (fault(FAULT_ERROR)) return -1;
+    if (before_rename) before_rename(b);
     ledger_rename(c, d);
     return syscall(number, a, b, c, d, how);
 }
@@ -1501,7 +1509,7 @@ static besa_result run_as(const char *fingerprint, const besa_checkpoint *c, con
     BESA_FREE(notes);
     for (int64_t b = *done; b < stop && result == BESA_OK; b++) result = write_block(w, c, b);
     if (result == BESA_OK && stop == 3) return besa__writer_finish(w, &err);
-    besa__writer_abandon(w, 0, &err);
+    if (w) besa__writer_close(w);
     return result;
 }
 
@@ -1522,6 +1530,7 @@ static void remove_output(const char *out)
 {
     remove_tree(out);
     remove_tree(partial(out, ""));
+    shell("rm -rf '%s'.partial.*", out);
 }
 
 /* A begun output of one block. */
@@ -1621,7 +1630,7 @@ static void test_writer_notes(int sharded)
     CHECK_ERROR(besa__writer_open(&w, c, temp_path("notes%d", sharded), "fp 1", 3, &done, &notes, &err), BESA_OK, NULL);
     for (size_t i = 0; i < sizeof left_out / sizeof *left_out; i++)
         CHECK(notes && strstr(notes, left_out[i]), "no note of %s: %s", left_out[i], notes ? notes : "no notes");
-    besa__writer_abandon(w, 1, NULL);
+    besa__writer_abandon(w, NULL);
     BESA_FREE(notes);
     besa_checkpoint_close(c);
 }
@@ -1685,7 +1694,7 @@ static void test_writer_reads(int sharded)
           back[1]);
     CHECK_OK(besa__writer_read(w, o, back, 0, o->bytes, &err), err);
     CHECK(!memcmp(back, o->data, o->bytes), "o_proj is not the source's");
-    besa__writer_abandon(w, 0, NULL);
+    besa__writer_close(w);
     remove_output(temp_path("reads%d", sharded));
     besa_checkpoint_close(c);
 }
@@ -1887,11 +1896,11 @@ static void test_writer_abandoned(int sharded)
     CHECK_ERROR(open_writer(&w, c, out, &done), BESA_OK, NULL);
     CHECK_ERROR(besa__writer_finish(w, &err), BESA_ERROR_OPTION, "0 of 3");
     CHECK_ERROR(open_writer(&w, c, out, &done), BESA_OK, NULL);
-    besa__writer_abandon(w, 1, &err);
+    besa__writer_abandon(w, &err);
     CHECK(!exists(partial(out, "")), "something is left where no block was done");
     CHECK_ERROR(run_writer(c, out, 1, &done), BESA_OK, NULL);
     CHECK_ERROR(open_writer(&w, c, out, &done), BESA_OK, NULL);
-    besa__writer_abandon(w, 1, &err);
+    besa__writer_abandon(w, &err);
     CHECK(done == 1, "%d blocks were done", (int)done);
     CHECK(exists(partial(out, "")), "the block is not kept");
     remove_output(out);
@@ -2114,7 +2123,7 @@ static void test_header_changes(void)
         besa_result result = open_writer(&w, c, out, &done);
         CHECK_CASE("overwritten header", result, BESA_ERROR_READ, "model.safetensors: has changed");
         CHECK(!exists(out), "there is an output");
-        if (result == BESA_OK) besa__writer_abandon(w, 1, NULL);
+        if (result == BESA_OK) besa__writer_abandon(w, NULL);
     }
     if (f) fclose(f);
     besa_checkpoint_close(c);
@@ -2174,6 +2183,162 @@ static void test_kill_points(void)
     }
     CHECK(finished, "after %d calls the run has not ended", calls - 1);
     if (getenv("TEST_VERBOSE")) printf("    %d calls\n", calls - 2);
+    besa_checkpoint_close(c);
+}
+
+/* Kill a run when only the last rename is left to do. The directory's path, NULL: it could not be done. */
+static const char *kill_when_ready(const besa_checkpoint *c, const char *out)
+{
+    static char ready[600];
+    static int calls = 1;                       /* as many as the last time, or more */
+    for (; calls < 1000; calls++) {
+        remove_output(out);
+        if (!CHECK(finished_before(c, out, calls) == 0, "%s is ready at no call", out)) break;
+        shell_line(ready, sizeof ready, "ls -d '%s'.partial.* 2>/dev/null", out);
+        ready[strcspn(ready, "\n")] = 0;
+        if (*ready && !exists(in(ready, "besa-journal"))) return ready;
+    }
+    calls = 1;
+    return NULL;
+}
+
+/* The other end of a file changed by a byte. */
+static void change_byte(const char *path, long at)
+{
+    FILE *f = fopen(path, "r+b");
+    if (!CHECK(f != NULL, "%s: %s", path, strerror(errno))) return;
+    fseek(f, at, SEEK_SET);
+    int byte = fgetc(f);
+    fseek(f, at, SEEK_SET);
+    fputc(byte ^ 1, f);
+    fclose(f);
+}
+
+/* Where in its file a tensor of the model begins. */
+static long place_of(const besa_checkpoint *c, const char *name, const char **file)
+{
+    const besa_tensor *t = besa_checkpoint_find(c, name);
+    *file = c->shards[t->file].name;
+    return (long)t->offset;
+}
+
+/* What lies under OUT.partial.RUN.BLOCKS is not believed: weights are read back, the rest is written again. */
+static void test_ready_damaged(void)
+{
+    const char *out = temp_path("readied"), *wanted = wanted_output(1), *file, *path;
+    besa_checkpoint *c = open_model(source_model(1));
+    char name[600];
+    int64_t done;
+    for (int i = 0; c && i < 9; i++) {
+        const char *ready = kill_when_ready(c, out);
+        if (!ready) break;
+        snprintf(name, sizeof name, "%s", ready);
+        switch (i) {
+        case 0: unlink(in(name, "config.json")); break;
+        case 1: write_bytes(in(name, "config.json"), "{}", 2); break;
+        case 2: unlink(in(name, "tokenizer.json")); break;
+        case 3: change_byte(in(name, SHARD_1), 9); break; /* in its header */
+        case 4: {
+            long at = place_of(c, "model.norm.weight", &file);
+            change_byte(in(name, file), at);
+            break;
+        }
+        case 5: write_bytes(in(name, "besa-journal"), "besa", 4); break;
+        case 6: case 7: {
+            long at = place_of(c, i == 6 ? "model.layers.0.self_attn.q_proj.weight" : "model.layers.2.mlp.down_proj.weight", &file);
+            change_byte(in(name, file), at);
+            break;
+        }
+        case 8: CHECK(truncate(in(name, SHARD_2), 100) == 0, "truncate"); break;
+        }
+        if (i < 6) check_resumed("ready", c, out, 3, wanted);
+        else {
+            CHECK_CASE("damaged", run_writer(c, out, 3, &done), BESA_ERROR_EXISTS, name);
+            CHECK(!exists(out), "case %d: there is an output", i);
+        }
+        path = strrchr(out, '/') + 1;
+        CHECK(names_like(g_temp, path) == 1, "case %d: %d names begin with %s", i, names_like(g_temp, path), path);
+    }
+    remove_output(out);
+    besa_checkpoint_close(c);
+}
+
+/* Another process that comes when a run is about to rename its output for the last time. */
+static const besa_checkpoint *late_checkpoint;
+static int late_tries;
+
+static void come_late(const char *from)
+{
+    besa__writer *w;
+    int64_t done;
+    if (!strstr(from, ".partial.")) return;
+    before_rename = NULL;
+    late_tries++;
+    CHECK_ERROR(open_writer(&w, late_checkpoint, temp_path("readied"), &done), BESA_ERROR_RESUME, "another process is writing it");
+}
+
+/* Two processes that find it: one at a time, and none touches what the other has finished. */
+static void test_ready_locked(void)
+{
+    const char *out = temp_path("readied"), *wanted = wanted_output(1), *ready;
+    besa_checkpoint *c = open_model(source_model(1));
+    besa__writer *w;
+    char name[600];
+    int64_t done;
+    if (!c) return;
+    if ((ready = kill_when_ready(c, out)) != NULL) {
+        snprintf(name, sizeof name, "%s", ready);
+        CHECK_ERROR(open_writer(&w, c, out, &done), BESA_OK, NULL);
+        CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_RESUME, "another process is writing it");
+        mkdir(out, 0777);
+        CHECK_ERROR(besa__writer_finish(w, &err), BESA_ERROR_EXISTS, name); /* whose name has come to be taken */
+        rmdir(out);
+        check_resumed("after the other", c, out, 3, wanted);
+    }
+    if ((ready = kill_when_ready(c, out)) != NULL) {
+        snprintf(name, sizeof name, "%s", ready);
+        renamed_at_lock[0] = name, renamed_at_lock[1] = out;
+        CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_RESUME, "another process has just finished it");
+        CHECK(same_output(out, wanted), "%s", difference);
+    }
+    remove_output(out);
+    late_checkpoint = c, late_tries = 0, before_rename = come_late;
+    CHECK_ERROR(run_writer(c, out, 3, &done), BESA_OK, NULL);
+    before_rename = NULL;
+    CHECK(late_tries == 1 && same_output(out, wanted), "%s", difference);
+    begin_output(c, out);
+    renamed_at_lock[0] = partial(out, ""), renamed_at_lock[1] = out;
+    CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_RESUME, "another process has just finished it");
+    remove_output(out);
+    besa_checkpoint_close(c);
+}
+
+/* A failed start without file descriptors to list the directory with leaves what the next run goes on from. */
+static void test_no_descriptors(void)
+{
+    const char *out = temp_path("fds"), *wanted = wanted_output(1);
+    besa_checkpoint *c = open_model(source_model(1));
+    struct rlimit old, low;
+    int64_t done;
+    int refused = 0, free_one = dup(0);
+    if (!c) return;
+    close(free_one);
+    getrlimit(RLIMIT_NOFILE, &old);
+    low = old;
+    for (int more = 0; more < 16; more++) {
+        low.rlim_cur = (rlim_t)(free_one + more);
+        setrlimit(RLIMIT_NOFILE, &low);
+        err.code = BESA_OK;
+        besa_result result = run_writer(c, out, 3, &done);
+        setrlimit(RLIMIT_NOFILE, &old);
+        refused += result != BESA_OK;
+        if (result != BESA_OK) {
+            CHECK(!exists(out), "%d more files: there is an output", more);
+            check_resumed("with more files", c, out, 0, wanted);
+        }
+        remove_output(out);
+    }
+    CHECK(refused > 3 && refused < 16, "%d of 16 limits are too low", refused);
     besa_checkpoint_close(c);
 }
 
@@ -2277,7 +2442,8 @@ static void test_places_discarded(void)
     CHECK_ERROR(open_writer(&w, c, out, &done), BESA_OK, NULL);
     err.code = BESA_ERROR_CANCELLED;
     snprintf(err.message, sizeof err.message, "stopped");
-    besa__writer_abandon(w, 2, &err);
+    besa__writer_discard(w, &err);
+    besa__writer_close(w);
     CHECK_CASE("discarded", err.code, BESA_ERROR_CANCELLED, "stopped; ");
     CHECK(strstr(err.message, "notes.txt") && strstr(err.message, ".partial stays"), "message: %s", err.message);
     shell_line(left, sizeof left, "ls -A '%s' | tr '\\n' ' '", partial(out, ""));
@@ -2326,7 +2492,7 @@ static void test_places_noted(void)
     CHECK_ERROR(besa__writer_open(&w, c, out, "fp 1", 3, &done, &notes, &err), BESA_OK, NULL);
     CHECK(notes && strstr(notes, "notes.txt"), "notes: %s", notes ? notes : "none");
     BESA_FREE(notes);
-    besa__writer_abandon(w, 0, NULL);
+    besa__writer_close(w);
     remove_output(out);
     besa_checkpoint_close(c);
 }
@@ -2629,6 +2795,9 @@ static void accidents(void)
     TEST("a header that changes after it was read") run(test_header_changes);
     TEST("killed a call later each time") run(test_kill);
     TEST("killed at each system call") run(test_kill_points);
+    TEST("ready but for its name: damaged") run(test_ready_damaged);
+    TEST("ready but for its name: found by two") run(test_ready_locked);
+    TEST("too few file descriptors") run(test_no_descriptors);
     TEST("synced before it is said") run_both(test_sync_order);
     TEST("places: no regular file") run(test_places_kinds);
     TEST("places: a file with a second name") run(test_places_links);
