@@ -8592,6 +8592,27 @@ static void besa__note_settings(const besa__run *run, char **notes)
                         (long long)run->positions, (long long)longest);
 }
 
+/* A line where fixed layers did not come out within a thousandth of their sparsity. */
+static void besa__note_fixed(const besa__run *run, const besa_prune_options *o, besa_report *report)
+{
+    char name[128], farthest[128] = "";
+    double least = 1e-3, has = 0, wanted = 0;
+    for (int64_t b = 0; b < report->num_blocks && o->num_fixed > 0; b++)
+        for (int i = 0; i < BESA_LAYERS; i++) {
+            const besa_layer_report *layer = &report->block[b].layer[i];
+            besa__tensor_name(name, sizeof name, run->config, b, "");
+            double rate = besa__fixed_rate(o, name, i), got = (double)layer->pruned / (double)layer->weights;
+            if (rate <= 0 || fabs(got - rate) <= least) continue; /* not fixed, or dense */
+            least = fabs(got - rate);
+            has = got;
+            wanted = rate;
+            snprintf(farthest, sizeof farthest, "%s%s", name, besa__layers[i].path);
+        }
+    if (farthest[0])
+        besa__notes_add(&report->notes, "%s has sparsity %.4f, not the %g that it is fixed at: rows hold whole weights, and zeros "
+                        "of the source stay; no fixed layer is farther off", farthest, has, wanted);
+}
+
 static void besa__report_totals(besa_report *report, double target, double start)
 {
     report->weights = report->pruned = 0;
@@ -8730,6 +8751,7 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
     }
     if (result == BESA_OK) result = besa__prune_into(&run, output, calibration, report, error);
     if (result == BESA_OK) besa__report_totals(report, run.pruner.options.rates.target, start);
+    if (result == BESA_OK) besa__note_fixed(&run, options, report);
     report->options = run.pruner.options;
     report->options.fixed = NULL;
     report->options.progress = NULL;
