@@ -9526,6 +9526,16 @@ BESA__INLINE float besa__lanes_sum(float *lane /* (32), overwritten */)
     return lane[0];
 }
 
+/* The body of a kernel that returns the sum of term(i), i = 0 .. n - 1: lane l has i = l, l + LANES, ... */
+#define BESA__SUM_BODY(n, term)                                                                    \
+    float lane[BESA__LANES];                                                                       \
+    int64_t i0 = 0;                                                                                \
+    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;                                          \
+    for (; i0 + BESA__LANES <= n; i0 += BESA__LANES)                                               \
+        for (int l = 0; l < BESA__LANES; l++) lane[l] += term(i0 + l);                             \
+    for (; i0 < n; i0++) lane[i0 % BESA__LANES] += term(i0);                                       \
+    return besa__lanes_sum(lane);
+
 /* exp(x) to about one ulp, in a form that vectorises: x = k ln 2 + r, |r| <= ln 2 / 2, exp(x) = 2^k exp(r).
  * Overflow gives infinity, underflow 0 by way of subnormals, NaN stays NaN. Limits are kept by comparing bits. */
 BESA__INLINE float besa__exp(float x)
@@ -9564,13 +9574,9 @@ BESA__INLINE float besa__sqrt(float x)
 /* sum x y */
 BESA__INLINE float besa__cpu_dot_body(const float *x, const float *y, int64_t n)
 {
-    float lane[BESA__LANES];
-    int64_t i = 0;
-    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
-    for (; i + BESA__LANES <= n; i += BESA__LANES)
-        for (int l = 0; l < BESA__LANES; l++) lane[l] += x[i + l] * y[i + l];
-    for (; i < n; i++) lane[i % BESA__LANES] += x[i] * y[i];
-    return besa__lanes_sum(lane);
+#define BESA__TERM(i) (x[i] * y[i])
+    BESA__SUM_BODY(n, BESA__TERM)
+#undef BESA__TERM
 }
 BESA__KERNEL_FLOAT(besa__cpu_dot, (const float *x, const float *y, int64_t n), (x, y, n))
 
@@ -9612,13 +9618,9 @@ BESA__KERNEL_FLOAT(besa__cpu_exp_sum, (float *y, const float *x, float shift, in
 /* sum exp(x - shift) */
 BESA__INLINE float besa__cpu_sum_exp_body(const float *x, float shift, int64_t n)
 {
-    float lane[BESA__LANES];
-    int64_t i = 0;
-    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
-    for (; i + BESA__LANES <= n; i += BESA__LANES)
-        for (int l = 0; l < BESA__LANES; l++) lane[l] += besa__exp(x[i + l] - shift);
-    for (; i < n; i++) lane[i % BESA__LANES] += besa__exp(x[i] - shift);
-    return besa__lanes_sum(lane);
+#define BESA__TERM(i) besa__exp(x[i] - shift)
+    BESA__SUM_BODY(n, BESA__TERM)
+#undef BESA__TERM
 }
 BESA__KERNEL_FLOAT(besa__cpu_sum_exp, (const float *x, float shift, int64_t n), (x, shift, n))
 
@@ -9921,13 +9923,9 @@ BESA__KERNEL(besa__cpu_norm_row, (float *y, const float *x, const float *g, floa
 /* sum x y g */
 BESA__INLINE float besa__cpu_dot3_body(const float *x, const float *y, const float *g, int64_t d)
 {
-    float lane[BESA__LANES];
-    int64_t i = 0;
-    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
-    for (; i + BESA__LANES <= d; i += BESA__LANES)
-        for (int l = 0; l < BESA__LANES; l++) lane[l] += x[i + l] * y[i + l] * g[i + l];
-    for (; i < d; i++) lane[i % BESA__LANES] += x[i] * y[i] * g[i];
-    return besa__lanes_sum(lane);
+#define BESA__TERM(i) (x[i] * y[i] * g[i])
+    BESA__SUM_BODY(d, BESA__TERM)
+#undef BESA__TERM
 }
 BESA__KERNEL_FLOAT(besa__cpu_dot3, (const float *x, const float *y, const float *g, int64_t d), (x, y, g, d))
 
@@ -10333,13 +10331,9 @@ static besa_result besa__cpu_column_sumsq(besa_backend *be, float *out, const vo
 /* sum w (a - b)^2 */
 BESA__INLINE float besa__cpu_loss_row_body(const float *a, const float *b, const float *w, int64_t d)
 {
-    float lane[BESA__LANES];
-    int64_t i = 0;
-    for (int l = 0; l < BESA__LANES; l++) lane[l] = 0.0f;
-    for (; i + BESA__LANES <= d; i += BESA__LANES)
-        for (int l = 0; l < BESA__LANES; l++) lane[l] += w[i + l] * ((a[i + l] - b[i + l]) * (a[i + l] - b[i + l]));
-    for (; i < d; i++) lane[i % BESA__LANES] += w[i] * ((a[i] - b[i]) * (a[i] - b[i]));
-    return besa__lanes_sum(lane);
+#define BESA__TERM(i) (w[i] * ((a[i] - b[i]) * (a[i] - b[i])))
+    BESA__SUM_BODY(d, BESA__TERM)
+#undef BESA__TERM
 }
 BESA__KERNEL_FLOAT(besa__cpu_loss_row, (const float *a, const float *b, const float *w, int64_t d), (a, b, w, d))
 

@@ -2764,23 +2764,26 @@ static besa_result besa__cuda_sparsegpt_push(besa_backend *be, float *wf, const 
 static size_t besa__cuda_workspace_size(besa_backend *be, const besa_workload *w)
 {
     const besa__cuda *cuda = besa__cuda_of(be);
-    enum { PLACES = 9 };
-    besa__arena work[PLACES];
     float *a, *b;
     double *part, *rest;
     long long *ties;
     size_t most = besa__cuda_attention_bytes(be, w);
-    for (int i = 0; i < PLACES; i++) work[i].base = NULL, work[i].used = 0;
-    if (w->tokens > 0) besa__cuda_panel_place(be, &work[0], w->rows, w->columns);
-    besa__cuda_column_sumsq_place(&work[1], w->columns);
-    besa__cuda_block_loss_place(&work[2], &a, &part, w->columns);
-    besa__cuda_mask_smallest_place(&work[3], &ties, w->rows);
-    besa__cuda_sort_place(cuda, &work[4], w->rows, w->columns);
-    besa__cuda_rates_place(&work[5], &a, &b, w->rows, w->candidates);
-    besa__cuda_optimizer_place(&work[6]);
-    besa__cuda_slab_place(&work[7], &a, w->hessian_columns);
-    besa__cuda_project_place(&work[8], &part, &rest, w->projected_rows);
-    for (int i = 0; i < PLACES; i++) most = work[i].used > most ? work[i].used : most;
+#define BESA__PLACED(call)                                                                         \
+    do {                                                                                           \
+        besa__arena work = {NULL, 0};                                                              \
+        call;                                                                                      \
+        if (work.used > most) most = work.used;                                                    \
+    } while (0)
+    if (w->tokens > 0) BESA__PLACED(besa__cuda_panel_place(be, &work, w->rows, w->columns));
+    BESA__PLACED(besa__cuda_column_sumsq_place(&work, w->columns));
+    BESA__PLACED(besa__cuda_block_loss_place(&work, &a, &part, w->columns));
+    BESA__PLACED(besa__cuda_mask_smallest_place(&work, &ties, w->rows));
+    BESA__PLACED(besa__cuda_sort_place(cuda, &work, w->rows, w->columns));
+    BESA__PLACED(besa__cuda_rates_place(&work, &a, &b, w->rows, w->candidates));
+    BESA__PLACED(besa__cuda_optimizer_place(&work));
+    BESA__PLACED(besa__cuda_slab_place(&work, &a, w->hessian_columns));
+    BESA__PLACED(besa__cuda_project_place(&work, &part, &rest, w->projected_rows));
+#undef BESA__PLACED
     return most + (w->tokens > 0 || w->hessian_columns > 0 ? cuda->blas_bytes : 0);
 }
 
