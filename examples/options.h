@@ -76,7 +76,8 @@ static const option own_options[] = {
     {"Data", HEADING, 0, RUN | EVAL, "", ""},
     {"tokens", TEXT, AT(tokens), PRUNE | COMPARE, "FILE",
      "calibration text as token ids: .npy, .u16, .i32 or .bin; required"},
-    {"tokens", TEXT, AT(tokens), PLAN, "FILE", "calibration text as token ids, only for --nsamples and --seqlen [none]"},
+    {"tokens", TEXT, AT(tokens), PLAN, "FILE",
+     "calibration text as token ids, only for --nsamples and --seqlen [none]"},
     {"tokens", TEXT, AT(tokens), EVAL, "FILE", "the text to measure, as token ids: .npy, .u16, .i32 or .bin; required"},
     {"nsamples", COUNT, AT(nsamples), RUN, "N",
      "how many calibration sequences [a 2-D file's rows; else 128, or all that the file has]"},
@@ -535,7 +536,8 @@ static void check_arguments(settings *s)
         usage_error(s, "--windows and --test-seqlen are about --test FILE, which is missing");
     if (s->command->bit == PLAN && !s->test && !s->windows && s->test_seqlen)
         usage_error(s, "--test-seqlen is about --test FILE or --windows K, which are missing");
-    if (s->command->bit == PLAN && !s->tokens && s->seed) usage_error(s, "--seed is about --tokens FILE, which is missing");
+    if (s->command->bit == PLAN && !s->tokens && s->seed)
+        usage_error(s, "--seed is about --tokens FILE, which is missing");
     if (s->cuda && (s->threads || s->bf16))
         usage_error(s, "--%s is for the CPU, not for --device cuda", s->threads ? "threads" : "bf16");
     if (!s->cuda && s->gpu.fp32) usage_error(s, "--fp32 is for --device cuda");

@@ -143,22 +143,23 @@ hostile='\\u001b[2J\\u0007\\u009b31m\\u007f\\nbesa: all is well'
 mkdir -p "$work/hostile" && cp "$stories"/*.safetensors "$work/hostile"
 sed "s/\"model_type\": *\"[a-z]*\"/\"model_type\": \"$hostile\"/" "$stories/config.json" >"$work/hostile/config.json"
 check 1 'model_type = "?\[2J.*besa: all is well" is not supported' info "$work/hostile"
-[ "$(LC_ALL=C tr -d '\n\040-\176' <"$work/log" | wc -c) $(wc -l <"$work/log")" = "0 1" ] || bad="$bad; model_type: $(cat -v "$work/log")"
+others=$(LC_ALL=C tr -d '\n\040-\176' <"$work/log" | wc -c)
+[ $others -eq 0 ] && [ "$(wc -l <"$work/log")" -eq 1 ] || bad="$bad; model_type: $(cat -v "$work/log")"
 for arguments in "plan $stories --method x${esc}[2J" "plan $work/no${esc}[2J" "x${esc}[2J" "plan $stories --x${esc}[2J" \
                  "compare $stories $data $text --method besa:${esc}[2J"; do
     run $arguments
-    [ $got -ne 0 ] && grep -q '?\[2J' "$work/log" && ! grep -q "$esc" "$work/log" || bad="$bad; $(tr "$esc" '^' <"$work/log")"
+    [ $got -ne 0 ] && grep -q '?\[2J' "$work/log" && ! grep -q "$esc" "$work/log" || bad="$bad; $(cat -v "$work/log")"
 done
 cp "$stories/config.json" "$work/hostile"
 : >"$work/hostile/weights${esc}[2J.bin"
 check 0 'out?\[2J: sparsity 0.5' prune "$work/hostile" "$work/out${esc}[2J" $data --method wanda
-grep -q 'weights?\[2J.bin' "$work/log" && ! grep -q "$esc" "$work/log" || bad="$bad; $(tr "$esc" '^' <"$work/log")"
+grep -q 'weights?\[2J.bin' "$work/log" && ! grep -q "$esc" "$work/log" || bad="$bad; $(cat -v "$work/log")"
 done_with "control characters"
 
 # ---- output that cannot be written ----
 
 if [ -w /dev/full ]; then
-    for arguments in "--help" "--version" "prune --help" "plan $stories --seqlen 32" "info $stories" "info $stories --json"; do
+    for arguments in --help --version "prune --help" "plan $stories --seqlen 32" "info $stories" "info $stories --json"; do
         "$besa" $arguments >/dev/full 2>"$work/log"
         [ $? -eq 1 ] && grep -q 'standard output: ' "$work/log" || bad="$bad; $arguments"
     done
@@ -171,9 +172,9 @@ else echo "SKIP standard output on a full device: no /dev/full"; fi
 mkdir -p "$work/readme/examples" && cp -r "$stories" "$work/readme/examples" && cp "$besa" "$work/readme/examples" || exit 1
 awk -v commands="$work/commands" -v printed="$work/printed" '
     /^```/ && !inside { inside = 1; kind = $0; text = ""; next }
-    /^```/ { inside = 0; if (kind == "```sh" && text ~ /besa prune examples\/stories260K/) { print text >commands; found = 1 }
-             else if (kind == "```" && found) { printf "%s", text >printed; exit }
-             next }
+    /^```/ { inside = 0 }
+    /^```/ && kind == "```sh" && text ~ /besa prune examples\/stories260K/ { print text >commands; found = 1; next }
+    /^```/ && kind == "```" && found { printf "%s", text >printed; exit }
     inside && !/^make / { text = text $0 "\n" }' "$readme"
 (cd "$work/readme" && sh -e ../commands) >"$work/log" 2>"$work/errors"
 status=$?
