@@ -149,8 +149,9 @@
  *     besa_preset                 [default] published-row and published-layer: the paper's runs of LLaMA-1-7B, d_coef 5 and
  *                                 50. For other models set the paper's d_coef: by row 5 (1-13B, 2-7B, 2-13B), 10 (1-30B),
  *                                 50 (1-65B, 2-70B); by layer 0.5 (1-13B, 1-65B, 2-70B), 0.05 (1-30B, 2-7B, 2-13B)
- *     device_memory               [31/32 of what the device has free; none on the CPU] bytes of backend memory: to fit,
- *                                 activations move to the host, then micro-batches shrink
+ *     device_memory               [CUDA: 31/32 of what is free; CPU: no limit] the most bytes that a run takes of the backend's
+ *                                 memory. To stay below, a GPU's activations move to the host; then fewer sequences are
+ *                                 computed at a time
  *
  * MEMORY AND TIME
  *
@@ -179,9 +180,10 @@
  *
  * THREADS AND DETERMINISM
  *
- *     Objects may be used from one thread at a time each; a backend is used by one object at a time. The same call gives
- *     the same bytes for any number of threads, with one build on one processor, unless BESA_CBLAS is defined, or a
- *     device_memory makes micro-batches smaller: threads take memory too.
+ *     One thread at a time may use an object, and one object at a time a backend: for work side by side, open the checkpoint
+ *     and make a backend for each. One build on one processor gives the same bytes for any number of threads, but in two
+ *     cases: with BESA_CBLAS; and where device_memory decides how many sequences are computed at a time, as every thread
+ *     takes memory for itself.
  *
  * LIMITS
  *
@@ -878,7 +880,7 @@ typedef struct besa_prune_options {
     int no_projection;                          /* leave the sparsity where learning ended, as the paper's code does */
     const besa_fixed_rate *fixed;               /* the first match counts; these layers are not part of the target */
     int64_t num_fixed;
-    size_t device_memory;                       /* bytes of backend memory [what is free; the CPU: no limit] */
+    size_t device_memory;                       /* bytes of backend memory [31/32 of what is free; CPU: no limit] */
     besa_progress_callback progress;
     besa_step_callback step;
     void *user;                                 /* of both callbacks */
@@ -8659,6 +8661,27 @@ static void besa__note_settings(const besa__run *run, char **notes)
                         (long long)run->positions, (long long)longest);
 }
 
+/* A line where fixed layers did not come out within a thousandth of their sparsity. */
+static void besa__note_fixed(const besa__run *run, const besa_prune_options *o, besa_report *report)
+{
+    char name[128], farthest[128] = "";
+    double least = 1e-3, has = 0, wanted = 0;
+    for (int64_t b = 0; b < report->num_blocks && o->num_fixed > 0; b++)
+        for (int i = 0; i < BESA_LAYERS; i++) {
+            const besa_layer_report *layer = &report->block[b].layer[i];
+            besa__tensor_name(name, sizeof name, run->config, b, "");
+            double rate = besa__fixed_rate(o, name, i), got = (double)layer->pruned / (double)layer->weights;
+            if (rate <= 0 || fabs(got - rate) <= least) continue; /* not fixed, or dense */
+            least = fabs(got - rate);
+            has = got;
+            wanted = rate;
+            snprintf(farthest, sizeof farthest, "%s%s", name, besa__layers[i].path);
+        }
+    if (farthest[0])
+        besa__notes_add(&report->notes, "%s has sparsity %.4f, not the %g that it is fixed at: rows hold whole weights, and zeros "
+                        "of the source stay; no fixed layer is farther off", farthest, has, wanted);
+}
+
 static void besa__report_totals(besa_report *report, double target, double start)
 {
     report->weights = report->pruned = 0;
@@ -8797,6 +8820,7 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
     }
     if (result == BESA_OK) result = besa__prune_into(&run, output, calibration, report, error);
     if (result == BESA_OK) besa__report_totals(report, run.pruner.options.rates.target, start);
+    if (result == BESA_OK) besa__note_fixed(&run, options, report);
     report->options = run.pruner.options;
     report->options.fixed = NULL;
     report->options.progress = NULL;

@@ -207,18 +207,20 @@ static besa_result write_report(const char *path, const besa_report *r, besa_err
     return BESA_ERROR_WRITE;
 }
 
-/* What can be said beforehand; summaries leave it out. */
-static besa_result print_notes(job *j, const char *label, besa_plan_result *p)
+/* What can be said of a run beforehand, but for what has been `said`. */
+static besa_result print_notes(job *j, const char *label, const char *said, besa_plan_result *p)
 {
     TRY(besa_plan(j->checkpoint, &j->backend, &j->calibration, &j->s->prune, p, &j->error));
-    if (p->notes[0]) fprintf(stderr, "%s: %s", label, p->notes);
+    if (p->notes[0] && strcmp(p->notes, said)) fprintf(stderr, "%s: %s", label, p->notes);
     return BESA_OK;
 }
 
+/* said: what has been printed before the run */
 static void print_summary(const settings *s, const besa_report *r, const char *said)
 {
     size_t length = strlen(said);
-    printf("%s: sparsity %.6f of %s weights, target %g, by %s in %s\n", s->path[1], r->sparsity,
+    print_text(stdout, s->path[1]);
+    printf(": sparsity %.6f of %s weights, target %g, by %s in %s\n", r->sparsity,
            with_unit((double)r->weights, "").s, r->target, besa_method_name(s->prune.method), as_clock(r->seconds).s);
     if (r->resumed_blocks) printf("blocks taken over from the run before: %lld\n", (long long)r->resumed_blocks);
     if (r->perplexity > 0) printf("perplexity %.4f\n", r->perplexity);
@@ -231,7 +233,7 @@ static besa_result run_prune(job *j)
     progress_view view = begin_progress(s, besa_method_name(s->prune.method));
     besa_report report;
     besa_plan_result plan;
-    TRY(print_notes(j, besa_method_name(s->prune.method), &plan));
+    TRY(print_notes(j, besa_method_name(s->prune.method), "", &plan));
     int is_new = s->report && access(s->report, F_OK) != 0;
     FILE *file = s->report ? fopen(s->report, "a") : NULL; /* can it be written? The work may take hours */
     if (s->report && !file) {
@@ -304,7 +306,6 @@ static besa_result compare_one(job *j, const row *r, double sparsity, char *line
     char label[MAX_NAME + 32];
     snprintf(label, sizeof label, "%s %g %%", r->label, 100 * sparsity);
     progress_view view = begin_progress(j->s, label);
-    j->s->prune.method = r->method;
     j->s->prune.rates.target = sparsity;
     TRY(prune(j, NULL, &view, &report));
     const size_t used = strlen(line);
@@ -313,11 +314,39 @@ static besa_result compare_one(job *j, const row *r, double sparsity, char *line
     return BESA_OK;
 }
 
+/* Set the options of row i. */
+static row begin_row(settings *s, int i)
+{
+    const row r = s->rows[i];
+    read_arguments(s, row_preset(s, &r));
+    s->prune.method = r.method;
+    return r;
+}
+
+/* Before the first run: a run that would be refused ends the command here, and what is known of each is said. */
+static besa_result check_runs(job *j)
+{
+    settings *s = j->s;
+    if (s->left_out) fprintf(stderr, "besa is left out: it has no N:M patterns\n");
+    for (int i = 0; i < s->num_rows; i++) {
+        const row r = begin_row(s, i);
+        besa_plan_result plan[2];
+        plan[1].notes[0] = 0;
+        for (int k = 0; k < s->num_sparsities; k++) {
+            s->prune.rates.target = s->sparsity[k];
+            TRY(print_notes(j, r.label, plan[1].notes, &plan[0]));
+            plan[1] = plan[0];
+        }
+    }
+    return BESA_OK;
+}
+
 static besa_result run_compare(job *j)
 {
     settings *s = j->s;
     const besa_calibration *c = &j->calibration;
     double dense;
+    TRY(check_runs(j));
     TRY(measure(j, "dense", c->test_ids, c->test_windows, c->test_seqlen, &dense, NULL));
     printf("calibrated on %lld x %lld tokens, perplexity on %lld x %lld\n\n%-20s", (long long)c->nsamples,
            (long long)c->seqlen, (long long)c->test_windows, (long long)c->test_seqlen, "");
@@ -325,13 +354,8 @@ static besa_result run_compare(job *j)
     printf("\n%-20s  %10.3f\n", "dense", dense);
     for (int i = 0; i < s->num_rows; i++) {
         char line[MAX_LIST * 64]; /* printed when it is complete, as progress overwrites the line on a terminal */
-        const row r = s->rows[i];
-        read_arguments(s, row_preset(s, &r));
+        const row r = begin_row(s, i);
         snprintf(line, sizeof line, "%-20s", r.label);
-        s->prune.method = r.method;
-        s->prune.rates.target = s->sparsity[0];
-        besa_plan_result plan;
-        TRY(print_notes(j, r.label, &plan));
         for (int k = 0; k < s->num_sparsities; k++) TRY(compare_one(j, &r, s->sparsity[k], line, sizeof line));
         printf("%s\n", line);
         fflush(stdout);
@@ -428,14 +452,17 @@ static const command commands[] = {
      "  besa prune llama pruned --tokens c4.npy --skip layers.0 --fix v_proj=0.3 --test wikitext2.npy\n"
      "  besa prune llama pruned --tokens c4.npy --device cuda\n"},
     {"plan", PLAN, 1, 2, run_plan, "SRC [DST]", "say what prune would take, of memory, disk and work",
-     "Says what `besa prune` with the same options would take, from the shapes alone.\n\n"
+     "Says what `besa prune` with the same options, but --report and --quiet, would take. It works from the shapes,\n"
+     "and reads no weights.\n\n"
      "  besa plan llama --nsamples 128 --seqlen 2048 --memory 8G\n"},
     {"compare", COMPARE, 1, 1, run_compare, "SRC", "try methods and sparsities, writing nothing to disk",
      "Prunes SRC in memory by every method at every sparsity and prints perplexity, sparsity and seconds.\n"
      "Options under BESA apply to its rows; besa:published-row and besa:published-layer are rows with a preset.\n\n"
      "  besa compare llama --tokens c4.npy --test wikitext2.npy --sparsity .5,.6,.7 --method wanda,besa\n"},
     {"eval", EVAL, 1, 1, run_eval, "DIR", "measure perplexity",
-     "Prints exp of the mean negative log-likelihood of tokens 2 .. T of every window of T tokens.\n\n"
+     "Measures how well the model in directory DIR predicts a text: its perplexity. The text is cut into windows of\n"
+     "T tokens that follow one another; the result is exp of the mean negative log-likelihood of tokens 2 .. T of\n"
+     "all windows, each token given those before it in its window.\n\n"
      "  besa eval pruned --tokens wikitext2.npy --seqlen 2048\n"},
     {"info", INFO, 1, 1, run_info, "DIR", "show the shape and the sparsity of every layer",
      "Shows the shape of the checkpoint in DIR and the share of zeros in every layer that can be pruned.\n"},
@@ -452,19 +479,38 @@ static int run_command(settings *s)
     besa_result result = open_job(&j);
     if (!result) result = s->command->run(&j);
     close_job(&j);
-    if (fflush(stdout) != 0 || ferror(stdout)) {
-        fprintf(stderr, "besa %s: standard output: %s\n", s->command->name, strerror(errno));
-        return 1;
-    }
     if (result == BESA_OK) return 0;
     if (result == BESA_ERROR_CANCELLED) {
         fprintf(stderr, "besa %s: stopped%s\n", s->command->name,
                 s->command->bit == PRUNE ? "; the same command goes on after the blocks that are done" : "");
         return 130;
     }
-    fprintf(stderr, "besa %s: %s\n", s->command->name,
-            j.error.message[0] ? j.error.message : besa_result_string(result));
+    fprintf(stderr, "besa %s: ", s->command->name);
+    print_text(stderr, j.error.message[0] ? j.error.message : besa_result_string(result));
+    fprintf(stderr, "\n");
     return 1;
+}
+
+/* The command, or help; the exit status. */
+static int run_program(settings *s)
+{
+    make_options(s);
+    read_arguments(s, NULL);
+    if (s->help) return print_help(s), 0;
+    check_arguments(s);
+    return run_command(s);
+}
+
+/* Without a command: help, the version, or a complaint; the exit status. */
+static int run_nothing(const char *name)
+{
+    const int asked = !strcmp(name, "--help") || !strcmp(name, "-h") || !strcmp(name, "help");
+    if (!strcmp(name, "--version")) return printf("besa %d.%d\n", BESA_VERSION_MAJOR, BESA_VERSION_MINOR), 0;
+    if (asked || !*name) return print_general_help(asked ? stdout : stderr, commands), asked ? 0 : 2;
+    fprintf(stderr, "besa: unknown command '");
+    print_text(stderr, name);
+    fprintf(stderr, "'; besa --help lists them\n");
+    return 2;
 }
 
 /* Threads that spin while they wait take the processor from those that work, where others use it too. libgomp reads its
@@ -484,22 +530,13 @@ int main(int argc, char **argv)
     static settings s;
     wait_asleep(argv);
     signal(SIGXFSZ, SIG_IGN); /* a file limit is an error to report, not a death */
+    s.commands = commands;
     const char *name = argc > 1 ? argv[1] : "";
     for (s.command = commands; s.command->name && strcmp(s.command->name, name); s.command++) { }
-    if (!s.command->name) {
-        int asked = !strcmp(name, "--help") || !strcmp(name, "-h") || !strcmp(name, "help");
-        if (!strcmp(name, "--version")) return printf("besa %d.%d\n", BESA_VERSION_MAJOR, BESA_VERSION_MINOR), 0;
-        if (*name && !asked) return fprintf(stderr, "besa: unknown command '%s'; besa --help lists them\n", name), 2;
-        print_general_help(asked ? stdout : stderr, commands);
-        return asked ? 0 : 2;
-    }
     s.arguments = argv + 2;
-    make_options(&s);
-    read_arguments(&s, NULL);
-    if (s.help) {
-        print_help(&s);
-        return 0;
-    }
-    check_arguments(&s);
-    return run_command(&s);
+    int status = s.command->name ? run_program(&s) : run_nothing(name);
+    errno = 0;
+    if (fflush(stdout) == 0 && !ferror(stdout)) return status;
+    fprintf(stderr, "besa: standard output: %s\n", errno ? strerror(errno) : "not everything could be written");
+    return status ? status : 1;
 }

@@ -41,7 +41,7 @@ typedef struct option {
 typedef struct settings {
     option options[MAX_OPTIONS]; /* all of them, with headings */
     int num_options;
-    const struct command *command;
+    const struct command *commands, *command; /* all of them, ended by one without a name; the one that was given */
     char **arguments; /* after the command's name, ended by NULL */
     const char *path[2];
     int num_paths;
@@ -56,7 +56,7 @@ typedef struct settings {
     char pattern[MAX_FIXED][MAX_NAME]; /* of fixed[] */
     double sparsity[MAX_LIST];         /* of a comparison, as are rows */
     row rows[MAX_LIST];
-    int num_sparsities, num_rows;
+    int num_sparsities, num_rows, left_out; /* 1: besa is not among the rows, as it has no patterns */
     const char *besa_option; /* the last option given under "BESA", or NULL */
 } settings;
 
@@ -74,18 +74,31 @@ static const struct { double least, most; int whole; const char *words; } ranges
 
 static const option own_options[] = {
     {"Data", HEADING, 0, RUN | EVAL, "", ""},
-    {"tokens", TEXT, AT(tokens), RUN | EVAL, "FILE", "ids to calibrate (eval: to measure) on: .npy, .u16, .i32, .bin"},
-    {"nsamples", COUNT, AT(nsamples), RUN, "N", "calibration sequences [128 or fewer; rows of a 2-D file]"},
-    {"seqlen", COUNT, AT(seqlen), RUN | EVAL, "T", "tokens of a sequence [2048, or the model's limit; columns of a 2-D file]"},
-    {"seed", SEED, AT(seed), RUN, "K", "0: sequences follow one another from the file's start; else drawn [0]"},
-    {"test", TEXT, AT(test), RUN, "FILE", "ids to measure perplexity on; compare needs them"},
-    {"test-seqlen", COUNT, AT(test_seqlen), RUN, "T", "tokens of a test window [as --seqlen]"},
-    {"windows", COUNT, AT(windows), RUN | EVAL, "K", "test windows, from the file's start [all]"},
+    {"tokens", TEXT, AT(tokens), PRUNE | COMPARE, "FILE",
+     "calibration text as token ids: .npy, .u16, .i32 or .bin; required"},
+    {"tokens", TEXT, AT(tokens), PLAN, "FILE",
+     "calibration text as token ids, only for --nsamples and --seqlen [none]"},
+    {"tokens", TEXT, AT(tokens), EVAL, "FILE", "the text to measure, as token ids: .npy, .u16, .i32 or .bin; required"},
+    {"nsamples", COUNT, AT(nsamples), RUN, "N",
+     "how many calibration sequences [a 2-D file's rows; else 128, or all that the file has]"},
+    {"seqlen", COUNT, AT(seqlen), RUN, "T",
+     "tokens in each of them [a 2-D file's columns; else 2048, or what model and file allow]"},
+    {"seqlen", COUNT, AT(seqlen), EVAL, "T",
+     "tokens in a window [a 2-D file's columns; else 2048, or what model and file allow]"},
+    {"seed", SEED, AT(seed), RUN, "K",
+     "0: sequences follow one another from the file's start; else drawn by this seed [0]"},
+    {"test", TEXT, AT(test), ONE, "FILE", "text to measure the pruned model's perplexity on, as token ids [none]"},
+    {"test", TEXT, AT(test), COMPARE, "FILE", "text to measure perplexity on, as token ids; required"},
+    {"test-seqlen", COUNT, AT(test_seqlen), RUN, "T", "tokens in a test window [as --seqlen]"},
+    {"windows", COUNT, AT(windows), RUN, "K", "how many test windows, from the start of the test file [all]"},
+    {"windows", COUNT, AT(windows), EVAL, "K", "how many windows, from the file's start [all]"},
 
     {"Method", HEADING, 0, RUN, "", ""},
     {NULL, METHOD, 0, 0, "", ""}, /* here the library's options for every method */
-    {"method", METHODS, 0, COMPARE, "A,B,...", "of besa, besa:PRESET, wanda, sparsegpt, magnitude [all but presets]"},
-    {"sparsity", SHARES, AT(prune.rates.target), COMPARE, "S,S,...", "shares of the weights that become zero [0.5]"},
+    {"method", METHODS, 0, COMPARE, "A,B,...",
+     "of besa, besa:PRESET, wanda, sparsegpt, magnitude [all but presets; with --pattern without besa]"},
+    {"sparsity", SHARES, AT(prune.rates.target), COMPARE, "S,S,...",
+     "shares of the weights that become zero [0.5, or the pattern's]"},
     {"pattern", PATTERN, 0, RUN, "N:M", "prune N of every M consecutive weights, as 2:4; not with besa"},
     {"skip", SKIP, 0, RUN, "PATTERN", "keep layers dense: v_proj, layers.0, '*.mlp.*'; repeatable"},
     {"fix", FIX, 0, RUN, "PATTERN=S", "hold layers at a sparsity of their own; the others reach --sparsity; repeatable"},
@@ -98,14 +111,15 @@ static const option own_options[] = {
     {"Run", HEADING, 0, ALL, "", ""},
     {"device", DEVICE, 0, RUN | EVAL, "cpu|cuda[:N]", "compute on the CPU or on NVIDIA GPU number N [cpu]; "
      "`make -C examples cuda` builds for both"},
-    {"threads", THREADS, AT(threads), RUN | EVAL, "K", "cpu: [all cores; 1 where built without OpenMP]"},
+    {"threads", THREADS, AT(threads), RUN | EVAL, "K",
+     "cpu: how many threads [OMP_NUM_THREADS, else all cores; 1 where built without OpenMP]"},
     {"bf16", FLAG, AT(bf16), RUN | EVAL, "", "cpu: products in bfloat16, faster where the processor has them"},
     {"fp32", FLAG, AT(gpu.fp32), RUN | EVAL, "", "cuda: float throughout; without it bfloat16, where the GPU has it"},
     {"memory", BYTES, AT(prune.device_memory), RUN, "N[K|M|G|T]",
-     "bytes to stay within; cpu: micro-batches shrink [none; cuda: what is free]"},
-    {"report", TEXT, AT(report), ONE, "FILE", "what happened in every layer, as JSON; losses of resumed blocks are null"},
+     "bytes that the run's arrays stay within [cpu: no limit; cuda: 31/32 of what is free]"},
+    {"report", TEXT, AT(report), PRUNE, "FILE", "what happened in every layer, as JSON; losses of resumed blocks are null"},
     {"json", FLAG, AT(json), EVAL | INFO, "", "print JSON"},
-    {"quiet", FLAG, AT(quiet), RUN | EVAL, "", "no progress"},
+    {"quiet", FLAG, AT(quiet), PRUNE | COMPARE | EVAL, "", "no progress"},
     {"help", FLAG, AT(help), ALL, "", "print this"},
 };
 
@@ -146,16 +160,31 @@ typedef struct command {
     const char *paths, *summary, *text;
 } command;
 
+/* ---- text from elsewhere ------------------------------------------------------------------- */
+
+/* Print text that may hold parts of arguments: control characters, which a terminal would obey, become '?', C1 in UTF-8
+ * too. The library does the same with what it takes from files. */
+static void print_text(FILE *file, const char *text)
+{
+    for (const unsigned char *c = (const unsigned char *)text; *c; c++) {
+        const int c1 = c[0] == 0xC2 && c[1] >= 0x80 && c[1] < 0xA0;
+        putc(c1 || *c < 0x20 || *c == 0x7F ? '?' : *c, file);
+        c += c1;
+    }
+}
+
 /* ---- reading the command line -------------------------------------------------------------- */
 
 _Noreturn static void usage_error(const settings *s, const char *format, ...)
 {
+    char message[4096];
     va_list args;
     va_start(args, format);
-    fprintf(stderr, "besa %s: ", s->command->name);
-    vfprintf(stderr, format, args);
-    fprintf(stderr, "\n`besa %s --help` lists the options.\n", s->command->name);
+    vsnprintf(message, sizeof message, format, args);
     va_end(args);
+    fprintf(stderr, "besa %s: ", s->command->name);
+    print_text(stderr, message);
+    fprintf(stderr, "\n`besa %s --help` lists the options.\n", s->command->name);
     exit(2);
 }
 
@@ -167,29 +196,46 @@ static const besa_option *find_row(const option *o)
     return limits;
 }
 
-/* All of text as a number; BYTES may end in a unit. NaN where it is none. */
-static double parse_number(const option *o, const char *text)
+/* How many characters of text are a number: digits; of one that is not whole also a point and an exponent, as .5 or 1e-3.
+ * strtod takes more: signs, spaces, "inf", hexadecimal digits. 0: it does not begin with one. */
+static size_t number_length(const char *text, int whole)
 {
-    char *end;
-    double x = strtod(text, &end);
-    int exponent = o->kind != BYTES ? 0 : *end == 'K' ? 3 : *end == 'M' ? 6 : *end == 'G' ? 9 : *end == 'T' ? 12 : 0;
-    return end == text || end[exponent > 0] ? (double)NAN : x * pow(10, exponent);
+    static const char digits[] = "0123456789";
+    const size_t before = strspn(text, digits);
+    if (whole) return before;
+    const size_t after = text[before] == '.' ? strspn(text + before + 1, digits) : 0;
+    if (before + after == 0) return 0;
+    const size_t n = before + (text[before] == '.') + after;
+    if (text[n] != 'e' && text[n] != 'E') return n;
+    const size_t sign = text[n + 1] == '-' || text[n + 1] == '+', exponent = strspn(text + n + 1 + sign, digits);
+    return exponent ? n + 1 + sign + exponent : n;
+}
+
+/* All of text as a number; BYTES may end in a unit. NaN where it is none. */
+static double parse_number(const option *o, const char *text, int whole)
+{
+    static const char units[] = "KMGT";
+    const size_t n = number_length(text, whole);
+    const char *unit = o->kind == BYTES && text[n] ? strchr(units, text[n]) : NULL;
+    if (n == 0 || text[n + (unit != NULL)]) return (double)NAN;
+    return strtod(text, NULL) * (unit ? pow(1000, (double)(unit - units + 1)) : 1);
 }
 
 static double read_number(const settings *s, const option *o, const char *text)
 {
-    const double x = parse_number(o, text);
     if (o->kind == NUMBER || o->kind == ROWS || o->kind == SHARES) {
         const besa_option *limits = find_row(o);
         const int whole = limits->kind != BESA_OPTION_DOUBLE;
+        const double x = parse_number(o, text, whole);
         const int above = limits->flags & BESA_OPTION_ABOVE ? x > limits->least : x >= limits->least;
         const int below = limits->flags & BESA_OPTION_BELOW ? x < limits->most : x <= limits->most;
-        if (!isfinite(x) || !above || !below || (whole && x != floor(x)))
+        if (!isfinite(x) || !above || !below)
             usage_error(s, "--%s is '%s', expected a %snumber, %s%s", o->name, text, whole ? "whole " : "", limits->range,
                         o->kind == ROWS ? ", or all" : "");
         return whole ? fmin(x, 9e15) : x; /* more is as good as all */
     }
-    if (!(x >= ranges[o->kind].least && x <= ranges[o->kind].most) || (ranges[o->kind].whole && x != floor(x)))
+    const double x = parse_number(o, text, ranges[o->kind].whole);
+    if (!(x >= ranges[o->kind].least && x <= ranges[o->kind].most))
         usage_error(s, "--%s: '%s' is not %s", o->name, text, ranges[o->kind].words);
     return x;
 }
@@ -217,10 +263,12 @@ static int find_choice(const char *list, const char *word, size_t length)
 /* "2:4" */
 static void read_pattern(settings *s, const option *o, const char *text)
 {
-    char rest;
-    if (sscanf(text, "%d:%d%c", &s->prune.pattern_n, &s->prune.pattern_m, &rest) != 2 || s->prune.pattern_n < 1 ||
-        s->prune.pattern_m <= s->prune.pattern_n)
-        usage_error(s, "--%s: '%s' is not N:M with N below M, as 2:4", o->name, text);
+    const size_t n = number_length(text, 1), m = text[n] == ':' ? number_length(text + n + 1, 1) : 0;
+    const double pruned = strtod(text, NULL), of = m ? strtod(text + n + 1, NULL) : 0;
+    if (!n || !m || text[n + 1 + m] || pruned < 1 || of <= pruned || of > 64)
+        usage_error(s, "--%s: '%s' is not N:M with 0 < N < M <= 64, as 2:4", o->name, text);
+    s->prune.pattern_n = (int)pruned;
+    s->prune.pattern_m = (int)of;
 }
 
 /* "PATTERN=S"; the PATTERN of a SKIP has S = 0. */
@@ -254,16 +302,18 @@ static row read_row(const settings *s, const option *o, const char *word)
 /* "a,b,c", each a sparsity or a method */
 static void read_list(settings *s, const option *o, const char *text)
 {
-    int *count = o->kind == SHARES ? &s->num_sparsities : &s->num_rows;
-    for (*count = 0; *text; ++*count) {
+    int count = 0, more = 1;
+    for (; more; count++) {
         char word[MAX_NAME];
-        size_t n = strcspn(text, ",");
-        if (n >= sizeof word || *count == MAX_LIST) usage_error(s, "--%s: the list is too long", o->name);
+        const size_t n = strcspn(text, ",");
+        if (n >= sizeof word || count == MAX_LIST) usage_error(s, "--%s: the list is too long", o->name);
         snprintf(word, sizeof word, "%.*s", (int)n, text);
-        if (o->kind == SHARES) s->sparsity[*count] = read_number(s, o, word);
-        else s->rows[*count] = read_row(s, o, word);
-        text += n + (text[n] == ',');
+        if (o->kind == SHARES) s->sparsity[count] = read_number(s, o, word);
+        else s->rows[count] = read_row(s, o, word);
+        more = text[n] == ',';
+        text += n + 1;
     }
+    *(o->kind == SHARES ? &s->num_sparsities : &s->num_rows) = count;
 }
 
 /* "cpu", "cuda" or "cuda:1" */
@@ -336,6 +386,24 @@ static int read_flag(settings *s, const char *name)
     return 0;
 }
 
+/* An option that the command does not have: of which commands is it one? */
+_Noreturn static void refuse_option(const settings *s, const char *name)
+{
+    int takers = 0;
+    size_t length = 0;
+    char names[MAX_NAME] = "";
+    for (int i = 0; i < s->num_options; i++) {
+        const option *o = &s->options[i];
+        const int same = !strcmp(o->name, name) || (o->kind == FLAG && (negates(o->name, name) || negates(name, o->name)));
+        if (same && o->kind != HEADING) takers |= o->commands;
+    }
+    for (const command *c = s->commands; c->name; c++)
+        if (takers & c->bit)
+            length += (size_t)snprintf(names + length, sizeof names - length, "%s%s", length ? ", " : "", c->name);
+    if (!takers) usage_error(s, "unknown option --%s", name);
+    usage_error(s, "--%s is for %s", name, names);
+}
+
 /* Read "--flag", "--name value" or "--name=value" at arguments[i]; returns how many arguments that took. */
 static int read_option(settings *s, int i)
 {
@@ -346,13 +414,25 @@ static int read_option(settings *s, int i)
     snprintf(name, sizeof name, "%.*s", (int)strcspn(argument + 2, "="), argument + 2);
     if (!equals && read_flag(s, name)) return 1;
     const option *o = find_option(s, name);
-    if (!o) usage_error(s, "unknown option --%s", name);
+    if (!o) refuse_option(s, name);
     if (o->kind == FLAG) usage_error(s, "--%s takes no value", name);
     const char *value = equals ? equals + 1 : s->arguments[i + 1];
     if (!value || !*value) usage_error(s, "--%s needs a value: --%s %s", name, name, o->value);
     read_value(s, o, value);
     note_heading(s, o);
     return equals ? 1 : 2;
+}
+
+/* What a comparison has where its lists are not given: with a pattern, what patterns can be. */
+static void fill_lists(settings *s)
+{
+    const int has_pattern = s->prune.pattern_m != 0;
+    const char *methods = has_pattern ? "magnitude,wanda,sparsegpt" : "magnitude,wanda,sparsegpt,besa";
+    s->left_out = has_pattern && s->num_rows == 0;
+    if (s->num_rows == 0) read_list(s, find_option(s, "method"), methods);
+    if (s->num_sparsities > 0) return;
+    s->num_sparsities = 1;
+    s->sparsity[0] = has_pattern ? (double)s->prune.pattern_n / s->prune.pattern_m : 0.5;
 }
 
 enum { UNSET = -1 };
@@ -364,16 +444,13 @@ static void read_arguments(settings *s, const char *preset)
     memset(&s->prune, 0, sizeof s->prune);
     s->prune.rates.target = UNSET;
     if (preset && besa_preset(&s->prune, preset, &error)) usage_error(s, "--preset: %s", error.message);
-    if (s->command->bit == COMPARE) {
-        read_list(s, find_option(s, "sparsity"), "0.5");
-        read_list(s, find_option(s, "method"), "magnitude,wanda,sparsegpt,besa");
-    }
-    s->num_paths = 0;
+    s->num_paths = s->num_sparsities = s->num_rows = 0;
     for (int i = 0; s->arguments[i];) {
         if (s->arguments[i][0] == '-') i += read_option(s, i);
         else if (s->num_paths < s->command->max_paths) s->path[s->num_paths++] = s->arguments[i++];
         else usage_error(s, "'%s' is one argument too many", s->arguments[i]);
     }
+    if (s->command->bit == COMPARE) fill_lists(s);
     if (s->prune.rates.target == UNSET) s->prune.rates.target = s->prune.pattern_m ? 0 : 0.5; /* 0: the pattern's */
 }
 
@@ -437,6 +514,19 @@ static int uses_factor(besa_importance importance)
     return statistic_of[importance] == BESA_STATISTIC_FACTOR;
 }
 
+/* Options that only some methods look at, where the run has none of these. */
+static void check_methods(const settings *s)
+{
+    unsigned methods = s->command->bit & ONE ? 1u << s->prune.method : 0;
+    for (int i = 0; i < s->num_rows; i++) methods |= 1u << s->rows[i].method;
+    const int besa = (methods & 1u << BESA_METHOD_BESA) != 0, sparsegpt = (methods & 1u << BESA_METHOD_SPARSEGPT) != 0;
+    if (s->besa_option && !besa) usage_error(s, "--%s is for --method besa", s->besa_option);
+    if (s->prune.magnitude_per_row && !(methods & 1u << BESA_METHOD_MAGNITUDE))
+        usage_error(s, "--per-row is for --method magnitude");
+    if (s->prune.damping > 0 && !sparsegpt && !(besa && uses_factor(s->prune.importance)))
+        usage_error(s, "--damping is for --method sparsegpt, or for --method besa with its importances");
+}
+
 static void check_arguments(settings *s)
 {
     if (s->num_paths < s->command->min_paths) usage_error(s, "it wants %s", s->command->paths);
@@ -444,17 +534,15 @@ static void check_arguments(settings *s)
     if (!s->test && s->command->bit == COMPARE) usage_error(s, "--test FILE is missing");
     if (!s->test && s->command->bit == PRUNE && (s->windows || s->test_seqlen))
         usage_error(s, "--windows and --test-seqlen are about --test FILE, which is missing");
+    if (s->command->bit == PLAN && !s->test && !s->windows && s->test_seqlen)
+        usage_error(s, "--test-seqlen is about --test FILE or --windows K, which are missing");
+    if (s->command->bit == PLAN && !s->tokens && s->seed)
+        usage_error(s, "--seed is about --tokens FILE, which is missing");
     if (s->cuda && (s->threads || s->bf16))
         usage_error(s, "--%s is for the CPU, not for --device cuda", s->threads ? "threads" : "bf16");
     if (!s->cuda && s->gpu.fp32) usage_error(s, "--fp32 is for --device cuda");
     if (s->report) check_report(s);
-    if (s->besa_option && s->command->bit & ONE && s->prune.method != BESA_METHOD_BESA)
-        usage_error(s, "--%s is for --method besa", s->besa_option);
-    if (s->prune.magnitude_per_row && s->command->bit & ONE && s->prune.method != BESA_METHOD_MAGNITUDE)
-        usage_error(s, "--per-row is for --method magnitude");
-    if (s->prune.damping > 0 && s->command->bit & ONE && s->prune.method != BESA_METHOD_SPARSEGPT &&
-        (s->prune.method != BESA_METHOD_BESA || !uses_factor(s->prune.importance)))
-        usage_error(s, "--damping is for --method sparsegpt, or for --method besa with its importances");
+    check_methods(s);
     for (int i = 0; i < s->num_rows; i++) read_arguments(s, row_preset(s, &s->rows[i]));
     if (s->preset) read_arguments(s, s->preset);
 }
@@ -487,10 +575,10 @@ static void print_general_help(FILE *file, const command *c)
     for (; c->name; c++) fprintf(file, "  besa %-7s %-9s  %s\n", c->name, c->paths, c->summary);
     fprintf(file, "\n"
         "besa COMMAND --help explains a command. Text goes in as files of token ids, which tokenize.py makes.\n"
-        "To try it on the model that lies beside this program:\n\n"
-        "  ./besa prune stories260K pruned --tokens stories260K/calibration_tokens.npy --seqlen 256 --sparsity 0.5\n"
-        "  ./besa eval pruned --tokens stories260K/test_tokens.npy --seqlen 256\n\n"
+        "To try it on the model that lies beside this program, in that directory:\n\n"
+        "  ./besa prune stories260K stories260K-pruned --tokens stories260K/calibration_tokens.npy --seqlen 256\n"
+        "  ./besa eval stories260K-pruned --tokens stories260K/test_tokens.npy --seqlen 256\n\n"
         "It runs on the CPU. For an NVIDIA GPU build it with `make -C examples cuda`, which wants the CUDA toolkit,\n"
         "and add --device cuda to prune, eval, compare or plan.\n\n"
-        "Exit status: 0; 1 where the work fails; 2 for a wrong command line; 130 after Ctrl-C.\n");
+        "Exit status: 0 where all went well; 1 where the work fails; 2 for a wrong command line; 130 after Ctrl-C.\n");
 }

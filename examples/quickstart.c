@@ -1,6 +1,6 @@
 /* Prune a checkpoint to 50 % and measure its perplexity before and after, for instance:
  *   ./quickstart stories260K stories260K/calibration_tokens.npy stories260K/test_tokens.npy stories260K-pruned
- * It takes about ten seconds; the output must not exist. */
+ * It takes a few seconds; the output must not exist. */
 #define BESA_IMPLEMENTATION
 #include "../besa.h"
 

@@ -483,6 +483,34 @@ static void test_fixed_layers(void)
     }
 }
 
+/* Rows of 64 or 172 weights cannot have any sparsity, nor can a source that has zeros: the report names the layer that is
+ * farthest from what was asked, where that is more than a thousandth. A dense layer is as asked, whatever zeros it has. */
+static void test_fixed_notes(void)
+{
+    static const struct { besa_fixed_rate fixed[2]; const char *note; int has_zeros; } t[] = {
+        { { { "down_proj", 0.99 }, { "v_proj", 0.5 } }, "model.layers.0.mlp.down_proj has sparsity 0.9884, not the 0.99 ", 0 },
+        { { { "*.2.*.v_proj", 0.9 }, { "down_proj", 0.99 } }, "model.layers.2.self_attn.v_proj has sparsity 0.8906, not the 0.9 ", 0 },
+        { { { "down_proj", 0.99 }, { "*.2.*.v_proj", 0.9 } }, "model.layers.2.self_attn.v_proj has sparsity 0.8906, not the 0.9 ", 0 },
+        { { { "v_proj", 0.5 }, { "q_proj", 0.46876 } }, NULL, 0 },
+        { { { "v_proj", 0 }, { "q_proj", 0.5 } }, NULL, 1 },
+        { { { "layers.1", 0 }, { "q_proj", 0.25 } }, "model.layers.0.self_attn.q_proj has sparsity 0.5000, not the 0.25 ", 1 },
+    };
+    setup half = new_setup(temp_path("half"), BESA_METHOD_WANDA, 0.5);
+    CHECK(run(&half) == BESA_OK, "%s", half.error.message);
+    besa_report_free(&half.report);
+    for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
+        setup s = new_setup(NULL, BESA_METHOD_WANDA, 0.5);
+        if (t[i].has_zeros) s.source = half.output;
+        s.options.fixed = t[i].fixed;
+        s.options.num_fixed = 2;
+        CHECK(run(&s) == BESA_OK, "case %d: %s", (int)i, s.error.message);
+        const char *notes = s.report.notes ? s.report.notes : "";
+        CHECK(t[i].note ? strstr(notes, t[i].note) != NULL : !strstr(notes, "fixed at"), "case %d: %s", (int)i, notes);
+        besa_report_free(&s.report);
+    }
+    discard(half.output);
+}
+
 /* Which layers a pattern names: whole dotted parts of the name, or a glob over all of it. */
 static void test_fixed_patterns(void)
 {
@@ -2429,6 +2457,7 @@ int main(int argc, char **argv)
     TEST("N:M patterns") test_patterns();
     TEST("BESA's options") test_besa_options();
     TEST("fixed layers") test_fixed_layers();
+    TEST("fixed layers that rows cannot have") test_fixed_notes();
     TEST("patterns of fixed layers") test_fixed_patterns();
     TEST("presets") test_presets();
     TEST("fields of presets") test_preset_fields();

@@ -1,0 +1,197 @@
+#!/bin/sh
+# test_command.sh BESA STORIES README WORK - the command line program BESA: which options it takes, how it reads numbers,
+# what it does with hostile text and with an output that cannot be written; and README's commands on the bundled model.
+besa=$1 stories=$2 readme=$3 work=$4
+rm -rf "$work" && mkdir -p "$work" || exit 1
+failed=0
+
+verdict()
+{
+    if [ "$1" -eq 0 ]; then echo "PASS $2"; return; fi
+    echo "FAIL $2"
+    head -8 "$work/log" | sed 's/^/    /'
+    failed=1
+}
+
+# besa's output and status, in $work/log and $got
+run()
+{
+    "$besa" "$@" >"$work/log" 2>&1
+    got=$?
+}
+
+# check STATUS PATTERN ARGUMENTS...: besa ends so, and a line of what it says has the pattern; else $bad grows.
+check()
+{
+    status=$1 pattern=$2
+    shift 2
+    run "$@"
+    [ $got -eq "$status" ] && grep -q -e "$pattern" "$work/log" && return
+    bad="$bad; $*: status $got, $(head -1 "$work/log")"
+}
+
+# done_with NAME: the checks since the last one are a test
+done_with()
+{
+    [ -z "$bad" ]
+    verdict $? "$1$bad"
+    bad=""
+}
+bad=""
+
+data="--tokens $stories/calibration_tokens.npy --nsamples 2 --seqlen 32"
+text="--test $stories/test_tokens.npy --windows 2"
+
+# ---- options ----
+
+# Every option that a command's help does not list is refused, and the message names the commands that list it.
+commands="prune plan compare eval info"
+for command in $commands; do
+    run $command --help
+    sed -n 's/^  --\([a-z0-9-]*\).*/\1/p' "$work/log" >"$work/$command.options"
+done
+options=$(cat "$work"/*.options | sort -u)
+count=0
+for option in $options; do
+    takers=""
+    for command in $commands; do
+        if grep -qx -e "$option" "$work/$command.options"; then takers="${takers:+$takers, }$command"; fi
+    done
+    for command in $commands; do
+        if grep -qx -e "$option" "$work/$command.options"; then continue; fi
+        count=$((count + 1))
+        check 2 "^besa $command: --$option is for $takers\$" $command "$stories" --$option 1
+    done
+done
+[ $count -gt 50 ] || bad="$bad; only $count pairs"
+check 2 '^besa plan: --no-quiet is for prune, compare, eval$' plan "$stories" --no-quiet
+check 2 '^besa plan: unknown option --reports$' plan "$stories" --reports X
+check 2 '^besa plan: --report is for prune$' plan "$stories" --report "$work/report.json"
+[ ! -e "$work/report.json" ] || bad="$bad; plan wrote a report"
+done_with "an option that a command has no use for"
+
+check 2 '--seed is about --tokens' plan "$stories" --seed 3
+check 2 '--test-seqlen is about --test' plan "$stories" --test-seqlen 64
+check 0 '^memory ' plan "$stories" --seqlen 64 --windows 4 --test-seqlen 64
+check 2 '--lr is for --method besa' compare "$stories" $data $text --method wanda,magnitude --lr 2
+check 2 '--per-row is for --method magnitude' compare "$stories" $data $text --method wanda --per-row
+check 2 '--damping is for --method sparsegpt' compare "$stories" $data $text --method wanda,besa --damping 0.1
+check 2 '--damping is for --method sparsegpt' prune "$stories" "$work/no" $data --damping 0.1
+done_with "an option that no method of the run has a use for"
+
+# ---- numbers ----
+
+for number in '' ' 0.5' '0.5 ' +0.5 -0.5 0x1p-1 nan inf 1e999 1e .e1 . 0.5.5 0,5 5e-1e 0.5f ½ 0 1; do
+    check 2 '^besa plan: --' plan "$stories" "--sparsity=$number"
+    check 2 '^besa compare: --' compare "$stories" $data $text "--sparsity=0.5,$number"
+    case $number in 0) continue ;; esac
+    check 2 '^besa plan: --' plan "$stories" --fix "v_proj=$number"
+done
+for number in '' ' 3' '3 ' +3 -3 3.0 3e0 0x3 nan inf 3x 0; do
+    for option in --nsamples --seqlen --epochs --threads --group-rows; do
+        check 2 "^besa plan: $option" plan "$stories" "$option=$number"
+    done
+    case $number in 0) continue ;; esac
+    check 2 '^besa plan: --device' plan "$stories" "--device=cuda:$number"
+done
+for number in '' ' 8G' '8 G' +8G 8g 8GB 8Gi G 0x8G nan inf -1 1e30; do
+    check 2 '^besa plan: --memory' plan "$stories" "--memory=$number"
+done
+for pattern in '' 2 2: :4 '2: 4' ' 2:4' '2:4 ' '2 :4' +2:4 2:+4 -2:4 2:4:8 2x4 0:4 4:4 4:2 2:65 0x2:4 2.0:4 2:4294967300 \
+               99999999999:4; do
+    check 2 '^besa plan: --pattern' plan "$stories" --method wanda "--pattern=$pattern"
+done
+done_with "what is no number"
+
+for number in 0.5 .5 5e-1 5E-1 0.05e1 0.05e+1 0.500; do
+    check 0 '^memory ' plan "$stories" --seqlen 32 --sparsity $number
+done
+for bytes in 100000000 100000K 100M 0.1G 1e8 .1e1G 0.0001T; do
+    check 0 '^memory ' plan "$stories" --seqlen 32 --memory $bytes
+done
+check 0 '^memory ' plan "$stories" --seqlen 032 --group-rows all --seed 9000000000000000 $data --method=besa
+check 0 '^memory ' plan "$stories" --seqlen 32 --method wanda --pattern 2:4 --fix v_proj=0 --fix q_proj=1e-3
+done_with "what is a number"
+
+# ---- runs ----
+
+# What cannot work is refused before any work: nothing is printed but the message.
+for wrong in "--method wanda,besa --pattern 2:4" "--method wanda --pattern 2:4 --sparsity .5,.6" "--fix nothing=0.5"; do
+    check 1 '^besa compare: ' compare "$stories" $data $text $wrong
+    [ "$(wc -l <"$work/log")" -eq 1 ] || bad="$bad; $wrong: $(head -3 "$work/log")"
+done
+for wrong in "--method wanda," "--method wanda,,besa" "--method wanda,besa:published" "--sparsity .5,"; do
+    check 2 '^besa compare: --' compare "$stories" $data $text $wrong
+done
+check 0 '^wanda .* 0.2500 ' compare "$stories" $data $text --pattern 1:4 --quiet
+grep -q '^besa is left out: it has no N:M patterns$' "$work/log" || bad="$bad; it does not say what is left out"
+! grep -q '^besa  ' "$work/log" || bad="$bad; a row for besa"
+done_with "a comparison with a pattern"
+
+# Rows of 64 and 172 weights cannot have 0.99 of them zero; half of them they can.
+check 0 'down_proj has sparsity 0.9884, not the 0.99 that it is fixed at' prune "$stories" "$work/narrow" $data \
+    --method wanda --fix down_proj=0.99
+check 0 'sparsity 0.5' prune "$stories" "$work/half" $data --method wanda --fix '*=0.5' --quiet
+! grep -q 'fixed at' "$work/log" || bad="$bad; a note about 0.5"
+done_with "a fixed sparsity that rows cannot have"
+
+# ---- hostile text ----
+
+# No control character that comes from a file or an argument reaches the terminal: C0, DEL, or C1 in UTF-8.
+esc=$(printf '\033')
+hostile='\\u001b[2J\\u0007\\u009b31m\\u007f\\nbesa: all is well'
+mkdir -p "$work/hostile" && cp "$stories"/*.safetensors "$work/hostile"
+sed "s/\"model_type\": *\"[a-z]*\"/\"model_type\": \"$hostile\"/" "$stories/config.json" >"$work/hostile/config.json"
+check 1 'model_type = "?\[2J.*besa: all is well" is not supported' info "$work/hostile"
+others=$(LC_ALL=C tr -d '\n\040-\176' <"$work/log" | wc -c)
+[ $others -eq 0 ] && [ "$(wc -l <"$work/log")" -eq 1 ] || bad="$bad; model_type: $(cat -v "$work/log")"
+for arguments in "plan $stories --method x${esc}[2J" "plan $work/no${esc}[2J" "x${esc}[2J" "plan $stories --x${esc}[2J" \
+                 "compare $stories $data $text --method besa:${esc}[2J"; do
+    run $arguments
+    [ $got -ne 0 ] && grep -q '?\[2J' "$work/log" && ! grep -q "$esc" "$work/log" || bad="$bad; $(cat -v "$work/log")"
+done
+cp "$stories/config.json" "$work/hostile"
+: >"$work/hostile/weights${esc}[2J.bin"
+check 0 'out?\[2J: sparsity 0.5' prune "$work/hostile" "$work/out${esc}[2J" $data --method wanda
+grep -q 'weights?\[2J.bin' "$work/log" && ! grep -q "$esc" "$work/log" || bad="$bad; $(cat -v "$work/log")"
+done_with "control characters"
+
+# ---- output that cannot be written ----
+
+if [ -w /dev/full ]; then
+    for arguments in --help --version "prune --help" "plan $stories --seqlen 32" "info $stories" "info $stories --json"; do
+        "$besa" $arguments >/dev/full 2>"$work/log"
+        [ $? -eq 1 ] && grep -q 'standard output: ' "$work/log" || bad="$bad; $arguments"
+    done
+    done_with "standard output on a full device"
+else echo "SKIP standard output on a full device: no /dev/full"; fi
+
+# ---- README ----
+
+# README's commands on the bundled model print, as they stand there, what the block below them says.
+mkdir -p "$work/readme/examples" && cp -r "$stories" "$work/readme/examples" && cp "$besa" "$work/readme/examples" || exit 1
+awk -v commands="$work/commands" -v printed="$work/printed" '
+    /^```/ && !inside { inside = 1; kind = $0; text = ""; next }
+    /^```/ { inside = 0 }
+    /^```/ && kind == "```sh" && text ~ /besa prune examples\/stories260K/ { print text >commands; found = 1; next }
+    /^```/ && kind == "```" && found { printf "%s", text >printed; exit }
+    inside && !/^make / { text = text $0 "\n" }' "$readme"
+(cd "$work/readme" && sh -e ../commands) >"$work/log" 2>"$work/errors"
+status=$?
+[ $status -eq 0 ] || cp "$work/errors" "$work/log"
+verdict $status "README's commands on the bundled model"
+# Numbers to a tenth, as processors round differently and learning amplifies it; minutes:seconds are free.
+paste -d '\n' "$work/printed" "$work/log" | awk '
+    NR % 2 { n = split($0, word, " "); next }
+    { if (split($0, got, " ") != n) exit bad = 1
+      for (i = 1; i <= n; i++) {
+          same = word[i] == got[i] || (word[i] ~ /^[0-9]+:[0-9]+$/ && got[i] ~ /^[0-9]+:[0-9]+$/)
+          if (!same && word[i] ~ /^[1-9][0-9.]*$/ && got[i] ~ /^[0-9.]+$/) {
+              ratio = got[i] / word[i]
+              same = ratio > 0.9 && ratio < 1.1
+          }
+          if (!same) exit bad = 1
+      } }
+    END { exit bad || NR < 4 || NR % 2 }'
+verdict $? "README says what they print"
+exit $failed
