@@ -29,30 +29,34 @@
  * THE METHOD, pass by pass: what is read, computed and left, and the function that computes it
  *
  *     Blocks are pruned one after another. A block has seven weights W (R, C), inputs X (T, d) that come from the blocks
- *     pruned before it, and is Y = F(W, X) (besa__block_forward, where the formulas of F stand).
+ *     pruned before it, and is Y = F(W, X) (besa__block_forward; section block has the formulas).
  *
  *     dense    reads W, X (besa__dense_pass). Computes
  *                  Yref = F(W, X), and its channel norms                  besa__dense_chunk, besa__add_norms
  *                  of every layer's inputs: sum_t X[t,j]^2, or            besa__add_statistics
- *                  H = 2/N X'X for SparseGPT and its scores
+ *                  H = 2/T X'X for SparseGPT and its scores
  *     rank     reads W and the statistics (besa__rank_pass). Computes
- *                  U, U'U = inv(H + damping), where there is an H         besa__finish_statistics
+ *                  U, U'U = inv(H + damping), where there is an H, and    besa__finish_statistics
+ *                  the factors of the scores per column
  *                  the score of each weight: |W| l2(X_j), or as           besa__masks_rank
  *                  BESA_IMPORTANCES has it; its rank in its row
  *                  of a baseline the mask, or What itself                 besa__rank_or_prune
  *     learn    BESA only (besa__learn_pass). For every batch of sequences, with logits theta that start at 0:
  *                  beta = softmax(z(theta)), alpha = sum_d beta_d p_d,    besa__rates_forward
- *                  n = floor(alpha C) weights of every row go
+ *                  p_d = 1 - d/D: n = floor(alpha C) weights of every
+ *                  row go, or as many as are 0 in W, if that is more
  *                  What = W where rank >= n, else 0                       besa__masks_update
  *                  Y = F(What, X), and the loss                           besa__batch_gradient, besa__pruner_loss
- *                  L = 1/d sum ((Yref - Y) / norm)^2
+ *                  L = 1/hidden_size sum ((Yref - Y) / norm)^2
  *                  dL/dWhat by the backward pass                          besa__block_backward
- *                  dL/dbeta_d = - sum of dL/dWhat W over rank < k_d       besa__rates_gradient, besa__rates_backward
- *                  (as if keeping were 1 - sum_d beta_d [rank < k_d]),
- *                  + that of the penalty lambda ((S - t) / t)^2; dL/dtheta
+ *                  dL/dbeta_d = - sum of dL/dWhat W over rank < k_d,      besa__rates_gradient, besa__rates_backward
+ *                  k_d = ((D - d) C) / D (as if keeping were
+ *                  1 - sum_d beta_d [rank < k_d]), + that of the
+ *                  penalty lambda ((S - t) / t)^2; dL/dtheta
  *                  theta by Prodigy or AdamW                              besa__parameters_step
  *              and then logit(alpha) of all rows, shifted together        besa__rates_project, besa__final_masks
- *              until the count is exact, and What
+ *              until the count is exact (but with no_projection), and
+ *              What. Fixed layers take no part
  *     commit   X = F(What, X): the next block's inputs; the loss          besa__commit_pass
  *
  *     The paper's pseudo-code carries two streams, the dense model's and the pruned one's, and aims at the dense stream's
@@ -140,7 +144,8 @@
  *     importance                  [wanda] magnitude, sparsegpt, sparsegpt squared
  *     damping                     [0.01] SparseGPT and its importances: share of a Hessian's mean diagonal added to it
  *     epochs, batch_size          [1, 1]
- *     norm_all, dense_stream      [0, 0] loss norms over all tokens; reference from the dense model's own stream. BESA only
+ *     norm_all, dense_stream      [0, 0] loss norms over all tokens, which makes a batch's loss, beside the penalty, as small as
+ *                                 its share of them; reference from the dense model's own stream. BESA only
  *     no_projection               [0] leave the sparsity where learning ended
  *     pattern_n, pattern_m        [none] n of every m; not with besa
  *     magnitude_per_row           [0] magnitude: each row at the target instead of each layer
@@ -317,7 +322,7 @@ typedef struct besa_workload {
     int64_t tokens, seqlen;                     /* of one micro-batch */
     int64_t num_attention_heads, num_key_value_heads, head_dim;
     int64_t hessian_columns;                    /* 0 without SparseGPT */
-    int64_t candidates;                         /* D + 1 of the rates; 0: any number */
+    int64_t rate_logits;                        /* D + 1 of a rate; 0: any number */
     int64_t projected_rows;                     /* rows of all layers together, for project_counts */
 } besa_workload;
 
@@ -335,7 +340,7 @@ typedef struct besa_rate_shape {
     int64_t rows;                               /* R of the layer */
     int64_t units;                              /* of a row: what its rate is a share of and n counts, the C weights */
     int64_t group_rows;                         /* rows that share one rate; groups G = ceil(R / group_rows) */
-    int64_t candidates;                         /* D + 1: p_d = 1 - d/D, k_d = ((D - d) units) / D, d = 0 .. D. k_D = 0, so
+    int64_t logits;                             /* D + 1: p_d = 1 - d/D, k_d = ((D - d) units) / D, d = 0 .. D. k_D = 0, so
                                                    bucket sums need only D buckets: a weight in bucket b is pruned
                                                    by candidates 0 .. b */
     float tilt;                                 /* c */
@@ -410,7 +415,7 @@ struct besa_backend {
     /* dW(count,C) = rows first .. first+count-1 of dY(T,R)' X(T,C) [+ dW], float */
     besa_result (*linear_backward_weight)(besa_backend *be, float *dw, const void *dy, const void *x, int64_t tokens,
                                           int64_t rows, int64_t columns, int64_t first, int64_t count, int accumulate);
-    /* H(C,C) += scale X(T,C)' X(T,C), float; only the lower triangle needs to be right */
+    /* H(C,C) += scale X(T,C)' X(T,C), float; above the diagonal anything finite */
     besa_result (*gram)(besa_backend *be, float *h, const void *x, float scale, int64_t tokens, int64_t columns);
 
     /* ---- the block's pieces ---------------------------------------------------------------- */
@@ -484,7 +489,7 @@ struct besa_backend {
                                 const float *theta_row, const int32_t *zeros, const besa_rate_shape *s);
     /* mean(1) [+]= share * mean of alpha(R) */
     besa_result (*rate_mean)(besa_backend *be, float *mean, const float *alpha, float share, int accumulate, int64_t rows);
-    /* dtheta assigned: dL/dbeta[g,d] = - sum over rows of g, buckets b >= d of sums[r,b] + penalty p_d, then the
+    /* dtheta assigned: dL/dbeta[g,d] = - sum over rows of g, buckets b >= d of sums[r,b] + coefficient (S - t) rows_g / R p_d, then the
      * softmax and sigmoid; dtheta_layer is the sum over groups. NULL where the scale is 0. */
     besa_result (*rate_backward)(besa_backend *be, float *dtheta_layer, float *dtheta_row, const float *sums,
                                  const float *theta_layer, const float *theta_row, const besa_penalty *penalty,
@@ -588,7 +593,7 @@ BESA_API besa_result besa_cuda_backend(besa_backend *be, const besa_cuda_options
 typedef enum besa_statistic {
     BESA_STATISTIC_NONE,
     BESA_STATISTIC_SUMSQ,                       /* sum of X_j^2 over the tokens: be->column_sumsq */
-    BESA_STATISTIC_FACTOR                       /* U_jj, U'U = inv(2/N X'X + damping): be->hessian_factor, be->diagonal */
+    BESA_STATISTIC_FACTOR                       /* U_jj, U'U = inv(2/T X'X + damping): be->hessian_factor, be->diagonal */
 } besa_statistic;
 
 /* The importances: X(value, name, statistic, power, exponent) scores a weight |W|^power statistic_j^exponent, power 1 or 2.
@@ -615,7 +620,7 @@ typedef enum besa_rate_form {
 /* How the learning rate goes once it has risen. */
 typedef enum besa_schedule {
     BESA_SCHEDULE_CONSTANT,
-    BESA_SCHEDULE_COSINE                        /* half a cosine down to 0 */
+    BESA_SCHEDULE_COSINE                        /* half a cosine, which would reach 0 one step after the last */
 } besa_schedule;
 
 /* How rates are parametrised and learned. A zero-filled struct means the defaults, in brackets. */
@@ -672,7 +677,7 @@ BESA_API besa_result besa_rates_rank(besa_rates *rates, int layer, const void *w
                                      const float *statistic, float *scratch, besa_error *error);
 
 /* Hold one layer at a sparsity of its own (0: dense): no theta, not part of the target. A negative sparsity makes
- * it learn again. To be called before the first step. */
+ * it learn again. Before the first step, else BESA_ERROR_OPTION. */
 BESA_API besa_result besa_rates_fix(besa_rates *rates, int layer, double sparsity, besa_error *error);
 
 /* Start again for other weights: theta and optimiser as after besa_rates_create, no layer fixed. */
@@ -1436,7 +1441,7 @@ static float *besa__take_floats(besa__arena *arena, int64_t count)
     return (float *)besa__take_array(arena, count, sizeof(float));
 }
 
-/* `parts` arenas of the size of one, one after the other. */
+/* Take `parts` times what `one` has used. */
 static void besa__take_parts(besa__arena *arena, const besa__arena *one, int64_t parts)
 {
     arena->used = besa__add_sizes(arena->used, besa__multiply_sizes(one->used, (uint64_t)parts));
@@ -1822,7 +1827,7 @@ static const besa_option *besa__find_option(const char *name)
 }
 
 /* Check the options that lie at bytes begin .. end-1 of besa_prune_options, and fill in what 0 and BESA_NONE stand for:
- * once, as BESA_NONE becomes 0. bytes: where byte `begin` is. */
+ * once only: BESA_NONE becomes 0, which a second call would take for the default. bytes: where byte `begin` is. */
 static besa_result besa__options_fill(void *bytes, size_t begin, size_t end, besa_error *error)
 {
     for (const besa_option *o = besa__options; o->name; o++) {
@@ -1876,12 +1881,12 @@ typedef struct besa__mask_layer {
     const char *name;                           /* for messages; NULL: its number */
     besa_layer_shape shape;
     int64_t units;                              /* of a row: what ranks and counts count, its C weights */
-    double fixed;                               /* its own sparsity, or negative: the method decides */
+    double fixed;                               /* a sparsity known beforehand, the user's or a baseline's; or negative */
     int ranked;
     void *rank;                                 /* (R,C) 16 or 32 bits */
     int32_t *zeros, *n;                         /* (R) source zeros; weights pruned */
-    int32_t *masked;                            /* (R) the n of the mask that besa__masks_update keeps up; these three are
-                                                   parts of the set's arrays */
+    int32_t *masked;                            /* (R) n when besa__masks_update masked last; zeros, n and masked point into
+                                                   the set's arrays */
 } besa__mask_layer;
 
 /* The ranks and counts of a set of layers. */
@@ -2011,7 +2016,7 @@ static besa_result besa__masks_apply(besa__masks *masks, int index, const void *
                                  layer->shape.columns);
 }
 
-/* The same where `pruned` is this layer's own: what has changed since it was masked last; in full the first time. */
+/* The same where `pruned` holds the last mask: only what has changed since. full: all, as is needed the first time. */
 static besa_result besa__masks_update(besa__masks *masks, int index, const void *w, void *pruned, int full)
 {
     const besa__mask_layer *layer = &masks->layer[index];
@@ -2049,7 +2054,8 @@ static besa_result besa__masks_check(besa__masks *masks)
  *     dlr = d lr,     gain = (d / d0) dlr,     num = beta3 num + gain <g, theta0 - theta>
  *     m = beta1 m + (1 - beta1) d g,   v = beta2 v + (1 - beta2) d^2 g^2,   s = beta3 s + gain g
  *     dhat = d_coef num / sum|s|,   d = max(d, dhat)
- *     theta -= dlr m / (sqrt(v) + d eps)      with dlr from before; nothing moves while sum|s| = 0
+ *     theta -= dlr (m / (sqrt(v) + d eps) + weight_decay theta)   with dlr from before, d as it is now; nothing moves while
+ *                                                                 sum|s| = 0
  * Gradients are 1e-8 and below: eps = 1e-8 matters, and a loss scale would have to be undone first. */
 
 typedef struct besa__parameters {
@@ -2156,7 +2162,11 @@ static float *besa__parameters_at(float *array, int64_t offset) { return offset 
  * Per group g of rows the rate is alpha_g = sum_d beta_d p_d with beta = softmax(z), p_d = 1 - d/D and
  *     z_d = c p_d + s_L u(theta_L[d]) + s_R u(theta_g[d]),      u(x) = sigmoid(x) - 1/2.
  * Row r prunes its n_r = floor(alpha C) lowest ranks. c makes the rate at theta = 0 the target, any in (0, 1), so
- * that learning starts there; the published form is c = 0, which confines alpha to 0.376 .. 0.624. Once learned, all rows are
+ * that learning starts there; the published form is c = 0, which confines alpha to 0.376 .. 0.624. Backward, with
+ * k_d = ((D - d) C) / D the weights of a row that a rate of p_d prunes:
+ *     dbeta_d = - sum of dL/dWhat W over rank < k_d [+ the penalty's],   dz = beta (dbeta - sum_d beta_d dbeta_d),
+ *     dtheta = s u'(theta) dz,   theta_L summed over the layer's groups.
+ * The first comes from D sums a row: bucket b has the weights that are pruned by candidates 0 .. b. Once learned, all rows are
  * shifted together in logit space until exactly floor(target N + 1/2) of the N learned weights go (be->project_counts). */
 
 typedef struct besa__rate_layer {
@@ -2227,7 +2237,7 @@ BESA__UNUSED static double besa__reachable_rate(const besa_rates *rates, int hig
     return best;
 }
 
-/* Check the options and fill in what 0 stands for; to be done once, as BESA_NONE becomes 0. */
+/* Check the options and fill in what 0 stands for: once only, as besa__options_fill. */
 static besa_result besa__rate_defaults(besa_rate_options *o, besa_error *error)
 {
     const size_t begin = offsetof(besa_prune_options, rates);
@@ -2259,15 +2269,15 @@ static void besa__rate_layer_place(besa_rates *rates, int index, besa__arena *ar
     s->rows = rows;
     s->units = rates->masks->layer[index].units;
     s->group_rows = o->group_rows == BESA_ALL_ROWS || o->group_rows > rows ? rows : o->group_rows;
-    s->candidates = o->candidates + 1;
+    s->logits = o->candidates + 1;
     s->tilt = rates->tilt;
     s->layer_scale = (float)o->layer_scale;
     s->row_scale = (float)o->row_scale;
     s->plain = o->plain_softmax;
     layer->bucket = (uint16_t *)besa__take_array(arena, s->units, sizeof(uint16_t));
     layer->sums = besa__take_floats(arena, besa__product(rows, o->candidates));
-    int64_t logits = besa__product(besa__parts(rows, s->group_rows), s->candidates);
-    layer->theta_layer = s->layer_scale > 0 ? besa__parameters_reserve(rates->parameters, s->candidates) : -1;
+    int64_t logits = besa__product(besa__parts(rows, s->group_rows), s->logits);
+    layer->theta_layer = s->layer_scale > 0 ? besa__parameters_reserve(rates->parameters, s->logits) : -1;
     layer->theta_row = s->row_scale > 0 ? besa__parameters_reserve(rates->parameters, logits) : -1;
 }
 
@@ -2312,7 +2322,7 @@ static void besa__rates_share(besa_rates *rates)
 /* bucket[rank] = the largest candidate d with rank < k_d = ((D - d) units) / D: the weight is pruned by candidates 0 .. d. */
 static besa_result besa__upload_buckets(besa_backend *be, const besa__rate_layer *layer)
 {
-    int64_t buckets = layer->shape.candidates - 1, units = layer->shape.units, d = buckets - 1;
+    int64_t buckets = layer->shape.logits - 1, units = layer->shape.units, d = buckets - 1;
     size_t bytes = (size_t)units * sizeof(uint16_t);
     void *memory;
     BESA__TRY(besa__malloc(&memory, bytes, "a bucket table", &be->error));
@@ -2337,10 +2347,10 @@ static besa_result besa__rates_start(besa_rates *rates)
 
 static size_t besa__sums_bytes(const besa_rate_shape *s)
 {
-    return (size_t)(s->rows * (s->candidates - 1)) * sizeof(float);
+    return (size_t)(s->rows * (s->logits - 1)) * sizeof(float);
 }
 
-/* Sums empty, no rate yet, shares as the masks' fixed layers have them: the masks are to be reset before, the parameters too.
+/* Sums empty, no rate yet, shares as the masks' fixed layers have them. Call besa__masks_reset and besa__parameters_reset first.
  * Does not wait for the device. */
 static besa_result besa__rates_reset(besa_rates *rates)
 {
@@ -2390,7 +2400,7 @@ static besa_result besa__rates_gradient(besa_rates *rates, int index, const void
     const besa__rate_layer *layer = &rates->layer[index];
     const besa__mask_layer *mask = &rates->masks->layer[index];
     besa_backend *be = rates->masks->be;
-    int64_t columns = mask->shape.columns, buckets = layer->shape.candidates - 1;
+    int64_t columns = mask->shape.columns, buckets = layer->shape.logits - 1;
     if (mask->fixed >= 0) return BESA_OK;
     return be->bucket_gradient(be, layer->sums + first * buckets, dw, besa__at_const(w, mask->shape.dtype, first * columns),
                                mask->shape.dtype, besa__layer_rank(mask, first), layer->bucket, rows, columns, buckets);
@@ -2425,7 +2435,7 @@ static int64_t besa__rates_count(const besa_rates *rates)
     return (int64_t)floor(rates->options->target * (double)besa__rates_learned(rates) + 0.5);
 }
 
-/* Does not wait: rates->excess tells whether it worked. */
+/* From theta to exact counts. Does not wait: rates->excess says whether it worked. */
 static besa_result besa__rates_project(besa_rates *rates)
 {
     const besa__masks *masks = rates->masks;
@@ -2455,7 +2465,7 @@ static int besa__theta_not_finite(const besa_rates *rates, const float *array, i
     int64_t first = layer->theta_layer < 0 ? layer->theta_row : layer->theta_layer;
     int64_t groups = layer->theta_row < 0 ? 0 : besa__parts(layer->shape.rows, layer->shape.group_rows);
     int64_t vectors = groups + (layer->theta_layer >= 0);
-    return besa__any_not_finite(rates->masks->be, array + first, vectors * layer->shape.candidates);
+    return besa__any_not_finite(rates->masks->be, array + first, vectors * layer->shape.logits);
 }
 
 /* What is not finite of the learned rates, in words: the last gradient, or else the logits, and of which layers. Waits for
@@ -2507,7 +2517,7 @@ static besa_result besa__check_status(const besa_rates *rates, double d, float m
                       : besa__is_finite(mean) ? "Prodigy's d is" : "the mean rate and Prodigy's d are", text);
 }
 
-/* What be->project_counts found, NaN weights first. Waits for the device. */
+/* The error of a projection; weights that are not finite are told of first. Waits for the device. */
 static besa_result besa__check_projection(besa_rates *rates)
 {
     besa_backend *be = rates->masks->be;
@@ -2582,7 +2592,7 @@ static uint64_t besa__rates_layout(besa__rates_owner *o, besa_backend *be, const
     besa__masks_place(&o->masks, be, mask_layer, layers, count, &arena);
     besa__rates_place(&o->rates, (besa__rate_layer *)(void *)(mask_layer + count), &arena);
     besa__parameters_place(&o->parameters, &arena);
-    work.candidates = o->options.candidates + 1;
+    work.rate_logits = o->options.candidates + 1;
     work.projected_rows = o->masks.rows;
     o->rates.workspace_bytes = be->workspace_size(be, &work);
     o->rates.workspace = besa__take(&arena, o->rates.workspace_bytes);
@@ -2623,6 +2633,7 @@ BESA_API size_t besa_rates_size(besa_backend *be, const besa_layer_shape *layers
 static besa__workspace besa__rates_enter(besa_rates *rates)
 {
     besa_backend *be = rates->masks->be;
+    be->error.code = BESA_OK;                   /* a failure that an earlier call has told of is not this one's */
     return rates->workspace ? besa__use_workspace(be, rates->workspace, rates->workspace_bytes)
                             : besa__use_workspace(be, be->workspace, be->workspace_bytes);
 }
@@ -2717,6 +2728,9 @@ BESA_API besa_result besa_rates_fix(besa_rates *rates, int layer, double sparsit
     BESA__TRY(besa__check_layer(rates, layer, 0, error));
     if (!(sparsity < 1))
         return besa__fail(error, BESA_ERROR_OPTION, "sparsity of a fixed layer is %g, expected below 1", sparsity);
+    if (rates->parameters->step.step > 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "layer %d is fixed after %lld steps, expected before the first: call "
+                          "besa_rates_reset", layer, (long long)rates->parameters->step.step);
     besa__workspace callers = besa__rates_enter(rates);
     besa_result result = besa__masks_fix(rates->masks, layer, sparsity);
     if (result == BESA_OK) result = besa__rates_fix(rates, layer);
@@ -3357,7 +3371,8 @@ BESA__UNUSED static besa_result besa__stream_forward(besa__stream *s, besa__walk
  * Owns the memory that the passes over one block share, and how far a run is. The passes are in the sections that follow,
  * their order in section passes. Nothing in a block waits for the device: results come back once, at its end. */
 
-/* Losses; from BESA__LOSS_STEP on there is one for each learning step, up to BESA__STEP_LOSSES. */
+/* Losses: with the uniform mask, before and after learning, of the sequences that the report shows; of the others after
+ * learning; from BESA__LOSS_STEP on one for each learning step, up to BESA__STEP_LOSSES. */
 enum { BESA__LOSS_UNIFORM, BESA__LOSS_BEFORE, BESA__LOSS_AFTER, BESA__LOSS_REST, BESA__LOSS_STEP };
 
 /* Events of the backend: marks of the passes' ends (section passes), then those of the streams, first this section's. */
@@ -3429,7 +3444,7 @@ struct besa_pruner {
     int64_t scores_count;                       /* floats that scores has room for */
     float *slab_error;                          /* (R, 128), SparseGPT only */
     int32_t *counts, *not_finite;               /* (2, rows) zeros: DENSE, WRITTEN; (BESA__COUNTS) as in results */
-    int32_t *ignored;                           /* (norms) zeros that nobody asks for */
+    int32_t *ignored;                           /* (norms) where count_zeros puts zeros when only not_finite is wanted */
     besa__results *results;                     /* host */
     float *results_losses;                      /* host, as losses */
     int32_t *results_counts;                    /* host (2, rows) */
@@ -3630,7 +3645,7 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     const besa_block_shape *s = &p->shape;
     int learns = besa__learns(p);
     besa_workload work = besa_block_workload(s, p->micro_batch, p->seqlen);
-    work.candidates = learns ? p->options.rates.candidates + 1 : 1;
+    work.rate_logits = learns ? p->options.rates.candidates + 1 : 1;
     work.projected_rows = learns ? p->rows : 0;
     p->scores_count = learns ? besa__gradient_piece(p->be, s) : besa__largest_layer(s);
     besa__activations_place(&p->acts, arena, p->be->activation_dtype, s, p->qk_norm, p->micro_batch * p->seqlen,
@@ -3831,8 +3846,7 @@ static besa_result besa__work_close(const besa__work *work, int x_changed, const
     return yref ? besa__stream_close(work->yref, 0) : BESA_OK;
 }
 
-/* A run of sequences with the same channel norms: row `norms` of channel_sumsq, `count` sequences, out of the `of` that the
- * norms were summed over. */
+/* A run of `count` sequences with the same channel norms: row `norms` of channel_sumsq, summed over `of` sequences. */
 typedef struct besa__normed {
     int64_t norms, count, of;
 } besa__normed;
@@ -3868,8 +3882,8 @@ static besa_result besa__add_norms(besa_pruner *p, void *yref, int64_t first, in
  *     L = (1/d) sum over tokens t and channels c of ((Yref[t,c] - Y[t,c]) / l2(Yref[:,c]))^2
  * is added to *loss, and its derivative goes to dy (NULL: not wanted; may be y). Channel norms are those of the
  * optimiser's batch that a sequence belongs to, or of all tokens (norm_all).
- * mean_over 0 adds the sum that is differentiated. For the report, mean_over is the number of sequences that the whole
- * is about: losses of batches are then averaged, weighted by their sequences. */
+ * mean_over 0: the plain sum is added, for learning. Else mean_over is how many sequences the report's loss is a mean of:
+ * losses of batches are weighted by their sequences. */
 static besa_result besa__pruner_loss(besa_pruner *p, float *loss, void *dy, void *y, void *yref, int64_t first,
                                      int64_t count, int64_t mean_over)
 {
@@ -3893,7 +3907,7 @@ static besa_result besa__add_statistics(besa_pruner *p, int64_t tokens)
     input[BESA__INPUT_ATTN] = p->acts.attn;
     input[BESA__INPUT_M] = p->acts.m;
     input[BESA__INPUT_Z] = p->acts.z;
-    float scale = (float)(2.0 / (double)(p->nsamples * p->seqlen)); /* H = 2/N X'X */
+    float scale = (float)(2.0 / (double)(p->nsamples * p->seqlen)); /* H = 2/T X'X */
     for (int i = 0; i < BESA__INPUTS; i++) {
         int64_t columns = besa__input_columns(&p->shape, i);
         if (p->gram[i]) BESA__TRY(be->gram(be, p->gram[i], input[i], scale, tokens, columns));
@@ -3923,7 +3937,7 @@ static besa_result besa__count_sums(besa_pruner *p)
     besa_backend *be = p->be;
     for (int i = 0; i < BESA__INPUTS && besa__uses_inputs(&p->options); i++) {
         int64_t columns = besa__input_columns(&p->shape, i);
-        int32_t *zeros = p->gram[i] ? p->dead[i] : p->ignored; /* filled in later */
+        int32_t *zeros = p->gram[i] ? p->dead[i] : p->ignored; /* hessian_factor overwrites dead */
         BESA__TRY(be->count_zeros(be, zeros, p->not_finite + BESA__COUNT_INPUTS + i,
                                   p->gram[i] ? p->gram[i] : p->statistic[i], BESA_F32, p->gram[i] ? columns : 1, columns));
     }
@@ -4029,7 +4043,7 @@ static const float *besa__score_scale(const besa_pruner *p, int layer)
     return besa__uses_inputs(&p->options) ? p->statistic[besa__layers[layer].input] : NULL;
 }
 
-/* The ranks of a layer's rows; where its rate is known beforehand (not negative), its mask too. */
+/* The ranks of a layer's rows; where its rate is known beforehand (not negative), its pruned weights too. */
 static besa_result besa__rank_layer(const besa__work *work, int layer, double rate)
 {
     besa_pruner *p = work->pruner;
@@ -4163,7 +4177,7 @@ static besa_result besa__report_loss(const besa__work *work, int slot)
 }
 
 /* The uniform mask, floor(target C) of every row, and the mask at the start of learning: measured once where learning
- * starts at the target, as the two masks then differ in a few rows by rounding. */
+ * starts at the target: then the two masks are equal, or differ by one weight in every row of a layer, by rounding. */
 static besa_result besa__losses_before(const besa__work *work)
 {
     besa_pruner *p = work->pruner;
@@ -4219,7 +4233,7 @@ static besa_result besa__learn_rates(const besa__work *work, unsigned layers, be
 {
     besa_pruner *p = work->pruner;
     int64_t size = p->options.batch_size, batches = besa__parts(p->nsamples, size), steps = p->options.rates.steps;
-    besa__work user = *work;                    /* a copy, as the callback gets no pointer to const */
+    besa__work user = *work;                    /* a copy: the callback's `user` is no pointer to const */
     besa__batch batch = {0, 0, 0, NULL, layers, besa__learn_gradient, &user};
     BESA__TRY_ON(p->be, besa__losses_before(work), error);
     for (int64_t s = 0; s < steps; s++) {
@@ -4456,7 +4470,7 @@ static double besa__cost_rank(const besa_pruner *p)
     return 0.5;
 }
 
-/* A learning step costs about three forward passes. */
+/* An epoch costs about three forward passes. */
 static double besa__cost_learn(const besa_pruner *p) { return besa__learns(p) ? 3 * (double)p->options.epochs : 0; }
 
 typedef struct besa__pass_row {
@@ -4519,12 +4533,13 @@ static besa_result besa__finish_block(besa_pruner *p, const char *name, besa_res
 {
     if (result != BESA_OK && result != BESA_ERROR_NUMERIC) return result;
     besa_result fetched = besa__pass_error(p->be, besa__fetch_results(p), result ? NULL : error);
+    if (result == BESA_OK) result = fetched;    /* a backend may say it only when it is waited for */
     if (result == BESA_ERROR_NUMERIC) { /* because the weights or the activations were not finite? */
         BESA__TRY(besa__check_layers_finite(p, name, BESA__DENSE, error));
         BESA__TRY(besa__check_sums(p, name, error));
         return result;
     }
-    BESA__TRY(fetched);
+    BESA__TRY(result);
     BESA__TRY(besa__report_block(p, name, report, error));
     return besa__pass_error(p->be, besa__pass_seconds(p, report->seconds), error);
 }
@@ -4542,6 +4557,7 @@ static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, con
         masked.weight[i] = pruned[i];
         p->fixed[i] = besa__fixed_rate(&p->options, name, i);
     }
+    p->be->error.code = BESA_OK;
     besa__workspace callers = besa__use_workspace(p->be, p->workspace, p->workspace_bytes);
     besa_result result = besa__finish_block(p, name, besa__run_passes(&work, error), report, error);
     if (result != BESA_OK) besa__settle(p->be);
@@ -4606,14 +4622,29 @@ BESA_API void besa_pruner_destroy(besa_pruner *pruner)
     BESA_FREE(pruner);
 }
 
+/* Nothing that a block needs is NULL, and pruned weights have memory of their own. */
+static besa_result besa__check_block(const besa_pruner *p, const besa_block *block, const char *name, const void *x,
+                                     const void *dense_x, void *const pruned[BESA_LAYERS], besa_error *error)
+{
+    const char *missing = !block->norm1 ? "norm1" : !block->norm2 ? "norm2" : !block->rope_cos ? "rope_cos" : !block->rope_sin
+                          ? "rope_sin" : !x ? "x" : p->options.dense_stream && !dense_x ? "dense_x, with dense_stream set," : NULL;
+    if (missing) return besa__fail(error, BESA_ERROR_OPTION, "%s is NULL", missing);
+    if (name && strlen(name) > 200)
+        return besa__fail(error, BESA_ERROR_OPTION, "the block's name has %zu characters, expected at most 200", strlen(name));
+    for (int i = 0; i < BESA_LAYERS; i++)
+        if (!block->weight[i] || !pruned[i] || block->weight[i] == pruned[i])
+            return besa__fail(error, BESA_ERROR_OPTION, "%s of %s is %s", block->weight[i] ? "pruned" : "weight", besa_layer_name(i),
+                              block->weight[i] && pruned[i] ? "the weight itself, expected memory of its own" : "NULL");
+    return BESA_OK;
+}
+
 BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *block, const char *name, void *x,
                                      void *dense_x, void *const pruned[BESA_LAYERS], besa_block_report *report,
                                      besa_error *error)
 {
     besa_block_report local;
     besa__stream inputs, dense;
-    if (pruner->options.dense_stream && !dense_x)
-        return besa__fail(error, BESA_ERROR_OPTION, "dense_stream is set, but dense_x is NULL");
+    BESA__TRY(besa__check_block(pruner, block, name, x, dense_x, pruned, error));
     const besa_block_shape *s = &block->shape, *made = &pruner->shape;
     if (s->hidden_size != made->hidden_size || s->intermediate_size != made->intermediate_size ||
         s->num_attention_heads != made->num_attention_heads || s->num_key_value_heads != made->num_key_value_heads ||
@@ -10589,7 +10620,9 @@ static besa_result besa__cpu_count_zeros(besa_backend *be, int32_t *zeros, int32
             zeros[r] = counts[0];
             special[r] = counts[1];
         }
-    for (int64_t r = 0; r < rows; r++) *not_finite += special[r];
+    int64_t sum = *not_finite;
+    for (int64_t r = 0; r < rows; r++) sum += special[r];
+    *not_finite = (int32_t)besa__min(sum, INT32_MAX);
     return BESA_OK;
 }
 
@@ -11128,8 +11161,8 @@ static int64_t besa__cpu_rates_begin(besa_backend *be, besa__cpu_rates *rates, s
                                      const float *theta_layer, const besa_rate_shape *s)
 {
     besa__arena work = besa__cpu_work(be);
-    int64_t last = s->candidates - 1;
-    *stride = (size_t)besa__cpu_rates_place(&work, rates, s->candidates, parts);
+    int64_t last = s->logits - 1;
+    *stride = (size_t)besa__cpu_rates_place(&work, rates, s->logits, parts);
     work.used += (uint64_t)*stride * (uint64_t)besa__cpu_of(be)->threads;
     BESA__CPU_FITS(be, work);
     for (int64_t d = 0; d <= last; d++) {
@@ -11137,7 +11170,7 @@ static int64_t besa__cpu_rates_begin(besa_backend *be, besa__cpu_rates *rates, s
         rates->base[d] = s->tilt * rates->p[d];
     }
     if (theta_layer)
-        besa__cpu_logits_run(rates->base, rates->base, theta_layer, s->layer_scale, s->plain, s->candidates);
+        besa__cpu_logits_run(rates->base, rates->base, theta_layer, s->layer_scale, s->plain, s->logits);
     return besa__parts(s->rows, s->group_rows);
 }
 
@@ -11156,12 +11189,12 @@ static double besa__cpu_rates_beta(const besa__cpu_rates *rates, const float *th
 {
     double sums[2];
     if (theta_row)
-        besa__cpu_logits_run(rates->beta, rates->base, theta_row + g * s->candidates, s->row_scale, s->plain,
-                             s->candidates);
-    else memcpy(rates->beta, rates->base, (size_t)s->candidates * sizeof(float));
-    besa__cpu_exp_sum(rates->beta, rates->beta, besa__cpu_row_max(rates->beta, s->candidates), s->candidates);
-    besa__cpu_moments(sums, rates->beta, rates->p, s->candidates);
-    besa__cpu_scale(rates->beta, (float)(1.0 / sums[0]), s->candidates);
+        besa__cpu_logits_run(rates->beta, rates->base, theta_row + g * s->logits, s->row_scale, s->plain,
+                             s->logits);
+    else memcpy(rates->beta, rates->base, (size_t)s->logits * sizeof(float));
+    besa__cpu_exp_sum(rates->beta, rates->beta, besa__cpu_row_max(rates->beta, s->logits), s->logits);
+    besa__cpu_moments(sums, rates->beta, rates->p, s->logits);
+    besa__cpu_scale(rates->beta, (float)(1.0 / sums[0]), s->logits);
     return sums[1] / sums[0];
 }
 
@@ -11207,17 +11240,17 @@ static besa_result besa__cpu_rate_mean(besa_backend *be, float *mean, const floa
 static void besa__cpu_rate_group_backward(const besa__cpu_rates *mine, const float *sums, const float *theta_row,
                                           int64_t g, double slope_of_row, const besa_rate_shape *s)
 {
-    int64_t last = s->candidates - 1, end = besa__min(s->rows, (g + 1) * s->group_rows);
+    int64_t last = s->logits - 1, end = besa__min(s->rows, (g + 1) * s->group_rows);
     double run = 0.0, moments[2], slope = slope_of_row * (double)(end - g * s->group_rows);
-    memset(mine->dbeta, 0, (size_t)s->candidates * sizeof(float));
+    memset(mine->dbeta, 0, (size_t)s->logits * sizeof(float));
     for (int64_t r = g * s->group_rows; r < end; r++) besa__cpu_axpy(mine->dbeta, 1.0f, sums + r * last, last);
     for (int64_t d = last; d >= 0; d--) {
         run += (double)mine->dbeta[d];
         mine->dbeta[d] = (float)(slope * (double)mine->p[d] - run);
     }
     besa__cpu_rates_beta(mine, theta_row, g, s);
-    besa__cpu_moments(moments, mine->beta, mine->dbeta, s->candidates);
-    besa__cpu_beta_back(mine->dbeta, mine->dbeta, mine->beta, (float)(moments[1] / moments[0]), s->candidates);
+    besa__cpu_moments(moments, mine->beta, mine->dbeta, s->logits);
+    besa__cpu_beta_back(mine->dbeta, mine->dbeta, mine->beta, (float)(moments[1] / moments[0]), s->logits);
 }
 
 /* dtheta_row(G,D+1) and dtheta_layer(D+1), assigned */
@@ -11227,7 +11260,7 @@ static besa_result besa__cpu_rate_backward(besa_backend *be, float *dtheta_layer
 {
     besa__cpu_rates rates;
     size_t stride;
-    int64_t groups = besa__parts(s->rows, s->group_rows), n = s->candidates;
+    int64_t groups = besa__parts(s->rows, s->group_rows), n = s->logits;
     int64_t parts = besa__cpu_rate_parts(groups, n), run = besa__parts(groups, parts);
     double slope = 0.0;
     besa__cpu_rates_begin(be, &rates, &stride, parts, s->layer_scale == 0.0f ? NULL : theta_layer, s);
@@ -11805,7 +11838,7 @@ static uint64_t besa__cpu_rates_bytes(const besa_workload *w, int threads)
     besa__arena work = {NULL, 0}, cell_work = {NULL, 0}, step_work = {NULL, 0};
     besa__cpu_rates rates;
     besa__cpu_cells cells;
-    int64_t n = w->candidates > 0 ? w->candidates : (int64_t)BESA__CPU_BUCKETS;
+    int64_t n = w->rate_logits > 0 ? w->rate_logits : (int64_t)BESA__CPU_BUCKETS;
     uint64_t stride = besa__cpu_rates_place(&work, &rates, n, besa__cpu_rate_parts(INT64_MAX, n));
     work.used = besa__add_sizes(work.used, besa__multiply_sizes(stride, (uint64_t)threads));
     stride = besa__cpu_cells_place(&cell_work, &cells, w->columns, n);

@@ -1982,8 +1982,8 @@ enum { BESA__CUDA_RATE_WARPS = 4 /* of a block */, BESA__CUDA_RATE_FLOATS = 1 <<
 /* p_d = 1 - d / D */
 static __device__ __forceinline__ float besa__candidate(const besa_rate_shape &s, int64_t d)
 {
-    float last = static_cast<float>(s.candidates - 1);
-    return s.candidates > 1 ? static_cast<float>(s.candidates - 1 - d) / last : 1.0f;
+    float last = static_cast<float>(s.logits - 1);
+    return s.logits > 1 ? static_cast<float>(s.logits - 1 - d) / last : 1.0f;
 }
 
 /* u(x) = sigmoid(x) - 1/2, or x */
@@ -2013,7 +2013,7 @@ static __device__ __forceinline__ float besa__logit(const besa_rate_shape &s, co
 static __device__ float besa__logit_max(const besa_rate_shape &s, const float *theta_layer, const float *theta_group)
 {
     float m = -INFINITY;
-    for (int64_t d = besa__lane(); d < s.candidates; d += 32) m = fmaxf(m, besa__logit(s, theta_layer, theta_group, d));
+    for (int64_t d = besa__lane(); d < s.logits; d += 32) m = fmaxf(m, besa__logit(s, theta_layer, theta_group, d));
     return besa__warp_max(m);
 }
 
@@ -2024,10 +2024,10 @@ static __global__ void besa__rate_forward_kernel(float *alpha, int32_t *n, const
 {
     for (int64_t g = static_cast<int64_t>(blockIdx.x) * besa__warps() + besa__warp(); g < groups;
          g += static_cast<int64_t>(gridDim.x) * besa__warps()) {
-        const float *theta_group = theta_row ? theta_row + g * s.candidates : NULL;
+        const float *theta_group = theta_row ? theta_row + g * s.logits : NULL;
         float m = besa__logit_max(s, theta_layer, theta_group);
         double total = 0.0, rate = 0.0;
-        for (int64_t d = besa__lane(); d < s.candidates; d += 32) {
+        for (int64_t d = besa__lane(); d < s.logits; d += 32) {
             float e = expf(besa__logit(s, theta_layer, theta_group, d) - m);
             total += static_cast<double>(e);
             rate += static_cast<double>(e) * static_cast<double>(besa__candidate(s, d));
@@ -2100,7 +2100,7 @@ static __global__ void besa__bucket_rows_kernel(float *part, const float *sums, 
 static __device__ float besa__beta_gradient(const besa_rate_shape &s, const besa__bucket_rows &from, int64_t g,
                                             double slope, int64_t base, double *after)
 {
-    int64_t d = base + besa__lane(), buckets = s.candidates - 1, end = besa__cuda_min(from.rows, (g + 1) * from.group_rows);
+    int64_t d = base + besa__lane(), buckets = s.logits - 1, end = besa__cuda_min(from.rows, (g + 1) * from.group_rows);
     float sum = 0.0f;
     if (d < buckets)
         for (int64_t r = g * from.group_rows; r < end; r++) sum += from.sums[r * buckets + d];
@@ -2120,7 +2120,7 @@ static __global__ void besa__rate_backward_kernel(float *dtheta_row, float *part
                                                   const float *theta_layer, const float *theta_row,
                                                   besa_penalty penalty, besa_rate_shape s, int64_t groups, int64_t run)
 {
-    int64_t n = s.candidates, top = (n - 1) / 32 * 32, p = static_cast<int64_t>(blockIdx.x) * besa__warps() + besa__warp();
+    int64_t n = s.logits, top = (n - 1) / 32 * 32, p = static_cast<int64_t>(blockIdx.x) * besa__warps() + besa__warp();
     double slope_of_row = 0.0;
     if (penalty.coefficient != 0.0f)
         slope_of_row = static_cast<double>(penalty.coefficient) / static_cast<double>(s.rows) *
@@ -2156,9 +2156,9 @@ static __global__ void besa__rate_backward_kernel(float *dtheta_row, float *part
 static __global__ void besa__rate_layer_kernel(float *dtheta_layer, const float *part, const float *theta_layer,
                                                int64_t parts, besa_rate_shape s)
 {
-    BESA__ROWS(d, s.candidates) {
+    BESA__ROWS(d, s.logits) {
         float sum = 0.0f;
-        for (int64_t p = threadIdx.x; p < parts; p += blockDim.x) sum += part[p * s.candidates + d];
+        for (int64_t p = threadIdx.x; p < parts; p += blockDim.x) sum += part[p * s.logits + d];
         sum = besa__block_sum(sum);
         if (threadIdx.x == 0) dtheta_layer[d] = sum * s.layer_scale * besa__squash_slope(s, theta_layer[d]);
     }
@@ -2192,7 +2192,7 @@ static besa_result besa__cuda_rate_backward(besa_backend *be, float *dtheta_laye
                                             const float *theta_layer, const float *theta_row,
                                             const besa_penalty *penalty, const besa_rate_shape *s)
 {
-    int64_t groups = besa__cuda_parts(s->rows, s->group_rows), n = s->candidates;
+    int64_t groups = besa__cuda_parts(s->rows, s->group_rows), n = s->logits;
     besa__arena work = besa__cuda_work(be);
     besa__bucket_rows from = {sums, s->rows, s->group_rows};
     besa_penalty none = {NULL, 0.0f, 0.0f};
@@ -2779,7 +2779,7 @@ static size_t besa__cuda_workspace_size(besa_backend *be, const besa_workload *w
     BESA__PLACED(besa__cuda_block_loss_place(&work, &a, &part, w->columns));
     BESA__PLACED(besa__cuda_mask_smallest_place(&work, &ties, w->rows));
     BESA__PLACED(besa__cuda_sort_place(cuda, &work, w->rows, w->columns));
-    BESA__PLACED(besa__cuda_rates_place(&work, &a, &b, w->rows, w->candidates));
+    BESA__PLACED(besa__cuda_rates_place(&work, &a, &b, w->rows, w->rate_logits));
     BESA__PLACED(besa__cuda_optimizer_place(&work));
     BESA__PLACED(besa__cuda_slab_place(&work, &a, w->hessian_columns));
     BESA__PLACED(besa__cuda_project_place(&work, &part, &rest, w->projected_rows));

@@ -240,13 +240,13 @@ static double read_number(const settings *s, const option *o, const char *text)
     return x;
 }
 
-/* Into the field of its row. The library takes 0 for its default: BESA_NONE stands for a true 0. */
+/* Into the field of its row. Where the library takes 0 for another default, BESA_NONE stands for a true 0. */
 static void write_number(const option *o, void *field, double x)
 {
     const besa_option *limits = find_row(o);
     if (limits->kind == BESA_OPTION_INT64) *(int64_t *)field = (int64_t)x;
     else if (limits->kind != BESA_OPTION_DOUBLE) *(int *)field = (int)x;
-    else *(double *)field = x > 0 ? x : BESA_NONE;
+    else *(double *)field = x > 0 || !(limits->flags & BESA_OPTION_NONE) ? x : BESA_NONE;
 }
 
 /* The position of a word in "a|b|c", or -1. */

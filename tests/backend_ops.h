@@ -1008,7 +1008,7 @@ static double ref_rates(const void *user)
 {
     const ref_rat *r = (const ref_rat *)user;
     const besa_rate_shape *s = r->s;
-    int64_t D = s->candidates - 1, G = (s->rows + s->group_rows - 1) / s->group_rows;
+    int64_t D = s->logits - 1, G = (s->rows + s->group_rows - 1) / s->group_rows;
     double loss = 0, mean = 0;
     for (int64_t g = 0; g < G; g++) {
         double sum = 0, most = -1e300;

@@ -283,7 +283,7 @@ template <typename... A> static const besa_rate_shape *shape_of(A... a)
 static double theta_bytes(const besa_rate_shape *s)
 {
     int64_t groups = (s->rows + s->group_rows - 1) / s->group_rows;
-    return 4 * times(s->candidates, (s->row_scale != 0.0f ? groups : 0) + (s->layer_scale != 0.0f ? 1 : 0));
+    return 4 * times(s->logits, (s->row_scale != 0.0f ? groups : 0) + (s->layer_scale != 0.0f ? 1 : 0));
 }
 
 static void watch_rates(besa_backend *be)
@@ -298,7 +298,7 @@ static void watch_rates(besa_backend *be)
     });
     WATCH(rate_backward, [](auto... a) {
         const besa_rate_shape *s = shape_of(a...);
-        return kernels(2 * theta_bytes(s) + 4 * times(s->rows, s->candidates - 1));
+        return kernels(2 * theta_bytes(s) + 4 * times(s->rows, s->logits - 1));
     });
     WATCH(optimizer_step, [](const besa_optimizer_step *o) { /* Prodigy's d comes between: m, v, theta are read again */
         double n = static_cast<double>(o->n), once = o->kind == BESA_PRODIGY ? 40 : 28;
@@ -893,7 +893,7 @@ static besa_result make_arrays(besa_backend *be, arrays *a, const model &m)
     BESA__TRY(make_step(be, a));
     besa_block_shape shape = shape_of_model(m);
     besa_workload work = besa_block_workload(&shape, 1, a->tokens);
-    work.hessian_columns = a->d, work.candidates = 101;
+    work.hessian_columns = a->d, work.rate_logits = 101;
     be->workspace_bytes = be->workspace_size(be, &work);
     return take_device(be, &a->memory, &be->workspace, be->workspace_bytes);
 }

@@ -249,7 +249,7 @@ static void test_layer_rates(void)
                 void *workspace, *sums_, *theta_, *grad_;
                 if (!b) CHECK_OK(besa_cpu_backend(&be, NULL, &error), error);
                 memset(&work, 0, sizeof work);
-                work.rows = rows, work.columns = 512, work.candidates = buckets + 1;
+                work.rows = rows, work.columns = 512, work.rate_logits = buckets + 1;
                 be.workspace_bytes = be.workspace_size(&be, &work);
                 CHECK_OK(be.alloc(&be, &workspace, be.workspace_bytes), be.error);
                 CHECK_OK(be.alloc(&be, &sums_, sums.size() * 4), be.error);
@@ -498,7 +498,7 @@ static void vast_begin(vast *h, int64_t rows, int64_t columns)
         besa_backend *be = &h->be[side];
         besa_workload work;
         memset(&work, 0, sizeof work);
-        work.rows = side ? rows : 2 * ENDS, work.columns = columns, work.tokens = 2 * ENDS, work.candidates = 100;
+        work.rows = side ? rows : 2 * ENDS, work.columns = columns, work.tokens = 2 * ENDS, work.rate_logits = 100;
         be->workspace_bytes = be->workspace_size(be, &work);
         CHECK_OK(be->alloc(be, &be->workspace, be->workspace_bytes), be->error);
     }

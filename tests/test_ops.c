@@ -158,7 +158,7 @@ static void check_sparse_layer(const char *name, int plain, int groups)
     int64_t wrong = 0;
     besa_rate_shape s;
     memset(&s, 0, sizeof s);
-    s.rows = SPARSE_R, s.units = SPARSE_C, s.candidates = SPARSE_D + 1, s.plain = plain;
+    s.rows = SPARSE_R, s.units = SPARSE_C, s.logits = SPARSE_D + 1, s.plain = plain;
     s.group_rows = groups > 1 ? 1 : SPARSE_R;
     s.layer_scale = groups > 1 ? 0.0f : 1.0f, s.row_scale = groups > 1 ? 1.0f : 0.0f;
     if (!backend_begin(0, 0, SPARSE_R, SPARSE_C)) return;

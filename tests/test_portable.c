@@ -105,10 +105,10 @@ static void test_workspace(besa_backend *be)
         for (int bit = 0; bit < 63; bit++) {
             besa_workload w;
             int64_t *size[10] = {&w.rows, &w.columns, &w.tokens, &w.seqlen, &w.num_attention_heads, &w.num_key_value_heads,
-                                 &w.head_dim, &w.hessian_columns, &w.candidates, &w.projected_rows};
+                                 &w.head_dim, &w.hessian_columns, &w.rate_logits, &w.projected_rows};
             w.rows = w.columns = w.tokens = w.seqlen = w.num_attention_heads = w.head_dim = 64;
             w.num_key_value_heads = 1;
-            w.hessian_columns = w.projected_rows = 64, w.candidates = 101;
+            w.hessian_columns = w.projected_rows = 64, w.rate_logits = 101;
             if (field == 5 ? bit > 5 : field == 8 && bit > 16) continue; /* candidates are 65536 at most */
             *size[field] = (int64_t)1 << bit;
             size_t now = be->workspace_size(be, &w);

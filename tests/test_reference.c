@@ -264,7 +264,7 @@ static void test_sparse_layer(const char *name, int plain, int64_t groups, int l
     memset(&load, 0, sizeof load);
     memset(zeros, 0, sizeof zeros);
     memset(&penalty, 0, sizeof penalty);
-    s.rows = R, s.units = C, s.group_rows = R / groups, s.candidates = D + 1, s.plain = plain;
+    s.rows = R, s.units = C, s.group_rows = R / groups, s.logits = D + 1, s.plain = plain;
     s.layer_scale = layer_theta ? 1.0f : 0.0f, s.row_scale = layer_theta ? 0.0f : 1.0f;
     penalty.mean = &mean, penalty.target = 0.5f;
     load.rows = R, load.columns = C, load.tokens = T, load.seqlen = T;
@@ -598,7 +598,7 @@ static void pinned_setup(pinned *p, trace *t, float *theta, float *theta0, float
         a->n = (int32_t *)take((size_t)R * 4), a->zeros = (int32_t *)take((size_t)R * 4);
         a->theta = theta + t->first_row[l] * CANDIDATES, a->theta0 = theta0 + t->first_row[l] * CANDIDATES;
         a->grad = grad + t->first_row[l] * CANDIDATES;
-        a->shape.rows = R, a->shape.units = C, a->shape.group_rows = 1, a->shape.candidates = CANDIDATES;
+        a->shape.rows = R, a->shape.units = C, a->shape.group_rows = 1, a->shape.logits = CANDIDATES;
         a->shape.row_scale = 1;
         OP(g_be.column_sumsq(&g_be, norm, input, tokens, C));
         for (int64_t j = 0; j < C; j++) norm[j] = sqrtf(norm[j]);
@@ -778,6 +778,11 @@ static void test_rates_arguments(void)
           besa_rates_gradient(rates, 0, NULL, w, &g_error) == BESA_ERROR_OPTION && strstr(g_error.message, "w is NULL") &&
           besa_rates_gradient(rates, 0, w, NULL, &g_error) == BESA_ERROR_OPTION && strstr(g_error.message, "dw is NULL"), "%s",
           g_error.message);
+    CHECK_OK(besa_rates_forward(rates, &g_error), g_error);
+    CHECK_OK(besa_rates_step(rates, &g_error), g_error);
+    CHECK(besa_rates_fix(rates, 0, 0.25, &g_error) == BESA_ERROR_OPTION && strstr(g_error.message, "after 1 steps"), "%s", g_error.message);
+    CHECK_OK(besa_rates_reset(rates, &g_error), g_error);
+    CHECK_OK(besa_rates_fix(rates, 0, 0.25, &g_error), g_error);
     besa_rates_destroy(rates);
 }
 
@@ -984,6 +989,7 @@ static void test_rates_workspace(void)
     KEEPS(CHECK_OK(besa_rates_backward(rates, &g_error), g_error));
     KEEPS(CHECK_OK(besa_rates_optimize(rates, &g_error), g_error));
     KEEPS(CHECK_OK(besa_rates_project(rates, &g_error), g_error));
+    KEEPS(CHECK_OK(besa_rates_reset(rates, &g_error), g_error));
     KEEPS(CHECK_OK(besa_rates_fix(rates, 0, 0.25, &g_error), g_error));
     KEEPS(CHECK_OK(besa_rates_reset(rates, &g_error), g_error));
     memset(w, 0, sizeof w);
@@ -1279,6 +1285,55 @@ static void test_waits(besa_method method)
     besa_pruner_destroy(pruner);
 }
 
+/* As a device does: a Hessian that has no factor is told of when the queue is waited for, and then the results are there. */
+static besa_result (*g_hessian_factor)(besa_backend *, float *, int32_t *, float, int64_t);
+static besa_result g_later;
+
+static besa_result late_factor(besa_backend *be, float *h, int32_t *dead, float damping, int64_t columns)
+{
+    besa_result result = g_hessian_factor(be, h, dead, damping, columns);
+    if (result != BESA_OK) g_later = result;
+    return BESA_OK;
+}
+
+static besa_result late_synchronize(besa_backend *be, besa_queue q)
+{
+    besa_result result = g_later;
+    if (q != BESA_QUEUE_COMPUTE) return g_synchronize(be, q);
+    g_later = BESA_OK;
+    return result;
+}
+
+/* A weight that is NaN is named, whenever the backend says that a Hessian has no factor. */
+static void test_late_factor(void)
+{
+    trace t;
+    besa_prune_options o;
+    besa_pruner *pruner = NULL;
+    besa_backend be = g_be;
+    besa_block block;
+    void *pruned[BESA_LAYERS];
+    float *x = prune_inputs(&t, "trace_published_penalty", pruned), *w;
+    memset(&o, 0, sizeof o);
+    o.rates.target = 0.5, o.method = BESA_METHOD_SPARSEGPT;
+    block = t.block;
+    size_t bytes = (size_t)(t.rows[BESA_V] * t.columns[BESA_V]) * sizeof *w;
+    w = (float *)memcpy(take(bytes), t.block.weight[BESA_V], bytes);
+    block.weight[BESA_V] = w;
+    w[5] = NAN;
+    for (int late = 0; late < 2; late++) {
+        if (late) {
+            g_hessian_factor = be.hessian_factor, g_synchronize = be.synchronize;
+            be.hessian_factor = late_factor, be.synchronize = late_synchronize;
+        }
+        CHECK_OK(besa_pruner_create(&pruner, &be, &t.block.shape, BESA_F32, 0, &o, STEPS, t.seqlen, &g_error), g_error);
+        if (!pruner) return;
+        CHECK(besa_pruner_run(pruner, &block, NULL, x, NULL, pruned, NULL, &g_error) == BESA_ERROR_NOT_FINITE &&
+              strstr(g_error.message, "v_proj.weight: 1 weights are NaN"), "%s: %s", late ? "late" : "at once", g_error.message);
+        besa_pruner_destroy(pruner);
+    }
+}
+
 /* A pruner runs only on blocks of the shape, type and norms that it was made for. */
 static void test_other_blocks(void)
 {
@@ -1306,6 +1361,27 @@ static void test_other_blocks(void)
         g_error.message[0] = 0;
         CHECK(besa_pruner_run(pruner, &other, NULL, x, NULL, pruned, NULL, &g_error) == BESA_ERROR_OPTION &&
               strstr(g_error.message, "not those of the pruner"), "case %d: \"%s\"", i, g_error.message);
+    }
+    static const char *const missing[] = { "norm1 is NULL", "norm2 is NULL", "rope_cos is NULL", "rope_sin is NULL", "weight of k_proj is NULL",
+                                           "pruned of up_proj is NULL", "pruned of o_proj is the weight itself", "x is NULL", "201 characters" };
+    char name[202];
+    memset(name, 'a', 201), name[201] = 0;
+    for (int i = 0; i < 9; i++) {
+        besa_block other = t.block;
+        void *to[BESA_LAYERS];
+        memcpy(to, pruned, sizeof to);
+        switch (i) {
+        case 0: other.norm1 = NULL; break;
+        case 1: other.norm2 = NULL; break;
+        case 2: other.rope_cos = NULL; break;
+        case 3: other.rope_sin = NULL; break;
+        case 4: other.weight[BESA_K] = NULL; break;
+        case 5: to[BESA_UP] = NULL; break;
+        case 6: other.weight[BESA_O] = to[BESA_O]; break;
+        }
+        g_error.message[0] = 0;
+        CHECK(besa_pruner_run(pruner, &other, i == 8 ? name : NULL, i == 7 ? NULL : x, NULL, to, NULL, &g_error) == BESA_ERROR_OPTION &&
+              strstr(g_error.message, missing[i]), "%s: \"%s\"", missing[i], g_error.message);
     }
     CHECK_OK(besa_pruner_run(pruner, &t.block, NULL, x, NULL, pruned, NULL, &g_error), g_error);
     besa_pruner_destroy(pruner);
@@ -1570,6 +1646,7 @@ int main(int argc, char **argv)
     TEST("bf16 products") test_bf16_products();
     TEST("Hessians without a factor") test_singular();
     TEST("a pruner and other blocks") test_other_blocks();
+    TEST("a Hessian without a factor, told of late") test_late_factor();
     TEST("one wait a block, besa") test_waits(BESA_METHOD_BESA);
     TEST("one wait a block, wanda") test_waits(BESA_METHOD_WANDA);
     TEST("one wait a block, sparsegpt") test_waits(BESA_METHOD_SPARSEGPT);
