@@ -6958,7 +6958,12 @@ static besa_result besa__list_sides(besa__writer *w, char **notes, besa_error *e
         struct stat st;
         const char *name = list[i]->d_name, *why;
         if (!strcmp(name, ".") || !strcmp(name, "..") || besa__is_checkpoint_file(w->checkpoint, name)) continue;
-        why = besa__why_left_out(w->checkpoint, name, fstatat(source, name, &st, 0) ? NULL : &st);
+        int dangling = fstatat(source, name, &st, 0) != 0;
+        if (dangling && errno != ENOENT && errno != ENOTDIR && errno != ELOOP) {
+            result = besa__fail(error, BESA_ERROR_READ, "%s/%s: %s", directory, name, strerror(errno));
+            break;
+        }
+        why = besa__why_left_out(w->checkpoint, name, dangling ? NULL : &st);
         if (!why) result = besa__add_side(w, name, error);
         else if (notes) besa__notes_add(notes, "not copied: %s (%s)", name, why);
     }
