@@ -6494,7 +6494,7 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
  * ============================================================================================
  * Owns OUT.partial, which becomes OUT by a rename once all is on disk. It starts as a copy of the source without the
  * prunable weights; blocks come in one after another. Its journal has one line per step that is on disk,
- *     besa-journal 1 | run FINGERPRINT | copied | block 0 HASH | block 1 HASH ...
+ *     besa-journal 2 | run FINGERPRINT | copied | block 0 HASH | block 1 HASH ...
  * each ending in the hash of its own text, so that a torn line counts for nothing. A step's bytes are synced before
  * its line is. When all is done the directory becomes OUT.partial.RUN, RUN being a hash of the fingerprint; then the
  * journal goes, and the directory becomes OUT: a kill at any point leaves something to go on from or the finished output,
@@ -6510,6 +6510,7 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
 
 #define BESA__JOURNAL "besa-journal"
 #define BESA__CONFIG "config.json"
+#define BESA__LINE 2048                         /* bytes of the journal's longest line, the fingerprint's */
 #ifndef BESA__CHUNK                             /* a test's is smaller than its tensors */
 #define BESA__CHUNK ((size_t)8 << 20)           /* bytes copied or hashed at a time; a multiple of 8 */
 #endif
@@ -6628,7 +6629,7 @@ static besa_result besa__hash_range(int fd, uint64_t offset, uint64_t bytes, voi
 /* Append a line and its hash to the journal, and sync it. */
 static besa_result besa__journal_add(besa__writer *w, const char *text, besa_error *error)
 {
-    char line[512];
+    char line[BESA__LINE];
     int n = snprintf(line, sizeof line, "%s %016llx\n", text,
                      (unsigned long long)besa__hash(BESA__HASH_START, text, strlen(text)));
     BESA__TRY(besa__write_at(w, w->journal, BESA__JOURNAL, line, (size_t)n, w->journal_end, error));
@@ -6651,6 +6652,32 @@ static const char *besa__journal_line(char **at)
     return line;
 }
 
+/* The words in which two fingerprints differ, as "lr=1 (this run: lr=2)"; both have the same names in the same order. */
+static void besa__name_differences(char *text, size_t size, const char *theirs, const char *ours)
+{
+    size_t length = 0;
+    while (*theirs || *ours) {
+        size_t n = strcspn(theirs, " "), m = strcspn(ours, " ");
+        if (n != m || memcmp(theirs, ours, n)) {
+            besa__write_text(text + length, size - length, "%s%.*s (this run: %.*s)", length ? ", " : "", (int)n, theirs,
+                             (int)m, ours);
+            length = strlen(text);
+        }
+        theirs += n + (theirs[n] == ' ');
+        ours += m + (ours[m] == ' ');
+    }
+    if (length + 1 == size) memcpy(text + length - 3, "...", 3);
+}
+
+static besa_result besa__other_run(const besa__writer *w, const char *line, const char *run, besa_error *error)
+{
+    char what[500] = "another version of the library";
+    if (!strncmp(line, "run ", 4)) besa__name_differences(what, sizeof what, line + 4, run + 4);
+    return besa__fail(error, BESA_ERROR_RESUME, "%s: an unfinished run with other options, tokens, checkpoint or "
+                      "micro-batches (as the memory allows): %s. Finish it with the same arguments, or remove the "
+                      "directory to start again", w->partial, what);
+}
+
 /* Take over what the journal says: whether the copy is complete, and the blocks done with their hashes. */
 static besa_result besa__journal_parse(besa__writer *w, char *text, const char *run, besa_error *error)
 {
@@ -6659,14 +6686,10 @@ static besa_result besa__journal_parse(besa__writer *w, char *text, const char *
     if (strncmp(text, BESA__JOURNAL, strlen(text) < 12 ? strlen(text) : 12))
         return besa__fail(error, BESA_ERROR_EXISTS, "%s: holds a %s that is none; move the directory away", w->partial,
                           BESA__JOURNAL);
-    if (line && !strcmp(line, BESA__JOURNAL " 1")) line = besa__journal_line(&at);
-    else if (line) line = "of another version";
+    if (line && strcmp(line, BESA__JOURNAL " 2")) return besa__other_run(w, line, run, error);
+    if (line) line = besa__journal_line(&at);
     if (!line) return BESA_OK; /* killed before anything else was written */
-    if (strcmp(line, run))
-        return besa__fail(error, BESA_ERROR_RESUME,
-                          "%s: an unfinished run with other options, tokens, checkpoint or micro-batches (as the memory "
-                          "allows): \"%s\", this one is \"%s\"; finish it with the same arguments, or remove the "
-                          "directory to start again", w->partial, line, run);
+    if (strcmp(line, run)) return besa__other_run(w, line, run, error);
     w->journal_end = w->marks[0].end = (uint64_t)(at - text);
     line = besa__journal_line(&at);
     w->copied = line && !strcmp(line, "copied");
@@ -6689,7 +6712,7 @@ static besa_result besa__journal_read(besa__writer *w, const char *fingerprint, 
 {
     struct stat st;
     void *text;
-    char run[448];
+    char run[BESA__LINE];
     snprintf(run, sizeof run, "run %s", fingerprint);
     if (fstat(w->journal, &st)) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
     size_t size = (size_t)besa__min(besa__max((int64_t)st.st_size, 0), 1 << 20);
@@ -6702,7 +6725,7 @@ static besa_result besa__journal_read(besa__writer *w, const char *fingerprint, 
     w->worthless = !w->copied;
     if (ftruncate(w->journal, (off_t)w->journal_end)) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
     if (w->journal_end) return BESA_OK;
-    BESA__TRY(besa__journal_add(w, BESA__JOURNAL " 1", error));
+    BESA__TRY(besa__journal_add(w, BESA__JOURNAL " 2", error));
     BESA__TRY(besa__journal_add(w, run, error));
     w->marks[0].end = w->journal_end;
     BESA__TRY(besa__sync(w, w->directory, ".", error));
@@ -7164,8 +7187,8 @@ static besa_result besa__writer_name(besa__writer *w, const char *output, const 
     const size_t run = 17; /* a dot and the hash of the fingerprint */
     size_t n = strlen(output);
     void *memory;
-    if (strchr(fingerprint, '\n') || strlen(fingerprint) > 400)
-        return besa__fail(error, BESA_ERROR_OPTION, "fingerprint: not one line of up to 400 characters");
+    if (strchr(fingerprint, '\n') || strlen(fingerprint) > BESA__LINE - 64)
+        return besa__fail(error, BESA_ERROR_OPTION, "fingerprint: not one line of up to %d characters", BESA__LINE - 64);
     while (n > 1 && output[n - 1] == '/') n--;
     BESA__TRY(besa__copy_text(&w->output, output, n, "a path", error));
     BESA__TRY(besa__malloc(&memory, n + sizeof partial, "a path", error));
@@ -8365,33 +8388,49 @@ static void besa__ignore_options(besa_prune_options *o)
     }
 }
 
-/* A hash of every option of the table, as far as the method looks at it, and of the fixed layers. */
-static uint64_t besa__options_hash(const besa_prune_options *options)
+/* Append " name=value" of an option, under its name on the command line if it has one; exact. */
+static void besa__add_option(char *line, size_t size, const besa_option *o, double value)
 {
-    besa_prune_options used = *options;
-    uint64_t hash = BESA__HASH_START;
-    besa__ignore_options(&used);
-    for (const besa_option *o = besa__options; o->name; o++)
-        hash = besa__hash_double(hash, besa__option_get(o, (const unsigned char *)&used + o->offset));
-    for (int64_t i = 0; i < options->num_fixed; i++) {
-        hash = besa__hash(hash, options->fixed[i].pattern, strlen(options->fixed[i].pattern) + 1);
-        hash = besa__hash_double(hash, options->fixed[i].sparsity);
+    char text[40];
+    besa__json_number back;
+    const char *word = text;
+    if (o->kind == BESA_OPTION_ENUM) {
+        word = o->value;
+        for (int i = (int)value; i > 0; i--) word = strchr(word, '|') + 1;
+    } else {
+        besa__write_text(text, sizeof text, "%.15g", value);
+        if (besa__json_scan_number(text, &back) || back.value != value)
+            besa__write_text(text, sizeof text, "%.17g", value);
     }
-    return hash;
+    size_t length = strlen(line);
+    besa__write_text(line + length, size - length, " %s=%.*s", o->flag ? o->flag : o->name, (int)strcspn(word, "|"),
+                     word);
 }
 
-/* All that decides the output's bytes, as one line for the journal. */
+/* All that decides the output's bytes, as one line for the journal: name=value, with a blank between. An option that the
+ * method does not look at has its default. */
 static void besa__fingerprint(char *line, size_t size, const besa__run *run, const besa_calibration *c)
 {
-    const besa_prune_options *o = &run->pruner.options;
+    besa_prune_options used = run->pruner.options;
+    char backend[64];
     int64_t tokens = besa__product(c->nsamples, c->seqlen);
-    uint64_t ids = besa__hash(BESA__HASH_START, c->ids, (size_t)tokens * sizeof(int32_t)), options = besa__options_hash(o);
-    options = besa__hash(options, run->be->name, strlen(run->be->name));
-    options = besa__hash_integer(options, run->be->activation_dtype);
-    besa__write_text(line, size, "besa %d.%d %s sparsity %g micro-batch %lld tokens %lldx%lld %016llx source %016llx options "
-                     "%016llx", BESA_VERSION_MAJOR, BESA_VERSION_MINOR, besa_method_name(o->method), o->rates.target,
-                     (long long)run->pruner.chunk, (long long)c->nsamples, (long long)c->seqlen, (unsigned long long)ids,
-                     (unsigned long long)besa__source_hash(run->checkpoint), (unsigned long long)options);
+    uint64_t ids = besa__hash(BESA__HASH_START, c->ids, (size_t)tokens * sizeof(int32_t)), fixed = BESA__HASH_START;
+    for (int64_t i = 0; i < used.num_fixed; i++) {
+        fixed = besa__hash(fixed, used.fixed[i].pattern, strlen(used.fixed[i].pattern) + 1);
+        fixed = besa__hash_double(fixed, used.fixed[i].sparsity);
+    }
+    besa__write_text(backend, sizeof backend, "%s", run->be->name);
+    for (char *at = backend; *at; at++) *at = (char)(*at <= ' ' ? '_' : *at);
+    besa__write_text(line, size, "version=%d.%d", BESA_VERSION_MAJOR, BESA_VERSION_MINOR);
+    besa__ignore_options(&used);
+    for (const besa_option *o = besa__options; o->name; o++)
+        besa__add_option(line, size, o, besa__option_get(o, (const unsigned char *)&used + o->offset));
+    size_t length = strlen(line);
+    besa__write_text(line + length, size - length, " fixed=%016llx backend=%s activations=%d micro-batch=%lld "
+                     "sequences=%lldx%lld tokens=%016llx checkpoint=%016llx", (unsigned long long)fixed, backend,
+                     (int)run->be->activation_dtype, (long long)run->pruner.chunk, (long long)c->nsamples,
+                     (long long)c->seqlen, (unsigned long long)ids,
+                     (unsigned long long)besa__source_hash(run->checkpoint));
 }
 
 /* Weights of a finished block, from the unfinished output to the device. */
@@ -8590,7 +8629,7 @@ static besa_result besa__prune_into(besa__run *run, const char *output, const be
                                     besa_report *report, besa_error *error)
 {
     int64_t done = 0, blocks = run->config->num_hidden_layers;
-    char fingerprint[256];
+    char fingerprint[BESA__LINE - 64];
     besa__note_settings(run, &report->notes);
     if (output) {
         besa__fingerprint(fingerprint, sizeof fingerprint, run, calibration);

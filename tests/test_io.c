@@ -1751,6 +1751,31 @@ static void test_writer_stopped(int sharded)
     besa_checkpoint_close(c);
 }
 
+/* What differs from the unfinished run is named, and nothing else; a list too long ends in dots. */
+static void test_writer_other_run(int sharded)
+{
+    const char *out = temp_path("other%d", sharded);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    char many[2][1500];
+    int64_t done;
+    if (!c) return;
+    CHECK_ERROR(run_as("a=1 bc=2 d=3", c, out, 1, &done), BESA_OK, NULL);
+    CHECK_ERROR(run_as("a=1 bc=20 d=3", c, out, 3, &done), BESA_ERROR_RESUME, ": bc=2 (this run: bc=20). Finish");
+    CHECK_ERROR(run_as("a=2 bc=2 d=", c, out, 3, &done), BESA_ERROR_RESUME, ": a=1 (this run: a=2), d=3 (this run: d=). F");
+    CHECK_ERROR(run_as("a=1 bc=2", c, out, 3, &done), BESA_ERROR_RESUME, ": d=3 (this run: ). Finish");
+    CHECK_ERROR(run_as("a=1 bc=2 d=3 e=4", c, out, 3, &done), BESA_ERROR_RESUME, ":  (this run: e=4). Finish");
+    CHECK_ERROR(run_as("a=1 bc=2 d=3", c, out, 3, &done), BESA_OK, NULL);
+    CHECK(done == 1, "%d blocks were done", (int)done);
+    remove_output(out);
+    for (int i = 0; i < 1500; i++) many[0][i] = many[1][i] = i == 1499 ? 0 : i % 3 == 2 ? ' ' : 'a';
+    for (int i = 0; i < 1499; i += 3) many[1][i] = 'b';
+    CHECK_ERROR(run_as(many[0], c, out, 1, &done), BESA_OK, NULL);
+    CHECK_ERROR(run_as(many[1], c, out, 3, &done), BESA_ERROR_RESUME, ": aa (this run: ba), aa (this run: ba)");
+    CHECK(strstr(err.message, "... Finish it") && strstr(err.message, "start again"), "message: %s", err.message);
+    remove_output(out);
+    besa_checkpoint_close(c);
+}
+
 /* OUT.partial after two blocks, and its journal. */
 typedef struct stopped {
     besa_checkpoint *c;
@@ -2268,7 +2293,7 @@ static void test_places_discarded(void)
 /* A start that fails, of a run that was killed while it copied, takes back what is its own, and no more. */
 static void test_places_failed_start(void)
 {
-    const char *out = temp_path("unstarted"), *first = "besa-journal 1";
+    const char *out = temp_path("unstarted"), *first = "besa-journal 2";
     besa_checkpoint *c = open_model(source_model(1));
     char line[128];
     int64_t done;
@@ -2593,6 +2618,7 @@ static void writer(void)
     TEST("writer: places where no output can be") run_both(test_writer_places);
     TEST("writer: somebody else's .partial") run_both(test_writer_foreign);
     TEST("writer: stopped after each block, resumed, the same bytes") run_both(test_writer_stopped);
+    TEST("writer: names what another run has otherwise") run_both(test_writer_other_run);
     TEST("writer: a journal torn at every byte") run_both(test_writer_torn);
     TEST("writer: a bit of the journal flipped") run_both(test_writer_flipped);
     TEST("writer: damaged files are made good") run_both(test_writer_damage);

@@ -2013,10 +2013,22 @@ static int refused(setup *s, setup base)
     return 0;
 }
 
+/* A refusal names what differs, with both values, and not what agrees. */
+static void check_named(const setup *s, const char *name)
+{
+    char word[64], *list = strstr(s->error.message, "): "), *at;
+    snprintf(word, sizeof word, " %s=", name);
+    at = list ? strstr(list, word) : NULL;
+    CHECK(at && strstr(at, "(this run: ") && !strstr(list, " version=") && !strstr(list, " checkpoint="), "no %s in: %s", name,
+          s->error.message);
+}
+
 static void test_resume_options(void)
 {
     static const besa_fixed_rate fixed[] = { { "layers.3", 0.25 }, { "layers.3", 0.26 }, { "layers.4", 0.25 }, { "v_proj", 0 },
                                              { "v_proj", -0.0 } };
+    static const char *const named[] = { "method", "fixed", "fixed", "fixed", "fixed", "fixed", "tokens", "sequences", "tokens",
+                                         "backend" };
     unsigned char covered[sizeof(besa_prune_options)] = { 0 };
     size_t run_length = 0, longest = 0, count = sizeof g_options / sizeof *g_options;
     for (size_t i = 0; i < count; i++) memset(covered + g_options[i].offset, 1, g_options[i].size);
@@ -2038,6 +2050,8 @@ static void test_resume_options(void)
             set_option(&s.options, &g_options[i]);
             CHECK(refused(&s, base) == expected, "method %d, option at byte %d: %s", method, (int)g_options[i].offset,
                   expected ? "not refused" : "refused");
+            for (const besa_option *o = besa_option_table(); expected && o->name; o++)
+                if (o->offset == g_options[i].offset) check_named(&s, o->flag ? o->flag : o->name);
         }
         for (int i = 0; i < 10; i++) {
             besa_backend other = counted_backend(0);
@@ -2053,6 +2067,7 @@ static void test_resume_options(void)
             case 9: s.be = &other; break;
             }
             CHECK(refused(&s, base), "method %d, case %d: not refused", method, i);
+            check_named(&s, named[i]);
             other.destroy(&other);
         }
         for (int i = 0; i < 4; i++) {           /* of no effect: who looks on, the machine, a perplexity besides */
@@ -2133,7 +2148,7 @@ static void test_resume_source(void)
         const char *path = i < 2 ? config : shard;
         patch_file(path, at, i == 1 ? 0 : 2, i < 2 ? st[0].st_mtim : later); /* 30000.0; case 1: the same bytes */
         if (i != 1) {
-            CHECK(run(&s) == BESA_ERROR_RESUME, "case %d: %s", i, s.error.message);
+            CHECK(run(&s) == BESA_ERROR_RESUME && strstr(s.error.message, "): checkpoint="), "case %d: %s", i, s.error.message);
             besa_report_free(&s.report);
         }
         patch_file(path, at, i == 1 ? 0 : 2, i < 2 ? later : st[1].st_mtim);
