@@ -2410,6 +2410,58 @@ static void test_damaged_partial(void)
     discard(temp_path("whole"));
 }
 
+static int make_output(void *user, const besa_progress *p)
+{
+    if (p->block == p->blocks - 1) mkdir((const char *)user, 0777);
+    return 0;
+}
+
+/* All is done, but the output's name was taken: the next run reads the complete output back and ends from there, even if
+ * files of it are gone; one whose weights have changed is refused. */
+static void test_complete(void)
+{
+    setup s = small_setup(temp_path("whole"));
+    char first[256], ready[600], shard[700];
+    size_t n;
+    CHECK_RUN(&s);
+    besa_report_free(&s.report);
+    for (int damage = 0; damage < 2; damage++) {
+        s = small_setup(temp_path("out"));
+        s.options.progress = make_output;
+        s.options.user = (void *)(uintptr_t)s.output;
+        expect(&s, BESA_ERROR_EXISTS, "the complete output is ");
+        snprintf(ready, sizeof ready, "%s", strstr(s.error.message, "complete output is ") + 19);
+        CHECK(rmdir(s.output) == 0 && !strncmp(ready, partial_of(s.output), strlen(partial_of(s.output))) && exists(ready),
+              "no complete output %s", ready);
+        snprintf(shard, sizeof shard, "%s/config.json", ready);
+        unlink(shard);
+        s = small_setup(s.output);
+        s.options.epochs = 3;
+        expect(&s, BESA_ERROR_RESUME, ready);
+        s = small_setup(s.output);
+        if (damage) {
+            snprintf(shard, sizeof shard, "%s/model.safetensors", ready);
+            unsigned char *bytes = read_bytes(shard, &n);
+            besa_checkpoint *source = NULL;
+            CHECK_OK(besa_checkpoint_open(&source, s.source, &s.error), s.error);
+            bytes[besa_checkpoint_find(source, "model.layers.4.self_attn.k_proj.weight")->offset] ^= 1;
+            write_bytes(shard, bytes, n);
+            besa_checkpoint_close(source);
+            free(bytes);
+            expect(&s, BESA_ERROR_EXISTS, ready);
+            remove_tree(ready);
+        } else {
+            CHECK_RUN(&s);
+            CHECK(s.report.resumed_blocks == s.report.num_blocks, "%d blocks taken over", (int)s.report.resumed_blocks);
+            besa_report_free(&s.report);
+            CHECK(compare_directories(temp_path("whole"), s.output, NULL, first) == 0, "%s differs", first);
+            CHECK(!exists(ready), "it lies beside the output");
+        }
+        discard(s.output);
+    }
+    discard(temp_path("whole"));
+}
+
 /* ---------------------------------------------------------------------------------------------- */
 
 static int child(char **argv)
@@ -2487,6 +2539,7 @@ int main(int argc, char **argv)
     TEST("source replaced during the run") test_source_replaced();
     TEST("kill and resume") test_kill();
     TEST("damaged partial output") test_damaged_partial();
+    TEST("complete output without its name") test_complete();
     besa_tokens_free(&g_calibration);
     besa_tokens_free(&g_test);
     return test_finish();
