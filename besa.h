@@ -1071,8 +1071,8 @@ typedef struct besa_calibration {
  *   be            NULL: the CPU backend with its defaults
  *   output        must not exist; appears when it is complete. NULL: nothing is written (measure only).
  *                 An interrupted run leaves output.partial and goes on from it when called again with the same
- *                 arguments; any other arguments there are BESA_ERROR_RESUME. Killed at its very end, it leaves
- *                 output.partial.RUN.BLOCKS, two numbers of these arguments and of the weights, and ends from there.
+ *                 arguments; any other arguments there are BESA_ERROR_RESUME, and named. Killed at its very end, it
+ *                 leaves output.partial.RUN.HASH, hashes of these arguments and of what was written, and ends from there.
  *                 Files are as readable as the source's, as far as the umask allows.
  *   report        may be NULL; release with besa_report_free
  * Errors: all of them; the message names the culprit, and nothing that looks valid is left: an output.partial that has
@@ -6583,12 +6583,14 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
  * ============================================================================================
  * Owns OUT.partial, which becomes OUT by a rename once all is on disk. It starts as a copy of the source without the
  * prunable weights; blocks come in one after another. Its journal has one line per step that is on disk,
- *     besa-journal 1 | run FINGERPRINT | copied | block 0 HASH | block 1 HASH ...
+ *     besa-journal 2 | run FINGERPRINT | copied | block 0 HASH | block 1 HASH ...
  * each ending in the hash of its own text, so that a torn line counts for nothing. A step's bytes are synced before
- * its line is. When all is done the directory becomes OUT.partial.RUN.BLOCKS, RUN being a hash of the fingerprint and BLOCKS
- * one of all blocks' hashes; then the journal goes, and the directory becomes OUT. A kill at any point leaves something to go
- * on from or the finished output, and nothing beside it: who finds OUT.partial.RUN.BLOCKS reads the blocks back, and writes
- * the rest again. Names that no run has made are never written to or deleted.
+ * its line is. OUT has no journal, so the journal must go before the last rename: for that moment the directory's name says
+ * what it did. When all is done OUT.partial becomes OUT.partial.RUN.HASH, RUN being a hash of the fingerprint and HASH
+ * one of all blocks' hashes; then the journal goes, and the directory becomes OUT. A run that finds OUT.partial.RUN.HASH
+ * trusts no byte of it: pruned weights are read back, all else is written again. So a kill at any point leaves something
+ * to go on from, or the finished output and nothing beside it.
+ * Whoever writes into the directory has locked it. Names that no run has made are never written to or deleted.
  * The output is made of what was read: before the last rename the sources are looked at again, and one whose contents are
  * no longer those that were read is an error. Uses safetensors, config and POSIX; knows nothing of pruning. */
 
@@ -6600,15 +6602,19 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
 
 #define BESA__JOURNAL "besa-journal"
 #define BESA__CONFIG "config.json"
+#define BESA__PARTIAL ".partial"
+#define BESA__READY_BYTES 35                    /* of ".RUN.HASH", RUN and HASH of 16 digits each */
+#define BESA__LINE 2048                         /* bytes of the journal's longest line, the fingerprint's */
 #ifndef BESA__CHUNK                             /* a test's is smaller than its tensors */
 #define BESA__CHUNK ((size_t)8 << 20)           /* bytes copied or hashed at a time; a multiple of 8 */
 #endif
 #define BESA__SYNC ((size_t)64 << 20)           /* bytes of a block that are written between syncs */
 
-/* A finished block: the hash of its bytes, and the journal's size with its line. */
-typedef struct besa__done_block {
-    uint64_t hash, journal_end;
-} besa__done_block;
+/* A block that is on disk. */
+typedef struct besa__finished {
+    uint64_t hash;                              /* of its weights */
+    uint64_t line;                              /* where its line begins in the journal */
+} besa__finished;
 
 /* A file that lies beside the weights and is copied: what it was when it was read. */
 typedef struct besa__side {
@@ -6625,32 +6631,33 @@ typedef struct besa__source {
 
 typedef struct besa__writer {
     const besa_checkpoint *checkpoint;
-    char *output, *partial, *ready;             /* paths, for messages: OUT, OUT.partial, OUT.partial.RUN[.BLOCKS] */
-    const char *name, *partial_name, *ready_name; /* their last parts, in the parent directory */
-    const char *where;                          /* partial or ready: what the directory is called now */
+    char *output;                               /* OUT */
+    char *partial;                              /* where the unfinished output lies: OUT.partial, or with .RUN.HASH */
+    const char *name, *partial_name;            /* their last parts, in the parent directory */
+    uint64_t run;                               /* hash of the fingerprint */
     unsigned char *prunable;                    /* (num_tensors) 1: comes in with its block */
     besa__source *sources;                      /* (num_tensors) */
     besa__side *sides;                          /* (num_sides) */
     int64_t num_sides;
     int *files;                                 /* (num_shards) descriptors, as are the next three; -1: not open */
     int parent, directory, journal;
-    int created, locked;                        /* we made the directory; the journal is ours */
-    int was_ready;                              /* an earlier run has done all but the last rename */
+    int created, locked;                        /* we made the directory; nobody else writes into it */
+    int is_ready;                               /* the directory is OUT.partial.RUN.HASH */
     int worthless;                              /* nothing in it is worth keeping: a failure deletes it */
     int copied;                                 /* all but the prunable weights is on disk */
     int64_t blocks, done;
-    besa__done_block *finished;                 /* (blocks), of them `done` are */
-    uint64_t run_end, copied_end, journal_end;  /* the journal's size with the line "run", "copied", with all */
+    besa__finished *finished;                   /* (blocks) the first `done` of them */
+    uint64_t journal_begun, journal_end;        /* its size with the line "run"; now */
     besa__block_tensors current;                /* of block number done */
     uint64_t hash[BESA_LAYERS];                 /* of its weights, as far as written */
     size_t written[BESA_LAYERS];                /* bytes */
     size_t unsynced;                            /* bytes since the last sync */
 } besa__writer;
 
-/* A failed system call on a file of the unfinished output. */
+/* A failed system call on partial/name. */
 static besa_result besa__writer_fail(const besa__writer *w, const char *name, int reason, besa_error *error)
 {
-    return besa__fail(error, BESA_ERROR_WRITE, "%s/%s: %s", w->where, name, strerror(reason));
+    return besa__fail(error, BESA_ERROR_WRITE, "%s/%s: %s", w->partial, name, strerror(reason));
 }
 
 static besa_result besa__write_at(const besa__writer *w, int fd, const char *name, const void *bytes, size_t count,
@@ -6719,7 +6726,7 @@ static besa_result besa__hash_range(int fd, uint64_t offset, uint64_t bytes, voi
 /* Append a line and its hash to the journal, and sync it. */
 static besa_result besa__journal_add(besa__writer *w, const char *text, besa_error *error)
 {
-    char line[512];
+    char line[BESA__LINE];
     int n = snprintf(line, sizeof line, "%s %016llx\n", text,
                      (unsigned long long)besa__hash(BESA__HASH_START, text, strlen(text)));
     BESA__TRY(besa__write_at(w, w->journal, BESA__JOURNAL, line, (size_t)n, w->journal_end, error));
@@ -6742,10 +6749,30 @@ static const char *besa__journal_line(char **at)
     return line;
 }
 
-/* The journal's line of a block. */
-static void besa__block_line(char *line, size_t size, int64_t block, uint64_t hash)
+/* The words in which two fingerprints differ, as "lr=1 (this run: lr=2)"; both have the same names in the same order. */
+static void besa__name_differences(char *text, size_t size, const char *theirs, const char *ours)
 {
-    snprintf(line, size, "block %lld %016llx", (long long)block, (unsigned long long)hash);
+    size_t length = 0;
+    while (*theirs || *ours) {
+        size_t n = strcspn(theirs, " "), m = strcspn(ours, " ");
+        if (n != m || memcmp(theirs, ours, n)) {
+            besa__write_text(text + length, size - length, "%s%.*s (this run: %.*s)", length ? ", " : "", (int)n, theirs,
+                             (int)m, ours);
+            length = strlen(text);
+        }
+        theirs += n + (theirs[n] == ' ');
+        ours += m + (ours[m] == ' ');
+    }
+    if (length + 1 == size) memcpy(text + length - 3, "...", 3);
+}
+
+static besa_result besa__other_run(const besa__writer *w, const char *line, const char *run, besa_error *error)
+{
+    char what[500] = "another version of the library";
+    if (!strncmp(line, "run ", 4)) besa__name_differences(what, sizeof what, line + 4, run + 4);
+    return besa__fail(error, BESA_ERROR_RESUME, "%s: an unfinished run with other options, tokens, checkpoint or "
+                      "micro-batches (as the memory allows): %s. Finish it with the same arguments, or remove the "
+                      "directory to start again", w->partial, what);
 }
 
 /* Take over what the journal says: whether the copy is complete, and the blocks done with their hashes. */
@@ -6754,28 +6781,25 @@ static besa_result besa__journal_parse(besa__writer *w, char *text, const char *
     char *at = text;
     const char *line = besa__journal_line(&at);
     if (strncmp(text, BESA__JOURNAL, strlen(text) < 12 ? strlen(text) : 12))
-        return besa__fail(error, BESA_ERROR_EXISTS, "%s: holds a %s that is none; move the directory away", w->where,
+        return besa__fail(error, BESA_ERROR_EXISTS, "%s: holds a %s that is none; move the directory away", w->partial,
                           BESA__JOURNAL);
-    if (line && !strcmp(line, BESA__JOURNAL " 1")) line = besa__journal_line(&at);
-    else if (line) line = "of another version";
+    if (line && strcmp(line, BESA__JOURNAL " 2")) return besa__other_run(w, line, run, error);
+    if (line) line = besa__journal_line(&at);
     if (!line) return BESA_OK; /* killed before anything else was written */
-    if (strcmp(line, run))
-        return besa__fail(error, BESA_ERROR_RESUME,
-                          "%s: an unfinished run with other options, tokens, checkpoint or micro-batches (as the memory "
-                          "allows): \"%s\", this one is \"%s\"; finish it with the same arguments, or remove the "
-                          "directory to start again", w->where, line, run);
-    w->journal_end = w->run_end = (uint64_t)(at - text);
+    if (strcmp(line, run)) return besa__other_run(w, line, run, error);
+    w->journal_begun = w->journal_end = (uint64_t)(at - text);
     line = besa__journal_line(&at);
     w->copied = line && !strcmp(line, "copied");
-    if (w->copied) w->journal_end = w->copied_end = (uint64_t)(at - text);
+    if (w->copied) w->journal_end = (uint64_t)(at - text);
     while (w->copied && w->done < w->blocks && (line = besa__journal_line(&at)) != NULL) {
-        char expected[64];
+        char expected[48];
         const char *hash = strrchr(line, ' ');
-        besa__done_block *block = &w->finished[w->done];
+        besa__finished *block = &w->finished[w->done];
+        block->line = w->journal_end;
         block->hash = hash ? strtoull(hash + 1, NULL, 16) : 0;
-        besa__block_line(expected, sizeof expected, w->done, block->hash);
+        snprintf(expected, sizeof expected, "block %lld %016llx", (long long)w->done, (unsigned long long)block->hash);
         if (strcmp(line, expected)) break;
-        w->journal_end = block->journal_end = (uint64_t)(at - text);
+        w->journal_end = (uint64_t)(at - text);
         w->done++;
     }
     return BESA_OK;
@@ -6785,22 +6809,22 @@ static besa_result besa__journal_read(besa__writer *w, const char *fingerprint, 
 {
     struct stat st;
     void *text;
-    char run[448];
+    char run[BESA__LINE];
     snprintf(run, sizeof run, "run %s", fingerprint);
     if (fstat(w->journal, &st)) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
     size_t size = (size_t)besa__min(besa__max((int64_t)st.st_size, 0), 1 << 20);
     BESA__TRY(besa__malloc(&text, size + 1, "the journal", error));
     ((char *)text)[size] = 0;
-    besa_result result = besa__read_at(w->journal, text, size, 0, w->where, error);
+    besa_result result = besa__read_at(w->journal, text, size, 0, w->partial, error);
     if (result == BESA_OK) result = besa__journal_parse(w, (char *)text, run, error);
     BESA_FREE(text);
     BESA__TRY(result);
     w->worthless = !w->copied;
     if (ftruncate(w->journal, (off_t)w->journal_end)) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
     if (w->journal_end) return BESA_OK;
-    BESA__TRY(besa__journal_add(w, BESA__JOURNAL " 1", error));
+    BESA__TRY(besa__journal_add(w, BESA__JOURNAL " 2", error));
     BESA__TRY(besa__journal_add(w, run, error));
-    w->run_end = w->journal_end;
+    w->journal_begun = w->journal_end;
     BESA__TRY(besa__sync(w, w->directory, ".", error));
     return besa__sync(w, w->parent, "..", error);
 }
@@ -6838,22 +6862,58 @@ static besa_result besa__writer_open_parent(besa__writer *w, besa_error *error)
     return BESA_OK;
 }
 
-static int besa__is_empty_directory(int directory)
+/* The first name in a directory that is_wanted, or "". */
+static besa_result besa__find_name(const besa__writer *w, int directory,
+                                   int (*is_wanted)(const besa__writer *, const char *), char found[256],
+                                   besa_error *error)
 {
-    int fd = openat(directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC), empty = 1;
+    int fd = openat(directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     DIR *list = fd < 0 ? NULL : fdopendir(fd);
-    if (!list && fd >= 0) close(fd);
-    for (struct dirent *e; list && (e = readdir(list)) != NULL;)
-        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) empty = 0;
+    int reason = errno;
+    *found = 0;
+    while (list && !*found) {
+        errno = 0;
+        struct dirent *entry = readdir(list);
+        reason = errno;
+        if (!entry) break;
+        if (strcmp(entry->d_name, ".") && strcmp(entry->d_name, "..") && is_wanted(w, entry->d_name))
+            snprintf(found, 256, "%s", entry->d_name);
+    }
     if (list) closedir(list);
-    return list && empty;
+    else if (fd >= 0) close(fd);
+    return list && !reason ? BESA_OK : besa__writer_fail(w, directory == w->parent ? ".." : ".", reason, error);
+}
+
+static int besa__is_any(const besa__writer *w, const char *name)
+{
+    (void)w, (void)name;
+    return 1;
+}
+
+/* Whether a name is OUT.partial.RUN.HASH, of whatever run. */
+static int besa__is_ready_name(const besa__writer *w, const char *name)
+{
+    static const char digits[] = "0123456789abcdef";
+    size_t n = strlen(w->partial_name);         /* OUT.partial still */
+    if (strncmp(name, w->partial_name, n)) return 0;
+    name += n;
+    return strlen(name) == BESA__READY_BYTES - 1 && name[0] == '.' && strspn(name + 1, digits) == 16 && name[17] == '.' &&
+           strspn(name + 18, digits) == 16;
+}
+
+/* What follows OUT.partial in the name of the complete output. */
+static void besa__ready_ending(const besa__writer *w, char ending[BESA__READY_BYTES])
+{
+    uint64_t hash = BESA__HASH_START;
+    for (int64_t b = 0; b < w->blocks; b++) hash = besa__hash(hash, &w->finished[b].hash, sizeof hash);
+    snprintf(ending, BESA__READY_BYTES, ".%016llx.%016llx", (unsigned long long)w->run, (unsigned long long)hash);
 }
 
 /* What lies under a name that the output needs must be a regular file, and have no other name that would be written too. */
 static besa_result besa__check_entry(const besa__writer *w, const char *name, const struct stat *st, besa_error *error)
 {
     if (S_ISREG(st->st_mode) && st->st_nlink <= 1) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_EXISTS, "%s/%s: %s; move it away", w->where, name,
+    return besa__fail(error, BESA_ERROR_EXISTS, "%s/%s: %s; move it away", w->partial, name,
                       S_ISREG(st->st_mode) ? "has other names (hard links), whose contents would change with it"
                                            : "not a regular file, and none that a run has made");
 }
@@ -6873,7 +6933,7 @@ static besa_result besa__open_entry(const besa__writer *w, int *fd, const char *
     *fd = openat(w->directory, name, O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
     if (*fd < 0 || fstat(*fd, &opened)) return besa__writer_fail(w, name, errno, error);
     if (!besa__is_same(&st, &opened))
-        return besa__fail(error, BESA_ERROR_RESUME, "%s/%s: another process is changing it", w->where, name);
+        return besa__fail(error, BESA_ERROR_RESUME, "%s/%s: another process is changing it", w->partial, name);
     return guarded && fchmod(*fd, mode) ? besa__writer_fail(w, name, errno, error) : BESA_OK;
 }
 
@@ -6890,75 +6950,64 @@ static besa_result besa__create_entry(const besa__writer *w, int *fd, const char
     return *fd < 0 ? besa__writer_fail(w, name, errno, error) : BESA_OK;
 }
 
-/* Look for the directory of a run of this fingerprint that was killed before its last rename, OUT.partial.RUN.BLOCKS. */
-static besa_result besa__writer_find_ready(besa__writer *w, besa_error *error)
+/* Lock a file of the unfinished output, or its directory, and see that the latter is still what its name says. */
+static besa_result besa__writer_lock(besa__writer *w, int fd, besa_error *error)
 {
-    const size_t length = strlen(w->ready_name);
-    int fd = openat(w->parent, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    DIR *list = fd < 0 ? NULL : fdopendir(fd);
-    if (!list) {
-        besa_result result = besa__fail(error, BESA_ERROR_WRITE, "%s: looking into its directory: %s", w->ready, strerror(errno));
-        if (fd >= 0) close(fd);
-        return result;
-    }
-    for (struct dirent *e; !w->was_ready && (e = readdir(list)) != NULL;) {
-        if (strncmp(e->d_name, w->ready_name, length) || e->d_name[length] != '.' || strlen(e->d_name + length) != 17) continue;
-        memcpy(w->ready + strlen(w->ready), e->d_name + length, 18);
-        w->was_ready = 1;
-    }
-    closedir(list);
-    return BESA_OK;
-}
-
-/* Open that directory, or make or open OUT.partial: as private as the source is. */
-static besa_result besa__writer_open_directory(besa__writer *w, besa_error *error)
-{
-    const int flags = O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK;
-    struct stat source;
-    BESA__TRY(besa__writer_find_ready(w, error));
-    if (w->was_ready) {
-        w->where = w->ready;
-        w->directory = openat(w->parent, w->ready_name, flags);
-        return w->directory < 0 ? besa__fail(error, BESA_ERROR_WRITE, "%s: %s", w->ready, strerror(errno)) : BESA_OK;
-    }
-    mode_t mode = stat(w->checkpoint->directory, &source) ? 0777 : (source.st_mode & 0777) | 0700;
-    w->created = !mkdirat(w->parent, w->partial_name, mode);
-    if (!w->created && errno != EEXIST)
-        return besa__fail(error, BESA_ERROR_WRITE, "%s: %s", w->where, strerror(errno));
-    w->directory = openat(w->parent, w->partial_name, flags);
-    if (w->directory >= 0) return BESA_OK;
-    return besa__fail(error, errno == ENOTDIR || errno == ELOOP ? BESA_ERROR_EXISTS : BESA_ERROR_WRITE,
-                      "%s: %s; it is needed for the unfinished output", w->where, strerror(errno));
-}
-
-/* Lock a file of the unfinished output against other processes, which may have finished it just before. */
-static besa_result besa__lock(const besa__writer *w, int fd, const char *name, besa_error *error)
-{
-    const char *directory = w->was_ready ? w->ready_name : w->partial_name;
     struct stat a, b;
     if (flock(fd, LOCK_EX | LOCK_NB)) {
-        if (errno != EWOULDBLOCK) return besa__writer_fail(w, name, errno, error);
-        return besa__fail(error, BESA_ERROR_RESUME, "%s: another process is writing it", w->where);
+        if (errno != EWOULDBLOCK) return besa__writer_fail(w, ".", errno, error);
+        return besa__fail(error, BESA_ERROR_RESUME, "%s: another process is writing it", w->partial);
     }
-    int same = !fstat(w->directory, &a) && !fstatat(w->parent, directory, &b, AT_SYMLINK_NOFOLLOW) && besa__is_same(&a, &b);
-    same = same && !fstat(fd, &a) && !fstatat(w->directory, name, &b, AT_SYMLINK_NOFOLLOW) && besa__is_same(&a, &b);
-    if (same) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_RESUME, "%s: another process has just finished it", w->where);
-}
-
-/* Open, or begin, the journal of OUT.partial and lock it. */
-static besa_result besa__writer_lock(besa__writer *w, besa_error *error)
-{
-    BESA__TRY(besa__open_entry(w, &w->journal, BESA__JOURNAL, error));
-    if (w->journal < 0) {
-        if (!besa__is_empty_directory(w->directory))
-            return besa__fail(error, BESA_ERROR_EXISTS, "%s: exists and is no unfinished output; move it away",
-                              w->where);
-        BESA__TRY(besa__create_entry(w, &w->journal, BESA__JOURNAL, 0666, error));
-    }
-    BESA__TRY(besa__lock(w, w->journal, BESA__JOURNAL, error));
+    if (fstat(w->directory, &a) || fstatat(w->parent, w->partial_name, &b, AT_SYMLINK_NOFOLLOW) ||
+        !besa__is_same(&a, &b) || !fstatat(w->parent, w->name, &b, AT_SYMLINK_NOFOLLOW))
+        return besa__fail(error, BESA_ERROR_RESUME, "%s: another process has just finished it", w->partial);
     w->locked = 1;
     return BESA_OK;
+}
+
+/* Open and lock the complete output of a run that was killed before its last rename, or else OUT.partial, which is made
+ * as private as the source is. */
+static besa_result besa__writer_open_directory(besa__writer *w, besa_error *error)
+{
+    char ready[256], ending[BESA__READY_BYTES];
+    struct stat source;
+    size_t n = strlen(w->partial_name);
+    BESA__TRY(besa__find_name(w, w->parent, besa__is_ready_name, ready, error));
+    w->is_ready = *ready != 0;
+    if (w->is_ready) memcpy(w->partial + strlen(w->partial), ready + n, BESA__READY_BYTES);
+    mode_t mode = stat(w->checkpoint->directory, &source) ? 0777 : (source.st_mode & 0777) | 0700;
+    w->created = !w->is_ready && !mkdirat(w->parent, w->partial_name, mode);
+    if (!w->is_ready && !w->created && errno != EEXIST)
+        return besa__fail(error, BESA_ERROR_WRITE, "%s: %s", w->partial, strerror(errno));
+    w->directory = openat(w->parent, w->partial_name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+    if (w->directory < 0)
+        return besa__fail(error, errno == ENOTDIR || errno == ELOOP ? BESA_ERROR_EXISTS : BESA_ERROR_WRITE,
+                          "%s: %s; it is needed for the unfinished output", w->partial, strerror(errno));
+    BESA__TRY(besa__writer_lock(w, w->directory, error));
+    besa__ready_ending(w, ending);
+    if (w->is_ready && memcmp(ready + n, ending, 17)) /* its RUN */
+        return besa__fail(error, BESA_ERROR_RESUME, "%s: the complete output of a run with other options or input. "
+                          "Finish it with the same arguments, or remove the directory to start again", w->partial);
+    if (w->is_ready) return BESA_OK;
+    BESA__TRY(besa__find_name(w, w->parent, besa__is_ready_name, ready, error)); /* once more, now that we have the lock */
+    if (!*ready) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_RESUME, "%s: another process is finishing it", w->partial);
+}
+
+/* Open, or begin, the journal of OUT.partial. It is locked too: on a network file system other machines may not see that
+ * the directory is. */
+static besa_result besa__journal_open(besa__writer *w, besa_error *error)
+{
+    char found[256];
+    BESA__TRY(besa__open_entry(w, &w->journal, BESA__JOURNAL, error));
+    if (w->journal < 0) {
+        BESA__TRY(besa__find_name(w, w->directory, besa__is_any, found, error));
+        if (*found)
+            return besa__fail(error, BESA_ERROR_EXISTS, "%s: exists and is no unfinished output: %s lies in it; move it "
+                              "away", w->partial, found);
+        BESA__TRY(besa__create_entry(w, &w->journal, BESA__JOURNAL, 0666, error));
+    }
+    return besa__writer_lock(w, w->journal, error);
 }
 
 /* ============================================================================================
@@ -7081,7 +7130,12 @@ static besa_result besa__list_sides(besa__writer *w, char **notes, besa_error *e
         struct stat st;
         const char *name = list[i]->d_name, *why;
         if (!strcmp(name, ".") || !strcmp(name, "..") || besa__is_checkpoint_file(w->checkpoint, name)) continue;
-        why = besa__why_left_out(w->checkpoint, name, fstatat(source, name, &st, 0) ? NULL : &st);
+        int dangling = fstatat(source, name, &st, 0) != 0;
+        if (dangling && errno != ENOENT && errno != ENOTDIR && errno != ELOOP) {
+            result = besa__fail(error, BESA_ERROR_READ, "%s/%s: %s", directory, name, strerror(errno));
+            break;
+        }
+        why = besa__why_left_out(w->checkpoint, name, dangling ? NULL : &st);
         if (!why) result = besa__add_side(w, name, error);
         else if (notes) besa__notes_add(notes, "not copied: %s (%s)", name, why);
     }
@@ -7091,32 +7145,13 @@ static besa_result besa__list_sides(besa__writer *w, char **notes, besa_error *e
     return result;
 }
 
-/* Whether a file of OUT.partial is one that runs make there. */
-static int besa__is_ours(const besa__writer *w, const char *name)
+/* Whether a file of the unfinished output is none that runs make there. */
+static int besa__is_foreign(const besa__writer *w, const char *name)
 {
     struct stat st;
     int ours = !strcmp(name, BESA__JOURNAL) || besa__is_checkpoint_file(w->checkpoint, name);
     for (int64_t i = 0; i < w->num_sides; i++) ours = ours || !strcmp(name, w->sides[i].name);
-    return ours && !fstatat(w->directory, name, &st, AT_SYMLINK_NOFOLLOW) && S_ISREG(st.st_mode);
-}
-
-/* The first name in the unfinished output that no run has made, or "". With `remove` all others are deleted, but for the
- * journal. Returns whether all that lies there was seen and, where asked for, deleted. */
-static int besa__find_foreign(const besa__writer *w, char foreign[256], int remove)
-{
-    int fd = openat(w->directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC), all = 1;
-    DIR *list = fd < 0 ? NULL : fdopendir(fd);
-    *foreign = 0;
-    if (!list && fd >= 0) close(fd);
-    errno = 0;
-    for (struct dirent *e; list && (e = readdir(list)) != NULL; errno = 0) {
-        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..") || !strcmp(e->d_name, BESA__JOURNAL)) continue;
-        if (!besa__is_ours(w, e->d_name)) snprintf(foreign, 256, "%s", e->d_name);
-        else if (remove && unlinkat(w->directory, e->d_name, 0)) all = 0;
-    }
-    all = all && list && !errno;
-    if (list) closedir(list);
-    return all;
+    return !ours || fstatat(w->directory, name, &st, AT_SYMLINK_NOFOLLOW) || !S_ISREG(st.st_mode);
 }
 
 /* The index as it was read, and what lies beside the weights. */
@@ -7124,12 +7159,10 @@ static besa_result besa__copy_sides(const besa__writer *w, char **notes, besa_er
 {
     const besa__kept *index = &w->checkpoint->index_file;
     char foreign[256];
-    if (!w->created) {
-        besa__find_foreign(w, foreign, 0);
-        if (*foreign && notes)
-            besa__notes_add(notes, "warning: %s lay in %s and is none of this run's files: it stays there", foreign,
-                            w->where);
-    }
+    BESA__TRY(besa__find_name(w, w->directory, besa__is_foreign, foreign, error));
+    if (*foreign && notes)
+        besa__notes_add(notes, "warning: %s lay in %s and is none of this run's files: it stays there", foreign,
+                        w->partial);
     if (w->checkpoint->index)
         BESA__TRY(besa__write_file(w, w->checkpoint->index, index->bytes, index->size, index->stat.st_mode, error));
     for (int64_t i = 0; i < w->num_sides; i++) BESA__TRY(besa__copy_side(w, &w->sides[i], error));
@@ -7141,6 +7174,12 @@ static besa_result besa__copy_sides(const besa__writer *w, char **notes, besa_er
  * ============================================================================================
  * Owns the copy of what is not pruned, the blocks that come in, and what an earlier run has left of them. */
 
+static besa_result besa__ready_damaged(const besa__writer *w, besa_error *error)
+{
+    return besa__fail(error, BESA_ERROR_EXISTS, "%s: complete, as its name says, but its weights are not what was "
+                      "written; remove the directory to start again", w->partial);
+}
+
 /* Open the output's shards. A copy that is said to be complete, but whose files are not there in full, is none. */
 static besa_result besa__writer_open_files(besa__writer *w, besa_error *error)
 {
@@ -7151,20 +7190,21 @@ static besa_result besa__writer_open_files(besa__writer *w, besa_error *error)
         if (w->files[i] >= 0 && fstat(w->files[i], &st)) return besa__writer_fail(w, shard->name, errno, error);
         if (w->files[i] < 0 || (uint64_t)st.st_size != shard->size) w->copied = 0;
     }
+    if (w->is_ready) return w->copied ? BESA_OK : besa__ready_damaged(w, error);
     w->worthless = !w->copied;
     for (int64_t i = 0; i < w->checkpoint->num_shards && !w->copied; i++) {
         const besa__shard *shard = w->checkpoint->shards + i;
         if (w->files[i] >= 0) close(w->files[i]);
         BESA__TRY(besa__create_entry(w, &w->files[i], shard->name, shard->stat.st_mode, error));
     }
-    return besa__lock(w, w->files[0], w->checkpoint->shards[0].name, error); /* the journal will go before the last rename */
+    return BESA_OK;
 }
 
 static besa_result besa__source_changed(const besa__writer *w, const char *name, besa_error *error)
 {
     return besa__fail(error, BESA_ERROR_READ, "%s/%s: has changed since this run read it. Finished blocks are in %s: run again "
                       "with the file as it was, or remove that directory to start again", w->checkpoint->directory, name,
-                      w->where);
+                      w->partial);
 }
 
 /* Headers, and every tensor that is not pruned. */
@@ -7191,14 +7231,13 @@ static besa_result besa__writer_copy(besa__writer *w, besa_error *error)
 {
     const besa_checkpoint *c = w->checkpoint;
     w->done = 0;
-    w->journal_end = w->run_end;
+    w->journal_end = w->journal_begun;
     if (ftruncate(w->journal, (off_t)w->journal_end)) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
     for (int64_t i = 0; i < c->num_shards; i++)
         BESA__TRY(besa__allocate(w, w->files[i], c->shards[i].name, c->shards[i].size, error));
     BESA__TRY(besa__copy_unpruned(w, error));
     BESA__TRY(besa__sync(w, w->directory, ".", error));
     BESA__TRY(besa__journal_add(w, "copied", error));
-    w->copied_end = w->journal_end;
     w->copied = 1;
     w->worthless = 0;
     return BESA_OK;
@@ -7207,7 +7246,7 @@ static besa_result besa__writer_copy(besa__writer *w, besa_error *error)
 static besa_result besa__writer_read(besa__writer *w, const besa_tensor *tensor, void *memory, size_t at, size_t size,
                                      besa_error *error)
 {
-    return besa__read_at(w->files[tensor->file], memory, size, tensor->offset + at, w->where, error);
+    return besa__read_at(w->files[tensor->file], memory, size, tensor->offset + at, w->partial, error);
 }
 
 /* The hash of a block is that of its seven tensors' hashes. */
@@ -7216,43 +7255,41 @@ static uint64_t besa__block_hash(const uint64_t hash[BESA_LAYERS])
     return besa__hash(BESA__HASH_START, hash, BESA_LAYERS * sizeof *hash);
 }
 
-/* That of all blocks, of those of each. */
-static uint64_t besa__blocks_hash(const besa__writer *w)
+/* The hash of a block as it is on disk; buffer: BESA__CHUNK bytes. */
+static besa_result besa__hash_block(besa__writer *w, int64_t block, void *buffer, uint64_t *hash, besa_error *error)
 {
-    uint64_t h = BESA__HASH_START;
-    for (int64_t b = 0; b < w->blocks; b++) h = besa__hash(h, &w->finished[b].hash, sizeof w->finished[b].hash);
-    return h;
-}
-
-/* The hash of a block's bytes on disk; buffer: BESA__CHUNK bytes. */
-static besa_result besa__hash_block(besa__writer *w, int64_t block, void *buffer, uint64_t *block_hash, besa_error *error)
-{
-    uint64_t hash[BESA_LAYERS];
+    uint64_t weights[BESA_LAYERS];
     BESA__TRY(besa__block_bind(&w->current, w->checkpoint, block, error));
     for (int i = 0; i < BESA_LAYERS; i++) {
         const besa_tensor *t = w->current.weight[i];
-        BESA__TRY(besa__hash_range(w->files[t->file], t->offset, t->bytes, buffer, &hash[i], w->where, error));
+        BESA__TRY(besa__hash_range(w->files[t->file], t->offset, t->bytes, buffer, &weights[i], w->partial, error));
     }
-    *block_hash = besa__block_hash(hash);
+    *hash = besa__block_hash(weights);
     return BESA_OK;
 }
 
-/* Keep the leading blocks whose bytes on disk are those that were written. */
+/* Keep the leading blocks whose bytes on disk are those that were written; of a complete output, all or none. */
 static besa_result besa__writer_verify(besa__writer *w, besa_error *error)
 {
     void *buffer;
+    char ending[BESA__READY_BYTES];
     int64_t good = 0;
     besa_result result = BESA_OK;
     BESA__TRY(besa__malloc(&buffer, BESA__CHUNK, "reading back", error));
-    for (; good < w->done && result == BESA_OK; good++) {
-        uint64_t hash;
+    for (; good < w->done; good++) {
+        uint64_t hash = 0;
         result = besa__hash_block(w, good, buffer, &hash, error);
-        if (result == BESA_OK && hash != w->finished[good].hash) break;
+        if (w->is_ready) w->finished[good].hash = hash;
+        if (result != BESA_OK || hash != w->finished[good].hash) break;
     }
     BESA_FREE(buffer);
     BESA__TRY(result);
+    besa__ready_ending(w, ending);
+    if (w->is_ready && strcmp(w->partial + strlen(w->partial) + 1 - BESA__READY_BYTES, ending))
+        return besa__ready_damaged(w, error);
+    if (good == w->done) return BESA_OK;
     w->done = good;
-    w->journal_end = good ? w->finished[good - 1].journal_end : w->copied_end;
+    w->journal_end = w->finished[good].line;
     return ftruncate(w->journal, (off_t)w->journal_end) ? besa__writer_fail(w, BESA__JOURNAL, errno, error) : BESA_OK;
 }
 
@@ -7268,9 +7305,9 @@ static void besa__writer_close(besa__writer *w)
 {
     for (int64_t i = 0; w->files && i < w->checkpoint->num_shards; i++)
         if (w->files[i] >= 0) close(w->files[i]);
-    if (w->directory >= 0) close(w->directory);
+    if (w->journal >= 0) close(w->journal);
+    if (w->directory >= 0) close(w->directory); /* the locks go with them */
     if (w->parent >= 0) close(w->parent);
-    if (w->journal >= 0) close(w->journal); /* the lock goes with it */
     for (int64_t i = 0; i < w->num_sides; i++) BESA_FREE(w->sides[i].name);
     BESA_FREE(w->sides);
     BESA_FREE(w->sources);
@@ -7279,48 +7316,57 @@ static void besa__writer_close(besa__writer *w)
     BESA_FREE(w->finished);
     BESA_FREE(w->output);
     BESA_FREE(w->partial);
-    BESA_FREE(w->ready);
     BESA_FREE(w);
 }
 
-/* Delete what runs have made in OUT.partial, the journal last, and the directory. A file of somebody else's keeps it, and
- * *error, which says already why the run ended, names it. */
-static void besa__writer_discard(besa__writer *w, besa_error *error)
+/* Delete a file of OUT.partial. Returns whether it is gone, or was none of ours. */
+static int besa__remove_entry(const besa__writer *w, const char *name)
 {
-    char foreign[256];
-    if (!besa__find_foreign(w, foreign, 1)) return; /* with its journal it can be gone on from */
-    if (besa__is_ours(w, BESA__JOURNAL)) unlinkat(w->directory, BESA__JOURNAL, 0);
-    if (!unlinkat(w->parent, w->partial_name, AT_REMOVEDIR) || !error || !*foreign) return;
-    size_t length = strlen(error->message);
-    snprintf(error->message + length, sizeof error->message - length,
-             "; %s stays: %s in it is no file of this run; move it away", w->where, foreign);
+    struct stat st;
+    if (fstatat(w->directory, name, &st, AT_SYMLINK_NOFOLLOW)) return errno == ENOENT;
+    return !S_ISREG(st.st_mode) || !unlinkat(w->directory, name, 0);
 }
 
-/* The paths: OUT without a slash at its end, OUT.partial, OUT.partial.RUN with room for .BLOCKS. */
+/* Delete what runs have made in OUT.partial, and the directory. As long as anything of that is left the journal stays,
+ * which says whose it is. That the directory stays, as with a file of somebody else's, is added to *error, which says
+ * already why the run ended. */
+static void besa__writer_discard(besa__writer *w, besa_error *error)
+{
+    const besa_checkpoint *c = w->checkpoint;
+    char foreign[256];
+    int gone = besa__remove_entry(w, BESA__CONFIG);
+    if (c->index) gone &= besa__remove_entry(w, c->index);
+    for (int64_t i = 0; i < c->num_shards; i++) gone &= besa__remove_entry(w, c->shards[i].name);
+    for (int64_t i = 0; i < w->num_sides; i++) gone &= besa__remove_entry(w, w->sides[i].name);
+    if (gone) besa__remove_entry(w, BESA__JOURNAL);
+    if (!unlinkat(w->parent, w->partial_name, AT_REMOVEDIR) || !error) return;
+    besa__find_name(w, w->directory, besa__is_foreign, foreign, NULL);
+    size_t length = strlen(error->message);
+    besa__write_text(error->message + length, sizeof error->message - length, "; %s stays%s%s%s", w->partial,
+                     *foreign ? ": " : "", foreign, *foreign ? " in it is no file of this run; move it away" : "");
+}
+
+/* The paths: OUT without a slash at its end, OUT.partial, with room for .RUN.HASH. */
 static besa_result besa__writer_name(besa__writer *w, const char *output, const char *fingerprint, besa_error *error)
 {
-    static const char partial[] = ".partial";
-    const size_t run = 17, blocks = 17; /* a dot and a hash */
-    size_t n = strlen(output);
+    size_t n = strlen(output), size;
     void *memory;
-    if (strchr(fingerprint, '\n') || strlen(fingerprint) > 400)
-        return besa__fail(error, BESA_ERROR_OPTION, "fingerprint: not one line of up to 400 characters");
+    if (strchr(fingerprint, '\n') || strlen(fingerprint) > BESA__LINE - 64)
+        return besa__fail(error, BESA_ERROR_OPTION, "fingerprint: not one line of up to %d characters", BESA__LINE - 64);
     while (n > 1 && output[n - 1] == '/') n--;
     BESA__TRY(besa__copy_text(&w->output, output, n, "a path", error));
-    BESA__TRY(besa__malloc(&memory, n + sizeof partial, "a path", error));
-    w->partial = (char *)memcpy(memory, w->output, n);
-    memcpy(w->partial + n, partial, sizeof partial);
-    BESA__TRY(besa__malloc(&memory, n + sizeof partial + run + blocks, "a path", error));
-    w->ready = (char *)memory;
-    snprintf(w->ready, n + sizeof partial + run, "%s.%016llx", w->partial,
-             (unsigned long long)besa__hash(BESA__HASH_START, fingerprint, strlen(fingerprint)));
+    size = n + sizeof BESA__PARTIAL + BESA__READY_BYTES;
+    BESA__TRY(besa__malloc(&memory, size, "a path", error));
+    w->partial = (char *)memory;
+    besa__write_text(w->partial, size, "%s" BESA__PARTIAL, w->output);
     const char *slash = strrchr(w->output, '/');
-    size_t first = slash ? (size_t)(slash - w->output) + 1 : 0;
-    w->name = w->output + first;
-    w->partial_name = w->partial + first;
-    w->ready_name = w->ready + first;
-    w->where = w->partial;
-    return BESA_OK;
+    w->name = slash ? slash + 1 : w->output;
+    w->partial_name = w->partial + (w->name - w->output);
+    w->run = besa__hash(BESA__HASH_START, fingerprint, strlen(fingerprint));
+    if (strlen(w->partial_name) + BESA__READY_BYTES <= 256) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_OPTION, "%s: a name of %d characters, expected up to %d, as the unfinished output "
+                      "has a longer one", w->output, (int)strlen(w->name),
+                      257 - (int)sizeof BESA__PARTIAL - BESA__READY_BYTES);
 }
 
 /* Memory, and which tensors come in with their blocks. */
@@ -7329,7 +7375,7 @@ static besa_result besa__writer_init(besa__writer *w, besa_error *error)
     const besa_checkpoint *c = w->checkpoint;
     void *memory;
     BESA__TRY(besa__malloc(&memory, besa__bytes(w->blocks, sizeof *w->finished), "the journal", error));
-    w->finished = (besa__done_block *)memset(memory, 0, (size_t)w->blocks * sizeof *w->finished);
+    w->finished = (besa__finished *)memset(memory, 0, (size_t)w->blocks * sizeof *w->finished);
     BESA__TRY(besa__malloc(&memory, besa__bytes(c->num_shards, sizeof(int)), "the shards", error));
     w->files = (int *)memset(memory, 0xFF, (size_t)c->num_shards * sizeof(int));
     BESA__TRY(besa__malloc(&memory, (size_t)c->num_tensors, "the tensor table", error));
@@ -7343,31 +7389,6 @@ static besa_result besa__writer_init(besa__writer *w, besa_error *error)
     return BESA_OK;
 }
 
-/* All of a run is there but its name: blocks that are those that were written, by the hash in the directory's name. */
-static besa_result besa__writer_open_ready(besa__writer *w, besa_error *error)
-{
-    void *buffer;
-    w->copied = 1;
-    for (int64_t i = 0; i < w->checkpoint->num_shards; i++) {
-        struct stat st;
-        const char *name = w->checkpoint->shards[i].name;
-        BESA__TRY(besa__open_entry(w, &w->files[i], name, error));
-        if (w->files[i] >= 0 && !fstat(w->files[i], &st) && (uint64_t)st.st_size == w->checkpoint->shards[i].size) continue;
-        return besa__fail(error, BESA_ERROR_EXISTS, "%s: no finished output, as its name says: %s is not there in full; "
-                          "remove it to start again", w->ready, name);
-    }
-    BESA__TRY(besa__lock(w, w->files[0], w->checkpoint->shards[0].name, error));
-    BESA__TRY(besa__malloc(&buffer, BESA__CHUNK, "reading back", error));
-    besa_result result = BESA_OK;
-    for (; w->done < w->blocks && result == BESA_OK; w->done++)
-        result = besa__hash_block(w, w->done, buffer, &w->finished[w->done].hash, error);
-    BESA_FREE(buffer);
-    BESA__TRY(result);
-    if (besa__blocks_hash(w) == strtoull(strrchr(w->ready, '.') + 1, NULL, 16)) return BESA_OK;
-    return besa__fail(error, BESA_ERROR_EXISTS, "%s: its weights are not those that the run has written; remove it to start again",
-                      w->ready);
-}
-
 static besa_result besa__writer_start(besa__writer *w, const char *output, const char *fingerprint, char **notes,
                                       besa_error *error)
 {
@@ -7376,17 +7397,19 @@ static besa_result besa__writer_start(besa__writer *w, const char *output, const
     BESA__TRY(besa__writer_open_parent(w, error));
     BESA__TRY(besa__writer_open_directory(w, error));
     BESA__TRY(besa__list_sides(w, notes, error));
-    if (w->was_ready) BESA__TRY(besa__writer_open_ready(w, error));
-    else {
-        BESA__TRY(besa__writer_lock(w, error));
+    if (w->is_ready) {
+        w->copied = 1;
+        w->done = w->blocks;
+    } else {
+        BESA__TRY(besa__journal_open(w, error));
         BESA__TRY(besa__journal_read(w, fingerprint, error));
-        BESA__TRY(besa__writer_open_files(w, error));
-        if (w->copied) BESA__TRY(besa__writer_verify(w, error));
     }
+    BESA__TRY(besa__writer_open_files(w, error));
     BESA__TRY(besa__copy_sides(w, notes, error));
     if (!w->copied) BESA__TRY(besa__writer_copy(w, error));
-    else {                                      /* blocks are as they were written; what has no hash is written again */
-        BESA__TRY(besa__copy_unpruned(w, error));
+    else {
+        BESA__TRY(besa__writer_verify(w, error));     /* finished blocks by their checksums, */
+        BESA__TRY(besa__copy_unpruned(w, error));     /* and what has none is written again */
         BESA__TRY(besa__sync(w, w->directory, ".", error));
     }
     return besa__writer_next(w, error);
@@ -7471,9 +7494,9 @@ static besa_result besa__writer_block_done(besa__writer *w, int64_t block, besa_
         if (!synced) BESA__TRY(besa__sync(w, w->files[file], w->checkpoint->shards[file].name, error));
     }
     w->finished[block].hash = besa__block_hash(w->hash);
-    besa__block_line(line, sizeof line, block, w->finished[block].hash);
+    w->finished[block].line = w->journal_end;
+    snprintf(line, sizeof line, "block %lld %016llx", (long long)block, (unsigned long long)w->finished[block].hash);
     BESA__TRY(besa__journal_add(w, line, error));
-    w->finished[block].journal_end = w->journal_end;
     w->done++;
     w->unsynced = 0;
     return besa__writer_next(w, error);
@@ -7567,57 +7590,40 @@ static int besa__rename_new(const besa__writer *w, const char *from, const char 
     return renameat(w->parent, from, w->parent, to);
 }
 
-/* Back to OUT.partial, with its journal; where that fails too, or where the run began with OUT.partial.RUN.BLOCKS, the next
- * one takes that up. */
-static void besa__writer_undo_ready(besa__writer *w)
-{
-    struct stat st;
-    void *text = NULL;
-    size_t size = (size_t)w->journal_end;
-    if (w->journal < 0) return;
-    besa_result result = BESA_OK;
-    if (fstatat(w->directory, BESA__JOURNAL, &st, AT_SYMLINK_NOFOLLOW)) { /* gone, but we hold it open */
-        result = besa__malloc(&text, size, "the journal", NULL);
-        if (result == BESA_OK) result = besa__read_at(w->journal, text, size, 0, w->where, NULL);
-        if (result == BESA_OK) result = besa__write_file(w, BESA__JOURNAL, text, size, 0666, NULL);
-        BESA_FREE(text);
-    }
-    if (result == BESA_OK && !besa__rename_new(w, w->ready_name, w->partial_name)) w->where = w->partial;
-}
-
-/* All is on disk: OUT.partial becomes OUT.partial.RUN.BLOCKS, and then needs no journal. */
+/* All is on disk: OUT.partial becomes OUT.partial.RUN.HASH, and then needs no journal. */
 static besa_result besa__writer_make_ready(besa__writer *w, besa_error *error)
 {
-    if (!w->was_ready) {
-        snprintf(w->ready + strlen(w->ready), 18, ".%016llx", (unsigned long long)besa__blocks_hash(w));
-        if (besa__rename_new(w, w->partial_name, w->ready_name))
-            return besa__fail(error, BESA_ERROR_WRITE, "%s: renaming to %s: %s", w->partial, w->ready, strerror(errno));
-        w->where = w->ready;
+    char ending[BESA__READY_BYTES], ready[256];
+    BESA__TRY(besa__sync(w, w->directory, ".", error));
+    if (!w->is_ready) {
+        besa__ready_ending(w, ending);
+        besa__write_text(ready, sizeof ready, "%s%s", w->partial_name, ending);
+        if (besa__rename_new(w, w->partial_name, ready))
+            return besa__fail(error, BESA_ERROR_WRITE, "%s: renaming to %s: %s", w->partial, ready, strerror(errno));
+        memcpy(w->partial + strlen(w->partial), ending, sizeof ending);
+        w->is_ready = 1;
     }
-    besa_result result = besa__sync(w, w->parent, "..", error);
-    if (result == BESA_OK && unlinkat(w->directory, BESA__JOURNAL, 0) && errno != ENOENT)
-        result = besa__writer_fail(w, BESA__JOURNAL, errno, error);
-    if (result == BESA_OK) result = besa__sync(w, w->directory, ".", error);
-    if (result != BESA_OK) besa__writer_undo_ready(w);
-    return result;
+    BESA__TRY(besa__sync(w, w->parent, "..", error));
+    if (unlinkat(w->directory, BESA__JOURNAL, 0) && errno != ENOENT)
+        return besa__writer_fail(w, BESA__JOURNAL, errno, error);
+    return besa__sync(w, w->directory, ".", error);
 }
 
 static besa_result besa__writer_rename(besa__writer *w, besa_error *error)
 {
     const besa__kept *config = &w->checkpoint->config_file;
     if (w->done != w->blocks)
-        return besa__fail(error, BESA_ERROR_OPTION, "%s: %lld of %lld blocks are done", w->where, (long long)w->done,
+        return besa__fail(error, BESA_ERROR_OPTION, "%s: %lld of %lld blocks are done", w->partial, (long long)w->done,
                           (long long)w->blocks);
-    BESA__TRY(besa__check_sources(w, error));   /* only with its config does the directory look like a checkpoint */
+    BESA__TRY(besa__check_sources(w, error));
+    /* only with its config does the directory look like a checkpoint */
     BESA__TRY(besa__write_file(w, BESA__CONFIG, config->bytes, config->size, config->stat.st_mode, error));
-    BESA__TRY(besa__sync(w, w->directory, ".", error));
     BESA__TRY(besa__writer_make_ready(w, error));
-    if (besa__rename_new(w, w->ready_name, w->name)) {
-        int reason = errno;
-        besa__writer_undo_ready(w);
-        if (reason == EEXIST || reason == ENOTEMPTY || reason == ENOTDIR)
-            return besa__fail(error, BESA_ERROR_EXISTS, "%s: has come to exist; the complete output is %s", w->output, w->where);
-        return besa__fail(error, BESA_ERROR_WRITE, "%s: renaming %s: %s", w->output, w->where, strerror(reason));
+    if (besa__rename_new(w, w->partial_name, w->name)) {
+        if (errno == EEXIST || errno == ENOTEMPTY || errno == ENOTDIR)
+            return besa__fail(error, BESA_ERROR_EXISTS, "%s: has come to exist; the complete output is %s", w->output,
+                              w->partial);
+        return besa__fail(error, BESA_ERROR_WRITE, "%s: renaming %s: %s", w->output, w->partial, strerror(errno));
     }
     besa_result result = besa__sync(w, w->parent, "..", NULL);
     if (result == BESA_OK) return BESA_OK;
@@ -7632,12 +7638,12 @@ static besa_result besa__writer_finish(besa__writer *w, besa_error *error)
     return result;
 }
 
-/* Stop without an output. OUT.partial stays where a block is done, even if by an earlier run, and can be gone on from; else
- * it is deleted. *error says why the run stops, and what cannot be deleted is added to it. NULL, both, are fine. */
+/* Stop without an output. OUT.partial stays and can be resumed, or is deleted if no block is done, not even by an earlier
+ * run. *error says why the run stops, and what cannot be deleted is added to it. NULL, both, are fine. */
 static void besa__writer_abandon(besa__writer *w, besa_error *error)
 {
     if (!w) return;
-    if (!w->was_ready && !w->done) besa__writer_discard(w, error);
+    if (!w->done) besa__writer_discard(w, error);
     besa__writer_close(w);
 }
 
@@ -8518,33 +8524,49 @@ static void besa__ignore_options(besa_prune_options *o)
     }
 }
 
-/* A hash of every option of the table, as far as the method looks at it, and of the fixed layers. */
-static uint64_t besa__options_hash(const besa_prune_options *options)
+/* Append " name=value" of an option, under its name on the command line if it has one; exact. */
+static void besa__add_option(char *line, size_t size, const besa_option *o, double value)
 {
-    besa_prune_options used = *options;
-    uint64_t hash = BESA__HASH_START;
-    besa__ignore_options(&used);
-    for (const besa_option *o = besa__options; o->name; o++)
-        hash = besa__hash_double(hash, besa__option_get(o, (const unsigned char *)&used + o->offset));
-    for (int64_t i = 0; i < options->num_fixed; i++) {
-        hash = besa__hash(hash, options->fixed[i].pattern, strlen(options->fixed[i].pattern) + 1);
-        hash = besa__hash_double(hash, options->fixed[i].sparsity);
+    char text[40];
+    besa__json_number back;
+    const char *word = text;
+    if (o->kind == BESA_OPTION_ENUM) {
+        word = o->value;
+        for (int i = (int)value; i > 0; i--) word = strchr(word, '|') + 1;
+    } else {
+        besa__write_text(text, sizeof text, "%.15g", value);
+        if (besa__json_scan_number(text, &back) || back.value != value)
+            besa__write_text(text, sizeof text, "%.17g", value);
     }
-    return hash;
+    size_t length = strlen(line);
+    besa__write_text(line + length, size - length, " %s=%.*s", o->flag ? o->flag : o->name, (int)strcspn(word, "|"),
+                     word);
 }
 
-/* All that decides the output's bytes, as one line for the journal. */
+/* All that decides the output's bytes, as one line for the journal: name=value, with a blank between. An option that the
+ * method does not look at has its default. */
 static void besa__fingerprint(char *line, size_t size, const besa__run *run, const besa_calibration *c)
 {
-    const besa_prune_options *o = &run->pruner.options;
+    besa_prune_options used = run->pruner.options;
+    char backend[64];
     int64_t tokens = besa__product(c->nsamples, c->seqlen);
-    uint64_t ids = besa__hash(BESA__HASH_START, c->ids, (size_t)tokens * sizeof(int32_t)), options = besa__options_hash(o);
-    options = besa__hash(options, run->be->name, strlen(run->be->name));
-    options = besa__hash_integer(options, run->be->activation_dtype);
-    besa__write_text(line, size, "besa %d.%d %s sparsity %g micro-batch %lld tokens %lldx%lld %016llx source %016llx options "
-                     "%016llx", BESA_VERSION_MAJOR, BESA_VERSION_MINOR, besa_method_name(o->method), o->rates.target,
-                     (long long)run->pruner.micro_batch, (long long)c->nsamples, (long long)c->seqlen, (unsigned long long)ids,
-                     (unsigned long long)besa__source_hash(run->checkpoint), (unsigned long long)options);
+    uint64_t ids = besa__hash(BESA__HASH_START, c->ids, (size_t)tokens * sizeof(int32_t)), fixed = BESA__HASH_START;
+    for (int64_t i = 0; i < used.num_fixed; i++) {
+        fixed = besa__hash(fixed, used.fixed[i].pattern, strlen(used.fixed[i].pattern) + 1);
+        fixed = besa__hash_double(fixed, used.fixed[i].sparsity);
+    }
+    besa__write_text(backend, sizeof backend, "%s", run->be->name);
+    for (char *at = backend; *at; at++) *at = (char)(*at <= ' ' ? '_' : *at);
+    besa__write_text(line, size, "version=%d.%d", BESA_VERSION_MAJOR, BESA_VERSION_MINOR);
+    besa__ignore_options(&used);
+    for (const besa_option *o = besa__options; o->name; o++)
+        besa__add_option(line, size, o, besa__option_get(o, (const unsigned char *)&used + o->offset));
+    size_t length = strlen(line);
+    besa__write_text(line + length, size - length, " fixed=%016llx backend=%s activations=%d micro-batch=%lld "
+                     "sequences=%lldx%lld tokens=%016llx checkpoint=%016llx", (unsigned long long)fixed, backend,
+                     (int)run->be->activation_dtype, (long long)run->pruner.micro_batch, (long long)c->nsamples,
+                     (long long)c->seqlen, (unsigned long long)ids,
+                     (unsigned long long)besa__source_hash(run->checkpoint));
 }
 
 /* Weights of a finished block, from the unfinished output to the device. */
@@ -8764,7 +8786,7 @@ static besa_result besa__prune_into(besa__run *run, const char *output, const be
                                     besa_report *report, besa_error *error)
 {
     int64_t done = 0, blocks = run->config->num_hidden_layers;
-    char fingerprint[256];
+    char fingerprint[BESA__LINE - 64];
     besa__note_settings(run, &report->notes);
     if (output) {
         besa__fingerprint(fingerprint, sizeof fingerprint, run, calibration);

@@ -23,13 +23,15 @@
 #include <unistd.h>
 #include "test.h"
 
-/* Every system call that besa.h makes on files, and every allocation, is counted; the chosen one fails or is the last. */
+/* Every system call that besa.h makes on files, and every allocation, is counted; the chosen one fails or is the last. With
+ * fault_stays all that follow it fail too. */
 enum { FAULT_NONE, FAULT_KILL, FAULT_ERROR, FAULT_MEMORY };
-static int fault_kind, fault_at, fault_calls, short_writes, no_renameat2;
+static int fault_kind, fault_at, fault_calls, fault_stays, short_writes, no_renameat2;
 
 static int fault(int kind)
 {
-    if (fault_kind == FAULT_NONE || (kind == FAULT_MEMORY) != (fault_kind == FAULT_MEMORY) || ++fault_calls != fault_at) return 0;
+    if (fault_kind == FAULT_NONE || (kind == FAULT_MEMORY) != (fault_kind == FAULT_MEMORY)) return 0;
+    if (++fault_calls != fault_at && !(fault_stays && fault_calls > fault_at)) return 0;
     if (fault_kind == FAULT_KILL) raise(SIGKILL);
     errno = EIO;
     return 1;
@@ -166,14 +168,18 @@ static int io_mkdirat(int a, const char *b, mode_t c)
     return failed;
 }
 static int io_fstat(int fd, struct stat *st) { return fault(FAULT_ERROR) ? -1 : fstat(fd, st); }
-static const char *renamed_at_lock[2];        /* by another process, just before the library has locked it; NULL: nothing */
-static void (*before_rename)(const char *from);
+/* what another process does just before the lock is taken: up to two renames, from and to */
+static const char *before_lock[4];
 static int io_flock(int fd, int how)
 {
     if (fault(FAULT_ERROR)) return -1;
-    if (renamed_at_lock[0]) rename(renamed_at_lock[0], renamed_at_lock[1]), renamed_at_lock[0] = NULL;
+    for (int i = 0; i < 4 && before_lock[i]; i += 2)
+        if (rename(before_lock[i], before_lock[i + 1])) return -1;
+    memset(before_lock, 0, sizeof before_lock);
     return flock(fd, how);
 }
+static DIR *io_fdopendir(int fd) { return fault(FAULT_ERROR) ? NULL : fdopendir(fd); }
+static struct dirent *io_readdir(DIR *list) { return fault(FAULT_ERROR) ? NULL : readdir(list); }
 static int io_fstatat(int fd, const char *path, struct stat *st, int how) { return fault(FAULT_ERROR) ? -1 : fstatat(fd, path, st, how); }
 static int io_fchmod(int fd, mode_t mode) { return fault(FAULT_ERROR) ? -1 : fchmod(fd, mode); }
 static int io_fchmodat(int fd, const char *path, mode_t mode, int how) { return fault(FAULT_ERROR) ? -1 : fchmodat(fd, path, mode, how); }
@@ -182,7 +188,6 @@ static long io_syscall(long number, int a, const char *b, int c, const char *d, 
 {
     if (no_renameat2) return errno = no_renameat2, -1;
     if (fault(FAULT_ERROR)) return -1;
-    if (before_rename) before_rename(b);
     ledger_rename(c, d);
     return syscall(number, a, b, c, d, how);
 }
@@ -236,6 +241,8 @@ static void io_free(void *p)
 #define fchmodat io_fchmodat
 #define syscall io_syscall
 #define flock(fd, how) io_flock(fd, how)
+#define fdopendir io_fdopendir
+#define readdir io_readdir
 #define mmap io_mmap
 #define BESA_MALLOC io_malloc
 #define BESA_REALLOC io_realloc
@@ -1526,11 +1533,24 @@ static const char *partial(const char *out, const char *rest)
     return path;
 }
 
+/* The complete output that waits for its last rename, OUT.partial.RUN.HASH; NULL where there is none. */
+static const char *ready(const char *out)
+{
+    const char *name = strrchr(out, '/') + 1, *found = NULL;
+    size_t n = strlen(name);
+    DIR *d = opendir(g_temp);
+    struct dirent *e;
+    while (d && (e = readdir(d)) != NULL)
+        if (!strncmp(e->d_name, name, n) && !strncmp(e->d_name + n, ".partial.", 9)) found = in(g_temp, e->d_name);
+    if (d) closedir(d);
+    return found;
+}
+
 static void remove_output(const char *out)
 {
     remove_tree(out);
     remove_tree(partial(out, ""));
-    shell("rm -rf '%s'.partial.*", out);
+    if (ready(out)) remove_tree(ready(out));
 }
 
 /* A begun output of one block. */
@@ -1539,6 +1559,38 @@ static void begin_output(const besa_checkpoint *c, const char *out)
     int64_t done;
     remove_output(out);
     CHECK_ERROR(run_writer(c, out, 1, &done), BESA_OK, NULL);
+}
+
+/* A run that was killed while it copied: of its journal there is the first line. */
+static void begin_copying(const besa_checkpoint *c, const char *out)
+{
+    static const char first[] = "besa-journal 2 d32a35601646f1b7\n"; /* and the hash of these words */
+    begin_output(c, out);
+    write_bytes(partial(out, "/besa-journal"), first, sizeof first - 1);
+}
+
+/* All is done but the last rename: OUT was there at that moment. */
+static void begin_ready(const besa_checkpoint *c, const char *out)
+{
+    besa__writer *w;
+    int64_t done;
+    remove_output(out);
+    CHECK_ERROR(open_writer(&w, c, out, &done), BESA_OK, NULL);
+    for (int64_t b = 0; b < 3; b++) CHECK_ERROR(write_block(w, c, b), BESA_OK, NULL);
+    mkdir(out, 0777);
+    CHECK_ERROR(besa__writer_finish(w, &err), BESA_ERROR_EXISTS, "come to exist");
+    CHECK(rmdir(out) == 0 && ready(out), "%s is there, or no complete output", out);
+}
+
+/* What a run finds: nothing, an output of one block, a complete one without its name. */
+enum { FROM_NOTHING, FROM_BLOCK, FROM_READY, FROM_STATES };
+static const int64_t done_from[] = { 0, 1, 3 };
+
+static void begin_from(const besa_checkpoint *c, const char *out, int state)
+{
+    if (state == FROM_NOTHING) remove_output(out);
+    else if (state == FROM_BLOCK) begin_output(c, out);
+    else begin_ready(c, out);
 }
 
 static char difference[400];                    /* that same_output has found, in diff's words */
@@ -1694,7 +1746,7 @@ static void test_writer_reads(int sharded)
           back[1]);
     CHECK_OK(besa__writer_read(w, o, back, 0, o->bytes, &err), err);
     CHECK(!memcmp(back, o->data, o->bytes), "o_proj is not the source's");
-    besa__writer_close(w);
+    besa__writer_abandon(w, NULL);
     remove_output(temp_path("reads%d", sharded));
     besa_checkpoint_close(c);
 }
@@ -1733,6 +1785,7 @@ static void test_writer_places(int sharded)
 {
     besa_checkpoint *c = open_model(source_model(sharded));
     const char *src = source_model(sharded), *fresh = temp_path("fresh%d", sharded);
+    char name[256];
     int64_t done;
     if (!c) return;
     write_bytes(temp_path("plain"), "x", 1);
@@ -1744,12 +1797,19 @@ static void test_writer_places(int sharded)
     CHECK_ERROR(run_writer(c, temp_path("no/such/out"), 3, &done), BESA_ERROR_NOT_FOUND, "parent");
     CHECK_ERROR(run_writer(c, temp_path("plain/out"), 3, &done), BESA_ERROR_NOT_FOUND, "parent");
     CHECK_ERROR(run_as("a\nb", c, fresh, 3, &done), BESA_ERROR_OPTION, "fingerprint");
+    memset(name, 'n', sizeof name);
+    name[213] = 0;
+    CHECK_ERROR(run_writer(c, in(g_temp, name), 3, &done), BESA_OK, NULL);
+    remove_output(in(g_temp, name));
+    name[213] = 'n', name[214] = 0;
+    CHECK_ERROR(run_writer(c, in(g_temp, name), 3, &done), BESA_ERROR_OPTION, "214 characters, expected up to 213");
     CHECK(!exists(fresh) && !exists(partial(fresh, "")), "a failed begin leaves something");
     besa_checkpoint_close(c);
 }
 
 static void test_writer_foreign(int sharded)
 {
+    static const char other[] = "besa-journal 1 d32a36601646f36a\n"; /* with its hash: one that is whole */
     const char *out = temp_path("foreign%d", sharded);
     besa_checkpoint *c = open_model(source_model(sharded));
     int64_t done;
@@ -1757,9 +1817,20 @@ static void test_writer_foreign(int sharded)
     mkdir(partial(out, ""), 0777);
     write_bytes(partial(out, "/mine"), "x", 1);
     CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_EXISTS, "no unfinished output");
+    for (int finished = 0, calls = 1; !finished && calls < 1000; calls++) { /* nor where a call fails, as to list it */
+        char left[64];
+        fault_kind = FAULT_ERROR, fault_at = calls, fault_calls = 0;
+        besa_result result = run_writer(c, out, 3, &done);
+        finished = fault_calls < calls;
+        fault_kind = FAULT_NONE;
+        shell_line(left, sizeof left, "ls -A '%s' | tr '\n' ' '", partial(out, ""));
+        CHECK(result != BESA_OK && !strcmp(left, "mine "), "call %d: left are: %s", calls, left);
+    }
     write_bytes(partial(out, "/besa-journal"), "hello\n", 6);
     CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_EXISTS, "besa-journal");
     CHECK(exists(partial(out, "/mine")), "a foreign file is gone");
+    write_bytes(partial(out, "/besa-journal"), other, sizeof other - 1);
+    CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_RESUME, "another version");
     remove_output(out);
     besa_checkpoint_close(c);
 }
@@ -1778,6 +1849,31 @@ static void test_writer_stopped(int sharded)
         CHECK_CASE(name, run_as("fp 2", c, out, 3, &done), BESA_ERROR_RESUME, ".partial");
         check_resumed(name, c, out, stop, wanted_output(sharded));
     }
+    besa_checkpoint_close(c);
+}
+
+/* What differs from the unfinished run is named, and nothing else; a list too long ends in dots. */
+static void test_writer_other_run(int sharded)
+{
+    const char *out = temp_path("other%d", sharded);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    char many[2][1500];
+    int64_t done;
+    if (!c) return;
+    CHECK_ERROR(run_as("a=1 bc=2 d=3", c, out, 1, &done), BESA_OK, NULL);
+    CHECK_ERROR(run_as("a=1 bc=20 d=3", c, out, 3, &done), BESA_ERROR_RESUME, ": bc=2 (this run: bc=20). Finish");
+    CHECK_ERROR(run_as("a=2 bc=2 d=", c, out, 3, &done), BESA_ERROR_RESUME, ": a=1 (this run: a=2), d=3 (this run: d=). F");
+    CHECK_ERROR(run_as("a=1 bc=2", c, out, 3, &done), BESA_ERROR_RESUME, ": d=3 (this run: ). Finish");
+    CHECK_ERROR(run_as("a=1 bc=2 d=3 e=4", c, out, 3, &done), BESA_ERROR_RESUME, ":  (this run: e=4). Finish");
+    CHECK_ERROR(run_as("a=1 bc=2 d=3", c, out, 3, &done), BESA_OK, NULL);
+    CHECK(done == 1, "%d blocks were done", (int)done);
+    remove_output(out);
+    for (int i = 0; i < 1500; i++) many[0][i] = many[1][i] = i == 1499 ? 0 : i % 3 == 2 ? ' ' : 'a';
+    for (int i = 0; i < 1499; i += 3) many[1][i] = 'b';
+    CHECK_ERROR(run_as(many[0], c, out, 1, &done), BESA_OK, NULL);
+    CHECK_ERROR(run_as(many[1], c, out, 3, &done), BESA_ERROR_RESUME, ": aa (this run: ba), aa (this run: ba)");
+    CHECK(strstr(err.message, "... Finish it") && strstr(err.message, "start again"), "message: %s", err.message);
+    remove_output(out);
     besa_checkpoint_close(c);
 }
 
@@ -1925,11 +2021,174 @@ static void test_writer_replaces_nothing(int sharded)
         mkdir(out, 0777);
         CHECK_ERROR(besa__writer_finish(w, &err), BESA_ERROR_EXISTS, "come to exist");
         CHECK(rmdir(out) == 0, "%s is no empty directory any more", out);
-        CHECK(exists(partial(out, "")), "the unfinished output is gone");
+        CHECK(ready(out) && strstr(err.message, ready(out)), "the message names no complete output: %s", err.message);
         CHECK(names_like(g_temp, beside) == 1, "%d names begin with %s", names_like(g_temp, beside), beside);
         check_resumed("finished later", c, out, 3, wanted);
     }
     no_renameat2 = 0;
+    remove_output(out);
+    besa_checkpoint_close(c);
+}
+
+/* ---- a complete output that a kill has kept from its name ------------------------------------ */
+
+/* All but pruned weights is made good, whatever it holds; what is wrong in those is an error, which names the directory. */
+static void test_ready_damage(int sharded)
+{
+    static const char *const small[] = { "config.json", "tokenizer.json", "empty.txt", INDEX };
+    const char *out = temp_path("ready%d", sharded), *wanted = wanted_output(sharded);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    char what[64];
+    for (int i = 0; c && i < 3 + sharded; i++)
+        for (int gone = 0; gone < 2; gone++) {
+            begin_ready(c, out);
+            if (gone) unlink(in(ready(out), small[i]));
+            else write_bytes(in(ready(out), small[i]), "other", 5);
+            snprintf(what, sizeof what, "%s %s", small[i], gone ? "gone" : "overwritten");
+            check_resumed(what, c, out, 3, wanted);
+            remove_output(out);
+        }
+    besa_checkpoint_close(c);
+}
+
+/* A bit of a shard, wherever it is; its size; the shard itself. */
+static void test_ready_weights(int sharded)
+{
+    const char *out = temp_path("rotten%d", sharded), *wanted = wanted_output(sharded);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    int64_t done, good = 0, bad = 0;
+    size_t n;
+    if (!c) return;
+    begin_ready(c, out);
+    const char *directory = ready(out), *shard = in(directory, c->shards[c->num_shards - 1].name);
+    unsigned char *bytes = read_bytes(shard, &n);
+    for (size_t at = 0; at < n + 2; at += at < n ? n / 40 : 1) {
+        if (!exists(directory)) begin_ready(c, out);
+        if (at < n) bytes[at] ^= 4;
+        write_bytes(shard, bytes, at < n ? n : n - 1);
+        if (at < n) bytes[at] ^= 4;
+        if (at == n + 1) unlink(shard);
+        besa_result result = run_writer(c, out, 3, &done);
+        good += result == BESA_OK;
+        bad += result != BESA_OK;
+        if (result == BESA_OK) CHECK(same_output(out, wanted), "byte %zu: %s", at, difference);
+        else CHECK(result == BESA_ERROR_EXISTS && strstr(err.message, directory) && !exists(out), "byte %zu: %s", at, err.message);
+        CHECK(names_like(g_temp, strrchr(out, '/') + 1) == 1, "byte %zu: two directories", at);
+        remove_tree(out);
+    }
+    CHECK(good > 2 && bad > 10, "%d were made good, %d refused", (int)good, (int)bad);
+    free(bytes);
+    remove_output(out);
+    besa_checkpoint_close(c);
+}
+
+/* Another run has no use for it, and leaves it alone; messages say where files lie; a foreign one is noted. */
+static void test_ready_messages(int sharded)
+{
+    const char *out = temp_path("waits%d", sharded), *wanted = wanted_output(sharded);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    besa__writer *w;
+    char *notes = NULL;
+    int64_t done;
+    if (!c) return;
+    begin_ready(c, out);
+    const char *directory = ready(out), *fifo = in(directory, "tokenizer.json");
+    CHECK_ERROR(run_as("fp 2", c, out, 3, &done), BESA_ERROR_RESUME, directory);
+    CHECK(!exists(partial(out, "")) && !exists(out), "the other run leaves something");
+    unlink(fifo);
+    mkfifo(fifo, 0666);
+    CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_EXISTS, fifo);
+    unlink(fifo);
+    write_bytes(in(directory, "notes.txt"), "mine", 4);
+    CHECK_ERROR(besa__writer_open(&w, c, out, "fp 1", 3, &done, &notes, &err), BESA_OK, NULL);
+    CHECK(notes && strstr(notes, "notes.txt lay in") && strstr(notes, directory), "notes: %s", notes ? notes : "none");
+    BESA_FREE(notes);
+    besa__writer_abandon(w, NULL);
+    unlink(in(directory, "notes.txt"));
+    check_resumed("in the end", c, out, 3, wanted);
+    remove_output(out);
+    besa_checkpoint_close(c);
+}
+
+/* Of two processes the second is refused, whatever the first has come to; nothing is written into a finished output. */
+static void test_ready_lock(int sharded)
+{
+    const char *out = temp_path("raced%d", sharded), *wanted = wanted_output(sharded);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    besa__writer *w, *second;
+    int64_t done;
+    if (!c) return;
+    begin_ready(c, out);
+    CHECK_ERROR(open_writer(&w, c, out, &done), BESA_OK, NULL);
+    CHECK_ERROR(open_writer(&second, c, out, &done), BESA_ERROR_RESUME, "another process is writing it");
+    CHECK_ERROR(besa__writer_finish(w, &err), BESA_OK, NULL);
+    CHECK_OUTPUT(out, wanted);
+    for (int state = FROM_BLOCK; state < FROM_STATES; state++) { /* finished between opening the directory and its lock */
+        begin_ready(c, out);
+        if (state == FROM_BLOCK) rename(ready(out), partial(out, ""));
+        before_lock[0] = state == FROM_BLOCK ? partial(out, "") : ready(out);
+        before_lock[1] = out;
+        CHECK_ERROR(open_writer(&second, c, out, &done), BESA_ERROR_RESUME, "just finished it");
+        CHECK_OUTPUT(out, wanted);
+        CHECK(names_like(g_temp, strrchr(out, '/') + 1) == 1, "state %d: something lies beside the output", state);
+    }
+    remove_output(out);
+    besa_checkpoint_close(c);
+}
+
+/* Another directory has the name by the time that the lock is there. */
+static void test_writer_moved(int sharded)
+{
+    const char *out = temp_path("moved%d", sharded), *aside = temp_path("moved-aside%d", sharded);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    int64_t done;
+    if (!c) return;
+    begin_output(c, out);
+    shell("cp -r '%s' '%s.twin'", partial(out, ""), out);
+    before_lock[0] = partial(out, "");
+    before_lock[1] = aside;
+    before_lock[2] = temp_path("moved%d.twin", sharded);
+    before_lock[3] = partial(out, "");
+    CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_RESUME, "another process");
+    check_resumed("by its name", c, out, 1, wanted_output(sharded));
+    remove_tree(aside);
+    remove_output(out);
+    besa_checkpoint_close(c);
+}
+
+/* OUT, or the complete output, comes to exist just before a run that has found neither locks the directory it made. */
+static void test_ready_appears(int sharded)
+{
+    const char *out = temp_path("late%d", sharded), *aside = temp_path("late-aside%d", sharded);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    besa__writer *w;
+    int64_t done;
+    for (int state = 0; c && state < 2; state++) {
+        begin_ready(c, out);
+        const char *directory = ready(out);
+        rename(directory, aside);
+        before_lock[0] = aside;
+        before_lock[1] = state ? out : directory;
+        CHECK_ERROR(open_writer(&w, c, out, &done), BESA_ERROR_RESUME, state ? "just finished it" : "is finishing it");
+        CHECK(exists(state ? out : directory) && !exists(partial(out, "")), "state %d: something is left", state);
+        remove_output(out);
+    }
+    besa_checkpoint_close(c);
+}
+
+/* The journal's lock alone, which is all that other machines may see. */
+static void test_journal_lock(int sharded)
+{
+    const char *out = temp_path("remote%d", sharded);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    int64_t done;
+    if (!c) return;
+    begin_output(c, out);
+    int fd = open(partial(out, "/besa-journal"), O_RDWR);
+    CHECK(flock(fd, LOCK_EX | LOCK_NB) == 0, "no lock");
+    CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_RESUME, "another process is writing it");
+    close(fd);
+    check_resumed("unlocked", c, out, 1, wanted_output(sharded));
     remove_output(out);
     besa_checkpoint_close(c);
 }
@@ -2044,7 +2303,7 @@ static void test_permissions(void)
 }
 
 /* A source file is replaced while the run goes on: by the same contents, by others, by nothing; then it is put back. */
-enum { CHANGE_SAME, CHANGE_BYTE, CHANGE_SHORTER, CHANGE_GONE, CHANGE_BEFORE, CHANGES };
+enum { CHANGE_SAME, CHANGE_FIRST, CHANGE_LAST, CHANGE_SHORTER, CHANGE_GONE, CHANGE_BEFORE, CHANGES };
 
 /* A run with a change of the file: CHANGE_BEFORE it begins, and put back during it; else before it ends. kept: the
  * checkpoint holds the file's bytes, so that others may be there in between. */
@@ -2068,7 +2327,8 @@ static besa_result run_changed(const besa_checkpoint *c, const char *path, int k
     }
     CHECK_CASE("blocks", result, BESA_OK, NULL);
     if (change != CHANGE_BEFORE) rename(path, temp_path("aside"));
-    if (change == CHANGE_BYTE) bytes[n - 1] ^= 1; /* of shards the last one is of a weight */
+    if (change == CHANGE_FIRST) bytes[0] ^= 1;  /* of shards it is the header's, */
+    if (change == CHANGE_LAST) bytes[n - 1] ^= 1; /* and the last one a weight's */
     if (change != CHANGE_GONE) write_bytes(path, bytes, change == CHANGE_SHORTER ? n - 1 : n);
     free(bytes);
     return besa__writer_finish(w, &err);
@@ -2077,9 +2337,10 @@ static besa_result run_changed(const besa_checkpoint *c, const char *path, int k
 /* The output is of what was read, or the error names the file and the blocks are kept. */
 static void check_source_change(const char *src, const char *name, int change, const char *out)
 {
-    static const char *const how[] = { "the same", "another byte", "shorter", "gone", "another before" };
+    static const char *const how[] = { "the same", "another first byte", "another last byte", "shorter", "gone",
+                                       "another before" };
     int kept = !strcmp(name, "config.json") || !strcmp(name, INDEX);
-    int refused = change == CHANGE_BYTE || change == CHANGE_SHORTER || change == CHANGE_GONE;
+    int refused = change != CHANGE_SAME && change != CHANGE_BEFORE;
     besa_checkpoint *c = open_model(src);
     char label[128];
     if (!c) return;
@@ -2162,183 +2423,34 @@ static void test_kill(void)
     besa_checkpoint_close(c);
 }
 
-/* Killed at each system call in turn, each time from the start: what is left is the output and nothing beside it, or is
+/* Killed at each system call in turn, each time from the same state: what is left is the output and nothing beside it, or is
  * gone on from. */
-static void test_kill_points(void)
+static void check_kill_points(const besa_checkpoint *c, int state)
 {
     const char *out = temp_path("killpoint"), *wanted = wanted_output(1);
-    besa_checkpoint *c = open_model(source_model(1));
     int64_t done;
     int ok = 1, finished = 0, calls = 1;
-    if (!c) return;
     for (; !finished && ok && calls < 1000; calls++) {
+        begin_from(c, out, state);
         finished = finished_before(c, out, calls);
         ok = CHECK(finished >= 0, "call %d: the run fails", calls);
-        if (!finished && !exists(out))
+        if (!finished && !exists(out)) {
             ok = CHECK(run_writer(c, out, 3, &done) == BESA_OK, "call %d: %s", calls, err.message) && ok;
+            ok = CHECK(done >= done_from[state], "call %d: %d blocks were done", calls, (int)done) && ok;
+        }
         ok = CHECK(same_output(out, wanted), "call %d: %s", calls, difference) && ok;
         ok = CHECK(names_like(g_temp, "killpoint") == 1, "call %d: %d names begin with killpoint", calls,
                    names_like(g_temp, "killpoint")) && ok;
-        remove_output(out);
     }
     CHECK(finished, "after %d calls the run has not ended", calls - 1);
     if (getenv("TEST_VERBOSE")) printf("    %d calls\n", calls - 2);
-    besa_checkpoint_close(c);
-}
-
-/* Kill a run when only the last rename is left to do. The directory's path, NULL: it could not be done. */
-static const char *kill_when_ready(const besa_checkpoint *c, const char *out)
-{
-    static char ready[600];
-    static int calls = 1;                       /* as many as the last time, or more */
-    for (; calls < 1000; calls++) {
-        remove_output(out);
-        if (!CHECK(finished_before(c, out, calls) == 0, "%s is ready at no call", out)) break;
-        shell_line(ready, sizeof ready, "ls -d '%s'.partial.* 2>/dev/null", out);
-        ready[strcspn(ready, "\n")] = 0;
-        if (*ready && !exists(in(ready, "besa-journal"))) return ready;
-    }
-    calls = 1;
-    return NULL;
-}
-
-/* The other end of a file changed by a byte. */
-static void change_byte(const char *path, long at)
-{
-    FILE *f = fopen(path, "r+b");
-    if (!CHECK(f != NULL, "%s: %s", path, strerror(errno))) return;
-    fseek(f, at, SEEK_SET);
-    int byte = fgetc(f);
-    fseek(f, at, SEEK_SET);
-    fputc(byte ^ 1, f);
-    fclose(f);
-}
-
-/* Where in its file a tensor of the model begins. */
-static long place_of(const besa_checkpoint *c, const char *name, const char **file)
-{
-    const besa_tensor *t = besa_checkpoint_find(c, name);
-    *file = c->shards[t->file].name;
-    return (long)t->offset;
-}
-
-/* What lies under OUT.partial.RUN.BLOCKS is not believed: weights are read back, the rest is written again. */
-static void test_ready_damaged(void)
-{
-    const char *out = temp_path("readied"), *wanted = wanted_output(1), *file, *path;
-    besa_checkpoint *c = open_model(source_model(1));
-    char name[600];
-    int64_t done;
-    for (int i = 0; c && i < 9; i++) {
-        const char *ready = kill_when_ready(c, out);
-        if (!ready) break;
-        snprintf(name, sizeof name, "%s", ready);
-        switch (i) {
-        case 0: unlink(in(name, "config.json")); break;
-        case 1: write_bytes(in(name, "config.json"), "{}", 2); break;
-        case 2: unlink(in(name, "tokenizer.json")); break;
-        case 3: change_byte(in(name, SHARD_1), 9); break; /* in its header */
-        case 4: {
-            long at = place_of(c, "model.norm.weight", &file);
-            change_byte(in(name, file), at);
-            break;
-        }
-        case 5: write_bytes(in(name, "besa-journal"), "besa", 4); break;
-        case 6: case 7: {
-            long at = place_of(c, i == 6 ? "model.layers.0.self_attn.q_proj.weight" : "model.layers.2.mlp.down_proj.weight", &file);
-            change_byte(in(name, file), at);
-            break;
-        }
-        case 8: CHECK(truncate(in(name, SHARD_2), 100) == 0, "truncate"); break;
-        }
-        if (i < 6) check_resumed("ready", c, out, 3, wanted);
-        else {
-            CHECK_CASE("damaged", run_writer(c, out, 3, &done), BESA_ERROR_EXISTS, name);
-            CHECK(!exists(out), "case %d: there is an output", i);
-        }
-        path = strrchr(out, '/') + 1;
-        CHECK(names_like(g_temp, path) == 1, "case %d: %d names begin with %s", i, names_like(g_temp, path), path);
-    }
     remove_output(out);
-    besa_checkpoint_close(c);
 }
 
-/* Another process that comes when a run is about to rename its output for the last time. */
-static const besa_checkpoint *late_checkpoint;
-static int late_tries;
-
-static void come_late(const char *from)
+static void test_kill_points(void)
 {
-    besa__writer *w;
-    int64_t done;
-    if (!strstr(from, ".partial.")) return;
-    before_rename = NULL;
-    late_tries++;
-    CHECK_ERROR(open_writer(&w, late_checkpoint, temp_path("readied"), &done), BESA_ERROR_RESUME, "another process is writing it");
-}
-
-/* Two processes that find it: one at a time, and none touches what the other has finished. */
-static void test_ready_locked(void)
-{
-    const char *out = temp_path("readied"), *wanted = wanted_output(1), *ready;
     besa_checkpoint *c = open_model(source_model(1));
-    besa__writer *w;
-    char name[600];
-    int64_t done;
-    if (!c) return;
-    if ((ready = kill_when_ready(c, out)) != NULL) {
-        snprintf(name, sizeof name, "%s", ready);
-        CHECK_ERROR(open_writer(&w, c, out, &done), BESA_OK, NULL);
-        CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_RESUME, "another process is writing it");
-        mkdir(out, 0777);
-        CHECK_ERROR(besa__writer_finish(w, &err), BESA_ERROR_EXISTS, name); /* whose name has come to be taken */
-        rmdir(out);
-        check_resumed("after the other", c, out, 3, wanted);
-    }
-    if ((ready = kill_when_ready(c, out)) != NULL) {
-        snprintf(name, sizeof name, "%s", ready);
-        renamed_at_lock[0] = name, renamed_at_lock[1] = out;
-        CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_RESUME, "another process has just finished it");
-        CHECK(same_output(out, wanted), "%s", difference);
-    }
-    remove_output(out);
-    late_checkpoint = c, late_tries = 0, before_rename = come_late;
-    CHECK_ERROR(run_writer(c, out, 3, &done), BESA_OK, NULL);
-    before_rename = NULL;
-    CHECK(late_tries == 1 && same_output(out, wanted), "%s", difference);
-    begin_output(c, out);
-    renamed_at_lock[0] = partial(out, ""), renamed_at_lock[1] = out;
-    CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_RESUME, "another process has just finished it");
-    remove_output(out);
-    besa_checkpoint_close(c);
-}
-
-/* A failed start without file descriptors to list the directory with leaves what the next run goes on from. */
-static void test_no_descriptors(void)
-{
-    const char *out = temp_path("fds"), *wanted = wanted_output(1);
-    besa_checkpoint *c = open_model(source_model(1));
-    struct rlimit old, low;
-    int64_t done;
-    int refused = 0, free_one = dup(0);
-    if (!c) return;
-    close(free_one);
-    getrlimit(RLIMIT_NOFILE, &old);
-    low = old;
-    for (int more = 0; more < 16; more++) {
-        low.rlim_cur = (rlim_t)(free_one + more);
-        setrlimit(RLIMIT_NOFILE, &low);
-        err.code = BESA_OK;
-        besa_result result = run_writer(c, out, 3, &done);
-        setrlimit(RLIMIT_NOFILE, &old);
-        refused += result != BESA_OK;
-        if (result != BESA_OK) {
-            CHECK(!exists(out), "%d more files: there is an output", more);
-            check_resumed("with more files", c, out, 0, wanted);
-        }
-        remove_output(out);
-    }
-    CHECK(refused > 3 && refused < 16, "%d of 16 limits are too low", refused);
+    for (int state = 0; c && state < FROM_STATES; state++) check_kill_points(c, state);
     besa_checkpoint_close(c);
 }
 
@@ -2349,20 +2461,21 @@ static void test_sync_order(int sharded)
     const char *out = temp_path("ordered"), *wanted = wanted_output(sharded);
     besa_checkpoint *c = open_model(source_model(sharded));
     int64_t done;
-    for (int resumed = 0; c && resumed < 2; resumed++) {
-        const char *how = resumed ? "resumed" : "new";
-        if (resumed) CHECK_ERROR(run_writer(c, out, 1, &done), BESA_OK, NULL);
+    for (int state = 0; c && state < FROM_STATES; state++) {
+        static const char *const how[] = { "new", "resumed", "complete" };
+        static const int lines[] = { 6, 2, 0 }, renames[] = { 2, 2, 1 };
+        begin_from(c, out, state);
         memset(&ledger, 0, sizeof ledger);
         ledger.watching = 1;
         besa_result result = run_writer(c, out, 3, &done);
         ledger_expect_clean("the end", "", 0);
         ledger.watching = 0;
-        CHECK_CASE(how, result, BESA_OK, NULL);
-        CHECK(done == resumed, "%s: %d blocks were done", how, (int)done);
-        CHECK(!ledger.violations, "%s: %s", how, ledger.first);
-        CHECK(ledger.lines == (resumed ? 2 : 6) && ledger.renames == 2, "%s: %d lines, %d renames", how, ledger.lines,
-              ledger.renames);
-        CHECK(same_output(out, wanted), "%s: %s", how, difference);
+        CHECK_CASE(how[state], result, BESA_OK, NULL);
+        CHECK(done == done_from[state], "%s: %d blocks were done", how[state], (int)done);
+        CHECK(!ledger.violations, "%s: %s", how[state], ledger.first);
+        CHECK(ledger.lines == lines[state] && ledger.renames == renames[state], "%s: %d lines, %d renames", how[state],
+              ledger.lines, ledger.renames);
+        CHECK(same_output(out, wanted), "%s: %s", how[state], difference);
         remove_output(out);
     }
     besa_checkpoint_close(c);
@@ -2437,13 +2550,12 @@ static void test_places_discarded(void)
     char left[256];
     int64_t done;
     if (!c) return;
-    begin_output(c, out);
+    CHECK_ERROR(run_writer(c, out, 0, &done), BESA_OK, NULL);
     write_bytes(partial(out, "/notes.txt"), "mine", 4);
     CHECK_ERROR(open_writer(&w, c, out, &done), BESA_OK, NULL);
     err.code = BESA_ERROR_CANCELLED;
     snprintf(err.message, sizeof err.message, "stopped");
-    besa__writer_discard(w, &err);
-    besa__writer_close(w);
+    besa__writer_abandon(w, &err);
     CHECK_CASE("discarded", err.code, BESA_ERROR_CANCELLED, "stopped; ");
     CHECK(strstr(err.message, "notes.txt") && strstr(err.message, ".partial stays"), "message: %s", err.message);
     shell_line(left, sizeof left, "ls -A '%s' | tr '\\n' ' '", partial(out, ""));
@@ -2455,15 +2567,11 @@ static void test_places_discarded(void)
 /* A start that fails, of a run that was killed while it copied, takes back what is its own, and no more. */
 static void test_places_failed_start(void)
 {
-    const char *out = temp_path("unstarted"), *first = "besa-journal 1";
+    const char *out = temp_path("unstarted");
     besa_checkpoint *c = open_model(source_model(1));
-    char line[128];
     int64_t done;
     if (!c) return;
-    begin_output(c, out);
-    snprintf(line, sizeof line, "%s %016llx\n", first,
-             (unsigned long long)besa__hash(BESA__HASH_START, first, strlen(first)));
-    write_bytes(partial(out, "/besa-journal"), line, strlen(line));
+    begin_copying(c, out);
     write_bytes(partial(out, "/notes.txt"), "mine", 4);
     unlink(partial(out, "/tokenizer.json"));
     mkfifo(partial(out, "/tokenizer.json"), 0666);
@@ -2474,6 +2582,29 @@ static void test_places_failed_start(void)
     CHECK(!exists(partial(out, "/besa-journal")), "the journal is left");
     CHECK(!exists(partial(out, "/empty.txt")), "empty.txt is left");
     CHECK(!exists(partial(out, "/" SHARD_1)), "a shard is left");
+    remove_output(out);
+    besa_checkpoint_close(c);
+}
+
+/* The same, with any call of it failing too, as one that deletes: what is left is gone on from. */
+static void test_places_failed_discard(void)
+{
+    const char *out = temp_path("undeleted"), *fifo = partial(out, "/tokenizer.json");
+    besa_checkpoint *c = open_model(source_model(1));
+    int64_t done;
+    int ok = 1;
+    for (int finished = 0, calls = 1; c && !finished && ok && calls < 1000; calls++) {
+        begin_copying(c, out);
+        unlink(fifo);
+        mkfifo(fifo, 0666);
+        fault_kind = FAULT_ERROR, fault_at = calls, fault_calls = 0;
+        ok = CHECK(run_writer(c, out, 3, &done) != BESA_OK, "call %d: a FIFO is taken for a file", calls);
+        finished = fault_calls < calls;
+        fault_kind = FAULT_NONE;
+        unlink(fifo);
+        ok = CHECK(run_writer(c, out, 3, &done) == BESA_OK, "call %d: %s", calls, err.message) && ok;
+        ok = CHECK(names_like(g_temp, "undeleted") == 1, "call %d: something lies beside the output", calls) && ok;
+    }
     remove_output(out);
     besa_checkpoint_close(c);
 }
@@ -2492,7 +2623,7 @@ static void test_places_noted(void)
     CHECK_ERROR(besa__writer_open(&w, c, out, "fp 1", 3, &done, &notes, &err), BESA_OK, NULL);
     CHECK(notes && strstr(notes, "notes.txt"), "notes: %s", notes ? notes : "none");
     BESA_FREE(notes);
-    besa__writer_close(w);
+    besa__writer_abandon(w, NULL);
     remove_output(out);
     besa_checkpoint_close(c);
 }
@@ -2570,48 +2701,83 @@ static void check_failing_open(int kind)
     CHECK(calls > 5 && calls < 1000, "%d calls were tried", calls - 1);
 }
 
-/* Each call of the kind fails while a run goes on: an error that says so, blocks that are kept, and the same bytes when it
- * is run again. */
-static void check_failing_run(int kind)
+/* Each call of the kind fails while a run goes on, and with `stays` all after it: an error that says so, blocks that are kept,
+ * and the same bytes when it is run again. */
+static void check_failing_run(const besa_checkpoint *c, int kind, int state, int stays)
 {
     const char *out = temp_path("faulty"), *wanted = wanted_output(1);
-    besa_checkpoint *c = open_model(source_model(1));
-    int64_t done, before;
+    char label[64];
+    int64_t done = 0;
     int ok = 1, finished = 0, calls = 1;
-    for (; c && !finished && ok && calls < 1000; calls++) {
-        ok = CHECK(run_writer(c, out, 1, &before) == BESA_OK, "call %d: %s", calls, err.message);
-        fault_kind = kind, fault_at = calls, fault_calls = 0;
+    for (; !finished && ok && calls < 1000; calls++) {
+        snprintf(label, sizeof label, "from state %d, call %d%s", state, calls, stays ? " and all after it" : "");
+        begin_from(c, out, state);
+        fault_kind = kind, fault_at = calls, fault_calls = 0, fault_stays = stays;
         besa_result result = run_writer(c, out, 3, &done);
         finished = fault_calls < calls;
-        fault_kind = FAULT_NONE;
+        fault_kind = fault_stays = 0;
         if (result == BESA_ERROR_WRITE && exists(out)) { /* only its parent's sync */
-            ok = CHECK(strstr(err.message, "complete"), "call %d: %s", calls, err.message) && ok;
+            ok = CHECK(strstr(err.message, "complete"), "%s: %s", label, err.message) && ok;
         } else if (result != BESA_OK) {
-            ok = CHECK(!exists(out) && exists(partial(out, "")), "call %d: the blocks are not kept", calls) && ok;
-            ok = CHECK(err.code == result, "call %d: %s, but %s", calls, besa_result_string(result),
-                       besa_result_string(err.code)) && ok;
-            ok = CHECK(run_writer(c, out, 3, &done) == BESA_OK, "call %d: not resumed: %s", calls, err.message) && ok;
-            ok = CHECK(done >= 1, "call %d: %d blocks were done", calls, (int)done) && ok;
+            ok = CHECK(!exists(out) && names_like(g_temp, "faulty") <= 1, "%s: more than an unfinished output", label) && ok;
+            ok = CHECK(err.code == result, "%s: %s, but %s", label, besa_result_string(result), besa_result_string(err.code)) && ok;
+            ok = CHECK(run_writer(c, out, 3, &done) == BESA_OK, "%s: not resumed: %s", label, err.message) && ok;
+            ok = CHECK(done >= done_from[state], "%s: %d blocks were done", label, (int)done) && ok;
         }
-        ok = CHECK(same_output(out, wanted), "call %d: %s", calls, difference) && ok;
-        ok = CHECK(!exists(partial(out, "")), "call %d: .partial is left over", calls) && ok;
-        remove_output(out);
+        ok = CHECK(compare_directories(out, wanted, NULL, difference) == 0, "%s: %s differs", label, difference) && ok;
+        ok = CHECK(names_like(g_temp, "faulty") == 1, "%s: something lies beside the output", label) && ok;
     }
     CHECK(finished, "after %d calls the run has not ended", calls - 1);
     if (getenv("TEST_VERBOSE")) printf("    %d calls\n", calls - 2);
+    remove_output(out);
+}
+
+static void check_failing_runs(int kind)
+{
+    besa_checkpoint *c = open_model(source_model(1));
+    for (int i = 0; c && i < 2 * FROM_STATES; i++) check_failing_run(c, kind, i / 2, i % 2);
     besa_checkpoint_close(c);
 }
 
 static void test_system_calls(void)
 {
     check_failing_open(FAULT_ERROR);
-    check_failing_run(FAULT_ERROR);
+    check_failing_runs(FAULT_ERROR);
 }
 
 static void test_allocations(void)
 {
     check_failing_open(FAULT_MEMORY);
-    check_failing_run(FAULT_MEMORY);
+    check_failing_runs(FAULT_MEMORY);
+}
+
+/* Too few descriptors, for a new run and for one that was killed while it copied: what is left is gone on from. */
+static void test_few_descriptors(void)
+{
+    const char *out = temp_path("few");
+    besa_checkpoint *c = open_model(source_model(1));
+    struct rlimit old, low;
+    int64_t done;
+    int finished = 0, refused = 0;
+    if (!c) return;
+    getrlimit(RLIMIT_NOFILE, &old);
+    low = old;
+    for (int killed = 0; killed < 2; killed++, finished = 0)
+        for (low.rlim_cur = 1; !finished && low.rlim_cur < 64; low.rlim_cur++) {
+            remove_output(out);
+            if (killed) begin_copying(c, out);
+            setrlimit(RLIMIT_NOFILE, &low);
+            besa_result result = run_writer(c, out, 3, &done);
+            setrlimit(RLIMIT_NOFILE, &old);
+            finished = result == BESA_OK;
+            refused += !finished;
+            if (!finished) CHECK_ERROR(run_writer(c, out, 3, &done), BESA_OK, NULL);
+            CHECK_OUTPUT(out, wanted_output(1));
+            CHECK(names_like(g_temp, "few") == 1, "something lies beside the output");
+        }
+    CHECK(refused > 6, "only %d runs had too few", refused);
+    remove_output(out);
+    besa_checkpoint_close(c);
 }
 
 static void test_short_writes(void)
@@ -2781,11 +2947,19 @@ static void writer(void)
     TEST("writer: places where no output can be") run_both(test_writer_places);
     TEST("writer: somebody else's .partial") run_both(test_writer_foreign);
     TEST("writer: stopped after each block, resumed, the same bytes") run_both(test_writer_stopped);
+    TEST("writer: names what another run has otherwise") run_both(test_writer_other_run);
     TEST("writer: a journal torn at every byte") run_both(test_writer_torn);
     TEST("writer: a bit of the journal flipped") run_both(test_writer_flipped);
     TEST("writer: damaged files are made good") run_both(test_writer_damage);
     TEST("writer: abandoned with and without a block") run_both(test_writer_abandoned);
     TEST("writer: replaces nothing that has come to exist") run_both(test_writer_replaces_nothing);
+    TEST("complete: what is not pruned is made good") run_both(test_ready_damage);
+    TEST("complete: pruned weights are read back") run_both(test_ready_weights);
+    TEST("complete: messages") run_both(test_ready_messages);
+    TEST("complete: locked as any other") run_both(test_ready_lock);
+    TEST("complete: appears while another run begins") run_both(test_ready_appears);
+    TEST("writer: the directory is another by now") run_both(test_writer_moved);
+    TEST("writer: locked by another machine") run_both(test_journal_lock);
 }
 
 static void accidents(void)
@@ -2795,19 +2969,18 @@ static void accidents(void)
     TEST("a header that changes after it was read") run(test_header_changes);
     TEST("killed a call later each time") run(test_kill);
     TEST("killed at each system call") run(test_kill_points);
-    TEST("ready but for its name: damaged") run(test_ready_damaged);
-    TEST("ready but for its name: found by two") run(test_ready_locked);
-    TEST("too few file descriptors") run(test_no_descriptors);
     TEST("synced before it is said") run_both(test_sync_order);
     TEST("places: no regular file") run(test_places_kinds);
     TEST("places: a file with a second name") run(test_places_links);
     TEST("places: discarded beside a foreign file") run(test_places_discarded);
     TEST("places: a failed start beside a foreign file") run(test_places_failed_start);
+    TEST("places: a failed start that cannot delete") run(test_places_failed_discard);
     TEST("places: a foreign file is noted") run(test_places_noted);
     TEST("frees: checkpoints") run(test_frees_checkpoints);
     TEST("frees: tokens") run(test_frees_tokens);
     TEST("each system call fails") run(test_system_calls);
     TEST("each allocation fails") run(test_allocations);
+    TEST("too few descriptors") run(test_few_descriptors);
     TEST("short reads, short writes and EINTR") run(test_short_writes);
     TEST("a limit of file sizes") run(test_file_size_limit);
 }

@@ -2041,10 +2041,22 @@ static int refused(setup *s, setup base)
     return 0;
 }
 
+/* A refusal names what differs, with both values, and not what agrees. */
+static void check_named(const setup *s, const char *name)
+{
+    char word[64], *list = strstr(s->error.message, "): "), *at;
+    snprintf(word, sizeof word, " %s=", name);
+    at = list ? strstr(list, word) : NULL;
+    CHECK(at && strstr(at, "(this run: ") && !strstr(list, " version=") && !strstr(list, " checkpoint="), "no %s in: %s", name,
+          s->error.message);
+}
+
 static void test_resume_options(void)
 {
     static const besa_fixed_rate fixed[] = { { "layers.3", 0.25 }, { "layers.3", 0.26 }, { "layers.4", 0.25 }, { "v_proj", 0 },
                                              { "v_proj", -0.0 } };
+    static const char *const named[] = { "method", "fixed", "fixed", "fixed", "fixed", "fixed", "tokens", "sequences", "tokens",
+                                         "backend" };
     unsigned char covered[sizeof(besa_prune_options)] = { 0 };
     size_t run_length = 0, longest = 0, count = sizeof g_options / sizeof *g_options;
     for (size_t i = 0; i < count; i++) memset(covered + g_options[i].offset, 1, g_options[i].size);
@@ -2066,6 +2078,8 @@ static void test_resume_options(void)
             set_option(&s.options, &g_options[i]);
             CHECK(refused(&s, base) == expected, "method %d, option at byte %d: %s", method, (int)g_options[i].offset,
                   expected ? "not refused" : "refused");
+            for (const besa_option *o = besa_option_table(); expected && o->name; o++)
+                if (o->offset == g_options[i].offset) check_named(&s, o->flag ? o->flag : o->name);
         }
         for (int i = 0; i < 10; i++) {
             besa_backend other = counted_backend(0);
@@ -2081,6 +2095,7 @@ static void test_resume_options(void)
             case 9: s.be = &other; break;
             }
             CHECK(refused(&s, base), "method %d, case %d: not refused", method, i);
+            check_named(&s, named[i]);
             other.destroy(&other);
         }
         for (int i = 0; i < 4; i++) {           /* of no effect: who looks on, the machine, a perplexity besides */
@@ -2161,7 +2176,7 @@ static void test_resume_source(void)
         const char *path = i < 2 ? config : shard;
         patch_file(path, at, i == 1 ? 0 : 2, i < 2 ? st[0].st_mtim : later); /* 30000.0; case 1: the same bytes */
         if (i != 1) {
-            CHECK(run(&s) == BESA_ERROR_RESUME, "case %d: %s", i, s.error.message);
+            CHECK(run(&s) == BESA_ERROR_RESUME && strstr(s.error.message, "): checkpoint="), "case %d: %s", i, s.error.message);
             besa_report_free(&s.report);
         }
         patch_file(path, at, i == 1 ? 0 : 2, i < 2 ? later : st[1].st_mtim);
@@ -2423,6 +2438,58 @@ static void test_damaged_partial(void)
     discard(temp_path("whole"));
 }
 
+static int make_output(void *user, const besa_progress *p)
+{
+    if (p->block == p->blocks - 1) mkdir((const char *)user, 0777);
+    return 0;
+}
+
+/* All is done, but the output's name was taken: the next run reads the complete output back and ends from there, even if
+ * files of it are gone; one whose weights have changed is refused. */
+static void test_complete(void)
+{
+    setup s = small_setup(temp_path("whole"));
+    char first[256], ready[600], shard[700];
+    size_t n;
+    CHECK_RUN(&s);
+    besa_report_free(&s.report);
+    for (int damage = 0; damage < 2; damage++) {
+        s = small_setup(temp_path("out"));
+        s.options.progress = make_output;
+        s.options.user = (void *)(uintptr_t)s.output;
+        expect(&s, BESA_ERROR_EXISTS, "the complete output is ");
+        snprintf(ready, sizeof ready, "%s", strstr(s.error.message, "complete output is ") + 19);
+        CHECK(rmdir(s.output) == 0 && !strncmp(ready, partial_of(s.output), strlen(partial_of(s.output))) && exists(ready),
+              "no complete output %s", ready);
+        snprintf(shard, sizeof shard, "%s/config.json", ready);
+        unlink(shard);
+        s = small_setup(s.output);
+        s.options.epochs = 3;
+        expect(&s, BESA_ERROR_RESUME, ready);
+        s = small_setup(s.output);
+        if (damage) {
+            snprintf(shard, sizeof shard, "%s/model.safetensors", ready);
+            unsigned char *bytes = read_bytes(shard, &n);
+            besa_checkpoint *source = NULL;
+            CHECK_OK(besa_checkpoint_open(&source, s.source, &s.error), s.error);
+            bytes[besa_checkpoint_find(source, "model.layers.4.self_attn.k_proj.weight")->offset] ^= 1;
+            write_bytes(shard, bytes, n);
+            besa_checkpoint_close(source);
+            free(bytes);
+            expect(&s, BESA_ERROR_EXISTS, ready);
+            remove_tree(ready);
+        } else {
+            CHECK_RUN(&s);
+            CHECK(s.report.resumed_blocks == s.report.num_blocks, "%d blocks taken over", (int)s.report.resumed_blocks);
+            besa_report_free(&s.report);
+            CHECK(compare_directories(temp_path("whole"), s.output, NULL, first) == 0, "%s differs", first);
+            CHECK(!exists(ready), "it lies beside the output");
+        }
+        discard(s.output);
+    }
+    discard(temp_path("whole"));
+}
+
 /* ---------------------------------------------------------------------------------------------- */
 
 static int child(char **argv)
@@ -2501,6 +2568,7 @@ int main(int argc, char **argv)
     TEST("source replaced during the run") test_source_replaced();
     TEST("kill and resume") test_kill();
     TEST("damaged partial output") test_damaged_partial();
+    TEST("complete output without its name") test_complete();
     besa_tokens_free(&g_calibration);
     besa_tokens_free(&g_test);
     return test_finish();
