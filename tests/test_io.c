@@ -2438,7 +2438,7 @@ static void check_kill_points(const besa_checkpoint *c, int state)
             ok = CHECK(run_writer(c, out, 3, &done) == BESA_OK, "call %d: %s", calls, err.message) && ok;
             ok = CHECK(done >= done_from[state], "call %d: %d blocks were done", calls, (int)done) && ok;
         }
-        ok = CHECK(same_output(out, wanted), "call %d: %s", calls, difference) && ok;
+        ok = CHECK(compare_directories(out, wanted, NULL, difference) == 0, "call %d: %s differs", calls, difference) && ok;
         ok = CHECK(names_like(g_temp, "killpoint") == 1, "call %d: %d names begin with killpoint", calls,
                    names_like(g_temp, "killpoint")) && ok;
     }
@@ -2450,7 +2450,8 @@ static void check_kill_points(const besa_checkpoint *c, int state)
 static void test_kill_points(void)
 {
     besa_checkpoint *c = open_model(source_model(1));
-    for (int state = 0; c && state < FROM_STATES; state++) check_kill_points(c, state);
+    if (c) check_kill_points(c, FROM_NOTHING); /* which comes by all that a run from one block does */
+    if (c) check_kill_points(c, FROM_READY);
     besa_checkpoint_close(c);
 }
 
@@ -2709,7 +2710,7 @@ static void check_failing_run(const besa_checkpoint *c, int kind, int state, int
     char label[64];
     int64_t done = 0;
     int ok = 1, finished = 0, calls = 1;
-    for (; !finished && ok && calls < 1000; calls++) {
+    for (; !finished && ok && calls < 1000; calls += stays ? 3 : 1) {
         snprintf(label, sizeof label, "from state %d, call %d%s", state, calls, stays ? " and all after it" : "");
         begin_from(c, out, state);
         fault_kind = kind, fault_at = calls, fault_calls = 0, fault_stays = stays;
