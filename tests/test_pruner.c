@@ -58,8 +58,9 @@ static void forward(const besa_block *block, besa_activations *acts, const float
     CHECK_OK(besa_block_forward(&g_be, block, acts, x, y, count, SEQLEN, &g_error), g_error);
 }
 
-/* Weights with zeros of both signs, a column of inputs that is always zero, channels of unequal size. */
-static model new_model(void)
+/* Weights with zeros of both signs, a column of inputs that is always zero, channels of unequal size; q, k and v have inputs
+ * of about `size`. */
+static model new_model(float size)
 {
     model m;
     besa_block_shape *s = &m.block.shape;
@@ -79,6 +80,7 @@ static model new_model(void)
     m.block.norm2 = norm = random_floats(WIDTH, 0.5);
     for (int j = 0; j < WIDTH; j++) norm[j] += 1;
     m.block.norm1 = norm = (float *)copy_of(norm, WIDTH * sizeof *norm);
+    for (int j = 0; j < WIDTH; j++) norm[j] *= size;
     norm[DEAD] = 0;
     besa_rope_table(s, SEQLEN, cosine, sine);
     m.block.rope_cos = cosine, m.block.rope_sin = sine;
@@ -937,7 +939,10 @@ static void test_others(const model *m)
     o.method = BESA_METHOD_SPARSEGPT;
     TEST("sparsegpt, 61.81 %, fixed layers, a dead column") test_sparsegpt(m, &o);
     o.num_fixed = 0, o.rates.target = 0, o.pattern_n = 1, o.pattern_m = 3;
-    TEST("sparsegpt, 1:3, a dead column") test_sparsegpt(m, &o);
+    TEST("sparsegpt, 1:3, a dead column whose 1 decides the damping of small ones") {
+        model small = new_model(0.05f);
+        test_sparsegpt(&small, &o);
+    }
 }
 
 int main(int argc, char **argv)
@@ -951,7 +956,7 @@ int main(int argc, char **argv)
     test.only = argc > 2 ? argv[2] : NULL;
     if (besa_cpu_backend(&g_be, &one, &g_error) != BESA_OK) return fprintf(stderr, "%s\n", g_error.message), 1;
     g_ops.be = &g_be;
-    m = new_model();
+    m = new_model(1);
     test_learn(&m);
     test_optimizers();
     test_others(&m);
