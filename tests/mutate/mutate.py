@@ -9,6 +9,7 @@
     -j N            workers, of one core each (1)
     --file HEADER   those of one header
     --quick         only tests of a few seconds: who survives them is to be tried by the others
+    --plain         no sanitizers, which take the longest: who survives is to be tried by them in a later run
     --again         those that were not caught last time, and whatever is new
     --fresh         nothing is remembered
     --stop          the first survivor ends the run
@@ -40,7 +41,7 @@ WORK = os.path.join(TESTS, "build", "mutate")
 HEADERS = ("besa.h", "besa_cuda.cuh")
 FAILED = re.compile(rb"^(FAIL|    \w+\.(c|h|cpp):\d+: |.*(ERROR: \w+Sanitizer|WARNING: ThreadSanitizer|runtime error:))")
 QUICK = 9.0                                     # seconds: longer tests come last, and not under sanitizers
-QUICKLY = "the quick tests pass"                # how one survives --quick
+LATER = ("the quick tests pass", "the plain tests pass")        # how one survives --quick, --plain
 COVERAGE = "-O1 --coverage"
 ADDRESS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 # what is compiled and run sooner without optimisation
@@ -268,7 +269,7 @@ def same_code(m, directory, texts, before={}):
     return code_of(m.text) == before[directory, m.file]
 
 
-def try_mutant(m, directory, known, texts, everything, quick):
+def try_mutant(m, directory, known, texts, everything, options):
     """(result, how): caught, survived, equal (the same machine code) or uncompiled."""
     os.makedirs(directory, exist_ok=True)
     by_name, built = {p.name: p for p in everything}, {}
@@ -290,13 +291,15 @@ def try_mutant(m, directory, known, texts, everything, quick):
             if reason:
                 return "%s%s: %s" % (name, ", " + variant if variant in ("address", "thread") else "", reason)
     how = first_failure("plain", [u for u in units if u[2] < QUICK], 1)
-    if not how and quick:
-        return "survived", QUICKLY
+    if not how and options.quick:
+        return "survived", LATER[0]
     how = how or first_failure("fast", [u for u in units if u[2] >= QUICK], 1)
     if how == "uncompiled":
         return how, make.error.strip().split("\n")[0][:160]
     if not how and same_code(m, directory, texts):
         return equal
+    if not how and options.plain:
+        return "survived", LATER[1]
     write_headers(directory, dict(texts, **{m.file: m.text}))
     cuda = m.file == "besa_cuda.cuh"
     how = how or first_failure("address", [u for u in units if cuda or u[2] < QUICK], 8)
@@ -325,7 +328,8 @@ class Results:
             return None
         if options.again:
             return entry if entry["result"] == "caught" else None
-        return entry if entry["key"] == self.key and (options.quick or entry["how"] != QUICKLY) else None
+        tried = LATER.index(entry["how"]) if entry["how"] in LATER else len(LATER)
+        return entry if entry["key"] == self.key and tried >= (0 if options.quick else 1 if options.plain else 2) else None
 
     def add(self, m, result, how, seconds):
         entry = {"name": m.name, "result": result, "how": how, "seconds": round(seconds, 1), "key": self.key,
@@ -350,7 +354,7 @@ def work(todo, results, options, known, texts, everything, number, done):
         entry = results.get(m, options)
         if not entry:
             start = time.time()
-            result, how = try_mutant(m, directory, known, texts, everything, options.quick)
+            result, how = try_mutant(m, directory, known, texts, everything, options)
             entry = results.add(m, result, how, time.time() - start)
         done(m, entry)
     shutil.rmtree(directory, ignore_errors=True)
@@ -408,7 +412,7 @@ def main():
     parser.add_argument("--only", default="")
     parser.add_argument("--file", choices=HEADERS)
     parser.add_argument("-j", type=int, default=1)
-    for flag in ("check", "quick", "again", "fresh", "stop"):
+    for flag in ("check", "quick", "plain", "again", "fresh", "stop"):
         parser.add_argument("--" + flag, action="store_true")
     options = parser.parse_args()
     texts = {h: open(os.path.join(ROOT, h), encoding="utf-8").read() for h in HEADERS}
