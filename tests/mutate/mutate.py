@@ -109,8 +109,9 @@ def limits(seconds, address_space):
     return set_limits
 
 
-def run_test(path, program, only, directory, seconds=600.0, slower=1):
-    """Run a program, or one test of it. What it failed by, or None; and the processor time it took."""
+def run_test(path, program, only, directory, seconds=600.0, slower=1, passed=None):
+    """Run a program, or one test of it. What it failed by, or None; and the processor time it took. Names of the tests that
+    passed are added to `passed`."""
     temporary = os.path.join(directory, "tmp")
     os.makedirs(temporary, exist_ok=True)
     arguments = [temporary if a == "/dev/shm" else a for a in program.arguments] + ([only] if only else [])
@@ -124,6 +125,8 @@ def run_test(path, program, only, directory, seconds=600.0, slower=1):
     late.start()
     reason = None
     for line in child.stdout:
+        if passed is not None and line.startswith(b"PASS "):
+            passed.append(line[5:].decode().strip())
         if FAILED.match(line):
             reason = line.decode("utf-8", "replace").strip()[:160]
             break
@@ -166,11 +169,14 @@ def covered(directory):
     return ran, code
 
 
-def tests_of(program):
-    """Names of a program's tests where all stand in its source; else [None]: it is run as a whole."""
+def tests_of(path, program, directory):
+    """Names of a program's tests: those that stand in its source where all do, else those that it prints."""
     source_of = open(os.path.join(TESTS, program.name + (".cpp" if program.cuda else ".c"))).read()
     names = re.findall(r'\bTEST\("([^"]+)"\)', source_of)
-    return names if names and len(names) == len(re.findall(r"\bTEST\(", source_of)) else [None]
+    if len(names) != len(re.findall(r"\bTEST\(", source_of)):
+        names = []
+        run_test(path, program, None, directory, passed=names)
+    return list(dict.fromkeys(names))           # in their order, each once
 
 
 def measure(directory, program):
@@ -179,11 +185,16 @@ def measure(directory, program):
     units, code, path = [], {h: set() for h in HEADERS}, program.build(directory, "coverage")
     if not path:
         sys.exit("mutate.py: %s does not compile:\n%s" % (program.name, make.error))
-    for name in tests_of(program):
-        reason, seconds = run_test(path, program, name, directory)
+    names = tests_of(path, program, directory)
+    covered(os.path.join(directory, "coverage"))
+    for name in names:
+        passed = []
+        reason, seconds = run_test(path, program, name, directory, passed=passed)
         ran, known = covered(os.path.join(directory, "coverage"))
-        if reason:
-            print("%s %s is left out: it fails without a mistake: %s" % (program.name, name or "", reason))
+        if not reason and not passed and any(n in name for n in names if n != name):
+            continue                            # it needs what another leaves, which runs it, too: it is named by a part of its name
+        if reason or not passed:
+            print("%s %s is left out: it fails without a mistake: %s" % (program.name, name, reason or "nothing ran"))
             continue
         units.append([program.name, name, seconds, {h: sorted(ran[h]) for h in HEADERS}])
         for h in HEADERS:
@@ -227,13 +238,19 @@ def write_headers(directory, texts):
 
 
 def relevant_lines(m, known, texts):
-    """Lines whose tests can notice: those that were changed, or the nearest with code; None: any test may."""
+    """Lines whose tests can notice: those that were changed, those of the functions that name a table or macro, or the nearest with
+    code; None: any test may."""
     code = set(known["code"][m.file])
     lines = set(m.lines) & code
     if lines:
         return lines
-    at = [i for i, c in enumerate(texts[m.file]) if c == "\n"][m.lines[0] - 2] + 1
-    inside = any(begin <= at < end for begin, end in source.functions(source.blank(texts[m.file])).values())
+    bare = source.blank(texts[m.file])
+    spans, at = source.functions(bare), [i for i, c in enumerate(bare) if c == "\n"][m.lines[0] - 2] + 1
+    inside = any(begin <= at < end for begin, end in spans.values())
+    name = None if inside else source.definition_at(texts[m.file], bare, at)
+    if name:
+        users = [span for span in spans.values() if re.search(r"\b%s\b" % name, bare[slice(*span)])]
+        return {line for span in users for line in source.lines_of(bare, *span) if line in code} or None
     near = [[line for line in side if line in code][:1] for side in
             (range(m.lines[0] - 1, m.lines[0] - 7, -1), range(m.lines[-1] + 1, m.lines[-1] + 7))]
     return set(sum(near, [])) or None if inside else None

@@ -40,6 +40,22 @@ def functions(code):
     return spans
 
 
+def definition_at(text, code, at):
+    """Name of the constant table or of the macro of several lines that the line at this place is in; None where there is none."""
+    lines, row = text.split("\n"), text.count("\n", 0, at)
+    while row and lines[row - 1].endswith("\\"):
+        row -= 1
+    macro = re.match(r"#define (\w+)", lines[row])
+    if macro:
+        return macro.group(1)
+    tables = list(re.finditer(r"\b(\w+)(?:\[[^\]\n]*\])+ = \{[^\n]*\n", code[:at]))
+    return tables[-1].group(1) if tables and "\n}" not in code[tables[-1].end() - 1:at] else None
+
+
+def lines_of(code, begin, end):
+    return range(code.count("\n", 0, begin) + 1, code.count("\n", 0, end) + 2)
+
+
 def mutant(name, file, text, begin, end, new, known=None):
     old = text[begin:end]
     new += "\n" * (old.count("\n") - new.count("\n"))        # other lines keep their numbers
