@@ -1699,10 +1699,25 @@ static void test_writer_bytes(int sharded)
     besa_checkpoint_close(c);
 }
 
+/* Where standard input is closed, what is opened first is descriptor 0. */
+static void test_writer_descriptor_0(int sharded)
+{
+    const char *out = temp_path("descriptor-0-%d", sharded), *wanted = wanted_output(sharded);
+    int input = dup(0);
+    if (input >= 0) close(0);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    if (c) begin_output(c, out);
+    if (c) check_resumed("descriptor 0", c, out, 1, wanted);
+    besa_checkpoint_close(c);
+    CHECK(fcntl(0, F_GETFD) < 0, "descriptor 0 stays open");
+    if (input >= 0) dup2(input, 0), close(input);
+}
+
 static void test_writer_places(int sharded)
 {
     besa_checkpoint *c = open_model(source_model(sharded));
     const char *src = source_model(sharded), *fresh = temp_path("fresh%d", sharded);
+    char line[402] = "";
     int64_t done;
     if (!c) return;
     write_bytes(temp_path("plain"), "x", 1);
@@ -1714,7 +1729,13 @@ static void test_writer_places(int sharded)
     CHECK_ERROR(run_writer(c, temp_path("no/such/out"), 3, &done), BESA_ERROR_NOT_FOUND, "parent");
     CHECK_ERROR(run_writer(c, temp_path("plain/out"), 3, &done), BESA_ERROR_NOT_FOUND, "parent");
     CHECK_ERROR(run_as("a\nb", c, fresh, 3, &done), BESA_ERROR_OPTION, "fingerprint");
+    memset(line, 'x', 401);
+    CHECK_ERROR(run_as(line, c, fresh, 3, &done), BESA_ERROR_OPTION, "fingerprint");
     CHECK(!exists(fresh) && !exists(partial(fresh, "")), "a failed begin leaves something");
+    line[400] = 0;
+    CHECK_ERROR(run_as(line, c, fresh, 1, &done), BESA_OK, NULL);
+    CHECK_ERROR(run_as(line, c, fresh, 3, &done), BESA_OK, NULL);
+    CHECK(done == 1, "a line of 400 characters is not found again");
     besa_checkpoint_close(c);
 }
 
@@ -2591,6 +2612,7 @@ static void writer(void)
     TEST("writer: an output has a checkpoint's files, none of them a link") run_both(test_writer_files);
     TEST("writer: an output has the source's bytes but for what was written") run_both(test_writer_bytes);
     TEST("writer: places where no output can be") run_both(test_writer_places);
+    TEST("writer: standard input is closed") run_both(test_writer_descriptor_0);
     TEST("writer: somebody else's .partial") run_both(test_writer_foreign);
     TEST("writer: stopped after each block, resumed, the same bytes") run_both(test_writer_stopped);
     TEST("writer: a journal torn at every byte") run_both(test_writer_torn);
