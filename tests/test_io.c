@@ -881,6 +881,8 @@ static void test_config(void)
         { "model_type", "model_type=\"gpt2\"", BESA_ERROR_UNSUPPORTED, "model_type = \"gpt2\"" },
         { "model_type absent", "model_type=", BESA_ERROR_UNSUPPORTED, "model_type = (absent)" },
         { "architectures", "architectures=[\"LlamaForSequenceClassification\"]", BESA_ERROR_UNSUPPORTED, "LlamaForSequence" },
+        { "architectures of old", "architectures=[\"LLaMAForCausalLM\"]", BESA_OK, NULL },
+        { "architectures of another model_type", "architectures=[\"MistralForCausalLM\"]", BESA_ERROR_UNSUPPORTED, "Mistral" },
         { "architectures absent", "architectures=", BESA_OK, NULL },
         { "hidden_act", "hidden_act=\"gelu\"", BESA_ERROR_UNSUPPORTED, "hidden_act" },
         { "quantization_config", "quantization_config={\"bits\":4}", BESA_ERROR_UNSUPPORTED, "quantization_config" },
