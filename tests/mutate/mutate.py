@@ -14,10 +14,11 @@
     --fresh         nothing is remembered
     --stop          the first survivor ends the run
 
-A mutant is a copy of the headers with one place changed. The test programs are built from it by tests/Makefile and run
-from the quickest on; the first failed check, crash or test that takes five times as long has caught it. Which tests run which
-line is measured beforehand, so that only those are run that can notice. Survivors go through AddressSanitizer in the end, and
-where a barrier of a kernel is left out through ThreadSanitizer. Mutants of besa_cuda.cuh run on the stand-in runtime.
+A mutant is a copy of the headers with one place changed. The test programs are built from it by tests/Makefile and run, the
+narrowest and quickest tests first; the first failed check, crash or test that takes five times as long has caught it. Which
+tests run which line is measured beforehand, so that only those are run that can notice. Survivors go through
+AddressSanitizer in the end, and where a barrier of a kernel is left out through ThreadSanitizer. Mutants of besa_cuda.cuh
+run on the stand-in runtime.
 Results are remembered in build/mutate: an interrupted run goes on. A first run measures all tests, which takes minutes."""
 import argparse
 import hashlib
@@ -257,16 +258,14 @@ def relevant_lines(m, known, texts):
 
 
 def units_of(m, known, texts):
-    """The tests that run the mutant's lines, the quickest programs' and tests first."""
+    """The tests that run the mutant's lines: those first that are quick and run little else."""
     lines = relevant_lines(m, known, texts)
-    units, whole = [], {}
+    units = []
     for unit in known["units"]:
-        name, _, seconds, ran = unit
-        whole[name] = whole.get(name, 0) + seconds
-        fits = m.order or (name == "test_cuda") == (m.file == "besa_cuda.cuh")
-        if fits and (lines is None or lines & set(ran[m.file])):
+        fits = m.order or (unit[0] == "test_cuda") == (m.file == "besa_cuda.cuh")
+        if fits and (lines is None or lines & set(unit[3][m.file])):
             units.append(unit)
-    return sorted(units, key=lambda u: (u[2] >= QUICK, whole[u[0]], u[2]))
+    return sorted(units, key=lambda u: (u[2] >= QUICK, (u[2] + 0.3) * sum(map(len, u[3].values()))))
 
 
 def same_code(m, directory, texts, before={}):
