@@ -41,7 +41,7 @@ ROOT = os.path.dirname(TESTS)
 WORK = os.path.join(TESTS, "build", "mutate")
 HEADERS = ("besa.h", "besa_cuda.cuh")
 FAILED = re.compile(rb"^(FAIL|    \w+\.(c|h|cpp):\d+: |.*(ERROR: \w+Sanitizer|WARNING: ThreadSanitizer|runtime error:))")
-QUICK = 9.0                                     # seconds: longer tests come last, and not under sanitizers
+QUICK = {"test_cuda": 36.0}                     # seconds: longer tests come last, and not under sanitizers
 LATER = ("the quick tests pass", "the plain tests pass")        # how one survives --quick, --plain
 COVERAGE = "-O1 --coverage"
 ADDRESS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
@@ -265,7 +265,11 @@ def units_of(m, known, texts):
         fits = m.order or (unit[0] == "test_cuda") == (m.file == "besa_cuda.cuh")
         if fits and (lines is None or lines & set(unit[3][m.file])):
             units.append(unit)
-    return sorted(units, key=lambda u: (u[2] >= QUICK, (u[2] + 0.3) * sum(map(len, u[3].values()))))
+    return sorted(units, key=lambda u: (is_long(u), (u[2] + 0.3) * sum(map(len, u[3].values()))))
+
+
+def is_long(unit):
+    return unit[2] >= QUICK.get(unit[0], 9.0)
 
 
 def same_code(m, directory, texts, before={}):
@@ -306,10 +310,10 @@ def try_mutant(m, directory, known, texts, everything, options):
             reason, _ = run_test(built[name, variant], by_name[name], only, directory, seconds, slower)
             if reason:
                 return "%s%s: %s" % (name, ", " + variant if variant in ("address", "thread") else "", reason)
-    how = first_failure("plain", [u for u in units if u[2] < QUICK], 1)
+    how = first_failure("plain", [u for u in units if not is_long(u)], 1)
     if not how and options.quick:
         return "survived", LATER[0]
-    how = how or first_failure("fast", [u for u in units if u[2] >= QUICK], 1)
+    how = how or first_failure("fast", [u for u in units if is_long(u)], 1)
     if how == "uncompiled":
         return how, make.error.strip().split("\n")[0][:160]
     if not how and same_code(m, directory, texts):
@@ -318,7 +322,7 @@ def try_mutant(m, directory, known, texts, everything, options):
         return "survived", LATER[1]
     write_headers(directory, dict(texts, **{m.file: m.text}))
     cuda = m.file == "besa_cuda.cuh"
-    how = how or first_failure("address", [u for u in units if cuda or u[2] < QUICK], 8)
+    how = how or first_failure("address", [u for u in units if cuda or not is_long(u)], 8)
     if not how and m.order and cuda:
         how = first_failure("thread", units, 40)
     return ("caught", how) if how else ("survived", "%d tests pass" % len(units))
