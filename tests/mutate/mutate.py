@@ -223,7 +223,7 @@ def profile(texts, everything, fresh):
             one = dict(measure(directory, program), key=key)
             json.dump(one, open(path, "w"))
         known["units"] += one["units"]
-        for h in HEADERS:
+        for h in HEADERS[program.cuda:]:        # the stand-in's build has no parallel loops, and lines that others do not count
             known["code"][h] = sorted(set(known["code"][h] + one["code"][h]))
     shutil.rmtree(directory)
     return known
@@ -239,22 +239,19 @@ def write_headers(directory, texts):
 
 
 def relevant_lines(m, known, texts):
-    """Lines whose tests can notice: those that were changed, those of the functions that name a table or macro, or the nearest with
-    code; None: any test may."""
+    """Lines whose tests can notice: those that were changed; where they are not counted, as those of a parallel loop are not,
+    all of the function or of the functions that name the table or macro; None: any test may."""
     code = set(known["code"][m.file])
     lines = set(m.lines) & code
     if lines:
         return lines
     bare = source.blank(texts[m.file])
     spans, at = source.functions(bare), [i for i, c in enumerate(bare) if c == "\n"][m.lines[0] - 2] + 1
-    inside = any(begin <= at < end for begin, end in spans.values())
-    name = None if inside else source.definition_at(texts[m.file], bare, at)
+    users = [(begin, end) for begin, end in spans.values() if begin <= at < end]
+    name = None if users else source.definition_at(texts[m.file], bare, at)
     if name:
         users = [span for span in spans.values() if re.search(r"\b%s\b" % name, bare[slice(*span)])]
-        return {line for span in users for line in source.lines_of(bare, *span) if line in code} or None
-    near = [[line for line in side if line in code][:1] for side in
-            (range(m.lines[0] - 1, m.lines[0] - 7, -1), range(m.lines[-1] + 1, m.lines[-1] + 7))]
-    return set(sum(near, [])) or None if inside else None
+    return {line for span in users for line in source.lines_of(bare, *span) if line in code} or None
 
 
 def units_of(m, known, texts):
