@@ -888,6 +888,38 @@ static void test_seconds(const model *m, besa_method method)
     CHECK(sum <= wall && sum > 0.5 * wall, "passes of %g s in a call of %g", sum, wall);
 }
 
+/* ---- one block after another ----------------------------------------------------------------- */
+
+/* A pruner's second block gives what its first did: nothing of that one is left. BESA learns nothing here, so that the
+ * counts that the first block ended with are those that the second one's learning begins with. */
+static void test_twice(const model *m, besa_method method)
+{
+    besa_prune_options o;
+    besa_pruner *pruner = NULL;
+    besa_block_report report[2];
+    void *pruned[2][BESA_LAYERS];
+    float *x[2];
+    memset(&o, 0, sizeof o);
+    o.method = method, o.rates.target = 0.4, o.rates.zero_start = 1, o.no_projection = 1, o.rates.d0 = 1e-12;
+    CHECK_OK(besa_pruner_create(&pruner, &g_be, &m->block.shape, BESA_F32, 0, &o, SEQUENCES, SEQLEN, &g_error), g_error);
+    if (!pruner) return;
+    for (int i = 0; i < 2; i++) {
+        x[i] = (float *)copy_of(m->x, (size_t)(TOKENS * WIDTH) * sizeof(float));
+        memset(&report[i], 0xFF, sizeof report[i]);
+        for (int l = 0; l < BESA_LAYERS; l++) pruned[i][l] = take_floats(m->rows[l] * m->columns[l]);
+        CHECK_OK(besa_pruner_run(pruner, &m->block, NULL, x[i], NULL, pruned[i], &report[i], &g_error), g_error);
+        memset(report[i].seconds, 0, sizeof report[i].seconds);
+    }
+    besa_pruner_destroy(pruner);
+    CHECK(!memcmp(x[0], x[1], (size_t)(TOKENS * WIDTH) * sizeof(float)), "other outputs the second time");
+    CHECK(!memcmp(&report[0], &report[1], sizeof report[0]), "another report: losses %g %g %g, then %g %g %g",
+          report[0].loss_uniform, report[0].loss_before, report[0].loss_after, report[1].loss_uniform,
+          report[1].loss_before, report[1].loss_after);
+    for (int l = 0; l < BESA_LAYERS; l++)
+        CHECK(!memcmp(pruned[0][l], pruned[1][l], (size_t)(m->rows[l] * m->columns[l]) * sizeof(float)),
+              "%s: other weights the second time", besa_layer_name(l));
+}
+
 /* ---- the list -------------------------------------------------------------------------------- */
 
 static besa_prune_options learning_options(int64_t batch_size)
@@ -949,6 +981,8 @@ int main(int argc, char **argv)
 {
     static const char *const seconds[] = { "seconds of besa's passes", "seconds of wanda's passes", "seconds of sparsegpt's passes",
                                            "seconds of magnitude's passes" };
+    static const char *const twice[] = { "the same block twice, besa", "the same block twice, wanda", "the same block twice, sparsegpt",
+                                         "the same block twice, magnitude" };
     besa_cpu_options one = { 2, 0 };
     model m;
     if (argc < 2) return fprintf(stderr, "usage: %s REFERENCE_DIRECTORY [part of a test's name]\n", argv[0]), 2;
@@ -964,6 +998,7 @@ int main(int argc, char **argv)
     TEST("sparsegpt as stored, 2:4") test_sparsegpt_stored("pruned_2of4", 2, 4, 75);
     TEST("sparsegpt as stored, 4:8") test_sparsegpt_stored("pruned_4of8", 4, 8, 40);
     for (int i = BESA_METHOD_BESA; i <= BESA_METHOD_MAGNITUDE; i++) TEST(seconds[i]) test_seconds(&m, (besa_method)i);
+    for (int i = BESA_METHOD_BESA; i <= BESA_METHOD_MAGNITUDE; i++) TEST(twice[i]) test_twice(&m, (besa_method)i);
     g_be.destroy(&g_be);
     return test_finish();
 }
