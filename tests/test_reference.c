@@ -1235,6 +1235,63 @@ static void test_waits(besa_method method)
     besa_pruner_destroy(pruner);
 }
 
+static void (*g_free)(besa_backend *, void *);
+static int g_freed;
+
+static void counted_free(besa_backend *be, void *memory)
+{
+    g_freed += memory != NULL;
+    for (int q = 0; q < BESA_QUEUE_COUNT; q++)
+        CHECK(!memory || g_waits[q] > 0, "memory is freed before queue %d is done with it", q);
+    g_free(be, memory);
+}
+
+/* What waits from here on and what is freed is counted, or is so no more; returns what was freed. */
+static int count_frees(int on)
+{
+    memset(g_waits, 0, sizeof g_waits);
+    if (on) {
+        g_synchronize = g_be.synchronize, g_free = g_be.free;
+        g_be.synchronize = counted_synchronize, g_be.free = counted_free;
+        return g_freed = 0;
+    }
+    g_be.synchronize = g_synchronize, g_be.free = g_free;
+    return g_freed;
+}
+
+/* Device memory is freed when every queue is done: of a pruner, of rates, of a run. */
+static void test_frees(void)
+{
+    trace t;
+    besa_prune_options o;
+    besa_pruner *pruner = NULL;
+    besa_rates *rates = NULL;
+    besa_layer_shape layer = { 8, 8, BESA_F32 };
+    besa_checkpoint *checkpoint = NULL;
+    void *pruned[BESA_LAYERS];
+    char path[600];
+    int32_t ids[4] = { 1, 2, 3, 4 };
+    double perplexity;
+    prune_inputs(&t, "trace_published_penalty", pruned);
+    memset(&o, 0, sizeof o);
+    o.rates.target = 0.5;
+    CHECK_OK(besa_pruner_create(&pruner, &g_be, &t.block.shape, BESA_F32, 0, &o, STEPS, t.seqlen, &g_error), g_error);
+    count_frees(1);
+    besa_pruner_destroy(pruner);
+    CHECK(count_frees(0) == 1, "%d blocks of memory for a pruner", g_freed);
+    CHECK_OK(besa_rates_create(&rates, &g_be, &layer, 1, &o.rates, &g_error), g_error);
+    count_frees(1);
+    besa_rates_destroy(rates);
+    CHECK(count_frees(0) == 1, "%d blocks of memory for rates", g_freed);
+    snprintf(path, sizeof path, "%s/checkpoints/llama_mha_f16", g_reference);
+    CHECK_OK(besa_checkpoint_open(&checkpoint, path, &g_error), g_error);
+    if (!checkpoint) return;
+    count_frees(1);
+    CHECK_OK(besa_perplexity(checkpoint, &g_be, ids, 1, 4, &perplexity, NULL, NULL, NULL, &g_error), g_error);
+    CHECK(count_frees(0) == 1, "%d blocks of memory for a run", g_freed);
+    besa_checkpoint_close(checkpoint);
+}
+
 /* A pruner runs only on blocks of the shape, type and norms that it was made for. */
 static void test_other_blocks(void)
 {
@@ -1525,6 +1582,7 @@ int main(int argc, char **argv)
     TEST("bf16 products") test_bf16_products();
     TEST("Hessians without a factor") test_singular();
     TEST("a pruner and other blocks") test_other_blocks();
+    TEST("memory is freed when all queues are done with it") test_frees();
     TEST("one wait a block, besa") test_waits(BESA_METHOD_BESA);
     TEST("one wait a block, wanda") test_waits(BESA_METHOD_WANDA);
     TEST("one wait a block, sparsegpt") test_waits(BESA_METHOD_SPARSEGPT);
