@@ -2037,7 +2037,7 @@ static void test_permissions(void)
 }
 
 /* A source file is replaced while the run goes on: by the same contents, by others, by nothing; then it is put back. */
-enum { CHANGE_SAME, CHANGE_BYTE, CHANGE_SHORTER, CHANGE_GONE, CHANGE_BEFORE, CHANGES };
+enum { CHANGE_SAME, CHANGE_BYTE, CHANGE_HEAD, CHANGE_SHORTER, CHANGE_GONE, CHANGE_BEFORE, CHANGES };
 
 /* A run with a change of the file: CHANGE_BEFORE it begins, and put back during it; else before it ends. kept: the
  * checkpoint holds the file's bytes, so that others may be there in between. */
@@ -2062,6 +2062,7 @@ static besa_result run_changed(const besa_checkpoint *c, const char *path, int k
     CHECK_CASE("blocks", result, BESA_OK, NULL);
     if (change != CHANGE_BEFORE) rename(path, temp_path("aside"));
     if (change == CHANGE_BYTE) bytes[n - 1] ^= 1; /* of shards the last one is of a weight */
+    if (change == CHANGE_HEAD) bytes[n > 8 ? 8 : 0] ^= 1; /* and the ninth of the header */
     if (change != CHANGE_GONE) write_bytes(path, bytes, change == CHANGE_SHORTER ? n - 1 : n);
     free(bytes);
     return besa__writer_finish(w, &err);
@@ -2070,9 +2071,9 @@ static besa_result run_changed(const besa_checkpoint *c, const char *path, int k
 /* The output is of what was read, or the error names the file and the blocks are kept. */
 static void check_source_change(const char *src, const char *name, int change, const char *out)
 {
-    static const char *const how[] = { "the same", "another byte", "shorter", "gone", "another before" };
+    static const char *const how[] = { "the same", "another byte", "another ninth byte", "shorter", "gone", "another before" };
     int kept = !strcmp(name, "config.json") || !strcmp(name, INDEX);
-    int refused = change == CHANGE_BYTE || change == CHANGE_SHORTER || change == CHANGE_GONE;
+    int refused = change != CHANGE_SAME && change != CHANGE_BEFORE;
     besa_checkpoint *c = open_model(src);
     char label[128];
     if (!c) return;
