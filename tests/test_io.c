@@ -2003,6 +2003,8 @@ static void check_modes(const char *src, const char *out, int shift, mode_t mask
     besa_checkpoint *c = open_model(src);
     if (c) {
         CHECK_ERROR(run_writer(c, out, 1, &done), BESA_OK, NULL);
+        int found = mode_of(partial(out, "/besa-journal"));
+        CHECK(found == (int)(0666 & ~mask), "umask %03o: the journal has mode %03o", (unsigned)mask, (unsigned)found);
         CHECK_ERROR(run_writer(c, out, 3, &done), BESA_OK, NULL);
         CHECK(done == 1, "umask %03o: %d blocks were done", (unsigned)mask, (int)done);
     }
