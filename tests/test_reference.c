@@ -1078,6 +1078,9 @@ static void test_importance_of_layer(int importance)
     CHECK_OK(besa_rates_fix(rates, 0, 0.5, &g_error), g_error);
     CHECK_OK(besa_rates_mask(rates, 0, w, pruned, &g_error), g_error);
     check_lowest_gone(g_importance[importance], w, pruned, scale, power, R, C);
+    CHECK_OK(besa_rates_fix(rates, 0, 0, &g_error), g_error);
+    CHECK_OK(besa_rates_mask(rates, 0, w, pruned, &g_error), g_error);
+    CHECK(!memcmp(w, pruned, sizeof w), "%s: something goes at a sparsity of 0", g_importance[importance]);
     besa_rates_destroy(rates);
 }
 
