@@ -41,12 +41,12 @@ ROOT = os.path.dirname(TESTS)
 WORK = os.path.join(TESTS, "build", "mutate")
 HEADERS = ("besa.h", "besa_cuda.cuh")
 FAILED = re.compile(rb"^(FAIL|    \w+\.(c|h|cpp):\d+: |.*(ERROR: \w+Sanitizer|WARNING: ThreadSanitizer|runtime error:))")
-QUICK = {"test_cuda": 36.0}                     # seconds: longer tests come last, and not under sanitizers
+QUICK = {"test_cuda": 31.0}                     # seconds: longer tests come last, and not under sanitizers
 LATER = ("the quick tests pass", "the plain tests pass")        # how one survives --quick, --plain
 COVERAGE = "-O1 --coverage"
 ADDRESS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 # what is compiled and run sooner without optimisation
-LEVEL = {"test_reference": "-O0", "test_io": "-O0"}
+LEVEL = {"test_reference": "-O0", "test_io": "-O0", "test_portable": "-O0"}
 
 
 def make(*arguments):
