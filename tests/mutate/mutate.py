@@ -17,8 +17,8 @@
 A mutant is a copy of the headers with one place changed. The test programs are built from it by tests/Makefile and run, the
 narrowest and quickest tests first; the first failed check, crash or test that takes five times as long has caught it. Which
 tests run which line is measured beforehand, so that only those are run that can notice. Survivors go through
-AddressSanitizer in the end, and where a barrier of a kernel is left out through ThreadSanitizer. Mutants of besa_cuda.cuh
-run on the stand-in runtime.
+AddressSanitizer in the end, those of kernels through ThreadSanitizer, too. Mutants of besa_cuda.cuh run on the stand-in
+runtime.
 Results are remembered in build/mutate: an interrupted run goes on. A first run measures all tests, which takes minutes."""
 import argparse
 import hashlib
@@ -322,8 +322,8 @@ def try_mutant(m, directory, known, texts, everything, options):
         return "survived", LATER[1]
     write_headers(directory, dict(texts, **{m.file: m.text}))
     how = how or first_failure("address", [u for u in units if cuda or not is_long(u)], 8)
-    if not how and m.order and cuda:
-        how = first_failure("thread", [u for u in units if u[2] >= 6], 40)
+    if not how and cuda:                        # of a barrier, the narrow ones have been tried
+        how = first_failure("thread", [u for u in units if (u[2] >= 6) == m.order], 40)
     return ("caught", how) if how else ("survived", "%d tests pass" % len(units))
 
 
