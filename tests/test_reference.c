@@ -843,7 +843,10 @@ static void test_thread_counts(void)
         besa_backend be;
         memset(&cpu, 0, sizeof cpu);
         cpu.threads = threads[i];
+        memset(&be, 0x5A, sizeof be);
         besa_result result = besa_cpu_backend(&be, &cpu, &g_error);
+        CHECK(!be.workspace && !be.workspace_bytes && !be.error.code && !be.error.message[0], "%d threads: not set up", threads[i]);
+        CHECK(result == BESA_OK || !be.destroy, "%d threads: no backend, but it can be destroyed", threads[i]);
         CHECK(result == (i % 4 == 0 ? BESA_ERROR_OPTION : BESA_OK), "%d threads: %s", threads[i], besa_result_string(result));
         if (result == BESA_OK) be.destroy(&be);
     }
