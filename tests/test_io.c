@@ -559,7 +559,9 @@ static void test_json_malformed(void)
     static const char *const bad[] = {
         "", " ", "{", "}", "[1,]", "[,1]", "{\"a\":1,}", "{a:1}", "{\"a\" 1}", "[1 2]", "01", "-", "1.", ".5", "1e", "+1", "1e999",
         "nul", "True", "NaN", "Infinity", "\"", "\"\\x\"", "\"\\u12\"", "\"\\ud800\"", "\"\\udc00\"", "\"\\u0000\"", "\"\t\"",
-        "\"\xC0\x80\"", "\"\xED\xA0\x80\"", "\"\xF5\x80\x80\x80\"", "\"\xE2\x82\"", "\"\x80\"", "1 1", "[1]]", "{\"a\":1,\"a\":2}",
+        "\"\\ud800\\ue000\"", "\"\\udbff\\udbff\"", "\"\\u000g\"", "\"\\u000/\"", "\"\\u000:\"", "\"\\u000@\"", "\"\x1F\"",
+        "\"\xC1\xBF\"", "\"\xE0\x9F\xBF\"", "\"\xF0\x8F\xBF\xBF\"", "\"\xF4\x90\x80\x80\"", "\"\xC2\"", "\"\xF1\x80\x80\"",
+        "\"\xC2\x7F\"", "\"\xC2\xC0\"", "\"\xE1\x80\x7F\"", "\"\xE1\x80\xC0\"", "\"\xC0\x80\"", "\"\xED\xA0\x80\"", "\"\xF5\x80\x80\x80\"", "\"\xE2\x82\"", "\"\x80\"", "1 1", "[1]]", "{\"a\":1,\"a\":2}",
         "{\"a\":1,\"\\u0061\":2}", "{\"1\":1,\"2\":1,\"3\":1,\"4\":1,\"5\":1,\"6\":1,\"7\":1,\"8\":1,\"9\":1,\"3\":1}", "\xEF\xBB\xBF{}" };
     besa__json json;
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
@@ -610,6 +612,28 @@ static void test_json_strings(void)
     const char *s = v ? besa__json_string(&json, v) : "missing";
     CHECK(!strcmp(s, "\xF0\x9F\x98\x80\"/"), "\"s\" is %s", s);
     besa__json_free(&json);
+}
+
+/* The first and the last character of each length, as they are and as escapes. */
+static void test_json_characters(void)
+{
+    static const struct { const char *escape, *bytes; } t[] = {
+        { "\\u0020", " " },                    { "\\u007f", "\x7F" },
+        { "\\u0080", "\xC2\x80" },             { "\\u07ff", "\xDF\xBF" },
+        { "\\u0800", "\xE0\xA0\x80" },         { "\\uD7fF", "\xED\x9F\xBF" },
+        { "\\ue000", "\xEE\x80\x80" },         { "\\uffff", "\xEF\xBF\xBF" },
+        { "\\ud800\\udc00", "\xF0\x90\x80\x80" }, { "\\udbff\\udfff", "\xF4\x8F\xBF\xBF" },
+        { "\\uaBc9", "\xEA\xAF\x89" } };
+    for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
+        char text[64];
+        besa__json json;
+        snprintf(text, sizeof text, "[\"%s\",\"%s\"]", t[i].escape, t[i].bytes);
+        CHECK_CASE(t[i].escape, parse(&json, text, strlen(text)), BESA_OK, NULL);
+        const besa__json_value *v = json.values ? besa__json_first(&json, json.values) : NULL;
+        for (int k = 0; k < 2 && v; k++, v = besa__json_next(&json, json.values, v))
+            CHECK(!strcmp(besa__json_string(&json, v), t[i].bytes), "%s: %s", t[i].escape, k ? "its bytes" : "the escape");
+        besa__json_free(&json);
+    }
 }
 
 static void test_json_depth(void)
@@ -2574,6 +2598,7 @@ static void readers(void)
     TEST("json: what is malformed is refused") run(test_json_malformed);
     TEST("json: numbers are exact") run(test_json_numbers);
     TEST("json: strings are decoded") run(test_json_strings);
+    TEST("json: characters of each length") run(test_json_characters);
     TEST("json: depth is limited") run(test_json_depth);
     TEST("json: 10 MB within 5 s") run(test_json_time);
     TEST("json: memory is in proportion to the text") run(test_json_memory);

@@ -757,6 +757,9 @@ static void test_rates_arguments(void)
           g_error.message);
     CHECK(besa_rates_create(&rates, &g_be, &large, 1, &o, &g_error) == BESA_ERROR_OPTION && besa_rates_size(&g_be, &large, 1, &o) == 0,
           "%s", g_error.message);
+    for (int count = -1; count < 1; count++)
+        CHECK(besa_rates_create(&rates, &g_be, &shape, count, &o, &g_error) == BESA_ERROR_OPTION &&
+              strstr(g_error.message, "count of layers is"), "%d layers: %s", count, g_error.message);
     CHECK_OK(besa_rates_create(&rates, &g_be, &shape, 1, &o, &g_error), g_error);
     CHECK(besa_rates_mask(rates, 0, w, w, &g_error) == BESA_ERROR_OPTION && strstr(g_error.message, "no ranks"), "%s", g_error.message);
     CHECK(besa_rates_project(rates, &g_error) == BESA_ERROR_OPTION && strstr(g_error.message, "no ranks"), "%s", g_error.message);
