@@ -1035,7 +1035,7 @@ static void test_fixed_nothing(void)
     for (int m = 0; m < 2; m++) {
         setup s = new_setup(temp_path("out"), m ? BESA_METHOD_WANDA : BESA_METHOD_BESA, 0.5);
         s.options.fixed = fixed, s.options.num_fixed = 2;
-        expect(&s, BESA_ERROR_OPTION, "\"layers.7\" matches none");
+        expect(&s, BESA_ERROR_OPTION, "\"layers.7\" matches none; layers have names such as model.layers.0.self_attn.q_proj");
     }
 }
 

@@ -1183,6 +1183,7 @@ static void test_loss_overflow(void)
 static void test_overflow_named(void)
 {
     static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_WANDA, BESA_METHOD_SPARSEGPT, BESA_METHOD_MAGNITUDE };
+    static const besa_fixed_rate fixed[] = { { "self_attn", 0.5 }, { "gate_proj", 0.5 }, { "down_proj", 0.5 } };
     trace t;
     besa_prune_options o;
     read_trace(&t, "trace_published_penalty");
@@ -1207,6 +1208,9 @@ static void test_overflow_named(void)
     o.method = BESA_METHOD_BESA;
     expect_not_finite(&t, t.h.f, &o, BAD_GRADIENT, 7 * (STEPS - 1) + 2, "not finite: the gradient of mlp.up_proj is not");
     expect_not_finite(&t, t.h.f, &o, BAD_GRADIENT, 7 * (STEPS - 1) - 1, "not finite: the gradient of every layer is not");
+    o.fixed = fixed, o.num_fixed = 3;           /* the only one that learns has its name */
+    expect_not_finite(&t, t.h.f, &o, BAD_GRADIENT, STEPS - 1, "not finite: the gradient of mlp.up_proj is not");
+    o.num_fixed = 0;
     o.rates.lr = 9e29, o.rates.weight_decay = 9e29, o.rates.optimizer = BESA_ADAMW;
     expect_not_finite(&t, t.h.f, &o, 0, 0, "the mean rate is not finite: ");
 }
