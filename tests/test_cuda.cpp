@@ -192,16 +192,18 @@ static void test_elapsed(void)
 
 static void test_long_rows(void)
 {
-    TEST("ranks of rows of 28672 and 70000 columns") {
-        const int64_t columns[2] = {28672, 70000}, rows = 3;
-        for (int c = 0; c < 2; c++)
-            for (size_t shared = 48 << 10; shared <= 227 << 10; shared += 179 << 10) {
+    TEST("ranks of rows of 28672 and 70000 columns, and of so many that their scratch is the largest") {
+        const int64_t columns[3] = {28672, 70000, 12500}, rows_of[3] = {3, 3, BESA__CUDA_SUM_PARTS + 2};
+        for (int c = 0; c < 3; c++)
+            for (size_t shared = 48 << 10; shared <= (c < 2 ? 227 << 10 : 48 << 10); shared += 179 << 10) {
+                const int64_t rows = rows_of[c];
                 standin_set_shared(shared);
                 besa_backend cuda = cuda_backend(1), cpu;
                 besa_error error;
                 CHECK_OK(besa_cpu_backend(&cpu, NULL, &error), error);
                 besa_backend *side[2] = {&cpu, &cuda};
-                besa__cuda_of(&cuda)->processors = 1; /* two blocks: one of them takes a second row */
+                /* two blocks, one of which takes a second row; or a block for each row */
+                besa__cuda_of(&cuda)->processors = c < 2 ? 1 : static_cast<int>(rows / 2);
                 int64_t n = rows * columns[c];
                 size_t bytes = static_cast<size_t>(n) * (columns[c] > 65536 ? 4 : 2);
                 std::vector<unsigned char> rank[2];
@@ -212,7 +214,7 @@ static void test_long_rows(void)
                     besa_workload work;
                     void *s_, *rank_, *workspace;
                     memset(&work, 0, sizeof work);
-                    work.rows = rows, work.columns = columns[c];
+                    work.rows = rows, work.columns = columns[c], work.candidates = 1;
                     be->workspace_bytes = be->workspace_size(be, &work);
                     CHECK_OK(be->alloc(be, &workspace, be->workspace_bytes), be->error);
                     CHECK_OK(be->alloc(be, &s_, static_cast<size_t>(n) * 4), be->error);

@@ -574,7 +574,9 @@ static void test_json_malformed(void)
     static const char *const bad[] = {
         "", " ", "{", "}", "[1,]", "[,1]", "{\"a\":1,}", "{a:1}", "{\"a\" 1}", "[1 2]", "01", "-", "1.", ".5", "1e", "+1", "1e999",
         "nul", "True", "NaN", "Infinity", "\"", "\"\\x\"", "\"\\u12\"", "\"\\ud800\"", "\"\\udc00\"", "\"\\u0000\"", "\"\t\"",
-        "\"\xC0\x80\"", "\"\xED\xA0\x80\"", "\"\xF5\x80\x80\x80\"", "\"\xE2\x82\"", "\"\x80\"", "1 1", "[1]]", "{\"a\":1,\"a\":2}",
+        "\"\\ud800\\ue000\"", "\"\\udbff\\udbff\"", "\"\\u000g\"", "\"\\u000/\"", "\"\\u000:\"", "\"\\u000@\"", "\"\x1F\"",
+        "\"\xC1\xBF\"", "\"\xE0\x9F\xBF\"", "\"\xF0\x8F\xBF\xBF\"", "\"\xF4\x90\x80\x80\"", "\"\xC2\"", "\"\xF1\x80\x80\"",
+        "\"\xC2\x7F\"", "\"\xC2\xC0\"", "\"\xE1\x80\x7F\"", "\"\xE1\x80\xC0\"", "\"\xC0\x80\"", "\"\xED\xA0\x80\"", "\"\xF5\x80\x80\x80\"", "\"\xE2\x82\"", "\"\x80\"", "1 1", "[1]]", "{\"a\":1,\"a\":2}",
         "{\"a\":1,\"\\u0061\":2}", "{\"1\":1,\"2\":1,\"3\":1,\"4\":1,\"5\":1,\"6\":1,\"7\":1,\"8\":1,\"9\":1,\"3\":1}", "\xEF\xBB\xBF{}" };
     besa__json json;
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
@@ -625,6 +627,28 @@ static void test_json_strings(void)
     const char *s = v ? besa__json_string(&json, v) : "missing";
     CHECK(!strcmp(s, "\xF0\x9F\x98\x80\"/"), "\"s\" is %s", s);
     besa__json_free(&json);
+}
+
+/* The first and the last character of each length, as they are and as escapes. */
+static void test_json_characters(void)
+{
+    static const struct { const char *escape, *bytes; } t[] = {
+        { "\\u0020", " " },                    { "\\u007f", "\x7F" },
+        { "\\u0080", "\xC2\x80" },             { "\\u07ff", "\xDF\xBF" },
+        { "\\u0800", "\xE0\xA0\x80" },         { "\\uD7fF", "\xED\x9F\xBF" },
+        { "\\ue000", "\xEE\x80\x80" },         { "\\uffff", "\xEF\xBF\xBF" },
+        { "\\ud800\\udc00", "\xF0\x90\x80\x80" }, { "\\udbff\\udfff", "\xF4\x8F\xBF\xBF" },
+        { "\\uaBc9", "\xEA\xAF\x89" } };
+    for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
+        char text[64];
+        besa__json json;
+        snprintf(text, sizeof text, "[\"%s\",\"%s\"]", t[i].escape, t[i].bytes);
+        CHECK_CASE(t[i].escape, parse(&json, text, strlen(text)), BESA_OK, NULL);
+        const besa__json_value *v = json.values ? besa__json_first(&json, json.values) : NULL;
+        for (int k = 0; k < 2 && v; k++, v = besa__json_next(&json, json.values, v))
+            CHECK(!strcmp(besa__json_string(&json, v), t[i].bytes), "%s: %s", t[i].escape, k ? "its bytes" : "the escape");
+        besa__json_free(&json);
+    }
 }
 
 static void test_json_depth(void)
@@ -900,6 +924,8 @@ static void test_config(void)
         { "model_type", "model_type=\"gpt2\"", BESA_ERROR_UNSUPPORTED, "model_type = \"gpt2\"" },
         { "model_type absent", "model_type=", BESA_ERROR_UNSUPPORTED, "model_type = (absent)" },
         { "architectures", "architectures=[\"LlamaForSequenceClassification\"]", BESA_ERROR_UNSUPPORTED, "LlamaForSequence" },
+        { "architectures of old", "architectures=[\"LLaMAForCausalLM\"]", BESA_OK, NULL },
+        { "architectures of another model_type", "architectures=[\"MistralForCausalLM\"]", BESA_ERROR_UNSUPPORTED, "Mistral" },
         { "architectures absent", "architectures=", BESA_OK, NULL },
         { "hidden_act", "hidden_act=\"gelu\"", BESA_ERROR_UNSUPPORTED, "hidden_act" },
         { "quantization_config", "quantization_config={\"bits\":4}", BESA_ERROR_UNSUPPORTED, "quantization_config" },
@@ -1781,11 +1807,25 @@ static void test_writer_bytes(int sharded)
     besa_checkpoint_close(c);
 }
 
+/* Where standard input is closed, what is opened first is descriptor 0. */
+static void test_writer_descriptor_0(int sharded)
+{
+    const char *out = temp_path("descriptor-0-%d", sharded), *wanted = wanted_output(sharded);
+    int input = dup(0);
+    if (input >= 0) close(0);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    if (c) begin_output(c, out);
+    if (c) check_resumed("descriptor 0", c, out, 1, wanted);
+    besa_checkpoint_close(c);
+    CHECK(fcntl(0, F_GETFD) < 0, "descriptor 0 stays open");
+    if (input >= 0) dup2(input, 0), close(input);
+}
+
 static void test_writer_places(int sharded)
 {
     besa_checkpoint *c = open_model(source_model(sharded));
     const char *src = source_model(sharded), *fresh = temp_path("fresh%d", sharded);
-    char name[256];
+    char line[BESA__LINE] = "", name[256];
     int64_t done;
     if (!c) return;
     write_bytes(temp_path("plain"), "x", 1);
@@ -1803,7 +1843,13 @@ static void test_writer_places(int sharded)
     remove_output(in(g_temp, name));
     name[213] = 'n', name[214] = 0;
     CHECK_ERROR(run_writer(c, in(g_temp, name), 3, &done), BESA_ERROR_OPTION, "214 characters, expected up to 213");
+    memset(line, 'x', BESA__LINE - 63);
+    CHECK_ERROR(run_as(line, c, fresh, 3, &done), BESA_ERROR_OPTION, "fingerprint");
     CHECK(!exists(fresh) && !exists(partial(fresh, "")), "a failed begin leaves something");
+    line[BESA__LINE - 64] = 0;
+    CHECK_ERROR(run_as(line, c, fresh, 1, &done), BESA_OK, NULL);
+    CHECK_ERROR(run_as(line, c, fresh, 3, &done), BESA_OK, NULL);
+    CHECK(done == 1, "the longest line is not found again");
     besa_checkpoint_close(c);
 }
 
@@ -2269,6 +2315,8 @@ static void check_modes(const char *src, const char *out, int shift, mode_t mask
     besa_checkpoint *c = open_model(src);
     if (c) {
         CHECK_ERROR(run_writer(c, out, 1, &done), BESA_OK, NULL);
+        int found = mode_of(partial(out, "/besa-journal"));
+        CHECK(found == (int)(0666 & ~mask), "umask %03o: the journal has mode %03o", (unsigned)mask, (unsigned)found);
         CHECK_ERROR(run_writer(c, out, 3, &done), BESA_OK, NULL);
         CHECK(done == 1, "umask %03o: %d blocks were done", (unsigned)mask, (int)done);
     }
@@ -2303,7 +2351,7 @@ static void test_permissions(void)
 }
 
 /* A source file is replaced while the run goes on: by the same contents, by others, by nothing; then it is put back. */
-enum { CHANGE_SAME, CHANGE_FIRST, CHANGE_LAST, CHANGE_SHORTER, CHANGE_GONE, CHANGE_BEFORE, CHANGES };
+enum { CHANGE_SAME, CHANGE_FIRST, CHANGE_HEAD, CHANGE_LAST, CHANGE_SHORTER, CHANGE_GONE, CHANGE_BEFORE, CHANGES };
 
 /* A run with a change of the file: CHANGE_BEFORE it begins, and put back during it; else before it ends. kept: the
  * checkpoint holds the file's bytes, so that others may be there in between. */
@@ -2328,6 +2376,7 @@ static besa_result run_changed(const besa_checkpoint *c, const char *path, int k
     CHECK_CASE("blocks", result, BESA_OK, NULL);
     if (change != CHANGE_BEFORE) rename(path, temp_path("aside"));
     if (change == CHANGE_FIRST) bytes[0] ^= 1;  /* of shards it is the header's, */
+    if (change == CHANGE_HEAD) bytes[n > 8 ? 8 : 0] ^= 1; /* and the ninth of the header */
     if (change == CHANGE_LAST) bytes[n - 1] ^= 1; /* and the last one a weight's */
     if (change != CHANGE_GONE) write_bytes(path, bytes, change == CHANGE_SHORTER ? n - 1 : n);
     free(bytes);
@@ -2337,7 +2386,7 @@ static besa_result run_changed(const besa_checkpoint *c, const char *path, int k
 /* The output is of what was read, or the error names the file and the blocks are kept. */
 static void check_source_change(const char *src, const char *name, int change, const char *out)
 {
-    static const char *const how[] = { "the same", "another first byte", "another last byte", "shorter", "gone",
+    static const char *const how[] = { "the same", "another first byte", "another ninth byte", "another last byte", "shorter", "gone",
                                        "another before" };
     int kept = !strcmp(name, "config.json") || !strcmp(name, INDEX);
     int refused = change != CHANGE_SAME && change != CHANGE_BEFORE;
@@ -2902,6 +2951,7 @@ static void readers(void)
     TEST("json: what is malformed is refused") run(test_json_malformed);
     TEST("json: numbers are exact") run(test_json_numbers);
     TEST("json: strings are decoded") run(test_json_strings);
+    TEST("json: characters of each length") run(test_json_characters);
     TEST("json: depth is limited") run(test_json_depth);
     TEST("json: 10 MB within 5 s") run(test_json_time);
     TEST("json: memory is in proportion to the text") run(test_json_memory);
@@ -2946,6 +2996,7 @@ static void writer(void)
     TEST("writer: an output has a checkpoint's files, none of them a link") run_both(test_writer_files);
     TEST("writer: an output has the source's bytes but for what was written") run_both(test_writer_bytes);
     TEST("writer: places where no output can be") run_both(test_writer_places);
+    TEST("writer: standard input is closed") run_both(test_writer_descriptor_0);
     TEST("writer: somebody else's .partial") run_both(test_writer_foreign);
     TEST("writer: stopped after each block, resumed, the same bytes") run_both(test_writer_stopped);
     TEST("writer: names what another run has otherwise") run_both(test_writer_other_run);

@@ -606,6 +606,9 @@ static void test_reference_checkpoints(void)
 }
 
 /* The report as JSON, and what besa_prune says about files that it leaves out. */
+static int go_on(void *user, const besa_progress *progress) { return (void)user, (void)progress, 0; }
+static besa_result next_step(void *user, const besa_step *step) { return (void)user, (void)step, BESA_OK; }
+
 static void test_report_and_files(void)
 {
     const char *model = temp_path("files"), *links = temp_path("links");
@@ -627,8 +630,10 @@ static void test_report_and_files(void)
     write_bytes(path, "weights", 7);
     s.source = model;
     s.windows = 4;
+    s.options.progress = go_on, s.options.step = next_step, s.options.user = &s;
     CHECK_RUN(&s);
     verify(&s);
+    CHECK(!s.report.options.progress && !s.report.options.step && !s.report.options.user, "the report has pointers to the caller's own");
     for (int i = 0; i < 3; i++) {
         snprintf(path, sizeof path, "%s/%s", s.output, small[i]);
         CHECK(exists(path), "%s was not copied", small[i]);
@@ -1058,7 +1063,7 @@ static void test_fixed_nothing(void)
     for (int m = 0; m < 2; m++) {
         setup s = new_setup(temp_path("out"), m ? BESA_METHOD_WANDA : BESA_METHOD_BESA, 0.5);
         s.options.fixed = fixed, s.options.num_fixed = 2;
-        expect(&s, BESA_ERROR_OPTION, "\"layers.7\" matches none");
+        expect(&s, BESA_ERROR_OPTION, "\"layers.7\" matches none; layers have names such as model.layers.0.self_attn.q_proj");
     }
 }
 
@@ -1069,6 +1074,7 @@ static void test_bad_tokens(void)
     besa_prune_options o;
     besa_error error;
     int32_t ids[64];
+    double ppl;
     memset(&c, 0, sizeof c);
     memset(&o, 0, sizeof o);
     memset(ids, 0, sizeof ids);
@@ -1086,6 +1092,10 @@ static void test_bad_tokens(void)
     CHECK(besa_prune(checkpoint, temp_path("out"), NULL, &c, &o, NULL, &error) != BESA_OK, "no sequences");
     c.nsamples = 2, c.seqlen = 0;
     CHECK(besa_prune(checkpoint, temp_path("out"), NULL, &c, &o, NULL, &error) != BESA_OK, "no tokens");
+    memset(ids, 0, sizeof ids);
+    CHECK_OK(besa_perplexity(checkpoint, NULL, ids, 1, 2, &ppl, NULL, NULL, NULL, &error), error); /* one prediction */
+    CHECK(besa_perplexity(checkpoint, NULL, ids, 2, 1, &ppl, NULL, NULL, NULL, &error) == BESA_ERROR_TOKENS, "no prediction");
+    CHECK(besa_perplexity(checkpoint, NULL, ids, 0, 2, &ppl, NULL, NULL, NULL, &error) == BESA_ERROR_TOKENS, "no windows");
     besa_checkpoint_close(checkpoint);
 }
 

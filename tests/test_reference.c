@@ -757,6 +757,9 @@ static void test_rates_arguments(void)
           g_error.message);
     CHECK(besa_rates_create(&rates, &g_be, &large, 1, &o, &g_error) == BESA_ERROR_OPTION && besa_rates_size(&g_be, &large, 1, &o) == 0,
           "%s", g_error.message);
+    for (int count = -1; count < 1; count++)
+        CHECK(besa_rates_create(&rates, &g_be, &shape, count, &o, &g_error) == BESA_ERROR_OPTION &&
+              strstr(g_error.message, "count of layers is"), "%d layers: %s", count, g_error.message);
     CHECK_OK(besa_rates_create(&rates, &g_be, &shape, 1, &o, &g_error), g_error);
     CHECK(besa_rates_mask(rates, 0, w, w, &g_error) == BESA_ERROR_OPTION && strstr(g_error.message, "no ranks"), "%s", g_error.message);
     CHECK(besa_rates_project(rates, &g_error) == BESA_ERROR_OPTION && strstr(g_error.message, "no ranks"), "%s", g_error.message);
@@ -892,7 +895,10 @@ static void test_thread_counts(void)
         besa_backend be;
         memset(&cpu, 0, sizeof cpu);
         cpu.threads = threads[i];
+        memset(&be, 0x5A, sizeof be);
         besa_result result = besa_cpu_backend(&be, &cpu, &g_error);
+        CHECK(!be.workspace && !be.workspace_bytes && !be.error.code && !be.error.message[0], "%d threads: not set up", threads[i]);
+        CHECK(result == BESA_OK || !be.destroy, "%d threads: no backend, but it can be destroyed", threads[i]);
         CHECK(result == (i % 4 == 0 ? BESA_ERROR_OPTION : BESA_OK), "%d threads: %s", threads[i], besa_result_string(result));
         if (result == BESA_OK) be.destroy(&be);
     }
@@ -1128,6 +1134,9 @@ static void test_importance_of_layer(int importance)
     CHECK_OK(besa_rates_fix(rates, 0, 0.5, &g_error), g_error);
     CHECK_OK(besa_rates_mask(rates, 0, w, pruned, &g_error), g_error);
     check_lowest_gone(g_importance[importance], w, pruned, scale, power, R, C);
+    CHECK_OK(besa_rates_fix(rates, 0, 0, &g_error), g_error);
+    CHECK_OK(besa_rates_mask(rates, 0, w, pruned, &g_error), g_error);
+    CHECK(!memcmp(w, pruned, sizeof w), "%s: something goes at a sparsity of 0", g_importance[importance]);
     besa_rates_destroy(rates);
 }
 
@@ -1224,6 +1233,7 @@ static void test_loss_overflow(void)
 static void test_overflow_named(void)
 {
     static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_WANDA, BESA_METHOD_SPARSEGPT, BESA_METHOD_MAGNITUDE };
+    static const besa_fixed_rate fixed[] = { { "self_attn", 0.5 }, { "gate_proj", 0.5 }, { "down_proj", 0.5 } };
     trace t;
     besa_prune_options o;
     read_trace(&t, "trace_published_penalty");
@@ -1248,6 +1258,9 @@ static void test_overflow_named(void)
     o.method = BESA_METHOD_BESA;
     expect_not_finite(&t, t.h.f, &o, BAD_GRADIENT, 7 * (STEPS - 1) + 2, "not finite: the gradient of mlp.up_proj is not");
     expect_not_finite(&t, t.h.f, &o, BAD_GRADIENT, 7 * (STEPS - 1) - 1, "not finite: the gradient of every layer is not");
+    o.fixed = fixed, o.num_fixed = 3;           /* the only one that learns has its name */
+    expect_not_finite(&t, t.h.f, &o, BAD_GRADIENT, STEPS - 1, "not finite: the gradient of mlp.up_proj is not");
+    o.num_fixed = 0;
     o.rates.lr = 9e29, o.rates.weight_decay = 9e29, o.rates.optimizer = BESA_ADAMW;
     expect_not_finite(&t, t.h.f, &o, 0, 0, "the mean rate is not finite: ");
 }
@@ -1332,6 +1345,63 @@ static void test_late_factor(void)
               strstr(g_error.message, "v_proj.weight: 1 weights are NaN"), "%s: %s", late ? "late" : "at once", g_error.message);
         besa_pruner_destroy(pruner);
     }
+}
+
+static void (*g_free)(besa_backend *, void *);
+static int g_freed;
+
+static void counted_free(besa_backend *be, void *memory)
+{
+    g_freed += memory != NULL;
+    for (int q = 0; q < BESA_QUEUE_COUNT; q++)
+        CHECK(!memory || g_waits[q] > 0, "memory is freed before queue %d is done with it", q);
+    g_free(be, memory);
+}
+
+/* What waits from here on and what is freed is counted, or is so no more; returns what was freed. */
+static int count_frees(int on)
+{
+    memset(g_waits, 0, sizeof g_waits);
+    if (on) {
+        g_synchronize = g_be.synchronize, g_free = g_be.free;
+        g_be.synchronize = counted_synchronize, g_be.free = counted_free;
+        return g_freed = 0;
+    }
+    g_be.synchronize = g_synchronize, g_be.free = g_free;
+    return g_freed;
+}
+
+/* Device memory is freed when every queue is done: of a pruner, of rates, of a run. */
+static void test_frees(void)
+{
+    trace t;
+    besa_prune_options o;
+    besa_pruner *pruner = NULL;
+    besa_rates *rates = NULL;
+    besa_layer_shape layer = { 8, 8, BESA_F32 };
+    besa_checkpoint *checkpoint = NULL;
+    void *pruned[BESA_LAYERS];
+    char path[600];
+    int32_t ids[4] = { 1, 2, 3, 4 };
+    double perplexity;
+    prune_inputs(&t, "trace_published_penalty", pruned);
+    memset(&o, 0, sizeof o);
+    o.rates.target = 0.5;
+    CHECK_OK(besa_pruner_create(&pruner, &g_be, &t.block.shape, BESA_F32, 0, &o, STEPS, t.seqlen, &g_error), g_error);
+    count_frees(1);
+    besa_pruner_destroy(pruner);
+    CHECK(count_frees(0) == 1, "%d blocks of memory for a pruner", g_freed);
+    CHECK_OK(besa_rates_create(&rates, &g_be, &layer, 1, &o.rates, &g_error), g_error);
+    count_frees(1);
+    besa_rates_destroy(rates);
+    CHECK(count_frees(0) == 1, "%d blocks of memory for rates", g_freed);
+    snprintf(path, sizeof path, "%s/checkpoints/llama_mha_f16", g_reference);
+    CHECK_OK(besa_checkpoint_open(&checkpoint, path, &g_error), g_error);
+    if (!checkpoint) return;
+    count_frees(1);
+    CHECK_OK(besa_perplexity(checkpoint, &g_be, ids, 1, 4, &perplexity, NULL, NULL, NULL, &g_error), g_error);
+    CHECK(count_frees(0) == 1, "%d blocks of memory for a run", g_freed);
+    besa_checkpoint_close(checkpoint);
 }
 
 /* A pruner runs only on blocks of the shape, type and norms that it was made for. */
@@ -1624,6 +1694,7 @@ int main(int argc, char **argv)
     TEST("rates by the layer API") test_rates_api();
     TEST("score_sparsegpt") test_sparsegpt_score("score_sparsegpt", 0);
     TEST("score_sparsegpt_git") test_sparsegpt_score("score_sparsegpt_git", 1);
+    TEST("memory is freed when all queues are done with it") test_frees();
     TEST("sparsegpt") test_sparsegpt();
     TEST("wanda") test_wanda();
     TEST("prodigy") test_prodigy();

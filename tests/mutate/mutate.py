@@ -9,14 +9,16 @@
     -j N            workers, of one core each (1)
     --file HEADER   those of one header
     --quick         only tests of a few seconds: who survives them is to be tried by the others
+    --plain         no sanitizers, which take the longest: who survives is to be tried by them in a later run
     --again         those that were not caught last time, and whatever is new
     --fresh         nothing is remembered
     --stop          the first survivor ends the run
 
-A mutant is a copy of the headers with one place changed. The test programs are built from it by tests/Makefile and run
-from the quickest on; the first failed check, crash or test that takes five times as long has caught it. Which tests run which
-line is measured beforehand, so that only those are run that can notice. Survivors go through AddressSanitizer in the end, and
-where a barrier of a kernel is left out through ThreadSanitizer. Mutants of besa_cuda.cuh run on the stand-in runtime.
+A mutant is a copy of the headers with one place changed. The test programs are built from it by tests/Makefile and run, the
+narrowest and quickest tests first; the first failed check, crash or test that takes five times as long has caught it. Which
+tests run which line is measured beforehand, so that only those are run that can notice. Survivors go through
+AddressSanitizer in the end, those of kernels through ThreadSanitizer, too. Mutants of besa_cuda.cuh run on the stand-in
+runtime.
 Results are remembered in build/mutate: an interrupted run goes on. A first run measures all tests, which takes minutes."""
 import argparse
 import hashlib
@@ -39,12 +41,12 @@ ROOT = os.path.dirname(TESTS)
 WORK = os.path.join(TESTS, "build", "mutate")
 HEADERS = ("besa.h", "besa_cuda.cuh")
 FAILED = re.compile(rb"^(FAIL|    \w+\.(c|h|cpp):\d+: |.*(ERROR: \w+Sanitizer|WARNING: ThreadSanitizer|runtime error:))")
-QUICK = 9.0                                     # seconds: longer tests come last, and not under sanitizers
-QUICKLY = "the quick tests pass"                # how one survives --quick
+QUICK = {"test_cuda": 31.0}                     # seconds: longer tests come last, and not under sanitizers
+LATER = ("the quick tests pass", "the plain tests pass")        # how one survives --quick, --plain
 COVERAGE = "-O1 --coverage"
 ADDRESS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 # what is compiled and run sooner without optimisation
-LEVEL = {"test_reference": "-O0", "test_io": "-O0"}
+LEVEL = {"test_reference": "-O0", "test_io": "-O0", "test_portable": "-O0"}
 
 
 def make(*arguments):
@@ -108,8 +110,9 @@ def limits(seconds, address_space):
     return set_limits
 
 
-def run_test(path, program, only, directory, seconds=600.0, slower=1):
-    """Run a program, or one test of it. What it failed by, or None; and the processor time it took."""
+def run_test(path, program, only, directory, seconds=600.0, slower=1, passed=None):
+    """Run a program, or one test of it. What it failed by, or None; and the processor time it took. Names of the tests that
+    passed are added to `passed`."""
     temporary = os.path.join(directory, "tmp")
     os.makedirs(temporary, exist_ok=True)
     arguments = [temporary if a == "/dev/shm" else a for a in program.arguments] + ([only] if only else [])
@@ -123,6 +126,8 @@ def run_test(path, program, only, directory, seconds=600.0, slower=1):
     late.start()
     reason = None
     for line in child.stdout:
+        if passed is not None and line.startswith(b"PASS "):
+            passed.append(line[5:].decode().strip())
         if FAILED.match(line):
             reason = line.decode("utf-8", "replace").strip()[:160]
             break
@@ -165,11 +170,14 @@ def covered(directory):
     return ran, code
 
 
-def tests_of(program):
-    """Names of a program's tests where all stand in its source; else [None]: it is run as a whole."""
+def tests_of(path, program, directory):
+    """Names of a program's tests: those that stand in its source where all do, else those that it prints."""
     source_of = open(os.path.join(TESTS, program.name + (".cpp" if program.cuda else ".c"))).read()
     names = re.findall(r'\bTEST\("([^"]+)"\)', source_of)
-    return names if names and len(names) == len(re.findall(r"\bTEST\(", source_of)) else [None]
+    if len(names) != len(re.findall(r"\bTEST\(", source_of)):
+        names = []
+        run_test(path, program, None, directory, passed=names)
+    return list(dict.fromkeys(names))           # in their order, each once
 
 
 def measure(directory, program):
@@ -178,11 +186,16 @@ def measure(directory, program):
     units, code, path = [], {h: set() for h in HEADERS}, program.build(directory, "coverage")
     if not path:
         sys.exit("mutate.py: %s does not compile:\n%s" % (program.name, make.error))
-    for name in tests_of(program):
-        reason, seconds = run_test(path, program, name, directory)
+    names = tests_of(path, program, directory)
+    covered(os.path.join(directory, "coverage"))
+    for name in names:
+        passed = []
+        reason, seconds = run_test(path, program, name, directory, passed=passed)
         ran, known = covered(os.path.join(directory, "coverage"))
-        if reason:
-            print("%s %s is left out: it fails without a mistake: %s" % (program.name, name or "", reason))
+        if not reason and not passed and any(n in name for n in names if n != name):
+            continue                            # it needs what another leaves, which runs it, too: it is named by a part of its name
+        if reason or not passed:
+            print("%s %s is left out: it fails without a mistake: %s" % (program.name, name, reason or "nothing ran"))
             continue
         units.append([program.name, name, seconds, {h: sorted(ran[h]) for h in HEADERS}])
         for h in HEADERS:
@@ -210,7 +223,7 @@ def profile(texts, everything, fresh):
             one = dict(measure(directory, program), key=key)
             json.dump(one, open(path, "w"))
         known["units"] += one["units"]
-        for h in HEADERS:
+        for h in HEADERS[program.cuda:]:        # the stand-in's build has no parallel loops, and lines that others do not count
             known["code"][h] = sorted(set(known["code"][h] + one["code"][h]))
     shutil.rmtree(directory)
     return known
@@ -226,29 +239,34 @@ def write_headers(directory, texts):
 
 
 def relevant_lines(m, known, texts):
-    """Lines whose tests can notice: those that were changed, or the nearest with code; None: any test may."""
+    """Lines whose tests can notice: those that were changed; where they are not counted, as those of a parallel loop are not,
+    all of the function or of the functions that name the table or macro; None: any test may."""
     code = set(known["code"][m.file])
     lines = set(m.lines) & code
     if lines:
         return lines
-    at = [i for i, c in enumerate(texts[m.file]) if c == "\n"][m.lines[0] - 2] + 1
-    inside = any(begin <= at < end for begin, end in source.functions(source.blank(texts[m.file])).values())
-    near = [[line for line in side if line in code][:1] for side in
-            (range(m.lines[0] - 1, m.lines[0] - 7, -1), range(m.lines[-1] + 1, m.lines[-1] + 7))]
-    return set(sum(near, [])) or None if inside else None
+    bare = source.blank(texts[m.file])
+    spans, at = source.functions(bare), [i for i, c in enumerate(bare) if c == "\n"][m.lines[0] - 2] + 1
+    users = [(begin, end) for begin, end in spans.values() if begin <= at < end]
+    name = None if users else source.definition_at(texts[m.file], bare, at)
+    if name:
+        users = [span for span in spans.values() if re.search(r"\b%s\b" % name, bare[slice(*span)])]
+    return {line for span in users for line in source.lines_of(bare, *span) if line in code} or None
 
 
 def units_of(m, known, texts):
-    """The tests that run the mutant's lines, the quickest programs' and tests first."""
+    """The tests that run the mutant's lines: those first that are quick and run little else."""
     lines = relevant_lines(m, known, texts)
-    units, whole = [], {}
+    units = []
     for unit in known["units"]:
-        name, _, seconds, ran = unit
-        whole[name] = whole.get(name, 0) + seconds
-        fits = m.order or (name == "test_cuda") == (m.file == "besa_cuda.cuh")
-        if fits and (lines is None or lines & set(ran[m.file])):
+        fits = m.order or (unit[0] == "test_cuda") == (m.file == "besa_cuda.cuh")
+        if fits and (lines is None or lines & set(unit[3][m.file])):
             units.append(unit)
-    return sorted(units, key=lambda u: (u[2] >= QUICK, whole[u[0]], u[2]))
+    return sorted(units, key=lambda u: (is_long(u), (u[2] + 0.3) * sum(map(len, u[3].values()))))
+
+
+def is_long(unit):
+    return unit[2] >= QUICK.get(unit[0], 9.0)
 
 
 def same_code(m, directory, texts, before={}):
@@ -268,7 +286,7 @@ def same_code(m, directory, texts, before={}):
     return code_of(m.text) == before[directory, m.file]
 
 
-def try_mutant(m, directory, known, texts, everything, quick):
+def try_mutant(m, directory, known, texts, everything, options):
     """(result, how): caught, survived, equal (the same machine code) or uncompiled."""
     os.makedirs(directory, exist_ok=True)
     by_name, built = {p.name: p for p in everything}, {}
@@ -289,19 +307,23 @@ def try_mutant(m, directory, known, texts, everything, quick):
             reason, _ = run_test(built[name, variant], by_name[name], only, directory, seconds, slower)
             if reason:
                 return "%s%s: %s" % (name, ", " + variant if variant in ("address", "thread") else "", reason)
-    how = first_failure("plain", [u for u in units if u[2] < QUICK], 1)
-    if not how and quick:
-        return "survived", QUICKLY
-    how = how or first_failure("fast", [u for u in units if u[2] >= QUICK], 1)
+    cuda, how = m.file == "besa_cuda.cuh", None
+    if m.order and cuda:                        # hardly anything else notices, and it takes the longest for all tests
+        how = first_failure("thread", [u for u in units if u[2] < 6], 40)
+    how = how or first_failure("plain", [u for u in units if not is_long(u)], 1)
+    if not how and options.quick:
+        return "survived", LATER[0]
+    how = how or first_failure("fast", [u for u in units if is_long(u)], 1)
     if how == "uncompiled":
         return how, make.error.strip().split("\n")[0][:160]
     if not how and same_code(m, directory, texts):
         return equal
+    if not how and options.plain:
+        return "survived", LATER[1]
     write_headers(directory, dict(texts, **{m.file: m.text}))
-    cuda = m.file == "besa_cuda.cuh"
-    how = how or first_failure("address", [u for u in units if cuda or u[2] < QUICK], 8)
-    if not how and m.order and cuda:
-        how = first_failure("thread", units, 40)
+    how = how or first_failure("address", [u for u in units if cuda or not is_long(u)], 8)
+    if not how and cuda:                        # of a barrier, the narrow ones have been tried
+        how = first_failure("thread", [u for u in units if (u[2] >= 6) == m.order], 40)
     return ("caught", how) if how else ("survived", "%d tests pass" % len(units))
 
 
@@ -325,7 +347,8 @@ class Results:
             return None
         if options.again:
             return entry if entry["result"] == "caught" else None
-        return entry if entry["key"] == self.key and (options.quick or entry["how"] != QUICKLY) else None
+        tried = LATER.index(entry["how"]) if entry["how"] in LATER else len(LATER)
+        return entry if entry["key"] == self.key and tried >= (0 if options.quick else 1 if options.plain else 2) else None
 
     def add(self, m, result, how, seconds):
         entry = {"name": m.name, "result": result, "how": how, "seconds": round(seconds, 1), "key": self.key,
@@ -350,7 +373,7 @@ def work(todo, results, options, known, texts, everything, number, done):
         entry = results.get(m, options)
         if not entry:
             start = time.time()
-            result, how = try_mutant(m, directory, known, texts, everything, options.quick)
+            result, how = try_mutant(m, directory, known, texts, everything, options)
             entry = results.add(m, result, how, time.time() - start)
         done(m, entry)
     shutil.rmtree(directory, ignore_errors=True)
@@ -408,7 +431,7 @@ def main():
     parser.add_argument("--only", default="")
     parser.add_argument("--file", choices=HEADERS)
     parser.add_argument("-j", type=int, default=1)
-    for flag in ("check", "quick", "again", "fresh", "stop"):
+    for flag in ("check", "quick", "plain", "again", "fresh", "stop"):
         parser.add_argument("--" + flag, action="store_true")
     options = parser.parse_args()
     texts = {h: open(os.path.join(ROOT, h), encoding="utf-8").read() for h in HEADERS}

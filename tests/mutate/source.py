@@ -21,15 +21,15 @@ def functions(code):
     spans, depth, begin = {}, 0, None
     for m in re.finditer(r"[{}]", code):
         if m.group() == "{":
-            head = code[:m.start()].rstrip()
-            if depth == 0 and head.endswith(")"):
+            head = code[:m.start()].rstrip() if depth == 0 else ""
+            if head.endswith(")"):
                 level, i = 0, len(head) - 1
                 while level or head[i] == ")":      # back to the parenthesis that opens the parameters
                     level += (head[i] == ")") - (head[i] == "(")
                     i -= 1
                     if not level:
                         break
-                name = re.search(r"(\w+)\s*$", head[:i + 1])
+                name = re.compile(r"(\w+)\s*$").search(head[:i + 1], max(0, i - 100))      # from the start it takes long
                 begin = (name.group(1), name.start(1)) if name else None
             depth += not (depth == 0 and head.endswith("extern"))
         elif depth:
@@ -38,6 +38,22 @@ def functions(code):
                 spans[begin[0]] = (begin[1], m.end())
                 begin = None
     return spans
+
+
+def definition_at(text, code, at):
+    """Name of the constant table or of the macro of several lines that the line at this place is in; None where there is none."""
+    lines, row = text.split("\n"), text.count("\n", 0, at)
+    while row and lines[row - 1].endswith("\\"):
+        row -= 1
+    macro = re.match(r"#define (\w+)", lines[row])
+    if macro:
+        return macro.group(1)
+    tables = list(re.finditer(r"\b(\w+)(?:\[[^\]\n]*\])+ = \{[^\n]*\n", code[:at]))
+    return tables[-1].group(1) if tables and "\n}" not in code[tables[-1].end() - 1:at] else None
+
+
+def lines_of(code, begin, end):
+    return range(code.count("\n", 0, begin) + 1, code.count("\n", 0, end) + 2)
 
 
 def mutant(name, file, text, begin, end, new, known=None):
@@ -144,7 +160,7 @@ def candidates(file, text, chance):
             if not any(a <= first < b for a, b in idle):
                 kinds[kind].append((first, last, new))
         for m in re.compile("|".join(map(re.escape, SWAPS))).finditer(code, body, end):
-            if m.group() == " * " and re.search(r"(const|float|void|char|int\w*|T)$", code[:m.start()]):
+            if m.group() == " * " and re.search(r"(const|float|void|char|int\w*|T)$", code[max(0, m.start() - 40):m.start()]):
                 continue
             line = code[code.rfind("\n", 0, m.start()) + 1:m.start()]
             kind = "operator" if m.group()[1] not in "<>=!" or m.group() in (" << ", " >> ") else "comparison"
