@@ -304,6 +304,62 @@ static void check_same_bytes(int bf16)
     }
 }
 
+/* ---- packing ------------------------------------------------------------------------------- */
+
+static float element(const besa__gemm_operand *x, int64_t at)
+{
+    const uint16_t *half = (const uint16_t *)x->data;
+    float f = x->dtype == BESA_F32 ? ((const float *)x->data)[at] : x->dtype == BESA_BF16 ? besa__bf16_to_f32(half[at])
+                                                                                        : besa__f16_to_f32(half[at]);
+    return x->round ? besa__bf16_to_f32(besa__f32_to_bf16(f)) : f;
+}
+
+/* Panels of `width` from an operand that ends where its memory ends; dst has room for nothing more. */
+static void check_pack(const besa__gemm_kernel *kernel, besa__gemm_operand x, int64_t width, int64_t count, int64_t k)
+{
+    int64_t n = (count - 1) * x.outer_step + (k - 1) * x.k_step + 1, wrong = 0;
+    int64_t units = besa__parts(k, kernel->unit), panels = besa__parts(count, width);
+    size_t bytes = (size_t)n * (x.dtype == BESA_F32 ? 4 : 2);
+    unsigned char *data = (unsigned char *)malloc(bytes);
+    float *dst = (float *)malloc((size_t)(panels * units * width) * sizeof *dst);
+    uint32_t u = 7;
+    for (size_t i = 0; i < bytes; i++) data[i] = (unsigned char)((u = u * 1664525u + 1013904223u) >> 24);
+    x.data = data;
+    kernel->pack(dst, width, &x, 0, count, k);
+    for (int64_t i = 0; i < panels * width; i++)
+        for (int64_t p = 0; p < units * kernel->unit; p++) {
+            float want = i < count && p < k ? element(&x, i * x.outer_step + p * x.k_step) : 0.0f, got;
+            int64_t at = (i / width * units + p / kernel->unit) * width + i % width;
+            if (kernel->unit == 1) got = dst[at];
+            else got = besa__bf16_to_f32(((const uint16_t *)dst)[at * 2 + p % 2]);
+            wrong += isnan(want) ? !isnan(got) : besa__float_bits(want) != besa__float_bits(got);
+        }
+    CHECK(wrong == 0, "%d of %d x %d elements are wrong: dtype %d, steps %d and %d, width %d", (int)wrong, (int)count, (int)k,
+          (int)x.dtype, (int)x.outer_step, (int)x.k_step, (int)width);
+    free(data), free(dst);
+}
+
+static void check_packs(int bf16)
+{
+    static const int lengths[] = {1, 3, 8, 9, 31, 64, 67, 130};
+    static const besa_dtype dtypes[] = {BESA_F32, BESA_BF16, BESA_F16};
+    besa__gemm_kernel kernel = besa__gemm_choose(bf16);
+    for (int d = 0; d < 3; d++)
+        for (int form = 0; form < 3; form++)
+            for (int l = 0; l < 8; l++)
+                for (int c = 0; c < 12; c++) {
+                    int64_t width = c % 2 ? kernel.mr : kernel.nr, k = lengths[l], count = c / 2 < 3 ? c / 2 + width - 1 : 0;
+                    besa__gemm_operand x = {NULL, dtypes[d], 1, 1, bf16};
+                    if (c / 2 == 3) count = 1;
+                    if (c / 2 == 4) count = 3 * width;
+                    if (c / 2 == 5) count = 3 * width - 5 > 0 ? 3 * width - 5 : 2;
+                    if (form == 0) x.k_step = count + 3; /* rows */
+                    if (form == 1) x.outer_step = k + 5; /* columns */
+                    if (form == 2) x.outer_step = 2 * k + 3, x.k_step = 2;
+                    if (count > 0) check_pack(&kernel, x, width, count, k);
+                }
+}
+
 /* ---- lesser processors --------------------------------------------------------------------- */
 
 /* As on a processor of that level. */
@@ -341,6 +397,13 @@ int main(int argc, char **argv)
     g_reference = argv[1];
     test.only = argc > 2 ? argv[2] : NULL;
     failed = run_cases(0, 0, "test", test.only, 0, NULL) + run_cases(0, 0, "grad", test.only, 0, NULL);
+    for (simd_max = 0; simd_max <= most; simd_max++)
+        for (int bf16 = 0; bf16 < 2; bf16++) {
+            char *name = (char *)take(64);
+            snprintf(name, 64, "packing at level %d%s", simd_max, bf16 ? ", rounded to bf16" : "");
+            TEST(name) check_packs(bf16);
+        }
+    simd_max = 2;
     TEST("exp within 2 units in the last place") test_exp();
     TEST("exp of what is special") test_exp_special();
     TEST("reference prodigy") test_prodigy();
