@@ -9031,6 +9031,17 @@ BESA__GEMM_AVX2 static void besa__gemm_tile_avx2(int64_t units, const float *a, 
 #undef BESA__GEMM_STEP
 #undef BESA__GEMM_SAVE
 
+/* besa__f16_to_f32 of 8 lanes */
+BESA__GEMM_AVX2 static inline __m256i besa__gemm_half_avx2(__m256i v)
+{
+    __m256i magnitude = _mm256_slli_epi32(_mm256_and_si256(v, _mm256_set1_epi32(0x7fff)), 13);
+    __m256i special = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x0f7fffff));
+    __m256 scaled = _mm256_mul_ps(_mm256_castsi256_ps(magnitude), _mm256_set1_ps(5.192296858534828e33f)); /* 2^112 */
+    special = _mm256_and_si256(special, _mm256_set1_epi32(0x7f800000));
+    v = _mm256_slli_epi32(_mm256_srli_epi32(v, 15), 31);
+    return _mm256_or_si256(v, _mm256_or_si256(_mm256_castps_si256(scaled), special));
+}
+
 /* The fp32 of 8 elements that follow each other, of which `count` are read; zeros beyond. */
 BESA__GEMM_AVX2 static inline __m256 besa__gemm_load_avx2(const besa__gemm_operand *x, int64_t at, int64_t count)
 {
@@ -9052,13 +9063,7 @@ BESA__GEMM_AVX2 static inline __m256 besa__gemm_load_avx2(const besa__gemm_opera
         }
         v = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)s));
         if (x->dtype == BESA_BF16) return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
-        {   /* as besa__f16_to_f32: 2^112 corrects the exponent; infinity and NaN have all of its bits set */
-            __m256i magnitude = _mm256_slli_epi32(_mm256_and_si256(v, _mm256_set1_epi32(0x7fff)), 13);
-            __m256i special = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x0f7fffff));
-            __m256 scaled = _mm256_mul_ps(_mm256_castsi256_ps(magnitude), _mm256_set1_ps(5.192296858534828e33f));
-            magnitude = _mm256_or_si256(_mm256_castps_si256(scaled), _mm256_and_si256(special, _mm256_set1_epi32(0x7f800000)));
-            v = _mm256_or_si256(magnitude, _mm256_slli_epi32(_mm256_srli_epi32(v, 15), 31));
-        }
+        v = besa__gemm_half_avx2(v);
     }
     if (!x->round) return _mm256_castsi256_ps(v);
     /* to the nearest bf16, ties to even: add 0x7fff plus the lowest bit that stays; a NaN stays quiet */
@@ -9070,7 +9075,8 @@ BESA__GEMM_AVX2 static inline __m256 besa__gemm_load_avx2(const besa__gemm_opera
 }
 
 /* The same, where 8 can be read. form: 1 fp32 as it is, 2 bf16, 0 any */
-BESA__INLINE BESA__GEMM_AVX2 __m256 besa__gemm_load_form_avx2(const besa__gemm_operand *x, int64_t at, int64_t count, int form)
+BESA__INLINE BESA__GEMM_AVX2 __m256 besa__gemm_load_form_avx2(const besa__gemm_operand *x, int64_t at, int64_t count,
+                                                              int form)
 {
     if (form == 1) return _mm256_loadu_ps((const float *)x->data + at);
     if (form == 2) {
@@ -9099,34 +9105,37 @@ BESA__GEMM_AVX2 static inline void besa__gemm_store_avx2(float *dst, __m256 v, i
     if (count & 1) _mm_store_ss(dst, part);
 }
 
-/* Rows of panels whose outer positions follow each other in memory: copies. A row of a narrow panel is stored with what
-   lies beyond it, where the next row of that panel goes. */
+/* `rows` steps of k of panels whose outer positions follow each other in memory: copies. A row of a narrow panel is
+   stored with what lies beyond it, where the next row of that panel goes; the last is stored alone. */
 BESA__INLINE BESA__GEMM_AVX2 void besa__gemm_rows_avx2(float *dst, int64_t width, const besa__gemm_operand *x, int64_t at,
                                                        int64_t count, int64_t rows, int64_t panel, int form)
 {
     for (int64_t i0 = 0; i0 < count; i0 += width, dst += panel)
-        for (int64_t i = 0; i < width; i += 8)
-            for (int64_t p = 0; p < rows; p++) {
-                int64_t left = count - i0 - i;
-                __m256 v = besa__gemm_load_form_avx2(x, at + p * x->k_step + i0 + i, left, left >= 8 ? form : 0);
-                besa__gemm_store_avx2(dst + p * width + i, v, form && p + 1 < rows && i == 0 ? 8 : width - i);
-            }
+        for (int64_t i = 0; i < width; i += 8) {
+            int64_t from = at + i0 + i, left = count - i0 - i, p = 0;
+            int64_t whole = form && left >= 8 ? rows - (i + 8 > width) : 0;
+            float *to = dst + i;
+            for (; p < whole; p++, from += x->k_step, to += width)
+                _mm256_storeu_ps(to, besa__gemm_load_form_avx2(x, from, 8, form));
+            for (; p < rows; p++, from += x->k_step, to += width)
+                besa__gemm_store_avx2(to, besa__gemm_load_avx2(x, from, left), width - i);
+        }
 }
 
 BESA__GEMM_AVX2 static void besa__gemm_pack_rows_avx2(float *dst, int64_t width, const besa__gemm_operand *x,
                                                       int64_t at, int64_t count, int64_t k)
 {
     int form = x->dtype == BESA_BF16 ? 2 : x->dtype == BESA_F32 && !x->round;
-    int64_t size = x->dtype == BESA_F32 ? 4 : 2;
-    uintptr_t step = (uintptr_t)(x->k_step * size), ahead = (uintptr_t)x->data + (uintptr_t)(at * size) + 8 * step;
-    for (int64_t p = 0; p < k; p += 4, dst += 4 * width, at += 4 * x->k_step, ahead += 4 * step) {
+    int64_t size = x->dtype == BESA_F32 ? 4 : 2, rows = 16;
+    uintptr_t step = (uintptr_t)(x->k_step * size), ahead = (uintptr_t)x->data + (uintptr_t)(at * size) + 16 * step;
+    for (int64_t p = 0; p < k; p += rows, dst += rows * width, at += rows * x->k_step, ahead += 16 * step) {
         for (uintptr_t i = 0; i < (uintptr_t)(count * size); i += 64)
-            for (uintptr_t q = 0; q < 4; q++) _mm_prefetch((const char *)(ahead + q * step + i), _MM_HINT_T0);
-        if (k - p < 4) besa__gemm_rows_avx2(dst, width, x, at, count, k - p, width * k, 0);
-        else if (width == 6 && form == 1) besa__gemm_rows_avx2(dst, 6, x, at, count, 4, 6 * k, 1);
-        else if (width == 16 && form == 1) besa__gemm_rows_avx2(dst, 16, x, at, count, 4, 16 * k, 1);
-        else if (width == 16 && form == 2) besa__gemm_rows_avx2(dst, 16, x, at, count, 4, 16 * k, 2);
-        else besa__gemm_rows_avx2(dst, width, x, at, count, 4, width * k, 0);
+            for (uintptr_t q = 0; q < 16; q++) _mm_prefetch((const char *)(ahead + q * step + i), _MM_HINT_T0);
+        rows = besa__min(rows, k - p);
+        if (form == 1 && width == 6) besa__gemm_rows_avx2(dst, 6, x, at, count, rows, 6 * k, 1);
+        else if (form == 1 && width == 16) besa__gemm_rows_avx2(dst, 16, x, at, count, rows, 16 * k, 1);
+        else if (form == 2 && width == 16) besa__gemm_rows_avx2(dst, 16, x, at, count, rows, 16 * k, 2);
+        else besa__gemm_rows_avx2(dst, width, x, at, count, rows, width * k, 0);
     }
 }
 
@@ -9140,8 +9149,9 @@ BESA__INLINE void besa__gemm_ahead(const besa__gemm_operand *x, int64_t at, int6
 }
 
 /* dst (columns, width) = lines of 8, `real` of them, transposed; `lines` go to the panel */
-BESA__INLINE BESA__GEMM_AVX2 void besa__gemm_transpose_avx2(float *dst, int64_t width, const besa__gemm_operand *x, int64_t at,
-                                                            int64_t real, int64_t lines, int64_t columns, int form)
+BESA__INLINE BESA__GEMM_AVX2 void besa__gemm_transpose_avx2(float *dst, int64_t width, const besa__gemm_operand *x,
+                                                            int64_t at, int64_t real, int64_t lines, int64_t columns,
+                                                            int form)
 {
     __m256 r[8], s[8], t[8];
     for (int i = 0; i < 8; i++) {
@@ -9300,7 +9310,7 @@ BESA__GEMM_AVX512 static void besa__gemm_pack_rows_avx512(float *dst, int64_t wi
     int plain = x->dtype == BESA_F32 && !x->round;
     int64_t size = x->dtype == BESA_F32 ? 4 : 2, rows = 8, panel = width * ((k + unit - 1) / unit);
     uintptr_t step = (uintptr_t)(x->k_step * size), ahead = (uintptr_t)x->data + (uintptr_t)(at * size) + 16 * step;
-    for (int64_t p = 0; p < k; p += rows, dst += rows / unit * width, at += rows * x->k_step, ahead += (uintptr_t)rows * step) {
+    for (int64_t p = 0; p < k; p += rows, dst += rows / unit * width, at += rows * x->k_step, ahead += 8 * step) {
         for (uintptr_t i = 0; i < (uintptr_t)(count * size); i += 64)
             for (int64_t q = 0; q < rows; q++) _mm_prefetch((const char *)(ahead + (uintptr_t)q * step + i), _MM_HINT_T0);
         if (unit == 2) besa__gemm_rows_avx512(dst, width, x, at, count, besa__min(rows, k - p), panel, 2, 0);
@@ -9410,7 +9420,7 @@ BESA__GEMM_AVX512 static void besa__gemm_pack_avx512_bf16(float *dst, int64_t wi
 
 static besa__gemm_kernel besa__gemm_choose(int bf16)
 {
-    besa__gemm_kernel kernel = {4, 8, 1, besa__gemm_pack_c, besa__gemm_tile_c, 320};
+    besa__gemm_kernel kernel = {4, 8, 1, besa__gemm_pack_c, besa__gemm_tile_c, BESA__GEMM_KC};
     int simd = besa__cpu_simd();
     (void)bf16, (void)simd;
 #if defined(BESA__SIMD_NEON)
@@ -9418,11 +9428,12 @@ static besa__gemm_kernel besa__gemm_choose(int bf16)
 #elif defined(BESA__SIMD_X86)
     if (simd == 2) {
         int paired = bf16 && __builtin_cpu_supports("avx512bf16");
-        kernel.mr = 12, kernel.nr = 32, kernel.unit = paired ? 2 : 1, kernel.kc = BESA__GEMM_KC;
+        kernel.mr = 12, kernel.nr = 32, kernel.unit = paired ? 2 : 1;
         kernel.pack = paired ? besa__gemm_pack_avx512_bf16 : besa__gemm_pack_avx512;
         kernel.tile = paired ? besa__gemm_tile_avx512_bf16 : besa__gemm_tile_avx512;
     } else if (simd == 1) {
-        kernel.mr = 6, kernel.nr = 16, kernel.kc = 320, kernel.pack = besa__gemm_pack_avx2, kernel.tile = besa__gemm_tile_avx2;
+        kernel.mr = 6, kernel.nr = 16, kernel.kc = 320;
+        kernel.pack = besa__gemm_pack_avx2, kernel.tile = besa__gemm_tile_avx2;
     }
 #endif
     return kernel;
@@ -9431,21 +9442,22 @@ static besa__gemm_kernel besa__gemm_choose(int bf16)
 /* ============================================================================================
  * // >>cpu-gemm              the CPU's matrix product: C = alpha A B [+ C] [+ bias]
  * ============================================================================================
- * The scheme is the one of GotoBLAS and BLIS. The product is cut into blocks (m, n, k) of at most
- * MC x NC x KC. Of each block both operands are packed: converted to fp32 (or rounded to bf16),
- * and laid out as panels in the order in which the micro-kernel reads them, MR rows of A or NR
- * columns of B side by side. The micro-kernel keeps an MR x NR tile of C in registers and runs over k:
+ * The scheme is the one of GotoBLAS and BLIS. The product is cut into blocks of nc columns and kc steps of k. Both
+ * operands are packed: converted to fp32 (or rounded to bf16), and laid out as panels in the order in which the
+ * micro-kernel reads them, MR rows of A or NR columns of B side by side. The micro-kernel keeps an MR x NR tile of C in
+ * registers and runs over k:
  *
- *     KC = 512    a tile of C is read and written once per 512 steps of k, which hides it. A panel of A
- *                 (24 KB) stays in the first-level cache; a panel of B (64 KB) streams from the second
- *     MC, NC      768 and 1024: every element packed is used for 768 or more multiply-adds. Both
- *                 blocks (3.7 MB) live in the last-level cache, shared by the threads
- *     TM, TN      a thread takes tiles of 192 x 128 of C: their panels (640 KB) fit the second level
+ *     kc          the kernel's: a tile of C is read and written once per kc steps of k, which hides it. For 6 x 16 a panel
+ *                 of B (20 KB) stays in a first-level cache of 32 KB beside one of A; for 12 x 32 that of A (24 KB) does,
+ *                 and B's (64 KB) comes from the second level, which has 1 MB or more where there is AVX-512
+ *     MC          a thread packs a strip of up to 192 rows of A (240 or 384 KB), which stays in its second-level cache,
+ *                 and runs it along the panels of B
+ *     nc          the block of B (2 MB) lives in the last-level cache, for all threads
  *
- * The threads pack panels together, then share out the tiles. The sum behind one element of C is
- * cut by k alone, at multiples of the block length, and every tile takes its steps in the same order:
- * the bytes do not depend on the number of threads. Ragged edges are packed with zeros and
- * written by way of a full tile on the stack, thus with the same arithmetic.
+ * A phase multiplies block t - 1 and packs B of block t, in tasks that the threads take as they become free: hence two
+ * buffers for B, one barrier a block, and none for one thread. Short products have strips enough for all threads, and
+ * groups of columns where rows are few. The sum behind one element of C is cut by k alone, and every tile takes its steps
+ * in the same order: the bytes do not depend on the number of threads. Ragged edges are packed with zeros.
  *
  * Calls: the number formats and nothing else. Owns no memory: the caller gives the scratch. */
 
@@ -9455,10 +9467,10 @@ typedef struct besa__gemm_job {
     besa__gemm_kernel kernel;
     besa__gemm_operand a, b;
     int64_t nc, kc, k_blocks, blocks;
-    int64_t pack;                      /* columns that a task packs */
     int64_t strips, groups;            /* tasks of a block: strips of rows times groups of columns */
-    int64_t buffers;
-    float *a_packed, *b_packed;        /* a strip per thread, (m / MR)(units, MR); two blocks, (n / NR)(units, NR) */
+    int64_t pack;                      /* columns that one task packs */
+    int64_t buffers;                   /* of B: 2, or 1 for one thread */
+    float *a_packed, *b_packed;        /* a strip per thread, (m / MR)(units, MR); blocks, (n / NR)(units, NR) */
 } besa__gemm_job;
 
 /* One block. */
@@ -9478,32 +9490,40 @@ static besa__gemm_block besa__gemm_block_at(const besa__gemm_job *s, int64_t t)
     return block;
 }
 
-/* One micro-tile at (i, j) of C; at the edges it is computed whole, on the stack. */
-static void besa__gemm_micro(const besa__gemm_job *s, const besa__gemm_block *block, const float *a, const float *b,
-                             int64_t i, int64_t j)
+/* A tile at the edge, (rows, columns) of it in C, is computed whole, on the stack, thus with the same arithmetic. */
+static void besa__gemm_edge(const besa__gemm_job *s, int64_t units, const float *a, const float *b, float *c,
+                            int64_t rows, int64_t columns, int add, const float *bias)
 {
-    const besa__gemm_args *g = s->g;
-    int64_t mr = s->kernel.mr, nr = s->kernel.nr;
-    int64_t rows = besa__min(mr, g->m - i), columns = besa__min(nr, g->n - j);
-    const float *bias = g->bias && block->p0 == 0 ? g->bias + j : NULL;
-    float *c = g->c + i * g->c_row + j;
     float edge[BESA__GEMM_TILE_MAX], edge_bias[BESA__GEMM_TILE_MAX];
+    int64_t nr = s->kernel.nr, step = s->g->c_row;
     size_t bytes = (size_t)columns * sizeof *c;
-    int add = g->accumulate || block->p0 > 0;
-#ifdef __GNUC__
-    for (int64_t r = 0; r < rows; r++)            /* C comes from afar: it arrives while the sums are formed */
-        for (int64_t q = 0; q < columns; q += 16) __builtin_prefetch(c + r * g->c_row + q, 1);
-#endif
-    if (rows == mr && columns == nr) {
-        s->kernel.tile(block->units, a, b, c, g->c_row, g->alpha, add, bias);
-        return;
-    }
     memset(edge, 0, sizeof edge);
     memset(edge_bias, 0, (size_t)nr * sizeof *edge_bias);
     if (bias) memcpy(edge_bias, bias, bytes);
-    for (int64_t r = 0; add && r < rows; r++) memcpy(edge + r * nr, c + r * g->c_row, bytes);
-    s->kernel.tile(block->units, a, b, edge, nr, g->alpha, add, bias ? edge_bias : NULL);
-    for (int64_t r = 0; r < rows; r++) memcpy(c + r * g->c_row, edge + r * nr, bytes);
+    for (int64_t r = 0; add && r < rows; r++) memcpy(edge + r * nr, c + r * step, bytes);
+    s->kernel.tile(units, a, b, edge, nr, s->g->alpha, add, bias ? edge_bias : NULL);
+    for (int64_t r = 0; r < rows; r++) memcpy(c + r * step, edge + r * nr, bytes);
+}
+
+/* Rows i0 .. i1 - 1 of C by the panel b of the block, columns j .. of C; a has the panels of these rows. */
+static void besa__gemm_column(const besa__gemm_job *s, const besa__gemm_block *block, const float *a, const float *b,
+                              int64_t i0, int64_t i1, int64_t j)
+{
+    const besa__gemm_args *g = s->g;
+    int64_t mr = s->kernel.mr, nr = s->kernel.nr, columns = besa__min(nr, g->n - j);
+    const float *bias = g->bias && block->p0 == 0 ? g->bias + j : NULL;
+    int add = g->accumulate || block->p0 > 0;
+    for (int64_t i = i0; i < i1; i += mr, a += mr * block->units) {
+        float *c = g->c + i * g->c_row + j;
+        int64_t rows = besa__min(mr, g->m - i);
+        if (g->lower && i + mr <= j) continue;            /* wholly above the diagonal */
+#ifdef __GNUC__
+        for (int64_t r = 0; r < rows; r++)                /* C comes from afar: it arrives while the sums are formed */
+            for (int64_t q = 0; q < columns; q += 16) __builtin_prefetch(c + r * g->c_row + q, 1);
+#endif
+        if (rows == mr && columns == nr) s->kernel.tile(block->units, a, b, c, g->c_row, g->alpha, add, bias);
+        else besa__gemm_edge(s, block->units, a, b, c, rows, columns, add, bias);
+    }
 }
 
 /* Task `index` of block t: a strip of rows, packed by the thread that needs it, times a group of panels of B. */
@@ -9512,16 +9532,13 @@ static void besa__gemm_strip(const besa__gemm_job *s, int64_t t, int64_t index, 
     besa__gemm_block block = besa__gemm_block_at(s, t);
     int64_t mr = s->kernel.mr, nr = s->kernel.nr, strip = index % s->strips, group = index / s->strips;
     int64_t a_panels = besa__parts(s->g->m, mr), b_panels = besa__parts(block.n, nr);
-    int64_t i0 = strip * a_panels / s->strips * mr, i1 = (strip + 1) * a_panels / s->strips * mr;
+    int64_t i0 = strip * a_panels / s->strips * mr, i1 = besa__min((strip + 1) * a_panels / s->strips * mr, s->g->m);
     int64_t j0 = group * b_panels / s->groups * nr, j1 = (group + 1) * b_panels / s->groups * nr;
     if (s->g->lower) j1 = besa__min(j1, i1 - block.j0);
     if (i0 >= i1 || j0 >= j1) return;
-    s->kernel.pack(a, mr, &s->a, i0 * s->a.outer_step + block.p0 * s->a.k_step, besa__min(i1, s->g->m) - i0, block.k);
+    s->kernel.pack(a, mr, &s->a, i0 * s->a.outer_step + block.p0 * s->a.k_step, i1 - i0, block.k);
     for (int64_t j = j0; j < j1; j += nr)
-        for (int64_t i = i0; i < i1; i += mr) {
-            if (s->g->lower && i + mr <= block.j0 + j) continue;      /* wholly above the diagonal */
-            besa__gemm_micro(s, &block, a + (i - i0) * block.units, block.b_packed + j * block.units, i, block.j0 + j);
-        }
+        besa__gemm_column(s, &block, a, block.b_packed + j * block.units, i0, i1, block.j0 + j);
 }
 
 /* Some panels of B of block t. */
@@ -9548,26 +9565,24 @@ static void besa__gemm_task(const besa__gemm_job *s, int64_t t, int64_t index, i
     else besa__gemm_pack_b(s, t, index - strips);
 }
 
-/* How the rows and columns of a block are shared: strips fit the memory of one; a thread should have several tasks. */
-static void besa__gemm_cut(besa__gemm_job *s, int threads)
-{
-    int64_t a_panels = besa__parts(s->g->m, s->kernel.mr), b_panels = besa__parts(s->nc, s->kernel.nr);
-    int64_t most = BESA__GEMM_MC / s->kernel.mr, tasks = threads * (s->g->lower ? 4 : 2);
-    s->strips = besa__parts(a_panels, most);
-    s->groups = 1;
-    if (threads > 1) {
-        int64_t least = besa__max(besa__parts(a_panels, 4), 1);     /* shorter strips would read B too often */
-        s->strips = besa__max(s->strips, besa__min(tasks, least));
-        s->strips = besa__min(besa__parts(s->strips, threads) * threads, besa__max(least, s->strips));
-        s->groups = besa__min(b_panels, besa__parts(threads, s->strips));
-    }
-}
-
 /* The length of equal blocks, a multiple of `grain` and at most `most`. */
 static int64_t besa__gemm_equal(int64_t total, int64_t most, int64_t grain)
 {
     int64_t length = besa__parts(total, besa__parts(total > 0 ? total : 1, most));
     return besa__parts(length > 0 ? length : 1, grain) * grain;
+}
+
+/* How a block is shared: strips of at most MC rows, two tasks or more for each thread. Strips are not made shorter than
+   four panels, which would read B too often: then the columns are cut into groups as well. */
+static void besa__gemm_cut(besa__gemm_job *s, int threads)
+{
+    int64_t panels = besa__parts(s->g->m, s->kernel.mr), least = besa__parts(panels, BESA__GEMM_MC / s->kernel.mr);
+    int64_t most = besa__max(besa__parts(panels, 4), least), tasks = threads * (s->g->lower ? 4 : 2);
+    s->strips = least, s->groups = 1, s->pack = s->nc;
+    if (threads == 1) return;
+    s->strips = besa__min(besa__parts(besa__max(least, tasks), threads) * threads, most);
+    s->groups = besa__min(besa__parts(threads, s->strips), besa__parts(s->nc, s->kernel.nr));
+    s->pack = besa__gemm_equal(s->nc, besa__max(s->nc / threads, s->kernel.nr), s->kernel.nr);
 }
 
 static void besa__gemm_run(const besa__gemm_args *g, int threads, int bf16, void *scratch)
@@ -9579,12 +9594,11 @@ static void besa__gemm_run(const besa__gemm_args *g, int threads, int bf16, void
     s.b.data = g->b, s.b.dtype = g->b_dtype, s.b.outer_step = g->b_col, s.b.k_step = g->b_row, s.b.round = bf16;
     s.kc = besa__gemm_equal(g->k, s.kernel.kc * s.kernel.unit, 8 * s.kernel.unit);
     s.nc = besa__gemm_equal(g->n, BESA__GEMM_B / s.kernel.kc / s.kernel.nr * s.kernel.nr, s.kernel.nr);
-    s.k_blocks = besa__max(besa__parts(g->k, s.kc), 1);
+    s.k_blocks = besa__max(besa__parts(g->k, s.kc), 1);      /* k = 0: C is still assigned */
     s.blocks = besa__parts(g->n, s.nc) * s.k_blocks;
     s.buffers = threads > 1 ? 2 : 1;
     s.b_packed = (float *)scratch;
     s.a_packed = s.b_packed + s.buffers * BESA__GEMM_B;
-    s.pack = besa__gemm_equal(s.nc, besa__max(s.nc / threads, s.kernel.nr), s.kernel.nr);
     besa__gemm_cut(&s, threads);
 #ifdef _OPENMP
     if (threads > 1) {
@@ -9615,6 +9629,8 @@ static void besa__gemm_serial(const besa__gemm_args *g, int bf16, void *scratch)
 
 #ifdef BESA_CBLAS
 #include <cblas.h>
+
+enum { BESA__GEMM_BLAS_N = 1024, BESA__GEMM_BLAS_K = 256 };      /* two converted blocks fill the scratch of one for B */
 
 /* The lines of an operand: along k where k is contiguous, else along the outer index. */
 static int64_t besa__gemm_line_step(const besa__gemm_operand *x) { return x->k_step == 1 ? x->outer_step : x->k_step; }
@@ -9648,8 +9664,8 @@ static int besa__gemm_blas(const besa__gemm_args *g, float *scratch)
     int convert = a.dtype != BESA_F32 || b.dtype != BESA_F32;
     int64_t mc = g->m, nc = g->n, kc = g->k;
     if (!besa__gemm_blas_can(&a, g->m, g->k) || !besa__gemm_blas_can(&b, g->n, g->k) || g->c_row > INT32_MAX) return 0;
-    if (convert || g->lower) mc = 1024, nc = 1024;
-    if (convert) kc = 256;
+    if (convert || g->lower) mc = nc = BESA__GEMM_BLAS_N;
+    if (convert) kc = BESA__GEMM_BLAS_K;
     for (int64_t i = 0; g->bias && i < g->m; i++)
         for (int64_t j = 0; j < g->n; j++)
             g->c[i * g->c_row + j] = g->bias[j] + (g->accumulate ? g->c[i * g->c_row + j] : 0.0f);
@@ -9663,7 +9679,7 @@ static int besa__gemm_blas(const besa__gemm_args *g, float *scratch)
                 if (g->lower && i0 + m <= j0) continue;
                 x = besa__gemm_blas_operand(&a, i0 * a.outer_step + p0 * a.k_step, m, k, scratch, &x_ld);
                 y = besa__gemm_blas_operand(&b, j0 * b.outer_step + p0 * b.k_step, n, k,
-                                            scratch + 1024 * 256, &y_ld);
+                                            scratch + BESA__GEMM_BLAS_N * BESA__GEMM_BLAS_K, &y_ld);
                 cblas_sgemm(CblasRowMajor, a.k_step == 1 ? CblasNoTrans : CblasTrans,
                             b.k_step == 1 ? CblasTrans : CblasNoTrans, (int)m, (int)n, (int)k, g->alpha, x, x_ld,
                             y, y_ld, g->accumulate || g->bias || p0 > 0 ? 1.0f : 0.0f, g->c + i0 * g->c_row + j0,
