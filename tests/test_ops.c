@@ -360,6 +360,47 @@ static void check_packs(int bf16)
                 }
 }
 
+/* ---- products of several blocks ------------------------------------------------------------ */
+
+/* C = 0.5 A B + C + bias by 1, 2 and 8 threads, the same bytes: some elements against fp64. lower: above the diagonal C is
+   free to hold anything */
+static void check_product(int64_t m, int64_t n, int64_t k, int lower)
+{
+    static const int teams[] = {1, 2, 8};
+    float *a = take_floats(m * k + 1), *b = take_floats(n * k + 1), *bias = take_floats(n), *start = take_floats(m * n);
+    float *first = take_floats(m * n), *c = take_floats(m * n);
+    uint32_t u = 3;
+    for (int64_t i = 0; i < m * k; i++) a[i] = (float)((u = u * 1664525u + 1013904223u) >> 8) / 8388608.0f - 1;
+    for (int64_t i = 0; i < n * k; i++) b[i] = (float)((u = u * 1664525u + 1013904223u) >> 8) / 8388608.0f - 1;
+    for (int64_t i = 0; i < m * n; i++) start[i] = (float)(i % 17);
+    for (int64_t j = 0; j < n; j++) bias[j] = (float)(j % 5);
+    for (int team = 0; team < 3; team++) {
+        besa__gemm_args g = {m, n, k, a, k, 1, BESA_F32, b, 1, k, BESA_F32, c, n, 0.5f, 1, bias, lower};
+        void *scratch = take(besa__gemm_scratch(teams[team]) + 64);
+        memcpy(c, start, (size_t)(m * n) * sizeof *c);
+        besa__gemm(&g, teams[team], 0, (void *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63));
+        if (team == 0) memcpy(first, c, (size_t)(m * n) * sizeof *c);
+        CHECK(!memcmp(first, c, (size_t)(m * n) * sizeof *c), "%d threads give other bytes than one", teams[team]);
+    }
+    for (int64_t at = 0; at < m * n; at += 13) {
+        double sum = 0;
+        int64_t i = at / n, j = at % n;
+        if (lower && j > i) continue;
+        for (int64_t p = 0; p < k; p++) sum += (double)a[i * k + p] * (double)b[j * k + p];
+        sum = 0.5 * sum + (double)start[at] + (double)bias[j];
+        if (!CHECK(fabs((double)c[at] - sum) < 1e-4, "C(%d, %d) is %g, expected %g", (int)i, (int)j, (double)c[at], sum)) break;
+    }
+}
+
+static void check_products(void)
+{
+    check_product(70, 2100, 700, 0);            /* several blocks of columns and of k */
+    check_product(500, 40, 330, 0);             /* several strips */
+    check_product(13, 1100, 400, 0);             /* fewer rows than threads have strips: groups of columns */
+    check_product(600, 600, 70, 1);
+    check_product(33, 35, 0, 0);
+}
+
 /* ---- lesser processors --------------------------------------------------------------------- */
 
 /* As on a processor of that level. */
@@ -402,6 +443,8 @@ int main(int argc, char **argv)
             char *name = (char *)take(64);
             snprintf(name, 64, "packing at level %d%s", simd_max, bf16 ? ", rounded to bf16" : "");
             TEST(name) check_packs(bf16);
+            snprintf(name = (char *)take(64), 64, "products of several blocks at level %d", simd_max);
+            if (!bf16) TEST(name) check_products();
         }
     simd_max = 2;
     TEST("exp within 2 units in the last place") test_exp();
