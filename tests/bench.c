@@ -129,8 +129,9 @@ static void bench_products(void)
 {
     enum { LAYERS = 8 };
     static const struct { const char *name; int rows, columns, most; } layer[LAYERS] = {   /* most: of tokens, to end in time */
-        { "SmolLM2 q, o    ", 576, 576, 2048 }, { "SmolLM2 k, v    ", 192, 576, 2048 }, { "SmolLM2 gate, up", 1536, 576, 2048 },
-        { "SmolLM2 down    ", 576, 1536, 2048 }, { "7B q, k, v, o   ", 4096, 4096, 512 }, { "7B gate, up     ", 11008, 4096, 512 },
+        { "SmolLM2 q, o    ", 576, 576, 2048 },   { "SmolLM2 k, v    ", 192, 576, 2048 },
+        { "SmolLM2 gate, up", 1536, 576, 2048 },  { "SmolLM2 down    ", 576, 1536, 2048 },
+        { "7B q, k, v, o   ", 4096, 4096, 512 },  { "7B gate, up     ", 11008, 4096, 512 },
         { "8B k, v         ", 1024, 4096, 2048 }, { "8B gate, up     ", 14336, 4096, 512 } };
     static const char *const library[] = { "libopenblas.so.0", "libopenblas.so" };
     void *dl = NULL;
