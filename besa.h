@@ -8984,8 +8984,8 @@ typedef struct besa__gemm_args {       /* C (m,n) = alpha A (m,k) B (k,n) [+ C] 
 } besa__gemm_args;
 
 enum {
-    BESA__GEMM_MC = 768, BESA__GEMM_NC = 1024, BESA__GEMM_KC = 512,   /* multiples of every MR, of every NR */
-    BESA__GEMM_TM = 192, BESA__GEMM_TN = 128,
+    BESA__GEMM_MC = 192, BESA__GEMM_KC = 512,                          /* multiples of every MR; the longest panel */
+    BESA__GEMM_A = BESA__GEMM_MC * BESA__GEMM_KC, BESA__GEMM_B = 1024 * BESA__GEMM_KC,    /* floats of packed memory */
     BESA__GEMM_TILE_MAX = 12 * 32                                      /* the largest MR x NR */
 };
 
@@ -8996,8 +8996,8 @@ typedef struct besa__gemm_operand {
     int round;                         /* 1: round to bf16 */
 } besa__gemm_operand;
 
-/* dst (units, width) = the panel of `count` <= width outer positions and `k` positions that starts at
-   element `at`; zeros beyond. A unit is one float, or two bf16 that follow each other in k. */
+/* dst (panels)(units, width) = `count` outer positions and `k` positions from element `at` on, in panels of `width`;
+   zeros beyond. A unit is one float, or two bf16 that follow each other in k. */
 typedef void besa__gemm_pack_fn(float *dst, int64_t width, const besa__gemm_operand *x, int64_t at,
                                 int64_t count, int64_t k);
 
@@ -9009,7 +9009,14 @@ typedef struct besa__gemm_kernel {
     int64_t mr, nr, unit;              /* unit: elements of k in four bytes, 1 or 2 */
     besa__gemm_pack_fn *pack;
     besa__gemm_tile_fn *tile;
+    int64_t kc;                        /* units of k that a panel has at most */
 } besa__gemm_kernel;
+
+#if defined(__GNUC__)
+#define BESA__INLINE static inline __attribute__((__always_inline__))
+#else
+#define BESA__INLINE static inline
+#endif
 
 /* ---- what the processor has ---- */
 
@@ -9061,16 +9068,17 @@ static void besa__gemm_pack_c(float *dst, int64_t width, const besa__gemm_operan
                               int64_t count, int64_t k)
 {
     float run[64];
-    if (count < width) memset(dst, 0, (size_t)(width * k) * sizeof *dst);
-    if (x->outer_step == 1) {
-        for (int64_t p = 0; p < k; p++) besa__gemm_read(dst + p * width, x, at + p * x->k_step, 1, count);
-        return;
-    }
-    for (int64_t p0 = 0; p0 < k; p0 += 64) {
-        int64_t length = besa__min(64, k - p0);
-        for (int64_t i = 0; i < count; i++) {
-            besa__gemm_read(run, x, at + i * x->outer_step + p0 * x->k_step, x->k_step, length);
-            for (int64_t p = 0; p < length; p++) dst[(p0 + p) * width + i] = run[p];
+    for (; count > 0; dst += width * k, at += width * x->outer_step, count -= width) {
+        int64_t real = besa__min(count, width);
+        if (real < width) memset(dst, 0, (size_t)(width * k) * sizeof *dst);
+        for (int64_t p = 0; x->outer_step == 1 && p < k; p++)
+            besa__gemm_read(dst + p * width, x, at + p * x->k_step, 1, real);
+        for (int64_t p0 = 0; x->outer_step != 1 && p0 < k; p0 += 64) {
+            int64_t length = besa__min(64, k - p0);
+            for (int64_t i = 0; i < real; i++) {
+                besa__gemm_read(run, x, at + i * x->outer_step + p0 * x->k_step, x->k_step, length);
+                for (int64_t p = 0; p < length; p++) dst[(p0 + p) * width + i] = run[p];
+            }
         }
     }
 }
@@ -9167,6 +9175,182 @@ BESA__GEMM_AVX2 static void besa__gemm_tile_avx2(int64_t units, const float *a, 
 #undef BESA__GEMM_STEP
 #undef BESA__GEMM_SAVE
 
+/* besa__f16_to_f32 of 8 lanes */
+BESA__GEMM_AVX2 static inline __m256i besa__gemm_half_avx2(__m256i v)
+{
+    __m256i magnitude = _mm256_slli_epi32(_mm256_and_si256(v, _mm256_set1_epi32(0x7fff)), 13);
+    __m256i special = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x0f7fffff));
+    __m256 scaled = _mm256_mul_ps(_mm256_castsi256_ps(magnitude), _mm256_set1_ps(5.192296858534828e33f)); /* 2^112 */
+    special = _mm256_and_si256(special, _mm256_set1_epi32(0x7f800000));
+    v = _mm256_slli_epi32(_mm256_srli_epi32(v, 15), 31);
+    return _mm256_or_si256(v, _mm256_or_si256(_mm256_castps_si256(scaled), special));
+}
+
+/* The fp32 of 8 elements that follow each other, of which `count` are read; zeros beyond. */
+BESA__GEMM_AVX2 static inline __m256 besa__gemm_load_avx2(const besa__gemm_operand *x, int64_t at, int64_t count)
+{
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256i v, up, number, nan;
+    if (x->dtype == BESA_F32) {
+        const float *s = (const float *)x->data + at;
+        if (count >= 8) v = _mm256_castps_si256(_mm256_loadu_ps(s));
+        else {
+            up = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)besa__max(count, 0)), lanes);
+            v = _mm256_castps_si256(_mm256_maskload_ps(s, up));
+        }
+    } else {
+        const uint16_t *s = (const uint16_t *)x->data + at;
+        uint16_t few[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+        if (count < 8) {
+            for (int64_t i = 0; i < count; i++) few[i] = s[i];
+            s = few;
+        }
+        v = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)s));
+        if (x->dtype == BESA_BF16) return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
+        v = besa__gemm_half_avx2(v);
+    }
+    if (!x->round) return _mm256_castsi256_ps(v);
+    /* to the nearest bf16, ties to even: add 0x7fff plus the lowest bit that stays; a NaN stays quiet */
+    up = _mm256_and_si256(_mm256_srli_epi32(v, 16), _mm256_set1_epi32(1));
+    number = _mm256_add_epi32(v, _mm256_add_epi32(up, _mm256_set1_epi32(0x7fff)));
+    nan = _mm256_castps_si256(_mm256_cmp_ps(_mm256_castsi256_ps(v), _mm256_castsi256_ps(v), _CMP_UNORD_Q));
+    number = _mm256_blendv_epi8(number, _mm256_or_si256(v, _mm256_set1_epi32(0x400000)), nan);
+    return _mm256_castsi256_ps(_mm256_and_si256(number, _mm256_set1_epi32((int)0xffff0000u)));
+}
+
+/* The same, where 8 can be read. form: 1 fp32 as it is, 2 bf16, 0 any */
+BESA__INLINE BESA__GEMM_AVX2 __m256 besa__gemm_load_form_avx2(const besa__gemm_operand *x, int64_t at, int64_t count,
+                                                              int form)
+{
+    if (form == 1) return _mm256_loadu_ps((const float *)x->data + at);
+    if (form == 2) {
+        __m128i half = _mm_loadu_si128((const __m128i *)(const void *)((const uint16_t *)x->data + at));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+    }
+    return besa__gemm_load_avx2(x, at, count);
+}
+
+/* The first `count` of 8 lanes; masked stores are slow on some processors. */
+BESA__GEMM_AVX2 static inline void besa__gemm_store_avx2(float *dst, __m256 v, int64_t count)
+{
+    __m128 part = _mm256_castps256_ps128(v);
+    if (count >= 8) {
+        _mm256_storeu_ps(dst, v);
+        return;
+    }
+    if (count & 4) {
+        _mm_storeu_ps(dst, part);
+        part = _mm256_extractf128_ps(v, 1), dst += 4;
+    }
+    if (count & 2) {
+        _mm_storel_pi((__m64 *)(void *)dst, part);
+        part = _mm_movehl_ps(part, part), dst += 2;
+    }
+    if (count & 1) _mm_store_ss(dst, part);
+}
+
+/* `rows` steps of k of panels whose outer positions follow each other in memory: copies. A row of a narrow panel is
+   stored with what lies beyond it, where the next row of that panel goes; the last is stored alone. */
+BESA__INLINE BESA__GEMM_AVX2 void besa__gemm_rows_avx2(float *dst, int64_t width, const besa__gemm_operand *x, int64_t at,
+                                                       int64_t count, int64_t rows, int64_t panel, int form)
+{
+    for (int64_t i0 = 0; i0 < count; i0 += width, dst += panel)
+        for (int64_t i = 0; i < width; i += 8) {
+            int64_t from = at + i0 + i, left = count - i0 - i, p = 0;
+            int64_t whole = form && left >= 8 ? rows - (i + 8 > width) : 0;
+            float *to = dst + i;
+            for (; p < whole; p++, from += x->k_step, to += width)
+                _mm256_storeu_ps(to, besa__gemm_load_form_avx2(x, from, 8, form));
+            for (; p < rows; p++, from += x->k_step, to += width)
+                besa__gemm_store_avx2(to, besa__gemm_load_avx2(x, from, left), width - i);
+        }
+}
+
+BESA__GEMM_AVX2 static void besa__gemm_pack_rows_avx2(float *dst, int64_t width, const besa__gemm_operand *x,
+                                                      int64_t at, int64_t count, int64_t k)
+{
+    int form = x->dtype == BESA_BF16 ? 2 : x->dtype == BESA_F32 && !x->round;
+    int64_t size = x->dtype == BESA_F32 ? 4 : 2, rows = 16;
+    uintptr_t step = (uintptr_t)(x->k_step * size), ahead = (uintptr_t)x->data + (uintptr_t)(at * size) + 16 * step;
+    for (int64_t p = 0; p < k; p += rows, dst += rows * width, at += rows * x->k_step, ahead += 16 * step) {
+        for (uintptr_t i = 0; i < (uintptr_t)(count * size); i += 64)
+            for (uintptr_t q = 0; q < 16; q++) _mm_prefetch((const char *)(ahead + q * step + i), _MM_HINT_T0);
+        rows = besa__min(rows, k - p);
+        if (form == 1 && width == 6) besa__gemm_rows_avx2(dst, 6, x, at, count, rows, 6 * k, 1);
+        else if (form == 1 && width == 16) besa__gemm_rows_avx2(dst, 16, x, at, count, rows, 16 * k, 1);
+        else if (form == 2 && width == 16) besa__gemm_rows_avx2(dst, 16, x, at, count, rows, 16 * k, 2);
+        else besa__gemm_rows_avx2(dst, width, x, at, count, rows, width * k, 0);
+    }
+}
+
+/* Asks for lines of the next panel, `lines` runs of `length` along k, while this one is packed. */
+BESA__INLINE void besa__gemm_ahead(const besa__gemm_operand *x, int64_t at, int64_t lines, int64_t length)
+{
+    int64_t size = x->dtype == BESA_F32 ? 4 : 2;
+    for (int64_t i = 0; i < lines; i++, at += x->outer_step)
+        for (int64_t p = 0; p < length; p += 64 / size)
+            __builtin_prefetch((const void *)((uintptr_t)x->data + (uintptr_t)((at + p) * size)));
+}
+
+/* dst (columns, width) = lines of 8, `real` of them, transposed; `lines` go to the panel */
+BESA__INLINE BESA__GEMM_AVX2 void besa__gemm_transpose_avx2(float *dst, int64_t width, const besa__gemm_operand *x,
+                                                            int64_t at, int64_t real, int64_t lines, int64_t columns,
+                                                            int form)
+{
+    __m256 r[8], s[8], t[8];
+    for (int i = 0; i < 8; i++) {
+        int64_t from = at + i * x->outer_step;
+        if (i >= real) r[i] = _mm256_setzero_ps();
+        else r[i] = besa__gemm_load_form_avx2(x, from, columns, form);
+    }
+    for (int i = 0; i < 8; i += 2) {
+        s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        t[i] = _mm256_shuffle_ps(s[i], s[i + 2], 0x44);
+        t[i + 1] = _mm256_shuffle_ps(s[i], s[i + 2], 0xee);
+        t[i + 2] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0x44);
+        t[i + 3] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        s[i] = _mm256_permute2f128_ps(t[i], t[4 + i], 0x20);
+        s[4 + i] = _mm256_permute2f128_ps(t[i], t[4 + i], 0x31);
+    }
+    for (int i = 0; i < 8 && i < columns; i++)
+        besa__gemm_store_avx2(dst + i * width, s[i], form && i < 7 && width > 4 && width < 8 ? 8 : lines);
+}
+
+/* k follows each other in memory: 8 lines at a time are transposed. */
+BESA__GEMM_AVX2 static void besa__gemm_pack_columns_avx2(float *dst, int64_t width, const besa__gemm_operand *x,
+                                                         int64_t at, int64_t count, int64_t k)
+{
+    int form = x->dtype == BESA_BF16 ? 2 : x->dtype == BESA_F32 && !x->round;
+    for (int64_t i0 = 0; i0 < count; i0 += width, dst += width * k)
+        for (int64_t i = 0; i < width; i += 8) {
+            int64_t lines = besa__min(8, width - i), real = besa__min(lines, count - i0 - i);
+            int64_t from = at + (i0 + i) * x->outer_step;
+            int full = real == width - i || real == 8 ? form : 0;
+            float *to = dst + i;
+            for (int64_t p = 0; p < k; p += 8, to += 8 * width, from += 8) {
+                if (p % 32 == 0) besa__gemm_ahead(x, from + width * x->outer_step, lines, besa__min(32, k - p));
+                if (k - p < 8) full = 0;
+                if (full == 1 && width == 16) besa__gemm_transpose_avx2(to, 16, x, from, 8, 8, 8, 1);
+                else if (full == 2 && width == 16) besa__gemm_transpose_avx2(to, 16, x, from, 8, 8, 8, 2);
+                else if (full == 1 && width == 6) besa__gemm_transpose_avx2(to, 6, x, from, 6, 6, 8, 1);
+                else besa__gemm_transpose_avx2(to, width, x, from, real, lines, k - p, 0);
+            }
+        }
+}
+
+BESA__GEMM_AVX2 static void besa__gemm_pack_avx2(float *dst, int64_t width, const besa__gemm_operand *x, int64_t at,
+                                                 int64_t count, int64_t k)
+{
+    if (x->outer_step == 1) besa__gemm_pack_rows_avx2(dst, width, x, at, count, k);
+    else if (x->k_step == 1) besa__gemm_pack_columns_avx2(dst, width, x, at, count, k);
+    else besa__gemm_pack_c(dst, width, x, at, count, k);
+}
+
 /* 12 x 32: twenty-four of the thirty-two registers hold C. One unit of k is a float, or, in the second
    kernel, a pair of bf16 whose two products are added in one step: the same loop, twice the k. */
 #define BESA__GEMM_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
@@ -9240,25 +9424,44 @@ BESA__GEMM_AVX512 static inline __m512i besa__gemm_load_avx512(const besa__gemm_
     return _mm512_and_si512(number, _mm512_set1_epi32((int)0xffff0000u));
 }
 
-/* The outer positions follow each other in memory: a row of the panel is a copy. The rows may lie a page
-   apart, where no prefetcher of the hardware follows: they are asked for 16 rows ahead. */
+/* Rows of panels whose outer positions follow each other in memory: copies. plain: fp32, to be left as it is */
+BESA__INLINE BESA__GEMM_AVX512 void besa__gemm_rows_avx512(float *dst, int64_t width, const besa__gemm_operand *x,
+                                                           int64_t at, int64_t count, int64_t k, int64_t panel,
+                                                           int64_t unit, int plain)
+{
+    for (int64_t i0 = 0; i0 < count; i0 += width, dst += panel)
+        for (int64_t i = 0; i < width; i += 16) {
+            int64_t from = at + i0 + i, left = count - i0 - i;
+            float *to = dst + i;
+            for (int64_t p = 0; p < k; p += unit, from += unit * x->k_step, to += width) {
+                __m512i v;
+                if (plain && left >= 16) v = _mm512_loadu_si512((const float *)x->data + from);
+                else v = besa__gemm_load_avx512(x, from, left);
+                if (unit == 2) {
+                    __m512i odd = _mm512_setzero_si512();
+                    if (p + 1 < k) odd = besa__gemm_load_avx512(x, from + x->k_step, left);
+                    v = _mm512_or_si512(_mm512_srli_epi32(v, 16), odd);
+                }
+                _mm512_mask_storeu_epi32(to, besa__gemm_mask(width - i), v);
+            }
+        }
+}
+
+/* The rows may lie a page apart, where no prefetcher of the hardware follows: they are asked for ahead. */
 BESA__GEMM_AVX512 static void besa__gemm_pack_rows_avx512(float *dst, int64_t width, const besa__gemm_operand *x,
                                                           int64_t at, int64_t count, int64_t k, int64_t unit)
 {
-    int64_t size = x->dtype == BESA_F32 ? 4 : 2;
+    int plain = x->dtype == BESA_F32 && !x->round;
+    int64_t size = x->dtype == BESA_F32 ? 4 : 2, rows = 8, panel = width * ((k + unit - 1) / unit);
     uintptr_t step = (uintptr_t)(x->k_step * size), ahead = (uintptr_t)x->data + (uintptr_t)(at * size) + 16 * step;
-    for (int64_t p = 0; p < k; p += unit, dst += width, at += unit * x->k_step, ahead += (uintptr_t)unit * step)
-        for (int64_t i = 0; i < width; i += 16) {
-            __m512i v = besa__gemm_load_avx512(x, at + i, count - i);
-            _mm_prefetch((const char *)(ahead + (uintptr_t)(i * size)), _MM_HINT_T0);
-            if (unit == 2) {
-                __m512i odd = _mm512_setzero_si512();
-                _mm_prefetch((const char *)(ahead + step + (uintptr_t)(i * size)), _MM_HINT_T0);
-                if (p + 1 < k) odd = besa__gemm_load_avx512(x, at + x->k_step + i, count - i);
-                v = _mm512_or_si512(_mm512_srli_epi32(v, 16), odd);
-            }
-            _mm512_mask_storeu_epi32(dst + i, besa__gemm_mask(width - i), v);
-        }
+    for (int64_t p = 0; p < k; p += rows, dst += rows / unit * width, at += rows * x->k_step, ahead += 8 * step) {
+        for (uintptr_t i = 0; i < (uintptr_t)(count * size); i += 64)
+            for (int64_t q = 0; q < rows; q++) _mm_prefetch((const char *)(ahead + (uintptr_t)q * step + i), _MM_HINT_T0);
+        if (unit == 2) besa__gemm_rows_avx512(dst, width, x, at, count, besa__min(rows, k - p), panel, 2, 0);
+        else if (plain && width == 12) besa__gemm_rows_avx512(dst, 12, x, at, count, besa__min(rows, k - p), panel, 1, 1);
+        else if (plain && width == 32) besa__gemm_rows_avx512(dst, 32, x, at, count, besa__min(rows, k - p), panel, 1, 1);
+        else besa__gemm_rows_avx512(dst, width, x, at, count, besa__min(rows, k - p), panel, 1, 0);
+    }
 }
 
 /* dst (units) = one run along k */
@@ -9333,6 +9536,7 @@ BESA__GEMM_AVX512 static void besa__gemm_pack_columns_avx512(float *dst, int64_t
                 lines = (const char *)x->data + from * size;
                 stride = x->outer_step * size;
             } else besa__gemm_stage_avx512(run, x, from, count - i0, length, unit);
+            besa__gemm_ahead(x, from + width * x->outer_step, besa__min(16, width - i0), length);
             for (int64_t u = 0; u < units; u += 4)
                 besa__gemm_transpose_avx512(dst + (p0 / unit + u) * width + i0, width, lines + 4 * u, stride,
                                             besa__min(16, width - i0), units - u);
@@ -9343,13 +9547,15 @@ BESA__GEMM_AVX512 static void besa__gemm_pack_avx512(float *dst, int64_t width, 
                                                      int64_t at, int64_t count, int64_t k)
 {
     if (x->outer_step == 1) besa__gemm_pack_rows_avx512(dst, width, x, at, count, k, 1);
-    else besa__gemm_pack_columns_avx512(dst, width, x, at, count, k, 1);
+    else for (; count > 0; dst += width * k, at += width * x->outer_step, count -= width)
+        besa__gemm_pack_columns_avx512(dst, width, x, at, besa__min(count, width), k, 1);
 }
 BESA__GEMM_AVX512 static void besa__gemm_pack_avx512_bf16(float *dst, int64_t width, const besa__gemm_operand *x,
                                                           int64_t at, int64_t count, int64_t k)
 {
     if (x->outer_step == 1) besa__gemm_pack_rows_avx512(dst, width, x, at, count, k, 2);
-    else besa__gemm_pack_columns_avx512(dst, width, x, at, count, k, 2);
+    else for (; count > 0; dst += width * ((k + 1) / 2), at += width * x->outer_step, count -= width)
+        besa__gemm_pack_columns_avx512(dst, width, x, at, besa__min(count, width), k, 2);
 }
 #ifndef __clang__
 #pragma GCC diagnostic pop
@@ -9358,7 +9564,7 @@ BESA__GEMM_AVX512 static void besa__gemm_pack_avx512_bf16(float *dst, int64_t wi
 
 static besa__gemm_kernel besa__gemm_choose(int bf16)
 {
-    besa__gemm_kernel kernel = {4, 8, 1, besa__gemm_pack_c, besa__gemm_tile_c};
+    besa__gemm_kernel kernel = {4, 8, 1, besa__gemm_pack_c, besa__gemm_tile_c, BESA__GEMM_KC};
     int simd = besa__cpu_simd();
     (void)bf16, (void)simd;
 #if defined(BESA__SIMD_NEON)
@@ -9370,7 +9576,8 @@ static besa__gemm_kernel besa__gemm_choose(int bf16)
         kernel.pack = paired ? besa__gemm_pack_avx512_bf16 : besa__gemm_pack_avx512;
         kernel.tile = paired ? besa__gemm_tile_avx512_bf16 : besa__gemm_tile_avx512;
     } else if (simd == 1) {
-        kernel.mr = 6, kernel.nr = 16, kernel.tile = besa__gemm_tile_avx2;
+        kernel.mr = 6, kernel.nr = 16, kernel.kc = 320;
+        kernel.pack = besa__gemm_pack_avx2, kernel.tile = besa__gemm_tile_avx2;
     }
 #endif
     return kernel;
@@ -9379,140 +9586,183 @@ static besa__gemm_kernel besa__gemm_choose(int bf16)
 /* ============================================================================================
  * // >>cpu-gemm              the CPU's matrix product: C = alpha A B [+ C] [+ bias]
  * ============================================================================================
- * The scheme is the one of GotoBLAS and BLIS. The product is cut into blocks (m, n, k) of at most
- * MC x NC x KC. Of each block both operands are packed: converted to fp32 (or rounded to bf16),
- * and laid out as panels in the order in which the micro-kernel reads them, MR rows of A or NR
- * columns of B side by side. The micro-kernel keeps an MR x NR tile of C in registers and runs over k:
+ * The scheme is the one of GotoBLAS and BLIS. The product is cut into blocks of nc columns and kc steps of k. Both
+ * operands are packed: converted to fp32 (or rounded to bf16), and laid out as panels in the order in which the
+ * micro-kernel reads them, MR rows of A or NR columns of B side by side. The micro-kernel keeps an MR x NR tile of C in
+ * registers and runs over k:
  *
- *     KC = 512    a tile of C is read and written once per 512 steps of k, which hides it. A panel of A
- *                 (24 KB) stays in the first-level cache; a panel of B (64 KB) streams from the second
- *     MC, NC      768 and 1024: every element packed is used for 768 or more multiply-adds. Both
- *                 blocks (3.7 MB) live in the last-level cache, shared by the threads
- *     TM, TN      a thread takes tiles of 192 x 128 of C: their panels (640 KB) fit the second level
+ *     kc          the kernel's: a tile of C is read and written once per kc steps of k, which hides it. For 6 x 16 a panel
+ *                 of B (20 KB) stays in a first-level cache of 32 KB beside one of A; for 12 x 32 that of A (24 KB) does,
+ *                 and B's (64 KB) comes from the second level, which has 1 MB or more where there is AVX-512
+ *     MC          a thread packs a strip of up to 192 rows of A (240 or 384 KB), which stays in its second-level cache,
+ *                 and runs it along the panels of B
+ *     nc          the block of B (2 MB) lives in the last-level cache, for all threads
  *
- * The threads pack panels together, then share out the tiles. The sum behind one element of C is
- * cut by k alone, at multiples of the block length, and every tile takes its steps in the same order:
- * the bytes do not depend on the number of threads. Ragged edges are packed with zeros and
- * written by way of a full tile on the stack, thus with the same arithmetic.
+ * A phase multiplies block t - 1 and packs B of block t, in tasks that the threads take as they become free: hence two
+ * buffers for B, one barrier a block, and none for one thread. Short products have strips enough for all threads, and
+ * groups of columns where rows are few. The sum behind one element of C is cut by k alone, and every tile takes its steps
+ * in the same order: the bytes do not depend on the number of threads. Ragged edges are packed with zeros.
  *
  * Calls: the number formats and nothing else. Owns no memory: the caller gives the scratch. */
 
-/* The block that is being worked on: rows i0.., columns j0.., and p0.. of k, of sizes m, n, k. */
-typedef struct besa__gemm_block {
+/* A product and how it is cut: block t has columns t / k_blocks * nc .. and steps t % k_blocks * kc .. of k. */
+typedef struct besa__gemm_job {
     const besa__gemm_args *g;
     besa__gemm_kernel kernel;
     besa__gemm_operand a, b;
-    int64_t i0, j0, p0, m, n, k, units;
-    float *a_packed, *b_packed;        /* panels (m / MR)(units, MR) and (n / NR)(units, NR) */
+    int64_t nc, kc, k_blocks, blocks;
+    int64_t strips, groups;            /* tasks of a block: strips of rows times groups of columns */
+    int64_t pack;                      /* columns that one task packs */
+    int64_t buffers;                   /* of B: 2, or 1 for one thread */
+    float *a_packed, *b_packed;        /* a strip per thread, (m / MR)(units, MR); blocks, (n / NR)(units, NR) */
+} besa__gemm_job;
+
+/* One block. */
+typedef struct besa__gemm_block {
+    int64_t j0, p0, n, k, units;
+    float *b_packed;
 } besa__gemm_block;
 
-/* Packs panel `index`: the panels of A come first, then those of B. */
-static void besa__gemm_pack_panel(const besa__gemm_block *s, int64_t index)
+static besa__gemm_block besa__gemm_block_at(const besa__gemm_job *s, int64_t t)
 {
-    int64_t mr = s->kernel.mr, nr = s->kernel.nr, panels = besa__parts(s->m, mr);
-    if (index < panels) {
-        int64_t i = index * mr, at = (s->i0 + i) * s->a.outer_step + s->p0 * s->a.k_step;
-        s->kernel.pack(s->a_packed + i * s->units, mr, &s->a, at, besa__min(mr, s->m - i), s->k);
-    } else {
-        int64_t j = (index - panels) * nr, at = (s->j0 + j) * s->b.outer_step + s->p0 * s->b.k_step;
-        s->kernel.pack(s->b_packed + j * s->units, nr, &s->b, at, besa__min(nr, s->n - j), s->k);
-    }
+    besa__gemm_block block;
+    block.j0 = t / s->k_blocks * s->nc, block.p0 = t % s->k_blocks * s->kc;
+    block.n = besa__min(s->nc, s->g->n - block.j0);
+    block.k = besa__min(s->kc, s->g->k - block.p0);
+    block.units = besa__parts(block.k, s->kernel.unit);
+    block.b_packed = s->b_packed + t % s->buffers * BESA__GEMM_B;
+    return block;
 }
 
-/* One micro-tile at (i, j) of the block; at the edges it is computed whole, on the stack. */
-static void besa__gemm_micro(const besa__gemm_block *s, int64_t i, int64_t j)
+/* A tile at the edge, (rows, columns) of it in C, is computed whole, on the stack, thus with the same arithmetic. */
+static void besa__gemm_edge(const besa__gemm_job *s, int64_t units, const float *a, const float *b, float *c,
+                            int64_t rows, int64_t columns, int add, const float *bias)
 {
-    const besa__gemm_args *g = s->g;
-    int64_t mr = s->kernel.mr, nr = s->kernel.nr;
-    int64_t rows = besa__min(mr, s->m - i), columns = besa__min(nr, s->n - j);
-    const float *a = s->a_packed + i * s->units, *b = s->b_packed + j * s->units;
-    const float *bias = g->bias && s->p0 == 0 ? g->bias + s->j0 + j : NULL;
-    float *c = g->c + (s->i0 + i) * g->c_row + s->j0 + j;
     float edge[BESA__GEMM_TILE_MAX], edge_bias[BESA__GEMM_TILE_MAX];
+    int64_t nr = s->kernel.nr, step = s->g->c_row;
     size_t bytes = (size_t)columns * sizeof *c;
-    int add = g->accumulate || s->p0 > 0;
-#ifdef __GNUC__
-    for (int64_t r = 0; r < rows; r++)            /* C comes from afar: it arrives while the sums are formed */
-        for (int64_t q = 0; q < columns; q += 16) __builtin_prefetch(c + r * g->c_row + q, 1);
-#endif
-    if (rows == mr && columns == nr) {
-        s->kernel.tile(s->units, a, b, c, g->c_row, g->alpha, add, bias);
-        return;
-    }
     memset(edge, 0, sizeof edge);
     memset(edge_bias, 0, (size_t)nr * sizeof *edge_bias);
     if (bias) memcpy(edge_bias, bias, bytes);
-    for (int64_t r = 0; add && r < rows; r++) memcpy(edge + r * nr, c + r * g->c_row, bytes);
-    s->kernel.tile(s->units, a, b, edge, nr, g->alpha, add, bias ? edge_bias : NULL);
-    for (int64_t r = 0; r < rows; r++) memcpy(c + r * g->c_row, edge + r * nr, bytes);
+    for (int64_t r = 0; add && r < rows; r++) memcpy(edge + r * nr, c + r * step, bytes);
+    s->kernel.tile(units, a, b, edge, nr, s->g->alpha, add, bias ? edge_bias : NULL);
+    for (int64_t r = 0; r < rows; r++) memcpy(c + r * step, edge + r * nr, bytes);
 }
 
-/* Tile `index` of the block, TM x TN of C, one panel of B after another. */
-static void besa__gemm_tile(const besa__gemm_block *s, int64_t index)
+/* Rows i0 .. i1 - 1 of C by the panel b of the block, columns j .. of C; a has the panels of these rows. */
+static void besa__gemm_column(const besa__gemm_job *s, const besa__gemm_block *block, const float *a, const float *b,
+                              int64_t i0, int64_t i1, int64_t j)
 {
-    int64_t down = besa__parts(s->m, BESA__GEMM_TM);
-    int64_t i0 = index % down * BESA__GEMM_TM, i1 = besa__min(i0 + BESA__GEMM_TM, s->m);
-    int64_t j0 = index / down * BESA__GEMM_TN, j1 = besa__min(j0 + BESA__GEMM_TN, s->n);
-    if (s->g->lower && s->i0 + i1 <= s->j0 + j0) return;      /* wholly above the diagonal */
-    for (int64_t j = j0; j < j1; j += s->kernel.nr)
-        for (int64_t i = i0; i < i1; i += s->kernel.mr) besa__gemm_micro(s, i, j);
-}
-
-/* work(block, 0), ..., work(block, count - 1) in any order */
-static void besa__gemm_share(const besa__gemm_block *s, void (*work)(const besa__gemm_block *, int64_t),
-                             int64_t count, int threads)
-{
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-        for (int64_t index = 0; index < count; index++) work(s, index);
-        return;
-    }
+    const besa__gemm_args *g = s->g;
+    int64_t mr = s->kernel.mr, nr = s->kernel.nr, columns = besa__min(nr, g->n - j);
+    const float *bias = g->bias && block->p0 == 0 ? g->bias + j : NULL;
+    int add = g->accumulate || block->p0 > 0;
+    for (int64_t i = i0; i < i1; i += mr, a += mr * block->units) {
+        float *c = g->c + i * g->c_row + j;
+        int64_t rows = besa__min(mr, g->m - i);
+        if (g->lower && i + mr <= j) continue;            /* wholly above the diagonal */
+#ifdef __GNUC__
+        for (int64_t r = 0; r < rows; r++)                /* C comes from afar: it arrives while the sums are formed */
+            for (int64_t q = 0; q < columns; q += 16) __builtin_prefetch(c + r * g->c_row + q, 1);
 #endif
-    (void)threads;
-    for (int64_t index = 0; index < count; index++) work(s, index);
+        if (rows == mr && columns == nr) s->kernel.tile(block->units, a, b, c, g->c_row, g->alpha, add, bias);
+        else besa__gemm_edge(s, block->units, a, b, c, rows, columns, add, bias);
+    }
+}
+
+/* Task `index` of block t: a strip of rows, packed by the thread that needs it, times a group of panels of B. */
+static void besa__gemm_strip(const besa__gemm_job *s, int64_t t, int64_t index, float *a)
+{
+    besa__gemm_block block = besa__gemm_block_at(s, t);
+    int64_t mr = s->kernel.mr, nr = s->kernel.nr, strip = index % s->strips, group = index / s->strips;
+    int64_t a_panels = besa__parts(s->g->m, mr), b_panels = besa__parts(block.n, nr);
+    int64_t i0 = strip * a_panels / s->strips * mr, i1 = besa__min((strip + 1) * a_panels / s->strips * mr, s->g->m);
+    int64_t j0 = group * b_panels / s->groups * nr, j1 = (group + 1) * b_panels / s->groups * nr;
+    if (s->g->lower) j1 = besa__min(j1, i1 - block.j0);
+    if (i0 >= i1 || j0 >= j1) return;
+    s->kernel.pack(a, mr, &s->a, i0 * s->a.outer_step + block.p0 * s->a.k_step, i1 - i0, block.k);
+    for (int64_t j = j0; j < j1; j += nr)
+        besa__gemm_column(s, &block, a, block.b_packed + j * block.units, i0, i1, block.j0 + j);
+}
+
+/* Some panels of B of block t. */
+static void besa__gemm_pack_b(const besa__gemm_job *s, int64_t t, int64_t index)
+{
+    besa__gemm_block block = besa__gemm_block_at(s, t);
+    int64_t j = index * s->pack, n = besa__min(s->pack, block.n - j);
+    int64_t at = (block.j0 + j) * s->b.outer_step + block.p0 * s->b.k_step;
+    s->kernel.pack(block.b_packed + j * block.units, s->kernel.nr, &s->b, at, n, block.k);
+}
+
+/* In phase t block t - 1 is multiplied, and block t packed for the next. The number of its tasks: */
+static int64_t besa__gemm_tasks(const besa__gemm_job *s, int64_t t)
+{
+    int64_t tasks = t > 0 ? s->strips * s->groups : 0;
+    if (t < s->blocks) tasks += besa__parts(besa__gemm_block_at(s, t).n, s->pack);
+    return tasks;
+}
+
+static void besa__gemm_task(const besa__gemm_job *s, int64_t t, int64_t index, int thread)
+{
+    int64_t strips = t > 0 ? s->strips * s->groups : 0;
+    if (index < strips) besa__gemm_strip(s, t - 1, index, s->a_packed + thread * (int64_t)BESA__GEMM_A);
+    else besa__gemm_pack_b(s, t, index - strips);
 }
 
 /* The length of equal blocks, a multiple of `grain` and at most `most`. */
-static int64_t besa__gemm_cut(int64_t total, int64_t most, int64_t grain)
+static int64_t besa__gemm_equal(int64_t total, int64_t most, int64_t grain)
 {
     int64_t length = besa__parts(total, besa__parts(total > 0 ? total : 1, most));
     return besa__parts(length > 0 ? length : 1, grain) * grain;
 }
 
+/* How a block is shared: strips of at most MC rows, two tasks or more for each thread. Strips are not made shorter than
+   four panels, which would read B too often: then the columns are cut into groups as well. */
+static void besa__gemm_cut(besa__gemm_job *s, int threads)
+{
+    int64_t panels = besa__parts(s->g->m, s->kernel.mr), least = besa__parts(panels, BESA__GEMM_MC / s->kernel.mr);
+    int64_t most = besa__max(besa__parts(panels, 4), least), tasks = threads * (s->g->lower ? 4 : 2);
+    s->strips = least, s->groups = 1, s->pack = s->nc;
+    if (threads == 1) return;
+    s->strips = besa__min(besa__parts(besa__max(least, tasks), threads) * threads, most);
+    s->groups = besa__min(besa__parts(threads, s->strips), besa__parts(s->nc, s->kernel.nr));
+    s->pack = besa__gemm_equal(s->nc, besa__max(s->nc / threads, s->kernel.nr), s->kernel.nr);
+}
+
 static void besa__gemm_run(const besa__gemm_args *g, int threads, int bf16, void *scratch)
 {
-    besa__gemm_block s;
-    int64_t mc, nc, kc;
+    besa__gemm_job s;
     s.g = g;
     s.kernel = besa__gemm_choose(bf16);
     s.a.data = g->a, s.a.dtype = g->a_dtype, s.a.outer_step = g->a_row, s.a.k_step = g->a_col, s.a.round = bf16;
     s.b.data = g->b, s.b.dtype = g->b_dtype, s.b.outer_step = g->b_col, s.b.k_step = g->b_row, s.b.round = bf16;
-    s.a_packed = (float *)scratch;
-    s.b_packed = s.a_packed + BESA__GEMM_MC * BESA__GEMM_KC;
-    mc = besa__gemm_cut(g->m, BESA__GEMM_MC, s.kernel.mr);
-    nc = besa__gemm_cut(g->n, BESA__GEMM_NC, s.kernel.nr);
-    kc = besa__gemm_cut(g->k, BESA__GEMM_KC * s.kernel.unit, 8 * s.kernel.unit);
-    for (s.j0 = 0; s.j0 < g->n; s.j0 += nc)
-        for (s.p0 = 0; s.p0 == 0 || s.p0 < g->k; s.p0 += kc)
-            for (s.i0 = 0; s.i0 < g->m; s.i0 += mc) {
-                int64_t b_panels, tiles;
-                s.m = besa__min(mc, g->m - s.i0);
-                s.n = besa__min(nc, g->n - s.j0);
-                s.k = besa__min(kc, g->k - s.p0);
-                s.units = besa__parts(s.k, s.kernel.unit);
-                b_panels = s.i0 == 0 ? besa__parts(s.n, s.kernel.nr) : 0;    /* packed once for all rows */
-                besa__gemm_share(&s, besa__gemm_pack_panel, besa__parts(s.m, s.kernel.mr) + b_panels, threads);
-                tiles = besa__parts(s.m, BESA__GEMM_TM) * besa__parts(s.n, BESA__GEMM_TN);
-                besa__gemm_share(&s, besa__gemm_tile, tiles, threads);
-            }
+    s.kc = besa__gemm_equal(g->k, s.kernel.kc * s.kernel.unit, 8 * s.kernel.unit);
+    s.nc = besa__gemm_equal(g->n, BESA__GEMM_B / s.kernel.kc / s.kernel.nr * s.kernel.nr, s.kernel.nr);
+    s.k_blocks = besa__max(besa__parts(g->k, s.kc), 1);      /* k = 0: C is still assigned */
+    s.blocks = besa__parts(g->n, s.nc) * s.k_blocks;
+    s.buffers = threads > 1 ? 2 : 1;
+    s.b_packed = (float *)scratch;
+    s.a_packed = s.b_packed + s.buffers * BESA__GEMM_B;
+    besa__gemm_cut(&s, threads);
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        for (int64_t t = 0; t <= s.blocks; t++) {
+            int64_t tasks = besa__gemm_tasks(&s, t);
+#pragma omp for schedule(dynamic)
+            for (int64_t index = 0; index < tasks; index++) besa__gemm_task(&s, t, index, BESA__THREAD_INDEX());
+        }
+        return;
+    }
+#endif
+    for (int64_t t = 0; t <= s.blocks; t++)
+        for (int64_t index = 0, tasks = besa__gemm_tasks(&s, t); index < tasks; index++) besa__gemm_task(&s, t, index, 0);
 }
 
 /* Bytes of 64-byte aligned scratch that a product with that many threads needs. */
 static size_t besa__gemm_scratch(int threads)
 {
-    (void)threads;                     /* the packed blocks are shared */
-    return (size_t)(BESA__GEMM_MC + BESA__GEMM_NC) * BESA__GEMM_KC * sizeof(float);
+    return ((size_t)threads * BESA__GEMM_A + (threads > 1 ? 2u : 1u) * (size_t)BESA__GEMM_B) * sizeof(float);
 }
 
 /* The product by one thread, for use inside a parallel region; scratch of besa__gemm_scratch(1) bytes. */
@@ -9523,6 +9773,8 @@ static void besa__gemm_serial(const besa__gemm_args *g, int bf16, void *scratch)
 
 #ifdef BESA_CBLAS
 #include <cblas.h>
+
+enum { BESA__GEMM_BLAS_N = 1024, BESA__GEMM_BLAS_K = 256 };      /* two converted blocks fill the scratch of one for B */
 
 /* The lines of an operand: along k where k is contiguous, else along the outer index. */
 static int64_t besa__gemm_line_step(const besa__gemm_operand *x) { return x->k_step == 1 ? x->outer_step : x->k_step; }
@@ -9556,8 +9808,8 @@ static int besa__gemm_blas(const besa__gemm_args *g, float *scratch)
     int convert = a.dtype != BESA_F32 || b.dtype != BESA_F32;
     int64_t mc = g->m, nc = g->n, kc = g->k;
     if (!besa__gemm_blas_can(&a, g->m, g->k) || !besa__gemm_blas_can(&b, g->n, g->k) || g->c_row > INT32_MAX) return 0;
-    if (convert || g->lower) mc = BESA__GEMM_MC, nc = BESA__GEMM_NC;
-    if (convert) kc = BESA__GEMM_KC;
+    if (convert || g->lower) mc = nc = BESA__GEMM_BLAS_N;
+    if (convert) kc = BESA__GEMM_BLAS_K;
     for (int64_t i = 0; g->bias && i < g->m; i++)
         for (int64_t j = 0; j < g->n; j++)
             g->c[i * g->c_row + j] = g->bias[j] + (g->accumulate ? g->c[i * g->c_row + j] : 0.0f);
@@ -9571,7 +9823,7 @@ static int besa__gemm_blas(const besa__gemm_args *g, float *scratch)
                 if (g->lower && i0 + m <= j0) continue;
                 x = besa__gemm_blas_operand(&a, i0 * a.outer_step + p0 * a.k_step, m, k, scratch, &x_ld);
                 y = besa__gemm_blas_operand(&b, j0 * b.outer_step + p0 * b.k_step, n, k,
-                                            scratch + BESA__GEMM_MC * BESA__GEMM_KC, &y_ld);
+                                            scratch + BESA__GEMM_BLAS_N * BESA__GEMM_BLAS_K, &y_ld);
                 cblas_sgemm(CblasRowMajor, a.k_step == 1 ? CblasNoTrans : CblasTrans,
                             b.k_step == 1 ? CblasTrans : CblasNoTrans, (int)m, (int)n, (int)k, g->alpha, x, x_ld,
                             y, y_ld, g->accumulate || g->bias || p0 > 0 ? 1.0f : 0.0f, g->c + i0 * g->c_row + j0,
@@ -9599,12 +9851,6 @@ static void besa__gemm(const besa__gemm_args *g, int threads, int bf16, void *sc
  * A kernel is a plain loop over contiguous floats. BESA__KERNEL compiles its one body three times, for AVX-512, for
  * AVX2 with FMA and for the target of the build, and calls what the processor has. Sums run in 32 lanes that are
  * added up pairwise in the end. Calls base and memory only; the operations below are made of these kernels. */
-
-#if defined(__GNUC__)
-#define BESA__INLINE static inline __attribute__((__always_inline__))
-#else
-#define BESA__INLINE static inline
-#endif
 
 /* Before a loop whose output may be its input: element i depends on no other element. */
 #if defined(__clang__)

@@ -2,8 +2,9 @@
  *
  *     bench CHECKPOINT TOKENS [NSAMPLES SEQLEN]
  *
- * Products at the shapes of SmolLM2-135M beside OpenBLAS (where libopenblas.so is found at run time), passes bound by
- * memory beside memcpy, and one prune run of the checkpoint: time per pass, what is not a product, arena and plan. */
+ * Products at the shapes of SmolLM2-135M, Llama-2-7B and Llama-3-8B beside OpenBLAS (where libopenblas.so is found at run
+ * time; OPENBLAS_CORETYPE=Haswell and CFLAGS="-O3 -DBESA_SIMD_MAX=1" compare AVX2 on any machine), passes bound by memory
+ * beside memcpy, and one prune run of the checkpoint: time per pass, what is not a product, arena and plan. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -74,58 +75,107 @@ static float *noise(int64_t n)
 typedef void (*sgemm_function)(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda,
                                const float *b, int ldb, float beta, float *c, int ldc);
 enum { ROW_MAJOR = 101, PLAIN = 111, TRANSPOSED = 112 };
+enum { OPENBLAS, FLOATS, BF16_WEIGHTS, BF16_PRODUCTS, WAYS };           /* how a product is computed */
+
+/* Arrays (T, C), (R, C) and (T, R) of one layer of R rows and C columns, with room for the largest */
+typedef struct products {
+    sgemm_function sgemm;               /* or NULL */
+    besa_backend be[2];                 /* float and bf16 products */
+    int T, R, C;
+    float *x, *w, *dy, *y, *dx, *dw;
+    uint16_t *w16;
+} products;
+
+static void run_product(products *p, int kind, int way)
+{
+    besa_backend *be = &p->be[way == BF16_PRODUCTS];
+    const void *w = way == BF16_WEIGHTS ? (const void *)p->w16 : p->w;
+    besa_dtype dtype = way == BF16_WEIGHTS ? BESA_BF16 : BESA_F32;
+    int T = p->T, R = p->R, C = p->C;
+    if (way != OPENBLAS) {
+        if (kind == 0) be->linear_forward(be, p->y, p->x, w, dtype, NULL, T, R, C, 0);
+        if (kind == 1) be->linear_backward_input(be, p->dx, p->dy, w, dtype, T, R, C, 0);
+        if (kind == 2) be->linear_backward_weight(be, p->dw, p->dy, p->x, T, R, C, 0, R, 0);
+        return;
+    }
+    if (kind == 0) p->sgemm(ROW_MAJOR, PLAIN, TRANSPOSED, T, R, C, 1, p->x, C, p->w, C, 0, p->y, R);
+    if (kind == 1) p->sgemm(ROW_MAJOR, PLAIN, PLAIN, T, C, R, 1, p->dy, R, p->w, C, 0, p->dx, C);
+    if (kind == 2) p->sgemm(ROW_MAJOR, TRANSPOSED, PLAIN, R, C, T, 1, p->dy, R, p->x, C, 0, p->dw, C);
+}
+
+/* One layer: the ways in turn, the best time of each; log_ratio (WAYS) += ln(OpenBLAS's time / the way's) */
+static void bench_layer(products *p, const char *name, int threads, double *log_ratio)
+{
+    static const char *const kinds[] = { "Y = X W' ", "dX = dY W", "dW = dY'X" };
+    for (int kind = 0; kind < 3; kind++) {
+        double best[WAYS] = { 1e30, 1e30, 1e30, 1e30 }, start = seconds(), gflop = 2e-9 * p->T * p->R * p->C;
+        for (int round = 0; round < 3 || seconds() - start < 0.3; round++)
+            for (int way = p->sgemm ? OPENBLAS : FLOATS; way < WAYS; way++) {
+                double t = seconds();
+                run_product(p, kind, way);
+                t = seconds() - t;
+                if (t < best[way]) best[way] = t;
+            }
+        printf("  %d %5d   %s %s", threads, p->T, name, kinds[kind]);
+        for (int way = OPENBLAS; way < WAYS; way++) {
+            printf("  %7.1f (%4.2f)", best[way] < 1e30 ? gflop / best[way] : 0, p->sgemm ? best[OPENBLAS] / best[way] : 0);
+            log_ratio[way] += p->sgemm ? log(best[OPENBLAS] / best[way]) : 0;
+        }
+        printf("\n");
+    }
+}
 
 static void bench_products(void)
 {
-    static const struct { const char *name; int rows, columns; } shape[] = {
-        { "q, o     ", 576, 576 }, { "k, v     ", 192, 576 }, { "gate, up ", 1536, 576 }, { "down     ", 576, 1536 } };
-    enum { TOKENS = 2048 };
+    enum { LAYERS = 8 };
+    static const struct { const char *name; int rows, columns, most; } layer[LAYERS] = {   /* most: of tokens, to end in time */
+        { "SmolLM2 q, o    ", 576, 576, 2048 },   { "SmolLM2 k, v    ", 192, 576, 2048 },
+        { "SmolLM2 gate, up", 1536, 576, 2048 },  { "SmolLM2 down    ", 576, 1536, 2048 },
+        { "7B q, k, v, o   ", 4096, 4096, 512 },  { "7B gate, up     ", 11008, 4096, 512 },
+        { "8B k, v         ", 1024, 4096, 2048 }, { "8B gate, up     ", 14336, 4096, 512 } };
     static const char *const library[] = { "libopenblas.so.0", "libopenblas.so" };
     void *dl = NULL;
-    sgemm_function sgemm = NULL;
     void (*set_threads)(int) = NULL;
+    products p;
+    int64_t activations = 0, weights = 0;
+    memset(&p, 0, sizeof p);
+    for (int i = 0; i < LAYERS; i++) {
+        activations = besa__max(activations, (int64_t)layer[i].most * besa__max(layer[i].rows, layer[i].columns));
+        weights = besa__max(weights, (int64_t)layer[i].rows * layer[i].columns);
+    }
+    p.x = noise(activations), p.dy = noise(activations), p.y = take_floats(activations), p.dx = take_floats(activations);
+    p.w = noise(weights), p.dw = take_floats(weights), p.w16 = (uint16_t *)take((size_t)weights * 2);
     for (int i = 0; i < 2 && !dl; i++) dl = dlopen(library[i], RTLD_NOW);
     if (dl) {
-        *(void **)&sgemm = dlsym(dl, "cblas_sgemm");
+        *(void **)&p.sgemm = dlsym(dl, "cblas_sgemm");
         *(void **)&set_threads = dlsym(dl, "openblas_set_num_threads");
     }
-    printf("products, %d tokens, GFLOP/s%s\n", TOKENS, sgemm ? "" : " (no OpenBLAS to compare with)");
-    printf("  threads layer      kind             fp32   OpenBLAS   ratio    bf16   ratio to fp32\n");
-    for (int threads = 1; threads <= 2; threads++) {
-        double sum[3] = { 0, 0, 0 };
-        for (int s = 0; s < 4; s++) {
-            int R = shape[s].rows, C = shape[s].columns;
-            float *x = noise((int64_t)TOKENS * C), *w = noise((int64_t)R * C), *dy = noise((int64_t)TOKENS * R);
-            float *y = take_floats((int64_t)TOKENS * R), *dx = take_floats((int64_t)TOKENS * C);
-            float *dw = take_floats((int64_t)R * C);
-            double gflop = 2e-9 * TOKENS * R * C;
+    printf("products, GFLOP/s (and of OpenBLAS's speed%s)\n", p.sgemm ? "" : ", which is not here");
+    printf("  threads tokens layer, kind              OpenBLAS            float          bf16 weights    bf16 products\n");
+    for (int threads = 1; threads <= 2; threads++)
+        for (p.T = 512; p.T <= 2048; p.T *= 4) {
+            double log_ratio[WAYS] = { 0 };
+            int layers = 0;
             besa_workload load;
             memset(&load, 0, sizeof load);
-            load.rows = R, load.columns = C, load.tokens = load.seqlen = TOKENS;
-            for (int kind = 0; kind < 3; kind++) {
-                static const char *const name[] = { "Y = X W' ", "dX = dY W", "dW = dY'X" };
-                double t[3] = { 0, 1e30, 0 };
-                for (int bf16 = 0; bf16 < 2; bf16++) {
-                    besa_backend be = cpu_backend(threads, bf16);
-                    set_workspace(&be, &load);
-                    if (kind == 0) BEST_TIME(t[bf16 * 2], be.linear_forward(&be, y, x, w, BESA_F32, NULL, TOKENS, R, C, 0));
-                    if (kind == 1) BEST_TIME(t[bf16 * 2], be.linear_backward_input(&be, dx, dy, w, BESA_F32, TOKENS, R, C, 0));
-                    if (kind == 2) BEST_TIME(t[bf16 * 2], be.linear_backward_weight(&be, dw, dy, x, TOKENS, R, C, 0, R, 0));
-                    be.destroy(&be);
-                }
-                if (set_threads) set_threads(threads);
-                if (sgemm && kind == 0)
-                    BEST_TIME(t[1], sgemm(ROW_MAJOR, PLAIN, TRANSPOSED, TOKENS, R, C, 1, x, C, w, C, 0, y, R));
-                if (sgemm && kind == 1) BEST_TIME(t[1], sgemm(ROW_MAJOR, PLAIN, PLAIN, TOKENS, C, R, 1, dy, R, w, C, 0, dx, C));
-                if (sgemm && kind == 2) BEST_TIME(t[1], sgemm(ROW_MAJOR, TRANSPOSED, PLAIN, R, C, TOKENS, 1, dy, R, x, C, 0, dw, C));
-                for (int i = 0; i < 3; i++) sum[i] += t[i] * (s == 0 || s == 3 ? 1 : 2) * (s == 0 ? 2 : 1);
-                printf("  %d       %s  %s     %7.1f    %7.1f    %4.2f %7.1f    %4.2f\n", threads, shape[s].name, name[kind],
-                       gflop / t[0], sgemm ? gflop / t[1] : 0, sgemm ? t[1] / t[0] : 0, gflop / t[2], t[0] / t[2]);
+            load.rows = load.columns = 1, load.tokens = load.seqlen = p.T;
+            for (int bf16 = 0; bf16 < 2; bf16++) {
+                p.be[bf16] = cpu_backend(threads, bf16);
+                set_workspace(&p.be[bf16], &load);
             }
+            p.be[0].convert(&p.be[0], p.w16, BESA_BF16, p.w, BESA_F32, weights);
+            if (set_threads) set_threads(threads);
+            for (int i = 0; i < LAYERS; i++) {
+                if (p.T > layer[i].most) continue;
+                p.R = layer[i].rows, p.C = layer[i].columns;
+                bench_layer(&p, layer[i].name, threads, log_ratio);
+                layers++;
+            }
+            printf("  %d %5d   geometric mean of the ratios: float %.3f, bf16 weights %.3f, bf16 products %.3f\n", threads, p.T,
+                   exp(log_ratio[FLOATS] / layers / 3), exp(log_ratio[BF16_WEIGHTS] / layers / 3),
+                   exp(log_ratio[BF16_PRODUCTS] / layers / 3));
+            for (int bf16 = 0; bf16 < 2; bf16++) p.be[bf16].destroy(&p.be[bf16]);
         }
-        printf("  %d       one block's products: %.2f of OpenBLAS's speed, bf16 %.2f of fp32's\n", threads,
-               sgemm ? sum[1] / sum[0] : 0, sum[0] / sum[2]);
-    }
 }
 
 /* ---- passes bound by memory ------------------------------------------------------------------ */

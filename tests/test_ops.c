@@ -304,6 +304,103 @@ static void check_same_bytes(int bf16)
     }
 }
 
+/* ---- packing ------------------------------------------------------------------------------- */
+
+static float element(const besa__gemm_operand *x, int64_t at)
+{
+    const uint16_t *half = (const uint16_t *)x->data;
+    float f = x->dtype == BESA_F32 ? ((const float *)x->data)[at] : x->dtype == BESA_BF16 ? besa__bf16_to_f32(half[at])
+                                                                                        : besa__f16_to_f32(half[at]);
+    return x->round ? besa__bf16_to_f32(besa__f32_to_bf16(f)) : f;
+}
+
+/* Panels of `width` from an operand that ends where its memory ends; dst has room for nothing more. */
+static void check_pack(const besa__gemm_kernel *kernel, besa__gemm_operand x, int64_t width, int64_t count, int64_t k)
+{
+    int64_t n = (count - 1) * x.outer_step + (k - 1) * x.k_step + 1, wrong = 0;
+    int64_t units = besa__parts(k, kernel->unit), panels = besa__parts(count, width);
+    size_t bytes = (size_t)n * (x.dtype == BESA_F32 ? 4 : 2);
+    unsigned char *data = (unsigned char *)malloc(bytes);
+    float *dst = (float *)malloc((size_t)(panels * units * width) * sizeof *dst);
+    uint32_t u = 7;
+    for (size_t i = 0; i < bytes; i++) data[i] = (unsigned char)((u = u * 1664525u + 1013904223u) >> 24);
+    x.data = data;
+    kernel->pack(dst, width, &x, 0, count, k);
+    for (int64_t i = 0; i < panels * width; i++)
+        for (int64_t p = 0; p < units * kernel->unit; p++) {
+            float want = i < count && p < k ? element(&x, i * x.outer_step + p * x.k_step) : 0.0f, got;
+            int64_t at = (i / width * units + p / kernel->unit) * width + i % width;
+            if (kernel->unit == 1) got = dst[at];
+            else got = besa__bf16_to_f32(((const uint16_t *)dst)[at * 2 + p % 2]);
+            wrong += isnan(want) ? !isnan(got) : besa__float_bits(want) != besa__float_bits(got);
+        }
+    CHECK(wrong == 0, "%d of %d x %d elements are wrong: dtype %d, steps %d and %d, width %d", (int)wrong, (int)count, (int)k,
+          (int)x.dtype, (int)x.outer_step, (int)x.k_step, (int)width);
+    free(data), free(dst);
+}
+
+static void check_packs(int bf16)
+{
+    static const int lengths[] = {1, 3, 8, 9, 31, 64, 67, 130};
+    static const besa_dtype dtypes[] = {BESA_F32, BESA_BF16, BESA_F16};
+    besa__gemm_kernel kernel = besa__gemm_choose(bf16);
+    for (int d = 0; d < 3; d++)
+        for (int form = 0; form < 3; form++)
+            for (int l = 0; l < 8; l++)
+                for (int c = 0; c < 12; c++) {
+                    int64_t width = c % 2 ? kernel.mr : kernel.nr, k = lengths[l], count = c / 2 < 3 ? c / 2 + width - 1 : 0;
+                    besa__gemm_operand x = {NULL, dtypes[d], 1, 1, bf16};
+                    if (c / 2 == 3) count = 1;
+                    if (c / 2 == 4) count = 3 * width;
+                    if (c / 2 == 5) count = 3 * width - 5 > 0 ? 3 * width - 5 : 2;
+                    if (form == 0) x.k_step = count + 3; /* rows */
+                    if (form == 1) x.outer_step = k + 5; /* columns */
+                    if (form == 2) x.outer_step = 2 * k + 3, x.k_step = 2;
+                    if (count > 0) check_pack(&kernel, x, width, count, k);
+                }
+}
+
+/* ---- products of several blocks ------------------------------------------------------------ */
+
+/* C = 0.5 A B + C + bias by 1, 2 and 8 threads, the same bytes: some elements against fp64. lower: above the diagonal C is
+   free to hold anything */
+static void check_product(int64_t m, int64_t n, int64_t k, int lower)
+{
+    static const int teams[] = {1, 2, 8};
+    float *a = take_floats(m * k + 1), *b = take_floats(n * k + 1), *bias = take_floats(n), *start = take_floats(m * n);
+    float *first = take_floats(m * n), *c = take_floats(m * n);
+    uint32_t u = 3;
+    for (int64_t i = 0; i < m * k; i++) a[i] = (float)((u = u * 1664525u + 1013904223u) >> 8) / 8388608.0f - 1;
+    for (int64_t i = 0; i < n * k; i++) b[i] = (float)((u = u * 1664525u + 1013904223u) >> 8) / 8388608.0f - 1;
+    for (int64_t i = 0; i < m * n; i++) start[i] = (float)(i % 17);
+    for (int64_t j = 0; j < n; j++) bias[j] = (float)(j % 5);
+    for (int team = 0; team < 3; team++) {
+        besa__gemm_args g = {m, n, k, a, k, 1, BESA_F32, b, 1, k, BESA_F32, c, n, 0.5f, 1, bias, lower};
+        void *scratch = take(besa__gemm_scratch(teams[team]) + 64);
+        memcpy(c, start, (size_t)(m * n) * sizeof *c);
+        besa__gemm(&g, teams[team], 0, (void *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63));
+        if (team == 0) memcpy(first, c, (size_t)(m * n) * sizeof *c);
+        CHECK(!memcmp(first, c, (size_t)(m * n) * sizeof *c), "%d threads give other bytes than one", teams[team]);
+    }
+    for (int64_t at = 0; at < m * n; at += 13) {
+        double sum = 0;
+        int64_t i = at / n, j = at % n;
+        if (lower && j > i) continue;
+        for (int64_t p = 0; p < k; p++) sum += (double)a[i * k + p] * (double)b[j * k + p];
+        sum = 0.5 * sum + (double)start[at] + (double)bias[j];
+        if (!CHECK(fabs((double)c[at] - sum) < 1e-4, "C(%d, %d) is %g, expected %g", (int)i, (int)j, (double)c[at], sum)) break;
+    }
+}
+
+static void check_products(void)
+{
+    check_product(70, 2100, 700, 0);            /* several blocks of columns and of k */
+    check_product(500, 40, 330, 0);             /* several strips */
+    check_product(13, 1100, 400, 0);             /* fewer rows than threads have strips: groups of columns */
+    check_product(600, 600, 70, 1);
+    check_product(33, 35, 0, 0);
+}
+
 /* ---- lesser processors --------------------------------------------------------------------- */
 
 /* As on a processor of that level. */
@@ -341,6 +438,15 @@ int main(int argc, char **argv)
     g_reference = argv[1];
     test.only = argc > 2 ? argv[2] : NULL;
     failed = run_cases(0, 0, "test", test.only, 0, NULL) + run_cases(0, 0, "grad", test.only, 0, NULL);
+    for (simd_max = 0; simd_max <= most; simd_max++)
+        for (int bf16 = 0; bf16 < 2; bf16++) {
+            char *name = (char *)take(64);
+            snprintf(name, 64, "packing at level %d%s", simd_max, bf16 ? ", rounded to bf16" : "");
+            TEST(name) check_packs(bf16);
+            snprintf(name = (char *)take(64), 64, "products of several blocks at level %d", simd_max);
+            if (!bf16) TEST(name) check_products();
+        }
+    simd_max = 2;
     TEST("exp within 2 units in the last place") test_exp();
     TEST("exp of what is special") test_exp_special();
     TEST("reference prodigy") test_prodigy();
