@@ -105,7 +105,7 @@
  *     >>cpu-gemm           the CPU's matrix product: C = alpha A B [+ C] [+ bias]
  *     >>cpu-kernels        the CPU backend: loops for any instruction set, workspace, memory
  *     >>cpu-block          matrix products, norms and rope on the CPU
- *     >>cpu-attention      attention on the CPU: a head at a time
+ *     >>cpu-attention      attention on the CPU: a block of queries at a time
  *     >>cpu-loss           SwiGLU, sums, loss and head on the CPU
  *     >>cpu-scores         scores, zeros and ranks on the CPU
  *     >>cpu-masks          masks and bucketed gradients on the CPU
@@ -9765,12 +9765,6 @@ static size_t besa__gemm_scratch(int threads)
     return ((size_t)threads * BESA__GEMM_A + (threads > 1 ? 2u : 1u) * (size_t)BESA__GEMM_B) * sizeof(float);
 }
 
-/* The product by one thread, for use inside a parallel region; scratch of besa__gemm_scratch(1) bytes. */
-static void besa__gemm_serial(const besa__gemm_args *g, int bf16, void *scratch)
-{
-    besa__gemm_run(g, 1, bf16, scratch);
-}
-
 #ifdef BESA_CBLAS
 #include <cblas.h>
 
@@ -10375,195 +10369,460 @@ static besa_result besa__cpu_rope(besa_backend *be, void *x, const float *cosine
 }
 
 /* ============================================================================================
- * // >>cpu-attention         attention on the CPU: a head at a time
+ * // >>cpu-attention         attention on the CPU: a block of queries at a time
  * ============================================================================================
- * Owns scores and probabilities of a few heads at a time; products go to section cpu-gemm. */
+ * Made of the micro-tiles of section cpu-tiles. K and V of a kv head are packed once, for all query heads of its group.
+ * One step takes a block of queries of one head: their scores fill a strip, a panel (queries, NR) for every NR keys,
+ * which stays in the second-level cache, beside it the strip of their gradient:
+ *
+ *     S = Q K' / sqrt(dh)                     A: rows of Q, B: K by keys         P = softmax(S) in place
+ *     O = P V                                 A: rows of P, packed anew, B: V by dims
+ *     dP = dO V'                              A: rows of dO, B: V by keys        dS = P (dP - rowsum(P dP)) in place
+ *     dQ = dS K / sqrt(dh)                    A: rows of dS, packed anew, B: K by dims
+ *     dV' += dO' P, dK' += Q' dS / sqrt(dh)   A: columns of dO and Q, B: the strip as it is
+ *
+ * All of them leave out the micro-tiles in which no query sees a key. dK' and dV' are sums over query heads and blocks:
+ * the steps of a kv head are dealt out to pieces, as many as sizes alone say. Each piece has sums of its own, and these
+ * are added in order: the bytes do not depend on the number of threads. */
 
-/* One task is one query head of one sequence. Its scores exist for BESA__CPU_QUERIES queries at a time, and only for
- * the keys that one of these queries sees. */
+enum {
+    BESA__CPU_QUERIES = 48,            /* most queries of a block, a multiple of every MR */
+    BESA__CPU_SCORES = 96 << 10,       /* floats of a block's strips, unless MR queries need more */
+    BESA__CPU_KEYS = 256,              /* keys for which rows of a strip are packed at a time, a multiple of every NR */
+    BESA__CPU_PIECES = 12,             /* least pieces of a sequence, where there are as many steps */
+    BESA__CPU_KV = 8 << 20             /* bytes of the kv heads at work, unless one for each thread takes more */
+};
 
-enum { BESA__CPU_QUERIES = 96 }; /* a multiple of every tile's rows */
+typedef struct besa__cpu_attention {
+    const besa_attention_shape *s;
+    besa__gemm_kernel kernel;
+    int bf16, backward;
+    float scale;                       /* 1 / sqrt(dh) */
+    const float *q, *k, *v, *d_o;
+    float *out, *dk, *dv;              /* out: O or dQ */
+    int64_t q_step, k_step;            /* from token to token */
+    int64_t group;                     /* query heads of a kv head */
+    int64_t keys, queries, blocks;     /* keys of a sequence in whole NR; queries of a block; blocks */
+    int64_t pieces;
+    int64_t rows, columns;             /* head_dim in whole MR, in whole NR */
+} besa__cpu_attention;
 
-typedef struct besa__cpu_head {
-    const float *q, *k, *v;            /* (T, dh) with rows q_step, k_step apart */
-    int64_t q_step, k_step, seqlen, head_dim, window;
-    int bf16;
-    void *gemm;                        /* what follows is per thread: scratch of products, */
-    float *p, *dp;                     /* (QUERIES, T) probabilities and their gradient */
-    float *sum;                        /* (QUERIES) */
-} besa__cpu_head;
+/* One kv head of one sequence. */
+typedef struct besa__cpu_kv {
+    float *k_keys, *v_keys;            /* panels (keys / NR)(dh, NR) */
+    float *dims;                       /* V, in the backward pass K: panels (columns / NR)(keys, NR) */
+    float *dk, *dv;                    /* (pieces)(keys / NR)(rows, NR) */
+} besa__cpu_kv;
 
-/* One set of per-thread arrays of attention. */
-static void besa__cpu_attention_place(besa__arena *work, besa__cpu_head *head, int64_t seqlen, int backward)
+/* One block of queries: the arrays are one thread's. */
+typedef struct besa__cpu_queries {
+    const besa__cpu_attention *x;
+    int64_t i0, n, rows;               /* first query, how many, these in whole MR */
+    int64_t j0, j1;                    /* the keys that they see; j0 in whole NR */
+    float *q, *d_o;                    /* panels (rows / MR)(dh, MR) */
+    float *q_columns, *d_o_columns;    /* panels (dh / MR)(n, MR) */
+    float *p, *dp;                     /* the strips: panels ((j1 - j0) / NR)(queries, NR) */
+    float *max, *sum, *dot;            /* (rows, NR), by lanes: row maxima, row sums of P, of P dP */
+    float *packed;                     /* (KEYS, MR) */
+    float *out;                        /* (rows, columns) */
+} besa__cpu_queries;
+
+/* A panel of the strips: keys j .. j + NR - 1, and of the queries, in whole MR, those that see one of them. */
+typedef struct besa__cpu_panel {
+    int64_t j, from, rows;
+    float *p, *dp;                     /* (rows, NR) */
+} besa__cpu_panel;
+
+static int64_t besa__cpu_whole(int64_t n, int64_t size) { return besa__product(besa__parts(n, size), size); }
+
+/* The sizes of an operation; its arrays are still to be set. */
+static besa__cpu_attention besa__cpu_attention_sizes(const besa_attention_shape *s, int bf16, int backward)
 {
-    head->gemm = besa__cpu_gemm_place(work, 1);
-    head->p = besa__take_floats(work, besa__product(BESA__CPU_QUERIES, seqlen));
-    head->dp = backward ? besa__take_floats(work, besa__product(BESA__CPU_QUERIES, seqlen)) : NULL;
-    head->sum = besa__take_floats(work, BESA__CPU_QUERIES);
+    besa__cpu_attention x;
+    int64_t mr, nr, seen;
+    memset(&x, 0, sizeof x);
+    x.s = s, x.kernel = besa__gemm_choose(bf16), x.bf16 = bf16, x.backward = backward;
+    mr = x.kernel.mr, nr = x.kernel.nr;
+    x.scale = 1.0f / sqrtf((float)s->head_dim);
+    x.q_step = besa__product(s->num_attention_heads, s->head_dim);
+    x.k_step = besa__product(s->num_key_value_heads, s->head_dim);
+    x.group = s->num_attention_heads / s->num_key_value_heads;
+    x.rows = besa__cpu_whole(s->head_dim, mr), x.columns = besa__cpu_whole(s->head_dim, nr);
+    x.keys = seen = besa__cpu_whole(s->seqlen, nr);
+    if (s->sliding_window > 0) seen = besa__min(seen, besa__sum(s->sliding_window, BESA__CPU_QUERIES + 2 * nr));
+    x.queries = besa__max(BESA__CPU_SCORES / (1 + backward) / seen / mr, 1) * mr;
+    x.queries = besa__min(x.queries, besa__min(BESA__CPU_QUERIES, besa__cpu_whole(s->seqlen, mr)));
+    x.blocks = besa__parts(s->seqlen, x.queries);
+    x.pieces = besa__min(besa__parts(BESA__CPU_PIECES, s->num_key_value_heads), besa__product(x.group, x.blocks));
+    return x;
 }
 
-/* Query head `index` % heads of sequence index / heads. */
-static void besa__cpu_head_set(besa__cpu_head *head, const besa_backend *be, const besa_attention_shape *s,
-                               int64_t index, const float *q, const float *k, const float *v)
+/* What a kv head needs while it is worked on, and what a thread needs: no less for a longer sequence. */
+static void besa__cpu_kv_place(besa__arena *work, besa__cpu_kv *kv, const besa__cpu_attention *x)
 {
-    int64_t sequence = index / s->num_attention_heads, h = index % s->num_attention_heads;
-    int64_t kv = h / (s->num_attention_heads / s->num_key_value_heads), first = sequence * s->seqlen;
-    head->bf16 = besa__cpu_of(be)->bf16;
-    head->seqlen = s->seqlen, head->head_dim = s->head_dim, head->window = s->sliding_window;
-    head->q_step = s->num_attention_heads * s->head_dim;
-    head->k_step = s->num_key_value_heads * s->head_dim;
-    head->q = q + first * head->q_step + h * s->head_dim;
-    head->k = k + first * head->k_step + kv * s->head_dim;
-    head->v = v + first * head->k_step + kv * s->head_dim;
+    int64_t sums = x->backward ? besa__product(x->pieces, besa__product(x->keys, x->rows)) : 0;
+    kv->k_keys = besa__take_floats(work, besa__product(x->keys, x->s->head_dim));
+    kv->v_keys = besa__take_floats(work, x->backward ? besa__product(x->keys, x->s->head_dim) : 0);
+    kv->dims = besa__take_floats(work, besa__product(x->keys, x->columns));
+    kv->dk = besa__take_floats(work, sums);
+    kv->dv = besa__take_floats(work, sums);
+}
+
+static void besa__cpu_queries_place(besa__arena *work, besa__cpu_queries *b, const besa__cpu_attention *x)
+{
+    int64_t n = BESA__CPU_QUERIES, lanes = n * x->kernel.nr, back = x->backward;
+    int64_t rows = besa__product(n, x->s->head_dim), columns = besa__product(back * n, x->rows);
+    int64_t strip = besa__max(BESA__CPU_SCORES / (1 + back), besa__product(x->kernel.mr, x->keys));
+    strip = besa__min(strip, besa__product(n, x->keys));
+    b->x = x;
+    b->q = besa__take_floats(work, rows);
+    b->d_o = besa__take_floats(work, besa__product(back, rows));
+    b->q_columns = besa__take_floats(work, columns);
+    b->d_o_columns = besa__take_floats(work, columns);
+    b->p = besa__take_floats(work, strip);
+    b->dp = besa__take_floats(work, besa__product(back, strip));
+    b->max = besa__take_floats(work, lanes);
+    b->sum = besa__take_floats(work, lanes);
+    b->dot = besa__take_floats(work, back * lanes);
+    b->packed = besa__take_floats(work, BESA__CPU_KEYS * x->kernel.mr);
+    b->out = besa__take_floats(work, besa__product(n, x->columns));
+}
+
+/* Packs NR keys of one kv head, K and V. */
+static void besa__cpu_kv_pack(const besa__cpu_attention *x, const besa__cpu_kv *kv, int64_t head, int64_t panel)
+{
+    int64_t nr = x->kernel.nr, dh = x->s->head_dim, heads = x->s->num_key_value_heads;
+    int64_t j = panel * nr, n = besa__min(nr, x->s->seqlen - j), to = j * besa__parts(dh, x->kernel.unit);
+    int64_t at = (head / heads * x->s->seqlen + j) * x->k_step + head % heads * dh;
+    besa__gemm_operand k = {x->k, BESA_F32, x->k_step, 1, x->bf16}, v = {x->v, BESA_F32, x->k_step, 1, x->bf16};
+    besa__gemm_operand dims = {x->backward ? x->k : x->v, BESA_F32, 1, x->k_step, x->bf16};
+    x->kernel.pack(kv->k_keys + to, nr, &k, at, n, dh);
+    if (x->backward) x->kernel.pack(kv->v_keys + to, nr, &v, at, n, dh);
+    for (int64_t d = 0; d < dh; d += nr)
+        x->kernel.pack(kv->dims + (d * x->keys + j * nr) / x->kernel.unit, nr, &dims, at + d, besa__min(nr, dh - d), n);
+}
+
+/* Panels of a block's rows, and of its columns; `from` is its first row. */
+static void besa__cpu_queries_pack(const besa__cpu_queries *b, float *rows, float *columns, const float *from)
+{
+    const besa__cpu_attention *x = b->x;
+    int64_t mr = x->kernel.mr, unit = x->kernel.unit, dh = x->s->head_dim;
+    besa__gemm_operand row = {from, BESA_F32, x->q_step, 1, x->bf16}, column = {from, BESA_F32, 1, x->q_step, x->bf16};
+    for (int64_t r = 0; r < b->n; r += mr)
+        x->kernel.pack(rows + r * besa__parts(dh, unit), mr, &row, r * x->q_step, besa__min(mr, b->n - r), dh);
+    for (int64_t d = 0; x->backward && d < dh; d += mr)
+        x->kernel.pack(columns + d * besa__parts(b->n, unit), mr, &column, d, besa__min(mr, dh - d), b->n);
 }
 
 /* The first key that query i sees. */
-static int64_t besa__cpu_first_key(const besa__cpu_head *head, int64_t i)
+static int64_t besa__cpu_first_key(const besa__cpu_attention *x, int64_t i)
 {
-    return head->window > 0 ? besa__max(0, i - head->window + 1) : 0;
+    int64_t window = x->s->sliding_window;
+    return window > 0 ? besa__max(0, i - window + 1) : 0;
 }
 
-/* p(n, keys) = exp(scores - row maximum) of queries i0 .. i0+n-1 and keys j0 .. j0+keys-1, 0 where masked;
- * sum(n) = row sums, so that p / sum is the softmax */
-static void besa__cpu_attention_scores(const besa__cpu_head *head, int64_t i0, int64_t n, int64_t j0, int64_t keys)
+static besa__cpu_panel besa__cpu_panel_at(const besa__cpu_queries *b, int64_t j)
 {
-    besa__gemm_args g = besa__cpu_product(head->p, n, keys, head->head_dim);
-    besa__cpu_operand_a(&g, head->q + i0 * head->q_step, BESA_F32, head->q_step, 1);
-    besa__cpu_operand_b(&g, head->k + j0 * head->k_step, BESA_F32, 1, head->k_step);
-    g.alpha = 1.0f / sqrtf((float)head->head_dim);
-    besa__gemm_serial(&g, head->bf16, head->gemm);
+    int64_t mr = b->x->kernel.mr, nr = b->x->kernel.nr, window = b->x->s->sliding_window, end = b->rows, at;
+    besa__cpu_panel c;
+    if (window > 0) end = besa__min(end, besa__sum(j + nr - 1, window) - b->i0);
+    c.j = j, c.from = besa__max(j - b->i0, 0) / mr * mr;
+    c.rows = besa__cpu_whole(end, mr) - c.from;
+    at = (j - b->j0) * b->x->queries + c.from * nr;
+    c.p = b->p + at, c.dp = b->x->backward ? b->dp + at : NULL;
+    return c;
+}
+
+/* C(rows, NR) = alpha A B [+ C], A in panels of MR rows `step` apart */
+static void besa__cpu_tiles(const besa__gemm_kernel *kernel, float *c, int64_t rows, const float *a, int64_t step,
+                            const float *b, int64_t units, float alpha, int add)
+{
+    for (int64_t r = 0; r < rows; r += kernel->mr, a += step, c += kernel->mr * kernel->nr)
+        kernel->tile(units, a, b, c, kernel->nr, alpha, add, NULL);
+}
+
+/* What a query does not see becomes -inf. */
+static void besa__cpu_attention_mask(const besa__cpu_queries *b, const besa__cpu_panel *c)
+{
+    const float hidden = besa__bits_float(0xFF800000u);
+    int64_t nr = b->x->kernel.nr, first = b->i0 + c->from, end = first + c->rows;
+    if (b->x->s->sliding_window <= 0) end = besa__min(end, c->j + nr);    /* the others see all of the panel */
+    for (int64_t i = first; i < end; i++) {
+        float *row = c->p + (i - first) * nr;
+        int64_t before = besa__min(besa__cpu_first_key(b->x, i) - c->j, nr);
+        for (int64_t l = 0; l < before; l++) row[l] = hidden;
+        for (int64_t l = besa__max(i + 1 - c->j, 0); l < nr; l++) row[l] = hidden;
+    }
+}
+
+/* max = max(max, x) */
+BESA__INLINE void besa__cpu_lanes_max_body(float *max, const float *x, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) max[i] = max[i] < x[i] ? x[i] : max[i];
+}
+BESA__KERNEL(besa__cpu_lanes_max, (float *max, const float *x, int64_t n), (max, x, n))
+
+/* exp(x) of x <= 0 as in besa__exp, but 0 where it would be subnormal: there k = -127, whose 2^k has no bits set. */
+BESA__INLINE float besa__exp_falling(float x)
+{
+    const float magic = 12582912.0f;
+    uint32_t low = 0u - (uint32_t)(x < -88.0f); /* max(x, -88) by bits, which vectorises; NaN stays NaN */
+    float y = besa__bits_float((besa__float_bits(x) & ~low) | (0xC2B00000u & low)), t = y * 1.44269504f + magic;
+    float n = t - magic, r = (y - n * 0.693359375f) + n * 2.12194440e-4f, p = 1.98412698e-4f;
+    p = p * r + 1.38888889e-3f;
+    p = p * r + 8.33333333e-3f;
+    p = p * r + 4.16666667e-2f;
+    p = p * r + 1.66666667e-1f;
+    p = p * r + 0.5f;
+    p = p * (r * r) + r;
+    return (p + 1.0f) * besa__bits_float((besa__float_bits(t) + 127) << 23);
+}
+
+/* x = exp(x - max), sum += x */
+BESA__INLINE void besa__cpu_lanes_exp_body(float *sum, float *x, const float *max, int64_t n)
+{
+    BESA__ELEMENTWISE
     for (int64_t i = 0; i < n; i++) {
-        float *row = head->p + i * keys;
-        int64_t begin = besa__cpu_first_key(head, i0 + i) - j0, end = i0 + i + 1 - j0;
-        for (int64_t j = 0; j < begin; j++) row[j] = 0.0f;
-        head->sum[i] = besa__cpu_exp_sum(row + begin, row + begin, besa__cpu_row_max(row + begin, end - begin), end - begin);
-        for (int64_t j = end; j < keys; j++) row[j] = 0.0f;
+        float e = besa__exp_falling(x[i] - max[i]);
+        x[i] = e;
+        sum[i] += e;
+    }
+}
+BESA__KERNEL(besa__cpu_lanes_exp, (float *sum, float *x, const float *max, int64_t n), (sum, x, max, n))
+
+/* sum += x y */
+BESA__INLINE void besa__cpu_lanes_dot_body(float *sum, const float *x, const float *y, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) sum[i] += x[i] * y[i];
+}
+BESA__KERNEL(besa__cpu_lanes_dot, (float *sum, const float *x, const float *y, int64_t n), (sum, x, y, n))
+
+/* p = p scale, dp = p (dp - dot scale): the derivative of the softmax */
+BESA__INLINE void besa__cpu_lanes_back_body(float *p, float *dp, const float *scale, const float *dot, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float probability = p[i] * scale[i];
+        p[i] = probability;
+        dp[i] = probability * (dp[i] - dot[i] * scale[i]);
+    }
+}
+BESA__KERNEL(besa__cpu_lanes_back, (float *p, float *dp, const float *scale, const float *dot, int64_t n),
+             (p, dp, scale, dot, n))
+
+/* Every lane of a row, NR of them, a multiple of 8, becomes the row's maximum (kind 0), sum (1), or 1 / sum (2). */
+BESA__INLINE void besa__cpu_lanes_join_body(float *lane, int64_t rows, int64_t nr, int kind)
+{
+    for (; rows > 0; rows--, lane += nr) {
+        float a[8];
+        memcpy(a, lane, sizeof a);
+        for (int64_t at = 8; at < nr; at += 8)
+            for (int l = 0; l < 8; l++) a[l] = kind ? a[l] + lane[at + l] : a[l] < lane[at + l] ? lane[at + l] : a[l];
+        for (int width = 4; width > 0; width /= 2)
+            for (int l = 0, m = width; l < width; l++, m++) a[l] = kind ? a[l] + a[m] : a[l] < a[m] ? a[m] : a[l];
+        if (kind == 2) a[0] = 1.0f / a[0];
+        for (int64_t l = 0; l < nr; l++) lane[l] = a[0];
+    }
+}
+BESA__KERNEL(besa__cpu_lanes_join, (float *lane, int64_t rows, int64_t nr, int kind), (lane, rows, nr, kind))
+
+/* The strips = S and dP, -inf where masked, and the row maxima. */
+static void besa__cpu_attention_scores(const besa__cpu_queries *b, const besa__cpu_kv *kv)
+{
+    const besa__cpu_attention *x = b->x;
+    int64_t nr = x->kernel.nr, units = besa__parts(x->s->head_dim, x->kernel.unit), step = x->kernel.mr * units;
+    for (int64_t i = 0; i < b->rows * nr; i++) b->max[i] = besa__bits_float(0xFF800000u);
+    for (int64_t j = b->j0; j < b->j1; j += nr) {
+        besa__cpu_panel c = besa__cpu_panel_at(b, j);
+        int64_t at = c.from * units;
+        besa__cpu_tiles(&x->kernel, c.p, c.rows, b->q + at, step, kv->k_keys + j * units, units, x->scale, 0);
+        if (x->backward) besa__cpu_tiles(&x->kernel, c.dp, c.rows, b->d_o + at, step, kv->v_keys + j * units, units, 1.0f, 0);
+        besa__cpu_attention_mask(b, &c);
+        besa__cpu_lanes_max(b->max + c.from * nr, c.p, c.rows * nr);
+    }
+    besa__cpu_lanes_join(b->max, b->rows, nr, 0);
+}
+
+/* The strips = exp(S - row maximum) and dP, sum = 1 / the row sums; in the backward pass P and dS */
+static void besa__cpu_attention_softmax(const besa__cpu_queries *b)
+{
+    int64_t nr = b->x->kernel.nr;
+    memset(b->sum, 0, (size_t)(b->rows * nr) * sizeof *b->sum);
+    if (b->x->backward) memset(b->dot, 0, (size_t)(b->rows * nr) * sizeof *b->dot);
+    for (int64_t j = b->j0; j < b->j1; j += nr) {
+        besa__cpu_panel c = besa__cpu_panel_at(b, j);
+        besa__cpu_lanes_exp(b->sum + c.from * nr, c.p, b->max + c.from * nr, c.rows * nr);
+        if (b->x->backward) besa__cpu_lanes_dot(b->dot + c.from * nr, c.p, c.dp, c.rows * nr);
+    }
+    besa__cpu_lanes_join(b->sum, b->rows, nr, 2);
+    if (!b->x->backward) return;
+    besa__cpu_lanes_join(b->dot, b->rows, nr, 1);
+    for (int64_t j = b->j0; j < b->j1; j += nr) {
+        besa__cpu_panel c = besa__cpu_panel_at(b, j);
+        besa__cpu_lanes_back(c.p, c.dp, b->sum + c.from * nr, b->dot + c.from * nr, c.rows * nr);
     }
 }
 
-/* O (T, dh) of one head */
-static void besa__cpu_attention_forward_head(const besa__cpu_head *head, float *o)
+/* to (n, dh) = strip V / row sums, in the backward pass strip K / sqrt(dh) */
+static void besa__cpu_attention_mix(const besa__cpu_queries *b, const besa__cpu_kv *kv, const float *strip, float *to)
 {
-    for (int64_t i0 = 0; i0 < head->seqlen; i0 += BESA__CPU_QUERIES) {
-        int64_t n = besa__min(BESA__CPU_QUERIES, head->seqlen - i0);
-        int64_t j0 = besa__cpu_first_key(head, i0), keys = i0 + n - j0;
-        besa__gemm_args g = besa__cpu_product(o + i0 * head->q_step, n, head->head_dim, keys);
-        besa__cpu_attention_scores(head, i0, n, j0, keys);
-        besa__cpu_operand_a(&g, head->p, BESA_F32, keys, 1);
-        besa__cpu_operand_b(&g, head->v + j0 * head->k_step, BESA_F32, head->k_step, 1);
-        g.c_row = head->q_step;
-        besa__gemm_serial(&g, head->bf16, head->gemm);
-        for (int64_t i = 0; i < n; i++)
-            besa__cpu_scale(g.c + i * head->q_step, 1.0f / head->sum[i], head->head_dim);
+    const besa__cpu_attention *x = b->x;
+    int64_t mr = x->kernel.mr, nr = x->kernel.nr, unit = x->kernel.unit, dh = x->s->head_dim;
+    besa__gemm_operand rows = {strip, BESA_F32, nr, 1, x->bf16};
+    for (int64_t j0 = b->j0; j0 < b->j1; j0 += BESA__CPU_KEYS)
+        for (int64_t r = 0; r < b->rows; r += mr) {
+            int64_t first = besa__cpu_first_key(x, b->i0 + r) / nr * nr, begin = besa__max(j0, first);
+            int64_t end = besa__min(besa__min(j0 + BESA__CPU_KEYS, b->i0 + r + mr), x->s->seqlen);
+            for (int64_t j = begin; j < end; j += nr)
+                x->kernel.pack(b->packed + (j - begin) * mr / unit, mr, &rows, (j - b->j0) * x->queries + r * nr, mr,
+                               besa__min(nr, end - j));
+            for (int64_t d = 0; begin < end && d < dh; d += nr)
+                x->kernel.tile(besa__parts(end - begin, unit), b->packed, kv->dims + (d * x->keys + begin * nr) / unit,
+                               b->out + r * x->columns + d, x->columns, 1.0f, begin > first, NULL);
+        }
+    for (int64_t r = 0; r < b->n; r++) {
+        besa__cpu_scale(b->out + r * x->columns, x->backward ? x->scale : b->sum[r * nr], dh);
+        memcpy(to + r * x->q_step, b->out + r * x->columns, (size_t)dh * sizeof *to);
     }
+}
+
+/* Rows of NR floats as bf16, in place: rounded, or (unit 2) two rows as one row of pairs */
+BESA__INLINE void besa__cpu_round_rows_body(float *p, int64_t rows, int64_t nr, int64_t unit)
+{
+    for (int64_t r = 0; r < rows; r += unit)
+        BESA__ELEMENTWISE
+        for (int64_t l = 0; l < nr; l++) {
+            uint32_t low = besa__f32_to_bf16(p[r * nr + l]), high = besa__f32_to_bf16(p[(r + unit - 1) * nr + l]);
+            p[r / unit * nr + l] = besa__bits_float(high << 16 | (unit == 2 ? low : 0));
+        }
+}
+BESA__KERNEL(besa__cpu_round_rows, (float *p, int64_t rows, int64_t nr, int64_t unit), (p, rows, nr, unit))
+
+/* dV' += dO' P, dK' += Q' dS / sqrt(dh) */
+static void besa__cpu_attention_gather(const besa__cpu_queries *b, float *dk, float *dv)
+{
+    const besa__cpu_attention *x = b->x;
+    int64_t mr = x->kernel.mr, nr = x->kernel.nr, unit = x->kernel.unit, step = besa__parts(b->n, unit) * mr;
+    for (int64_t j = b->j0; j < b->j1; j += nr) {
+        besa__cpu_panel c = besa__cpu_panel_at(b, j);
+        int64_t units = besa__parts(besa__min(c.rows, b->n - c.from), unit), at = c.from / unit * mr;
+        if (x->bf16) besa__cpu_round_rows(c.p, c.rows, nr, unit), besa__cpu_round_rows(c.dp, c.rows, nr, unit);
+        besa__cpu_tiles(&x->kernel, dv + j * x->rows, x->rows, b->d_o_columns + at, step, c.p, units, 1.0f, 1);
+        besa__cpu_tiles(&x->kernel, dk + j * x->rows, x->rows, b->q_columns + at, step, c.dp, units, x->scale, 1);
+    }
+}
+
+/* Step `step` of a kv head, the longest first: O of a block of queries, or dQ and what it adds to dK' and dV' */
+static void besa__cpu_attention_step(besa__cpu_queries *b, const besa__cpu_kv *kv, int64_t head, int64_t step, float *dk,
+                                     float *dv)
+{
+    const besa__cpu_attention *x = b->x;
+    int64_t heads = x->s->num_key_value_heads, at = (head % heads * x->group + step % x->group) * x->s->head_dim;
+    b->i0 = (x->blocks - 1 - step / x->group) * x->queries;
+    b->n = besa__min(x->queries, x->s->seqlen - b->i0), b->rows = besa__cpu_whole(b->n, x->kernel.mr);
+    b->j0 = besa__cpu_first_key(x, b->i0) / x->kernel.nr * x->kernel.nr, b->j1 = b->i0 + b->n;
+    at += (head / heads * x->s->seqlen + b->i0) * x->q_step;
+    besa__cpu_queries_pack(b, b->q, b->q_columns, x->q + at);
+    if (x->backward) besa__cpu_queries_pack(b, b->d_o, b->d_o_columns, x->d_o + at);
+    besa__cpu_attention_scores(b, kv);
+    besa__cpu_attention_softmax(b);
+    besa__cpu_attention_mix(b, kv, x->backward ? b->dp : b->p, x->out + at);
+    if (x->backward) besa__cpu_attention_gather(b, dk, dv);
+}
+
+static void besa__cpu_attention_piece(besa__cpu_queries *b, const besa__cpu_kv *kv, int64_t head, int64_t piece)
+{
+    const besa__cpu_attention *x = b->x;
+    int64_t size = x->keys * x->rows;
+    float *dk = kv->dk + piece * size, *dv = kv->dv + piece * size;
+    memset(dk, 0, (size_t)size * sizeof *dk);
+    memset(dv, 0, (size_t)size * sizeof *dv);
+    for (int64_t step = piece; step < x->group * x->blocks; step += x->pieces)
+        besa__cpu_attention_step(b, kv, head, step, dk, dv);
+}
+
+/* NR keys of dK or dV of one kv head = the pieces' sums, transposed; part is (pieces)(keys / NR)(rows, NR) */
+static void besa__cpu_attention_sum(const besa__cpu_queries *b, float *dst, float *part, int64_t head, int64_t panel)
+{
+    const besa__cpu_attention *x = b->x;
+    besa__gemm_kernel kernel = besa__gemm_choose(0);
+    int64_t nr = x->kernel.nr, dh = x->s->head_dim, heads = x->s->num_key_value_heads, j = panel * nr;
+    int64_t n = besa__min(nr, x->s->seqlen - j);
+    besa__gemm_operand sum = {part + j * x->rows, BESA_F32, nr, 1, 0};
+    for (int64_t piece = 1; piece < x->pieces; piece++)
+        besa__cpu_axpy(part + j * x->rows, 1.0f, part + (piece * x->keys + j) * x->rows, x->rows * nr);
+    dst += (head / heads * x->s->seqlen + j) * x->k_step + head % heads * dh;
+    for (int64_t d = 0; d < dh; d += nr) {
+        int64_t width = besa__min(nr, dh - d);
+        kernel.pack(b->p, nr, &sum, d * nr, width, n);
+        for (int64_t i = 0; i < n; i++) memcpy(dst + i * x->k_step + d, b->p + i * nr, (size_t)width * sizeof *dst);
+    }
+}
+
+/* kv heads head .. head + heads - 1 are worked on: their arrays and those of the threads */
+typedef struct besa__cpu_attention_round {
+    const besa__cpu_attention *x;
+    besa__arena work, kv, thread;      /* the workspace; the sizes of one kv head's part of it, and of one thread's */
+    int64_t head, heads;
+} besa__cpu_attention_round;
+
+/* All panels are packed (stage 0), all steps taken (1), the pieces added up (2). */
+static void besa__cpu_attention_stage(besa_backend *be, const besa__cpu_attention_round *a, int stage)
+{
+    const besa__cpu_attention *x = a->x;
+    int64_t panels = x->keys / x->kernel.nr, steps = x->backward ? x->pieces : x->group * x->blocks;
+    int64_t tasks = a->heads * (stage == 1 ? steps : panels);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t index = task % a->heads, head = a->head + index, part = task / a->heads;
+        besa__arena kv_work = {a->work.base + a->work.used + (size_t)a->kv.used * (size_t)index, 0};
+        besa__arena mine = {a->work.base + (size_t)a->thread.used * (size_t)BESA__THREAD_INDEX(), 0};
+        besa__cpu_kv kv;
+        besa__cpu_queries b;
+        besa__cpu_kv_place(&kv_work, &kv, x);
+        besa__cpu_queries_place(&mine, &b, x);
+        if (stage == 0) besa__cpu_kv_pack(x, &kv, head, part);
+        else if (stage == 2) {
+            besa__cpu_attention_sum(&b, x->dk, kv.dk, head, part);
+            besa__cpu_attention_sum(&b, x->dv, kv.dv, head, part);
+        } else if (x->backward) besa__cpu_attention_piece(&b, &kv, head, part);
+        else besa__cpu_attention_step(&b, &kv, head, part, NULL, NULL);
+    }
+}
+
+/* As many kv heads at a time as the workspace holds and as stay in the last-level cache, but one for each thread: the
+ * fewer rounds, the less do threads wait for each other. */
+static besa_result besa__cpu_attention_run(besa_backend *be, const besa__cpu_attention *x)
+{
+    int64_t all = x->s->batch * x->s->num_key_value_heads, threads = besa__cpu_of(be)->threads, most;
+    besa__arena none = {NULL, 0};
+    besa__cpu_attention_round a;
+    besa__cpu_queries b;
+    besa__cpu_kv kv;
+    a.x = x, a.work = besa__cpu_work(be), a.kv = a.thread = none;
+    besa__cpu_queries_place(&a.thread, &b, x);
+    besa__cpu_kv_place(&a.kv, &kv, x);
+    besa__take_parts(&a.work, &a.thread, threads);
+    BESA_ASSERT(a.work.used + a.kv.used <= be->workspace_bytes);
+    most = besa__max(threads, (int64_t)(BESA__CPU_KV / a.kv.used));
+    most = besa__min(most, (int64_t)((be->workspace_bytes - a.work.used) / a.kv.used));
+    for (a.head = 0; a.head < all; a.head += a.heads) {
+        a.heads = besa__min(most, all - a.head);
+        for (int stage = 0; stage < 2 + x->backward; stage++) besa__cpu_attention_stage(be, &a, stage);
+    }
+    return BESA_OK;
 }
 
 /* O(T, heads * dh) = softmax_causal(Q K' / sqrt(dh)) V */
 static besa_result besa__cpu_attention_forward(besa_backend *be, void *o, const void *q, const void *k, const void *v,
                                                const besa_attention_shape *s)
 {
-    int64_t tasks = s->batch * s->num_attention_heads;
-    besa__arena work = besa__cpu_work(be), one = {NULL, 0};
-    besa__cpu_head sizes;
-    besa__cpu_attention_place(&one, &sizes, s->seqlen, 0);
-    besa__take_parts(&work, &one, besa__cpu_of(be)->threads);
-    BESA__CPU_FITS(be, work);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        besa__cpu_head head;
-        besa__arena mine;
-        mine.base = work.base + (size_t)one.used * (size_t)BESA__THREAD_INDEX();
-        mine.used = 0;
-        besa__cpu_attention_place(&mine, &head, s->seqlen, 0);
-        besa__cpu_head_set(&head, be, s, task, (const float *)q, (const float *)k, (const float *)v);
-        besa__cpu_attention_forward_head(&head, (float *)o + (head.q - (const float *)q));
-    }
-    return BESA_OK;
-}
-
-/* dp (n) = p (dp - sum p dp): the derivative of the softmax */
-BESA__INLINE void besa__cpu_softmax_back_body(float *dp, const float *p, float dot, int64_t n)
-{
-    BESA__ELEMENTWISE
-    for (int64_t j = 0; j < n; j++) dp[j] = p[j] * (dp[j] - dot);
-}
-BESA__KERNEL(besa__cpu_softmax_back, (float *dp, const float *p, float dot, int64_t n), (dp, p, dot, n))
-
-/* Queries i0 .. i0+n-1: p and dp as scores and their gradient dS, from dO:
- * dP = dO V', dS = P (dP - sum_j P dP) */
-static void besa__cpu_attention_backward_scores(const besa__cpu_head *head, const float *d_o, int64_t i0, int64_t n,
-                                                int64_t j0, int64_t keys)
-{
-    besa__gemm_args g = besa__cpu_product(head->dp, n, keys, head->head_dim);
-    besa__cpu_attention_scores(head, i0, n, j0, keys);
-    besa__cpu_operand_a(&g, d_o + i0 * head->q_step, BESA_F32, head->q_step, 1);
-    besa__cpu_operand_b(&g, head->v + j0 * head->k_step, BESA_F32, 1, head->k_step);
-    besa__gemm_serial(&g, head->bf16, head->gemm);
-    for (int64_t i = 0; i < n; i++) {
-        float *p = head->p + i * keys, *dp = head->dp + i * keys;
-        besa__cpu_scale(p, 1.0f / head->sum[i], keys);
-        besa__cpu_softmax_back(dp, p, besa__cpu_dot(p, dp, keys), keys);
-    }
-}
-
-/* dQ (T, dh) of one head, assigned; dK, dV (T, dh), rows dk_step apart, assigned too */
-static void besa__cpu_attention_backward_head(const besa__cpu_head *head, float *dq, float *dk, float *dv,
-                                              int64_t dk_step, const float *d_o)
-{
-    for (int64_t t = 0; t < head->seqlen; t++) {
-        memset(dk + t * dk_step, 0, (size_t)head->head_dim * sizeof *dk);
-        memset(dv + t * dk_step, 0, (size_t)head->head_dim * sizeof *dv);
-    }
-    for (int64_t i0 = 0; i0 < head->seqlen; i0 += BESA__CPU_QUERIES) {
-        int64_t n = besa__min(BESA__CPU_QUERIES, head->seqlen - i0);
-        int64_t j0 = besa__cpu_first_key(head, i0), keys = i0 + n - j0;
-        besa__gemm_args g = besa__cpu_product(dq + i0 * head->q_step, n, head->head_dim, keys);
-        besa__cpu_attention_backward_scores(head, d_o, i0, n, j0, keys);
-        besa__cpu_operand_a(&g, head->dp, BESA_F32, keys, 1); /* dQ = dS K / sqrt(dh) */
-        besa__cpu_operand_b(&g, head->k + j0 * head->k_step, BESA_F32, head->k_step, 1);
-        g.c_row = head->q_step;
-        g.alpha = 1.0f / sqrtf((float)head->head_dim);
-        besa__gemm_serial(&g, head->bf16, head->gemm);
-        g.m = keys, g.k = n; /* dK += dS' Q / sqrt(dh) */
-        g.c = dk + j0 * dk_step, g.c_row = dk_step;
-        g.accumulate = 1;
-        besa__cpu_operand_a(&g, head->dp, BESA_F32, 1, keys);
-        besa__cpu_operand_b(&g, head->q + i0 * head->q_step, BESA_F32, head->q_step, 1);
-        besa__gemm_serial(&g, head->bf16, head->gemm);
-        g.c = dv + j0 * dk_step; /* dV += P' dO */
-        g.alpha = 1.0f;
-        besa__cpu_operand_a(&g, head->p, BESA_F32, 1, keys);
-        besa__cpu_operand_b(&g, d_o + i0 * head->q_step, BESA_F32, head->q_step, 1);
-        besa__gemm_serial(&g, head->bf16, head->gemm);
-    }
-}
-
-/* dst(T, kv_heads * dh) = sum over the query heads of each kv head of part(batch * heads, seqlen, dh) */
-static void besa__cpu_attention_reduce(besa_backend *be, float *dst, const float *part, const besa_attention_shape *s)
-{
-    int64_t grain = 64, pieces = besa__parts(s->seqlen, grain), tasks = s->batch * s->num_key_value_heads * pieces;
-    int64_t share = s->num_attention_heads / s->num_key_value_heads, dh = s->head_dim;
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        int64_t sequence = task / pieces / s->num_key_value_heads, kv = task / pieces % s->num_key_value_heads;
-        int64_t begin = task % pieces * grain, end = besa__min(s->seqlen, begin + grain);
-        for (int64_t t = begin; t < end; t++) {
-            float *row = dst + ((sequence * s->seqlen + t) * s->num_key_value_heads + kv) * dh;
-            const float *from = part + ((sequence * s->num_attention_heads + kv * share) * s->seqlen + t) * dh;
-            memcpy(row, from, (size_t)dh * sizeof *row);
-            for (int64_t h = 1; h < share; h++) besa__cpu_axpy(row, 1.0f, from + h * s->seqlen * dh, dh);
-        }
-    }
-}
-
-/* dK and dV of every query head, (batch * heads, seqlen, dh) each; not used where each has a kv head of its own */
-static void besa__cpu_attention_parts_place(besa__arena *work, float **dk, float **dv, int64_t tokens, int64_t heads,
-                                            int64_t kv_heads, int64_t head_dim)
-{
-    *dk = *dv = NULL;
-    if (heads == kv_heads) return;
-    *dk = besa__take_floats(work, besa__product(tokens, besa__product(heads, head_dim)));
-    *dv = besa__take_floats(work, besa__product(tokens, besa__product(heads, head_dim)));
+    besa__cpu_attention x = besa__cpu_attention_sizes(s, besa__cpu_of(be)->bf16, 0);
+    x.q = (const float *)q, x.k = (const float *)k, x.v = (const float *)v;
+    x.out = (float *)o;
+    return besa__cpu_attention_run(be, &x);
 }
 
 /* dQ(T, heads * dh), dK, dV (T, kv_heads * dh) */
@@ -10571,37 +10830,10 @@ static besa_result besa__cpu_attention_backward(besa_backend *be, void *dq, void
                                                 const void *q, const void *k, const void *v,
                                                 const besa_attention_shape *s)
 {
-    int64_t tasks = s->batch * s->num_attention_heads, dh = s->head_dim;
-    besa__arena work = besa__cpu_work(be), one = {NULL, 0};
-    besa__cpu_head sizes;
-    float *dk_part, *dv_part;
-    unsigned char *base;
-    besa__cpu_attention_parts_place(&work, &dk_part, &dv_part, s->batch * s->seqlen, s->num_attention_heads,
-                                    s->num_key_value_heads, dh);
-    base = work.base + work.used;
-    besa__cpu_attention_place(&one, &sizes, s->seqlen, 1);
-    besa__take_parts(&work, &one, besa__cpu_of(be)->threads);
-    BESA__CPU_FITS(be, work);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        besa__cpu_head head;
-        besa__arena mine;
-        int64_t at, k_at;
-        mine.base = base + (size_t)one.used * (size_t)BESA__THREAD_INDEX();
-        mine.used = 0;
-        besa__cpu_attention_place(&mine, &head, s->seqlen, 1);
-        besa__cpu_head_set(&head, be, s, task, (const float *)q, (const float *)k, (const float *)v);
-        at = head.q - (const float *)q;
-        k_at = dk_part ? task * s->seqlen * dh : head.k - (const float *)k;
-        besa__cpu_attention_backward_head(&head, (float *)dq + at, (dk_part ? dk_part : (float *)dk) + k_at,
-                                          (dv_part ? dv_part : (float *)dv) + k_at, dk_part ? dh : head.k_step,
-                                          (const float *)d_o + at);
-    }
-    if (dk_part) {
-        besa__cpu_attention_reduce(be, (float *)dk, dk_part, s);
-        besa__cpu_attention_reduce(be, (float *)dv, dv_part, s);
-    }
-    return BESA_OK;
+    besa__cpu_attention x = besa__cpu_attention_sizes(s, besa__cpu_of(be)->bf16, 1);
+    x.q = (const float *)q, x.k = (const float *)k, x.v = (const float *)v, x.d_o = (const float *)d_o;
+    x.out = (float *)dq, x.dk = (float *)dk, x.dv = (float *)dv;
+    return besa__cpu_attention_run(be, &x);
 }
 
 /* ============================================================================================
@@ -12051,17 +12283,31 @@ static uint64_t besa__cpu_gemm_bytes(const besa_workload *w, int threads)
     return work.used;
 }
 
+/* One kv head for each thread, or more of them where they are small; no more than there are. */
 static uint64_t besa__cpu_attention_bytes(const besa_workload *w, int threads)
 {
-    besa__arena work = {NULL, 0}, one = {NULL, 0};
-    besa__cpu_head head;
-    float *dk, *dv;
-    if (w->num_attention_heads <= 0 || w->tokens <= 0) return 0;
-    besa__cpu_attention_parts_place(&work, &dk, &dv, w->tokens, w->num_attention_heads, w->num_key_value_heads,
-                                    w->head_dim);
-    besa__cpu_attention_place(&one, &head, w->seqlen, 1);
-    besa__take_parts(&work, &one, threads);
-    return work.used;
+    besa_attention_shape s = {1, w->seqlen, w->num_attention_heads, w->num_key_value_heads, w->head_dim, 0};
+    uint64_t most = 0;
+    if (w->num_key_value_heads <= 0 || w->tokens <= 0 || w->seqlen <= 0) return 0;
+    for (int backward = 0; backward < 2; backward++) {
+        besa__cpu_attention x = besa__cpu_attention_sizes(&s, 0, backward);
+        besa__arena work = {NULL, 0}, one = {NULL, 0}, team = {NULL, 0}, all = {NULL, 0};
+        besa__cpu_queries b;
+        besa__cpu_kv kv;
+        besa__cpu_queries_place(&one, &b, &x);
+        besa__take_parts(&work, &one, threads);
+        one.used = 0;
+        besa__cpu_kv_place(&one, &kv, &x);
+        besa__take_parts(&team, &one, threads);
+        x.keys = besa__cpu_whole(besa__max(w->tokens, w->seqlen), x.kernel.nr);
+        one.used = 0;
+        besa__cpu_kv_place(&one, &kv, &x);
+        besa__take_parts(&all, &one, s.num_key_value_heads);
+        if (team.used < BESA__CPU_KV) team.used = BESA__CPU_KV;
+        work.used = besa__add_sizes(work.used, team.used < all.used ? team.used : all.used);
+        most = work.used > most ? work.used : most;
+    }
+    return most;
 }
 
 static uint64_t besa__cpu_column_sumsq_bytes(const besa_workload *w, int threads)

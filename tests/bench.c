@@ -3,8 +3,8 @@
  *     bench CHECKPOINT TOKENS [NSAMPLES SEQLEN]
  *
  * Products at the shapes of SmolLM2-135M, Llama-2-7B and Llama-3-8B beside OpenBLAS (where libopenblas.so is found at run
- * time; OPENBLAS_CORETYPE=Haswell and CFLAGS="-O3 -DBESA_SIMD_MAX=1" compare AVX2 on any machine), passes bound by memory
- * beside memcpy, and one prune run of the checkpoint: time per pass, what is not a product, arena and plan. */
+ * time; OPENBLAS_CORETYPE=Haswell and CFLAGS="-O3 -DBESA_SIMD_MAX=1" compare AVX2 on any machine), attention, passes bound
+ * by memory beside memcpy, and one prune run of the checkpoint: time per pass, what is not a product, arena and plan. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -178,6 +178,37 @@ static void bench_products(void)
         }
 }
 
+/* ---- attention ------------------------------------------------------------------------------- */
+
+/* Beside the block's product of the same heads, at the same moment; of attention's products only the causal half counts. */
+static void bench_attention(void)
+{
+    static const int heads[][3] = { { 9, 3, 64 }, { 32, 32, 128 }, { 32, 8, 128 } };
+    printf("attention, GFLOP/s of the causal half, and its ratio to a product's of as many columns\n");
+    printf("  threads heads     tokens    product  forward  ratio  backward  ratio  workspace\n");
+    for (int i = 0; i < 12; i++) {
+        int threads = 1 + i % 2, h = heads[i / 4][0], kv = heads[i / 4][1], dh = heads[i / 4][2], T = i / 2 % 2 ? 2048 : 512;
+        int64_t d = h * dh, n = T * d;
+        besa_attention_shape s = { 1, T, h, kv, dh, 0 };
+        double causal = 1e-9 * (double)d * T * (T + 1), t[3];
+        float *q = noise(n), *k = noise(n), *v = noise(n), *d_o = noise(n), *o = take_floats(n), *dk = take_floats(n);
+        float *dv = take_floats(n), *w = noise(d * d);
+        besa_backend be = cpu_backend(threads, 0);
+        besa_workload load;
+        memset(&load, 0, sizeof load);
+        load.rows = load.columns = d, load.tokens = load.seqlen = T;
+        load.num_attention_heads = h, load.num_key_value_heads = kv, load.head_dim = dh;
+        set_workspace(&be, &load);
+        BEST_TIME(t[1], be.attention_forward(&be, o, q, k, v, &s));
+        BEST_TIME(t[0], be.linear_forward(&be, o, q, w, BESA_F32, NULL, T, d, d, 0));
+        BEST_TIME(t[2], be.attention_backward(&be, o, dk, dv, d_o, q, k, v, &s));
+        t[0] = 2e-9 * (double)n * (double)d / t[0], t[1] = 2 * causal / t[1], t[2] = 5 * causal / t[2];
+        printf("  %d       %2d/%-2d %3d %6d     %7.1f  %7.1f   %4.2f   %7.1f   %4.2f  %6.1f MB\n", threads, h, kv, dh, T, t[0],
+               t[1], t[1] / t[0], t[2], t[2] / t[0], 1e-6 * (double)besa__cpu_attention_bytes(&load, threads));
+        be.destroy(&be);
+    }
+}
+
 /* ---- passes bound by memory ------------------------------------------------------------------ */
 
 static void bench_passes(int threads)
@@ -334,6 +365,7 @@ int main(int argc, char **argv)
         BESA_OK) fail(g_error.message);
     if (!getenv("BENCH_RUN_ONLY")) {
         bench_products();
+        bench_attention();
         bench_passes(1);
         bench_passes(2);
     }
