@@ -1406,6 +1406,8 @@ static void test_shapes(void)
               (int)i, result ? g_error.message : "taken");
         besa_pruner_destroy(pruner);
     }
+    CHECK(!strcmp(besa_layer_name(BESA_Q), "q_proj") && !strcmp(besa_layer_name(BESA_DOWN), "down_proj"), "names of layers");
+    CHECK(!strcmp(besa_layer_name(-1), "?") && !strcmp(besa_layer_name(BESA_LAYERS), "?"), "names of no layers");
 }
 
 /* ---- checkpoints ----------------------------------------------------------------------------- */
