@@ -1176,6 +1176,7 @@ static void test_loss_overflow(void)
             o.method = method[m];
             expect_not_finite(&t, t.h.f, &o, BAD_LOSS, at, "model.layers.3.*: the reconstruction loss of sequences 0 .. 7 is not "
                               "finite in the commit pass");
+            CHECK(g_spoil.calls == 8, "method %d: %d losses", m, g_spoil.calls);
         }
 }
 
