@@ -383,7 +383,10 @@ static const char small_config[] =
     "\"num_attention_heads\":2,\"num_key_value_heads\":1,\"num_hidden_layers\":3,\"vocab_size\":10,"
     "\"tie_word_embeddings\":true,\"rope_theta\":10000.0}";
 
-static void block_tensors(shard_text *s, int b)
+/* A block's tensors without the first `skip`; where `half` is 1 the first HALF of them. */
+enum { HALF = 5 };
+
+static void block_tensors(shard_text *s, int b, int skip, int half)
 {
     static const struct {
         const char *name;
@@ -399,21 +402,23 @@ static void block_tensors(shard_text *s, int b)
         { "input_layernorm", 8, 0 },
         { "post_attention_layernorm", 8, 0 } };
     char name[128];
-    for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
+    for (int i = skip; i < (half ? HALF : (int)(sizeof t / sizeof *t)); i++) {
         snprintf(name, sizeof name, "model.layers.%d.%s.weight", b, t[i].name);
         add_tensor(s, name, "BF16", 2, t[i].rows, t[i].columns);
     }
+    if (half) return;
     snprintf(name, sizeof name, "model.layers.%d.self_attn.rotary_emb.inv_freq", b);
     add_tensor(s, name, "I64", 8, 2, 0);
 }
 
-static void put_shard(const char *dir, const char *name, int first, int last, int others)
+/* Blocks first .. last-1; of a model's `part` 1 and 2 block 1 has its first half in the one, the rest in the other. */
+static void put_shard(const char *dir, const char *name, int first, int last, int part)
 {
     static shard_text s;
     memset(&s, 0, sizeof s);
-    if (others) add_tensor(&s, "model.embed_tokens.weight", "BF16", 2, 10, 8);
-    for (int b = first; b < last; b++) block_tensors(&s, b);
-    if (others) add_tensor(&s, "model.norm.weight", "BF16", 2, 8, 0);
+    if (part != 1) add_tensor(&s, "model.embed_tokens.weight", "BF16", 2, 10, 8);
+    for (int b = first; b < last; b++) block_tensors(&s, b, part == 2 && b == 1 ? HALF : 0, part == 1 && b == 1);
+    if (part != 1) add_tensor(&s, "model.norm.weight", "BF16", 2, 8, 0);
     s.n += (size_t)snprintf(s.header + s.n, sizeof s.header - s.n, ",\"__metadata__\":{\"format\":\"pt\"}}   ");
     put_raw(in(dir, name), s.header, s.data, (unsigned)(first + 1));
 }
@@ -422,7 +427,7 @@ static void put_shard(const char *dir, const char *name, int first, int last, in
 #define SHARD_1 "model-00001-of-00002.safetensors"
 #define SHARD_2 "model-00002-of-00002.safetensors"
 
-/* A model of three blocks: in one file, or in two shards (block 0, the rest). */
+/* A model of three blocks: in one file, or in two shards (block 0 and half of block 1, the rest). */
 static const char *make_model(const char *name, int sharded)
 {
     const char *dir = temp_path("%s", name);
@@ -430,11 +435,11 @@ static const char *make_model(const char *name, int sharded)
     mkdir(dir, 0777);
     put_text(dir, "config.json", small_config);
     if (!sharded) {
-        put_shard(dir, "model.safetensors", 0, 3, 1);
+        put_shard(dir, "model.safetensors", 0, 3, 0);
         return dir;
     }
-    put_shard(dir, SHARD_1, 0, 1, 0);
-    put_shard(dir, SHARD_2, 1, 3, 1);
+    put_shard(dir, SHARD_1, 0, 2, 1);
+    put_shard(dir, SHARD_2, 1, 3, 2);
     put_text(dir, INDEX, "{\"metadata\":{\"total_size\":1},\"weight_map\":{\"model.norm.weight\":\"" SHARD_2 "\","
                          "\"model.layers.0.mlp.up_proj.weight\":\"" SHARD_1 "\"}}");
     return dir;
@@ -452,7 +457,7 @@ static const char *make_headed(const char *name, int kind)
     memset(&s, 0, sizeof s);
     add_tensor(&s, "model.embed_tokens.weight", "BF16", 2, 10, 8);
     add_tensor(&s, "lm_head.weight", dtype, 2, kind == HEAD_OTHER_SHAPE ? 11 : 10, 8);
-    for (int b = 0; b < 3; b++) block_tensors(&s, b);
+    for (int b = 0; b < 3; b++) block_tensors(&s, b, 0, 0);
     add_tensor(&s, "model.norm.weight", "BF16", 2, 8, 0);
     s.n += (size_t)snprintf(s.header + s.n, sizeof s.header - s.n, "}");
     put_raw(path, s.header, s.data, 5);
@@ -881,7 +886,7 @@ static void test_shards(void)
 {
     const char *dir = make_model("shards", 1);
     CHECK_ERROR(open_close(dir), BESA_OK, NULL);
-    put_shard(dir, SHARD_1, 0, 2, 0);
+    put_shard(dir, SHARD_1, 0, 3, 1);
     CHECK_CASE("a tensor in two shards", open_close(dir), BESA_ERROR_FORMAT, "two shards");
 }
 

@@ -606,6 +606,19 @@ static void test_reference_checkpoints(void)
 }
 
 /* The report as JSON, and what besa_prune says about files that it leaves out. */
+/* The library's own reader, which takes nothing but JSON, takes it. */
+static void check_json(const char *text)
+{
+    besa__json json;
+    besa_error error;
+    size_t n = text ? strlen(text) : 0;
+    char *copy = (char *)counted_malloc(n + 1);
+    memcpy(copy, text ? text : "", n + 1);
+    memset(&json, 0, sizeof json);
+    CHECK_OK(besa__json_parse(&json, copy, n, "the report", &error), error);
+    besa__json_free(&json);
+}
+
 static int go_on(void *user, const besa_progress *progress) { return (void)user, (void)progress, 0; }
 static besa_result next_step(void *user, const besa_step *step) { return (void)user, (void)step, BESA_OK; }
 
@@ -646,6 +659,7 @@ static void test_report_and_files(void)
     json = besa_report_json(&s.report);
     CHECK(json && strstr(json, "\"perplexity\"") && strstr(json, "\"sparsity\"") && strstr(json, "q_proj") &&
           json[0] == '{', "report: %.200s", json ? json : "NULL");
+    check_json(json);
     if (json) counted_free(json);
     besa_report_free(&s.report);
     memset(&empty, 0, sizeof empty);
