@@ -1104,7 +1104,10 @@ static void test_bad_tokens(void)
     CHECK(besa_tokens_sample(&g_calibration, 1, 32, 0, 3, ids, &error) == BESA_ERROR_TOKEN, "%s", error.message);
     c.nsamples = 0;
     CHECK(besa_prune(checkpoint, temp_path("out"), NULL, &c, &o, NULL, &error) != BESA_OK, "no sequences");
-    c.nsamples = 2, c.seqlen = 0;
+    c.nsamples = 2, c.test_ids = ids, c.test_seqlen = 16, c.test_windows = -1;
+    CHECK(besa_prune(checkpoint, temp_path("out"), NULL, &c, &o, NULL, &error) == BESA_ERROR_TOKENS && strstr(error.message, "-1 windows"),
+          "%s", error.message);
+    c.test_windows = 0, c.seqlen = 0;
     CHECK(besa_prune(checkpoint, temp_path("out"), NULL, &c, &o, NULL, &error) != BESA_OK, "no tokens");
     memset(ids, 0, sizeof ids);
     CHECK_OK(besa_perplexity(checkpoint, NULL, ids, 1, 2, &ppl, NULL, NULL, NULL, &error), error); /* one prediction */
