@@ -669,7 +669,7 @@ BESA_API void besa_rates_destroy(besa_rates *rates); /* NULL is fine */
  *   w           (R,C) device, the layer's dtype
  *   statistic   (C) device floats, the statistic of the importance's row in BESA_IMPORTANCES: for wanda the sums of squares
  *               of the input columns (be->column_sumsq), for the sparsegpt forms U_jj (be->hessian_factor, be->diagonal);
- *               NULL for magnitude
+ *               NULL for magnitude. Its numbers are not looked at: what is not finite or negative makes ranks arbitrary
  *   scratch     (R + 1, C) device floats, free to use again on return
  * NaN and infinite weights are counted: besa_rates_project and besa_rates_status report them as
  * BESA_ERROR_NOT_FINITE. Does not wait for the device. */
@@ -4932,9 +4932,8 @@ static const char *besa__json_show(const besa__json *json, const besa__json_valu
     besa__json_number number = besa__json_number_of(json, value);
     if (!value) snprintf(buffer, size, "(absent)");
     else if (type == BESA__JSON_STRING) snprintf(buffer, size, "\"%.100s\"", besa__json_string(json, value));
-    else if (type == BESA__JSON_NUMBER && number.is_integer)
-        snprintf(buffer, size, "%lld", (long long)number.integer);
-    else if (type == BESA__JSON_NUMBER) besa__write_text(buffer, size, "%.10g", number.value);
+    else if (type == BESA__JSON_NUMBER)         /* as it is written: 64.0 is no integer */
+        snprintf(buffer, size, "%.*s", (int)(number.length < 100 ? number.length : 100), json->text + value->at);
     else if (type == BESA__JSON_ARRAY)
         snprintf(buffer, size, "a list of %lu", (unsigned long)besa__json_count(json, value));
     else if (type == BESA__JSON_OBJECT)
@@ -5143,15 +5142,12 @@ static void besa__checkpoint_note(besa_checkpoint *checkpoint, const char *forma
     memcpy(checkpoint->notes + length + n, "\n", 2);
 }
 
-/* Nanoseconds of a file's last change; what a file system does not keep is 0. */
-static int64_t besa__mtime_nanoseconds(const struct stat *st)
-{
+/* Nanoseconds of a file's last change, of its bytes and of anything about it; what a file system does not keep is 0. */
 #ifdef __APPLE__
-    return (int64_t)st->st_mtimespec.tv_nsec;
+#define BESA__NANOSECONDS(st, which) ((int64_t)(st)->st_##which##timespec.tv_nsec)
 #else
-    return (int64_t)st->st_mtim.tv_nsec;
+#define BESA__NANOSECONDS(st, which) ((int64_t)(st)->st_##which##tim.tv_nsec)
 #endif
-}
 
 /* Same file: by device and number. */
 static int besa__is_same(const struct stat *a, const struct stat *b)
@@ -5163,7 +5159,8 @@ static int besa__is_same(const struct stat *a, const struct stat *b)
 static int besa__has_moved(const struct stat *then, const struct stat *now)
 {
     return !besa__is_same(then, now) || then->st_size != now->st_size || then->st_mtime != now->st_mtime ||
-           besa__mtime_nanoseconds(then) != besa__mtime_nanoseconds(now) || then->st_ctime != now->st_ctime;
+           BESA__NANOSECONDS(then, m) != BESA__NANOSECONDS(now, m) || then->st_ctime != now->st_ctime ||
+           BESA__NANOSECONDS(then, c) != BESA__NANOSECONDS(now, c);
 }
 
 /* The first n characters of text, for BESA_FREE; what: for the message. */
@@ -6770,6 +6767,8 @@ static besa_result besa__other_run(const besa__writer *w, const char *line, cons
 {
     char what[500] = "another version of the library";
     if (!strncmp(line, "run ", 4)) besa__name_differences(what, sizeof what, line + 4, run + 4);
+    else if (strncmp(line, BESA__JOURNAL " ", sizeof BESA__JOURNAL))
+        return besa__fail(error, BESA_ERROR_RESUME, "%s: its journal is damaged; remove the directory to start again", w->partial);
     return besa__fail(error, BESA_ERROR_RESUME, "%s: an unfinished run with other options, tokens, checkpoint or "
                       "micro-batches (as the memory allows): %s. Finish it with the same arguments, or remove the "
                       "directory to start again", w->partial, what);
@@ -6918,6 +6917,17 @@ static besa_result besa__check_entry(const besa__writer *w, const char *name, co
                                            : "not a regular file, and none that a run has made");
 }
 
+/* A descriptor in place of 0, 1 or 2: those a program takes for its terminal even where they were closed when it began, and
+ * what it prints must not get into a file. */
+static int besa__above_standard(int fd)
+{
+    if (fd < 0 || fd > 2) return fd;
+    int above = fcntl(fd, F_DUPFD_CLOEXEC, 3), reason = errno;
+    close(fd);
+    errno = reason;
+    return above;
+}
+
 /* Open a file of the unfinished output; *fd is -1 where there is none. A file that its owner may not write, as the source's,
  * may be written for a moment. O_NONBLOCK: whatever has taken its place must not hang us. */
 static besa_result besa__open_entry(const besa__writer *w, int *fd, const char *name, besa_error *error)
@@ -6930,7 +6940,7 @@ static besa_result besa__open_entry(const besa__writer *w, int *fd, const char *
     mode_t mode = st.st_mode & 0777;
     int guarded = (mode & 0600) != 0600;
     if (guarded && fchmodat(w->directory, name, mode | 0600, 0)) return besa__writer_fail(w, name, errno, error);
-    *fd = openat(w->directory, name, O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+    *fd = besa__above_standard(openat(w->directory, name, O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK));
     if (*fd < 0 || fstat(*fd, &opened)) return besa__writer_fail(w, name, errno, error);
     if (!besa__is_same(&st, &opened))
         return besa__fail(error, BESA_ERROR_RESUME, "%s/%s: another process is changing it", w->partial, name);
@@ -6946,7 +6956,7 @@ static besa_result besa__create_entry(const besa__writer *w, int *fd, const char
         if (!S_ISREG(st.st_mode)) return besa__check_entry(w, name, &st, error);
         if (unlinkat(w->directory, name, 0)) return besa__writer_fail(w, name, errno, error);
     } else if (errno != ENOENT) return besa__writer_fail(w, name, errno, error);
-    *fd = openat(w->directory, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, mode & 0777);
+    *fd = besa__above_standard(openat(w->directory, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, mode & 0777));
     return *fd < 0 ? besa__writer_fail(w, name, errno, error) : BESA_OK;
 }
 
@@ -7224,6 +7234,14 @@ static besa_result besa__copy_unpruned(besa__writer *w, besa_error *error)
     }
     for (int64_t i = 0; i < c->num_shards; i++) BESA__TRY(besa__sync(w, w->files[i], c->shards[i].name, error));
     return BESA_OK;
+}
+
+/* Whether a small tensor that is about to be used is still as it was copied. */
+static besa_result besa__check_copy(const besa__writer *w, const besa_tensor *tensor, besa_error *error)
+{
+    uint64_t hash = besa__hash(BESA__HASH_START, tensor->data, tensor->bytes);
+    if (hash == w->sources[tensor - w->checkpoint->tensors].hash) return BESA_OK;
+    return besa__source_changed(w, w->checkpoint->shards[tensor->file].name, error);
 }
 
 /* Everything but the prunable weights, and the room for those. */
@@ -8010,7 +8028,7 @@ static besa_result besa__run_calibration(besa__run *run, const besa_calibration 
     run->positions = c->seqlen;
     run->has_dense = run->pruner.options.dense_stream;
     run->pruner.meter.blocks = run->config->num_hidden_layers;
-    if (c->test_windows > 0) return besa__run_test(run, c->test_ids, c->test_windows, c->test_seqlen, error);
+    if (c->test_windows != 0) return besa__run_test(run, c->test_ids, c->test_windows, c->test_seqlen, error);
     return BESA_OK;
 }
 
@@ -8090,6 +8108,7 @@ static besa_result besa__bring_vector(besa__run *run, float **vectors, float *de
     if (!tensor) return BESA_OK;
     int64_t count = tensor->shape[0];
     BESA__TRY(besa__tensor_floats(*vectors, tensor, 0, count, error));
+    if (run->writer) BESA__TRY(besa__check_copy(run->writer, tensor, error));
     besa__release_pages(run->checkpoint, tensor);
     BESA__TRY(besa__pass_error(run->be, run->be->upload(run->be, BESA_QUEUE_STAGE, device, *vectors,
                                                     (size_t)count * sizeof(float)), error));
@@ -8504,7 +8523,7 @@ static uint64_t besa__source_hash(const besa_checkpoint *checkpoint)
         hash = besa__hash_integer(hash, (int64_t)shard->hash);
         hash = besa__hash_integer(hash, (int64_t)shard->size);
         hash = besa__hash_integer(hash, (int64_t)shard->stat.st_mtime);
-        hash = besa__hash_integer(hash, besa__mtime_nanoseconds(&shard->stat));
+        hash = besa__hash_integer(hash, BESA__NANOSECONDS(&shard->stat, m));
     }
     return hash;
 }

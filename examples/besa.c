@@ -9,6 +9,7 @@
 #include "../besa.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -525,9 +526,17 @@ static void wait_asleep(char **argv)
 #endif
 }
 
+/* What was closed when the program began reads and writes nothing: else the next files to be opened would be these. */
+static void open_standard(void)
+{
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) != fd) exit(1);
+}
+
 int main(int argc, char **argv)
 {
     static settings s;
+    open_standard();
     wait_asleep(argv);
     signal(SIGXFSZ, SIG_IGN); /* a file limit is an error to report, not a death */
     s.commands = commands;

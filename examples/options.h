@@ -1,5 +1,6 @@
 /* The options of the command line: their table, how it is read, and the help that is printed from it.
  * Part of besa.c; it knows the library only by the fields that options set. */
+#include <dirent.h>
 #include <float.h>
 #include <math.h>
 #include <stdarg.h>
@@ -7,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 /* ---- options ------------------------------------------------------------------------------- */
 
@@ -483,6 +485,23 @@ static char *place_of(const char *path)
     return place;
 }
 
+/* What a report replaces must be a file, and by no other name, as a link's, one that is read. */
+static void check_report_file(const settings *s)
+{
+    struct stat report, other;
+    const char *files[] = {s->tokens, s->test};
+    if (stat(s->report, &report)) return;
+    if (!S_ISREG(report.st_mode) && !S_ISCHR(report.st_mode)) usage_error(s, "--report %s is no file", s->report);
+    for (int i = 0; i < 2; i++)
+        if (files[i] && !stat(files[i], &other) && other.st_dev == report.st_dev && other.st_ino == report.st_ino)
+            usage_error(s, "--report %s is a file of tokens, by another name", s->report);
+    DIR *list = opendir(s->path[0]);
+    for (struct dirent *e; list && (e = readdir(list)) != NULL;)
+        if (!fstatat(dirfd(list), e->d_name, &other, 0) && other.st_dev == report.st_dev && other.st_ino == report.st_ino)
+            usage_error(s, "--report %s is %s in %s, by another name", s->report, e->d_name, s->path[0]);
+    if (list) closedir(list);
+}
+
 /* The report must not lie in the checkpoints, nor take the place of the output or of a file that is read. */
 static void check_report(const settings *s)
 {
@@ -504,6 +523,7 @@ static void check_report(const settings *s)
         free(other);
     }
     free(report);
+    check_report_file(s);
 }
 
 static int uses_factor(besa_importance importance)

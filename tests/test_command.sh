@@ -70,6 +70,25 @@ check 2 '^besa plan: --report is for prune$' plan "$stories" --report "$work/rep
 [ ! -e "$work/report.json" ] || bad="$bad; plan wrote a report"
 done_with "an option that a command has no use for"
 
+# a report that a link would put in the place of what is read, or that is no file
+cp -r "$stories" "$work/linked"
+ln -s linked/config.json "$work/to_config"; ln "$work/linked/model.safetensors" "$work/to_model"
+ln -s linked/calibration_tokens.npy "$work/to_tokens"; mkfifo "$work/fifo"
+set -- prune "$work/linked" "$work/linked_out" --tokens "$work/linked/calibration_tokens.npy" --seqlen 64 --nsamples 2 --method wanda
+check 2 'to_config is config.json in .*, by another name' "$@" --report "$work/to_config"
+check 2 'to_model is .* in .*, by another name' "$@" --report "$work/to_model"
+check 2 'to_tokens is ' "$@" --report "$work/to_tokens"
+check 2 'fifo is no file' "$@" --report "$work/fifo"
+cmp -s "$work/linked/config.json" "$stories/config.json" || bad="$bad; config.json is another"
+done_with "a report by another name"
+
+# without the three standard descriptors: what is printed does not get into the output
+( exec <&- >&- 2>&-; exec "$besa" "$@" )
+"$besa" prune "$work/linked" "$work/linked_other" --tokens "$work/linked/calibration_tokens.npy" --seqlen 64 --nsamples 2 --method wanda --quiet \
+    >"$work/log" 2>&1
+cmp -s "$work/linked_out/model.safetensors" "$work/linked_other/model.safetensors" || bad="$bad; the outputs differ"
+done_with "closed standard descriptors"
+
 check 2 '--seed is about --tokens' plan "$stories" --seed 3
 check 2 '--test-seqlen is about --test' plan "$stories" --test-seqlen 64
 check 0 '^memory ' plan "$stories" --seqlen 64 --windows 4 --test-seqlen 64

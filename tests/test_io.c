@@ -383,7 +383,10 @@ static const char small_config[] =
     "\"num_attention_heads\":2,\"num_key_value_heads\":1,\"num_hidden_layers\":3,\"vocab_size\":10,"
     "\"tie_word_embeddings\":true,\"rope_theta\":10000.0}";
 
-static void block_tensors(shard_text *s, int b)
+/* A block's tensors without the first `skip`; where `half` is 1 the first HALF of them. */
+enum { HALF = 5 };
+
+static void block_tensors(shard_text *s, int b, int skip, int half)
 {
     static const struct {
         const char *name;
@@ -399,21 +402,23 @@ static void block_tensors(shard_text *s, int b)
         { "input_layernorm", 8, 0 },
         { "post_attention_layernorm", 8, 0 } };
     char name[128];
-    for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
+    for (int i = skip; i < (half ? HALF : (int)(sizeof t / sizeof *t)); i++) {
         snprintf(name, sizeof name, "model.layers.%d.%s.weight", b, t[i].name);
         add_tensor(s, name, "BF16", 2, t[i].rows, t[i].columns);
     }
+    if (half) return;
     snprintf(name, sizeof name, "model.layers.%d.self_attn.rotary_emb.inv_freq", b);
     add_tensor(s, name, "I64", 8, 2, 0);
 }
 
-static void put_shard(const char *dir, const char *name, int first, int last, int others)
+/* Blocks first .. last-1; of a model's `part` 1 and 2 block 1 has its first half in the one, the rest in the other. */
+static void put_shard(const char *dir, const char *name, int first, int last, int part)
 {
     static shard_text s;
     memset(&s, 0, sizeof s);
-    if (others) add_tensor(&s, "model.embed_tokens.weight", "BF16", 2, 10, 8);
-    for (int b = first; b < last; b++) block_tensors(&s, b);
-    if (others) add_tensor(&s, "model.norm.weight", "BF16", 2, 8, 0);
+    if (part != 1) add_tensor(&s, "model.embed_tokens.weight", "BF16", 2, 10, 8);
+    for (int b = first; b < last; b++) block_tensors(&s, b, part == 2 && b == 1 ? HALF : 0, part == 1 && b == 1);
+    if (part != 1) add_tensor(&s, "model.norm.weight", "BF16", 2, 8, 0);
     s.n += (size_t)snprintf(s.header + s.n, sizeof s.header - s.n, ",\"__metadata__\":{\"format\":\"pt\"}}   ");
     put_raw(in(dir, name), s.header, s.data, (unsigned)(first + 1));
 }
@@ -422,7 +427,7 @@ static void put_shard(const char *dir, const char *name, int first, int last, in
 #define SHARD_1 "model-00001-of-00002.safetensors"
 #define SHARD_2 "model-00002-of-00002.safetensors"
 
-/* A model of three blocks: in one file, or in two shards (block 0, the rest). */
+/* A model of three blocks: in one file, or in two shards (block 0 and half of block 1, the rest). */
 static const char *make_model(const char *name, int sharded)
 {
     const char *dir = temp_path("%s", name);
@@ -430,11 +435,11 @@ static const char *make_model(const char *name, int sharded)
     mkdir(dir, 0777);
     put_text(dir, "config.json", small_config);
     if (!sharded) {
-        put_shard(dir, "model.safetensors", 0, 3, 1);
+        put_shard(dir, "model.safetensors", 0, 3, 0);
         return dir;
     }
-    put_shard(dir, SHARD_1, 0, 1, 0);
-    put_shard(dir, SHARD_2, 1, 3, 1);
+    put_shard(dir, SHARD_1, 0, 2, 1);
+    put_shard(dir, SHARD_2, 1, 3, 2);
     put_text(dir, INDEX, "{\"metadata\":{\"total_size\":1},\"weight_map\":{\"model.norm.weight\":\"" SHARD_2 "\","
                          "\"model.layers.0.mlp.up_proj.weight\":\"" SHARD_1 "\"}}");
     return dir;
@@ -452,7 +457,7 @@ static const char *make_headed(const char *name, int kind)
     memset(&s, 0, sizeof s);
     add_tensor(&s, "model.embed_tokens.weight", "BF16", 2, 10, 8);
     add_tensor(&s, "lm_head.weight", dtype, 2, kind == HEAD_OTHER_SHAPE ? 11 : 10, 8);
-    for (int b = 0; b < 3; b++) block_tensors(&s, b);
+    for (int b = 0; b < 3; b++) block_tensors(&s, b, 0, 0);
     add_tensor(&s, "model.norm.weight", "BF16", 2, 8, 0);
     s.n += (size_t)snprintf(s.header + s.n, sizeof s.header - s.n, "}");
     put_raw(path, s.header, s.data, 5);
@@ -881,7 +886,7 @@ static void test_shards(void)
 {
     const char *dir = make_model("shards", 1);
     CHECK_ERROR(open_close(dir), BESA_OK, NULL);
-    put_shard(dir, SHARD_1, 0, 2, 0);
+    put_shard(dir, SHARD_1, 0, 3, 1);
     CHECK_CASE("a tensor in two shards", open_close(dir), BESA_ERROR_FORMAT, "two shards");
 }
 
@@ -962,6 +967,8 @@ static void test_config(void)
         { "attention_bias string", "attention_bias=\"yes\"", BESA_ERROR_UNSUPPORTED, "attention_bias" },
         { "mlp_bias", "mlp_bias=true", BESA_ERROR_TENSOR, "gate_proj.bias is missing" },
         { "rms_norm_eps", "rms_norm_eps=0", BESA_ERROR_UNSUPPORTED, "rms_norm_eps" },
+        { "hidden_size, not written as an integer", "hidden_size=8.0", BESA_ERROR_UNSUPPORTED, "hidden_size = 8.0 is" },
+        { "vocab_size, not written as an integer", "vocab_size=1e1", BESA_ERROR_UNSUPPORTED, "vocab_size = 1e1 is" },
         { "sliding_window of llama", "sliding_window=4", BESA_ERROR_UNSUPPORTED, "sliding_window" },
         { "layer_types", "layer_types=[\"full_attention\",\"full_attention\",\"chunked_attention\"]", BESA_ERROR_UNSUPPORTED, "layer_types[2]" },
         { "layer_types too few", "layer_types=[\"full_attention\"]", BESA_ERROR_UNSUPPORTED, "layer_types" } };
@@ -1821,6 +1828,68 @@ static void test_writer_descriptor_0(int sharded)
     if (input >= 0) dup2(input, 0), close(input);
 }
 
+/* What a program prints goes to descriptors 1 and 2, whatever they are: no file that is written may be one of them. */
+static void test_writer_standard(int sharded)
+{
+    const char *out = temp_path("standard-%d", sharded);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    besa__writer *w = NULL;
+    int saved[3], low = 0;
+    int64_t done;
+    if (!c) return;
+    fflush(stdout);
+    for (int fd = 0; fd < 3; fd++) saved[fd] = fcntl(fd, F_DUPFD, 20), close(fd);
+    besa_result result = open_writer(&w, c, out, &done);
+    if (w) low = w->journal < 3;
+    for (int64_t i = 0; w && i < c->num_shards; i++) low = low || w->files[i] < 3;
+    if (w) besa__writer_close(w);
+    for (int fd = 0; fd < 3; fd++) dup2(saved[fd], fd), close(saved[fd]);
+    CHECK(result == BESA_OK && !low, "a file of the output is a standard descriptor (%s)", besa_result_string(result));
+    remove_output(out);
+    besa_checkpoint_close(c);
+}
+
+/* A small tensor that is changed after it was copied, and a file that is changed at all. */
+static void test_writer_copies(int sharded)
+{
+    const char *out = temp_path("copies-%d", sharded);
+    besa_checkpoint *c = open_model(source_model(sharded));
+    besa__writer *w = NULL;
+    struct stat then, now;
+    int64_t done;
+    if (!c) return;
+    const besa_tensor *norm = besa_checkpoint_find(c, "model.layers.1.input_layernorm.weight");
+    besa_tensor other = *norm;
+    unsigned char bytes[64];
+    CHECK_ERROR(open_writer(&w, c, out, &done), BESA_OK, NULL);
+    if (w) {
+        uint64_t *hash = &w->sources[norm - c->tensors].hash;
+        CHECK_ERROR(besa__check_copy(w, norm, &err), BESA_OK, NULL);
+        memcpy(bytes, norm->data, norm->bytes);
+        bytes[3] ^= 1, other.data = bytes;
+        CHECK(*hash == besa__hash(BESA__HASH_START, norm->data, norm->bytes) &&
+              *hash != besa__hash(BESA__HASH_START, other.data, other.bytes), "the hash of the copy");
+        *hash ^= 1;
+        CHECK_ERROR(besa__check_copy(w, norm, &err), BESA_ERROR_READ, "has changed since this run read it");
+        besa__writer_abandon(w, NULL);
+    }
+    CHECK(stat(source_model(sharded), &then) == 0, "stat");
+    for (int i = 0; i < 7; i++) {
+        now = then;
+        switch (i) {
+        case 1: now.st_size++; break;
+        case 2: now.st_mtim.tv_sec++; break;
+        case 3: now.st_mtim.tv_nsec ^= 1; break;
+        case 4: now.st_ctim.tv_sec++; break;
+        case 5: now.st_ctim.tv_nsec ^= 1; break;
+        case 6: now.st_ino++; break;
+        }
+        CHECK(besa__has_moved(&then, &now) == (i > 0), "case %d", i);
+    }
+    remove_output(out);
+    besa_checkpoint_close(c);
+}
+
 static void test_writer_places(int sharded)
 {
     besa_checkpoint *c = open_model(source_model(sharded));
@@ -1856,6 +1925,7 @@ static void test_writer_places(int sharded)
 static void test_writer_foreign(int sharded)
 {
     static const char other[] = "besa-journal 1 d32a36601646f36a\n"; /* with its hash: one that is whole */
+    char damaged[128];
     const char *out = temp_path("foreign%d", sharded);
     besa_checkpoint *c = open_model(source_model(sharded));
     int64_t done;
@@ -1877,6 +1947,14 @@ static void test_writer_foreign(int sharded)
     CHECK(exists(partial(out, "/mine")), "a foreign file is gone");
     write_bytes(partial(out, "/besa-journal"), other, sizeof other - 1);
     CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_RESUME, "another version");
+    snprintf(damaged, sizeof damaged, "copied %016llx\n", (unsigned long long)besa__hash(BESA__HASH_START, "copied", 6));
+    write_bytes(partial(out, "/besa-journal"), damaged, strlen(damaged));
+    CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_EXISTS, "besa-journal");
+    snprintf(damaged, sizeof damaged, "besa-journal 2 %016llx\ncopied %016llx\n",
+             (unsigned long long)besa__hash(BESA__HASH_START, "besa-journal 2", 14),
+             (unsigned long long)besa__hash(BESA__HASH_START, "copied", 6));
+    write_bytes(partial(out, "/besa-journal"), damaged, strlen(damaged));
+    CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_RESUME, "its journal is damaged");
     remove_output(out);
     besa_checkpoint_close(c);
 }
@@ -2997,6 +3075,8 @@ static void writer(void)
     TEST("writer: an output has the source's bytes but for what was written") run_both(test_writer_bytes);
     TEST("writer: places where no output can be") run_both(test_writer_places);
     TEST("writer: standard input is closed") run_both(test_writer_descriptor_0);
+    TEST("writer: none of its files is a standard descriptor") run_both(test_writer_standard);
+    TEST("writer: what is used is what was copied") run_both(test_writer_copies);
     TEST("writer: somebody else's .partial") run_both(test_writer_foreign);
     TEST("writer: stopped after each block, resumed, the same bytes") run_both(test_writer_stopped);
     TEST("writer: names what another run has otherwise") run_both(test_writer_other_run);

@@ -606,6 +606,19 @@ static void test_reference_checkpoints(void)
 }
 
 /* The report as JSON, and what besa_prune says about files that it leaves out. */
+/* The library's own reader, which takes nothing but JSON, takes it. */
+static void check_json(const char *text)
+{
+    besa__json json;
+    besa_error error;
+    size_t n = text ? strlen(text) : 0;
+    char *copy = (char *)counted_malloc(n + 1);
+    memcpy(copy, text ? text : "", n + 1);
+    memset(&json, 0, sizeof json);
+    CHECK_OK(besa__json_parse(&json, copy, n, "the report", &error), error);
+    besa__json_free(&json);
+}
+
 static int go_on(void *user, const besa_progress *progress) { return (void)user, (void)progress, 0; }
 static besa_result next_step(void *user, const besa_step *step) { return (void)user, (void)step, BESA_OK; }
 
@@ -646,6 +659,7 @@ static void test_report_and_files(void)
     json = besa_report_json(&s.report);
     CHECK(json && strstr(json, "\"perplexity\"") && strstr(json, "\"sparsity\"") && strstr(json, "q_proj") &&
           json[0] == '{', "report: %.200s", json ? json : "NULL");
+    check_json(json);
     if (json) counted_free(json);
     besa_report_free(&s.report);
     memset(&empty, 0, sizeof empty);
@@ -1090,7 +1104,10 @@ static void test_bad_tokens(void)
     CHECK(besa_tokens_sample(&g_calibration, 1, 32, 0, 3, ids, &error) == BESA_ERROR_TOKEN, "%s", error.message);
     c.nsamples = 0;
     CHECK(besa_prune(checkpoint, temp_path("out"), NULL, &c, &o, NULL, &error) != BESA_OK, "no sequences");
-    c.nsamples = 2, c.seqlen = 0;
+    c.nsamples = 2, c.test_ids = ids, c.test_seqlen = 16, c.test_windows = -1;
+    CHECK(besa_prune(checkpoint, temp_path("out"), NULL, &c, &o, NULL, &error) == BESA_ERROR_TOKENS && strstr(error.message, "-1 windows"),
+          "%s", error.message);
+    c.test_windows = 0, c.seqlen = 0;
     CHECK(besa_prune(checkpoint, temp_path("out"), NULL, &c, &o, NULL, &error) != BESA_OK, "no tokens");
     memset(ids, 0, sizeof ids);
     CHECK_OK(besa_perplexity(checkpoint, NULL, ids, 1, 2, &ppl, NULL, NULL, NULL, &error), error); /* one prediction */

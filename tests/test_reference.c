@@ -1226,6 +1226,7 @@ static void test_loss_overflow(void)
             o.method = method[m];
             expect_not_finite(&t, t.h.f, &o, BAD_LOSS, at, "model.layers.3.*: the reconstruction loss of sequences 0 .. 7 is not "
                               "finite in the commit pass");
+            CHECK(g_spoil.calls == 8, "method %d: %d losses", m, g_spoil.calls);
         }
 }
 
@@ -1526,6 +1527,8 @@ static void test_shapes(void)
               (int)i, result ? g_error.message : "taken");
         besa_pruner_destroy(pruner);
     }
+    CHECK(!strcmp(besa_layer_name(BESA_Q), "q_proj") && !strcmp(besa_layer_name(BESA_DOWN), "down_proj"), "names of layers");
+    CHECK(!strcmp(besa_layer_name(-1), "?") && !strcmp(besa_layer_name(BESA_LAYERS), "?"), "names of no layers");
 }
 
 /* ---- checkpoints ----------------------------------------------------------------------------- */
