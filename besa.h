@@ -121,7 +121,7 @@
  *     BESA_NO_STDIO               leave out level 1: levels 2 and 3 need no file system
  *     BESA_CBLAS                  float products through cblas_sgemm of the CBLAS that you link
  *     BESA_NO_SIMD                plain C loops alone, instead of AVX2, AVX-512 or NEON as the processor has them
- *     BESA_SIMD_MAX               the most that is used of it on x86: [2] AVX-512, 1 AVX2, 0 plain C
+ *     BESA_SIMD_MAX               the highest instruction set that is used on x86: [2] AVX-512, 1 AVX2, 0 plain C
  *     BESA_SECONDS()              a clock in seconds, a double that never goes back; default: CLOCK_MONOTONIC, Windows's
  *                                 performance counter
  *
@@ -138,14 +138,14 @@
  *     rates.penalty               [1] lambda of lambda ((sparsity - target) / target)^2
  *     rates.optimizer, lr, d_coef [Prodigy, 1, 5]; AdamW: lr [0.01]; also beta1, beta2, d0, and weight_decay of both
  *     rates.schedule, warmup      [constant, 0] cosine: lr falls to 0 over the steps; share of them in which it rises
- *     rates.steps                 [1] how many there will be; levels 1 and 2 count them themselves
+ *     rates.steps                 [1] learning steps in all, for level 3; levels 1 and 2 count them themselves
  *     rates.plain_softmax         [0] softmax(theta) instead of softmax(sigmoid(theta))
  *     rates.zero_start            [0] start at rate 1/2, as the paper's code does, instead of at the target
  *     importance                  [wanda] magnitude, sparsegpt, sparsegpt squared
  *     damping                     [0.01] SparseGPT and its importances: share of a Hessian's mean diagonal added to it
  *     epochs, batch_size          [1, 1]
- *     norm_all, dense_stream      [0, 0] loss norms over all tokens, which makes a batch's loss, beside the penalty, as small as
- *                                 its share of them; reference from the dense model's own stream. BESA only
+ *     norm_all, dense_stream      [0, 0] loss norms over all tokens: a batch's loss shrinks to its share of them, and the penalty
+ *                                 weighs more; reference from the dense model's own stream. BESA only
  *     no_projection               [0] leave the sparsity where learning ended
  *     pattern_n, pattern_m        [none] n of every m; not with besa
  *     magnitude_per_row           [0] magnitude: each row at the target instead of each layer
@@ -4933,7 +4933,7 @@ static const char *besa__json_show(const besa__json *json, const besa__json_valu
     if (!value) snprintf(buffer, size, "(absent)");
     else if (type == BESA__JSON_STRING) snprintf(buffer, size, "\"%.100s\"", besa__json_string(json, value));
     else if (type == BESA__JSON_NUMBER)         /* as it is written: 64.0 is no integer */
-        snprintf(buffer, size, "%.*s", (int)(number.length < 100 ? number.length : 100), json->text + value->at);
+        besa__write_text(buffer, size, "%.*s", (int)(number.length < 100 ? number.length : 100), json->text + value->at);
     else if (type == BESA__JSON_ARRAY)
         snprintf(buffer, size, "a list of %lu", (unsigned long)besa__json_count(json, value));
     else if (type == BESA__JSON_OBJECT)

@@ -4,7 +4,7 @@
  * gradient at the masked weights. Here the loss is the squared distance to what the dense layer gives behind the silu,
  * relative to the size of that. */
 #define BESA_IMPLEMENTATION
-#include "../besa.h"
+#include "besa.h"
 
 enum { T = 256, C = 128, R = 96, STEPS = 100 }; /* tokens, input columns, output rows */
 static float x[T * C], w[R * C], pruned[R * C], target[T * R], dw[R * C], scratch[(R + 1) * C], squares[C];

@@ -1,8 +1,8 @@
 /* Prune a checkpoint to 50 % and measure its perplexity before and after, for instance:
- *   ./quickstart stories260K stories260K/calibration_tokens.npy stories260K/test_tokens.npy stories260K-pruned
+ *   ./quickstart stories260K stories260K/calibration_tokens.npy stories260K/test_tokens.npy quickstart-pruned
  * It takes a few seconds; the output must not exist. */
 #define BESA_IMPLEMENTATION
-#include "../besa.h"
+#include "besa.h"
 
 enum { SAMPLES = 64, WINDOWS = 128, SEQLEN = 256 };
 static int32_t calibration_ids[SAMPLES * SEQLEN], test_ids[WINDOWS * SEQLEN];
