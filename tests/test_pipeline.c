@@ -2198,10 +2198,15 @@ static void test_resume_source(void)
     text = (char *)read_bytes(config, &n);
     digit = text && strstr(text, "10000.0") ? strstr(text, "10000.0") - text : 0; /* rope_theta */
     free(text);
-    for (int i = 0; i < 3; i++) {
-        int64_t at = i < 2 ? digit : st[1].st_size - 1;
+    text = (char *)read_bytes(shard, &n);       /* behind the first eight bytes it has the header */
+    int64_t format = text && strstr(text + 8, "\"pt\"") ? strstr(text + 8, "\"pt\"") + 1 - text : 0;
+    free(text);
+    CHECK(digit > 0 && format > 0, "rope_theta at %d, the header's format at %d", (int)digit, (int)format);
+    for (int i = 0; i < 4; i++) {
+        int64_t at = i < 2 ? digit : i == 2 ? st[1].st_size - 1 : format;
         const char *path = i < 2 ? config : shard;
-        patch_file(path, at, i == 1 ? 0 : 2, i < 2 ? st[0].st_mtim : later); /* 30000.0; case 1: the same bytes */
+        struct timespec when = i < 2 ? st[0].st_mtim : i == 2 ? later : st[1].st_mtim; /* case 3: a header alone tells */
+        patch_file(path, at, i == 1 ? 0 : 2, when); /* 30000.0; case 1: the same bytes */
         if (i != 1) {
             CHECK(run(&s) == BESA_ERROR_RESUME && strstr(s.error.message, "): checkpoint="), "case %d: %s", i, s.error.message);
             besa_report_free(&s.report);
