@@ -173,7 +173,7 @@
  *         pinned host memory           16 MB of weights, 8192 d of rows
  *     Where device_memory is not enough, the test's activations, Yref and X live in pinned host memory and come batch by
  *     batch while others compute. None of this grows with the number of blocks; beside it there are the tensor table, the
- *     journal's marks and the report, some hundred bytes per tensor and block. A weight and token cost about 10 FLOP for
+ *     list of finished blocks and the report, some hundred bytes per tensor and block. A weight and token cost about 10 FLOP for
  *     BESA, 4.2 for Wanda and 5 for SparseGPT in a 7B model at 2048 tokens; attention weighs more in small ones (SmolLM2-135M:
  *     13, 5.3 and 6.3).
  *
@@ -489,8 +489,8 @@ struct besa_backend {
                                 const float *theta_row, const int32_t *zeros, const besa_rate_shape *s);
     /* mean(1) [+]= share * mean of alpha(R) */
     besa_result (*rate_mean)(besa_backend *be, float *mean, const float *alpha, float share, int accumulate, int64_t rows);
-    /* dtheta assigned: dL/dbeta[g,d] = - sum over rows of g, buckets b >= d of sums[r,b] + coefficient (S - t) rows_g / R p_d, then the
-     * softmax and sigmoid; dtheta_layer is the sum over groups. NULL where the scale is 0. */
+    /* dtheta assigned: dL/dbeta[g,d] = - sum over rows of g, buckets b >= d of sums[r,b] + coefficient (S - t) rows_g / R p_d,
+     * then the softmax and sigmoid; dtheta_layer is the sum over groups. NULL where the scale is 0. */
     besa_result (*rate_backward)(besa_backend *be, float *dtheta_layer, float *dtheta_row, const float *sums,
                                  const float *theta_layer, const float *theta_row, const besa_penalty *penalty,
                                  const besa_rate_shape *s);
@@ -2699,6 +2699,12 @@ static besa_result besa__check_layer(const besa_rates *rates, int layer, int ran
     return BESA_OK;
 }
 
+/* Neither the weights of a call nor its other array may be NULL. */
+static besa_result besa__check_arrays(const void *w, const void *other, const char *name, besa_error *error)
+{
+    return w && other ? BESA_OK : besa__fail(error, BESA_ERROR_OPTION, "%s is NULL", w ? name : "w");
+}
+
 BESA_API besa_result besa_rates_rank(besa_rates *rates, int layer, const void *w, besa_importance importance,
                                      const float *statistic, float *scratch, besa_error *error)
 {
@@ -2706,7 +2712,7 @@ BESA_API besa_result besa_rates_rank(besa_rates *rates, int layer, const void *w
     if ((unsigned)importance >= BESA_IMPORTANCE_COUNT)
         return besa__fail(error, BESA_ERROR_OPTION, "importance is %d, expected a value of besa_importance", (int)importance);
     const besa__importance *row = besa__importance_row(importance);
-    if (!w || !scratch) return besa__fail(error, BESA_ERROR_OPTION, "%s is NULL", w ? "scratch" : "w");
+    BESA__TRY(besa__check_arrays(w, scratch, "scratch", error));
     if (row->statistic != BESA_STATISTIC_NONE && !statistic)
         return besa__fail(error, BESA_ERROR_OPTION, "statistic is NULL, which the importance %s needs", row->name);
     const besa_layer_shape *shape = &rates->masks->layer[layer].shape;
@@ -2752,7 +2758,7 @@ BESA_API besa_result besa_rates_forward(besa_rates *rates, besa_error *error)
 BESA_API besa_result besa_rates_mask(besa_rates *rates, int layer, const void *w, void *pruned, besa_error *error)
 {
     BESA__TRY(besa__check_layer(rates, layer, 1, error));
-    if (!w || !pruned) return besa__fail(error, BESA_ERROR_OPTION, "%s is NULL", w ? "pruned" : "w");
+    BESA__TRY(besa__check_arrays(w, pruned, "pruned", error));
     besa__workspace callers = besa__rates_enter(rates);
     return besa__rates_leave(rates, callers, besa__masks_apply(rates->masks, layer, w, pruned), error);
 }
@@ -2761,7 +2767,7 @@ BESA_API besa_result besa_rates_gradient(besa_rates *rates, int layer, const voi
                                          besa_error *error)
 {
     BESA__TRY(besa__check_layer(rates, layer, 1, error));
-    if (!w || !dw) return besa__fail(error, BESA_ERROR_OPTION, "%s is NULL", w ? "dw" : "w");
+    BESA__TRY(besa__check_arrays(w, dw, "dw", error));
     besa__workspace callers = besa__rates_enter(rates);
     besa_result result = besa__rates_gradient(rates, layer, w, 0, rates->layer[layer].shape.rows, dw);
     return besa__rates_leave(rates, callers, result, error);
@@ -3393,7 +3399,7 @@ typedef struct besa__meter {
     int64_t block, blocks, first_block;
     double start, began;                        /* clock at the run's start, and at its first_block's */
     besa_pass pass;
-    double pass_cost;                          /* of work, of this pass */
+    double pass_cost;                           /* of work, of this pass */
     double cost, done;                          /* of this block */
 } besa__meter;
 
@@ -5288,11 +5294,13 @@ static void besa__advise(const besa__shard *shard, uint64_t offset, size_t bytes
     if (bytes) madvise(shard->base + first, (size_t)offset + bytes - first, advice);
 }
 
-/* Give the pages of a range back to the system; they can be read again. Their neighbours too: the system brings in up
- * to 64 KB around a page that is touched, and what is left of each range would add up over the blocks. */
+enum { BESA__PAGES_AROUND = 65536 };            /* bytes that the system brings in around a page that is touched, at most */
+
+/* Give the pages of a range back to the system; they can be read again. Their neighbours, which came in with them, too:
+ * what is left of each range would add up over the blocks. */
 static void besa__release_range(const besa__shard *shard, uint64_t offset, size_t bytes)
 {
-    uint64_t around = 65536, first = offset > around ? offset - around : 0, end = besa__add_sizes(offset + bytes, around);
+    uint64_t around = BESA__PAGES_AROUND, first = offset > around ? offset - around : 0, end = besa__add_sizes(offset + bytes, around);
     if (end > shard->size) end = shard->size;
     besa__advise(shard, first, (size_t)(end - first), MADV_DONTNEED);
 }
@@ -6150,6 +6158,15 @@ static void besa__tensor_name(char *name, size_t size, const besa_config *config
     snprintf(name, size, "%slayers.%lld.%s", besa__find_architecture(config->model_type)->prefix, (long long)block, path);
 }
 
+/* The name of a layer's tensor: kind is "weight" or "bias". */
+static void besa__layer_tensor_name(char *name, size_t size, const besa_config *config, int64_t block, int layer,
+                                    const char *kind)
+{
+    char path[48];
+    snprintf(path, sizeof path, "%s.%s", besa__layers[layer].path, kind);
+    besa__tensor_name(name, size, config, block, path);
+}
+
 /* The architecture by model_type; `architectures` must agree. */
 static besa_result besa__config_architecture(const besa__config_reader *r, besa_config *config,
                                              const besa__architecture **out)
@@ -6417,17 +6434,14 @@ static besa_result besa__block_bind(besa__block_tensors *tensors, const besa_che
                                     besa_error *error)
 {
     const besa_block_shape *s = &checkpoint->config.block;
-    char name[96], rest[48];
+    char name[96];
     int64_t rows, columns;
     memset(tensors, 0, sizeof *tensors);
     for (int i = 0; i < BESA_LAYERS; i++) {
-        const char *path = besa__layers[i].path;
         besa_block_layer(s, i, &rows, &columns);
-        snprintf(rest, sizeof rest, "%s.weight", path);
-        besa__tensor_name(name, sizeof name, &checkpoint->config, block, rest);
+        besa__layer_tensor_name(name, sizeof name, &checkpoint->config, block, i, "weight");
         BESA__TRY(besa__need(&tensors->weight[i], checkpoint, name, rows, columns, error));
-        snprintf(rest, sizeof rest, "%s.bias", path);
-        besa__tensor_name(name, sizeof name, &checkpoint->config, block, rest);
+        besa__layer_tensor_name(name, sizeof name, &checkpoint->config, block, i, "bias");
         BESA__TRY(besa__need_if(checkpoint->config.bias[i], &tensors->bias[i], checkpoint, name, rows, error));
     }
     besa__tensor_name(name, sizeof name, &checkpoint->config, block, "input_layernorm.weight");
@@ -6442,10 +6456,9 @@ static besa_result besa__block_bind(besa__block_tensors *tensors, const besa_che
 
 BESA_API const besa_tensor *besa_checkpoint_layer(const besa_checkpoint *checkpoint, int64_t block, int layer)
 {
-    char name[96], rest[48];
+    char name[96];
     if (block < 0 || block >= checkpoint->config.num_hidden_layers || layer < 0 || layer >= BESA_LAYERS) return NULL;
-    snprintf(rest, sizeof rest, "%s.weight", besa__layers[layer].path);
-    besa__tensor_name(name, sizeof name, &checkpoint->config, block, rest);
+    besa__layer_tensor_name(name, sizeof name, &checkpoint->config, block, layer, "weight");
     return besa_checkpoint_find(checkpoint, name);
 }
 
@@ -8939,7 +8952,7 @@ static double besa__plan_flop(const besa__run *run)
 }
 
 /* Pages of the checkpoint that are resident at a time, at most: a block's weights; for embedding, a row of each token of a
- * chunk, each with the 64 KB that the system brings in around it; for the head, a chunk of rows. */
+ * chunk, each with the pages around it; for the head, a chunk of rows. */
 static size_t besa__plan_mapped(const besa__run *run)
 {
     const besa_tensor *table = run->model.embedding, *head = run->model.head;
@@ -8949,7 +8962,7 @@ static size_t besa__plan_mapped(const besa__run *run)
         besa_block_layer(&run->config->block, i, &r, &c);
         block = besa__add_sizes(block, besa__bytes(besa__product(r, c), besa_dtype_size(run->model.dtype)));
     }
-    uint64_t embedded = besa__bytes(BESA__CHUNK_TOKENS, row + 65536);
+    uint64_t embedded = besa__bytes(BESA__CHUNK_TOKENS, row + BESA__PAGES_AROUND);
     if (embedded > table->bytes) embedded = table->bytes;
     if (run->has_test) rows = besa__bytes(besa__vocab_chunk(run), (uint64_t)head->bytes / (uint64_t)head->shape[0]);
     if (rows < embedded) rows = embedded;

@@ -1,6 +1,7 @@
 /* The options of the command line: their table, how it is read, and the help that is printed from it.
  * Part of besa.c; it knows the library only by the fields that options set. */
 #include <dirent.h>
+#include <fcntl.h>
 #include <float.h>
 #include <math.h>
 #include <stdarg.h>
@@ -485,28 +486,22 @@ static char *place_of(const char *path)
     return place;
 }
 
-/* What a report replaces must be a file, and by no other name, as a link's, one that is read. */
-static void check_report_file(const settings *s)
+/* Whether a file that is there is this one, by whatever name. */
+static int is_file(const struct stat *there, int directory, const char *name)
 {
-    struct stat report, other;
-    const char *files[] = {s->tokens, s->test};
-    if (stat(s->report, &report)) return;
-    if (!S_ISREG(report.st_mode) && !S_ISCHR(report.st_mode)) usage_error(s, "--report %s is no file", s->report);
-    for (int i = 0; i < 2; i++)
-        if (files[i] && !stat(files[i], &other) && other.st_dev == report.st_dev && other.st_ino == report.st_ino)
-            usage_error(s, "--report %s is a file of tokens, by another name", s->report);
-    DIR *list = opendir(s->path[0]);
-    for (struct dirent *e; list && (e = readdir(list)) != NULL;)
-        if (!fstatat(dirfd(list), e->d_name, &other, 0) && other.st_dev == report.st_dev && other.st_ino == report.st_ino)
-            usage_error(s, "--report %s is %s in %s, by another name", s->report, e->d_name, s->path[0]);
-    if (list) closedir(list);
+    struct stat st;
+    return !fstatat(directory, name, &st, 0) && st.st_dev == there->st_dev && st.st_ino == there->st_ino;
 }
 
-/* The report must not lie in the checkpoints, nor take the place of the output or of a file that is read. */
+/* The report must not lie in the checkpoints, nor take the place of the output or of a file that is read, by its name or
+ * through a link. */
 static void check_report(const settings *s)
 {
     const char *files[] = {s->tokens, s->test}, *endings[] = {"", ".partial"};
     char *report = place_of(s->report), *other;
+    struct stat there;
+    const int is_there = !stat(s->report, &there);
+    if (is_there && !S_ISREG(there.st_mode) && !S_ISCHR(there.st_mode)) usage_error(s, "--report %s is no file", s->report);
     for (int i = 0; report && i < s->num_paths; i++) {
         other = i == 0 ? realpath(s->path[0], NULL) : place_of(s->path[i]);
         size_t length = other ? strlen(other) : 0;
@@ -519,11 +514,16 @@ static void check_report(const settings *s)
     }
     for (int i = 0; report && i < 2; i++) {
         other = files[i] ? place_of(files[i]) : NULL;
-        if (other && !strcmp(report, other)) usage_error(s, "--report %s is a file of tokens", s->report);
+        if (other && (!strcmp(report, other) || (is_there && is_file(&there, AT_FDCWD, files[i]))))
+            usage_error(s, "--report %s is a file of tokens", s->report);
         free(other);
     }
+    DIR *list = is_there ? opendir(s->path[0]) : NULL;
+    for (struct dirent *e; list && (e = readdir(list)) != NULL;)
+        if (is_file(&there, dirfd(list), e->d_name))
+            usage_error(s, "--report %s is %s in %s, by another name", s->report, e->d_name, s->path[0]);
+    if (list) closedir(list);
     free(report);
-    check_report_file(s);
 }
 
 static int uses_factor(besa_importance importance)

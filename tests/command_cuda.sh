@@ -9,15 +9,7 @@ stories=$besa/examples/stories260K
 built=$work/examples/besa
 data="--tokens $stories/calibration_tokens.npy --nsamples 2 --seqlen 32"
 test="--tokens $stories/test_tokens.npy --windows 8 --seqlen 32 --quiet"
-failed=0
-
-verdict()
-{
-    if [ "$1" -eq 0 ]; then echo "PASS $2"; return; fi
-    echo "FAIL $2"
-    tail -8 "$work/log" | sed 's/^/    /'
-    failed=1
-}
+. ./verdict.sh
 
 # expect NAME STATUS PATTERN COMMAND...: it ends with that status, and a line of its output has the pattern.
 expect()

@@ -3,15 +3,7 @@
 # what it does with hostile text and with an output that cannot be written; and README's commands on the bundled model.
 besa=$1 stories=$2 readme=$3 work=$4
 rm -rf "$work" && mkdir -p "$work" || exit 1
-failed=0
-
-verdict()
-{
-    if [ "$1" -eq 0 ]; then echo "PASS $2"; return; fi
-    echo "FAIL $2"
-    head -8 "$work/log" | sed 's/^/    /'
-    failed=1
-}
+. ./verdict.sh
 
 # besa's output and status, in $work/log and $got
 run()

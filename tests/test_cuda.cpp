@@ -214,7 +214,7 @@ static void test_long_rows(void)
                     besa_workload work;
                     void *s_, *rank_, *workspace;
                     memset(&work, 0, sizeof work);
-                    work.rows = rows, work.columns = columns[c], work.candidates = 1;
+                    work.rows = rows, work.columns = columns[c], work.rate_logits = 1;
                     be->workspace_bytes = be->workspace_size(be, &work);
                     CHECK_OK(be->alloc(be, &workspace, be->workspace_bytes), be->error);
                     CHECK_OK(be->alloc(be, &s_, static_cast<size_t>(n) * 4), be->error);

@@ -139,9 +139,11 @@ static int io_openat4(int fd, const char *path, int flags, mode_t mode)
     if (opened >= 0 && flags & O_CREAT) ledger_name(fd, path, 0);
     return opened;
 }
+static int no_fsync;                            /* why fsync fails each time; 0: it does not */
 static int io_fsync(int fd)
 {
     if (fault(FAULT_ERROR)) return -1;
+    if (no_fsync) return errno = no_fsync, -1;
     ledger_sync(fd);
     return fsync(fd);
 }
@@ -2609,6 +2611,23 @@ static void test_sync_order(int sharded)
     besa_checkpoint_close(c);
 }
 
+/* A file system that does not sync such a file at all is no error; one that could not is. */
+static void test_no_sync(void)
+{
+    static const int reasons[] = { EINVAL, ENOTSUP, EIO, ENOSPC };
+    const char *out = temp_path("unsynced"), *wanted = wanted_output(1);
+    besa_checkpoint *c = open_model(source_model(1));
+    int64_t done;
+    for (int i = 0; c && i < 4; i++) {
+        no_fsync = reasons[i];
+        CHECK_CASE(strerror(reasons[i]), run_writer(c, out, 3, &done), i < 2 ? BESA_OK : BESA_ERROR_WRITE, NULL);
+        no_fsync = 0;
+        CHECK(i < 2 ? same_output(out, wanted) : !exists(out), "%s: %s", strerror(reasons[i]), difference);
+        remove_output(out);
+    }
+    besa_checkpoint_close(c);
+}
+
 /* ---- what others have put into OUT.partial: not read as a file, nor written through, nor deleted ---- */
 
 static const char *const run_files[] = { "besa-journal", SHARD_2, "tokenizer.json", "config.json", INDEX };
@@ -3102,6 +3121,7 @@ static void accidents(void)
     TEST("killed a call later each time") run(test_kill);
     TEST("killed at each system call") run(test_kill_points);
     TEST("synced before it is said") run_both(test_sync_order);
+    TEST("a file system that does not sync, or cannot") run(test_no_sync);
     TEST("places: no regular file") run(test_places_kinds);
     TEST("places: a file with a second name") run(test_places_links);
     TEST("places: discarded beside a foreign file") run(test_places_discarded);

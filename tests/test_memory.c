@@ -13,7 +13,7 @@
 #include "test.h"
 #include "fixture.h"
 
-enum { NSAMPLES = 24, SEQLEN = 256, VOCAB = 256 };
+enum { NSAMPLES = 6, SEQLEN = 256, VOCAB = 256 };
 
 /* Open, plan and, where asked, prune. */
 static int child(char **argv)
