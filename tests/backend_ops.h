@@ -1516,7 +1516,7 @@ static const ops_case ops_cases[] = {
     {"rank 1x1", ops_rank, {1, 1}, BESA_F32, "t"}, {"rank 7x31", ops_rank, {7, 31}, BESA_F32, "t"}, {"rank 100x1000", ops_rank, {100, 1000}, BESA_F32, "t"},
     {"rank 2x65536", ops_rank, {2, 65536}, BESA_F32, "t"}, {"rank 2x70000", ops_rank, {2, 70000}, BESA_F32, "t"},
     OPS_TYPES("mask 1x1", ops_mask, "t", 1, 1), OPS_TYPES("mask 9x33", ops_mask, "t", 9, 33), OPS_TYPES("mask 70x1000", ops_mask, "t", 70, 1000),
-    OPS_TYPES("mask 2x70000", ops_mask, "t", 2, 70000), OPS_TYPES("mask 2x65536", ops_mask, "t", 2, 65536),
+    OPS_TYPES("mask 3x70000", ops_mask, "t", 3, 70000), OPS_TYPES("mask 3x65536", ops_mask, "t", 3, 65536),
     OPS_TYPES("bucket 1x1", ops_bucket, "t", 1, 1, 100), OPS_TYPES("bucket 9x127", ops_bucket, "t", 9, 127, 100), OPS_TYPES("bucket 70x1000", ops_bucket, "t", 70, 1000, 100),
     OPS_TYPES("bucket 2x70000", ops_bucket, "t", 2, 70000, 10), OPS_TYPES("bucket 2x33 D 9000", ops_bucket, "t", 2, 33, 9000), OPS_TYPES("bucket 2x500 D 1", ops_bucket, "t", 2, 500, 1),
     {"rates 33x127 both", ops_rates, {33, 127, 100, 1, 0, 0}, BESA_F32, "tg"}, {"rates 1x1 row", ops_rates, {1, 1, 100, 1, 1, 0}, BESA_F32, "tg"},

@@ -401,9 +401,9 @@ static int run_cases(int threads, int bf16, const char *mode, const char *only, 
 /* However many threads there are. */
 static void check_same_bytes(int bf16)
 {
-    static const int teams[3] = {1, 3, 8};
-    static uint64_t hashes[3][OPS_CASES];
-    for (int k = 0; k < 3; k++) {
+    static const int teams[4] = {1, 2, 3, 8};
+    static uint64_t hashes[4][OPS_CASES];
+    for (int k = 0; k < 4; k++) {
         int failed = run_cases(teams[k], bf16, "test", NULL, 1, hashes[k]);
         CHECK(failed == 0, "%d cases failed with %d threads", failed, teams[k]);
         for (int i = 0; i < OPS_CASES; i++)
@@ -566,8 +566,8 @@ int main(int argc, char **argv)
     TEST("reference sparsegpt") test_sparsegpt();
     TEST("reference score_sparsegpt") test_sparsegpt_score();
     TEST("reference score_sparsegpt_git") test_sparsegpt_score_git();
-    TEST("the same bytes from 1, 3 and 8 threads") check_same_bytes(0);
-    TEST("the same bytes from 1, 3 and 8 threads, products in bf16") check_same_bytes(1);
+    TEST("the same bytes from 1, 2, 3 and 8 threads") check_same_bytes(0);
+    TEST("the same bytes from 1, 2, 3 and 8 threads, products in bf16") check_same_bytes(1);
     for (int level = most - 1; level >= 0; level--) {
         char *name = (char *)take(64);
         snprintf(name, 64, "instructions of level %d", level);
