@@ -105,7 +105,7 @@
  *     >>cpu-gemm           the CPU's matrix product: C = alpha A B [+ C] [+ bias]
  *     >>cpu-kernels        the CPU backend: loops for any instruction set, workspace, memory
  *     >>cpu-block          matrix products, norms and rope on the CPU
- *     >>cpu-attention      attention on the CPU: a head at a time
+ *     >>cpu-attention      attention on the CPU: a block of queries at a time
  *     >>cpu-loss           SwiGLU, sums, loss and head on the CPU
  *     >>cpu-scores         scores, zeros and ranks on the CPU
  *     >>cpu-masks          masks and bucketed gradients on the CPU
@@ -9016,8 +9016,8 @@ typedef struct besa__gemm_args {       /* C (m,n) = alpha A (m,k) B (k,n) [+ C] 
 } besa__gemm_args;
 
 enum {
-    BESA__GEMM_MC = 768, BESA__GEMM_NC = 1024, BESA__GEMM_KC = 512,   /* multiples of every MR, of every NR */
-    BESA__GEMM_TM = 192, BESA__GEMM_TN = 128,
+    BESA__GEMM_MC = 192, BESA__GEMM_KC = 512,                          /* multiples of every MR; the longest panel */
+    BESA__GEMM_A = BESA__GEMM_MC * BESA__GEMM_KC, BESA__GEMM_B = 1024 * BESA__GEMM_KC,    /* floats of packed memory */
     BESA__GEMM_TILE_MAX = 12 * 32                                      /* the largest MR x NR */
 };
 
@@ -9028,8 +9028,8 @@ typedef struct besa__gemm_operand {
     int round;                         /* 1: round to bf16 */
 } besa__gemm_operand;
 
-/* dst (units, width) = the panel of `count` <= width outer positions and `k` positions that starts at
-   element `at`; zeros beyond. A unit is one float, or two bf16 that follow each other in k. */
+/* dst (panels)(units, width) = `count` outer positions and `k` positions from element `at` on, in panels of `width`;
+   zeros beyond. A unit is one float, or two bf16 that follow each other in k. */
 typedef void besa__gemm_pack_fn(float *dst, int64_t width, const besa__gemm_operand *x, int64_t at,
                                 int64_t count, int64_t k);
 
@@ -9041,7 +9041,14 @@ typedef struct besa__gemm_kernel {
     int64_t mr, nr, unit;              /* unit: elements of k in four bytes, 1 or 2 */
     besa__gemm_pack_fn *pack;
     besa__gemm_tile_fn *tile;
+    int64_t kc;                        /* units of k that a panel has at most */
 } besa__gemm_kernel;
+
+#if defined(__GNUC__)
+#define BESA__INLINE static inline __attribute__((__always_inline__))
+#else
+#define BESA__INLINE static inline
+#endif
 
 /* ---- what the processor has ---- */
 
@@ -9093,16 +9100,17 @@ static void besa__gemm_pack_c(float *dst, int64_t width, const besa__gemm_operan
                               int64_t count, int64_t k)
 {
     float run[64];
-    if (count < width) memset(dst, 0, (size_t)(width * k) * sizeof *dst);
-    if (x->outer_step == 1) {
-        for (int64_t p = 0; p < k; p++) besa__gemm_read(dst + p * width, x, at + p * x->k_step, 1, count);
-        return;
-    }
-    for (int64_t p0 = 0; p0 < k; p0 += 64) {
-        int64_t length = besa__min(64, k - p0);
-        for (int64_t i = 0; i < count; i++) {
-            besa__gemm_read(run, x, at + i * x->outer_step + p0 * x->k_step, x->k_step, length);
-            for (int64_t p = 0; p < length; p++) dst[(p0 + p) * width + i] = run[p];
+    for (; count > 0; dst += width * k, at += width * x->outer_step, count -= width) {
+        int64_t real = besa__min(count, width);
+        if (real < width) memset(dst, 0, (size_t)(width * k) * sizeof *dst);
+        for (int64_t p = 0; x->outer_step == 1 && p < k; p++)
+            besa__gemm_read(dst + p * width, x, at + p * x->k_step, 1, real);
+        for (int64_t p0 = 0; x->outer_step != 1 && p0 < k; p0 += 64) {
+            int64_t length = besa__min(64, k - p0);
+            for (int64_t i = 0; i < real; i++) {
+                besa__gemm_read(run, x, at + i * x->outer_step + p0 * x->k_step, x->k_step, length);
+                for (int64_t p = 0; p < length; p++) dst[(p0 + p) * width + i] = run[p];
+            }
         }
     }
 }
@@ -9199,6 +9207,182 @@ BESA__GEMM_AVX2 static void besa__gemm_tile_avx2(int64_t units, const float *a, 
 #undef BESA__GEMM_STEP
 #undef BESA__GEMM_SAVE
 
+/* besa__f16_to_f32 of 8 lanes */
+BESA__GEMM_AVX2 static inline __m256i besa__gemm_half_avx2(__m256i v)
+{
+    __m256i magnitude = _mm256_slli_epi32(_mm256_and_si256(v, _mm256_set1_epi32(0x7fff)), 13);
+    __m256i special = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x0f7fffff));
+    __m256 scaled = _mm256_mul_ps(_mm256_castsi256_ps(magnitude), _mm256_set1_ps(5.192296858534828e33f)); /* 2^112 */
+    special = _mm256_and_si256(special, _mm256_set1_epi32(0x7f800000));
+    v = _mm256_slli_epi32(_mm256_srli_epi32(v, 15), 31);
+    return _mm256_or_si256(v, _mm256_or_si256(_mm256_castps_si256(scaled), special));
+}
+
+/* The fp32 of 8 elements that follow each other, of which `count` are read; zeros beyond. */
+BESA__GEMM_AVX2 static inline __m256 besa__gemm_load_avx2(const besa__gemm_operand *x, int64_t at, int64_t count)
+{
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256i v, up, number, nan;
+    if (x->dtype == BESA_F32) {
+        const float *s = (const float *)x->data + at;
+        if (count >= 8) v = _mm256_castps_si256(_mm256_loadu_ps(s));
+        else {
+            up = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)besa__max(count, 0)), lanes);
+            v = _mm256_castps_si256(_mm256_maskload_ps(s, up));
+        }
+    } else {
+        const uint16_t *s = (const uint16_t *)x->data + at;
+        uint16_t few[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+        if (count < 8) {
+            for (int64_t i = 0; i < count; i++) few[i] = s[i];
+            s = few;
+        }
+        v = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)s));
+        if (x->dtype == BESA_BF16) return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
+        v = besa__gemm_half_avx2(v);
+    }
+    if (!x->round) return _mm256_castsi256_ps(v);
+    /* to the nearest bf16, ties to even: add 0x7fff plus the lowest bit that stays; a NaN stays quiet */
+    up = _mm256_and_si256(_mm256_srli_epi32(v, 16), _mm256_set1_epi32(1));
+    number = _mm256_add_epi32(v, _mm256_add_epi32(up, _mm256_set1_epi32(0x7fff)));
+    nan = _mm256_castps_si256(_mm256_cmp_ps(_mm256_castsi256_ps(v), _mm256_castsi256_ps(v), _CMP_UNORD_Q));
+    number = _mm256_blendv_epi8(number, _mm256_or_si256(v, _mm256_set1_epi32(0x400000)), nan);
+    return _mm256_castsi256_ps(_mm256_and_si256(number, _mm256_set1_epi32((int)0xffff0000u)));
+}
+
+/* The same, where 8 can be read. form: 1 fp32 as it is, 2 bf16, 0 any */
+BESA__INLINE BESA__GEMM_AVX2 __m256 besa__gemm_load_form_avx2(const besa__gemm_operand *x, int64_t at, int64_t count,
+                                                              int form)
+{
+    if (form == 1) return _mm256_loadu_ps((const float *)x->data + at);
+    if (form == 2) {
+        __m128i half = _mm_loadu_si128((const __m128i *)(const void *)((const uint16_t *)x->data + at));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+    }
+    return besa__gemm_load_avx2(x, at, count);
+}
+
+/* The first `count` of 8 lanes; masked stores are slow on some processors. */
+BESA__GEMM_AVX2 static inline void besa__gemm_store_avx2(float *dst, __m256 v, int64_t count)
+{
+    __m128 part = _mm256_castps256_ps128(v);
+    if (count >= 8) {
+        _mm256_storeu_ps(dst, v);
+        return;
+    }
+    if (count & 4) {
+        _mm_storeu_ps(dst, part);
+        part = _mm256_extractf128_ps(v, 1), dst += 4;
+    }
+    if (count & 2) {
+        _mm_storel_pi((__m64 *)(void *)dst, part);
+        part = _mm_movehl_ps(part, part), dst += 2;
+    }
+    if (count & 1) _mm_store_ss(dst, part);
+}
+
+/* `rows` steps of k of panels whose outer positions follow each other in memory: copies. A row of a narrow panel is
+   stored with what lies beyond it, where the next row of that panel goes; the last is stored alone. */
+BESA__INLINE BESA__GEMM_AVX2 void besa__gemm_rows_avx2(float *dst, int64_t width, const besa__gemm_operand *x, int64_t at,
+                                                       int64_t count, int64_t rows, int64_t panel, int form)
+{
+    for (int64_t i0 = 0; i0 < count; i0 += width, dst += panel)
+        for (int64_t i = 0; i < width; i += 8) {
+            int64_t from = at + i0 + i, left = count - i0 - i, p = 0;
+            int64_t whole = form && left >= 8 ? rows - (i + 8 > width) : 0;
+            float *to = dst + i;
+            for (; p < whole; p++, from += x->k_step, to += width)
+                _mm256_storeu_ps(to, besa__gemm_load_form_avx2(x, from, 8, form));
+            for (; p < rows; p++, from += x->k_step, to += width)
+                besa__gemm_store_avx2(to, besa__gemm_load_avx2(x, from, left), width - i);
+        }
+}
+
+BESA__GEMM_AVX2 static void besa__gemm_pack_rows_avx2(float *dst, int64_t width, const besa__gemm_operand *x,
+                                                      int64_t at, int64_t count, int64_t k)
+{
+    int form = x->dtype == BESA_BF16 ? 2 : x->dtype == BESA_F32 && !x->round;
+    int64_t size = x->dtype == BESA_F32 ? 4 : 2, rows = 16;
+    uintptr_t step = (uintptr_t)(x->k_step * size), ahead = (uintptr_t)x->data + (uintptr_t)(at * size) + 16 * step;
+    for (int64_t p = 0; p < k; p += rows, dst += rows * width, at += rows * x->k_step, ahead += 16 * step) {
+        for (uintptr_t i = 0; i < (uintptr_t)(count * size); i += 64)
+            for (uintptr_t q = 0; q < 16; q++) _mm_prefetch((const char *)(ahead + q * step + i), _MM_HINT_T0);
+        rows = besa__min(rows, k - p);
+        if (form == 1 && width == 6) besa__gemm_rows_avx2(dst, 6, x, at, count, rows, 6 * k, 1);
+        else if (form == 1 && width == 16) besa__gemm_rows_avx2(dst, 16, x, at, count, rows, 16 * k, 1);
+        else if (form == 2 && width == 16) besa__gemm_rows_avx2(dst, 16, x, at, count, rows, 16 * k, 2);
+        else besa__gemm_rows_avx2(dst, width, x, at, count, rows, width * k, 0);
+    }
+}
+
+/* Asks for lines of the next panel, `lines` runs of `length` along k, while this one is packed. */
+BESA__INLINE void besa__gemm_ahead(const besa__gemm_operand *x, int64_t at, int64_t lines, int64_t length)
+{
+    int64_t size = x->dtype == BESA_F32 ? 4 : 2;
+    for (int64_t i = 0; i < lines; i++, at += x->outer_step)
+        for (int64_t p = 0; p < length; p += 64 / size)
+            __builtin_prefetch((const void *)((uintptr_t)x->data + (uintptr_t)((at + p) * size)));
+}
+
+/* dst (columns, width) = lines of 8, `real` of them, transposed; `lines` go to the panel */
+BESA__INLINE BESA__GEMM_AVX2 void besa__gemm_transpose_avx2(float *dst, int64_t width, const besa__gemm_operand *x,
+                                                            int64_t at, int64_t real, int64_t lines, int64_t columns,
+                                                            int form)
+{
+    __m256 r[8], s[8], t[8];
+    for (int i = 0; i < 8; i++) {
+        int64_t from = at + i * x->outer_step;
+        if (i >= real) r[i] = _mm256_setzero_ps();
+        else r[i] = besa__gemm_load_form_avx2(x, from, columns, form);
+    }
+    for (int i = 0; i < 8; i += 2) {
+        s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        t[i] = _mm256_shuffle_ps(s[i], s[i + 2], 0x44);
+        t[i + 1] = _mm256_shuffle_ps(s[i], s[i + 2], 0xee);
+        t[i + 2] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0x44);
+        t[i + 3] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        s[i] = _mm256_permute2f128_ps(t[i], t[4 + i], 0x20);
+        s[4 + i] = _mm256_permute2f128_ps(t[i], t[4 + i], 0x31);
+    }
+    for (int i = 0; i < 8 && i < columns; i++)
+        besa__gemm_store_avx2(dst + i * width, s[i], form && i < 7 && width > 4 && width < 8 ? 8 : lines);
+}
+
+/* k follows each other in memory: 8 lines at a time are transposed. */
+BESA__GEMM_AVX2 static void besa__gemm_pack_columns_avx2(float *dst, int64_t width, const besa__gemm_operand *x,
+                                                         int64_t at, int64_t count, int64_t k)
+{
+    int form = x->dtype == BESA_BF16 ? 2 : x->dtype == BESA_F32 && !x->round;
+    for (int64_t i0 = 0; i0 < count; i0 += width, dst += width * k)
+        for (int64_t i = 0; i < width; i += 8) {
+            int64_t lines = besa__min(8, width - i), real = besa__min(lines, count - i0 - i);
+            int64_t from = at + (i0 + i) * x->outer_step;
+            int full = real == width - i || real == 8 ? form : 0;
+            float *to = dst + i;
+            for (int64_t p = 0; p < k; p += 8, to += 8 * width, from += 8) {
+                if (p % 32 == 0) besa__gemm_ahead(x, from + width * x->outer_step, lines, besa__min(32, k - p));
+                if (k - p < 8) full = 0;
+                if (full == 1 && width == 16) besa__gemm_transpose_avx2(to, 16, x, from, 8, 8, 8, 1);
+                else if (full == 2 && width == 16) besa__gemm_transpose_avx2(to, 16, x, from, 8, 8, 8, 2);
+                else if (full == 1 && width == 6) besa__gemm_transpose_avx2(to, 6, x, from, 6, 6, 8, 1);
+                else besa__gemm_transpose_avx2(to, width, x, from, real, lines, k - p, 0);
+            }
+        }
+}
+
+BESA__GEMM_AVX2 static void besa__gemm_pack_avx2(float *dst, int64_t width, const besa__gemm_operand *x, int64_t at,
+                                                 int64_t count, int64_t k)
+{
+    if (x->outer_step == 1) besa__gemm_pack_rows_avx2(dst, width, x, at, count, k);
+    else if (x->k_step == 1) besa__gemm_pack_columns_avx2(dst, width, x, at, count, k);
+    else besa__gemm_pack_c(dst, width, x, at, count, k);
+}
+
 /* 12 x 32: twenty-four of the thirty-two registers hold C. One unit of k is a float, or, in the second
    kernel, a pair of bf16 whose two products are added in one step: the same loop, twice the k. */
 #define BESA__GEMM_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
@@ -9272,25 +9456,44 @@ BESA__GEMM_AVX512 static inline __m512i besa__gemm_load_avx512(const besa__gemm_
     return _mm512_and_si512(number, _mm512_set1_epi32((int)0xffff0000u));
 }
 
-/* The outer positions follow each other in memory: a row of the panel is a copy. The rows may lie a page
-   apart, where no prefetcher of the hardware follows: they are asked for 16 rows ahead. */
+/* Rows of panels whose outer positions follow each other in memory: copies. plain: fp32, to be left as it is */
+BESA__INLINE BESA__GEMM_AVX512 void besa__gemm_rows_avx512(float *dst, int64_t width, const besa__gemm_operand *x,
+                                                           int64_t at, int64_t count, int64_t k, int64_t panel,
+                                                           int64_t unit, int plain)
+{
+    for (int64_t i0 = 0; i0 < count; i0 += width, dst += panel)
+        for (int64_t i = 0; i < width; i += 16) {
+            int64_t from = at + i0 + i, left = count - i0 - i;
+            float *to = dst + i;
+            for (int64_t p = 0; p < k; p += unit, from += unit * x->k_step, to += width) {
+                __m512i v;
+                if (plain && left >= 16) v = _mm512_loadu_si512((const float *)x->data + from);
+                else v = besa__gemm_load_avx512(x, from, left);
+                if (unit == 2) {
+                    __m512i odd = _mm512_setzero_si512();
+                    if (p + 1 < k) odd = besa__gemm_load_avx512(x, from + x->k_step, left);
+                    v = _mm512_or_si512(_mm512_srli_epi32(v, 16), odd);
+                }
+                _mm512_mask_storeu_epi32(to, besa__gemm_mask(width - i), v);
+            }
+        }
+}
+
+/* The rows may lie a page apart, where no prefetcher of the hardware follows: they are asked for ahead. */
 BESA__GEMM_AVX512 static void besa__gemm_pack_rows_avx512(float *dst, int64_t width, const besa__gemm_operand *x,
                                                           int64_t at, int64_t count, int64_t k, int64_t unit)
 {
-    int64_t size = x->dtype == BESA_F32 ? 4 : 2;
+    int plain = x->dtype == BESA_F32 && !x->round;
+    int64_t size = x->dtype == BESA_F32 ? 4 : 2, rows = 8, panel = width * ((k + unit - 1) / unit);
     uintptr_t step = (uintptr_t)(x->k_step * size), ahead = (uintptr_t)x->data + (uintptr_t)(at * size) + 16 * step;
-    for (int64_t p = 0; p < k; p += unit, dst += width, at += unit * x->k_step, ahead += (uintptr_t)unit * step)
-        for (int64_t i = 0; i < width; i += 16) {
-            __m512i v = besa__gemm_load_avx512(x, at + i, count - i);
-            _mm_prefetch((const char *)(ahead + (uintptr_t)(i * size)), _MM_HINT_T0);
-            if (unit == 2) {
-                __m512i odd = _mm512_setzero_si512();
-                _mm_prefetch((const char *)(ahead + step + (uintptr_t)(i * size)), _MM_HINT_T0);
-                if (p + 1 < k) odd = besa__gemm_load_avx512(x, at + x->k_step + i, count - i);
-                v = _mm512_or_si512(_mm512_srli_epi32(v, 16), odd);
-            }
-            _mm512_mask_storeu_epi32(dst + i, besa__gemm_mask(width - i), v);
-        }
+    for (int64_t p = 0; p < k; p += rows, dst += rows / unit * width, at += rows * x->k_step, ahead += 8 * step) {
+        for (uintptr_t i = 0; i < (uintptr_t)(count * size); i += 64)
+            for (int64_t q = 0; q < rows; q++) _mm_prefetch((const char *)(ahead + (uintptr_t)q * step + i), _MM_HINT_T0);
+        if (unit == 2) besa__gemm_rows_avx512(dst, width, x, at, count, besa__min(rows, k - p), panel, 2, 0);
+        else if (plain && width == 12) besa__gemm_rows_avx512(dst, 12, x, at, count, besa__min(rows, k - p), panel, 1, 1);
+        else if (plain && width == 32) besa__gemm_rows_avx512(dst, 32, x, at, count, besa__min(rows, k - p), panel, 1, 1);
+        else besa__gemm_rows_avx512(dst, width, x, at, count, besa__min(rows, k - p), panel, 1, 0);
+    }
 }
 
 /* dst (units) = one run along k */
@@ -9365,6 +9568,7 @@ BESA__GEMM_AVX512 static void besa__gemm_pack_columns_avx512(float *dst, int64_t
                 lines = (const char *)x->data + from * size;
                 stride = x->outer_step * size;
             } else besa__gemm_stage_avx512(run, x, from, count - i0, length, unit);
+            besa__gemm_ahead(x, from + width * x->outer_step, besa__min(16, width - i0), length);
             for (int64_t u = 0; u < units; u += 4)
                 besa__gemm_transpose_avx512(dst + (p0 / unit + u) * width + i0, width, lines + 4 * u, stride,
                                             besa__min(16, width - i0), units - u);
@@ -9375,13 +9579,15 @@ BESA__GEMM_AVX512 static void besa__gemm_pack_avx512(float *dst, int64_t width, 
                                                      int64_t at, int64_t count, int64_t k)
 {
     if (x->outer_step == 1) besa__gemm_pack_rows_avx512(dst, width, x, at, count, k, 1);
-    else besa__gemm_pack_columns_avx512(dst, width, x, at, count, k, 1);
+    else for (; count > 0; dst += width * k, at += width * x->outer_step, count -= width)
+        besa__gemm_pack_columns_avx512(dst, width, x, at, besa__min(count, width), k, 1);
 }
 BESA__GEMM_AVX512 static void besa__gemm_pack_avx512_bf16(float *dst, int64_t width, const besa__gemm_operand *x,
                                                           int64_t at, int64_t count, int64_t k)
 {
     if (x->outer_step == 1) besa__gemm_pack_rows_avx512(dst, width, x, at, count, k, 2);
-    else besa__gemm_pack_columns_avx512(dst, width, x, at, count, k, 2);
+    else for (; count > 0; dst += width * ((k + 1) / 2), at += width * x->outer_step, count -= width)
+        besa__gemm_pack_columns_avx512(dst, width, x, at, besa__min(count, width), k, 2);
 }
 #ifndef __clang__
 #pragma GCC diagnostic pop
@@ -9390,7 +9596,7 @@ BESA__GEMM_AVX512 static void besa__gemm_pack_avx512_bf16(float *dst, int64_t wi
 
 static besa__gemm_kernel besa__gemm_choose(int bf16)
 {
-    besa__gemm_kernel kernel = {4, 8, 1, besa__gemm_pack_c, besa__gemm_tile_c};
+    besa__gemm_kernel kernel = {4, 8, 1, besa__gemm_pack_c, besa__gemm_tile_c, BESA__GEMM_KC};
     int simd = besa__cpu_simd();
     (void)bf16, (void)simd;
 #if defined(BESA__SIMD_NEON)
@@ -9402,7 +9608,8 @@ static besa__gemm_kernel besa__gemm_choose(int bf16)
         kernel.pack = paired ? besa__gemm_pack_avx512_bf16 : besa__gemm_pack_avx512;
         kernel.tile = paired ? besa__gemm_tile_avx512_bf16 : besa__gemm_tile_avx512;
     } else if (simd == 1) {
-        kernel.mr = 6, kernel.nr = 16, kernel.tile = besa__gemm_tile_avx2;
+        kernel.mr = 6, kernel.nr = 16, kernel.kc = 320;
+        kernel.pack = besa__gemm_pack_avx2, kernel.tile = besa__gemm_tile_avx2;
     }
 #endif
     return kernel;
@@ -9411,150 +9618,189 @@ static besa__gemm_kernel besa__gemm_choose(int bf16)
 /* ============================================================================================
  * // >>cpu-gemm              the CPU's matrix product: C = alpha A B [+ C] [+ bias]
  * ============================================================================================
- * The scheme is the one of GotoBLAS and BLIS. The product is cut into blocks (m, n, k) of at most
- * MC x NC x KC. Of each block both operands are packed: converted to fp32 (or rounded to bf16),
- * and laid out as panels in the order in which the micro-kernel reads them, MR rows of A or NR
- * columns of B side by side. The micro-kernel keeps an MR x NR tile of C in registers and runs over k:
+ * The scheme is the one of GotoBLAS and BLIS. The product is cut into blocks of nc columns and kc steps of k. Both
+ * operands are packed: converted to fp32 (or rounded to bf16), and laid out as panels in the order in which the
+ * micro-kernel reads them, MR rows of A or NR columns of B side by side. The micro-kernel keeps an MR x NR tile of C in
+ * registers and runs over k:
  *
- *     KC = 512    a tile of C is read and written once per 512 steps of k, which hides it. A panel of A
- *                 (24 KB) stays in the first-level cache; a panel of B (64 KB) streams from the second
- *     MC, NC      768 and 1024: every element packed is used for 768 or more multiply-adds. Both
- *                 blocks (3.7 MB) live in the last-level cache, shared by the threads
- *     TM, TN      a thread takes tiles of 192 x 128 of C: their panels (640 KB) fit the second level
+ *     kc          the kernel's: a tile of C is read and written once per kc steps of k, which hides it. For 6 x 16 a panel
+ *                 of B (20 KB) stays in a first-level cache of 32 KB beside one of A; for 12 x 32 that of A (24 KB) does,
+ *                 and B's (64 KB) comes from the second level, which has 1 MB or more where there is AVX-512
+ *     MC          a thread packs a strip of up to 192 rows of A (240 or 384 KB), which stays in its second-level cache,
+ *                 and runs it along the panels of B
+ *     nc          the block of B (2 MB) lives in the last-level cache, for all threads
  *
- * The threads pack panels together, then share out the tiles. The sum behind one element of C is
- * cut by k alone, at multiples of the block length, and every tile takes its steps in the same order:
- * the bytes do not depend on the number of threads. Ragged edges are packed with zeros and
- * written by way of a full tile on the stack, thus with the same arithmetic.
+ * A phase multiplies block t - 1 and packs B of block t, in tasks that the threads take as they become free: hence two
+ * buffers for B, one barrier a block, and none for one thread. Short products have strips enough for all threads, and
+ * groups of columns where rows are few. The sum behind one element of C is cut by k alone, and every tile takes its steps
+ * in the same order: the bytes do not depend on the number of threads. Ragged edges are packed with zeros.
  *
  * Calls: the number formats and nothing else. Owns no memory: the caller gives the scratch. */
 
-/* The block that is being worked on: rows i0.., columns j0.., and p0.. of k, of sizes m, n, k. */
-typedef struct besa__gemm_block {
+/* A product and how it is cut: block t has columns t / k_blocks * nc .. and steps t % k_blocks * kc .. of k. */
+typedef struct besa__gemm_job {
     const besa__gemm_args *g;
     besa__gemm_kernel kernel;
     besa__gemm_operand a, b;
-    int64_t i0, j0, p0, m, n, k, units;
-    float *a_packed, *b_packed;        /* panels (m / MR)(units, MR) and (n / NR)(units, NR) */
+    int64_t nc, kc, k_blocks, blocks;
+    int64_t strips, groups;            /* tasks of a block: strips of rows times groups of columns */
+    int64_t pack;                      /* columns that one task packs */
+    int64_t buffers;                   /* of B: 2, or 1 for one thread */
+    float *a_packed, *b_packed;        /* a strip per thread, (m / MR)(units, MR); blocks, (n / NR)(units, NR) */
+} besa__gemm_job;
+
+/* One block. */
+typedef struct besa__gemm_block {
+    int64_t j0, p0, n, k, units;
+    float *b_packed;
 } besa__gemm_block;
 
-/* Packs panel `index`: the panels of A come first, then those of B. */
-static void besa__gemm_pack_panel(const besa__gemm_block *s, int64_t index)
+static besa__gemm_block besa__gemm_block_at(const besa__gemm_job *s, int64_t t)
 {
-    int64_t mr = s->kernel.mr, nr = s->kernel.nr, panels = besa__parts(s->m, mr);
-    if (index < panels) {
-        int64_t i = index * mr, at = (s->i0 + i) * s->a.outer_step + s->p0 * s->a.k_step;
-        s->kernel.pack(s->a_packed + i * s->units, mr, &s->a, at, besa__min(mr, s->m - i), s->k);
-    } else {
-        int64_t j = (index - panels) * nr, at = (s->j0 + j) * s->b.outer_step + s->p0 * s->b.k_step;
-        s->kernel.pack(s->b_packed + j * s->units, nr, &s->b, at, besa__min(nr, s->n - j), s->k);
-    }
+    besa__gemm_block block;
+    block.j0 = t / s->k_blocks * s->nc, block.p0 = t % s->k_blocks * s->kc;
+    block.n = besa__min(s->nc, s->g->n - block.j0);
+    block.k = besa__min(s->kc, s->g->k - block.p0);
+    block.units = besa__parts(block.k, s->kernel.unit);
+    block.b_packed = s->b_packed + t % s->buffers * BESA__GEMM_B;
+    return block;
 }
 
-/* One micro-tile at (i, j) of the block; at the edges it is computed whole, on the stack. */
-static void besa__gemm_micro(const besa__gemm_block *s, int64_t i, int64_t j)
+/* A tile at the edge, (rows, columns) of it in C, is computed whole, on the stack, thus with the same arithmetic. */
+static void besa__gemm_edge(const besa__gemm_job *s, int64_t units, const float *a, const float *b, float *c,
+                            int64_t rows, int64_t columns, int add, const float *bias)
 {
-    const besa__gemm_args *g = s->g;
-    int64_t mr = s->kernel.mr, nr = s->kernel.nr;
-    int64_t rows = besa__min(mr, s->m - i), columns = besa__min(nr, s->n - j);
-    const float *a = s->a_packed + i * s->units, *b = s->b_packed + j * s->units;
-    const float *bias = g->bias && s->p0 == 0 ? g->bias + s->j0 + j : NULL;
-    float *c = g->c + (s->i0 + i) * g->c_row + s->j0 + j;
     float edge[BESA__GEMM_TILE_MAX], edge_bias[BESA__GEMM_TILE_MAX];
+    int64_t nr = s->kernel.nr, step = s->g->c_row;
     size_t bytes = (size_t)columns * sizeof *c;
-    int add = g->accumulate || s->p0 > 0;
-#ifdef __GNUC__
-    for (int64_t r = 0; r < rows; r++)            /* C comes from afar: it arrives while the sums are formed */
-        for (int64_t q = 0; q < columns; q += 16) __builtin_prefetch(c + r * g->c_row + q, 1);
-#endif
-    if (rows == mr && columns == nr) {
-        s->kernel.tile(s->units, a, b, c, g->c_row, g->alpha, add, bias);
-        return;
-    }
     memset(edge, 0, sizeof edge);
     memset(edge_bias, 0, (size_t)nr * sizeof *edge_bias);
     if (bias) memcpy(edge_bias, bias, bytes);
-    for (int64_t r = 0; add && r < rows; r++) memcpy(edge + r * nr, c + r * g->c_row, bytes);
-    s->kernel.tile(s->units, a, b, edge, nr, g->alpha, add, bias ? edge_bias : NULL);
-    for (int64_t r = 0; r < rows; r++) memcpy(c + r * g->c_row, edge + r * nr, bytes);
+    for (int64_t r = 0; add && r < rows; r++) memcpy(edge + r * nr, c + r * step, bytes);
+    s->kernel.tile(units, a, b, edge, nr, s->g->alpha, add, bias ? edge_bias : NULL);
+    for (int64_t r = 0; r < rows; r++) memcpy(c + r * step, edge + r * nr, bytes);
 }
 
-/* Tile `index` of the block, TM x TN of C, one panel of B after another. */
-static void besa__gemm_tile(const besa__gemm_block *s, int64_t index)
+/* Rows i0 .. i1 - 1 of C by the panel b of the block, columns j .. of C; a has the panels of these rows. */
+static void besa__gemm_column(const besa__gemm_job *s, const besa__gemm_block *block, const float *a, const float *b,
+                              int64_t i0, int64_t i1, int64_t j)
 {
-    int64_t down = besa__parts(s->m, BESA__GEMM_TM);
-    int64_t i0 = index % down * BESA__GEMM_TM, i1 = besa__min(i0 + BESA__GEMM_TM, s->m);
-    int64_t j0 = index / down * BESA__GEMM_TN, j1 = besa__min(j0 + BESA__GEMM_TN, s->n);
-    if (s->g->lower && s->i0 + i1 <= s->j0 + j0) return;      /* wholly above the diagonal */
-    for (int64_t j = j0; j < j1; j += s->kernel.nr)
-        for (int64_t i = i0; i < i1; i += s->kernel.mr) besa__gemm_micro(s, i, j);
-}
-
-/* work(block, 0), ..., work(block, count - 1) in any order */
-static void besa__gemm_share(const besa__gemm_block *s, void (*work)(const besa__gemm_block *, int64_t),
-                             int64_t count, int threads)
-{
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-        for (int64_t index = 0; index < count; index++) work(s, index);
-        return;
-    }
+    const besa__gemm_args *g = s->g;
+    int64_t mr = s->kernel.mr, nr = s->kernel.nr, columns = besa__min(nr, g->n - j);
+    const float *bias = g->bias && block->p0 == 0 ? g->bias + j : NULL;
+    int add = g->accumulate || block->p0 > 0;
+    for (int64_t i = i0; i < i1; i += mr, a += mr * block->units) {
+        float *c = g->c + i * g->c_row + j;
+        int64_t rows = besa__min(mr, g->m - i);
+        if (g->lower && i + mr <= j) continue;            /* wholly above the diagonal */
+#ifdef __GNUC__
+        for (int64_t r = 0; r < rows; r++)                /* C comes from afar: it arrives while the sums are formed */
+            for (int64_t q = 0; q < columns; q += 16) __builtin_prefetch(c + r * g->c_row + q, 1);
 #endif
-    (void)threads;
-    for (int64_t index = 0; index < count; index++) work(s, index);
+        if (rows == mr && columns == nr) s->kernel.tile(block->units, a, b, c, g->c_row, g->alpha, add, bias);
+        else besa__gemm_edge(s, block->units, a, b, c, rows, columns, add, bias);
+    }
+}
+
+/* Task `index` of block t: a strip of rows, packed by the thread that needs it, times a group of panels of B. */
+static void besa__gemm_strip(const besa__gemm_job *s, int64_t t, int64_t index, float *a)
+{
+    besa__gemm_block block = besa__gemm_block_at(s, t);
+    int64_t mr = s->kernel.mr, nr = s->kernel.nr, strip = index % s->strips, group = index / s->strips;
+    int64_t a_panels = besa__parts(s->g->m, mr), b_panels = besa__parts(block.n, nr);
+    int64_t i0 = strip * a_panels / s->strips * mr, i1 = besa__min((strip + 1) * a_panels / s->strips * mr, s->g->m);
+    int64_t j0 = group * b_panels / s->groups * nr, j1 = (group + 1) * b_panels / s->groups * nr;
+    if (s->g->lower) j1 = besa__min(j1, i1 - block.j0);
+    if (i0 >= i1 || j0 >= j1) return;
+    s->kernel.pack(a, mr, &s->a, i0 * s->a.outer_step + block.p0 * s->a.k_step, i1 - i0, block.k);
+    for (int64_t j = j0; j < j1; j += nr)
+        besa__gemm_column(s, &block, a, block.b_packed + j * block.units, i0, i1, block.j0 + j);
+}
+
+/* Some panels of B of block t. */
+static void besa__gemm_pack_b(const besa__gemm_job *s, int64_t t, int64_t index)
+{
+    besa__gemm_block block = besa__gemm_block_at(s, t);
+    int64_t j = index * s->pack, n = besa__min(s->pack, block.n - j);
+    int64_t at = (block.j0 + j) * s->b.outer_step + block.p0 * s->b.k_step;
+    s->kernel.pack(block.b_packed + j * block.units, s->kernel.nr, &s->b, at, n, block.k);
+}
+
+/* In phase t block t - 1 is multiplied, and block t packed for the next. The number of its tasks: */
+static int64_t besa__gemm_tasks(const besa__gemm_job *s, int64_t t)
+{
+    int64_t tasks = t > 0 ? s->strips * s->groups : 0;
+    if (t < s->blocks) tasks += besa__parts(besa__gemm_block_at(s, t).n, s->pack);
+    return tasks;
+}
+
+static void besa__gemm_task(const besa__gemm_job *s, int64_t t, int64_t index, int thread)
+{
+    int64_t strips = t > 0 ? s->strips * s->groups : 0;
+    if (index < strips) besa__gemm_strip(s, t - 1, index, s->a_packed + thread * (int64_t)BESA__GEMM_A);
+    else besa__gemm_pack_b(s, t, index - strips);
 }
 
 /* The length of equal blocks, a multiple of `grain` and at most `most`. */
-static int64_t besa__gemm_cut(int64_t total, int64_t most, int64_t grain)
+static int64_t besa__gemm_equal(int64_t total, int64_t most, int64_t grain)
 {
     int64_t length = besa__parts(total, besa__parts(total > 0 ? total : 1, most));
     return besa__parts(length > 0 ? length : 1, grain) * grain;
 }
 
+/* How a block is shared: strips of at most MC rows, two tasks or more for each thread. Strips are not made shorter than
+   four panels, which would read B too often: then the columns are cut into groups as well. */
+static void besa__gemm_cut(besa__gemm_job *s, int threads)
+{
+    int64_t panels = besa__parts(s->g->m, s->kernel.mr), least = besa__parts(panels, BESA__GEMM_MC / s->kernel.mr);
+    int64_t most = besa__max(besa__parts(panels, 4), least), tasks = threads * (s->g->lower ? 4 : 2);
+    s->strips = least, s->groups = 1, s->pack = s->nc;
+    if (threads == 1) return;
+    s->strips = besa__min(besa__parts(besa__max(least, tasks), threads) * threads, most);
+    s->groups = besa__min(besa__parts(threads, s->strips), besa__parts(s->nc, s->kernel.nr));
+    s->pack = besa__gemm_equal(s->nc, besa__max(s->nc / threads, s->kernel.nr), s->kernel.nr);
+}
+
 static void besa__gemm_run(const besa__gemm_args *g, int threads, int bf16, void *scratch)
 {
-    besa__gemm_block s;
-    int64_t mc, nc, kc;
+    besa__gemm_job s;
     s.g = g;
     s.kernel = besa__gemm_choose(bf16);
     s.a.data = g->a, s.a.dtype = g->a_dtype, s.a.outer_step = g->a_row, s.a.k_step = g->a_col, s.a.round = bf16;
     s.b.data = g->b, s.b.dtype = g->b_dtype, s.b.outer_step = g->b_col, s.b.k_step = g->b_row, s.b.round = bf16;
-    s.a_packed = (float *)scratch;
-    s.b_packed = s.a_packed + BESA__GEMM_MC * BESA__GEMM_KC;
-    mc = besa__gemm_cut(g->m, BESA__GEMM_MC, s.kernel.mr);
-    nc = besa__gemm_cut(g->n, BESA__GEMM_NC, s.kernel.nr);
-    kc = besa__gemm_cut(g->k, BESA__GEMM_KC * s.kernel.unit, 8 * s.kernel.unit);
-    for (s.j0 = 0; s.j0 < g->n; s.j0 += nc)
-        for (s.p0 = 0; s.p0 == 0 || s.p0 < g->k; s.p0 += kc)
-            for (s.i0 = 0; s.i0 < g->m; s.i0 += mc) {
-                int64_t b_panels, tiles;
-                s.m = besa__min(mc, g->m - s.i0);
-                s.n = besa__min(nc, g->n - s.j0);
-                s.k = besa__min(kc, g->k - s.p0);
-                s.units = besa__parts(s.k, s.kernel.unit);
-                b_panels = s.i0 == 0 ? besa__parts(s.n, s.kernel.nr) : 0;    /* packed once for all rows */
-                besa__gemm_share(&s, besa__gemm_pack_panel, besa__parts(s.m, s.kernel.mr) + b_panels, threads);
-                tiles = besa__parts(s.m, BESA__GEMM_TM) * besa__parts(s.n, BESA__GEMM_TN);
-                besa__gemm_share(&s, besa__gemm_tile, tiles, threads);
-            }
+    s.kc = besa__gemm_equal(g->k, s.kernel.kc * s.kernel.unit, 8 * s.kernel.unit);
+    s.nc = besa__gemm_equal(g->n, BESA__GEMM_B / s.kernel.kc / s.kernel.nr * s.kernel.nr, s.kernel.nr);
+    s.k_blocks = besa__max(besa__parts(g->k, s.kc), 1);      /* k = 0: C is still assigned */
+    s.blocks = besa__parts(g->n, s.nc) * s.k_blocks;
+    s.buffers = threads > 1 ? 2 : 1;
+    s.b_packed = (float *)scratch;
+    s.a_packed = s.b_packed + s.buffers * BESA__GEMM_B;
+    besa__gemm_cut(&s, threads);
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        for (int64_t t = 0; t <= s.blocks; t++) {
+            int64_t tasks = besa__gemm_tasks(&s, t);
+#pragma omp for schedule(dynamic)
+            for (int64_t index = 0; index < tasks; index++) besa__gemm_task(&s, t, index, BESA__THREAD_INDEX());
+        }
+        return;
+    }
+#endif
+    for (int64_t t = 0; t <= s.blocks; t++)
+        for (int64_t index = 0, tasks = besa__gemm_tasks(&s, t); index < tasks; index++) besa__gemm_task(&s, t, index, 0);
 }
 
 /* Bytes of 64-byte aligned scratch that a product with that many threads needs. */
 static size_t besa__gemm_scratch(int threads)
 {
-    (void)threads;                     /* the packed blocks are shared */
-    return (size_t)(BESA__GEMM_MC + BESA__GEMM_NC) * BESA__GEMM_KC * sizeof(float);
-}
-
-/* The product by one thread, for use inside a parallel region; scratch of besa__gemm_scratch(1) bytes. */
-static void besa__gemm_serial(const besa__gemm_args *g, int bf16, void *scratch)
-{
-    besa__gemm_run(g, 1, bf16, scratch);
+    return ((size_t)threads * BESA__GEMM_A + (threads > 1 ? 2u : 1u) * (size_t)BESA__GEMM_B) * sizeof(float);
 }
 
 #ifdef BESA_CBLAS
 #include <cblas.h>
+
+enum { BESA__GEMM_BLAS_N = 1024, BESA__GEMM_BLAS_K = 256 };      /* two converted blocks fill the scratch of one for B */
 
 /* The lines of an operand: along k where k is contiguous, else along the outer index. */
 static int64_t besa__gemm_line_step(const besa__gemm_operand *x) { return x->k_step == 1 ? x->outer_step : x->k_step; }
@@ -9588,8 +9834,8 @@ static int besa__gemm_blas(const besa__gemm_args *g, float *scratch)
     int convert = a.dtype != BESA_F32 || b.dtype != BESA_F32;
     int64_t mc = g->m, nc = g->n, kc = g->k;
     if (!besa__gemm_blas_can(&a, g->m, g->k) || !besa__gemm_blas_can(&b, g->n, g->k) || g->c_row > INT32_MAX) return 0;
-    if (convert || g->lower) mc = BESA__GEMM_MC, nc = BESA__GEMM_NC;
-    if (convert) kc = BESA__GEMM_KC;
+    if (convert || g->lower) mc = nc = BESA__GEMM_BLAS_N;
+    if (convert) kc = BESA__GEMM_BLAS_K;
     for (int64_t i = 0; g->bias && i < g->m; i++)
         for (int64_t j = 0; j < g->n; j++)
             g->c[i * g->c_row + j] = g->bias[j] + (g->accumulate ? g->c[i * g->c_row + j] : 0.0f);
@@ -9603,7 +9849,7 @@ static int besa__gemm_blas(const besa__gemm_args *g, float *scratch)
                 if (g->lower && i0 + m <= j0) continue;
                 x = besa__gemm_blas_operand(&a, i0 * a.outer_step + p0 * a.k_step, m, k, scratch, &x_ld);
                 y = besa__gemm_blas_operand(&b, j0 * b.outer_step + p0 * b.k_step, n, k,
-                                            scratch + BESA__GEMM_MC * BESA__GEMM_KC, &y_ld);
+                                            scratch + BESA__GEMM_BLAS_N * BESA__GEMM_BLAS_K, &y_ld);
                 cblas_sgemm(CblasRowMajor, a.k_step == 1 ? CblasNoTrans : CblasTrans,
                             b.k_step == 1 ? CblasTrans : CblasNoTrans, (int)m, (int)n, (int)k, g->alpha, x, x_ld,
                             y, y_ld, g->accumulate || g->bias || p0 > 0 ? 1.0f : 0.0f, g->c + i0 * g->c_row + j0,
@@ -9631,12 +9877,6 @@ static void besa__gemm(const besa__gemm_args *g, int threads, int bf16, void *sc
  * A kernel is a plain loop over contiguous floats. BESA__KERNEL compiles its one body three times, for AVX-512, for
  * AVX2 with FMA and for the target of the build, and calls what the processor has. Sums run in 32 lanes that are
  * added up pairwise in the end. Calls base and memory only; the operations below are made of these kernels. */
-
-#if defined(__GNUC__)
-#define BESA__INLINE static inline __attribute__((__always_inline__))
-#else
-#define BESA__INLINE static inline
-#endif
 
 /* Before a loop whose output may be its input: element i depends on no other element. */
 #if defined(__clang__)
@@ -10161,195 +10401,460 @@ static besa_result besa__cpu_rope(besa_backend *be, void *x, const float *cosine
 }
 
 /* ============================================================================================
- * // >>cpu-attention         attention on the CPU: a head at a time
+ * // >>cpu-attention         attention on the CPU: a block of queries at a time
  * ============================================================================================
- * Owns scores and probabilities of a few heads at a time; products go to section cpu-gemm. */
+ * Made of the micro-tiles of section cpu-tiles. K and V of a kv head are packed once, for all query heads of its group.
+ * One step takes a block of queries of one head: their scores fill a strip, a panel (queries, NR) for every NR keys,
+ * which stays in the second-level cache, beside it the strip of their gradient:
+ *
+ *     S = Q K' / sqrt(dh)                     A: rows of Q, B: K by keys         P = softmax(S) in place
+ *     O = P V                                 A: rows of P, packed anew, B: V by dims
+ *     dP = dO V'                              A: rows of dO, B: V by keys        dS = P (dP - rowsum(P dP)) in place
+ *     dQ = dS K / sqrt(dh)                    A: rows of dS, packed anew, B: K by dims
+ *     dV' += dO' P, dK' += Q' dS / sqrt(dh)   A: columns of dO and Q, B: the strip as it is
+ *
+ * All of them leave out the micro-tiles in which no query sees a key. dK' and dV' are sums over query heads and blocks:
+ * the steps of a kv head are dealt out to pieces, as many as sizes alone say. Each piece has sums of its own, and these
+ * are added in order: the bytes do not depend on the number of threads. */
 
-/* One task is one query head of one sequence. Its scores exist for BESA__CPU_QUERIES queries at a time, and only for
- * the keys that one of these queries sees. */
+enum {
+    BESA__CPU_QUERIES = 48,            /* most queries of a block, a multiple of every MR */
+    BESA__CPU_SCORES = 96 << 10,       /* floats of a block's strips, unless MR queries need more */
+    BESA__CPU_KEYS = 256,              /* keys for which rows of a strip are packed at a time, a multiple of every NR */
+    BESA__CPU_PIECES = 12,             /* least pieces of a sequence, where there are as many steps */
+    BESA__CPU_KV = 8 << 20             /* bytes of the kv heads at work, unless one for each thread takes more */
+};
 
-enum { BESA__CPU_QUERIES = 96 }; /* a multiple of every tile's rows */
+typedef struct besa__cpu_attention {
+    const besa_attention_shape *s;
+    besa__gemm_kernel kernel;
+    int bf16, backward;
+    float scale;                       /* 1 / sqrt(dh) */
+    const float *q, *k, *v, *d_o;
+    float *out, *dk, *dv;              /* out: O or dQ */
+    int64_t q_step, k_step;            /* from token to token */
+    int64_t group;                     /* query heads of a kv head */
+    int64_t keys, queries, blocks;     /* keys of a sequence in whole NR; queries of a block; blocks */
+    int64_t pieces;
+    int64_t rows, columns;             /* head_dim in whole MR, in whole NR */
+} besa__cpu_attention;
 
-typedef struct besa__cpu_head {
-    const float *q, *k, *v;            /* (T, dh) with rows q_step, k_step apart */
-    int64_t q_step, k_step, seqlen, head_dim, window;
-    int bf16;
-    void *gemm;                        /* what follows is per thread: scratch of products, */
-    float *p, *dp;                     /* (QUERIES, T) probabilities and their gradient */
-    float *sum;                        /* (QUERIES) */
-} besa__cpu_head;
+/* One kv head of one sequence. */
+typedef struct besa__cpu_kv {
+    float *k_keys, *v_keys;            /* panels (keys / NR)(dh, NR) */
+    float *dims;                       /* V, in the backward pass K: panels (columns / NR)(keys, NR) */
+    float *dk, *dv;                    /* (pieces)(keys / NR)(rows, NR) */
+} besa__cpu_kv;
 
-/* One set of per-thread arrays of attention. */
-static void besa__cpu_attention_place(besa__arena *work, besa__cpu_head *head, int64_t seqlen, int backward)
+/* One block of queries: the arrays are one thread's. */
+typedef struct besa__cpu_queries {
+    const besa__cpu_attention *x;
+    int64_t i0, n, rows;               /* first query, how many, these in whole MR */
+    int64_t j0, j1;                    /* the keys that they see; j0 in whole NR */
+    float *q, *d_o;                    /* panels (rows / MR)(dh, MR) */
+    float *q_columns, *d_o_columns;    /* panels (dh / MR)(n, MR) */
+    float *p, *dp;                     /* the strips: panels ((j1 - j0) / NR)(queries, NR) */
+    float *max, *sum, *dot;            /* (rows, NR), by lanes: row maxima, row sums of P, of P dP */
+    float *packed;                     /* (KEYS, MR) */
+    float *out;                        /* (rows, columns) */
+} besa__cpu_queries;
+
+/* A panel of the strips: keys j .. j + NR - 1, and of the queries, in whole MR, those that see one of them. */
+typedef struct besa__cpu_panel {
+    int64_t j, from, rows;
+    float *p, *dp;                     /* (rows, NR) */
+} besa__cpu_panel;
+
+static int64_t besa__cpu_whole(int64_t n, int64_t size) { return besa__product(besa__parts(n, size), size); }
+
+/* The sizes of an operation; its arrays are still to be set. */
+static besa__cpu_attention besa__cpu_attention_sizes(const besa_attention_shape *s, int bf16, int backward)
 {
-    head->gemm = besa__cpu_gemm_place(work, 1);
-    head->p = besa__take_floats(work, besa__product(BESA__CPU_QUERIES, seqlen));
-    head->dp = backward ? besa__take_floats(work, besa__product(BESA__CPU_QUERIES, seqlen)) : NULL;
-    head->sum = besa__take_floats(work, BESA__CPU_QUERIES);
+    besa__cpu_attention x;
+    int64_t mr, nr, seen;
+    memset(&x, 0, sizeof x);
+    x.s = s, x.kernel = besa__gemm_choose(bf16), x.bf16 = bf16, x.backward = backward;
+    mr = x.kernel.mr, nr = x.kernel.nr;
+    x.scale = 1.0f / sqrtf((float)s->head_dim);
+    x.q_step = besa__product(s->num_attention_heads, s->head_dim);
+    x.k_step = besa__product(s->num_key_value_heads, s->head_dim);
+    x.group = s->num_attention_heads / s->num_key_value_heads;
+    x.rows = besa__cpu_whole(s->head_dim, mr), x.columns = besa__cpu_whole(s->head_dim, nr);
+    x.keys = seen = besa__cpu_whole(s->seqlen, nr);
+    if (s->sliding_window > 0) seen = besa__min(seen, besa__sum(s->sliding_window, BESA__CPU_QUERIES + 2 * nr));
+    x.queries = besa__max(BESA__CPU_SCORES / (1 + backward) / seen / mr, 1) * mr;
+    x.queries = besa__min(x.queries, besa__min(BESA__CPU_QUERIES, besa__cpu_whole(s->seqlen, mr)));
+    x.blocks = besa__parts(s->seqlen, x.queries);
+    x.pieces = besa__min(besa__parts(BESA__CPU_PIECES, s->num_key_value_heads), besa__product(x.group, x.blocks));
+    return x;
 }
 
-/* Query head `index` % heads of sequence index / heads. */
-static void besa__cpu_head_set(besa__cpu_head *head, const besa_backend *be, const besa_attention_shape *s,
-                               int64_t index, const float *q, const float *k, const float *v)
+/* What a kv head needs while it is worked on, and what a thread needs: no less for a longer sequence. */
+static void besa__cpu_kv_place(besa__arena *work, besa__cpu_kv *kv, const besa__cpu_attention *x)
 {
-    int64_t sequence = index / s->num_attention_heads, h = index % s->num_attention_heads;
-    int64_t kv = h / (s->num_attention_heads / s->num_key_value_heads), first = sequence * s->seqlen;
-    head->bf16 = besa__cpu_of(be)->bf16;
-    head->seqlen = s->seqlen, head->head_dim = s->head_dim, head->window = s->sliding_window;
-    head->q_step = s->num_attention_heads * s->head_dim;
-    head->k_step = s->num_key_value_heads * s->head_dim;
-    head->q = q + first * head->q_step + h * s->head_dim;
-    head->k = k + first * head->k_step + kv * s->head_dim;
-    head->v = v + first * head->k_step + kv * s->head_dim;
+    int64_t sums = x->backward ? besa__product(x->pieces, besa__product(x->keys, x->rows)) : 0;
+    kv->k_keys = besa__take_floats(work, besa__product(x->keys, x->s->head_dim));
+    kv->v_keys = besa__take_floats(work, x->backward ? besa__product(x->keys, x->s->head_dim) : 0);
+    kv->dims = besa__take_floats(work, besa__product(x->keys, x->columns));
+    kv->dk = besa__take_floats(work, sums);
+    kv->dv = besa__take_floats(work, sums);
+}
+
+static void besa__cpu_queries_place(besa__arena *work, besa__cpu_queries *b, const besa__cpu_attention *x)
+{
+    int64_t n = BESA__CPU_QUERIES, lanes = n * x->kernel.nr, back = x->backward;
+    int64_t rows = besa__product(n, x->s->head_dim), columns = besa__product(back * n, x->rows);
+    int64_t strip = besa__max(BESA__CPU_SCORES / (1 + back), besa__product(x->kernel.mr, x->keys));
+    strip = besa__min(strip, besa__product(n, x->keys));
+    b->x = x;
+    b->q = besa__take_floats(work, rows);
+    b->d_o = besa__take_floats(work, besa__product(back, rows));
+    b->q_columns = besa__take_floats(work, columns);
+    b->d_o_columns = besa__take_floats(work, columns);
+    b->p = besa__take_floats(work, strip);
+    b->dp = besa__take_floats(work, besa__product(back, strip));
+    b->max = besa__take_floats(work, lanes);
+    b->sum = besa__take_floats(work, lanes);
+    b->dot = besa__take_floats(work, back * lanes);
+    b->packed = besa__take_floats(work, BESA__CPU_KEYS * x->kernel.mr);
+    b->out = besa__take_floats(work, besa__product(n, x->columns));
+}
+
+/* Packs NR keys of one kv head, K and V. */
+static void besa__cpu_kv_pack(const besa__cpu_attention *x, const besa__cpu_kv *kv, int64_t head, int64_t panel)
+{
+    int64_t nr = x->kernel.nr, dh = x->s->head_dim, heads = x->s->num_key_value_heads;
+    int64_t j = panel * nr, n = besa__min(nr, x->s->seqlen - j), to = j * besa__parts(dh, x->kernel.unit);
+    int64_t at = (head / heads * x->s->seqlen + j) * x->k_step + head % heads * dh;
+    besa__gemm_operand k = {x->k, BESA_F32, x->k_step, 1, x->bf16}, v = {x->v, BESA_F32, x->k_step, 1, x->bf16};
+    besa__gemm_operand dims = {x->backward ? x->k : x->v, BESA_F32, 1, x->k_step, x->bf16};
+    x->kernel.pack(kv->k_keys + to, nr, &k, at, n, dh);
+    if (x->backward) x->kernel.pack(kv->v_keys + to, nr, &v, at, n, dh);
+    for (int64_t d = 0; d < dh; d += nr)
+        x->kernel.pack(kv->dims + (d * x->keys + j * nr) / x->kernel.unit, nr, &dims, at + d, besa__min(nr, dh - d), n);
+}
+
+/* Panels of a block's rows, and of its columns; `from` is its first row. */
+static void besa__cpu_queries_pack(const besa__cpu_queries *b, float *rows, float *columns, const float *from)
+{
+    const besa__cpu_attention *x = b->x;
+    int64_t mr = x->kernel.mr, unit = x->kernel.unit, dh = x->s->head_dim;
+    besa__gemm_operand row = {from, BESA_F32, x->q_step, 1, x->bf16}, column = {from, BESA_F32, 1, x->q_step, x->bf16};
+    for (int64_t r = 0; r < b->n; r += mr)
+        x->kernel.pack(rows + r * besa__parts(dh, unit), mr, &row, r * x->q_step, besa__min(mr, b->n - r), dh);
+    for (int64_t d = 0; x->backward && d < dh; d += mr)
+        x->kernel.pack(columns + d * besa__parts(b->n, unit), mr, &column, d, besa__min(mr, dh - d), b->n);
 }
 
 /* The first key that query i sees. */
-static int64_t besa__cpu_first_key(const besa__cpu_head *head, int64_t i)
+static int64_t besa__cpu_first_key(const besa__cpu_attention *x, int64_t i)
 {
-    return head->window > 0 ? besa__max(0, i - head->window + 1) : 0;
+    int64_t window = x->s->sliding_window;
+    return window > 0 ? besa__max(0, i - window + 1) : 0;
 }
 
-/* p(n, keys) = exp(scores - row maximum) of queries i0 .. i0+n-1 and keys j0 .. j0+keys-1, 0 where masked;
- * sum(n) = row sums, so that p / sum is the softmax */
-static void besa__cpu_attention_scores(const besa__cpu_head *head, int64_t i0, int64_t n, int64_t j0, int64_t keys)
+static besa__cpu_panel besa__cpu_panel_at(const besa__cpu_queries *b, int64_t j)
 {
-    besa__gemm_args g = besa__cpu_product(head->p, n, keys, head->head_dim);
-    besa__cpu_operand_a(&g, head->q + i0 * head->q_step, BESA_F32, head->q_step, 1);
-    besa__cpu_operand_b(&g, head->k + j0 * head->k_step, BESA_F32, 1, head->k_step);
-    g.alpha = 1.0f / sqrtf((float)head->head_dim);
-    besa__gemm_serial(&g, head->bf16, head->gemm);
+    int64_t mr = b->x->kernel.mr, nr = b->x->kernel.nr, window = b->x->s->sliding_window, end = b->rows, at;
+    besa__cpu_panel c;
+    if (window > 0) end = besa__min(end, besa__sum(j + nr - 1, window) - b->i0);
+    c.j = j, c.from = besa__max(j - b->i0, 0) / mr * mr;
+    c.rows = besa__cpu_whole(end, mr) - c.from;
+    at = (j - b->j0) * b->x->queries + c.from * nr;
+    c.p = b->p + at, c.dp = b->x->backward ? b->dp + at : NULL;
+    return c;
+}
+
+/* C(rows, NR) = alpha A B [+ C], A in panels of MR rows `step` apart */
+static void besa__cpu_tiles(const besa__gemm_kernel *kernel, float *c, int64_t rows, const float *a, int64_t step,
+                            const float *b, int64_t units, float alpha, int add)
+{
+    for (int64_t r = 0; r < rows; r += kernel->mr, a += step, c += kernel->mr * kernel->nr)
+        kernel->tile(units, a, b, c, kernel->nr, alpha, add, NULL);
+}
+
+/* What a query does not see becomes -inf. */
+static void besa__cpu_attention_mask(const besa__cpu_queries *b, const besa__cpu_panel *c)
+{
+    const float hidden = besa__bits_float(0xFF800000u);
+    int64_t nr = b->x->kernel.nr, first = b->i0 + c->from, end = first + c->rows;
+    if (b->x->s->sliding_window <= 0) end = besa__min(end, c->j + nr);    /* the others see all of the panel */
+    for (int64_t i = first; i < end; i++) {
+        float *row = c->p + (i - first) * nr;
+        int64_t before = besa__min(besa__cpu_first_key(b->x, i) - c->j, nr);
+        for (int64_t l = 0; l < before; l++) row[l] = hidden;
+        for (int64_t l = besa__max(i + 1 - c->j, 0); l < nr; l++) row[l] = hidden;
+    }
+}
+
+/* max = max(max, x) */
+BESA__INLINE void besa__cpu_lanes_max_body(float *max, const float *x, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) max[i] = max[i] < x[i] ? x[i] : max[i];
+}
+BESA__KERNEL(besa__cpu_lanes_max, (float *max, const float *x, int64_t n), (max, x, n))
+
+/* exp(x) of x <= 0 as in besa__exp, but 0 where it would be subnormal: there k = -127, whose 2^k has no bits set. */
+BESA__INLINE float besa__exp_falling(float x)
+{
+    const float magic = 12582912.0f;
+    uint32_t low = 0u - (uint32_t)(x < -88.0f); /* max(x, -88) by bits, which vectorises; NaN stays NaN */
+    float y = besa__bits_float((besa__float_bits(x) & ~low) | (0xC2B00000u & low)), t = y * 1.44269504f + magic;
+    float n = t - magic, r = (y - n * 0.693359375f) + n * 2.12194440e-4f, p = 1.98412698e-4f;
+    p = p * r + 1.38888889e-3f;
+    p = p * r + 8.33333333e-3f;
+    p = p * r + 4.16666667e-2f;
+    p = p * r + 1.66666667e-1f;
+    p = p * r + 0.5f;
+    p = p * (r * r) + r;
+    return (p + 1.0f) * besa__bits_float((besa__float_bits(t) + 127) << 23);
+}
+
+/* x = exp(x - max), sum += x */
+BESA__INLINE void besa__cpu_lanes_exp_body(float *sum, float *x, const float *max, int64_t n)
+{
+    BESA__ELEMENTWISE
     for (int64_t i = 0; i < n; i++) {
-        float *row = head->p + i * keys;
-        int64_t begin = besa__cpu_first_key(head, i0 + i) - j0, end = i0 + i + 1 - j0;
-        for (int64_t j = 0; j < begin; j++) row[j] = 0.0f;
-        head->sum[i] = besa__cpu_exp_sum(row + begin, row + begin, besa__cpu_row_max(row + begin, end - begin), end - begin);
-        for (int64_t j = end; j < keys; j++) row[j] = 0.0f;
+        float e = besa__exp_falling(x[i] - max[i]);
+        x[i] = e;
+        sum[i] += e;
+    }
+}
+BESA__KERNEL(besa__cpu_lanes_exp, (float *sum, float *x, const float *max, int64_t n), (sum, x, max, n))
+
+/* sum += x y */
+BESA__INLINE void besa__cpu_lanes_dot_body(float *sum, const float *x, const float *y, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) sum[i] += x[i] * y[i];
+}
+BESA__KERNEL(besa__cpu_lanes_dot, (float *sum, const float *x, const float *y, int64_t n), (sum, x, y, n))
+
+/* p = p scale, dp = p (dp - dot scale): the derivative of the softmax */
+BESA__INLINE void besa__cpu_lanes_back_body(float *p, float *dp, const float *scale, const float *dot, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float probability = p[i] * scale[i];
+        p[i] = probability;
+        dp[i] = probability * (dp[i] - dot[i] * scale[i]);
+    }
+}
+BESA__KERNEL(besa__cpu_lanes_back, (float *p, float *dp, const float *scale, const float *dot, int64_t n),
+             (p, dp, scale, dot, n))
+
+/* Every lane of a row, NR of them, a multiple of 8, becomes the row's maximum (kind 0), sum (1), or 1 / sum (2). */
+BESA__INLINE void besa__cpu_lanes_join_body(float *lane, int64_t rows, int64_t nr, int kind)
+{
+    for (; rows > 0; rows--, lane += nr) {
+        float a[8];
+        memcpy(a, lane, sizeof a);
+        for (int64_t at = 8; at < nr; at += 8)
+            for (int l = 0; l < 8; l++) a[l] = kind ? a[l] + lane[at + l] : a[l] < lane[at + l] ? lane[at + l] : a[l];
+        for (int width = 4; width > 0; width /= 2)
+            for (int l = 0, m = width; l < width; l++, m++) a[l] = kind ? a[l] + a[m] : a[l] < a[m] ? a[m] : a[l];
+        if (kind == 2) a[0] = 1.0f / a[0];
+        for (int64_t l = 0; l < nr; l++) lane[l] = a[0];
+    }
+}
+BESA__KERNEL(besa__cpu_lanes_join, (float *lane, int64_t rows, int64_t nr, int kind), (lane, rows, nr, kind))
+
+/* The strips = S and dP, -inf where masked, and the row maxima. */
+static void besa__cpu_attention_scores(const besa__cpu_queries *b, const besa__cpu_kv *kv)
+{
+    const besa__cpu_attention *x = b->x;
+    int64_t nr = x->kernel.nr, units = besa__parts(x->s->head_dim, x->kernel.unit), step = x->kernel.mr * units;
+    for (int64_t i = 0; i < b->rows * nr; i++) b->max[i] = besa__bits_float(0xFF800000u);
+    for (int64_t j = b->j0; j < b->j1; j += nr) {
+        besa__cpu_panel c = besa__cpu_panel_at(b, j);
+        int64_t at = c.from * units;
+        besa__cpu_tiles(&x->kernel, c.p, c.rows, b->q + at, step, kv->k_keys + j * units, units, x->scale, 0);
+        if (x->backward) besa__cpu_tiles(&x->kernel, c.dp, c.rows, b->d_o + at, step, kv->v_keys + j * units, units, 1.0f, 0);
+        besa__cpu_attention_mask(b, &c);
+        besa__cpu_lanes_max(b->max + c.from * nr, c.p, c.rows * nr);
+    }
+    besa__cpu_lanes_join(b->max, b->rows, nr, 0);
+}
+
+/* The strips = exp(S - row maximum) and dP, sum = 1 / the row sums; in the backward pass P and dS */
+static void besa__cpu_attention_softmax(const besa__cpu_queries *b)
+{
+    int64_t nr = b->x->kernel.nr;
+    memset(b->sum, 0, (size_t)(b->rows * nr) * sizeof *b->sum);
+    if (b->x->backward) memset(b->dot, 0, (size_t)(b->rows * nr) * sizeof *b->dot);
+    for (int64_t j = b->j0; j < b->j1; j += nr) {
+        besa__cpu_panel c = besa__cpu_panel_at(b, j);
+        besa__cpu_lanes_exp(b->sum + c.from * nr, c.p, b->max + c.from * nr, c.rows * nr);
+        if (b->x->backward) besa__cpu_lanes_dot(b->dot + c.from * nr, c.p, c.dp, c.rows * nr);
+    }
+    besa__cpu_lanes_join(b->sum, b->rows, nr, 2);
+    if (!b->x->backward) return;
+    besa__cpu_lanes_join(b->dot, b->rows, nr, 1);
+    for (int64_t j = b->j0; j < b->j1; j += nr) {
+        besa__cpu_panel c = besa__cpu_panel_at(b, j);
+        besa__cpu_lanes_back(c.p, c.dp, b->sum + c.from * nr, b->dot + c.from * nr, c.rows * nr);
     }
 }
 
-/* O (T, dh) of one head */
-static void besa__cpu_attention_forward_head(const besa__cpu_head *head, float *o)
+/* to (n, dh) = strip V / row sums, in the backward pass strip K / sqrt(dh) */
+static void besa__cpu_attention_mix(const besa__cpu_queries *b, const besa__cpu_kv *kv, const float *strip, float *to)
 {
-    for (int64_t i0 = 0; i0 < head->seqlen; i0 += BESA__CPU_QUERIES) {
-        int64_t n = besa__min(BESA__CPU_QUERIES, head->seqlen - i0);
-        int64_t j0 = besa__cpu_first_key(head, i0), keys = i0 + n - j0;
-        besa__gemm_args g = besa__cpu_product(o + i0 * head->q_step, n, head->head_dim, keys);
-        besa__cpu_attention_scores(head, i0, n, j0, keys);
-        besa__cpu_operand_a(&g, head->p, BESA_F32, keys, 1);
-        besa__cpu_operand_b(&g, head->v + j0 * head->k_step, BESA_F32, head->k_step, 1);
-        g.c_row = head->q_step;
-        besa__gemm_serial(&g, head->bf16, head->gemm);
-        for (int64_t i = 0; i < n; i++)
-            besa__cpu_scale(g.c + i * head->q_step, 1.0f / head->sum[i], head->head_dim);
+    const besa__cpu_attention *x = b->x;
+    int64_t mr = x->kernel.mr, nr = x->kernel.nr, unit = x->kernel.unit, dh = x->s->head_dim;
+    besa__gemm_operand rows = {strip, BESA_F32, nr, 1, x->bf16};
+    for (int64_t j0 = b->j0; j0 < b->j1; j0 += BESA__CPU_KEYS)
+        for (int64_t r = 0; r < b->rows; r += mr) {
+            int64_t first = besa__cpu_first_key(x, b->i0 + r) / nr * nr, begin = besa__max(j0, first);
+            int64_t end = besa__min(besa__min(j0 + BESA__CPU_KEYS, b->i0 + r + mr), x->s->seqlen);
+            for (int64_t j = begin; j < end; j += nr)
+                x->kernel.pack(b->packed + (j - begin) * mr / unit, mr, &rows, (j - b->j0) * x->queries + r * nr, mr,
+                               besa__min(nr, end - j));
+            for (int64_t d = 0; begin < end && d < dh; d += nr)
+                x->kernel.tile(besa__parts(end - begin, unit), b->packed, kv->dims + (d * x->keys + begin * nr) / unit,
+                               b->out + r * x->columns + d, x->columns, 1.0f, begin > first, NULL);
+        }
+    for (int64_t r = 0; r < b->n; r++) {
+        besa__cpu_scale(b->out + r * x->columns, x->backward ? x->scale : b->sum[r * nr], dh);
+        memcpy(to + r * x->q_step, b->out + r * x->columns, (size_t)dh * sizeof *to);
     }
+}
+
+/* Rows of NR floats as bf16, in place: rounded, or (unit 2) two rows as one row of pairs */
+BESA__INLINE void besa__cpu_round_rows_body(float *p, int64_t rows, int64_t nr, int64_t unit)
+{
+    for (int64_t r = 0; r < rows; r += unit)
+        BESA__ELEMENTWISE
+        for (int64_t l = 0; l < nr; l++) {
+            uint32_t low = besa__f32_to_bf16(p[r * nr + l]), high = besa__f32_to_bf16(p[(r + unit - 1) * nr + l]);
+            p[r / unit * nr + l] = besa__bits_float(high << 16 | (unit == 2 ? low : 0));
+        }
+}
+BESA__KERNEL(besa__cpu_round_rows, (float *p, int64_t rows, int64_t nr, int64_t unit), (p, rows, nr, unit))
+
+/* dV' += dO' P, dK' += Q' dS / sqrt(dh) */
+static void besa__cpu_attention_gather(const besa__cpu_queries *b, float *dk, float *dv)
+{
+    const besa__cpu_attention *x = b->x;
+    int64_t mr = x->kernel.mr, nr = x->kernel.nr, unit = x->kernel.unit, step = besa__parts(b->n, unit) * mr;
+    for (int64_t j = b->j0; j < b->j1; j += nr) {
+        besa__cpu_panel c = besa__cpu_panel_at(b, j);
+        int64_t units = besa__parts(besa__min(c.rows, b->n - c.from), unit), at = c.from / unit * mr;
+        if (x->bf16) besa__cpu_round_rows(c.p, c.rows, nr, unit), besa__cpu_round_rows(c.dp, c.rows, nr, unit);
+        besa__cpu_tiles(&x->kernel, dv + j * x->rows, x->rows, b->d_o_columns + at, step, c.p, units, 1.0f, 1);
+        besa__cpu_tiles(&x->kernel, dk + j * x->rows, x->rows, b->q_columns + at, step, c.dp, units, x->scale, 1);
+    }
+}
+
+/* Step `step` of a kv head, the longest first: O of a block of queries, or dQ and what it adds to dK' and dV' */
+static void besa__cpu_attention_step(besa__cpu_queries *b, const besa__cpu_kv *kv, int64_t head, int64_t step, float *dk,
+                                     float *dv)
+{
+    const besa__cpu_attention *x = b->x;
+    int64_t heads = x->s->num_key_value_heads, at = (head % heads * x->group + step % x->group) * x->s->head_dim;
+    b->i0 = (x->blocks - 1 - step / x->group) * x->queries;
+    b->n = besa__min(x->queries, x->s->seqlen - b->i0), b->rows = besa__cpu_whole(b->n, x->kernel.mr);
+    b->j0 = besa__cpu_first_key(x, b->i0) / x->kernel.nr * x->kernel.nr, b->j1 = b->i0 + b->n;
+    at += (head / heads * x->s->seqlen + b->i0) * x->q_step;
+    besa__cpu_queries_pack(b, b->q, b->q_columns, x->q + at);
+    if (x->backward) besa__cpu_queries_pack(b, b->d_o, b->d_o_columns, x->d_o + at);
+    besa__cpu_attention_scores(b, kv);
+    besa__cpu_attention_softmax(b);
+    besa__cpu_attention_mix(b, kv, x->backward ? b->dp : b->p, x->out + at);
+    if (x->backward) besa__cpu_attention_gather(b, dk, dv);
+}
+
+static void besa__cpu_attention_piece(besa__cpu_queries *b, const besa__cpu_kv *kv, int64_t head, int64_t piece)
+{
+    const besa__cpu_attention *x = b->x;
+    int64_t size = x->keys * x->rows;
+    float *dk = kv->dk + piece * size, *dv = kv->dv + piece * size;
+    memset(dk, 0, (size_t)size * sizeof *dk);
+    memset(dv, 0, (size_t)size * sizeof *dv);
+    for (int64_t step = piece; step < x->group * x->blocks; step += x->pieces)
+        besa__cpu_attention_step(b, kv, head, step, dk, dv);
+}
+
+/* NR keys of dK or dV of one kv head = the pieces' sums, transposed; part is (pieces)(keys / NR)(rows, NR) */
+static void besa__cpu_attention_sum(const besa__cpu_queries *b, float *dst, float *part, int64_t head, int64_t panel)
+{
+    const besa__cpu_attention *x = b->x;
+    besa__gemm_kernel kernel = besa__gemm_choose(0);
+    int64_t nr = x->kernel.nr, dh = x->s->head_dim, heads = x->s->num_key_value_heads, j = panel * nr;
+    int64_t n = besa__min(nr, x->s->seqlen - j);
+    besa__gemm_operand sum = {part + j * x->rows, BESA_F32, nr, 1, 0};
+    for (int64_t piece = 1; piece < x->pieces; piece++)
+        besa__cpu_axpy(part + j * x->rows, 1.0f, part + (piece * x->keys + j) * x->rows, x->rows * nr);
+    dst += (head / heads * x->s->seqlen + j) * x->k_step + head % heads * dh;
+    for (int64_t d = 0; d < dh; d += nr) {
+        int64_t width = besa__min(nr, dh - d);
+        kernel.pack(b->p, nr, &sum, d * nr, width, n);
+        for (int64_t i = 0; i < n; i++) memcpy(dst + i * x->k_step + d, b->p + i * nr, (size_t)width * sizeof *dst);
+    }
+}
+
+/* kv heads head .. head + heads - 1 are worked on: their arrays and those of the threads */
+typedef struct besa__cpu_attention_round {
+    const besa__cpu_attention *x;
+    besa__arena work, kv, thread;      /* the workspace; the sizes of one kv head's part of it, and of one thread's */
+    int64_t head, heads;
+} besa__cpu_attention_round;
+
+/* All panels are packed (stage 0), all steps taken (1), the pieces added up (2). */
+static void besa__cpu_attention_stage(besa_backend *be, const besa__cpu_attention_round *a, int stage)
+{
+    const besa__cpu_attention *x = a->x;
+    int64_t panels = x->keys / x->kernel.nr, steps = x->backward ? x->pieces : x->group * x->blocks;
+    int64_t tasks = a->heads * (stage == 1 ? steps : panels);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t index = task % a->heads, head = a->head + index, part = task / a->heads;
+        besa__arena kv_work = {a->work.base + a->work.used + (size_t)a->kv.used * (size_t)index, 0};
+        besa__arena mine = {a->work.base + (size_t)a->thread.used * (size_t)BESA__THREAD_INDEX(), 0};
+        besa__cpu_kv kv;
+        besa__cpu_queries b;
+        besa__cpu_kv_place(&kv_work, &kv, x);
+        besa__cpu_queries_place(&mine, &b, x);
+        if (stage == 0) besa__cpu_kv_pack(x, &kv, head, part);
+        else if (stage == 2) {
+            besa__cpu_attention_sum(&b, x->dk, kv.dk, head, part);
+            besa__cpu_attention_sum(&b, x->dv, kv.dv, head, part);
+        } else if (x->backward) besa__cpu_attention_piece(&b, &kv, head, part);
+        else besa__cpu_attention_step(&b, &kv, head, part, NULL, NULL);
+    }
+}
+
+/* As many kv heads at a time as the workspace holds and as stay in the last-level cache, but one for each thread: the
+ * fewer rounds, the less do threads wait for each other. */
+static besa_result besa__cpu_attention_run(besa_backend *be, const besa__cpu_attention *x)
+{
+    int64_t all = x->s->batch * x->s->num_key_value_heads, threads = besa__cpu_of(be)->threads, most;
+    besa__arena none = {NULL, 0};
+    besa__cpu_attention_round a;
+    besa__cpu_queries b;
+    besa__cpu_kv kv;
+    a.x = x, a.work = besa__cpu_work(be), a.kv = a.thread = none;
+    besa__cpu_queries_place(&a.thread, &b, x);
+    besa__cpu_kv_place(&a.kv, &kv, x);
+    besa__take_parts(&a.work, &a.thread, threads);
+    BESA_ASSERT(a.work.used + a.kv.used <= be->workspace_bytes);
+    most = besa__max(threads, (int64_t)(BESA__CPU_KV / a.kv.used));
+    most = besa__min(most, (int64_t)((be->workspace_bytes - a.work.used) / a.kv.used));
+    for (a.head = 0; a.head < all; a.head += a.heads) {
+        a.heads = besa__min(most, all - a.head);
+        for (int stage = 0; stage < 2 + x->backward; stage++) besa__cpu_attention_stage(be, &a, stage);
+    }
+    return BESA_OK;
 }
 
 /* O(T, heads * dh) = softmax_causal(Q K' / sqrt(dh)) V */
 static besa_result besa__cpu_attention_forward(besa_backend *be, void *o, const void *q, const void *k, const void *v,
                                                const besa_attention_shape *s)
 {
-    int64_t tasks = s->batch * s->num_attention_heads;
-    besa__arena work = besa__cpu_work(be), one = {NULL, 0};
-    besa__cpu_head sizes;
-    besa__cpu_attention_place(&one, &sizes, s->seqlen, 0);
-    besa__take_parts(&work, &one, besa__cpu_of(be)->threads);
-    BESA__CPU_FITS(be, work);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        besa__cpu_head head;
-        besa__arena mine;
-        mine.base = work.base + (size_t)one.used * (size_t)BESA__THREAD_INDEX();
-        mine.used = 0;
-        besa__cpu_attention_place(&mine, &head, s->seqlen, 0);
-        besa__cpu_head_set(&head, be, s, task, (const float *)q, (const float *)k, (const float *)v);
-        besa__cpu_attention_forward_head(&head, (float *)o + (head.q - (const float *)q));
-    }
-    return BESA_OK;
-}
-
-/* dp (n) = p (dp - sum p dp): the derivative of the softmax */
-BESA__INLINE void besa__cpu_softmax_back_body(float *dp, const float *p, float dot, int64_t n)
-{
-    BESA__ELEMENTWISE
-    for (int64_t j = 0; j < n; j++) dp[j] = p[j] * (dp[j] - dot);
-}
-BESA__KERNEL(besa__cpu_softmax_back, (float *dp, const float *p, float dot, int64_t n), (dp, p, dot, n))
-
-/* Queries i0 .. i0+n-1: p and dp as scores and their gradient dS, from dO:
- * dP = dO V', dS = P (dP - sum_j P dP) */
-static void besa__cpu_attention_backward_scores(const besa__cpu_head *head, const float *d_o, int64_t i0, int64_t n,
-                                                int64_t j0, int64_t keys)
-{
-    besa__gemm_args g = besa__cpu_product(head->dp, n, keys, head->head_dim);
-    besa__cpu_attention_scores(head, i0, n, j0, keys);
-    besa__cpu_operand_a(&g, d_o + i0 * head->q_step, BESA_F32, head->q_step, 1);
-    besa__cpu_operand_b(&g, head->v + j0 * head->k_step, BESA_F32, 1, head->k_step);
-    besa__gemm_serial(&g, head->bf16, head->gemm);
-    for (int64_t i = 0; i < n; i++) {
-        float *p = head->p + i * keys, *dp = head->dp + i * keys;
-        besa__cpu_scale(p, 1.0f / head->sum[i], keys);
-        besa__cpu_softmax_back(dp, p, besa__cpu_dot(p, dp, keys), keys);
-    }
-}
-
-/* dQ (T, dh) of one head, assigned; dK, dV (T, dh), rows dk_step apart, assigned too */
-static void besa__cpu_attention_backward_head(const besa__cpu_head *head, float *dq, float *dk, float *dv,
-                                              int64_t dk_step, const float *d_o)
-{
-    for (int64_t t = 0; t < head->seqlen; t++) {
-        memset(dk + t * dk_step, 0, (size_t)head->head_dim * sizeof *dk);
-        memset(dv + t * dk_step, 0, (size_t)head->head_dim * sizeof *dv);
-    }
-    for (int64_t i0 = 0; i0 < head->seqlen; i0 += BESA__CPU_QUERIES) {
-        int64_t n = besa__min(BESA__CPU_QUERIES, head->seqlen - i0);
-        int64_t j0 = besa__cpu_first_key(head, i0), keys = i0 + n - j0;
-        besa__gemm_args g = besa__cpu_product(dq + i0 * head->q_step, n, head->head_dim, keys);
-        besa__cpu_attention_backward_scores(head, d_o, i0, n, j0, keys);
-        besa__cpu_operand_a(&g, head->dp, BESA_F32, keys, 1); /* dQ = dS K / sqrt(dh) */
-        besa__cpu_operand_b(&g, head->k + j0 * head->k_step, BESA_F32, head->k_step, 1);
-        g.c_row = head->q_step;
-        g.alpha = 1.0f / sqrtf((float)head->head_dim);
-        besa__gemm_serial(&g, head->bf16, head->gemm);
-        g.m = keys, g.k = n; /* dK += dS' Q / sqrt(dh) */
-        g.c = dk + j0 * dk_step, g.c_row = dk_step;
-        g.accumulate = 1;
-        besa__cpu_operand_a(&g, head->dp, BESA_F32, 1, keys);
-        besa__cpu_operand_b(&g, head->q + i0 * head->q_step, BESA_F32, head->q_step, 1);
-        besa__gemm_serial(&g, head->bf16, head->gemm);
-        g.c = dv + j0 * dk_step; /* dV += P' dO */
-        g.alpha = 1.0f;
-        besa__cpu_operand_a(&g, head->p, BESA_F32, 1, keys);
-        besa__cpu_operand_b(&g, d_o + i0 * head->q_step, BESA_F32, head->q_step, 1);
-        besa__gemm_serial(&g, head->bf16, head->gemm);
-    }
-}
-
-/* dst(T, kv_heads * dh) = sum over the query heads of each kv head of part(batch * heads, seqlen, dh) */
-static void besa__cpu_attention_reduce(besa_backend *be, float *dst, const float *part, const besa_attention_shape *s)
-{
-    int64_t grain = 64, pieces = besa__parts(s->seqlen, grain), tasks = s->batch * s->num_key_value_heads * pieces;
-    int64_t share = s->num_attention_heads / s->num_key_value_heads, dh = s->head_dim;
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        int64_t sequence = task / pieces / s->num_key_value_heads, kv = task / pieces % s->num_key_value_heads;
-        int64_t begin = task % pieces * grain, end = besa__min(s->seqlen, begin + grain);
-        for (int64_t t = begin; t < end; t++) {
-            float *row = dst + ((sequence * s->seqlen + t) * s->num_key_value_heads + kv) * dh;
-            const float *from = part + ((sequence * s->num_attention_heads + kv * share) * s->seqlen + t) * dh;
-            memcpy(row, from, (size_t)dh * sizeof *row);
-            for (int64_t h = 1; h < share; h++) besa__cpu_axpy(row, 1.0f, from + h * s->seqlen * dh, dh);
-        }
-    }
-}
-
-/* dK and dV of every query head, (batch * heads, seqlen, dh) each; not used where each has a kv head of its own */
-static void besa__cpu_attention_parts_place(besa__arena *work, float **dk, float **dv, int64_t tokens, int64_t heads,
-                                            int64_t kv_heads, int64_t head_dim)
-{
-    *dk = *dv = NULL;
-    if (heads == kv_heads) return;
-    *dk = besa__take_floats(work, besa__product(tokens, besa__product(heads, head_dim)));
-    *dv = besa__take_floats(work, besa__product(tokens, besa__product(heads, head_dim)));
+    besa__cpu_attention x = besa__cpu_attention_sizes(s, besa__cpu_of(be)->bf16, 0);
+    x.q = (const float *)q, x.k = (const float *)k, x.v = (const float *)v;
+    x.out = (float *)o;
+    return besa__cpu_attention_run(be, &x);
 }
 
 /* dQ(T, heads * dh), dK, dV (T, kv_heads * dh) */
@@ -10357,37 +10862,10 @@ static besa_result besa__cpu_attention_backward(besa_backend *be, void *dq, void
                                                 const void *q, const void *k, const void *v,
                                                 const besa_attention_shape *s)
 {
-    int64_t tasks = s->batch * s->num_attention_heads, dh = s->head_dim;
-    besa__arena work = besa__cpu_work(be), one = {NULL, 0};
-    besa__cpu_head sizes;
-    float *dk_part, *dv_part;
-    unsigned char *base;
-    besa__cpu_attention_parts_place(&work, &dk_part, &dv_part, s->batch * s->seqlen, s->num_attention_heads,
-                                    s->num_key_value_heads, dh);
-    base = work.base + work.used;
-    besa__cpu_attention_place(&one, &sizes, s->seqlen, 1);
-    besa__take_parts(&work, &one, besa__cpu_of(be)->threads);
-    BESA__CPU_FITS(be, work);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        besa__cpu_head head;
-        besa__arena mine;
-        int64_t at, k_at;
-        mine.base = base + (size_t)one.used * (size_t)BESA__THREAD_INDEX();
-        mine.used = 0;
-        besa__cpu_attention_place(&mine, &head, s->seqlen, 1);
-        besa__cpu_head_set(&head, be, s, task, (const float *)q, (const float *)k, (const float *)v);
-        at = head.q - (const float *)q;
-        k_at = dk_part ? task * s->seqlen * dh : head.k - (const float *)k;
-        besa__cpu_attention_backward_head(&head, (float *)dq + at, (dk_part ? dk_part : (float *)dk) + k_at,
-                                          (dv_part ? dv_part : (float *)dv) + k_at, dk_part ? dh : head.k_step,
-                                          (const float *)d_o + at);
-    }
-    if (dk_part) {
-        besa__cpu_attention_reduce(be, (float *)dk, dk_part, s);
-        besa__cpu_attention_reduce(be, (float *)dv, dv_part, s);
-    }
-    return BESA_OK;
+    besa__cpu_attention x = besa__cpu_attention_sizes(s, besa__cpu_of(be)->bf16, 1);
+    x.q = (const float *)q, x.k = (const float *)k, x.v = (const float *)v, x.d_o = (const float *)d_o;
+    x.out = (float *)dq, x.dk = (float *)dk, x.dv = (float *)dv;
+    return besa__cpu_attention_run(be, &x);
 }
 
 /* ============================================================================================
@@ -11837,17 +12315,31 @@ static uint64_t besa__cpu_gemm_bytes(const besa_workload *w, int threads)
     return work.used;
 }
 
+/* One kv head for each thread, or more of them where they are small; no more than there are. */
 static uint64_t besa__cpu_attention_bytes(const besa_workload *w, int threads)
 {
-    besa__arena work = {NULL, 0}, one = {NULL, 0};
-    besa__cpu_head head;
-    float *dk, *dv;
-    if (w->num_attention_heads <= 0 || w->tokens <= 0) return 0;
-    besa__cpu_attention_parts_place(&work, &dk, &dv, w->tokens, w->num_attention_heads, w->num_key_value_heads,
-                                    w->head_dim);
-    besa__cpu_attention_place(&one, &head, w->seqlen, 1);
-    besa__take_parts(&work, &one, threads);
-    return work.used;
+    besa_attention_shape s = {1, w->seqlen, w->num_attention_heads, w->num_key_value_heads, w->head_dim, 0};
+    uint64_t most = 0;
+    if (w->num_key_value_heads <= 0 || w->tokens <= 0 || w->seqlen <= 0) return 0;
+    for (int backward = 0; backward < 2; backward++) {
+        besa__cpu_attention x = besa__cpu_attention_sizes(&s, 0, backward);
+        besa__arena work = {NULL, 0}, one = {NULL, 0}, team = {NULL, 0}, all = {NULL, 0};
+        besa__cpu_queries b;
+        besa__cpu_kv kv;
+        besa__cpu_queries_place(&one, &b, &x);
+        besa__take_parts(&work, &one, threads);
+        one.used = 0;
+        besa__cpu_kv_place(&one, &kv, &x);
+        besa__take_parts(&team, &one, threads);
+        x.keys = besa__cpu_whole(besa__max(w->tokens, w->seqlen), x.kernel.nr);
+        one.used = 0;
+        besa__cpu_kv_place(&one, &kv, &x);
+        besa__take_parts(&all, &one, s.num_key_value_heads);
+        if (team.used < BESA__CPU_KV) team.used = BESA__CPU_KV;
+        work.used = besa__add_sizes(work.used, team.used < all.used ? team.used : all.used);
+        most = work.used > most ? work.used : most;
+    }
+    return most;
 }
 
 static uint64_t besa__cpu_column_sumsq_bytes(const besa_workload *w, int threads)

@@ -1549,6 +1549,12 @@ static const ops_case ops_cases[] = {
     {"rope 3/1 dh 254", ops_rope, {3, 1, 1, 254}, BESA_F32, "t"}, {"rope 1x1 5 heads dh 200", ops_rope, {1, 1, 5, 200}, BESA_F32, "t"},
     {"attention 3x31 mqa", ops_attention, {3, 31, 3, 1, 33, 0}, BESA_F32, "t"}, {"attention 1x127 dh 1", ops_attention, {1, 127, 2, 1, 1, 0}, BESA_F32, "t"},
     {"attention 1x1000", ops_attention, {1, 1000, 1, 1, 8, 0}, BESA_F32, "t"},
+    /* beside the edges of blocks of 48 queries and of panels of 8, 16 and 32 keys; more than 256 keys; blocks of fewer queries */
+    {"attention 1x49 dh 2 window 12", ops_attention, {1, 49, 2, 2, 2, 12}, BESA_F32, "t"}, {"attention 2x96 dh 96", ops_attention, {2, 96, 2, 1, 96, 0}, BESA_F32, "t"},
+    {"attention 3x32 window 33", ops_attention, {3, 32, 5, 5, 34, 33}, BESA_F32, "t"}, {"attention 1x145 window 48", ops_attention, {1, 145, 3, 3, 16, 48}, BESA_F32, "t"},
+    {"attention 1x97 gqa 13/1", ops_attention, {1, 97, 13, 1, 6, 0}, BESA_F32, "tg"}, {"attention 1x130 dh 256", ops_attention, {1, 130, 2, 1, 256, 0}, BESA_F32, "t"},
+    {"attention 1x700 window 290", ops_attention, {1, 700, 3, 1, 10, 290}, BESA_F32, "t"}, {"attention 1x1301 window 65", ops_attention, {1, 1301, 1, 1, 7, 65}, BESA_F32, "t"},
+    {"attention 1x1100 gqa 2/1", ops_attention, {1, 1100, 2, 1, 4, 0}, BESA_F32, "t"},
     {"swiglu 31", ops_swiglu, {31}, BESA_F32, "t"}, {"swiglu 127", ops_swiglu, {127}, BESA_F32, "t"}, {"swiglu 1000", ops_swiglu, {1000}, BESA_F32, "t"},
     {"column_sumsq 1x31", ops_sumsq, {1, 31}, BESA_F32, "t"}, {"column_sumsq 3x33", ops_sumsq, {3, 33}, BESA_F32, "t"}, {"column_sumsq 1x1000", ops_sumsq, {1, 1000}, BESA_F32, "t"},
     {"block_loss 1x1", ops_loss, {1, 1}, BESA_F32, "t"}, {"block_loss 3x33", ops_loss, {3, 33}, BESA_F32, "t"}, {"block_loss 1x1000", ops_loss, {1, 1000}, BESA_F32, "t"},

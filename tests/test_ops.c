@@ -270,6 +270,113 @@ static void test_exp_special(void)
     CHECK(isnan(e[5]), "exp(NaN) is %g", (double)e[5]);
 }
 
+/* What attention takes of scores that are at most their maximum; subnormal results may be 0. */
+static void test_exp_scores(void)
+{
+    enum { N = 100003, MORE = 4 };
+    float *x = take_floats(N), *y = take_floats(N), *sum = take_floats(N), *most = take_floats(N);
+    double worst = 0;
+    for (int64_t i = 0; i < N; i++) x[i] = y[i] = -(float)i * (87.3f / N), sum[i] = 2, most[i] = 0;
+    besa__cpu_lanes_exp(sum, y, most, N);
+    for (int64_t i = 0; i < N; i++) {
+        double want = exp((double)x[i]), ulp = fabs((double)y[i] - want) / ldexp(1.0, ilogb(want) - 23);
+        if (!(ulp <= worst)) worst = ulp;
+        if (!(fabs((double)sum[i] - 2 - want) < 3e-7)) worst = 1e9;
+    }
+    CHECK(worst < 2, "%.2f units in the last place", worst);
+    x[0] = -INFINITY, x[1] = -1e30f, x[2] = NAN, x[3] = INFINITY, most[3] = INFINITY;
+    besa__cpu_lanes_exp(sum, x, most, MORE);
+    CHECK(x[0] == 0 && x[1] == 0, "exp(-inf) is %g, exp(-1e30) %g", (double)x[0], (double)x[1]);
+    CHECK(isnan(x[2]) && isnan(x[3]), "exp(NaN) is %g, exp(inf - inf) %g", (double)x[2], (double)x[3]);
+}
+
+/* ---- attention ----------------------------------------------------------------------------- */
+
+enum { ATTENTION_T = 150, ATTENTION_H = 4, ATTENTION_K = 2, ATTENTION_D = 24, ATTENTION_N = ATTENTION_T * ATTENTION_H * ATTENTION_D };
+
+typedef struct attention_arrays { float *q, *k, *v, *d_o, *o, *dq, *dk, *dv; } attention_arrays;
+
+static attention_arrays attention_take(void)
+{
+    attention_arrays a;
+    float **in[4] = { &a.q, &a.k, &a.v, &a.d_o }, **out[4] = { &a.o, &a.dq, &a.dk, &a.dv };
+    uint32_t u = 1;
+    for (int i = 0; i < 4; i++) {
+        *in[i] = take_floats(ATTENTION_N), *out[i] = take_floats(ATTENTION_N);
+        for (int j = 0; j < ATTENTION_N; j++) (*in[i])[j] = (float)((u = u * 1664525u + 1013904223u) >> 8) / 8388608.0f - 1;
+    }
+    return a;
+}
+
+/* Both passes over `batch` sequences, with no more workspace than attention asks for sequences of `seqlen` and spare bytes. */
+static void attention_run(const attention_arrays *a, int64_t batch, int64_t tokens, int64_t seqlen, int threads, size_t spare)
+{
+    besa_attention_shape s = { batch, ATTENTION_T / batch, ATTENTION_H, ATTENTION_K, ATTENTION_D, 0 };
+    besa_workload w = ops_sizes(1, 1, tokens);
+    void *p = NULL;
+    if (!backend_begin(threads, 0, 0, 0)) return;
+    w.seqlen = seqlen, w.num_attention_heads = ATTENTION_H, w.num_key_value_heads = ATTENTION_K, w.head_dim = ATTENTION_D;
+    g_be.workspace_bytes = (size_t)besa__cpu_attention_bytes(&w, threads) + spare;
+    if (CHECK_BE(g_be.alloc(&g_be, &p, g_be.workspace_bytes))) {
+        g_be.workspace = p;
+        CHECK_BE(g_be.attention_forward(&g_be, a->o, a->q, a->k, a->v, &s));
+        CHECK_BE(g_be.attention_backward(&g_be, a->dq, a->dk, a->dv, a->d_o, a->q, a->k, a->v, &s));
+    }
+    backend_end();
+}
+
+/* The workspace is sized by the largest sequence and the most tokens; what of it is free decides only how many key/value
+ * heads are worked on at a time. */
+static void test_attention_workspace(void)
+{
+    static const struct { int64_t batch, tokens, seqlen; int threads; size_t spare; } t[] = {
+        { 1, ATTENTION_T, ATTENTION_T, 5, 0 }, { 1, 1000, 300, 2, 0 }, { 1, ATTENTION_T, ATTENTION_T, 2, 1 << 22 },
+        { 3, ATTENTION_T, ATTENTION_T, 1, 0 }, { 3, ATTENTION_T, ATTENTION_T, 7, 0 }, { 3, 1000, 1000, 16, 0 },
+        { 50, ATTENTION_T, ATTENTION_T, 1, 0 }, { 50, ATTENTION_T, ATTENTION_T, 33, 0 } };
+    attention_arrays a = attention_take(), b = attention_take();
+    int64_t before = 0;
+    for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
+        size_t bytes = ATTENTION_N * sizeof(float), kv = bytes / (ATTENTION_H / ATTENTION_K);
+        if (t[i].batch != before) attention_run(&a, t[i].batch, ATTENTION_T, ATTENTION_T / t[i].batch, 1, 0);
+        before = t[i].batch;
+        attention_run(&b, t[i].batch, t[i].tokens, t[i].seqlen, t[i].threads, t[i].spare);
+        CHECK(!memcmp(a.o, b.o, bytes) && !memcmp(a.dq, b.dq, bytes), "case %d: other O or dQ", (int)i);
+        CHECK(!memcmp(a.dk, b.dk, kv) && !memcmp(a.dv, b.dv, kv), "case %d: other dK or dV", (int)i);
+    }
+}
+
+static int64_t count_bad(const float *x, int64_t n)
+{
+    int64_t bad = 0;
+    for (int64_t i = 0; i < n; i++) bad += !isfinite(x[i]);
+    return bad;
+}
+
+/* What is not finite stays so: a row of which a score is not, and all rows that see a value that is not. */
+static void test_attention_not_finite(void)
+{
+    enum { ROW = ATTENTION_H * ATTENTION_D, KV_ROW = ATTENTION_K * ATTENTION_D, AT = 70 };
+    static const float put[3] = { INFINITY, NAN, 3e38f };
+    for (int which = 0; which < 3; which++)
+        for (int i = 0; i < 3; i++) {
+            attention_arrays a = attention_take();
+            float *in = which == 0 ? a.q + AT * ROW : which == 1 ? a.k + AT * KV_ROW : a.v + AT * KV_ROW;
+            int64_t bad, last;
+            if (which == 2 && i == 2) continue; /* is a value like any other */
+            in[0] = in[1] = put[i];
+            if (which == 0 && i == 2) a.k[0] = a.k[1] = 3e38f; /* the score overflows */
+            if (which == 1 && i == 2) for (int t = AT; t < ATTENTION_T; t++) a.q[t * ROW] = a.q[t * ROW + 1] = 3e38f;
+            attention_run(&a, 1, ATTENTION_T, ATTENTION_T, 2, 0);
+            bad = count_bad(a.o + AT * ROW, ATTENTION_D), last = count_bad(a.o + (ATTENTION_T - 1) * ROW, ATTENTION_D);
+            CHECK(which == 2 ? bad >= 1 : bad == ATTENTION_D, "tensor %d, %g: %d of its row are not finite", which,
+                  (double)put[i], (int)bad);
+            CHECK(which == 0 || last > 0, "tensor %d, %g: the last row is finite", which, (double)put[i]);
+            CHECK(count_bad(a.dq, ATTENTION_N) > 0, "tensor %d, %g: dQ is finite", which, (double)put[i]);
+            CHECK(which == 1 || count_bad(a.dk, ATTENTION_N / 2) > 0, "tensor %d, %g: dK is finite", which, (double)put[i]);
+            CHECK(which == 2 || count_bad(a.dv, ATTENTION_N / 2) > 0, "tensor %d, %g: dV is finite", which, (double)put[i]);
+        }
+}
+
 /* ---- the cases ----------------------------------------------------------------------------- */
 
 /* Run the cases of a mode; how many failed. quiet: only those are printed. hashes (OPS_CASES) may be NULL. */
@@ -302,6 +409,103 @@ static void check_same_bytes(int bf16)
         for (int i = 0; i < OPS_CASES; i++)
             CHECK(hashes[k][i] == hashes[0][i], "%s: %d threads give other bytes than one", ops_cases[i].name, teams[k]);
     }
+}
+
+/* ---- packing ------------------------------------------------------------------------------- */
+
+static float element(const besa__gemm_operand *x, int64_t at)
+{
+    const uint16_t *half = (const uint16_t *)x->data;
+    float f = x->dtype == BESA_F32 ? ((const float *)x->data)[at] : x->dtype == BESA_BF16 ? besa__bf16_to_f32(half[at])
+                                                                                        : besa__f16_to_f32(half[at]);
+    return x->round ? besa__bf16_to_f32(besa__f32_to_bf16(f)) : f;
+}
+
+/* Panels of `width` from an operand that ends where its memory ends; dst has room for nothing more. */
+static void check_pack(const besa__gemm_kernel *kernel, besa__gemm_operand x, int64_t width, int64_t count, int64_t k)
+{
+    int64_t n = (count - 1) * x.outer_step + (k - 1) * x.k_step + 1, wrong = 0;
+    int64_t units = besa__parts(k, kernel->unit), panels = besa__parts(count, width);
+    size_t bytes = (size_t)n * (x.dtype == BESA_F32 ? 4 : 2);
+    unsigned char *data = (unsigned char *)malloc(bytes);
+    float *dst = (float *)malloc((size_t)(panels * units * width) * sizeof *dst);
+    uint32_t u = 7;
+    for (size_t i = 0; i < bytes; i++) data[i] = (unsigned char)((u = u * 1664525u + 1013904223u) >> 24);
+    x.data = data;
+    kernel->pack(dst, width, &x, 0, count, k);
+    for (int64_t i = 0; i < panels * width; i++)
+        for (int64_t p = 0; p < units * kernel->unit; p++) {
+            float want = i < count && p < k ? element(&x, i * x.outer_step + p * x.k_step) : 0.0f, got;
+            int64_t at = (i / width * units + p / kernel->unit) * width + i % width;
+            if (kernel->unit == 1) got = dst[at];
+            else got = besa__bf16_to_f32(((const uint16_t *)dst)[at * 2 + p % 2]);
+            wrong += isnan(want) ? !isnan(got) : besa__float_bits(want) != besa__float_bits(got);
+        }
+    CHECK(wrong == 0, "%d of %d x %d elements are wrong: dtype %d, steps %d and %d, width %d", (int)wrong, (int)count, (int)k,
+          (int)x.dtype, (int)x.outer_step, (int)x.k_step, (int)width);
+    free(data), free(dst);
+}
+
+static void check_packs(int bf16)
+{
+    static const int lengths[] = {1, 3, 8, 9, 31, 64, 67, 130};
+    static const besa_dtype dtypes[] = {BESA_F32, BESA_BF16, BESA_F16};
+    besa__gemm_kernel kernel = besa__gemm_choose(bf16);
+    for (int d = 0; d < 3; d++)
+        for (int form = 0; form < 3; form++)
+            for (int l = 0; l < 8; l++)
+                for (int c = 0; c < 12; c++) {
+                    int64_t width = c % 2 ? kernel.mr : kernel.nr, k = lengths[l], count = c / 2 < 3 ? c / 2 + width - 1 : 0;
+                    besa__gemm_operand x = {NULL, dtypes[d], 1, 1, bf16};
+                    if (c / 2 == 3) count = 1;
+                    if (c / 2 == 4) count = 3 * width;
+                    if (c / 2 == 5) count = 3 * width - 5 > 0 ? 3 * width - 5 : 2;
+                    if (form == 0) x.k_step = count + 3; /* rows */
+                    if (form == 1) x.outer_step = k + 5; /* columns */
+                    if (form == 2) x.outer_step = 2 * k + 3, x.k_step = 2;
+                    if (count > 0) check_pack(&kernel, x, width, count, k);
+                }
+}
+
+/* ---- products of several blocks ------------------------------------------------------------ */
+
+/* C = 0.5 A B + C + bias by 1, 2 and 8 threads, the same bytes: some elements against fp64. lower: above the diagonal C is
+   free to hold anything */
+static void check_product(int64_t m, int64_t n, int64_t k, int lower)
+{
+    static const int teams[] = {1, 2, 8};
+    float *a = take_floats(m * k + 1), *b = take_floats(n * k + 1), *bias = take_floats(n), *start = take_floats(m * n);
+    float *first = take_floats(m * n), *c = take_floats(m * n);
+    uint32_t u = 3;
+    for (int64_t i = 0; i < m * k; i++) a[i] = (float)((u = u * 1664525u + 1013904223u) >> 8) / 8388608.0f - 1;
+    for (int64_t i = 0; i < n * k; i++) b[i] = (float)((u = u * 1664525u + 1013904223u) >> 8) / 8388608.0f - 1;
+    for (int64_t i = 0; i < m * n; i++) start[i] = (float)(i % 17);
+    for (int64_t j = 0; j < n; j++) bias[j] = (float)(j % 5);
+    for (int team = 0; team < 3; team++) {
+        besa__gemm_args g = {m, n, k, a, k, 1, BESA_F32, b, 1, k, BESA_F32, c, n, 0.5f, 1, bias, lower};
+        void *scratch = take(besa__gemm_scratch(teams[team]) + 64);
+        memcpy(c, start, (size_t)(m * n) * sizeof *c);
+        besa__gemm(&g, teams[team], 0, (void *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63));
+        if (team == 0) memcpy(first, c, (size_t)(m * n) * sizeof *c);
+        CHECK(!memcmp(first, c, (size_t)(m * n) * sizeof *c), "%d threads give other bytes than one", teams[team]);
+    }
+    for (int64_t at = 0; at < m * n; at += 13) {
+        double sum = 0;
+        int64_t i = at / n, j = at % n;
+        if (lower && j > i) continue;
+        for (int64_t p = 0; p < k; p++) sum += (double)a[i * k + p] * (double)b[j * k + p];
+        sum = 0.5 * sum + (double)start[at] + (double)bias[j];
+        if (!CHECK(fabs((double)c[at] - sum) < 1e-4, "C(%d, %d) is %g, expected %g", (int)i, (int)j, (double)c[at], sum)) break;
+    }
+}
+
+static void check_products(void)
+{
+    check_product(70, 2100, 700, 0);            /* several blocks of columns and of k */
+    check_product(500, 40, 330, 0);             /* several strips */
+    check_product(13, 1100, 400, 0);             /* fewer rows than threads have strips: groups of columns */
+    check_product(600, 600, 70, 1);
+    check_product(33, 35, 0, 0);
 }
 
 /* ---- lesser processors --------------------------------------------------------------------- */
@@ -341,8 +545,20 @@ int main(int argc, char **argv)
     g_reference = argv[1];
     test.only = argc > 2 ? argv[2] : NULL;
     failed = run_cases(0, 0, "test", test.only, 0, NULL) + run_cases(0, 0, "grad", test.only, 0, NULL);
+    for (simd_max = 0; simd_max <= most; simd_max++)
+        for (int bf16 = 0; bf16 < 2; bf16++) {
+            char *name = (char *)take(64);
+            snprintf(name, 64, "packing at level %d%s", simd_max, bf16 ? ", rounded to bf16" : "");
+            TEST(name) check_packs(bf16);
+            snprintf(name = (char *)take(64), 64, "products of several blocks at level %d", simd_max);
+            if (!bf16) TEST(name) check_products();
+        }
+    simd_max = 2;
     TEST("exp within 2 units in the last place") test_exp();
     TEST("exp of what is special") test_exp_special();
+    TEST("exp of scores") test_exp_scores();
+    TEST("attention in a workspace for more") test_attention_workspace();
+    TEST("attention of what is not finite") test_attention_not_finite();
     TEST("reference prodigy") test_prodigy();
     TEST("reference sparse_row_sigmoid") test_sparse_row_sigmoid();
     TEST("reference sparse_row_softmax") test_sparse_row_softmax();
