@@ -79,6 +79,7 @@
  *     >>parameters         what learns: values, gradient, optimiser, schedule
  *     >>rates              learnable rates: theta -> alpha -> n, and their gradient
  *     >>layer-functions    the public functions of level 3
+ *     >>weights            kept weights that learn
  *     >>block              one decoder block, forward and backward (level 2)
  *     >>streams            activations of all sequences, on the device or streamed from the host
  *     >>pruner             what pruning one block keeps: options, arrays, progress (level 2)
@@ -312,7 +313,7 @@ BESA_API size_t besa_dtype_size(besa_dtype dtype);
  * computes with such a block, and compute before such a block goes out. */
 typedef enum besa_queue { BESA_QUEUE_COMPUTE, BESA_QUEUE_UPLOAD, BESA_QUEUE_DOWNLOAD, BESA_QUEUE_STAGE, BESA_QUEUE_COUNT
 } besa_queue;
-#define BESA_EVENT_COUNT 32 /* events are small numbers that order queues; sections pruner and run use 0 .. 28 */
+#define BESA_EVENT_COUNT 32 /* events are small numbers that order queues; sections pruner and run use 0 .. 29 */
 
 typedef struct besa_backend besa_backend;
 
@@ -372,6 +373,21 @@ typedef struct besa_optimizer_step {
     float *m, *v, *s;                           /* (n) state, zero before the first step; s is Prodigy's */
     double *scalars;                            /* (BESA_OPTIMIZER_SCALARS) */
 } besa_optimizer_step;
+
+/* One step of Adam over n weights of a layer (section "weights"). Where masked is not 0,
+ *     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,  t = step,
+ *     w -= lr rms m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps),  masked = source = w in the dtype, rounded;
+ * but where that would be 0 nothing changes, as where masked is 0: masks stay as they are. */
+typedef struct besa_weight_step {
+    double lr, beta1, beta2, eps;
+    int64_t step;                               /* 1, 2, ... */
+    int64_t n;
+    float *w, *m, *v;                           /* (n) m and v zero before the first step */
+    const float *grad;                          /* (n) */
+    const float *rms;                           /* (1) device: the unit of lr */
+    void *masked, *source;                      /* (n) dtype; source is w where the dtype is float */
+    besa_dtype dtype;
+} besa_weight_step;
 
 struct besa_backend {
     const char *name;
@@ -505,6 +521,14 @@ struct besa_backend {
     besa_result (*project_counts)(besa_backend *be, int32_t *n, int64_t *excess, const float *alpha, const int32_t *least,
                                   const int32_t *columns, int64_t count, int64_t rows);
 
+    /* ---- weights that learn ---------------------------------------------------------------- */
+    /* out(1) = sqrt(mean of w(n)^2) */
+    besa_result (*rms)(besa_backend *be, float *out, const float *w, int64_t n);
+    /* See besa_weight_step */
+    besa_result (*weight_step)(besa_backend *be, const besa_weight_step *o);
+    /* Y(n) = (1 - share) Y + share X, act */
+    besa_result (*mix)(besa_backend *be, void *y, const void *x, float share, int64_t n);
+
     /* ---- SparseGPT ------------------------------------------------------------------------- */
     /* H(C,C) in: a Gram matrix (lower triangle); out: the upper Cholesky factor U of inv(H + damping), zeros below,
      * dead(C) = 1 where the input column was zero: H_jj = 1 there, before damping * mean(diag) is added.
@@ -545,7 +569,7 @@ struct besa_backend {
     X(swiglu_forward) X(swiglu_backward) X(column_sumsq) X(block_loss) X(score) X(power) X(fill)   \
     X(count_zeros) X(rank_rows) X(mask_apply) X(mask_update) X(mask_smallest) X(mask_pattern)      \
     X(bucket_gradient) X(rate_forward) X(rate_mean) X(rate_backward) X(optimizer_step)             \
-    X(project_counts) X(hessian_factor) X(diagonal) X(sparsegpt_slab) X(sparsegpt_push)            \
+    X(project_counts) X(rms) X(weight_step) X(mix) X(hessian_factor) X(diagonal) X(sparsegpt_slab) X(sparsegpt_push)            \
     X(logits) X(nll_update) X(nll_sum)
 
 typedef struct besa_cpu_options {
@@ -830,6 +854,7 @@ BESA_API const char *besa_method_name(besa_method method);
     X(BESA_PASS_DENSE, "dense")                                                                    \
     X(BESA_PASS_RANK, "rank")                                                                      \
     X(BESA_PASS_LEARN, "learn")                                                                    \
+    X(BESA_PASS_WEIGHTS, "weights")                                                                \
     X(BESA_PASS_COMMIT, "commit")                                                                  \
     X(BESA_PASS_WRITE, "write")
 
@@ -856,7 +881,7 @@ typedef int (*besa_progress_callback)(void *user, const besa_progress *progress)
 /* Called after every learning step of a block: a place to trace it with besa_rates_read and besa_rates_status. */
 typedef struct besa_step {
     int64_t block, step, steps;                 /* step counts from 1; alpha is that of the step's forward pass */
-    besa_rates *rates;
+    besa_rates *rates;                          /* NULL: the method has none */
     besa_backend *be;
     const float *loss;                          /* (1) device: the step's reconstruction loss, without the penalty; read
                                                    it with be->download and be->synchronize */
@@ -870,6 +895,17 @@ typedef struct besa_fixed_rate {
     double sparsity;                            /* 0 <= sparsity < 1 */
 } besa_fixed_rate;
 
+/* What learns: with method besa the rates, and after or together with them the kept weights; with others the kept weights. */
+#define BESA_LEARNING(X)                                                                           \
+    X(BESA_LEARN_RATES, "rates") X(BESA_LEARN_WEIGHTS, "weights") X(BESA_LEARN_BOTH, "both")
+
+typedef enum besa_learn {
+#define BESA__ENUM(value, name) value,
+    BESA_LEARNING(BESA__ENUM)
+#undef BESA__ENUM
+    BESA_LEARN_COUNT
+} besa_learn;
+
 /* How to prune. A zero-filled struct with rates.target set prunes with BESA's default preset. */
 typedef struct besa_prune_options {
     besa_rate_options rates;                    /* rates.target is the sparsity of every method */
@@ -882,6 +918,13 @@ typedef struct besa_prune_options {
     int64_t epochs, batch_size;                 /* BESA [1, 1]; batch in sequences */
     int norm_all;                               /* channel norms of the loss over all tokens, not per batch */
     int dense_stream;                           /* Yref from the dense model's own stream, not from the pruned prefix */
+    double dense_share;                         /* [0] of the dense model's own stream in Yref; the rest is the dense block's
+                                                   output on the pruned prefix */
+    besa_learn learn;                           /* BESA_LEARN_WEIGHTS: kept weights learn once the masks are final;
+                                                   BESA_LEARN_BOTH, BESA only: with the rates as well */
+    int64_t weight_epochs;                      /* [3] over the sequences with final masks */
+    double weight_lr;                           /* [0.02] of Adam's steps, in units of the rms of a layer's weights */
+    double weight_warmup;                       /* [0] share of the steps in which it rises; then it goes down a half cosine */
     int no_projection;                          /* leave the sparsity where learning ended, as the paper's code does */
     const besa_fixed_rate *fixed;               /* the first match counts; these layers are not part of the target */
     int64_t num_fixed;
@@ -899,7 +942,8 @@ enum { BESA_OPTION_ABOVE = 1, BESA_OPTION_BELOW = 2, /* least, most themselves a
        BESA_OPTION_NONE = 4,                    /* BESA_NONE asks for a true 0 */
        BESA_OPTION_ALL = 8,                     /* BESA_ALL_ROWS is a value too */
        BESA_OPTION_REQUIRED = 16,               /* 0 is no default but a value like others */
-       BESA_OPTION_BESA = 32 };                 /* other methods do not look at it */
+       BESA_OPTION_BESA = 32,                   /* method besa looks at it, */
+       BESA_OPTION_WEIGHTS = 64 };              /* or whatever lets weights learn; others do not */
 
 typedef struct besa_option {
     const char *name;                           /* of the field, in besa_prune_options or its rates */
@@ -931,7 +975,8 @@ typedef struct besa_block_report {
     /* Reconstruction losses (1/d) sum ((Yref - Y) / norm)^2, averaged over sequences: the first 8, and all in loss_all.
      * Baselines learn nothing: all are of their mask, and loss_all is of the first 8. NaN in a resumed block. */
     double loss_uniform;                        /* the importance's mask with floor(target C) weights of every row */
-    double loss_before, loss_after;             /* the masks before learning, and those written */
+    double loss_before, loss_after;             /* the masks before learning, and what is written */
+    double loss_masks;                          /* the final masks, before the kept weights learn with them */
     double loss_all;
     double d;                                   /* Prodigy's d at the end */
     double mean_rate;                           /* mean alpha when learning ended, before the projection */
@@ -1711,13 +1756,15 @@ static const char *besa__range_text(const besa__range *range, char *buffer, size
                                 offsetof(besa_prune_options, rates) + offsetof(besa_rate_options, field)
 #define BESA__PRUNE(kind, field) #field, BESA_OPTION_##kind, offsetof(besa_prune_options, field)
 #define BESA__BESA BESA_OPTION_BESA
+#define BESA__WEIGHTS BESA_OPTION_WEIGHTS
 #define BESA__OPEN (BESA_OPTION_ABOVE | BESA_OPTION_BELOW)
 #define BESA__FROM_0 (BESA_OPTION_BELOW | BESA_OPTION_NONE)
 #define BESA__NO_LIMIT 1e300
 #define BESA__BAR(value, name) "|" name
 #define BESA__BAR_OF_FIVE(value, name, statistic, power, exponent) "|" name
 
-static const char besa__method_names[] = BESA_METHODS(BESA__BAR); /* these two begin with a bar */
+static const char besa__method_names[] = BESA_METHODS(BESA__BAR); /* these begin with a bar */
+static const char besa__learn_names[] = BESA_LEARNING(BESA__BAR);
 static const char besa__importance_names[] = BESA_IMPORTANCES(BESA__BAR_OF_FIVE);
 
 /* field, default, least, most, flags, range in words, on the command line, what follows there, help */
@@ -1769,12 +1816,22 @@ static const besa_option besa__options[] = {
      "lambda", "X", "weight of the sparsity penalty [1]"},
     {BESA__PRUNE(INT64, epochs), 1, 1, 1e6, BESA__BESA, "1 to 1000000",
      "epochs", "N", "passes over the calibration sequences [1]"},
-    {BESA__PRUNE(INT64, batch_size), 1, 1, BESA__NO_LIMIT, BESA__BESA, "1 or more",
+    {BESA__PRUNE(INT64, batch_size), 1, 1, BESA__NO_LIMIT, BESA__BESA | BESA__WEIGHTS, "1 or more",
      "batch-size", "N", "sequences of a learning step [1]"},
-    {BESA__PRUNE(FLAG, norm_all), 0, 0, 1, BESA__BESA, "0 or 1",
+    {BESA__PRUNE(FLAG, norm_all), 0, 0, 1, BESA__BESA | BESA__WEIGHTS, "0 or 1",
      "norm-all", "", "channel norms of the loss from all sequences, not the batch"},
-    {BESA__PRUNE(FLAG, dense_stream), 0, 0, 1, BESA__BESA, "0 or 1",
+    {BESA__PRUNE(FLAG, dense_stream), 0, 0, 1, BESA__BESA | BESA__WEIGHTS, "0 or 1",
      "dense-stream", "", "aim at the dense model, not at the dense block on pruned inputs"},
+    {BESA__PRUNE(DOUBLE, dense_share), 0, 0, 1, BESA_OPTION_BELOW | BESA__BESA | BESA__WEIGHTS, "0 or more and below 1",
+     "dense-share", "X", "share of the dense model's output in what is aimed at [0]"},
+    {BESA__PRUNE(ENUM, learn), 0, 0, BESA_LEARN_COUNT - 1, 0, "a value of besa_learn",
+     "learn", &besa__learn_names[1], "what learns: besa's rates, kept weights with final masks, or both [rates]"},
+    {BESA__PRUNE(INT64, weight_epochs), 3, 1, 1e6, BESA__WEIGHTS, "1 to 1000000",
+     "weight-epochs", "N", "passes over the calibration sequences once masks are final [3]"},
+    {BESA__PRUNE(DOUBLE, weight_lr), 0.02, 0, 1e30, BESA__OPEN | BESA__WEIGHTS, "above 0 and below 1e30",
+     "weight-lr", "X", "learning rate of weights, in units of the rms of a layer's [0.02]"},
+    {BESA__PRUNE(DOUBLE, weight_warmup), 0, 0, 1, BESA__FROM_0 | BESA__WEIGHTS, "0 or more and below 1",
+     "weight-warmup", "X", "share of the steps in which that rises [0]"},
     {BESA__PRUNE(FLAG, no_projection), 0, 0, 1, BESA__BESA, "0 or 1",
      "no-projection", "", "leave the sparsity where learning ends, near S"},
     {NULL, BESA_OPTION_FLAG, 0, 0, 0, 0, 0, NULL, NULL, NULL, NULL},
@@ -1824,6 +1881,14 @@ static const besa_option *besa__find_option(const char *name)
     const besa_option *o = besa__options;
     while (strcmp(o->name, name)) o++;
     return o;
+}
+
+/* Does a run with these options look at that one? */
+static int besa__option_used(const besa_option *row, const besa_prune_options *o)
+{
+    if (!(row->flags & (BESA_OPTION_BESA | BESA_OPTION_WEIGHTS))) return 1;
+    return (row->flags & BESA_OPTION_BESA && o->method == BESA_METHOD_BESA) ||
+           (row->flags & BESA_OPTION_WEIGHTS && o->learn != BESA_LEARN_RATES);
 }
 
 /* Check the options that lie at bytes begin .. end-1 of besa_prune_options, and fill in what 0 and BESA_NONE stand for:
@@ -2838,6 +2903,80 @@ BESA_API besa_result besa_rates_status(besa_rates *rates, double *d, double *mea
 }
 
 /* ============================================================================================
+ * // >>weights               kept weights that learn
+ * ============================================================================================
+ * Owns weights that move along the gradient where they are not pruned: a float copy of each layer's, with Adam's moments.
+ * Steps are in units of the rms of a layer's dense weights, so that one learning rate suits all layers and models. The
+ * forward pass reads them masked and rounded to the checkpoint's dtype, and the gradient there counts as that of the
+ * float copy. Pruned weights keep their values, which are what the masks are applied to: they may come back. */
+
+typedef struct besa__weight_layer {
+    int64_t count;                              /* R C */
+    besa_dtype dtype;
+    float *value, *m, *v;                       /* (R,C) */
+    void *source;                               /* (R,C) value in the dtype; value itself where that is float */
+    float *rms;                                 /* (1) */
+} besa__weight_layer;
+
+typedef struct besa__weights {
+    besa_backend *be;
+    besa__weight_layer layer[BESA_LAYERS];
+    double lr, warmup;
+    int64_t step, steps;                        /* how many there have been, and will be */
+} besa__weights;
+
+static void besa__weights_place(besa__weights *weights, const besa_block_shape *shape, besa_dtype dtype, besa__arena *arena)
+{
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        besa__weight_layer *layer = &weights->layer[i];
+        int64_t rows, columns;
+        besa_block_layer(shape, i, &rows, &columns);
+        layer->count = besa__product(rows, columns);
+        layer->dtype = dtype;
+        layer->value = besa__take_floats(arena, layer->count);
+        layer->m = besa__take_floats(arena, layer->count);
+        layer->v = besa__take_floats(arena, layer->count);
+        layer->source = dtype == BESA_F32 ? layer->value
+                        : besa__take(arena, besa__bytes(layer->count, besa_dtype_size(dtype)));
+        layer->rms = besa__take_floats(arena, 1);
+    }
+}
+
+/* The weights w (R,C) of a layer, before the first step. */
+static besa_result besa__weights_reset(besa__weights *weights, int index, const void *w)
+{
+    besa__weight_layer *layer = &weights->layer[index];
+    besa_backend *be = weights->be;
+    size_t bytes = (size_t)layer->count * sizeof(float);
+    weights->step = 0;
+    BESA__TRY(be->convert(be, layer->value, BESA_F32, w, layer->dtype, layer->count));
+    if (layer->source != layer->value)
+        BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, layer->source, w, (size_t)layer->count * besa_dtype_size(layer->dtype)));
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, layer->m, bytes));
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, layer->v, bytes));
+    return be->rms(be, layer->rms, layer->value, layer->count);
+}
+
+/* Move `count` kept weights of a layer from `first` on, in `masked` (R,C) too, along grad (count). */
+static besa_result besa__weights_move(besa__weights *weights, int index, int64_t first, int64_t count, const float *grad,
+                                      void *masked)
+{
+    const besa__weight_layer *layer = &weights->layer[index];
+    besa_weight_step o;
+    o.lr = weights->lr * besa__schedule_factor(BESA_SCHEDULE_COSINE, weights->warmup, weights->step, weights->steps);
+    o.beta1 = 0.9, o.beta2 = 0.999, o.eps = 1e-12;
+    o.step = weights->step;
+    o.n = count;
+    o.w = layer->value + first, o.m = layer->m + first, o.v = layer->v + first;
+    o.grad = grad;
+    o.rms = layer->rms;
+    o.dtype = layer->dtype;
+    o.masked = besa__at(masked, layer->dtype, first);
+    o.source = besa__at(layer->source, layer->dtype, first);
+    return weights->be->weight_step(weights->be, &o);
+}
+
+/* ============================================================================================
  * // >>block                 one decoder block, forward and backward (level 2)
  * ============================================================================================
  * Owns the order of the pieces and which buffer holds what; the pieces themselves are backend operations.
@@ -3054,7 +3193,8 @@ typedef struct besa__backward {
     void *user;                                 /* of both */
 } besa__backward;
 
-/* A backward pass through a block, of all gradients; the batch is set apart. */
+/* A backward pass through a block, of all gradients; the batch is set apart. A layer's gradient is handed out when the
+ * layer's weights have been read for the last time, but those of q, k and v where there is a dx. */
 static besa__backward besa__backward_of(besa_backend *be, const besa_block *block, besa_activations *acts, int64_t seqlen)
 {
     besa__backward p;
@@ -3100,19 +3240,19 @@ static besa_result besa__mlp_backward(const besa__backward *p, void *dy)
     const besa_block *b = p->block;
     besa_activations *acts = p->acts;
     int64_t d = b->shape.hidden_size;
-    BESA__TRY(besa__layer_gradient(p, BESA_DOWN, dy, acts->z));
     BESA__TRY(besa__layer_backward_input(be, b, BESA_DOWN, acts->dz, dy, p->tokens, 0));
+    BESA__TRY(besa__layer_gradient(p, BESA_DOWN, dy, acts->z));
     BESA__TRY(be->swiglu_backward(be, acts->gate, acts->up, acts->dz, acts->gate, acts->up,
                                   p->tokens * b->shape.intermediate_size));
-    BESA__TRY(besa__layer_gradient(p, BESA_GATE, acts->gate, acts->m));
-    BESA__TRY(besa__layer_gradient(p, BESA_UP, acts->up, acts->m));
     BESA__TRY(besa__layer_backward_input(be, b, BESA_GATE, acts->dm, acts->gate, p->tokens, 0));
     BESA__TRY(besa__layer_backward_input(be, b, BESA_UP, acts->dm, acts->up, p->tokens, 1));
+    BESA__TRY(besa__layer_gradient(p, BESA_GATE, acts->gate, acts->m));
+    BESA__TRY(besa__layer_gradient(p, BESA_UP, acts->up, acts->m));
     return be->rmsnorm_backward(be, dy, acts->dm, acts->h1, b->norm2, acts->inv_rms2, p->tokens, d, 1);
 }
 
-/* From dy at h1 to the gradients of o, q, k and v; dq, dk, dv are left at the projections' outputs. */
-static besa_result besa__attention_backward(const besa__backward *p, const void *dy)
+/* From dattn to the gradients of q, k and v; dq, dk, dv are left at the projections' outputs. */
+static besa_result besa__attention_backward(const besa__backward *p)
 {
     besa_backend *be = p->be;
     const besa_block *b = p->block;
@@ -3120,7 +3260,6 @@ static besa_result besa__attention_backward(const besa__backward *p, const void 
     besa_activations *acts = p->acts;
     int64_t heads = s->num_attention_heads, kv_heads = s->num_key_value_heads, dh = s->head_dim;
     besa_attention_shape attention = besa__attention_shape(s, p->batch, p->seqlen);
-    BESA__TRY(besa__layer_backward_input(be, b, BESA_O, acts->dattn, dy, p->tokens, 0));
     BESA__TRY(be->attention_backward(be, acts->dq, acts->dk, acts->dv, acts->dattn, acts->q, acts->k, acts->v,
                                      &attention));
     BESA__TRY(be->rope(be, acts->dq, b->rope_cos, b->rope_sin, p->tokens, p->seqlen, heads, dh, -1));
@@ -3155,9 +3294,11 @@ static besa_result besa__block_backward(const besa__backward *p, const void *x, 
     const unsigned qkv = 1u << BESA_Q | 1u << BESA_K | 1u << BESA_V;
     BESA__TRY(besa__mlp_backward(p, dy)); /* dy has come to h1 */
     if (p->at_h1) BESA__TRY(p->at_h1(p->user, dy));
+    int further = dx || (p->layers & qkv);
+    if (further) BESA__TRY(besa__layer_backward_input(p->be, p->block, BESA_O, p->acts->dattn, dy, p->tokens, 0));
     BESA__TRY(besa__layer_gradient(p, BESA_O, dy, p->acts->attn));
-    if (!dx && !(p->layers & qkv)) return BESA_OK;
-    BESA__TRY(besa__attention_backward(p, dy));
+    if (!further) return BESA_OK;
+    BESA__TRY(besa__attention_backward(p));
     return dx ? besa__input_backward(p, x, dy, dx) : BESA_OK;
 }
 
@@ -3377,12 +3518,12 @@ BESA__UNUSED static besa_result besa__stream_forward(besa__stream *s, besa__walk
  * Owns the memory that the passes over one block share, and how far a run is. The passes are in the sections that follow,
  * their order in section passes. Nothing in a block waits for the device: results come back once, at its end. */
 
-/* Losses: with the uniform mask, before and after learning, of the sequences that the report shows; of the others after
- * learning; from BESA__LOSS_STEP on one for each learning step, up to BESA__STEP_LOSSES. */
-enum { BESA__LOSS_UNIFORM, BESA__LOSS_BEFORE, BESA__LOSS_AFTER, BESA__LOSS_REST, BESA__LOSS_STEP };
+/* Losses: with the uniform mask, before learning, with the final masks, and of what is written, of the sequences that the
+ * report shows; the last of the others too; from BESA__LOSS_STEP on one for each learning step, up to BESA__STEP_LOSSES. */
+enum { BESA__LOSS_UNIFORM, BESA__LOSS_BEFORE, BESA__LOSS_MASKS, BESA__LOSS_AFTER, BESA__LOSS_REST, BESA__LOSS_STEP };
 
 /* Events of the backend: marks of the passes' ends (section passes), then those of the streams, first this section's. */
-enum { BESA__EVENT_MARKS = 0, BESA__EVENT_YREF = 5, BESA__PRUNER_EVENTS = BESA__EVENT_YREF + BESA__STREAM_EVENTS };
+enum { BESA__EVENT_MARKS = 0, BESA__EVENT_YREF = 6, BESA__PRUNER_EVENTS = BESA__EVENT_YREF + BESA__STREAM_EVENTS };
 
 #define BESA__REPORT_SEQUENCES 8                /* the report's losses come from the first sequences */
 #define BESA__STEP_LOSSES 65536                 /* losses of learning steps that are kept; later steps share the last one */
@@ -3433,13 +3574,14 @@ struct besa_pruner {
     besa_rates rates;                           /* these three for BESA only */
     besa__rate_layer rate_layer[BESA_LAYERS];
     besa__parameters parameters;                /* theta */
+    besa__weights weights;                      /* where kept weights learn */
     double fixed[BESA_LAYERS];                  /* of this block: sparsity, or negative: the method decides */
     besa__stream yref;                          /* (reference, seqlen, d); not placed where there is a dense stream */
     void *y;                                    /* (micro_batch, seqlen, d) act: the masked block's output, then dL/dy,
                                                    which the backward pass turns into dL/dh1 */
     float *channel_sumsq;                       /* (norms, d) of Yref: of every optimiser's batch, or one of all */
     float *losses;                              /* (BESA__LOSS_STEP + step_losses) */
-    int64_t step_losses;
+    int64_t steps, step_losses;                 /* of learning, all; as many losses are kept */
     float *statistic[BESA__INPUTS];             /* (columns) sums of squares of the inputs, where there is no gram; from the
                                                    rank pass on the scores' factors */
     float *gram[BESA__INPUTS];                  /* (columns, columns), where Hessians are used: H; from the rank pass on the
@@ -3462,9 +3604,17 @@ typedef struct besa__work {
     const besa_block *dense, *masked;           /* the block as it came; the same with `pruned` for its weights */
     void *const *pruned;                        /* (BESA_LAYERS) */
     besa__stream *x, *yref;                     /* its inputs; the outputs aimed at: the pruner's yref or the dense stream */
+    besa__stream *own;                          /* the dense model's own stream, or NULL */
 } besa__work;
 
-static int besa__learns(const besa_pruner *p) { return p->options.method == BESA_METHOD_BESA; }
+static int besa__learns_rates(const besa_pruner *p) { return p->options.method == BESA_METHOD_BESA; }
+
+static int besa__learns_weights(const besa_pruner *p) { return p->options.learn != BESA_LEARN_RATES; }
+
+static int besa__learns(const besa_pruner *p) { return besa__learns_rates(p) || besa__learns_weights(p); }
+
+/* Is the dense model's own stream needed? */
+static int besa__uses_own(const besa_prune_options *o) { return o->dense_stream || o->dense_share > 0; }
 
 /* A share of the pass is done: do what else is due, and tell the callback. */
 static besa_result besa__tick(besa__meter *meter, double share, besa_error *error)
@@ -3582,6 +3732,12 @@ static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_
     if (o->pattern_n != 0 || o->pattern_m != 0) BESA__TRY(besa__pattern_defaults(o, shape, error));
     BESA__TRY(besa__check_fixed_rates(o, error));
     BESA__TRY(besa__rate_defaults(&o->rates, error));
+    if (o->learn == BESA_LEARN_BOTH && o->method != BESA_METHOD_BESA)
+        return besa__fail(error, BESA_ERROR_OPTION, "learn is both, but method %s has no rates to learn: expected weights",
+                          besa_method_name(o->method));
+    if (o->dense_stream && o->dense_share > 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "dense_share is %g, but dense_stream aims at the dense model's output alone: "
+                          "expected one of them", o->dense_share);
     return o->method == BESA_METHOD_BESA ? besa__check_penalty(&o->rates, error) : BESA_OK;
 }
 
@@ -3608,7 +3764,7 @@ static void besa__pruner_place_masks(besa_pruner *p, besa__arena *arena)
     }
     besa__masks_place(&p->masks, p->be, p->mask_layer, shapes, BESA_LAYERS, arena);
     for (int i = 0; i < BESA_LAYERS; i++) p->mask_layer[i].name = besa__layers[i].path;
-    if (!besa__learns(p)) return;
+    if (!besa__learns_rates(p)) return;
     besa__parameters_init(&p->parameters, p->be, p->options.rates.optimizer, p->options.rates.lr, &p->options.rates);
     besa__rates_place(&p->rates, p->rate_layer, arena);
     besa__parameters_place(&p->parameters, arena);
@@ -3645,25 +3801,36 @@ static int64_t besa__gradient_piece(const besa_backend *be, const besa_block_sha
     return most;
 }
 
+/* Weights that learn, and whole gradients where those of a batch come in several pieces. */
+static void besa__pruner_place_weights(besa_pruner *p, besa__arena *arena)
+{
+    besa__weights_place(&p->weights, &p->shape, p->dtype, arena);
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int sums = p->options.batch_size > p->micro_batch;
+        p->acts.dw_sum[i] = sums ? besa__take_floats(arena, p->weights.layer[i].count) : NULL;
+    }
+}
+
 /* Place every array of the pruner, on the device and on the host; arenas without memory only count. */
 static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *host)
 {
     const besa_block_shape *s = &p->shape;
-    int learns = besa__learns(p);
+    int rates = besa__learns_rates(p);
     besa_workload work = besa_block_workload(s, p->micro_batch, p->seqlen);
-    work.rate_logits = learns ? p->options.rates.candidates + 1 : 1;
-    work.projected_rows = learns ? p->rows : 0;
-    p->scores_count = learns ? besa__gradient_piece(p->be, s) : besa__largest_layer(s);
-    besa__activations_place(&p->acts, arena, p->be->activation_dtype, s, p->qk_norm, p->micro_batch * p->seqlen,
-                            learns ? p->scores_count : 0);
+    work.rate_logits = rates ? p->options.rates.candidates + 1 : 1;
+    work.projected_rows = rates ? p->rows : 0;
+    int64_t piece = besa__learns(p) ? besa__gradient_piece(p->be, s) : 0;
+    besa__activations_place(&p->acts, arena, p->be->activation_dtype, s, p->qk_norm, p->micro_batch * p->seqlen, piece);
     besa__pruner_place_masks(p, arena);
+    if (besa__learns_weights(p)) besa__pruner_place_weights(p, arena);
     p->yref.micro_batch = p->micro_batch;
     if (!p->options.dense_stream) besa__stream_place(&p->yref, arena, host);
     p->y = besa__take(arena, besa__stream_bytes(&p->yref, p->micro_batch));
     p->channel_sumsq = besa__take_floats(arena, besa__product(besa__norms(p), s->hidden_size));
     p->losses = besa__take_floats(arena, BESA__LOSS_STEP + p->step_losses);
     besa__pruner_place_statistics(p, arena, &work);
-    p->scores = learns ? p->acts.dw : besa__take_floats(arena, p->scores_count);
+    p->scores_count = rates ? piece : besa__largest_layer(s);
+    p->scores = rates ? p->acts.dw : besa__take_floats(arena, p->scores_count);
     p->slab_error = p->options.method == BESA_METHOD_SPARSEGPT ? besa__take_floats(arena, besa__product(work.rows, BESA__SLAB)) : NULL;
     p->counts = (int32_t *)besa__take_array(arena, besa__product(2, p->rows), sizeof(int32_t));
     p->not_finite = (int32_t *)besa__take(arena, sizeof p->results->not_finite);
@@ -3740,11 +3907,17 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     BESA__TRY(besa__prune_defaults(&p->options, shape, error));
     besa_prune_options *o = &p->options;
     int learns = besa__learns(p);
-    if (!learns) o->dense_stream = 0;
+    if (!learns) o->dense_stream = 0, o->dense_share = 0;
     if (!learns) o->batch_size = 1;
     if (o->batch_size > nsamples) o->batch_size = nsamples;
-    o->rates.steps = o->epochs * besa__parts(nsamples, o->batch_size);
-    p->step_losses = learns ? besa__min(o->rates.steps, BESA__STEP_LOSSES) : 0;
+    int64_t batches = besa__parts(nsamples, o->batch_size), weight_epochs = besa__learns_weights(p) ? o->weight_epochs : 0;
+    o->rates.steps = o->epochs * batches;
+    p->weights.be = be;
+    p->weights.lr = o->weight_lr;
+    p->weights.warmup = o->weight_warmup;
+    p->weights.steps = weight_epochs * batches + (o->learn == BESA_LEARN_BOTH ? o->rates.steps : 0);
+    p->steps = weight_epochs * batches + (besa__learns_rates(p) ? o->rates.steps : 0);
+    p->step_losses = besa__min(p->steps, BESA__STEP_LOSSES);
     p->micro_batch = besa__preferred_micro_batch(nsamples, seqlen);
     p->reference = learns || nsamples < BESA__REPORT_SEQUENCES ? nsamples : BESA__REPORT_SEQUENCES;
     for (int i = 0; i < BESA_LAYERS; i++) {
@@ -3757,7 +3930,7 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     p->meter.user = o->user;
     p->meter.blocks = 1;
     p->meter.start = p->meter.began = besa__seconds();
-    if (learns) besa__rates_init(&p->rates, &p->masks, &p->parameters, &o->rates);
+    if (besa__learns_rates(p)) besa__rates_init(&p->rates, &p->masks, &p->parameters, &o->rates);
     return BESA_OK;
 }
 
@@ -3795,7 +3968,7 @@ static besa_result besa__default_budget(besa_backend *be, size_t *budget, const 
 /* Once the arrays are placed: what is the same for all blocks. */
 static besa_result besa__pruner_start(besa_pruner *p)
 {
-    if (!besa__learns(p)) return BESA_OK;
+    if (!besa__learns_rates(p)) return BESA_OK;
     besa__workspace callers = besa__use_workspace(p->be, p->workspace, p->workspace_bytes);
     besa_result result = besa__parameters_start(&p->parameters);
     if (result == BESA_OK) result = besa__rates_start(&p->rates);
@@ -3807,7 +3980,7 @@ static besa_result besa__pruner_start(besa_pruner *p)
 static besa_result besa__pruner_reset(besa_pruner *p)
 {
     if (p->masks.count > 0) BESA__TRY(besa__masks_reset(&p->masks));
-    if (!besa__learns(p)) return BESA_OK;
+    if (!besa__learns_rates(p)) return BESA_OK;
     BESA__TRY(besa__parameters_reset(&p->parameters));
     return besa__rates_reset(&p->rates);
 }
@@ -3956,16 +4129,19 @@ static besa_result besa__dense_chunk(const besa__work *work, const besa__walk *c
 {
     besa_pruner *p = work->pruner;
     besa_backend *be = p->be;
-    int statistics = besa__uses_inputs(&p->options), dense_stream = work->yref != &p->yref;
-    void *x, *y = NULL;
+    int statistics = besa__uses_inputs(&p->options), apart = work->yref != work->own;
+    void *x, *y = NULL, *own;
     BESA__TRY(besa__stream_open(work->x, chunk, &x));
-    if (!dense_stream && chunk->first < p->reference) BESA__TRY(besa__stream_begin(work->yref, chunk, &y));
+    if (apart && chunk->first < p->reference) BESA__TRY(besa__stream_begin(work->yref, chunk, &y));
     if (y || statistics) BESA__TRY(besa__block_forward(be, work->dense, &p->acts, x, y, chunk->count, p->seqlen, 0));
     if (statistics) BESA__TRY(besa__add_statistics(p, chunk->count * p->seqlen));
     BESA__TRY(besa__stream_close(work->x, 0));
-    if (dense_stream) {
-        BESA__TRY(besa__stream_open(work->yref, chunk, &y));
-        BESA__TRY(besa__block_forward(be, work->dense, &p->acts, y, y, chunk->count, p->seqlen, 0));
+    if (work->own) {
+        BESA__TRY(besa__stream_open(work->own, chunk, &own));
+        BESA__TRY(besa__block_forward(be, work->dense, &p->acts, own, own, chunk->count, p->seqlen, 0));
+        if (y) BESA__TRY(be->mix(be, y, own, (float)p->options.dense_share, chunk->count * p->seqlen * p->shape.hidden_size));
+        if (apart) BESA__TRY(besa__stream_close(work->own, 1));
+        else y = own;
     }
     if (!y) return BESA_OK;
     BESA__TRY(besa__add_norms(p, y, chunk->first, chunk->count));
@@ -4096,7 +4272,7 @@ static besa_result besa__rank_or_prune(const besa__work *work, int layer)
     if (o->method == BESA_METHOD_SPARSEGPT) return besa__sparsegpt_layer(p, w, work->pruned[layer], layer, target, n, m);
     int whole_layer = o->method == BESA_METHOD_MAGNITUDE && !o->magnitude_per_row;
     if (m > 0 || whole_layer) return besa__prune_layer(work, layer, target, n, m);
-    return besa__rank_layer(work, layer, besa__learns(p) ? p->fixed[layer] : target);
+    return besa__rank_layer(work, layer, besa__learns_rates(p) ? p->fixed[layer] : target);
 }
 
 /* Pass 2. Every layer is ranked, or pruned at once. */
@@ -4106,7 +4282,7 @@ static besa_result besa__rank_pass(const besa__work *work, besa_error *error)
     BESA__TRY_ON(p->be, besa__finish_statistics(p), error);
     for (int i = 0; i < BESA_LAYERS; i++) {
         BESA__TRY_ON(p->be, besa__rank_or_prune(work, i), error);
-        if (besa__learns(p) && p->fixed[i] >= 0) BESA__TRY_ON(p->be, besa__rates_fix(&p->rates, i), error);
+        if (besa__learns_rates(p) && p->fixed[i] >= 0) BESA__TRY_ON(p->be, besa__rates_fix(&p->rates, i), error);
         BESA__TRY(besa__tick(&p->meter, 1 / (double)BESA_LAYERS, error));
     }
     return BESA_OK;
@@ -4157,13 +4333,20 @@ static besa_result besa__batch_gradient(const besa__work *work, const besa__batc
     return BESA_OK;
 }
 
+/* The weights of a layer that masks are applied to: those that learn, or the dense ones. */
+static const void *besa__unmasked(const besa__work *work, int layer)
+{
+    const besa_pruner *p = work->pruner;
+    return besa__learns_weights(p) ? p->weights.layer[layer].source : work->dense->weight[layer];
+}
+
 /* The masks of every learned layer, as the rates have them now: in full, or what has changed since. */
 static besa_result besa__mask_learned(const besa__work *work, int full)
 {
     besa_pruner *p = work->pruner;
     for (int i = 0; i < BESA_LAYERS; i++)
         if (p->masks.layer[i].fixed < 0)
-            BESA__TRY(besa__masks_update(&p->masks, i, work->dense->weight[i], work->pruned[i], full));
+            BESA__TRY(besa__masks_update(&p->masks, i, besa__unmasked(work, i), work->pruned[i], full));
     return BESA_OK;
 }
 
@@ -4199,11 +4382,33 @@ static besa_result besa__losses_before(const besa__work *work)
     return besa__report_loss(work, BESA__LOSS_BEFORE);
 }
 
-/* What the gradient of a weight is for here: its rows' bucket sums, dL/dWhat * W. */
+/* What learns in a pass over the sequences. */
+typedef struct besa__learning {
+    const besa__work *work;
+    int rates, weights;                         /* whether these do */
+    int64_t done, steps;                        /* steps of earlier passes, and of this one */
+} besa__learning;
+
+/* What the gradient of a layer's weights is for, some rows or all: its rows' bucket sums, dL/dWhat * W, and a step of the
+ * weights themselves, which nothing in this step reads any more. */
 static besa_result besa__learn_gradient(void *user, int layer, int64_t first, int64_t rows, const float *dw)
 {
-    const besa__work *work = (const besa__work *)user;
-    return besa__rates_gradient(&work->pruner->rates, layer, work->dense->weight[layer], first, rows, dw);
+    const besa__learning *l = (const besa__learning *)user;
+    besa_pruner *p = l->work->pruner;
+    int64_t all, columns;
+    besa_block_layer(&p->shape, layer, &all, &columns);
+    if (l->rates) BESA__TRY(besa__rates_gradient(&p->rates, layer, besa__unmasked(l->work, layer), first, rows, dw));
+    if (!l->weights) return BESA_OK;
+    return besa__weights_move(&p->weights, layer, first * columns, rows * columns, dw, l->work->pruned[layer]);
+}
+
+/* The layers whose gradients a pass needs, as bits; those that stay dense are left as they are. */
+static unsigned besa__learned_layers(const besa_pruner *p, int weights)
+{
+    unsigned layers = 0;
+    for (int i = 0; i < BESA_LAYERS; i++)
+        if (weights ? p->fixed[i] != 0 : p->fixed[i] < 0) layers |= 1u << i;
+    return layers;
 }
 
 /* Where the loss of a step goes, counted from 0. */
@@ -4212,44 +4417,66 @@ static float *besa__step_loss(const besa_pruner *p, int64_t step)
     return p->losses + BESA__LOSS_STEP + besa__min(step, p->step_losses - 1);
 }
 
-/* One optimiser step on a batch. */
-static besa_result besa__learn_step(const besa__work *work, const besa__batch *batch)
+/* Gradients that are summed over a batch's pieces: before and after them. */
+static besa_result besa__clear_gradients(besa_pruner *p, const besa__batch *batch)
 {
-    besa_pruner *p = work->pruner;
-    BESA__TRY(besa__rates_forward(&p->rates));
-    BESA__TRY(besa__mask_learned(work, 0));
+    for (int i = 0; i < BESA_LAYERS; i++)
+        if (p->acts.dw_sum[i] && batch->layers >> i & 1u)
+            BESA__TRY(p->be->zero(p->be, BESA_QUEUE_COMPUTE, p->acts.dw_sum[i],
+                                  (size_t)p->weights.layer[i].count * sizeof(float)));
+    return BESA_OK;
+}
+
+static besa_result besa__use_gradients(besa_pruner *p, const besa__batch *batch)
+{
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        if (p->acts.dw_sum[i] && batch->layers >> i & 1u)
+            BESA__TRY(batch->gradient(batch->user, i, 0, rows, p->acts.dw_sum[i]));
+    }
+    return BESA_OK;
+}
+
+/* One optimiser step on a batch. */
+static besa_result besa__learn_step(besa__learning *l, const besa__batch *batch)
+{
+    besa_pruner *p = l->work->pruner;
+    if (l->weights) p->weights.step++;
+    if (l->rates) BESA__TRY(besa__rates_forward(&p->rates));
+    if (l->rates) BESA__TRY(besa__mask_learned(l->work, 0));
     BESA__TRY(p->be->zero(p->be, BESA_QUEUE_COMPUTE, batch->loss, sizeof(float)));
-    BESA__TRY(besa__batch_gradient(work, batch));
-    BESA__TRY(besa__rates_backward(&p->rates));
-    return besa__parameters_step(&p->parameters);
+    BESA__TRY(besa__clear_gradients(p, batch));
+    BESA__TRY(besa__batch_gradient(l->work, batch));
+    BESA__TRY(besa__use_gradients(p, batch));
+    if (l->rates) BESA__TRY(besa__rates_backward(&p->rates));
+    return l->rates ? besa__parameters_step(&p->parameters) : BESA_OK;
 }
 
 /* Tell the caller's callback of a step. */
 static besa_result besa__tell_step(besa_pruner *p, int64_t step, int64_t steps, const float *loss, besa_error *error)
 {
     if (!p->options.step) return BESA_OK;
-    besa_step now = {p->meter.block, step, steps, &p->rates, p->be, loss};
+    besa_step now = {p->meter.block, step, steps, besa__learns_rates(p) ? &p->rates : NULL, p->be, loss};
     besa_result result = p->options.step(p->options.user, &now);
     if (result == BESA_OK) return BESA_OK;
     return besa__fail(error, result, "the step callback returned: %s", besa_result_string(result));
 }
 
-/* The rates, one optimiser step per batch of sequences. */
-static besa_result besa__learn_rates(const besa__work *work, unsigned layers, besa_error *error)
+/* One optimiser step per batch of sequences, again and again over all of them. */
+static besa_result besa__learn(besa__learning *l, besa_error *error)
 {
-    besa_pruner *p = work->pruner;
-    int64_t size = p->options.batch_size, batches = besa__parts(p->nsamples, size), steps = p->options.rates.steps;
-    besa__work user = *work;                    /* a copy: the callback's `user` is no pointer to const */
-    besa__batch batch = {0, 0, 0, NULL, layers, besa__learn_gradient, &user};
-    BESA__TRY_ON(p->be, besa__losses_before(work), error);
-    for (int64_t s = 0; s < steps; s++) {
+    besa_pruner *p = l->work->pruner;
+    int64_t size = p->options.batch_size, batches = besa__parts(p->nsamples, size);
+    besa__batch batch = {0, 0, 0, NULL, besa__learned_layers(p, l->weights), besa__learn_gradient, l};
+    for (int64_t s = 0; s < l->steps && batch.layers; s++) {
         batch.first = s % batches * size;
         batch.end = besa__min(batch.first + size, p->nsamples);
         batch.again = batch.end < p->nsamples ? batch.end : 0; /* of this epoch, or the next one's first */
-        batch.loss = besa__step_loss(p, s);
-        BESA__TRY_ON(p->be, besa__learn_step(work, &batch), error);
-        BESA__TRY(besa__tick(&p->meter, 1 / (double)steps, error));
-        BESA__TRY(besa__tell_step(p, s + 1, steps, batch.loss, error));
+        batch.loss = besa__step_loss(p, l->done + s);
+        BESA__TRY_ON(p->be, besa__learn_step(l, &batch), error);
+        BESA__TRY(besa__tick(&p->meter, 1 / (double)l->steps, error));
+        BESA__TRY(besa__tell_step(p, l->done + s + 1, p->steps, batch.loss, error));
     }
     return BESA_OK;
 }
@@ -4263,15 +4490,28 @@ static besa_result besa__final_masks(const besa__work *work)
     return besa__mask_learned(work, 0);
 }
 
-/* Pass 3. BESA: learn the rates, then the final masks. */
+/* Pass 3. BESA: learn the rates, and the weights with them where both learn, then the final masks. */
 static besa_result besa__learn_pass(const besa__work *work, besa_error *error)
 {
     besa_pruner *p = work->pruner;
-    unsigned layers = 0;
-    for (int i = 0; i < BESA_LAYERS; i++)
-        if (p->masks.layer[i].fixed < 0) layers |= 1u << i;
-    if (layers) BESA__TRY(besa__learn_rates(work, layers, error));
+    besa__learning l = {work, 1, p->options.learn == BESA_LEARN_BOTH, 0, p->options.rates.steps};
+    for (int i = 0; i < BESA_LAYERS && besa__learns_weights(p); i++)
+        BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->dense->weight[i]), error);
+    if (besa__learned_layers(p, 0)) BESA__TRY_ON(p->be, besa__losses_before(work), error);
+    BESA__TRY(besa__learn(&l, error));
     return besa__pass_error(p->be, besa__final_masks(work), error);
+}
+
+/* Pass 4. The kept weights learn with the final masks. */
+static besa_result besa__weights_pass(const besa__work *work, besa_error *error)
+{
+    besa_pruner *p = work->pruner;
+    besa__learning l = {work, 0, 1, besa__learns_rates(p) ? p->options.rates.steps : 0, 0};
+    l.steps = p->steps - l.done;
+    BESA__TRY_ON(p->be, besa__report_loss(work, BESA__LOSS_MASKS), error);
+    for (int i = 0; i < BESA_LAYERS && !besa__learns_rates(p); i++)
+        BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->pruned[i]), error);
+    return besa__learn(&l, error);
 }
 
 /* ============================================================================================
@@ -4279,7 +4519,7 @@ static besa_result besa__learn_pass(const besa__work *work, besa_error *error)
  * ============================================================================================
  * Owns the step to the next block, and the report of this one. */
 
-/* Pass 4. X = F(What, X), and the loss on the way. */
+/* Pass 5. X = F(What, X), and the loss on the way. */
 static besa_result besa__commit_pass(const besa__work *work, besa_error *error)
 {
     besa_pruner *p = work->pruner;
@@ -4310,7 +4550,7 @@ static besa_result besa__fetch_results(besa_pruner *p)
     BESA__TRY(be->download(be, q, p->results_losses, p->losses, losses));
     BESA__TRY(be->download(be, q, r->not_finite, p->not_finite, sizeof r->not_finite));
     BESA__TRY(be->download(be, q, p->results_counts, p->counts, 2 * (size_t)p->rows * sizeof(int32_t)));
-    if (besa__learns(p)) {
+    if (besa__learns_rates(p)) {
         BESA__TRY(be->download(be, q, r->scalars, p->parameters.step.scalars, sizeof r->scalars));
         BESA__TRY(be->download(be, q, &r->mean, p->rates.mean, sizeof r->mean));
         BESA__TRY(be->download(be, q, &r->excess, p->rates.excess, sizeof r->excess));
@@ -4432,11 +4672,12 @@ static void besa__report_losses(const besa_pruner *p, besa_block_report *report)
 {
     const float *loss = p->results_losses;
     int learned = 0;
-    for (int i = 0; i < BESA_LAYERS; i++) learned |= besa__learns(p) && p->fixed[i] < 0;
+    for (int i = 0; i < BESA_LAYERS; i++) learned |= besa__learns_rates(p) && p->fixed[i] < 0;
     double shown = (double)besa__shown(p), all = (double)p->reference;
     report->loss_after = (double)loss[BESA__LOSS_AFTER];
-    report->loss_uniform = learned ? (double)loss[BESA__LOSS_UNIFORM] : report->loss_after;
-    report->loss_before = learned ? (double)loss[BESA__LOSS_BEFORE] : report->loss_after;
+    report->loss_masks = besa__learns_weights(p) ? (double)loss[BESA__LOSS_MASKS] : report->loss_after;
+    report->loss_uniform = learned ? (double)loss[BESA__LOSS_UNIFORM] : report->loss_masks;
+    report->loss_before = learned ? (double)loss[BESA__LOSS_BEFORE] : report->loss_masks;
     report->loss_all = (shown * report->loss_after + (all - shown) * (double)loss[BESA__LOSS_REST]) / all;
 }
 
@@ -4446,8 +4687,8 @@ static besa_result besa__report_block(besa_pruner *p, const char *name, besa_blo
     const besa__results *r = p->results;
     BESA__TRY(besa__check_layers_finite(p, name, BESA__DENSE, error));
     BESA__TRY(besa__check_sums(p, name, error));
-    if (besa__learns(p)) {
-        BESA__TRY(besa__check_learning(p, name, error));
+    BESA__TRY(besa__check_learning(p, name, error));
+    if (besa__learns_rates(p)) {
         BESA__TRY(besa__check_status(&p->rates, r->scalars[0], r->mean, error));
         BESA__TRY(besa__check_excess(&p->rates, r->excess, error));
         report->d = r->scalars[0];
@@ -4477,7 +4718,12 @@ static double besa__cost_rank(const besa_pruner *p)
 }
 
 /* An epoch costs about three forward passes. */
-static double besa__cost_learn(const besa_pruner *p) { return besa__learns(p) ? 3 * (double)p->options.epochs : 0; }
+static double besa__cost_learn(const besa_pruner *p) { return besa__learns_rates(p) ? 3 * (double)p->options.epochs : 0; }
+
+static double besa__cost_weights(const besa_pruner *p)
+{
+    return besa__learns_weights(p) ? 3 * (double)p->options.weight_epochs : 0;
+}
 
 typedef struct besa__pass_row {
     besa_pass pass;
@@ -4489,6 +4735,7 @@ static const besa__pass_row besa__passes[] = {
     {BESA_PASS_DENSE, besa__cost_one, besa__dense_pass},
     {BESA_PASS_RANK, besa__cost_rank, besa__rank_pass},
     {BESA_PASS_LEARN, besa__cost_learn, besa__learn_pass},
+    {BESA_PASS_WEIGHTS, besa__cost_weights, besa__weights_pass},
     {BESA_PASS_COMMIT, besa__cost_one, besa__commit_pass},
 };
 
@@ -4556,9 +4803,10 @@ static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, con
                                     besa_error *error)
 {
     besa_block masked = *block;
-    besa__work work = {p, block, &masked, pruned, x, dense ? dense : &p->yref};
+    besa__work work = {p, block, &masked, pruned, x, p->options.dense_stream ? dense : &p->yref, dense};
     memset(report, 0, sizeof *report);
     x->micro_batch = work.yref->micro_batch = p->micro_batch;
+    if (dense) dense->micro_batch = p->micro_batch;
     for (int i = 0; i < BESA_LAYERS; i++) {
         masked.weight[i] = pruned[i];
         p->fixed[i] = besa__fixed_rate(&p->options, name, i);
@@ -4633,7 +4881,8 @@ static besa_result besa__check_block(const besa_pruner *p, const besa_block *blo
                                      const void *dense_x, void *const pruned[BESA_LAYERS], besa_error *error)
 {
     const char *missing = !block->norm1 ? "norm1" : !block->norm2 ? "norm2" : !block->rope_cos ? "rope_cos" : !block->rope_sin
-                          ? "rope_sin" : !x ? "x" : p->options.dense_stream && !dense_x ? "dense_x, with dense_stream set," : NULL;
+                          ? "rope_sin" : !x ? "x" : besa__uses_own(&p->options) && !dense_x
+                          ? "dense_x, with dense_stream or dense_share set," : NULL;
     if (missing) return besa__fail(error, BESA_ERROR_OPTION, "%s is NULL", missing);
     if (name && strlen(name) > 200)
         return besa__fail(error, BESA_ERROR_OPTION, "the block's name has %zu characters, expected at most 200", strlen(name));
@@ -4662,7 +4911,7 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
     besa__stream_init(&dense, pruner->be, 0, pruner->nsamples, pruner->seqlen, made->hidden_size);  /* no events */
     inputs.x = x;
     dense.x = dense_x;
-    return besa__pruner_run(pruner, block, name, &inputs, pruner->options.dense_stream ? &dense : NULL, pruned,
+    return besa__pruner_run(pruner, block, name, &inputs, besa__uses_own(&pruner->options) ? &dense : NULL, pruned,
                             report ? report : &local, error);
 }
 
@@ -7779,7 +8028,7 @@ static void besa__append_options(besa__text *t, const besa_prune_options *option
     for (const besa_option *o = besa__options; o->name; o++) {
         double value = besa__option_get(o, (const unsigned char *)options + o->offset);
         char word[32];
-        if ((o->flags & BESA_OPTION_BESA) && options->method != BESA_METHOD_BESA) continue;
+        if (!besa__option_used(o, options)) continue;
         besa__append(t, "%s", between);
         between = ", ";
         if (o->kind == BESA_OPTION_ENUM)
@@ -8039,7 +8288,7 @@ static besa_result besa__run_calibration(besa__run *run, const besa_calibration 
     besa__stream_init(&run->calibration, run->be, BESA__EVENT_X, c->nsamples, c->seqlen, d);
     besa__stream_init(&run->dense, run->be, BESA__EVENT_DENSE, c->nsamples, c->seqlen, d);
     run->positions = c->seqlen;
-    run->has_dense = run->pruner.options.dense_stream;
+    run->has_dense = besa__uses_own(&run->pruner.options);
     run->pruner.meter.blocks = run->config->num_hidden_layers;
     if (c->test_windows != 0) return besa__run_test(run, c->test_ids, c->test_windows, c->test_seqlen, error);
     return BESA_OK;
@@ -8546,8 +8795,7 @@ static void besa__ignore_options(besa_prune_options *o)
 {
     const besa_prune_options given = *o;
     for (const besa_option *row = besa__options; row->name; row++)
-        if ((row->flags & BESA_OPTION_BESA) && o->method != BESA_METHOD_BESA)
-            besa__option_set(row, (unsigned char *)o + row->offset, row->standard);
+        if (!besa__option_used(row, &given)) besa__option_set(row, (unsigned char *)o + row->offset, row->standard);
     if (o->method != BESA_METHOD_MAGNITUDE) o->magnitude_per_row = 0;
     if (!besa__uses_gram(&given)) o->damping = besa__find_option("damping")->standard;
     if (o->rates.optimizer != BESA_PRODIGY) {
@@ -8629,7 +8877,8 @@ static besa_result besa__report_reloaded(besa__run *run, const besa_block *block
     besa_pruner *p = &run->pruner;
     const void *written[BESA_LAYERS];
     memset(report, 0, sizeof *report);
-    report->loss_uniform = report->loss_before = report->loss_after = report->loss_all = (double)NAN;
+    report->loss_uniform = report->loss_before = report->loss_masks = (double)NAN;
+    report->loss_after = report->loss_all = (double)NAN;
     report->d = report->mean_rate = (double)NAN;
     for (int i = 0; i < BESA_LAYERS; i++) written[i] = pruned[i];
     besa_result result = besa__clear_sums(p);
@@ -8943,7 +9192,8 @@ static double besa__plan_flop(const besa__run *run)
     double forward = 2 * weights + attention, backward = 4 * weights - 2 * qkv + 2.5 * attention;
     double dense = besa__uses_inputs(o) ? 1 : (double)run->pruner.reference / (double)run->pruner.nsamples;
     double flop = (1 + dense + run->has_dense) * forward + (besa__uses_gram(o) ? gram : 0);
-    if (o->method == BESA_METHOD_BESA) flop += (double)o->epochs * (forward + backward);
+    if (besa__learns_rates(&run->pruner)) flop += (double)o->epochs * (forward + backward);
+    if (besa__learns_weights(&run->pruner)) flop += (double)o->weight_epochs * (forward + backward);
     flop *= tokens * (double)run->config->num_hidden_layers;
     if (!run->has_test) return flop;
     double head = 2 * (double)run->config->vocab_size * (double)s->hidden_size;
@@ -11937,6 +12187,80 @@ static besa_result besa__cpu_optimizer_step(besa_backend *be, const besa_optimiz
         besa__cpu_optimizer_move(o, task * run, besa__min(run, o->n - task * run),
                                  (float)(1.0 - dlr * o->weight_decay), (float)dlr, 1.0f,
                                  (float)(o->scalars[0] * o->eps));
+    return BESA_OK;
+}
+
+/* ---- weights that learn -------------------------------------------------------------------- */
+
+/* Weights at .. at + n - 1; type: an unsigned integer as wide as the dtype, all bits but the sign in `magnitude`. */
+#define BESA__CPU_WEIGHT_KERNEL(name, type, round, magnitude)                                      \
+    BESA__INLINE void name##_body(const besa_weight_step *o, int64_t at, int64_t n, float rate, float root) \
+    {                                                                                              \
+        float *w = o->w + at, *m = o->m + at, *v = o->v + at, b1 = (float)o->beta1, b2 = (float)o->beta2; \
+        float c1 = (float)(1.0 - o->beta1), c2 = (float)(1.0 - o->beta2), eps = (float)o->eps;     \
+        type *masked = (type *)o->masked + at, *source = (type *)o->source + at;                   \
+        const float *grad = o->grad + at;                                                          \
+        BESA__ELEMENTWISE                                                                          \
+        for (int64_t i = 0; i < n; i++) {                                                          \
+            float g = grad[i], m1 = b1 * m[i] + c1 * g, v1 = b2 * v[i] + c2 * g * g;               \
+            float w1 = w[i] - rate * m1 / (besa__sqrt(v1) / root + eps);                           \
+            type now = (type)round(w1), old = masked[i];                                           \
+            int kept = (old & (magnitude)) != 0 && (now & (magnitude)) != 0;                       \
+            m[i] = kept ? m1 : m[i];                                                               \
+            v[i] = kept ? v1 : v[i];                                                               \
+            masked[i] = kept ? now : old;                                                          \
+            if (sizeof(type) == 2) source[i] = kept ? now : source[i]; /* else w itself */         \
+            w[i] = kept ? w1 : w[i];                                                               \
+        }                                                                                          \
+    }                                                                                              \
+    BESA__KERNEL(name, (const besa_weight_step *o, int64_t at, int64_t n, float rate, float root), (o, at, n, rate, root))
+
+BESA__CPU_WEIGHT_KERNEL(besa__cpu_weights_f32, uint32_t, besa__float_bits, 0x7FFFFFFFu)
+BESA__CPU_WEIGHT_KERNEL(besa__cpu_weights_f16, uint16_t, besa__f32_to_f16, 0x7FFFu)
+BESA__CPU_WEIGHT_KERNEL(besa__cpu_weights_bf16, uint16_t, besa__f32_to_bf16, 0x7FFFu)
+
+static besa_result besa__cpu_weight_step(besa_backend *be, const besa_weight_step *o)
+{
+    int64_t tasks = besa__parts(o->n, BESA__CPU_STEP_RUN);
+    double c1 = 1.0 - pow(o->beta1, (double)o->step), c2 = 1.0 - pow(o->beta2, (double)o->step);
+    float rate = (float)(o->lr * (double)*o->rms / c1), root = (float)sqrt(c2);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * BESA__CPU_STEP_RUN, n = besa__min(BESA__CPU_STEP_RUN, o->n - at);
+        if (o->dtype == BESA_F32) besa__cpu_weights_f32(o, at, n, rate, root);
+        else if (o->dtype == BESA_F16) besa__cpu_weights_f16(o, at, n, rate, root);
+        else besa__cpu_weights_bf16(o, at, n, rate, root);
+    }
+    return BESA_OK;
+}
+
+static besa_result besa__cpu_rms(besa_backend *be, float *out, const float *w, int64_t n)
+{
+    double sum = 0.0;
+    (void)be;
+    for (int64_t at = 0; at < n; at += BESA__CPU_STEP_RUN) {
+        int64_t count = besa__min(BESA__CPU_STEP_RUN, n - at);
+        sum += (double)besa__cpu_dot(w + at, w + at, count);
+    }
+    *out = (float)sqrt(sum / (double)n);
+    return BESA_OK;
+}
+
+BESA__INLINE void besa__cpu_mix_run_body(float *y, const float *x, float share, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) y[i] = (1.0f - share) * y[i] + share * x[i];
+}
+BESA__KERNEL(besa__cpu_mix_run, (float *y, const float *x, float share, int64_t n), (y, x, share, n))
+
+static besa_result besa__cpu_mix(besa_backend *be, void *y, const void *x, float share, int64_t n)
+{
+    int64_t tasks = besa__parts(n, BESA__CPU_STEP_RUN);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * BESA__CPU_STEP_RUN;
+        besa__cpu_mix_run((float *)y + at, (const float *)x + at, share, besa__min(BESA__CPU_STEP_RUN, n - at));
+    }
     return BESA_OK;
 }
 
