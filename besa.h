@@ -56,7 +56,9 @@
  *                  theta by Prodigy or AdamW                              besa__parameters_step
  *              and then logit(alpha) of all rows, shifted together        besa__rates_project, besa__final_masks
  *              until the count is exact (but with no_projection), and
- *              What. Fixed layers take no part
+ *              What. Fixed layers take no part. With learn both the kept weights move along dL/dWhat too, as below
+ *     weights  where kept weights learn (besa__weights_pass), with any method: masks stay. For every batch the loss and
+ *              dL/dWhat as above; every weight that is not 0 by Adam      besa__weights_move
  *     commit   X = F(What, X): the next block's inputs; the loss          besa__commit_pass
  *
  *     The paper's pseudo-code carries two streams, the dense model's and the pruned one's, and aims at the dense stream's
@@ -146,13 +148,20 @@
  *     damping                     [0.01] SparseGPT and its importances: share of a Hessian's mean diagonal added to it
  *     epochs, batch_size          [1, 1]
  *     norm_all, dense_stream      [0, 0] loss norms over all tokens: a batch's loss shrinks to its share of them, and the penalty
- *                                 weighs more; reference from the dense model's own stream. BESA only
+ *                                 weighs more; reference from the dense model's own stream. Where something learns
+ *     dense_share                 [0] the reference is a mixture: this share from the dense model's own stream
+ *     learn                       [rates] weights: the kept weights learn when masks are final, with any method; both: BESA's
+ *                                 rates and the kept weights together, and then the weights
+ *     weight_epochs               [3] over the sequences with final masks
+ *     weight_lr, weight_warmup    [0.02, 0] Adam's learning rate in units of the rms of a layer's weights; share of the steps in
+ *                                 which it rises. Then it falls to 0 over the steps, as a half cosine
  *     no_projection               [0] leave the sparsity where learning ended
  *     pattern_n, pattern_m        [none] n of every m; not with besa
  *     magnitude_per_row           [0] magnitude: each row at the target instead of each layer
  *     fixed                       [none] layers that stay dense or have a rate of their own
  *     progress, step, user        [none] callbacks: after each unit of work, which can stop the run; after each learning step
- *     besa_preset                 [default] published-row and published-layer: the paper's runs of LLaMA-1-7B, d_coef 5 and
+ *     besa_preset                 [default] best: learn both, dense_share 1/2. weights: learn weights, dense_share 1/2, for any
+ *                                 method. published-row and published-layer: the paper's runs of LLaMA-1-7B, d_coef 5 and
  *                                 50. For other models set the paper's d_coef: by row 5 (1-13B, 2-7B, 2-13B), 10 (1-30B),
  *                                 50 (1-65B, 2-70B); by layer 0.5 (1-13B, 1-65B, 2-70B), 0.05 (1-30B, 2-7B, 2-13B)
  *     device_memory               [CUDA: 31/32 of what is free; CPU: no limit] the most bytes that a run takes of the backend's
@@ -172,6 +181,7 @@
  *         rows of embedding and head   16384 d bytes                         test stream  a d per token, 16384 t of logits,
  *                                                                                         activations of its own
  *         pinned host memory           16 MB of weights, 8192 d of rows
+ *         weights that learn           12 N bytes, + 2 N where w = 2, + 4 N where a batch does not fit at once
  *     Where device_memory is not enough, the test's activations, Yref and X live in pinned host memory and come batch by
  *     batch while others compute. None of this grows with the number of blocks; beside it there are the tensor table, the
  *     list of finished blocks and the report, some hundred bytes per tensor and block. A weight and token cost about 10 FLOP for
@@ -1131,9 +1141,10 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
 BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *be, const besa_calibration *calibration,
                                const besa_prune_options *options, besa_plan_result *plan, besa_error *error);
 
-/* Start from a preset, before other options are set: "default"; "published-row", "published-layer": the paper's code,
- * zero start and no exact projection, with the d_coef that it has for LLaMA-1-7B (OPTIONS lists the others). Only
- * rates.target, fixed rates, budget and callbacks are kept. BESA_ERROR_OPTION. */
+/* Start from a preset, before other options are set: "default"; "best": rates and kept weights learn together, and then
+ * the weights; "weights": masks as by default, and then the kept weights learn, for any method; "published-row",
+ * "published-layer": the paper's code, zero start and no exact projection, with the d_coef that it has for LLaMA-1-7B
+ * (OPTIONS lists the others). Only rates.target, fixed rates, budget and callbacks are kept. BESA_ERROR_OPTION. */
 BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, besa_error *error);
 
 /* Perplexity of (windows, seqlen) ids, block by block: exp of the mean over windows of the mean negative
@@ -1909,6 +1920,8 @@ static besa_result besa__options_fill(void *bytes, size_t begin, size_t end, bes
 /* What the presets set; what is not here has its default. */
 static const struct { const char *preset, *option; double value; } besa__presets[] = {
     {"default", NULL, 0},
+    {"best", "learn", BESA_LEARN_BOTH}, {"best", "dense_share", 0.5},
+    {"weights", "learn", BESA_LEARN_WEIGHTS}, {"weights", "dense_share", 0.5},
     {"published-row", "form", BESA_RATES_ROW}, {"published-row", "zero_start", 1}, {"published-row", "penalty", 5},
     {"published-row", "d_coef", 5}, {"published-row", "no_projection", 1},
     {"published-layer", "form", BESA_RATES_LAYER}, {"published-layer", "zero_start", 1}, {"published-layer", "penalty", 5},
@@ -1930,7 +1943,8 @@ BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, 
         besa__option_set(o, (unsigned char *)&preset + o->offset, besa__presets[i].value);
     }
     if (!known)
-        return besa__fail(error, BESA_ERROR_OPTION, "preset is \"%s\", expected default, published-row or published-layer",
+        return besa__fail(error, BESA_ERROR_OPTION, "preset is \"%s\", expected default, best, weights, published-row or "
+                          "published-layer",
                           name);
     *options = preset;
     return BESA_OK;
@@ -2942,19 +2956,20 @@ static void besa__weights_place(besa__weights *weights, const besa_block_shape *
     }
 }
 
-/* The weights w (R,C) of a layer, before the first step. */
-static besa_result besa__weights_reset(besa__weights *weights, int index, const void *w)
+/* Before the first step: the weights w (R,C) of a layer, whose dense weights give the unit of the learning rate. */
+static besa_result besa__weights_reset(besa__weights *weights, int index, const void *w, const void *dense)
 {
     besa__weight_layer *layer = &weights->layer[index];
     besa_backend *be = weights->be;
     size_t bytes = (size_t)layer->count * sizeof(float);
     weights->step = 0;
+    BESA__TRY(be->convert(be, layer->value, BESA_F32, dense, layer->dtype, layer->count));
+    BESA__TRY(be->rms(be, layer->rms, layer->value, layer->count));
     BESA__TRY(be->convert(be, layer->value, BESA_F32, w, layer->dtype, layer->count));
     if (layer->source != layer->value)
         BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, layer->source, w, (size_t)layer->count * besa_dtype_size(layer->dtype)));
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, layer->m, bytes));
-    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, layer->v, bytes));
-    return be->rms(be, layer->rms, layer->value, layer->count);
+    return be->zero(be, BESA_QUEUE_COMPUTE, layer->v, bytes);
 }
 
 /* Move `count` kept weights of a layer from `first` on, in `masked` (R,C) too, along grad (count). */
@@ -4496,7 +4511,7 @@ static besa_result besa__learn_pass(const besa__work *work, besa_error *error)
     besa_pruner *p = work->pruner;
     besa__learning l = {work, 1, p->options.learn == BESA_LEARN_BOTH, 0, p->options.rates.steps};
     for (int i = 0; i < BESA_LAYERS && besa__learns_weights(p); i++)
-        BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->dense->weight[i]), error);
+        BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->dense->weight[i], work->dense->weight[i]), error);
     if (besa__learned_layers(p, 0)) BESA__TRY_ON(p->be, besa__losses_before(work), error);
     BESA__TRY(besa__learn(&l, error));
     return besa__pass_error(p->be, besa__final_masks(work), error);
@@ -4510,7 +4525,7 @@ static besa_result besa__weights_pass(const besa__work *work, besa_error *error)
     l.steps = p->steps - l.done;
     BESA__TRY_ON(p->be, besa__report_loss(work, BESA__LOSS_MASKS), error);
     for (int i = 0; i < BESA_LAYERS && !besa__learns_rates(p); i++)
-        BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->pruned[i]), error);
+        BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->pruned[i], work->dense->weight[i]), error);
     return besa__learn(&l, error);
 }
 
@@ -8001,6 +8016,7 @@ static void besa__append_block(besa__text *t, const besa_block_report *b, int64_
     besa__append_number(t, "sparsity", b->sparsity, ", ");
     besa__append_number(t, "loss_uniform", b->loss_uniform, ", ");
     besa__append_number(t, "loss_before", b->loss_before, ", ");
+    besa__append_number(t, "loss_masks", b->loss_masks, ", ");
     besa__append_number(t, "loss_after", b->loss_after, ", ");
     besa__append_number(t, "loss_all", b->loss_all, ",\n     ");
     besa__append_number(t, "prodigy_d", b->d, ", ");
@@ -8020,7 +8036,7 @@ static const char *besa__option_word(const besa_option *o, int value, char *buff
     return buffer;
 }
 
-/* What the run was asked for, an option a member; those that only BESA looks at are left out for other methods. */
+/* What the run was asked for, an option a member; those that it does not look at are left out. */
 static void besa__append_options(besa__text *t, const besa_prune_options *options)
 {
     const char *between = "";

@@ -458,7 +458,8 @@ static const command commands[] = {
      "  besa plan llama --nsamples 128 --seqlen 2048 --memory 8G\n"},
     {"compare", COMPARE, 1, 1, run_compare, "SRC", "try methods and sparsities, writing nothing to disk",
      "Prunes SRC in memory by every method at every sparsity and prints perplexity, sparsity and seconds.\n"
-     "Options under BESA apply to its rows; besa:published-row and besa:published-layer are rows with a preset.\n\n"
+     "Options under BESA apply to its rows; besa:best, besa:weights, besa:published-row, wanda:weights and the like are\n"
+     "rows with a preset.\n\n"
      "  besa compare llama --tokens c4.npy --test wikitext2.npy --sparsity .5,.6,.7 --method wanda,besa\n"},
     {"eval", EVAL, 1, 1, run_eval, "DIR", "measure perplexity",
      "Measures how well the model in directory DIR predicts a text: its perplexity. The text is cut into windows of\n"

@@ -21,13 +21,13 @@ enum {
     ONE = PRUNE | PLAN, RUN = ONE | COMPARE, ALL = RUN | EVAL | INFO
 };
 
-typedef struct row { /* of a comparison: "wanda", "besa", "besa:published-row" */
+typedef struct row { /* of a comparison: "wanda", "besa", "besa:best" */
     char label[MAX_NAME];
     besa_method method;
 } row;
 
 typedef enum kind {
-    HEADING, METHOD, METHOD_BESA, FLAG, TEXT, CHOICE, PATTERN, SKIP, METHODS, /* these are not numbers */
+    HEADING, LIBRARY, FLAG, TEXT, CHOICE, PATTERN, SKIP, METHODS, /* these are not numbers */
     NUMBER, ROWS, SHARES, /* numbers of besa_prune_options: the library's table has their ranges */
     THREADS, COUNT, SEED, FIX, BYTES, DEVICE
 } kind;
@@ -35,7 +35,7 @@ typedef enum kind {
 typedef struct option {
     const char *name;  /* without "--" */
     kind kind;
-    size_t offset;     /* of the field in settings, where one field is all */
+    size_t offset;     /* of the field in settings, where one field is all; of LIBRARY the flags of its rows */
     int commands;
     const char *value; /* what follows; the names of a CHOICE in the order of its enum */
     const char *help;
@@ -60,7 +60,7 @@ typedef struct settings {
     double sparsity[MAX_LIST];         /* of a comparison, as are rows */
     row rows[MAX_LIST];
     int num_sparsities, num_rows, left_out; /* 1: besa is not among the rows, as it has no patterns */
-    const char *besa_option; /* the last option given under "BESA", or NULL */
+    const char *besa_option, *learning_option, *weight_option; /* the last given under these headings, or NULL */
 } settings;
 
 /* What each other kind of number admits. */
@@ -97,9 +97,11 @@ static const option own_options[] = {
     {"windows", COUNT, AT(windows), EVAL, "K", "how many windows, from the file's start [all]"},
 
     {"Method", HEADING, 0, RUN, "", ""},
-    {NULL, METHOD, 0, 0, "", ""}, /* here the library's options for every method */
+    {NULL, LIBRARY, 0, 0, "", ""}, /* here the library's options for every method */
     {"method", METHODS, 0, COMPARE, "A,B,...",
-     "of besa, besa:PRESET, wanda, sparsegpt, magnitude [all but presets; with --pattern without besa]"},
+     "of besa, wanda, sparsegpt, magnitude, besa:PRESET, and others with :weights [the first four; with --pattern without besa]"},
+    {"preset", TEXT, AT(preset), RUN, "default|best|weights|published-row|published-layer",
+     "what the options below start from; all but weights for besa; published: as the paper's code, for LLaMA-1-7B"},
     {"sparsity", SHARES, AT(prune.rates.target), COMPARE, "S,S,...",
      "shares of the weights that become zero [0.5, or the pattern's]"},
     {"pattern", PATTERN, 0, RUN, "N:M", "prune N of every M consecutive weights, as 2:4; not with besa"},
@@ -107,9 +109,11 @@ static const option own_options[] = {
     {"fix", FIX, 0, RUN, "PATTERN=S", "hold layers at a sparsity of their own; the others reach --sparsity; repeatable"},
 
     {"BESA", HEADING, 0, RUN, "", ""},
-    {"preset", TEXT, AT(preset), RUN, "default|published-row|published-layer",
-     "what the options below start from; published: as the paper's code, for LLaMA-1-7B"},
-    {NULL, METHOD_BESA, 0, 0, "", ""}, /* and here those for besa alone */
+    {NULL, LIBRARY, BESA_OPTION_BESA, 0, "", ""}, /* here those for besa alone */
+    {"Learning, of rates or weights", HEADING, 0, RUN, "", ""},
+    {NULL, LIBRARY, BESA_OPTION_BESA | BESA_OPTION_WEIGHTS, 0, "", ""},
+    {"Weights that learn", HEADING, 0, RUN, "", ""},
+    {NULL, LIBRARY, BESA_OPTION_WEIGHTS, 0, "", ""},
 
     {"Run", HEADING, 0, ALL, "", ""},
     {"device", DEVICE, 0, RUN | EVAL, "cpu|cuda[:N]", "compute on the CPU or on NVIDIA GPU number N [cpu]; "
@@ -126,16 +130,16 @@ static const option own_options[] = {
     {"help", FLAG, AT(help), ALL, "", "print this"},
 };
 
-/* The library's options for every method, or those for besa alone, as rows of ours. A comparison has lists of its own for
- * method and sparsity. */
-static void add_library_options(settings *s, int for_besa)
+/* The library's options that these (of BESA_OPTION_BESA, BESA_OPTION_WEIGHTS; 0: every method) look at, as rows of ours. A
+ * comparison has lists of its own for method and sparsity. */
+static void add_library_options(settings *s, size_t lookers)
 {
     static const kind kinds[] = {FLAG, CHOICE, NUMBER, NUMBER, NUMBER}; /* by besa_option_kind */
     for (const besa_option *o = besa_option_table(); o->name; o++) {
         const size_t offset = AT(prune) + o->offset;
         const int listed = offset == AT(prune.method) || offset == AT(prune.rates.target);
-        const int is_for_besa = (o->flags & BESA_OPTION_BESA) != 0;
-        if (!o->flag || is_for_besa != for_besa) continue;
+        const int flags = o->flags & (BESA_OPTION_BESA | BESA_OPTION_WEIGHTS);
+        if (!o->flag || (size_t)flags != lookers) continue;
         option *made = &s->options[s->num_options++];
         made->name = o->flag;
         made->kind = o->flags & BESA_OPTION_ALL ? ROWS : kinds[o->kind];
@@ -151,7 +155,7 @@ static void make_options(settings *s)
 {
     for (size_t i = 0; i < sizeof own_options / sizeof own_options[0]; i++)
         if (own_options[i].name) s->options[s->num_options++] = own_options[i];
-        else add_library_options(s, own_options[i].kind == METHOD_BESA);
+        else add_library_options(s, own_options[i].offset);
 }
 
 typedef struct job job;
@@ -288,15 +292,16 @@ static void read_fixed(settings *s, const option *o, const char *text)
     s->prune.num_fixed++;
 }
 
-/* "besa" or "besa:published-row" */
+/* "besa", "besa:published-row" or "wanda:weights" */
 static row read_row(const settings *s, const option *o, const char *word)
 {
     row r;
     const char *names = besa_option_table()->value; /* its first row is the method */
     int method = find_choice(names, word, strcspn(word, ":"));
     if (method < 0) usage_error(s, "--%s: '%s' is not one of %s", o->name, word, names);
-    if (method != BESA_METHOD_BESA && strchr(word, ':'))
-        usage_error(s, "--%s: '%s': only besa has presets", o->name, word);
+    const char *preset = strchr(word, ':');
+    if (method != BESA_METHOD_BESA && preset && strcmp(preset, ":weights"))
+        usage_error(s, "--%s: '%s': only besa has presets other than weights", o->name, word);
     snprintf(r.label, sizeof r.label, "%s", word);
     r.method = (besa_method)method;
     return r;
@@ -334,7 +339,7 @@ static void read_value(settings *s, const option *o, const char *text)
     void *field = (char *)s + o->offset;
     int choice;
     switch (o->kind) {
-    case HEADING: case METHOD: case METHOD_BESA: case FLAG: break;
+    case HEADING: case LIBRARY: case FLAG: break;
     case TEXT: *(const char **)field = text; break;
     case CHOICE:
         choice = find_choice(o->value, text, strlen(text));
@@ -353,12 +358,14 @@ static void read_value(settings *s, const option *o, const char *text)
     }
 }
 
-/* Options of the heading "BESA" mean nothing to other methods. */
+/* Options of these headings mean nothing to runs that do not learn so. */
 static void note_heading(settings *s, const option *o)
 {
     const option *heading = o;
     while (heading->kind != HEADING) heading--;
-    if (strcmp(heading->name, "BESA") == 0) s->besa_option = o->name;
+    if (strncmp(heading->name, "BESA", 4) == 0) s->besa_option = o->name;
+    if (strncmp(heading->name, "Learning", 8) == 0) s->learning_option = o->name;
+    if (strncmp(heading->name, "Weights", 7) == 0) s->weight_option = o->name;
 }
 
 /* The command's option of that name, or NULL. */
@@ -538,9 +545,19 @@ static int uses_factor(besa_importance importance)
 static void check_methods(const settings *s)
 {
     unsigned methods = s->command->bit & ONE ? 1u << s->prune.method : 0;
+    int weights = s->prune.learn != BESA_LEARN_RATES;
     for (int i = 0; i < s->num_rows; i++) methods |= 1u << s->rows[i].method;
+    for (int i = -1; i < s->num_rows; i++) {
+        besa_prune_options o;
+        const char *preset = i < 0 ? s->preset : row_preset(s, &s->rows[i]);
+        memset(&o, 0, sizeof o);
+        weights |= preset && besa_preset(&o, preset, NULL) == BESA_OK && o.learn != BESA_LEARN_RATES;
+    }
     const int besa = (methods & 1u << BESA_METHOD_BESA) != 0, sparsegpt = (methods & 1u << BESA_METHOD_SPARSEGPT) != 0;
     if (s->besa_option && !besa) usage_error(s, "--%s is for --method besa", s->besa_option);
+    if (s->learning_option && !besa && !weights)
+        usage_error(s, "--%s is for what learns: --method besa or --learn weights", s->learning_option);
+    if (s->weight_option && !weights) usage_error(s, "--%s is for --learn weights or both", s->weight_option);
     if (s->prune.magnitude_per_row && !(methods & 1u << BESA_METHOD_MAGNITUDE))
         usage_error(s, "--per-row is for --method magnitude");
     if (s->prune.damping > 0 && !sparsegpt && !(besa && uses_factor(s->prune.importance)))

@@ -814,20 +814,28 @@ static void check_close(double got, double want, double limit, const char *what,
 }
 
 /* The whole run on both backends: masks and losses */
-static void compare_pipelines(const char *name, besa_method method, int fp32, double masks, double losses)
+static void compare_pipelines(const char *name, besa_method method, int fp32, double masks, double losses,
+                              besa_learn learn = BESA_LEARN_RATES)
 {
     besa_backend cpu, cuda = cuda_backend(fp32);
     besa_error error;
     CHECK_OK(besa_cpu_backend(&cpu, NULL, &error), error);
     run a = run_of(method, 4, temp_path("%s-cpu", name)), b = run_of(method, 4, temp_path("%s-cuda", name));
+    for (run *r : {&a, &b}) {
+        r->options.learn = learn;
+        r->options.weight_epochs = 1;
+        if (learn != BESA_LEARN_RATES) r->options.dense_share = 0.5, r->options.batch_size = 2;
+    }
     CHECK_OK(run_prune(&a, &cpu), a.error);
     CHECK_OK(run_prune(&b, &cuda), b.error);
     int64_t differ, total;
-    compare_weights(a.output, b.output, method == BESA_METHOD_SPARSEGPT, &differ, &total); /* it changes what it keeps */
+    int changes = method == BESA_METHOD_SPARSEGPT || learn != BESA_LEARN_RATES; /* what is kept */
+    compare_weights(a.output, b.output, changes, &differ, &total);
     CHECK(total > 0 && static_cast<double>(differ) < masks * static_cast<double>(total), "%lld of %lld weights differ",
           static_cast<long long>(differ), static_cast<long long>(total));
     for (int64_t i = 0; i < a.report.num_blocks && i < b.report.num_blocks; i++) {
         check_close(b.report.block[i].loss_all, a.report.block[i].loss_all, losses, "loss_all", i);
+        check_close(b.report.block[i].loss_masks, a.report.block[i].loss_masks, losses, "loss_masks", i);
         check_close(b.report.block[i].loss_uniform, a.report.block[i].loss_uniform, losses, "loss_uniform", i);
         check_close(b.report.block[i].sparsity, a.report.block[i].sparsity, 1e-3, "sparsity", i);
     }
@@ -852,6 +860,9 @@ static void test_pipeline(void)
     TEST("pipeline, wanda, fp32") compare_pipelines("wanda32", BESA_METHOD_WANDA, 1, 1e-3, 0.01);
     TEST("pipeline, magnitude, fp32") compare_pipelines("magnitude32", BESA_METHOD_MAGNITUDE, 1, 1e-3, 0.01);
     TEST("pipeline, sparsegpt, fp32") compare_pipelines("sparsegpt32", BESA_METHOD_SPARSEGPT, 1, 1e-2, 0.02);
+    TEST("pipeline, besa and weights, fp32") compare_pipelines("both32", BESA_METHOD_BESA, 1, 1e-2, 0.02, BESA_LEARN_BOTH);
+    TEST("pipeline, besa and weights, bf16") compare_pipelines("both16", BESA_METHOD_BESA, 0, 0.1, 0.15, BESA_LEARN_BOTH);
+    TEST("pipeline, wanda's weights, fp32") compare_pipelines("learned32", BESA_METHOD_WANDA, 1, 1e-2, 0.02, BESA_LEARN_WEIGHTS);
     TEST("a device that is too small") {
         run r = run_of(BESA_METHOD_BESA, 4, temp_path("small"));
         standin_set_memory(static_cast<size_t>(1) << 20);
@@ -873,6 +884,7 @@ static void test_pipeline(void)
             besa_error error;
             run r = run_of(BESA_METHOD_BESA, 6, temp_path("host-%d", i));
             r.nsamples = 6, r.seqlen = g_race ? 6 : 24, r.options.epochs = g_race ? 1 : 2, r.tightest = i > 0;
+            r.options.dense_share = 0.5;
             if (i > 0) be = cuda_backend(1);
             else CHECK_OK(besa_cpu_backend(&be, NULL, &error), error);
             if (i > 0) standin_set_streams(schedules[i - 1]);

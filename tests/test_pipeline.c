@@ -215,7 +215,7 @@ static int64_t verify_layer(const besa_tensor *in, const besa_tensor *out, const
     int64_t R = in->shape[0], C = in->shape[1], zeros = 0, changed = 0, minus = 0, group_low = 0, group_high = 0, all_source = 0;
     int64_t group = o->rates.group_rows > 0 ? o->rates.group_rows : o->rates.group_rows == BESA_ALL_ROWS ? R : 1;
     size_t size = besa_dtype_size(in->dtype);
-    int updates = o->method == BESA_METHOD_SPARSEGPT;
+    int updates = o->method == BESA_METHOD_SPARSEGPT || o->learn != BESA_LEARN_RATES;
     const unsigned char *a = (const unsigned char *)in->data, *b = (const unsigned char *)out->data;
     for (int64_t r = 0; r < R; r++) {
         int64_t row = 0, in_group = 0, source = 0;
@@ -228,7 +228,7 @@ static int64_t verify_layer(const besa_tensor *in, const besa_tensor *out, const
             row += zero;
             in_group += zero;
             if (o->pattern_m && !fixed && (j + 1) % o->pattern_m == 0) {
-                CHECK(updates || source > 0 ? in_group >= o->pattern_n : in_group == o->pattern_n,
+                CHECK(o->method == BESA_METHOD_SPARSEGPT || source > 0 ? in_group >= o->pattern_n : in_group == o->pattern_n,
                       "%s: %d zeros in a group of row %d", in->name, (int)in_group, (int)r);
                 in_group = 0;
             }
@@ -428,7 +428,7 @@ static void test_patterns(void)
 /* Every way to parametrise and learn the rates: exact counts still, and an effect on the weights. */
 static void test_besa_options(void)
 {
-    enum { COUNT = 17 };
+    enum { COUNT = 22 };
     const char *plain = temp_path("plain");
     setup base = new_setup(plain, BESA_METHOD_BESA, 0.5);
     run_and_verify(&base);
@@ -454,6 +454,11 @@ static void test_besa_options(void)
         case 14: o->rates.candidates = 16; break;
         case 15: o->rates.zero_start = 1, o->rates.penalty = 8; break;
         case 16: o->rates.d_coef = 50, o->rates.penalty = BESA_NONE; break;
+        case 17: o->learn = BESA_LEARN_BOTH, o->weight_epochs = 1; break;
+        case 18: o->learn = BESA_LEARN_WEIGHTS, o->weight_epochs = 1, o->weight_warmup = 0.25; break;
+        case 19: o->learn = BESA_LEARN_BOTH, o->batch_size = 3, o->dense_share = 0.5, o->weight_lr = 0.01; break;
+        case 20: o->learn = BESA_LEARN_BOTH, o->no_projection = 1, o->dense_stream = 1; break;
+        case 21: o->dense_share = 0.75; break;
         }
         CHECK(run(&s) == BESA_OK, "case %d: %s", i, s.error.message);
         verify(&s);
@@ -462,6 +467,8 @@ static void test_besa_options(void)
             CHECK(isfinite(r->loss_uniform) && isfinite(r->loss_before) && isfinite(r->loss_after) && r->loss_after > 0 &&
                   r->loss_uniform > 0, "case %d block %d: losses %g %g %g", i, (int)b, r->loss_uniform, r->loss_before,
                   r->loss_after);
+            CHECK(o->learn ? r->loss_after < r->loss_masks : r->loss_after == r->loss_masks, "case %d block %d: losses %g, %g",
+                  i, (int)b, r->loss_masks, r->loss_after);
         }
         CHECK(compare_directories(plain, s.output, NULL, first) == 1, "case %d changes nothing", i);
         besa_report_free(&s.report);
@@ -565,11 +572,12 @@ static void test_preset_fields(void)
         { "published-row", "d_coef", 5 }, { "published-row", "no_projection", 1 },
         { "published-layer", "form", BESA_RATES_LAYER }, { "published-layer", "zero_start", 1 },
         { "published-layer", "penalty", 5 }, { "published-layer", "d_coef", 50 }, { "published-layer", "dense_stream", 1 },
-        { "published-layer", "no_projection", 1 } };
-    static const char *const preset[] = { "default", "published-row", "published-layer" };
+        { "published-layer", "no_projection", 1 }, { "best", "learn", BESA_LEARN_BOTH }, { "best", "dense_share", 0.5 },
+        { "weights", "learn", BESA_LEARN_WEIGHTS }, { "weights", "dense_share", 0.5 } };
+    static const char *const preset[] = { "default", "published-row", "published-layer", "best", "weights" };
     static const besa_fixed_rate fixed = { "v_proj", 0.25 };
     besa_error error;
-    for (int p = 0; p < 3; p++) {
+    for (int p = 0; p < 5; p++) {
         besa_prune_options o;
         memset(&o, 0x55, sizeof o);
         o.rates.target = 0.625, o.fixed = &fixed, o.num_fixed = 1, o.device_memory = 12345;
@@ -943,6 +951,9 @@ static const struct bounds {
     { "importance", 'i', 0, 3, 0, 0, 0, "besa_importance" }, { "damping", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
     { "epochs", 'l', 1, 1000000, 0, 0, 0, "1 to 1000000" }, { "batch_size", 'l', 1, 0, 0, 0, 0, "1 or more" },
     { "norm_all", 'i', 0, 1, 0, 0, 0, "0 or 1" }, { "dense_stream", 'i', 0, 1, 0, 0, 0, "0 or 1" },
+    { "dense_share", 'd', 0, 1, 0, 1, 0, "0 or more and below 1" }, { "learn", 'i', 0, 2, 0, 0, 0, "besa_learn" },
+    { "weight_epochs", 'l', 1, 1000000, 0, 0, 0, "1 to 1000000" }, { "weight_lr", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
+    { "weight_warmup", 'd', 0, 1, 0, 1, 1, "0 or more and below 1" },
     { "schedule", 'i', 0, 1, 0, 0, 0, "besa_schedule" }, { "warmup", 'd', 0, 1, 0, 1, 1, "0 or more and below 1" },
     { "steps", 'l', 1, 0, 0, 0, 0, "1 or more" },
     { "no_projection", 'i', 0, 1, 0, 0, 0, "0 or 1" }, { "num_fixed", 'l', 0, 0, 0, 0, 0, "0 or more" },
@@ -1196,19 +1207,85 @@ static void test_full_disk(void)
     discard(temp_path("whole"));
 }
 
+/* ---- weights that learn ----------------------------------------------------------------------- */
+
+/* How many weights of the first block are 0 in one output and not in the other; most of those that are in none have moved.
+ * (Later blocks are masked by what the first one puts out.) */
+static int64_t other_zeros(const char *directory, const char *like)
+{
+    besa_checkpoint *a = NULL, *b = NULL;
+    besa_error error;
+    int64_t others = 0, kept = 0, moved = 0;
+    CHECK_OK(besa_checkpoint_open(&a, directory, &error), error);
+    CHECK_OK(besa_checkpoint_open(&b, like, &error), error);
+    for (int64_t i = 0; a && b && i < besa_checkpoint_tensor_count(a); i++) {
+        const besa_tensor *x = besa_checkpoint_tensor(a, i), *y = besa_checkpoint_tensor(b, i);
+        size_t size = besa_dtype_size(x->dtype);
+        for (size_t k = 0; strstr(x->name, "layers.0.") && strstr(x->name, "_proj.weight") && k < x->bytes; k += size) {
+            int zero = !memcmp((const char *)x->data + k, "\0\0\0", size), zero_too = !memcmp((const char *)y->data + k, "\0\0\0", size);
+            others += zero != zero_too;
+            kept += !zero;
+            moved += !zero && memcmp((const char *)x->data + k, (const char *)y->data + k, size) != 0;
+        }
+    }
+    CHECK(moved > kept / 2, "%d of %d kept weights moved", (int)moved, (int)kept);
+    besa_checkpoint_close(a);
+    besa_checkpoint_close(b);
+    return others;
+}
+
+/* Masks stay as they are while weights learn, by every method and in every element type; and with steps too small for a
+ * float the output is that of the masks alone, whether weights learn after the rates or with them. */
+static void test_learned_weights(void)
+{
+    static const char *const model[] = { "llama_mha_f16", "llama3_gqa_tied_bf16", "qwen3_qknorm_f32" };
+    for (int i = 0; i < 12; i++) {
+        char source[512], first[256];
+        setup s = new_setup(temp_path("masks"), (besa_method)(i / 3), 0.5);
+        snprintf(source, sizeof source, "%s/checkpoints/%s", g_reference, model[i % 3]);
+        s.source = source;
+        if (i / 3 == BESA_METHOD_WANDA) s.options.pattern_n = 2, s.options.pattern_m = 4, s.options.rates.target = 0;
+        s.options.dense_share = 0.5;
+        CHECK_RUN(&s);
+        besa_report_free(&s.report);
+        s.output = temp_path("out");
+        s.options.learn = BESA_LEARN_WEIGHTS, s.options.weight_epochs = 2;
+        CHECK_RUN(&s);
+        verify_files(source, s.output);
+        besa_report_free(&s.report);
+        CHECK(other_zeros(s.output, temp_path("masks")) == 0, "case %d: weights that learned are pruned otherwise", i);
+        discard(s.output);
+        s.options.weight_lr = 1e-30;
+        for (int both = 0; both < (i / 3 == BESA_METHOD_BESA ? 2 : 1); both++) {
+            if (both) s.options.learn = BESA_LEARN_BOTH;
+            CHECK_RUN(&s);
+            besa_report_free(&s.report);
+            CHECK(compare_directories(temp_path("masks"), s.output, NULL, first) == 0, "case %d: %s differs", i, first);
+            discard(s.output);
+        }
+        discard(temp_path("masks"));
+    }
+    setup s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
+    s.options.learn = BESA_LEARN_BOTH;
+    expect(&s, BESA_ERROR_OPTION, "wanda has no rates");
+    s.options.learn = BESA_LEARN_WEIGHTS, s.options.dense_share = 0.5, s.options.dense_stream = 1;
+    expect(&s, BESA_ERROR_OPTION, "dense_share");
+}
+
 /* ---- determinism and memory ------------------------------------------------------------------ */
 
 static void test_threads(void)
 {
-    static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_SPARSEGPT, BESA_METHOD_WANDA };
+    static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_SPARSEGPT, BESA_METHOD_WANDA, BESA_METHOD_BESA };
     static const int threads[] = { 1, 2, 3, 8 };
-    for (int m = 0; m < 3; m++) {
+    for (int m = 0; m < 4; m++) {
         double ppl[4];
         for (int t = 0; t < 4; t++) {
             setup s = new_setup(temp_path("threads%d", threads[t]), method[m], 0.5);
             char first[256];
             s.threads = threads[t];
             s.windows = 8;
+            if (m == 3) s.options.learn = BESA_LEARN_BOTH, s.options.dense_share = 0.5, s.options.batch_size = 2;
             CHECK_RUN(&s);
             ppl[t] = s.report.perplexity;
             CHECK(ppl[t] == ppl[0], "%d threads: perplexity %.17g, one thread %.17g", threads[t], ppl[t], ppl[0]);
@@ -1362,7 +1439,9 @@ static double expected_flop(const setup *s)
     keys = 0.5 * (double)s->seqlen * q;         /* multiplications of one of the products of attention */
     learn = 2 * linear + 2 * 2 * keys + 4 * linear - 2 * d * (q + kv + kv) + 5 * 2 * keys;
     if (o->method == BESA_METHOD_MAGNITUDE) passes = 1 + (s->nsamples < 8 ? 1 : 8 / (double)s->nsamples); /* dense: as reported */
-    flop = (passes + o->dense_stream) * (2 * linear + 4 * keys);
+    if (o->learn != BESA_LEARN_RATES) passes = 2;
+    flop = (passes + (o->dense_stream || o->dense_share > 0)) * (2 * linear + 4 * keys);
+    if (o->learn != BESA_LEARN_RATES) flop += (double)(o->weight_epochs ? o->weight_epochs : 3) * learn;
     if (o->method == BESA_METHOD_BESA) flop += (double)(o->epochs ? o->epochs : 1) * learn;
     if (o->method == BESA_METHOD_SPARSEGPT || o->importance >= BESA_IMPORTANCE_SPARSEGPT)
         flop += d * d + q * q + d * d + inner * inner; /* half of a Gram matrix */
@@ -1375,7 +1454,7 @@ static double expected_flop(const setup *s)
 /* What is allocated at the peak is what besa_plan said, to the byte, and all of it is given back. */
 static void test_plan(void)
 {
-    for (int i = 0; i < 9; i++) {
+    for (int i = 0; i < 13; i++) {
         setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
         double flop;
         besa_plan_result plan;
@@ -1391,6 +1470,11 @@ static void test_plan(void)
         case 6: s.options.rates.optimizer = BESA_ADAMW, s.options.rates.group_rows = 5, s.nsamples = 3; break;
         case 7: snprintf(model, sizeof model, "%s/checkpoints/qwen3_qknorm_f32", g_reference), s.source = model; break;
         case 8: s.windows = 40, s.options.epochs = 3; break;
+        case 9: s.options.learn = BESA_LEARN_BOTH, s.options.dense_share = 0.5; break;
+        case 10: s.options.learn = BESA_LEARN_WEIGHTS, s.options.method = BESA_METHOD_MAGNITUDE, s.options.weight_epochs = 1; break;
+        case 11: s.options.learn = BESA_LEARN_WEIGHTS, s.options.method = BESA_METHOD_SPARSEGPT, s.options.dense_stream = 1; break;
+        case 12: snprintf(model, sizeof model, "%s/checkpoints/qwen2_bias_tied_bf16", g_reference), s.source = model;
+                 s.options.learn = BESA_LEARN_BOTH, s.nsamples = 300, s.options.batch_size = 150; break;
         }
         plan = plan_of(&s, &r);
         CHECK(r == BESA_OK, "case %d: %s", i, besa_result_string(r));
@@ -1620,7 +1704,7 @@ static void test_budget(void)
  * has the same bytes each time. */
 static void test_separate_memory(void)
 {
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < 6; i++) {
         setup s = new_setup(temp_path("whole"), i == 3 ? BESA_METHOD_SPARSEGPT : i == 4 ? BESA_METHOD_WANDA : BESA_METHOD_BESA, 0.5);
         besa_backend be;
         besa_plan_result plan;
@@ -1629,6 +1713,7 @@ static void test_separate_memory(void)
         size_t budget = 0;
         s.nsamples = 130, s.seqlen = 48, s.windows = 100;
         s.options.batch_size = i == 1 ? 3 : 1, s.options.norm_all = i == 1, s.options.dense_stream = i == 2;
+        if (i == 5) s.options.learn = BESA_LEARN_BOTH, s.options.weight_epochs = 1, s.options.dense_share = 0.5;
         run_and_verify(&s);
         s.output = temp_path("out");
         for (;; budget = plan.device_bytes - 1) {
@@ -1651,7 +1736,8 @@ static void test_separate_memory(void)
             discard(s.output);
             be.destroy(&be);
         }
-        CHECK(levels == (i < 3 ? 4 : 3) && on_host == (i < 3 ? 3 : 2), "options %d: %d levels, %d on the host", i, levels, on_host);
+        int learns = i < 3 || i == 5;
+        CHECK(levels == (learns ? 4 : 3) && on_host == (learns ? 3 : 2), "options %d: %d levels, %d on the host", i, levels, on_host);
         be.destroy(&be);
         discard(temp_path("whole"));
     }
@@ -1966,13 +2052,15 @@ static setup kind_setup(const char *output, int kind)
     if (kind == 3) s.options.method = BESA_METHOD_SPARSEGPT;
     if (kind == 4) s.options.method = BESA_METHOD_WANDA;
     if (kind == 5) s.options.importance = BESA_IMPORTANCE_SPARSEGPT_SQUARED;
+    if (kind == 6) s.options.learn = BESA_LEARN_BOTH, s.options.dense_share = 0.5;
+    if (kind == 7) s.options.method = BESA_METHOD_WANDA, s.options.learn = BESA_LEARN_WEIGHTS, s.options.batch_size = 5;
     return s;
 }
 
 /* The dense model's own stream goes on where it was too: every kind of run, stopped twice in every block. */
 static void test_cancel_kinds(void)
 {
-    for (int kind = 0; kind < 6; kind++) {
+    for (int kind = 0; kind < 8; kind++) {
         const char *whole = temp_path("whole");
         int64_t calls, blocks = 0;
         char first[256];
@@ -2033,6 +2121,8 @@ static const struct option_case {
     FIELD(rates.d_coef, 4, LEARNED), FIELD(rates.schedule, BESA_SCHEDULE_COSINE, LEARNED),
     FIELD(rates.warmup, 0.25, LEARNED), FIELD(rates.steps, 7, 0), FIELD(importance, BESA_IMPORTANCE_MAGNITUDE, LEARNED), FIELD(epochs, 2, LEARNED),
     FIELD(batch_size, 2, LEARNED), FIELD(norm_all, 1, LEARNED), FIELD(dense_stream, 1, LEARNED), FIELD(no_projection, 1, LEARNED),
+    FIELD(dense_share, 0.25, LEARNED), FIELD(learn, BESA_LEARN_WEIGHTS, ALL), FIELD(weight_epochs, 2, 0), FIELD(weight_lr, 0.01, 0),
+    FIELD(weight_warmup, 0.5, 0),
     FIELD(magnitude_per_row, 1, 1u << BESA_METHOD_MAGNITUDE), FIELD(damping, 0.02, 1u << BESA_METHOD_SPARSEGPT), FIELD(device_memory, 1e9, 0),
     /* not by a number: the test has cases of their own for these, and callbacks decide nothing */
     FIELD(method, -1, 0), FIELD(pattern_n, -1, 0), FIELD(pattern_m, -1, 0), FIELD(fixed, -1, 0), FIELD(num_fixed, -1, 0),
@@ -2135,6 +2225,26 @@ static void test_resume_options(void)
             }
             CHECK(!refused(&s, base), "method %d, harmless case %d: refused", method, i);
         }
+        discard(base.output);
+    }
+    for (int i = 0; i < 8; i++) {               /* what a run of wanda looks at where its weights learn */
+        setup base = small_setup(temp_path("out")), s;
+        base.options.method = BESA_METHOD_WANDA, base.options.learn = BESA_LEARN_WEIGHTS;
+        g_progress.stop_at = -2;
+        CHECK(run(&base) == BESA_ERROR_CANCELLED, "%s", base.error.message);
+        besa_report_free(&base.report);
+        s = base;
+        switch (i) {
+        case 0: s.options.weight_epochs = 2; break;
+        case 1: s.options.weight_lr = 0.01; break;
+        case 2: s.options.weight_warmup = 0.5; break;
+        case 3: s.options.batch_size = 2; break;
+        case 4: s.options.norm_all = 1; break;
+        case 5: s.options.dense_stream = 1; break;
+        case 6: s.options.dense_share = 0.5; break;
+        case 7: s.options.epochs = 2; break;    /* of the rates */
+        }
+        CHECK(refused(&s, base) == (i < 7), "learning weights, changed setting %d", i);
         discard(base.output);
     }
     for (int i = 0; i < 8; i++) {               /* changes between two settings other than the default */
@@ -2578,6 +2688,7 @@ int main(int argc, char **argv)
     TEST("bad tokens") test_bad_tokens();
     TEST("output place") test_output_place();
     TEST("full disk") test_full_disk();
+    TEST("weights that learn") test_learned_weights();
     TEST("threads") test_threads();
     TEST("plan") test_plan();
     TEST("shards, and no report") test_shards();
