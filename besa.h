@@ -159,6 +159,9 @@
  *     pattern_n, pattern_m        [none] n of every m; not with besa
  *     magnitude_per_row           [0] magnitude: each row at the target instead of each layer
  *     fixed                       [none] layers that stay dense or have a rate of their own
+ *     first_block, num_blocks     [0, all] prune these and leave the other blocks dense: for studies
+ *     depth_slope                 [0] the last block's sparsity less the first one's, around the target
+ *     block_targets               [none] a sparsity for every block
  *     progress, step, user        [none] callbacks: after each unit of work, which can stop the run; after each learning step
  *     besa_preset                 [default] best: learn both, dense_share 1/2. weights: learn weights, dense_share 1/2, for any
  *                                 method. published-row and published-layer: the paper's runs of LLaMA-1-7B, d_coef 5 and
@@ -936,6 +939,13 @@ typedef struct besa_prune_options {
     double weight_lr;                           /* [0.02] of Adam's steps, in units of the rms of a layer's weights */
     double weight_warmup;                       /* [0] share of the steps in which it rises; then it goes down a half cosine */
     int no_projection;                          /* leave the sparsity where learning ended, as the paper's code does */
+    int64_t first_block, num_blocks;            /* level 1: prune these [0; all from there on] and leave the others dense: a
+                                                   quick look at anything else */
+    double depth_slope;                         /* level 1: [0] the blocks' sparsities rise by this from the first of them to the
+                                                   last, evenly, around the target (arXiv 2502.14770) */
+    const double *block_targets;                /* level 1: (num_block_targets, all pruned blocks) a sparsity for each, and
+                                                   their mean is the target; NULL: none */
+    int64_t num_block_targets;
     const besa_fixed_rate *fixed;               /* the first match counts; these layers are not part of the target */
     int64_t num_fixed;
     size_t device_memory;                       /* bytes of backend memory [31/32 of what is free; CPU: no limit] */
@@ -953,7 +963,8 @@ enum { BESA_OPTION_ABOVE = 1, BESA_OPTION_BELOW = 2, /* least, most themselves a
        BESA_OPTION_ALL = 8,                     /* BESA_ALL_ROWS is a value too */
        BESA_OPTION_REQUIRED = 16,               /* 0 is no default but a value like others */
        BESA_OPTION_BESA = 32,                   /* method besa looks at it, */
-       BESA_OPTION_WEIGHTS = 64 };              /* or whatever lets weights learn; others do not */
+       BESA_OPTION_WEIGHTS = 64,                /* or whatever lets weights learn; others do not */
+       BESA_OPTION_WHERE = 128 };               /* which part of the model, and how much of it: presets keep it */
 
 typedef struct besa_option {
     const char *name;                           /* of the field, in besa_prune_options or its rates */
@@ -981,7 +992,7 @@ typedef struct besa_layer_report {
 
 typedef struct besa_block_report {
     besa_layer_report layer[BESA_LAYERS];
-    double sparsity;
+    double sparsity, target;                    /* reached, and asked for; a block that stays dense has target 0 */
     /* Reconstruction losses (1/d) sum ((Yref - Y) / norm)^2, averaged over sequences: the first 8, and all in loss_all.
      * Baselines learn nothing: all are of their mask, and loss_all is of the first 8. NaN in a resumed block. */
     double loss_uniform;                        /* the importance's mask with floor(target C) weights of every row */
@@ -1144,7 +1155,8 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
 /* Start from a preset, before other options are set: "default"; "best": rates and kept weights learn together, and then
  * the weights; "weights": masks as by default, and then the kept weights learn, for any method; "published-row",
  * "published-layer": the paper's code, zero start and no exact projection, with the d_coef that it has for LLaMA-1-7B
- * (OPTIONS lists the others). Only rates.target, fixed rates, budget and callbacks are kept. BESA_ERROR_OPTION. */
+ * (OPTIONS lists the others). Kept are rates.target, fixed rates, which blocks and their sparsities, budget and callbacks.
+ * BESA_ERROR_OPTION. */
 BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, besa_error *error);
 
 /* Perplexity of (windows, seqlen) ids, block by block: exp of the mean over windows of the mean negative
@@ -1782,7 +1794,7 @@ static const char besa__importance_names[] = BESA_IMPORTANCES(BESA__BAR_OF_FIVE)
 static const besa_option besa__options[] = {
     {BESA__PRUNE(ENUM, method), 0, 0, BESA_METHOD_COUNT - 1, 0, "a value of besa_method",
      "method", &besa__method_names[1], "how to choose what goes [besa]"},
-    {BESA__RATE(DOUBLE, target), 0, 0, 1, BESA__OPEN | BESA_OPTION_REQUIRED, "above 0 and below 1",
+    {BESA__RATE(DOUBLE, target), 0, 0, 1, BESA__OPEN | BESA_OPTION_REQUIRED | BESA_OPTION_WHERE, "above 0 and below 1",
      "sparsity", "S", "share of the weights that become zero [0.5]"},
     {BESA__PRUNE(FLAG, magnitude_per_row), 0, 0, 1, 0, "0 or 1",
      "per-row", "", "magnitude: each row has the sparsity, not only the layer"},
@@ -1790,7 +1802,12 @@ static const besa_option besa__options[] = {
      "damping", "X", "sparsegpt and its importances: share of a Hessian's mean diagonal added to it [0.01]"},
     {BESA__PRUNE(INT, pattern_n), 0, 0, 63, 0, "0 to 63", NULL, NULL, NULL},
     {BESA__PRUNE(INT, pattern_m), 0, 0, 64, 0, "0 to 64", NULL, NULL, NULL},
-    {BESA__PRUNE(INT64, num_fixed), 0, 0, BESA__NO_LIMIT, 0, "0 or more", NULL, NULL, NULL},
+    {BESA__PRUNE(INT64, num_fixed), 0, 0, BESA__NO_LIMIT, BESA_OPTION_WHERE, "0 or more", NULL, NULL, NULL},
+    {BESA__PRUNE(INT64, first_block), 0, 0, BESA__NO_LIMIT, BESA_OPTION_WHERE, "0 or more", NULL, NULL, NULL},
+    {BESA__PRUNE(INT64, num_blocks), 0, 0, BESA__NO_LIMIT, BESA_OPTION_WHERE, "0 or more", NULL, NULL, NULL},
+    {BESA__PRUNE(DOUBLE, depth_slope), 0, -1, 1, BESA__OPEN | BESA_OPTION_WHERE, "above -1 and below 1",
+     "depth-slope", "X", "sparsity of the last block less that of the first, around S [0]"},
+    {BESA__PRUNE(INT64, num_block_targets), 0, 0, BESA__NO_LIMIT, BESA_OPTION_WHERE, "0 or more", NULL, NULL, NULL},
     {BESA__RATE(ENUM, form), 0, 0, BESA_RATES_LAYER, BESA__BESA, "a value of besa_rate_form",
      "rates", "hierarchical|row|layer", "what has learned rates [hierarchical]"},
     {BESA__RATE(DOUBLE, layer_scale), 1, 0, 1e4, BESA_OPTION_NONE | BESA__BESA, "0 to 10000",
@@ -1933,7 +1950,7 @@ BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, 
     besa_prune_options preset = *options;
     int known = 0;
     for (const besa_option *o = besa__options; o->name; o++)
-        if (strcmp(o->name, "target") && strcmp(o->name, "num_fixed"))
+        if (!(o->flags & BESA_OPTION_WHERE))
             besa__option_set(o, (unsigned char *)&preset + o->offset, 0);
     for (size_t i = 0; i < sizeof besa__presets / sizeof *besa__presets; i++) {
         if (strcmp(besa__presets[i].preset, name)) continue;
@@ -2607,6 +2624,13 @@ static besa_result besa__check_projection(besa_rates *rates)
     return besa__check_excess(rates, excess, &be->error);
 }
 
+/* Another target for the passes to come, from the next reset on. */
+static void besa__rates_retarget(besa_rates *rates)
+{
+    rates->tilt = rates->options->zero_start ? 0 : besa__solve_tilt(rates->options->target, rates->options->candidates);
+    for (int i = 0; rates->layer && i < rates->masks->count; i++) rates->layer[i].shape.tilt = rates->tilt;
+}
+
 /* Rates of these masks, whose theta will be a part of these parameters; nothing is placed yet. options: checked, with
  * their defaults. */
 static void besa__rates_init(besa_rates *rates, besa__masks *masks, besa__parameters *parameters,
@@ -2616,7 +2640,7 @@ static void besa__rates_init(besa_rates *rates, besa__masks *masks, besa__parame
     rates->masks = masks;
     rates->parameters = parameters;
     rates->options = options;
-    rates->tilt = options->zero_start ? 0 : besa__solve_tilt(options->target, options->candidates);
+    besa__rates_retarget(rates);
 }
 
 /* ============================================================================================
@@ -3991,6 +4015,14 @@ static besa_result besa__pruner_start(besa_pruner *p)
     return result;
 }
 
+/* The sparsity of the blocks to come. */
+static void besa__pruner_retarget(besa_pruner *p, double target)
+{
+    if (target == p->options.rates.target) return;
+    p->options.rates.target = target;
+    if (besa__learns_rates(p)) besa__rates_retarget(&p->rates);
+}
+
 /* As before the block's first pass. */
 static besa_result besa__pruner_reset(besa_pruner *p)
 {
@@ -4681,6 +4713,7 @@ static void besa__report_layers(const besa_pruner *p, besa_block_report *report)
         written += rows;
     }
     report->sparsity = (double)zeros / (double)weights;
+    report->target = p->options.rates.target;
 }
 
 static void besa__report_losses(const besa_pruner *p, besa_block_report *report)
@@ -8014,6 +8047,7 @@ static void besa__append_block(besa__text *t, const besa_block_report *b, int64_
 {
     besa__append(t, "    {\"block\": %lld, ", (long long)index);
     besa__append_number(t, "sparsity", b->sparsity, ", ");
+    besa__append_number(t, "target", b->target, ", ");
     besa__append_number(t, "loss_uniform", b->loss_uniform, ", ");
     besa__append_number(t, "loss_before", b->loss_before, ", ");
     besa__append_number(t, "loss_masks", b->loss_masks, ", ");
@@ -8129,6 +8163,7 @@ typedef struct besa__run {
     besa__stream calibration, dense, test;
     const int32_t *ids, *test_ids;              /* of calibration and dense; of test. Host */
     int64_t positions;                          /* of the rope tables */
+    double target;                              /* of the model */
     besa__writer *writer;                       /* NULL: nothing is written */
     besa__transfer in, out;
     /* device */
@@ -8305,6 +8340,7 @@ static besa_result besa__run_calibration(besa__run *run, const besa_calibration 
     besa__stream_init(&run->dense, run->be, BESA__EVENT_DENSE, c->nsamples, c->seqlen, d);
     run->positions = c->seqlen;
     run->has_dense = besa__uses_own(&run->pruner.options);
+    run->target = run->pruner.options.rates.target;
     run->pruner.meter.blocks = run->config->num_hidden_layers;
     if (c->test_windows != 0) return besa__run_test(run, c->test_ids, c->test_windows, c->test_seqlen, error);
     return BESA_OK;
@@ -8790,6 +8826,56 @@ static uint64_t besa__hash_double(uint64_t hash, double value)
     return besa__hash(hash, &value, sizeof value);
 }
 
+/* Blocks first .. end - 1 are pruned. */
+static int64_t besa__first_block(const besa__run *run) { return run->pruner.options.first_block; }
+
+static int64_t besa__end_block(const besa__run *run)
+{
+    const besa_prune_options *o = &run->pruner.options;
+    return o->num_blocks ? o->first_block + o->num_blocks : run->config->num_hidden_layers;
+}
+
+/* The sparsity that a block is to have; 0: it stays dense. */
+static double besa__block_target(const besa__run *run, int64_t index)
+{
+    const besa_prune_options *o = &run->pruner.options;
+    int64_t first = besa__first_block(run), count = besa__end_block(run) - first;
+    if (index < first || index >= first + count) return 0;
+    if (o->num_block_targets) return o->block_targets[index - first];
+    if (count == 1) return run->target;
+    return run->target + o->depth_slope * ((double)(index - first) / (double)(count - 1) - 0.5);
+}
+
+/* The blocks that are pruned are there, and their sparsities are such, and as the target has them in all. */
+static besa_result besa__check_depth(const besa__run *run, besa_error *error)
+{
+    const besa_prune_options *o = &run->pruner.options;
+    int64_t blocks = run->config->num_hidden_layers, first = besa__first_block(run), end = besa__end_block(run);
+    double sum = 0;
+    if (first >= blocks || end > blocks)
+        return besa__fail(error, BESA_ERROR_OPTION, "blocks %lld to %lld are to be pruned, but the model has blocks 0 to %lld",
+                          (long long)first, (long long)end - 1, (long long)blocks - 1);
+    if (o->num_block_targets && o->depth_slope != 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "depth_slope is %g, but block_targets has a sparsity for every block: "
+                          "expected one of them", o->depth_slope);
+    if (o->num_block_targets && (!o->block_targets || o->num_block_targets != end - first))
+        return besa__fail(error, BESA_ERROR_OPTION, "block_targets %s, expected one for each of the %lld blocks that are pruned",
+                          o->block_targets ? "is a list of another length" : "is NULL", (long long)(end - first));
+    if ((o->num_block_targets || o->depth_slope != 0) && o->pattern_m)
+        return besa__fail(error, BESA_ERROR_OPTION, "a pattern of %d:%d has one sparsity: expected no block_targets and no "
+                          "depth_slope", o->pattern_n, o->pattern_m);
+    for (int64_t i = first; i < end; i++) {
+        double target = besa__block_target(run, i);
+        if (!(target > 0 && target < 1))
+            return besa__fail(error, BESA_ERROR_OPTION, "block %lld would have a sparsity of %g by %s, expected above 0 and below "
+                              "1", (long long)i, target, o->num_block_targets ? "block_targets" : "target and depth_slope");
+        sum += target;
+    }
+    if (fabs(sum / (double)(end - first) - run->target) <= 1e-3) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_OPTION, "block_targets has a mean of %.6g, but the target is %.6g: expected the same",
+                      sum / (double)(end - first), run->target);
+}
+
 /* A hash of the source as it was opened: the contents of its config and index, every shard's header (with all tensors' names,
  * dtypes and places), size and time of the last change. */
 static uint64_t besa__source_hash(const besa_checkpoint *checkpoint)
@@ -8851,6 +8937,7 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
         fixed = besa__hash(fixed, used.fixed[i].pattern, strlen(used.fixed[i].pattern) + 1);
         fixed = besa__hash_double(fixed, used.fixed[i].sparsity);
     }
+    for (int64_t i = 0; i < used.num_block_targets; i++) fixed = besa__hash_double(fixed, used.block_targets[i]);
     besa__write_text(backend, sizeof backend, "%s", run->be->name);
     for (char *at = backend; *at; at++) *at = (char)(*at <= ' ' ? '_' : *at);
     besa__write_text(line, size, "version=%d.%d", BESA_VERSION_MAJOR, BESA_VERSION_MINOR);
@@ -8905,20 +8992,42 @@ static besa_result besa__report_reloaded(besa__run *run, const besa_block *block
     return besa__pass_error(run->be, result, error);
 }
 
-/* Take over a block that an earlier run finished; *block comes in dense and leaves pruned. */
-static besa_result besa__reload_block(besa__run *run, int64_t index, besa_block *block, besa_block_report *report,
-                                      besa_error *error)
+/* A block whose pruned weights are known: the streams go through it; *block comes in dense and leaves pruned. */
+static besa_result besa__pass_block(besa__run *run, int64_t index, besa_block *block, besa_block_report *report,
+                                    besa_error *error)
 {
     besa_backend *be = run->be;
     besa_pruner *p = &run->pruner;
     void *const *pruned = run->pruned[besa__room_of(run, index)];
-    BESA__TRY(besa__read_pruned(run, index, error));
     besa__walk walk = besa__pass_walk(p, p->nsamples); /* cut as the passes cut it: the same bytes */
     if (run->has_dense) BESA__TRY_ON(be, besa__stream_forward(&run->dense, walk, block, &p->acts), error);
     BESA__TRY(besa__report_reloaded(run, block, pruned, report, error));
+    report->target = besa__block_target(run, index);
     for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = pruned[i];
     BESA__TRY_ON(be, besa__stream_forward(&run->calibration, walk, block, &p->acts), error);
     return besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
+}
+
+/* A block that is finished, by an earlier run or because it stays dense: its weights, and what it does to the streams. */
+static besa_result besa__take_block(besa__run *run, int64_t index, int64_t done, besa_block *block, besa_block_report *report,
+                                    besa_error *error)
+{
+    besa_backend *be = run->be;
+    besa__meter *meter = &run->pruner.meter;
+    meter->pass = BESA_PASS_COMMIT;
+    meter->cost = 1;
+    meter->done = 0;
+    BESA__TRY(besa__tick(meter, 0, error));
+    besa__use_workspace(be, run->pruner.workspace, run->pruner.workspace_bytes);
+    if (index < done) BESA__TRY(besa__read_pruned(run, index, error));
+    for (int i = 0; i < BESA_LAYERS && index >= done; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&run->config->block, i, &rows, &columns);
+        size_t bytes = (size_t)(rows * columns) * besa_dtype_size(run->model.dtype);
+        BESA__TRY_ON(be, be->copy(be, BESA_QUEUE_COMPUTE, run->pruned[besa__room_of(run, index)][i], block->weight[i], bytes),
+                     error);
+    }
+    return besa__pass_block(run, index, block, report, error);
 }
 
 /* Prune block `index` and begin to write it; meanwhile the next comes in and the last one goes out. */
@@ -8927,9 +9036,15 @@ static besa_result besa__prune_block(besa__run *run, int64_t index, besa_block *
 {
     char name[64];
     void *const *pruned = run->pruned[besa__room_of(run, index)];
+    double target = besa__block_target(run, index);
     besa__tensor_name(name, sizeof name, run->config, index, "");
-    BESA__TRY(besa__pruner_run(&run->pruner, block, name, &run->calibration, run->has_dense ? &run->dense : NULL, pruned,
-                               &report->block[index], error));
+    if (target > 0) {
+        besa__pruner_retarget(&run->pruner, target);
+        besa_result result = besa__pruner_run(&run->pruner, block, name, &run->calibration, run->has_dense ? &run->dense : NULL,
+                                              pruned, &report->block[index], error);
+        besa__pruner_retarget(&run->pruner, run->target);
+        BESA__TRY(result);
+    } else BESA__TRY(besa__take_block(run, index, 0, block, &report->block[index], error));
     for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = pruned[i];
     BESA__TRY(besa__out_finish(run, report, error));
     if (!run->writer) return BESA_OK;
@@ -8946,18 +9061,9 @@ static besa_result besa__run_block(besa__run *run, int64_t index, int64_t done, 
     BESA__TRY(besa__in_finish(run, index, &block, &read, error));
     if (!run->be->unified_memory && index + 1 < run->config->num_hidden_layers)
         BESA__TRY(besa__in_begin(run, index + 1, error));
-    if (index < done) {
-        besa__meter *meter = &run->pruner.meter;
-        meter->pass = BESA_PASS_COMMIT;
-        meter->cost = 1;
-        meter->done = 0;
-        BESA__TRY(besa__tick(meter, 0, error));
-        besa__use_workspace(run->be, run->pruner.workspace, run->pruner.workspace_bytes);
-        BESA__TRY(besa__reload_block(run, index, &block, &report->block[index], error));
-    } else {
-        if (index == done) run->pruner.meter.began = clock;
-        BESA__TRY(besa__prune_block(run, index, &block, report, error));
-    }
+    if (index == done) run->pruner.meter.began = clock;
+    if (index < done) BESA__TRY(besa__take_block(run, index, done, &block, &report->block[index], error));
+    else BESA__TRY(besa__prune_block(run, index, &block, report, error));
     report->block[index].seconds[BESA_PASS_READ] = read;
     return besa__test_forward(run, &block, error);
 }
@@ -9142,6 +9248,7 @@ static besa_result besa__prune_start(besa__run *run, const besa_checkpoint *chec
     BESA__TRY(besa__run_init(run, checkpoint, be, error));
     BESA__TRY(besa__run_calibration(run, calibration, options, error));
     BESA__TRY(besa__check_fixed(run, options, error));
+    BESA__TRY(besa__check_depth(run, error));
     return besa__run_fit(run, &run->pruner.micro_batch, options->device_memory, error);
 }
 
@@ -9173,11 +9280,12 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
     if (result == BESA_OK) besa__note_fixed(&run, options, report);
     report->options = run.pruner.options;
     report->options.fixed = NULL;
+    report->options.block_targets = NULL;
     report->options.progress = NULL;
     report->options.step = NULL;
     report->options.user = NULL;
-    if (result == BESA_OK && options->num_fixed == 0 && !options->no_projection &&
-        fabs(report->sparsity - report->target) > 0.02)
+    if (result == BESA_OK && options->num_fixed == 0 && options->num_blocks == 0 && options->first_block == 0 &&
+        !options->no_projection && fabs(report->sparsity - report->target) > 0.02)
         besa__notes_add(&report->notes, "warning: sparsity %.4f is not the target %.4f: tied scores or zeros in the source",
                         report->sparsity, report->target);
     besa__run_close(&run);

@@ -1,6 +1,7 @@
 /* The options of the command line: their table, how it is read, and the help that is printed from it.
  * Part of besa.c; it knows the library only by the fields that options set. */
 #include <dirent.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <float.h>
 #include <math.h>
@@ -13,7 +14,7 @@
 
 /* ---- options ------------------------------------------------------------------------------- */
 
-enum { MAX_FIXED = 256, MAX_LIST = 32, MAX_NAME = 128, MAX_OPTIONS = 128 };
+enum { MAX_FIXED = 256, MAX_BLOCKS = 1024, MAX_LIST = 32, MAX_NAME = 128, MAX_OPTIONS = 128 };
 
 /* The commands, as bits: which of them has an option. */
 enum {
@@ -27,7 +28,7 @@ typedef struct row { /* of a comparison: "wanda", "besa", "besa:best" */
 } row;
 
 typedef enum kind {
-    HEADING, LIBRARY, FLAG, TEXT, CHOICE, PATTERN, SKIP, METHODS, /* these are not numbers */
+    HEADING, LIBRARY, FLAG, TEXT, CHOICE, PATTERN, SKIP, METHODS, BLOCKS, TARGETS, /* these are not numbers */
     NUMBER, ROWS, SHARES, /* numbers of besa_prune_options: the library's table has their ranges */
     THREADS, COUNT, SEED, FIX, BYTES, DEVICE
 } kind;
@@ -57,6 +58,7 @@ typedef struct settings {
     besa_prune_options prune;
     besa_fixed_rate fixed[MAX_FIXED];
     char pattern[MAX_FIXED][MAX_NAME]; /* of fixed[] */
+    double block_targets[MAX_BLOCKS], block_mean;
     double sparsity[MAX_LIST];         /* of a comparison, as are rows */
     row rows[MAX_LIST];
     int num_sparsities, num_rows, left_out; /* 1: besa is not among the rows, as it has no patterns */
@@ -106,6 +108,8 @@ static const option own_options[] = {
      "shares of the weights that become zero [0.5, or the pattern's]"},
     {"pattern", PATTERN, 0, RUN, "N:M", "prune N of every M consecutive weights, as 2:4; not with besa"},
     {"skip", SKIP, 0, RUN, "PATTERN", "keep layers dense: v_proj, layers.0, '*.mlp.*'; repeatable"},
+    {"blocks", BLOCKS, 0, RUN, "A-B", "prune blocks A to B, counted from 0, and leave the others dense: for studies [all]"},
+    {"block-targets", TARGETS, 0, RUN, "FILE", "a text of numbers, the sparsity of each block; --sparsity is their mean"},
     {"fix", FIX, 0, RUN, "PATTERN=S", "hold layers at a sparsity of their own; the others reach --sparsity; repeatable"},
 
     {"BESA", HEADING, 0, RUN, "", ""},
@@ -232,8 +236,8 @@ static double read_number(const settings *s, const option *o, const char *text)
 {
     if (o->kind == NUMBER || o->kind == ROWS || o->kind == SHARES) {
         const besa_option *limits = find_row(o);
-        const int whole = limits->kind != BESA_OPTION_DOUBLE;
-        const double x = parse_number(o, text, whole);
+        const int whole = limits->kind != BESA_OPTION_DOUBLE, minus = limits->least < 0 && text[0] == '-';
+        const double x = parse_number(o, text + minus, whole) * (minus ? -1 : 1);
         const int above = limits->flags & BESA_OPTION_ABOVE ? x > limits->least : x >= limits->least;
         const int below = limits->flags & BESA_OPTION_BELOW ? x < limits->most : x <= limits->most;
         if (!isfinite(x) || !above || !below)
@@ -253,7 +257,7 @@ static void write_number(const option *o, void *field, double x)
     const besa_option *limits = find_row(o);
     if (limits->kind == BESA_OPTION_INT64) *(int64_t *)field = (int64_t)x;
     else if (limits->kind != BESA_OPTION_DOUBLE) *(int *)field = (int)x;
-    else *(double *)field = x > 0 || !(limits->flags & BESA_OPTION_NONE) ? x : BESA_NONE;
+    else *(double *)field = x != 0 || !(limits->flags & BESA_OPTION_NONE) ? x : BESA_NONE;
 }
 
 /* The position of a word in "a|b|c", or -1. */
@@ -276,6 +280,38 @@ static void read_pattern(settings *s, const option *o, const char *text)
         usage_error(s, "--%s: '%s' is not N:M with 0 < N < M <= 64, as 2:4", o->name, text);
     s->prune.pattern_n = (int)pruned;
     s->prune.pattern_m = (int)of;
+}
+
+/* "3-5", or "3" alone */
+static void read_blocks(settings *s, const option *o, const char *text)
+{
+    const size_t a = number_length(text, 1), b = text[a] == '-' ? number_length(text + a + 1, 1) : 0;
+    const double first = strtod(text, NULL), last = b ? strtod(text + a + 1, NULL) : first;
+    if (!a || (text[a] && !b) || text[a + (b ? 1 + b : 0)] || last < first || last >= MAX_BLOCKS)
+        usage_error(s, "--%s: '%s' is not A-B with 0 <= A <= B < %d, as 0-3", o->name, text, MAX_BLOCKS);
+    s->prune.first_block = (int64_t)first;
+    s->prune.num_blocks = (int64_t)(last - first) + 1;
+}
+
+/* Numbers with blanks or lines between. */
+static void read_targets(settings *s, const option *o, const char *path)
+{
+    char word[64];
+    double sum = 0;
+    FILE *file = fopen(path, "r");
+    if (!file) usage_error(s, "--%s: %s: %s", o->name, path, strerror(errno));
+    s->prune.num_block_targets = 0;
+    while (fscanf(file, "%63s", word) == 1) {
+        const double x = number_length(word, 0) == strlen(word) ? strtod(word, NULL) : 0;
+        if (!(x > 0 && x < 1)) usage_error(s, "--%s: %s: '%s' is not a number above 0 and below 1", o->name, path, word);
+        if (s->prune.num_block_targets == MAX_BLOCKS) usage_error(s, "--%s: %s: more than %d numbers", o->name, path, MAX_BLOCKS);
+        s->block_targets[s->prune.num_block_targets++] = x;
+        sum += x;
+    }
+    fclose(file);
+    if (!s->prune.num_block_targets) usage_error(s, "--%s: %s: no numbers", o->name, path);
+    s->prune.block_targets = s->block_targets;
+    s->block_mean = sum / (double)s->prune.num_block_targets;
 }
 
 /* "PATTERN=S"; the PATTERN of a SKIP has S = 0. */
@@ -348,6 +384,8 @@ static void read_value(settings *s, const option *o, const char *text)
         break;
     case PATTERN: read_pattern(s, o, text); break;
     case SKIP: case FIX: read_fixed(s, o, text); break;
+    case BLOCKS: read_blocks(s, o, text); break;
+    case TARGETS: read_targets(s, o, text); break;
     case METHODS: case SHARES: read_list(s, o, text); break;
     case NUMBER: write_number(o, field, read_number(s, o, text)); break;
     case ROWS: *(int64_t *)field = strcmp(text, "all") ? (int64_t)read_number(s, o, text) : BESA_ALL_ROWS; break;
@@ -442,7 +480,7 @@ static void fill_lists(settings *s)
     if (s->num_rows == 0) read_list(s, find_option(s, "method"), methods);
     if (s->num_sparsities > 0) return;
     s->num_sparsities = 1;
-    s->sparsity[0] = has_pattern ? (double)s->prune.pattern_n / s->prune.pattern_m : 0.5;
+    s->sparsity[0] = has_pattern ? (double)s->prune.pattern_n / s->prune.pattern_m : s->prune.block_targets ? s->block_mean : 0.5;
 }
 
 enum { UNSET = -1 };
@@ -461,7 +499,8 @@ static void read_arguments(settings *s, const char *preset)
         else usage_error(s, "'%s' is one argument too many", s->arguments[i]);
     }
     if (s->command->bit == COMPARE) fill_lists(s);
-    if (s->prune.rates.target == UNSET) s->prune.rates.target = s->prune.pattern_m ? 0 : 0.5; /* 0: the pattern's */
+    if (s->prune.rates.target == UNSET) /* 0: the pattern's */
+        s->prune.rates.target = s->prune.pattern_m ? 0 : s->prune.block_targets ? s->block_mean : 0.5;
 }
 
 /* The preset of a row: after the colon of its label, else --preset. */

@@ -261,6 +261,15 @@ static int64_t verify_layer(const besa_tensor *in, const besa_tensor *out, const
     return zeros;
 }
 
+/* The sparsity that a block is to have by these options; 0: it stays dense. */
+static double block_target(const besa_prune_options *o, int64_t index, int64_t blocks)
+{
+    int64_t at = index - o->first_block, count = o->num_blocks ? o->num_blocks : blocks - o->first_block;
+    if (at < 0 || at >= count) return 0;
+    if (o->num_block_targets) return o->block_targets[at];
+    return o->rates.target + (count > 1 ? o->depth_slope * ((double)at / (double)(count - 1) - 0.5) : 0);
+}
+
 /* The whole directory and the report that came with it. */
 static void verify(const setup *s)
 {
@@ -289,6 +298,9 @@ static void verify(const setup *s)
     CHECK(report->num_blocks == blocks && report->block, "the report has %d blocks", (int)report->num_blocks);
     for (int64_t n = 0; n < blocks; n++) {
         int64_t weights = 0, zeros = 0;
+        double target = block_target(o, n, blocks);
+        CHECK(report->block[n].target == target, "block %d: target %g in the report, expected %g", (int)n, report->block[n].target,
+              target);
         for (int l = 0; l < BESA_LAYERS; l++) {
             const besa_layer_report *lr = &report->block[n].layer[l];
             const besa_tensor *a, *b;
@@ -299,8 +311,8 @@ static void verify(const setup *s)
             a = besa_checkpoint_find(in, name);
             b = besa_checkpoint_find(out, name);
             for (int64_t i = 0; i < o->num_fixed && !f; i++) if (strstr(name, o->fixed[i].pattern)) f = &o->fixed[i];
-            z = verify_layer(a, b, o, f ? f->sparsity : o->rates.target, f != NULL);
-            if (f && f->sparsity == 0) CHECK(!memcmp(a->data, b->data, a->bytes), "%s changed", name);
+            z = target > 0 ? verify_layer(a, b, o, f ? f->sparsity : target, f != NULL) : lr->source_zeros;
+            if (target == 0 || (f && f->sparsity == 0)) CHECK(!memcmp(a->data, b->data, a->bytes), "%s changed", name);
             else if (f) CHECK(fabs((double)z - f->sparsity * (double)(a->shape[0] * a->shape[1])) <= (double)a->shape[0],
                               "%s: %d zeros at a fixed %g", name, (int)z, f->sparsity);
             if (!f) weights += a->shape[0] * a->shape[1], zeros += z;
@@ -312,9 +324,9 @@ static void verify(const setup *s)
                   fabs(lr->rate_mean - (double)z / (double)lr->weights) < 1e-6, "%s: rates %g %g %g", name, lr->rate_min,
                   lr->rate_mean, lr->rate_max);
         }
-        if (o->method == BESA_METHOD_BESA && !o->no_projection)
-            CHECK(zeros == (int64_t)floor(o->rates.target * (double)weights + 0.5), "block %d: %d zeros of %d at %g", (int)n,
-                  (int)zeros, (int)weights, o->rates.target);
+        if (o->method == BESA_METHOD_BESA && !o->no_projection && target > 0)
+            CHECK(zeros == (int64_t)floor(target * (double)weights + 0.5), "block %d: %d zeros of %d at %g", (int)n, (int)zeros,
+                  (int)weights, target);
     }
     CHECK(report->weights == all && report->pruned == pruned &&
           fabs(report->sparsity - (double)pruned / (double)all) < 1e-9 && report->target == o->rates.target,
@@ -581,12 +593,14 @@ static void test_preset_fields(void)
         besa_prune_options o;
         memset(&o, 0x55, sizeof o);
         o.rates.target = 0.625, o.fixed = &fixed, o.num_fixed = 1, o.device_memory = 12345;
+        o.first_block = o.num_blocks = o.num_block_targets = 1, o.depth_slope = 0.625;
         o.progress = NULL, o.step = NULL, o.user = &error;
         CHECK_OK(besa_preset(&o, preset[p], &error), error);
         CHECK(o.fixed == &fixed && o.device_memory == 12345 && !o.progress && !o.step && o.user == &error,
               "%s changes what it should keep", preset[p]);
         for (const besa_option *row = besa_option_table(); row->name; row++) {
-            double want = !strcmp(row->name, "target") ? 0.625 : !strcmp(row->name, "num_fixed") ? 1 : 0;
+            double want = !strcmp(row->name, "target") || !strcmp(row->name, "depth_slope") ? 0.625
+                          : row->flags & BESA_OPTION_WHERE ? 1 : 0;
             double got = besa__option_get(row, (const char *)&o + row->offset);
             for (size_t i = 0; i < sizeof set / sizeof set[0]; i++)
                 if (!strcmp(set[i].preset, preset[p]) && !strcmp(set[i].field, row->name)) want = set[i].value;
@@ -957,6 +971,8 @@ static const struct bounds {
     { "schedule", 'i', 0, 1, 0, 0, 0, "besa_schedule" }, { "warmup", 'd', 0, 1, 0, 1, 1, "0 or more and below 1" },
     { "steps", 'l', 1, 0, 0, 0, 0, "1 or more" },
     { "no_projection", 'i', 0, 1, 0, 0, 0, "0 or 1" }, { "num_fixed", 'l', 0, 0, 0, 0, 0, "0 or more" },
+    { "first_block", 'l', 0, 0, 0, 0, 0, "0 or more" }, { "num_blocks", 'l', 0, 0, 0, 0, 0, "0 or more" },
+    { "num_block_targets", 'l', 0, 0, 0, 0, 0, "0 or more" }, { "depth_slope", 'd', -1, 1, 1, 1, 0, "above -1 and below 1" },
 };
 
 /* A plan with one option set to x. */
@@ -1002,7 +1018,7 @@ static void test_option_ranges(void)
         if (!CHECK(b < g_bounds + count, "%s has no range in this test", row->name)) break;
         int whole = b->kind != 'd', required = !strcmp(b->name, "target");
         double least = b->open_least ? nextafter(b->least, 1) : b->least, most = b->open_most ? nextafter(b->most, 0) : b->most;
-        double below = whole ? b->least - 1 : b->open_least ? -1e-9 : nextafter(b->least, -1);
+        double below = whole ? b->least - 1 : b->open_least ? b->least - 1e-9 : nextafter(b->least, -1);
         double above = whole ? b->most + 1 : b->open_most ? b->most : nextafter(b->most, INFINITY);
         if (b->most > 0 && !(b->kind == 'i' && b->most == 65535)) try_option(row, b, &be, checkpoint, most, 1);
         if (b->most > 0) try_option(row, b, &be, checkpoint, above, 0);
@@ -1205,6 +1221,52 @@ static void test_full_disk(void)
     }
     signal(SIGXFSZ, handler);
     discard(temp_path("whole"));
+}
+
+/* ---- sparsity over depth ----------------------------------------------------------------------- */
+
+/* Some blocks alone, and a sparsity for each, by every method: the others stay as they are, byte for byte, and all the rest is
+ * as it would be for a model of that target. */
+static void test_depth(void)
+{
+    static const double list[] = { 0.25, 0.75, 0.5, 0.375, 0.625 };
+    char first[256];
+    setup s = new_setup(temp_path("all"), BESA_METHOD_BESA, 0.5);
+    run_and_verify(&s);
+    s.output = temp_path("out"), s.options.first_block = 0, s.options.num_blocks = 5;
+    run_and_verify(&s);
+    CHECK(compare_directories(temp_path("all"), s.output, NULL, first) == 0, "blocks 0 to 4 are all: %s differs", first);
+    discard(s.output);
+    discard(temp_path("all"));
+    for (int method = 0; method < 4; method++)
+        for (int i = 0; i < 5; i++) {
+            s = new_setup(temp_path("out"), (besa_method)method, 0.5);
+            s.windows = 3;
+            if (i == 0) s.options.first_block = 1, s.options.num_blocks = 2;
+            if (i == 1) s.options.first_block = 4, s.options.depth_slope = 0.5; /* of one block: nothing */
+            if (i == 2) s.options.depth_slope = 0.3, s.options.learn = BESA_LEARN_WEIGHTS, s.options.weight_epochs = 1;
+            if (i == 3) s.options.block_targets = list, s.options.num_block_targets = 5;
+            if (i == 4) s.options.first_block = 2, s.options.depth_slope = -0.25, s.options.dense_share = 0.5;
+            run_and_verify(&s);
+            discard(s.output);
+        }
+    s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
+    s.options.first_block = 5;
+    expect(&s, BESA_ERROR_OPTION, "the model has blocks 0 to 4");
+    s.options.first_block = 3, s.options.num_blocks = 3;
+    expect(&s, BESA_ERROR_OPTION, "blocks 3 to 5");
+    s.options.first_block = s.options.num_blocks = 0, s.options.depth_slope = 0.99, s.options.rates.target = 0.25;
+    expect(&s, BESA_ERROR_OPTION, "block 0 would have a sparsity of -0.245");
+    s.options.rates.target = 0.5, s.options.block_targets = list, s.options.num_block_targets = 5;
+    expect(&s, BESA_ERROR_OPTION, "depth_slope");
+    s.options.depth_slope = 0, s.options.num_block_targets = 4;
+    expect(&s, BESA_ERROR_OPTION, "another length");
+    s.options.block_targets = NULL;
+    expect(&s, BESA_ERROR_OPTION, "block_targets is NULL");
+    s.options.block_targets = list, s.options.num_block_targets = 5, s.options.rates.target = 0.6;
+    expect(&s, BESA_ERROR_OPTION, "a mean of 0.5");
+    s.options.rates.target = 0.5, s.options.pattern_n = 2, s.options.pattern_m = 4;
+    expect(&s, BESA_ERROR_OPTION, "pattern of 2:4");
 }
 
 /* ---- weights that learn ----------------------------------------------------------------------- */
@@ -2054,13 +2116,14 @@ static setup kind_setup(const char *output, int kind)
     if (kind == 5) s.options.importance = BESA_IMPORTANCE_SPARSEGPT_SQUARED;
     if (kind == 6) s.options.learn = BESA_LEARN_BOTH, s.options.dense_share = 0.5;
     if (kind == 7) s.options.method = BESA_METHOD_WANDA, s.options.learn = BESA_LEARN_WEIGHTS, s.options.batch_size = 5;
+    if (kind == 8) s.options.first_block = 1, s.options.num_blocks = 2, s.options.depth_slope = 0.25, s.options.dense_share = 0.5;
     return s;
 }
 
 /* The dense model's own stream goes on where it was too: every kind of run, stopped twice in every block. */
 static void test_cancel_kinds(void)
 {
-    for (int kind = 0; kind < 8; kind++) {
+    for (int kind = 0; kind < 9; kind++) {
         const char *whole = temp_path("whole");
         int64_t calls, blocks = 0;
         char first[256];
@@ -2094,7 +2157,7 @@ static void test_cancel_kinds(void)
             CHECK(compare_directories(whole, s.output, NULL, first) == 0, "kind %d, stop %d: %s differs", kind, (int)stop, first);
             discard(s.output);
         }
-        CHECK(blocks >= (own ? 3 : 4), "kind %d was stopped after %d blocks at most", kind, (int)blocks);
+        CHECK(blocks >= (own || kind == 8 ? 3 : 4), "kind %d was stopped after %d blocks at most", kind, (int)blocks);
         be.destroy(&be);
         discard(whole);
     }
@@ -2122,10 +2185,11 @@ static const struct option_case {
     FIELD(rates.warmup, 0.25, LEARNED), FIELD(rates.steps, 7, 0), FIELD(importance, BESA_IMPORTANCE_MAGNITUDE, LEARNED), FIELD(epochs, 2, LEARNED),
     FIELD(batch_size, 2, LEARNED), FIELD(norm_all, 1, LEARNED), FIELD(dense_stream, 1, LEARNED), FIELD(no_projection, 1, LEARNED),
     FIELD(dense_share, 0.25, LEARNED), FIELD(learn, BESA_LEARN_WEIGHTS, ALL), FIELD(weight_epochs, 2, 0), FIELD(weight_lr, 0.01, 0),
-    FIELD(weight_warmup, 0.5, 0),
+    FIELD(weight_warmup, 0.5, 0), FIELD(first_block, 1, ALL), FIELD(num_blocks, 2, ALL), FIELD(depth_slope, 0.25, ALL),
     FIELD(magnitude_per_row, 1, 1u << BESA_METHOD_MAGNITUDE), FIELD(damping, 0.02, 1u << BESA_METHOD_SPARSEGPT), FIELD(device_memory, 1e9, 0),
     /* not by a number: the test has cases of their own for these, and callbacks decide nothing */
     FIELD(method, -1, 0), FIELD(pattern_n, -1, 0), FIELD(pattern_m, -1, 0), FIELD(fixed, -1, 0), FIELD(num_fixed, -1, 0),
+    FIELD(block_targets, -1, 0), FIELD(num_block_targets, -1, 0),
     FIELD(progress, -1, 0), FIELD(step, -1, 0), FIELD(user, -1, 0)
 };
 
@@ -2174,6 +2238,7 @@ static void test_resume_options(void)
                                              { "v_proj", -0.0 } };
     static const char *const named[] = { "method", "fixed", "fixed", "fixed", "fixed", "fixed", "tokens", "sequences", "tokens",
                                          "backend" };
+    static const double targets[] = { 0.6, 0.4, 0.5, 0.4, 0.6, 0.6 };
     unsigned char covered[sizeof(besa_prune_options)] = { 0 };
     size_t run_length = 0, longest = 0, count = sizeof g_options / sizeof *g_options;
     for (size_t i = 0; i < count; i++) memset(covered + g_options[i].offset, 1, g_options[i].size);
@@ -2247,13 +2312,14 @@ static void test_resume_options(void)
         CHECK(refused(&s, base) == (i < 7), "learning weights, changed setting %d", i);
         discard(base.output);
     }
-    for (int i = 0; i < 8; i++) {               /* changes between two settings other than the default */
+    for (int i = 0; i < 9; i++) {               /* changes between two settings other than the default */
         setup base = small_setup(temp_path("out")), s;
         if (i < 2) base.options.fixed = fixed, base.options.num_fixed = 1;
         if (i == 2 || i == 3 || i == 6) base.options.importance = BESA_IMPORTANCE_SPARSEGPT;
         if (i == 4) base.options.method = BESA_METHOD_WANDA, base.options.pattern_n = 2, base.options.pattern_m = 4;
         if (i == 5) base.options.rates.optimizer = BESA_ADAMW;
         if (i == 7) base.options.fixed = fixed + 3, base.options.num_fixed = 1;
+        if (i == 8) base.options.block_targets = targets, base.options.num_block_targets = 5;
         g_progress.stop_at = -2;
         CHECK(run(&base) == BESA_ERROR_CANCELLED, "%s", base.error.message);
         besa_report_free(&base.report);
@@ -2267,6 +2333,7 @@ static void test_resume_options(void)
         case 5: s.options.rates.d_coef = 3, s.options.rates.d0 = 1e-3; break; /* which AdamW does not have */
         case 6: s.options.damping = 0.02; break;
         case 7: s.options.fixed = fixed + 4; break; /* -0, which is 0 */
+        case 8: s.options.block_targets = targets + 1; break;
         }
         CHECK(refused(&s, base) == (i != 5 && i != 7), "changed setting %d", i);
         discard(base.output);
@@ -2688,6 +2755,7 @@ int main(int argc, char **argv)
     TEST("bad tokens") test_bad_tokens();
     TEST("output place") test_output_place();
     TEST("full disk") test_full_disk();
+    TEST("sparsity over depth") test_depth();
     TEST("weights that learn") test_learned_weights();
     TEST("threads") test_threads();
     TEST("plan") test_plan();
