@@ -130,7 +130,7 @@
  *
  * OPTIONS (besa_prune_options, besa_rate_options; 0 means the value in brackets)
  *
- *     method                      [besa] wanda, sparsegpt, magnitude
+ *     method                      [besa] wanda, sparsegpt, magnitude; keep: what is 0 in another checkpoint, `masks`
  *     rates.target                sparsity in (0, 1). BESA prunes floor(target N + 1/2) weights of every block, exactly;
  *                                 baselines count as published: by row, layer, or slab of 128 columns
  *     rates.form                  [hierarchical] a rate vector per layer and one per row group; row; layer
@@ -505,6 +505,8 @@ struct besa_backend {
     /* What = W without its `count` smallest scores over the whole layer, ties by position; What may be W */
     besa_result (*mask_smallest)(besa_backend *be, void *what, const void *w, besa_dtype dtype, const float *s,
                                  int64_t count, int64_t rows, int64_t columns);
+    /* What(n) = 0 in What ? +0 : W */
+    besa_result (*mask_zeros)(besa_backend *be, void *what, const void *w, besa_dtype dtype, int64_t n);
     /* In every m consecutive columns the n smallest scores are pruned, ties by position; columns % m == 0 */
     besa_result (*mask_pattern)(besa_backend *be, void *what, const void *w, besa_dtype dtype, const float *s, int n,
                                 int m, int64_t rows, int64_t columns);
@@ -580,7 +582,7 @@ struct besa_backend {
     X(linear_forward) X(linear_backward_input) X(linear_backward_weight) X(gram) X(convert)        \
     X(rmsnorm_forward) X(rmsnorm_backward) X(rope) X(attention_forward) X(attention_backward)      \
     X(swiglu_forward) X(swiglu_backward) X(column_sumsq) X(block_loss) X(score) X(power) X(fill)   \
-    X(count_zeros) X(rank_rows) X(mask_apply) X(mask_update) X(mask_smallest) X(mask_pattern)      \
+    X(count_zeros) X(rank_rows) X(mask_apply) X(mask_update) X(mask_smallest) X(mask_zeros) X(mask_pattern)      \
     X(bucket_gradient) X(rate_forward) X(rate_mean) X(rate_backward) X(optimizer_step)             \
     X(project_counts) X(rms) X(weight_step) X(mix) X(hessian_factor) X(diagonal) X(sparsegpt_slab) X(sparsegpt_push)            \
     X(logits) X(nll_update) X(nll_sum)
@@ -848,7 +850,7 @@ BESA_API besa_result besa_block_backward(besa_backend *be, const besa_block *blo
 
 #define BESA_METHODS(X)                                                                            \
     X(BESA_METHOD_BESA, "besa") X(BESA_METHOD_WANDA, "wanda") X(BESA_METHOD_SPARSEGPT, "sparsegpt") \
-    X(BESA_METHOD_MAGNITUDE, "magnitude")
+    X(BESA_METHOD_MAGNITUDE, "magnitude") X(BESA_METHOD_KEEP, "keep")
 
 typedef enum besa_method {
 #define BESA__ENUM(value, name) value,
@@ -857,7 +859,7 @@ typedef enum besa_method {
     BESA_METHOD_COUNT
 } besa_method;
 
-/* "besa" .. "magnitude". */
+/* "besa" .. "keep". */
 BESA_API const char *besa_method_name(besa_method method);
 
 /* What is done with a block, and its name in progress and report. A progress report names dense to commit, and of a
@@ -923,6 +925,8 @@ typedef enum besa_learn {
 typedef struct besa_prune_options {
     besa_rate_options rates;                    /* rates.target is the sparsity of every method */
     besa_method method;
+    const struct besa_checkpoint *masks;        /* level 1, BESA_METHOD_KEEP: what is 0 in this checkpoint of the same shape, of
+                                                   any dtype, pruned by whatever program, is to be 0 */
     int pattern_n, pattern_m;                   /* n of every m consecutive weights pruned; 0: unstructured; not BESA */
     int magnitude_per_row;                      /* magnitude: each row at the target instead of each layer */
     besa_importance importance;                 /* BESA only */
@@ -1020,7 +1024,7 @@ BESA_API void besa_pruner_destroy(besa_pruner *pruner); /* NULL is fine */
  *   x        (nsamples * seqlen, hidden_size) device, act: in, the block's inputs; out, the pruned block's outputs
  *   dense_x  the same of the dense stream, in and out; NULL unless options.dense_stream
  *   pruned   device, room for each layer's weight in the block's dtype: the result, +0 where pruned; not the weights
- *            themselves
+ *            themselves. For BESA_METHOD_KEEP it comes in as the mask: what is 0 there is to be 0
  *   report   may be NULL
  * The block has the shape, dtype and q/k norms given at create (BESA_ERROR_OPTION). After an error x and dense_x are
  * undefined. Brings its own workspace; waits for the device once, at its end. */
@@ -3608,7 +3612,7 @@ struct besa_pruner {
     void *workspace;
     size_t workspace_bytes;
     besa_activations acts;
-    besa__masks masks;                          /* of the block's layers; count 0 for SparseGPT, which has none */
+    besa__masks masks;                          /* of the block's layers; count 0 for methods without ranks */
     besa__mask_layer mask_layer[BESA_LAYERS];
     besa_rates rates;                           /* these three for BESA only */
     besa__rate_layer rate_layer[BESA_LAYERS];
@@ -3745,11 +3749,11 @@ static besa_result besa__check_fixed_rates(const besa_prune_options *o, besa_err
     return BESA_OK;
 }
 
-/* What a method scores weights by; SparseGPT has scores of its own. */
+/* What a method scores weights by; SparseGPT has scores of its own, and masks that are kept need none. */
 static besa_importance besa__scored_by(const besa_prune_options *o)
 {
     if (o->method == BESA_METHOD_BESA) return o->importance;
-    return o->method == BESA_METHOD_MAGNITUDE ? BESA_IMPORTANCE_MAGNITUDE : BESA_IMPORTANCE_WANDA;
+    return o->method == BESA_METHOD_WANDA ? BESA_IMPORTANCE_WANDA : BESA_IMPORTANCE_MAGNITUDE;
 }
 
 /* What a method collects of the layers' inputs; SparseGPT needs the whole factor. */
@@ -3763,6 +3767,18 @@ static int besa__uses_gram(const besa_prune_options *o) { return besa__statistic
 
 static int besa__uses_inputs(const besa_prune_options *o) { return besa__statistic(o) != BESA_STATISTIC_NONE; }
 
+/* Masks that are kept have their own sparsity everywhere. */
+static besa_result besa__keep_defaults(besa_prune_options *o, besa_error *error)
+{
+    const char *other = o->pattern_m ? "a pattern" : o->num_block_targets ? "block_targets" : o->depth_slope != 0 ? "depth_slope" : NULL;
+    for (int64_t i = 0; i < o->num_fixed; i++)
+        if (o->fixed[i].sparsity > 0) other = "a fixed sparsity above 0";
+    if (other)
+        return besa__fail(error, BESA_ERROR_OPTION, "%s is given, but method keep takes the masks as they are: expected none", other);
+    o->rates.target = 0.5;                      /* which nothing looks at; reports have what was reached */
+    return BESA_OK;
+}
+
 /* Check the options and fill in what 0 stands for. */
 static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_shape *shape, besa_error *error)
 {
@@ -3770,6 +3786,7 @@ static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_
     BESA__TRY(besa__options_fill((unsigned char *)o + begin, begin, sizeof *o, error));
     if (o->pattern_n != 0 || o->pattern_m != 0) BESA__TRY(besa__pattern_defaults(o, shape, error));
     BESA__TRY(besa__check_fixed_rates(o, error));
+    if (o->method == BESA_METHOD_KEEP) BESA__TRY(besa__keep_defaults(o, error));
     BESA__TRY(besa__rate_defaults(&o->rates, error));
     if (o->learn == BESA_LEARN_BOTH && o->method != BESA_METHOD_BESA)
         return besa__fail(error, BESA_ERROR_OPTION, "learn is both, but method %s has no rates to learn: expected weights",
@@ -3796,7 +3813,7 @@ static double besa__fixed_rate(const besa_prune_options *o, const char *name, in
 static void besa__pruner_place_masks(besa_pruner *p, besa__arena *arena)
 {
     besa_layer_shape shapes[BESA_LAYERS];
-    if (p->options.method == BESA_METHOD_SPARSEGPT) return;
+    if (p->options.method == BESA_METHOD_SPARSEGPT || p->options.method == BESA_METHOD_KEEP) return;
     for (int i = 0; i < BESA_LAYERS; i++) {
         besa_block_layer(&p->shape, i, &shapes[i].rows, &shapes[i].columns);
         shapes[i].dtype = p->dtype;
@@ -4316,6 +4333,7 @@ static besa_result besa__rank_or_prune(const besa__work *work, int layer)
         size_t bytes = besa_dtype_size(p->dtype) * (size_t)(rows * columns);
         return p->be->copy(p->be, BESA_QUEUE_COMPUTE, work->pruned[layer], w, bytes);
     }
+    if (o->method == BESA_METHOD_KEEP) return p->be->mask_zeros(p->be, work->pruned[layer], w, p->dtype, rows * columns);
     if (o->method == BESA_METHOD_SPARSEGPT) return besa__sparsegpt_layer(p, w, work->pruned[layer], layer, target, n, m);
     int whole_layer = o->method == BESA_METHOD_MAGNITUDE && !o->magnitude_per_row;
     if (m > 0 || whole_layer) return besa__prune_layer(work, layer, target, n, m);
@@ -4713,7 +4731,7 @@ static void besa__report_layers(const besa_pruner *p, besa_block_report *report)
         written += rows;
     }
     report->sparsity = (double)zeros / (double)weights;
-    report->target = p->options.rates.target;
+    report->target = p->options.method == BESA_METHOD_KEEP ? report->sparsity : p->options.rates.target;
 }
 
 static void besa__report_losses(const besa_pruner *p, besa_block_report *report)
@@ -8876,6 +8894,30 @@ static besa_result besa__check_depth(const besa__run *run, besa_error *error)
                       sum / (double)(end - first), run->target);
 }
 
+/* The masks that a method keeps are there, and of this model's shape. */
+static besa_result besa__check_masks(const besa__run *run, besa_error *error)
+{
+    const besa_prune_options *o = &run->pruner.options;
+    const besa_config *masks = o->masks ? &o->masks->config : NULL;
+    if (o->method != BESA_METHOD_KEEP && !o->masks) return BESA_OK;
+    if (o->method != BESA_METHOD_KEEP)
+        return besa__fail(error, BESA_ERROR_OPTION, "masks are given, but method %s makes its own: expected method keep",
+                          besa_method_name(o->method));
+    if (!masks) return besa__fail(error, BESA_ERROR_OPTION, "masks is NULL, expected the checkpoint whose zeros method keep takes");
+    if (masks->num_hidden_layers != run->config->num_hidden_layers)
+        return besa__fail(error, BESA_ERROR_OPTION, "the masks' checkpoint has %lld blocks, the model %lld",
+                          (long long)masks->num_hidden_layers, (long long)run->config->num_hidden_layers);
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns, has_rows, has_columns;
+        besa_block_layer(&run->config->block, i, &rows, &columns);
+        besa_block_layer(&masks->block, i, &has_rows, &has_columns);
+        if (rows != has_rows || columns != has_columns)
+            return besa__fail(error, BESA_ERROR_OPTION, "%s of the masks' checkpoint is %lld x %lld, of the model %lld x %lld",
+                              besa_layer_name(i), (long long)has_rows, (long long)has_columns, (long long)rows, (long long)columns);
+    }
+    return BESA_OK;
+}
+
 /* A hash of the source as it was opened: the contents of its config and index, every shard's header (with all tensors' names,
  * dtypes and places), size and time of the last change. */
 static uint64_t besa__source_hash(const besa_checkpoint *checkpoint)
@@ -8938,6 +8980,7 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
         fixed = besa__hash_double(fixed, used.fixed[i].sparsity);
     }
     for (int64_t i = 0; i < used.num_block_targets; i++) fixed = besa__hash_double(fixed, used.block_targets[i]);
+    if (used.masks) fixed = besa__hash_integer(fixed, (int64_t)besa__source_hash(used.masks));
     besa__write_text(backend, sizeof backend, "%s", run->be->name);
     for (char *at = backend; *at; at++) *at = (char)(*at <= ' ' ? '_' : *at);
     besa__write_text(line, size, "version=%d.%d", BESA_VERSION_MAJOR, BESA_VERSION_MINOR);
@@ -8950,6 +8993,37 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
                      (int)run->be->activation_dtype, (long long)run->pruner.micro_batch, (long long)c->nsamples,
                      (long long)c->seqlen, (unsigned long long)ids,
                      (unsigned long long)besa__source_hash(run->checkpoint));
+}
+
+/* The masks of a block to where its pruned weights will be, as weights of its dtype, 0 or not, by way of the staging. */
+static besa_result besa__read_masks(besa__run *run, int64_t index, besa_error *error)
+{
+    besa_backend *be = run->be;
+    besa__block_tensors t;
+    const besa_checkpoint *masks = run->pruner.options.masks;
+    size_t to_size = besa_dtype_size(run->model.dtype);
+    int64_t most = BESA__CHUNK_TOKENS * run->config->block.hidden_size;
+    BESA__TRY(besa__block_bind(&t, masks, index, error));
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        const besa_tensor *tensor = t.weight[i];
+        size_t size = besa_dtype_size(tensor->dtype);
+        int64_t all = (int64_t)(tensor->bytes / size);
+        for (int64_t first = 0, count; first < all; first += count) {
+            const unsigned char *from = (const unsigned char *)tensor->data + (size_t)first * size;
+            unsigned char *to = (unsigned char *)run->staging;
+            count = besa__min(most, all - first);
+            for (int64_t k = 0; k < count; k++) {
+                uint32_t bits = 0; /* of either sign, as floats are stored from the lowest byte on */
+                memcpy(&bits, from + (size_t)k * size, size);
+                memset(to + (size_t)k * to_size, (bits << (33 - 8 * size)) != 0, to_size);
+            }
+            BESA__TRY_ON(be, be->upload(be, BESA_QUEUE_COMPUTE, besa__at(run->pruned[besa__room_of(run, index)][i],
+                                        run->model.dtype, first), run->staging, (size_t)count * to_size), error);
+            BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
+        }
+        besa__release_pages(masks, tensor);
+    }
+    return BESA_OK;
 }
 
 /* Weights of a finished block, from the unfinished output to the device. */
@@ -9003,6 +9077,7 @@ static besa_result besa__pass_block(besa__run *run, int64_t index, besa_block *b
     if (run->has_dense) BESA__TRY_ON(be, besa__stream_forward(&run->dense, walk, block, &p->acts), error);
     BESA__TRY(besa__report_reloaded(run, block, pruned, report, error));
     report->target = besa__block_target(run, index);
+    if (p->options.masks && report->target > 0) report->target = report->sparsity;
     for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = pruned[i];
     BESA__TRY_ON(be, besa__stream_forward(&run->calibration, walk, block, &p->acts), error);
     return besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
@@ -9039,6 +9114,7 @@ static besa_result besa__prune_block(besa__run *run, int64_t index, besa_block *
     double target = besa__block_target(run, index);
     besa__tensor_name(name, sizeof name, run->config, index, "");
     if (target > 0) {
+        if (run->pruner.options.masks) BESA__TRY(besa__read_masks(run, index, error));
         besa__pruner_retarget(&run->pruner, target);
         besa_result result = besa__pruner_run(&run->pruner, block, name, &run->calibration, run->has_dense ? &run->dense : NULL,
                                               pruned, &report->block[index], error);
@@ -9249,6 +9325,7 @@ static besa_result besa__prune_start(besa__run *run, const besa_checkpoint *chec
     BESA__TRY(besa__run_calibration(run, calibration, options, error));
     BESA__TRY(besa__check_fixed(run, options, error));
     BESA__TRY(besa__check_depth(run, error));
+    BESA__TRY(besa__check_masks(run, error));
     return besa__run_fit(run, &run->pruner.micro_batch, options->device_memory, error);
 }
 
@@ -9277,10 +9354,12 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
     }
     if (result == BESA_OK) result = besa__prune_into(&run, output, calibration, report, error);
     if (result == BESA_OK) besa__report_totals(report, run.pruner.options.rates.target, start);
+    if (result == BESA_OK && options->method == BESA_METHOD_KEEP) report->target = report->sparsity;
     if (result == BESA_OK) besa__note_fixed(&run, options, report);
     report->options = run.pruner.options;
     report->options.fixed = NULL;
     report->options.block_targets = NULL;
+    report->options.masks = NULL;
     report->options.progress = NULL;
     report->options.step = NULL;
     report->options.user = NULL;
@@ -11667,6 +11746,33 @@ static void besa__cpu_mask_rows(besa_backend *be, void *what, const void *w, bes
                                (const unsigned char *)rank + (size_t)(r * columns) * besa__rank_bytes(columns),
                                n[r] > 0 ? n[r] : 0, columns);
         }
+}
+
+/* n weights of an unsigned type as wide as they are, all bits but the sign in `magnitude` */
+#define BESA__CPU_ZEROS_KERNEL(name, type, magnitude)                                              \
+    BESA__INLINE void name##_body(void *what, const void *w, int64_t n)                            \
+    {                                                                                              \
+        type *y = (type *)what;                                                                    \
+        const type *x = (const type *)w;                                                           \
+        BESA__ELEMENTWISE                                                                          \
+        for (int64_t i = 0; i < n; i++) y[i] = (type)((y[i] & (magnitude)) && (x[i] & (magnitude)) ? x[i] : 0); \
+    }                                                                                              \
+    BESA__KERNEL(name, (void *what, const void *w, int64_t n), (what, w, n))
+
+BESA__CPU_ZEROS_KERNEL(besa__cpu_zeros_16, uint16_t, 0x7FFFu)
+BESA__CPU_ZEROS_KERNEL(besa__cpu_zeros_32, uint32_t, 0x7FFFFFFFu)
+
+static besa_result besa__cpu_mask_zeros(besa_backend *be, void *what, const void *w, besa_dtype dtype, int64_t n)
+{
+    const int64_t run = 8192;
+    int64_t tasks = besa__parts(n, run);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * run, count = besa__min(run, n - at);
+        if (dtype == BESA_F32) besa__cpu_zeros_32(besa__at(what, dtype, at), besa__at_const(w, dtype, at), count);
+        else besa__cpu_zeros_16(besa__at(what, dtype, at), besa__at_const(w, dtype, at), count);
+    }
+    return BESA_OK;
 }
 
 static besa_result besa__cpu_mask_apply(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,

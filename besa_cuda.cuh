@@ -1729,6 +1729,28 @@ static __device__ __forceinline__ int besa__place(const float *s, int m, int j)
     return place;
 }
 
+/* What = 0 in What ? +0 : W */
+template <typename T> static __global__ void besa__mask_zeros_kernel(T *what, const T *w, int64_t n, int vector)
+{
+    BESA__FLAT(i, n) {
+        int count = besa__count(n - i);
+        float x[8], y[8];
+        besa__load(y, what + i, count, vector);
+        besa__load(x, w + i, count, vector);
+        BESA__UNROLL
+        for (int k = 0; k < 8; k++) y[k] = y[k] != 0.0f && x[k] != 0.0f ? x[k] : 0.0f;
+        besa__store(what + i, y, count, vector);
+    }
+}
+
+static besa_result besa__cuda_mask_zeros(besa_backend *be, void *what, const void *w, besa_dtype dtype, int64_t n)
+{
+    BESA__BY_DTYPE(dtype, T,
+        BESA__RUN(besa__mask_zeros_kernel<T>, besa__cuda_flat_blocks(n), BESA__CUDA_THREADS, 0, static_cast<T *>(what),
+                  static_cast<const T *>(w), n, besa__cuda_aligned(what, w)));
+    return BESA_OK;
+}
+
 /* What(R,C): in every m consecutive columns the n smallest scores are +0; what may be w; a thread a weight */
 template <typename W>
 static __global__ void besa__mask_pattern_kernel(W *what, const W *w, const float *s, int n, int m, int64_t rows,

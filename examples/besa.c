@@ -99,7 +99,7 @@ static void end_progress(const progress_view *view)
 
 struct job {
     settings *s;
-    besa_checkpoint *checkpoint;
+    besa_checkpoint *checkpoint, *masks; /* masks: NULL without --masks */
     besa_backend backend;
     besa_calibration calibration;
     int32_t *ids, *test_ids;
@@ -150,6 +150,7 @@ static besa_result open_job(job *j)
     const settings *s = j->s;
     besa_calibration *c = &j->calibration;
     TRY(besa_checkpoint_open(&j->checkpoint, s->path[0], &j->error));
+    if (s->masks) TRY(besa_checkpoint_open(&j->masks, s->masks, &j->error));
     if (s->command->bit & EVAL) fprintf(stderr, "%s", besa_checkpoint_notes(j->checkpoint));
     TRY(open_backend(j));
     c->nsamples = s->nsamples;
@@ -171,12 +172,20 @@ static void close_job(job *j)
 {
     if (j->backend.destroy) j->backend.destroy(&j->backend);
     besa_checkpoint_close(j->checkpoint);
+    besa_checkpoint_close(j->masks);
     free(j->ids);
     free(j->test_ids);
 }
 
+/* Masks are for the method that keeps them alone: a comparison may have others beside it. */
+static void take_masks(job *j)
+{
+    j->s->prune.masks = j->s->prune.method == BESA_METHOD_KEEP ? j->masks : NULL;
+}
+
 static besa_result prune(job *j, const char *output, progress_view *view, besa_report *report)
 {
+    take_masks(j);
     j->s->prune.progress = show_progress;
     j->s->prune.user = view;
     besa_result result = besa_prune(j->checkpoint, output, &j->backend, &j->calibration, &j->s->prune, report,
@@ -211,6 +220,7 @@ static besa_result write_report(const char *path, const besa_report *r, besa_err
 /* What can be said of a run beforehand, but for what has been `said`. */
 static besa_result print_notes(job *j, const char *label, const char *said, besa_plan_result *p)
 {
+    take_masks(j);
     TRY(besa_plan(j->checkpoint, &j->backend, &j->calibration, &j->s->prune, p, &j->error));
     if (p->notes[0] && strcmp(p->notes, said)) fprintf(stderr, "%s: %s", label, p->notes);
     return BESA_OK;
@@ -255,6 +265,7 @@ static besa_result run_plan(job *j)
 {
     const besa_calibration *c = &j->calibration;
     besa_plan_result p;
+    take_masks(j);
     TRY(besa_plan(j->checkpoint, &j->backend, c, &j->s->prune, &p, &j->error));
     printf("%s on %lld sequences of %lld tokens, %lld at a time\n", besa_method_name(j->s->prune.method),
            (long long)c->nsamples, (long long)c->seqlen, (long long)p.micro_batch);

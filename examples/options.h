@@ -49,7 +49,7 @@ typedef struct settings {
     char **arguments; /* after the command's name, ended by NULL */
     const char *path[2];
     int num_paths;
-    const char *tokens, *test, *report, *preset;
+    const char *tokens, *test, *report, *preset, *masks;
     int64_t nsamples, seqlen, test_seqlen, windows; /* 0: the default */
     int64_t seed;
     int cuda; /* 1: on the GPU that gpu says; 0: on the CPU, with threads and bf16 */
@@ -107,6 +107,7 @@ static const option own_options[] = {
     {"sparsity", SHARES, AT(prune.rates.target), COMPARE, "S,S,...",
      "shares of the weights that become zero [0.5, or the pattern's]"},
     {"pattern", PATTERN, 0, RUN, "N:M", "prune N of every M consecutive weights, as 2:4; not with besa"},
+    {"masks", TEXT, AT(masks), RUN, "DIR", "keep: the checkpoint whose zeros are the masks, pruned by whatever program"},
     {"skip", SKIP, 0, RUN, "PATTERN", "keep layers dense: v_proj, layers.0, '*.mlp.*'; repeatable"},
     {"blocks", BLOCKS, 0, RUN, "A-B", "prune blocks A to B, counted from 0, and leave the others dense: for studies [all]"},
     {"block-targets", TARGETS, 0, RUN, "FILE", "a text of numbers, the sparsity of each block; --sparsity is their mean"},
@@ -618,6 +619,10 @@ static void check_arguments(settings *s)
         usage_error(s, "--%s is for the CPU, not for --device cuda", s->threads ? "threads" : "bf16");
     if (!s->cuda && s->gpu.fp32) usage_error(s, "--fp32 is for --device cuda");
     if (s->report) check_report(s);
+    int keeps = s->command->bit & ONE && s->prune.method == BESA_METHOD_KEEP;
+    for (int i = 0; i < s->num_rows; i++) keeps |= s->rows[i].method == BESA_METHOD_KEEP;
+    if (keeps && !s->masks) usage_error(s, "--method keep wants --masks DIR, whose zeros it keeps");
+    if (!keeps && s->masks) usage_error(s, "--masks is for --method keep");
     check_methods(s);
     for (int i = 0; i < s->num_rows; i++) read_arguments(s, row_preset(s, &s->rows[i]));
     if (s->preset) read_arguments(s, s->preset);

@@ -1218,6 +1218,28 @@ static void ops_weight_step(ops *t, const ops_case *c)
     ops_near(t, "v", ops_fetch(t, o.v, BESA_F32, n), v, n, 1e-4);
 }
 
+static void ops_mask_zeros(ops *t, const ops_case *c)
+{
+    int64_t n = c->n[0];
+    double *w = ops_random(t, n, 1), *mask = ops_random(t, n, 1), *got;
+    besa_workload sizes = ops_sizes(1, 1, 0);
+    void *mask_, *w_;
+    int64_t wrong = 0;
+    for (int64_t i = 0; i < n; i++) {
+        if (i % 3 == 0) mask[i] = i % 2 ? 0.0 : -0.0;
+        if (i % 5 == 0) w[i] = -0.0;
+    }
+    mask_ = ops_send(t, mask, c->dtype, n), w_ = ops_send(t, w, c->dtype, n);
+    ops_workspace(t, &sizes);
+    ops_call(t, t->be->mask_zeros(t->be, mask_, w_, c->dtype, n), "mask_zeros");
+    got = ops_fetch(t, mask_, c->dtype, n);
+    for (int64_t i = 0; i < n; i++) {
+        double want = mask[i] == 0 || w[i] == 0 ? 0.0 : w[i];
+        wrong += got[i] != want || (want == 0 && signbit(got[i]));
+    }
+    if (wrong) ops_fail(t, "weights that are not as masked", (double)wrong, 0);
+}
+
 static void ops_rms(ops *t, const ops_case *c)
 {
     int64_t n = c->n[0];
@@ -1613,12 +1635,6 @@ static const ops_case ops_cases[] = {
     {"project 50 of five rates", ops_project, {50, 333, 417, 5}, BESA_F32, "t"},
     {"project 1999 of five rates", ops_project, {1999, 64, 355, 5}, BESA_F32, "t"},
     {"prodigy 1", ops_optimizer, {1, 0, 0}, BESA_F32, "t"}, {"prodigy 20001", ops_optimizer, {20001, 0, 0}, BESA_F32, "t"},
-    {"weight step 1", ops_weight_step, {1}, BESA_F32, "t"}, {"weight step 20001", ops_weight_step, {20001}, BESA_F32, "t"},
-    {"weight step f16 20003", ops_weight_step, {20003}, BESA_F16, "t"}, {"weight step bf16 20002", ops_weight_step, {20002}, BESA_BF16, "t"},
-    {"weight step near 0", ops_weight_step, {1000, 1}, BESA_F32, "t"}, {"weight step f16 near 0", ops_weight_step, {1000, 1}, BESA_F16, "t"},
-    {"weight step bf16 near 0", ops_weight_step, {1000, 1}, BESA_BF16, "t"},
-    {"rms 1", ops_rms, {1}, BESA_F32, "t"}, {"rms 70001", ops_rms, {70001}, BESA_F32, "t"}, {"rms 3000003", ops_rms, {3000003}, BESA_F32, "t"},
-    {"mix 1", ops_mix, {1}, BESA_F32, "t"}, {"mix 20003", ops_mix, {20003}, BESA_F32, "t"},
     {"prodigy 1000 decay", ops_optimizer, {1000, 0, 1}, BESA_F32, "t"}, {"adamw 20001", ops_optimizer, {20001, 1, 0}, BESA_F32, "t"}, {"adamw 31 decay", ops_optimizer, {31, 1, 1}, BESA_F32, "t"},
     {"factor 3", ops_factor, {3}, BESA_F32, "t"}, {"factor 31", ops_factor, {31}, BESA_F32, "t"}, {"factor 128", ops_factor, {128}, BESA_F32, "t"},
     {"factor 150", ops_factor, {150}, BESA_F32, "t"}, {"factor 300", ops_factor, {300}, BESA_F32, "t"},
@@ -1673,11 +1689,19 @@ static const ops_case ops_cases[] = {
     OPS_TYPES("bucket 2048x4096", ops_bucket, "p", 2048, 4096, 100), {"bucket 1536x576 bf16", ops_bucket, {1536, 576, 100}, BESA_BF16, "p"},
     {"rate_forward 5000 groups", ops_rates, {5000, 576, 100, 1, 0, 0}, BESA_F32, "p"}, {"rate_backward 5000 groups", ops_rates, {5000, 576, 100, 1, 0, 0}, BESA_BF16, "p"},
     {"project_counts 84k", ops_project, {83968, 8192, 500, 0}, BESA_F32, "p"},
-    {"weight step 4M", ops_weight_step, {4000000}, BESA_F32, "p"}, {"weight step bf16 4M", ops_weight_step, {4000000}, BESA_BF16, "p"},
     {"prodigy 500k", ops_optimizer, {500000, 0, 0}, BESA_F32, "p"}, {"adamw 500k", ops_optimizer, {500000, 1, 0}, BESA_F32, "p"},
     {"factor 576", ops_factor, {576}, BESA_F32, "p"}, {"factor 1536", ops_factor, {1536}, BESA_F32, "p"}, {"factor 4096", ops_factor, {4096}, BESA_F32, "p"},
     {"slab 1536x576", ops_slab, {1536, 576, 128, 128, 0, 0}, BESA_F32, "p"}, {"slab 2:4 1536x576", ops_slab, {1536, 576, 128, 128, 2, 4}, BESA_F32, "p"},
     {"push 1536x576", ops_slab, {1536, 576, 0, 128, 0, -1}, BESA_F32, "p"}, {"nll 512x49152", ops_nll, {1, 512, 49152, 64}, BESA_BF16, "p"},
+    {"weight step 1", ops_weight_step, {1}, BESA_F32, "t"}, {"weight step 20001", ops_weight_step, {20001}, BESA_F32, "t"},
+    {"weight step f16 20003", ops_weight_step, {20003}, BESA_F16, "t"}, {"weight step bf16 20002", ops_weight_step, {20002}, BESA_BF16, "t"},
+    {"weight step near 0", ops_weight_step, {1000, 1}, BESA_F32, "t"}, {"weight step f16 near 0", ops_weight_step, {1000, 1}, BESA_F16, "t"},
+    {"weight step bf16 near 0", ops_weight_step, {1000, 1}, BESA_BF16, "t"},
+    {"mask zeros 1", ops_mask_zeros, {1}, BESA_F32, "t"}, {"mask zeros 20001", ops_mask_zeros, {20001}, BESA_F32, "t"},
+    {"mask zeros f16 33", ops_mask_zeros, {33}, BESA_F16, "t"}, {"mask zeros bf16 20003", ops_mask_zeros, {20003}, BESA_BF16, "t"},
+    {"rms 1", ops_rms, {1}, BESA_F32, "t"}, {"rms 70001", ops_rms, {70001}, BESA_F32, "t"}, {"rms 3000003", ops_rms, {3000003}, BESA_F32, "t"},
+    {"mix 1", ops_mix, {1}, BESA_F32, "t"}, {"mix 20003", ops_mix, {20003}, BESA_F32, "t"},
+    {"weight step 4M", ops_weight_step, {4000000}, BESA_F32, "p"}, {"weight step bf16 4M", ops_weight_step, {4000000}, BESA_BF16, "p"},
 };
 enum { OPS_CASES = sizeof ops_cases / sizeof *ops_cases };
 

@@ -313,6 +313,9 @@ static void watch_weights(besa_backend *be)
         double n = static_cast<double>(o->n), dtype = static_cast<double>(besa_dtype_size(o->dtype));
         return kernels(n * (28 + (o->dtype == BESA_F32 ? 2 : 4) * dtype));
     });
+    WATCH(mask_zeros, [](void *, const void *, besa_dtype dtype, int64_t n) {
+        return kernels(3 * static_cast<double>(n) * static_cast<double>(besa_dtype_size(dtype)));
+    });
     WATCH(mix, [be](void *, const void *, float, int64_t n) {
         return kernels(3 * static_cast<double>(n) * static_cast<double>(besa_dtype_size(be->activation_dtype)));
     });

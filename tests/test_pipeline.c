@@ -960,7 +960,7 @@ static const struct bounds {
     { "lr", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" }, { "beta1", 'd', 0, 1, 0, 1, 1, "0 or more and below 1" },
     { "beta2", 'd', 0, 1, 0, 1, 1, "0 or more and below 1" }, { "weight_decay", 'd', 0, 1e30, 0, 1, 1, "0 or more and below 1e30" },
     { "d0", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" }, { "d_coef", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
-    { "method", 'i', 0, 3, 0, 0, 0, "besa_method" }, { "pattern_n", 'i', 0, 63, 0, 0, 0, "0 to 63" },
+    { "method", 'i', 0, 4, 0, 0, 0, "besa_method" }, { "pattern_n", 'i', 0, 63, 0, 0, 0, "0 to 63" },
     { "pattern_m", 'i', 0, 64, 0, 0, 0, "0 to 64" }, { "magnitude_per_row", 'i', 0, 1, 0, 0, 0, "0 or 1" },
     { "importance", 'i', 0, 3, 0, 0, 0, "besa_importance" }, { "damping", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
     { "epochs", 'l', 1, 1000000, 0, 0, 0, "1 to 1000000" }, { "batch_size", 'l', 1, 0, 0, 0, 0, "1 or more" },
@@ -1805,6 +1805,93 @@ static void test_separate_memory(void)
     }
 }
 
+/* ---- masks that are kept ----------------------------------------------------------------------- */
+
+/* Zeros are where `masks` or `source` have them; where same, all else is the source's. */
+static void check_kept(const char *output, const char *source, const char *masks, int same)
+{
+    besa_checkpoint *at[3] = { NULL, NULL, NULL };
+    const char *const directory[3] = { output, source, masks };
+    besa_error error;
+    int64_t wrong = 0, other = 0;
+    for (int i = 0; i < 3; i++) CHECK_OK(besa_checkpoint_open(&at[i], directory[i], &error), error);
+    for (int64_t i = 0; at[0] && at[1] && at[2] && i < besa_checkpoint_tensor_count(at[0]); i++) {
+        const besa_tensor *x = besa_checkpoint_tensor(at[0], i), *w = besa_checkpoint_find(at[1], x->name);
+        const besa_tensor *m = besa_checkpoint_find(at[2], x->name);
+        size_t size = besa_dtype_size(x->dtype), mask_size = besa_dtype_size(m->dtype), n = x->bytes / size;
+        for (size_t k = 0; strstr(x->name, "_proj.weight") && k < n; k++) {
+            const char *xk = (const char *)x->data + k * size, *wk = (const char *)w->data + k * size;
+            int gone = !memcmp((const char *)m->data + k * mask_size, "\0\0\0", mask_size) || !memcmp(wk, "\0\0\0", size);
+            wrong += gone != !memcmp(xk, "\0\0\0", size);
+            other += same && !gone && memcmp(xk, wk, size) != 0;
+        }
+    }
+    CHECK(wrong == 0 && other == 0, "%d weights masked otherwise, %d not the source's", (int)wrong, (int)other);
+    for (int i = 0; i < 3; i++) besa_checkpoint_close(at[i]);
+}
+
+/* What another run pruned is pruned again, weights between are the dense ones: of the same or another element type, by every
+ * method that made the masks, on a device of its own memory too; and kept weights that learn leave the zeros where they are. */
+static void test_keep(void)
+{
+    static const besa_dtype dtype[] = { BESA_F32, BESA_F16, BESA_BF16 };
+    besa_error error;
+    setup s;
+    for (int i = 0; i < 9; i++) {
+        besa_checkpoint *masks = NULL;
+        besa_backend be = counted_backend(0);
+        char first[256];
+        const char *source = temp_path("dense"), *pruned = temp_path("masks");
+        fixture_random_llama(temp_path("other"), 2, 64, 144, 4, 2, 64, dtype[i % 3]);
+        fixture_random_llama(source, 2, 64, 144, 4, 2, 64, dtype[i / 3]);
+        be.unified_memory = i % 2;
+        s = new_setup(pruned, i % 3 == 2 ? BESA_METHOD_SPARSEGPT : BESA_METHOD_WANDA, 0.5);
+        s.source = temp_path("other");
+        s.options.depth_slope = 0.2;
+        run_and_verify(&s);
+        CHECK_OK(besa_checkpoint_open(&masks, pruned, &error), error);
+        if (!masks) return;
+        s = new_setup(temp_path("out"), BESA_METHOD_KEEP, 0);
+        s.source = source, s.be = &be, s.options.masks = masks;
+        CHECK_RUN(&s);
+        CHECK(s.report.target == s.report.sparsity && s.report.sparsity > 0.45 && s.report.block[0].target == s.report.block[0].sparsity,
+              "target %g, sparsity %g", s.report.target, s.report.sparsity);
+        besa_report_free(&s.report);
+        check_kept(s.output, source, pruned, 1);
+        if (dtype[i % 3] == dtype[i / 3] && i % 3 != 2) /* wanda's own output: its weights were the dense ones */
+            CHECK(compare_directories(pruned, s.output, NULL, first) == 0, "case %d: %s differs", i, first);
+        discard(s.output);
+        s.options.learn = BESA_LEARN_WEIGHTS, s.options.weight_epochs = 1, s.options.dense_share = 0.5;
+        CHECK_RUN(&s);
+        besa_report_free(&s.report);
+        check_kept(s.output, source, pruned, 0);
+        discard(s.output);
+        besa_checkpoint_close(masks);
+        be.destroy(&be);
+        discard(pruned);
+        discard(source);
+        discard(temp_path("other"));
+    }
+    s = new_setup(temp_path("out"), BESA_METHOD_KEEP, 0.5);
+    expect(&s, BESA_ERROR_OPTION, "masks is NULL");
+    besa_checkpoint *stories = NULL;
+    CHECK_OK(besa_checkpoint_open(&stories, g_stories, &error), error);
+    s.options.masks = stories, s.options.method = BESA_METHOD_WANDA;
+    expect(&s, BESA_ERROR_OPTION, "makes its own");
+    s.options.method = BESA_METHOD_KEEP, s.options.pattern_n = 2, s.options.pattern_m = 4;
+    expect(&s, BESA_ERROR_OPTION, "a pattern is given");
+    s.options.pattern_n = s.options.pattern_m = 0, s.options.depth_slope = 0.1;
+    expect(&s, BESA_ERROR_OPTION, "depth_slope is given");
+    s.options.depth_slope = 0;
+    fixture_random_llama(temp_path("dense"), 5, 64, 144, 4, 2, 64, BESA_F32);
+    s.source = temp_path("dense");
+    expect(&s, BESA_ERROR_OPTION, "of the masks' checkpoint is");
+    fixture_random_llama(temp_path("other"), 1, 64, 144, 4, 2, 64, BESA_F32);
+    s.source = temp_path("other");
+    expect(&s, BESA_ERROR_OPTION, "has 5 blocks, the model 1");
+    besa_checkpoint_close(stories);
+}
+
 /* ---- seconds --------------------------------------------------------------------------------- */
 
 static besa_result (*g_copy)(besa_backend *, besa_queue, void *, const void *, size_t);
@@ -2189,7 +2276,7 @@ static const struct option_case {
     FIELD(magnitude_per_row, 1, 1u << BESA_METHOD_MAGNITUDE), FIELD(damping, 0.02, 1u << BESA_METHOD_SPARSEGPT), FIELD(device_memory, 1e9, 0),
     /* not by a number: the test has cases of their own for these, and callbacks decide nothing */
     FIELD(method, -1, 0), FIELD(pattern_n, -1, 0), FIELD(pattern_m, -1, 0), FIELD(fixed, -1, 0), FIELD(num_fixed, -1, 0),
-    FIELD(block_targets, -1, 0), FIELD(num_block_targets, -1, 0),
+    FIELD(block_targets, -1, 0), FIELD(num_block_targets, -1, 0), FIELD(masks, -1, 0),
     FIELD(progress, -1, 0), FIELD(step, -1, 0), FIELD(user, -1, 0)
 };
 
@@ -2756,6 +2843,7 @@ int main(int argc, char **argv)
     TEST("output place") test_output_place();
     TEST("full disk") test_full_disk();
     TEST("sparsity over depth") test_depth();
+    TEST("masks that are kept") test_keep();
     TEST("weights that learn") test_learned_weights();
     TEST("threads") test_threads();
     TEST("plan") test_plan();
