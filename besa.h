@@ -153,7 +153,7 @@
  *     learn                       [rates] weights: the kept weights learn when masks are final, with any method; both: BESA's
  *                                 rates and the kept weights together, and then the weights
  *     weight_epochs               [3] over the sequences with final masks
- *     weight_lr, weight_warmup    [0.02, 0] Adam's learning rate in units of the rms of a layer's weights; share of the steps in
+ *     weight_lr, weight_warmup    [0.2, 0] Adam's learning rate in units of rms(W) / sqrt(C) of a layer; share of the steps in
  *                                 which it rises. Then it falls to 0 over the steps, as a half cosine
  *     no_projection               [0] leave the sparsity where learning ended
  *     pattern_n, pattern_m        [none] n of every m; not with besa
@@ -940,7 +940,8 @@ typedef struct besa_prune_options {
     besa_learn learn;                           /* BESA_LEARN_WEIGHTS: kept weights learn once the masks are final;
                                                    BESA_LEARN_BOTH, BESA only: with the rates as well */
     int64_t weight_epochs;                      /* [3] over the sequences with final masks */
-    double weight_lr;                           /* [0.02] of Adam's steps, in units of the rms of a layer's weights */
+    double weight_lr;                           /* [0.2] of Adam's steps, in units of rms(W) / sqrt(C) of a layer: the share of its
+                                                   outputs' size that a step changes where all inputs agree on it */
     double weight_warmup;                       /* [0] share of the steps in which it rises; then it goes down a half cosine */
     int no_projection;                          /* leave the sparsity where learning ended, as the paper's code does */
     int64_t first_block, num_blocks;            /* level 1: prune these [0; all from there on] and leave the others dense: a
@@ -1860,8 +1861,8 @@ static const besa_option besa__options[] = {
      "learn", &besa__learn_names[1], "what learns: besa's rates, kept weights with final masks, or both [rates]"},
     {BESA__PRUNE(INT64, weight_epochs), 3, 1, 1e6, BESA__WEIGHTS, "1 to 1000000",
      "weight-epochs", "N", "passes over the calibration sequences once masks are final [3]"},
-    {BESA__PRUNE(DOUBLE, weight_lr), 0.02, 0, 1e30, BESA__OPEN | BESA__WEIGHTS, "above 0 and below 1e30",
-     "weight-lr", "X", "learning rate of weights, in units of the rms of a layer's [0.02]"},
+    {BESA__PRUNE(DOUBLE, weight_lr), 0.2, 0, 1e30, BESA__OPEN | BESA__WEIGHTS, "above 0 and below 1e30",
+     "weight-lr", "X", "learning rate of weights, in units of a layer's rms / sqrt(columns) [0.2]"},
     {BESA__PRUNE(DOUBLE, weight_warmup), 0, 0, 1, BESA__FROM_0 | BESA__WEIGHTS, "0 or more and below 1",
      "weight-warmup", "X", "share of the steps in which that rises [0]"},
     {BESA__PRUNE(FLAG, no_projection), 0, 0, 1, BESA__BESA, "0 or 1",
@@ -2948,12 +2949,14 @@ BESA_API besa_result besa_rates_status(besa_rates *rates, double *d, double *mea
  * // >>weights               kept weights that learn
  * ============================================================================================
  * Owns weights that move along the gradient where they are not pruned: a float copy of each layer's, with Adam's moments.
- * Steps are in units of the rms of a layer's dense weights, so that one learning rate suits all layers and models. The
+ * Adam moves every weight by about its learning rate, whatever the gradient's size. Where the C inputs of an output agree, a
+ * step of r changes it by r C |x|, and it is of the size rms(W) sqrt(C) |x|: in units of rms(W) / sqrt(C), of the dense
+ * weights, one learning rate suits all layers and models. The
  * forward pass reads them masked and rounded to the checkpoint's dtype, and the gradient there counts as that of the
  * float copy. Pruned weights keep their values, which are what the masks are applied to: they may come back. */
 
 typedef struct besa__weight_layer {
-    int64_t count;                              /* R C */
+    int64_t count, columns;                     /* R C, C */
     besa_dtype dtype;
     float *value, *m, *v;                       /* (R,C) */
     void *source;                               /* (R,C) value in the dtype; value itself where that is float */
@@ -2974,6 +2977,7 @@ static void besa__weights_place(besa__weights *weights, const besa_block_shape *
         int64_t rows, columns;
         besa_block_layer(shape, i, &rows, &columns);
         layer->count = besa__product(rows, columns);
+        layer->columns = columns;
         layer->dtype = dtype;
         layer->value = besa__take_floats(arena, layer->count);
         layer->m = besa__take_floats(arena, layer->count);
@@ -3006,7 +3010,8 @@ static besa_result besa__weights_move(besa__weights *weights, int index, int64_t
 {
     const besa__weight_layer *layer = &weights->layer[index];
     besa_weight_step o;
-    o.lr = weights->lr * besa__schedule_factor(BESA_SCHEDULE_COSINE, weights->warmup, weights->step, weights->steps);
+    o.lr = weights->lr / sqrt((double)layer->columns) *
+           besa__schedule_factor(BESA_SCHEDULE_COSINE, weights->warmup, weights->step, weights->steps);
     o.beta1 = 0.9, o.beta2 = 0.999, o.eps = 1e-12;
     o.step = weights->step;
     o.n = count;

@@ -468,7 +468,7 @@ static void test_besa_options(void)
         case 16: o->rates.d_coef = 50, o->rates.penalty = BESA_NONE; break;
         case 17: o->learn = BESA_LEARN_BOTH, o->weight_epochs = 1; break;
         case 18: o->learn = BESA_LEARN_WEIGHTS, o->weight_epochs = 1, o->weight_warmup = 0.25; break;
-        case 19: o->learn = BESA_LEARN_BOTH, o->batch_size = 3, o->dense_share = 0.5, o->weight_lr = 0.01; break;
+        case 19: o->learn = BESA_LEARN_BOTH, o->batch_size = 3, o->dense_share = 0.5, o->weight_lr = 0.1; break;
         case 20: o->learn = BESA_LEARN_BOTH, o->no_projection = 1, o->dense_stream = 1; break;
         case 21: o->dense_share = 0.75; break;
         }
@@ -2271,7 +2271,7 @@ static const struct option_case {
     FIELD(rates.d_coef, 4, LEARNED), FIELD(rates.schedule, BESA_SCHEDULE_COSINE, LEARNED),
     FIELD(rates.warmup, 0.25, LEARNED), FIELD(rates.steps, 7, 0), FIELD(importance, BESA_IMPORTANCE_MAGNITUDE, LEARNED), FIELD(epochs, 2, LEARNED),
     FIELD(batch_size, 2, LEARNED), FIELD(norm_all, 1, LEARNED), FIELD(dense_stream, 1, LEARNED), FIELD(no_projection, 1, LEARNED),
-    FIELD(dense_share, 0.25, LEARNED), FIELD(learn, BESA_LEARN_WEIGHTS, ALL), FIELD(weight_epochs, 2, 0), FIELD(weight_lr, 0.01, 0),
+    FIELD(dense_share, 0.25, LEARNED), FIELD(learn, BESA_LEARN_WEIGHTS, ALL), FIELD(weight_epochs, 2, 0), FIELD(weight_lr, 0.1, 0),
     FIELD(weight_warmup, 0.5, 0), FIELD(first_block, 1, ALL), FIELD(num_blocks, 2, ALL), FIELD(depth_slope, 0.25, ALL),
     FIELD(magnitude_per_row, 1, 1u << BESA_METHOD_MAGNITUDE), FIELD(damping, 0.02, 1u << BESA_METHOD_SPARSEGPT), FIELD(device_memory, 1e9, 0),
     /* not by a number: the test has cases of their own for these, and callbacks decide nothing */
@@ -2388,7 +2388,7 @@ static void test_resume_options(void)
         s = base;
         switch (i) {
         case 0: s.options.weight_epochs = 2; break;
-        case 1: s.options.weight_lr = 0.01; break;
+        case 1: s.options.weight_lr = 0.1; break;
         case 2: s.options.weight_warmup = 0.5; break;
         case 3: s.options.batch_size = 2; break;
         case 4: s.options.norm_all = 1; break;

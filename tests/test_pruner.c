@@ -606,7 +606,7 @@ typedef struct moving {                         /* a layer's weights and Adam's 
 /* The learning rate of step s (from 0) of `steps`: up in the warm-up's steps, then down a half cosine. */
 static double weight_rate(const besa_prune_options *o, int64_t s, int64_t steps)
 {
-    double lr = o->weight_lr ? o->weight_lr : 0.02, rise = floor(o->weight_warmup * (double)steps);
+    double lr = o->weight_lr ? o->weight_lr : 0.2, rise = floor(o->weight_warmup * (double)steps);
     if ((double)s < rise) return lr * (double)(s + 1) / (rise + 1);
     return lr * 0.5 * (1 + cos(3.14159265358979 * ((double)s - rise) / ((double)steps - rise)));
 }
@@ -656,7 +656,7 @@ static void check_weight_step(const run *r, moving layer[BESA_LAYERS], int64_t s
         if (moves && fixed_rate(o, l) != 0) {
             for (int64_t i = 0; i < n; i++) way[i] = -(double)before.what[l][i];
             for (int64_t i = 0; i < n; i++) went[i] = step->what[l][i] - before.what[l][i];
-            move_weights(&layer[l], before.what[l], g.dw[l], n, lr, s - started + 1);
+            move_weights(&layer[l], before.what[l], g.dw[l], n, lr / sqrt((double)r->m->columns[l]), s - started + 1);
             for (int64_t i = 0; i < n; i++) way[i] += (double)before.what[l][i];
             CHECK_CLOSE(besa_layer_name(l), went, way, n, 2e-3);
         } else
@@ -1097,7 +1097,7 @@ static void test_moving(const model *m)
     o.learn = BESA_LEARN_BOTH, o.weight_epochs = 1;
     TEST("rates and weights, a sequence a step") test_weights(m, &o, SEQUENCES);
     o = learning_options(4);
-    o.learn = BESA_LEARN_BOTH, o.weight_epochs = 2, o.weight_lr = 0.05, o.weight_warmup = 0.5, o.dense_share = 0.25;
+    o.learn = BESA_LEARN_BOTH, o.weight_epochs = 2, o.weight_lr = 0.5, o.weight_warmup = 0.5, o.dense_share = 0.25;
     o.fixed = fixed, o.num_fixed = 3, o.norm_all = 1;
     TEST("rates and weights, batches of 4, fixed layers, a mixed reference") test_weights(m, &o, SEQUENCES);
     o.learn = BESA_LEARN_WEIGHTS, o.batch_size = 3, o.dense_share = 0, o.dense_stream = 1;

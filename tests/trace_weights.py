@@ -18,7 +18,7 @@ import torch
 HERE = pathlib.Path(__file__).resolve().parent
 SOURCE, OUT = HERE / "data/reference/trace_published_penalty", HERE / "data/trace_weights"
 LAYERS = ["q", "k", "v", "o", "gate", "up", "down"]
-SEQUENCES, SHARE, LR, RATE_LR, CANDIDATES, PENALTY = 8, 0.25, 0.02, 0.05, 100, 1.0
+SEQUENCES, SHARE, LR, RATE_LR, CANDIDATES, PENALTY = 8, 0.25, 0.2, 0.05, 100, 1.0
 shape = json.loads((SOURCE / "shape.json").read_text())
 T, D, HEADS, KV, DH = (shape[k] for k in ("seqlen", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"))
 torch.set_default_dtype(torch.float64)
@@ -95,7 +95,7 @@ def learn(w, xs, yref, rank, method, losses):
     both, target = method == "both", 0.47 if method == "both" else 0.5
     steps, sizes = (2 if both else 1) * SEQUENCES, {l: w[l].shape[1] for l in LAYERS}
     value = {l: Adam(w[l], LR, 1e-12) for l in LAYERS}
-    rms = {l: w[l].pow(2).mean().sqrt() for l in LAYERS}
+    unit = {l: w[l].pow(2).mean().sqrt() / math.sqrt(sizes[l]) for l in LAYERS}
     n = {l: torch.full((w[l].shape[0],), int(0.5 * sizes[l])) for l in LAYERS}
     p, c, total = 1 - torch.arange(CANDIDATES + 1) / CANDIDATES, tilt(target), sum(v.numel() for v in w.values())
     thetas = {l: (Adam(torch.zeros(CANDIDATES + 1), RATE_LR, 1e-8), Adam(torch.zeros(len(w[l]), CANDIDATES + 1), RATE_LR, 1e-8))
@@ -128,7 +128,7 @@ def learn(w, xs, yref, rank, method, losses):
             loss = loss + PENALTY * ((mean - target) / target) ** 2
         loss.backward()
         for l in LAYERS:
-            value[l].move(leaf[l].grad, mask[l] > 0, rms[l] * 0.5 * (1 + math.cos(math.pi * s / steps)))
+            value[l].move(leaf[l].grad, mask[l] > 0, unit[l] * 0.5 * (1 + math.cos(math.pi * s / steps)))
             for k in range(2 if together else 0):
                 thetas[l][k].move(theta[l][k].grad, torch.ones_like(theta[l][k], dtype=torch.bool))
         if together and s == SEQUENCES - 1:
