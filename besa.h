@@ -1942,6 +1942,7 @@ static besa_result besa__options_fill(void *bytes, size_t begin, size_t end, bes
 /* What the presets set; what is not here has its default. */
 static const struct { const char *preset, *option; double value; } besa__presets[] = {
     {"default", NULL, 0},
+    /* Tried for "best": weight_lr, see section weights; dense_share 0, 0.5, 0.8 and 1; 1 to 4 weight_epochs. */
     {"best", "learn", BESA_LEARN_BOTH}, {"best", "dense_share", 0.5},
     {"weights", "learn", BESA_LEARN_WEIGHTS}, {"weights", "dense_share", 0.5},
     {"published-row", "form", BESA_RATES_ROW}, {"published-row", "zero_start", 1}, {"published-row", "penalty", 5},
