@@ -999,10 +999,11 @@ typedef struct besa_block_report {
     besa_layer_report layer[BESA_LAYERS];
     double sparsity, target;                    /* reached, and asked for; a block that stays dense has target 0 */
     /* Reconstruction losses (1/d) sum ((Yref - Y) / norm)^2, averaged over sequences: the first 8, and all in loss_all.
-     * Baselines learn nothing: all are of their mask, and loss_all is of the first 8. NaN in a resumed block. */
+     * Where nothing learns all are of the mask, and loss_all is of the first 8. NaN in a block that stays dense or that an
+     * earlier run finished. */
     double loss_uniform;                        /* the importance's mask with floor(target C) weights of every row */
     double loss_before, loss_after;             /* the masks before learning, and what is written */
-    double loss_masks;                          /* the final masks, before the kept weights learn with them */
+    double loss_masks;                          /* the final masks, with the weights as they then are: pass `weights` begins */
     double loss_all;
     double d;                                   /* Prodigy's d at the end */
     double mean_rate;                           /* mean alpha when learning ended, before the projection */
@@ -1023,7 +1024,7 @@ BESA_API void besa_pruner_destroy(besa_pruner *pruner); /* NULL is fine */
  *   block    the dense weights, device; rope tables for at least seqlen positions
  *   name     prefix of tensor names for options.fixed, such as "model.layers.3."; NULL: none
  *   x        (nsamples * seqlen, hidden_size) device, act: in, the block's inputs; out, the pruned block's outputs
- *   dense_x  the same of the dense stream, in and out; NULL unless options.dense_stream
+ *   dense_x  the same of the dense stream, in and out; NULL unless options.dense_stream or dense_share
  *   pruned   device, room for each layer's weight in the block's dtype: the result, +0 where pruned; not the weights
  *            themselves. For BESA_METHOD_KEEP it comes in as the mask: what is 0 there is to be 0
  *   report   may be NULL
@@ -1160,7 +1161,7 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
 /* Start from a preset, before other options are set: "default"; "best": rates and kept weights learn together, and then
  * the weights; "weights": masks as by default, and then the kept weights learn, for any method; "published-row",
  * "published-layer": the paper's code, zero start and no exact projection, with the d_coef that it has for LLaMA-1-7B
- * (OPTIONS lists the others). Kept are rates.target, fixed rates, which blocks and their sparsities, budget and callbacks.
+ * (OPTIONS lists the others). Kept are rates.target, fixed rates, masks, which blocks and their sparsities, budget and callbacks.
  * BESA_ERROR_OPTION. */
 BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, besa_error *error);
 
@@ -2950,7 +2951,8 @@ BESA_API besa_result besa_rates_status(besa_rates *rates, double *d, double *mea
  * // >>weights               kept weights that learn
  * ============================================================================================
  * Owns weights that move along the gradient where they are not pruned: a float copy of each layer's, with Adam's moments.
- * Adam moves every weight by about its learning rate, whatever the gradient's size. Where the C inputs of an output agree, a
+ * Adam moves every weight by about its learning rate, whatever the gradient's size (a weight that comes back begins with
+ * the moments that it went with, and for some steps moves by a few times that: moments of all weights did no better). Where the C inputs of an output agree, a
  * step of r changes it by r C |x|, and it is of the size rms(W) sqrt(C) |x|: in units of rms(W) / sqrt(C), of the dense
  * weights, one learning rate suits all layers and models. The
  * forward pass reads them masked and rounded to the checkpoint's dtype, and the gradient there counts as that of the
@@ -4699,9 +4701,10 @@ static besa_result besa__check_learning(const besa_pruner *p, const char *name, 
     BESA__TRY(besa__check_loss(loss[BESA__LOSS_BEFORE], name, 0, shown, "before learning, with the first masks", error));
     for (int64_t s = 0; s < p->step_losses; s++) {
         if (besa__is_finite((double)loss[BESA__LOSS_STEP + s])) continue;
-        char when[64];
+        char when[96];
         int64_t first = s % besa__parts(p->nsamples, batch) * batch, end = besa__min(first + batch, p->nsamples);
-        snprintf(when, sizeof when, "in learning step %lld", (long long)s + 1);
+        snprintf(when, sizeof when, "in learning step %lld%s", (long long)s + 1,
+                 besa__learns_weights(p) ? " (weight_lr may be too large)" : "");
         if (s + 1 == BESA__STEP_LOSSES) {
             snprintf(when, sizeof when, "in learning step %lld or a later one", (long long)s + 1);
             first = 0, end = p->nsamples;
@@ -4929,6 +4932,10 @@ BESA_API besa_result besa_pruner_create(besa_pruner **pruner, besa_backend *be, 
 {
     void *memory;
     *pruner = NULL;
+    if (options->masks || options->first_block || options->num_blocks || options->num_block_targets || options->depth_slope != 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "%s: a pruner has one block, expected none of it (masks come in `pruned`, a "
+                          "sparsity in rates.target)", options->masks ? "masks" : options->num_block_targets ? "block_targets"
+                          : options->depth_slope != 0 ? "depth_slope" : "first_block, num_blocks");
     BESA__TRY(besa__malloc(&memory, sizeof(besa_pruner), "a pruner", error));
     besa_pruner *made = (besa_pruner *)memory;
     besa_result result = besa__pruner_init(made, be, shape, dtype, qk_norm, options, nsamples, seqlen, error);
@@ -8870,15 +8877,23 @@ static double besa__block_target(const besa__run *run, int64_t index)
     return run->target + o->depth_slope * ((double)(index - first) / (double)(count - 1) - 0.5);
 }
 
+/* Of all blocks together. */
+static double besa__model_target(const besa__run *run)
+{
+    int64_t count = besa__end_block(run) - besa__first_block(run), blocks = run->config->num_hidden_layers;
+    return count == blocks ? run->target : run->target * (double)count / (double)blocks;
+}
+
 /* The blocks that are pruned are there, and their sparsities are such, and as the target has them in all. */
 static besa_result besa__check_depth(const besa__run *run, besa_error *error)
 {
     const besa_prune_options *o = &run->pruner.options;
-    int64_t blocks = run->config->num_hidden_layers, first = besa__first_block(run), end = besa__end_block(run);
+    int64_t blocks = run->config->num_hidden_layers, first = o->first_block, end;
     double sum = 0;
-    if (first >= blocks || end > blocks)
-        return besa__fail(error, BESA_ERROR_OPTION, "blocks %lld to %lld are to be pruned, but the model has blocks 0 to %lld",
-                          (long long)first, (long long)end - 1, (long long)blocks - 1);
+    if (first >= blocks || o->num_blocks > blocks - first)
+        return besa__fail(error, BESA_ERROR_OPTION, "%lld blocks from number %lld on are to be pruned, but the model has blocks 0 to "
+                          "%lld", (long long)(o->num_blocks ? o->num_blocks : 1), (long long)first, (long long)blocks - 1);
+    end = besa__end_block(run);
     if (o->num_block_targets && o->depth_slope != 0)
         return besa__fail(error, BESA_ERROR_OPTION, "depth_slope is %g, but block_targets has a sparsity for every block: "
                           "expected one of them", o->depth_slope);
@@ -8894,6 +8909,9 @@ static besa_result besa__check_depth(const besa__run *run, besa_error *error)
             return besa__fail(error, BESA_ERROR_OPTION, "block %lld would have a sparsity of %g by %s, expected above 0 and below "
                               "1", (long long)i, target, o->num_block_targets ? "block_targets" : "target and depth_slope");
         sum += target;
+        besa_rate_options rates = o->rates;
+        rates.target = target;
+        if (o->method == BESA_METHOD_BESA) BESA__TRY(besa__check_penalty(&rates, error));
     }
     if (fabs(sum / (double)(end - first) - run->target) <= 1e-3) return BESA_OK;
     return besa__fail(error, BESA_ERROR_OPTION, "block_targets has a mean of %.6g, but the target is %.6g: expected the same",
@@ -9078,10 +9096,13 @@ static besa_result besa__pass_block(besa__run *run, int64_t index, besa_block *b
 {
     besa_backend *be = run->be;
     besa_pruner *p = &run->pruner;
+    char name[64];
     void *const *pruned = run->pruned[besa__room_of(run, index)];
     besa__walk walk = besa__pass_walk(p, p->nsamples); /* cut as the passes cut it: the same bytes */
     if (run->has_dense) BESA__TRY_ON(be, besa__stream_forward(&run->dense, walk, block, &p->acts), error);
     BESA__TRY(besa__report_reloaded(run, block, pruned, report, error));
+    besa__tensor_name(name, sizeof name, run->config, index, "");
+    BESA__TRY(besa__check_layers_finite(p, name, BESA__DENSE, error));
     report->target = besa__block_target(run, index);
     if (p->options.masks && report->target > 0) report->target = report->sparsity;
     for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = pruned[i];
@@ -9204,7 +9225,7 @@ static void besa__note_fixed(const besa__run *run, const besa_prune_options *o, 
 {
     char name[128], farthest[128] = "";
     double least = 1e-3, has = 0, wanted = 0;
-    for (int64_t b = 0; b < report->num_blocks && o->num_fixed > 0; b++)
+    for (int64_t b = besa__first_block(run); b < besa__end_block(run) && o->num_fixed > 0; b++)
         for (int i = 0; i < BESA_LAYERS; i++) {
             const besa_layer_report *layer = &report->block[b].layer[i];
             besa__tensor_name(name, sizeof name, run->config, b, "");
@@ -9218,6 +9239,18 @@ static void besa__note_fixed(const besa__run *run, const besa_prune_options *o, 
     if (farthest[0])
         besa__notes_add(&report->notes, "%s has sparsity %.4f, not the %g that it is fixed at: rows hold whole weights, and zeros "
                         "of the source stay; no fixed layer is farther off", farthest, has, wanted);
+}
+
+/* A warning where what was learned of the weights is worse than the masks alone. */
+static void besa__note_learned(const besa__run *run, besa_report *report)
+{
+    int64_t worse = 0, first = 0;
+    for (int64_t b = 0; b < report->num_blocks; b++)
+        if (report->block[b].loss_after > report->block[b].loss_masks && worse++ == 0) first = b;
+    if (worse == 0) return;
+    besa__notes_add(&report->notes, "warning: learning made the loss of %lld block%s larger than with the masks alone, in block %lld "
+                    "%.3g instead of %.3g; a weight_lr below %g may help", (long long)worse, worse == 1 ? "" : "s", (long long)first,
+                    report->block[first].loss_after, report->block[first].loss_masks, run->pruner.options.weight_lr);
 }
 
 static void besa__report_totals(besa_report *report, double target, double start)
@@ -9292,7 +9325,7 @@ static besa_result besa__check_fixed(const besa__run *run, const besa_prune_opti
     char name[128];
     for (int64_t f = 0; f < options->num_fixed; f++) {
         int matches = 0;
-        for (int64_t b = 0; b < run->config->num_hidden_layers && !matches; b++)
+        for (int64_t b = besa__first_block(run); b < besa__end_block(run) && !matches; b++)
             for (int i = 0; i < BESA_LAYERS && !matches; i++) {
                 besa__tensor_name(name, sizeof name, run->config, b, besa__layers[i].path);
                 matches = besa__match(options->fixed[f].pattern, name);
@@ -9329,8 +9362,8 @@ static besa_result besa__prune_start(besa__run *run, const besa_checkpoint *chec
 {
     BESA__TRY(besa__run_init(run, checkpoint, be, error));
     BESA__TRY(besa__run_calibration(run, calibration, options, error));
-    BESA__TRY(besa__check_fixed(run, options, error));
     BESA__TRY(besa__check_depth(run, error));
+    BESA__TRY(besa__check_fixed(run, options, error));
     BESA__TRY(besa__check_masks(run, error));
     return besa__run_fit(run, &run->pruner.micro_batch, options->device_memory, error);
 }
@@ -9359,18 +9392,22 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
         report->block = (besa_block_report *)blocks;
     }
     if (result == BESA_OK) result = besa__prune_into(&run, output, calibration, report, error);
-    if (result == BESA_OK) besa__report_totals(report, run.pruner.options.rates.target, start);
+    if (result == BESA_OK) besa__report_totals(report, besa__model_target(&run), start);
     if (result == BESA_OK && options->method == BESA_METHOD_KEEP) report->target = report->sparsity;
     if (result == BESA_OK) besa__note_fixed(&run, options, report);
+    if (result == BESA_OK) besa__note_learned(&run, report);
+    if (result == BESA_OK && options->method == BESA_METHOD_KEEP && report->pruned == 0)
+        besa__notes_add(&report->notes, "warning: nothing is pruned: the masks' checkpoint has no zeros");
     report->options = run.pruner.options;
     report->options.fixed = NULL;
     report->options.block_targets = NULL;
     report->options.masks = NULL;
+    if (report->options.method == BESA_METHOD_KEEP) report->options.rates.target = report->sparsity;
     report->options.progress = NULL;
     report->options.step = NULL;
     report->options.user = NULL;
-    if (result == BESA_OK && options->num_fixed == 0 && options->num_blocks == 0 && options->first_block == 0 &&
-        !options->no_projection && fabs(report->sparsity - report->target) > 0.02)
+    if (result == BESA_OK && options->num_fixed == 0 && !options->no_projection &&
+        fabs(report->sparsity - report->target) > 0.02)
         besa__notes_add(&report->notes, "warning: sparsity %.4f is not the target %.4f: tied scores or zeros in the source",
                         report->sparsity, report->target);
     besa__run_close(&run);
@@ -9400,10 +9437,11 @@ static double besa__plan_flop(const besa__run *run)
     double per_key = 2 * (double)(s->num_attention_heads * s->head_dim), attention = per_key * (double)run->pruner.seqlen;
     double forward = 2 * weights + attention, backward = 4 * weights - 2 * qkv + 2.5 * attention;
     double dense = besa__uses_inputs(o) ? 1 : (double)run->pruner.reference / (double)run->pruner.nsamples;
-    double flop = (1 + dense + run->has_dense) * forward + (besa__uses_gram(o) ? gram : 0);
+    double flop = dense * forward + (besa__uses_gram(o) ? gram : 0); /* of blocks that are pruned */
     if (besa__learns_rates(&run->pruner)) flop += (double)o->epochs * (forward + backward);
     if (besa__learns_weights(&run->pruner)) flop += (double)o->weight_epochs * (forward + backward);
-    flop *= tokens * (double)run->config->num_hidden_layers;
+    flop *= tokens * (double)(besa__end_block(run) - besa__first_block(run));
+    flop += tokens * (double)run->config->num_hidden_layers * (1 + run->has_dense) * forward;
     if (!run->has_test) return flop;
     double head = 2 * (double)run->config->vocab_size * (double)s->hidden_size;
     double block = 2 * weights + per_key * (double)run->test.seqlen;

@@ -332,6 +332,7 @@ static row begin_row(settings *s, int i)
     const row r = s->rows[i];
     read_arguments(s, row_preset(s, &r));
     s->prune.method = r.method;
+    if (r.method != BESA_METHOD_BESA && s->prune.learn == BESA_LEARN_BOTH) s->prune.learn = BESA_LEARN_WEIGHTS;
     return r;
 }
 
@@ -469,7 +470,8 @@ static const command commands[] = {
      "  besa plan llama --nsamples 128 --seqlen 2048 --memory 8G\n"},
     {"compare", COMPARE, 1, 1, run_compare, "SRC", "try methods and sparsities, writing nothing to disk",
      "Prunes SRC in memory by every method at every sparsity and prints perplexity, sparsity and seconds.\n"
-     "Options under BESA apply to its rows; besa:best, besa:weights, besa:published-row, wanda:weights and the like are\n"
+     "Options under BESA apply to its rows, and of --learn both and --preset best the others take the weights;\n"
+     " besa:best, besa:weights, besa:published-row, wanda:weights and the like are\n"
      "rows with a preset.\n\n"
      "  besa compare llama --tokens c4.npy --test wikitext2.npy --sparsity .5,.6,.7 --method wanda,besa\n"},
     {"eval", EVAL, 1, 1, run_eval, "DIR", "measure perplexity",

@@ -54,11 +54,13 @@ typedef struct settings {
     int64_t seed;
     int cuda; /* 1: on the GPU that gpu says; 0: on the CPU, with threads and bf16 */
     besa_cuda_options gpu;
-    int threads, bf16, json, quiet, help;
+    int threads, bf16, json, quiet, help, has_sparsity;
     besa_prune_options prune;
     besa_fixed_rate fixed[MAX_FIXED];
     char pattern[MAX_FIXED][MAX_NAME]; /* of fixed[] */
     double block_targets[MAX_BLOCKS], block_mean;
+    int64_t num_targets;
+    const char *targets_path;          /* that they were read from, or NULL */
     double sparsity[MAX_LIST];         /* of a comparison, as are rows */
     row rows[MAX_LIST];
     int num_sparsities, num_rows, left_out; /* 1: besa is not among the rows, as it has no patterns */
@@ -129,7 +131,7 @@ static const option own_options[] = {
     {"fp32", FLAG, AT(gpu.fp32), RUN | EVAL, "", "cuda: float throughout; without it bfloat16, where the GPU has it"},
     {"memory", BYTES, AT(prune.device_memory), RUN, "N[K|M|G|T]",
      "bytes that the run's arrays stay within [cpu: no limit; cuda: 31/32 of what is free]"},
-    {"report", TEXT, AT(report), PRUNE, "FILE", "what happened in every layer, as JSON; losses of resumed blocks are null"},
+    {"report", TEXT, AT(report), PRUNE, "FILE", "what happened in every layer, as JSON; losses of resumed and dense blocks are null"},
     {"json", FLAG, AT(json), EVAL | INFO, "", "print JSON"},
     {"quiet", FLAG, AT(quiet), PRUNE | COMPARE | EVAL, "", "no progress"},
     {"help", FLAG, AT(help), ALL, "", "print this"},
@@ -294,25 +296,28 @@ static void read_blocks(settings *s, const option *o, const char *text)
     s->prune.num_blocks = (int64_t)(last - first) + 1;
 }
 
-/* Numbers with blanks or lines between. */
+/* Numbers with blanks or lines between; once, as the command line is read again for every preset. */
 static void read_targets(settings *s, const option *o, const char *path)
 {
     char word[64];
     double sum = 0;
-    FILE *file = fopen(path, "r");
-    if (!file) usage_error(s, "--%s: %s: %s", o->name, path, strerror(errno));
-    s->prune.num_block_targets = 0;
-    while (fscanf(file, "%63s", word) == 1) {
+    FILE *file = s->targets_path == path ? NULL : fopen(path, "r");
+    if (s->targets_path != path && !file) usage_error(s, "--%s: %s: %s", o->name, path, strerror(errno));
+    if (file) s->num_targets = 0;
+    while (file && fscanf(file, "%63s", word) == 1) {
         const double x = number_length(word, 0) == strlen(word) ? strtod(word, NULL) : 0;
         if (!(x > 0 && x < 1)) usage_error(s, "--%s: %s: '%s' is not a number above 0 and below 1", o->name, path, word);
-        if (s->prune.num_block_targets == MAX_BLOCKS) usage_error(s, "--%s: %s: more than %d numbers", o->name, path, MAX_BLOCKS);
-        s->block_targets[s->prune.num_block_targets++] = x;
-        sum += x;
+        if (s->num_targets == MAX_BLOCKS) usage_error(s, "--%s: %s: more than %d numbers", o->name, path, MAX_BLOCKS);
+        s->block_targets[s->num_targets++] = x;
     }
-    fclose(file);
-    if (!s->prune.num_block_targets) usage_error(s, "--%s: %s: no numbers", o->name, path);
+    if (file && ferror(file)) usage_error(s, "--%s: %s could not be read", o->name, path);
+    if (file) fclose(file);
+    if (!s->num_targets) usage_error(s, "--%s: %s: no numbers", o->name, path);
+    for (int64_t i = 0; i < s->num_targets; i++) sum += s->block_targets[i];
+    s->targets_path = path;
     s->prune.block_targets = s->block_targets;
-    s->block_mean = sum / (double)s->prune.num_block_targets;
+    s->prune.num_block_targets = s->num_targets;
+    s->block_mean = sum / (double)s->num_targets;
 }
 
 /* "PATTERN=S"; the PATTERN of a SKIP has S = 0. */
@@ -500,15 +505,17 @@ static void read_arguments(settings *s, const char *preset)
         else usage_error(s, "'%s' is one argument too many", s->arguments[i]);
     }
     if (s->command->bit == COMPARE) fill_lists(s);
+    s->has_sparsity = s->prune.rates.target != UNSET;
     if (s->prune.rates.target == UNSET) /* 0: the pattern's */
         s->prune.rates.target = s->prune.pattern_m ? 0 : s->prune.block_targets ? s->block_mean : 0.5;
 }
 
-/* The preset of a row: after the colon of its label, else --preset. */
+/* The preset of a row: after the colon of its label, else --preset; of best, other methods than besa have what they can. */
 static const char *row_preset(const settings *s, const row *r)
 {
     const char *colon = strchr(r->label, ':');
-    return colon ? colon + 1 : s->preset;
+    if (colon || !s->preset) return colon ? colon + 1 : s->preset;
+    return r->method != BESA_METHOD_BESA && !strcmp(s->preset, "best") ? "weights" : s->preset;
 }
 
 /* Where a file that need not exist would be: its directory without links, and its name. NULL: no such directory. */
@@ -586,12 +593,16 @@ static void check_methods(const settings *s)
 {
     unsigned methods = s->command->bit & ONE ? 1u << s->prune.method : 0;
     int weights = s->prune.learn != BESA_LEARN_RATES;
+    if (s->command->bit & ONE && s->prune.method != BESA_METHOD_BESA && s->prune.learn == BESA_LEARN_BOTH)
+        usage_error(s, "--learn both is for --method besa, which has rates: --learn weights is for all methods");
     for (int i = 0; i < s->num_rows; i++) methods |= 1u << s->rows[i].method;
     for (int i = -1; i < s->num_rows; i++) {
         besa_prune_options o;
         const char *preset = i < 0 ? s->preset : row_preset(s, &s->rows[i]);
         memset(&o, 0, sizeof o);
         weights |= preset && besa_preset(&o, preset, NULL) == BESA_OK && o.learn != BESA_LEARN_RATES;
+        if (i < 0 && s->command->bit & ONE && s->prune.method != BESA_METHOD_BESA && o.learn == BESA_LEARN_BOTH)
+            usage_error(s, "--preset %s is for --method besa: --preset weights is for all methods", preset);
     }
     const int besa = (methods & 1u << BESA_METHOD_BESA) != 0, sparsegpt = (methods & 1u << BESA_METHOD_SPARSEGPT) != 0;
     if (s->besa_option && !besa) usage_error(s, "--%s is for --method besa", s->besa_option);
@@ -623,6 +634,8 @@ static void check_arguments(settings *s)
     for (int i = 0; i < s->num_rows; i++) keeps |= s->rows[i].method == BESA_METHOD_KEEP;
     if (keeps && !s->masks) usage_error(s, "--method keep wants --masks DIR, whose zeros it keeps");
     if (!keeps && s->masks) usage_error(s, "--masks is for --method keep");
+    if (s->command->bit & ONE && keeps && s->has_sparsity)
+        usage_error(s, "--sparsity is not for --method keep, whose masks have one");
     check_methods(s);
     for (int i = 0; i < s->num_rows; i++) read_arguments(s, row_preset(s, &s->rows[i]));
     if (s->preset) read_arguments(s, s->preset);

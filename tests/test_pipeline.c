@@ -328,8 +328,10 @@ static void verify(const setup *s)
             CHECK(zeros == (int64_t)floor(target * (double)weights + 0.5), "block %d: %d zeros of %d at %g", (int)n, (int)zeros,
                   (int)weights, target);
     }
+    int64_t count = o->num_blocks ? o->num_blocks : blocks - o->first_block;
+    double wanted = count == blocks ? o->rates.target : o->rates.target * (double)count / (double)blocks;
     CHECK(report->weights == all && report->pruned == pruned &&
-          fabs(report->sparsity - (double)pruned / (double)all) < 1e-9 && report->target == o->rates.target,
+          fabs(report->sparsity - (double)pruned / (double)all) < 1e-9 && report->target == wanted,
           "report: %d of %d, files: %d of %d", (int)report->pruned, (int)report->weights, (int)pruned, (int)all);
     besa_checkpoint_close(in);
     besa_checkpoint_close(out);
@@ -1225,6 +1227,23 @@ static void test_full_disk(void)
 
 /* ---- sparsity over depth ----------------------------------------------------------------------- */
 
+/* Make one weight of a tensor NaN. */
+static void spoil_weight(const char *directory, const char *name)
+{
+    static const float bad = NAN;
+    besa_checkpoint *checkpoint = NULL;
+    besa_error error;
+    char file[600];
+    CHECK_OK(besa_checkpoint_open(&checkpoint, directory, &error), error);
+    if (!checkpoint) return;
+    int64_t at = (int64_t)besa_checkpoint_find(checkpoint, name)->offset;
+    besa_checkpoint_close(checkpoint);
+    snprintf(file, sizeof file, "%s/model.safetensors", directory);
+    int fd = open(file, O_RDWR);
+    CHECK(fd >= 0 && pwrite(fd, &bad, sizeof bad, at + 40) == sizeof bad, "%s", file);
+    close(fd);
+}
+
 /* Some blocks alone, and a sparsity for each, by every method: the others stay as they are, byte for byte, and all the rest is
  * as it would be for a model of that target. */
 static void test_depth(void)
@@ -1254,7 +1273,9 @@ static void test_depth(void)
     s.options.first_block = 5;
     expect(&s, BESA_ERROR_OPTION, "the model has blocks 0 to 4");
     s.options.first_block = 3, s.options.num_blocks = 3;
-    expect(&s, BESA_ERROR_OPTION, "blocks 3 to 5");
+    expect(&s, BESA_ERROR_OPTION, "3 blocks from number 3 on");
+    s.options.num_blocks = INT64_MAX;
+    expect(&s, BESA_ERROR_OPTION, "the model has blocks 0 to 4");
     s.options.first_block = s.options.num_blocks = 0, s.options.depth_slope = 0.99, s.options.rates.target = 0.25;
     expect(&s, BESA_ERROR_OPTION, "block 0 would have a sparsity of -0.245");
     s.options.rates.target = 0.5, s.options.block_targets = list, s.options.num_block_targets = 5;
@@ -1267,6 +1288,15 @@ static void test_depth(void)
     expect(&s, BESA_ERROR_OPTION, "a mean of 0.5");
     s.options.rates.target = 0.5, s.options.pattern_n = 2, s.options.pattern_m = 4;
     expect(&s, BESA_ERROR_OPTION, "pattern of 2:4");
+    s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
+    s.options.depth_slope = 0.5, s.options.rates.penalty = 0.9 * 1e37 * 0.25; /* that a target of 0.25 cannot have */
+    expect(&s, BESA_ERROR_OPTION, "penalty");
+    /* a dense block that is not finite is found as any other */
+    fixture_random_llama(temp_path("bad"), 3, 64, 144, 4, 2, 64, BESA_F32);
+    spoil_weight(temp_path("bad"), "model.layers.2.mlp.up_proj.weight");
+    s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
+    s.source = temp_path("bad"), s.options.num_blocks = 2;
+    expect(&s, BESA_ERROR_NOT_FINITE, "model.layers.2.mlp.up_proj");
 }
 
 /* ---- weights that learn ----------------------------------------------------------------------- */
@@ -1328,6 +1358,14 @@ static void test_learned_weights(void)
         discard(temp_path("masks"));
     }
     setup s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
+    s.options.learn = BESA_LEARN_WEIGHTS, s.options.weight_lr = 100; /* what diverges is said, and what overflows refused */
+    CHECK_RUN(&s);
+    CHECK(s.report.notes && strstr(s.report.notes, "learning made the loss of"), "no note: %s", s.report.notes ? s.report.notes : "");
+    besa_report_free(&s.report);
+    discard(s.output);
+    s.options.weight_lr = 1e29;
+    expect(&s, BESA_ERROR_NOT_FINITE, "weight_lr may be too large");
+    s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
     s.options.learn = BESA_LEARN_BOTH;
     expect(&s, BESA_ERROR_OPTION, "wanda has no rates");
     s.options.learn = BESA_LEARN_WEIGHTS, s.options.dense_share = 0.5, s.options.dense_stream = 1;
@@ -1502,13 +1540,15 @@ static double expected_flop(const setup *s)
     learn = 2 * linear + 2 * 2 * keys + 4 * linear - 2 * d * (q + kv + kv) + 5 * 2 * keys;
     if (o->method == BESA_METHOD_MAGNITUDE) passes = 1 + (s->nsamples < 8 ? 1 : 8 / (double)s->nsamples); /* dense: as reported */
     if (o->learn != BESA_LEARN_RATES) passes = 2;
-    flop = (passes + (o->dense_stream || o->dense_share > 0)) * (2 * linear + 4 * keys);
+    flop = (passes - 1) * (2 * linear + 4 * keys); /* of a block that is pruned; of all the pass to the next one, of both streams */
     if (o->learn != BESA_LEARN_RATES) flop += (double)(o->weight_epochs ? o->weight_epochs : 3) * learn;
     if (o->method == BESA_METHOD_BESA) flop += (double)(o->epochs ? o->epochs : 1) * learn;
     if (o->method == BESA_METHOD_SPARSEGPT || o->importance >= BESA_IMPORTANCE_SPARSEGPT)
         flop += d * d + q * q + d * d + inner * inner; /* half of a Gram matrix */
     test = (2 * linear + 4 * 0.5 * 64 * q) * (double)c->num_hidden_layers + 2 * d * (double)c->vocab_size;
-    flop = flop * tokens * (double)c->num_hidden_layers + (double)(s->windows * 64) * test;
+    flop *= (double)(o->num_blocks ? o->num_blocks : c->num_hidden_layers);
+    flop += (1 + (o->dense_stream || o->dense_share > 0)) * (2 * linear + 4 * keys) * (double)c->num_hidden_layers;
+    flop = flop * tokens + (double)(s->windows * 64) * test;
     besa_checkpoint_close(checkpoint);
     return flop;
 }
@@ -1516,7 +1556,7 @@ static double expected_flop(const setup *s)
 /* What is allocated at the peak is what besa_plan said, to the byte, and all of it is given back. */
 static void test_plan(void)
 {
-    for (int i = 0; i < 13; i++) {
+    for (int i = 0; i < 14; i++) {
         setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
         double flop;
         besa_plan_result plan;
@@ -1533,6 +1573,7 @@ static void test_plan(void)
         case 7: snprintf(model, sizeof model, "%s/checkpoints/qwen3_qknorm_f32", g_reference), s.source = model; break;
         case 8: s.windows = 40, s.options.epochs = 3; break;
         case 9: s.options.learn = BESA_LEARN_BOTH, s.options.dense_share = 0.5; break;
+        case 13: s.options.first_block = 1, s.options.num_blocks = 2, s.options.dense_share = 0.5; break;
         case 10: s.options.learn = BESA_LEARN_WEIGHTS, s.options.method = BESA_METHOD_MAGNITUDE, s.options.weight_epochs = 1; break;
         case 11: s.options.learn = BESA_LEARN_WEIGHTS, s.options.method = BESA_METHOD_SPARSEGPT, s.options.dense_stream = 1; break;
         case 12: snprintf(model, sizeof model, "%s/checkpoints/qwen2_bias_tied_bf16", g_reference), s.source = model;

@@ -1090,6 +1090,27 @@ static void test_learn(const model *m)
     TEST("learning, one batch of 7, fixed layers, no projection") test_learning(m, &o, 7);
 }
 
+/* What is for whole models is refused, not ignored. */
+static void test_whole_models(const model *m)
+{
+    static const char *const word[] = { "first_block", "first_block", "depth_slope", "block_targets", "masks" };
+    static const double targets[] = { 0.5 };
+    for (int i = 0; i < 5; i++) {
+        besa_prune_options o;
+        besa_pruner *pruner = NULL;
+        memset(&o, 0, sizeof o);
+        o.rates.target = 0.5;
+        if (i == 0) o.first_block = 1;
+        if (i == 1) o.num_blocks = 1;
+        if (i == 2) o.depth_slope = 0.1;
+        if (i == 3) o.block_targets = targets, o.num_block_targets = 1;
+        if (i == 4) o.masks = (const besa_checkpoint *)(const void *)m; /* which nobody looks at */
+        g_error.message[0] = 0;
+        CHECK(besa_pruner_create(&pruner, &g_be, &m->block.shape, BESA_F32, 0, &o, SEQUENCES, SEQLEN, &g_error) == BESA_ERROR_OPTION &&
+              !pruner && strstr(g_error.message, word[i]), "%s: \"%s\"", word[i], g_error.message);
+    }
+}
+
 static void test_moving(const model *m)
 {
     static const besa_fixed_rate fixed[] = { { "k_proj", 0.23 }, { "v_proj", 0 }, { "down_proj", 0.6 } };
@@ -1149,6 +1170,7 @@ int main(int argc, char **argv)
     m = new_model(1);
     test_learn(&m);
     test_moving(&m);
+    TEST("options of whole models") test_whole_models(&m);
     test_optimizers();
     test_others(&m);
     TEST("sparsegpt as stored, 50 %") test_sparsegpt_stored("pruned_50", 0, 0, 120);
