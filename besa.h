@@ -1918,7 +1918,7 @@ static const besa_option *besa__find_option(const char *name)
 }
 
 /* Does a run with these options look at that one? */
-static int besa__option_used(const besa_option *row, const besa_prune_options *o)
+BESA__UNUSED static int besa__option_used(const besa_option *row, const besa_prune_options *o)
 {
     if (!(row->flags & (BESA_OPTION_BESA | BESA_OPTION_WEIGHTS))) return 1;
     return (row->flags & BESA_OPTION_BESA && o->method == BESA_METHOD_BESA) ||
@@ -4041,7 +4041,7 @@ static besa_result besa__pruner_start(besa_pruner *p)
 }
 
 /* The sparsity of the blocks to come. */
-static void besa__pruner_retarget(besa_pruner *p, double target)
+BESA__UNUSED static void besa__pruner_retarget(besa_pruner *p, double target)
 {
     if (target == p->options.rates.target) return;
     p->options.rates.target = target;

@@ -1297,6 +1297,7 @@ static void test_depth(void)
     s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
     s.source = temp_path("bad"), s.options.num_blocks = 2;
     expect(&s, BESA_ERROR_NOT_FINITE, "model.layers.2.mlp.up_proj");
+    discard(s.output);
 }
 
 /* ---- weights that learn ----------------------------------------------------------------------- */
@@ -1365,6 +1366,7 @@ static void test_learned_weights(void)
     discard(s.output);
     s.options.weight_lr = 1e29;
     expect(&s, BESA_ERROR_NOT_FINITE, "weight_lr may be too large");
+    discard(s.output);
     s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
     s.options.learn = BESA_LEARN_BOTH;
     expect(&s, BESA_ERROR_OPTION, "wanda has no rates");
