@@ -825,7 +825,7 @@ static void compare_pipelines(const char *name, besa_method method, int fp32, do
         r->options.learn = learn;
         r->options.weight_epochs = 1;
         r->options.dense_share = share;
-        if (learn != BESA_LEARN_RATES) r->options.dense_share = 0.5, r->options.batch_size = 2;
+        if (learn != BESA_LEARN_RATES) r->options.dense_share = 0.5, r->options.batch_size = 2, r->options.epochs = 1;
     }
     CHECK_OK(run_prune(&a, &cpu), a.error);
     CHECK_OK(run_prune(&b, &cuda), b.error);
@@ -840,7 +840,7 @@ static void compare_pipelines(const char *name, besa_method method, int fp32, do
         check_close(b.report.block[i].loss_uniform, a.report.block[i].loss_uniform, losses, "loss_uniform", i);
         check_close(b.report.block[i].sparsity, a.report.block[i].sparsity, 1e-3, "sparsity", i);
     }
-    if (method == BESA_METHOD_BESA && a.report.num_blocks > 0 && !g_sanitized)
+    if (method == BESA_METHOD_BESA && learn == BESA_LEARN_RATES && a.report.num_blocks > 0 && !g_sanitized)
         CHECK(fabs(a.report.block[0].loss_all / a.report.block[0].loss_uniform - 1) > 0.01, "nothing was learned: %g, uniform %g",
               a.report.block[0].loss_all, a.report.block[0].loss_uniform);
     if (getenv("TEST_VERBOSE"))
@@ -862,9 +862,11 @@ static void test_pipeline(void)
     TEST("pipeline, magnitude, fp32") compare_pipelines("magnitude32", BESA_METHOD_MAGNITUDE, 1, 1e-3, 0.01);
     TEST("pipeline, sparsegpt, fp32") compare_pipelines("sparsegpt32", BESA_METHOD_SPARSEGPT, 1, 1e-2, 0.02);
     TEST("pipeline, besa and weights, fp32") compare_pipelines("both32", BESA_METHOD_BESA, 1, 1e-2, 0.02, BESA_LEARN_BOTH);
-    TEST("pipeline, besa and weights, bf16") compare_pipelines("both16", BESA_METHOD_BESA, 0, 0.1, 0.15, BESA_LEARN_BOTH);
-    TEST("pipeline, wanda's weights, fp32") compare_pipelines("learned32", BESA_METHOD_WANDA, 1, 1e-2, 0.02, BESA_LEARN_WEIGHTS);
-    TEST("pipeline, mixed reference, fp32") compare_pipelines("mix32", BESA_METHOD_BESA, 1, 1e-3, 0.01, BESA_LEARN_RATES, 0.5);
+    if (!g_sanitized) { /* the same kernels */
+        TEST("pipeline, besa and weights, bf16") compare_pipelines("both16", BESA_METHOD_BESA, 0, 0.1, 0.15, BESA_LEARN_BOTH);
+        TEST("pipeline, wanda's weights, fp32") compare_pipelines("learned32", BESA_METHOD_WANDA, 1, 1e-2, 0.02, BESA_LEARN_WEIGHTS);
+        TEST("pipeline, mixed reference, fp32") compare_pipelines("mix32", BESA_METHOD_BESA, 1, 1e-3, 0.01, BESA_LEARN_RATES, 0.5);
+    }
     TEST("a device that is too small") {
         run r = run_of(BESA_METHOD_BESA, 4, temp_path("small"));
         standin_set_memory(static_cast<size_t>(1) << 20);
@@ -906,7 +908,7 @@ static void test_pipeline(void)
         for (int i = 0; i < 2; i++) {
             besa_backend be = cuda_backend(1);
             run r = run_of(BESA_METHOD_BESA, 6, temp_path("mixed-%d", i));
-            r.nsamples = 6, r.seqlen = g_race ? 6 : 24, r.tightest = 1, r.options.dense_share = 0.5;
+            r.nsamples = 6, r.seqlen = g_race ? 6 : 24, r.options.epochs = 1, r.tightest = 1, r.options.dense_share = 0.5;
             r.options.learn = BESA_LEARN_BOTH, r.options.weight_epochs = 1;
             standin_set_streams(i ? STANDIN_EAGER : STANDIN_LATE);
             CHECK_OK(run_prune(&r, &be), r.error);
