@@ -10455,7 +10455,9 @@ BESA__INLINE float besa__sigmoid(float x) { return 1.0f / (1.0f + besa__exp(-x))
 BESA__INLINE float besa__sqrt(float x)
 {
     float y = besa__bits_float(0x5F375A86u - (besa__float_bits(x) >> 1)), root;
-    for (int i = 0; i < 3; i++) y = y * (1.5f - 0.5f * x * y * y);
+    y = y * (1.5f - 0.5f * x * y * y); /* no loop: clang at -O1 would not see through it */
+    y = y * (1.5f - 0.5f * x * y * y);
+    y = y * (1.5f - 0.5f * x * y * y);
     root = x * y;
     return root + 0.5f * y * (x - root * root);
 }
@@ -12476,15 +12478,16 @@ static besa_result besa__cpu_optimizer_step(besa_backend *be, const besa_optimiz
         const float *grad = o->grad + at;                                                          \
         BESA__ELEMENTWISE                                                                          \
         for (int64_t i = 0; i < n; i++) {                                                          \
-            float g = grad[i], m1 = b1 * m[i] + c1 * g, v1 = b2 * v[i] + c2 * g * g;               \
-            float w1 = w[i] - rate * m1 / (besa__sqrt(v1) / root + eps);                           \
-            type now = (type)round(w1), old = masked[i];                                           \
-            int kept = (old & (magnitude)) != 0 && (now & (magnitude)) != 0;                       \
-            m[i] = kept ? m1 : m[i];                                                               \
-            v[i] = kept ? v1 : v[i];                                                               \
+            float g = grad[i], w0 = w[i], m0 = m[i], v0 = v[i];                                    \
+            float m1 = b1 * m0 + c1 * g, v1 = b2 * v0 + c2 * g * g;                                \
+            float w1 = w0 - rate * m1 / (besa__sqrt(v1) / root + eps);                             \
+            type now = (type)round(w1), old = masked[i], unmasked = source[i];                     \
+            int kept = ((old & (magnitude)) != 0) & ((now & (magnitude)) != 0);                    \
+            m[i] = kept ? m1 : m0;                                                                 \
+            v[i] = kept ? v1 : v0;                                                                 \
             masked[i] = kept ? now : old;                                                          \
-            if (sizeof(type) == 2) source[i] = kept ? now : source[i]; /* else w itself */         \
-            w[i] = kept ? w1 : w[i];                                                               \
+            w[i] = kept ? w1 : w0;                                                                 \
+            if (sizeof(type) == 2) source[i] = kept ? now : unmasked; /* else w itself */          \
         }                                                                                          \
     }                                                                                              \
     BESA__KERNEL(name, (const besa_weight_step *o, int64_t at, int64_t n, float rate, float root), (o, at, n, rate, root))
