@@ -56,7 +56,9 @@
  *                  theta by Prodigy or AdamW                              besa__parameters_step
  *              and then logit(alpha) of all rows, shifted together        besa__rates_project, besa__final_masks
  *              until the count is exact (but with no_projection), and
- *              What. Fixed layers take no part
+ *              What. Fixed layers take no part. With learn both the kept weights move along dL/dWhat too, as below
+ *     weights  where kept weights learn (besa__weights_pass), with any method: masks stay. For every batch the loss and
+ *              dL/dWhat as above; every weight that is not 0 by Adam      besa__weights_move
  *     commit   X = F(What, X): the next block's inputs; the loss          besa__commit_pass
  *
  *     The paper's pseudo-code carries two streams, the dense model's and the pruned one's, and aims at the dense stream's
@@ -79,6 +81,7 @@
  *     >>parameters         what learns: values, gradient, optimiser, schedule
  *     >>rates              learnable rates: theta -> alpha -> n, and their gradient
  *     >>layer-functions    the public functions of level 3
+ *     >>weights            kept weights that learn
  *     >>block              one decoder block, forward and backward (level 2)
  *     >>streams            activations of all sequences, on the device or streamed from the host
  *     >>pruner             what pruning one block keeps: options, arrays, progress (level 2)
@@ -127,7 +130,7 @@
  *
  * OPTIONS (besa_prune_options, besa_rate_options; 0 means the value in brackets)
  *
- *     method                      [besa] wanda, sparsegpt, magnitude
+ *     method                      [besa] wanda, sparsegpt, magnitude; keep: what is 0 in another checkpoint, `masks`
  *     rates.target                sparsity in (0, 1). BESA prunes floor(target N + 1/2) weights of every block, exactly;
  *                                 baselines count as published: by row, layer, or slab of 128 columns
  *     rates.form                  [hierarchical] a rate vector per layer and one per row group; row; layer
@@ -145,13 +148,23 @@
  *     damping                     [0.01] SparseGPT and its importances: share of a Hessian's mean diagonal added to it
  *     epochs, batch_size          [1, 1]
  *     norm_all, dense_stream      [0, 0] loss norms over all tokens: a batch's loss shrinks to its share of them, and the penalty
- *                                 weighs more; reference from the dense model's own stream. BESA only
+ *                                 weighs more; reference from the dense model's own stream. Where something learns
+ *     dense_share                 [0] the reference is a mixture: this share from the dense model's own stream
+ *     learn                       [rates] weights: the kept weights learn when masks are final, with any method; both: BESA's
+ *                                 rates and the kept weights together, and then the weights
+ *     weight_epochs               [3] over the sequences with final masks
+ *     weight_lr, weight_warmup    [0.2, 0] Adam's learning rate in units of rms(W) / sqrt(C) of a layer; share of the steps in
+ *                                 which it rises. Then it falls to 0 over the steps, as a half cosine
  *     no_projection               [0] leave the sparsity where learning ended
  *     pattern_n, pattern_m        [none] n of every m; not with besa
  *     magnitude_per_row           [0] magnitude: each row at the target instead of each layer
  *     fixed                       [none] layers that stay dense or have a rate of their own
+ *     first_block, num_blocks     [0, all] prune these and leave the other blocks dense: for studies
+ *     depth_slope                 [0] the last block's sparsity less the first one's, around the target
+ *     block_targets               [none] a sparsity for every block
  *     progress, step, user        [none] callbacks: after each unit of work, which can stop the run; after each learning step
- *     besa_preset                 [default] published-row and published-layer: the paper's runs of LLaMA-1-7B, d_coef 5 and
+ *     besa_preset                 [default] best: learn both, dense_share 1/2. weights: learn weights, dense_share 1/2, for any
+ *                                 method. published-row and published-layer: the paper's runs of LLaMA-1-7B, d_coef 5 and
  *                                 50. For other models set the paper's d_coef: by row 5 (1-13B, 2-7B, 2-13B), 10 (1-30B),
  *                                 50 (1-65B, 2-70B); by layer 0.5 (1-13B, 1-65B, 2-70B), 0.05 (1-30B, 2-7B, 2-13B)
  *     device_memory               [CUDA: 31/32 of what is free; CPU: no limit] the most bytes that a run takes of the backend's
@@ -171,6 +184,7 @@
  *         rows of embedding and head   16384 d bytes                         test stream  a d per token, 16384 t of logits,
  *                                                                                         activations of its own
  *         pinned host memory           16 MB of weights, 8192 d of rows
+ *         weights that learn           12 N bytes, + 2 N where w = 2, + 4 N where a batch does not fit at once
  *     Where device_memory is not enough, the test's activations, Yref and X live in pinned host memory and come batch by
  *     batch while others compute. None of this grows with the number of blocks; beside it there are the tensor table, the
  *     list of finished blocks and the report, some hundred bytes per tensor and block. A weight and token cost about 10 FLOP for
@@ -312,7 +326,7 @@ BESA_API size_t besa_dtype_size(besa_dtype dtype);
  * computes with such a block, and compute before such a block goes out. */
 typedef enum besa_queue { BESA_QUEUE_COMPUTE, BESA_QUEUE_UPLOAD, BESA_QUEUE_DOWNLOAD, BESA_QUEUE_STAGE, BESA_QUEUE_COUNT
 } besa_queue;
-#define BESA_EVENT_COUNT 32 /* events are small numbers that order queues; sections pruner and run use 0 .. 28 */
+#define BESA_EVENT_COUNT 32 /* events are small numbers that order queues; sections pruner and run use 0 .. 29 */
 
 typedef struct besa_backend besa_backend;
 
@@ -372,6 +386,21 @@ typedef struct besa_optimizer_step {
     float *m, *v, *s;                           /* (n) state, zero before the first step; s is Prodigy's */
     double *scalars;                            /* (BESA_OPTIMIZER_SCALARS) */
 } besa_optimizer_step;
+
+/* One step of Adam over n weights of a layer (section "weights"). Where masked is not 0,
+ *     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,  t = step,
+ *     w -= lr rms m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps),  masked = source = w in the dtype, rounded;
+ * but where that would be 0 nothing changes, as where masked is 0: masks stay as they are. */
+typedef struct besa_weight_step {
+    double lr, beta1, beta2, eps;
+    int64_t step;                               /* 1, 2, ... */
+    int64_t n;
+    float *w, *m, *v;                           /* (n) m and v zero before the first step */
+    const float *grad;                          /* (n) */
+    const float *rms;                           /* (1) device: the unit of lr */
+    void *masked, *source;                      /* (n) dtype; source is w where the dtype is float */
+    besa_dtype dtype;
+} besa_weight_step;
 
 struct besa_backend {
     const char *name;
@@ -476,6 +505,8 @@ struct besa_backend {
     /* What = W without its `count` smallest scores over the whole layer, ties by position; What may be W */
     besa_result (*mask_smallest)(besa_backend *be, void *what, const void *w, besa_dtype dtype, const float *s,
                                  int64_t count, int64_t rows, int64_t columns);
+    /* What(n) = 0 in What ? +0 : W */
+    besa_result (*mask_zeros)(besa_backend *be, void *what, const void *w, besa_dtype dtype, int64_t n);
     /* In every m consecutive columns the n smallest scores are pruned, ties by position; columns % m == 0 */
     besa_result (*mask_pattern)(besa_backend *be, void *what, const void *w, besa_dtype dtype, const float *s, int n,
                                 int m, int64_t rows, int64_t columns);
@@ -504,6 +535,14 @@ struct besa_backend {
      * finite. Where count exceeds the sum of columns all are pruned. */
     besa_result (*project_counts)(besa_backend *be, int32_t *n, int64_t *excess, const float *alpha, const int32_t *least,
                                   const int32_t *columns, int64_t count, int64_t rows);
+
+    /* ---- weights that learn ---------------------------------------------------------------- */
+    /* out(1) = sqrt(mean of w(n)^2) */
+    besa_result (*rms)(besa_backend *be, float *out, const float *w, int64_t n);
+    /* See besa_weight_step */
+    besa_result (*weight_step)(besa_backend *be, const besa_weight_step *o);
+    /* Y(n) = (1 - share) Y + share X, act */
+    besa_result (*mix)(besa_backend *be, void *y, const void *x, float share, int64_t n);
 
     /* ---- SparseGPT ------------------------------------------------------------------------- */
     /* H(C,C) in: a Gram matrix (lower triangle); out: the upper Cholesky factor U of inv(H + damping), zeros below,
@@ -543,9 +582,9 @@ struct besa_backend {
     X(linear_forward) X(linear_backward_input) X(linear_backward_weight) X(gram) X(convert)        \
     X(rmsnorm_forward) X(rmsnorm_backward) X(rope) X(attention_forward) X(attention_backward)      \
     X(swiglu_forward) X(swiglu_backward) X(column_sumsq) X(block_loss) X(score) X(power) X(fill)   \
-    X(count_zeros) X(rank_rows) X(mask_apply) X(mask_update) X(mask_smallest) X(mask_pattern)      \
+    X(count_zeros) X(rank_rows) X(mask_apply) X(mask_update) X(mask_smallest) X(mask_zeros) X(mask_pattern)      \
     X(bucket_gradient) X(rate_forward) X(rate_mean) X(rate_backward) X(optimizer_step)             \
-    X(project_counts) X(hessian_factor) X(diagonal) X(sparsegpt_slab) X(sparsegpt_push)            \
+    X(project_counts) X(rms) X(weight_step) X(mix) X(hessian_factor) X(diagonal) X(sparsegpt_slab) X(sparsegpt_push)            \
     X(logits) X(nll_update) X(nll_sum)
 
 typedef struct besa_cpu_options {
@@ -811,7 +850,7 @@ BESA_API besa_result besa_block_backward(besa_backend *be, const besa_block *blo
 
 #define BESA_METHODS(X)                                                                            \
     X(BESA_METHOD_BESA, "besa") X(BESA_METHOD_WANDA, "wanda") X(BESA_METHOD_SPARSEGPT, "sparsegpt") \
-    X(BESA_METHOD_MAGNITUDE, "magnitude")
+    X(BESA_METHOD_MAGNITUDE, "magnitude") X(BESA_METHOD_KEEP, "keep")
 
 typedef enum besa_method {
 #define BESA__ENUM(value, name) value,
@@ -820,7 +859,7 @@ typedef enum besa_method {
     BESA_METHOD_COUNT
 } besa_method;
 
-/* "besa" .. "magnitude". */
+/* "besa" .. "keep". */
 BESA_API const char *besa_method_name(besa_method method);
 
 /* What is done with a block, and its name in progress and report. A progress report names dense to commit, and of a
@@ -830,6 +869,7 @@ BESA_API const char *besa_method_name(besa_method method);
     X(BESA_PASS_DENSE, "dense")                                                                    \
     X(BESA_PASS_RANK, "rank")                                                                      \
     X(BESA_PASS_LEARN, "learn")                                                                    \
+    X(BESA_PASS_WEIGHTS, "weights")                                                                \
     X(BESA_PASS_COMMIT, "commit")                                                                  \
     X(BESA_PASS_WRITE, "write")
 
@@ -856,7 +896,7 @@ typedef int (*besa_progress_callback)(void *user, const besa_progress *progress)
 /* Called after every learning step of a block: a place to trace it with besa_rates_read and besa_rates_status. */
 typedef struct besa_step {
     int64_t block, step, steps;                 /* step counts from 1; alpha is that of the step's forward pass */
-    besa_rates *rates;
+    besa_rates *rates;                          /* NULL: the method has none */
     besa_backend *be;
     const float *loss;                          /* (1) device: the step's reconstruction loss, without the penalty; read
                                                    it with be->download and be->synchronize */
@@ -870,10 +910,23 @@ typedef struct besa_fixed_rate {
     double sparsity;                            /* 0 <= sparsity < 1 */
 } besa_fixed_rate;
 
+/* What learns: with method besa the rates, and after or together with them the kept weights; with others the kept weights. */
+#define BESA_LEARNING(X)                                                                           \
+    X(BESA_LEARN_RATES, "rates") X(BESA_LEARN_WEIGHTS, "weights") X(BESA_LEARN_BOTH, "both")
+
+typedef enum besa_learn {
+#define BESA__ENUM(value, name) value,
+    BESA_LEARNING(BESA__ENUM)
+#undef BESA__ENUM
+    BESA_LEARN_COUNT
+} besa_learn;
+
 /* How to prune. A zero-filled struct with rates.target set prunes with BESA's default preset. */
 typedef struct besa_prune_options {
     besa_rate_options rates;                    /* rates.target is the sparsity of every method */
     besa_method method;
+    const struct besa_checkpoint *masks;        /* level 1, BESA_METHOD_KEEP: what is 0 in this checkpoint of the same shape, of
+                                                   any dtype, pruned by whatever program, is to be 0 */
     int pattern_n, pattern_m;                   /* n of every m consecutive weights pruned; 0: unstructured; not BESA */
     int magnitude_per_row;                      /* magnitude: each row at the target instead of each layer */
     besa_importance importance;                 /* BESA only */
@@ -882,7 +935,22 @@ typedef struct besa_prune_options {
     int64_t epochs, batch_size;                 /* BESA [1, 1]; batch in sequences */
     int norm_all;                               /* channel norms of the loss over all tokens, not per batch */
     int dense_stream;                           /* Yref from the dense model's own stream, not from the pruned prefix */
+    double dense_share;                         /* [0] of the dense model's own stream in Yref; the rest is the dense block's
+                                                   output on the pruned prefix */
+    besa_learn learn;                           /* BESA_LEARN_WEIGHTS: kept weights learn once the masks are final;
+                                                   BESA_LEARN_BOTH, BESA only: with the rates as well */
+    int64_t weight_epochs;                      /* [3] over the sequences with final masks */
+    double weight_lr;                           /* [0.2] of Adam's steps, in units of rms(W) / sqrt(C) of a layer: the share of its
+                                                   outputs' size that a step changes where all inputs agree on it */
+    double weight_warmup;                       /* [0] share of the steps in which it rises; then it goes down a half cosine */
     int no_projection;                          /* leave the sparsity where learning ended, as the paper's code does */
+    int64_t first_block, num_blocks;            /* level 1: prune these [0; all from there on] and leave the others dense: a
+                                                   quick look at anything else */
+    double depth_slope;                         /* level 1: [0] the blocks' sparsities rise by this from the first of them to the
+                                                   last, evenly, around the target (arXiv 2502.14770) */
+    const double *block_targets;                /* level 1: (num_block_targets, all pruned blocks) a sparsity for each, and
+                                                   their mean is the target; NULL: none */
+    int64_t num_block_targets;
     const besa_fixed_rate *fixed;               /* the first match counts; these layers are not part of the target */
     int64_t num_fixed;
     size_t device_memory;                       /* bytes of backend memory [31/32 of what is free; CPU: no limit] */
@@ -899,7 +967,9 @@ enum { BESA_OPTION_ABOVE = 1, BESA_OPTION_BELOW = 2, /* least, most themselves a
        BESA_OPTION_NONE = 4,                    /* BESA_NONE asks for a true 0 */
        BESA_OPTION_ALL = 8,                     /* BESA_ALL_ROWS is a value too */
        BESA_OPTION_REQUIRED = 16,               /* 0 is no default but a value like others */
-       BESA_OPTION_BESA = 32 };                 /* other methods do not look at it */
+       BESA_OPTION_BESA = 32,                   /* method besa looks at it, */
+       BESA_OPTION_WEIGHTS = 64,                /* or whatever lets weights learn; others do not */
+       BESA_OPTION_WHERE = 128 };               /* which part of the model, and how much of it: presets keep it */
 
 typedef struct besa_option {
     const char *name;                           /* of the field, in besa_prune_options or its rates */
@@ -927,11 +997,13 @@ typedef struct besa_layer_report {
 
 typedef struct besa_block_report {
     besa_layer_report layer[BESA_LAYERS];
-    double sparsity;
+    double sparsity, target;                    /* reached, and asked for; a block that stays dense has target 0 */
     /* Reconstruction losses (1/d) sum ((Yref - Y) / norm)^2, averaged over sequences: the first 8, and all in loss_all.
-     * Baselines learn nothing: all are of their mask, and loss_all is of the first 8. NaN in a resumed block. */
+     * Where nothing learns all are of the mask, and loss_all is of the first 8. NaN in a block that stays dense or that an
+     * earlier run finished. */
     double loss_uniform;                        /* the importance's mask with floor(target C) weights of every row */
-    double loss_before, loss_after;             /* the masks before learning, and those written */
+    double loss_before, loss_after;             /* the masks before learning, and what is written */
+    double loss_masks;                          /* the final masks, with the weights as they then are: pass `weights` begins */
     double loss_all;
     double d;                                   /* Prodigy's d at the end */
     double mean_rate;                           /* mean alpha when learning ended, before the projection */
@@ -952,9 +1024,9 @@ BESA_API void besa_pruner_destroy(besa_pruner *pruner); /* NULL is fine */
  *   block    the dense weights, device; rope tables for at least seqlen positions
  *   name     prefix of tensor names for options.fixed, such as "model.layers.3."; NULL: none
  *   x        (nsamples * seqlen, hidden_size) device, act: in, the block's inputs; out, the pruned block's outputs
- *   dense_x  the same of the dense stream, in and out; NULL unless options.dense_stream
+ *   dense_x  the same of the dense stream, in and out; NULL unless options.dense_stream or dense_share
  *   pruned   device, room for each layer's weight in the block's dtype: the result, +0 where pruned; not the weights
- *            themselves
+ *            themselves. For BESA_METHOD_KEEP it comes in as the mask: what is 0 there is to be 0
  *   report   may be NULL
  * The block has the shape, dtype and q/k norms given at create (BESA_ERROR_OPTION). After an error x and dense_x are
  * undefined. Brings its own workspace; waits for the device once, at its end. */
@@ -1086,9 +1158,11 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
 BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *be, const besa_calibration *calibration,
                                const besa_prune_options *options, besa_plan_result *plan, besa_error *error);
 
-/* Start from a preset, before other options are set: "default"; "published-row", "published-layer": the paper's code,
- * zero start and no exact projection, with the d_coef that it has for LLaMA-1-7B (OPTIONS lists the others). Only
- * rates.target, fixed rates, budget and callbacks are kept. BESA_ERROR_OPTION. */
+/* Start from a preset, before other options are set: "default"; "best": rates and kept weights learn together, and then
+ * the weights; "weights": masks as by default, and then the kept weights learn, for any method; "published-row",
+ * "published-layer": the paper's code, zero start and no exact projection, with the d_coef that it has for LLaMA-1-7B
+ * (OPTIONS lists the others). Kept are rates.target, fixed rates, masks, which blocks and their sparsities, budget and callbacks.
+ * BESA_ERROR_OPTION. */
 BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, besa_error *error);
 
 /* Perplexity of (windows, seqlen) ids, block by block: exp of the mean over windows of the mean negative
@@ -1711,20 +1785,22 @@ static const char *besa__range_text(const besa__range *range, char *buffer, size
                                 offsetof(besa_prune_options, rates) + offsetof(besa_rate_options, field)
 #define BESA__PRUNE(kind, field) #field, BESA_OPTION_##kind, offsetof(besa_prune_options, field)
 #define BESA__BESA BESA_OPTION_BESA
+#define BESA__WEIGHTS BESA_OPTION_WEIGHTS
 #define BESA__OPEN (BESA_OPTION_ABOVE | BESA_OPTION_BELOW)
 #define BESA__FROM_0 (BESA_OPTION_BELOW | BESA_OPTION_NONE)
 #define BESA__NO_LIMIT 1e300
 #define BESA__BAR(value, name) "|" name
 #define BESA__BAR_OF_FIVE(value, name, statistic, power, exponent) "|" name
 
-static const char besa__method_names[] = BESA_METHODS(BESA__BAR); /* these two begin with a bar */
+static const char besa__method_names[] = BESA_METHODS(BESA__BAR); /* these begin with a bar */
+static const char besa__learn_names[] = BESA_LEARNING(BESA__BAR);
 static const char besa__importance_names[] = BESA_IMPORTANCES(BESA__BAR_OF_FIVE);
 
 /* field, default, least, most, flags, range in words, on the command line, what follows there, help */
 static const besa_option besa__options[] = {
     {BESA__PRUNE(ENUM, method), 0, 0, BESA_METHOD_COUNT - 1, 0, "a value of besa_method",
      "method", &besa__method_names[1], "how to choose what goes [besa]"},
-    {BESA__RATE(DOUBLE, target), 0, 0, 1, BESA__OPEN | BESA_OPTION_REQUIRED, "above 0 and below 1",
+    {BESA__RATE(DOUBLE, target), 0, 0, 1, BESA__OPEN | BESA_OPTION_REQUIRED | BESA_OPTION_WHERE, "above 0 and below 1",
      "sparsity", "S", "share of the weights that become zero [0.5]"},
     {BESA__PRUNE(FLAG, magnitude_per_row), 0, 0, 1, 0, "0 or 1",
      "per-row", "", "magnitude: each row has the sparsity, not only the layer"},
@@ -1732,7 +1808,12 @@ static const besa_option besa__options[] = {
      "damping", "X", "sparsegpt and its importances: share of a Hessian's mean diagonal added to it [0.01]"},
     {BESA__PRUNE(INT, pattern_n), 0, 0, 63, 0, "0 to 63", NULL, NULL, NULL},
     {BESA__PRUNE(INT, pattern_m), 0, 0, 64, 0, "0 to 64", NULL, NULL, NULL},
-    {BESA__PRUNE(INT64, num_fixed), 0, 0, BESA__NO_LIMIT, 0, "0 or more", NULL, NULL, NULL},
+    {BESA__PRUNE(INT64, num_fixed), 0, 0, BESA__NO_LIMIT, BESA_OPTION_WHERE, "0 or more", NULL, NULL, NULL},
+    {BESA__PRUNE(INT64, first_block), 0, 0, BESA__NO_LIMIT, BESA_OPTION_WHERE, "0 or more", NULL, NULL, NULL},
+    {BESA__PRUNE(INT64, num_blocks), 0, 0, BESA__NO_LIMIT, BESA_OPTION_WHERE, "0 or more", NULL, NULL, NULL},
+    {BESA__PRUNE(DOUBLE, depth_slope), 0, -1, 1, BESA__OPEN | BESA_OPTION_WHERE, "above -1 and below 1",
+     "depth-slope", "X", "sparsity of the last block less that of the first, around S [0]"},
+    {BESA__PRUNE(INT64, num_block_targets), 0, 0, BESA__NO_LIMIT, BESA_OPTION_WHERE, "0 or more", NULL, NULL, NULL},
     {BESA__RATE(ENUM, form), 0, 0, BESA_RATES_LAYER, BESA__BESA, "a value of besa_rate_form",
      "rates", "hierarchical|row|layer", "what has learned rates [hierarchical]"},
     {BESA__RATE(DOUBLE, layer_scale), 1, 0, 1e4, BESA_OPTION_NONE | BESA__BESA, "0 to 10000",
@@ -1769,12 +1850,22 @@ static const besa_option besa__options[] = {
      "lambda", "X", "weight of the sparsity penalty [1]"},
     {BESA__PRUNE(INT64, epochs), 1, 1, 1e6, BESA__BESA, "1 to 1000000",
      "epochs", "N", "passes over the calibration sequences [1]"},
-    {BESA__PRUNE(INT64, batch_size), 1, 1, BESA__NO_LIMIT, BESA__BESA, "1 or more",
+    {BESA__PRUNE(INT64, batch_size), 1, 1, BESA__NO_LIMIT, BESA__BESA | BESA__WEIGHTS, "1 or more",
      "batch-size", "N", "sequences of a learning step [1]"},
-    {BESA__PRUNE(FLAG, norm_all), 0, 0, 1, BESA__BESA, "0 or 1",
+    {BESA__PRUNE(FLAG, norm_all), 0, 0, 1, BESA__BESA | BESA__WEIGHTS, "0 or 1",
      "norm-all", "", "channel norms of the loss from all sequences, not the batch"},
-    {BESA__PRUNE(FLAG, dense_stream), 0, 0, 1, BESA__BESA, "0 or 1",
+    {BESA__PRUNE(FLAG, dense_stream), 0, 0, 1, BESA__BESA | BESA__WEIGHTS, "0 or 1",
      "dense-stream", "", "aim at the dense model, not at the dense block on pruned inputs"},
+    {BESA__PRUNE(DOUBLE, dense_share), 0, 0, 1, BESA_OPTION_BELOW | BESA__BESA | BESA__WEIGHTS, "0 or more and below 1",
+     "dense-share", "X", "share of the dense model's output in what is aimed at [0]"},
+    {BESA__PRUNE(ENUM, learn), 0, 0, BESA_LEARN_COUNT - 1, 0, "a value of besa_learn",
+     "learn", &besa__learn_names[1], "what learns: besa's rates, kept weights with final masks, or both [rates]"},
+    {BESA__PRUNE(INT64, weight_epochs), 3, 1, 1e6, BESA__WEIGHTS, "1 to 1000000",
+     "weight-epochs", "N", "passes over the calibration sequences once masks are final [3]"},
+    {BESA__PRUNE(DOUBLE, weight_lr), 0.2, 0, 1e30, BESA__OPEN | BESA__WEIGHTS, "above 0 and below 1e30",
+     "weight-lr", "X", "learning rate of weights, in units of a layer's rms / sqrt(columns) [0.2]"},
+    {BESA__PRUNE(DOUBLE, weight_warmup), 0, 0, 1, BESA__FROM_0 | BESA__WEIGHTS, "0 or more and below 1",
+     "weight-warmup", "X", "share of the steps in which that rises [0]"},
     {BESA__PRUNE(FLAG, no_projection), 0, 0, 1, BESA__BESA, "0 or 1",
      "no-projection", "", "leave the sparsity where learning ends, near S"},
     {NULL, BESA_OPTION_FLAG, 0, 0, 0, 0, 0, NULL, NULL, NULL, NULL},
@@ -1826,6 +1917,14 @@ static const besa_option *besa__find_option(const char *name)
     return o;
 }
 
+/* Does a run with these options look at that one? */
+BESA__UNUSED static int besa__option_used(const besa_option *row, const besa_prune_options *o)
+{
+    if (!(row->flags & (BESA_OPTION_BESA | BESA_OPTION_WEIGHTS))) return 1;
+    return (row->flags & BESA_OPTION_BESA && o->method == BESA_METHOD_BESA) ||
+           (row->flags & BESA_OPTION_WEIGHTS && o->learn != BESA_LEARN_RATES);
+}
+
 /* Check the options that lie at bytes begin .. end-1 of besa_prune_options, and fill in what 0 and BESA_NONE stand for:
  * once only: BESA_NONE becomes 0, which a second call would take for the default. bytes: where byte `begin` is. */
 static besa_result besa__options_fill(void *bytes, size_t begin, size_t end, besa_error *error)
@@ -1844,6 +1943,9 @@ static besa_result besa__options_fill(void *bytes, size_t begin, size_t end, bes
 /* What the presets set; what is not here has its default. */
 static const struct { const char *preset, *option; double value; } besa__presets[] = {
     {"default", NULL, 0},
+    /* Tried for "best": weight_lr, see section weights; dense_share 0, 0.5, 0.8 and 1; 1 to 4 weight_epochs. */
+    {"best", "learn", BESA_LEARN_BOTH}, {"best", "dense_share", 0.5},
+    {"weights", "learn", BESA_LEARN_WEIGHTS}, {"weights", "dense_share", 0.5},
     {"published-row", "form", BESA_RATES_ROW}, {"published-row", "zero_start", 1}, {"published-row", "penalty", 5},
     {"published-row", "d_coef", 5}, {"published-row", "no_projection", 1},
     {"published-layer", "form", BESA_RATES_LAYER}, {"published-layer", "zero_start", 1}, {"published-layer", "penalty", 5},
@@ -1855,7 +1957,7 @@ BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, 
     besa_prune_options preset = *options;
     int known = 0;
     for (const besa_option *o = besa__options; o->name; o++)
-        if (strcmp(o->name, "target") && strcmp(o->name, "num_fixed"))
+        if (!(o->flags & BESA_OPTION_WHERE))
             besa__option_set(o, (unsigned char *)&preset + o->offset, 0);
     for (size_t i = 0; i < sizeof besa__presets / sizeof *besa__presets; i++) {
         if (strcmp(besa__presets[i].preset, name)) continue;
@@ -1865,7 +1967,8 @@ BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, 
         besa__option_set(o, (unsigned char *)&preset + o->offset, besa__presets[i].value);
     }
     if (!known)
-        return besa__fail(error, BESA_ERROR_OPTION, "preset is \"%s\", expected default, published-row or published-layer",
+        return besa__fail(error, BESA_ERROR_OPTION, "preset is \"%s\", expected default, best, weights, published-row or "
+                          "published-layer",
                           name);
     *options = preset;
     return BESA_OK;
@@ -2528,6 +2631,13 @@ static besa_result besa__check_projection(besa_rates *rates)
     return besa__check_excess(rates, excess, &be->error);
 }
 
+/* Another target for the passes to come, from the next reset on. */
+static void besa__rates_retarget(besa_rates *rates)
+{
+    rates->tilt = rates->options->zero_start ? 0 : besa__solve_tilt(rates->options->target, rates->options->candidates);
+    for (int i = 0; rates->layer && i < rates->masks->count; i++) rates->layer[i].shape.tilt = rates->tilt;
+}
+
 /* Rates of these masks, whose theta will be a part of these parameters; nothing is placed yet. options: checked, with
  * their defaults. */
 static void besa__rates_init(besa_rates *rates, besa__masks *masks, besa__parameters *parameters,
@@ -2537,7 +2647,7 @@ static void besa__rates_init(besa_rates *rates, besa__masks *masks, besa__parame
     rates->masks = masks;
     rates->parameters = parameters;
     rates->options = options;
-    rates->tilt = options->zero_start ? 0 : besa__solve_tilt(options->target, options->candidates);
+    besa__rates_retarget(rates);
 }
 
 /* ============================================================================================
@@ -2838,6 +2948,86 @@ BESA_API besa_result besa_rates_status(besa_rates *rates, double *d, double *mea
 }
 
 /* ============================================================================================
+ * // >>weights               kept weights that learn
+ * ============================================================================================
+ * Owns weights that move along the gradient where they are not pruned: a float copy of each layer's, with Adam's moments.
+ * Adam moves every weight by about its learning rate, whatever the gradient's size (a weight that comes back begins with
+ * the moments that it went with, and for some steps moves by a few times that: moments of all weights did no better). Where the C inputs of an output agree, a
+ * step of r changes it by r C |x|, and it is of the size rms(W) sqrt(C) |x|: in units of rms(W) / sqrt(C), of the dense
+ * weights, one learning rate suits all layers and models. The
+ * forward pass reads them masked and rounded to the checkpoint's dtype, and the gradient there counts as that of the
+ * float copy. Pruned weights keep their values, which are what the masks are applied to: they may come back. */
+
+typedef struct besa__weight_layer {
+    int64_t count, columns;                     /* R C, C */
+    besa_dtype dtype;
+    float *value, *m, *v;                       /* (R,C) */
+    void *source;                               /* (R,C) value in the dtype; value itself where that is float */
+    float *rms;                                 /* (1) */
+} besa__weight_layer;
+
+typedef struct besa__weights {
+    besa_backend *be;
+    besa__weight_layer layer[BESA_LAYERS];
+    double lr, warmup;
+    int64_t step, steps;                        /* how many there have been, and will be */
+} besa__weights;
+
+static void besa__weights_place(besa__weights *weights, const besa_block_shape *shape, besa_dtype dtype, besa__arena *arena)
+{
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        besa__weight_layer *layer = &weights->layer[i];
+        int64_t rows, columns;
+        besa_block_layer(shape, i, &rows, &columns);
+        layer->count = besa__product(rows, columns);
+        layer->columns = columns;
+        layer->dtype = dtype;
+        layer->value = besa__take_floats(arena, layer->count);
+        layer->m = besa__take_floats(arena, layer->count);
+        layer->v = besa__take_floats(arena, layer->count);
+        layer->source = dtype == BESA_F32 ? layer->value
+                        : besa__take(arena, besa__bytes(layer->count, besa_dtype_size(dtype)));
+        layer->rms = besa__take_floats(arena, 1);
+    }
+}
+
+/* Before the first step: the weights w (R,C) of a layer, whose dense weights give the unit of the learning rate. */
+static besa_result besa__weights_reset(besa__weights *weights, int index, const void *w, const void *dense)
+{
+    besa__weight_layer *layer = &weights->layer[index];
+    besa_backend *be = weights->be;
+    size_t bytes = (size_t)layer->count * sizeof(float);
+    weights->step = 0;
+    BESA__TRY(be->convert(be, layer->value, BESA_F32, dense, layer->dtype, layer->count));
+    BESA__TRY(be->rms(be, layer->rms, layer->value, layer->count));
+    BESA__TRY(be->convert(be, layer->value, BESA_F32, w, layer->dtype, layer->count));
+    if (layer->source != layer->value)
+        BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, layer->source, w, (size_t)layer->count * besa_dtype_size(layer->dtype)));
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, layer->m, bytes));
+    return be->zero(be, BESA_QUEUE_COMPUTE, layer->v, bytes);
+}
+
+/* Move `count` kept weights of a layer from `first` on, in `masked` (R,C) too, along grad (count). */
+static besa_result besa__weights_move(besa__weights *weights, int index, int64_t first, int64_t count, const float *grad,
+                                      void *masked)
+{
+    const besa__weight_layer *layer = &weights->layer[index];
+    besa_weight_step o;
+    o.lr = weights->lr / sqrt((double)layer->columns) *
+           besa__schedule_factor(BESA_SCHEDULE_COSINE, weights->warmup, weights->step, weights->steps);
+    o.beta1 = 0.9, o.beta2 = 0.999, o.eps = 1e-12;
+    o.step = weights->step;
+    o.n = count;
+    o.w = layer->value + first, o.m = layer->m + first, o.v = layer->v + first;
+    o.grad = grad;
+    o.rms = layer->rms;
+    o.dtype = layer->dtype;
+    o.masked = besa__at(masked, layer->dtype, first);
+    o.source = besa__at(layer->source, layer->dtype, first);
+    return weights->be->weight_step(weights->be, &o);
+}
+
+/* ============================================================================================
  * // >>block                 one decoder block, forward and backward (level 2)
  * ============================================================================================
  * Owns the order of the pieces and which buffer holds what; the pieces themselves are backend operations.
@@ -3054,7 +3244,8 @@ typedef struct besa__backward {
     void *user;                                 /* of both */
 } besa__backward;
 
-/* A backward pass through a block, of all gradients; the batch is set apart. */
+/* A backward pass through a block, of all gradients; the batch is set apart. A layer's gradient is handed out when the
+ * layer's weights have been read for the last time, but those of q, k and v where there is a dx. */
 static besa__backward besa__backward_of(besa_backend *be, const besa_block *block, besa_activations *acts, int64_t seqlen)
 {
     besa__backward p;
@@ -3100,19 +3291,19 @@ static besa_result besa__mlp_backward(const besa__backward *p, void *dy)
     const besa_block *b = p->block;
     besa_activations *acts = p->acts;
     int64_t d = b->shape.hidden_size;
-    BESA__TRY(besa__layer_gradient(p, BESA_DOWN, dy, acts->z));
     BESA__TRY(besa__layer_backward_input(be, b, BESA_DOWN, acts->dz, dy, p->tokens, 0));
+    BESA__TRY(besa__layer_gradient(p, BESA_DOWN, dy, acts->z));
     BESA__TRY(be->swiglu_backward(be, acts->gate, acts->up, acts->dz, acts->gate, acts->up,
                                   p->tokens * b->shape.intermediate_size));
-    BESA__TRY(besa__layer_gradient(p, BESA_GATE, acts->gate, acts->m));
-    BESA__TRY(besa__layer_gradient(p, BESA_UP, acts->up, acts->m));
     BESA__TRY(besa__layer_backward_input(be, b, BESA_GATE, acts->dm, acts->gate, p->tokens, 0));
     BESA__TRY(besa__layer_backward_input(be, b, BESA_UP, acts->dm, acts->up, p->tokens, 1));
+    BESA__TRY(besa__layer_gradient(p, BESA_GATE, acts->gate, acts->m));
+    BESA__TRY(besa__layer_gradient(p, BESA_UP, acts->up, acts->m));
     return be->rmsnorm_backward(be, dy, acts->dm, acts->h1, b->norm2, acts->inv_rms2, p->tokens, d, 1);
 }
 
-/* From dy at h1 to the gradients of o, q, k and v; dq, dk, dv are left at the projections' outputs. */
-static besa_result besa__attention_backward(const besa__backward *p, const void *dy)
+/* From dattn to the gradients of q, k and v; dq, dk, dv are left at the projections' outputs. */
+static besa_result besa__attention_backward(const besa__backward *p)
 {
     besa_backend *be = p->be;
     const besa_block *b = p->block;
@@ -3120,7 +3311,6 @@ static besa_result besa__attention_backward(const besa__backward *p, const void 
     besa_activations *acts = p->acts;
     int64_t heads = s->num_attention_heads, kv_heads = s->num_key_value_heads, dh = s->head_dim;
     besa_attention_shape attention = besa__attention_shape(s, p->batch, p->seqlen);
-    BESA__TRY(besa__layer_backward_input(be, b, BESA_O, acts->dattn, dy, p->tokens, 0));
     BESA__TRY(be->attention_backward(be, acts->dq, acts->dk, acts->dv, acts->dattn, acts->q, acts->k, acts->v,
                                      &attention));
     BESA__TRY(be->rope(be, acts->dq, b->rope_cos, b->rope_sin, p->tokens, p->seqlen, heads, dh, -1));
@@ -3155,9 +3345,11 @@ static besa_result besa__block_backward(const besa__backward *p, const void *x, 
     const unsigned qkv = 1u << BESA_Q | 1u << BESA_K | 1u << BESA_V;
     BESA__TRY(besa__mlp_backward(p, dy)); /* dy has come to h1 */
     if (p->at_h1) BESA__TRY(p->at_h1(p->user, dy));
+    int further = dx || (p->layers & qkv);
+    if (further) BESA__TRY(besa__layer_backward_input(p->be, p->block, BESA_O, p->acts->dattn, dy, p->tokens, 0));
     BESA__TRY(besa__layer_gradient(p, BESA_O, dy, p->acts->attn));
-    if (!dx && !(p->layers & qkv)) return BESA_OK;
-    BESA__TRY(besa__attention_backward(p, dy));
+    if (!further) return BESA_OK;
+    BESA__TRY(besa__attention_backward(p));
     return dx ? besa__input_backward(p, x, dy, dx) : BESA_OK;
 }
 
@@ -3377,12 +3569,12 @@ BESA__UNUSED static besa_result besa__stream_forward(besa__stream *s, besa__walk
  * Owns the memory that the passes over one block share, and how far a run is. The passes are in the sections that follow,
  * their order in section passes. Nothing in a block waits for the device: results come back once, at its end. */
 
-/* Losses: with the uniform mask, before and after learning, of the sequences that the report shows; of the others after
- * learning; from BESA__LOSS_STEP on one for each learning step, up to BESA__STEP_LOSSES. */
-enum { BESA__LOSS_UNIFORM, BESA__LOSS_BEFORE, BESA__LOSS_AFTER, BESA__LOSS_REST, BESA__LOSS_STEP };
+/* Losses: with the uniform mask, before learning, with the final masks, and of what is written, of the sequences that the
+ * report shows; the last of the others too; from BESA__LOSS_STEP on one for each learning step, up to BESA__STEP_LOSSES. */
+enum { BESA__LOSS_UNIFORM, BESA__LOSS_BEFORE, BESA__LOSS_MASKS, BESA__LOSS_AFTER, BESA__LOSS_REST, BESA__LOSS_STEP };
 
 /* Events of the backend: marks of the passes' ends (section passes), then those of the streams, first this section's. */
-enum { BESA__EVENT_MARKS = 0, BESA__EVENT_YREF = 5, BESA__PRUNER_EVENTS = BESA__EVENT_YREF + BESA__STREAM_EVENTS };
+enum { BESA__EVENT_MARKS = 0, BESA__EVENT_YREF = 6, BESA__PRUNER_EVENTS = BESA__EVENT_YREF + BESA__STREAM_EVENTS };
 
 #define BESA__REPORT_SEQUENCES 8                /* the report's losses come from the first sequences */
 #define BESA__STEP_LOSSES 65536                 /* losses of learning steps that are kept; later steps share the last one */
@@ -3428,18 +3620,19 @@ struct besa_pruner {
     void *workspace;
     size_t workspace_bytes;
     besa_activations acts;
-    besa__masks masks;                          /* of the block's layers; count 0 for SparseGPT, which has none */
+    besa__masks masks;                          /* of the block's layers; count 0 for methods without ranks */
     besa__mask_layer mask_layer[BESA_LAYERS];
     besa_rates rates;                           /* these three for BESA only */
     besa__rate_layer rate_layer[BESA_LAYERS];
     besa__parameters parameters;                /* theta */
+    besa__weights weights;                      /* where kept weights learn */
     double fixed[BESA_LAYERS];                  /* of this block: sparsity, or negative: the method decides */
     besa__stream yref;                          /* (reference, seqlen, d); not placed where there is a dense stream */
     void *y;                                    /* (micro_batch, seqlen, d) act: the masked block's output, then dL/dy,
                                                    which the backward pass turns into dL/dh1 */
     float *channel_sumsq;                       /* (norms, d) of Yref: of every optimiser's batch, or one of all */
     float *losses;                              /* (BESA__LOSS_STEP + step_losses) */
-    int64_t step_losses;
+    int64_t steps, step_losses;                 /* of learning, all; as many losses are kept */
     float *statistic[BESA__INPUTS];             /* (columns) sums of squares of the inputs, where there is no gram; from the
                                                    rank pass on the scores' factors */
     float *gram[BESA__INPUTS];                  /* (columns, columns), where Hessians are used: H; from the rank pass on the
@@ -3462,9 +3655,17 @@ typedef struct besa__work {
     const besa_block *dense, *masked;           /* the block as it came; the same with `pruned` for its weights */
     void *const *pruned;                        /* (BESA_LAYERS) */
     besa__stream *x, *yref;                     /* its inputs; the outputs aimed at: the pruner's yref or the dense stream */
+    besa__stream *own;                          /* the dense model's own stream, or NULL */
 } besa__work;
 
-static int besa__learns(const besa_pruner *p) { return p->options.method == BESA_METHOD_BESA; }
+static int besa__learns_rates(const besa_pruner *p) { return p->options.method == BESA_METHOD_BESA; }
+
+static int besa__learns_weights(const besa_pruner *p) { return p->options.learn != BESA_LEARN_RATES; }
+
+static int besa__learns(const besa_pruner *p) { return besa__learns_rates(p) || besa__learns_weights(p); }
+
+/* Is the dense model's own stream needed? */
+static int besa__uses_own(const besa_prune_options *o) { return o->dense_stream || o->dense_share > 0; }
 
 /* A share of the pass is done: do what else is due, and tell the callback. */
 static besa_result besa__tick(besa__meter *meter, double share, besa_error *error)
@@ -3556,11 +3757,11 @@ static besa_result besa__check_fixed_rates(const besa_prune_options *o, besa_err
     return BESA_OK;
 }
 
-/* What a method scores weights by; SparseGPT has scores of its own. */
+/* What a method scores weights by; SparseGPT has scores of its own, and masks that are kept need none. */
 static besa_importance besa__scored_by(const besa_prune_options *o)
 {
     if (o->method == BESA_METHOD_BESA) return o->importance;
-    return o->method == BESA_METHOD_MAGNITUDE ? BESA_IMPORTANCE_MAGNITUDE : BESA_IMPORTANCE_WANDA;
+    return o->method == BESA_METHOD_WANDA ? BESA_IMPORTANCE_WANDA : BESA_IMPORTANCE_MAGNITUDE;
 }
 
 /* What a method collects of the layers' inputs; SparseGPT needs the whole factor. */
@@ -3574,6 +3775,18 @@ static int besa__uses_gram(const besa_prune_options *o) { return besa__statistic
 
 static int besa__uses_inputs(const besa_prune_options *o) { return besa__statistic(o) != BESA_STATISTIC_NONE; }
 
+/* Masks that are kept have their own sparsity everywhere. */
+static besa_result besa__keep_defaults(besa_prune_options *o, besa_error *error)
+{
+    const char *other = o->pattern_m ? "a pattern" : o->num_block_targets ? "block_targets" : o->depth_slope != 0 ? "depth_slope" : NULL;
+    for (int64_t i = 0; i < o->num_fixed; i++)
+        if (o->fixed[i].sparsity > 0) other = "a fixed sparsity above 0";
+    if (other)
+        return besa__fail(error, BESA_ERROR_OPTION, "%s is given, but method keep takes the masks as they are: expected none", other);
+    o->rates.target = 0.5;                      /* which nothing looks at; reports have what was reached */
+    return BESA_OK;
+}
+
 /* Check the options and fill in what 0 stands for. */
 static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_shape *shape, besa_error *error)
 {
@@ -3581,7 +3794,14 @@ static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_
     BESA__TRY(besa__options_fill((unsigned char *)o + begin, begin, sizeof *o, error));
     if (o->pattern_n != 0 || o->pattern_m != 0) BESA__TRY(besa__pattern_defaults(o, shape, error));
     BESA__TRY(besa__check_fixed_rates(o, error));
+    if (o->method == BESA_METHOD_KEEP) BESA__TRY(besa__keep_defaults(o, error));
     BESA__TRY(besa__rate_defaults(&o->rates, error));
+    if (o->learn == BESA_LEARN_BOTH && o->method != BESA_METHOD_BESA)
+        return besa__fail(error, BESA_ERROR_OPTION, "learn is both, but method %s has no rates to learn: expected weights",
+                          besa_method_name(o->method));
+    if (o->dense_stream && o->dense_share > 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "dense_share is %g, but dense_stream aims at the dense model's output alone: "
+                          "expected one of them", o->dense_share);
     return o->method == BESA_METHOD_BESA ? besa__check_penalty(&o->rates, error) : BESA_OK;
 }
 
@@ -3601,14 +3821,14 @@ static double besa__fixed_rate(const besa_prune_options *o, const char *name, in
 static void besa__pruner_place_masks(besa_pruner *p, besa__arena *arena)
 {
     besa_layer_shape shapes[BESA_LAYERS];
-    if (p->options.method == BESA_METHOD_SPARSEGPT) return;
+    if (p->options.method == BESA_METHOD_SPARSEGPT || p->options.method == BESA_METHOD_KEEP) return;
     for (int i = 0; i < BESA_LAYERS; i++) {
         besa_block_layer(&p->shape, i, &shapes[i].rows, &shapes[i].columns);
         shapes[i].dtype = p->dtype;
     }
     besa__masks_place(&p->masks, p->be, p->mask_layer, shapes, BESA_LAYERS, arena);
     for (int i = 0; i < BESA_LAYERS; i++) p->mask_layer[i].name = besa__layers[i].path;
-    if (!besa__learns(p)) return;
+    if (!besa__learns_rates(p)) return;
     besa__parameters_init(&p->parameters, p->be, p->options.rates.optimizer, p->options.rates.lr, &p->options.rates);
     besa__rates_place(&p->rates, p->rate_layer, arena);
     besa__parameters_place(&p->parameters, arena);
@@ -3645,25 +3865,36 @@ static int64_t besa__gradient_piece(const besa_backend *be, const besa_block_sha
     return most;
 }
 
+/* Weights that learn, and whole gradients where those of a batch come in several pieces. */
+static void besa__pruner_place_weights(besa_pruner *p, besa__arena *arena)
+{
+    besa__weights_place(&p->weights, &p->shape, p->dtype, arena);
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int sums = p->options.batch_size > p->micro_batch;
+        p->acts.dw_sum[i] = sums ? besa__take_floats(arena, p->weights.layer[i].count) : NULL;
+    }
+}
+
 /* Place every array of the pruner, on the device and on the host; arenas without memory only count. */
 static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *host)
 {
     const besa_block_shape *s = &p->shape;
-    int learns = besa__learns(p);
+    int rates = besa__learns_rates(p);
     besa_workload work = besa_block_workload(s, p->micro_batch, p->seqlen);
-    work.rate_logits = learns ? p->options.rates.candidates + 1 : 1;
-    work.projected_rows = learns ? p->rows : 0;
-    p->scores_count = learns ? besa__gradient_piece(p->be, s) : besa__largest_layer(s);
-    besa__activations_place(&p->acts, arena, p->be->activation_dtype, s, p->qk_norm, p->micro_batch * p->seqlen,
-                            learns ? p->scores_count : 0);
+    work.rate_logits = rates ? p->options.rates.candidates + 1 : 1;
+    work.projected_rows = rates ? p->rows : 0;
+    int64_t piece = besa__learns(p) ? besa__gradient_piece(p->be, s) : 0;
+    besa__activations_place(&p->acts, arena, p->be->activation_dtype, s, p->qk_norm, p->micro_batch * p->seqlen, piece);
     besa__pruner_place_masks(p, arena);
+    if (besa__learns_weights(p)) besa__pruner_place_weights(p, arena);
     p->yref.micro_batch = p->micro_batch;
     if (!p->options.dense_stream) besa__stream_place(&p->yref, arena, host);
     p->y = besa__take(arena, besa__stream_bytes(&p->yref, p->micro_batch));
     p->channel_sumsq = besa__take_floats(arena, besa__product(besa__norms(p), s->hidden_size));
     p->losses = besa__take_floats(arena, BESA__LOSS_STEP + p->step_losses);
     besa__pruner_place_statistics(p, arena, &work);
-    p->scores = learns ? p->acts.dw : besa__take_floats(arena, p->scores_count);
+    p->scores_count = rates ? piece : besa__largest_layer(s);
+    p->scores = rates ? p->acts.dw : besa__take_floats(arena, p->scores_count);
     p->slab_error = p->options.method == BESA_METHOD_SPARSEGPT ? besa__take_floats(arena, besa__product(work.rows, BESA__SLAB)) : NULL;
     p->counts = (int32_t *)besa__take_array(arena, besa__product(2, p->rows), sizeof(int32_t));
     p->not_finite = (int32_t *)besa__take(arena, sizeof p->results->not_finite);
@@ -3740,11 +3971,17 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     BESA__TRY(besa__prune_defaults(&p->options, shape, error));
     besa_prune_options *o = &p->options;
     int learns = besa__learns(p);
-    if (!learns) o->dense_stream = 0;
+    if (!learns) o->dense_stream = 0, o->dense_share = 0;
     if (!learns) o->batch_size = 1;
     if (o->batch_size > nsamples) o->batch_size = nsamples;
-    o->rates.steps = o->epochs * besa__parts(nsamples, o->batch_size);
-    p->step_losses = learns ? besa__min(o->rates.steps, BESA__STEP_LOSSES) : 0;
+    int64_t batches = besa__parts(nsamples, o->batch_size), weight_epochs = besa__learns_weights(p) ? o->weight_epochs : 0;
+    o->rates.steps = o->epochs * batches;
+    p->weights.be = be;
+    p->weights.lr = o->weight_lr;
+    p->weights.warmup = o->weight_warmup;
+    p->weights.steps = weight_epochs * batches + (o->learn == BESA_LEARN_BOTH ? o->rates.steps : 0);
+    p->steps = weight_epochs * batches + (besa__learns_rates(p) ? o->rates.steps : 0);
+    p->step_losses = besa__min(p->steps, BESA__STEP_LOSSES);
     p->micro_batch = besa__preferred_micro_batch(nsamples, seqlen);
     p->reference = learns || nsamples < BESA__REPORT_SEQUENCES ? nsamples : BESA__REPORT_SEQUENCES;
     for (int i = 0; i < BESA_LAYERS; i++) {
@@ -3757,7 +3994,7 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     p->meter.user = o->user;
     p->meter.blocks = 1;
     p->meter.start = p->meter.began = besa__seconds();
-    if (learns) besa__rates_init(&p->rates, &p->masks, &p->parameters, &o->rates);
+    if (besa__learns_rates(p)) besa__rates_init(&p->rates, &p->masks, &p->parameters, &o->rates);
     return BESA_OK;
 }
 
@@ -3795,7 +4032,7 @@ static besa_result besa__default_budget(besa_backend *be, size_t *budget, const 
 /* Once the arrays are placed: what is the same for all blocks. */
 static besa_result besa__pruner_start(besa_pruner *p)
 {
-    if (!besa__learns(p)) return BESA_OK;
+    if (!besa__learns_rates(p)) return BESA_OK;
     besa__workspace callers = besa__use_workspace(p->be, p->workspace, p->workspace_bytes);
     besa_result result = besa__parameters_start(&p->parameters);
     if (result == BESA_OK) result = besa__rates_start(&p->rates);
@@ -3803,11 +4040,19 @@ static besa_result besa__pruner_start(besa_pruner *p)
     return result;
 }
 
+/* The sparsity of the blocks to come. */
+BESA__UNUSED static void besa__pruner_retarget(besa_pruner *p, double target)
+{
+    if (target == p->options.rates.target) return;
+    p->options.rates.target = target;
+    if (besa__learns_rates(p)) besa__rates_retarget(&p->rates);
+}
+
 /* As before the block's first pass. */
 static besa_result besa__pruner_reset(besa_pruner *p)
 {
     if (p->masks.count > 0) BESA__TRY(besa__masks_reset(&p->masks));
-    if (!besa__learns(p)) return BESA_OK;
+    if (!besa__learns_rates(p)) return BESA_OK;
     BESA__TRY(besa__parameters_reset(&p->parameters));
     return besa__rates_reset(&p->rates);
 }
@@ -3956,16 +4201,19 @@ static besa_result besa__dense_chunk(const besa__work *work, const besa__walk *c
 {
     besa_pruner *p = work->pruner;
     besa_backend *be = p->be;
-    int statistics = besa__uses_inputs(&p->options), dense_stream = work->yref != &p->yref;
-    void *x, *y = NULL;
+    int statistics = besa__uses_inputs(&p->options), apart = work->yref != work->own;
+    void *x, *y = NULL, *own;
     BESA__TRY(besa__stream_open(work->x, chunk, &x));
-    if (!dense_stream && chunk->first < p->reference) BESA__TRY(besa__stream_begin(work->yref, chunk, &y));
+    if (apart && chunk->first < p->reference) BESA__TRY(besa__stream_begin(work->yref, chunk, &y));
     if (y || statistics) BESA__TRY(besa__block_forward(be, work->dense, &p->acts, x, y, chunk->count, p->seqlen, 0));
     if (statistics) BESA__TRY(besa__add_statistics(p, chunk->count * p->seqlen));
     BESA__TRY(besa__stream_close(work->x, 0));
-    if (dense_stream) {
-        BESA__TRY(besa__stream_open(work->yref, chunk, &y));
-        BESA__TRY(besa__block_forward(be, work->dense, &p->acts, y, y, chunk->count, p->seqlen, 0));
+    if (work->own) {
+        BESA__TRY(besa__stream_open(work->own, chunk, &own));
+        BESA__TRY(besa__block_forward(be, work->dense, &p->acts, own, own, chunk->count, p->seqlen, 0));
+        if (y) BESA__TRY(be->mix(be, y, own, (float)p->options.dense_share, chunk->count * p->seqlen * p->shape.hidden_size));
+        if (apart) BESA__TRY(besa__stream_close(work->own, 1));
+        else y = own;
     }
     if (!y) return BESA_OK;
     BESA__TRY(besa__add_norms(p, y, chunk->first, chunk->count));
@@ -4093,10 +4341,11 @@ static besa_result besa__rank_or_prune(const besa__work *work, int layer)
         size_t bytes = besa_dtype_size(p->dtype) * (size_t)(rows * columns);
         return p->be->copy(p->be, BESA_QUEUE_COMPUTE, work->pruned[layer], w, bytes);
     }
+    if (o->method == BESA_METHOD_KEEP) return p->be->mask_zeros(p->be, work->pruned[layer], w, p->dtype, rows * columns);
     if (o->method == BESA_METHOD_SPARSEGPT) return besa__sparsegpt_layer(p, w, work->pruned[layer], layer, target, n, m);
     int whole_layer = o->method == BESA_METHOD_MAGNITUDE && !o->magnitude_per_row;
     if (m > 0 || whole_layer) return besa__prune_layer(work, layer, target, n, m);
-    return besa__rank_layer(work, layer, besa__learns(p) ? p->fixed[layer] : target);
+    return besa__rank_layer(work, layer, besa__learns_rates(p) ? p->fixed[layer] : target);
 }
 
 /* Pass 2. Every layer is ranked, or pruned at once. */
@@ -4106,7 +4355,7 @@ static besa_result besa__rank_pass(const besa__work *work, besa_error *error)
     BESA__TRY_ON(p->be, besa__finish_statistics(p), error);
     for (int i = 0; i < BESA_LAYERS; i++) {
         BESA__TRY_ON(p->be, besa__rank_or_prune(work, i), error);
-        if (besa__learns(p) && p->fixed[i] >= 0) BESA__TRY_ON(p->be, besa__rates_fix(&p->rates, i), error);
+        if (besa__learns_rates(p) && p->fixed[i] >= 0) BESA__TRY_ON(p->be, besa__rates_fix(&p->rates, i), error);
         BESA__TRY(besa__tick(&p->meter, 1 / (double)BESA_LAYERS, error));
     }
     return BESA_OK;
@@ -4157,13 +4406,20 @@ static besa_result besa__batch_gradient(const besa__work *work, const besa__batc
     return BESA_OK;
 }
 
+/* The weights of a layer that masks are applied to: those that learn, or the dense ones. */
+static const void *besa__unmasked(const besa__work *work, int layer)
+{
+    const besa_pruner *p = work->pruner;
+    return besa__learns_weights(p) ? p->weights.layer[layer].source : work->dense->weight[layer];
+}
+
 /* The masks of every learned layer, as the rates have them now: in full, or what has changed since. */
 static besa_result besa__mask_learned(const besa__work *work, int full)
 {
     besa_pruner *p = work->pruner;
     for (int i = 0; i < BESA_LAYERS; i++)
         if (p->masks.layer[i].fixed < 0)
-            BESA__TRY(besa__masks_update(&p->masks, i, work->dense->weight[i], work->pruned[i], full));
+            BESA__TRY(besa__masks_update(&p->masks, i, besa__unmasked(work, i), work->pruned[i], full));
     return BESA_OK;
 }
 
@@ -4199,11 +4455,33 @@ static besa_result besa__losses_before(const besa__work *work)
     return besa__report_loss(work, BESA__LOSS_BEFORE);
 }
 
-/* What the gradient of a weight is for here: its rows' bucket sums, dL/dWhat * W. */
+/* What learns in a pass over the sequences. */
+typedef struct besa__learning {
+    const besa__work *work;
+    int rates, weights;                         /* whether these do */
+    int64_t done, steps;                        /* steps of earlier passes, and of this one */
+} besa__learning;
+
+/* What the gradient of a layer's weights is for, some rows or all: its rows' bucket sums, dL/dWhat * W, and a step of the
+ * weights themselves, which nothing in this step reads any more. */
 static besa_result besa__learn_gradient(void *user, int layer, int64_t first, int64_t rows, const float *dw)
 {
-    const besa__work *work = (const besa__work *)user;
-    return besa__rates_gradient(&work->pruner->rates, layer, work->dense->weight[layer], first, rows, dw);
+    const besa__learning *l = (const besa__learning *)user;
+    besa_pruner *p = l->work->pruner;
+    int64_t all, columns;
+    besa_block_layer(&p->shape, layer, &all, &columns);
+    if (l->rates) BESA__TRY(besa__rates_gradient(&p->rates, layer, besa__unmasked(l->work, layer), first, rows, dw));
+    if (!l->weights) return BESA_OK;
+    return besa__weights_move(&p->weights, layer, first * columns, rows * columns, dw, l->work->pruned[layer]);
+}
+
+/* The layers whose gradients a pass needs, as bits; those that stay dense are left as they are. */
+static unsigned besa__learned_layers(const besa_pruner *p, int weights)
+{
+    unsigned layers = 0;
+    for (int i = 0; i < BESA_LAYERS; i++)
+        if (weights ? p->fixed[i] != 0 : p->fixed[i] < 0) layers |= 1u << i;
+    return layers;
 }
 
 /* Where the loss of a step goes, counted from 0. */
@@ -4212,44 +4490,66 @@ static float *besa__step_loss(const besa_pruner *p, int64_t step)
     return p->losses + BESA__LOSS_STEP + besa__min(step, p->step_losses - 1);
 }
 
-/* One optimiser step on a batch. */
-static besa_result besa__learn_step(const besa__work *work, const besa__batch *batch)
+/* Gradients that are summed over a batch's pieces: before and after them. */
+static besa_result besa__clear_gradients(besa_pruner *p, const besa__batch *batch)
 {
-    besa_pruner *p = work->pruner;
-    BESA__TRY(besa__rates_forward(&p->rates));
-    BESA__TRY(besa__mask_learned(work, 0));
+    for (int i = 0; i < BESA_LAYERS; i++)
+        if (p->acts.dw_sum[i] && batch->layers >> i & 1u)
+            BESA__TRY(p->be->zero(p->be, BESA_QUEUE_COMPUTE, p->acts.dw_sum[i],
+                                  (size_t)p->weights.layer[i].count * sizeof(float)));
+    return BESA_OK;
+}
+
+static besa_result besa__use_gradients(besa_pruner *p, const besa__batch *batch)
+{
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        if (p->acts.dw_sum[i] && batch->layers >> i & 1u)
+            BESA__TRY(batch->gradient(batch->user, i, 0, rows, p->acts.dw_sum[i]));
+    }
+    return BESA_OK;
+}
+
+/* One optimiser step on a batch. */
+static besa_result besa__learn_step(besa__learning *l, const besa__batch *batch)
+{
+    besa_pruner *p = l->work->pruner;
+    if (l->weights) p->weights.step++;
+    if (l->rates) BESA__TRY(besa__rates_forward(&p->rates));
+    if (l->rates) BESA__TRY(besa__mask_learned(l->work, 0));
     BESA__TRY(p->be->zero(p->be, BESA_QUEUE_COMPUTE, batch->loss, sizeof(float)));
-    BESA__TRY(besa__batch_gradient(work, batch));
-    BESA__TRY(besa__rates_backward(&p->rates));
-    return besa__parameters_step(&p->parameters);
+    BESA__TRY(besa__clear_gradients(p, batch));
+    BESA__TRY(besa__batch_gradient(l->work, batch));
+    BESA__TRY(besa__use_gradients(p, batch));
+    if (l->rates) BESA__TRY(besa__rates_backward(&p->rates));
+    return l->rates ? besa__parameters_step(&p->parameters) : BESA_OK;
 }
 
 /* Tell the caller's callback of a step. */
 static besa_result besa__tell_step(besa_pruner *p, int64_t step, int64_t steps, const float *loss, besa_error *error)
 {
     if (!p->options.step) return BESA_OK;
-    besa_step now = {p->meter.block, step, steps, &p->rates, p->be, loss};
+    besa_step now = {p->meter.block, step, steps, besa__learns_rates(p) ? &p->rates : NULL, p->be, loss};
     besa_result result = p->options.step(p->options.user, &now);
     if (result == BESA_OK) return BESA_OK;
     return besa__fail(error, result, "the step callback returned: %s", besa_result_string(result));
 }
 
-/* The rates, one optimiser step per batch of sequences. */
-static besa_result besa__learn_rates(const besa__work *work, unsigned layers, besa_error *error)
+/* One optimiser step per batch of sequences, again and again over all of them. */
+static besa_result besa__learn(besa__learning *l, besa_error *error)
 {
-    besa_pruner *p = work->pruner;
-    int64_t size = p->options.batch_size, batches = besa__parts(p->nsamples, size), steps = p->options.rates.steps;
-    besa__work user = *work;                    /* a copy: the callback's `user` is no pointer to const */
-    besa__batch batch = {0, 0, 0, NULL, layers, besa__learn_gradient, &user};
-    BESA__TRY_ON(p->be, besa__losses_before(work), error);
-    for (int64_t s = 0; s < steps; s++) {
+    besa_pruner *p = l->work->pruner;
+    int64_t size = p->options.batch_size, batches = besa__parts(p->nsamples, size);
+    besa__batch batch = {0, 0, 0, NULL, besa__learned_layers(p, l->weights), besa__learn_gradient, l};
+    for (int64_t s = 0; s < l->steps && batch.layers; s++) {
         batch.first = s % batches * size;
         batch.end = besa__min(batch.first + size, p->nsamples);
         batch.again = batch.end < p->nsamples ? batch.end : 0; /* of this epoch, or the next one's first */
-        batch.loss = besa__step_loss(p, s);
-        BESA__TRY_ON(p->be, besa__learn_step(work, &batch), error);
-        BESA__TRY(besa__tick(&p->meter, 1 / (double)steps, error));
-        BESA__TRY(besa__tell_step(p, s + 1, steps, batch.loss, error));
+        batch.loss = besa__step_loss(p, l->done + s);
+        BESA__TRY_ON(p->be, besa__learn_step(l, &batch), error);
+        BESA__TRY(besa__tick(&p->meter, 1 / (double)l->steps, error));
+        BESA__TRY(besa__tell_step(p, l->done + s + 1, p->steps, batch.loss, error));
     }
     return BESA_OK;
 }
@@ -4263,15 +4563,28 @@ static besa_result besa__final_masks(const besa__work *work)
     return besa__mask_learned(work, 0);
 }
 
-/* Pass 3. BESA: learn the rates, then the final masks. */
+/* Pass 3. BESA: learn the rates, and the weights with them where both learn, then the final masks. */
 static besa_result besa__learn_pass(const besa__work *work, besa_error *error)
 {
     besa_pruner *p = work->pruner;
-    unsigned layers = 0;
-    for (int i = 0; i < BESA_LAYERS; i++)
-        if (p->masks.layer[i].fixed < 0) layers |= 1u << i;
-    if (layers) BESA__TRY(besa__learn_rates(work, layers, error));
+    besa__learning l = {work, 1, p->options.learn == BESA_LEARN_BOTH, 0, p->options.rates.steps};
+    for (int i = 0; i < BESA_LAYERS && besa__learns_weights(p); i++)
+        BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->dense->weight[i], work->dense->weight[i]), error);
+    if (besa__learned_layers(p, 0)) BESA__TRY_ON(p->be, besa__losses_before(work), error);
+    BESA__TRY(besa__learn(&l, error));
     return besa__pass_error(p->be, besa__final_masks(work), error);
+}
+
+/* Pass 4. The kept weights learn with the final masks. */
+static besa_result besa__weights_pass(const besa__work *work, besa_error *error)
+{
+    besa_pruner *p = work->pruner;
+    besa__learning l = {work, 0, 1, besa__learns_rates(p) ? p->options.rates.steps : 0, 0};
+    l.steps = p->steps - l.done;
+    BESA__TRY_ON(p->be, besa__report_loss(work, BESA__LOSS_MASKS), error);
+    for (int i = 0; i < BESA_LAYERS && !besa__learns_rates(p); i++)
+        BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->pruned[i], work->dense->weight[i]), error);
+    return besa__learn(&l, error);
 }
 
 /* ============================================================================================
@@ -4279,7 +4592,7 @@ static besa_result besa__learn_pass(const besa__work *work, besa_error *error)
  * ============================================================================================
  * Owns the step to the next block, and the report of this one. */
 
-/* Pass 4. X = F(What, X), and the loss on the way. */
+/* Pass 5. X = F(What, X), and the loss on the way. */
 static besa_result besa__commit_pass(const besa__work *work, besa_error *error)
 {
     besa_pruner *p = work->pruner;
@@ -4310,7 +4623,7 @@ static besa_result besa__fetch_results(besa_pruner *p)
     BESA__TRY(be->download(be, q, p->results_losses, p->losses, losses));
     BESA__TRY(be->download(be, q, r->not_finite, p->not_finite, sizeof r->not_finite));
     BESA__TRY(be->download(be, q, p->results_counts, p->counts, 2 * (size_t)p->rows * sizeof(int32_t)));
-    if (besa__learns(p)) {
+    if (besa__learns_rates(p)) {
         BESA__TRY(be->download(be, q, r->scalars, p->parameters.step.scalars, sizeof r->scalars));
         BESA__TRY(be->download(be, q, &r->mean, p->rates.mean, sizeof r->mean));
         BESA__TRY(be->download(be, q, &r->excess, p->rates.excess, sizeof r->excess));
@@ -4388,9 +4701,10 @@ static besa_result besa__check_learning(const besa_pruner *p, const char *name, 
     BESA__TRY(besa__check_loss(loss[BESA__LOSS_BEFORE], name, 0, shown, "before learning, with the first masks", error));
     for (int64_t s = 0; s < p->step_losses; s++) {
         if (besa__is_finite((double)loss[BESA__LOSS_STEP + s])) continue;
-        char when[64];
+        char when[96];
         int64_t first = s % besa__parts(p->nsamples, batch) * batch, end = besa__min(first + batch, p->nsamples);
-        snprintf(when, sizeof when, "in learning step %lld", (long long)s + 1);
+        snprintf(when, sizeof when, "in learning step %lld%s", (long long)s + 1,
+                 besa__learns_weights(p) ? " (weight_lr may be too large)" : "");
         if (s + 1 == BESA__STEP_LOSSES) {
             snprintf(when, sizeof when, "in learning step %lld or a later one", (long long)s + 1);
             first = 0, end = p->nsamples;
@@ -4426,17 +4740,19 @@ static void besa__report_layers(const besa_pruner *p, besa_block_report *report)
         written += rows;
     }
     report->sparsity = (double)zeros / (double)weights;
+    report->target = p->options.method == BESA_METHOD_KEEP ? report->sparsity : p->options.rates.target;
 }
 
 static void besa__report_losses(const besa_pruner *p, besa_block_report *report)
 {
     const float *loss = p->results_losses;
     int learned = 0;
-    for (int i = 0; i < BESA_LAYERS; i++) learned |= besa__learns(p) && p->fixed[i] < 0;
+    for (int i = 0; i < BESA_LAYERS; i++) learned |= besa__learns_rates(p) && p->fixed[i] < 0;
     double shown = (double)besa__shown(p), all = (double)p->reference;
     report->loss_after = (double)loss[BESA__LOSS_AFTER];
-    report->loss_uniform = learned ? (double)loss[BESA__LOSS_UNIFORM] : report->loss_after;
-    report->loss_before = learned ? (double)loss[BESA__LOSS_BEFORE] : report->loss_after;
+    report->loss_masks = besa__learns_weights(p) ? (double)loss[BESA__LOSS_MASKS] : report->loss_after;
+    report->loss_uniform = learned ? (double)loss[BESA__LOSS_UNIFORM] : report->loss_masks;
+    report->loss_before = learned ? (double)loss[BESA__LOSS_BEFORE] : report->loss_masks;
     report->loss_all = (shown * report->loss_after + (all - shown) * (double)loss[BESA__LOSS_REST]) / all;
 }
 
@@ -4446,8 +4762,8 @@ static besa_result besa__report_block(besa_pruner *p, const char *name, besa_blo
     const besa__results *r = p->results;
     BESA__TRY(besa__check_layers_finite(p, name, BESA__DENSE, error));
     BESA__TRY(besa__check_sums(p, name, error));
-    if (besa__learns(p)) {
-        BESA__TRY(besa__check_learning(p, name, error));
+    BESA__TRY(besa__check_learning(p, name, error));
+    if (besa__learns_rates(p)) {
         BESA__TRY(besa__check_status(&p->rates, r->scalars[0], r->mean, error));
         BESA__TRY(besa__check_excess(&p->rates, r->excess, error));
         report->d = r->scalars[0];
@@ -4477,7 +4793,12 @@ static double besa__cost_rank(const besa_pruner *p)
 }
 
 /* An epoch costs about three forward passes. */
-static double besa__cost_learn(const besa_pruner *p) { return besa__learns(p) ? 3 * (double)p->options.epochs : 0; }
+static double besa__cost_learn(const besa_pruner *p) { return besa__learns_rates(p) ? 3 * (double)p->options.epochs : 0; }
+
+static double besa__cost_weights(const besa_pruner *p)
+{
+    return besa__learns_weights(p) ? 3 * (double)p->options.weight_epochs : 0;
+}
 
 typedef struct besa__pass_row {
     besa_pass pass;
@@ -4489,6 +4810,7 @@ static const besa__pass_row besa__passes[] = {
     {BESA_PASS_DENSE, besa__cost_one, besa__dense_pass},
     {BESA_PASS_RANK, besa__cost_rank, besa__rank_pass},
     {BESA_PASS_LEARN, besa__cost_learn, besa__learn_pass},
+    {BESA_PASS_WEIGHTS, besa__cost_weights, besa__weights_pass},
     {BESA_PASS_COMMIT, besa__cost_one, besa__commit_pass},
 };
 
@@ -4556,9 +4878,10 @@ static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, con
                                     besa_error *error)
 {
     besa_block masked = *block;
-    besa__work work = {p, block, &masked, pruned, x, dense ? dense : &p->yref};
+    besa__work work = {p, block, &masked, pruned, x, p->options.dense_stream ? dense : &p->yref, dense};
     memset(report, 0, sizeof *report);
     x->micro_batch = work.yref->micro_batch = p->micro_batch;
+    if (dense) dense->micro_batch = p->micro_batch;
     for (int i = 0; i < BESA_LAYERS; i++) {
         masked.weight[i] = pruned[i];
         p->fixed[i] = besa__fixed_rate(&p->options, name, i);
@@ -4609,6 +4932,10 @@ BESA_API besa_result besa_pruner_create(besa_pruner **pruner, besa_backend *be, 
 {
     void *memory;
     *pruner = NULL;
+    if (options->masks || options->first_block || options->num_blocks || options->num_block_targets || options->depth_slope != 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "%s: a pruner has one block, expected none of it (masks come in `pruned`, a "
+                          "sparsity in rates.target)", options->masks ? "masks" : options->num_block_targets ? "block_targets"
+                          : options->depth_slope != 0 ? "depth_slope" : "first_block, num_blocks");
     BESA__TRY(besa__malloc(&memory, sizeof(besa_pruner), "a pruner", error));
     besa_pruner *made = (besa_pruner *)memory;
     besa_result result = besa__pruner_init(made, be, shape, dtype, qk_norm, options, nsamples, seqlen, error);
@@ -4633,7 +4960,8 @@ static besa_result besa__check_block(const besa_pruner *p, const besa_block *blo
                                      const void *dense_x, void *const pruned[BESA_LAYERS], besa_error *error)
 {
     const char *missing = !block->norm1 ? "norm1" : !block->norm2 ? "norm2" : !block->rope_cos ? "rope_cos" : !block->rope_sin
-                          ? "rope_sin" : !x ? "x" : p->options.dense_stream && !dense_x ? "dense_x, with dense_stream set," : NULL;
+                          ? "rope_sin" : !x ? "x" : besa__uses_own(&p->options) && !dense_x
+                          ? "dense_x, with dense_stream or dense_share set," : NULL;
     if (missing) return besa__fail(error, BESA_ERROR_OPTION, "%s is NULL", missing);
     if (name && strlen(name) > 200)
         return besa__fail(error, BESA_ERROR_OPTION, "the block's name has %zu characters, expected at most 200", strlen(name));
@@ -4662,7 +4990,7 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
     besa__stream_init(&dense, pruner->be, 0, pruner->nsamples, pruner->seqlen, made->hidden_size);  /* no events */
     inputs.x = x;
     dense.x = dense_x;
-    return besa__pruner_run(pruner, block, name, &inputs, pruner->options.dense_stream ? &dense : NULL, pruned,
+    return besa__pruner_run(pruner, block, name, &inputs, besa__uses_own(&pruner->options) ? &dense : NULL, pruned,
                             report ? report : &local, error);
 }
 
@@ -7750,8 +8078,10 @@ static void besa__append_block(besa__text *t, const besa_block_report *b, int64_
 {
     besa__append(t, "    {\"block\": %lld, ", (long long)index);
     besa__append_number(t, "sparsity", b->sparsity, ", ");
+    besa__append_number(t, "target", b->target, ", ");
     besa__append_number(t, "loss_uniform", b->loss_uniform, ", ");
     besa__append_number(t, "loss_before", b->loss_before, ", ");
+    besa__append_number(t, "loss_masks", b->loss_masks, ", ");
     besa__append_number(t, "loss_after", b->loss_after, ", ");
     besa__append_number(t, "loss_all", b->loss_all, ",\n     ");
     besa__append_number(t, "prodigy_d", b->d, ", ");
@@ -7771,7 +8101,7 @@ static const char *besa__option_word(const besa_option *o, int value, char *buff
     return buffer;
 }
 
-/* What the run was asked for, an option a member; those that only BESA looks at are left out for other methods. */
+/* What the run was asked for, an option a member; those that it does not look at are left out. */
 static void besa__append_options(besa__text *t, const besa_prune_options *options)
 {
     const char *between = "";
@@ -7779,7 +8109,7 @@ static void besa__append_options(besa__text *t, const besa_prune_options *option
     for (const besa_option *o = besa__options; o->name; o++) {
         double value = besa__option_get(o, (const unsigned char *)options + o->offset);
         char word[32];
-        if ((o->flags & BESA_OPTION_BESA) && options->method != BESA_METHOD_BESA) continue;
+        if (!besa__option_used(o, options)) continue;
         besa__append(t, "%s", between);
         between = ", ";
         if (o->kind == BESA_OPTION_ENUM)
@@ -7864,6 +8194,7 @@ typedef struct besa__run {
     besa__stream calibration, dense, test;
     const int32_t *ids, *test_ids;              /* of calibration and dense; of test. Host */
     int64_t positions;                          /* of the rope tables */
+    double target;                              /* of the model */
     besa__writer *writer;                       /* NULL: nothing is written */
     besa__transfer in, out;
     /* device */
@@ -8039,7 +8370,8 @@ static besa_result besa__run_calibration(besa__run *run, const besa_calibration 
     besa__stream_init(&run->calibration, run->be, BESA__EVENT_X, c->nsamples, c->seqlen, d);
     besa__stream_init(&run->dense, run->be, BESA__EVENT_DENSE, c->nsamples, c->seqlen, d);
     run->positions = c->seqlen;
-    run->has_dense = run->pruner.options.dense_stream;
+    run->has_dense = besa__uses_own(&run->pruner.options);
+    run->target = run->pruner.options.rates.target;
     run->pruner.meter.blocks = run->config->num_hidden_layers;
     if (c->test_windows != 0) return besa__run_test(run, c->test_ids, c->test_windows, c->test_seqlen, error);
     return BESA_OK;
@@ -8525,6 +8857,91 @@ static uint64_t besa__hash_double(uint64_t hash, double value)
     return besa__hash(hash, &value, sizeof value);
 }
 
+/* Blocks first .. end - 1 are pruned. */
+static int64_t besa__first_block(const besa__run *run) { return run->pruner.options.first_block; }
+
+static int64_t besa__end_block(const besa__run *run)
+{
+    const besa_prune_options *o = &run->pruner.options;
+    return o->num_blocks ? o->first_block + o->num_blocks : run->config->num_hidden_layers;
+}
+
+/* The sparsity that a block is to have; 0: it stays dense. */
+static double besa__block_target(const besa__run *run, int64_t index)
+{
+    const besa_prune_options *o = &run->pruner.options;
+    int64_t first = besa__first_block(run), count = besa__end_block(run) - first;
+    if (index < first || index >= first + count) return 0;
+    if (o->num_block_targets) return o->block_targets[index - first];
+    if (count == 1) return run->target;
+    return run->target + o->depth_slope * ((double)(index - first) / (double)(count - 1) - 0.5);
+}
+
+/* Of all blocks together. */
+static double besa__model_target(const besa__run *run)
+{
+    int64_t count = besa__end_block(run) - besa__first_block(run), blocks = run->config->num_hidden_layers;
+    return count == blocks ? run->target : run->target * (double)count / (double)blocks;
+}
+
+/* The blocks that are pruned are there, and their sparsities are such, and as the target has them in all. */
+static besa_result besa__check_depth(const besa__run *run, besa_error *error)
+{
+    const besa_prune_options *o = &run->pruner.options;
+    int64_t blocks = run->config->num_hidden_layers, first = o->first_block, end;
+    double sum = 0;
+    if (first >= blocks || o->num_blocks > blocks - first)
+        return besa__fail(error, BESA_ERROR_OPTION, "%lld blocks from number %lld on are to be pruned, but the model has blocks 0 to "
+                          "%lld", (long long)(o->num_blocks ? o->num_blocks : 1), (long long)first, (long long)blocks - 1);
+    end = besa__end_block(run);
+    if (o->num_block_targets && o->depth_slope != 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "depth_slope is %g, but block_targets has a sparsity for every block: "
+                          "expected one of them", o->depth_slope);
+    if (o->num_block_targets && (!o->block_targets || o->num_block_targets != end - first))
+        return besa__fail(error, BESA_ERROR_OPTION, "block_targets %s, expected one for each of the %lld blocks that are pruned",
+                          o->block_targets ? "is a list of another length" : "is NULL", (long long)(end - first));
+    if ((o->num_block_targets || o->depth_slope != 0) && o->pattern_m)
+        return besa__fail(error, BESA_ERROR_OPTION, "a pattern of %d:%d has one sparsity: expected no block_targets and no "
+                          "depth_slope", o->pattern_n, o->pattern_m);
+    for (int64_t i = first; i < end; i++) {
+        double target = besa__block_target(run, i);
+        if (!(target > 0 && target < 1))
+            return besa__fail(error, BESA_ERROR_OPTION, "block %lld would have a sparsity of %g by %s, expected above 0 and below "
+                              "1", (long long)i, target, o->num_block_targets ? "block_targets" : "target and depth_slope");
+        sum += target;
+        besa_rate_options rates = o->rates;
+        rates.target = target;
+        if (o->method == BESA_METHOD_BESA) BESA__TRY(besa__check_penalty(&rates, error));
+    }
+    if (fabs(sum / (double)(end - first) - run->target) <= 1e-3) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_OPTION, "block_targets has a mean of %.6g, but the target is %.6g: expected the same",
+                      sum / (double)(end - first), run->target);
+}
+
+/* The masks that a method keeps are there, and of this model's shape. */
+static besa_result besa__check_masks(const besa__run *run, besa_error *error)
+{
+    const besa_prune_options *o = &run->pruner.options;
+    const besa_config *masks = o->masks ? &o->masks->config : NULL;
+    if (o->method != BESA_METHOD_KEEP && !o->masks) return BESA_OK;
+    if (o->method != BESA_METHOD_KEEP)
+        return besa__fail(error, BESA_ERROR_OPTION, "masks are given, but method %s makes its own: expected method keep",
+                          besa_method_name(o->method));
+    if (!masks) return besa__fail(error, BESA_ERROR_OPTION, "masks is NULL, expected the checkpoint whose zeros method keep takes");
+    if (masks->num_hidden_layers != run->config->num_hidden_layers)
+        return besa__fail(error, BESA_ERROR_OPTION, "the masks' checkpoint has %lld blocks, the model %lld",
+                          (long long)masks->num_hidden_layers, (long long)run->config->num_hidden_layers);
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns, has_rows, has_columns;
+        besa_block_layer(&run->config->block, i, &rows, &columns);
+        besa_block_layer(&masks->block, i, &has_rows, &has_columns);
+        if (rows != has_rows || columns != has_columns)
+            return besa__fail(error, BESA_ERROR_OPTION, "%s of the masks' checkpoint is %lld x %lld, of the model %lld x %lld",
+                              besa_layer_name(i), (long long)has_rows, (long long)has_columns, (long long)rows, (long long)columns);
+    }
+    return BESA_OK;
+}
+
 /* A hash of the source as it was opened: the contents of its config and index, every shard's header (with all tensors' names,
  * dtypes and places), size and time of the last change. */
 static uint64_t besa__source_hash(const besa_checkpoint *checkpoint)
@@ -8546,8 +8963,7 @@ static void besa__ignore_options(besa_prune_options *o)
 {
     const besa_prune_options given = *o;
     for (const besa_option *row = besa__options; row->name; row++)
-        if ((row->flags & BESA_OPTION_BESA) && o->method != BESA_METHOD_BESA)
-            besa__option_set(row, (unsigned char *)o + row->offset, row->standard);
+        if (!besa__option_used(row, &given)) besa__option_set(row, (unsigned char *)o + row->offset, row->standard);
     if (o->method != BESA_METHOD_MAGNITUDE) o->magnitude_per_row = 0;
     if (!besa__uses_gram(&given)) o->damping = besa__find_option("damping")->standard;
     if (o->rates.optimizer != BESA_PRODIGY) {
@@ -8587,6 +9003,8 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
         fixed = besa__hash(fixed, used.fixed[i].pattern, strlen(used.fixed[i].pattern) + 1);
         fixed = besa__hash_double(fixed, used.fixed[i].sparsity);
     }
+    for (int64_t i = 0; i < used.num_block_targets; i++) fixed = besa__hash_double(fixed, used.block_targets[i]);
+    if (used.masks) fixed = besa__hash_integer(fixed, (int64_t)besa__source_hash(used.masks));
     besa__write_text(backend, sizeof backend, "%s", run->be->name);
     for (char *at = backend; *at; at++) *at = (char)(*at <= ' ' ? '_' : *at);
     besa__write_text(line, size, "version=%d.%d", BESA_VERSION_MAJOR, BESA_VERSION_MINOR);
@@ -8599,6 +9017,37 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
                      (int)run->be->activation_dtype, (long long)run->pruner.micro_batch, (long long)c->nsamples,
                      (long long)c->seqlen, (unsigned long long)ids,
                      (unsigned long long)besa__source_hash(run->checkpoint));
+}
+
+/* The masks of a block to where its pruned weights will be, as weights of its dtype, 0 or not, by way of the staging. */
+static besa_result besa__read_masks(besa__run *run, int64_t index, besa_error *error)
+{
+    besa_backend *be = run->be;
+    besa__block_tensors t;
+    const besa_checkpoint *masks = run->pruner.options.masks;
+    size_t to_size = besa_dtype_size(run->model.dtype);
+    int64_t most = BESA__CHUNK_TOKENS * run->config->block.hidden_size;
+    BESA__TRY(besa__block_bind(&t, masks, index, error));
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        const besa_tensor *tensor = t.weight[i];
+        size_t size = besa_dtype_size(tensor->dtype);
+        int64_t all = (int64_t)(tensor->bytes / size);
+        for (int64_t first = 0, count; first < all; first += count) {
+            const unsigned char *from = (const unsigned char *)tensor->data + (size_t)first * size;
+            unsigned char *to = (unsigned char *)run->staging;
+            count = besa__min(most, all - first);
+            for (int64_t k = 0; k < count; k++) {
+                uint32_t bits = 0; /* of either sign, as floats are stored from the lowest byte on */
+                memcpy(&bits, from + (size_t)k * size, size);
+                memset(to + (size_t)k * to_size, (bits << (33 - 8 * size)) != 0, to_size);
+            }
+            BESA__TRY_ON(be, be->upload(be, BESA_QUEUE_COMPUTE, besa__at(run->pruned[besa__room_of(run, index)][i],
+                                        run->model.dtype, first), run->staging, (size_t)count * to_size), error);
+            BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
+        }
+        besa__release_pages(masks, tensor);
+    }
+    return BESA_OK;
 }
 
 /* Weights of a finished block, from the unfinished output to the device. */
@@ -8629,7 +9078,8 @@ static besa_result besa__report_reloaded(besa__run *run, const besa_block *block
     besa_pruner *p = &run->pruner;
     const void *written[BESA_LAYERS];
     memset(report, 0, sizeof *report);
-    report->loss_uniform = report->loss_before = report->loss_after = report->loss_all = (double)NAN;
+    report->loss_uniform = report->loss_before = report->loss_masks = (double)NAN;
+    report->loss_after = report->loss_all = (double)NAN;
     report->d = report->mean_rate = (double)NAN;
     for (int i = 0; i < BESA_LAYERS; i++) written[i] = pruned[i];
     besa_result result = besa__clear_sums(p);
@@ -8640,20 +9090,46 @@ static besa_result besa__report_reloaded(besa__run *run, const besa_block *block
     return besa__pass_error(run->be, result, error);
 }
 
-/* Take over a block that an earlier run finished; *block comes in dense and leaves pruned. */
-static besa_result besa__reload_block(besa__run *run, int64_t index, besa_block *block, besa_block_report *report,
-                                      besa_error *error)
+/* A block whose pruned weights are known: the streams go through it; *block comes in dense and leaves pruned. */
+static besa_result besa__pass_block(besa__run *run, int64_t index, besa_block *block, besa_block_report *report,
+                                    besa_error *error)
 {
     besa_backend *be = run->be;
     besa_pruner *p = &run->pruner;
+    char name[64];
     void *const *pruned = run->pruned[besa__room_of(run, index)];
-    BESA__TRY(besa__read_pruned(run, index, error));
     besa__walk walk = besa__pass_walk(p, p->nsamples); /* cut as the passes cut it: the same bytes */
     if (run->has_dense) BESA__TRY_ON(be, besa__stream_forward(&run->dense, walk, block, &p->acts), error);
     BESA__TRY(besa__report_reloaded(run, block, pruned, report, error));
+    besa__tensor_name(name, sizeof name, run->config, index, "");
+    BESA__TRY(besa__check_layers_finite(p, name, BESA__DENSE, error));
+    report->target = besa__block_target(run, index);
+    if (p->options.masks && report->target > 0) report->target = report->sparsity;
     for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = pruned[i];
     BESA__TRY_ON(be, besa__stream_forward(&run->calibration, walk, block, &p->acts), error);
     return besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
+}
+
+/* A block that is finished, by an earlier run or because it stays dense: its weights, and what it does to the streams. */
+static besa_result besa__take_block(besa__run *run, int64_t index, int64_t done, besa_block *block, besa_block_report *report,
+                                    besa_error *error)
+{
+    besa_backend *be = run->be;
+    besa__meter *meter = &run->pruner.meter;
+    meter->pass = BESA_PASS_COMMIT;
+    meter->cost = 1;
+    meter->done = 0;
+    BESA__TRY(besa__tick(meter, 0, error));
+    besa__use_workspace(be, run->pruner.workspace, run->pruner.workspace_bytes);
+    if (index < done) BESA__TRY(besa__read_pruned(run, index, error));
+    for (int i = 0; i < BESA_LAYERS && index >= done; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&run->config->block, i, &rows, &columns);
+        size_t bytes = (size_t)(rows * columns) * besa_dtype_size(run->model.dtype);
+        BESA__TRY_ON(be, be->copy(be, BESA_QUEUE_COMPUTE, run->pruned[besa__room_of(run, index)][i], block->weight[i], bytes),
+                     error);
+    }
+    return besa__pass_block(run, index, block, report, error);
 }
 
 /* Prune block `index` and begin to write it; meanwhile the next comes in and the last one goes out. */
@@ -8662,9 +9138,16 @@ static besa_result besa__prune_block(besa__run *run, int64_t index, besa_block *
 {
     char name[64];
     void *const *pruned = run->pruned[besa__room_of(run, index)];
+    double target = besa__block_target(run, index);
     besa__tensor_name(name, sizeof name, run->config, index, "");
-    BESA__TRY(besa__pruner_run(&run->pruner, block, name, &run->calibration, run->has_dense ? &run->dense : NULL, pruned,
-                               &report->block[index], error));
+    if (target > 0) {
+        if (run->pruner.options.masks) BESA__TRY(besa__read_masks(run, index, error));
+        besa__pruner_retarget(&run->pruner, target);
+        besa_result result = besa__pruner_run(&run->pruner, block, name, &run->calibration, run->has_dense ? &run->dense : NULL,
+                                              pruned, &report->block[index], error);
+        besa__pruner_retarget(&run->pruner, run->target);
+        BESA__TRY(result);
+    } else BESA__TRY(besa__take_block(run, index, 0, block, &report->block[index], error));
     for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = pruned[i];
     BESA__TRY(besa__out_finish(run, report, error));
     if (!run->writer) return BESA_OK;
@@ -8681,18 +9164,9 @@ static besa_result besa__run_block(besa__run *run, int64_t index, int64_t done, 
     BESA__TRY(besa__in_finish(run, index, &block, &read, error));
     if (!run->be->unified_memory && index + 1 < run->config->num_hidden_layers)
         BESA__TRY(besa__in_begin(run, index + 1, error));
-    if (index < done) {
-        besa__meter *meter = &run->pruner.meter;
-        meter->pass = BESA_PASS_COMMIT;
-        meter->cost = 1;
-        meter->done = 0;
-        BESA__TRY(besa__tick(meter, 0, error));
-        besa__use_workspace(run->be, run->pruner.workspace, run->pruner.workspace_bytes);
-        BESA__TRY(besa__reload_block(run, index, &block, &report->block[index], error));
-    } else {
-        if (index == done) run->pruner.meter.began = clock;
-        BESA__TRY(besa__prune_block(run, index, &block, report, error));
-    }
+    if (index == done) run->pruner.meter.began = clock;
+    if (index < done) BESA__TRY(besa__take_block(run, index, done, &block, &report->block[index], error));
+    else BESA__TRY(besa__prune_block(run, index, &block, report, error));
     report->block[index].seconds[BESA_PASS_READ] = read;
     return besa__test_forward(run, &block, error);
 }
@@ -8751,7 +9225,7 @@ static void besa__note_fixed(const besa__run *run, const besa_prune_options *o, 
 {
     char name[128], farthest[128] = "";
     double least = 1e-3, has = 0, wanted = 0;
-    for (int64_t b = 0; b < report->num_blocks && o->num_fixed > 0; b++)
+    for (int64_t b = besa__first_block(run); b < besa__end_block(run) && o->num_fixed > 0; b++)
         for (int i = 0; i < BESA_LAYERS; i++) {
             const besa_layer_report *layer = &report->block[b].layer[i];
             besa__tensor_name(name, sizeof name, run->config, b, "");
@@ -8765,6 +9239,18 @@ static void besa__note_fixed(const besa__run *run, const besa_prune_options *o, 
     if (farthest[0])
         besa__notes_add(&report->notes, "%s has sparsity %.4f, not the %g that it is fixed at: rows hold whole weights, and zeros "
                         "of the source stay; no fixed layer is farther off", farthest, has, wanted);
+}
+
+/* A warning where what was learned of the weights is worse than the masks alone. */
+static void besa__note_learned(const besa__run *run, besa_report *report)
+{
+    int64_t worse = 0, first = 0;
+    for (int64_t b = 0; b < report->num_blocks; b++)
+        if (report->block[b].loss_after > report->block[b].loss_masks && worse++ == 0) first = b;
+    if (worse == 0) return;
+    besa__notes_add(&report->notes, "warning: learning made the loss of %lld block%s larger than with the masks alone, in block %lld "
+                    "%.3g instead of %.3g; a weight_lr below %g may help", (long long)worse, worse == 1 ? "" : "s", (long long)first,
+                    report->block[first].loss_after, report->block[first].loss_masks, run->pruner.options.weight_lr);
 }
 
 static void besa__report_totals(besa_report *report, double target, double start)
@@ -8839,7 +9325,7 @@ static besa_result besa__check_fixed(const besa__run *run, const besa_prune_opti
     char name[128];
     for (int64_t f = 0; f < options->num_fixed; f++) {
         int matches = 0;
-        for (int64_t b = 0; b < run->config->num_hidden_layers && !matches; b++)
+        for (int64_t b = besa__first_block(run); b < besa__end_block(run) && !matches; b++)
             for (int i = 0; i < BESA_LAYERS && !matches; i++) {
                 besa__tensor_name(name, sizeof name, run->config, b, besa__layers[i].path);
                 matches = besa__match(options->fixed[f].pattern, name);
@@ -8876,7 +9362,9 @@ static besa_result besa__prune_start(besa__run *run, const besa_checkpoint *chec
 {
     BESA__TRY(besa__run_init(run, checkpoint, be, error));
     BESA__TRY(besa__run_calibration(run, calibration, options, error));
+    BESA__TRY(besa__check_depth(run, error));
     BESA__TRY(besa__check_fixed(run, options, error));
+    BESA__TRY(besa__check_masks(run, error));
     return besa__run_fit(run, &run->pruner.micro_batch, options->device_memory, error);
 }
 
@@ -8904,10 +9392,17 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
         report->block = (besa_block_report *)blocks;
     }
     if (result == BESA_OK) result = besa__prune_into(&run, output, calibration, report, error);
-    if (result == BESA_OK) besa__report_totals(report, run.pruner.options.rates.target, start);
+    if (result == BESA_OK) besa__report_totals(report, besa__model_target(&run), start);
+    if (result == BESA_OK && options->method == BESA_METHOD_KEEP) report->target = report->sparsity;
     if (result == BESA_OK) besa__note_fixed(&run, options, report);
+    if (result == BESA_OK) besa__note_learned(&run, report);
+    if (result == BESA_OK && options->method == BESA_METHOD_KEEP && report->pruned == 0)
+        besa__notes_add(&report->notes, "warning: nothing is pruned: the masks' checkpoint has no zeros");
     report->options = run.pruner.options;
     report->options.fixed = NULL;
+    report->options.block_targets = NULL;
+    report->options.masks = NULL;
+    if (report->options.method == BESA_METHOD_KEEP) report->options.rates.target = report->sparsity;
     report->options.progress = NULL;
     report->options.step = NULL;
     report->options.user = NULL;
@@ -8942,9 +9437,11 @@ static double besa__plan_flop(const besa__run *run)
     double per_key = 2 * (double)(s->num_attention_heads * s->head_dim), attention = per_key * (double)run->pruner.seqlen;
     double forward = 2 * weights + attention, backward = 4 * weights - 2 * qkv + 2.5 * attention;
     double dense = besa__uses_inputs(o) ? 1 : (double)run->pruner.reference / (double)run->pruner.nsamples;
-    double flop = (1 + dense + run->has_dense) * forward + (besa__uses_gram(o) ? gram : 0);
-    if (o->method == BESA_METHOD_BESA) flop += (double)o->epochs * (forward + backward);
-    flop *= tokens * (double)run->config->num_hidden_layers;
+    double flop = dense * forward + (besa__uses_gram(o) ? gram : 0); /* of blocks that are pruned */
+    if (besa__learns_rates(&run->pruner)) flop += (double)o->epochs * (forward + backward);
+    if (besa__learns_weights(&run->pruner)) flop += (double)o->weight_epochs * (forward + backward);
+    flop *= tokens * (double)(besa__end_block(run) - besa__first_block(run));
+    flop += tokens * (double)run->config->num_hidden_layers * (1 + run->has_dense) * forward;
     if (!run->has_test) return flop;
     double head = 2 * (double)run->config->vocab_size * (double)s->hidden_size;
     double block = 2 * weights + per_key * (double)run->test.seqlen;
@@ -9958,7 +10455,9 @@ BESA__INLINE float besa__sigmoid(float x) { return 1.0f / (1.0f + besa__exp(-x))
 BESA__INLINE float besa__sqrt(float x)
 {
     float y = besa__bits_float(0x5F375A86u - (besa__float_bits(x) >> 1)), root;
-    for (int i = 0; i < 3; i++) y = y * (1.5f - 0.5f * x * y * y);
+    y = y * (1.5f - 0.5f * x * y * y); /* no loop: clang at -O1 would not see through it */
+    y = y * (1.5f - 0.5f * x * y * y);
+    y = y * (1.5f - 0.5f * x * y * y);
     root = x * y;
     return root + 0.5f * y * (x - root * root);
 }
@@ -11295,6 +11794,33 @@ static void besa__cpu_mask_rows(besa_backend *be, void *what, const void *w, bes
         }
 }
 
+/* n weights of an unsigned type as wide as they are, all bits but the sign in `magnitude` */
+#define BESA__CPU_ZEROS_KERNEL(name, type, magnitude)                                              \
+    BESA__INLINE void name##_body(void *what, const void *w, int64_t n)                            \
+    {                                                                                              \
+        type *y = (type *)what;                                                                    \
+        const type *x = (const type *)w;                                                           \
+        BESA__ELEMENTWISE                                                                          \
+        for (int64_t i = 0; i < n; i++) y[i] = (type)((y[i] & (magnitude)) && (x[i] & (magnitude)) ? x[i] : 0); \
+    }                                                                                              \
+    BESA__KERNEL(name, (void *what, const void *w, int64_t n), (what, w, n))
+
+BESA__CPU_ZEROS_KERNEL(besa__cpu_zeros_16, uint16_t, 0x7FFFu)
+BESA__CPU_ZEROS_KERNEL(besa__cpu_zeros_32, uint32_t, 0x7FFFFFFFu)
+
+static besa_result besa__cpu_mask_zeros(besa_backend *be, void *what, const void *w, besa_dtype dtype, int64_t n)
+{
+    const int64_t run = 8192;
+    int64_t tasks = besa__parts(n, run);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * run, count = besa__min(run, n - at);
+        if (dtype == BESA_F32) besa__cpu_zeros_32(besa__at(what, dtype, at), besa__at_const(w, dtype, at), count);
+        else besa__cpu_zeros_16(besa__at(what, dtype, at), besa__at_const(w, dtype, at), count);
+    }
+    return BESA_OK;
+}
+
 static besa_result besa__cpu_mask_apply(besa_backend *be, void *what, const void *w, besa_dtype dtype, const void *rank,
                                         const int32_t *n, int64_t rows, int64_t columns)
 {
@@ -11937,6 +12463,81 @@ static besa_result besa__cpu_optimizer_step(besa_backend *be, const besa_optimiz
         besa__cpu_optimizer_move(o, task * run, besa__min(run, o->n - task * run),
                                  (float)(1.0 - dlr * o->weight_decay), (float)dlr, 1.0f,
                                  (float)(o->scalars[0] * o->eps));
+    return BESA_OK;
+}
+
+/* ---- weights that learn -------------------------------------------------------------------- */
+
+/* Weights at .. at + n - 1; type: an unsigned integer as wide as the dtype, all bits but the sign in `magnitude`. */
+#define BESA__CPU_WEIGHT_KERNEL(name, type, round, magnitude)                                      \
+    BESA__INLINE void name##_body(const besa_weight_step *o, int64_t at, int64_t n, float rate, float root) \
+    {                                                                                              \
+        float *w = o->w + at, *m = o->m + at, *v = o->v + at, b1 = (float)o->beta1, b2 = (float)o->beta2; \
+        float c1 = (float)(1.0 - o->beta1), c2 = (float)(1.0 - o->beta2), eps = (float)o->eps;     \
+        type *masked = (type *)o->masked + at, *source = (type *)o->source + at;                   \
+        const float *grad = o->grad + at;                                                          \
+        BESA__ELEMENTWISE                                                                          \
+        for (int64_t i = 0; i < n; i++) {                                                          \
+            float g = grad[i], w0 = w[i], m0 = m[i], v0 = v[i];                                    \
+            float m1 = b1 * m0 + c1 * g, v1 = b2 * v0 + c2 * g * g;                                \
+            float w1 = w0 - rate * m1 / (besa__sqrt(v1) / root + eps);                             \
+            type now = (type)round(w1), old = masked[i], unmasked = source[i];                     \
+            int kept = ((old & (magnitude)) != 0) & ((now & (magnitude)) != 0);                    \
+            m[i] = kept ? m1 : m0;                                                                 \
+            v[i] = kept ? v1 : v0;                                                                 \
+            masked[i] = kept ? now : old;                                                          \
+            w[i] = kept ? w1 : w0;                                                                 \
+            if (sizeof(type) == 2) source[i] = kept ? now : unmasked; /* else w itself */          \
+        }                                                                                          \
+    }                                                                                              \
+    BESA__KERNEL(name, (const besa_weight_step *o, int64_t at, int64_t n, float rate, float root), (o, at, n, rate, root))
+
+BESA__CPU_WEIGHT_KERNEL(besa__cpu_weights_f32, uint32_t, besa__float_bits, 0x7FFFFFFFu)
+BESA__CPU_WEIGHT_KERNEL(besa__cpu_weights_f16, uint16_t, besa__f32_to_f16, 0x7FFFu)
+BESA__CPU_WEIGHT_KERNEL(besa__cpu_weights_bf16, uint16_t, besa__f32_to_bf16, 0x7FFFu)
+
+static besa_result besa__cpu_weight_step(besa_backend *be, const besa_weight_step *o)
+{
+    int64_t tasks = besa__parts(o->n, BESA__CPU_STEP_RUN);
+    double c1 = 1.0 - pow(o->beta1, (double)o->step), c2 = 1.0 - pow(o->beta2, (double)o->step);
+    float rate = (float)(o->lr * (double)*o->rms / c1), root = (float)sqrt(c2);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * BESA__CPU_STEP_RUN, n = besa__min(BESA__CPU_STEP_RUN, o->n - at);
+        if (o->dtype == BESA_F32) besa__cpu_weights_f32(o, at, n, rate, root);
+        else if (o->dtype == BESA_F16) besa__cpu_weights_f16(o, at, n, rate, root);
+        else besa__cpu_weights_bf16(o, at, n, rate, root);
+    }
+    return BESA_OK;
+}
+
+static besa_result besa__cpu_rms(besa_backend *be, float *out, const float *w, int64_t n)
+{
+    double sum = 0.0;
+    (void)be;
+    for (int64_t at = 0; at < n; at += BESA__CPU_STEP_RUN) {
+        int64_t count = besa__min(BESA__CPU_STEP_RUN, n - at);
+        sum += (double)besa__cpu_dot(w + at, w + at, count);
+    }
+    *out = (float)sqrt(sum / (double)n);
+    return BESA_OK;
+}
+
+BESA__INLINE void besa__cpu_mix_run_body(float *y, const float *x, float share, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) y[i] = (1.0f - share) * y[i] + share * x[i];
+}
+BESA__KERNEL(besa__cpu_mix_run, (float *y, const float *x, float share, int64_t n), (y, x, share, n))
+
+static besa_result besa__cpu_mix(besa_backend *be, void *y, const void *x, float share, int64_t n)
+{
+    int64_t tasks = besa__parts(n, BESA__CPU_STEP_RUN);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * BESA__CPU_STEP_RUN;
+        besa__cpu_mix_run((float *)y + at, (const float *)x + at, share, besa__min(BESA__CPU_STEP_RUN, n - at));
+    }
     return BESA_OK;
 }
 

@@ -24,7 +24,7 @@
  *   >>cuda-sparsity      scores, zeros, masks, bucketed gradient
  *   >>cuda-ranks         ranks of rows by radix sort
  *   >>cuda-rates         theta -> alpha, n and back; the exact count
- *   >>cuda-optimizer     Prodigy, AdamW
+ *   >>cuda-optimizer     Prodigy, AdamW, kept weights
  *   >>cuda-sparsegpt     factor of the inverse Hessian, slabs
  *   >>cuda-backend       the table, creation, the end
  *
@@ -1729,6 +1729,28 @@ static __device__ __forceinline__ int besa__place(const float *s, int m, int j)
     return place;
 }
 
+/* What = 0 in What ? +0 : W */
+template <typename T> static __global__ void besa__mask_zeros_kernel(T *what, const T *w, int64_t n, int vector)
+{
+    BESA__FLAT(i, n) {
+        int count = besa__count(n - i);
+        float x[8], y[8];
+        besa__load(y, what + i, count, vector);
+        besa__load(x, w + i, count, vector);
+        BESA__UNROLL
+        for (int k = 0; k < 8; k++) y[k] = y[k] != 0.0f && x[k] != 0.0f ? x[k] : 0.0f;
+        besa__store(what + i, y, count, vector);
+    }
+}
+
+static besa_result besa__cuda_mask_zeros(besa_backend *be, void *what, const void *w, besa_dtype dtype, int64_t n)
+{
+    BESA__BY_DTYPE(dtype, T,
+        BESA__RUN(besa__mask_zeros_kernel<T>, besa__cuda_flat_blocks(n), BESA__CUDA_THREADS, 0, static_cast<T *>(what),
+                  static_cast<const T *>(w), n, besa__cuda_aligned(what, w)));
+    return BESA_OK;
+}
+
 /* What(R,C): in every m consecutive columns the n smallest scores are +0; what may be w; a thread a weight */
 template <typename W>
 static __global__ void besa__mask_pattern_kernel(W *what, const W *w, const float *s, int n, int m, int64_t rows,
@@ -2345,7 +2367,7 @@ static besa_result besa__cuda_project_counts(besa_backend *be, int32_t *n, int64
 }
 
 /* ============================================================================================
- * // >>cuda-optimizer        Prodigy, AdamW
+ * // >>cuda-optimizer        Prodigy, AdamW, kept weights
  * ============================================================================================
  * Prodigy takes two launches: the state and the sums of runs of parameters into fixed slots; then every block adds up
  * all slots in the same order and moves its run. AdamW needs no sums and takes one. */
@@ -2462,12 +2484,17 @@ static double *besa__cuda_optimizer_place(besa__arena *work)
     return static_cast<double *>(besa__take(work, (2 * BESA__CUDA_STEP_PARTS + 3) * sizeof(double)));
 }
 
+/* Parameters of a block's run, a multiple of 8 */
+static int64_t besa__cuda_step_run(int64_t n)
+{
+    return besa__cuda_max(BESA__CUDA_STEP_RUN, besa__cuda_parts(besa__cuda_parts(n, BESA__CUDA_STEP_PARTS), 8) * 8);
+}
+
 static besa_result besa__cuda_optimizer_step(besa_backend *be, const besa_optimizer_step *o)
 {
     besa__arena work = besa__cuda_work(be);
     double *slots = besa__cuda_optimizer_place(&work);
-    int64_t run = besa__cuda_max(BESA__CUDA_STEP_RUN, besa__cuda_parts(besa__cuda_parts(o->n, BESA__CUDA_STEP_PARTS), 8) * 8);
-    int64_t parts = besa__cuda_parts(o->n, run);
+    int64_t run = besa__cuda_step_run(o->n), parts = besa__cuda_parts(o->n, run);
     int vector = besa__cuda_aligned(o->theta, o->theta0, o->grad, o->m, o->v, o->s);
     BESA__CUDA_FITS(be, work);
     if (o->kind == BESA_PRODIGY) {
@@ -2480,6 +2507,111 @@ static besa_result besa__cuda_optimizer_step(besa_backend *be, const besa_optimi
     BESA__RUN(besa__adamw_kernel, parts, BESA__CUDA_THREADS, 0, *o, run,
               static_cast<float>(1.0 - static_cast<double>(o->lr) * static_cast<double>(o->weight_decay)),
               static_cast<float>(static_cast<double>(o->lr) / c1), static_cast<float>(sqrt(c2)), vector);
+    return BESA_OK;
+}
+
+/* See besa_weight_step; w is all that there is where T is float, else `source` holds it rounded. */
+template <typename T>
+static __global__ void besa__weight_step_kernel(besa_weight_step o, float lr, float root, int vector)
+{
+    float b1 = static_cast<float>(o.beta1), b2 = static_cast<float>(o.beta2), eps = static_cast<float>(o.eps);
+    float c1 = besa__rest(o.beta1), c2 = besa__rest(o.beta2), rate = lr * *o.rms;
+    T *masked = static_cast<T *>(o.masked), *source = static_cast<T *>(o.source);
+    BESA__FLAT(i, o.n) {
+        int count = besa__count(o.n - i);
+        float g[8], m[8], v[8], w[8], now[8], old[8];
+        besa__load(g, o.grad + i, count, vector);
+        besa__load(m, o.m + i, count, vector);
+        besa__load(v, o.v + i, count, vector);
+        besa__load(w, o.w + i, count, vector);
+        besa__load(old, masked + i, count, vector);
+        besa__load(now, source + i, count, vector);
+        BESA__UNROLL
+        for (int k = 0; k < 8; k++) {
+            float m1 = b1 * m[k] + c1 * g[k], v1 = b2 * v[k] + c2 * g[k] * g[k];
+            float w1 = w[k] - rate * m1 / (sqrtf(v1) / root + eps), rounded;
+            T put;
+            besa__put(put, w1);
+            rounded = besa__get(put);
+            int kept = old[k] != 0.0f && rounded != 0.0f;
+            m[k] = kept ? m1 : m[k];
+            v[k] = kept ? v1 : v[k];
+            w[k] = kept ? w1 : w[k];
+            now[k] = kept ? rounded : now[k];
+            old[k] = kept ? rounded : old[k];
+        }
+        besa__store(o.m + i, m, count, vector);
+        besa__store(o.v + i, v, count, vector);
+        besa__store(source + i, now, count, vector);
+        besa__store(o.w + i, w, count, vector);
+        besa__store(masked + i, old, count, vector);
+    }
+}
+
+static besa_result besa__cuda_weight_step(besa_backend *be, const besa_weight_step *o)
+{
+    double c1 = 1.0 - pow(static_cast<double>(o->beta1), static_cast<double>(o->step));
+    double c2 = 1.0 - pow(static_cast<double>(o->beta2), static_cast<double>(o->step));
+    int vector = besa__cuda_aligned(o->w, o->m, o->v, o->grad, o->masked, o->source);
+    BESA__BY_DTYPE(o->dtype, T,
+        BESA__RUN(besa__weight_step_kernel<T>, besa__cuda_flat_blocks(o->n), BESA__CUDA_THREADS, 0, *o,
+                  static_cast<float>(static_cast<double>(o->lr) / c1), static_cast<float>(sqrt(c2)), vector));
+    return BESA_OK;
+}
+
+/* slots(parts) = sums of w^2 of each run */
+static __global__ void besa__squares_kernel(double *slots, const float *w, int64_t run, int64_t n, int vector)
+{
+    double sum = 0.0;
+    BESA__RUN_EIGHTS(i, run, n) {
+        float x[8];
+        int count = besa__count(end - i);
+        besa__load(x, w + i, count, vector);
+        for (int k = 0; k < count; k++) sum += static_cast<double>(x[k]) * static_cast<double>(x[k]);
+    }
+    sum = besa__block_sum(sum);
+    if (threadIdx.x == 0) slots[blockIdx.x] = sum;
+}
+
+/* out(1) = sqrt(sum of slots / n), one block */
+static __global__ void besa__rms_kernel(float *out, const double *slots, int64_t parts, int64_t n)
+{
+    double sum = 0.0;
+    for (int64_t p = threadIdx.x; p < parts; p += blockDim.x) sum += slots[p];
+    sum = besa__block_sum(sum);
+    if (threadIdx.x == 0) *out = static_cast<float>(sqrt(sum / static_cast<double>(n)));
+}
+
+static besa_result besa__cuda_rms(besa_backend *be, float *out, const float *w, int64_t n)
+{
+    besa__arena work = besa__cuda_work(be);
+    double *slots = besa__cuda_optimizer_place(&work);
+    int64_t run = besa__cuda_step_run(n), parts = besa__cuda_parts(n, run);
+    BESA__CUDA_FITS(be, work);
+    BESA__RUN(besa__squares_kernel, parts, BESA__CUDA_THREADS, 0, slots, w, run, n, besa__cuda_aligned(w));
+    BESA__RUN(besa__rms_kernel, 1, BESA__CUDA_THREADS, 0, out, slots, parts, n);
+    return BESA_OK;
+}
+
+/* Y = (1 - share) Y + share X */
+template <typename T> static __global__ void besa__mix_kernel(T *y, const T *x, float share, int64_t n, int vector)
+{
+    BESA__FLAT(i, n) {
+        int count = besa__count(n - i);
+        float a[8], b[8];
+        besa__load(a, y + i, count, vector);
+        besa__load(b, x + i, count, vector);
+        BESA__UNROLL
+        for (int k = 0; k < 8; k++) a[k] = (1.0f - share) * a[k] + share * b[k];
+        besa__store(y + i, a, count, vector);
+    }
+}
+
+static besa_result besa__cuda_mix(besa_backend *be, void *y, const void *x, float share, int64_t n)
+{
+    BESA__BY_ACTIVATION(be, T,
+        BESA__RUN(besa__mix_kernel<T>, besa__cuda_flat_blocks(n), BESA__CUDA_THREADS, 0, static_cast<T *>(y),
+                  static_cast<const T *>(x), share, n, besa__cuda_aligned(y, x)));
     return BESA_OK;
 }
 

@@ -99,7 +99,7 @@ static void end_progress(const progress_view *view)
 
 struct job {
     settings *s;
-    besa_checkpoint *checkpoint;
+    besa_checkpoint *checkpoint, *masks; /* masks: NULL without --masks */
     besa_backend backend;
     besa_calibration calibration;
     int32_t *ids, *test_ids;
@@ -150,6 +150,7 @@ static besa_result open_job(job *j)
     const settings *s = j->s;
     besa_calibration *c = &j->calibration;
     TRY(besa_checkpoint_open(&j->checkpoint, s->path[0], &j->error));
+    if (s->masks) TRY(besa_checkpoint_open(&j->masks, s->masks, &j->error));
     if (s->command->bit & EVAL) fprintf(stderr, "%s", besa_checkpoint_notes(j->checkpoint));
     TRY(open_backend(j));
     c->nsamples = s->nsamples;
@@ -171,12 +172,20 @@ static void close_job(job *j)
 {
     if (j->backend.destroy) j->backend.destroy(&j->backend);
     besa_checkpoint_close(j->checkpoint);
+    besa_checkpoint_close(j->masks);
     free(j->ids);
     free(j->test_ids);
 }
 
+/* Masks are for the method that keeps them alone: a comparison may have others beside it. */
+static void take_masks(job *j)
+{
+    j->s->prune.masks = j->s->prune.method == BESA_METHOD_KEEP ? j->masks : NULL;
+}
+
 static besa_result prune(job *j, const char *output, progress_view *view, besa_report *report)
 {
+    take_masks(j);
     j->s->prune.progress = show_progress;
     j->s->prune.user = view;
     besa_result result = besa_prune(j->checkpoint, output, &j->backend, &j->calibration, &j->s->prune, report,
@@ -211,6 +220,7 @@ static besa_result write_report(const char *path, const besa_report *r, besa_err
 /* What can be said of a run beforehand, but for what has been `said`. */
 static besa_result print_notes(job *j, const char *label, const char *said, besa_plan_result *p)
 {
+    take_masks(j);
     TRY(besa_plan(j->checkpoint, &j->backend, &j->calibration, &j->s->prune, p, &j->error));
     if (p->notes[0] && strcmp(p->notes, said)) fprintf(stderr, "%s: %s", label, p->notes);
     return BESA_OK;
@@ -255,6 +265,7 @@ static besa_result run_plan(job *j)
 {
     const besa_calibration *c = &j->calibration;
     besa_plan_result p;
+    take_masks(j);
     TRY(besa_plan(j->checkpoint, &j->backend, c, &j->s->prune, &p, &j->error));
     printf("%s on %lld sequences of %lld tokens, %lld at a time\n", besa_method_name(j->s->prune.method),
            (long long)c->nsamples, (long long)c->seqlen, (long long)p.micro_batch);
@@ -321,6 +332,7 @@ static row begin_row(settings *s, int i)
     const row r = s->rows[i];
     read_arguments(s, row_preset(s, &r));
     s->prune.method = r.method;
+    if (r.method != BESA_METHOD_BESA && s->prune.learn == BESA_LEARN_BOTH) s->prune.learn = BESA_LEARN_WEIGHTS;
     return r;
 }
 
@@ -458,7 +470,9 @@ static const command commands[] = {
      "  besa plan llama --nsamples 128 --seqlen 2048 --memory 8G\n"},
     {"compare", COMPARE, 1, 1, run_compare, "SRC", "try methods and sparsities, writing nothing to disk",
      "Prunes SRC in memory by every method at every sparsity and prints perplexity, sparsity and seconds.\n"
-     "Options under BESA apply to its rows; besa:published-row and besa:published-layer are rows with a preset.\n\n"
+     "Options under BESA apply to its rows, and of --learn both and --preset best the others take the weights;\n"
+     " besa:best, besa:weights, besa:published-row, wanda:weights and the like are\n"
+     "rows with a preset.\n\n"
      "  besa compare llama --tokens c4.npy --test wikitext2.npy --sparsity .5,.6,.7 --method wanda,besa\n"},
     {"eval", EVAL, 1, 1, run_eval, "DIR", "measure perplexity",
      "Measures how well the model in directory DIR predicts a text: its perplexity. The text is cut into windows of\n"

@@ -1,6 +1,7 @@
 /* The options of the command line: their table, how it is read, and the help that is printed from it.
  * Part of besa.c; it knows the library only by the fields that options set. */
 #include <dirent.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <float.h>
 #include <math.h>
@@ -13,7 +14,7 @@
 
 /* ---- options ------------------------------------------------------------------------------- */
 
-enum { MAX_FIXED = 256, MAX_LIST = 32, MAX_NAME = 128, MAX_OPTIONS = 128 };
+enum { MAX_FIXED = 256, MAX_BLOCKS = 1024, MAX_LIST = 32, MAX_NAME = 128, MAX_OPTIONS = 128 };
 
 /* The commands, as bits: which of them has an option. */
 enum {
@@ -21,13 +22,13 @@ enum {
     ONE = PRUNE | PLAN, RUN = ONE | COMPARE, ALL = RUN | EVAL | INFO
 };
 
-typedef struct row { /* of a comparison: "wanda", "besa", "besa:published-row" */
+typedef struct row { /* of a comparison: "wanda", "besa", "besa:best" */
     char label[MAX_NAME];
     besa_method method;
 } row;
 
 typedef enum kind {
-    HEADING, METHOD, METHOD_BESA, FLAG, TEXT, CHOICE, PATTERN, SKIP, METHODS, /* these are not numbers */
+    HEADING, LIBRARY, FLAG, TEXT, CHOICE, PATTERN, SKIP, METHODS, BLOCKS, TARGETS, /* these are not numbers */
     NUMBER, ROWS, SHARES, /* numbers of besa_prune_options: the library's table has their ranges */
     THREADS, COUNT, SEED, FIX, BYTES, DEVICE
 } kind;
@@ -35,7 +36,7 @@ typedef enum kind {
 typedef struct option {
     const char *name;  /* without "--" */
     kind kind;
-    size_t offset;     /* of the field in settings, where one field is all */
+    size_t offset;     /* of the field in settings, where one field is all; of LIBRARY the flags of its rows */
     int commands;
     const char *value; /* what follows; the names of a CHOICE in the order of its enum */
     const char *help;
@@ -48,19 +49,22 @@ typedef struct settings {
     char **arguments; /* after the command's name, ended by NULL */
     const char *path[2];
     int num_paths;
-    const char *tokens, *test, *report, *preset;
+    const char *tokens, *test, *report, *preset, *masks;
     int64_t nsamples, seqlen, test_seqlen, windows; /* 0: the default */
     int64_t seed;
     int cuda; /* 1: on the GPU that gpu says; 0: on the CPU, with threads and bf16 */
     besa_cuda_options gpu;
-    int threads, bf16, json, quiet, help;
+    int threads, bf16, json, quiet, help, has_sparsity;
     besa_prune_options prune;
     besa_fixed_rate fixed[MAX_FIXED];
     char pattern[MAX_FIXED][MAX_NAME]; /* of fixed[] */
+    double block_targets[MAX_BLOCKS], block_mean;
+    int64_t num_targets;
+    const char *targets_path;          /* that they were read from, or NULL */
     double sparsity[MAX_LIST];         /* of a comparison, as are rows */
     row rows[MAX_LIST];
     int num_sparsities, num_rows, left_out; /* 1: besa is not among the rows, as it has no patterns */
-    const char *besa_option; /* the last option given under "BESA", or NULL */
+    const char *besa_option, *learning_option, *weight_option; /* the last given under these headings, or NULL */
 } settings;
 
 /* What each other kind of number admits. */
@@ -97,19 +101,26 @@ static const option own_options[] = {
     {"windows", COUNT, AT(windows), EVAL, "K", "how many windows, from the file's start [all]"},
 
     {"Method", HEADING, 0, RUN, "", ""},
-    {NULL, METHOD, 0, 0, "", ""}, /* here the library's options for every method */
+    {NULL, LIBRARY, 0, 0, "", ""}, /* here the library's options for every method */
     {"method", METHODS, 0, COMPARE, "A,B,...",
-     "of besa, besa:PRESET, wanda, sparsegpt, magnitude [all but presets; with --pattern without besa]"},
+     "of besa, wanda, sparsegpt, magnitude, besa:PRESET, and others with :weights [the first four; with --pattern without besa]"},
+    {"preset", TEXT, AT(preset), RUN, "default|best|weights|published-row|published-layer",
+     "what the options below start from; all but weights for besa; published: as the paper's code, for LLaMA-1-7B"},
     {"sparsity", SHARES, AT(prune.rates.target), COMPARE, "S,S,...",
      "shares of the weights that become zero [0.5, or the pattern's]"},
     {"pattern", PATTERN, 0, RUN, "N:M", "prune N of every M consecutive weights, as 2:4; not with besa"},
+    {"masks", TEXT, AT(masks), RUN, "DIR", "keep: the checkpoint whose zeros are the masks, pruned by whatever program"},
     {"skip", SKIP, 0, RUN, "PATTERN", "keep layers dense: v_proj, layers.0, '*.mlp.*'; repeatable"},
+    {"blocks", BLOCKS, 0, RUN, "A-B", "prune blocks A to B, counted from 0, and leave the others dense: for studies [all]"},
+    {"block-targets", TARGETS, 0, RUN, "FILE", "a text of numbers, the sparsity of each block; --sparsity is their mean"},
     {"fix", FIX, 0, RUN, "PATTERN=S", "hold layers at a sparsity of their own; the others reach --sparsity; repeatable"},
 
     {"BESA", HEADING, 0, RUN, "", ""},
-    {"preset", TEXT, AT(preset), RUN, "default|published-row|published-layer",
-     "what the options below start from; published: as the paper's code, for LLaMA-1-7B"},
-    {NULL, METHOD_BESA, 0, 0, "", ""}, /* and here those for besa alone */
+    {NULL, LIBRARY, BESA_OPTION_BESA, 0, "", ""}, /* here those for besa alone */
+    {"Learning, of rates or weights", HEADING, 0, RUN, "", ""},
+    {NULL, LIBRARY, BESA_OPTION_BESA | BESA_OPTION_WEIGHTS, 0, "", ""},
+    {"Weights that learn", HEADING, 0, RUN, "", ""},
+    {NULL, LIBRARY, BESA_OPTION_WEIGHTS, 0, "", ""},
 
     {"Run", HEADING, 0, ALL, "", ""},
     {"device", DEVICE, 0, RUN | EVAL, "cpu|cuda[:N]", "compute on the CPU or on NVIDIA GPU number N [cpu]; "
@@ -120,22 +131,22 @@ static const option own_options[] = {
     {"fp32", FLAG, AT(gpu.fp32), RUN | EVAL, "", "cuda: float throughout; without it bfloat16, where the GPU has it"},
     {"memory", BYTES, AT(prune.device_memory), RUN, "N[K|M|G|T]",
      "bytes that the run's arrays stay within [cpu: no limit; cuda: 31/32 of what is free]"},
-    {"report", TEXT, AT(report), PRUNE, "FILE", "what happened in every layer, as JSON; losses of resumed blocks are null"},
+    {"report", TEXT, AT(report), PRUNE, "FILE", "what happened in every layer, as JSON; losses of resumed and dense blocks are null"},
     {"json", FLAG, AT(json), EVAL | INFO, "", "print JSON"},
     {"quiet", FLAG, AT(quiet), PRUNE | COMPARE | EVAL, "", "no progress"},
     {"help", FLAG, AT(help), ALL, "", "print this"},
 };
 
-/* The library's options for every method, or those for besa alone, as rows of ours. A comparison has lists of its own for
- * method and sparsity. */
-static void add_library_options(settings *s, int for_besa)
+/* The library's options that these (of BESA_OPTION_BESA, BESA_OPTION_WEIGHTS; 0: every method) look at, as rows of ours. A
+ * comparison has lists of its own for method and sparsity. */
+static void add_library_options(settings *s, size_t lookers)
 {
     static const kind kinds[] = {FLAG, CHOICE, NUMBER, NUMBER, NUMBER}; /* by besa_option_kind */
     for (const besa_option *o = besa_option_table(); o->name; o++) {
         const size_t offset = AT(prune) + o->offset;
         const int listed = offset == AT(prune.method) || offset == AT(prune.rates.target);
-        const int is_for_besa = (o->flags & BESA_OPTION_BESA) != 0;
-        if (!o->flag || is_for_besa != for_besa) continue;
+        const int flags = o->flags & (BESA_OPTION_BESA | BESA_OPTION_WEIGHTS);
+        if (!o->flag || (size_t)flags != lookers) continue;
         option *made = &s->options[s->num_options++];
         made->name = o->flag;
         made->kind = o->flags & BESA_OPTION_ALL ? ROWS : kinds[o->kind];
@@ -151,7 +162,7 @@ static void make_options(settings *s)
 {
     for (size_t i = 0; i < sizeof own_options / sizeof own_options[0]; i++)
         if (own_options[i].name) s->options[s->num_options++] = own_options[i];
-        else add_library_options(s, own_options[i].kind == METHOD_BESA);
+        else add_library_options(s, own_options[i].offset);
 }
 
 typedef struct job job;
@@ -228,8 +239,8 @@ static double read_number(const settings *s, const option *o, const char *text)
 {
     if (o->kind == NUMBER || o->kind == ROWS || o->kind == SHARES) {
         const besa_option *limits = find_row(o);
-        const int whole = limits->kind != BESA_OPTION_DOUBLE;
-        const double x = parse_number(o, text, whole);
+        const int whole = limits->kind != BESA_OPTION_DOUBLE, minus = limits->least < 0 && text[0] == '-';
+        const double x = parse_number(o, text + minus, whole) * (minus ? -1 : 1);
         const int above = limits->flags & BESA_OPTION_ABOVE ? x > limits->least : x >= limits->least;
         const int below = limits->flags & BESA_OPTION_BELOW ? x < limits->most : x <= limits->most;
         if (!isfinite(x) || !above || !below)
@@ -249,7 +260,7 @@ static void write_number(const option *o, void *field, double x)
     const besa_option *limits = find_row(o);
     if (limits->kind == BESA_OPTION_INT64) *(int64_t *)field = (int64_t)x;
     else if (limits->kind != BESA_OPTION_DOUBLE) *(int *)field = (int)x;
-    else *(double *)field = x > 0 || !(limits->flags & BESA_OPTION_NONE) ? x : BESA_NONE;
+    else *(double *)field = x != 0 || !(limits->flags & BESA_OPTION_NONE) ? x : BESA_NONE;
 }
 
 /* The position of a word in "a|b|c", or -1. */
@@ -274,6 +285,41 @@ static void read_pattern(settings *s, const option *o, const char *text)
     s->prune.pattern_m = (int)of;
 }
 
+/* "3-5", or "3" alone */
+static void read_blocks(settings *s, const option *o, const char *text)
+{
+    const size_t a = number_length(text, 1), b = text[a] == '-' ? number_length(text + a + 1, 1) : 0;
+    const double first = strtod(text, NULL), last = b ? strtod(text + a + 1, NULL) : first;
+    if (!a || (text[a] && !b) || text[a + (b ? 1 + b : 0)] || last < first || last >= MAX_BLOCKS)
+        usage_error(s, "--%s: '%s' is not A-B with 0 <= A <= B < %d, as 0-3", o->name, text, MAX_BLOCKS);
+    s->prune.first_block = (int64_t)first;
+    s->prune.num_blocks = (int64_t)(last - first) + 1;
+}
+
+/* Numbers with blanks or lines between; once, as the command line is read again for every preset. */
+static void read_targets(settings *s, const option *o, const char *path)
+{
+    char word[64];
+    double sum = 0;
+    FILE *file = s->targets_path == path ? NULL : fopen(path, "r");
+    if (s->targets_path != path && !file) usage_error(s, "--%s: %s: %s", o->name, path, strerror(errno));
+    if (file) s->num_targets = 0;
+    while (file && fscanf(file, "%63s", word) == 1) {
+        const double x = number_length(word, 0) == strlen(word) ? strtod(word, NULL) : 0;
+        if (!(x > 0 && x < 1)) usage_error(s, "--%s: %s: '%s' is not a number above 0 and below 1", o->name, path, word);
+        if (s->num_targets == MAX_BLOCKS) usage_error(s, "--%s: %s: more than %d numbers", o->name, path, MAX_BLOCKS);
+        s->block_targets[s->num_targets++] = x;
+    }
+    if (file && ferror(file)) usage_error(s, "--%s: %s could not be read", o->name, path);
+    if (file) fclose(file);
+    if (!s->num_targets) usage_error(s, "--%s: %s: no numbers", o->name, path);
+    for (int64_t i = 0; i < s->num_targets; i++) sum += s->block_targets[i];
+    s->targets_path = path;
+    s->prune.block_targets = s->block_targets;
+    s->prune.num_block_targets = s->num_targets;
+    s->block_mean = sum / (double)s->num_targets;
+}
+
 /* "PATTERN=S"; the PATTERN of a SKIP has S = 0. */
 static void read_fixed(settings *s, const option *o, const char *text)
 {
@@ -288,15 +334,16 @@ static void read_fixed(settings *s, const option *o, const char *text)
     s->prune.num_fixed++;
 }
 
-/* "besa" or "besa:published-row" */
+/* "besa", "besa:published-row" or "wanda:weights" */
 static row read_row(const settings *s, const option *o, const char *word)
 {
     row r;
     const char *names = besa_option_table()->value; /* its first row is the method */
     int method = find_choice(names, word, strcspn(word, ":"));
     if (method < 0) usage_error(s, "--%s: '%s' is not one of %s", o->name, word, names);
-    if (method != BESA_METHOD_BESA && strchr(word, ':'))
-        usage_error(s, "--%s: '%s': only besa has presets", o->name, word);
+    const char *preset = strchr(word, ':');
+    if (method != BESA_METHOD_BESA && preset && strcmp(preset, ":weights"))
+        usage_error(s, "--%s: '%s': only besa has presets other than weights", o->name, word);
     snprintf(r.label, sizeof r.label, "%s", word);
     r.method = (besa_method)method;
     return r;
@@ -334,7 +381,7 @@ static void read_value(settings *s, const option *o, const char *text)
     void *field = (char *)s + o->offset;
     int choice;
     switch (o->kind) {
-    case HEADING: case METHOD: case METHOD_BESA: case FLAG: break;
+    case HEADING: case LIBRARY: case FLAG: break;
     case TEXT: *(const char **)field = text; break;
     case CHOICE:
         choice = find_choice(o->value, text, strlen(text));
@@ -343,6 +390,8 @@ static void read_value(settings *s, const option *o, const char *text)
         break;
     case PATTERN: read_pattern(s, o, text); break;
     case SKIP: case FIX: read_fixed(s, o, text); break;
+    case BLOCKS: read_blocks(s, o, text); break;
+    case TARGETS: read_targets(s, o, text); break;
     case METHODS: case SHARES: read_list(s, o, text); break;
     case NUMBER: write_number(o, field, read_number(s, o, text)); break;
     case ROWS: *(int64_t *)field = strcmp(text, "all") ? (int64_t)read_number(s, o, text) : BESA_ALL_ROWS; break;
@@ -353,12 +402,14 @@ static void read_value(settings *s, const option *o, const char *text)
     }
 }
 
-/* Options of the heading "BESA" mean nothing to other methods. */
+/* Options of these headings mean nothing to runs that do not learn so. */
 static void note_heading(settings *s, const option *o)
 {
     const option *heading = o;
     while (heading->kind != HEADING) heading--;
-    if (strcmp(heading->name, "BESA") == 0) s->besa_option = o->name;
+    if (strncmp(heading->name, "BESA", 4) == 0) s->besa_option = o->name;
+    if (strncmp(heading->name, "Learning", 8) == 0) s->learning_option = o->name;
+    if (strncmp(heading->name, "Weights", 7) == 0) s->weight_option = o->name;
 }
 
 /* The command's option of that name, or NULL. */
@@ -435,7 +486,7 @@ static void fill_lists(settings *s)
     if (s->num_rows == 0) read_list(s, find_option(s, "method"), methods);
     if (s->num_sparsities > 0) return;
     s->num_sparsities = 1;
-    s->sparsity[0] = has_pattern ? (double)s->prune.pattern_n / s->prune.pattern_m : 0.5;
+    s->sparsity[0] = has_pattern ? (double)s->prune.pattern_n / s->prune.pattern_m : s->prune.block_targets ? s->block_mean : 0.5;
 }
 
 enum { UNSET = -1 };
@@ -454,14 +505,17 @@ static void read_arguments(settings *s, const char *preset)
         else usage_error(s, "'%s' is one argument too many", s->arguments[i]);
     }
     if (s->command->bit == COMPARE) fill_lists(s);
-    if (s->prune.rates.target == UNSET) s->prune.rates.target = s->prune.pattern_m ? 0 : 0.5; /* 0: the pattern's */
+    s->has_sparsity = s->prune.rates.target != UNSET;
+    if (s->prune.rates.target == UNSET) /* 0: the pattern's */
+        s->prune.rates.target = s->prune.pattern_m ? 0 : s->prune.block_targets ? s->block_mean : 0.5;
 }
 
-/* The preset of a row: after the colon of its label, else --preset. */
+/* The preset of a row: after the colon of its label, else --preset; of best, other methods than besa have what they can. */
 static const char *row_preset(const settings *s, const row *r)
 {
     const char *colon = strchr(r->label, ':');
-    return colon ? colon + 1 : s->preset;
+    if (colon || !s->preset) return colon ? colon + 1 : s->preset;
+    return r->method != BESA_METHOD_BESA && !strcmp(s->preset, "best") ? "weights" : s->preset;
 }
 
 /* Where a file that need not exist would be: its directory without links, and its name. NULL: no such directory. */
@@ -538,9 +592,23 @@ static int uses_factor(besa_importance importance)
 static void check_methods(const settings *s)
 {
     unsigned methods = s->command->bit & ONE ? 1u << s->prune.method : 0;
+    int weights = s->prune.learn != BESA_LEARN_RATES;
+    if (s->command->bit & ONE && s->prune.method != BESA_METHOD_BESA && s->prune.learn == BESA_LEARN_BOTH)
+        usage_error(s, "--learn both is for --method besa, which has rates: --learn weights is for all methods");
     for (int i = 0; i < s->num_rows; i++) methods |= 1u << s->rows[i].method;
+    for (int i = -1; i < s->num_rows; i++) {
+        besa_prune_options o;
+        const char *preset = i < 0 ? s->preset : row_preset(s, &s->rows[i]);
+        memset(&o, 0, sizeof o);
+        weights |= preset && besa_preset(&o, preset, NULL) == BESA_OK && o.learn != BESA_LEARN_RATES;
+        if (i < 0 && s->command->bit & ONE && s->prune.method != BESA_METHOD_BESA && o.learn == BESA_LEARN_BOTH)
+            usage_error(s, "--preset %s is for --method besa: --preset weights is for all methods", preset);
+    }
     const int besa = (methods & 1u << BESA_METHOD_BESA) != 0, sparsegpt = (methods & 1u << BESA_METHOD_SPARSEGPT) != 0;
     if (s->besa_option && !besa) usage_error(s, "--%s is for --method besa", s->besa_option);
+    if (s->learning_option && !besa && !weights)
+        usage_error(s, "--%s is for what learns: --method besa or --learn weights", s->learning_option);
+    if (s->weight_option && !weights) usage_error(s, "--%s is for --learn weights or both", s->weight_option);
     if (s->prune.magnitude_per_row && !(methods & 1u << BESA_METHOD_MAGNITUDE))
         usage_error(s, "--per-row is for --method magnitude");
     if (s->prune.damping > 0 && !sparsegpt && !(besa && uses_factor(s->prune.importance)))
@@ -562,6 +630,12 @@ static void check_arguments(settings *s)
         usage_error(s, "--%s is for the CPU, not for --device cuda", s->threads ? "threads" : "bf16");
     if (!s->cuda && s->gpu.fp32) usage_error(s, "--fp32 is for --device cuda");
     if (s->report) check_report(s);
+    int keeps = s->command->bit & ONE && s->prune.method == BESA_METHOD_KEEP;
+    for (int i = 0; i < s->num_rows; i++) keeps |= s->rows[i].method == BESA_METHOD_KEEP;
+    if (keeps && !s->masks) usage_error(s, "--method keep wants --masks DIR, whose zeros it keeps");
+    if (!keeps && s->masks) usage_error(s, "--masks is for --method keep");
+    if (s->command->bit & ONE && keeps && s->has_sparsity)
+        usage_error(s, "--sparsity is not for --method keep, whose masks have one");
     check_methods(s);
     for (int i = 0; i < s->num_rows; i++) read_arguments(s, row_preset(s, &s->rows[i]));
     if (s->preset) read_arguments(s, s->preset);

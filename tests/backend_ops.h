@@ -1163,6 +1163,108 @@ static void ops_project(ops *t, const ops_case *c)
     ops_same(t, "n", n_, n, (size_t)R * 4);
 }
 
+/* Adam on the weights that are not masked; n[1] 1: weights near the dtype's smallest, which must not become 0 */
+static void ops_weight_step(ops *t, const ops_case *c)
+{
+    enum { STEPS = 5 };
+    int64_t n = c->n[0], wrong = 0;
+    double scale = c->n[1] ? c->dtype == BESA_F16 ? 3e-7 : 1e-37 : 1, unit = c->n[1] ? 2 * scale : 0.25;
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(1, 1, 0);
+    besa_weight_step o;
+    double *w = ops_random(t, n, scale), *w0 = ops_doubles(t, n), *m = ops_doubles(t, n), *v = ops_doubles(t, n), *got, *masked;
+    double *what = ops_doubles(t, n), *g = ops_doubles(t, n), *source;
+    float *grad_ = ops_float_out(t, n), *gf = ops_floats(t, n);
+    for (int64_t i = 0; i < n; i++) w[i] = ops_round(c->dtype, w[i]);
+    for (int64_t i = 0; i < n; i++) what[i] = i % 3 == 1 ? i % 2 ? 0.0 : -0.0 : w[i];
+    memcpy(w0, w, (size_t)n * sizeof *w);
+    memset(&o, 0, sizeof o);
+    o.lr = 0.1, o.beta1 = 0.9, o.beta2 = 0.99, o.eps = 1e-7, o.n = n, o.dtype = c->dtype, o.grad = grad_;
+    o.w = (float *)ops_float(t, w, n), o.m = (float *)ops_float(t, m, n), o.v = (float *)ops_float(t, v, n);
+    o.masked = ops_send(t, what, c->dtype, n);
+    o.source = c->dtype == BESA_F32 ? (void *)o.w : ops_send(t, w, c->dtype, n);
+    o.rms = (float *)ops_float(t, &unit, 1);
+    ops_workspace(t, &sizes);
+    for (o.step = 1; o.step <= STEPS; o.step++) {
+        for (int64_t i = 0; i < n; i++) gf[i] = (float)(1e-4 * sin((double)(i + 3 * o.step)) + (i % 7 ? 1e-5 : 3e-4 * w[i] / scale));
+        ops_call(t, be->upload(be, BESA_QUEUE_COMPUTE, grad_, gf, (size_t)n * 4), "upload");
+        ops_call(t, be->weight_step(be, &o), "weight_step");
+        for (int64_t i = 0; i < n; i++) {
+            double m1, v1, w1;
+            g[i] = (double)gf[i];
+            m1 = o.beta1 * m[i] + (1 - o.beta1) * g[i], v1 = o.beta2 * v[i] + (1 - o.beta2) * g[i] * g[i];
+            w1 = w[i] - o.lr * unit * m1 / (1 - pow(o.beta1, (double)o.step)) /
+                 (sqrt(v1 / (1 - pow(o.beta2, (double)o.step))) + o.eps);
+            if (what[i] == 0 || ops_round(c->dtype, w1) == 0) continue;
+            m[i] = m1, v[i] = v1, w[i] = w1;
+        }
+    }
+    if (ops_is(t, "perf")) {
+        OPS_TIME(t, (double)n * (c->dtype == BESA_F32 ? 36 : 34), "GB/s", ops_call(t, be->weight_step(be, &o), ""));
+        return;
+    }
+    got = ops_fetch(t, o.w, BESA_F32, n), masked = ops_fetch(t, o.masked, c->dtype, n);
+    source = ops_fetch(t, o.source, c->dtype, n);
+    for (int64_t i = 0; i < n; i++) {
+        double rounded = ops_round(c->dtype, got[i]);
+        wrong += source[i] != rounded || masked[i] != (what[i] == 0 ? what[i] : rounded) || (what[i] == 0 && got[i] != w0[i]);
+        wrong += (masked[i] == 0) != (what[i] == 0);
+        got[i] -= w0[i], w[i] -= w0[i];
+    }
+    if (wrong) ops_fail(t, "weights that are not as the mask and w have them", (double)wrong, 0);
+    if (c->n[1]) return;                        /* whether a step ends at 0 is a matter of rounding */
+    ops_near(t, "w", got, w, n, 1e-4);
+    ops_near(t, "m", ops_fetch(t, o.m, BESA_F32, n), m, n, 1e-4);
+    ops_near(t, "v", ops_fetch(t, o.v, BESA_F32, n), v, n, 1e-4);
+}
+
+static void ops_mask_zeros(ops *t, const ops_case *c)
+{
+    int64_t n = c->n[0];
+    double *w = ops_random(t, n, 1), *mask = ops_random(t, n, 1), *got;
+    besa_workload sizes = ops_sizes(1, 1, 0);
+    void *mask_, *w_;
+    int64_t wrong = 0;
+    for (int64_t i = 0; i < n; i++) {
+        if (i % 3 == 0) mask[i] = i % 2 ? 0.0 : -0.0;
+        if (i % 5 == 0) w[i] = -0.0;
+    }
+    mask_ = ops_send(t, mask, c->dtype, n), w_ = ops_send(t, w, c->dtype, n);
+    ops_workspace(t, &sizes);
+    ops_call(t, t->be->mask_zeros(t->be, mask_, w_, c->dtype, n), "mask_zeros");
+    got = ops_fetch(t, mask_, c->dtype, n);
+    for (int64_t i = 0; i < n; i++) {
+        double want = mask[i] == 0 || w[i] == 0 ? 0.0 : w[i];
+        wrong += got[i] != want || (want == 0 && signbit(got[i]));
+    }
+    if (wrong) ops_fail(t, "weights that are not as masked", (double)wrong, 0);
+}
+
+static void ops_rms(ops *t, const ops_case *c)
+{
+    int64_t n = c->n[0];
+    double *w = ops_random(t, n, 3), want = 0;
+    float *w_ = (float *)ops_float(t, w, n), *out_ = ops_float_out(t, 1);
+    besa_workload sizes = ops_sizes(1, 1, 0);
+    ops_workspace(t, &sizes);
+    for (int64_t i = 0; i < n; i++) want += w[i] * w[i];
+    want = sqrt(want / (double)n);
+    ops_call(t, t->be->rms(t->be, out_, w_, n), "rms");
+    ops_near(t, "rms", ops_fetch(t, out_, BESA_F32, 1), &want, 1, 1e-6);
+}
+
+static void ops_mix(ops *t, const ops_case *c)
+{
+    int64_t n = c->n[0];
+    double *y = ops_random(t, n, 1), *x = ops_random(t, n, 2), share = 0.375;
+    void *y_ = ops_act(t, y, n), *x_ = ops_act(t, x, n);
+    besa_workload sizes = ops_sizes(1, 1, 0);
+    ops_workspace(t, &sizes);
+    for (int64_t i = 0; i < n; i++) y[i] = (1 - share) * y[i] + share * x[i];
+    ops_call(t, t->be->mix(t->be, y_, x_, (float)share, n), "mix");
+    ops_near_act(t, "y", y_, y, n, 1e-6);
+}
+
 static void ops_optimizer(ops *t, const ops_case *c)
 {
     int64_t n = c->n[0];
@@ -1591,6 +1693,15 @@ static const ops_case ops_cases[] = {
     {"factor 576", ops_factor, {576}, BESA_F32, "p"}, {"factor 1536", ops_factor, {1536}, BESA_F32, "p"}, {"factor 4096", ops_factor, {4096}, BESA_F32, "p"},
     {"slab 1536x576", ops_slab, {1536, 576, 128, 128, 0, 0}, BESA_F32, "p"}, {"slab 2:4 1536x576", ops_slab, {1536, 576, 128, 128, 2, 4}, BESA_F32, "p"},
     {"push 1536x576", ops_slab, {1536, 576, 0, 128, 0, -1}, BESA_F32, "p"}, {"nll 512x49152", ops_nll, {1, 512, 49152, 64}, BESA_BF16, "p"},
+    {"weight step 1", ops_weight_step, {1}, BESA_F32, "t"}, {"weight step 20001", ops_weight_step, {20001}, BESA_F32, "t"},
+    {"weight step f16 20003", ops_weight_step, {20003}, BESA_F16, "t"}, {"weight step bf16 20002", ops_weight_step, {20002}, BESA_BF16, "t"},
+    {"weight step near 0", ops_weight_step, {1000, 1}, BESA_F32, "t"}, {"weight step f16 near 0", ops_weight_step, {1000, 1}, BESA_F16, "t"},
+    {"weight step bf16 near 0", ops_weight_step, {1000, 1}, BESA_BF16, "t"},
+    {"mask zeros 1", ops_mask_zeros, {1}, BESA_F32, "t"}, {"mask zeros 20001", ops_mask_zeros, {20001}, BESA_F32, "t"},
+    {"mask zeros f16 33", ops_mask_zeros, {33}, BESA_F16, "t"}, {"mask zeros bf16 20003", ops_mask_zeros, {20003}, BESA_BF16, "t"},
+    {"rms 1", ops_rms, {1}, BESA_F32, "t"}, {"rms 70001", ops_rms, {70001}, BESA_F32, "t"}, {"rms 3000003", ops_rms, {3000003}, BESA_F32, "t"},
+    {"mix 1", ops_mix, {1}, BESA_F32, "t"}, {"mix 20003", ops_mix, {20003}, BESA_F32, "t"},
+    {"weight step 4M", ops_weight_step, {4000000}, BESA_F32, "p"}, {"weight step bf16 4M", ops_weight_step, {4000000}, BESA_BF16, "p"},
 };
 enum { OPS_CASES = sizeof ops_cases / sizeof *ops_cases };
 

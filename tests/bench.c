@@ -457,7 +457,7 @@ static void bench_run(const besa_checkpoint *checkpoint, const int32_t *ids, int
                       besa_method method, int bf16)
 {
     static const char *const name[] = { "besa", "wanda", "sparsegpt", "magnitude" };
-    static const char *const pass[BESA_PASS_COUNT] = { "read", "dense", "rank", "learn", "commit", "write" };
+    static const char *const pass[BESA_PASS_COUNT] = { "read", "dense", "rank", "learn", "weights", "commit", "write" };
     besa_calibration c;
     besa_prune_options o;
     besa_plan_result plan;

@@ -306,6 +306,21 @@ static void watch_rates(besa_backend *be)
     });
 }
 
+static void watch_weights(besa_backend *be)
+{
+    WATCH(rms, [](float *, const float *, int64_t n) { return kernels(4 * static_cast<double>(n)); });
+    WATCH(weight_step, [](const besa_weight_step *o) { /* gradient, w, m and v in, w, m and v out; masked and source both ways */
+        double n = static_cast<double>(o->n), dtype = static_cast<double>(besa_dtype_size(o->dtype));
+        return kernels(n * (28 + (o->dtype == BESA_F32 ? 2 : 4) * dtype));
+    });
+    WATCH(mask_zeros, [](void *, const void *, besa_dtype dtype, int64_t n) {
+        return kernels(3 * static_cast<double>(n) * static_cast<double>(besa_dtype_size(dtype)));
+    });
+    WATCH(mix, [be](void *, const void *, float, int64_t n) {
+        return kernels(3 * static_cast<double>(n) * static_cast<double>(besa_dtype_size(be->activation_dtype)));
+    });
+}
+
 static void watch_sparsegpt(besa_backend *be)
 {
     WATCH(hessian_factor, [](float *, int32_t *, float, int64_t C) { /* two factors, an inverse, a product */
@@ -355,6 +370,7 @@ static besa_result open_watched(besa_backend *be, besa_error *error)
     watch_pieces(be);
     watch_masks(be);
     watch_rates(be);
+    watch_weights(be);
     watch_sparsegpt(be);
     return BESA_OK;
 }

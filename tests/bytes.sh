@@ -22,7 +22,7 @@ run()
     then
         {
             (cd "$work/out" && find . -type f | LC_ALL=C sort | while read -r file; do echo "$file"; cat "$file"; done)
-            sed -E '/"options": \{/d; s/"(seconds|read|dense|rank|learn|commit|write)": [0-9.e+-]+//g' "$work/report"
+            sed -E '/"options": \{/d; s/"seconds": (\{[^}]*\}|[0-9.e+-]+)//g' "$work/report"
         } | sha256sum | sed "s|-\$|$device $name|"
     else
         echo "failed: $device $name: $(tail -1 "$work/said")"
@@ -77,6 +77,11 @@ done <<'END'
 --no-projection
 --skip v_proj --fix layers.2=0.7
 --skip *.mlp.* --sparsity 0.4
+--preset best
+--learn weights --batch-size 4 --weight-epochs 1 --weight-warmup 0.2
+--method wanda --preset weights --pattern 2:4
+--dense-share 0.3 --depth-slope 0.2
+--blocks 1-2 --learn both --weight-lr 0.1
 END
 run "stories260K with a test" "$stories" "$stories/calibration_tokens.npy" --nsamples 6 --seqlen 64 \
     --test "$stories/test_tokens.npy" --test-seqlen 64 --windows 5

@@ -139,6 +139,45 @@ grep -q '^besa is left out: it has no N:M patterns$' "$work/log" || bad="$bad; i
 ! grep -q '^besa  ' "$work/log" || bad="$bad; a row for besa"
 done_with "a comparison with a pattern"
 
+# Presets, and what learns, are for those who can: best's rates are besa's alone.
+check 2 '--preset best is for --method besa' plan "$stories" --method wanda --preset best
+check 2 '--learn both is for --method besa' plan "$stories" --method wanda --learn both
+check 2 '--weight-lr is for --learn weights or both' plan "$stories" --weight-lr 0.1
+check 2 '--batch-size is for what learns' plan "$stories" --method wanda --batch-size 2
+check 2 'only besa has presets other than weights' compare "$stories" $data $text --method wanda:best
+check 0 '^memory ' plan "$stories" --seqlen 32 --method sparsegpt --preset weights --weight-lr 0.1 --batch-size 2
+check 0 '^besa:best ' compare "$stories" $data $text --method wanda:weights,besa:best,besa:weights --quiet
+grep -q '^wanda:weights ' "$work/log" || bad="$bad; no row wanda:weights"
+check 0 '^wanda ' compare "$stories" $data $text --method wanda,besa --preset best --quiet
+done_with "presets, and what learns"
+
+# Some blocks, a sparsity for each.
+for wrong in 3-1 a-b 1- -2 1-2-3 1024 ''; do
+    check 2 '^besa plan: --blocks' plan "$stories" "--blocks=$wrong"
+done
+check 1 'the model has blocks 0 to 4' plan "$stories" --blocks 3-5
+check 0 'sparsity 0.200000 .* target 0.2' prune "$stories" "$work/blocks" $data --blocks 1-2 --quiet
+printf '.4 .5\n.6 0.5 5e-1\n' >"$work/targets"
+check 0 'sparsity 0.500' prune "$stories" "$work/targets.out" $data --block-targets "$work/targets" --preset best --quiet
+for wrong in '.4 .5' '.4 .5 .6 .5 x' '.4 .5 .6 .5 1' ''; do
+    printf '%s' "$wrong" >"$work/wrong"
+    run plan "$stories" --block-targets "$work/wrong"
+    [ $got -ne 0 ] && grep -q 'block.targets' "$work/log" || bad="$bad; targets '$wrong': $(head -1 "$work/log")"
+done
+check 2 'No such file' plan "$stories" --block-targets "$work/none"
+check 0 'target 0.5' prune "$stories" "$work/slope" $data --depth-slope -0.2 --quiet
+done_with "blocks and their sparsities"
+
+# Masks of another checkpoint.
+check 2 'wants --masks' plan "$stories" --method keep
+check 2 '--masks is for --method keep' plan "$stories" --masks "$work/slope"
+check 2 '--sparsity is not for --method keep' plan "$stories" --method keep --masks "$work/slope" --sparsity .5
+check 0 'sparsity 0.2000' prune "$stories" "$work/kept" $data --method keep --masks "$work/blocks" --quiet
+cmp -s "$work/kept/model.safetensors" "$work/blocks/model.safetensors" || bad="$bad; other weights than those whose zeros were kept"
+check 0 'sparsity 0.2000' prune "$stories" "$work/learned" $data --method keep --masks "$work/blocks" --learn weights --quiet
+check 0 'nothing is pruned' prune "$stories" "$work/nothing" $data --method keep --masks "$stories" --quiet
+done_with "masks that are kept"
+
 # Rows of 64 and 172 weights cannot have 0.99 of them zero; half of them they can.
 check 0 'down_proj has sparsity 0.9884, not the 0.99 that it is fixed at' prune "$stories" "$work/narrow" $data \
     --method wanda --fix down_proj=0.99

@@ -814,24 +814,33 @@ static void check_close(double got, double want, double limit, const char *what,
 }
 
 /* The whole run on both backends: masks and losses */
-static void compare_pipelines(const char *name, besa_method method, int fp32, double masks, double losses)
+static void compare_pipelines(const char *name, besa_method method, int fp32, double masks, double losses,
+                              besa_learn learn = BESA_LEARN_RATES, double share = 0)
 {
     besa_backend cpu, cuda = cuda_backend(fp32);
     besa_error error;
     CHECK_OK(besa_cpu_backend(&cpu, NULL, &error), error);
     run a = run_of(method, 4, temp_path("%s-cpu", name)), b = run_of(method, 4, temp_path("%s-cuda", name));
+    for (run *r : {&a, &b}) {
+        r->options.learn = learn;
+        r->options.weight_epochs = 1;
+        r->options.dense_share = share;
+        if (learn != BESA_LEARN_RATES) r->options.dense_share = 0.5, r->options.batch_size = 2, r->options.epochs = 1;
+    }
     CHECK_OK(run_prune(&a, &cpu), a.error);
     CHECK_OK(run_prune(&b, &cuda), b.error);
     int64_t differ, total;
-    compare_weights(a.output, b.output, method == BESA_METHOD_SPARSEGPT, &differ, &total); /* it changes what it keeps */
+    int changes = method == BESA_METHOD_SPARSEGPT || learn != BESA_LEARN_RATES; /* what is kept */
+    compare_weights(a.output, b.output, changes, &differ, &total);
     CHECK(total > 0 && static_cast<double>(differ) < masks * static_cast<double>(total), "%lld of %lld weights differ",
           static_cast<long long>(differ), static_cast<long long>(total));
     for (int64_t i = 0; i < a.report.num_blocks && i < b.report.num_blocks; i++) {
         check_close(b.report.block[i].loss_all, a.report.block[i].loss_all, losses, "loss_all", i);
+        check_close(b.report.block[i].loss_masks, a.report.block[i].loss_masks, losses, "loss_masks", i);
         check_close(b.report.block[i].loss_uniform, a.report.block[i].loss_uniform, losses, "loss_uniform", i);
         check_close(b.report.block[i].sparsity, a.report.block[i].sparsity, 1e-3, "sparsity", i);
     }
-    if (method == BESA_METHOD_BESA && a.report.num_blocks > 0 && !g_sanitized)
+    if (method == BESA_METHOD_BESA && learn == BESA_LEARN_RATES && a.report.num_blocks > 0 && !g_sanitized)
         CHECK(fabs(a.report.block[0].loss_all / a.report.block[0].loss_uniform - 1) > 0.01, "nothing was learned: %g, uniform %g",
               a.report.block[0].loss_all, a.report.block[0].loss_uniform);
     if (getenv("TEST_VERBOSE"))
@@ -852,6 +861,12 @@ static void test_pipeline(void)
     TEST("pipeline, wanda, fp32") compare_pipelines("wanda32", BESA_METHOD_WANDA, 1, 1e-3, 0.01);
     TEST("pipeline, magnitude, fp32") compare_pipelines("magnitude32", BESA_METHOD_MAGNITUDE, 1, 1e-3, 0.01);
     TEST("pipeline, sparsegpt, fp32") compare_pipelines("sparsegpt32", BESA_METHOD_SPARSEGPT, 1, 1e-2, 0.02);
+    TEST("pipeline, besa and weights, fp32") compare_pipelines("both32", BESA_METHOD_BESA, 1, 1e-2, 0.02, BESA_LEARN_BOTH);
+    if (!g_sanitized) { /* the same kernels */
+        TEST("pipeline, besa and weights, bf16") compare_pipelines("both16", BESA_METHOD_BESA, 0, 0.1, 0.15, BESA_LEARN_BOTH);
+        TEST("pipeline, wanda's weights, fp32") compare_pipelines("learned32", BESA_METHOD_WANDA, 1, 1e-2, 0.02, BESA_LEARN_WEIGHTS);
+        TEST("pipeline, mixed reference, fp32") compare_pipelines("mix32", BESA_METHOD_BESA, 1, 1e-3, 0.01, BESA_LEARN_RATES, 0.5);
+    }
     TEST("a device that is too small") {
         run r = run_of(BESA_METHOD_BESA, 4, temp_path("small"));
         standin_set_memory(static_cast<size_t>(1) << 20);
@@ -885,6 +900,24 @@ static void test_pipeline(void)
             CHECK(total > 0 && differ <= (i == 1 ? total / 1000 : 0), "schedule %d: %lld of %lld weights differ", i - 1,
                   static_cast<long long>(differ), static_cast<long long>(total));
         }
+        standin_set_streams(STANDIN_LATE);
+        CHECK(standin_reports() == 0, "%s", standin_last_report());
+    }
+    TEST("pipeline, a mixed reference and weights, activations on the host, streams late and eager") {
+        int64_t differ, total;
+        for (int i = 0; i < 2; i++) {
+            besa_backend be = cuda_backend(1);
+            run r = run_of(BESA_METHOD_BESA, 6, temp_path("mixed-%d", i));
+            r.nsamples = 6, r.seqlen = g_race ? 6 : 24, r.options.epochs = 1, r.tightest = 1, r.options.dense_share = 0.5;
+            r.options.learn = BESA_LEARN_BOTH, r.options.weight_epochs = 1;
+            standin_set_streams(i ? STANDIN_EAGER : STANDIN_LATE);
+            CHECK_OK(run_prune(&r, &be), r.error);
+            CHECK(r.on_host == 3, "%d of the activations are on the host", r.on_host);
+            besa_report_free(&r.report);
+            be.destroy(&be);
+        }
+        compare_weights(temp_path("mixed-0"), temp_path("mixed-1"), 0, &differ, &total);
+        CHECK(total > 0 && differ == 0, "%lld of %lld weights differ", static_cast<long long>(differ), static_cast<long long>(total));
         standin_set_streams(STANDIN_LATE);
         CHECK(standin_reports() == 0, "%s", standin_last_report());
     }

@@ -215,7 +215,7 @@ static int64_t verify_layer(const besa_tensor *in, const besa_tensor *out, const
     int64_t R = in->shape[0], C = in->shape[1], zeros = 0, changed = 0, minus = 0, group_low = 0, group_high = 0, all_source = 0;
     int64_t group = o->rates.group_rows > 0 ? o->rates.group_rows : o->rates.group_rows == BESA_ALL_ROWS ? R : 1;
     size_t size = besa_dtype_size(in->dtype);
-    int updates = o->method == BESA_METHOD_SPARSEGPT;
+    int updates = o->method == BESA_METHOD_SPARSEGPT || o->learn != BESA_LEARN_RATES;
     const unsigned char *a = (const unsigned char *)in->data, *b = (const unsigned char *)out->data;
     for (int64_t r = 0; r < R; r++) {
         int64_t row = 0, in_group = 0, source = 0;
@@ -228,7 +228,7 @@ static int64_t verify_layer(const besa_tensor *in, const besa_tensor *out, const
             row += zero;
             in_group += zero;
             if (o->pattern_m && !fixed && (j + 1) % o->pattern_m == 0) {
-                CHECK(updates || source > 0 ? in_group >= o->pattern_n : in_group == o->pattern_n,
+                CHECK(o->method == BESA_METHOD_SPARSEGPT || source > 0 ? in_group >= o->pattern_n : in_group == o->pattern_n,
                       "%s: %d zeros in a group of row %d", in->name, (int)in_group, (int)r);
                 in_group = 0;
             }
@@ -261,6 +261,15 @@ static int64_t verify_layer(const besa_tensor *in, const besa_tensor *out, const
     return zeros;
 }
 
+/* The sparsity that a block is to have by these options; 0: it stays dense. */
+static double block_target(const besa_prune_options *o, int64_t index, int64_t blocks)
+{
+    int64_t at = index - o->first_block, count = o->num_blocks ? o->num_blocks : blocks - o->first_block;
+    if (at < 0 || at >= count) return 0;
+    if (o->num_block_targets) return o->block_targets[at];
+    return o->rates.target + (count > 1 ? o->depth_slope * ((double)at / (double)(count - 1) - 0.5) : 0);
+}
+
 /* The whole directory and the report that came with it. */
 static void verify(const setup *s)
 {
@@ -289,6 +298,9 @@ static void verify(const setup *s)
     CHECK(report->num_blocks == blocks && report->block, "the report has %d blocks", (int)report->num_blocks);
     for (int64_t n = 0; n < blocks; n++) {
         int64_t weights = 0, zeros = 0;
+        double target = block_target(o, n, blocks);
+        CHECK(report->block[n].target == target, "block %d: target %g in the report, expected %g", (int)n, report->block[n].target,
+              target);
         for (int l = 0; l < BESA_LAYERS; l++) {
             const besa_layer_report *lr = &report->block[n].layer[l];
             const besa_tensor *a, *b;
@@ -299,8 +311,8 @@ static void verify(const setup *s)
             a = besa_checkpoint_find(in, name);
             b = besa_checkpoint_find(out, name);
             for (int64_t i = 0; i < o->num_fixed && !f; i++) if (strstr(name, o->fixed[i].pattern)) f = &o->fixed[i];
-            z = verify_layer(a, b, o, f ? f->sparsity : o->rates.target, f != NULL);
-            if (f && f->sparsity == 0) CHECK(!memcmp(a->data, b->data, a->bytes), "%s changed", name);
+            z = target > 0 ? verify_layer(a, b, o, f ? f->sparsity : target, f != NULL) : lr->source_zeros;
+            if (target == 0 || (f && f->sparsity == 0)) CHECK(!memcmp(a->data, b->data, a->bytes), "%s changed", name);
             else if (f) CHECK(fabs((double)z - f->sparsity * (double)(a->shape[0] * a->shape[1])) <= (double)a->shape[0],
                               "%s: %d zeros at a fixed %g", name, (int)z, f->sparsity);
             if (!f) weights += a->shape[0] * a->shape[1], zeros += z;
@@ -312,12 +324,14 @@ static void verify(const setup *s)
                   fabs(lr->rate_mean - (double)z / (double)lr->weights) < 1e-6, "%s: rates %g %g %g", name, lr->rate_min,
                   lr->rate_mean, lr->rate_max);
         }
-        if (o->method == BESA_METHOD_BESA && !o->no_projection)
-            CHECK(zeros == (int64_t)floor(o->rates.target * (double)weights + 0.5), "block %d: %d zeros of %d at %g", (int)n,
-                  (int)zeros, (int)weights, o->rates.target);
+        if (o->method == BESA_METHOD_BESA && !o->no_projection && target > 0)
+            CHECK(zeros == (int64_t)floor(target * (double)weights + 0.5), "block %d: %d zeros of %d at %g", (int)n, (int)zeros,
+                  (int)weights, target);
     }
+    int64_t count = o->num_blocks ? o->num_blocks : blocks - o->first_block;
+    double wanted = count == blocks ? o->rates.target : o->rates.target * (double)count / (double)blocks;
     CHECK(report->weights == all && report->pruned == pruned &&
-          fabs(report->sparsity - (double)pruned / (double)all) < 1e-9 && report->target == o->rates.target,
+          fabs(report->sparsity - (double)pruned / (double)all) < 1e-9 && report->target == wanted,
           "report: %d of %d, files: %d of %d", (int)report->pruned, (int)report->weights, (int)pruned, (int)all);
     besa_checkpoint_close(in);
     besa_checkpoint_close(out);
@@ -428,7 +442,7 @@ static void test_patterns(void)
 /* Every way to parametrise and learn the rates: exact counts still, and an effect on the weights. */
 static void test_besa_options(void)
 {
-    enum { COUNT = 17 };
+    enum { COUNT = 22 };
     const char *plain = temp_path("plain");
     setup base = new_setup(plain, BESA_METHOD_BESA, 0.5);
     run_and_verify(&base);
@@ -454,6 +468,11 @@ static void test_besa_options(void)
         case 14: o->rates.candidates = 16; break;
         case 15: o->rates.zero_start = 1, o->rates.penalty = 8; break;
         case 16: o->rates.d_coef = 50, o->rates.penalty = BESA_NONE; break;
+        case 17: o->learn = BESA_LEARN_BOTH, o->weight_epochs = 1; break;
+        case 18: o->learn = BESA_LEARN_WEIGHTS, o->weight_epochs = 1, o->weight_warmup = 0.25; break;
+        case 19: o->learn = BESA_LEARN_BOTH, o->batch_size = 3, o->dense_share = 0.5, o->weight_lr = 0.1; break;
+        case 20: o->learn = BESA_LEARN_BOTH, o->no_projection = 1, o->dense_stream = 1; break;
+        case 21: o->dense_share = 0.75; break;
         }
         CHECK(run(&s) == BESA_OK, "case %d: %s", i, s.error.message);
         verify(&s);
@@ -462,6 +481,8 @@ static void test_besa_options(void)
             CHECK(isfinite(r->loss_uniform) && isfinite(r->loss_before) && isfinite(r->loss_after) && r->loss_after > 0 &&
                   r->loss_uniform > 0, "case %d block %d: losses %g %g %g", i, (int)b, r->loss_uniform, r->loss_before,
                   r->loss_after);
+            CHECK(o->learn ? r->loss_after < r->loss_masks : r->loss_after == r->loss_masks, "case %d block %d: losses %g, %g",
+                  i, (int)b, r->loss_masks, r->loss_after);
         }
         CHECK(compare_directories(plain, s.output, NULL, first) == 1, "case %d changes nothing", i);
         besa_report_free(&s.report);
@@ -565,20 +586,23 @@ static void test_preset_fields(void)
         { "published-row", "d_coef", 5 }, { "published-row", "no_projection", 1 },
         { "published-layer", "form", BESA_RATES_LAYER }, { "published-layer", "zero_start", 1 },
         { "published-layer", "penalty", 5 }, { "published-layer", "d_coef", 50 }, { "published-layer", "dense_stream", 1 },
-        { "published-layer", "no_projection", 1 } };
-    static const char *const preset[] = { "default", "published-row", "published-layer" };
+        { "published-layer", "no_projection", 1 }, { "best", "learn", BESA_LEARN_BOTH }, { "best", "dense_share", 0.5 },
+        { "weights", "learn", BESA_LEARN_WEIGHTS }, { "weights", "dense_share", 0.5 } };
+    static const char *const preset[] = { "default", "published-row", "published-layer", "best", "weights" };
     static const besa_fixed_rate fixed = { "v_proj", 0.25 };
     besa_error error;
-    for (int p = 0; p < 3; p++) {
+    for (int p = 0; p < 5; p++) {
         besa_prune_options o;
         memset(&o, 0x55, sizeof o);
         o.rates.target = 0.625, o.fixed = &fixed, o.num_fixed = 1, o.device_memory = 12345;
+        o.first_block = o.num_blocks = o.num_block_targets = 1, o.depth_slope = 0.625;
         o.progress = NULL, o.step = NULL, o.user = &error;
         CHECK_OK(besa_preset(&o, preset[p], &error), error);
         CHECK(o.fixed == &fixed && o.device_memory == 12345 && !o.progress && !o.step && o.user == &error,
               "%s changes what it should keep", preset[p]);
         for (const besa_option *row = besa_option_table(); row->name; row++) {
-            double want = !strcmp(row->name, "target") ? 0.625 : !strcmp(row->name, "num_fixed") ? 1 : 0;
+            double want = !strcmp(row->name, "target") || !strcmp(row->name, "depth_slope") ? 0.625
+                          : row->flags & BESA_OPTION_WHERE ? 1 : 0;
             double got = besa__option_get(row, (const char *)&o + row->offset);
             for (size_t i = 0; i < sizeof set / sizeof set[0]; i++)
                 if (!strcmp(set[i].preset, preset[p]) && !strcmp(set[i].field, row->name)) want = set[i].value;
@@ -938,14 +962,19 @@ static const struct bounds {
     { "lr", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" }, { "beta1", 'd', 0, 1, 0, 1, 1, "0 or more and below 1" },
     { "beta2", 'd', 0, 1, 0, 1, 1, "0 or more and below 1" }, { "weight_decay", 'd', 0, 1e30, 0, 1, 1, "0 or more and below 1e30" },
     { "d0", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" }, { "d_coef", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
-    { "method", 'i', 0, 3, 0, 0, 0, "besa_method" }, { "pattern_n", 'i', 0, 63, 0, 0, 0, "0 to 63" },
+    { "method", 'i', 0, 4, 0, 0, 0, "besa_method" }, { "pattern_n", 'i', 0, 63, 0, 0, 0, "0 to 63" },
     { "pattern_m", 'i', 0, 64, 0, 0, 0, "0 to 64" }, { "magnitude_per_row", 'i', 0, 1, 0, 0, 0, "0 or 1" },
     { "importance", 'i', 0, 3, 0, 0, 0, "besa_importance" }, { "damping", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
     { "epochs", 'l', 1, 1000000, 0, 0, 0, "1 to 1000000" }, { "batch_size", 'l', 1, 0, 0, 0, 0, "1 or more" },
     { "norm_all", 'i', 0, 1, 0, 0, 0, "0 or 1" }, { "dense_stream", 'i', 0, 1, 0, 0, 0, "0 or 1" },
+    { "dense_share", 'd', 0, 1, 0, 1, 0, "0 or more and below 1" }, { "learn", 'i', 0, 2, 0, 0, 0, "besa_learn" },
+    { "weight_epochs", 'l', 1, 1000000, 0, 0, 0, "1 to 1000000" }, { "weight_lr", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
+    { "weight_warmup", 'd', 0, 1, 0, 1, 1, "0 or more and below 1" },
     { "schedule", 'i', 0, 1, 0, 0, 0, "besa_schedule" }, { "warmup", 'd', 0, 1, 0, 1, 1, "0 or more and below 1" },
     { "steps", 'l', 1, 0, 0, 0, 0, "1 or more" },
     { "no_projection", 'i', 0, 1, 0, 0, 0, "0 or 1" }, { "num_fixed", 'l', 0, 0, 0, 0, 0, "0 or more" },
+    { "first_block", 'l', 0, 0, 0, 0, 0, "0 or more" }, { "num_blocks", 'l', 0, 0, 0, 0, 0, "0 or more" },
+    { "num_block_targets", 'l', 0, 0, 0, 0, 0, "0 or more" }, { "depth_slope", 'd', -1, 1, 1, 1, 0, "above -1 and below 1" },
 };
 
 /* A plan with one option set to x. */
@@ -991,7 +1020,7 @@ static void test_option_ranges(void)
         if (!CHECK(b < g_bounds + count, "%s has no range in this test", row->name)) break;
         int whole = b->kind != 'd', required = !strcmp(b->name, "target");
         double least = b->open_least ? nextafter(b->least, 1) : b->least, most = b->open_most ? nextafter(b->most, 0) : b->most;
-        double below = whole ? b->least - 1 : b->open_least ? -1e-9 : nextafter(b->least, -1);
+        double below = whole ? b->least - 1 : b->open_least ? b->least - 1e-9 : nextafter(b->least, -1);
         double above = whole ? b->most + 1 : b->open_most ? b->most : nextafter(b->most, INFINITY);
         if (b->most > 0 && !(b->kind == 'i' && b->most == 65535)) try_option(row, b, &be, checkpoint, most, 1);
         if (b->most > 0) try_option(row, b, &be, checkpoint, above, 0);
@@ -1196,19 +1225,169 @@ static void test_full_disk(void)
     discard(temp_path("whole"));
 }
 
+/* ---- sparsity over depth ----------------------------------------------------------------------- */
+
+/* Make one weight of a tensor NaN. */
+static void spoil_weight(const char *directory, const char *name)
+{
+    static const float bad = NAN;
+    besa_checkpoint *checkpoint = NULL;
+    besa_error error;
+    char file[600];
+    CHECK_OK(besa_checkpoint_open(&checkpoint, directory, &error), error);
+    if (!checkpoint) return;
+    int64_t at = (int64_t)besa_checkpoint_find(checkpoint, name)->offset;
+    besa_checkpoint_close(checkpoint);
+    snprintf(file, sizeof file, "%s/model.safetensors", directory);
+    int fd = open(file, O_RDWR);
+    CHECK(fd >= 0 && pwrite(fd, &bad, sizeof bad, at + 40) == sizeof bad, "%s", file);
+    close(fd);
+}
+
+/* Some blocks alone, and a sparsity for each, by every method: the others stay as they are, byte for byte, and all the rest is
+ * as it would be for a model of that target. */
+static void test_depth(void)
+{
+    static const double list[] = { 0.25, 0.75, 0.5, 0.375, 0.625 };
+    char first[256];
+    setup s = new_setup(temp_path("all"), BESA_METHOD_BESA, 0.5);
+    run_and_verify(&s);
+    s.output = temp_path("out"), s.options.first_block = 0, s.options.num_blocks = 5;
+    run_and_verify(&s);
+    CHECK(compare_directories(temp_path("all"), s.output, NULL, first) == 0, "blocks 0 to 4 are all: %s differs", first);
+    discard(s.output);
+    discard(temp_path("all"));
+    for (int method = 0; method < 4; method++)
+        for (int i = 0; i < 5; i++) {
+            s = new_setup(temp_path("out"), (besa_method)method, 0.5);
+            s.windows = 3;
+            if (i == 0) s.options.first_block = 1, s.options.num_blocks = 2;
+            if (i == 1) s.options.first_block = 4, s.options.depth_slope = 0.5; /* of one block: nothing */
+            if (i == 2) s.options.depth_slope = 0.3, s.options.learn = BESA_LEARN_WEIGHTS, s.options.weight_epochs = 1;
+            if (i == 3) s.options.block_targets = list, s.options.num_block_targets = 5;
+            if (i == 4) s.options.first_block = 2, s.options.depth_slope = -0.25, s.options.dense_share = 0.5;
+            run_and_verify(&s);
+            discard(s.output);
+        }
+    s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
+    s.options.first_block = 5;
+    expect(&s, BESA_ERROR_OPTION, "the model has blocks 0 to 4");
+    s.options.first_block = 3, s.options.num_blocks = 3;
+    expect(&s, BESA_ERROR_OPTION, "3 blocks from number 3 on");
+    s.options.num_blocks = INT64_MAX;
+    expect(&s, BESA_ERROR_OPTION, "the model has blocks 0 to 4");
+    s.options.first_block = s.options.num_blocks = 0, s.options.depth_slope = 0.99, s.options.rates.target = 0.25;
+    expect(&s, BESA_ERROR_OPTION, "block 0 would have a sparsity of -0.245");
+    s.options.rates.target = 0.5, s.options.block_targets = list, s.options.num_block_targets = 5;
+    expect(&s, BESA_ERROR_OPTION, "depth_slope");
+    s.options.depth_slope = 0, s.options.num_block_targets = 4;
+    expect(&s, BESA_ERROR_OPTION, "another length");
+    s.options.block_targets = NULL;
+    expect(&s, BESA_ERROR_OPTION, "block_targets is NULL");
+    s.options.block_targets = list, s.options.num_block_targets = 5, s.options.rates.target = 0.6;
+    expect(&s, BESA_ERROR_OPTION, "a mean of 0.5");
+    s.options.rates.target = 0.5, s.options.pattern_n = 2, s.options.pattern_m = 4;
+    expect(&s, BESA_ERROR_OPTION, "pattern of 2:4");
+    s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
+    s.options.depth_slope = 0.5, s.options.rates.penalty = 0.9 * 1e37 * 0.25; /* that a target of 0.25 cannot have */
+    expect(&s, BESA_ERROR_OPTION, "penalty");
+    /* a dense block that is not finite is found as any other */
+    fixture_random_llama(temp_path("bad"), 3, 64, 144, 4, 2, 64, BESA_F32);
+    spoil_weight(temp_path("bad"), "model.layers.2.mlp.up_proj.weight");
+    s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
+    s.source = temp_path("bad"), s.options.num_blocks = 2;
+    expect(&s, BESA_ERROR_NOT_FINITE, "model.layers.2.mlp.up_proj");
+    discard(s.output);
+}
+
+/* ---- weights that learn ----------------------------------------------------------------------- */
+
+/* How many weights of the first block are 0 in one output and not in the other; most of those that are in none have moved.
+ * (Later blocks are masked by what the first one puts out.) */
+static int64_t other_zeros(const char *directory, const char *like)
+{
+    besa_checkpoint *a = NULL, *b = NULL;
+    besa_error error;
+    int64_t others = 0, kept = 0, moved = 0;
+    CHECK_OK(besa_checkpoint_open(&a, directory, &error), error);
+    CHECK_OK(besa_checkpoint_open(&b, like, &error), error);
+    for (int64_t i = 0; a && b && i < besa_checkpoint_tensor_count(a); i++) {
+        const besa_tensor *x = besa_checkpoint_tensor(a, i), *y = besa_checkpoint_tensor(b, i);
+        size_t size = besa_dtype_size(x->dtype);
+        for (size_t k = 0; strstr(x->name, "layers.0.") && strstr(x->name, "_proj.weight") && k < x->bytes; k += size) {
+            int zero = !memcmp((const char *)x->data + k, "\0\0\0", size), zero_too = !memcmp((const char *)y->data + k, "\0\0\0", size);
+            others += zero != zero_too;
+            kept += !zero;
+            moved += !zero && memcmp((const char *)x->data + k, (const char *)y->data + k, size) != 0;
+        }
+    }
+    CHECK(moved > kept / 2, "%d of %d kept weights moved", (int)moved, (int)kept);
+    besa_checkpoint_close(a);
+    besa_checkpoint_close(b);
+    return others;
+}
+
+/* Masks stay as they are while weights learn, by every method and in every element type; and with steps too small for a
+ * float the output is that of the masks alone, whether weights learn after the rates or with them. */
+static void test_learned_weights(void)
+{
+    static const char *const model[] = { "llama_mha_f16", "llama3_gqa_tied_bf16", "qwen3_qknorm_f32" };
+    for (int i = 0; i < 12; i++) {
+        char source[512], first[256];
+        setup s = new_setup(temp_path("masks"), (besa_method)(i / 3), 0.5);
+        snprintf(source, sizeof source, "%s/checkpoints/%s", g_reference, model[i % 3]);
+        s.source = source;
+        if (i / 3 == BESA_METHOD_WANDA) s.options.pattern_n = 2, s.options.pattern_m = 4, s.options.rates.target = 0;
+        s.options.dense_share = 0.5;
+        CHECK_RUN(&s);
+        besa_report_free(&s.report);
+        s.output = temp_path("out");
+        s.options.learn = BESA_LEARN_WEIGHTS, s.options.weight_epochs = 2;
+        CHECK_RUN(&s);
+        verify_files(source, s.output);
+        besa_report_free(&s.report);
+        CHECK(other_zeros(s.output, temp_path("masks")) == 0, "case %d: weights that learned are pruned otherwise", i);
+        discard(s.output);
+        s.options.weight_lr = 1e-30;
+        for (int both = 0; both < (i / 3 == BESA_METHOD_BESA ? 2 : 1); both++) {
+            if (both) s.options.learn = BESA_LEARN_BOTH;
+            CHECK_RUN(&s);
+            besa_report_free(&s.report);
+            CHECK(compare_directories(temp_path("masks"), s.output, NULL, first) == 0, "case %d: %s differs", i, first);
+            discard(s.output);
+        }
+        discard(temp_path("masks"));
+    }
+    setup s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
+    s.options.learn = BESA_LEARN_WEIGHTS, s.options.weight_lr = 100; /* what diverges is said, and what overflows refused */
+    CHECK_RUN(&s);
+    CHECK(s.report.notes && strstr(s.report.notes, "learning made the loss of"), "no note: %s", s.report.notes ? s.report.notes : "");
+    besa_report_free(&s.report);
+    discard(s.output);
+    s.options.weight_lr = 1e29;
+    expect(&s, BESA_ERROR_NOT_FINITE, "weight_lr may be too large");
+    discard(s.output);
+    s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
+    s.options.learn = BESA_LEARN_BOTH;
+    expect(&s, BESA_ERROR_OPTION, "wanda has no rates");
+    s.options.learn = BESA_LEARN_WEIGHTS, s.options.dense_share = 0.5, s.options.dense_stream = 1;
+    expect(&s, BESA_ERROR_OPTION, "dense_share");
+}
+
 /* ---- determinism and memory ------------------------------------------------------------------ */
 
 static void test_threads(void)
 {
-    static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_SPARSEGPT, BESA_METHOD_WANDA };
+    static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_SPARSEGPT, BESA_METHOD_WANDA, BESA_METHOD_BESA };
     static const int threads[] = { 1, 2, 3, 8 };
-    for (int m = 0; m < 3; m++) {
+    for (int m = 0; m < 4; m++) {
         double ppl[4];
         for (int t = 0; t < 4; t++) {
             setup s = new_setup(temp_path("threads%d", threads[t]), method[m], 0.5);
             char first[256];
             s.threads = threads[t];
             s.windows = 8;
+            if (m == 3) s.options.learn = BESA_LEARN_BOTH, s.options.dense_share = 0.5, s.options.batch_size = 2;
             CHECK_RUN(&s);
             ppl[t] = s.report.perplexity;
             CHECK(ppl[t] == ppl[0], "%d threads: perplexity %.17g, one thread %.17g", threads[t], ppl[t], ppl[0]);
@@ -1362,12 +1541,16 @@ static double expected_flop(const setup *s)
     keys = 0.5 * (double)s->seqlen * q;         /* multiplications of one of the products of attention */
     learn = 2 * linear + 2 * 2 * keys + 4 * linear - 2 * d * (q + kv + kv) + 5 * 2 * keys;
     if (o->method == BESA_METHOD_MAGNITUDE) passes = 1 + (s->nsamples < 8 ? 1 : 8 / (double)s->nsamples); /* dense: as reported */
-    flop = (passes + o->dense_stream) * (2 * linear + 4 * keys);
+    if (o->learn != BESA_LEARN_RATES) passes = 2;
+    flop = (passes - 1) * (2 * linear + 4 * keys); /* of a block that is pruned; of all the pass to the next one, of both streams */
+    if (o->learn != BESA_LEARN_RATES) flop += (double)(o->weight_epochs ? o->weight_epochs : 3) * learn;
     if (o->method == BESA_METHOD_BESA) flop += (double)(o->epochs ? o->epochs : 1) * learn;
     if (o->method == BESA_METHOD_SPARSEGPT || o->importance >= BESA_IMPORTANCE_SPARSEGPT)
         flop += d * d + q * q + d * d + inner * inner; /* half of a Gram matrix */
     test = (2 * linear + 4 * 0.5 * 64 * q) * (double)c->num_hidden_layers + 2 * d * (double)c->vocab_size;
-    flop = flop * tokens * (double)c->num_hidden_layers + (double)(s->windows * 64) * test;
+    flop *= (double)(o->num_blocks ? o->num_blocks : c->num_hidden_layers);
+    flop += (1 + (o->dense_stream || o->dense_share > 0)) * (2 * linear + 4 * keys) * (double)c->num_hidden_layers;
+    flop = flop * tokens + (double)(s->windows * 64) * test;
     besa_checkpoint_close(checkpoint);
     return flop;
 }
@@ -1375,7 +1558,7 @@ static double expected_flop(const setup *s)
 /* What is allocated at the peak is what besa_plan said, to the byte, and all of it is given back. */
 static void test_plan(void)
 {
-    for (int i = 0; i < 9; i++) {
+    for (int i = 0; i < 14; i++) {
         setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
         double flop;
         besa_plan_result plan;
@@ -1391,6 +1574,12 @@ static void test_plan(void)
         case 6: s.options.rates.optimizer = BESA_ADAMW, s.options.rates.group_rows = 5, s.nsamples = 3; break;
         case 7: snprintf(model, sizeof model, "%s/checkpoints/qwen3_qknorm_f32", g_reference), s.source = model; break;
         case 8: s.windows = 40, s.options.epochs = 3; break;
+        case 9: s.options.learn = BESA_LEARN_BOTH, s.options.dense_share = 0.5; break;
+        case 13: s.options.first_block = 1, s.options.num_blocks = 2, s.options.dense_share = 0.5; break;
+        case 10: s.options.learn = BESA_LEARN_WEIGHTS, s.options.method = BESA_METHOD_MAGNITUDE, s.options.weight_epochs = 1; break;
+        case 11: s.options.learn = BESA_LEARN_WEIGHTS, s.options.method = BESA_METHOD_SPARSEGPT, s.options.dense_stream = 1; break;
+        case 12: snprintf(model, sizeof model, "%s/checkpoints/qwen2_bias_tied_bf16", g_reference), s.source = model;
+                 s.options.learn = BESA_LEARN_BOTH, s.nsamples = 300, s.options.batch_size = 150; break;
         }
         plan = plan_of(&s, &r);
         CHECK(r == BESA_OK, "case %d: %s", i, besa_result_string(r));
@@ -1620,7 +1809,7 @@ static void test_budget(void)
  * has the same bytes each time. */
 static void test_separate_memory(void)
 {
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < 6; i++) {
         setup s = new_setup(temp_path("whole"), i == 3 ? BESA_METHOD_SPARSEGPT : i == 4 ? BESA_METHOD_WANDA : BESA_METHOD_BESA, 0.5);
         besa_backend be;
         besa_plan_result plan;
@@ -1629,6 +1818,7 @@ static void test_separate_memory(void)
         size_t budget = 0;
         s.nsamples = 130, s.seqlen = 48, s.windows = 100;
         s.options.batch_size = i == 1 ? 3 : 1, s.options.norm_all = i == 1, s.options.dense_stream = i == 2;
+        if (i == 5) s.options.learn = BESA_LEARN_BOTH, s.options.weight_epochs = 1, s.options.dense_share = 0.5;
         run_and_verify(&s);
         s.output = temp_path("out");
         for (;; budget = plan.device_bytes - 1) {
@@ -1651,10 +1841,98 @@ static void test_separate_memory(void)
             discard(s.output);
             be.destroy(&be);
         }
-        CHECK(levels == (i < 3 ? 4 : 3) && on_host == (i < 3 ? 3 : 2), "options %d: %d levels, %d on the host", i, levels, on_host);
+        int learns = i < 3 || i == 5;
+        CHECK(levels == (learns ? 4 : 3) && on_host == (learns ? 3 : 2), "options %d: %d levels, %d on the host", i, levels, on_host);
         be.destroy(&be);
         discard(temp_path("whole"));
     }
+}
+
+/* ---- masks that are kept ----------------------------------------------------------------------- */
+
+/* Zeros are where `masks` or `source` have them; where same, all else is the source's. */
+static void check_kept(const char *output, const char *source, const char *masks, int same)
+{
+    besa_checkpoint *at[3] = { NULL, NULL, NULL };
+    const char *const directory[3] = { output, source, masks };
+    besa_error error;
+    int64_t wrong = 0, other = 0;
+    for (int i = 0; i < 3; i++) CHECK_OK(besa_checkpoint_open(&at[i], directory[i], &error), error);
+    for (int64_t i = 0; at[0] && at[1] && at[2] && i < besa_checkpoint_tensor_count(at[0]); i++) {
+        const besa_tensor *x = besa_checkpoint_tensor(at[0], i), *w = besa_checkpoint_find(at[1], x->name);
+        const besa_tensor *m = besa_checkpoint_find(at[2], x->name);
+        size_t size = besa_dtype_size(x->dtype), mask_size = besa_dtype_size(m->dtype), n = x->bytes / size;
+        for (size_t k = 0; strstr(x->name, "_proj.weight") && k < n; k++) {
+            const char *xk = (const char *)x->data + k * size, *wk = (const char *)w->data + k * size;
+            int gone = !memcmp((const char *)m->data + k * mask_size, "\0\0\0", mask_size) || !memcmp(wk, "\0\0\0", size);
+            wrong += gone != !memcmp(xk, "\0\0\0", size);
+            other += same && !gone && memcmp(xk, wk, size) != 0;
+        }
+    }
+    CHECK(wrong == 0 && other == 0, "%d weights masked otherwise, %d not the source's", (int)wrong, (int)other);
+    for (int i = 0; i < 3; i++) besa_checkpoint_close(at[i]);
+}
+
+/* What another run pruned is pruned again, weights between are the dense ones: of the same or another element type, by every
+ * method that made the masks, on a device of its own memory too; and kept weights that learn leave the zeros where they are. */
+static void test_keep(void)
+{
+    static const besa_dtype dtype[] = { BESA_F32, BESA_F16, BESA_BF16 };
+    besa_error error;
+    setup s;
+    for (int i = 0; i < 9; i++) {
+        besa_checkpoint *masks = NULL;
+        besa_backend be = counted_backend(0);
+        char first[256];
+        const char *source = temp_path("dense"), *pruned = temp_path("masks");
+        fixture_random_llama(temp_path("other"), 2, 64, 144, 4, 2, 64, dtype[i % 3]);
+        fixture_random_llama(source, 2, 64, 144, 4, 2, 64, dtype[i / 3]);
+        be.unified_memory = i % 2;
+        s = new_setup(pruned, i % 3 == 2 ? BESA_METHOD_SPARSEGPT : BESA_METHOD_WANDA, 0.5);
+        s.source = temp_path("other");
+        s.options.depth_slope = 0.2;
+        run_and_verify(&s);
+        CHECK_OK(besa_checkpoint_open(&masks, pruned, &error), error);
+        if (!masks) return;
+        s = new_setup(temp_path("out"), BESA_METHOD_KEEP, 0);
+        s.source = source, s.be = &be, s.options.masks = masks;
+        CHECK_RUN(&s);
+        CHECK(s.report.target == s.report.sparsity && s.report.sparsity > 0.45 && s.report.block[0].target == s.report.block[0].sparsity,
+              "target %g, sparsity %g", s.report.target, s.report.sparsity);
+        besa_report_free(&s.report);
+        check_kept(s.output, source, pruned, 1);
+        if (dtype[i % 3] == dtype[i / 3] && i % 3 != 2) /* wanda's own output: its weights were the dense ones */
+            CHECK(compare_directories(pruned, s.output, NULL, first) == 0, "case %d: %s differs", i, first);
+        discard(s.output);
+        s.options.learn = BESA_LEARN_WEIGHTS, s.options.weight_epochs = 1, s.options.dense_share = 0.5;
+        CHECK_RUN(&s);
+        besa_report_free(&s.report);
+        check_kept(s.output, source, pruned, 0);
+        discard(s.output);
+        besa_checkpoint_close(masks);
+        be.destroy(&be);
+        discard(pruned);
+        discard(source);
+        discard(temp_path("other"));
+    }
+    s = new_setup(temp_path("out"), BESA_METHOD_KEEP, 0.5);
+    expect(&s, BESA_ERROR_OPTION, "masks is NULL");
+    besa_checkpoint *stories = NULL;
+    CHECK_OK(besa_checkpoint_open(&stories, g_stories, &error), error);
+    s.options.masks = stories, s.options.method = BESA_METHOD_WANDA;
+    expect(&s, BESA_ERROR_OPTION, "makes its own");
+    s.options.method = BESA_METHOD_KEEP, s.options.pattern_n = 2, s.options.pattern_m = 4;
+    expect(&s, BESA_ERROR_OPTION, "a pattern is given");
+    s.options.pattern_n = s.options.pattern_m = 0, s.options.depth_slope = 0.1;
+    expect(&s, BESA_ERROR_OPTION, "depth_slope is given");
+    s.options.depth_slope = 0;
+    fixture_random_llama(temp_path("dense"), 5, 64, 144, 4, 2, 64, BESA_F32);
+    s.source = temp_path("dense");
+    expect(&s, BESA_ERROR_OPTION, "of the masks' checkpoint is");
+    fixture_random_llama(temp_path("other"), 1, 64, 144, 4, 2, 64, BESA_F32);
+    s.source = temp_path("other");
+    expect(&s, BESA_ERROR_OPTION, "has 5 blocks, the model 1");
+    besa_checkpoint_close(stories);
 }
 
 /* ---- seconds --------------------------------------------------------------------------------- */
@@ -1966,13 +2244,16 @@ static setup kind_setup(const char *output, int kind)
     if (kind == 3) s.options.method = BESA_METHOD_SPARSEGPT;
     if (kind == 4) s.options.method = BESA_METHOD_WANDA;
     if (kind == 5) s.options.importance = BESA_IMPORTANCE_SPARSEGPT_SQUARED;
+    if (kind == 6) s.options.learn = BESA_LEARN_BOTH, s.options.dense_share = 0.5;
+    if (kind == 7) s.options.method = BESA_METHOD_WANDA, s.options.learn = BESA_LEARN_WEIGHTS, s.options.batch_size = 5;
+    if (kind == 8) s.options.first_block = 1, s.options.num_blocks = 2, s.options.depth_slope = 0.25, s.options.dense_share = 0.5;
     return s;
 }
 
 /* The dense model's own stream goes on where it was too: every kind of run, stopped twice in every block. */
 static void test_cancel_kinds(void)
 {
-    for (int kind = 0; kind < 6; kind++) {
+    for (int kind = 0; kind < 9; kind++) {
         const char *whole = temp_path("whole");
         int64_t calls, blocks = 0;
         char first[256];
@@ -2006,7 +2287,7 @@ static void test_cancel_kinds(void)
             CHECK(compare_directories(whole, s.output, NULL, first) == 0, "kind %d, stop %d: %s differs", kind, (int)stop, first);
             discard(s.output);
         }
-        CHECK(blocks >= (own ? 3 : 4), "kind %d was stopped after %d blocks at most", kind, (int)blocks);
+        CHECK(blocks >= (own || kind == 8 ? 3 : 4), "kind %d was stopped after %d blocks at most", kind, (int)blocks);
         be.destroy(&be);
         discard(whole);
     }
@@ -2033,9 +2314,12 @@ static const struct option_case {
     FIELD(rates.d_coef, 4, LEARNED), FIELD(rates.schedule, BESA_SCHEDULE_COSINE, LEARNED),
     FIELD(rates.warmup, 0.25, LEARNED), FIELD(rates.steps, 7, 0), FIELD(importance, BESA_IMPORTANCE_MAGNITUDE, LEARNED), FIELD(epochs, 2, LEARNED),
     FIELD(batch_size, 2, LEARNED), FIELD(norm_all, 1, LEARNED), FIELD(dense_stream, 1, LEARNED), FIELD(no_projection, 1, LEARNED),
+    FIELD(dense_share, 0.25, LEARNED), FIELD(learn, BESA_LEARN_WEIGHTS, ALL), FIELD(weight_epochs, 2, 0), FIELD(weight_lr, 0.1, 0),
+    FIELD(weight_warmup, 0.5, 0), FIELD(first_block, 1, ALL), FIELD(num_blocks, 2, ALL), FIELD(depth_slope, 0.25, ALL),
     FIELD(magnitude_per_row, 1, 1u << BESA_METHOD_MAGNITUDE), FIELD(damping, 0.02, 1u << BESA_METHOD_SPARSEGPT), FIELD(device_memory, 1e9, 0),
     /* not by a number: the test has cases of their own for these, and callbacks decide nothing */
     FIELD(method, -1, 0), FIELD(pattern_n, -1, 0), FIELD(pattern_m, -1, 0), FIELD(fixed, -1, 0), FIELD(num_fixed, -1, 0),
+    FIELD(block_targets, -1, 0), FIELD(num_block_targets, -1, 0), FIELD(masks, -1, 0),
     FIELD(progress, -1, 0), FIELD(step, -1, 0), FIELD(user, -1, 0)
 };
 
@@ -2084,6 +2368,7 @@ static void test_resume_options(void)
                                              { "v_proj", -0.0 } };
     static const char *const named[] = { "method", "fixed", "fixed", "fixed", "fixed", "fixed", "tokens", "sequences", "tokens",
                                          "backend" };
+    static const double targets[] = { 0.6, 0.4, 0.5, 0.4, 0.6, 0.6 };
     unsigned char covered[sizeof(besa_prune_options)] = { 0 };
     size_t run_length = 0, longest = 0, count = sizeof g_options / sizeof *g_options;
     for (size_t i = 0; i < count; i++) memset(covered + g_options[i].offset, 1, g_options[i].size);
@@ -2137,13 +2422,34 @@ static void test_resume_options(void)
         }
         discard(base.output);
     }
-    for (int i = 0; i < 8; i++) {               /* changes between two settings other than the default */
+    for (int i = 0; i < 8; i++) {               /* what a run of wanda looks at where its weights learn */
+        setup base = small_setup(temp_path("out")), s;
+        base.options.method = BESA_METHOD_WANDA, base.options.learn = BESA_LEARN_WEIGHTS;
+        g_progress.stop_at = -2;
+        CHECK(run(&base) == BESA_ERROR_CANCELLED, "%s", base.error.message);
+        besa_report_free(&base.report);
+        s = base;
+        switch (i) {
+        case 0: s.options.weight_epochs = 2; break;
+        case 1: s.options.weight_lr = 0.1; break;
+        case 2: s.options.weight_warmup = 0.5; break;
+        case 3: s.options.batch_size = 2; break;
+        case 4: s.options.norm_all = 1; break;
+        case 5: s.options.dense_stream = 1; break;
+        case 6: s.options.dense_share = 0.5; break;
+        case 7: s.options.epochs = 2; break;    /* of the rates */
+        }
+        CHECK(refused(&s, base) == (i < 7), "learning weights, changed setting %d", i);
+        discard(base.output);
+    }
+    for (int i = 0; i < 9; i++) {               /* changes between two settings other than the default */
         setup base = small_setup(temp_path("out")), s;
         if (i < 2) base.options.fixed = fixed, base.options.num_fixed = 1;
         if (i == 2 || i == 3 || i == 6) base.options.importance = BESA_IMPORTANCE_SPARSEGPT;
         if (i == 4) base.options.method = BESA_METHOD_WANDA, base.options.pattern_n = 2, base.options.pattern_m = 4;
         if (i == 5) base.options.rates.optimizer = BESA_ADAMW;
         if (i == 7) base.options.fixed = fixed + 3, base.options.num_fixed = 1;
+        if (i == 8) base.options.block_targets = targets, base.options.num_block_targets = 5;
         g_progress.stop_at = -2;
         CHECK(run(&base) == BESA_ERROR_CANCELLED, "%s", base.error.message);
         besa_report_free(&base.report);
@@ -2157,6 +2463,7 @@ static void test_resume_options(void)
         case 5: s.options.rates.d_coef = 3, s.options.rates.d0 = 1e-3; break; /* which AdamW does not have */
         case 6: s.options.damping = 0.02; break;
         case 7: s.options.fixed = fixed + 4; break; /* -0, which is 0 */
+        case 8: s.options.block_targets = targets + 1; break;
         }
         CHECK(refused(&s, base) == (i != 5 && i != 7), "changed setting %d", i);
         discard(base.output);
@@ -2578,6 +2885,9 @@ int main(int argc, char **argv)
     TEST("bad tokens") test_bad_tokens();
     TEST("output place") test_output_place();
     TEST("full disk") test_full_disk();
+    TEST("sparsity over depth") test_depth();
+    TEST("masks that are kept") test_keep();
+    TEST("weights that learn") test_learned_weights();
     TEST("threads") test_threads();
     TEST("plan") test_plan();
     TEST("shards, and no report") test_shards();

@@ -11,7 +11,7 @@
 #include "test.h"
 
 enum { SEQUENCES = 11, SEQLEN = 16, TOKENS = SEQUENCES * SEQLEN, WIDTH = 132, KV_WIDTH = 44, INNER = 141, DEAD = 5,
-       CANDIDATES = 9, ROWS = 3 * WIDTH + 2 * KV_WIDTH + 2 * INNER, MOST_STEPS = 2 * SEQUENCES };
+       CANDIDATES = 9, ROWS = 3 * WIDTH + 2 * KV_WIDTH + 2 * INNER, MOST_STEPS = 4 * SEQUENCES };
 
 static const char *g_reference;
 static besa_backend g_be;
@@ -175,12 +175,15 @@ static besa_result record_step(void *user, const besa_step *step)
     recorded *now = &r->step[step->step - 1], *next = now + 1;
     float *theta, *grad;
     r->steps = step->step;
+    now->loss = *step->loss;
+    for (int l = 0; l < BESA_LAYERS; l++)
+        now->what[l] = (float *)copy_of(r->pruned[l], (size_t)(r->m->rows[l] * r->m->columns[l]) * sizeof(float));
+    CHECK((step->rates != NULL) == (r->options.method == BESA_METHOD_BESA), "rates of a method without them, or none");
+    if (!step->rates) return BESA_OK;
     r->parameters = besa_rates_parameters(step->rates, &theta, &grad);
     if (step->step == 1) now->theta = take_floats(r->parameters);
     now->grad = (float *)copy_of(grad, (size_t)r->parameters * sizeof *grad);
-    now->loss = *step->loss;
     for (int l = 0, row = 0; l < BESA_LAYERS; row += (int)r->m->rows[l++]) {
-        now->what[l] = (float *)copy_of(r->pruned[l], (size_t)(r->m->rows[l] * r->m->columns[l]) * sizeof(float));
         if (besa_rates_read(step->rates, l, now->alpha + row, now->n + row, &g_error) != BESA_OK) return g_error.code;
     }
     next->theta = random_floats(r->parameters, 2);
@@ -198,6 +201,8 @@ static size_t size_of(const besa_pruner *pruner)
     return besa__pruner_size(&counted, 0);
 }
 
+static int learns(const besa_prune_options *o) { return o->method == BESA_METHOD_BESA || o->learn != BESA_LEARN_RATES; }
+
 /* Run the pruner within `budget` bytes, 0 for all there are; returns whether that was enough. */
 static int run_pruner(run *r, const model *m, const besa_prune_options *o, int64_t sequences, size_t budget)
 {
@@ -208,7 +213,7 @@ static int run_pruner(run *r, const model *m, const besa_prune_options *o, int64
     g_ops.random = 11;
     r->m = m, r->options = *o, r->sequences = sequences;
     r->options.device_memory = budget, r->options.user = r;
-    if (o->method == BESA_METHOD_BESA) r->options.step = record_step;
+    if (learns(o)) r->options.step = record_step;
     r->x = (float *)copy_of(m->x, bytes), r->dense_x = (float *)copy_of(m->dense_x, bytes);
     for (int l = 0; l < BESA_LAYERS; l++) r->pruned[l] = take((size_t)(m->rows[l] * m->columns[l]) * sizeof(float));
     result = besa_pruner_create(&pruner, &g_be, &m->block.shape, BESA_F32, 0, &r->options, sequences, SEQLEN, &g_error);
@@ -216,8 +221,8 @@ static int run_pruner(run *r, const model *m, const besa_prune_options *o, int64
     CHECK_OK(result, g_error);
     if (!pruner) return 0;
     r->chunk = pruner->micro_batch, r->bytes = size_of(pruner);
-    CHECK_OK(besa_pruner_run(pruner, &m->block, "block.", r->x, o->dense_stream ? r->dense_x : NULL, r->pruned, &r->report,
-                             &g_error), g_error);
+    CHECK_OK(besa_pruner_run(pruner, &m->block, "block.", r->x, o->dense_stream || o->dense_share > 0 ? r->dense_x : NULL,
+                             r->pruned, &r->report, &g_error), g_error);
     if (pruner->rates.alpha) memcpy(r->alpha, pruner->rates.alpha, sizeof r->alpha);
     besa_pruner_destroy(pruner);
     return 1;
@@ -331,14 +336,22 @@ static void norms_of(const float *yref, int64_t first, int64_t count, double *no
 /* Those that sequence s is normalised by; returns over how many sequences they are. */
 static int64_t batch_norms(const run *r, const float *yref, int64_t reference, int64_t s, double *norm2)
 {
-    int64_t batch = r->options.batch_size && r->options.method == BESA_METHOD_BESA ? r->options.batch_size : 1;
+    int64_t batch = r->options.batch_size && learns(&r->options) ? r->options.batch_size : 1;
     int64_t first = r->options.norm_all ? 0 : s / batch * batch, count = r->options.norm_all ? reference : batch;
     if (first + count > reference) count = reference - first;
     norms_of(yref, first, count, norm2);
     return count;
 }
 
-static const float *reference_of(const run *r) { return r->options.dense_stream ? r->m->y_dense : r->m->yref; }
+/* What is aimed at; good until the next call. */
+static const float *reference_of(const run *r)
+{
+    static float mixed[TOKENS * WIDTH];
+    double share = r->options.dense_stream ? 1 : r->options.dense_share;
+    for (int i = 0; i < TOKENS * WIDTH; i++)
+        mixed[i] = (float)((1 - share) * (double)r->m->yref[i] + share * (double)r->m->y_dense[i]);
+    return mixed;
+}
 
 /* (1/d) sum ((Yref - Y) / norm)^2 of the first `shown` sequences, batches weighted by their size. */
 static double report_loss(const run *r, const float *y, int64_t shown, int64_t reference)
@@ -526,8 +539,8 @@ static void check_pruned(const run *r, const int32_t *n)
 /* The report's losses, the rate, and what the block leaves in x and dense_x. */
 static void check_report(const run *r, int32_t *const rank[BESA_LAYERS], double mean)
 {
-    int64_t N = r->sequences, count = N * SEQLEN * WIDTH, learns = r->options.method == BESA_METHOD_BESA;
-    int64_t shown = N < 8 ? N : 8, reference = learns ? N : shown;
+    int64_t N = r->sequences, count = N * SEQLEN * WIDTH;
+    int64_t shown = N < 8 ? N : 8, reference = learns(&r->options) ? N : shown;
     float *y = take_floats(TOKENS * WIDTH);
     besa_activations acts = r->m->acts;
     besa_block b = r->m->block;
@@ -539,7 +552,9 @@ static void check_report(const run *r, int32_t *const rank[BESA_LAYERS], double 
     check_number("loss_after", r->report.loss_after, report_loss(r, y, shown, reference), 2e-5);
     rest = report_loss(r, y, reference, reference);
     check_number("loss_all", r->report.loss_all, rest, 2e-5);
-    if (!learns) return;
+    if (r->options.learn != BESA_LEARN_RATES) return;
+    check_number("loss_masks", r->report.loss_masks, r->report.loss_after, 0);
+    if (!learns(&r->options)) return;
     check_number("mean_rate", r->report.mean_rate, mean, 1e-6);
     for (int l = 0, row = 0; l < BESA_LAYERS; l++)
         for (int64_t q = 0; q < r->m->rows[l]; q++) {
@@ -580,6 +595,125 @@ static void test_learning(const model *m, const besa_prune_options *o, int64_t s
     }
     g_be.gradient_bytes = 0;
     CHECK(levels > 3 && chunk == 1, "the smallest pieces are of %d sequences", (int)chunk);
+}
+
+/* ---- kept weights that learn ------------------------------------------------------------------ */
+
+typedef struct moving {                         /* a layer's weights and Adam's moments */
+    double *w, *m, *v, rms;
+} moving;
+
+/* The learning rate of step s (from 0) of `steps`: up in the warm-up's steps, then down a half cosine. */
+static double weight_rate(const besa_prune_options *o, int64_t s, int64_t steps)
+{
+    double lr = o->weight_lr ? o->weight_lr : 0.2, rise = floor(o->weight_warmup * (double)steps);
+    if ((double)s < rise) return lr * (double)(s + 1) / (rise + 1);
+    return lr * 0.5 * (1 + cos(3.14159265358979 * ((double)s - rise) / ((double)steps - rise)));
+}
+
+/* Adam's step number `step` (from 1) of a layer's weights that `what` has not at 0; what becomes what it must be after it. */
+static void move_weights(moving *layer, float *what, const float *grad, int64_t n, double lr, int64_t step)
+{
+    for (int64_t i = 0; i < n; i++) {
+        double g = (double)grad[i];
+        if (what[i] == 0) continue;
+        layer->m[i] = 0.9 * layer->m[i] + 0.1 * g;
+        layer->v[i] = 0.999 * layer->v[i] + 0.001 * g * g;
+        layer->w[i] -= lr * layer->rms * layer->m[i] / (1 - pow(0.9, (double)step)) /
+                       (sqrt(layer->v[i] / (1 - pow(0.999, (double)step))) + 1e-12);
+        what[i] = (float)layer->w[i];
+    }
+}
+
+/* One step: the masks of its weights, its loss, and how far the kept weights have come. Masks are those of the rates, or in
+ * the weights' pass those of the result. The layers go on from what was recorded. */
+static void check_weight_step(const run *r, moving layer[BESA_LAYERS], int64_t s, int64_t rate_steps, int32_t *const rank[])
+{
+    const besa_prune_options *o = &r->options;
+    const recorded *step = &r->step[s];
+    recorded before = *step;
+    int64_t batch = o->batch_size ? o->batch_size : 1, batches = (r->sequences + batch - 1) / batch, pass = s % batches;
+    int64_t first = pass * batch, count = first + batch > r->sequences ? r->sequences - first : batch;
+    int64_t started = o->learn == BESA_LEARN_BOTH ? 0 : rate_steps;
+    int moves = s >= started, wrong = 0, masks = 0;
+    double lr = weight_rate(o, s - started, r->steps - started);
+    gradients g;
+    for (int l = 0, row = 0; l < BESA_LAYERS; row += (int)r->m->rows[l++]) {
+        int64_t C = r->m->columns[l], n = r->m->rows[l] * C;
+        const float *pruned = (const float *)r->pruned[l];
+        before.what[l] = take_floats(n);
+        for (int64_t i = 0; i < n; i++) {
+            int gone = weight_of(r->m, l)[i] == 0 || (s < rate_steps ? rank[l][i] < step->n[row + i / C] : pruned[i] == 0);
+            before.what[l][i] = step->what[l][i] == 0 ? 0 : (float)layer[l].w[i];
+            masks += gone != (step->what[l][i] == 0); /* scores a rounding apart */
+        }
+    }
+    check_number("a step's loss", (double)step->loss, batch_loss(r, &before, first, count, &g), 5e-5);
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        int64_t n = r->m->rows[l] * r->m->columns[l];
+        double *way = (double *)take((size_t)n * sizeof *way);
+        float *went = take_floats(n);
+        if (moves && fixed_rate(o, l) != 0) {
+            for (int64_t i = 0; i < n; i++) way[i] = -(double)before.what[l][i];
+            for (int64_t i = 0; i < n; i++) went[i] = step->what[l][i] - before.what[l][i];
+            move_weights(&layer[l], before.what[l], g.dw[l], n, lr / sqrt((double)r->m->columns[l]), s - started + 1);
+            for (int64_t i = 0; i < n; i++) way[i] += (double)before.what[l][i];
+            CHECK_CLOSE(besa_layer_name(l), went, way, n, 1e-2); /* of a gradient near 0 the sign is rounding, and a step its sign */
+        } else
+            for (int64_t i = 0; i < n; i++) wrong += step->what[l][i] != before.what[l][i];
+        for (int64_t i = 0; i < n; i++)
+            if (step->what[l][i] != 0) layer[l].w[i] = (double)step->what[l][i];
+    }
+    CHECK(wrong <= 4 && masks <= 4, "step %d: %d weights moved, %d are masked otherwise", (int)s + 1, wrong, masks);
+}
+
+/* Rates and weights, or weights alone, step by step, whatever memory there is. */
+static void test_weights(const model *m, const besa_prune_options *o, int64_t sequences)
+{
+    static run r;
+    int32_t *rank[BESA_LAYERS];
+    int64_t batch = o->batch_size ? o->batch_size : 1, batches = (sequences + batch - 1) / batch;
+    int64_t rate_steps = o->method == BESA_METHOD_BESA ? batches * (o->epochs ? o->epochs : 1) : 0;
+    size_t budget = 0;
+    int levels = 0;
+    for (int l = 0; l < BESA_LAYERS; l++) rank[l] = ranks_of(m, l, sequences * SEQLEN, o->importance);
+    for (; run_pruner(&r, m, o, sequences, budget); budget = r.bytes - 1, levels++) {
+        moving layer[BESA_LAYERS];
+        besa_block b = m->block;
+        float *y = take_floats(TOKENS * WIDTH);
+        besa_activations acts = m->acts;
+        int64_t shown = sequences < 8 ? sequences : 8;
+        CHECK(r.steps == rate_steps + batches * (o->weight_epochs ? o->weight_epochs : 3), "%d steps", (int)r.steps);
+        for (int l = 0; l < BESA_LAYERS; l++) {
+            int64_t n = m->rows[l] * m->columns[l];
+            double squares = 0;
+            layer[l].w = widened(weight_of(m, l), n);
+            layer[l].m = (double *)take((size_t)n * sizeof(double)), layer[l].v = (double *)take((size_t)n * sizeof(double));
+            for (int64_t i = 0; i < n; i++) squares += layer[l].w[i] * layer[l].w[i];
+            layer[l].rms = sqrt(squares / (double)n);
+        }
+        for (int64_t s = 0; s < r.steps; s++) {
+            if (s == rate_steps) {              /* masks are final */
+                for (int l = 0; l < BESA_LAYERS; l++) {
+                    int64_t n = m->rows[l] * m->columns[l];
+                    float *w = take_floats(n);
+                    for (int64_t i = 0; i < n; i++)
+                        w[i] = ((const float *)r.pruned[l])[i] != 0 ? (float)layer[l].w[i] : 0;
+                    b.weight[l] = w;
+                }
+                forward(&b, &acts, m->x, y, sequences);
+                check_number("loss_masks", r.report.loss_masks, report_loss(&r, y, shown, sequences), 5e-5);
+            }
+            check_weight_step(&r, layer, s, rate_steps, rank);
+        }
+        for (int l = 0; l < BESA_LAYERS; l++)
+            CHECK(!memcmp(r.pruned[l], r.step[r.steps - 1].what[l], (size_t)(m->rows[l] * m->columns[l]) * sizeof(float)),
+                  "%s is not as the last step left it", besa_layer_name(l));
+        check_report(&r, rank, 0);
+        g_be.gradient_bytes = 129 * INNER * sizeof(float);
+    }
+    g_be.gradient_bytes = 0;
+    CHECK(levels > 1, "%d amounts of memory", levels);
 }
 
 /* ---- what the optimiser is asked for ---------------------------------------------------------- */
@@ -848,7 +982,7 @@ static void test_sparsegpt_stored(const char *file, int n, int m, int64_t seqlen
 
 /* ---- seconds --------------------------------------------------------------------------------- */
 
-static const long g_pause[BESA_PASS_COUNT] = { 0, 25, 10, 20, 15, 0 }; /* milliseconds, of each pass another number */
+static const long g_pause[BESA_PASS_COUNT] = { 0, 25, 10, 20, 30, 15, 0 }; /* milliseconds, of each pass another number */
 static int g_paused[BESA_PASS_COUNT];
 
 static int pause_once(void *user, const besa_progress *now)
@@ -870,7 +1004,8 @@ static void test_seconds(const model *m, besa_method method)
     double wall, sum = 0;
     memset(&o, 0, sizeof o);
     memset(g_paused, 0, sizeof g_paused);
-    o.rates.target = 0.5, o.method = method, o.progress = pause_once;
+    o.rates.target = 0.5, o.method = method, o.progress = pause_once, o.weight_epochs = 1;
+    o.learn = method == BESA_METHOD_WANDA ? BESA_LEARN_WEIGHTS : BESA_LEARN_RATES;
     for (int l = 0; l < BESA_LAYERS; l++) pruned[l] = take_floats(m->rows[l] * m->columns[l]);
     CHECK_OK(besa_pruner_create(&pruner, &g_be, &m->block.shape, BESA_F32, 0, &o, SEQUENCES, SEQLEN, &g_error), g_error);
     if (!pruner) return;
@@ -882,6 +1017,7 @@ static void test_seconds(const model *m, besa_method method)
         double least = g_paused[i] ? 1e-3 * (double)g_pause[i] : 0;
         sum += report.seconds[i];
         CHECK(report.seconds[i] >= least, "pass %d took %g s, with a pause of %g", i, report.seconds[i], least);
+        CHECK(i != BESA_PASS_WEIGHTS || (g_paused[i] > 0) == (o.learn == BESA_LEARN_WEIGHTS), "method %d learns weights", (int)method);
         CHECK(i != BESA_PASS_LEARN || (g_paused[i] > 0) == (method == BESA_METHOD_BESA), "method %d learns", (int)method);
     }
     CHECK(report.seconds[BESA_PASS_READ] == 0 && report.seconds[BESA_PASS_WRITE] == 0, "the pruner reads no files");
@@ -892,7 +1028,7 @@ static void test_seconds(const model *m, besa_method method)
 
 /* A pruner's second block gives what its first did: nothing of that one is left. BESA learns nothing here, so that the
  * counts that the first block ended with are those that the second one's learning begins with. */
-static void test_twice(const model *m, besa_method method)
+static void test_twice(const model *m, besa_method method, besa_learn learn)
 {
     besa_prune_options o;
     besa_pruner *pruner = NULL;
@@ -901,6 +1037,7 @@ static void test_twice(const model *m, besa_method method)
     float *x[2];
     memset(&o, 0, sizeof o);
     o.method = method, o.rates.target = 0.4, o.rates.zero_start = 1, o.no_projection = 1, o.rates.d0 = 1e-12;
+    o.learn = learn, o.weight_epochs = 1;
     CHECK_OK(besa_pruner_create(&pruner, &g_be, &m->block.shape, BESA_F32, 0, &o, SEQUENCES, SEQLEN, &g_error), g_error);
     if (!pruner) return;
     for (int i = 0; i < 2; i++) {
@@ -953,6 +1090,46 @@ static void test_learn(const model *m)
     TEST("learning, one batch of 7, fixed layers, no projection") test_learning(m, &o, 7);
 }
 
+/* What is for whole models is refused, not ignored. */
+static void test_whole_models(const model *m)
+{
+    static const char *const word[] = { "first_block", "first_block", "depth_slope", "block_targets", "masks" };
+    static const double targets[] = { 0.5 };
+    for (int i = 0; i < 5; i++) {
+        besa_prune_options o;
+        besa_pruner *pruner = NULL;
+        memset(&o, 0, sizeof o);
+        o.rates.target = 0.5;
+        if (i == 0) o.first_block = 1;
+        if (i == 1) o.num_blocks = 1;
+        if (i == 2) o.depth_slope = 0.1;
+        if (i == 3) o.block_targets = targets, o.num_block_targets = 1;
+        if (i == 4) o.masks = (const besa_checkpoint *)(const void *)m; /* which nobody looks at */
+        g_error.message[0] = 0;
+        CHECK(besa_pruner_create(&pruner, &g_be, &m->block.shape, BESA_F32, 0, &o, SEQUENCES, SEQLEN, &g_error) == BESA_ERROR_OPTION &&
+              !pruner && strstr(g_error.message, word[i]), "%s: \"%s\"", word[i], g_error.message);
+    }
+}
+
+static void test_moving(const model *m)
+{
+    static const besa_fixed_rate fixed[] = { { "k_proj", 0.23 }, { "v_proj", 0 }, { "down_proj", 0.6 } };
+    besa_prune_options o = learning_options(1);
+    o.learn = BESA_LEARN_BOTH, o.weight_epochs = 1;
+    TEST("rates and weights, a sequence a step") test_weights(m, &o, SEQUENCES);
+    o = learning_options(4);
+    o.learn = BESA_LEARN_BOTH, o.weight_epochs = 2, o.weight_lr = 0.5, o.weight_warmup = 0.5, o.dense_share = 0.25;
+    o.fixed = fixed, o.num_fixed = 3, o.norm_all = 1;
+    TEST("rates and weights, batches of 4, fixed layers, a mixed reference") test_weights(m, &o, SEQUENCES);
+    o.learn = BESA_LEARN_WEIGHTS, o.batch_size = 3, o.dense_share = 0, o.dense_stream = 1;
+    TEST("rates, then weights, batches of 3, the dense stream") test_weights(m, &o, SEQUENCES);
+    memset(&o, 0, sizeof o);
+    o.learn = BESA_LEARN_WEIGHTS, o.method = BESA_METHOD_WANDA, o.rates.target = 0.37, o.dense_share = 0.5;
+    TEST("weights by wanda's mask") test_weights(m, &o, 5);
+    o.method = BESA_METHOD_MAGNITUDE, o.batch_size = 2, o.weight_epochs = 1, o.rates.target = 0, o.pattern_n = 2, o.pattern_m = 3;
+    TEST("weights by magnitude, 2:3, batches of 2") test_weights(m, &o, 5);
+}
+
 static void test_others(const model *m)
 {
     static const besa_fixed_rate fixed[] = { { "k_proj", 0.23 }, { "v_proj", 0 }, { "gate_proj", 0.6 } };
@@ -992,13 +1169,17 @@ int main(int argc, char **argv)
     g_ops.be = &g_be;
     m = new_model(1);
     test_learn(&m);
+    test_moving(&m);
+    TEST("options of whole models") test_whole_models(&m);
     test_optimizers();
     test_others(&m);
     TEST("sparsegpt as stored, 50 %") test_sparsegpt_stored("pruned_50", 0, 0, 120);
     TEST("sparsegpt as stored, 2:4") test_sparsegpt_stored("pruned_2of4", 2, 4, 75);
     TEST("sparsegpt as stored, 4:8") test_sparsegpt_stored("pruned_4of8", 4, 8, 40);
     for (int i = BESA_METHOD_BESA; i <= BESA_METHOD_MAGNITUDE; i++) TEST(seconds[i]) test_seconds(&m, (besa_method)i);
-    for (int i = BESA_METHOD_BESA; i <= BESA_METHOD_MAGNITUDE; i++) TEST(twice[i]) test_twice(&m, (besa_method)i);
+    for (int i = BESA_METHOD_BESA; i <= BESA_METHOD_MAGNITUDE; i++) TEST(twice[i]) test_twice(&m, (besa_method)i, BESA_LEARN_RATES);
+    TEST("the same block twice, rates and weights") test_twice(&m, BESA_METHOD_BESA, BESA_LEARN_BOTH);
+    TEST("the same block twice, wanda's weights") test_twice(&m, BESA_METHOD_WANDA, BESA_LEARN_WEIGHTS);
     g_be.destroy(&g_be);
     return test_finish();
 }

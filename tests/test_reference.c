@@ -1458,6 +1458,81 @@ static void test_other_blocks(void)
     besa_pruner_destroy(pruner);
 }
 
+/* ---- kept weights that learn, as trace_weights.py has them ------------------------------------- */
+
+typedef struct learned { double loss[STEPS]; int64_t steps; } learned;
+
+static besa_result learned_step(void *user, const besa_step *step)
+{
+    learned *l = (learned *)user;
+    l->steps = step->step;
+    if (step->step <= STEPS) l->loss[step->step - 1] = (double)*step->loss;
+    return BESA_OK;
+}
+
+/* Two blocks, the second with every layer's rows turned by one. What is learned of the weights, beside what they were, is
+ * PyTorch's; both's rates move weights across the masks' edges, where float and double now and then differ by one. */
+static void test_trace_weights(const char *name, int both)
+{
+    enum { SEQUENCES = 8 };
+    const char *stored = folder("../trace_weights");
+    trace t;
+    void *pruned[BESA_LAYERS];
+    float *x = prune_inputs(&t, "trace_published_penalty", pruned), *dense = take_floats(t.h.count);
+    int64_t steps = both ? 2 * SEQUENCES : SEQUENCES;
+    char file[64];
+    array losses;
+    besa_prune_options o;
+    besa_pruner *pruner = NULL;
+    learned l;
+    memset(&o, 0, sizeof o);
+    memset(&l, 0, sizeof l);
+    memcpy(dense, x, (size_t)t.h.count * sizeof *x);
+    snprintf(file, sizeof file, "loss_%s", name);
+    losses = npy_load(stored, file, 2, steps, 0);
+    o.method = both ? BESA_METHOD_BESA : BESA_METHOD_WANDA, o.rates.target = both ? 0.47 : 0.5;
+    o.rates.optimizer = BESA_ADAMW, o.rates.lr = 0.05, o.learn = both ? BESA_LEARN_BOTH : BESA_LEARN_WEIGHTS;
+    o.weight_epochs = 1, o.dense_share = 0.25, o.step = learned_step, o.user = &l;
+    CHECK_OK(besa_pruner_create(&pruner, &g_be, &t.block.shape, BESA_F32, 0, &o, SEQUENCES, t.seqlen, &g_error), g_error);
+    for (int b = 0; b < 2 && pruner; b++) {
+        besa_block block = t.block;
+        for (int i = 0; i < BESA_LAYERS && b == 1; i++) {
+            const float *from = (const float *)t.block.weight[i];
+            int64_t R = t.rows[i], C = t.columns[i];
+            float *turned = take_floats(R * C);
+            for (int64_t r = 0; r < R; r++) memcpy(turned + (r + 1) % R * C, from + r * C, (size_t)C * sizeof *turned);
+            block.weight[i] = turned;
+        }
+        CHECK_OK(besa_pruner_run(pruner, &block, NULL, x, dense, pruned, NULL, &g_error), g_error);
+        CHECK(l.steps == steps, "%d steps, expected %d", (int)l.steps, (int)steps);
+        for (int64_t s = 0; s < steps; s++) {
+            double want = losses.v[b * steps + s];
+            CHECK(fabs(l.loss[s] - want) <= (both ? 5e-3 : 2e-4) * want, "block %d, step %d: loss %.9g, PyTorch has %.9g", b,
+                  (int)s + 1, l.loss[s], want);
+        }
+        for (int i = 0; i < BESA_LAYERS; i++) {
+            int64_t n = t.rows[i] * t.columns[i];
+            const float *got = (const float *)pruned[i], *from = (const float *)block.weight[i];
+            double error = 0, moved = 0, masks = 0;
+            array want;
+            snprintf(file, sizeof file, "%s_%d_%s", name, b, g_layer[i]);
+            want = npy_load(stored, file, t.rows[i], t.columns[i], 0);
+            for (int64_t k = 0; k < n; k++) {
+                masks += (got[k] == 0) != (want.v[k] == 0);
+                if (got[k] == 0 || want.v[k] == 0) continue;
+                error += ((double)got[k] - want.v[k]) * ((double)got[k] - want.v[k]);
+                moved += (want.v[k] - (double)from[k]) * (want.v[k] - (double)from[k]);
+            }
+            if (getenv("TEST_VERBOSE"))
+                printf("    block %d %s: %.0f other masks, weights off by %.2e of their way\n", b, g_layer[i], masks, sqrt(error / moved));
+            CHECK(masks <= (both ? 0.01 * (double)n : 0), "block %d, %s: %.0f weights are masked otherwise", b, g_layer[i], masks);
+            CHECK(sqrt(error) <= (both ? 0.1 : 0.01) * sqrt(moved), "block %d, %s: weights off by %g of their way", b, g_layer[i],
+                  sqrt(error / moved));
+        }
+    }
+    besa_pruner_destroy(pruner);
+}
+
 /* The same run by besa_pruner_run, which takes its own jumps: a row at rate 1/2 is a hair from losing one weight more,
  * so runs part within rounding's reach from the first steps on and the bounds widen with the steps. */
 static void test_trace(const char *name, double alpha_bound, double mask_bound)
@@ -1704,6 +1779,8 @@ int main(int argc, char **argv)
     TEST("adamw") test_adamw();
     TEST("trace_published_penalty with its masks") test_trace_pinned("trace_published_penalty");
     TEST("trace_published_no_penalty with its masks") test_trace_pinned("trace_published_no_penalty");
+    TEST("weights by Wanda's masks that learn, PyTorch's trace") test_trace_weights("wanda", 0);
+    TEST("rates and weights that learn together, PyTorch's trace") test_trace_weights("both", 1);
     TEST("trace_published_penalty") test_trace("trace_published_penalty", 0.3, 0.02);
     TEST("trace_published_no_penalty") test_trace("trace_published_no_penalty", 0.5, 0.1);
     TEST("importances by their formulas") test_importances();
