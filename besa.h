@@ -582,9 +582,10 @@ struct besa_backend {
     X(linear_forward) X(linear_backward_input) X(linear_backward_weight) X(gram) X(convert)        \
     X(rmsnorm_forward) X(rmsnorm_backward) X(rope) X(attention_forward) X(attention_backward)      \
     X(swiglu_forward) X(swiglu_backward) X(column_sumsq) X(block_loss) X(score) X(power) X(fill)   \
-    X(count_zeros) X(rank_rows) X(mask_apply) X(mask_update) X(mask_smallest) X(mask_zeros) X(mask_pattern)      \
-    X(bucket_gradient) X(rate_forward) X(rate_mean) X(rate_backward) X(optimizer_step)             \
-    X(project_counts) X(rms) X(weight_step) X(mix) X(hessian_factor) X(diagonal) X(sparsegpt_slab) X(sparsegpt_push)            \
+    X(count_zeros) X(rank_rows) X(mask_apply) X(mask_update) X(mask_smallest) X(mask_zeros)        \
+    X(mask_pattern) X(bucket_gradient) X(rate_forward) X(rate_mean) X(rate_backward)               \
+    X(optimizer_step) X(project_counts) X(rms) X(weight_step) X(mix) X(hessian_factor) X(diagonal) \
+    X(sparsegpt_slab) X(sparsegpt_push)                                                            \
     X(logits) X(nll_update) X(nll_sum)
 
 typedef struct besa_cpu_options {

@@ -393,6 +393,14 @@ template <typename X> static __device__ X besa__block_sum(X x)
     return sum;
 }
 
+/* The sum of part(parts), for every thread of the block. */
+static __device__ double besa__parts_sum(const double *part, int64_t parts)
+{
+    double sum = 0.0;
+    for (int64_t p = threadIdx.x; p < parts; p += blockDim.x) sum += part[p];
+    return besa__block_sum(sum);
+}
+
 static __device__ float besa__block_max(float x)
 {
     BESA__SHARED_ARRAY(float, part, 32);
@@ -764,9 +772,7 @@ static __global__ void besa__block_loss_kernel(double *part, T *dy, const T *y, 
 /* loss(1) += factor * sum of part(parts), by one block */
 static __global__ void besa__add_loss_kernel(float *loss, const double *part, int64_t parts, double factor)
 {
-    double sum = 0.0;
-    for (int64_t p = threadIdx.x; p < parts; p += blockDim.x) sum += part[p];
-    sum = besa__block_sum(sum);
+    double sum = besa__parts_sum(part, parts);
     if (threadIdx.x == 0) loss[0] += static_cast<float>(factor * sum);
 }
 
@@ -2576,9 +2582,7 @@ static __global__ void besa__squares_kernel(double *slots, const float *w, int64
 /* out(1) = sqrt(sum of slots / n), one block */
 static __global__ void besa__rms_kernel(float *out, const double *slots, int64_t parts, int64_t n)
 {
-    double sum = 0.0;
-    for (int64_t p = threadIdx.x; p < parts; p += blockDim.x) sum += slots[p];
-    sum = besa__block_sum(sum);
+    double sum = besa__parts_sum(slots, parts);
     if (threadIdx.x == 0) *out = static_cast<float>(sqrt(sum / static_cast<double>(n)));
 }
 

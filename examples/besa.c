@@ -217,11 +217,16 @@ static besa_result write_report(const char *path, const besa_report *r, besa_err
     return BESA_ERROR_WRITE;
 }
 
+static besa_result make_plan(job *j, besa_plan_result *p)
+{
+    take_masks(j);
+    return besa_plan(j->checkpoint, &j->backend, &j->calibration, &j->s->prune, p, &j->error);
+}
+
 /* What can be said of a run beforehand, but for what has been `said`. */
 static besa_result print_notes(job *j, const char *label, const char *said, besa_plan_result *p)
 {
-    take_masks(j);
-    TRY(besa_plan(j->checkpoint, &j->backend, &j->calibration, &j->s->prune, p, &j->error));
+    TRY(make_plan(j, p));
     if (p->notes[0] && strcmp(p->notes, said)) fprintf(stderr, "%s: %s", label, p->notes);
     return BESA_OK;
 }
@@ -265,8 +270,7 @@ static besa_result run_plan(job *j)
 {
     const besa_calibration *c = &j->calibration;
     besa_plan_result p;
-    take_masks(j);
-    TRY(besa_plan(j->checkpoint, &j->backend, c, &j->s->prune, &p, &j->error));
+    TRY(make_plan(j, &p));
     printf("%s on %lld sequences of %lld tokens, %lld at a time\n", besa_method_name(j->s->prune.method),
            (long long)c->nsamples, (long long)c->seqlen, (long long)p.micro_batch);
     if (j->backend.unified_memory)
@@ -471,8 +475,7 @@ static const command commands[] = {
     {"compare", COMPARE, 1, 1, run_compare, "SRC", "try methods and sparsities, writing nothing to disk",
      "Prunes SRC in memory by every method at every sparsity and prints perplexity, sparsity and seconds.\n"
      "Options under BESA apply to its rows, and of --learn both and --preset best the others take the weights;\n"
-     " besa:best, besa:weights, besa:published-row, wanda:weights and the like are\n"
-     "rows with a preset.\n\n"
+     "besa:best, besa:weights, besa:published-row, wanda:weights and the like are rows with a preset.\n\n"
      "  besa compare llama --tokens c4.npy --test wikitext2.npy --sparsity .5,.6,.7 --method wanda,besa\n"},
     {"eval", EVAL, 1, 1, run_eval, "DIR", "measure perplexity",
      "Measures how well the model in directory DIR predicts a text: its perplexity. The text is cut into windows of\n"
