@@ -457,7 +457,6 @@ static void bench_run(const besa_checkpoint *checkpoint, const int32_t *ids, int
                       besa_method method, int bf16)
 {
     static const char *const name[] = { "besa", "wanda", "sparsegpt", "magnitude" };
-    static const char *const pass[BESA_PASS_COUNT] = { "read", "dense", "rank", "learn", "weights", "commit", "write" };
     besa_calibration c;
     besa_prune_options o;
     besa_plan_result plan;
@@ -478,7 +477,7 @@ static void bench_run(const besa_checkpoint *checkpoint, const int32_t *ids, int
     for (int64_t b = 0; b < report.num_blocks; b++)
         for (int p = 0; p < BESA_PASS_COUNT; p++) part[p] += report.block[b].seconds[p];
     printf("%s%s, %d x %d tokens: %.2f s;", name[method], bf16 ? " with bf16 products" : "", (int)nsamples, (int)seqlen, t);
-    for (int p = 0; p < BESA_PASS_COUNT; p++) printf(" %s %.2f", pass[p], part[p]);
+    for (int p = 0; p < BESA_PASS_COUNT; p++) printf(" %s %.2f", besa_pass_name((besa_pass)p), part[p]);
     printf("\n  products %.2f s, attention %.2f s, the rest %.1f %% of the run; %.1f GFLOP/s over all\n", g_watch.time[PRODUCTS],
            g_watch.time[ATTENTION], 100 * (1 - (g_watch.time[PRODUCTS] + g_watch.time[ATTENTION]) / t), plan.flop * 1e-9 / t);
     getrusage(RUSAGE_SELF, &usage);

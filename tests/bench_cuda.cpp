@@ -631,7 +631,6 @@ static void print_lines(double total)
 
 static void print_passes(void)
 {
-    static const char *const name[] = {"read", "dense", "rank", "learn", "commit", "write", "after"};
     for (int p = 0; p <= BESA_PASS_COUNT; p++) {
         double launches = 0, seconds = 0, products = 0, flop = 0;
         for (auto &entry : g.lines) {
@@ -640,8 +639,9 @@ static void print_passes(void)
             if (entry.second.product) products += r.seconds;
         }
         if (launches > 0)
-            say("  pass %-8s %8.0f launches  %9.2f ms, products %5.1f %% of it, %6.1f TFLOP/s over all\n", name[p], launches,
-                seconds * 1e3, 100 * products / seconds, flop / seconds * 1e-12);
+            say("  pass %-8s %8.0f launches  %9.2f ms, products %5.1f %% of it, %6.1f TFLOP/s over all\n",
+                p < BESA_PASS_COUNT ? besa_pass_name(static_cast<besa_pass>(p)) : "after", launches, seconds * 1e3,
+                100 * products / seconds, flop / seconds * 1e-12);
     }
 }
 
@@ -1053,14 +1053,13 @@ static double total_of(const besa_block_report &r)
 static void print_runs(const model &m, besa_method method, std::vector<besa_block_report> &runs, double learn_flop,
                        size_t arena, size_t peak)
 {
-    static const char *const pass[BESA_PASS_COUNT] = {"read", "dense", "rank", "learn", "commit", "write"};
     double first = total_of(runs.front()), last = total_of(runs.back());
     std::sort(runs.begin(), runs.end(), [](auto &x, auto &y) { return total_of(x) < total_of(y); });
     const besa_block_report &median = runs[runs.size() / 2];
     double seconds = total_of(median);
     say("  %-5s %-5s", m.name, method == BESA_METHOD_BESA ? "besa" : "wanda");
     for (int p = 0; p < BESA_PASS_COUNT; p++)
-        if (median.seconds[p] > 0) say(" %s %.3f s,", pass[p], median.seconds[p]);
+        if (median.seconds[p] > 0) say(" %s %.3f s,", besa_pass_name(static_cast<besa_pass>(p)), median.seconds[p]);
     say(" block %.3f s (median of %zu; first %.3f, last %.3f), %lld blocks %.0f s\n", seconds, runs.size(), first, last,
         static_cast<long long>(m.blocks), seconds * static_cast<double>(m.blocks));
     if (learn_flop > 0) {
