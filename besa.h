@@ -56,7 +56,8 @@
  *                  theta by Prodigy or AdamW                              besa__parameters_step
  *              and then logit(alpha) of all rows, shifted together        besa__rates_project, besa__final_masks
  *              until the count is exact (but with no_projection), and
- *              What. Fixed layers take no part. With learn both the kept weights move along dL/dWhat too, as below
+ *              What. Fixed layers take no part. With learn both the kept weights move along dL/dWhat too, as below, and are
+ *              ranked anew before the next step             besa__rank_and_mask
  *     weights  where kept weights learn (besa__weights_pass), with any method: masks stay. For every batch the loss and
  *              dL/dWhat as above; every weight that is not 0 by Adam      besa__weights_move
  *     commit   X = F(What, X): the next block's inputs; the loss          besa__commit_pass
@@ -153,6 +154,7 @@
  *     learn                       [rates] weights: the kept weights learn when masks are final, with any method; both: BESA's
  *                                 rates and the kept weights together, and then the weights
  *     weight_epochs               [3] over the sequences with final masks
+ *     rank_interval               [1] learn both: steps from one ranking of the weights, as they have become, to the next
  *     weight_lr, weight_warmup    [0.2, 0] Adam's learning rate in units of rms(W) / sqrt(C) of a layer; share of the steps in
  *                                 which it rises. Then it falls to 0 over the steps, as a half cosine
  *     no_projection               [0] leave the sparsity where learning ended
@@ -941,6 +943,8 @@ typedef struct besa_prune_options {
     besa_learn learn;                           /* BESA_LEARN_WEIGHTS: kept weights learn once the masks are final;
                                                    BESA_LEARN_BOTH, BESA only: with the rates as well */
     int64_t weight_epochs;                      /* [3] over the sequences with final masks */
+    int64_t rank_interval;                      /* [1] BESA_LEARN_BOTH: learning steps from one ranking of the weights, as they
+                                                   have become, to the next; BESA_NONE: the dense weights' ranks stay */
     double weight_lr;                           /* [0.2] of Adam's steps, in units of rms(W) / sqrt(C) of a layer: the share of its
                                                    outputs' size that a step changes where all inputs agree on it */
     double weight_warmup;                       /* [0] share of the steps in which it rises; then it goes down a half cosine */
@@ -1863,6 +1867,8 @@ static const besa_option besa__options[] = {
      "learn", &besa__learn_names[1], "what learns: besa's rates, kept weights with final masks, or both [rates]"},
     {BESA__PRUNE(INT64, weight_epochs), 3, 1, 1e6, BESA__WEIGHTS, "1 to 1000000",
      "weight-epochs", "N", "passes over the calibration sequences once masks are final [3]"},
+    {BESA__PRUNE(INT64, rank_interval), 1, 0, BESA__NO_LIMIT, BESA_OPTION_NONE | BESA__WEIGHTS, "0 or more",
+     "rank-interval", "N", "learn both: steps until the moving weights are ranked anew, 0: never [1]"},
     {BESA__PRUNE(DOUBLE, weight_lr), 0.2, 0, 1e30, BESA__OPEN | BESA__WEIGHTS, "above 0 and below 1e30",
      "weight-lr", "X", "learning rate of weights, in units of a layer's rms / sqrt(columns) [0.2]"},
     {BESA__PRUNE(DOUBLE, weight_warmup), 0, 0, 1, BESA__FROM_0 | BESA__WEIGHTS, "0 or more and below 1",
@@ -4298,13 +4304,19 @@ static const float *besa__score_scale(const besa_pruner *p, int layer)
     return besa__uses_inputs(&p->options) ? p->statistic[besa__layers[layer].input] : NULL;
 }
 
+/* The ranks of a layer's rows with the weights w. */
+static besa_result besa__rank_weights(besa_pruner *p, int layer, const void *w)
+{
+    int power = besa__importance_row(besa__scored_by(&p->options))->power;
+    return besa__masks_rank(&p->masks, layer, w, besa__score_scale(p, layer), power, p->scores, p->scores_count);
+}
+
 /* The ranks of a layer's rows; where its rate is known beforehand (not negative), its pruned weights too. */
 static besa_result besa__rank_layer(const besa__work *work, int layer, double rate)
 {
     besa_pruner *p = work->pruner;
     const void *w = work->dense->weight[layer];
-    int power = besa__importance_row(besa__scored_by(&p->options))->power;
-    BESA__TRY(besa__masks_rank(&p->masks, layer, w, besa__score_scale(p, layer), power, p->scores, p->scores_count));
+    BESA__TRY(besa__rank_weights(p, layer, w));
     if (rate < 0) return BESA_OK;
     BESA__TRY(besa__masks_fix(&p->masks, layer, rate));
     return besa__masks_apply(&p->masks, layer, w, work->pruned[layer]);
@@ -4512,13 +4524,25 @@ static besa_result besa__use_gradients(besa_pruner *p, const besa__batch *batch)
     return BESA_OK;
 }
 
-/* One optimiser step on a batch. */
-static besa_result besa__learn_step(besa__learning *l, const besa__batch *batch)
+/* The ranks and masks of the next step, `steps` after the first. Where weights learn with the rates they are ranked as they
+ * have become: a weight that has shrunk goes, and what is now the larger one comes back. */
+static besa_result besa__rank_and_mask(const besa__learning *l, int64_t steps)
+{
+    besa_pruner *p = l->work->pruner;
+    int64_t interval = p->options.rank_interval;
+    int anew = l->weights && interval > 0 && steps > 0 && steps % interval == 0;
+    for (int i = 0; i < BESA_LAYERS && anew; i++)
+        if (p->masks.layer[i].fixed < 0) BESA__TRY(besa__rank_weights(p, i, besa__unmasked(l->work, i)));
+    return besa__mask_learned(l->work, anew);
+}
+
+/* One optimiser step on a batch, `steps` after the pass's first. */
+static besa_result besa__learn_step(besa__learning *l, const besa__batch *batch, int64_t steps)
 {
     besa_pruner *p = l->work->pruner;
     if (l->weights) p->weights.step++;
     if (l->rates) BESA__TRY(besa__rates_forward(&p->rates));
-    if (l->rates) BESA__TRY(besa__mask_learned(l->work, 0));
+    if (l->rates) BESA__TRY(besa__rank_and_mask(l, steps));
     BESA__TRY(p->be->zero(p->be, BESA_QUEUE_COMPUTE, batch->loss, sizeof(float)));
     BESA__TRY(besa__clear_gradients(p, batch));
     BESA__TRY(besa__batch_gradient(l->work, batch));
@@ -4548,20 +4572,20 @@ static besa_result besa__learn(besa__learning *l, besa_error *error)
         batch.end = besa__min(batch.first + size, p->nsamples);
         batch.again = batch.end < p->nsamples ? batch.end : 0; /* of this epoch, or the next one's first */
         batch.loss = besa__step_loss(p, l->done + s);
-        BESA__TRY_ON(p->be, besa__learn_step(l, &batch), error);
+        BESA__TRY_ON(p->be, besa__learn_step(l, &batch, s), error);
         BESA__TRY(besa__tick(&p->meter, 1 / (double)l->steps, error));
         BESA__TRY(besa__tell_step(p, l->done + s + 1, p->steps, batch.loss, error));
     }
     return BESA_OK;
 }
 
-/* Final masks: the rates as learned, projected onto the exact count unless that is not wanted. */
-static besa_result besa__final_masks(const besa__work *work)
+/* Final masks: the rates as learned, projected onto the exact count unless that is not wanted, and the last ranks. */
+static besa_result besa__final_masks(const besa__learning *l)
 {
-    besa_pruner *p = work->pruner;
+    besa_pruner *p = l->work->pruner;
     if (p->options.no_projection) BESA__TRY(besa__rates_forward(&p->rates));
     else BESA__TRY(besa__rates_project(&p->rates));
-    return besa__mask_learned(work, 0);
+    return besa__rank_and_mask(l, p->options.rank_interval);
 }
 
 /* Pass 3. BESA: learn the rates, and the weights with them where both learn, then the final masks. */
@@ -4573,7 +4597,7 @@ static besa_result besa__learn_pass(const besa__work *work, besa_error *error)
         BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->dense->weight[i], work->dense->weight[i]), error);
     if (besa__learned_layers(p, 0)) BESA__TRY_ON(p->be, besa__losses_before(work), error);
     BESA__TRY(besa__learn(&l, error));
-    return besa__pass_error(p->be, besa__final_masks(work), error);
+    return besa__pass_error(p->be, besa__final_masks(&l), error);
 }
 
 /* Pass 4. The kept weights learn with the final masks. */

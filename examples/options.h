@@ -258,9 +258,10 @@ static double read_number(const settings *s, const option *o, const char *text)
 static void write_number(const option *o, void *field, double x)
 {
     const besa_option *limits = find_row(o);
+    if (x == 0 && limits->flags & BESA_OPTION_NONE) x = BESA_NONE;
     if (limits->kind == BESA_OPTION_INT64) *(int64_t *)field = (int64_t)x;
     else if (limits->kind != BESA_OPTION_DOUBLE) *(int *)field = (int)x;
-    else *(double *)field = x != 0 || !(limits->flags & BESA_OPTION_NONE) ? x : BESA_NONE;
+    else *(double *)field = x;
 }
 
 /* The position of a word in "a|b|c", or -1. */

@@ -122,8 +122,8 @@ static void forget_references(void)
     while (g_ops.hosts > 0) free(g_ops.host[--g_ops.hosts]);
 }
 
-/* rank (R,C) of every weight in its row by the importance's score, zeros first, ties by column. */
-static int32_t *ranks_of(const model *m, int layer, int64_t tokens, besa_importance importance)
+/* rank (R,C) of every weight w of a layer in its row by the importance's score, zeros first, ties by column. */
+static int32_t *ranks_with(const model *m, int layer, int64_t tokens, besa_importance importance, const float *weights)
 {
     int64_t R = m->rows[layer], C = m->columns[layer];
     int32_t *rank = (int32_t *)take((size_t)(R * C) * sizeof *rank), *dead = (int32_t *)take((size_t)C * sizeof *dead);
@@ -135,7 +135,7 @@ static int32_t *ranks_of(const model *m, int layer, int64_t tokens, besa_importa
     for (int64_t i = 0; i < tokens * C; i++) sumsq[i % C] += (double)m->input[layer][i] * (double)m->input[layer][i];
     for (int64_t r = 0; r < R; r++) {
         for (int64_t j = 0; j < C; j++) {
-            double w = (double)weight_of(m, layer)[r * C + j], diagonal = u ? u[j * C + j] : 1;
+            double w = (double)weights[r * C + j], diagonal = u ? u[j * C + j] : 1;
             double s = importance == BESA_IMPORTANCE_WANDA ? fabs(w) * sqrt(sumsq[j]) : fabs(w);
             if (u) s = dead[j] ? 0 : w * w / (importance == BESA_IMPORTANCE_SPARSEGPT ? diagonal : diagonal * diagonal);
             score[j] = w == 0 ? -1 : (float)s;
@@ -145,6 +145,11 @@ static int32_t *ranks_of(const model *m, int layer, int64_t tokens, besa_importa
     }
     forget_references();
     return rank;
+}
+
+static int32_t *ranks_of(const model *m, int layer, int64_t tokens, besa_importance importance)
+{
+    return ranks_with(m, layer, tokens, importance, weight_of(m, layer));
 }
 
 /* ---- a run, recorded ------------------------------------------------------------------------- */
@@ -667,17 +672,49 @@ static void check_weight_step(const run *r, moving layer[BESA_LAYERS], int64_t s
     CHECK(wrong <= 4 && masks <= 4, "step %d: %d weights moved, %d are masked otherwise", (int)s + 1, wrong, masks);
 }
 
+/* The ranks that a step, or the final masks, go by: those of the weights as they now are, where it is time for that. */
+static void rank_moving(const run *r, const moving layer[BESA_LAYERS], int64_t s, int64_t rate_steps, int32_t *rank[])
+{
+    const besa_prune_options *o = &r->options;
+    int64_t interval = o->rank_interval == BESA_NONE ? 0 : o->rank_interval ? o->rank_interval : 1;
+    if (o->learn != BESA_LEARN_BOTH || s == 0 || s > rate_steps || !interval || (s < rate_steps && s % interval)) return;
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        int64_t n = r->m->rows[l] * r->m->columns[l];
+        float *w = take_floats(n);
+        if (fixed_rate(o, l) >= 0) continue;    /* its mask stays */
+        for (int64_t i = 0; i < n; i++) w[i] = (float)layer[l].w[i];
+        rank[l] = ranks_with(r->m, l, r->sequences * SEQLEN, o->importance, w);
+    }
+}
+
+/* Final masks keep in every row what ranks last: a score or two may be a rounding apart. */
+static void check_final_masks(const run *r, int32_t *const rank[])
+{
+    int wrong = 0;
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        int64_t C = r->m->columns[l];
+        for (int64_t row = 0; row < r->m->rows[l]; row++) {
+            const float *w = (const float *)r->pruned[l] + row * C;
+            int64_t n = 0;
+            for (int64_t j = 0; j < C; j++) n += w[j] == 0;
+            for (int64_t j = 0; j < C; j++) wrong += (rank[l][row * C + j] < n) != (w[j] == 0);
+        }
+    }
+    CHECK(wrong <= 4, "%d weights are masked otherwise in the end", wrong);
+}
+
 /* Rates and weights, or weights alone, step by step, whatever memory there is. */
 static void test_weights(const model *m, const besa_prune_options *o, int64_t sequences)
 {
     static run r;
-    int32_t *rank[BESA_LAYERS];
+    int32_t *rank[BESA_LAYERS], *dense[BESA_LAYERS];
     int64_t batch = o->batch_size ? o->batch_size : 1, batches = (sequences + batch - 1) / batch;
     int64_t rate_steps = o->method == BESA_METHOD_BESA ? batches * (o->epochs ? o->epochs : 1) : 0;
     size_t budget = 0;
     int levels = 0;
-    for (int l = 0; l < BESA_LAYERS; l++) rank[l] = ranks_of(m, l, sequences * SEQLEN, o->importance);
+    for (int l = 0; l < BESA_LAYERS; l++) dense[l] = ranks_of(m, l, sequences * SEQLEN, o->importance);
     for (; run_pruner(&r, m, o, sequences, budget); budget = r.bytes - 1, levels++) {
+        memcpy(rank, dense, sizeof rank);
         moving layer[BESA_LAYERS];
         besa_block b = m->block;
         float *y = take_floats(TOKENS * WIDTH);
@@ -693,6 +730,8 @@ static void test_weights(const model *m, const besa_prune_options *o, int64_t se
             layer[l].rms = sqrt(squares / (double)n);
         }
         for (int64_t s = 0; s < r.steps; s++) {
+            rank_moving(&r, layer, s, rate_steps, rank);
+            if (s == rate_steps && s > 0) check_final_masks(&r, rank);
             if (s == rate_steps) {              /* masks are final */
                 for (int l = 0; l < BESA_LAYERS; l++) {
                     int64_t n = m->rows[l] * m->columns[l];
@@ -1119,8 +1158,13 @@ static void test_moving(const model *m)
     TEST("rates and weights, a sequence a step") test_weights(m, &o, SEQUENCES);
     o = learning_options(4);
     o.learn = BESA_LEARN_BOTH, o.weight_epochs = 2, o.weight_lr = 0.5, o.weight_warmup = 0.5, o.dense_share = 0.25;
-    o.fixed = fixed, o.num_fixed = 3, o.norm_all = 1;
+    o.fixed = fixed, o.num_fixed = 3, o.norm_all = 1, o.rank_interval = 2;
     TEST("rates and weights, batches of 4, fixed layers, a mixed reference") test_weights(m, &o, SEQUENCES);
+    o.learn = BESA_LEARN_BOTH, o.epochs = 2, o.weight_epochs = 1, o.rank_interval = BESA_NONE, o.importance = BESA_IMPORTANCE_SPARSEGPT;
+    TEST("rates and weights, two epochs by the dense weights' ranks") test_weights(m, &o, SEQUENCES);
+    o.rank_interval = 3;
+    TEST("rates and weights, ranked anew by SparseGPT's scores") test_weights(m, &o, SEQUENCES);
+    o.importance = BESA_IMPORTANCE_WANDA, o.epochs = 1, o.rank_interval = 0, o.weight_epochs = 2;
     o.learn = BESA_LEARN_WEIGHTS, o.batch_size = 3, o.dense_share = 0, o.dense_stream = 1;
     TEST("rates, then weights, batches of 3, the dense stream") test_weights(m, &o, SEQUENCES);
     memset(&o, 0, sizeof o);

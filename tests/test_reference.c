@@ -1472,7 +1472,7 @@ static besa_result learned_step(void *user, const besa_step *step)
 
 /* Two blocks, the second with every layer's rows turned by one. What is learned of the weights, beside what they were, is
  * PyTorch's; both's rates move weights across the masks' edges, where float and double now and then differ by one. */
-static void test_trace_weights(const char *name, int both)
+static void test_trace_weights(const char *name, int both, int64_t rank_interval)
 {
     enum { SEQUENCES = 8 };
     const char *stored = folder("../trace_weights");
@@ -1492,7 +1492,7 @@ static void test_trace_weights(const char *name, int both)
     losses = npy_load(stored, file, 2, steps, 0);
     o.method = both ? BESA_METHOD_BESA : BESA_METHOD_WANDA, o.rates.target = both ? 0.47 : 0.5;
     o.rates.optimizer = BESA_ADAMW, o.rates.lr = 0.05, o.learn = both ? BESA_LEARN_BOTH : BESA_LEARN_WEIGHTS;
-    o.weight_epochs = 1, o.dense_share = 0.25, o.step = learned_step, o.user = &l;
+    o.weight_epochs = 1, o.dense_share = 0.25, o.rank_interval = rank_interval, o.step = learned_step, o.user = &l;
     CHECK_OK(besa_pruner_create(&pruner, &g_be, &t.block.shape, BESA_F32, 0, &o, SEQUENCES, t.seqlen, &g_error), g_error);
     for (int b = 0; b < 2 && pruner; b++) {
         besa_block block = t.block;
@@ -1779,8 +1779,9 @@ int main(int argc, char **argv)
     TEST("adamw") test_adamw();
     TEST("trace_published_penalty with its masks") test_trace_pinned("trace_published_penalty");
     TEST("trace_published_no_penalty with its masks") test_trace_pinned("trace_published_no_penalty");
-    TEST("weights by Wanda's masks that learn, PyTorch's trace") test_trace_weights("wanda", 0);
-    TEST("rates and weights that learn together, PyTorch's trace") test_trace_weights("both", 1);
+    TEST("weights by Wanda's masks that learn, PyTorch's trace") test_trace_weights("wanda", 0, 0);
+    TEST("rates and weights that learn together, PyTorch's trace") test_trace_weights("both", 1, BESA_NONE);
+    TEST("rates and weights, ranked anew after every step, PyTorch's trace") test_trace_weights("moving", 1, 1);
     TEST("trace_published_penalty") test_trace("trace_published_penalty", 0.3, 0.02);
     TEST("trace_published_no_penalty") test_trace("trace_published_no_penalty", 0.5, 0.1);
     TEST("importances by their formulas") test_importances();

@@ -8,6 +8,7 @@ Two blocks, the second on what the first leaves. Both have the weights of data/r
 with the rows of every layer turned by one. Two runs, each on its first 8 sequences, one a step:
   wanda   Wanda's mask at 50 % of each row, then one epoch of the kept weights
   both    rates (AdamW, 0.05) and kept weights together for one epoch at 47 %, the exact count, then one epoch of the weights
+  moving  the same, with the weights ranked anew after every step of the first epoch; both has the dense weights' ranks
 Aimed at is 3/4 of the dense block's output on the pruned prefix and 1/4 of the dense model's. Arrays: loss_RUN (2, steps),
 RUN_BLOCK_LAYER the weights that learning ends with.
 """
@@ -90,9 +91,14 @@ def project(alpha, columns, count):
     return n.astype(int)
 
 
-def learn(w, xs, yref, rank, method, losses):
+def ranks(w, sums):
+    return {l: (w[l].abs() * sums[l].sqrt()).argsort(dim=1, stable=True).argsort(1) for l in LAYERS}
+
+
+def learn(w, xs, yref, sums, method, losses):
     """The weights that learning ends with, pruned."""
-    both, target = method == "both", 0.47 if method == "both" else 0.5
+    both, target = method != "wanda", 0.5 if method == "wanda" else 0.47
+    rank = ranks(w, sums)
     steps, sizes = (2 if both else 1) * SEQUENCES, {l: w[l].shape[1] for l in LAYERS}
     value = {l: Adam(w[l], LR, 1e-12) for l in LAYERS}
     unit = {l: w[l].pow(2).mean().sqrt() / math.sqrt(sizes[l]) for l in LAYERS}
@@ -100,8 +106,7 @@ def learn(w, xs, yref, rank, method, losses):
     p, c, total = 1 - torch.arange(CANDIDATES + 1) / CANDIDATES, tilt(target), sum(v.numel() for v in w.values())
     thetas = {l: (Adam(torch.zeros(CANDIDATES + 1), RATE_LR, 1e-8), Adam(torch.zeros(len(w[l]), CANDIDATES + 1), RATE_LR, 1e-8))
               for l in LAYERS}
-    gone = {l: (rank[l][:, :, None] < torch.tensor([(CANDIDATES - d) * sizes[l] // CANDIDATES for d in range(CANDIDATES + 1)]))
-            .double() for l in LAYERS} if both else None
+    cuts = {l: torch.tensor([(CANDIDATES - d) * sizes[l] // CANDIDATES for d in range(CANDIDATES + 1)]) for l in LAYERS}
 
     def rates(theta):
         u = lambda t: torch.sigmoid(t) - 0.5
@@ -109,6 +114,8 @@ def learn(w, xs, yref, rank, method, losses):
 
     for s in range(steps):
         together = both and s < SEQUENCES
+        if method == "moving" and s <= SEQUENCES:
+            rank = ranks({l: value[l].value for l in LAYERS}, sums)
         theta = {l: [t.value.clone().requires_grad_() for t in thetas[l]] for l in LAYERS}
         leaf = {l: value[l].value.clone().requires_grad_() for l in LAYERS}
         if together:
@@ -118,7 +125,7 @@ def learn(w, xs, yref, rank, method, losses):
         mask = {l: (rank[l] >= n[l][:, None]).double() for l in LAYERS}
         what = {l: leaf[l] * mask[l] for l in LAYERS}
         if together:
-            keep = {l: 1 - (gone[l] * beta[l][:, None]).sum(-1) for l in LAYERS}
+            keep = {l: 1 - ((rank[l][:, :, None] < cuts[l]) * beta[l][:, None]).sum(-1) for l in LAYERS}
             what = {l: leaf[l] * (mask[l] + keep[l] - keep[l].detach()) for l in LAYERS}
         ref = yref[s % SEQUENCES]
         loss = ((ref - block(what, xs[s % SEQUENCES])) ** 2 / ref.pow(2).sum(0)).sum() / D
@@ -149,8 +156,7 @@ def run(method, out):
             own = torch.stack([block(w, s, sums) for s in x])
             dense = torch.stack([block(w, s) for s in dense])
             yref = (1 - SHARE) * own + SHARE * dense
-            rank = {l: (w[l].abs() * sums[l].sqrt()).argsort(dim=1, stable=True).argsort(1) for l in LAYERS}
-        pruned = learn(w, x, yref, rank, method, losses_here)
+        pruned = learn(w, x, yref, sums, method, losses_here)
         losses.append(losses_here)
         with torch.no_grad():
             x = torch.stack([block(pruned, s) for s in x])
@@ -161,7 +167,7 @@ def run(method, out):
 
 NORM1, NORM2 = load("norm1"), load("norm2")
 arrays = {}
-for name in ("wanda", "both"):
+for name in ("wanda", "both", "moving"):
     run(name, arrays)
 OUT.mkdir(exist_ok=True)
 for name, array in arrays.items():
