@@ -145,7 +145,7 @@
  *     rates.steps                 [1] learning steps in all, for level 3; levels 1 and 2 count them themselves
  *     rates.plain_softmax         [0] softmax(theta) instead of softmax(sigmoid(theta))
  *     rates.zero_start            [0] start at rate 1/2, as the paper's code does, instead of at the target
- *     importance                  [wanda] magnitude, sparsegpt, sparsegpt squared
+ *     importance                  [wanda] magnitude, sparsegpt, sparsegpt squared, gradient: it sees the block's loss
  *     damping                     [0.01] SparseGPT and its importances: share of a Hessian's mean diagonal added to it
  *     epochs, batch_size          [1, 1]
  *     norm_all, dense_stream      [0, 0] loss norms over all tokens: a batch's loss shrinks to its share of them, and the penalty
@@ -488,6 +488,10 @@ struct besa_backend {
     /* S(R,C) = |W|^power * scale(C) (power 1 or 2; scale NULL: 1). A weight that is 0 scores -1: before all others */
     besa_result (*score)(besa_backend *be, float *s, const void *w, besa_dtype dtype, const float *scale, int power,
                          int64_t rows, int64_t columns);
+    /* S(n) = S G where S is above 0: scores by a factor of each weight */
+    besa_result (*score_scale)(besa_backend *be, float *s, const float *g, int64_t n);
+    /* y(n) += x(n)^2 */
+    besa_result (*accumulate_squares)(besa_backend *be, float *y, const float *x, int64_t n);
     /* y(n) = x(n)^exponent; y may be x; 1 / infinity is 0 */
     besa_result (*power)(besa_backend *be, float *y, const float *x, float exponent, int64_t n);
     /* y(n) = value */
@@ -583,7 +587,8 @@ struct besa_backend {
     X(upload) X(download) X(copy) X(zero) X(record) X(wait) X(elapsed) X(synchronize)              \
     X(linear_forward) X(linear_backward_input) X(linear_backward_weight) X(gram) X(convert)        \
     X(rmsnorm_forward) X(rmsnorm_backward) X(rope) X(attention_forward) X(attention_backward)      \
-    X(swiglu_forward) X(swiglu_backward) X(column_sumsq) X(block_loss) X(score) X(power) X(fill)   \
+    X(swiglu_forward) X(swiglu_backward) X(column_sumsq) X(block_loss) X(score) X(score_scale)     \
+    X(accumulate_squares) X(power) X(fill)                                                         \
     X(count_zeros) X(rank_rows) X(mask_apply) X(mask_update) X(mask_smallest) X(mask_zeros)        \
     X(mask_pattern) X(bucket_gradient) X(rate_forward) X(rate_mean) X(rate_backward)               \
     X(optimizer_step) X(project_counts) X(rms) X(weight_step) X(mix) X(hessian_factor) X(diagonal) \
@@ -638,16 +643,18 @@ typedef enum besa_statistic {
     BESA_STATISTIC_FACTOR                       /* U_jj, U'U = inv(2/T X'X + damping): be->hessian_factor, be->diagonal */
 } besa_statistic;
 
-/* The importances: X(value, name, statistic, power, exponent) scores a weight |W|^power statistic_j^exponent, power 1 or 2.
- * All that the library and the command line know of an importance is its row here. */
+/* The importances: X(value, name, statistic, power, exponent, gradient) scores a weight |W|^power statistic_j^exponent, power
+ * 1 or 2, times G^gradient where that is not 0: G is the sum over calibration sequences of (dL/dWhat)^2, of the block's loss
+ * with the mask that the score has without G. All that the library and the command line know of an importance is its row. */
 #define BESA_IMPORTANCES(X)                                                                        \
-    X(BESA_IMPORTANCE_WANDA, "wanda", BESA_STATISTIC_SUMSQ, 1, 0.5f)           /* |W| l2(X_j), the default */ \
-    X(BESA_IMPORTANCE_MAGNITUDE, "magnitude", BESA_STATISTIC_NONE, 1, 0.0f)    /* |W| */           \
-    X(BESA_IMPORTANCE_SPARSEGPT, "sparsegpt", BESA_STATISTIC_FACTOR, 2, -1.0f) /* W^2 / U_jj, as the published code */ \
-    X(BESA_IMPORTANCE_SPARSEGPT_SQUARED, "sparsegpt-squared", BESA_STATISTIC_FACTOR, 2, -2.0f) /* W^2 / U_jj^2, the paper */
+    X(BESA_IMPORTANCE_WANDA, "wanda", BESA_STATISTIC_SUMSQ, 1, 0.5f, 0.0f)     /* |W| l2(X_j), the default */ \
+    X(BESA_IMPORTANCE_MAGNITUDE, "magnitude", BESA_STATISTIC_NONE, 1, 0.0f, 0.0f) /* |W| */        \
+    X(BESA_IMPORTANCE_SPARSEGPT, "sparsegpt", BESA_STATISTIC_FACTOR, 2, -1.0f, 0.0f) /* W^2 / U_jj, as the published code */ \
+    X(BESA_IMPORTANCE_SPARSEGPT_SQUARED, "sparsegpt-squared", BESA_STATISTIC_FACTOR, 2, -2.0f, 0.0f) /* W^2 / U_jj^2, the paper */ \
+    X(BESA_IMPORTANCE_GRADIENT, "gradient", BESA_STATISTIC_SUMSQ, 1, 0.3f, 0.2f) /* |W| l2(X_j)^0.6 rms(dL/dWhat)^0.4 */
 
 typedef enum besa_importance {
-#define BESA__ENUM(value, name, statistic, power, exponent) value,
+#define BESA__ENUM(value, name, statistic, power, exponent, gradient) value,
     BESA_IMPORTANCES(BESA__ENUM)
 #undef BESA__ENUM
     BESA_IMPORTANCE_COUNT
@@ -1795,11 +1802,11 @@ static const char *besa__range_text(const besa__range *range, char *buffer, size
 #define BESA__FROM_0 (BESA_OPTION_BELOW | BESA_OPTION_NONE)
 #define BESA__NO_LIMIT 1e300
 #define BESA__BAR(value, name) "|" name
-#define BESA__BAR_OF_FIVE(value, name, statistic, power, exponent) "|" name
+#define BESA__BAR_OF_SIX(value, name, statistic, power, exponent, gradient) "|" name
 
 static const char besa__method_names[] = BESA_METHODS(BESA__BAR); /* these begin with a bar */
 static const char besa__learn_names[] = BESA_LEARNING(BESA__BAR);
-static const char besa__importance_names[] = BESA_IMPORTANCES(BESA__BAR_OF_FIVE);
+static const char besa__importance_names[] = BESA_IMPORTANCES(BESA__BAR_OF_SIX);
 
 /* field, default, least, most, flags, range in words, on the command line, what follows there, help */
 static const besa_option besa__options[] = {
@@ -2055,13 +2062,14 @@ typedef struct besa__importance {
     besa_statistic statistic;
     int power;                                  /* of |W| */
     float exponent;                             /* of the statistic */
+    float gradient;                             /* exponent of the gradients' squares; 0: they are not asked for */
 } besa__importance;
 
 /* An importance that has been checked: its row. */
 static const besa__importance *besa__importance_row(besa_importance importance)
 {
     static const besa__importance rows[] = {
-#define BESA__ROW(value, name, statistic, power, exponent) {name, statistic, power, exponent},
+#define BESA__ROW(value, name, statistic, power, exponent, gradient) {name, statistic, power, exponent, gradient},
         BESA_IMPORTANCES(BESA__ROW)
 #undef BESA__ROW
     };
@@ -2083,10 +2091,10 @@ static void *besa__layer_rank(const besa__mask_layer *layer, int64_t row)
     return (unsigned char *)layer->rank + (size_t)(row * columns) * besa__rank_bytes(columns);
 }
 
-/* Rank a layer by |W|^power scale (C; NULL: 1). scratch receives the scores of as many rows as `room` floats hold, again
- * and again. */
+/* Rank a layer by |W|^power scale (C; NULL: 1) factor (R,C; NULL: 1). scratch receives the scores of as many rows as `room`
+ * floats hold, again and again. */
 static besa_result besa__masks_rank(besa__masks *masks, int index, const void *w, const float *scale, int power,
-                                    float *scratch, int64_t room)
+                                    const float *factor, float *scratch, int64_t room)
 {
     besa_backend *be = masks->be;
     besa__mask_layer *layer = &masks->layer[index];
@@ -2098,6 +2106,7 @@ static besa_result besa__masks_rank(besa__masks *masks, int index, const void *w
     for (int64_t r = 0, count; r < rows; r += count) {
         count = besa__min(piece, rows - r);
         BESA__TRY(be->score(be, scratch, besa__at_const(w, dtype, r * columns), dtype, scale, power, count, columns));
+        if (factor) BESA__TRY(be->score_scale(be, scratch, factor + r * columns, count * columns));
         BESA__TRY(be->rank_rows(be, besa__layer_rank(layer, r), scratch, count, columns));
     }
     return be->count_zeros(be, layer->zeros, masks->not_finite + index, w, dtype, rows, columns);
@@ -2829,6 +2838,9 @@ BESA_API besa_result besa_rates_rank(besa_rates *rates, int layer, const void *w
     if ((unsigned)importance >= BESA_IMPORTANCE_COUNT)
         return besa__fail(error, BESA_ERROR_OPTION, "importance is %d, expected a value of besa_importance", (int)importance);
     const besa__importance *row = besa__importance_row(importance);
+    if (row->gradient != 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "importance is %s, which needs gradients of a whole block: expected one of "
+                          "the others, or besa_pruner_run", row->name);
     BESA__TRY(besa__check_arrays(w, scratch, "scratch", error));
     if (row->statistic != BESA_STATISTIC_NONE && !statistic)
         return besa__fail(error, BESA_ERROR_OPTION, "statistic is NULL, which the importance %s needs", row->name);
@@ -2842,7 +2854,7 @@ BESA_API besa_result besa_rates_rank(besa_rates *rates, int layer, const void *w
         result = besa__importance_scale(rates->masks->be, scale, statistic, importance, shape->columns);
     }
     if (result == BESA_OK)
-        result = besa__masks_rank(rates->masks, layer, w, scale, row->power, scratch, weights);
+        result = besa__masks_rank(rates->masks, layer, w, scale, row->power, NULL, scratch, weights);
     return besa__rates_leave(rates, callers, result, error);
 }
 
@@ -3584,6 +3596,8 @@ enum { BESA__LOSS_UNIFORM, BESA__LOSS_BEFORE, BESA__LOSS_MASKS, BESA__LOSS_AFTER
 enum { BESA__EVENT_MARKS = 0, BESA__EVENT_YREF = 6, BESA__PRUNER_EVENTS = BESA__EVENT_YREF + BESA__STREAM_EVENTS };
 
 #define BESA__REPORT_SEQUENCES 8                /* the report's losses come from the first sequences */
+#define BESA__GRADIENT_SEQUENCES 32             /* an importance with gradients takes them from the first sequences: more of
+                                                   them did no better */
 #define BESA__STEP_LOSSES 65536                 /* losses of learning steps that are kept; later steps share the last one */
 #define BESA__SLAB 128                          /* columns that SparseGPT treats together */
 #define BESA__CHUNK_TOKENS 2048                 /* passes without an optimiser go by about so many tokens */
@@ -3648,6 +3662,7 @@ struct besa_pruner {
     float *scores;                              /* scores of a layer, or SparseGPT's weights as floats: the largest (R,C);
                                                    where BESA learns it is acts.dw, not used yet, and may hold less */
     int64_t scores_count;                       /* floats that scores has room for */
+    float *score_factor[BESA_LAYERS];           /* (R,C) what the gradients make of the scores; NULL: the importance has none */
     float *slab_error;                          /* (R, 128), SparseGPT only */
     int32_t *counts, *not_finite;               /* (2, rows) zeros: DENSE, WRITTEN; (BESA__COUNTS) as in results */
     int32_t *ignored;                           /* (norms) where count_zeros puts zeros when only not_finite is wanted */
@@ -3782,6 +3797,12 @@ static int besa__uses_gram(const besa_prune_options *o) { return besa__statistic
 
 static int besa__uses_inputs(const besa_prune_options *o) { return besa__statistic(o) != BESA_STATISTIC_NONE; }
 
+/* Scores that see the block's loss. */
+static int besa__uses_gradients(const besa_prune_options *o)
+{
+    return o->method == BESA_METHOD_BESA && besa__importance_row(o->importance)->gradient != 0;
+}
+
 /* Masks that are kept have their own sparsity everywhere. */
 static besa_result besa__keep_defaults(besa_prune_options *o, besa_error *error)
 {
@@ -3856,6 +3877,11 @@ static void besa__pruner_place_statistics(besa_pruner *p, besa__arena *arena, be
         p->gram[i] = besa__take_floats(arena, besa__product(columns, columns));
         p->dead[i] = (int32_t *)besa__take_array(arena, columns, sizeof(int32_t));
         if (columns > work->hessian_columns) work->hessian_columns = columns;
+    }
+    for (int i = 0; i < BESA_LAYERS && besa__uses_gradients(&p->options); i++) {
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        p->score_factor[i] = besa__take_floats(arena, besa__product(rows, columns));
     }
 }
 
@@ -4072,6 +4098,12 @@ static besa_result besa__pruner_reset(besa_pruner *p)
 
 /* Sequence `index` of an array of (.., seqlen, d); yref has these sizes with a dense stream too. */
 static void *besa__sequence(const besa_pruner *p, void *x, int64_t index) { return besa__stream_at(&p->yref, x, index); }
+
+/* Sequences whose gradients the scores see. */
+static int64_t besa__gradient_sequences(const besa_pruner *p)
+{
+    return besa__uses_gradients(&p->options) ? besa__min(BESA__GRADIENT_SEQUENCES, p->nsamples) : 0;
+}
 
 /* Sequences that the report's losses are of. */
 static int64_t besa__shown(const besa_pruner *p) { return besa__min(BESA__REPORT_SEQUENCES, p->reference); }
@@ -4308,7 +4340,8 @@ static const float *besa__score_scale(const besa_pruner *p, int layer)
 static besa_result besa__rank_weights(besa_pruner *p, int layer, const void *w)
 {
     int power = besa__importance_row(besa__scored_by(&p->options))->power;
-    return besa__masks_rank(&p->masks, layer, w, besa__score_scale(p, layer), power, p->scores, p->scores_count);
+    return besa__masks_rank(&p->masks, layer, w, besa__score_scale(p, layer), power, p->score_factor[layer], p->scores,
+                            p->scores_count);
 }
 
 /* The ranks of a layer's rows; where its rate is known beforehand (not negative), its pruned weights too. */
@@ -4361,12 +4394,18 @@ static besa_result besa__rank_or_prune(const besa__work *work, int layer)
     return besa__rank_layer(work, layer, besa__learns_rates(p) ? p->fixed[layer] : target);
 }
 
-/* Pass 2. Every layer is ranked, or pruned at once. */
+/* Pass 2. Every layer is ranked, or pruned at once. Gradients come later: their factor is 1 until then, and stays so for
+ * layers that do not learn. */
 static besa_result besa__rank_pass(const besa__work *work, besa_error *error)
 {
     besa_pruner *p = work->pruner;
     BESA__TRY_ON(p->be, besa__finish_statistics(p), error);
     for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        int32_t one = (int32_t)besa__float_bits(1.0f);
+        if (p->score_factor[i])
+            BESA__TRY_ON(p->be, p->be->fill(p->be, (int32_t *)(void *)p->score_factor[i], one, rows * columns), error);
         BESA__TRY_ON(p->be, besa__rank_or_prune(work, i), error);
         if (besa__learns_rates(p) && p->fixed[i] >= 0) BESA__TRY_ON(p->be, besa__rates_fix(&p->rates, i), error);
         BESA__TRY(besa__tick(&p->meter, 1 / (double)BESA_LAYERS, error));
@@ -4473,6 +4512,7 @@ typedef struct besa__learning {
     const besa__work *work;
     int rates, weights;                         /* whether these do */
     int64_t done, steps;                        /* steps of earlier passes, and of this one */
+    int64_t before;                             /* sequences that gradients for scores came from, before this one's steps */
 } besa__learning;
 
 /* What the gradient of a layer's weights is for, some rows or all: its rows' bucket sums, dL/dWhat * W, and a step of the
@@ -4573,8 +4613,58 @@ static besa_result besa__learn(besa__learning *l, besa_error *error)
         batch.again = batch.end < p->nsamples ? batch.end : 0; /* of this epoch, or the next one's first */
         batch.loss = besa__step_loss(p, l->done + s);
         BESA__TRY_ON(p->be, besa__learn_step(l, &batch, s), error);
-        BESA__TRY(besa__tick(&p->meter, 1 / (double)l->steps, error));
+        BESA__TRY(besa__tick(&p->meter, 1 / (double)(l->before + l->steps), error));
         BESA__TRY(besa__tell_step(p, l->done + s + 1, p->steps, batch.loss, error));
+    }
+    return BESA_OK;
+}
+
+/* Add the squares of a layer's gradient, some rows or all. */
+static besa_result besa__square_gradient(void *user, int layer, int64_t first, int64_t rows, const float *dw)
+{
+    const besa_pruner *p = (const besa_pruner *)user;
+    int64_t all, columns;
+    besa_block_layer(&p->shape, layer, &all, &columns);
+    return p->be->accumulate_squares(p->be, p->score_factor[layer] + first * columns, dw, rows * columns);
+}
+
+/* The squares of the gradients of single sequences, with uniform masks. */
+static besa_result besa__gradient_squares(const besa__learning *l, besa_error *error)
+{
+    besa_pruner *p = l->work->pruner;
+    besa_backend *be = p->be;
+    besa__batch batch = {0, 0, 0, besa__step_loss(p, 0), besa__learned_layers(p, 0), besa__square_gradient, p};
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        if (p->masks.layer[i].fixed >= 0) continue;
+        BESA__TRY_ON(be, be->zero(be, BESA_QUEUE_COMPUTE, p->score_factor[i], (size_t)(rows * columns) * sizeof(float)), error);
+        BESA__TRY_ON(be, besa__masks_uniform(&p->masks, i, p->options.rates.target), error);
+    }
+    BESA__TRY_ON(be, besa__mask_learned(l->work, 1), error);
+    for (; batch.first < l->before; batch.first++) {
+        batch.end = batch.first + 1;
+        batch.again = batch.end < l->before ? batch.end : 0;
+        BESA__TRY_ON(be, besa__clear_gradients(p, &batch), error);
+        BESA__TRY_ON(be, besa__batch_gradient(l->work, &batch), error);
+        BESA__TRY_ON(be, besa__use_gradients(p, &batch), error);
+        BESA__TRY(besa__tick(&p->meter, 1 / (double)(l->before + l->steps), error));
+    }
+    return BESA_OK;
+}
+
+/* Rank anew by scores that see the block's loss: the squares become the factor of the scores. */
+static besa_result besa__rank_by_gradients(const besa__learning *l, besa_error *error)
+{
+    besa_pruner *p = l->work->pruner;
+    BESA__TRY(besa__gradient_squares(l, error));
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        if (p->masks.layer[i].fixed >= 0) continue;
+        float *factor = p->score_factor[i], exponent = besa__importance_row(p->options.importance)->gradient;
+        BESA__TRY_ON(p->be, p->be->power(p->be, factor, factor, exponent, rows * columns), error);
+        BESA__TRY_ON(p->be, besa__rank_weights(p, i, besa__unmasked(l->work, i)), error);
     }
     return BESA_OK;
 }
@@ -4592,9 +4682,11 @@ static besa_result besa__final_masks(const besa__learning *l)
 static besa_result besa__learn_pass(const besa__work *work, besa_error *error)
 {
     besa_pruner *p = work->pruner;
-    besa__learning l = {work, 1, p->options.learn == BESA_LEARN_BOTH, 0, p->options.rates.steps};
+    besa__learning l = {work, 1, p->options.learn == BESA_LEARN_BOTH, 0, p->options.rates.steps, besa__gradient_sequences(p)};
     for (int i = 0; i < BESA_LAYERS && besa__learns_weights(p); i++)
         BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->dense->weight[i], work->dense->weight[i]), error);
+    if (!besa__learned_layers(p, 0)) l.before = 0;
+    if (l.before) BESA__TRY(besa__rank_by_gradients(&l, error));
     if (besa__learned_layers(p, 0)) BESA__TRY_ON(p->be, besa__losses_before(work), error);
     BESA__TRY(besa__learn(&l, error));
     return besa__pass_error(p->be, besa__final_masks(&l), error);
@@ -4604,7 +4696,7 @@ static besa_result besa__learn_pass(const besa__work *work, besa_error *error)
 static besa_result besa__weights_pass(const besa__work *work, besa_error *error)
 {
     besa_pruner *p = work->pruner;
-    besa__learning l = {work, 0, 1, besa__learns_rates(p) ? p->options.rates.steps : 0, 0};
+    besa__learning l = {work, 0, 1, besa__learns_rates(p) ? p->options.rates.steps : 0, 0, 0};
     l.steps = p->steps - l.done;
     BESA__TRY_ON(p->be, besa__report_loss(work, BESA__LOSS_MASKS), error);
     for (int i = 0; i < BESA_LAYERS && !besa__learns_rates(p); i++)
@@ -4818,7 +4910,11 @@ static double besa__cost_rank(const besa_pruner *p)
 }
 
 /* An epoch costs about three forward passes. */
-static double besa__cost_learn(const besa_pruner *p) { return besa__learns_rates(p) ? 3 * (double)p->options.epochs : 0; }
+static double besa__cost_learn(const besa_pruner *p)
+{
+    double epochs = (double)p->options.epochs + (double)besa__gradient_sequences(p) / (double)p->nsamples;
+    return besa__learns_rates(p) ? 3 * epochs : 0;
+}
 
 static double besa__cost_weights(const besa_pruner *p)
 {
@@ -9463,7 +9559,8 @@ static double besa__plan_flop(const besa__run *run)
     double forward = 2 * weights + attention, backward = 4 * weights - 2 * qkv + 2.5 * attention;
     double dense = besa__uses_inputs(o) ? 1 : (double)run->pruner.reference / (double)run->pruner.nsamples;
     double flop = dense * forward + (besa__uses_gram(o) ? gram : 0); /* of blocks that are pruned */
-    if (besa__learns_rates(&run->pruner)) flop += (double)o->epochs * (forward + backward);
+    double scores = (double)besa__gradient_sequences(&run->pruner) / (double)run->pruner.nsamples;
+    if (besa__learns_rates(&run->pruner)) flop += ((double)o->epochs + scores) * (forward + backward);
     if (besa__learns_weights(&run->pruner)) flop += (double)o->weight_epochs * (forward + backward);
     flop *= tokens * (double)(besa__end_block(run) - besa__first_block(run));
     flop += tokens * (double)run->config->num_hidden_layers * (1 + run->has_dense) * forward;
@@ -11456,7 +11553,7 @@ BESA__INLINE void besa__cpu_add_squares_body(float *acc, const float *x, int64_t
 }
 BESA__KERNEL(besa__cpu_add_squares, (float *acc, const float *x, int64_t n), (acc, x, n))
 
-enum { BESA__CPU_SUM_PARTS = 32, BESA__CPU_LOSS_ROWS = 16 };
+enum { BESA__CPU_SUM_PARTS = 32, BESA__CPU_LOSS_ROWS = 16, BESA__CPU_STEP_RUN = 8192 }; /* the last: elements of a task */
 
 /* Partial sums (parts, d) over runs of rows */
 static float *besa__cpu_column_sumsq_place(besa__arena *work, int64_t tokens, int64_t d)
@@ -11622,11 +11719,46 @@ static besa_result besa__cpu_score(besa_backend *be, float *s, const void *w, be
     return BESA_OK;
 }
 
+BESA__INLINE void besa__cpu_score_scale_run_body(float *s, const float *g, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) s[i] = s[i] > 0.0f ? s[i] * g[i] : s[i];
+}
+BESA__KERNEL(besa__cpu_score_scale_run, (float *s, const float *g, int64_t n), (s, g, n))
+
+/* S(n) = S G where S is above 0 */
+static besa_result besa__cpu_score_scale(besa_backend *be, float *s, const float *g, int64_t n)
+{
+    int64_t tasks = besa__parts(n, BESA__CPU_STEP_RUN);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * BESA__CPU_STEP_RUN;
+        besa__cpu_score_scale_run(s + at, g + at, besa__min(BESA__CPU_STEP_RUN, n - at));
+    }
+    return BESA_OK;
+}
+
+/* y(n) += x(n)^2 */
+static besa_result besa__cpu_accumulate_squares(besa_backend *be, float *y, const float *x, int64_t n)
+{
+    int64_t tasks = besa__parts(n, BESA__CPU_STEP_RUN);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * BESA__CPU_STEP_RUN;
+        besa__cpu_add_squares(y + at, x + at, besa__min(BESA__CPU_STEP_RUN, n - at));
+    }
+    return BESA_OK;
+}
+
 /* y(n) = x(n)^exponent */
 static besa_result besa__cpu_power(besa_backend *be, float *y, const float *x, float exponent, int64_t n)
 {
-    (void)be;
-    for (int64_t i = 0; i < n; i++) y[i] = powf(x[i], exponent);
+    int64_t tasks = besa__parts(n, BESA__CPU_STEP_RUN);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * BESA__CPU_STEP_RUN, end = besa__min(n, at + BESA__CPU_STEP_RUN);
+        for (int64_t i = at; i < end; i++) y[i] = powf(x[i], exponent);
+    }
     return BESA_OK;
 }
 
@@ -12438,7 +12570,7 @@ BESA__INLINE void besa__cpu_adamw_state_body(const besa_optimizer_step *o, int64
 }
 BESA__KERNEL(besa__cpu_adamw_state, (const besa_optimizer_step *o, int64_t at, int64_t n), (o, at, n))
 
-enum { BESA__CPU_STEP_PARTS = 1024, BESA__CPU_STEP_RUN = 8192 };
+enum { BESA__CPU_STEP_PARTS = 1024 };
 
 static double *besa__cpu_optimizer_place(besa__arena *work)
 {

@@ -16,7 +16,7 @@
  *   >>cuda-calls         errors, launches, the context, workspace
  *   >>cuda-queues        memory, streams, events
  *   >>cuda-device        what kernels share: 16-byte accesses, sums in a fixed order, sort keys
- *   >>cuda-elementwise   convert, fill, power, swiglu, rope
+ *   >>cuda-elementwise   convert, fill, power, squares, factors of scores, swiglu, rope
  *   >>cuda-norm          rmsnorm, column sums, loss, token likelihood
  *   >>cuda-products      linear layers, Gram matrix, logits
  *   >>cuda-attention     scores of a chunk of heads, causal softmax
@@ -439,7 +439,7 @@ static __device__ __forceinline__ uint32_t besa__key(float x)
 static __device__ __forceinline__ float besa__cuda_sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 /* ============================================================================================
- * // >>cuda-elementwise      convert, fill, power, swiglu, rope
+ * // >>cuda-elementwise      convert, fill, power, squares, factors of scores, swiglu, rope
  * ============================================================================================ */
 
 /* dst(rows, width) = src(rows, width), rows of src `step` apart; the last row may be cut: `total` elements in all */
@@ -509,6 +509,47 @@ static besa_result besa__cuda_power(besa_backend *be, float *y, const float *x, 
 {
     BESA__RUN(besa__power_kernel, besa__cuda_flat_blocks(n), BESA__CUDA_THREADS, 0, y, x, exponent, n,
               besa__cuda_aligned(y, x));
+    return BESA_OK;
+}
+
+/* y(n) += x(n)^2 */
+static __global__ void besa__accumulate_squares_kernel(float *y, const float *x, int64_t n, int vector)
+{
+    BESA__FLAT(i, n) {
+        int count = besa__count(n - i);
+        float a[8], b[8];
+        besa__load(a, y + i, count, vector);
+        besa__load(b, x + i, count, vector);
+        BESA__UNROLL
+        for (int k = 0; k < 8; k++) a[k] += b[k] * b[k];
+        besa__store(y + i, a, count, vector);
+    }
+}
+
+static besa_result besa__cuda_accumulate_squares(besa_backend *be, float *y, const float *x, int64_t n)
+{
+    BESA__RUN(besa__accumulate_squares_kernel, besa__cuda_flat_blocks(n), BESA__CUDA_THREADS, 0, y, x, n,
+              besa__cuda_aligned(y, x));
+    return BESA_OK;
+}
+
+/* S(n) = S G where S is above 0 */
+static __global__ void besa__score_scale_kernel(float *s, const float *g, int64_t n, int vector)
+{
+    BESA__FLAT(i, n) {
+        int count = besa__count(n - i);
+        float a[8], b[8];
+        besa__load(a, s + i, count, vector);
+        besa__load(b, g + i, count, vector);
+        BESA__UNROLL
+        for (int k = 0; k < 8; k++) a[k] = a[k] > 0.0f ? a[k] * b[k] : a[k];
+        besa__store(s + i, a, count, vector);
+    }
+}
+
+static besa_result besa__cuda_score_scale(besa_backend *be, float *s, const float *g, int64_t n)
+{
+    BESA__RUN(besa__score_scale_kernel, besa__cuda_flat_blocks(n), BESA__CUDA_THREADS, 0, s, g, n, besa__cuda_aligned(s, g));
     return BESA_OK;
 }
 

@@ -583,7 +583,7 @@ static void check_report(const settings *s)
 
 static int uses_factor(besa_importance importance)
 {
-#define STATISTIC(value, name, statistic, power, exponent) statistic,
+#define STATISTIC(value, name, statistic, power, exponent, gradient) statistic,
     static const besa_statistic statistic_of[] = {BESA_IMPORTANCES(STATISTIC)};
 #undef STATISTIC
     return statistic_of[importance] == BESA_STATISTIC_FACTOR;

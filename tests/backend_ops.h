@@ -1265,6 +1265,35 @@ static void ops_mix(ops *t, const ops_case *c)
     ops_near_act(t, "y", y_, y, n, 1e-6);
 }
 
+static void ops_squares(ops *t, const ops_case *c)
+{
+    int64_t n = c->n[0];
+    double *y = ops_random(t, n, 1), *x = ops_random(t, n, 1e-3);
+    float *y_ = (float *)ops_float(t, y, n), *x_ = (float *)ops_float(t, x, n);
+    besa_workload sizes = ops_sizes(1, 1, 0);
+    ops_workspace(t, &sizes);
+    for (int64_t i = 0; i < n; i++) y[i] += x[i] * x[i];
+    ops_call(t, t->be->accumulate_squares(t->be, y_, x_, n), "accumulate_squares");
+    ops_near(t, "y", ops_fetch(t, y_, BESA_F32, n), y, n, 1e-6);
+}
+
+/* -1 and 0 stay as they are */
+static void ops_score_scale(ops *t, const ops_case *c)
+{
+    int64_t n = c->n[0];
+    double *s = ops_random(t, n, 1), *g = ops_random(t, n, 2);
+    for (int64_t i = 0; i < n; i++) {
+        s[i] = i % 5 == 3 ? -1 : i % 7 == 2 ? 0 : fabs(s[i]);
+        g[i] = fabs(g[i]);
+    }
+    float *s_ = (float *)ops_float(t, s, n), *g_ = (float *)ops_float(t, g, n);
+    besa_workload sizes = ops_sizes(1, 1, 0);
+    ops_workspace(t, &sizes);
+    for (int64_t i = 0; i < n; i++) s[i] = s[i] > 0 ? s[i] * g[i] : s[i];
+    ops_call(t, t->be->score_scale(t->be, s_, g_, n), "score_scale");
+    ops_near(t, "s", ops_fetch(t, s_, BESA_F32, n), s, n, 1e-6);
+}
+
 static void ops_optimizer(ops *t, const ops_case *c)
 {
     int64_t n = c->n[0];
@@ -1701,6 +1730,8 @@ static const ops_case ops_cases[] = {
     {"mask zeros f16 33", ops_mask_zeros, {33}, BESA_F16, "t"}, {"mask zeros bf16 20003", ops_mask_zeros, {20003}, BESA_BF16, "t"},
     {"rms 1", ops_rms, {1}, BESA_F32, "t"}, {"rms 70001", ops_rms, {70001}, BESA_F32, "t"}, {"rms 3000003", ops_rms, {3000003}, BESA_F32, "t"},
     {"mix 1", ops_mix, {1}, BESA_F32, "t"}, {"mix 20003", ops_mix, {20003}, BESA_F32, "t"},
+    {"squares 1", ops_squares, {1}, BESA_F32, "t"}, {"squares 20003", ops_squares, {20003}, BESA_F32, "t"},
+    {"score factors 1", ops_score_scale, {1}, BESA_F32, "t"}, {"score factors 20003", ops_score_scale, {20003}, BESA_F32, "t"},
     {"weight step 4M", ops_weight_step, {4000000}, BESA_F32, "p"}, {"weight step bf16 4M", ops_weight_step, {4000000}, BESA_BF16, "p"},
 };
 enum { OPS_CASES = sizeof ops_cases / sizeof *ops_cases };

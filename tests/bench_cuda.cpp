@@ -316,6 +316,8 @@ static void watch_weights(besa_backend *be)
     WATCH(mask_zeros, [](void *, const void *, besa_dtype dtype, int64_t n) {
         return kernels(3 * static_cast<double>(n) * static_cast<double>(besa_dtype_size(dtype)));
     });
+    WATCH(accumulate_squares, [](float *, const float *, int64_t n) { return kernels(12 * static_cast<double>(n)); });
+    WATCH(score_scale, [](float *, const float *, int64_t n) { return kernels(12 * static_cast<double>(n)); });
     WATCH(mix, [be](void *, const void *, float, int64_t n) {
         return kernels(3 * static_cast<double>(n) * static_cast<double>(besa_dtype_size(be->activation_dtype)));
     });

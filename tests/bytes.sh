@@ -72,6 +72,9 @@ done <<'END'
 --importance magnitude
 --importance sparsegpt
 --importance sparsegpt-squared --sparsity 0.6
+--importance gradient
+--learn both --rank-interval 0 --weight-epochs 1
+--learn both --rank-interval 2 --importance gradient --weight-epochs 1
 --dense-stream --batch-size 2
 --norm-all
 --no-projection

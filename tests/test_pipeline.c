@@ -442,7 +442,7 @@ static void test_patterns(void)
 /* Every way to parametrise and learn the rates: exact counts still, and an effect on the weights. */
 static void test_besa_options(void)
 {
-    enum { COUNT = 22 };
+    enum { COUNT = 24 };
     const char *plain = temp_path("plain");
     setup base = new_setup(plain, BESA_METHOD_BESA, 0.5);
     run_and_verify(&base);
@@ -473,6 +473,8 @@ static void test_besa_options(void)
         case 19: o->learn = BESA_LEARN_BOTH, o->batch_size = 3, o->dense_share = 0.5, o->weight_lr = 0.1; break;
         case 20: o->learn = BESA_LEARN_BOTH, o->no_projection = 1, o->dense_stream = 1; break;
         case 21: o->dense_share = 0.75; break;
+        case 22: o->importance = BESA_IMPORTANCE_GRADIENT, o->batch_size = 3; break;
+        case 23: o->importance = BESA_IMPORTANCE_GRADIENT, o->learn = BESA_LEARN_BOTH, o->batch_size = 2; break;
         }
         CHECK(run(&s) == BESA_OK, "case %d: %s", i, s.error.message);
         verify(&s);
@@ -964,7 +966,7 @@ static const struct bounds {
     { "d0", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" }, { "d_coef", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
     { "method", 'i', 0, 4, 0, 0, 0, "besa_method" }, { "pattern_n", 'i', 0, 63, 0, 0, 0, "0 to 63" },
     { "pattern_m", 'i', 0, 64, 0, 0, 0, "0 to 64" }, { "magnitude_per_row", 'i', 0, 1, 0, 0, 0, "0 or 1" },
-    { "importance", 'i', 0, 3, 0, 0, 0, "besa_importance" }, { "damping", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
+    { "importance", 'i', 0, 4, 0, 0, 0, "besa_importance" }, { "damping", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
     { "epochs", 'l', 1, 1000000, 0, 0, 0, "1 to 1000000" }, { "batch_size", 'l', 1, 0, 0, 0, 0, "1 or more" },
     { "norm_all", 'i', 0, 1, 0, 0, 0, "0 or 1" }, { "dense_stream", 'i', 0, 1, 0, 0, 0, "0 or 1" },
     { "dense_share", 'd', 0, 1, 0, 1, 0, "0 or more and below 1" }, { "learn", 'i', 0, 2, 0, 0, 0, "besa_learn" },
@@ -1545,7 +1547,9 @@ static double expected_flop(const setup *s)
     flop = (passes - 1) * (2 * linear + 4 * keys); /* of a block that is pruned; of all the pass to the next one, of both streams */
     if (o->learn != BESA_LEARN_RATES) flop += (double)(o->weight_epochs ? o->weight_epochs : 3) * learn;
     if (o->method == BESA_METHOD_BESA) flop += (double)(o->epochs ? o->epochs : 1) * learn;
-    if (o->method == BESA_METHOD_SPARSEGPT || o->importance >= BESA_IMPORTANCE_SPARSEGPT)
+    if (o->importance == BESA_IMPORTANCE_GRADIENT) flop += (s->nsamples < 32 ? 1 : 32 / (double)s->nsamples) * learn;
+    if (o->method == BESA_METHOD_SPARSEGPT || o->importance == BESA_IMPORTANCE_SPARSEGPT ||
+        o->importance == BESA_IMPORTANCE_SPARSEGPT_SQUARED)
         flop += d * d + q * q + d * d + inner * inner; /* half of a Gram matrix */
     test = (2 * linear + 4 * 0.5 * 64 * q) * (double)c->num_hidden_layers + 2 * d * (double)c->vocab_size;
     flop *= (double)(o->num_blocks ? o->num_blocks : c->num_hidden_layers);
@@ -1558,7 +1562,7 @@ static double expected_flop(const setup *s)
 /* What is allocated at the peak is what besa_plan said, to the byte, and all of it is given back. */
 static void test_plan(void)
 {
-    for (int i = 0; i < 14; i++) {
+    for (int i = 0; i < 16; i++) {
         setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
         double flop;
         besa_plan_result plan;
@@ -1575,6 +1579,8 @@ static void test_plan(void)
         case 7: snprintf(model, sizeof model, "%s/checkpoints/qwen3_qknorm_f32", g_reference), s.source = model; break;
         case 8: s.windows = 40, s.options.epochs = 3; break;
         case 9: s.options.learn = BESA_LEARN_BOTH, s.options.dense_share = 0.5; break;
+        case 14: s.options.importance = BESA_IMPORTANCE_GRADIENT; break;
+        case 15: s.options.importance = BESA_IMPORTANCE_GRADIENT, s.nsamples = 50, s.options.learn = BESA_LEARN_BOTH; break;
         case 13: s.options.first_block = 1, s.options.num_blocks = 2, s.options.dense_share = 0.5; break;
         case 10: s.options.learn = BESA_LEARN_WEIGHTS, s.options.method = BESA_METHOD_MAGNITUDE, s.options.weight_epochs = 1; break;
         case 11: s.options.learn = BESA_LEARN_WEIGHTS, s.options.method = BESA_METHOD_SPARSEGPT, s.options.dense_stream = 1; break;

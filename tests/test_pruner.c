@@ -122,8 +122,10 @@ static void forget_references(void)
     while (g_ops.hosts > 0) free(g_ops.host[--g_ops.hosts]);
 }
 
-/* rank (R,C) of every weight w of a layer in its row by the importance's score, zeros first, ties by column. */
-static int32_t *ranks_with(const model *m, int layer, int64_t tokens, besa_importance importance, const float *weights)
+/* rank (R,C) of every weight w of a layer in its row by the importance's score, zeros first, ties by column. squares (R,C) of
+ * gradients: NULL, where there are none yet. */
+static int32_t *ranks_with(const model *m, int layer, int64_t tokens, besa_importance importance, const float *weights,
+                           const double *squares)
 {
     int64_t R = m->rows[layer], C = m->columns[layer];
     int32_t *rank = (int32_t *)take((size_t)(R * C) * sizeof *rank), *dead = (int32_t *)take((size_t)C * sizeof *dead);
@@ -137,6 +139,7 @@ static int32_t *ranks_with(const model *m, int layer, int64_t tokens, besa_impor
         for (int64_t j = 0; j < C; j++) {
             double w = (double)weights[r * C + j], diagonal = u ? u[j * C + j] : 1;
             double s = importance == BESA_IMPORTANCE_WANDA ? fabs(w) * sqrt(sumsq[j]) : fabs(w);
+            if (importance == BESA_IMPORTANCE_GRADIENT) s = fabs(w) * pow(sumsq[j], 0.3) * (squares ? pow(squares[r * C + j], 0.2) : 1);
             if (u) s = dead[j] ? 0 : w * w / (importance == BESA_IMPORTANCE_SPARSEGPT ? diagonal : diagonal * diagonal);
             score[j] = w == 0 ? -1 : (float)s;
         }
@@ -149,7 +152,7 @@ static int32_t *ranks_with(const model *m, int layer, int64_t tokens, besa_impor
 
 static int32_t *ranks_of(const model *m, int layer, int64_t tokens, besa_importance importance)
 {
-    return ranks_with(m, layer, tokens, importance, weight_of(m, layer));
+    return ranks_with(m, layer, tokens, importance, weight_of(m, layer), NULL);
 }
 
 /* ---- a run, recorded ------------------------------------------------------------------------- */
@@ -577,6 +580,32 @@ static void check_report(const run *r, int32_t *const rank[BESA_LAYERS], double 
     CHECK(relative_error(r->dense_x, widened(r->m->y_dense, count), count) < 1e-6, "the dense stream stands still");
 }
 
+/* With uniform masks by `rank`, the gradients of single sequences: their squares change the ranks of what learns. */
+static void rank_by_gradients(const run *r, int32_t *rank[BESA_LAYERS])
+{
+    int32_t n[ROWS];
+    double *squares[BESA_LAYERS];
+    recorded uniform;
+    gradients g;
+    for (int l = 0, row = 0; l < BESA_LAYERS; l++) {
+        squares[l] = (double *)take((size_t)(r->m->rows[l] * r->m->columns[l]) * sizeof(double));
+        for (int64_t q = 0; q < r->m->rows[l]; q++) {
+            double rate = fixed_rate(&r->options, l);
+            n[row++] = (int32_t)floor((rate < 0 ? r->options.rates.target : rate) * (double)r->m->columns[l]);
+        }
+    }
+    besa_block b = masked_block(r, rank, n);
+    for (int l = 0; l < BESA_LAYERS; l++) uniform.what[l] = copy_of(b.weight[l], (size_t)(r->m->rows[l] * r->m->columns[l]) * sizeof(float));
+    for (int64_t s = 0; s < r->sequences; s++) {
+        batch_loss(r, &uniform, s, 1, &g);
+        for (int l = 0; l < BESA_LAYERS; l++)
+            for (int64_t i = 0; i < r->m->rows[l] * r->m->columns[l]; i++) squares[l][i] += (double)g.dw[l][i] * (double)g.dw[l][i];
+    }
+    for (int l = 0; l < BESA_LAYERS; l++)
+        if (fixed_rate(&r->options, l) < 0)
+            rank[l] = ranks_with(r->m, l, r->sequences * SEQLEN, r->options.importance, weight_of(r->m, l), squares[l]);
+}
+
 /* The same, whatever memory there is: as one piece, in pieces of 6, 3, 2 and 1 sequences, and gradients and ranks of 128 rows
  * at a time. */
 static void test_learning(const model *m, const besa_prune_options *o, int64_t sequences)
@@ -592,6 +621,7 @@ static void test_learning(const model *m, const besa_prune_options *o, int64_t s
         CHECK(r.chunk < chunk || levels == 1, "pieces of %d sequences, and with less memory %d", (int)chunk, (int)r.chunk);
         chunk = r.chunk;
         CHECK(r.steps == r.options.epochs * ((sequences + o->batch_size - 1) / o->batch_size), "%d steps", (int)r.steps);
+        if (levels == 0 && o->importance == BESA_IMPORTANCE_GRADIENT) rank_by_gradients(&r, rank);
         for (int64_t s = 0; s < r.steps; s++) check_step(&r, s, rank);
         mean = final_counts(&r, n);
         check_pruned(&r, n);
@@ -683,7 +713,7 @@ static void rank_moving(const run *r, const moving layer[BESA_LAYERS], int64_t s
         float *w = take_floats(n);
         if (fixed_rate(o, l) >= 0) continue;    /* its mask stays */
         for (int64_t i = 0; i < n; i++) w[i] = (float)layer[l].w[i];
-        rank[l] = ranks_with(r->m, l, r->sequences * SEQLEN, o->importance, w);
+        rank[l] = ranks_with(r->m, l, r->sequences * SEQLEN, o->importance, w, NULL);
     }
 }
 
@@ -1127,6 +1157,8 @@ static void test_learn(const model *m)
     o.fixed = fixed, o.num_fixed = 3, o.rates.target = 0.71, o.no_projection = 1, o.rates.group_rows = BESA_ALL_ROWS;
     o.rates.row_scale = 0.5, o.importance = BESA_IMPORTANCE_SPARSEGPT_SQUARED;
     TEST("learning, one batch of 7, fixed layers, no projection") test_learning(m, &o, 7);
+    o.batch_size = 3, o.num_fixed = 2, o.no_projection = 0, o.importance = BESA_IMPORTANCE_GRADIENT;
+    TEST("learning, batches of 3, by scores that see the loss") test_learning(m, &o, SEQUENCES);
 }
 
 /* What is for whole models is refused, not ignored. */
