@@ -592,6 +592,8 @@ static void test_vast_weights(void)
     vast_same<int32_t>(&h, special, "count_zeros, not finite");
     VAST("score", 2, be->score(be, score.f(s), w.of[s], BESA_F32, scale.f(s), 1, rows, C));
     vast_same<float>(&h, score, "score");
+    VAST("score_rows", 2, be->score_rows(be, NULL, zeros.i(s), w.of[s], BESA_F32, scale.f(s), 0.5f, rows, C));
+    vast_same<int32_t>(&h, zeros, "score_rows");
     VAST("rank_rows", 2, be->rank_rows(be, rank.of[s], score.f(s), rows, C));
     vast_same<uint16_t>(&h, rank, "rank_rows");
     VAST("mask_apply", 2, be->mask_apply(be, out.of[s], w.of[s], BESA_F32, rank.of[s], n.i(s), rows, C));
