@@ -1177,7 +1177,7 @@ BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, 
  *     shares = weights whose score |W_ij| l2(X_j) exceeds `threshold` times the mean of these scores / all of them,
  * X_j a column of the layer's inputs over all tokens.
  *   shares      (options.block_targets' number: num_blocks, or all from first_block on) host; -1 of a block whose layers
- *               are all fixed
+ *               are all fixed; undefined after an error
  *   threshold   M of OWL (arXiv 2310.05175) [5]
  * Of options count which blocks and layers there are to prune, the budget and the progress callback, and of the calibration
  * its ids. Memory is that of besa_prune with method wanda. BESA_ERROR_OPTION, also where options have a depth_slope,
@@ -9533,8 +9533,8 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
  * that of all its scores together, and a score is Wanda's. New are fixed layers, which are left out, and the case of equal
  * shares. */
 
-/* Scores of the block's layers that are not fixed, all rows one after another, to p->results_counts: as doubles their sums,
- * or as int32_t how many exceed the limit. Waits. */
+/* Of the block's scores, all rows of its layers one after another, to p->results_counts: as doubles their sums, or as int32_t
+ * how many exceed the limit. Waits. */
 static besa_result besa__score_layers(besa_pruner *p, const besa_block *block, int sums, float limit)
 {
     besa_backend *be = p->be;
@@ -9543,9 +9543,8 @@ static besa_result besa__score_layers(besa_pruner *p, const besa_block *block, i
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t rows, columns;
         besa_block_layer(&p->shape, i, &rows, &columns);
-        if (p->fixed[i] < 0)
-            BESA__TRY(be->score_rows(be, sums ? sum : NULL, sums ? NULL : above, block->weight[i], p->dtype,
-                                     besa__score_scale(p, i), limit, rows, columns));
+        BESA__TRY(be->score_rows(be, sums ? sum : NULL, sums ? NULL : above, block->weight[i], p->dtype,
+                                 besa__score_scale(p, i), limit, rows, columns));
         sum += rows;
         above += rows;
     }
@@ -9554,7 +9553,7 @@ static besa_result besa__score_layers(besa_pruner *p, const besa_block *block, i
     return be->synchronize(be, BESA_QUEUE_COMPUTE);
 }
 
-/* What besa__score_layers has left, summed over all rows; the number of scores. */
+/* What besa__score_layers has left, summed over all rows of layers that are not fixed; the number of their scores. */
 static double besa__sum_layers(const besa_pruner *p, int sums, double *weights)
 {
     const double *sum = (const double *)(const void *)p->results_counts;
