@@ -105,6 +105,7 @@
  *     >>head               embedding, final norm, output head, perplexity
  *     >>prune              resumed runs, the whole run
  *     >>plan               what a run would take
+ *     >>outliers           sparsities of the blocks from their outliers
  *     >>cpu-tiles          tiles of the CPU's matrix product, per instruction set
  *     >>cpu-gemm           the CPU's matrix product: C = alpha A B [+ C] [+ bias]
  *     >>cpu-kernels        the CPU backend: loops for any instruction set, workspace, memory
@@ -163,7 +164,7 @@
  *     fixed                       [none] layers that stay dense or have a rate of their own
  *     first_block, num_blocks     [0, all] prune these and leave the other blocks dense: for studies
  *     depth_slope                 [0] the last block's sparsity less the first one's, around the target
- *     block_targets               [none] a sparsity for every block
+ *     block_targets               [none] a sparsity for every block; besa_outliers and besa_outlier_targets find some
  *     progress, step, user        [none] callbacks: after each unit of work, which can stop the run; after each learning step
  *     besa_preset                 [default] best: learn both, dense_share 1/2. weights: learn weights, dense_share 1/2, for any
  *                                 method. published-row and published-layer: the paper's runs of LLaMA-1-7B, d_coef 5 and
@@ -217,7 +218,8 @@
  *
  * REFERENCES
  *
- *     BESA arXiv 2402.16880; Wanda arXiv 2306.11695; SparseGPT arXiv 2301.00774; Prodigy arXiv 2306.06101.
+ *     BESA arXiv 2402.16880; Wanda arXiv 2306.11695; SparseGPT arXiv 2301.00774; Prodigy arXiv 2306.06101; OWL arXiv
+ *     2310.05175.
  *
  * HISTORY
  *
@@ -492,6 +494,10 @@ struct besa_backend {
     besa_result (*score_scale)(besa_backend *be, float *s, const float *g, int64_t n);
     /* y(n) += x(n)^2 */
     besa_result (*accumulate_squares)(besa_backend *be, float *y, const float *x, int64_t n);
+    /* Of every row of S(R,C) = |W| scale(C), products in float: sums(R) = the sum, double; above(R) = how many exceed limit,
+     * which is 0 or more. Either may be NULL */
+    besa_result (*score_rows)(besa_backend *be, double *sums, int32_t *above, const void *w, besa_dtype dtype,
+                              const float *scale, float limit, int64_t rows, int64_t columns);
     /* y(n) = x(n)^exponent; y may be x; 1 / infinity is 0 */
     besa_result (*power)(besa_backend *be, float *y, const float *x, float exponent, int64_t n);
     /* y(n) = value */
@@ -592,7 +598,7 @@ struct besa_backend {
     X(count_zeros) X(rank_rows) X(mask_apply) X(mask_update) X(mask_smallest) X(mask_zeros)        \
     X(mask_pattern) X(bucket_gradient) X(rate_forward) X(rate_mean) X(rate_backward)               \
     X(optimizer_step) X(project_counts) X(rms) X(weight_step) X(mix) X(hessian_factor) X(diagonal) \
-    X(sparsegpt_slab) X(sparsegpt_push)                                                            \
+    X(sparsegpt_slab) X(sparsegpt_push) X(score_rows)                                              \
     X(logits) X(nll_update) X(nll_sum)
 
 typedef struct besa_cpu_options {
@@ -1176,6 +1182,31 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
  * (OPTIONS lists the others). Kept are rates.target, fixed rates, masks, which blocks and their sparsities, budget and callbacks.
  * BESA_ERROR_OPTION. */
 BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, besa_error *error);
+
+/* The outliers of every block that options prune, for besa_outlier_targets: the dense model runs over the calibration
+ * sequences, and of the block's weights that no rate is fixed for
+ *     shares = weights whose score |W_ij| l2(X_j) exceeds `threshold` times the mean of these scores / all of them,
+ * X_j a column of the layer's inputs over all tokens.
+ *   shares      (options.block_targets' number: num_blocks, or all from first_block on) host; -1 of a block whose layers
+ *               are all fixed; undefined after an error
+ *   threshold   M of OWL (arXiv 2310.05175) [5]
+ * Of options count which blocks and layers there are to prune, the budget and the progress callback, and of the calibration
+ * its ids. Memory is that of besa_prune with method wanda. BESA_ERROR_OPTION, also where options have a depth_slope,
+ * a pattern or method keep, which leave nothing to choose; BESA_ERROR_NOT_FINITE, BESA_ERROR_CANCELLED, and those of
+ * memory and files. */
+BESA_API besa_result besa_outliers(const besa_checkpoint *checkpoint, besa_backend *be, const besa_calibration *calibration,
+                                   const besa_prune_options *options, double threshold, double *shares, besa_error *error);
+
+/* options.block_targets from these shares: blocks with more outliers D_b keep more,
+ *     targets_b = target + 2 lambda (mean D - D_b) / (max D - min D),
+ * as OWL's published code has it. Their mean is the target, and 2 lambda lies between the least and the largest. The paper's
+ * text has them within lambda of the target: so they are where the mean share is half way, and else one end is farther off.
+ * A block with share -1 gets the target, as all do where shares are equal.
+ *   targets   (count) and shares (count): may be the same memory
+ *   lambda    [0.08]
+ * BESA_ERROR_OPTION, also where a target would not be above 0 and below 1. */
+BESA_API besa_result besa_outlier_targets(double *targets, const double *shares, int64_t count, double target, double lambda,
+                                          besa_error *error);
 
 /* Perplexity of (windows, seqlen) ids, block by block: exp of the mean over windows of the mean negative
  * log-likelihood of ids 2 .. seqlen given those before, as WikiText-2 perplexities are reported.
@@ -9615,6 +9646,189 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
     return result;
 }
 
+/* ============================================================================================
+ * // >>outliers              sparsities of the blocks from their outliers
+ * ============================================================================================
+ * Owns a run of the dense model that prunes nothing: laid out as one of method wanda, over the calibration stream. What is
+ * measured and the rule are OWL's (arXiv 2310.05175), as its published code has them: a "layer" there is a block, the mean is
+ * that of all its scores together, and a score is Wanda's. New are fixed layers, which are left out, and the case of equal
+ * shares. */
+
+/* Of the block's scores, all rows of its layers one after another, to p->results_counts: as doubles their sums, or as int32_t
+ * how many exceed the limit. Waits. */
+static besa_result besa__score_layers(besa_pruner *p, const besa_block *block, int sums, float limit)
+{
+    besa_backend *be = p->be;
+    double *sum = (double *)(void *)p->counts; /* (2, rows) int32_t are as many bytes */
+    int32_t *above = p->counts;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        BESA__TRY(be->score_rows(be, sums ? sum : NULL, sums ? NULL : above, block->weight[i], p->dtype,
+                                 besa__score_scale(p, i), limit, rows, columns));
+        sum += rows;
+        above += rows;
+    }
+    size_t bytes = (size_t)p->rows * (sums ? sizeof *sum : sizeof *above);
+    BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, p->results_counts, p->counts, bytes));
+    return be->synchronize(be, BESA_QUEUE_COMPUTE);
+}
+
+/* What besa__score_layers has left, summed over all rows of layers that are not fixed; the number of their scores. */
+static double besa__sum_layers(const besa_pruner *p, int sums, double *weights)
+{
+    const double *sum = (const double *)(const void *)p->results_counts;
+    const int32_t *above = p->results_counts;
+    double total = 0;
+    *weights = 0;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        for (int64_t r = 0; r < rows && p->fixed[i] < 0; r++) total += sums ? sum[r] : (double)above[r];
+        if (p->fixed[i] < 0) *weights += (double)rows * (double)columns;
+        sum += rows;
+        above += rows;
+    }
+    return total;
+}
+
+/* The share of a block's outliers, from the sums of its layers' inputs. */
+static besa_result besa__outlier_share(besa_pruner *p, const char *name, const besa_block *block, double threshold,
+                                       double *share, besa_error *error)
+{
+    double weights;
+    for (int i = 0; i < BESA_LAYERS; i++) p->fixed[i] = besa__fixed_rate(&p->options, name, i);
+    BESA__TRY_ON(p->be, besa__finish_statistics(p), error);
+    BESA__TRY_ON(p->be, besa__score_layers(p, block, 1, 0), error);
+    double mean = besa__sum_layers(p, 1, &weights) / weights;
+    *share = -1;
+    if (weights == 0) return BESA_OK;
+    if (!besa__is_finite(mean))
+        return besa__fail(error, BESA_ERROR_NOT_FINITE, "the scores |W| l2(X) have a mean of %g: a weight or an input of a layer "
+                          "is not finite", mean);
+    BESA__TRY_ON(p->be, besa__score_layers(p, block, 0, (float)(threshold * mean)), error);
+    *share = besa__sum_layers(p, 0, &weights) / weights;
+    return BESA_OK;
+}
+
+/* The dense block's outputs in the place of its inputs, and the sums of its layers' inputs. */
+static besa_result besa__outlier_pass(besa__run *run, const besa_block *block, besa_error *error)
+{
+    besa_pruner *p = &run->pruner;
+    besa__walk walk = besa__pass_walk(p, p->nsamples);
+    besa__use_workspace(p->be, p->workspace, p->workspace_bytes);
+    BESA__TRY_ON(p->be, besa__clear_sums(p), error);
+    while (besa__walk_next(&walk)) {
+        void *x;
+        BESA__TRY_ON(p->be, besa__stream_open(&run->calibration, &walk, &x), error);
+        BESA__TRY_ON(p->be, besa__block_forward(p->be, block, &p->acts, x, x, walk.count, p->seqlen, 0), error);
+        BESA__TRY_ON(p->be, besa__add_statistics(p, walk.count * p->seqlen), error);
+        BESA__TRY_ON(p->be, besa__stream_close(&run->calibration, 1), error);
+        BESA__TRY(besa__tick(&p->meter, (double)walk.count / (double)p->nsamples, error));
+    }
+    return BESA_OK;
+}
+
+/* All blocks to the last that is pruned; while one computes, the next comes in. */
+static besa_result besa__run_outliers(besa__run *run, double threshold, double *shares, besa_error *error)
+{
+    besa__meter *meter = &run->pruner.meter;
+    int64_t first = besa__first_block(run), end = besa__end_block(run);
+    meter->blocks = end;
+    meter->pass = BESA_PASS_DENSE;
+    meter->cost = meter->pass_cost = 1;
+    meter->meanwhile = besa__run_share;
+    meter->run = run;
+    BESA__TRY(besa__load_rope(run, error));
+    BESA__TRY(besa__stream_embed(run, &run->calibration, run->ids, error));
+    for (int64_t i = 0; i < end; i++) {
+        besa_block block;
+        char name[64];
+        double seconds;
+        meter->block = i;
+        meter->done = 0;
+        besa__tensor_name(name, sizeof name, run->config, i, "");
+        BESA__TRY(besa__in_finish(run, i, &block, &seconds, error));
+        if (!run->be->unified_memory && i + 1 < end) BESA__TRY(besa__in_begin(run, i + 1, error));
+        besa_result result = besa__outlier_pass(run, &block, error);
+        if (result == BESA_OK && i >= first)
+            result = besa__outlier_share(&run->pruner, name, &block, threshold, &shares[i - first], error);
+        if (result == BESA_ERROR_NOT_FINITE) besa__add_block(run, error, i);
+        BESA__TRY(result);
+        BESA__TRY_ON(run->be, run->be->synchronize(run->be, BESA_QUEUE_COMPUTE), error); /* its memory is used again */
+    }
+    return BESA_OK;
+}
+
+/* The options of the run: what the caller's say of where, how much memory, and whom to tell. */
+static besa_result besa__outlier_options(besa_prune_options *o, const besa_prune_options *given, besa_error *error)
+{
+    const char *other = given->depth_slope != 0 ? "a depth_slope is" : given->pattern_n || given->pattern_m ? "a pattern is"
+                        : given->method == BESA_METHOD_KEEP ? "method keep is" : NULL;
+    if (other)
+        return besa__fail(error, BESA_ERROR_OPTION, "%s given, but the sparsity of every block is to come from its outliers: "
+                          "expected one of them", other);
+    memset(o, 0, sizeof *o);
+    o->method = BESA_METHOD_WANDA;
+    o->rates.target = 0.5;                      /* which nothing looks at */
+    o->first_block = given->first_block;
+    o->num_blocks = given->num_blocks;
+    o->fixed = given->fixed;
+    o->num_fixed = given->num_fixed;
+    o->device_memory = given->device_memory;
+    o->progress = given->progress;
+    o->user = given->user;
+    return BESA_OK;
+}
+
+BESA_API besa_result besa_outliers(const besa_checkpoint *checkpoint, besa_backend *be, const besa_calibration *calibration,
+                                   const besa_prune_options *options, double threshold, double *shares, besa_error *error)
+{
+    besa__run run;
+    besa_prune_options used;
+    besa_calibration data = *calibration;
+    data.test_windows = 0;
+    BESA__TRY(besa__outlier_options(&used, options, error));
+    if (threshold == 0) threshold = 5;
+    if (!(threshold > 0 && besa__is_finite(threshold)))
+        return besa__fail(error, BESA_ERROR_OPTION, "the threshold of outliers is %g times the mean score, expected above 0",
+                          threshold);
+    besa_result result = besa__prune_start(&run, checkpoint, be, &data, &used, error);
+    if (result == BESA_OK) result = besa__check_ids(&run, run.ids, data.nsamples * data.seqlen, "calibration", error);
+    if (result == BESA_OK) result = besa__run_allocate(&run, error);
+    if (result == BESA_OK) result = besa__run_outliers(&run, threshold, shares, error);
+    besa__run_close(&run);
+    return result;
+}
+
+BESA_API besa_result besa_outlier_targets(double *targets, const double *shares, int64_t count, double target, double lambda,
+                                          besa_error *error)
+{
+    double least = 1, most = 0, sum = 0, blocks = 0;
+    if (lambda == 0) lambda = 0.08;
+    if (!(target > 0 && target < 1 && lambda > 0 && lambda < 1))
+        return besa__fail(error, BESA_ERROR_OPTION, "sparsities from outliers: a target of %g and lambda %g, expected both above "
+                          "0 and below 1", target, lambda);
+    for (int64_t i = 0; i < count; i++) {
+        if (!((shares[i] >= 0 && shares[i] <= 1) || shares[i] == -1))
+            return besa__fail(error, BESA_ERROR_OPTION, "the share of outliers number %lld is %g, expected 0 to 1, or -1",
+                              (long long)i, shares[i]);
+        if (shares[i] < 0) continue;
+        if (shares[i] < least) least = shares[i];
+        if (shares[i] > most) most = shares[i];
+        sum += shares[i];
+        blocks++;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        double above = shares[i] < 0 || most <= least ? 0 : (sum / blocks - shares[i]) / (most - least);
+        targets[i] = target + 2 * lambda * above;
+        if (!(targets[i] > 0 && targets[i] < 1))
+            return besa__fail(error, BESA_ERROR_OPTION, "block %lld of those that are pruned would have a sparsity of %g by its "
+                              "outliers, expected above 0 and below 1: a lambda below %g helps", (long long)i, targets[i], lambda);
+    }
+    return BESA_OK;
+}
+
 #endif /* BESA_NO_STDIO */
 
 /* ============================================================================================
@@ -11747,6 +11961,40 @@ static besa_result besa__cpu_accumulate_squares(besa_backend *be, float *y, cons
         int64_t at = task * BESA__CPU_STEP_RUN;
         besa__cpu_add_squares(y + at, x + at, besa__min(BESA__CPU_STEP_RUN, n - at));
     }
+    return BESA_OK;
+}
+
+/* sum += what a score adds to its row's, -1 of a weight that is 0 left out; the number of scores above the limit */
+static int32_t besa__cpu_score_rows_run(double *sum, const float *s, float limit, int64_t n)
+{
+    int32_t above = 0;
+    for (int64_t j = 0; j < n; j++) {
+        *sum += s[j] < 0.0f ? 0.0 : (double)s[j];
+        above += s[j] > limit;
+    }
+    return above;
+}
+
+/* sums(R) and above(R) of S(R,C) = |W| scale(C) */
+static besa_result besa__cpu_score_rows(besa_backend *be, double *sums, int32_t *above, const void *w, besa_dtype dtype,
+                                        const float *scale, float limit, int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
+            double sum = 0;
+            int32_t count = 0;
+            for (int64_t j = 0; j < columns; j += 512) {
+                float part[512];
+                int64_t n = besa__min(512, columns - j);
+                besa__cpu_widen(part, w, dtype, r * columns + j, n);
+                besa__cpu_score_run(part, part, scale + j, 1, n);
+                count += besa__cpu_score_rows_run(&sum, part, limit, n);
+            }
+            if (sums) sums[r] = sum;
+            if (above) above[r] = count;
+        }
     return BESA_OK;
 }
 

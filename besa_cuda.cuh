@@ -1669,6 +1669,44 @@ static besa_result besa__cuda_score(besa_backend *be, float *s, const void *w, b
     return BESA_OK;
 }
 
+/* Of the rows of S(R,C) = |W| scale(C): sums(R), and above(R) = scores that exceed the limit; either may be NULL */
+template <typename T>
+static __global__ void besa__score_rows_kernel(double *sums, int32_t *above, const T *w, const float *scale, float limit,
+                                               int64_t rows, int64_t columns, int vector)
+{
+    BESA__ROWS(r, rows) {
+        double sum = 0;
+        int number = 0;
+        BESA__EIGHTS(j, columns) {
+            float x[8], f[8];
+            int count = besa__count(columns - j);
+            besa__load(x, w + r * columns + j, count, vector);
+            besa__load(f, scale + j, count, vector);
+            BESA__UNROLL
+            for (int k = 0; k < 8; k++) {
+                float score = k < count && x[k] != 0.0f ? fabsf(x[k]) * f[k] : 0.0f;
+                sum += static_cast<double>(score);
+                number += score > limit;
+            }
+        }
+        sum = besa__block_sum(sum);
+        number = besa__block_sum(number);
+        if (threadIdx.x != 0) continue;
+        if (sums) sums[r] = sum;
+        if (above) above[r] = number;
+    }
+}
+
+static besa_result besa__cuda_score_rows(besa_backend *be, double *sums, int32_t *above, const void *w, besa_dtype dtype,
+                                         const float *scale, float limit, int64_t rows, int64_t columns)
+{
+    int vector = columns % 8 == 0 && besa__cuda_aligned(w, scale);
+    BESA__BY_DTYPE(dtype, T,
+        BESA__RUN(besa__score_rows_kernel<T>, rows, besa__cuda_row_threads(columns), 0, sums, above,
+                  static_cast<const T *>(w), scale, limit, rows, columns, vector));
+    return BESA_OK;
+}
+
 /* zeros(R) = elements that are +0 or -0; not_finite(1) += infinite or NaN ones. `exponent` has the exponent's bits set. */
 template <typename W>
 static __global__ void besa__count_zeros_kernel(int32_t *zeros, int32_t *not_finite, const W *w, W exponent, int64_t rows,

@@ -103,6 +103,7 @@ struct job {
     besa_backend backend;
     besa_calibration calibration;
     int32_t *ids, *test_ids;
+    double outliers[MAX_BLOCKS]; /* shares of the blocks that are pruned, once they are known */
     besa_error error;
 };
 
@@ -204,6 +205,40 @@ static besa_result measure(job *j, const char *label, const int32_t *ids, int64_
     return result;
 }
 
+/* With --block-targets owl: the outliers, once for all methods and sparsities. */
+static besa_result find_outliers(job *j)
+{
+    settings *s = j->s;
+    progress_view view = begin_progress(s, "outliers");
+    if (!s->owl) return BESA_OK;
+    s->prune.progress = show_progress;
+    s->prune.user = &view;
+    besa_result result = besa_outliers(j->checkpoint, &j->backend, &j->calibration, &s->prune, s->owl_threshold, j->outliers,
+                                       &j->error);
+    end_progress(&view);
+    return result;
+}
+
+/* And from them the sparsity of every block. */
+static besa_result take_targets(job *j)
+{
+    settings *s = j->s;
+    const int64_t blocks = besa_checkpoint_config(j->checkpoint)->num_hidden_layers;
+    const int64_t count = s->prune.num_blocks ? s->prune.num_blocks : blocks - s->prune.first_block;
+    if (!s->owl) return BESA_OK;
+    s->prune.block_targets = s->block_targets;
+    s->prune.num_block_targets = count;
+    return besa_outlier_targets(s->block_targets, j->outliers, count, s->prune.rates.target, s->owl_lambda, &j->error);
+}
+
+static void print_targets(const settings *s)
+{
+    if (!s->owl) return;
+    printf("sparsities of the blocks by their outliers:");
+    for (int64_t i = 0; i < s->prune.num_block_targets; i++) printf(" %.4f", s->block_targets[i]);
+    printf("\n");
+}
+
 /* ---- prune, plan --------------------------------------------------------------------------- */
 
 static besa_result write_report(const char *path, const besa_report *r, besa_error *error)
@@ -238,6 +273,7 @@ static void print_summary(const settings *s, const besa_report *r, const char *s
     print_text(stdout, s->path[1]);
     printf(": sparsity %.6f of %s weights, target %g, by %s in %s\n", r->sparsity,
            with_unit((double)r->weights, "").s, r->target, besa_method_name(s->prune.method), as_clock(r->seconds).s);
+    print_targets(s);
     if (r->resumed_blocks) printf("blocks taken over from the run before: %lld\n", (long long)r->resumed_blocks);
     if (r->perplexity > 0) printf("perplexity %.4f\n", r->perplexity);
     if (r->notes) printf("%s", r->notes + (strncmp(r->notes, said, length) ? 0 : length));
@@ -246,7 +282,6 @@ static void print_summary(const settings *s, const besa_report *r, const char *s
 static besa_result run_prune(job *j)
 {
     const settings *s = j->s;
-    progress_view view = begin_progress(s, besa_method_name(s->prune.method));
     besa_report report;
     besa_plan_result plan;
     TRY(print_notes(j, besa_method_name(s->prune.method), "", &plan));
@@ -257,7 +292,10 @@ static besa_result run_prune(job *j)
         return BESA_ERROR_WRITE;
     }
     if (file) fclose(file);
-    besa_result result = prune(j, s->path[1], &view, &report);
+    besa_result result = find_outliers(j);
+    if (!result) result = take_targets(j);
+    progress_view view = begin_progress(s, besa_method_name(s->prune.method));
+    if (!result) result = prune(j, s->path[1], &view, &report);
     if (result && is_new) unlink(s->report);
     TRY(result);
     print_summary(s, &report, plan.notes);
@@ -323,6 +361,7 @@ static besa_result compare_one(job *j, const row *r, double sparsity, char *line
     snprintf(label, sizeof label, "%s %g %%", r->label, 100 * sparsity);
     progress_view view = begin_progress(j->s, label);
     j->s->prune.rates.target = sparsity;
+    TRY(take_targets(j));
     TRY(prune(j, NULL, &view, &report));
     const size_t used = strlen(line);
     snprintf(line + used, size - used, "  %10.3f %7.4f %6.1f", report.perplexity, report.sparsity, report.seconds);
@@ -365,8 +404,15 @@ static besa_result run_compare(job *j)
     double dense;
     TRY(check_runs(j));
     TRY(measure(j, "dense", c->test_ids, c->test_windows, c->test_seqlen, &dense, NULL));
-    printf("calibrated on %lld x %lld tokens, perplexity on %lld x %lld\n\n%-20s", (long long)c->nsamples,
-           (long long)c->seqlen, (long long)c->test_windows, (long long)c->test_seqlen, "");
+    TRY(find_outliers(j));
+    printf("calibrated on %lld x %lld tokens, perplexity on %lld x %lld\n", (long long)c->nsamples,
+           (long long)c->seqlen, (long long)c->test_windows, (long long)c->test_seqlen);
+    for (int k = 0; k < s->num_sparsities; k++) {
+        s->prune.rates.target = s->sparsity[k];
+        TRY(take_targets(j));
+        print_targets(s);
+    }
+    printf("\n%-20s", "");
     for (int k = 0; k < s->num_sparsities; k++) printf("  %8.4g %% reached    sec", 100 * s->sparsity[k]);
     printf("\n%-20s  %10.3f\n", "dense", dense);
     for (int i = 0; i < s->num_rows; i++) {

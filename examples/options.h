@@ -61,6 +61,8 @@ typedef struct settings {
     double block_targets[MAX_BLOCKS], block_mean;
     int64_t num_targets;
     const char *targets_path;          /* that they were read from, or NULL */
+    int owl;                           /* 1: block_targets are to come from outliers, by these two; 0 of them: the defaults */
+    double owl_lambda, owl_threshold;
     double sparsity[MAX_LIST];         /* of a comparison, as are rows */
     row rows[MAX_LIST];
     int num_sparsities, num_rows, left_out; /* 1: besa is not among the rows, as it has no patterns */
@@ -112,7 +114,9 @@ static const option own_options[] = {
     {"masks", TEXT, AT(masks), RUN, "DIR", "keep: the checkpoint whose zeros are the masks, pruned by whatever program"},
     {"skip", SKIP, 0, RUN, "PATTERN", "keep layers dense: v_proj, layers.0, '*.mlp.*'; repeatable"},
     {"blocks", BLOCKS, 0, RUN, "A-B", "prune blocks A to B, counted from 0, and leave the others dense: for studies [all]"},
-    {"block-targets", TARGETS, 0, RUN, "FILE", "a text of numbers, the sparsity of each block; --sparsity is their mean"},
+    {"block-targets", TARGETS, 0, RUN, "FILE|owl[:L[:M]]",
+     "a text of numbers, the sparsity of each block; --sparsity is their mean. owl: found from the dense model's outliers, "
+     "2 L apart [0.08], scores above M times the mean [5]"},
     {"fix", FIX, 0, RUN, "PATTERN=S", "hold layers at a sparsity of their own; the others reach --sparsity; repeatable"},
 
     {"BESA", HEADING, 0, RUN, "", ""},
@@ -297,11 +301,30 @@ static void read_blocks(settings *s, const option *o, const char *text)
     s->prune.num_blocks = (int64_t)(last - first) + 1;
 }
 
+/* "owl", "owl:0.1" or "owl:0.1:7" */
+static void read_owl(settings *s, const option *o, const char *text)
+{
+    double *const number[] = {&s->owl_lambda, &s->owl_threshold};
+    const char *at = text + 3;
+    s->owl = 1;
+    s->owl_lambda = s->owl_threshold = 0;
+    for (int i = 0; i < 2 && *at == ':'; i++) {
+        const size_t n = number_length(at + 1, 0);
+        *number[i] = n ? strtod(at + 1, NULL) : 0;
+        if (!(*number[i] > 0)) break;
+        at += 1 + n;
+    }
+    if (*at) usage_error(s, "--%s: '%s' is not owl, owl:L or owl:L:M with L and M above 0, as owl:0.08:5", o->name, text);
+    s->prune.block_targets = NULL;
+    s->prune.num_block_targets = 0;
+}
+
 /* Numbers with blanks or lines between; once, as the command line is read again for every preset. */
 static void read_targets(settings *s, const option *o, const char *path)
 {
     char word[64];
     double sum = 0;
+    s->owl = 0;
     FILE *file = s->targets_path == path ? NULL : fopen(path, "r");
     if (s->targets_path != path && !file) usage_error(s, "--%s: %s: %s", o->name, path, strerror(errno));
     if (file) s->num_targets = 0;
@@ -392,7 +415,7 @@ static void read_value(settings *s, const option *o, const char *text)
     case PATTERN: read_pattern(s, o, text); break;
     case SKIP: case FIX: read_fixed(s, o, text); break;
     case BLOCKS: read_blocks(s, o, text); break;
-    case TARGETS: read_targets(s, o, text); break;
+    case TARGETS: (!strcmp(text, "owl") || !strncmp(text, "owl:", 4) ? read_owl : read_targets)(s, o, text); break;
     case METHODS: case SHARES: read_list(s, o, text); break;
     case NUMBER: write_number(o, field, read_number(s, o, text)); break;
     case ROWS: *(int64_t *)field = strcmp(text, "all") ? (int64_t)read_number(s, o, text) : BESA_ALL_ROWS; break;
@@ -637,6 +660,9 @@ static void check_arguments(settings *s)
     if (!keeps && s->masks) usage_error(s, "--masks is for --method keep");
     if (s->command->bit & ONE && keeps && s->has_sparsity)
         usage_error(s, "--sparsity is not for --method keep, whose masks have one");
+    if (s->owl && (s->prune.depth_slope != 0 || s->prune.pattern_m || keeps))
+        usage_error(s, "--block-targets owl finds a sparsity for every block, but %s has its own",
+                    s->prune.depth_slope != 0 ? "--depth-slope" : s->prune.pattern_m ? "--pattern" : "--method keep");
     check_methods(s);
     for (int i = 0; i < s->num_rows; i++) read_arguments(s, row_preset(s, &s->rows[i]));
     if (s->preset) read_arguments(s, s->preset);

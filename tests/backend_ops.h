@@ -821,6 +821,50 @@ static void ops_score(ops *t, const ops_case *c)
     }
 }
 
+/* Sums in double of products in float, and counts above a limit that is one of these products. */
+static void ops_score_rows(ops *t, const ops_case *c)
+{
+    int64_t R = c->n[0], C = c->n[1];
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(R, C, 0);
+    double *w = ops_weights(t, R * C), *scale = ops_random(t, C, 1), *sums = ops_doubles(t, R), *got = ops_doubles(t, R);
+    int32_t *above = (int32_t *)ops_host(t, (size_t)R * 4);
+    void *w_, *sums_ = ops_device(t, (size_t)R * 8), *above_ = ops_device(t, (size_t)R * 4);
+    float *scale_, limit;
+    for (int64_t j = 0; j < C; j++) scale[j] = j % 17 == 6 ? 0 : fabs(scale[j]) + 0.1;
+    scale_ = (float *)ops_float(t, scale, C);
+    w_ = ops_send(t, w, c->dtype, R * C);
+    limit = (float)fabs(w[7 % (R * C)]) * (float)scale[7 % C];
+    ops_workspace(t, &sizes);
+    if (ops_is(t, "perf")) {
+        OPS_TIME(t, (double)besa_dtype_size(c->dtype) * (double)(R * C), "GB/s", ops_call(t, be->score_rows(be, (double *)sums_, (int32_t *)above_, w_, c->dtype, scale_, limit, R, C), ""));
+        return;
+    }
+    for (int64_t i = 0; i < R * C; i++) {
+        float score = (float)fabs(w[i]) * (float)scale[i % C];
+        sums[i / C] += (double)score;
+        above[i / C] += score > limit;
+    }
+    ops_call(t, be->score_rows(be, (double *)sums_, NULL, w_, c->dtype, scale_, 0, R, C), "score_rows");
+    ops_get(t, got, sums_, (size_t)R * 8);
+    ops_near(t, "sums", got, sums, R, 1e-14);
+    ops_call(t, be->score_rows(be, NULL, (int32_t *)above_, w_, c->dtype, scale_, limit, R, C), "score_rows");
+    ops_same(t, "above", above_, above, (size_t)R * 4);
+    for (int64_t r = 0; r < R; r++) above[r] = -1;
+    above_ = ops_put(t, above, (size_t)R * 4);
+    memset(above, 0, (size_t)R * 4);
+    for (int64_t i = 0; i < R * C; i++) above[i / C] += (float)fabs(w[i]) * (float)scale[i % C] > 0.0f;
+    ops_call(t, be->score_rows(be, (double *)sums_, (int32_t *)above_, w_, c->dtype, scale_, 0, R, C), "score_rows");
+    ops_same(t, "above 0", above_, above, (size_t)R * 4);
+    ops_get(t, got, sums_, (size_t)R * 8);
+    ops_near(t, "sums beside counts", got, sums, R, 1e-14);
+    w[R * C - 1] = (double)NAN;
+    w_ = ops_send(t, w, c->dtype, R * C);
+    ops_call(t, be->score_rows(be, (double *)sums_, NULL, w_, c->dtype, scale_, 0, R, C), "score_rows");
+    ops_get(t, got, sums_, (size_t)R * 8);
+    if (got[R - 1] == got[R - 1]) ops_fail(t, "a sum with a NaN", got[R - 1], 0);
+}
+
 static const float *ops_sort_keys;
 static int ops_sort_compare(const void *a, const void *b)
 {
@@ -1733,6 +1777,9 @@ static const ops_case ops_cases[] = {
     {"squares 1", ops_squares, {1}, BESA_F32, "t"}, {"squares 20003", ops_squares, {20003}, BESA_F32, "t"},
     {"score factors 1", ops_score_scale, {1}, BESA_F32, "t"}, {"score factors 20003", ops_score_scale, {20003}, BESA_F32, "t"},
     {"weight step 4M", ops_weight_step, {4000000}, BESA_F32, "p"}, {"weight step bf16 4M", ops_weight_step, {4000000}, BESA_BF16, "p"},
+    OPS_TYPES("score rows 1x1", ops_score_rows, "t", 1, 1), OPS_TYPES("score rows 3x31", ops_score_rows, "t", 3, 31),
+    OPS_TYPES("score rows 70x1000", ops_score_rows, "t", 70, 1000), OPS_TYPES("score rows 1x33", ops_score_rows, "t", 1, 33),
+    {"score rows 2x70000", ops_score_rows, {2, 70000}, BESA_BF16, "t"}, {"score rows 4096x4096 bf16", ops_score_rows, {4096, 4096}, BESA_BF16, "p"},
 };
 enum { OPS_CASES = sizeof ops_cases / sizeof *ops_cases };
 

@@ -248,6 +248,7 @@ static void bench_passes(int threads)
     PASS("copy (device)", 8.0 * (double)n, be.copy(&be, BESA_QUEUE_COMPUTE, what, w, (size_t)n * 4));
     PASS("score, f32", 8.0 * (double)n, be.score(&be, s, w, BESA_F32, scale, 1, R, C));
     PASS("score, bf16", 6.0 * (double)n, be.score(&be, s, w16, BESA_BF16, scale, 1, R, C));
+    PASS("score_rows, f32", 4.0 * (double)n, be.score_rows(&be, NULL, zeros, w, BESA_F32, scale, 1, R, C));
     PASS("rank_rows (a sort)", 6.0 * (double)n, be.rank_rows(&be, rank, s, R, C));
     PASS("mask_apply, f32", 10.0 * (double)n, be.mask_apply(&be, what, w, BESA_F32, rank, keep, R, C));
     PASS("mask_apply, bf16", 6.0 * (double)n, be.mask_apply(&be, what16, w16, BESA_BF16, rank, keep, R, C));

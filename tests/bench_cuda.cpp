@@ -251,6 +251,9 @@ static void watch_masks(besa_backend *be)
     WATCH(score, [](float *, const void *, besa_dtype t, const float *, int, int64_t R, int64_t C) {
         return kernels((size_of(t) + 4) * times(R, C) + 4 * static_cast<double>(C));
     });
+    WATCH(score_rows, [](double *, int32_t *, const void *, besa_dtype t, const float *, float, int64_t R, int64_t C) {
+        return kernels(size_of(t) * times(R, C) + 4 * static_cast<double>(C) + 8 * static_cast<double>(R));
+    });
     WATCH(count_zeros, [](int32_t *, int32_t *, const void *, besa_dtype t, int64_t R, int64_t C) {
         return kernels(size_of(t) * times(R, C) + 4 * static_cast<double>(R));
     });
@@ -986,6 +989,7 @@ static void bench_layer(besa_backend *be, const arrays &a, int64_t rows, int64_t
     BENCH("count_zeros", be->count_zeros(be, a.counts, a.counts, a.w, t, rows, columns));
     BENCH("fill", be->fill(be, a.counts, static_cast<int32_t>(columns / 2), rows));
     BENCH("score", be->score(be, a.f, a.w, t, a.small, 1, rows, columns));
+    BENCH("score_rows", be->score_rows(be, NULL, a.counts, a.w, t, a.small, 1, rows, columns));
     BENCH("rank_rows", be->rank_rows(be, a.rank, a.f, rows, columns));
     BENCH("mask_apply", be->mask_apply(be, a.what, a.w, t, a.rank, a.counts, rows, columns));
     BENCH("mask_smallest", be->mask_smallest(be, a.what, a.w, t, a.f, rows * columns / 2, rows, columns));

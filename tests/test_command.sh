@@ -166,6 +166,23 @@ for wrong in '.4 .5' '.4 .5 .6 .5 x' '.4 .5 .6 .5 1' ''; do
 done
 check 2 'No such file' plan "$stories" --block-targets "$work/none"
 check 0 'target 0.5' prune "$stories" "$work/slope" $data --depth-slope -0.2 --quiet
+for owl in owl owl:.05 owl:0.1:3; do
+    check 0 'by their outliers: 0\.[0-9]* 0\.[0-9]* 0\.[0-9]* 0\.[0-9]* 0\.[0-9]*$' prune "$stories" "$work/$owl" $data --block-targets $owl --method wanda --quiet
+    check 0 '^work ' plan "$stories" --block-targets $owl
+done
+cmp -s "$work/owl/model.safetensors" "$work/owl:.05/model.safetensors" && bad="$bad; lambda changes nothing"
+check 0 'by their outliers: 0\.[0-9]* 0\.[0-9]*$' compare "$stories" $data $text --block-targets owl --blocks 1-2 --method wanda --sparsity .4,.6
+[ "$(grep -c 'by their outliers' "$work/log")" -eq 2 ] || bad="$bad; compare does not say the sparsities"
+printf '.4 .5\n.6 0.5 5e-1\n' >"$work/owl.txt" # what owl is not, and what is given last counts
+check 0 'outliers' prune "$stories" "$work/last" $data --block-targets "$work/owl.txt" --block-targets owl --method wanda --quiet
+cmp -s "$work/owl/model.safetensors" "$work/last/model.safetensors" || bad="$bad; owl after a file is not owl"
+run prune "$stories" "$work/file" $data --block-targets owl --block-targets "$work/owl.txt" --method wanda --quiet
+{ [ $got -ne 0 ] || grep -q outliers "$work/log"; } && bad="$bad; a file after owl is not the file"
+for wrong in owl: owl:0 owl:-1 owl:.1: owl:.1:0 owl:.1:5:1 owl:.1x; do check 2 'is not owl, owl:L or owl:L:M' plan "$stories" --block-targets $wrong; done
+check 2 'depth-slope has its own' prune "$stories" "$work/refused" $data --block-targets owl --depth-slope .1
+check 2 'pattern has its own' plan "$stories" --block-targets owl --pattern 2:4 --method wanda
+check 2 'method keep has its own' plan "$stories" --block-targets owl --method keep --masks "$work/slope"
+check 1 'a lambda below 0.9 helps' prune "$stories" "$work/refused" $data --block-targets owl:.9
 done_with "blocks and their sparsities"
 
 # Masks of another checkpoint.

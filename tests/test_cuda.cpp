@@ -592,6 +592,8 @@ static void test_vast_weights(void)
     vast_same<int32_t>(&h, special, "count_zeros, not finite");
     VAST("score", 2, be->score(be, score.f(s), w.of[s], BESA_F32, scale.f(s), 1, rows, C));
     vast_same<float>(&h, score, "score");
+    VAST("score_rows", 2, be->score_rows(be, NULL, zeros.i(s), w.of[s], BESA_F32, scale.f(s), 0.5f, rows, C));
+    vast_same<int32_t>(&h, zeros, "score_rows");
     VAST("rank_rows", 2, be->rank_rows(be, rank.of[s], score.f(s), rows, C));
     vast_same<uint16_t>(&h, rank, "rank_rows");
     VAST("mask_apply", 2, be->mask_apply(be, out.of[s], w.of[s], BESA_F32, rank.of[s], n.i(s), rows, C));
@@ -737,6 +739,7 @@ typedef struct run {
     besa_error error;
     const char *source, *output;                /* source NULL: stories260K */
     int64_t nsamples, seqlen;
+    double *outliers;                           /* not NULL: their shares instead of a pruned model */
 } run;
 
 static run run_of(besa_method method, int64_t nsamples, const char *output)
@@ -760,7 +763,7 @@ static besa_result run_prune(run *r, besa_backend *be)
     char path[512];
     memset(&c, 0, sizeof c);
     c.nsamples = r->nsamples, c.seqlen = r->seqlen;
-    c.test_windows = r->tightest ? 3 : 2, c.test_seqlen = r->seqlen;
+    c.test_windows = r->outliers ? 0 : r->tightest ? 3 : 2, c.test_seqlen = r->seqlen;
     std::vector<int32_t> ids(static_cast<size_t>((c.nsamples + c.test_windows) * c.seqlen));
     snprintf(path, sizeof path, "%s/calibration_tokens.npy", g_stories);
     for (size_t i = 0; i < ids.size(); i++) ids[i] = static_cast<int32_t>(i * i % 31);
@@ -779,7 +782,10 @@ static besa_result run_prune(run *r, besa_backend *be)
         r->options.device_memory = least - 1;
     }
     if (r->tightest) r->options.device_memory = least;
-    if (result == BESA_OK) result = besa_prune(checkpoint, r->output, be, &c, &r->options, &r->report, &r->error);
+    if (result == BESA_OK && r->outliers)
+        result = besa_outliers(checkpoint, be, &c, &r->options, 3, r->outliers, &r->error);
+    else if (result == BESA_OK)
+        result = besa_prune(checkpoint, r->output, be, &c, &r->options, &r->report, &r->error);
     besa_tokens_free(&tokens);
     besa_checkpoint_close(checkpoint);
     return result;
@@ -879,6 +885,27 @@ static void test_pipeline(void)
         CHECK(strstr(r.error.message, given) && strstr(r.error.message, "the smallest that works"), "%s", r.error.message);
         be.destroy(&be);
         standin_set_memory(static_cast<size_t>(16) << 30);
+    }
+    TEST("outliers, with all memory and the least, streams in any order") {
+        static const int schedules[] = {STANDIN_LATE, STANDIN_EAGER, STANDIN_OTHERS};
+        double shares[2][5];
+        for (int i = 0; i < (g_sanitized ? 3 : 7); i++) { /* first the CPU */
+            besa_backend be;
+            besa_error error;
+            run r = run_of(BESA_METHOD_WANDA, 6, NULL);
+            r.nsamples = 6, r.seqlen = g_race ? 6 : 24, r.tightest = i > 0 && i % 2 == 0, r.outliers = shares[i > 0];
+            if (i > 0) be = cuda_backend(1);
+            else CHECK_OK(besa_cpu_backend(&be, NULL, &error), error);
+            if (i > 0) standin_set_streams(schedules[(i - 1) / 2]);
+            CHECK_OK(run_prune(&r, &be), r.error);
+            be.destroy(&be);
+            CHECK(!r.tightest || r.on_host == 2, "%d of the activations are on the host", r.on_host);
+            for (int b = 0; b < 5 && i > 0; b++) /* of 45 k weights: some are near the limit */
+                CHECK(shares[0][b] > 0.005 && fabs(shares[1][b] - shares[0][b]) < 2e-4, "run %d, block %d: %g, on the CPU %g", i, b,
+                      shares[1][b], shares[0][b]);
+            CHECK(standin_reports() == 0, "%s", standin_last_report());
+        }
+        standin_set_streams(STANDIN_LATE);
     }
     TEST("pipeline, activations on the host, streams in any order") {
         static const int schedules[] = {STANDIN_LATE, STANDIN_EAGER, STANDIN_OTHERS};

@@ -2835,6 +2835,361 @@ static void test_complete(void)
     discard(temp_path("whole"));
 }
 
+/* ---- outliers ---------------------------------------------------------------------------------- */
+
+/* Y(T,R) = X(T,C) W(R,C)', and with `score` the scores |W| l2(X_j), one after another, at *score, which moves on. */
+static void plain_linear(const besa_tensor *t, const double *x, double *y, int T, double **score)
+{
+    int R = (int)t->shape[0], C = (int)t->shape[1];
+    double *w = (double *)malloc((size_t)(R * C) * sizeof *w);
+    for (int i = 0; i < R * C; i++) {
+        const unsigned char *at = (const unsigned char *)t->data + (size_t)i * besa_dtype_size(t->dtype);
+        uint16_t half;
+        float f;
+        memcpy(&half, at, 2);
+        if (t->dtype == BESA_F32) memcpy(&f, at, 4);
+        else f = t->dtype == BESA_F16 ? besa__f16_to_f32(half) : besa__bf16_to_f32(half);
+        w[i] = (double)f;
+    }
+    for (int j = 0; j < C && score; j++) {
+        double sum = 0;
+        for (int n = 0; n < T; n++) sum += x[n * C + j] * x[n * C + j];
+        for (int r = 0; r < R; r++) (*score)[r * C + j] = fabs(w[r * C + j]) * sqrt(sum);
+    }
+    if (score) *score += R * C;
+    for (int n = 0; n < T; n++)
+        for (int r = 0; r < R; r++) {
+            y[n * R + r] = 0;
+            for (int j = 0; j < C; j++) y[n * R + r] += x[n * C + j] * w[r * C + j];
+        }
+    free(w);
+}
+
+static void plain_norm(double *y, const double *x, int T, int d)
+{
+    for (int n = 0; n < T; n++) {
+        double sum = 0;
+        for (int j = 0; j < d; j++) sum += x[n * d + j] * x[n * d + j];
+        for (int j = 0; j < d; j++) y[n * d + j] = x[n * d + j] / sqrt(sum / d + 1e-5);
+    }
+}
+
+static void plain_rope(double *x, int T, int seqlen, int heads, int dim)
+{
+    for (int n = 0; n < T; n++)
+        for (int h = 0; h < heads; h++)
+            for (int i = 0; i < dim / 2; i++) {
+                double angle = n % seqlen * pow(10000, -2.0 * i / dim), c = cos(angle), s = sin(angle);
+                double *a = x + (n * heads + h) * dim + i, *b = a + dim / 2, was = *a;
+                *a = was * c - *b * s;
+                *b = *b * c + was * s;
+            }
+}
+
+static void plain_attention(double *o, const double *q, const double *k, const double *v, int T, int seqlen, int heads, int kv,
+                            int dim)
+{
+    double p[64];
+    for (int n = 0; n < T; n++)
+        for (int h = 0; h < heads; h++) {
+            int first = n / seqlen * seqlen, g = h / (heads / kv);
+            double sum = 0;
+            for (int m = first; m <= n; m++) {
+                double dot = 0;
+                for (int i = 0; i < dim; i++) dot += q[(n * heads + h) * dim + i] * k[(m * kv + g) * dim + i];
+                sum += p[m - first] = exp(dot / sqrt(dim));
+            }
+            for (int i = 0; i < dim; i++) {
+                double *to = o + (n * heads + h) * dim + i;
+                *to = 0;
+                for (int m = first; m <= n; m++) *to += p[m - first] / sum * v[(m * kv + g) * dim + i];
+            }
+        }
+}
+
+/* x (T,d) through a block of a fixture's Llama, whose norms are 1, in double and plain loops; the scores of its layers in the order
+ * of BESA_LAYERS, layer after layer. */
+static void plain_block(const besa_checkpoint *c, int block, double *x, int T, int seqlen, double *score)
+{
+    const besa_block_shape *s = &besa_checkpoint_config(c)->block;
+    int d = (int)s->hidden_size, inner = (int)s->intermediate_size, heads = (int)s->num_attention_heads;
+    int kv = (int)s->num_key_value_heads, dim = (int)s->head_dim, widest = inner > d ? inner : d;
+    double *at[6];
+    for (int i = 0; i < 6; i++) at[i] = (double *)calloc((size_t)(T * widest), sizeof **at);
+#define LAYER(l) besa_checkpoint_layer(c, block, l)
+    plain_norm(at[0], x, T, d);
+    plain_linear(LAYER(BESA_Q), at[0], at[1], T, &score);
+    plain_linear(LAYER(BESA_K), at[0], at[2], T, &score);
+    plain_linear(LAYER(BESA_V), at[0], at[3], T, &score);
+    plain_rope(at[1], T, seqlen, heads, dim);
+    plain_rope(at[2], T, seqlen, kv, dim);
+    plain_attention(at[4], at[1], at[2], at[3], T, seqlen, heads, kv, dim);
+    plain_linear(LAYER(BESA_O), at[4], at[5], T, &score);
+    for (int i = 0; i < T * d; i++) x[i] += at[5][i];
+    plain_norm(at[0], x, T, d);
+    plain_linear(LAYER(BESA_GATE), at[0], at[1], T, &score);
+    plain_linear(LAYER(BESA_UP), at[0], at[2], T, &score);
+    for (int i = 0; i < T * inner; i++) at[3][i] = at[1][i] / (1 + exp(-at[1][i])) * at[2][i];
+    plain_linear(LAYER(BESA_DOWN), at[3], at[5], T, &score);
+    for (int i = 0; i < T * d; i++) x[i] += at[5][i];
+#undef LAYER
+    for (int i = 0; i < 6; i++) free(at[i]);
+}
+
+/* The share of outliers among the scores of layers that are not of `fixed` (bits), and the share that lies so near the limit
+ * that rounding decides it. */
+static double plain_share(const besa_checkpoint *c, const double *score, unsigned fixed, double threshold, double *unsure)
+{
+    double mean = 0, count = 0, above = 0;
+    *unsure = 0;
+    for (int pass = 0; pass < 2; pass++) {
+        const double *at = score;
+        for (int l = 0; l < BESA_LAYERS; l++) {
+            const besa_tensor *t = besa_checkpoint_layer(c, 0, l);
+            int64_t n = t->shape[0] * t->shape[1];
+            for (int64_t i = 0; i < n && !(fixed >> l & 1u); i++) {
+                if (pass == 0) mean += at[i], count++;
+                else above += at[i] > threshold * mean, *unsure += fabs(at[i] / (threshold * mean) - 1) < 1e-5;
+            }
+            at += n;
+        }
+        if (pass == 0) mean /= count;
+    }
+    *unsure /= count;
+    return above / count;
+}
+
+/* besa_outliers as a setup has it. */
+static besa_result outliers_of(setup *s, double threshold, double *shares)
+{
+    besa_checkpoint *checkpoint = NULL;
+    besa_backend own, *be = s->be;
+    besa_cpu_options cpu;
+    besa_calibration c;
+    besa_result r = besa_checkpoint_open(&checkpoint, s->source, &s->error);
+    int64_t n = s->nsamples * s->seqlen;
+    int32_t *ids = (int32_t *)calloc((size_t)n, sizeof *ids);
+    memset(&c, 0, sizeof c);
+    memset(&cpu, 0, sizeof cpu);
+    cpu.threads = s->threads;
+    for (int64_t i = 0; r == BESA_OK && i < n; i++)
+        ids[i] = (int32_t)(g_calibration.ids[i] % besa_checkpoint_config(checkpoint)->vocab_size) + (i + 1 == n ? s->last_id : 0);
+    c.ids = ids, c.nsamples = s->nsamples, c.seqlen = s->seqlen;
+    if (r == BESA_OK && !be) {
+        r = besa_cpu_backend(&own, &cpu, &s->error);
+        be = r == BESA_OK ? &own : NULL;
+    }
+    if (r == BESA_OK) r = besa_outliers(checkpoint, be, &c, &s->options, threshold, shares, &s->error);
+    if (be == &own) own.destroy(&own);
+    besa_checkpoint_close(checkpoint);
+    free(ids);
+    return r;
+}
+
+/* The shares of a Llama of random weights, against plain loops in double: all element types, fixed layers, some blocks; the same
+ * bytes for any number of threads, and where the device has memory of its own; within a budget, which is what wanda's plan says. */
+static void test_outliers(void)
+{
+    enum { BLOCKS = 4, SAMPLES = 10, SEQLEN = 24, TOKENS = SAMPLES * SEQLEN };
+    static const besa_fixed_rate fixed[] = { { "up_proj", 0.25 }, { "layers.2", 0 } };
+    static double score[BLOCKS][32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48], x[TOKENS * 32];
+    const char *model = temp_path("model");
+    for (int type = 0; type < 3; type++) {
+        besa_checkpoint *checkpoint = NULL;
+        besa_error error;
+        fixture_random_llama(model, BLOCKS, 32, 48, 4, 2, 64, (besa_dtype)type);
+        CHECK_OK(besa_checkpoint_open(&checkpoint, model, &error), error);
+        if (!checkpoint) return;
+        const besa_tensor *table = besa_checkpoint_find(checkpoint, "model.embed_tokens.weight");
+        for (int i = 0; i < TOKENS * 32; i++) {
+            size_t at = (size_t)(g_calibration.ids[i / 32] % 64 * 32 + i % 32);
+            float f = 0;
+            if (type == BESA_F32) memcpy(&f, (const unsigned char *)table->data + 4 * at, 4);
+            else {
+                uint16_t half;
+                memcpy(&half, (const unsigned char *)table->data + 2 * at, 2);
+                f = type == BESA_F16 ? besa__f16_to_f32(half) : besa__bf16_to_f32(half);
+            }
+            x[i] = (double)f;
+        }
+        for (int b = 0; b < BLOCKS; b++) plain_block(checkpoint, b, x, TOKENS, SEQLEN, score[b]);
+        for (int i = 0; i < 8; i++) {
+            double shares[3][BLOCKS], threshold = i == 1 ? 2.5 : 1.75;
+            int64_t first = i == 2 || i == 3 ? 1 : 0, count = i == 2 ? 2 : BLOCKS - first;
+            besa_backend be = counted_backend(0);
+            besa_plan_result plan;
+            setup s = new_setup(NULL, BESA_METHOD_BESA, 0);
+            s.source = model, s.nsamples = SAMPLES, s.seqlen = SEQLEN;
+            s.options.first_block = first, s.options.num_blocks = i == 2 ? 2 : 0;
+            if (i >= 4) s.options.fixed = fixed, s.options.num_fixed = i == 4 ? 1 : 2;
+            if (i >= 6) be.unified_memory = 0;
+            s.options.learn = BESA_LEARN_BOTH;  /* which is not looked at, nor is batch_size */
+            s.options.batch_size = 1000;
+            if (i == 7) s.options.device_memory = 1;
+            setup wanda = s;
+            wanda.options.method = BESA_METHOD_WANDA, wanda.options.learn = BESA_LEARN_RATES, wanda.options.rates.target = 0.5;
+            if (i == 7) {                       /* the least that works, which the refusal says */
+                s.be = &be;
+                besa_result refused = outliers_of(&s, threshold, shares[0]);
+                if (!CHECK(refused == BESA_ERROR_MEMORY && strstr(s.error.message, "works here is "), "%s", besa_result_string(refused)))
+                    return;
+                s.options.device_memory = (size_t)atoll(strstr(s.error.message, "works here is ") + 14);
+                wanda.options.device_memory = s.options.device_memory;
+            }
+            CHECK(plan_with(&wanda, &be, &plan) == BESA_OK, "no plan");
+            for (int t = 0; t < 3; t++) {
+                s.threads = t + 1;
+                s.be = t == 1 || i == 7 ? &be : NULL; /* of two threads */
+                memset(shares[t], 0, sizeof shares[t]);
+                CHECK_OK(outliers_of(&s, threshold, shares[t]), s.error);
+                CHECK(!memcmp(shares[t], shares[0], sizeof shares[0]), "%d threads: other shares", t + 1);
+                for (int64_t b = count; b < BLOCKS; b++) CHECK(shares[t][b] == 0, "a share of block %d", (int)(first + b));
+            }
+            CHECK(g_counted.peak[0] == plan.device_bytes && g_counted.peak[1] == plan.host_bytes, "case %d: %zu and %zu bytes, plan %zu "
+                  "and %zu", i, g_counted.peak[0], g_counted.peak[1], plan.device_bytes, plan.host_bytes);
+            CHECK(g_counted.live[0] + g_counted.live[1] == 0, "memory is not given back");
+            for (int64_t b = 0; b < count; b++) {
+                double unsure = 0, want = -1;
+                if (i < 5 || b != 2) want = plain_share(checkpoint, score[first + b], i >= 4 ? 1u << BESA_UP : 0, threshold, &unsure);
+                CHECK(fabs(shares[0][b] - want) <= unsure + 1e-15 && (want < 0 || want > 0.01) && unsure < 1e-3,
+                      "type %d, case %d, block %d: %.9g of outliers, expected %.9g", type, i, (int)b, shares[0][b], want);
+            }
+            be.destroy(&be);
+        }
+        besa_checkpoint_close(checkpoint);
+        discard(model);
+    }
+}
+
+/* Sparsities from shares: the rule, its mean, what stays at the target, and what is refused. */
+static void test_outlier_targets(void)
+{
+    double targets[6], sum = 0;
+    const double shares[6] = { 0.02, -1, 0.05, 0.01, 0.03, 0.015 };
+    besa_error error = { BESA_OK, "" };
+    CHECK_OK(besa_outlier_targets(targets, shares, 6, 0.7, 0.1, &error), error);
+    for (int i = 0; i < 6; i++) {
+        double want = shares[i] < 0 ? 0.7 : 0.7 + 0.2 * (0.025 - shares[i]) / 0.04;
+        CHECK(fabs(targets[i] - want) < 1e-15, "block %d: %.17g, expected %.17g", i, targets[i], want);
+        sum += targets[i];
+    }
+    CHECK(fabs(sum / 6 - 0.7) < 1e-15, "a mean of %.17g", sum / 6);
+    memcpy(targets, shares, sizeof targets);
+    CHECK_OK(besa_outlier_targets(targets, targets, 6, 0.5, 0, &error), error); /* in place */
+    CHECK(fabs(targets[3] - targets[2] - 0.16) < 1e-15, "lambda's default: %g", targets[3] - targets[2]);
+    for (int i = 0; i < 3; i++) targets[i] = i == 1 ? -1 : 0.25;
+    CHECK_OK(besa_outlier_targets(targets, targets, 3, 0.625, 0.5, &error), error);
+    CHECK(targets[0] == 0.625 && targets[1] == 0.625 && targets[2] == 0.625, "equal shares: %g", targets[0]);
+    targets[0] = -1;
+    CHECK_OK(besa_outlier_targets(targets, targets, 1, 0.625, 0, &error), error);
+    CHECK(targets[0] == 0.625, "no shares: %g", targets[0]);
+    static const struct { double share, target, lambda; const char *word; } wrong[] = {
+        { 0.1, 0, 0.1, "target of 0" }, { 0.1, 1, 0.1, "target of 1" }, { 0.1, NAN, 0.1, "target" }, { 0.1, 0.5, -0.1, "lambda -0.1" },
+        { 0.1, 0.5, 1, "lambda 1" }, { 0.1, 0.5, NAN, "lambda" }, { NAN, 0.5, 0.1, "share" }, { 1.5, 0.5, 0.1, "number 1 is 1.5" },
+        { -0.5, 0.5, 0.1, "share" }, { 0.1, 0.98, 0.08, "block 0 of those that are pruned would have a sparsity of 1.06" },
+        { 0.1, 0.0625, 0.0625, "block 1 of those that are pruned would have a sparsity of 0 " } };
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        targets[0] = 0, targets[1] = wrong[i].share;
+        besa_result r = besa_outlier_targets(targets, targets, 2, wrong[i].target, wrong[i].lambda, &error);
+        CHECK(r == BESA_ERROR_OPTION && strstr(error.message, wrong[i].word), "case %d: %s", (int)i, r ? error.message : "taken");
+    }
+}
+
+static void expect_outliers(setup *s, double threshold, besa_result want, const char *word)
+{
+    double shares[BESA_MAX_LAYERS];
+    int64_t live = g_live;
+    besa_result got = outliers_of(s, threshold, shares);
+    CHECK(got == want && strstr(s->error.message, word), "%s: %s, expected %s and %s", besa_result_string(got),
+          got ? s->error.message : "", besa_result_string(want), word);
+    CHECK(g_live == live, "%d blocks leaked", (int)(g_live - live));
+}
+
+static void test_outlier_errors(void)
+{
+    static const besa_fixed_rate none[] = { { "no_proj", 0 } };
+    double shares[5];
+    setup s = small_setup(NULL), fresh = s;
+    expect_outliers(&s, -1, BESA_ERROR_OPTION, "the threshold of outliers is -1");
+    expect_outliers(&s, NAN, BESA_ERROR_OPTION, "threshold");
+    expect_outliers(&s, INFINITY, BESA_ERROR_OPTION, "threshold");
+    s.options.depth_slope = 0.1;
+    expect_outliers(&s, 0, BESA_ERROR_OPTION, "a depth_slope is given");
+    s = fresh, s.options.pattern_n = 2, s.options.pattern_m = 4;
+    expect_outliers(&s, 0, BESA_ERROR_OPTION, "a pattern is given");
+    s = fresh, s.options.method = BESA_METHOD_KEEP;
+    expect_outliers(&s, 0, BESA_ERROR_OPTION, "method keep is given");
+    s = fresh, s.options.first_block = 5;
+    expect_outliers(&s, 0, BESA_ERROR_OPTION, "the model has blocks 0 to 4");
+    s = fresh, s.options.fixed = none, s.options.num_fixed = 1;
+    expect_outliers(&s, 0, BESA_ERROR_OPTION, "no_proj");
+    s = fresh, s.last_id = 1000;
+    expect_outliers(&s, 0, BESA_ERROR_TOKEN, "calibration token 23");
+    s = fresh, s.nsamples = 0;
+    expect_outliers(&s, 0, BESA_ERROR_OPTION, "calibration sequences");
+    s = fresh, s.options.num_blocks = 2;        /* the end is that of the range */
+    g_progress.calls = 0, g_progress.stop_at = -1, g_progress.last = 0;
+    CHECK_OK(outliers_of(&s, 0, shares), s.error);
+    CHECK(fabs(g_progress.last - 1) < 1e-9, "two of five blocks: %g", g_progress.last);
+    s = fresh;                                  /* stopped at every call, the last of which is the end */
+    g_progress.calls = 0, g_progress.stop_at = -1, g_progress.last = 0;
+    CHECK_OK(outliers_of(&s, 0, shares), s.error);
+    int64_t calls = g_progress.calls;
+    CHECK(calls >= 5 && fabs(g_progress.last - 1) < 1e-9, "%d calls, the last at %g", (int)calls, g_progress.last);
+    for (int64_t stop = 1; stop <= calls; stop++) {
+        g_progress.calls = 0, g_progress.stop_at = stop, g_progress.last = 0;
+        expect_outliers(&s, 0, BESA_ERROR_CANCELLED, "stopped by the progress callback");
+    }
+    g_progress.stop_at = -1;
+    for (int64_t i = 1, failed = 1; failed; i++) { /* every allocation */
+        besa_backend be = counted_backend((int)i);
+        s = fresh, s.be = &be;
+        g_progress.last = 0;
+        failed = outliers_of(&s, 0, shares) != BESA_OK;
+        CHECK(!failed || s.error.code == BESA_ERROR_MEMORY, "allocation %d: %s", (int)i, s.error.message);
+        CHECK(g_counted.live[0] + g_counted.live[1] == 0 && i < 9, "allocation %d: memory is not given back", (int)i);
+        be.destroy(&be);
+    }
+    fixture_random_llama(temp_path("bad"), 3, 64, 144, 4, 2, 64, BESA_F32);
+    spoil_weight(temp_path("bad"), "model.layers.1.mlp.up_proj.weight");
+    s = fresh, s.source = temp_path("bad"), g_progress.last = 0;
+    expect_outliers(&s, 0, BESA_ERROR_NOT_FINITE, "[model.layers.1]");
+    discard(temp_path("bad"));
+}
+
+/* Runs by these sparsities, of every method: every block has its own, the model its target; stopped, they go on with sparsities that
+ * are found anew, by other threads, and end with the same bytes. */
+static void test_outlier_runs(void)
+{
+    for (int method = 0; method < 4; method++) {
+        double shares[5], targets[2][5];
+        char first[256];
+        setup s = interrupted_setup(temp_path("whole"), -1);
+        s.options.method = (besa_method)method, s.options.rates.target = 0.625;
+        if (method == 3) s.options.first_block = 1, s.options.num_blocks = 3;
+        int64_t count = method == 3 ? 3 : 5;
+        for (int i = 0; i < 2; i++) {
+            s.threads = 1 + 2 * i;
+            g_progress.last = 0;
+            CHECK_OK(outliers_of(&s, 0, shares), s.error);
+            CHECK_OK(besa_outlier_targets(targets[i], shares, count, s.options.rates.target, 0, &s.error), s.error);
+            s.output = temp_path(i ? "out" : "whole");
+            s.options.block_targets = targets[i], s.options.num_block_targets = count;
+            if (i) {
+                g_progress.stop_at = -2, g_progress.last = 0;
+                CHECK(run(&s) == BESA_ERROR_CANCELLED && !exists(s.output), "%s", s.error.message);
+                besa_report_free(&s.report);
+            }
+            g_progress.stop_at = -1, g_progress.last = 0;
+            run_and_verify(&s);
+        }
+        CHECK(targets[0][0] != targets[0][1] && !memcmp(targets[0], targets[1], (size_t)count * sizeof **targets), "other targets");
+        CHECK(compare_directories(temp_path("whole"), s.output, NULL, first) == 0, "method %d: %s differs", method, first);
+        discard(s.output);
+        discard(temp_path("whole"));
+    }
+}
+
 /* ---------------------------------------------------------------------------------------------- */
 
 static int child(char **argv)
@@ -2917,6 +3272,10 @@ int main(int argc, char **argv)
     TEST("kill and resume") test_kill();
     TEST("damaged partial output") test_damaged_partial();
     TEST("complete output without its name") test_complete();
+    TEST("outliers of the blocks") test_outliers();
+    TEST("outliers: sparsities from shares") test_outlier_targets();
+    TEST("outliers: what goes wrong") test_outlier_errors();
+    TEST("outliers: runs by their sparsities") test_outlier_runs();
     besa_tokens_free(&g_calibration);
     besa_tokens_free(&g_test);
     return test_finish();
