@@ -114,6 +114,7 @@
  *     >>cpu-masks          masks and bucketed gradients on the CPU
  *     >>cpu-rates          rates, optimiser and exact count on the CPU
  *     >>cpu-sparsegpt      SparseGPT on the CPU: factor of the inverse Hessian, slabs of weights
+ *     >>cpu-refit          kept weights fitted anew on the CPU: steps of conjugate gradients
  *     >>cpu-backend        the CPU's table of operations
  *
  * HOOKS, defined before the implementation is included
@@ -335,7 +336,7 @@ typedef struct besa_workload {
     int64_t rows, columns;                      /* the largest of any layer */
     int64_t tokens, seqlen;                     /* of one micro-batch */
     int64_t num_attention_heads, num_key_value_heads, head_dim;
-    int64_t hessian_columns;                    /* 0 without SparseGPT */
+    int64_t hessian_columns;                    /* 0 without Hessians */
     int64_t rate_logits;                        /* D + 1 of a rate; 0: any number */
     int64_t projected_rows;                     /* rows of all layers together, for project_counts */
 } besa_workload;
@@ -401,6 +402,23 @@ typedef struct besa_weight_step {
     void *masked, *source;                      /* (n) dtype; source is w where the dtype is float */
     besa_dtype dtype;
 } besa_weight_step;
+
+/* One step of conjugate gradients (section "refit") for rows that are systems of their own. K: the weights that are not 0 in
+ * X, z = scale r. At the first, where Q = (W - X) H,
+ *     r = q in K, else 0;  p = z;  rho = rho0 = r'z.
+ * At the others, where Q = P H: alpha = rho / p'q,
+ *     x += alpha p in K, where a 0 becomes the smallest normal float: K stays;  r -= alpha q in K;
+ *     beta = r'z / rho;  p = z + beta p;  then rho = r'z.
+ * A row stops, rho is 0 and all else stays from then on, where there is nothing to gain or floats end: where rho is not above
+ * 1e-14 rho0, p'q not above 1e-30, or alpha not above 0 and below 3e38. */
+typedef struct besa_refit_step {
+    int first;
+    int64_t rows, columns;
+    float *x, *r, *p;                           /* (rows, C) p need not hold anything at the first */
+    const float *q;                             /* (rows, C) */
+    const float *scale;                         /* (C) = 1 / H_jj */
+    float *rho;                                 /* (2, rows) rho; rho0 */
+} besa_refit_step;
 
 struct besa_backend {
     const char *name;
@@ -562,6 +580,24 @@ struct besa_backend {
     besa_result (*sparsegpt_push)(besa_backend *be, float *wf, const float *err, const float *u, int64_t first,
                                   int64_t width, int64_t rows, int64_t columns);
 
+    /* ---- kept weights fitted anew ---------------------------------------------------------- */
+    /* Wf and err as sparsegpt_slab makes them, where pruned are the weights that are 0 in kept(R,C), and no column is dead */
+    besa_result (*sparsegpt_given)(besa_backend *be, float *wf, float *err, const float *u, const float *kept,
+                                   int64_t first, int64_t width, int64_t rows, int64_t columns);
+    /* H(C,C) in: a Gram matrix (lower triangle); out: all of it, and damping * mean(diag) on its diagonal;
+     * scale(C) = 1 / H_jj, or 0 where that is 0 */
+    besa_result (*hessian_whole)(besa_backend *be, float *h, float *scale, float damping, int64_t columns);
+    /* Y(R,C) = X(R,C) H(C,C), all float and never rounded to less */
+    besa_result (*hessian_product)(besa_backend *be, float *y, const float *x, const float *h, int64_t rows,
+                                   int64_t columns);
+    /* x(n) = What, p(n) = W - What */
+    besa_result (*refit_begin)(besa_backend *be, float *x, float *p, const void *w, const void *what, besa_dtype dtype,
+                               int64_t n);
+    /* See besa_refit_step */
+    besa_result (*refit_step)(besa_backend *be, const besa_refit_step *o);
+    /* What(n) = x, rounded, where What is not 0, but as it was where that would be 0; +0 elsewhere: masks stay */
+    besa_result (*refit_end)(besa_backend *be, void *what, const float *x, besa_dtype dtype, int64_t n);
+
     /* ---- head ------------------------------------------------------------------------------ */
     /* logits(T,V) = H(T,d) W(V,d)', float */
     besa_result (*logits)(besa_backend *be, float *out, const void *h, const void *w, besa_dtype dtype, int64_t tokens,
@@ -585,7 +621,8 @@ struct besa_backend {
     X(count_zeros) X(rank_rows) X(mask_apply) X(mask_update) X(mask_smallest) X(mask_zeros)        \
     X(mask_pattern) X(bucket_gradient) X(rate_forward) X(rate_mean) X(rate_backward)               \
     X(optimizer_step) X(project_counts) X(rms) X(weight_step) X(mix) X(hessian_factor) X(diagonal) \
-    X(sparsegpt_slab) X(sparsegpt_push)                                                            \
+    X(sparsegpt_slab) X(sparsegpt_push) X(sparsegpt_given) X(hessian_whole)                        \
+    X(hessian_product) X(refit_begin) X(refit_step) X(refit_end)                                   \
     X(logits) X(nll_update) X(nll_sum)
 
 typedef struct besa_cpu_options {
@@ -12888,6 +12925,26 @@ static besa_result besa__cpu_sparsegpt_slab(besa_backend *be, float *wf, float *
     return BESA_OK;
 }
 
+/* The same where what is 0 in kept(R,C) goes */
+static besa_result besa__cpu_sparsegpt_given(besa_backend *be, float *wf, float *err, const float *u, const float *kept,
+                                             int64_t first, int64_t width, int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(width * 16), tasks = besa__parts(rows, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
+            float *w = wf + r * columns + first, *e = err + r * width;
+            const float *keep = kept + r * columns + first;
+            for (int64_t i = 0; i < width; i++) {
+                const float *row = u + (first + i) * columns + first;
+                e[i] = keep[i] == 0.0f ? w[i] / row[i] : 0.0f;
+                if (e[i] != 0.0f) besa__cpu_axpy(w + i + 1, -e[i], row + i + 1, width - i - 1);
+                if (keep[i] == 0.0f) w[i] = 0.0f;
+            }
+        }
+    return BESA_OK;
+}
+
 /* Wf[:, first+width:] -= err(R,width) U[first:first+width, first+width:] */
 static besa_result besa__cpu_sparsegpt_push(besa_backend *be, float *wf, const float *err, const float *u,
                                             int64_t first, int64_t width, int64_t rows, int64_t columns)
@@ -12901,6 +12958,165 @@ static besa_result besa__cpu_sparsegpt_push(besa_backend *be, float *wf, const f
     g.alpha = -1.0f;
     g.accumulate = 1;
     besa__cpu_multiply(be, &g, 0);
+    return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>cpu-refit             kept weights fitted anew on the CPU: steps of conjugate gradients
+ * ============================================================================================
+ * All in float; the product goes to section cpu-gemm, never in bf16. Tasks are runs of rows or of weights. */
+
+/* H(C,C): the lower triangle to both, damping mean(diag) onto the diagonal; scale(C) = 1 / H_jj or 0 */
+static besa_result besa__cpu_hessian_whole(besa_backend *be, float *h, float *scale, float damping, int64_t columns)
+{
+    int64_t tile = 64, tasks = besa__parts(columns, tile);
+    double sum = 0.0;
+    for (int64_t j = 0; j < columns; j++) sum += (double)h[j * columns + j];
+    float add = (float)((double)damping * sum / (double)columns);
+    for (int64_t j = 0; j < columns; j++) {
+        h[j * columns + j] += add;
+        scale[j] = h[j * columns + j] != 0.0f ? 1.0f / h[j * columns + j] : 0.0f;
+    }
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t j0 = task * tile; j0 < columns; j0 += tile)
+            for (int64_t i = task * tile; i < besa__min(columns, (task + 1) * tile); i++)
+                for (int64_t j = besa__max(i + 1, j0); j < besa__min(columns, j0 + tile); j++)
+                    h[i * columns + j] = h[j * columns + i];
+    return BESA_OK;
+}
+
+/* Y(R,C) = X(R,C) H(C,C) */
+static besa_result besa__cpu_hessian_product(besa_backend *be, float *y, const float *x, const float *h, int64_t rows,
+                                             int64_t columns)
+{
+    besa__gemm_args g = besa__cpu_product(y, rows, columns, columns);
+    besa__cpu_operand_a(&g, x, BESA_F32, columns, 1);
+    besa__cpu_operand_b(&g, h, BESA_F32, columns, 1);
+    besa__cpu_multiply(be, &g, 0);
+    return BESA_OK;
+}
+
+/* p -= x */
+BESA__INLINE void besa__cpu_less_body(float *p, const float *x, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) p[i] -= x[i];
+}
+BESA__KERNEL(besa__cpu_less, (float *p, const float *x, int64_t n), (p, x, n))
+
+/* x(n) = What, p(n) = W - What */
+static besa_result besa__cpu_refit_begin(besa_backend *be, float *x, float *p, const void *w, const void *what,
+                                         besa_dtype dtype, int64_t n)
+{
+    int64_t tasks = besa__parts(n, BESA__CPU_STEP_RUN);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * BESA__CPU_STEP_RUN, count = besa__min(BESA__CPU_STEP_RUN, n - at);
+        besa__cpu_widen(x + at, what, dtype, at, count);
+        besa__cpu_widen(p + at, w, dtype, at, count);
+        besa__cpu_less(p + at, x + at, count);
+    }
+    return BESA_OK;
+}
+
+/* r = q where x is not 0, else 0 */
+BESA__INLINE void besa__cpu_refit_residual_body(float *r, const float *x, const float *q, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) r[i] = x[i] != 0.0f ? q[i] : 0.0f;
+}
+BESA__KERNEL(besa__cpu_refit_residual, (float *r, const float *x, const float *q, int64_t n), (r, x, q, n))
+
+/* Where x is not 0: x += alpha p, which 0 is not, and r -= alpha q */
+BESA__INLINE void besa__cpu_refit_move_body(float *x, float *r, const float *p, const float *q, float alpha, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float x0 = x[i], r0 = r[i], x1 = x0 + alpha * p[i], r1 = r0 - alpha * q[i];
+        x1 = x1 != 0.0f ? x1 : 1.17549435e-38f;
+        x[i] = x0 != 0.0f ? x1 : x0;
+        r[i] = x0 != 0.0f ? r1 : r0;
+    }
+}
+BESA__KERNEL(besa__cpu_refit_move, (float *x, float *r, const float *p, const float *q, float alpha, int64_t n),
+             (x, r, p, q, alpha, n))
+
+/* p = scale r + beta p; p is not read where beta is 0, as at the first */
+BESA__INLINE void besa__cpu_refit_turn_body(float *p, const float *r, const float *scale, float beta, int64_t n)
+{
+    if (beta == 0.0f) {
+        BESA__ELEMENTWISE
+        for (int64_t i = 0; i < n; i++) p[i] = scale[i] * r[i];
+        return;
+    }
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) p[i] = scale[i] * r[i] + beta * p[i];
+}
+BESA__KERNEL(besa__cpu_refit_turn, (float *p, const float *r, const float *scale, float beta, int64_t n),
+             (p, r, scale, beta, n))
+
+static void besa__cpu_refit_row(const besa_refit_step *o, int64_t row)
+{
+    int64_t n = o->columns, at = row * n;
+    float *x = o->x + at, *r = o->r + at, *p = o->p + at, *rho = o->rho + row, *rho0 = rho + o->rows, beta = 0.0f;
+    const float *q = o->q + at;
+    if (o->first) {
+        besa__cpu_refit_residual(r, x, q, n);
+        *rho = *rho0 = besa__cpu_dot3(r, r, o->scale, n);
+    } else {
+        float curved = besa__cpu_dot(p, q, n), alpha = curved > 1e-30f && *rho > 1e-14f * *rho0 ? *rho / curved : 0.0f;
+        if (!(alpha > 0.0f && alpha < 3.0e38f)) {
+            *rho = 0.0f;
+            return;
+        }
+        besa__cpu_refit_move(x, r, p, q, alpha, n);
+        float now = besa__cpu_dot3(r, r, o->scale, n);
+        beta = now / *rho;
+        *rho = now;
+    }
+    besa__cpu_refit_turn(p, r, o->scale, beta, n);
+}
+
+/* See besa_refit_step */
+static besa_result besa__cpu_refit_step(besa_backend *be, const besa_refit_step *o)
+{
+    int64_t grain = besa__cpu_grain(o->columns * 4), tasks = besa__parts(o->rows, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t r = task * grain; r < besa__min(o->rows, (task + 1) * grain); r++) besa__cpu_refit_row(o, r);
+    return BESA_OK;
+}
+
+/* type: an unsigned integer as wide as the dtype, all bits but the sign in `magnitude`. */
+#define BESA__CPU_REFIT_KERNEL(name, type, round, magnitude)                                       \
+    BESA__INLINE void name##_body(type *what, const float *x, int64_t n)                           \
+    {                                                                                              \
+        BESA__ELEMENTWISE                                                                          \
+        for (int64_t i = 0; i < n; i++) {                                                          \
+            type now = (type)round(x[i]), old = what[i];                                           \
+            type kept = (now & (magnitude)) != 0 ? now : old;                                      \
+            what[i] = (old & (magnitude)) != 0 ? kept : (type)0;                                   \
+        }                                                                                          \
+    }                                                                                              \
+    BESA__KERNEL(name, (type *what, const float *x, int64_t n), (what, x, n))
+
+BESA__CPU_REFIT_KERNEL(besa__cpu_refitted_f32, uint32_t, besa__float_bits, 0x7FFFFFFFu)
+BESA__CPU_REFIT_KERNEL(besa__cpu_refitted_f16, uint16_t, besa__f32_to_f16, 0x7FFFu)
+BESA__CPU_REFIT_KERNEL(besa__cpu_refitted_bf16, uint16_t, besa__f32_to_bf16, 0x7FFFu)
+
+/* What(n) = x where it is not 0, rounded, unless that is 0 */
+static besa_result besa__cpu_refit_end(besa_backend *be, void *what, const float *x, besa_dtype dtype, int64_t n)
+{
+    int64_t tasks = besa__parts(n, BESA__CPU_STEP_RUN);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * BESA__CPU_STEP_RUN, count = besa__min(BESA__CPU_STEP_RUN, n - at);
+        void *to = besa__at(what, dtype, at);
+        if (dtype == BESA_F32) besa__cpu_refitted_f32((uint32_t *)to, x + at, count);
+        else if (dtype == BESA_F16) besa__cpu_refitted_f16((uint16_t *)to, x + at, count);
+        else besa__cpu_refitted_bf16((uint16_t *)to, x + at, count);
+    }
     return BESA_OK;
 }
 
