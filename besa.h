@@ -41,6 +41,8 @@
  *                  the score of each weight: |W| l2(X_j), or as           besa__masks_rank
  *                  BESA_IMPORTANCES has it; its rank in its row
  *                  of a baseline the mask, or What itself                 besa__rank_or_prune
+ *                  with option refit the kept weights anew; with BESA     besa__refit_layer
+ *                  at the end of the learn pass, when masks are final
  *     learn    BESA only (besa__learn_pass). For every batch of sequences, with logits theta that start at 0:
  *                  beta = softmax(z(theta)), alpha = sum_d beta_d p_d,    besa__rates_forward
  *                  p_d = 1 - d/D: n = floor(alpha C) weights of every
@@ -87,6 +89,7 @@
  *     >>streams            activations of all sequences, on the device or streamed from the host
  *     >>pruner             what pruning one block keeps: options, arrays, progress (level 2)
  *     >>statistics         the dense pass: what layers read, and what the block is to put out
+ *     >>refit              kept weights fitted anew to the layer's inputs, with masks as they are
  *     >>baselines          the rank pass: ranks for BESA, masks of the other methods
  *     >>learning           the learn pass: forward, loss, backward, step
  *     >>results            the commit pass, and what comes back of a block
@@ -116,6 +119,7 @@
  *     >>cpu-masks          masks and bucketed gradients on the CPU
  *     >>cpu-rates          rates, optimiser and exact count on the CPU
  *     >>cpu-sparsegpt      SparseGPT on the CPU: factor of the inverse Hessian, slabs of weights
+ *     >>cpu-refit          kept weights fitted anew on the CPU: steps of conjugate gradients
  *     >>cpu-backend        the CPU's table of operations
  *
  * HOOKS, defined before the implementation is included
@@ -147,7 +151,10 @@
  *     rates.plain_softmax         [0] softmax(theta) instead of softmax(sigmoid(theta))
  *     rates.zero_start            [0] start at rate 1/2, as the paper's code does, instead of at the target
  *     importance                  [wanda] magnitude, sparsegpt, sparsegpt squared, gradient: it sees the block's loss
- *     damping                     [0.01] SparseGPT and its importances: share of a Hessian's mean diagonal added to it
+ *     damping                     [0.01] SparseGPT, its importances and refit: share of a Hessian's mean diagonal added to it
+ *     refit                       [none] cg, obs: the kept weights of a layer fitted to its dense outputs, masks as they are, by
+ *                                 conjugate gradients or by SparseGPT's update; not with learn both, obs not with sparsegpt
+ *     refit_steps                 [10] of conjugate gradients
  *     epochs, batch_size          [1, 1]
  *     norm_all, dense_stream      [0, 0] loss norms over all tokens: a batch's loss shrinks to its share of them, and the penalty
  *                                 weighs more; reference from the dense model's own stream. Where something learns
@@ -182,7 +189,8 @@
  *         weights and pruned weights   2 w N (CUDA: 4 w N, of two blocks)    ranks        2 N bytes
  *         one layer's gradient         4 x largest layer (CUDA: a piece)     rates        7 x 4 x 101 R bytes
  *         X and Yref                   2 a T d                               activations  about a t (13 d + 4 i)
- *         SparseGPT's Hessians         4 (3 d^2 + i^2) bytes                 scores       4 x largest layer, baselines
+ *         Hessians: SparseGPT, refit   4 (3 d^2 + i^2) bytes, twice for      scores       4 x largest layer, baselines
+ *                                      SparseGPT (or its scores) with cg     refit        8192 x widest layer's columns
  *         channel norms                4 d per batch                         workspace    some MB, more with more threads
  *         rows of embedding and head   16384 d bytes                         test stream  a d per token, 16384 t of logits,
  *                                                                                         activations of its own
@@ -219,7 +227,7 @@
  * REFERENCES
  *
  *     BESA arXiv 2402.16880; Wanda arXiv 2306.11695; SparseGPT arXiv 2301.00774; Prodigy arXiv 2306.06101; OWL arXiv
- *     2310.05175.
+ *     2310.05175; ALPS arXiv 2406.07831.
  *
  * HISTORY
  *
@@ -339,7 +347,7 @@ typedef struct besa_workload {
     int64_t rows, columns;                      /* the largest of any layer */
     int64_t tokens, seqlen;                     /* of one micro-batch */
     int64_t num_attention_heads, num_key_value_heads, head_dim;
-    int64_t hessian_columns;                    /* 0 without SparseGPT */
+    int64_t hessian_columns;                    /* 0 without Hessians */
     int64_t rate_logits;                        /* D + 1 of a rate; 0: any number */
     int64_t projected_rows;                     /* rows of all layers together, for project_counts */
 } besa_workload;
@@ -405,6 +413,23 @@ typedef struct besa_weight_step {
     void *masked, *source;                      /* (n) dtype; source is w where the dtype is float */
     besa_dtype dtype;
 } besa_weight_step;
+
+/* One step of conjugate gradients (section "refit") for rows that are systems of their own. K: the weights that are not 0 in
+ * X, z = scale r. At the first, where Q = (W - X) H,
+ *     r = q in K, else 0;  p = z;  rho = rho0 = r'z.
+ * At the others, where Q = P H: alpha = rho / p'q,
+ *     x += alpha p in K, where a 0 becomes the smallest normal float: K stays;  r -= alpha q in K;
+ *     beta = r'z / rho;  p = z + beta p;  then rho = r'z.
+ * A row stops, rho is 0 and all else stays from then on, where there is nothing to gain or floats end: where rho is not above
+ * 1e-14 rho0, p'q not above 1e-30, or alpha not above 0 and below 3e38. */
+typedef struct besa_refit_step {
+    int first;
+    int64_t rows, columns;
+    float *x, *r, *p;                           /* (rows, C) p need not hold anything at the first */
+    const float *q;                             /* (rows, C) */
+    const float *scale;                         /* (C) = 1 / H_jj */
+    float *rho;                                 /* (2, rows) rho; rho0 */
+} besa_refit_step;
 
 struct besa_backend {
     const char *name;
@@ -574,6 +599,24 @@ struct besa_backend {
     besa_result (*sparsegpt_push)(besa_backend *be, float *wf, const float *err, const float *u, int64_t first,
                                   int64_t width, int64_t rows, int64_t columns);
 
+    /* ---- kept weights fitted anew ---------------------------------------------------------- */
+    /* Wf and err as sparsegpt_slab makes them, where pruned are the weights that are 0 in kept(R,C), and no column is dead */
+    besa_result (*sparsegpt_given)(besa_backend *be, float *wf, float *err, const float *u, const float *kept,
+                                   int64_t first, int64_t width, int64_t rows, int64_t columns);
+    /* H(C,C) in: a Gram matrix (lower triangle); out: all of it, and damping * mean(diag) on its diagonal;
+     * scale(C) = 1 / H_jj, or 0 where that is 0 */
+    besa_result (*hessian_whole)(besa_backend *be, float *h, float *scale, float damping, int64_t columns);
+    /* Y(R,C) = X(R,C) H(C,C), all float and never rounded to less */
+    besa_result (*hessian_product)(besa_backend *be, float *y, const float *x, const float *h, int64_t rows,
+                                   int64_t columns);
+    /* x(n) = What, p(n) = W - What */
+    besa_result (*refit_begin)(besa_backend *be, float *x, float *p, const void *w, const void *what, besa_dtype dtype,
+                               int64_t n);
+    /* See besa_refit_step */
+    besa_result (*refit_step)(besa_backend *be, const besa_refit_step *o);
+    /* What(n) = x, rounded, where What is not 0, but as it was where that would be 0; +0 elsewhere: masks stay */
+    besa_result (*refit_end)(besa_backend *be, void *what, const float *x, besa_dtype dtype, int64_t n);
+
     /* ---- head ------------------------------------------------------------------------------ */
     /* logits(T,V) = H(T,d) W(V,d)', float */
     besa_result (*logits)(besa_backend *be, float *out, const void *h, const void *w, besa_dtype dtype, int64_t tokens,
@@ -598,7 +641,8 @@ struct besa_backend {
     X(count_zeros) X(rank_rows) X(mask_apply) X(mask_update) X(mask_smallest) X(mask_zeros)        \
     X(mask_pattern) X(bucket_gradient) X(rate_forward) X(rate_mean) X(rate_backward)               \
     X(optimizer_step) X(project_counts) X(rms) X(weight_step) X(mix) X(hessian_factor) X(diagonal) \
-    X(sparsegpt_slab) X(sparsegpt_push) X(score_rows)                                              \
+    X(sparsegpt_slab) X(sparsegpt_push) X(score_rows) X(sparsegpt_given) X(hessian_whole)          \
+    X(hessian_product) X(refit_begin) X(refit_step) X(refit_end)                                   \
     X(logits) X(nll_update) X(nll_sum)
 
 typedef struct besa_cpu_options {
@@ -937,6 +981,19 @@ typedef enum besa_learn {
     BESA_LEARN_COUNT
 } besa_learn;
 
+/* How the kept weights of a layer are fitted to what it puts out with dense weights, once the mask is there. */
+#define BESA_REFITS(X)                                                                             \
+    X(BESA_REFIT_NONE, "none")                                                                     \
+    X(BESA_REFIT_OBS, "obs")   /* SparseGPT's update, column by column (arXiv 2301.00774) */       \
+    X(BESA_REFIT_CG, "cg")     /* conjugate gradients (arXiv 2406.07831, its second stage) */
+
+typedef enum besa_refit {
+#define BESA__ENUM(value, name) value,
+    BESA_REFITS(BESA__ENUM)
+#undef BESA__ENUM
+    BESA_REFIT_COUNT
+} besa_refit;
+
 /* How to prune. A zero-filled struct with rates.target set prunes with BESA's default preset. */
 typedef struct besa_prune_options {
     besa_rate_options rates;                    /* rates.target is the sparsity of every method */
@@ -946,8 +1003,11 @@ typedef struct besa_prune_options {
     int pattern_n, pattern_m;                   /* n of every m consecutive weights pruned; 0: unstructured; not BESA */
     int magnitude_per_row;                      /* magnitude: each row at the target instead of each layer */
     besa_importance importance;                 /* BESA only */
-    double damping;                             /* [0.01] of the mean diagonal is added to Hessians: method sparsegpt, and the
-                                                   importances of BESA_STATISTIC_FACTOR */
+    double damping;                             /* [0.01] of the mean diagonal is added to Hessians: method sparsegpt, the
+                                                   importances of BESA_STATISTIC_FACTOR, and refit */
+    besa_refit refit;                           /* [none] of every layer that does not stay dense; before kept weights learn.
+                                                   Not with BESA_LEARN_BOTH; BESA_REFIT_OBS not with sparsegpt */
+    int64_t refit_steps;                        /* [10] BESA_REFIT_CG */
     int64_t epochs, batch_size;                 /* BESA [1, 1]; batch in sequences */
     int norm_all;                               /* channel norms of the loss over all tokens, not per batch */
     int dense_stream;                           /* Yref from the dense model's own stream, not from the pruned prefix */
@@ -1837,6 +1897,7 @@ static const char *besa__range_text(const besa__range *range, char *buffer, size
 
 static const char besa__method_names[] = BESA_METHODS(BESA__BAR); /* these begin with a bar */
 static const char besa__learn_names[] = BESA_LEARNING(BESA__BAR);
+static const char besa__refit_names[] = BESA_REFITS(BESA__BAR);
 static const char besa__importance_names[] = BESA_IMPORTANCES(BESA__BAR_OF_SIX);
 
 /* field, default, least, most, flags, range in words, on the command line, what follows there, help */
@@ -1848,7 +1909,11 @@ static const besa_option besa__options[] = {
     {BESA__PRUNE(FLAG, magnitude_per_row), 0, 0, 1, 0, "0 or 1",
      "per-row", "", "magnitude: each row has the sparsity, not only the layer"},
     {BESA__PRUNE(DOUBLE, damping), 0.01, 0, 1e30, BESA__OPEN, "above 0 and below 1e30",
-     "damping", "X", "sparsegpt and its importances: share of a Hessian's mean diagonal added to it [0.01]"},
+     "damping", "X", "sparsegpt, its importances, refit: share of a Hessian's mean diagonal added to it [0.01]"},
+    {BESA__PRUNE(ENUM, refit), 0, 0, BESA_REFIT_COUNT - 1, 0, "a value of besa_refit",
+     "refit", &besa__refit_names[1], "fit the kept weights of each layer to its dense outputs [none]"},
+    {BESA__PRUNE(INT64, refit_steps), 10, 1, 1e6, 0, "1 to 1000000",
+     "refit-steps", "N", "refit cg: steps of conjugate gradients [10]"},
     {BESA__PRUNE(INT, pattern_n), 0, 0, 63, 0, "0 to 63", NULL, NULL, NULL},
     {BESA__PRUNE(INT, pattern_m), 0, 0, 64, 0, "0 to 64", NULL, NULL, NULL},
     {BESA__PRUNE(INT64, num_fixed), 0, 0, BESA__NO_LIMIT, BESA_OPTION_WHERE, "0 or more", NULL, NULL, NULL},
@@ -3631,6 +3696,7 @@ enum { BESA__EVENT_MARKS = 0, BESA__EVENT_YREF = 6, BESA__PRUNER_EVENTS = BESA__
                                                    them did no better */
 #define BESA__STEP_LOSSES 65536                 /* losses of learning steps that are kept; later steps share the last one */
 #define BESA__SLAB 128                          /* columns that SparseGPT treats together */
+#define BESA__REFIT_ROWS 512                    /* rows of a layer that are fitted at a time */
 #define BESA__CHUNK_TOKENS 2048                 /* passes without an optimiser go by about so many tokens */
 
 /* Where a run is, for the progress callback. The unit of work is one forward pass over the calibration tokens. */
@@ -3690,11 +3756,16 @@ struct besa_pruner {
     float *gram[BESA__INPUTS];                  /* (columns, columns), where Hessians are used: H; from the rank pass on the
                                                    factor U of its inverse */
     int32_t *dead[BESA__INPUTS];                /* (columns) with gram: inputs that were always 0 */
+    float *whole[BESA__INPUTS];                 /* (columns, columns) refit cg: H, damped, from the rank pass on; gram itself
+                                                   where nothing needs the factor */
+    float *whole_scale[BESA__INPUTS];           /* (columns) refit cg: 1 / H_jj */
+    besa_refit_step fit;                        /* refit: arrays for (512, columns) of any layer; obs uses x and p */
+    float *fit_q;                               /* refit cg, the same */
     float *scores;                              /* scores of a layer, or SparseGPT's weights as floats: the largest (R,C);
                                                    where BESA learns it is acts.dw, not used yet, and may hold less */
     int64_t scores_count;                       /* floats that scores has room for */
     float *score_factor[BESA_LAYERS];           /* (R,C) what the gradients make of the scores; NULL: the importance has none */
-    float *slab_error;                          /* (R, 128), SparseGPT only */
+    float *slab_error;                          /* (R, 128), SparseGPT; (512, 128), refit obs */
     int32_t *counts, *not_finite;               /* (2, rows) zeros: DENSE, WRITTEN; (BESA__COUNTS) as in results */
     int32_t *ignored;                           /* (norms) where count_zeros puts zeros when only not_finite is wanted */
     besa__results *results;                     /* host */
@@ -3817,16 +3888,24 @@ static besa_importance besa__scored_by(const besa_prune_options *o)
     return o->method == BESA_METHOD_WANDA ? BESA_IMPORTANCE_WANDA : BESA_IMPORTANCE_MAGNITUDE;
 }
 
-/* What a method collects of the layers' inputs; SparseGPT needs the whole factor. */
+/* What a method chooses by, of the layers' inputs; SparseGPT needs the whole factor. */
 static besa_statistic besa__statistic(const besa_prune_options *o)
 {
     if (o->method == BESA_METHOD_SPARSEGPT) return BESA_STATISTIC_FACTOR;
     return besa__importance_row(besa__scored_by(o))->statistic;
 }
 
-static int besa__uses_gram(const besa_prune_options *o) { return besa__statistic(o) == BESA_STATISTIC_FACTOR; }
+/* Is the factor of the inverse Hessian needed? */
+static int besa__uses_factor(const besa_prune_options *o)
+{
+    return besa__statistic(o) == BESA_STATISTIC_FACTOR || o->refit == BESA_REFIT_OBS;
+}
 
-static int besa__uses_inputs(const besa_prune_options *o) { return besa__statistic(o) != BESA_STATISTIC_NONE; }
+static int besa__uses_gram(const besa_prune_options *o) { return besa__uses_factor(o) || o->refit == BESA_REFIT_CG; }
+
+static int besa__uses_sums(const besa_prune_options *o) { return besa__statistic(o) == BESA_STATISTIC_SUMSQ; }
+
+static int besa__uses_inputs(const besa_prune_options *o) { return besa__uses_gram(o) || besa__uses_sums(o); }
 
 /* Scores that see the block's loss. */
 static int besa__uses_gradients(const besa_prune_options *o)
@@ -3846,6 +3925,16 @@ static besa_result besa__keep_defaults(besa_prune_options *o, besa_error *error)
     return BESA_OK;
 }
 
+static besa_result besa__check_refit(const besa_prune_options *o, besa_error *error)
+{
+    if (o->refit == BESA_REFIT_OBS && o->method == BESA_METHOD_SPARSEGPT)
+        return besa__fail(error, BESA_ERROR_OPTION, "refit is obs, which method sparsegpt does by itself: expected none or cg");
+    if (o->refit != BESA_REFIT_NONE && o->learn == BESA_LEARN_BOTH)
+        return besa__fail(error, BESA_ERROR_OPTION, "refit is given, but with learn both the kept weights have learned when masks "
+                          "are final: expected learn rates or weights, or refit none");
+    return BESA_OK;
+}
+
 /* Check the options and fill in what 0 stands for. */
 static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_shape *shape, besa_error *error)
 {
@@ -3861,6 +3950,7 @@ static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_
     if (o->dense_stream && o->dense_share > 0)
         return besa__fail(error, BESA_ERROR_OPTION, "dense_share is %g, but dense_stream aims at the dense model's output alone: "
                           "expected one of them", o->dense_share);
+    BESA__TRY(besa__check_refit(o, error));
     return o->method == BESA_METHOD_BESA ? besa__check_penalty(&o->rates, error) : BESA_OK;
 }
 
@@ -3908,12 +3998,40 @@ static void besa__pruner_place_statistics(besa_pruner *p, besa__arena *arena, be
         p->gram[i] = besa__take_floats(arena, besa__product(columns, columns));
         p->dead[i] = (int32_t *)besa__take_array(arena, columns, sizeof(int32_t));
         if (columns > work->hessian_columns) work->hessian_columns = columns;
+        if (p->options.refit != BESA_REFIT_CG) continue;
+        int apart = besa__uses_factor(&p->options);
+        p->whole[i] = apart ? besa__take_floats(arena, besa__product(columns, columns)) : p->gram[i];
+        p->whole_scale[i] = besa__take_floats(arena, columns);
     }
     for (int i = 0; i < BESA_LAYERS && besa__uses_gradients(&p->options); i++) {
         int64_t rows, columns;
         besa_block_layer(&p->shape, i, &rows, &columns);
         p->score_factor[i] = besa__take_floats(arena, besa__product(rows, columns));
     }
+}
+
+/* What a refit of some rows takes, of the layer where that is the most. */
+static void besa__pruner_place_refit(besa_pruner *p, besa__arena *arena)
+{
+    int64_t most = 0, all = 0;
+    if (p->options.refit == BESA_REFIT_NONE) return;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        rows = besa__min(rows, BESA__REFIT_ROWS);
+        most = besa__max(most, rows * columns);
+        all = besa__max(all, rows);
+    }
+    p->fit.x = besa__take_floats(arena, most);
+    p->fit.p = besa__take_floats(arena, most);
+    if (p->options.refit == BESA_REFIT_OBS) {
+        p->slab_error = besa__take_floats(arena, besa__product(all, BESA__SLAB));
+        return;
+    }
+    p->fit.r = besa__take_floats(arena, most);
+    p->fit_q = besa__take_floats(arena, most);
+    p->fit.q = p->fit_q;
+    p->fit.rho = besa__take_floats(arena, 2 * all);
 }
 
 /* Floats of the largest piece of a weight gradient, as be->gradient_bytes asks for: whole rows, 128 at least. */
@@ -3960,6 +4078,7 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     p->scores_count = rates ? piece : besa__largest_layer(s);
     p->scores = rates ? p->acts.dw : besa__take_floats(arena, p->scores_count);
     p->slab_error = p->options.method == BESA_METHOD_SPARSEGPT ? besa__take_floats(arena, besa__product(work.rows, BESA__SLAB)) : NULL;
+    besa__pruner_place_refit(p, arena);
     p->counts = (int32_t *)besa__take_array(arena, besa__product(2, p->rows), sizeof(int32_t));
     p->not_finite = (int32_t *)besa__take(arena, sizeof p->results->not_finite);
     p->ignored = (int32_t *)besa__take(arena, (size_t)besa__norms(p) * sizeof(int32_t));
@@ -4232,7 +4351,7 @@ static besa_result besa__add_statistics(besa_pruner *p, int64_t tokens)
     for (int i = 0; i < BESA__INPUTS; i++) {
         int64_t columns = besa__input_columns(&p->shape, i);
         if (p->gram[i]) BESA__TRY(be->gram(be, p->gram[i], input[i], scale, tokens, columns));
-        else BESA__TRY(be->column_sumsq(be, p->statistic[i], input[i], tokens, columns));
+        if (besa__uses_sums(&p->options)) BESA__TRY(be->column_sumsq(be, p->statistic[i], input[i], tokens, columns));
     }
     return BESA_OK;
 }
@@ -4319,11 +4438,98 @@ static besa_result besa__dense_pass(const besa__work *work, besa_error *error)
 }
 
 /* ============================================================================================
+ * // >>refit                 kept weights fitted anew to the layer's inputs, with masks as they are
+ * ============================================================================================
+ * Owns what comes after a layer's mask, where option refit asks for it. Of the weights What (R,C) that are not 0 the values
+ * are sought that put out most nearly what the dense weights W do: the least
+ *     tr((W - What) H (W - What)'), H = 2/T X'X + damping mean(diag).
+ * obs goes through the columns from left to right, as SparseGPT does (arXiv 2301.00774): what a pruned weight leaves is taken
+ * off the columns right of it. cg takes some steps of conjugate gradients towards the least itself, from What as it is, all
+ * rows of a piece at once (ALPS, arXiv 2406.07831, second stage); none makes the sum greater, but for rounding. Masks stay
+ * as they are: a kept weight that would be written as 0 keeps its value (besa_weight_step has the same rule). */
+
+/* Rows w (rows, C) of a layer's dense weights, and what (rows, C), columns from left to right. */
+static besa_result besa__refit_obs(besa_pruner *p, const void *w, void *what, int input, int64_t rows, int64_t columns)
+{
+    besa_backend *be = p->be;
+    float *wf = p->fit.x, *kept = p->fit.p;
+    BESA__TRY(be->convert(be, wf, BESA_F32, w, p->dtype, rows * columns));
+    BESA__TRY(be->convert(be, kept, BESA_F32, what, p->dtype, rows * columns));
+    for (int64_t first = 0; first < columns; first += BESA__SLAB) {
+        int64_t width = besa__min(BESA__SLAB, columns - first);
+        BESA__TRY(be->sparsegpt_given(be, wf, p->slab_error, p->gram[input], kept, first, width, rows, columns));
+        if (first + width < columns)
+            BESA__TRY(be->sparsegpt_push(be, wf, p->slab_error, p->gram[input], first, width, rows, columns));
+    }
+    return be->refit_end(be, what, wf, p->dtype, rows * columns);
+}
+
+/* The same by conjugate gradients: the gradient of half the sum is -(W - What) H in the weights that are kept, which
+ * is the residual that begins; H_jj is the preconditioner. */
+static besa_result besa__refit_cg(besa_pruner *p, const void *w, void *what, int input, int64_t rows, int64_t columns)
+{
+    besa_backend *be = p->be;
+    besa_refit_step *fit = &p->fit;
+    fit->rows = rows;
+    fit->columns = columns;
+    fit->scale = p->whole_scale[input];
+    BESA__TRY(be->refit_begin(be, fit->x, fit->p, w, what, p->dtype, rows * columns));
+    for (int64_t step = 0; step <= p->options.refit_steps; step++) {
+        fit->first = step == 0;
+        BESA__TRY(be->hessian_product(be, p->fit_q, fit->p, p->whole[input], rows, columns));
+        BESA__TRY(be->refit_step(be, fit));
+    }
+    return be->refit_end(be, what, fit->x, p->dtype, rows * columns);
+}
+
+/* The kept weights of a layer whose mask is final, a piece of its rows after another; rows are systems of their own. */
+static besa_result besa__refit_layer(const besa__work *work, int layer)
+{
+    besa_pruner *p = work->pruner;
+    int64_t rows, columns;
+    if (p->options.refit == BESA_REFIT_NONE || p->fixed[layer] == 0) return BESA_OK;
+    besa_block_layer(&p->shape, layer, &rows, &columns);
+    for (int64_t first = 0; first < rows; first += BESA__REFIT_ROWS) {
+        int64_t count = besa__min(BESA__REFIT_ROWS, rows - first);
+        const void *w = besa__at_const(work->dense->weight[layer], p->dtype, first * columns);
+        void *what = besa__at(work->pruned[layer], p->dtype, first * columns);
+        int input = besa__layers[layer].input;
+        if (p->options.refit == BESA_REFIT_OBS) BESA__TRY(besa__refit_obs(p, w, what, input, count, columns));
+        else BESA__TRY(besa__refit_cg(p, w, what, input, count, columns));
+    }
+    return BESA_OK;
+}
+
+/* Of a block's Gram matrix, before it becomes the factor: H as conjugate gradients take it. */
+static besa_result besa__refit_hessian(besa_pruner *p, int input)
+{
+    besa_backend *be = p->be;
+    int64_t columns = besa__input_columns(&p->shape, input);
+    size_t bytes = (size_t)columns * (size_t)columns * sizeof(float);
+    if (p->whole[input] != p->gram[input])
+        BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, p->whole[input], p->gram[input], bytes));
+    return be->hessian_whole(be, p->whole[input], p->whole_scale[input], (float)p->options.damping, columns);
+}
+
+/* FLOP of the products of a block's refits. */
+BESA__UNUSED static double besa__refit_flop(const besa_pruner *p)
+{
+    double flop = 0, products = p->options.refit == BESA_REFIT_CG ? 2 * (double)(p->options.refit_steps + 1) : 1;
+    if (p->options.refit == BESA_REFIT_NONE) return 0;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        flop += products * (double)rows * (double)columns * (double)columns;
+    }
+    return flop;
+}
+
+/* ============================================================================================
  * // >>baselines             the rank pass: ranks for BESA, masks of the other methods
  * ============================================================================================
  * Owns what each method does with the statistics of the dense pass; for BESA these are the ranks. */
 
-/* Turn Gram matrices into factors and column sums into the scores' factors. */
+/* Turn Gram matrices into what refits take and into factors, and column sums into the scores' factors. */
 static besa_result besa__finish_statistics(besa_pruner *p)
 {
     besa_backend *be = p->be;
@@ -4331,11 +4537,10 @@ static besa_result besa__finish_statistics(besa_pruner *p)
     if (!besa__uses_inputs(o)) return BESA_OK;
     for (int i = 0; i < BESA__INPUTS; i++) {
         int64_t columns = besa__input_columns(&p->shape, i);
-        if (p->gram[i]) {
-            BESA__TRY(be->hessian_factor(be, p->gram[i], p->dead[i], (float)o->damping, columns));
-            if (o->method == BESA_METHOD_SPARSEGPT) continue;
-            BESA__TRY(be->diagonal(be, p->statistic[i], p->gram[i], p->dead[i], columns));
-        }
+        if (p->whole[i]) BESA__TRY(besa__refit_hessian(p, i));
+        if (besa__uses_factor(o)) BESA__TRY(be->hessian_factor(be, p->gram[i], p->dead[i], (float)o->damping, columns));
+        if (o->method == BESA_METHOD_SPARSEGPT || besa__statistic(o) == BESA_STATISTIC_NONE) continue;
+        if (!besa__uses_sums(o)) BESA__TRY(be->diagonal(be, p->statistic[i], p->gram[i], p->dead[i], columns));
         BESA__TRY(besa__importance_scale(be, p->statistic[i], p->statistic[i], besa__scored_by(o), columns));
     }
     return BESA_OK;
@@ -4364,7 +4569,7 @@ static besa_result besa__sparsegpt_layer(besa_pruner *p, const void *w, void *pr
 /* The factor of a layer's scores per column; NULL: none. */
 static const float *besa__score_scale(const besa_pruner *p, int layer)
 {
-    return besa__uses_inputs(&p->options) ? p->statistic[besa__layers[layer].input] : NULL;
+    return besa__statistic(&p->options) != BESA_STATISTIC_NONE ? p->statistic[besa__layers[layer].input] : NULL;
 }
 
 /* The ranks of a layer's rows with the weights w. */
@@ -4438,6 +4643,7 @@ static besa_result besa__rank_pass(const besa__work *work, besa_error *error)
         if (p->score_factor[i])
             BESA__TRY_ON(p->be, p->be->fill(p->be, (int32_t *)(void *)p->score_factor[i], one, rows * columns), error);
         BESA__TRY_ON(p->be, besa__rank_or_prune(work, i), error);
+        if (!besa__learns_rates(p)) BESA__TRY_ON(p->be, besa__refit_layer(work, i), error);
         if (besa__learns_rates(p) && p->fixed[i] >= 0) BESA__TRY_ON(p->be, besa__rates_fix(&p->rates, i), error);
         BESA__TRY(besa__tick(&p->meter, 1 / (double)BESA_LAYERS, error));
     }
@@ -4700,13 +4906,16 @@ static besa_result besa__rank_by_gradients(const besa__learning *l, besa_error *
     return BESA_OK;
 }
 
-/* Final masks: the rates as learned, projected onto the exact count unless that is not wanted, and the last ranks. */
+/* Final masks: the rates as learned, projected onto the exact count unless that is not wanted, and the last ranks; and the
+ * kept weights, where they are fitted anew. */
 static besa_result besa__final_masks(const besa__learning *l)
 {
     besa_pruner *p = l->work->pruner;
     if (p->options.no_projection) BESA__TRY(besa__rates_forward(&p->rates));
     else BESA__TRY(besa__rates_project(&p->rates));
-    return besa__rank_and_mask(l, p->options.rank_interval);
+    BESA__TRY(besa__rank_and_mask(l, p->options.rank_interval));
+    for (int i = 0; i < BESA_LAYERS; i++) BESA__TRY(besa__refit_layer(l->work, i));
+    return BESA_OK;
 }
 
 /* Pass 3. BESA: learn the rates, and the weights with them where both learn, then the final masks. */
@@ -4730,7 +4939,8 @@ static besa_result besa__weights_pass(const besa__work *work, besa_error *error)
     besa__learning l = {work, 0, 1, besa__learns_rates(p) ? p->options.rates.steps : 0, 0, 0};
     l.steps = p->steps - l.done;
     BESA__TRY_ON(p->be, besa__report_loss(work, BESA__LOSS_MASKS), error);
-    for (int i = 0; i < BESA_LAYERS && !besa__learns_rates(p); i++)
+    int reset = !besa__learns_rates(p) || p->options.refit != BESA_REFIT_NONE; /* else they are as masks are applied to them */
+    for (int i = 0; i < BESA_LAYERS && reset; i++)
         BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->pruned[i], work->dense->weight[i]), error);
     return besa__learn(&l, error);
 }
@@ -9118,6 +9328,7 @@ static void besa__ignore_options(besa_prune_options *o)
         if (!besa__option_used(row, &given)) besa__option_set(row, (unsigned char *)o + row->offset, row->standard);
     if (o->method != BESA_METHOD_MAGNITUDE) o->magnitude_per_row = 0;
     if (!besa__uses_gram(&given)) o->damping = besa__find_option("damping")->standard;
+    if (o->refit != BESA_REFIT_CG) o->refit_steps = (int64_t)besa__find_option("refit_steps")->standard;
     if (o->rates.optimizer != BESA_PRODIGY) {
         o->rates.d0 = besa__find_option("d0")->standard;
         o->rates.d_coef = besa__find_option("d_coef")->standard;
@@ -9573,7 +9784,7 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
  * Owns no memory: the layout of section run on nothing, and FLOP counted from shapes. */
 
 /* FLOP of all products: 2 per weight and token forward, 3.7 more in the learning step (q, k and v need no input
- * gradient), attention's causal half, and Gram matrices. */
+ * gradient), attention's causal half, Gram matrices, and a block's refits. */
 static double besa__plan_flop(const besa__run *run)
 {
     const besa_block_shape *s = &run->config->block;
@@ -9593,7 +9804,7 @@ static double besa__plan_flop(const besa__run *run)
     double scores = (double)besa__gradient_sequences(&run->pruner) / (double)run->pruner.nsamples;
     if (besa__learns_rates(&run->pruner)) flop += ((double)o->epochs + scores) * (forward + backward);
     if (besa__learns_weights(&run->pruner)) flop += (double)o->weight_epochs * (forward + backward);
-    flop *= tokens * (double)(besa__end_block(run) - besa__first_block(run));
+    flop = (flop * tokens + besa__refit_flop(&run->pruner)) * (double)(besa__end_block(run) - besa__first_block(run));
     flop += tokens * (double)run->config->num_hidden_layers * (1 + run->has_dense) * forward;
     if (!run->has_test) return flop;
     double head = 2 * (double)run->config->vocab_size * (double)s->hidden_size;
@@ -13292,6 +13503,26 @@ static besa_result besa__cpu_sparsegpt_slab(besa_backend *be, float *wf, float *
     return BESA_OK;
 }
 
+/* The same where what is 0 in kept(R,C) goes */
+static besa_result besa__cpu_sparsegpt_given(besa_backend *be, float *wf, float *err, const float *u, const float *kept,
+                                             int64_t first, int64_t width, int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(width * 16), tasks = besa__parts(rows, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
+            float *w = wf + r * columns + first, *e = err + r * width;
+            const float *keep = kept + r * columns + first;
+            for (int64_t i = 0; i < width; i++) {
+                const float *row = u + (first + i) * columns + first;
+                e[i] = keep[i] == 0.0f ? w[i] / row[i] : 0.0f;
+                if (e[i] != 0.0f) besa__cpu_axpy(w + i + 1, -e[i], row + i + 1, width - i - 1);
+                if (keep[i] == 0.0f) w[i] = 0.0f;
+            }
+        }
+    return BESA_OK;
+}
+
 /* Wf[:, first+width:] -= err(R,width) U[first:first+width, first+width:] */
 static besa_result besa__cpu_sparsegpt_push(besa_backend *be, float *wf, const float *err, const float *u,
                                             int64_t first, int64_t width, int64_t rows, int64_t columns)
@@ -13305,6 +13536,165 @@ static besa_result besa__cpu_sparsegpt_push(besa_backend *be, float *wf, const f
     g.alpha = -1.0f;
     g.accumulate = 1;
     besa__cpu_multiply(be, &g, 0);
+    return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>cpu-refit             kept weights fitted anew on the CPU: steps of conjugate gradients
+ * ============================================================================================
+ * All in float; the product goes to section cpu-gemm, never in bf16. Tasks are runs of rows or of weights. */
+
+/* H(C,C): the lower triangle to both, damping mean(diag) onto the diagonal; scale(C) = 1 / H_jj or 0 */
+static besa_result besa__cpu_hessian_whole(besa_backend *be, float *h, float *scale, float damping, int64_t columns)
+{
+    int64_t tile = 64, tasks = besa__parts(columns, tile);
+    double sum = 0.0;
+    for (int64_t j = 0; j < columns; j++) sum += (double)h[j * columns + j];
+    float add = (float)((double)damping * sum / (double)columns);
+    for (int64_t j = 0; j < columns; j++) {
+        h[j * columns + j] += add;
+        scale[j] = h[j * columns + j] != 0.0f ? 1.0f / h[j * columns + j] : 0.0f;
+    }
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t j0 = task * tile; j0 < columns; j0 += tile)
+            for (int64_t i = task * tile; i < besa__min(columns, (task + 1) * tile); i++)
+                for (int64_t j = besa__max(i + 1, j0); j < besa__min(columns, j0 + tile); j++)
+                    h[i * columns + j] = h[j * columns + i];
+    return BESA_OK;
+}
+
+/* Y(R,C) = X(R,C) H(C,C) */
+static besa_result besa__cpu_hessian_product(besa_backend *be, float *y, const float *x, const float *h, int64_t rows,
+                                             int64_t columns)
+{
+    besa__gemm_args g = besa__cpu_product(y, rows, columns, columns);
+    besa__cpu_operand_a(&g, x, BESA_F32, columns, 1);
+    besa__cpu_operand_b(&g, h, BESA_F32, columns, 1);
+    besa__cpu_multiply(be, &g, 0);
+    return BESA_OK;
+}
+
+/* p -= x */
+BESA__INLINE void besa__cpu_less_body(float *p, const float *x, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) p[i] -= x[i];
+}
+BESA__KERNEL(besa__cpu_less, (float *p, const float *x, int64_t n), (p, x, n))
+
+/* x(n) = What, p(n) = W - What */
+static besa_result besa__cpu_refit_begin(besa_backend *be, float *x, float *p, const void *w, const void *what,
+                                         besa_dtype dtype, int64_t n)
+{
+    int64_t tasks = besa__parts(n, BESA__CPU_STEP_RUN);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * BESA__CPU_STEP_RUN, count = besa__min(BESA__CPU_STEP_RUN, n - at);
+        besa__cpu_widen(x + at, what, dtype, at, count);
+        besa__cpu_widen(p + at, w, dtype, at, count);
+        besa__cpu_less(p + at, x + at, count);
+    }
+    return BESA_OK;
+}
+
+/* r = q where x is not 0, else 0 */
+BESA__INLINE void besa__cpu_refit_residual_body(float *r, const float *x, const float *q, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) r[i] = x[i] != 0.0f ? q[i] : 0.0f;
+}
+BESA__KERNEL(besa__cpu_refit_residual, (float *r, const float *x, const float *q, int64_t n), (r, x, q, n))
+
+/* Where x is not 0: x += alpha p, which 0 is not, and r -= alpha q */
+BESA__INLINE void besa__cpu_refit_move_body(float *x, float *r, const float *p, const float *q, float alpha, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float x0 = x[i], r0 = r[i], x1 = x0 + alpha * p[i], r1 = r0 - alpha * q[i];
+        x1 = x1 != 0.0f ? x1 : 1.17549435e-38f;
+        x[i] = x0 != 0.0f ? x1 : x0;
+        r[i] = x0 != 0.0f ? r1 : r0;
+    }
+}
+BESA__KERNEL(besa__cpu_refit_move, (float *x, float *r, const float *p, const float *q, float alpha, int64_t n),
+             (x, r, p, q, alpha, n))
+
+/* p = scale r + beta p; p is not read where beta is 0, as at the first */
+BESA__INLINE void besa__cpu_refit_turn_body(float *p, const float *r, const float *scale, float beta, int64_t n)
+{
+    if (beta == 0.0f) {
+        BESA__ELEMENTWISE
+        for (int64_t i = 0; i < n; i++) p[i] = scale[i] * r[i];
+        return;
+    }
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) p[i] = scale[i] * r[i] + beta * p[i];
+}
+BESA__KERNEL(besa__cpu_refit_turn, (float *p, const float *r, const float *scale, float beta, int64_t n),
+             (p, r, scale, beta, n))
+
+static void besa__cpu_refit_row(const besa_refit_step *o, int64_t row)
+{
+    int64_t n = o->columns, at = row * n;
+    float *x = o->x + at, *r = o->r + at, *p = o->p + at, *rho = o->rho + row, *rho0 = rho + o->rows, beta = 0.0f;
+    const float *q = o->q + at;
+    if (o->first) {
+        besa__cpu_refit_residual(r, x, q, n);
+        *rho = *rho0 = besa__cpu_dot3(r, r, o->scale, n);
+    } else {
+        float curved = besa__cpu_dot(p, q, n), alpha = curved > 1e-30f && *rho > 1e-14f * *rho0 ? *rho / curved : 0.0f;
+        if (!(alpha > 0.0f && alpha < 3.0e38f)) {
+            *rho = 0.0f;
+            return;
+        }
+        besa__cpu_refit_move(x, r, p, q, alpha, n);
+        float now = besa__cpu_dot3(r, r, o->scale, n);
+        beta = now / *rho;
+        *rho = now;
+    }
+    besa__cpu_refit_turn(p, r, o->scale, beta, n);
+}
+
+/* See besa_refit_step */
+static besa_result besa__cpu_refit_step(besa_backend *be, const besa_refit_step *o)
+{
+    int64_t grain = besa__cpu_grain(o->columns * 4), tasks = besa__parts(o->rows, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t r = task * grain; r < besa__min(o->rows, (task + 1) * grain); r++) besa__cpu_refit_row(o, r);
+    return BESA_OK;
+}
+
+/* type: an unsigned integer as wide as the dtype, all bits but the sign in `magnitude`. */
+#define BESA__CPU_REFIT_KERNEL(name, type, round, magnitude)                                       \
+    BESA__INLINE void name##_body(type *what, const float *x, int64_t n)                           \
+    {                                                                                              \
+        BESA__ELEMENTWISE                                                                          \
+        for (int64_t i = 0; i < n; i++) {                                                          \
+            type now = (type)round(x[i]), old = what[i];                                           \
+            type kept = (now & (magnitude)) != 0 ? now : old;                                      \
+            what[i] = (old & (magnitude)) != 0 ? kept : (type)0;                                   \
+        }                                                                                          \
+    }                                                                                              \
+    BESA__KERNEL(name, (type *what, const float *x, int64_t n), (what, x, n))
+
+BESA__CPU_REFIT_KERNEL(besa__cpu_refitted_f32, uint32_t, besa__float_bits, 0x7FFFFFFFu)
+BESA__CPU_REFIT_KERNEL(besa__cpu_refitted_f16, uint16_t, besa__f32_to_f16, 0x7FFFu)
+BESA__CPU_REFIT_KERNEL(besa__cpu_refitted_bf16, uint16_t, besa__f32_to_bf16, 0x7FFFu)
+
+/* What(n) = x where it is not 0, rounded, unless that is 0 */
+static besa_result besa__cpu_refit_end(besa_backend *be, void *what, const float *x, besa_dtype dtype, int64_t n)
+{
+    int64_t tasks = besa__parts(n, BESA__CPU_STEP_RUN);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * BESA__CPU_STEP_RUN, count = besa__min(BESA__CPU_STEP_RUN, n - at);
+        void *to = besa__at(what, dtype, at);
+        if (dtype == BESA_F32) besa__cpu_refitted_f32((uint32_t *)to, x + at, count);
+        else if (dtype == BESA_F16) besa__cpu_refitted_f16((uint16_t *)to, x + at, count);
+        else besa__cpu_refitted_bf16((uint16_t *)to, x + at, count);
+    }
     return BESA_OK;
 }
 

@@ -26,6 +26,7 @@
  *   >>cuda-rates         theta -> alpha, n and back; the exact count
  *   >>cuda-optimizer     Prodigy, AdamW, kept weights
  *   >>cuda-sparsegpt     factor of the inverse Hessian, slabs
+ *   >>cuda-refit         kept weights fitted anew: steps of conjugate gradients
  *   >>cuda-backend       the table, creation, the end
  *
  * Types    activations are bf16, products run on bf16 operands with float sums. With options.fp32, and on devices below
@@ -2765,8 +2766,9 @@ static __global__ void besa__invert_block_kernel(float *h, int64_t columns, int6
         if (e % n <= e / n) block[e / n * columns + e % n] = z[e / n * step + e % n];
 }
 
-/* H = Z' above the diagonal, zeros below, from Z on and below it; a block of 256 threads for two mirrored tiles 32 x 32 */
-static __global__ void besa__transpose_kernel(float *h, int64_t columns, int64_t tiles)
+/* H = Z' above the diagonal, from Z on and below it, and below zeros, or (keep) what is there; a block of 256 threads for two
+ * mirrored tiles 32 x 32 */
+static __global__ void besa__transpose_kernel(float *h, int64_t columns, int64_t tiles, int keep)
 {
     BESA__SHARED_ARRAY(float, tile, 32 * 33);
     BESA__ROWS(b, tiles * tiles) {
@@ -2777,9 +2779,10 @@ static __global__ void besa__transpose_kernel(float *h, int64_t columns, int64_t
             if (j0 + y < columns && i0 + x < columns) tile[y * 33 + x] = h[(j0 + y) * columns + i0 + x];
         __syncthreads();
         for (int64_t y = y0; y < 32; y += 8) {
-            if (i0 + y < columns && j0 + x < columns)
-                h[(i0 + y) * columns + j0 + x] = i0 + y <= j0 + x ? tile[x * 33 + y] : 0.0f;
-            if (i0 < j0 && j0 + y < columns && i0 + x < columns) h[(j0 + y) * columns + i0 + x] = 0.0f;
+            int upper = i0 + y <= j0 + x;
+            if (i0 + y < columns && j0 + x < columns && (upper || !keep))
+                h[(i0 + y) * columns + j0 + x] = upper ? tile[x * 33 + y] : 0.0f;
+            if (i0 < j0 && !keep && j0 + y < columns && i0 + x < columns) h[(j0 + y) * columns + i0 + x] = 0.0f;
         }
         __syncthreads();
     }
@@ -2836,7 +2839,7 @@ static besa_result besa__cuda_hessian_factor(besa_backend *be, float *h, int32_t
     BESA__RUN(besa__hessian_damp_kernel, 1, 1024, 0, h, dead, damping, columns);
     BESA__TRY(besa__cuda_factor_lower(be, h, columns));
     BESA__TRY(besa__cuda_invert_lower(be, h, columns));
-    BESA__RUN(besa__transpose_kernel, tiles * tiles, 256, 0, h, columns, tiles);
+    BESA__RUN(besa__transpose_kernel, tiles * tiles, 256, 0, h, columns, tiles, 0);
     return besa__cuda_download(be, BESA_QUEUE_COMPUTE, cuda->bad_pivot_host, cuda->bad_pivot, 2 * sizeof(int64_t));
 }
 
@@ -2859,9 +2862,10 @@ typedef struct besa__slab {
     float *w, *err;                    /* row 0 of the slab, rows `columns` apart; (R, width) */
     const float *u;                    /* (width, width) on U's diagonal, rows `columns` apart */
     const float *scale;                /* (width) = 1 / U_jj^2 */
-    const int32_t *dead;               /* (width) */
+    const int32_t *dead;               /* (width); NULL: none */
     int64_t width, rows, columns;
     int n, m;
+    const float *kept;                 /* row 0, rows `columns` apart: what is 0 here goes; NULL: as n, m and scores say */
 } besa__slab;
 
 /* scale(width) = 1 / U_jj^2 */
@@ -2896,12 +2900,15 @@ static __global__ void besa__sparsegpt_slab_kernel(besa__slab slab, const besa__
     BESA__SHARED(float, shared);
     float *w = shared + 2 * slab.width * besa__warp(), *go = w + slab.width;
     int64_t width = slab.width;
-    uint32_t threshold = slab.m > 0 ? 0u : select->prefix;
+    uint32_t threshold = slab.m > 0 || slab.kept ? 0u : select->prefix;
     for (int64_t r = static_cast<int64_t>(blockIdx.x) * besa__warps() + besa__warp(); r < slab.rows;
          r += static_cast<int64_t>(gridDim.x) * besa__warps()) {
         for (int64_t j = besa__lane(); j < width; j += 32) {
-            w[j] = slab.dead[j] ? 0.0f : slab.w[r * slab.columns + j];
-            go[j] = slab.m == 0 && besa__key(w[j] * w[j] * slab.scale[j]) <= threshold ? 1.0f : 0.0f;
+            int dead = slab.dead && slab.dead[j];
+            w[j] = dead ? 0.0f : slab.w[r * slab.columns + j];
+            int goes = slab.kept ? slab.kept[r * slab.columns + j] == 0.0f
+                                 : slab.m == 0 && besa__key(w[j] * w[j] * slab.scale[j]) <= threshold;
+            go[j] = goes ? 1.0f : 0.0f;
         }
         __syncwarp();
         for (int64_t i = 0; i < width; i++) {
@@ -2925,6 +2932,17 @@ static __global__ void besa__sparsegpt_slab_kernel(besa__slab slab, const besa__
     }
 }
 
+static besa_result besa__cuda_slab_run(besa_backend *be, const besa__slab &slab, const besa__select *select)
+{
+    int64_t row_bytes = 2 * slab.width * static_cast<int64_t>(sizeof(float)), warps = besa__cuda_min(8, 49152 / row_bytes);
+    if (warps < 1)
+        return besa__fail(&be->error, BESA_ERROR_UNSUPPORTED, "a slab of %lld columns: at most 6144 on CUDA",
+                          static_cast<long long>(slab.width));
+    BESA__RUN(besa__sparsegpt_slab_kernel, besa__cuda_parts(slab.rows, warps), 32 * warps,
+              static_cast<size_t>(warps * row_bytes), slab, select);
+    return BESA_OK;
+}
+
 static besa__select *besa__cuda_slab_place(besa__arena *work, float **scale, int64_t width)
 {
     *scale = besa__take_floats(work, width);
@@ -2939,22 +2957,25 @@ static besa_result besa__cuda_sparsegpt_slab(besa_backend *be, float *wf, float 
     besa__arena work = besa__cuda_work(be);
     float *scale;
     besa__select *select = besa__cuda_slab_place(&work, &scale, width);
-    besa__slab slab = {wf + first, err, u + first * columns + first, scale, dead + first, width, rows, columns, n, m};
+    besa__slab slab = {wf + first, err, u + first * columns + first, scale, dead + first, width, rows, columns, n, m,
+                       NULL};
     besa__slab_keys keys = {slab.w, scale, slab.dead, columns};
-    int64_t row_bytes = 2 * width * static_cast<int64_t>(sizeof(float)), warps = besa__cuda_min(8, 49152 / row_bytes);
     BESA__CUDA_FITS(be, work);
-    if (warps < 1)
-        return besa__fail(&be->error, BESA_ERROR_UNSUPPORTED, "a slab of %lld columns: at most 6144 on CUDA",
-                          static_cast<long long>(width));
     BESA__RUN(besa__slab_scale_kernel, 1, BESA__CUDA_THREADS, 0, scale, slab);
     if (m == 0) {
         double place = floor(static_cast<double>(width) * static_cast<double>(rows) * target);
         BESA__TRY(besa__cuda_select(be, select, keys, rows, width,
                                     besa__cuda_min(static_cast<int64_t>(place), width * rows - 1)));
     }
-    BESA__RUN(besa__sparsegpt_slab_kernel, besa__cuda_parts(rows, warps), 32 * warps,
-              static_cast<size_t>(warps * row_bytes), slab, select);
-    return BESA_OK;
+    return besa__cuda_slab_run(be, slab, select);
+}
+
+/* The same where what is 0 in kept(R,C) goes */
+static besa_result besa__cuda_sparsegpt_given(besa_backend *be, float *wf, float *err, const float *u, const float *kept,
+                                              int64_t first, int64_t width, int64_t rows, int64_t columns)
+{
+    besa__slab slab = {wf + first, err, u + first * columns + first, NULL, NULL, width, rows, columns, 0, 0, kept + first};
+    return besa__cuda_slab_run(be, slab, NULL);
 }
 
 /* Wf[:, first+width:] -= err(R,width) U[first:first+width, first+width:] */
@@ -2969,6 +2990,170 @@ static besa_result besa__cuda_sparsegpt_push(besa_backend *be, float *wf, const 
     besa__cuda_operand_b(&p, u + first * columns + next, columns, 0);
     besa__cuda_result_c(&p, wf + next, BESA_F32, columns, 1);
     return besa__cuda_multiply(be, &p);
+}
+
+/* ============================================================================================
+ * // >>cuda-refit            kept weights fitted anew: steps of conjugate gradients
+ * ============================================================================================
+ * All in float. Rows are systems of their own: a block takes a row. */
+
+/* damping * mean(diag) onto the diagonal, scale(C) = 1 / H_jj or 0; one block */
+static __global__ void __launch_bounds__(1024) besa__hessian_whole_kernel(float *h, float *scale, float damping,
+                                                                          int64_t columns)
+{
+    double sum = 0.0;
+    for (int64_t j = threadIdx.x; j < columns; j += blockDim.x) sum += static_cast<double>(h[j * columns + j]);
+    sum = besa__block_sum(sum);
+    float add = static_cast<float>(static_cast<double>(damping) * sum / static_cast<double>(columns));
+    for (int64_t j = threadIdx.x; j < columns; j += blockDim.x) {
+        float diagonal = h[j * columns + j] + add;
+        h[j * columns + j] = diagonal;
+        scale[j] = diagonal != 0.0f ? 1.0f / diagonal : 0.0f;
+    }
+}
+
+/* H(C,C): the lower triangle to both, and its diagonal damped */
+static besa_result besa__cuda_hessian_whole(besa_backend *be, float *h, float *scale, float damping, int64_t columns)
+{
+    int64_t tiles = besa__cuda_parts(columns, 32);
+    if (columns < 1) return BESA_OK;
+    BESA__RUN(besa__hessian_whole_kernel, 1, 1024, 0, h, scale, damping, columns);
+    BESA__RUN(besa__transpose_kernel, tiles * tiles, 256, 0, h, columns, tiles, 1);
+    return BESA_OK;
+}
+
+/* Y(R,C) = X(R,C) H(C,C) */
+static besa_result besa__cuda_hessian_product(besa_backend *be, float *y, const float *x, const float *h, int64_t rows,
+                                              int64_t columns)
+{
+    besa__cuda_product p = besa__cuda_product_of(be, rows, columns, columns);
+    p.type = BESA_F32;
+    besa__cuda_operand_a(&p, x, columns, 0);
+    besa__cuda_operand_b(&p, h, columns, 0);
+    besa__cuda_result_c(&p, y, BESA_F32, columns, 0);
+    return besa__cuda_multiply(be, &p);
+}
+
+/* x = What, p = W - What */
+template <typename T>
+static __global__ void besa__refit_begin_kernel(float *x, float *p, const T *w, const T *what, int64_t n, int vector)
+{
+    BESA__FLAT(i, n) {
+        int count = besa__count(n - i);
+        float a[8], b[8];
+        besa__load(a, w + i, count, vector);
+        besa__load(b, what + i, count, vector);
+        BESA__UNROLL
+        for (int k = 0; k < 8; k++) a[k] -= b[k];
+        besa__store(x + i, b, count, vector);
+        besa__store(p + i, a, count, vector);
+    }
+}
+
+static besa_result besa__cuda_refit_begin(besa_backend *be, float *x, float *p, const void *w, const void *what,
+                                          besa_dtype dtype, int64_t n)
+{
+    BESA__BY_DTYPE(dtype, T,
+        BESA__RUN(besa__refit_begin_kernel<T>, besa__cuda_flat_blocks(n), BESA__CUDA_THREADS, 0, x, p,
+                  static_cast<const T *>(w), static_cast<const T *>(what), n, besa__cuda_aligned(x, p, w, what)));
+    return BESA_OK;
+}
+
+/* A row's alpha = rho / p'q, for every thread of the block; 0: it stops */
+static __device__ float besa__refit_alpha(const float *p, const float *q, float rho, float rho0, int64_t columns, int vector)
+{
+    float sum = 0.0f;
+    BESA__EIGHTS(c, columns) {
+        int count = besa__count(columns - c);
+        float a[8], b[8];
+        besa__load(a, p + c, count, vector);
+        besa__load(b, q + c, count, vector);
+        for (int k = 0; k < 8; k++) sum += a[k] * b[k];
+    }
+    sum = besa__block_sum(sum);
+    float alpha = sum > 1e-30f && rho > 1e-14f * rho0 ? rho / sum : 0.0f;
+    return alpha > 0.0f && alpha < 3.0e38f ? alpha : 0.0f;
+}
+
+/* See besa_refit_step; a block a row */
+static __global__ void besa__refit_step_kernel(besa_refit_step o, int vector)
+{
+    BESA__ROWS(row, o.rows) {
+        float *x = o.x + row * o.columns, *r = o.r + row * o.columns, *p = o.p + row * o.columns, sum = 0.0f;
+        const float *q = o.q + row * o.columns;
+        float rho = o.first ? 0.0f : o.rho[row], rho0 = o.first ? 0.0f : o.rho[o.rows + row];
+        float alpha = o.first ? 0.0f : besa__refit_alpha(p, q, rho, rho0, o.columns, vector); /* when all threads have read rho */
+        if (!o.first && alpha == 0.0f) {
+            if (threadIdx.x == 0) o.rho[row] = 0.0f;
+            continue;
+        }
+        BESA__EIGHTS(c, o.columns) {
+            int count = besa__count(o.columns - c);
+            float a[8], b[8], d[8], e[8], z[8];
+            besa__load(a, x + c, count, vector);
+            besa__load(e, q + c, count, vector);
+            besa__load(z, o.scale + c, count, vector);
+            if (!o.first) besa__load(b, r + c, count, vector);
+            if (!o.first) besa__load(d, p + c, count, vector);
+            BESA__UNROLL
+            for (int k = 0; k < 8; k++) {
+                int kept = a[k] != 0.0f;
+                float moved = o.first ? a[k] : a[k] + alpha * d[k], left = o.first ? e[k] : b[k] - alpha * e[k];
+                a[k] = kept ? (moved != 0.0f ? moved : 1.17549435e-38f) : a[k];
+                b[k] = kept ? left : 0.0f;
+                sum += b[k] * b[k] * z[k];
+            }
+            if (!o.first) besa__store(x + c, a, count, vector);
+            besa__store(r + c, b, count, vector);
+        }
+        float now = besa__block_sum(sum), beta = o.first ? 0.0f : now / rho;
+        BESA__EIGHTS(c, o.columns) {
+            int count = besa__count(o.columns - c);
+            float b[8], d[8], z[8];
+            besa__load(b, r + c, count, vector);
+            besa__load(z, o.scale + c, count, vector);
+            if (beta != 0.0f) besa__load(d, p + c, count, vector);
+            BESA__UNROLL
+            for (int k = 0; k < 8; k++) b[k] = z[k] * b[k] + (beta != 0.0f ? beta * d[k] : 0.0f);
+            besa__store(p + c, b, count, vector);
+        }
+        if (threadIdx.x == 0) o.rho[row] = now;
+        if (threadIdx.x == 0 && o.first) o.rho[o.rows + row] = now;
+    }
+}
+
+static besa_result besa__cuda_refit_step(besa_backend *be, const besa_refit_step *o)
+{
+    int vector = o->columns % 8 == 0 && besa__cuda_aligned(o->x, o->r, o->p, o->q, o->scale);
+    BESA__RUN(besa__refit_step_kernel, o->rows, besa__cuda_row_threads(o->columns), 0, *o, vector);
+    return BESA_OK;
+}
+
+/* What = x, rounded, where it is not 0, unless that is 0 */
+template <typename T> static __global__ void besa__refit_end_kernel(T *what, const float *x, int64_t n, int vector)
+{
+    BESA__FLAT(i, n) {
+        int count = besa__count(n - i);
+        float a[8], b[8];
+        besa__load(a, x + i, count, vector);
+        besa__load(b, what + i, count, vector);
+        BESA__UNROLL
+        for (int k = 0; k < 8; k++) {
+            T put;
+            besa__put(put, a[k]);
+            float rounded = besa__get(put), kept = rounded != 0.0f ? rounded : b[k];
+            b[k] = b[k] != 0.0f ? kept : 0.0f;
+        }
+        besa__store(what + i, b, count, vector);
+    }
+}
+
+static besa_result besa__cuda_refit_end(besa_backend *be, void *what, const float *x, besa_dtype dtype, int64_t n)
+{
+    BESA__BY_DTYPE(dtype, T,
+        BESA__RUN(besa__refit_end_kernel<T>, besa__cuda_flat_blocks(n), BESA__CUDA_THREADS, 0, static_cast<T *>(what), x, n,
+                  besa__cuda_aligned(what, x)));
+    return BESA_OK;
 }
 
 /* ============================================================================================

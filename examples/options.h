@@ -635,8 +635,9 @@ static void check_methods(const settings *s)
     if (s->weight_option && !weights) usage_error(s, "--%s is for --learn weights or both", s->weight_option);
     if (s->prune.magnitude_per_row && !(methods & 1u << BESA_METHOD_MAGNITUDE))
         usage_error(s, "--per-row is for --method magnitude");
-    if (s->prune.damping > 0 && !sparsegpt && !(besa && uses_factor(s->prune.importance)))
-        usage_error(s, "--damping is for --method sparsegpt, or for --method besa with its importances");
+    if (s->prune.damping > 0 && !sparsegpt && !(besa && uses_factor(s->prune.importance)) && !s->prune.refit)
+        usage_error(s, "--damping is for --method sparsegpt, for --method besa with its importances, or for --refit");
+    if (s->prune.refit_steps > 0 && s->prune.refit != BESA_REFIT_CG) usage_error(s, "--refit-steps is for --refit cg");
 }
 
 static void check_arguments(settings *s)

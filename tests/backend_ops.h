@@ -1596,6 +1596,181 @@ static void ops_slab_close(ops *t, const ops_case *c)
     for (int i = 0; i < C; i++) if (got[i] != (i == 0)) ops_fail(t, "a weight", got[i], i == 0);
 }
 
+/* ---- kept weights fitted anew -------------------------------------------------------------- */
+
+/* A slab whose mask is given, and what its errors do to the later columns. */
+static void ops_given(ops *t, const ops_case *c)
+{
+    int64_t R = c->n[0], C = c->n[1], first = c->n[2], width = c->n[3], next = first + width;
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(R, C, 1);
+    int32_t *dead = (int32_t *)ops_host(t, (size_t)C * 4);
+    double *h = ops_hessian(t, C, dead), *u = ops_doubles(t, C * C), *w = ops_weights(t, R * C), *err = ops_doubles(t, R * width);
+    double *kept = ops_random(t, R * C, 1);
+    float *w_, *u_, *kept_, *err_ = ops_float_out(t, R * width);
+    for (int64_t i = 0; i < C; i++) h[i * C + i] += 0.1;
+    ref_factor(t, u, h, C);
+    for (int64_t i = 0; i < R * C; i++)
+        if (kept[i] < 0.2 || i / C == 1) kept[i] = i % 2 ? 0.0 : -0.0;
+    w_ = (float *)ops_float(t, w, R * C), u_ = (float *)ops_float(t, u, C * C), kept_ = (float *)ops_float(t, kept, R * C);
+    sizes.hessian_columns = C;
+    ops_workspace(t, &sizes);
+    if (ops_is(t, "perf")) {
+        OPS_TIME(t, 16.0 * (double)(R * width), "GB/s",
+                 ops_call(t, be->sparsegpt_given(be, w_, err_, u_, kept_, first, width, R, C), ""));
+        return;
+    }
+    for (int64_t r = 0; r < R; r++)
+        for (int64_t i = first; i < next; i++) {
+            double e = kept[r * C + i] == 0 ? w[r * C + i] / u[i * (C + 1)] : 0;
+            err[r * width + i - first] = e;
+            for (int64_t j = i + 1; j < next; j++) w[r * C + j] -= e * u[i * C + j];
+            if (kept[r * C + i] == 0) w[r * C + i] = 0;
+        }
+    ops_call(t, be->sparsegpt_given(be, w_, err_, u_, kept_, first, width, R, C), "sparsegpt_given");
+    ops_near(t, "slab", ops_fetch(t, w_, BESA_F32, R * C), w, R * C, 1e-5);
+    ops_near(t, "err", ops_fetch(t, err_, BESA_F32, R * width), err, R * width, 1e-5);
+}
+
+/* H as a whole, and a product with it */
+static void ops_whole(ops *t, const ops_case *c)
+{
+    int64_t R = c->n[0], C = c->n[1];
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(R, C, 1);
+    int32_t *dead = (int32_t *)ops_host(t, (size_t)C * 4);
+    double *h = ops_hessian(t, C, dead), *x = ops_random(t, R * C, 1), *y = ops_doubles(t, R * C), *scale = ops_doubles(t, C);
+    double *got, mean = 0, damping = c->n[2] ? 0 : 0.03;
+    float *h_, *x_ = (float *)ops_float(t, x, R * C), *y_ = ops_float_out(t, R * C), *scale_ = ops_float_out(t, C);
+    int64_t wrong = 0;
+    for (int64_t i = 0; i < C; i++)
+        for (int64_t j = i + 1; j < C; j++) h[i * C + j] = 7;
+    h_ = (float *)ops_float(t, h, C * C);
+    for (int64_t i = 0; i < C; i++) mean += h[i * C + i] / (double)C;
+    for (int64_t i = 0; i < C; i++) {
+        h[i * C + i] += damping * mean;
+        for (int64_t j = i + 1; j < C; j++) h[i * C + j] = h[j * C + i];
+        scale[i] = h[i * C + i] != 0 ? 1 / h[i * C + i] : 0;
+    }
+    sizes.hessian_columns = C;
+    ops_workspace(t, &sizes);
+    ops_call(t, be->hessian_whole(be, h_, scale_, (float)damping, C), "hessian_whole");
+    ops_call(t, be->hessian_product(be, y_, x_, h_, R, C), "hessian_product");
+    if (ops_is(t, "perf")) {
+        OPS_TIME(t, 2.0 * (double)R * (double)C * (double)C, "GFLOP/s", ops_call(t, be->hessian_product(be, y_, x_, h_, R, C), ""));
+        return;
+    }
+    got = ops_fetch(t, h_, BESA_F32, C * C);
+    ops_near(t, "H", got, h, C * C, 1e-6);
+    for (int64_t i = 0; i < C; i++)
+        for (int64_t j = 0; j < i; j++) wrong += got[i * C + j] != h[i * C + j] || got[j * C + i] != h[i * C + j];
+    if (wrong) ops_fail(t, "weights of H that are not those below the diagonal", (double)wrong, 0);
+    ops_near(t, "scale", ops_fetch(t, scale_, BESA_F32, C), scale, C, 1e-6);
+    ref_product(y, x, C, 1, h, C, 1, R, C, C, 1, 0);
+    ops_near(t, "product", ops_fetch(t, y_, BESA_F32, R * C), y, R * C, ops_products(t, 3e-6));
+}
+
+/* One step of a row in double */
+static void ref_refit_step(int first, double *x, double *r, double *p, const double *q, const double *scale, double *rho,
+                           double *rho0, int64_t C)
+{
+    double curved = 0, alpha, now = 0;
+    for (int64_t j = 0; j < C; j++) curved += p[j] * q[j];
+    alpha = *rho / curved;
+    if (!first && !(curved > 1e-30 && *rho > 1e-14 * *rho0 && alpha > 0 && alpha < 3e38)) {
+        *rho = 0;
+        return;
+    }
+    for (int64_t j = 0; j < C; j++) {
+        if (first) r[j] = x[j] != 0 ? q[j] : 0;
+        else if (x[j] != 0) x[j] += alpha * p[j], r[j] -= alpha * q[j];
+        now += r[j] * r[j] * scale[j];
+    }
+    for (int64_t j = 0; j < C; j++) p[j] = scale[j] * r[j] + (first ? 0 : now / *rho * p[j]);
+    *rho = now;
+    if (first) *rho0 = now;
+}
+
+/* Steps with a Q made up here, and rows that are special: 0 nothing is kept, 1 the residual is 0, 2 curvature is negative,
+ * 3 there is next to none, 4 a weight that comes to 0 and is still kept, 5 the second step leaves next to nothing */
+static void ops_refit_step(ops *t, const ops_case *c)
+{
+    enum { STEPS = 4 };
+    int64_t R = c->n[0], C = c->n[1], n = R * C, zeros = 0;
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(R, C, 0);
+    besa_refit_step o;
+    double *x = ops_random(t, n, 1), *q = ops_random(t, n, 1), *r = ops_doubles(t, n), *p = ops_doubles(t, n), *got;
+    double *scale = ops_random(t, C, 1), *rho = ops_doubles(t, 2 * R);
+    float *q_ = ops_float_out(t, n), *qf = ops_floats(t, n);
+    for (int64_t j = 0; j < C; j++) scale[j] = j == 0 ? 1 : 1 / (1.5 + scale[j]);
+    for (int64_t i = 0; i < n; i++) {
+        int64_t row = i / C, j = i % C;
+        if (x[i] < -0.1 || row == 0) x[i] = 0;
+        if (row == 1) q[i] = 0;
+        if (row == 4) x[i] = j == 0 ? -1 : 0, q[i] = j == 0 ? 1 : q[i];
+    }
+    memset(&o, 0, sizeof o);
+    o.rows = R, o.columns = C, o.q = q_;
+    o.x = (float *)ops_float(t, x, n), o.scale = (const float *)ops_float(t, scale, C);
+    o.r = ops_float_out(t, n), o.p = ops_float_out(t, n), o.rho = ops_float_out(t, 2 * R);
+    ops_workspace(t, &sizes);
+    for (int step = 0; step < STEPS; step++) {
+        o.first = step == 0;
+        for (int64_t i = 0; i < n && step > 0; i++) {
+            double h = (i / C == 2 ? -1 : i / C == 3 ? 1e-34 : 1 + (double)(i % C % 7)) / scale[i % C];
+            q[i] = p[i] == 0 ? cos((double)i) : h * p[i];
+            if (i / C == 5 && p[i] != 0) q[i] = step == 1 ? p[i] * (1 + 1e-8) / scale[i % C] : p[i];
+        }
+        for (int64_t i = 0; i < n; i++) q[i] = (double)(qf[i] = (float)q[i]);
+        ops_call(t, be->upload(be, BESA_QUEUE_COMPUTE, q_, qf, (size_t)n * 4), "upload");
+        ops_call(t, be->refit_step(be, &o), "refit_step");
+        if (ops_is(t, "perf")) continue;
+        for (int64_t row = 0; row < R; row++)
+            ref_refit_step(o.first, x + row * C, r + row * C, p + row * C, q + row * C, scale, rho + row, rho + R + row, C);
+        got = ops_fetch(t, o.x, BESA_F32, n);
+        ops_near(t, "x", got, x, n, 1e-4);
+        for (int64_t i = 0; i < n; i++) zeros += (got[i] == 0) != (x[i] == 0 && (i / C != 4 || i % C != 0));
+        ops_near(t, "r", ops_fetch(t, o.r, BESA_F32, n), r, n, 1e-4);
+        ops_near(t, "p", ops_fetch(t, o.p, BESA_F32, n), p, n, 1e-4);
+        ops_near(t, "rho", ops_fetch(t, o.rho, BESA_F32, 2 * R), rho, 2 * R, 1e-4);
+        if (R > 4) x[4 * C] = x[4 * C] == 0 ? (double)FLT_MIN : x[4 * C];
+    }
+    if (ops_is(t, "perf")) OPS_TIME(t, 32.0 * (double)n, "GB/s", ops_call(t, be->refit_step(be, &o), ""));
+    if (zeros) ops_fail(t, "weights that are 0 and were kept, or the other way round", (double)zeros, 0);
+}
+
+/* From weights to floats, and back with the same mask; n[1] 1: weights near the dtype's smallest */
+static void ops_refit_ends(ops *t, const ops_case *c)
+{
+    int64_t n = c->n[0], wrong = 0;
+    double unit = c->n[1] ? c->dtype == BESA_F16 ? 3e-7 : 1e-40 : 1;
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(1, 1, 0);
+    double *w = ops_random(t, n, unit), *what = ops_random(t, n, unit), *new_ = ops_random(t, n, 0.4 * unit), *got;
+    float *x_ = ops_float_out(t, n), *p_ = ops_float_out(t, n), *new_x;
+    void *w_, *what_;
+    for (int64_t i = 0; i < n; i++) {
+        if (i % 3 == 1) what[i] = i % 2 ? 0.0 : -0.0;
+        if (i % 5 == 2) new_[i] = i % 2 ? 0.0 : -0.0;
+    }
+    w_ = ops_send(t, w, c->dtype, n), what_ = ops_send(t, what, c->dtype, n), new_x = (float *)ops_float(t, new_, n);
+    ops_workspace(t, &sizes);
+    ops_call(t, be->refit_begin(be, x_, p_, w_, what_, c->dtype, n), "refit_begin");
+    got = ops_fetch(t, x_, BESA_F32, n);
+    for (int64_t i = 0; i < n; i++) wrong += got[i] != what[i];
+    got = ops_fetch(t, p_, BESA_F32, n);
+    for (int64_t i = 0; i < n; i++) wrong += got[i] != (double)((float)w[i] - (float)what[i]);
+    if (wrong) ops_fail(t, "floats that are not What or W - What", (double)wrong, 0);
+    ops_call(t, be->refit_end(be, what_, new_x, c->dtype, n), "refit_end");
+    got = ops_fetch(t, what_, c->dtype, n);
+    for (int64_t i = 0; i < n; i++) {
+        double rounded = ops_round(c->dtype, new_[i]);
+        wrong += got[i] != (what[i] == 0 ? 0 : rounded != 0 ? rounded : what[i]) || (what[i] == 0 && signbit(got[i]));
+    }
+    if (wrong) ops_fail(t, "weights that are not as the mask and x have them", (double)wrong, 0);
+}
+
 /* ---- head ---------------------------------------------------------------------------------- */
 
 static void ops_nll(ops *t, const ops_case *c)
@@ -1780,6 +1955,18 @@ static const ops_case ops_cases[] = {
     OPS_TYPES("score rows 1x1", ops_score_rows, "t", 1, 1), OPS_TYPES("score rows 3x31", ops_score_rows, "t", 3, 31),
     OPS_TYPES("score rows 70x1000", ops_score_rows, "t", 70, 1000), OPS_TYPES("score rows 1x33", ops_score_rows, "t", 1, 33),
     {"score rows 2x70000", ops_score_rows, {2, 70000}, BESA_BF16, "t"}, {"score rows 4096x4096 bf16", ops_score_rows, {4096, 4096}, BESA_BF16, "p"},
+    {"given slab 1x1", ops_given, {1, 1, 0, 1}, BESA_F32, "t"}, {"given slab 5x40", ops_given, {5, 40, 3, 29}, BESA_F32, "t"},
+    {"given slab 37x200", ops_given, {37, 200, 64, 128}, BESA_F32, "t"}, {"given slab 1536x576", ops_given, {1536, 576, 128, 128}, BESA_F32, "p"},
+    {"whole Hessian 1", ops_whole, {1, 1}, BESA_F32, "t"}, {"whole Hessian 31", ops_whole, {3, 31}, BESA_F32, "t"},
+    {"whole Hessian 135, undamped", ops_whole, {70, 135, 1}, BESA_F32, "t"}, {"whole Hessian 64", ops_whole, {5, 64}, BESA_F32, "t"},
+    {"Hessian product 512x576", ops_whole, {512, 576}, BESA_F32, "p"},
+    {"refit step 1x1", ops_refit_step, {1, 1}, BESA_F32, "t"}, {"refit step 7x19", ops_refit_step, {7, 19}, BESA_F32, "t"},
+    {"refit step 65x320", ops_refit_step, {65, 320}, BESA_F32, "t"}, {"refit step 6x2500", ops_refit_step, {6, 2500}, BESA_F32, "t"},
+    {"refit step 512x576", ops_refit_step, {512, 576}, BESA_F32, "p"},
+    {"refit ends 1", ops_refit_ends, {1}, BESA_F32, "t"}, {"refit ends 40003", ops_refit_ends, {40003}, BESA_F32, "t"},
+    {"refit ends f16 40001", ops_refit_ends, {40001}, BESA_F16, "t"}, {"refit ends bf16 40002", ops_refit_ends, {40002}, BESA_BF16, "t"},
+    {"refit ends near 0", ops_refit_ends, {1000, 1}, BESA_F32, "t"}, {"refit ends f16 near 0", ops_refit_ends, {1000, 1}, BESA_F16, "t"},
+    {"refit ends bf16 near 0", ops_refit_ends, {1000, 1}, BESA_BF16, "t"},
 };
 enum { OPS_CASES = sizeof ops_cases / sizeof *ops_cases };
 

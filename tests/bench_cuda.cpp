@@ -341,6 +341,27 @@ static void watch_sparsegpt(besa_backend *be)
     });
 }
 
+static void watch_refit(besa_backend *be)
+{
+    WATCH(sparsegpt_given, [](float *, float *, const float *, const float *, int64_t, int64_t width, int64_t R, int64_t) {
+        return kernels(16 * times(R, width));
+    });
+    WATCH(hessian_whole, [](float *, float *, float, int64_t C) { return kernels(6 * times(C, C)); }); /* half of it read */
+    WATCH(hessian_product, [](float *, const float *, const float *, int64_t R, int64_t C) {
+        return op_cost{8 * times(R, C) + 4 * times(C, C), 2 * times(R, C) * static_cast<double>(C), 0, 0};
+    });
+    WATCH(refit_begin, [](float *, float *, const void *, const void *, besa_dtype dtype, int64_t n) {
+        return kernels(static_cast<double>(n) * (8 + 2 * static_cast<double>(besa_dtype_size(dtype))));
+    });
+    WATCH(refit_step, [](const besa_refit_step *o) { /* r and p are read again */
+        double once = (o->first ? 20 : 32) * times(o->rows, o->columns);
+        return op_cost{once, 0, once + (o->first ? 4 : 16) * times(o->rows, o->columns), 0};
+    });
+    WATCH(refit_end, [](void *, const float *, besa_dtype dtype, int64_t n) {
+        return kernels(static_cast<double>(n) * (4 + 2 * static_cast<double>(besa_dtype_size(dtype))));
+    });
+}
+
 static besa_result watched_alloc(besa_backend *be, void **p, size_t bytes)
 {
     besa_result result = g.inner.alloc(be, p, bytes);
@@ -377,6 +398,7 @@ static besa_result open_watched(besa_backend *be, besa_error *error)
     watch_rates(be);
     watch_weights(be);
     watch_sparsegpt(be);
+    watch_refit(be);
     return BESA_OK;
 }
 

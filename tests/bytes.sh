@@ -85,6 +85,9 @@ done <<'END'
 --method wanda --preset weights --pattern 2:4
 --dense-share 0.3 --depth-slope 0.2
 --blocks 1-2 --learn both --weight-lr 0.1
+--method wanda --refit cg
+--method sparsegpt --pattern 2:4 --refit cg --refit-steps 4
+--refit obs --learn weights --weight-epochs 1
 END
 run "stories260K with a test" "$stories" "$stories/calibration_tokens.npy" --nsamples 6 --seqlen 64 \
     --test "$stories/test_tokens.npy" --test-seqlen 64 --windows 5

@@ -145,6 +145,10 @@ check 2 '--learn both is for --method besa' plan "$stories" --method wanda --lea
 check 2 '--weight-lr is for --learn weights or both' plan "$stories" --weight-lr 0.1
 check 2 '--batch-size is for what learns' plan "$stories" --method wanda --batch-size 2
 check 2 'only besa has presets other than weights' compare "$stories" $data $text --method wanda:best
+check 2 '--refit-steps is for --refit cg' plan "$stories" --refit obs --refit-steps 3
+check 1 'method sparsegpt does by itself' plan "$stories" --seqlen 32 --method sparsegpt --refit obs
+check 1 'learn both' plan "$stories" --seqlen 32 --refit cg --learn both
+check 0 '^memory ' plan "$stories" --seqlen 32 --method wanda --refit cg --refit-steps 3 --damping 0.1
 check 0 '^memory ' plan "$stories" --seqlen 32 --method sparsegpt --preset weights --weight-lr 0.1 --batch-size 2
 check 0 '^besa:best ' compare "$stories" $data $text --method wanda:weights,besa:best,besa:weights --quiet
 grep -q '^wanda:weights ' "$work/log" || bad="$bad; no row wanda:weights"

@@ -972,6 +972,7 @@ static const struct bounds {
     { "dense_share", 'd', 0, 1, 0, 1, 0, "0 or more and below 1" }, { "learn", 'i', 0, 2, 0, 0, 0, "besa_learn" },
     { "weight_epochs", 'l', 1, 1000000, 0, 0, 0, "1 to 1000000" }, { "weight_lr", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
     { "weight_warmup", 'd', 0, 1, 0, 1, 1, "0 or more and below 1" }, { "rank_interval", 'l', 0, 0, 0, 0, 1, "0 or more" },
+    { "refit", 'i', 0, 2, 0, 0, 0, "besa_refit" }, { "refit_steps", 'l', 1, 1000000, 0, 0, 0, "1 to 1000000" },
     { "schedule", 'i', 0, 1, 0, 0, 0, "besa_schedule" }, { "warmup", 'd', 0, 1, 0, 1, 1, "0 or more and below 1" },
     { "steps", 'l', 1, 0, 0, 0, 0, "1 or more" },
     { "no_projection", 'i', 0, 1, 0, 0, 0, "0 or 1" }, { "num_fixed", 'l', 0, 0, 0, 0, 0, "0 or more" },
@@ -1376,13 +1377,68 @@ static void test_learned_weights(void)
     expect(&s, BESA_ERROR_OPTION, "dense_share");
 }
 
+/* ---- kept weights fitted anew ----------------------------------------------------------------- */
+
+/* Masks stay as they are, by every method and in every element type, and blocks come nearer to their dense outputs; the same
+ * where the masks come from another checkpoint, and weights that learn then begin with what was fitted. */
+static void test_refits(void)
+{
+    static const char *const model[] = { "llama_mha_f16", "llama3_gqa_tied_bf16", "qwen3_qknorm_f32" };
+    for (int i = 0; i < 24; i++) {
+        besa_method method = (besa_method)(i / 6);
+        besa_refit refit = i % 2 && method != BESA_METHOD_SPARSEGPT ? BESA_REFIT_OBS : BESA_REFIT_CG;
+        char source[512], first[256];
+        besa_checkpoint *masks = NULL;
+        besa_error error;
+        double loss;
+        setup s = new_setup(temp_path("masks"), method, 0.5);
+        snprintf(source, sizeof source, "%s/checkpoints/%s", g_reference, model[i / 2 % 3]);
+        s.source = source;
+        if (method == BESA_METHOD_MAGNITUDE) s.options.pattern_n = 2, s.options.pattern_m = 4, s.options.rates.target = 0;
+        CHECK_RUN(&s);
+        loss = s.report.block[0].loss_all;
+        besa_report_free(&s.report);
+        s.output = temp_path("out"), s.options.refit = refit;
+        CHECK_RUN(&s);
+        verify_files(source, s.output);
+        CHECK(s.report.block[0].loss_all < loss, "case %d: a loss of %g, %g without", i, s.report.block[0].loss_all, loss);
+        besa_report_free(&s.report);
+        CHECK(other_zeros(s.output, temp_path("masks")) == 0, "case %d: weights that were fitted are pruned otherwise", i);
+        if (method == BESA_METHOD_WANDA || method == BESA_METHOD_MAGNITUDE) { /* their own masks, from that output */
+            setup k = s;
+            CHECK_OK(besa_checkpoint_open(&masks, s.output, &error), error);
+            k.output = temp_path("kept"), k.options.method = BESA_METHOD_KEEP, k.options.masks = masks;
+            k.options.pattern_n = k.options.pattern_m = 0;
+            CHECK_RUN(&k);
+            besa_report_free(&k.report);
+            CHECK(compare_directories(s.output, k.output, NULL, first) == 0, "case %d: %s differs where the masks are kept", i, first);
+            besa_checkpoint_close(masks);
+            discard(k.output);
+        }
+        setup l = s;
+        l.output = temp_path("learned"), l.options.learn = BESA_LEARN_WEIGHTS, l.options.weight_lr = 1e-30;
+        CHECK_RUN(&l);
+        CHECK(l.report.block[0].loss_masks == l.report.block[0].loss_after, "case %d: weights begin at a loss of %g and end at %g", i,
+              l.report.block[0].loss_masks, l.report.block[0].loss_after);
+        besa_report_free(&l.report);
+        CHECK(compare_directories(s.output, l.output, NULL, first) == 0, "case %d: %s differs though nothing moved", i, first);
+        discard(l.output);
+        discard(s.output);
+        discard(temp_path("masks"));
+    }
+    setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
+    s.options.refit = BESA_REFIT_CG, s.options.learn = BESA_LEARN_BOTH;
+    expect(&s, BESA_ERROR_OPTION, "learn both");
+}
+
 /* ---- determinism and memory ------------------------------------------------------------------ */
 
 static void test_threads(void)
 {
-    static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_SPARSEGPT, BESA_METHOD_WANDA, BESA_METHOD_BESA };
+    static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_SPARSEGPT, BESA_METHOD_WANDA, BESA_METHOD_BESA,
+                                          BESA_METHOD_WANDA, BESA_METHOD_BESA, BESA_METHOD_SPARSEGPT };
     static const int threads[] = { 1, 2, 3, 8 };
-    for (int m = 0; m < 4; m++) {
+    for (int m = 0; m < 7; m++) {
         double ppl[4];
         for (int t = 0; t < 4; t++) {
             setup s = new_setup(temp_path("threads%d", threads[t]), method[m], 0.5);
@@ -1390,6 +1446,7 @@ static void test_threads(void)
             s.threads = threads[t];
             s.windows = 8;
             if (m == 3) s.options.learn = BESA_LEARN_BOTH, s.options.dense_share = 0.5, s.options.batch_size = 2;
+            if (m > 3) s.options.refit = m == 5 ? BESA_REFIT_OBS : BESA_REFIT_CG;
             CHECK_RUN(&s);
             ppl[t] = s.report.perplexity;
             CHECK(ppl[t] == ppl[0], "%d threads: perplexity %.17g, one thread %.17g", threads[t], ppl[t], ppl[0]);
@@ -1532,7 +1589,7 @@ static double expected_flop(const setup *s)
     const besa_prune_options *o = &s->options;
     besa_checkpoint *checkpoint = NULL;
     besa_error error;
-    double d, q, kv, inner, linear, keys, learn, passes = 2, test, tokens = (double)(s->nsamples * s->seqlen), flop;
+    double d, q, kv, inner, linear, keys, learn, passes = 2, test, refit, tokens = (double)(s->nsamples * s->seqlen), flop;
     const besa_config *c;
     CHECK_OK(besa_checkpoint_open(&checkpoint, s->source, &error), error);
     if (!checkpoint) return 0;
@@ -1542,15 +1599,17 @@ static double expected_flop(const setup *s)
     linear = d * (q + kv + kv) + q * d + 3 * d * inner;
     keys = 0.5 * (double)s->seqlen * q;         /* multiplications of one of the products of attention */
     learn = 2 * linear + 2 * 2 * keys + 4 * linear - 2 * d * (q + kv + kv) + 5 * 2 * keys;
-    if (o->method == BESA_METHOD_MAGNITUDE) passes = 1 + (s->nsamples < 8 ? 1 : 8 / (double)s->nsamples); /* dense: as reported */
+    if (o->method == BESA_METHOD_MAGNITUDE && !o->refit) passes = 1 + (s->nsamples < 8 ? 1 : 8 / (double)s->nsamples); /* dense: as reported */
     if (o->learn != BESA_LEARN_RATES) passes = 2;
     flop = (passes - 1) * (2 * linear + 4 * keys); /* of a block that is pruned; of all the pass to the next one, of both streams */
     if (o->learn != BESA_LEARN_RATES) flop += (double)(o->weight_epochs ? o->weight_epochs : 3) * learn;
     if (o->method == BESA_METHOD_BESA) flop += (double)(o->epochs ? o->epochs : 1) * learn;
     if (o->importance == BESA_IMPORTANCE_GRADIENT) flop += (s->nsamples < 32 ? 1 : 32 / (double)s->nsamples) * learn;
     if (o->method == BESA_METHOD_SPARSEGPT || o->importance == BESA_IMPORTANCE_SPARSEGPT ||
-        o->importance == BESA_IMPORTANCE_SPARSEGPT_SQUARED)
+        o->importance == BESA_IMPORTANCE_SPARSEGPT_SQUARED || o->refit)
         flop += d * d + q * q + d * d + inner * inner; /* half of a Gram matrix */
+    refit = d * d * (q + kv + kv) + q * q * d + 2 * d * d * inner + inner * inner * d; /* a row times H, or half of that */
+    flop += refit * (o->refit == BESA_REFIT_CG ? 2.0 * (double)(1 + (o->refit_steps ? o->refit_steps : 10)) : o->refit ? 1 : 0) / tokens;
     test = (2 * linear + 4 * 0.5 * 64 * q) * (double)c->num_hidden_layers + 2 * d * (double)c->vocab_size;
     flop *= (double)(o->num_blocks ? o->num_blocks : c->num_hidden_layers);
     flop += (1 + (o->dense_stream || o->dense_share > 0)) * (2 * linear + 4 * keys) * (double)c->num_hidden_layers;
@@ -1562,7 +1621,7 @@ static double expected_flop(const setup *s)
 /* What is allocated at the peak is what besa_plan said, to the byte, and all of it is given back. */
 static void test_plan(void)
 {
-    for (int i = 0; i < 16; i++) {
+    for (int i = 0; i < 21; i++) {
         setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
         double flop;
         besa_plan_result plan;
@@ -1579,9 +1638,14 @@ static void test_plan(void)
         case 7: snprintf(model, sizeof model, "%s/checkpoints/qwen3_qknorm_f32", g_reference), s.source = model; break;
         case 8: s.windows = 40, s.options.epochs = 3; break;
         case 9: s.options.learn = BESA_LEARN_BOTH, s.options.dense_share = 0.5; break;
-        case 14: s.options.importance = BESA_IMPORTANCE_GRADIENT; break;
-        case 15: s.options.importance = BESA_IMPORTANCE_GRADIENT, s.nsamples = 50, s.options.learn = BESA_LEARN_BOTH; break;
+        case 19: s.options.importance = BESA_IMPORTANCE_GRADIENT; break;
+        case 20: s.options.importance = BESA_IMPORTANCE_GRADIENT, s.nsamples = 50, s.options.learn = BESA_LEARN_BOTH; break;
         case 13: s.options.first_block = 1, s.options.num_blocks = 2, s.options.dense_share = 0.5; break;
+        case 14: s.options.refit = BESA_REFIT_CG; break;
+        case 15: s.options.refit = BESA_REFIT_CG, s.options.method = BESA_METHOD_SPARSEGPT, s.options.refit_steps = 3; break;
+        case 16: s.options.refit = BESA_REFIT_OBS, s.options.method = BESA_METHOD_MAGNITUDE; break;
+        case 17: s.options.refit = BESA_REFIT_CG, s.options.method = BESA_METHOD_MAGNITUDE, s.options.learn = BESA_LEARN_WEIGHTS; break;
+        case 18: s.options.refit = BESA_REFIT_OBS, s.options.importance = BESA_IMPORTANCE_SPARSEGPT, s.options.num_blocks = 3; break;
         case 10: s.options.learn = BESA_LEARN_WEIGHTS, s.options.method = BESA_METHOD_MAGNITUDE, s.options.weight_epochs = 1; break;
         case 11: s.options.learn = BESA_LEARN_WEIGHTS, s.options.method = BESA_METHOD_SPARSEGPT, s.options.dense_stream = 1; break;
         case 12: snprintf(model, sizeof model, "%s/checkpoints/qwen2_bias_tied_bf16", g_reference), s.source = model;
@@ -2252,6 +2316,8 @@ static setup kind_setup(const char *output, int kind)
     if (kind == 5) s.options.importance = BESA_IMPORTANCE_SPARSEGPT_SQUARED;
     if (kind == 6) s.options.learn = BESA_LEARN_BOTH, s.options.dense_share = 0.5;
     if (kind == 7) s.options.method = BESA_METHOD_WANDA, s.options.learn = BESA_LEARN_WEIGHTS, s.options.batch_size = 5;
+    if (kind == 9) s.options.method = BESA_METHOD_SPARSEGPT, s.options.refit = BESA_REFIT_CG;
+    if (kind == 10) s.options.learn = BESA_LEARN_WEIGHTS, s.options.refit = BESA_REFIT_OBS;
     if (kind == 8) s.options.first_block = 1, s.options.num_blocks = 2, s.options.depth_slope = 0.25, s.options.dense_share = 0.5;
     return s;
 }
@@ -2259,7 +2325,7 @@ static setup kind_setup(const char *output, int kind)
 /* The dense model's own stream goes on where it was too: every kind of run, stopped twice in every block. */
 static void test_cancel_kinds(void)
 {
-    for (int kind = 0; kind < 9; kind++) {
+    for (int kind = 0; kind < 11; kind++) {
         const char *whole = temp_path("whole");
         int64_t calls, blocks = 0;
         char first[256];
@@ -2322,6 +2388,7 @@ static const struct option_case {
     FIELD(batch_size, 2, LEARNED), FIELD(norm_all, 1, LEARNED), FIELD(dense_stream, 1, LEARNED), FIELD(no_projection, 1, LEARNED),
     FIELD(dense_share, 0.25, LEARNED), FIELD(learn, BESA_LEARN_WEIGHTS, ALL), FIELD(weight_epochs, 2, 0), FIELD(weight_lr, 0.1, 0),
     FIELD(weight_warmup, 0.5, 0), FIELD(rank_interval, 2, 0), FIELD(first_block, 1, ALL), FIELD(num_blocks, 2, ALL), FIELD(depth_slope, 0.25, ALL),
+    FIELD(weight_warmup, 0.5, 0), FIELD(refit, BESA_REFIT_CG, ALL), FIELD(refit_steps, 5, 0), FIELD(first_block, 1, ALL), FIELD(num_blocks, 2, ALL), FIELD(depth_slope, 0.25, ALL),
     FIELD(magnitude_per_row, 1, 1u << BESA_METHOD_MAGNITUDE), FIELD(damping, 0.02, 1u << BESA_METHOD_SPARSEGPT), FIELD(device_memory, 1e9, 0),
     /* not by a number: the test has cases of their own for these, and callbacks decide nothing */
     FIELD(method, -1, 0), FIELD(pattern_n, -1, 0), FIELD(pattern_m, -1, 0), FIELD(fixed, -1, 0), FIELD(num_fixed, -1, 0),
@@ -2446,6 +2513,22 @@ static void test_resume_options(void)
         case 7: s.options.epochs = 2; break;    /* of the rates */
         }
         CHECK(refused(&s, base) == (i < 7), "learning weights, changed setting %d", i);
+        discard(base.output);
+    }
+    for (int i = 0; i < 8; i++) {               /* what refits look at */
+        setup base = small_setup(temp_path("out")), s;
+        base.options.method = BESA_METHOD_WANDA, base.options.refit = i % 2 ? BESA_REFIT_OBS : BESA_REFIT_CG;
+        g_progress.stop_at = -2;
+        CHECK(run(&base) == BESA_ERROR_CANCELLED, "%s", base.error.message);
+        besa_report_free(&base.report);
+        s = base;
+        switch (i / 2) {
+        case 0: s.options.refit_steps = 5; break; /* of conjugate gradients */
+        case 1: s.options.damping = 0.02; break;
+        case 2: s.options.refit = i % 2 ? BESA_REFIT_CG : BESA_REFIT_OBS; break;
+        case 3: s.options.refit_steps = 10; break; /* the default */
+        }
+        CHECK(refused(&s, base) == (i != 1 && i < 6), "refits, changed setting %d", i);
         discard(base.output);
     }
     for (int i = 0; i < 9; i++) {               /* changes between two settings other than the default */
@@ -3249,6 +3332,7 @@ int main(int argc, char **argv)
     TEST("sparsity over depth") test_depth();
     TEST("masks that are kept") test_keep();
     TEST("weights that learn") test_learned_weights();
+    TEST("kept weights fitted anew") test_refits();
     TEST("threads") test_threads();
     TEST("plan") test_plan();
     TEST("shards, and no report") test_shards();

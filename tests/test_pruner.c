@@ -97,22 +97,30 @@ static model new_model(float size)
     return m;
 }
 
-/* The damped Hessian 2/N X'X of a layer's inputs as the upper factor U of its inverse, and which columns are dead. */
-static double *factor_of(const model *m, int layer, int64_t tokens, int32_t *dead)
+/* The damped Hessian 2/N X'X of a layer's inputs; where dead is not NULL, which columns are, and these have a 1. */
+static double *hessian_of(const model *m, int layer, int64_t tokens, int32_t *dead)
 {
     int64_t C = m->columns[layer];
     const float *x = m->input[layer];
-    double *h = ops_doubles(&g_ops, C * C), *u = ops_doubles(&g_ops, C * C), mean = 0;
+    double *h = ops_doubles(&g_ops, C * C), mean = 0;
     for (int64_t i = 0; i < C; i++)
         for (int64_t j = 0; j < C; j++)
             for (int64_t t = 0; t < tokens; t++)
                 h[i * C + j] += 2.0 / (double)tokens * (double)x[t * C + i] * (double)x[t * C + j];
     for (int64_t j = 0; j < C; j++) {
-        dead[j] = h[j * C + j] == 0;
-        if (dead[j]) h[j * C + j] = 1;
+        if (dead) dead[j] = h[j * C + j] == 0;
+        if (dead && dead[j]) h[j * C + j] = 1;
         mean += h[j * C + j] / (double)C;
     }
     for (int64_t j = 0; j < C; j++) h[j * C + j] += 0.01 * mean;
+    return h;
+}
+
+/* As the upper factor U of its inverse. */
+static double *factor_of(const model *m, int layer, int64_t tokens, int32_t *dead)
+{
+    int64_t C = m->columns[layer];
+    double *h = hessian_of(m, layer, tokens, dead), *u = ops_doubles(&g_ops, C * C);
     ref_factor(&g_ops, u, h, C);
     return u;
 }
@@ -1049,6 +1057,219 @@ static void test_sparsegpt_stored(const char *file, int n, int m, int64_t seqlen
     }
 }
 
+/* ---- kept weights fitted anew ------------------------------------------------------------------ */
+
+/* (w - x) H (w - x)' of a row */
+static double row_error(const double *h, const float *w, const double *x, int64_t C)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < C; i++) {
+        double part = 0;
+        for (int64_t j = 0; j < C; j++) part += h[i * C + j] * ((double)w[j] - x[j]);
+        sum += part * ((double)w[i] - x[i]);
+    }
+    return sum;
+}
+
+/* The least of it over the kept weights of x: H_KK x_K = (H_KK w_K + what pruned weights leave), by Cholesky's factor. */
+static void solve_row(const double *h, const float *w, double *x, int64_t C)
+{
+    static int64_t at[INNER];
+    static double a[INNER][INNER], b[INNER];
+    int64_t n = 0;
+    for (int64_t j = 0; j < C; j++)
+        if (x[j] != 0) at[n++] = j;
+    for (int64_t i = 0; i < n; i++) {
+        b[i] = 0;
+        for (int64_t j = 0; j < C; j++) b[i] += h[at[i] * C + j] * (double)w[j];
+        for (int64_t j = 0; j <= i; j++) {
+            a[i][j] = h[at[i] * C + at[j]];
+            for (int64_t k = 0; k < j; k++) a[i][j] -= a[i][k] * a[j][k];
+            a[i][j] = i == j ? sqrt(a[i][i]) : a[i][j] / a[j][j];
+        }
+        for (int64_t k = 0; k < i; k++) b[i] -= a[i][k] * b[k];
+        b[i] /= a[i][i];
+    }
+    for (int64_t i = n - 1; i >= 0; i--) {
+        for (int64_t k = i + 1; k < n; k++) b[i] -= a[k][i] * b[k];
+        b[i] /= a[i][i];
+        x[at[i]] = b[i];
+    }
+}
+
+/* `steps` of conjugate gradients of a row, from x, preconditioned by H's diagonal. */
+static void cg_row(const double *h, const float *w, double *x, int64_t C, int64_t steps)
+{
+    double r[INNER], p[INNER], q[INNER], rho = 0;
+    for (int64_t i = 0; i < C; i++) {
+        r[i] = 0;
+        for (int64_t j = 0; j < C; j++) r[i] += h[i * C + j] * ((double)w[j] - x[j]);
+        if (x[i] == 0) r[i] = 0;
+        p[i] = r[i] / h[i * C + i], rho += r[i] * p[i];
+    }
+    for (int64_t s = 0; s < steps && rho > 0; s++) {
+        double curved = 0, now = 0;
+        for (int64_t i = 0; i < C; i++) {
+            q[i] = 0;
+            for (int64_t j = 0; j < C; j++) q[i] += h[i * C + j] * p[j];
+            curved += p[i] * q[i];
+        }
+        for (int64_t i = 0; i < C; i++) {
+            if (x[i] == 0) continue;
+            x[i] += rho / curved * p[i], r[i] -= rho / curved * q[i];
+            now += r[i] * r[i] / h[i * C + i];
+        }
+        for (int64_t i = 0; i < C; i++) p[i] = r[i] / h[i * C + i] + now / rho * p[i];
+        rho = now;
+    }
+}
+
+/* SparseGPT's update of a row for a mask that is there, column by column over the whole row. */
+static void obs_row(const double *u, const float *w, double *x, int64_t C)
+{
+    double left[INNER];
+    for (int64_t j = 0; j < C; j++) left[j] = (double)w[j];
+    for (int64_t i = 0; i < C; i++) {
+        double e = x[i] == 0 ? left[i] / u[i * C + i] : 0;
+        if (x[i] != 0) x[i] = left[i];
+        for (int64_t j = i; j < C; j++) left[j] -= e * u[i * C + j];
+    }
+}
+
+enum { SOLVED = 400 };                          /* steps after which nothing moves any more */
+
+static void check_refit(const run *r, int layer, const float *before, int64_t tokens)
+{
+    const model *m = r->m;
+    const besa_prune_options *o = &r->options;
+    int64_t R = m->rows[layer], C = m->columns[layer], steps = o->refit_steps ? o->refit_steps : 10, wrong = 0, worse = 0;
+    const float *w = weight_of(m, layer), *got = (const float *)r->pruned[layer];
+    double *want = widened(before, R * C), *x = widened(got, R * C), all[3] = { 0, 0, 0 };
+    int32_t *dead = zeroed(C);
+    double *h = hessian_of(m, layer, tokens, NULL), *u = o->refit == BESA_REFIT_OBS ? factor_of(m, layer, tokens, dead) : NULL;
+    for (int64_t i = 0; i < R; i++) {
+        double was = row_error(h, w + i * C, want + i * C, C), is = row_error(h, w + i * C, x + i * C, C);
+        if (u) obs_row(u, w + i * C, want + i * C, C);
+        else if (steps < SOLVED) cg_row(h, w + i * C, want + i * C, C, steps);
+        else solve_row(h, w + i * C, want + i * C, C);
+        all[0] += was, all[1] += is, all[2] += row_error(h, w + i * C, want + i * C, C);
+        worse += !(is <= was * (1 + 1e-6));
+    }
+    for (int64_t i = 0; i < R * C; i++) wrong += (got[i] == 0) != (before[i] == 0) || (got[i] == 0 && signbit(got[i]));
+    CHECK(wrong == 0, "%s: %d weights are masked otherwise", besa_layer_name(layer), (int)wrong);
+    CHECK(u || worse == 0, "%s: %d rows are farther from the dense outputs", besa_layer_name(layer), (int)worse);
+    CHECK(all[1] < 0.999 * all[0], "%s: the error was %g and is %g", besa_layer_name(layer), all[0], all[1]);
+    CHECK(fabs(all[1] - all[2]) <= 1e-5 * all[2], "%s: the error is %.9g, expected %.9g", besa_layer_name(layer), all[1], all[2]);
+    CHECK_CLOSE(besa_layer_name(layer), got, want, R * C, steps < SOLVED || u ? 5e-4 : 3e-3);
+    forget_references();
+}
+
+/* Against the same run without: masks stay, and the kept weights are what plain code makes of them; with all memory there is
+ * and with less. */
+static void test_refit(const model *m, const besa_prune_options *o, int64_t sequences)
+{
+    static run plain, r;
+    besa_prune_options none = *o;
+    size_t budget = 0, bytes;
+    none.refit = BESA_REFIT_NONE;
+    for (int i = 0; i < 2; i++, budget = bytes - 1) {
+        if (!run_pruner(&r, m, o, sequences, budget)) return;
+        bytes = r.bytes;
+        run_pruner(&plain, m, &none, sequences, 0);
+        CHECK(i == 1 || r.bytes > plain.bytes, "a refit takes no memory");
+        for (int l = 0; l < BESA_LAYERS; l++) {
+            size_t size = (size_t)(m->rows[l] * m->columns[l]) * sizeof(float);
+            if (fixed_rate(o, l) == 0) CHECK(!memcmp(r.pruned[l], weight_of(m, l), size), "%s moved", besa_layer_name(l));
+            else check_refit(&r, l, (const float *)plain.pruned[l], sequences * SEQLEN);
+        }
+        if (!learns(o)) check_report(&r, NULL, 0);
+        CHECK(r.report.loss_all < plain.report.loss_all, "a loss of %g, without %g", r.report.loss_all, plain.report.loss_all);
+    }
+}
+
+/* A block whose layers gate and up have 1100 rows, in runs of 512 that are alike: so are their refits. */
+static void test_refit_pieces(besa_refit refit)
+{
+    enum { C = 8, R = 1100, T = 16, N = 4 };
+    besa_block b;
+    besa_prune_options o;
+    besa_pruner *pruner = NULL;
+    float *norm = take_floats(C), *turn = take_floats(T * C), *x = random_floats(N * T * C, 2), *w[BESA_LAYERS];
+    void *pruned[BESA_LAYERS];
+    memset(&b, 0, sizeof b);
+    memset(&o, 0, sizeof o);
+    b.shape.hidden_size = b.shape.head_dim = C, b.shape.intermediate_size = R, b.shape.rms_norm_eps = 1e-5;
+    b.shape.num_attention_heads = b.shape.num_key_value_heads = 1, b.shape.rope.theta = 10000;
+    for (int j = 0; j < C; j++) norm[j] = 1;
+    besa_rope_table(&b.shape, T, turn, turn + T * C / 2);
+    b.norm1 = b.norm2 = norm, b.rope_cos = turn, b.rope_sin = turn + T * C / 2;
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        int64_t rows, columns;
+        besa_block_layer(&b.shape, l, &rows, &columns);
+        w[l] = random_floats(rows * columns, 1);
+        for (int64_t i = 512 * columns; rows == R && i < rows * columns; i++) w[l][i] = w[l][i - 512 * columns];
+        b.weight[l] = w[l], pruned[l] = take_floats(rows * columns);
+    }
+    o.method = BESA_METHOD_WANDA, o.rates.target = 0.5, o.refit = refit;
+    CHECK_OK(besa_pruner_create(&pruner, &g_be, &b.shape, BESA_F32, 0, &o, N, T, &g_error), g_error);
+    if (!pruner) return;
+    CHECK_OK(besa_pruner_run(pruner, &b, NULL, x, NULL, pruned, NULL, &g_error), g_error);
+    besa_pruner_destroy(pruner);
+    for (int l = BESA_GATE; l <= BESA_UP; l++) {
+        const float *p = (const float *)pruned[l];
+        int moved = 0;
+        for (int i = 0; i < R * C; i++) moved += p[i] != 0 && p[i] != w[l][i];
+        CHECK(moved > R * C / 4, "%d weights of %s moved", moved, besa_layer_name(l));
+        CHECK(!memcmp(p, p + 512 * C, (R - 512) * C * sizeof *p), "like rows of %s differ", besa_layer_name(l));
+    }
+}
+
+static besa_prune_options learning_options(int64_t batch_size)
+{
+    besa_prune_options o;
+    memset(&o, 0, sizeof o);
+    o.rates.target = 0.47, o.rates.candidates = CANDIDATES - 1, o.epochs = 1, o.batch_size = batch_size;
+    return o;
+}
+
+static void test_refits(const model *m)
+{
+    static const besa_fixed_rate fixed[] = { { "k_proj", 0.23 }, { "v_proj", 0 }, { "gate_proj", 0.6 } };
+    besa_prune_options o;
+    besa_pruner *pruner = NULL;
+    memset(&o, 0, sizeof o);
+    o.method = BESA_METHOD_WANDA, o.rates.target = 0.5, o.refit = BESA_REFIT_OBS;
+    TEST("refit obs by wanda's mask") test_refit(m, &o, SEQUENCES);
+    o.refit = BESA_REFIT_CG;
+    TEST("refit cg by wanda's mask") test_refit(m, &o, SEQUENCES);
+    o.refit_steps = SOLVED;
+    TEST("refit cg to the end: the least squares' solution") test_refit(m, &o, SEQUENCES);
+    o.refit_steps = 3, o.method = BESA_METHOD_MAGNITUDE, o.fixed = fixed, o.num_fixed = 3;
+    TEST("refit cg by magnitude's mask, three steps, fixed layers") test_refit(m, &o, 7);
+    o.refit = BESA_REFIT_OBS, o.rates.target = 0, o.pattern_n = 1, o.pattern_m = 3;
+    TEST("refit obs by magnitude's mask, 1:3, fixed layers") test_refit(m, &o, 7);
+    o.refit = BESA_REFIT_CG, o.method = BESA_METHOD_SPARSEGPT;
+    TEST("refit cg of sparsegpt's weights, 1:3, fixed layers") test_refit(m, &o, SEQUENCES);
+    for (int refit = BESA_REFIT_OBS; refit <= BESA_REFIT_CG; refit++) {
+        o = learning_options(4);
+        o.rates.penalty = 0.02, o.refit = (besa_refit)refit, o.fixed = fixed, o.num_fixed = 3;
+        TEST(refit == BESA_REFIT_CG ? "refit cg by learned masks" : "refit obs by learned masks") test_refit(m, &o, SEQUENCES);
+        o.importance = BESA_IMPORTANCE_SPARSEGPT;
+        TEST(refit == BESA_REFIT_CG ? "refit cg by learned masks, sparsegpt's scores" : "refit obs by learned masks, sparsegpt's scores")
+            test_refit(m, &o, SEQUENCES);
+        TEST(refit == BESA_REFIT_CG ? "refit cg in pieces" : "refit obs in pieces") test_refit_pieces((besa_refit)refit);
+    }
+    TEST("refits that are refused") {
+        o = learning_options(1);
+        o.refit = BESA_REFIT_CG, o.learn = BESA_LEARN_BOTH;
+        CHECK(besa_pruner_create(&pruner, &g_be, &m->block.shape, BESA_F32, 0, &o, SEQUENCES, SEQLEN, &g_error) == BESA_ERROR_OPTION &&
+              !pruner && strstr(g_error.message, "learn both"), "%s", g_error.message);
+        o.refit = BESA_REFIT_OBS, o.learn = BESA_LEARN_RATES, o.method = BESA_METHOD_SPARSEGPT;
+        CHECK(besa_pruner_create(&pruner, &g_be, &m->block.shape, BESA_F32, 0, &o, SEQUENCES, SEQLEN, &g_error) == BESA_ERROR_OPTION &&
+              !pruner && strstr(g_error.message, "sparsegpt does by itself"), "%s", g_error.message);
+    }
+}
+
 /* ---- seconds --------------------------------------------------------------------------------- */
 
 static const long g_pause[BESA_PASS_COUNT] = { 0, 25, 10, 20, 30, 15, 0 }; /* milliseconds, of each pass another number */
@@ -1097,7 +1318,7 @@ static void test_seconds(const model *m, besa_method method)
 
 /* A pruner's second block gives what its first did: nothing of that one is left. BESA learns nothing here, so that the
  * counts that the first block ended with are those that the second one's learning begins with. */
-static void test_twice(const model *m, besa_method method, besa_learn learn)
+static void test_twice(const model *m, besa_method method, besa_learn learn, besa_refit refit)
 {
     besa_prune_options o;
     besa_pruner *pruner = NULL;
@@ -1106,7 +1327,7 @@ static void test_twice(const model *m, besa_method method, besa_learn learn)
     float *x[2];
     memset(&o, 0, sizeof o);
     o.method = method, o.rates.target = 0.4, o.rates.zero_start = 1, o.no_projection = 1, o.rates.d0 = 1e-12;
-    o.learn = learn, o.weight_epochs = 1;
+    o.learn = learn, o.weight_epochs = 1, o.refit = refit;
     CHECK_OK(besa_pruner_create(&pruner, &g_be, &m->block.shape, BESA_F32, 0, &o, SEQUENCES, SEQLEN, &g_error), g_error);
     if (!pruner) return;
     for (int i = 0; i < 2; i++) {
@@ -1127,14 +1348,6 @@ static void test_twice(const model *m, besa_method method, besa_learn learn)
 }
 
 /* ---- the list -------------------------------------------------------------------------------- */
-
-static besa_prune_options learning_options(int64_t batch_size)
-{
-    besa_prune_options o;
-    memset(&o, 0, sizeof o);
-    o.rates.target = 0.47, o.rates.candidates = CANDIDATES - 1, o.epochs = 1, o.batch_size = batch_size;
-    return o;
-}
 
 static void test_learn(const model *m)
 {
@@ -1249,13 +1462,17 @@ int main(int argc, char **argv)
     TEST("options of whole models") test_whole_models(&m);
     test_optimizers();
     test_others(&m);
+    test_refits(&m);
     TEST("sparsegpt as stored, 50 %") test_sparsegpt_stored("pruned_50", 0, 0, 120);
     TEST("sparsegpt as stored, 2:4") test_sparsegpt_stored("pruned_2of4", 2, 4, 75);
     TEST("sparsegpt as stored, 4:8") test_sparsegpt_stored("pruned_4of8", 4, 8, 40);
     for (int i = BESA_METHOD_BESA; i <= BESA_METHOD_MAGNITUDE; i++) TEST(seconds[i]) test_seconds(&m, (besa_method)i);
-    for (int i = BESA_METHOD_BESA; i <= BESA_METHOD_MAGNITUDE; i++) TEST(twice[i]) test_twice(&m, (besa_method)i, BESA_LEARN_RATES);
-    TEST("the same block twice, rates and weights") test_twice(&m, BESA_METHOD_BESA, BESA_LEARN_BOTH);
-    TEST("the same block twice, wanda's weights") test_twice(&m, BESA_METHOD_WANDA, BESA_LEARN_WEIGHTS);
+    for (int i = BESA_METHOD_BESA; i <= BESA_METHOD_MAGNITUDE; i++) TEST(twice[i]) test_twice(&m, (besa_method)i, BESA_LEARN_RATES, BESA_REFIT_NONE);
+    TEST("the same block twice, rates and weights") test_twice(&m, BESA_METHOD_BESA, BESA_LEARN_BOTH, BESA_REFIT_NONE);
+    TEST("the same block twice, wanda's weights") test_twice(&m, BESA_METHOD_WANDA, BESA_LEARN_WEIGHTS, BESA_REFIT_NONE);
+    TEST("the same block twice, sparsegpt and cg") test_twice(&m, BESA_METHOD_SPARSEGPT, BESA_LEARN_RATES, BESA_REFIT_CG);
+    TEST("the same block twice, wanda, obs and weights") test_twice(&m, BESA_METHOD_WANDA, BESA_LEARN_WEIGHTS, BESA_REFIT_OBS);
+    TEST("the same block twice, besa, cg and weights") test_twice(&m, BESA_METHOD_BESA, BESA_LEARN_WEIGHTS, BESA_REFIT_CG);
     g_be.destroy(&g_be);
     return test_finish();
 }
