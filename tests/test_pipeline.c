@@ -286,13 +286,15 @@ static void verify(const setup *s)
     CHECK(besa_checkpoint_tensor_count(in) == besa_checkpoint_tensor_count(out), "tensor counts differ");
     for (int64_t i = 0; i < besa_checkpoint_tensor_count(in); i++) {
         const besa_tensor *a = besa_checkpoint_tensor(in, i), *b = besa_checkpoint_tensor(out, i);
-        int prunable = 0;
+        int prunable = 0, block = 0, vector = sscanf(a->name, "model.layers.%d.", &block) == 1;
         for (int l = 0; l < BESA_LAYERS; l++) {
             const char *p = strstr(a->name, g_part[l]);
             prunable |= p && !strcmp(p + strlen(g_part[l]), ".weight");
         }
+        vector &= !prunable && o->learn_vectors && o->learn != BESA_LEARN_RATES && report->block[block].target > 0;
         CHECK(!strcmp(a->name, b->name) && a->bytes == b->bytes, "tensor %d is another one", (int)i);
-        CHECK(prunable || !memcmp(a->data, b->data, a->bytes), "%s changed", a->name);
+        CHECK(!vector || memcmp(a->data, b->data, a->bytes), "%s did not learn", a->name);
+        CHECK(prunable || vector || !memcmp(a->data, b->data, a->bytes), "%s changed", a->name);
     }
     blocks = besa_checkpoint_config(in)->num_hidden_layers;
     CHECK(report->num_blocks == blocks && report->block, "the report has %d blocks", (int)report->num_blocks);
@@ -442,7 +444,7 @@ static void test_patterns(void)
 /* Every way to parametrise and learn the rates: exact counts still, and an effect on the weights. */
 static void test_besa_options(void)
 {
-    enum { COUNT = 22 };
+    enum { COUNT = 23 };
     const char *plain = temp_path("plain");
     setup base = new_setup(plain, BESA_METHOD_BESA, 0.5);
     run_and_verify(&base);
@@ -473,6 +475,7 @@ static void test_besa_options(void)
         case 19: o->learn = BESA_LEARN_BOTH, o->batch_size = 3, o->dense_share = 0.5, o->weight_lr = 0.1; break;
         case 20: o->learn = BESA_LEARN_BOTH, o->no_projection = 1, o->dense_stream = 1; break;
         case 21: o->dense_share = 0.75; break;
+        case 22: o->learn = BESA_LEARN_BOTH, o->batch_size = 3, o->learn_vectors = 1; break;
         }
         CHECK(run(&s) == BESA_OK, "case %d: %s", i, s.error.message);
         verify(&s);
@@ -969,7 +972,7 @@ static const struct bounds {
     { "norm_all", 'i', 0, 1, 0, 0, 0, "0 or 1" }, { "dense_stream", 'i', 0, 1, 0, 0, 0, "0 or 1" },
     { "dense_share", 'd', 0, 1, 0, 1, 0, "0 or more and below 1" }, { "learn", 'i', 0, 2, 0, 0, 0, "besa_learn" },
     { "weight_epochs", 'l', 1, 1000000, 0, 0, 0, "1 to 1000000" }, { "weight_lr", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
-    { "weight_warmup", 'd', 0, 1, 0, 1, 1, "0 or more and below 1" },
+    { "weight_warmup", 'd', 0, 1, 0, 1, 1, "0 or more and below 1" }, { "learn_vectors", 'i', 0, 1, 0, 0, 0, "0 or 1" },
     { "schedule", 'i', 0, 1, 0, 0, 0, "besa_schedule" }, { "warmup", 'd', 0, 1, 0, 1, 1, "0 or more and below 1" },
     { "steps", 'l', 1, 0, 0, 0, 0, "1 or more" },
     { "no_projection", 'i', 0, 1, 0, 0, 0, "0 or 1" }, { "num_fixed", 'l', 0, 0, 0, 0, 0, "0 or more" },
@@ -1374,13 +1377,51 @@ static void test_learned_weights(void)
     expect(&s, BESA_ERROR_OPTION, "dense_share");
 }
 
+/* Norms and biases that learn with the weights, in every element type: masks stay, all of them move where their block is
+ * pruned, the output is the very model that was measured on the way, and steps too small for a float leave every byte. */
+static void test_learned_vectors(void)
+{
+    static const char *const model[] = { "llama_mha_f16", "qwen2_bias_tied_bf16", "qwen3_qknorm_f32" };
+    for (int i = 0; i < 6; i++) {
+        char source[512], first[256];
+        double ppl = 0;
+        besa_error error = { BESA_OK, "" };
+        besa_checkpoint *out = NULL;
+        setup s = new_setup(temp_path("masks"), i < 3 ? BESA_METHOD_BESA : BESA_METHOD_WANDA, 0.5);
+        snprintf(source, sizeof source, "%s/checkpoints/%s", g_reference, model[i % 3]);
+        s.source = source, s.windows = 2;
+        CHECK_RUN(&s);
+        besa_report_free(&s.report);
+        s.output = temp_path("out");
+        s.options.learn = i < 3 ? BESA_LEARN_BOTH : BESA_LEARN_WEIGHTS, s.options.weight_epochs = 2, s.options.learn_vectors = 1;
+        CHECK_RUN(&s);
+        verify(&s);
+        if (i >= 3) CHECK(other_zeros(s.output, temp_path("masks")) == 0, "case %d: pruned otherwise", i);
+        CHECK_OK(besa_checkpoint_open(&out, s.output, &error), error);
+        int32_t ids[2 * 64];
+        for (int k = 0; out && k < 2 * 64; k++) ids[k] = (int32_t)(g_test.ids[k] % besa_checkpoint_config(out)->vocab_size);
+        if (out) CHECK_OK(besa_perplexity(out, NULL, ids, 2, 64, &ppl, NULL, NULL, NULL, &error), error);
+        CHECK(ppl == s.report.perplexity, "case %d: perplexity %.17g on the way, %.17g of the output", i, s.report.perplexity, ppl);
+        besa_checkpoint_close(out);
+        besa_report_free(&s.report);
+        discard(s.output);
+        s.options.weight_lr = 1e-30;
+        CHECK_RUN(&s);
+        besa_report_free(&s.report);
+        CHECK(compare_directories(temp_path("masks"), s.output, NULL, first) == 0, "case %d: %s differs", i, first);
+        discard(s.output);
+        discard(temp_path("masks"));
+    }
+}
+
 /* ---- determinism and memory ------------------------------------------------------------------ */
 
 static void test_threads(void)
 {
-    static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_SPARSEGPT, BESA_METHOD_WANDA, BESA_METHOD_BESA };
+    static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_SPARSEGPT, BESA_METHOD_WANDA, BESA_METHOD_BESA,
+                                          BESA_METHOD_WANDA };
     static const int threads[] = { 1, 2, 3, 8 };
-    for (int m = 0; m < 4; m++) {
+    for (int m = 0; m < 5; m++) {
         double ppl[4];
         for (int t = 0; t < 4; t++) {
             setup s = new_setup(temp_path("threads%d", threads[t]), method[m], 0.5);
@@ -1388,6 +1429,7 @@ static void test_threads(void)
             s.threads = threads[t];
             s.windows = 8;
             if (m == 3) s.options.learn = BESA_LEARN_BOTH, s.options.dense_share = 0.5, s.options.batch_size = 2;
+            if (m == 4) s.options.learn = BESA_LEARN_WEIGHTS, s.options.learn_vectors = 1, s.options.weight_epochs = 1;
             CHECK_RUN(&s);
             ppl[t] = s.report.perplexity;
             CHECK(ppl[t] == ppl[0], "%d threads: perplexity %.17g, one thread %.17g", threads[t], ppl[t], ppl[0]);
@@ -1545,6 +1587,8 @@ static double expected_flop(const setup *s)
     flop = (passes - 1) * (2 * linear + 4 * keys); /* of a block that is pruned; of all the pass to the next one, of both streams */
     if (o->learn != BESA_LEARN_RATES) flop += (double)(o->weight_epochs ? o->weight_epochs : 3) * learn;
     if (o->method == BESA_METHOD_BESA) flop += (double)(o->epochs ? o->epochs : 1) * learn;
+    if (o->learn_vectors) /* then q, k and v have one, in what passes weights learn */
+        flop += 2 * d * (q + kv + kv) * (double)((o->weight_epochs ? o->weight_epochs : 3) + (o->learn == BESA_LEARN_BOTH ? 1 : 0));
     if (o->method == BESA_METHOD_SPARSEGPT || o->importance >= BESA_IMPORTANCE_SPARSEGPT)
         flop += d * d + q * q + d * d + inner * inner; /* half of a Gram matrix */
     test = (2 * linear + 4 * 0.5 * 64 * q) * (double)c->num_hidden_layers + 2 * d * (double)c->vocab_size;
@@ -1558,7 +1602,7 @@ static double expected_flop(const setup *s)
 /* What is allocated at the peak is what besa_plan said, to the byte, and all of it is given back. */
 static void test_plan(void)
 {
-    for (int i = 0; i < 14; i++) {
+    for (int i = 0; i < 16; i++) {
         setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
         double flop;
         besa_plan_result plan;
@@ -1580,6 +1624,8 @@ static void test_plan(void)
         case 11: s.options.learn = BESA_LEARN_WEIGHTS, s.options.method = BESA_METHOD_SPARSEGPT, s.options.dense_stream = 1; break;
         case 12: snprintf(model, sizeof model, "%s/checkpoints/qwen2_bias_tied_bf16", g_reference), s.source = model;
                  s.options.learn = BESA_LEARN_BOTH, s.nsamples = 300, s.options.batch_size = 150; break;
+        case 14: case 15: snprintf(model, sizeof model, "%s/checkpoints/qwen2_bias_tied_bf16", g_reference), s.source = model;
+                 s.options.learn = i == 14 ? BESA_LEARN_BOTH : BESA_LEARN_WEIGHTS, s.options.learn_vectors = 1; break;
         }
         plan = plan_of(&s, &r);
         CHECK(r == BESA_OK, "case %d: %s", i, besa_result_string(r));
@@ -2247,18 +2293,25 @@ static setup kind_setup(const char *output, int kind)
     if (kind == 6) s.options.learn = BESA_LEARN_BOTH, s.options.dense_share = 0.5;
     if (kind == 7) s.options.method = BESA_METHOD_WANDA, s.options.learn = BESA_LEARN_WEIGHTS, s.options.batch_size = 5;
     if (kind == 8) s.options.first_block = 1, s.options.num_blocks = 2, s.options.depth_slope = 0.25, s.options.dense_share = 0.5;
+    if (kind >= 9) {                            /* norms and biases that learn */
+        static char model[2][512];
+        snprintf(model[kind - 9], sizeof model[0], "%s/checkpoints/%s", g_reference, kind == 9 ? "qwen2_bias_tied_bf16" : "qwen3_qknorm_f32");
+        s.source = model[kind - 9], s.nsamples = 8;
+        s.options.learn_vectors = 1, s.options.learn = BESA_LEARN_BOTH, s.options.weight_epochs = 1, s.options.dense_share = 0.5;
+        if (kind == 10) s.options.method = BESA_METHOD_WANDA, s.options.learn = BESA_LEARN_WEIGHTS, s.options.first_block = 1;
+    }
     return s;
 }
 
 /* The dense model's own stream goes on where it was too: every kind of run, stopped twice in every block. */
 static void test_cancel_kinds(void)
 {
-    for (int kind = 0; kind < 9; kind++) {
+    for (int kind = 0; kind < 11; kind++) {
         const char *whole = temp_path("whole");
         int64_t calls, blocks = 0;
         char first[256];
         besa_backend be = counted_backend(0);
-        besa_backend *own = kind == 1 ? &be : NULL; /* a device with memory of its own */
+        besa_backend *own = kind == 1 || kind == 9 ? &be : NULL; /* a device with memory of its own */
         setup s = kind_setup(whole, kind);
         be.unified_memory = 0;
         s.be = own;
@@ -2287,7 +2340,7 @@ static void test_cancel_kinds(void)
             CHECK(compare_directories(whole, s.output, NULL, first) == 0, "kind %d, stop %d: %s differs", kind, (int)stop, first);
             discard(s.output);
         }
-        CHECK(blocks >= (own || kind == 8 ? 3 : 4), "kind %d was stopped after %d blocks at most", kind, (int)blocks);
+        CHECK(blocks >= (kind >= 9 ? 1 : own || kind == 8 ? 3 : 4), "kind %d was stopped after %d blocks at most", kind, (int)blocks);
         be.destroy(&be);
         discard(whole);
     }
@@ -2315,7 +2368,7 @@ static const struct option_case {
     FIELD(rates.warmup, 0.25, LEARNED), FIELD(rates.steps, 7, 0), FIELD(importance, BESA_IMPORTANCE_MAGNITUDE, LEARNED), FIELD(epochs, 2, LEARNED),
     FIELD(batch_size, 2, LEARNED), FIELD(norm_all, 1, LEARNED), FIELD(dense_stream, 1, LEARNED), FIELD(no_projection, 1, LEARNED),
     FIELD(dense_share, 0.25, LEARNED), FIELD(learn, BESA_LEARN_WEIGHTS, ALL), FIELD(weight_epochs, 2, 0), FIELD(weight_lr, 0.1, 0),
-    FIELD(weight_warmup, 0.5, 0), FIELD(first_block, 1, ALL), FIELD(num_blocks, 2, ALL), FIELD(depth_slope, 0.25, ALL),
+    FIELD(weight_warmup, 0.5, 0), FIELD(learn_vectors, 1, 0), FIELD(first_block, 1, ALL), FIELD(num_blocks, 2, ALL), FIELD(depth_slope, 0.25, ALL),
     FIELD(magnitude_per_row, 1, 1u << BESA_METHOD_MAGNITUDE), FIELD(damping, 0.02, 1u << BESA_METHOD_SPARSEGPT), FIELD(device_memory, 1e9, 0),
     /* not by a number: the test has cases of their own for these, and callbacks decide nothing */
     FIELD(method, -1, 0), FIELD(pattern_n, -1, 0), FIELD(pattern_m, -1, 0), FIELD(fixed, -1, 0), FIELD(num_fixed, -1, 0),
@@ -2422,7 +2475,7 @@ static void test_resume_options(void)
         }
         discard(base.output);
     }
-    for (int i = 0; i < 8; i++) {               /* what a run of wanda looks at where its weights learn */
+    for (int i = 0; i < 9; i++) {               /* what a run of wanda looks at where its weights learn */
         setup base = small_setup(temp_path("out")), s;
         base.options.method = BESA_METHOD_WANDA, base.options.learn = BESA_LEARN_WEIGHTS;
         g_progress.stop_at = -2;
@@ -2437,9 +2490,10 @@ static void test_resume_options(void)
         case 4: s.options.norm_all = 1; break;
         case 5: s.options.dense_stream = 1; break;
         case 6: s.options.dense_share = 0.5; break;
-        case 7: s.options.epochs = 2; break;    /* of the rates */
+        case 7: s.options.learn_vectors = 1; break;
+        case 8: s.options.epochs = 2; break;    /* of the rates */
         }
-        CHECK(refused(&s, base) == (i < 7), "learning weights, changed setting %d", i);
+        CHECK(refused(&s, base) == (i < 8), "learning weights, changed setting %d", i);
         discard(base.output);
     }
     for (int i = 0; i < 9; i++) {               /* changes between two settings other than the default */
@@ -2888,6 +2942,7 @@ int main(int argc, char **argv)
     TEST("sparsity over depth") test_depth();
     TEST("masks that are kept") test_keep();
     TEST("weights that learn") test_learned_weights();
+    TEST("norms and biases that learn") test_learned_vectors();
     TEST("threads") test_threads();
     TEST("plan") test_plan();
     TEST("shards, and no report") test_shards();
