@@ -59,7 +59,8 @@
  *              What. Fixed layers take no part. With learn both the kept weights move along dL/dWhat too, as below
  *     weights  where kept weights learn (besa__weights_pass), with any method: masks stay. For every batch the loss and
  *              dL/dWhat as above; every weight that is not 0 by Adam      besa__weights_move
- *              With learn_vectors the block's norms and biases move along their gradients with the weights, here and in learn both
+ *              With learn_vectors the block's norms and biases move       besa__vectors_move
+ *              wherever its weights do, here and in learn both
  *     commit   X = F(What, X): the next block's inputs; the loss          besa__commit_pass
  *
  *     The paper's pseudo-code carries two streams, the dense model's and the pruned one's, and aims at the dense stream's
@@ -857,8 +858,9 @@ BESA_API besa_result besa_block_forward(besa_backend *be, const besa_block *bloc
                                         const void *x, void *y, int64_t batch, int64_t seqlen, besa_error *error);
 
 /* From dY(T,d) the gradient of every weight, handed to `gradient` one layer at a time (down, gate, up, o, q, k, v),
- * and dX(T,d) where dx is not NULL. What is handed out has been read for the last time. Needs acts as the forward pass left them and overwrites gate and up; on return dy
- * is dL/dh1, h1 = x + attn Wo'. dx may be dy. Workspace as for the forward pass. */
+ * and dX(T,d) where dx is not NULL. A weight whose gradient is handed out has been read for the last time. Needs acts as
+ * the forward pass left them and overwrites gate and up; on return dy is dL/dh1, h1 = x + attn Wo'. dx may be dy.
+ * Workspace as for the forward pass. */
 BESA_API besa_result besa_block_backward(besa_backend *be, const besa_block *block, besa_activations *acts,
                                          const void *x, void *dy, void *dx, int64_t batch, int64_t seqlen,
                                          besa_weight_gradient gradient, void *user, besa_error *error);
@@ -3391,8 +3393,8 @@ static void besa__backward_batch(besa__backward *p, int64_t batch)
 }
 
 /* The gradient of a norm's weight, where it is wanted, from dy and the norm's inputs x (n, d). */
-static besa_result besa__norm_gradient(const besa__backward *p, int vector, const void *dy, const void *x, const float *inv_rms,
-                                       int64_t n, int64_t d)
+static besa_result besa__norm_gradient(const besa__backward *p, int vector, const void *dy, const void *x,
+                                       const float *inv_rms, int64_t n, int64_t d)
 {
     float *sum = p->acts->dvector[vector];
     return sum ? p->be->column_sum(p->be, sum, dy, x, inv_rms, n, d) : BESA_OK;
@@ -3792,7 +3794,7 @@ struct besa_pruner {
     float *results_losses;                      /* host, as losses */
     int32_t *results_counts;                    /* host (2, rows) */
     float *results_vectors;                     /* host, one vector after the other: what learned has come to */
-    besa_block masked;                          /* the block of this run with `pruned` for its weights, and vectors that learn */
+    besa_block masked;                          /* this run's block, with `pruned` for its weights, and what vectors learn */
 };
 
 /* What the passes over a block work on. */
@@ -4844,8 +4846,8 @@ static besa_result besa__check_vectors_finite(const besa_pruner *p, const char *
         for (int64_t k = 0; k < p->weights.vector[i].count && p->weights.vector[i].dense; k++)
             count += !besa__is_finite((double)at[k]);
         if (count != 0)
-            return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s.%s: %lld elements have become NaN or infinite: weight_lr may be "
-                              "too large", name ? name : "", i < BESA_LAYERS ? besa__layers[i].path
+            return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s.%s: %lld elements have become NaN or infinite: weight_lr "
+                              "may be too large", name ? name : "", i < BESA_LAYERS ? besa__layers[i].path
                               : besa__norm_rows[i - BESA_LAYERS].path, i < BESA_LAYERS ? "bias" : "weight", (long long)count);
     }
     return BESA_OK;
@@ -7114,7 +7116,8 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
  * // >>journal               files of the unfinished output, and its journal
  * ============================================================================================
  * Owns OUT.partial, which becomes OUT by a rename once all is on disk. It starts as a copy of the source without the
- * prunable weights, and without norms and biases that learn; blocks come in one after another. Its journal has one line per step that is on disk,
+ * prunable weights, and without norms and biases that learn; blocks come in one after another. Its journal has one line
+ * per step that is on disk,
  *     besa-journal 2 | run FINGERPRINT | copied | block 0 HASH | block 1 HASH ...
  * each ending in the hash of its own text, so that a torn line counts for nothing. A step's bytes are synced before
  * its line is. OUT has no journal, so the journal must go before the last rename: for that moment the directory's name says
@@ -7998,7 +8001,8 @@ static besa_result besa__writer_start(besa__writer *w, const char *output, const
 }
 
 /* Begin an output, or go on with an unfinished one of the same fingerprint (one line). vectors 1: norms and biases come in
- * with their blocks, as weights do. done_blocks are on disk already. Lines are appended to *notes (NULL to start with, for BESA_FREE); notes may be NULL.
+ * with their blocks, as weights do. done_blocks are on disk already. Lines are appended to *notes (NULL to start with, for
+ * BESA_FREE); notes may be NULL.
  * Errors: EXISTS, NOT_FOUND, RESUME, READ, WRITE, MEMORY. A failed begin leaves nothing new behind. */
 static besa_result besa__writer_open(besa__writer **writer, const besa_checkpoint *checkpoint, const char *output,
                                      const char *fingerprint, int64_t blocks, int vectors, int64_t *done_blocks,
@@ -9664,7 +9668,7 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
  * Owns no memory: the layout of section run on nothing, and FLOP counted from shapes. */
 
 /* FLOP of all products: 2 per weight and token forward, 3.7 more in the learning step (q, k and v need no input
- * gradient), attention's causal half, and Gram matrices. */
+ * gradient, but where the first norm learns), attention's causal half, and Gram matrices. */
 static double besa__plan_flop(const besa__run *run)
 {
     const besa_block_shape *s = &run->config->block;
@@ -9683,8 +9687,7 @@ static double besa__plan_flop(const besa__run *run)
     double flop = dense * forward + (besa__uses_gram(o) ? gram : 0); /* of blocks that are pruned */
     if (besa__learns_rates(&run->pruner)) flop += (double)o->epochs * (forward + backward);
     if (besa__learns_weights(&run->pruner)) flop += (double)o->weight_epochs * (forward + backward);
-    if (besa__learns_vectors(&run->pruner)) /* the first norm's gradient comes through q, k and v */
-        flop += 2 * qkv * (double)(o->weight_epochs + (o->learn == BESA_LEARN_BOTH ? o->epochs : 0));
+    if (besa__learns_vectors(&run->pruner)) flop += 2 * qkv * (double)(o->weight_epochs + (o->learn == BESA_LEARN_BOTH ? o->epochs : 0));
     flop *= tokens * (double)(besa__end_block(run) - besa__first_block(run));
     flop += tokens * (double)run->config->num_hidden_layers * (1 + run->has_dense) * forward;
     if (!run->has_test) return flop;

@@ -737,8 +737,8 @@ static besa_result besa__cuda_column_sumsq(besa_backend *be, float *out, const v
 
 /* part(parts, d) = column sums of dY, or of dY X inv_rms, over runs of `run` rows; blocks as for the sums of squares */
 template <typename T>
-static __global__ void besa__column_sum_kernel(float *part, const T *dy, const T *x, const float *inv_rms, int64_t n, int64_t d,
-                                               int64_t run, int64_t strips, int64_t blocks, int vector)
+static __global__ void besa__column_sum_kernel(float *part, const T *dy, const T *x, const float *inv_rms, int64_t n,
+                                               int64_t d, int64_t run, int64_t strips, int64_t blocks, int vector)
 {
     BESA__ROWS(b, blocks) {
         int64_t c = (b % strips * blockDim.x + threadIdx.x) * 8, i0 = b / strips * run;
