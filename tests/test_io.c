@@ -1547,7 +1547,7 @@ static besa_result run_as(const char *fingerprint, const besa_checkpoint *c, con
     besa__writer *w;
     char *notes = NULL;
     err.code = BESA_OK;
-    besa_result result = besa__writer_open(&w, c, out, fingerprint, 3, done, &notes, &err);
+    besa_result result = besa__writer_open(&w, c, out, fingerprint, 3, 0, done, &notes, &err);
     BESA_FREE(notes);
     for (int64_t b = *done; b < stop && result == BESA_OK; b++) result = write_block(w, c, b);
     if (result == BESA_OK && stop == 3) return besa__writer_finish(w, &err);
