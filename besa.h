@@ -1053,8 +1053,8 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
                                      besa_error *error);
 
 /* The block that the last run has left, as its own commit pass read it: the weights are `pruned`; norms and biases that
- * learned are the pruner's, in its device memory until the next run, as floats that are whole numbers of the block's dtype;
- * all else is the caller's. Of no meaning before the first run and after one that failed. */
+ * learned are the pruner's, floats rounded to the block's dtype, in its device memory until the next run or its end; all
+ * else is the caller's. Of no meaning before the first run and after one that failed. */
 BESA_API const besa_block *besa_pruner_block(const besa_pruner *pruner);
 
 /* ============================================================================================
