@@ -62,6 +62,8 @@
  *              ranked anew before the next step             besa__rank_and_mask
  *     weights  where kept weights learn (besa__weights_pass), with any method: masks stay. For every batch the loss and
  *              dL/dWhat as above; every weight that is not 0 by Adam      besa__weights_move
+ *              With learn_vectors the block's norms and biases move       besa__vectors_move
+ *              wherever its weights do, here and in learn both
  *     commit   X = F(What, X): the next block's inputs; the loss          besa__commit_pass
  *
  *     The paper's pseudo-code carries two streams, the dense model's and the pruned one's, and aims at the dense stream's
@@ -165,6 +167,7 @@
  *     rank_interval               [1] learn both: steps from one ranking of the weights, as they have become, to the next
  *     weight_lr, weight_warmup    [0.2, 0] Adam's learning rate in units of rms(W) / sqrt(C) of a layer; share of the steps in
  *                                 which it rises. Then it falls to 0 over the steps, as a half cosine
+ *     learn_vectors               [0] the block's norms and biases learn wherever its kept weights do
  *     no_projection               [0] leave the sparsity where learning ended
  *     pattern_n, pattern_m        [none] n of every m; not with besa
  *     magnitude_per_row           [0] magnitude: each row at the target instead of each layer
@@ -196,6 +199,7 @@
  *                                                                                         activations of its own
  *         pinned host memory           16 MB of weights, 8192 d of rows
  *         weights that learn           12 N bytes, + 2 N where w = 2, + 4 N where a batch does not fit at once
+ *         norms and biases that learn  20 bytes of each
  *     Where device_memory is not enough, the test's activations, Yref and X live in pinned host memory and come batch by
  *     batch while others compute. None of this grows with the number of blocks; beside it there are the tensor table, the
  *     list of finished blocks and the report, some hundred bytes per tensor and block. A weight and token cost about 10 FLOP for
@@ -402,7 +406,8 @@ typedef struct besa_optimizer_step {
 /* One step of Adam over n weights of a layer (section "weights"). Where masked is not 0,
  *     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,  t = step,
  *     w -= lr rms m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps),  masked = source = w in the dtype, rounded;
- * but where that would be 0 nothing changes, as where masked is 0: masks stay as they are. */
+ * but where that would be 0 nothing changes, as where masked is 0: masks stay as they are. Norms and biases have no mask:
+ * where masked is NULL every w moves, and source and dtype are not looked at. */
 typedef struct besa_weight_step {
     double lr, beta1, beta2, eps;
     int64_t step;                               /* 1, 2, ... */
@@ -506,6 +511,10 @@ struct besa_backend {
     /* ---- statistics and loss --------------------------------------------------------------- */
     /* out(d) += column sums of X(T,d)^2; T may be larger than the workload's tokens */
     besa_result (*column_sumsq)(besa_backend *be, float *out, const void *x, int64_t tokens, int64_t d);
+    /* out(d) += column sums of dY(N,d), the gradient of a bias; where x is not NULL, of dY X inv_rms(N), that of a norm's
+     * weight. N may be larger than the workload's tokens */
+    besa_result (*column_sum)(besa_backend *be, float *out, const void *dy, const void *x, const float *inv_rms, int64_t n,
+                              int64_t d);
     /* loss(1) += scale / d * sum ((Yref - Y) / norm_c)^2 with norm_c^2 = sumsq(d), columns of norm 0 left out;
      * dY = its derivative [+ dY], or NULL; dY may be Y where it does not accumulate */
     besa_result (*block_loss)(besa_backend *be, float *loss, void *dy, const void *y, const void *yref,
@@ -636,8 +645,8 @@ struct besa_backend {
     X(upload) X(download) X(copy) X(zero) X(record) X(wait) X(elapsed) X(synchronize)              \
     X(linear_forward) X(linear_backward_input) X(linear_backward_weight) X(gram) X(convert)        \
     X(rmsnorm_forward) X(rmsnorm_backward) X(rope) X(attention_forward) X(attention_backward)      \
-    X(swiglu_forward) X(swiglu_backward) X(column_sumsq) X(block_loss) X(score) X(score_scale)     \
-    X(accumulate_squares) X(power) X(fill)                                                         \
+    X(swiglu_forward) X(swiglu_backward) X(column_sumsq) X(column_sum) X(block_loss) X(score)      \
+    X(score_scale) X(accumulate_squares) X(power) X(fill)                                          \
     X(count_zeros) X(rank_rows) X(mask_apply) X(mask_update) X(mask_smallest) X(mask_zeros)        \
     X(mask_pattern) X(bucket_gradient) X(rate_forward) X(rate_mean) X(rate_backward)               \
     X(optimizer_step) X(project_counts) X(rms) X(weight_step) X(mix) X(hessian_factor) X(diagonal) \
@@ -827,6 +836,9 @@ BESA_API besa_result besa_rates_status(besa_rates *rates, double *d, double *mea
 
 enum { BESA_Q, BESA_K, BESA_V, BESA_O, BESA_GATE, BESA_UP, BESA_DOWN, BESA_LAYERS };
 
+/* A block's vectors: the biases, under their layers' numbers, and the norms. */
+enum { BESA_NORM1 = BESA_LAYERS, BESA_NORM2, BESA_Q_NORM, BESA_K_NORM, BESA_VECTORS };
+
 typedef enum besa_rope_type { BESA_ROPE_DEFAULT, BESA_ROPE_LINEAR, BESA_ROPE_LLAMA3 } besa_rope_type;
 
 typedef struct besa_rope {
@@ -870,6 +882,8 @@ typedef struct besa_activations {
                                                    than all, gradients come in pieces */
     float *dw_sum[BESA_LAYERS];                 /* the caller's, NULL after init: where (R,C) floats are given, the layer's
                                                    gradient is added to them instead of being handed out */
+    float *dvector[BESA_VECTORS];               /* likewise: where floats are given, the gradient of that norm or bias is
+                                                   added to them */
 } besa_activations;
 
 /* Receives rows first .. first+rows-1 of dL/dW of one layer, dw (rows, C): all R at once where acts->dw has room for them.
@@ -902,8 +916,9 @@ BESA_API besa_result besa_block_forward(besa_backend *be, const besa_block *bloc
                                         const void *x, void *y, int64_t batch, int64_t seqlen, besa_error *error);
 
 /* From dY(T,d) the gradient of every weight, handed to `gradient` one layer at a time (down, gate, up, o, q, k, v),
- * and dX(T,d) where dx is not NULL. Needs acts as the forward pass left them and overwrites gate and up; on return dy
- * is dL/dh1, h1 = x + attn Wo'. dx may be dy. Workspace as for the forward pass. */
+ * and dX(T,d) where dx is not NULL. A weight whose gradient is handed out has been read for the last time. Needs acts as
+ * the forward pass left them and overwrites gate and up; on return dy is dL/dh1, h1 = x + attn Wo'. dx may be dy.
+ * Workspace as for the forward pass. */
 BESA_API besa_result besa_block_backward(besa_backend *be, const besa_block *block, besa_activations *acts,
                                          const void *x, void *dy, void *dx, int64_t batch, int64_t seqlen,
                                          besa_weight_gradient gradient, void *user, besa_error *error);
@@ -1021,6 +1036,7 @@ typedef struct besa_prune_options {
     double weight_lr;                           /* [0.2] of Adam's steps, in units of rms(W) / sqrt(C) of a layer: the share of its
                                                    outputs' size that a step changes where all inputs agree on it */
     double weight_warmup;                       /* [0] share of the steps in which it rises; then it goes down a half cosine */
+    int learn_vectors;                          /* the block's norms and biases learn wherever its kept weights do */
     int no_projection;                          /* leave the sparsity where learning ended, as the paper's code does */
     int64_t first_block, num_blocks;            /* level 1: prune these [0; all from there on] and leave the others dense: a
                                                    quick look at anything else */
@@ -1111,6 +1127,11 @@ BESA_API void besa_pruner_destroy(besa_pruner *pruner); /* NULL is fine */
 BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *block, const char *name, void *x,
                                      void *dense_x, void *const pruned[BESA_LAYERS], besa_block_report *report,
                                      besa_error *error);
+
+/* The block that the last run has left, as its own commit pass read it: the weights are `pruned`; norms and biases that
+ * learned are the pruner's, floats rounded to the block's dtype, in its device memory until the next run or its end; all
+ * else is the caller's. Of no meaning before the first run and after one that failed. */
+BESA_API const besa_block *besa_pruner_block(const besa_pruner *pruner);
 
 /* ============================================================================================
  * // >>api-checkpoint        level 1: a Hugging Face directory in, a pruned one out
@@ -1773,7 +1794,7 @@ static besa__workspace besa__use_workspace(besa_backend *be, void *memory, size_
 
 /* The prunable layers of a block, in the order of BESA_Q .. BESA_DOWN: where a Hugging Face checkpoint has them, which of
  * the block's widths their rows and columns are, what they read, and which belong together. */
-enum { BESA__WIDTH_HIDDEN, BESA__WIDTH_QUERY, BESA__WIDTH_KEY_VALUE, BESA__WIDTH_INTERMEDIATE };
+enum { BESA__WIDTH_HIDDEN, BESA__WIDTH_QUERY, BESA__WIDTH_KEY_VALUE, BESA__WIDTH_INTERMEDIATE, BESA__WIDTH_HEAD };
 enum { BESA__INPUT_A, BESA__INPUT_ATTN, BESA__INPUT_M, BESA__INPUT_Z, BESA__INPUTS }; /* names as in besa_activations */
 enum { BESA__GROUP_QKV, BESA__GROUP_O, BESA__GROUP_MLP, BESA__GROUPS };
 
@@ -1792,6 +1813,11 @@ static const besa__layer_row besa__layers[BESA_LAYERS] = {
     {"mlp.down_proj", BESA__WIDTH_HIDDEN, BESA__WIDTH_INTERMEDIATE, BESA__INPUT_Z, BESA__GROUP_MLP},
 };
 
+/* The norms of a block, in the order of BESA_NORM1 .. BESA_K_NORM. */
+static const struct { const char *path; int width; } besa__norm_rows[BESA_VECTORS - BESA_LAYERS] = {
+    {"input_layernorm", BESA__WIDTH_HIDDEN}, {"post_attention_layernorm", BESA__WIDTH_HIDDEN},
+    {"self_attn.q_norm", BESA__WIDTH_HEAD}, {"self_attn.k_norm", BESA__WIDTH_HEAD}};
+
 BESA_API const char *besa_layer_name(int layer)
 {
     if (layer < 0 || layer >= BESA_LAYERS) return "?";
@@ -1805,6 +1831,7 @@ static int64_t besa__width(const besa_block_shape *s, int width)
     case BESA__WIDTH_QUERY: return besa__product(s->num_attention_heads, s->head_dim);
     case BESA__WIDTH_KEY_VALUE: return besa__product(s->num_key_value_heads, s->head_dim);
     case BESA__WIDTH_INTERMEDIATE: return s->intermediate_size;
+    case BESA__WIDTH_HEAD: return s->head_dim;
     default: return s->hidden_size;
     }
 }
@@ -1813,6 +1840,25 @@ BESA_API void besa_block_layer(const besa_block_shape *shape, int layer, int64_t
 {
     *rows = besa__width(shape, besa__layers[layer].rows);
     *columns = besa__width(shape, besa__layers[layer].columns);
+}
+
+/* Elements of a norm or bias. */
+static int64_t besa__vector_count(const besa_block_shape *shape, int vector)
+{
+    int norm = vector - BESA_LAYERS;
+    return besa__width(shape, norm < 0 ? besa__layers[vector].rows : besa__norm_rows[norm].width);
+}
+
+/* Where a block has it. */
+static const float **besa__block_vector(besa_block *block, int vector)
+{
+    switch (vector) {
+    case BESA_NORM1: return &block->norm1;
+    case BESA_NORM2: return &block->norm2;
+    case BESA_Q_NORM: return &block->q_norm;
+    case BESA_K_NORM: return &block->k_norm;
+    default: return &block->bias[vector];
+    }
 }
 
 /* The first layer that reads an input. */
@@ -1976,6 +2022,8 @@ static const besa_option besa__options[] = {
      "weight-lr", "X", "learning rate of weights, in units of a layer's rms / sqrt(columns) [0.2]"},
     {BESA__PRUNE(DOUBLE, weight_warmup), 0, 0, 1, BESA__FROM_0 | BESA__WEIGHTS, "0 or more and below 1",
      "weight-warmup", "X", "share of the steps in which that rises [0]"},
+    {BESA__PRUNE(FLAG, learn_vectors), 0, 0, 1, BESA__WEIGHTS, "0 or 1",
+     "learn-vectors", "", "norms and biases learn wherever kept weights do"},
     {BESA__PRUNE(FLAG, no_projection), 0, 0, 1, BESA__BESA, "0 or 1",
      "no-projection", "", "leave the sparsity where learning ends, near S"},
     {NULL, BESA_OPTION_FLAG, 0, 0, 0, 0, 0, NULL, NULL, NULL, NULL},
@@ -3071,7 +3119,10 @@ BESA_API besa_result besa_rates_status(besa_rates *rates, double *d, double *mea
  * step of r changes it by r C |x|, and it is of the size rms(W) sqrt(C) |x|: in units of rms(W) / sqrt(C), of the dense
  * weights, one learning rate suits all layers and models. The
  * forward pass reads them masked and rounded to the checkpoint's dtype, and the gradient there counts as that of the
- * float copy. Pruned weights keep their values, which are what the masks are applied to: they may come back. */
+ * float copy. Pruned weights keep their values, which are what the masks are applied to: they may come back.
+ * Norms and biases, a block's vectors, move likewise, but have no mask. A norm's weight scales a column of the layers
+ * behind it: in units of rms / sqrt(count) of the norm, a step changes that column by the share by which one of the weights
+ * changes it. A bias is the weight of an input that is 1, and has the unit of its layer's weights. */
 
 typedef struct besa__weight_layer {
     int64_t count, columns;                     /* R C, C */
@@ -3081,9 +3132,20 @@ typedef struct besa__weight_layer {
     float *rms;                                 /* (1) */
 } besa__weight_layer;
 
+typedef struct besa__vector {
+    int64_t count, columns;                     /* columns: of the unit of the learning rate */
+    besa_dtype dtype;                           /* of the checkpoint's tensor */
+    const float *dense;                         /* (count) as the block came; NULL: it has none, or vectors do not learn */
+    float *value;                               /* (count) what the block reads: w rounded to the dtype */
+    float *w, *m, *v, *grad;                    /* (count) */
+    float *rms;                                 /* (1) of the norm, or of the bias's layer */
+} besa__vector;
+
 typedef struct besa__weights {
     besa_backend *be;
     besa__weight_layer layer[BESA_LAYERS];
+    besa__vector vector[BESA_VECTORS];
+    void *rounded;                              /* the longest vector in 16 bits, on its way from w to value */
     double lr, warmup;
     int64_t step, steps;                        /* how many there have been, and will be */
 } besa__weights;
@@ -3122,16 +3184,80 @@ static besa_result besa__weights_reset(besa__weights *weights, int index, const 
     return be->zero(be, BESA_QUEUE_COMPUTE, layer->v, bytes);
 }
 
+static void besa__vectors_place(besa__weights *weights, const besa_block_shape *shape, besa__arena *arena)
+{
+    int64_t longest = 0;
+    for (int i = 0; i < BESA_VECTORS; i++) {
+        besa__vector *vector = &weights->vector[i];
+        vector->count = besa__vector_count(shape, i);
+        vector->columns = i < BESA_LAYERS ? weights->layer[i].columns : vector->count;
+        vector->value = besa__take_floats(arena, vector->count);
+        vector->w = besa__take_floats(arena, vector->count);
+        vector->m = besa__take_floats(arena, vector->count);
+        vector->v = besa__take_floats(arena, vector->count);
+        vector->grad = besa__take_floats(arena, vector->count);
+        vector->rms = i < BESA_LAYERS ? weights->layer[i].rms : besa__take_floats(arena, 1);
+        longest = besa__max(longest, vector->count);
+    }
+    weights->rounded = besa__take(arena, besa__bytes(longest, sizeof(uint16_t)));
+}
+
+/* Before anything reads them: all as the block came. */
+static besa_result besa__vectors_reset(besa__weights *weights)
+{
+    besa_backend *be = weights->be;
+    for (int i = 0; i < BESA_VECTORS; i++) {
+        const besa__vector *vector = &weights->vector[i];
+        size_t bytes = (size_t)vector->count * sizeof(float);
+        if (!vector->dense) continue;
+        BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, vector->value, vector->dense, bytes));
+        BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, vector->w, vector->dense, bytes));
+        BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, vector->m, bytes));
+        BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, vector->v, bytes));
+        if (i >= BESA_LAYERS) BESA__TRY(be->rms(be, vector->rms, vector->dense, vector->count));
+    }
+    return BESA_OK;
+}
+
+/* What every step of a pass over weights or vectors has in common; lr in units of rms / sqrt(columns). */
+static besa_weight_step besa__weights_step(const besa__weights *weights, int64_t columns)
+{
+    besa_weight_step o;
+    memset(&o, 0, sizeof o);
+    o.lr = weights->lr / sqrt((double)columns) *
+           besa__schedule_factor(BESA_SCHEDULE_COSINE, weights->warmup, weights->step, weights->steps);
+    o.beta1 = 0.9, o.beta2 = 0.999, o.eps = 1e-12;
+    o.step = weights->step;
+    return o;
+}
+
+/* Move the norms and biases along their gradients. */
+static besa_result besa__vectors_move(besa__weights *weights)
+{
+    besa_backend *be = weights->be;
+    for (int i = 0; i < BESA_VECTORS; i++) {
+        const besa__vector *vector = &weights->vector[i];
+        besa_weight_step o = besa__weights_step(weights, vector->columns);
+        if (!vector->dense) continue;
+        o.n = vector->count;
+        o.w = vector->w, o.m = vector->m, o.v = vector->v;
+        o.grad = vector->grad;
+        o.rms = vector->rms;
+        BESA__TRY(be->weight_step(be, &o));
+        const void *rounded = vector->dtype == BESA_F32 ? (const void *)vector->w : weights->rounded;
+        if (rounded != vector->w)
+            BESA__TRY(be->convert(be, weights->rounded, vector->dtype, vector->w, BESA_F32, vector->count));
+        BESA__TRY(be->convert(be, vector->value, BESA_F32, rounded, vector->dtype, vector->count));
+    }
+    return BESA_OK;
+}
+
 /* Move `count` kept weights of a layer from `first` on, in `masked` (R,C) too, along grad (count). */
 static besa_result besa__weights_move(besa__weights *weights, int index, int64_t first, int64_t count, const float *grad,
                                       void *masked)
 {
     const besa__weight_layer *layer = &weights->layer[index];
-    besa_weight_step o;
-    o.lr = weights->lr / sqrt((double)layer->columns) *
-           besa__schedule_factor(BESA_SCHEDULE_COSINE, weights->warmup, weights->step, weights->steps);
-    o.beta1 = 0.9, o.beta2 = 0.999, o.eps = 1e-12;
-    o.step = weights->step;
+    besa_weight_step o = besa__weights_step(weights, layer->columns);
     o.n = count;
     o.w = layer->value + first, o.m = layer->m + first, o.v = layer->v + first;
     o.grad = grad;
@@ -3360,7 +3486,7 @@ typedef struct besa__backward {
 } besa__backward;
 
 /* A backward pass through a block, of all gradients; the batch is set apart. A layer's gradient is handed out when the
- * layer's weights have been read for the last time, but those of q, k and v where there is a dx. */
+ * layer's weights have been read for the last time. */
 static besa__backward besa__backward_of(besa_backend *be, const besa_block *block, besa_activations *acts, int64_t seqlen)
 {
     besa__backward p;
@@ -3379,13 +3505,22 @@ static void besa__backward_batch(besa__backward *p, int64_t batch)
     p->tokens = batch * p->seqlen;
 }
 
-/* dW = dy' x of one layer, handed to the caller in pieces of as many rows as there is room for. */
+/* The gradient of a norm's weight, where it is wanted, from dy and the norm's inputs x (n, d). */
+static besa_result besa__norm_gradient(const besa__backward *p, int vector, const void *dy, const void *x,
+                                       const float *inv_rms, int64_t n, int64_t d)
+{
+    float *sum = p->acts->dvector[vector];
+    return sum ? p->be->column_sum(p->be, sum, dy, x, inv_rms, n, d) : BESA_OK;
+}
+
+/* dW = dy' x of one layer, handed to the caller in pieces of as many rows as there is room for; and that of its bias. */
 static besa_result besa__layer_gradient(const besa__backward *p, int layer, const void *dy, const void *x)
 {
     int64_t rows, columns;
     if (!(p->layers >> layer & 1u)) return BESA_OK;
     besa_block_layer(&p->block->shape, layer, &rows, &columns);
-    float *sum = p->acts->dw_sum[layer];
+    float *sum = p->acts->dw_sum[layer], *bias = p->block->bias[layer] ? p->acts->dvector[layer] : NULL;
+    if (bias) BESA__TRY(p->be->column_sum(p->be, bias, dy, NULL, NULL, p->tokens, rows));
     if (sum) return p->be->linear_backward_weight(p->be, sum, dy, x, p->tokens, rows, columns, 0, rows, 1);
     int64_t piece = besa__min(rows, p->acts->dw_count / columns);
     BESA_ASSERT(piece > 0);
@@ -3414,6 +3549,7 @@ static besa_result besa__mlp_backward(const besa__backward *p, void *dy)
     BESA__TRY(besa__layer_backward_input(be, b, BESA_UP, acts->dm, acts->up, p->tokens, 1));
     BESA__TRY(besa__layer_gradient(p, BESA_GATE, acts->gate, acts->m));
     BESA__TRY(besa__layer_gradient(p, BESA_UP, acts->up, acts->m));
+    BESA__TRY(besa__norm_gradient(p, BESA_NORM2, acts->dm, acts->h1, acts->inv_rms2, p->tokens, d));
     return be->rmsnorm_backward(be, dy, acts->dm, acts->h1, b->norm2, acts->inv_rms2, p->tokens, d, 1);
 }
 
@@ -3430,18 +3566,20 @@ static besa_result besa__attention_backward(const besa__backward *p)
                                      &attention));
     BESA__TRY(be->rope(be, acts->dq, b->rope_cos, b->rope_sin, p->tokens, p->seqlen, heads, dh, -1));
     BESA__TRY(be->rope(be, acts->dk, b->rope_cos, b->rope_sin, p->tokens, p->seqlen, kv_heads, dh, -1));
-    if (b->q_norm)
-        BESA__TRY(be->rmsnorm_backward(be, acts->dq, acts->dq, acts->q_raw, b->q_norm, acts->inv_rms_q,
-                                       p->tokens * heads, dh, 0));
-    if (b->k_norm)
-        BESA__TRY(be->rmsnorm_backward(be, acts->dk, acts->dk, acts->k_raw, b->k_norm, acts->inv_rms_k,
-                                       p->tokens * kv_heads, dh, 0));
-    BESA__TRY(besa__layer_gradient(p, BESA_Q, acts->dq, acts->a));
-    BESA__TRY(besa__layer_gradient(p, BESA_K, acts->dk, acts->a));
-    return besa__layer_gradient(p, BESA_V, acts->dv, acts->a);
+    if (b->q_norm) {
+        int64_t n = p->tokens * heads;
+        BESA__TRY(besa__norm_gradient(p, BESA_Q_NORM, acts->dq, acts->q_raw, acts->inv_rms_q, n, dh));
+        BESA__TRY(be->rmsnorm_backward(be, acts->dq, acts->dq, acts->q_raw, b->q_norm, acts->inv_rms_q, n, dh, 0));
+    }
+    if (b->k_norm) {
+        int64_t n = p->tokens * kv_heads;
+        BESA__TRY(besa__norm_gradient(p, BESA_K_NORM, acts->dk, acts->k_raw, acts->inv_rms_k, n, dh));
+        BESA__TRY(be->rmsnorm_backward(be, acts->dk, acts->dk, acts->k_raw, b->k_norm, acts->inv_rms_k, n, dh, 0));
+    }
+    return BESA_OK;
 }
 
-/* dx = dy + the gradient through q, k, v and the first norm. */
+/* The gradient through q, k and v: of the first norm's weight, and dx = dy + that through the norm where dx is not NULL. */
 static besa_result besa__input_backward(const besa__backward *p, const void *x, const void *dy, void *dx)
 {
     besa_backend *be = p->be;
@@ -3451,6 +3589,8 @@ static besa_result besa__input_backward(const besa__backward *p, const void *x, 
     BESA__TRY(besa__layer_backward_input(be, b, BESA_Q, acts->dm, acts->dq, p->tokens, 0));
     BESA__TRY(besa__layer_backward_input(be, b, BESA_K, acts->dm, acts->dk, p->tokens, 1));
     BESA__TRY(besa__layer_backward_input(be, b, BESA_V, acts->dm, acts->dv, p->tokens, 1));
+    BESA__TRY(besa__norm_gradient(p, BESA_NORM1, acts->dm, x, acts->inv_rms1, p->tokens, d));
+    if (!dx) return BESA_OK;
     BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, dx, dy, besa_dtype_size(be->activation_dtype) * (size_t)(p->tokens * d)));
     return be->rmsnorm_backward(be, dx, acts->dm, x, b->norm1, acts->inv_rms1, p->tokens, d, 1);
 }
@@ -3458,14 +3598,18 @@ static besa_result besa__input_backward(const besa__backward *p, const void *x, 
 static besa_result besa__block_backward(const besa__backward *p, const void *x, void *dy, void *dx)
 {
     const unsigned qkv = 1u << BESA_Q | 1u << BESA_K | 1u << BESA_V;
+    float *const *wanted = p->acts->dvector;
     BESA__TRY(besa__mlp_backward(p, dy)); /* dy has come to h1 */
     if (p->at_h1) BESA__TRY(p->at_h1(p->user, dy));
-    int further = dx || (p->layers & qkv);
+    int further = dx || (p->layers & qkv) || wanted[BESA_NORM1] || wanted[BESA_Q_NORM] || wanted[BESA_K_NORM];
     if (further) BESA__TRY(besa__layer_backward_input(p->be, p->block, BESA_O, p->acts->dattn, dy, p->tokens, 0));
     BESA__TRY(besa__layer_gradient(p, BESA_O, dy, p->acts->attn));
     if (!further) return BESA_OK;
     BESA__TRY(besa__attention_backward(p));
-    return dx ? besa__input_backward(p, x, dy, dx) : BESA_OK;
+    if (dx || wanted[BESA_NORM1]) BESA__TRY(besa__input_backward(p, x, dy, dx));
+    BESA__TRY(besa__layer_gradient(p, BESA_Q, p->acts->dq, p->acts->a));
+    BESA__TRY(besa__layer_gradient(p, BESA_K, p->acts->dk, p->acts->a));
+    return besa__layer_gradient(p, BESA_V, p->acts->dv, p->acts->a);
 }
 
 BESA_API besa_result besa_block_forward(besa_backend *be, const besa_block *block, besa_activations *acts,
@@ -3771,12 +3915,14 @@ struct besa_pruner {
     besa__results *results;                     /* host */
     float *results_losses;                      /* host, as losses */
     int32_t *results_counts;                    /* host (2, rows) */
+    float *results_vectors;                     /* host, one vector after the other: what learned has come to */
+    besa_block masked;                          /* this run's block, with `pruned` for its weights, and what vectors learn */
 };
 
 /* What the passes over a block work on. */
 typedef struct besa__work {
     besa_pruner *pruner;
-    const besa_block *dense, *masked;           /* the block as it came; the same with `pruned` for its weights */
+    const besa_block *dense, *masked;           /* the block as it came; the pruner's */
     void *const *pruned;                        /* (BESA_LAYERS) */
     besa__stream *x, *yref;                     /* its inputs; the outputs aimed at: the pruner's yref or the dense stream */
     besa__stream *own;                          /* the dense model's own stream, or NULL */
@@ -3785,6 +3931,8 @@ typedef struct besa__work {
 static int besa__learns_rates(const besa_pruner *p) { return p->options.method == BESA_METHOD_BESA; }
 
 static int besa__learns_weights(const besa_pruner *p) { return p->options.learn != BESA_LEARN_RATES; }
+
+static int besa__learns_vectors(const besa_pruner *p) { return besa__learns_weights(p) && p->options.learn_vectors; }
 
 static int besa__learns(const besa_pruner *p) { return besa__learns_rates(p) || besa__learns_weights(p); }
 
@@ -4055,6 +4203,15 @@ static void besa__pruner_place_weights(besa_pruner *p, besa__arena *arena)
         int sums = p->options.batch_size > p->micro_batch;
         p->acts.dw_sum[i] = sums ? besa__take_floats(arena, p->weights.layer[i].count) : NULL;
     }
+    if (besa__learns_vectors(p)) besa__vectors_place(&p->weights, &p->shape, arena);
+}
+
+/* Elements of all norms and biases that a block of this shape may have. */
+static int64_t besa__vector_counts(const besa_block_shape *shape)
+{
+    int64_t counts = 0;
+    for (int i = 0; i < BESA_VECTORS; i++) counts += besa__vector_count(shape, i);
+    return counts;
 }
 
 /* Place every array of the pruner, on the device and on the host; arenas without memory only count. */
@@ -4087,6 +4244,7 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     p->results = (besa__results *)besa__take(host, sizeof(besa__results));
     p->results_losses = besa__take_floats(host, BESA__LOSS_STEP + p->step_losses);
     p->results_counts = (int32_t *)besa__take_array(host, besa__product(2, p->rows), sizeof(int32_t));
+    p->results_vectors = besa__learns_vectors(p) ? besa__take_floats(host, besa__vector_counts(s)) : NULL;
 }
 
 /* Sequences that go through a pass together: about 2048 tokens. A larger batch is accumulated over several. */
@@ -4162,6 +4320,7 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     p->weights.be = be;
     p->weights.lr = o->weight_lr;
     p->weights.warmup = o->weight_warmup;
+    for (int i = 0; i < BESA_VECTORS; i++) p->weights.vector[i].dtype = dtype;
     p->weights.steps = weight_epochs * batches + (o->learn == BESA_LEARN_BOTH ? o->rates.steps : 0);
     p->steps = weight_epochs * batches + (besa__learns_rates(p) ? o->rates.steps : 0);
     p->step_losses = besa__min(p->steps, BESA__STEP_LOSSES);
@@ -4235,6 +4394,7 @@ BESA__UNUSED static void besa__pruner_retarget(besa_pruner *p, double target)
 static besa_result besa__pruner_reset(besa_pruner *p)
 {
     if (p->masks.count > 0) BESA__TRY(besa__masks_reset(&p->masks));
+    BESA__TRY(besa__vectors_reset(&p->weights));
     if (!besa__learns_rates(p)) return BESA_OK;
     BESA__TRY(besa__parameters_reset(&p->parameters));
     return besa__rates_reset(&p->rates);
@@ -4787,6 +4947,10 @@ static besa_result besa__clear_gradients(besa_pruner *p, const besa__batch *batc
         if (p->acts.dw_sum[i] && batch->layers >> i & 1u)
             BESA__TRY(p->be->zero(p->be, BESA_QUEUE_COMPUTE, p->acts.dw_sum[i],
                                   (size_t)p->weights.layer[i].count * sizeof(float)));
+    for (int i = 0; i < BESA_VECTORS; i++)
+        if (p->acts.dvector[i])
+            BESA__TRY(p->be->zero(p->be, BESA_QUEUE_COMPUTE, p->acts.dvector[i],
+                                  (size_t)p->weights.vector[i].count * sizeof(float)));
     return BESA_OK;
 }
 
@@ -4824,6 +4988,7 @@ static besa_result besa__learn_step(besa__learning *l, const besa__batch *batch,
     BESA__TRY(besa__clear_gradients(p, batch));
     BESA__TRY(besa__batch_gradient(l->work, batch));
     BESA__TRY(besa__use_gradients(p, batch));
+    if (l->weights) BESA__TRY(besa__vectors_move(&p->weights));
     if (l->rates) BESA__TRY(besa__rates_backward(&p->rates));
     return l->rates ? besa__parameters_step(&p->parameters) : BESA_OK;
 }
@@ -4844,6 +5009,8 @@ static besa_result besa__learn(besa__learning *l, besa_error *error)
     besa_pruner *p = l->work->pruner;
     int64_t size = p->options.batch_size, batches = besa__parts(p->nsamples, size);
     besa__batch batch = {0, 0, 0, NULL, besa__learned_layers(p, l->weights), besa__learn_gradient, l};
+    for (int i = 0; i < BESA_VECTORS; i++)
+        p->acts.dvector[i] = l->weights && p->weights.vector[i].dense ? p->weights.vector[i].grad : NULL;
     for (int64_t s = 0; s < l->steps && batch.layers; s++) {
         batch.first = s % batches * size;
         batch.end = besa__min(batch.first + size, p->nsamples);
@@ -4981,6 +5148,10 @@ static besa_result besa__fetch_results(besa_pruner *p)
     BESA__TRY(be->download(be, q, p->results_losses, p->losses, losses));
     BESA__TRY(be->download(be, q, r->not_finite, p->not_finite, sizeof r->not_finite));
     BESA__TRY(be->download(be, q, p->results_counts, p->counts, 2 * (size_t)p->rows * sizeof(int32_t)));
+    for (int64_t i = 0, at = 0; i < BESA_VECTORS; at += p->weights.vector[i++].count)
+        if (p->weights.vector[i].dense)
+            BESA__TRY(be->download(be, q, p->results_vectors + at, p->weights.vector[i].value,
+                                   (size_t)p->weights.vector[i].count * sizeof(float)));
     if (besa__learns_rates(p)) {
         BESA__TRY(be->download(be, q, r->scalars, p->parameters.step.scalars, sizeof r->scalars));
         BESA__TRY(be->download(be, q, &r->mean, p->rates.mean, sizeof r->mean));
@@ -5019,6 +5190,22 @@ static besa_result besa__check_layers_finite(const besa_pruner *p, const char *n
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s.weight: %d %sweights are NaN or infinite",
                               name ? name : "", besa__layers[i].path, (int)count[i],
                               which == BESA__DENSE ? "" : "pruned ");
+    return BESA_OK;
+}
+
+/* The same of norms and biases that learned. */
+static besa_result besa__check_vectors_finite(const besa_pruner *p, const char *name, besa_error *error)
+{
+    const float *at = p->results_vectors;
+    for (int i = 0; i < BESA_VECTORS && at; at += p->weights.vector[i++].count) {
+        int64_t count = 0;
+        for (int64_t k = 0; k < p->weights.vector[i].count && p->weights.vector[i].dense; k++)
+            count += !besa__is_finite((double)at[k]);
+        if (count != 0)
+            return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s.%s: %lld elements have become NaN or infinite: weight_lr "
+                              "may be too large", name ? name : "", i < BESA_LAYERS ? besa__layers[i].path
+                              : besa__norm_rows[i - BESA_LAYERS].path, i < BESA_LAYERS ? "bias" : "weight", (long long)count);
+    }
     return BESA_OK;
 }
 
@@ -5121,6 +5308,7 @@ static besa_result besa__report_block(besa_pruner *p, const char *name, besa_blo
     BESA__TRY(besa__check_layers_finite(p, name, BESA__DENSE, error));
     BESA__TRY(besa__check_sums(p, name, error));
     BESA__TRY(besa__check_learning(p, name, error));
+    BESA__TRY(besa__check_vectors_finite(p, name, error));
     if (besa__learns_rates(p)) {
         BESA__TRY(besa__check_status(&p->rates, r->scalars[0], r->mean, error));
         BESA__TRY(besa__check_excess(&p->rates, r->excess, error));
@@ -5239,14 +5427,19 @@ static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, con
                                     besa__stream *dense, void *const pruned[BESA_LAYERS], besa_block_report *report,
                                     besa_error *error)
 {
-    besa_block masked = *block;
-    besa__work work = {p, block, &masked, pruned, x, p->options.dense_stream ? dense : &p->yref, dense};
+    besa__work work = {p, block, &p->masked, pruned, x, p->options.dense_stream ? dense : &p->yref, dense};
     memset(report, 0, sizeof *report);
+    p->masked = *block;
     x->micro_batch = work.yref->micro_batch = p->micro_batch;
     if (dense) dense->micro_batch = p->micro_batch;
     for (int i = 0; i < BESA_LAYERS; i++) {
-        masked.weight[i] = pruned[i];
+        p->masked.weight[i] = pruned[i];
         p->fixed[i] = besa__fixed_rate(&p->options, name, i);
+    }
+    for (int i = 0; i < BESA_VECTORS && besa__learns_vectors(p); i++) {
+        const float **vector = besa__block_vector(&p->masked, i);
+        p->weights.vector[i].dense = *vector;
+        if (*vector) *vector = p->weights.vector[i].value;
     }
     p->be->error.code = BESA_OK;
     besa__workspace callers = besa__use_workspace(p->be, p->workspace, p->workspace_bytes);
@@ -5355,6 +5548,8 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
     return besa__pruner_run(pruner, block, name, &inputs, besa__uses_own(&pruner->options) ? &dense : NULL, pruned,
                             report ? report : &local, error);
 }
+
+BESA_API const besa_block *besa_pruner_block(const besa_pruner *pruner) { return &pruner->masked; }
 
 #ifndef BESA_NO_STDIO
 /* ============================================================================================
@@ -6716,8 +6911,7 @@ typedef struct besa__config_reader {
 /* A block's tensors; NULL where the model has none. */
 typedef struct besa__block_tensors {
     const besa_tensor *weight[BESA_LAYERS];
-    const besa_tensor *bias[BESA_LAYERS];
-    const besa_tensor *norm1, *norm2, *q_norm, *k_norm;
+    const besa_tensor *vector[BESA_VECTORS];
 } besa__block_tensors;
 
 typedef struct besa__model {
@@ -7132,16 +7326,16 @@ static besa_result besa__block_bind(besa__block_tensors *tensors, const besa_che
         besa__layer_tensor_name(name, sizeof name, &checkpoint->config, block, i, "weight");
         BESA__TRY(besa__need(&tensors->weight[i], checkpoint, name, rows, columns, error));
         besa__layer_tensor_name(name, sizeof name, &checkpoint->config, block, i, "bias");
-        BESA__TRY(besa__need_if(checkpoint->config.bias[i], &tensors->bias[i], checkpoint, name, rows, error));
+        BESA__TRY(besa__need_if(checkpoint->config.bias[i], &tensors->vector[i], checkpoint, name, rows, error));
     }
-    besa__tensor_name(name, sizeof name, &checkpoint->config, block, "input_layernorm.weight");
-    BESA__TRY(besa__need(&tensors->norm1, checkpoint, name, s->hidden_size, 0, error));
-    besa__tensor_name(name, sizeof name, &checkpoint->config, block, "post_attention_layernorm.weight");
-    BESA__TRY(besa__need(&tensors->norm2, checkpoint, name, s->hidden_size, 0, error));
-    besa__tensor_name(name, sizeof name, &checkpoint->config, block, "self_attn.q_norm.weight");
-    BESA__TRY(besa__need_if(checkpoint->config.qk_norm, &tensors->q_norm, checkpoint, name, s->head_dim, error));
-    besa__tensor_name(name, sizeof name, &checkpoint->config, block, "self_attn.k_norm.weight");
-    return besa__need_if(checkpoint->config.qk_norm, &tensors->k_norm, checkpoint, name, s->head_dim, error);
+    for (int i = BESA_LAYERS; i < BESA_VECTORS; i++) {
+        int wanted = i == BESA_NORM1 || i == BESA_NORM2 || checkpoint->config.qk_norm;
+        besa__tensor_name(name, sizeof name, &checkpoint->config, block, besa__norm_rows[i - BESA_LAYERS].path);
+        size_t length = strlen(name);
+        snprintf(name + length, sizeof name - length, ".weight");
+        BESA__TRY(besa__need_if(wanted, &tensors->vector[i], checkpoint, name, besa__vector_count(s, i), error));
+    }
+    return BESA_OK;
 }
 
 BESA_API const besa_tensor *besa_checkpoint_layer(const besa_checkpoint *checkpoint, int64_t block, int layer)
@@ -7282,7 +7476,8 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
  * // >>journal               files of the unfinished output, and its journal
  * ============================================================================================
  * Owns OUT.partial, which becomes OUT by a rename once all is on disk. It starts as a copy of the source without the
- * prunable weights; blocks come in one after another. Its journal has one line per step that is on disk,
+ * prunable weights, and without norms and biases that learn; blocks come in one after another. Its journal has one line
+ * per step that is on disk,
  *     besa-journal 2 | run FINGERPRINT | copied | block 0 HASH | block 1 HASH ...
  * each ending in the hash of its own text, so that a torn line counts for nothing. A step's bytes are synced before
  * its line is. OUT has no journal, so the journal must go before the last rename: for that moment the directory's name says
@@ -7310,9 +7505,12 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
 #endif
 #define BESA__SYNC ((size_t)64 << 20)           /* bytes of a block that are written between syncs */
 
+/* Tensors of a block: its weights, and then its norms and biases. */
+enum { BESA__BLOCK_TENSORS = BESA_LAYERS + BESA_VECTORS };
+
 /* A block that is on disk. */
 typedef struct besa__finished {
-    uint64_t hash;                              /* of its weights */
+    uint64_t hash;                              /* of its tensors that come in with it */
     uint64_t line;                              /* where its line begins in the journal */
 } besa__finished;
 
@@ -7335,6 +7533,7 @@ typedef struct besa__writer {
     char *partial;                              /* where the unfinished output lies: OUT.partial, or with .RUN.HASH */
     const char *name, *partial_name;            /* their last parts, in the parent directory */
     uint64_t run;                               /* hash of the fingerprint */
+    int vectors;                                /* norms and biases come in with their block; else weights alone */
     unsigned char *prunable;                    /* (num_tensors) 1: comes in with its block */
     besa__source *sources;                      /* (num_tensors) */
     besa__side *sides;                          /* (num_sides) */
@@ -7344,13 +7543,13 @@ typedef struct besa__writer {
     int created, locked;                        /* we made the directory; nobody else writes into it */
     int is_ready;                               /* the directory is OUT.partial.RUN.HASH */
     int worthless;                              /* nothing in it is worth keeping: a failure deletes it */
-    int copied;                                 /* all but the prunable weights is on disk */
+    int copied;                                 /* all but what comes in with its block is on disk */
     int64_t blocks, done;
     besa__finished *finished;                   /* (blocks) the first `done` of them */
     uint64_t journal_begun, journal_end;        /* its size with the line "run"; now */
     besa__block_tensors current;                /* of block number done */
-    uint64_t hash[BESA_LAYERS];                 /* of its weights, as far as written */
-    size_t written[BESA_LAYERS];                /* bytes */
+    uint64_t hash[BESA__BLOCK_TENSORS];         /* of its tensors, as far as written */
+    size_t written[BESA__BLOCK_TENSORS];        /* bytes */
     size_t unsynced;                            /* bytes since the last sync */
 } besa__writer;
 
@@ -7920,7 +8119,14 @@ static besa_result besa__source_changed(const besa__writer *w, const char *name,
                       w->partial);
 }
 
-/* Headers, and every tensor that is not pruned. */
+/* Tensor number `index` of the current block, if it is one of those that come in with it, else NULL. */
+static const besa_tensor *besa__coming(const besa__writer *w, int index)
+{
+    if (index < BESA_LAYERS) return w->current.weight[index];
+    return w->vectors ? w->current.vector[index - BESA_LAYERS] : NULL;
+}
+
+/* Headers, and every tensor that does not come in with a block. */
 static besa_result besa__copy_unpruned(besa__writer *w, besa_error *error)
 {
     const besa_checkpoint *c = w->checkpoint;
@@ -7939,15 +8145,29 @@ static besa_result besa__copy_unpruned(besa__writer *w, besa_error *error)
     return BESA_OK;
 }
 
-/* Whether a small tensor that is about to be used is still as it was copied. */
-static besa_result besa__check_copy(const besa__writer *w, const besa_tensor *tensor, besa_error *error)
+/* The run has read these bytes of a source tensor, one piece after another from its start (at 0); all pieces but the last are
+ * multiples of 8. */
+static void besa__writer_saw(besa__writer *w, const besa_tensor *tensor, size_t at, const void *bytes, size_t size)
 {
+    besa__source *source = w->sources + (tensor - w->checkpoint->tensors);
+    source->hash = besa__hash(at ? source->hash : BESA__HASH_START, bytes, size);
+    source->bytes = at + size;
+}
+
+/* Whether a small tensor that is about to be used is still as it was copied; one that comes in with its block is not copied,
+ * but seen now. */
+static besa_result besa__check_copy(besa__writer *w, const besa_tensor *tensor, besa_error *error)
+{
+    if (w->prunable[tensor - w->checkpoint->tensors]) {
+        besa__writer_saw(w, tensor, 0, tensor->data, tensor->bytes);
+        return BESA_OK;
+    }
     uint64_t hash = besa__hash(BESA__HASH_START, tensor->data, tensor->bytes);
     if (hash == w->sources[tensor - w->checkpoint->tensors].hash) return BESA_OK;
     return besa__source_changed(w, w->checkpoint->shards[tensor->file].name, error);
 }
 
-/* Everything but the prunable weights, and the room for those. */
+/* Everything but what comes in with its block, and the room for that. */
 static besa_result besa__writer_copy(besa__writer *w, besa_error *error)
 {
     const besa_checkpoint *c = w->checkpoint;
@@ -7970,22 +8190,25 @@ static besa_result besa__writer_read(besa__writer *w, const besa_tensor *tensor,
     return besa__read_at(w->files[tensor->file], memory, size, tensor->offset + at, w->partial, error);
 }
 
-/* The hash of a block is that of its seven tensors' hashes. */
-static uint64_t besa__block_hash(const uint64_t hash[BESA_LAYERS])
+/* The hash of the current block is that of the hashes of its tensors that come in with it. */
+static uint64_t besa__block_hash(const besa__writer *w, const uint64_t hash[BESA__BLOCK_TENSORS])
 {
-    return besa__hash(BESA__HASH_START, hash, BESA_LAYERS * sizeof *hash);
+    uint64_t all = BESA__HASH_START;
+    for (int i = 0; i < BESA__BLOCK_TENSORS; i++)
+        if (besa__coming(w, i)) all = besa__hash(all, &hash[i], sizeof *hash);
+    return all;
 }
 
 /* The hash of a block as it is on disk; buffer: BESA__CHUNK bytes. */
 static besa_result besa__hash_block(besa__writer *w, int64_t block, void *buffer, uint64_t *hash, besa_error *error)
 {
-    uint64_t weights[BESA_LAYERS];
+    uint64_t one[BESA__BLOCK_TENSORS];
     BESA__TRY(besa__block_bind(&w->current, w->checkpoint, block, error));
-    for (int i = 0; i < BESA_LAYERS; i++) {
-        const besa_tensor *t = w->current.weight[i];
-        BESA__TRY(besa__hash_range(w->files[t->file], t->offset, t->bytes, buffer, &weights[i], w->partial, error));
+    for (int i = 0; i < BESA__BLOCK_TENSORS; i++) {
+        const besa_tensor *t = besa__coming(w, i);
+        if (t) BESA__TRY(besa__hash_range(w->files[t->file], t->offset, t->bytes, buffer, &one[i], w->partial, error));
     }
-    *hash = besa__block_hash(weights);
+    *hash = besa__block_hash(w, one);
     return BESA_OK;
 }
 
@@ -8105,7 +8328,8 @@ static besa_result besa__writer_init(besa__writer *w, besa_error *error)
     w->sources = (besa__source *)memset(memory, 0, (size_t)c->num_tensors * sizeof *w->sources);
     for (int64_t b = 0; b < w->blocks; b++) {
         BESA__TRY(besa__block_bind(&w->current, c, b, error));
-        for (int i = 0; i < BESA_LAYERS; i++) w->prunable[w->current.weight[i] - c->tensors] = 1;
+        for (int i = 0; i < BESA__BLOCK_TENSORS; i++)
+            if (besa__coming(w, i)) w->prunable[besa__coming(w, i) - c->tensors] = 1;
     }
     return BESA_OK;
 }
@@ -8136,12 +8360,13 @@ static besa_result besa__writer_start(besa__writer *w, const char *output, const
     return besa__writer_next(w, error);
 }
 
-/* Begin an output, or go on with an unfinished one of the same fingerprint (one line). done_blocks are on disk
- * already. Lines are appended to *notes (NULL to start with, for BESA_FREE); notes may be NULL.
+/* Begin an output, or go on with an unfinished one of the same fingerprint (one line). vectors 1: norms and biases come in
+ * with their blocks, as weights do. done_blocks are on disk already. Lines are appended to *notes (NULL to start with, for
+ * BESA_FREE); notes may be NULL.
  * Errors: EXISTS, NOT_FOUND, RESUME, READ, WRITE, MEMORY. A failed begin leaves nothing new behind. */
 static besa_result besa__writer_open(besa__writer **writer, const besa_checkpoint *checkpoint, const char *output,
-                                     const char *fingerprint, int64_t blocks, int64_t *done_blocks, char **notes,
-                                     besa_error *error)
+                                     const char *fingerprint, int64_t blocks, int vectors, int64_t *done_blocks,
+                                     char **notes, besa_error *error)
 {
     void *memory;
     *writer = NULL;
@@ -8151,6 +8376,7 @@ static besa_result besa__writer_open(besa__writer **writer, const besa_checkpoin
     besa__writer *w = (besa__writer *)memset(memory, 0, sizeof **writer);
     w->checkpoint = checkpoint;
     w->blocks = blocks;
+    w->vectors = vectors;
     w->parent = w->directory = w->journal = -1;
     besa_result result = besa__writer_start(w, output, fingerprint, notes, error);
     if (result == BESA_OK) {
@@ -8164,24 +8390,15 @@ static besa_result besa__writer_open(besa__writer **writer, const besa_checkpoin
     return result;
 }
 
-/* The run has read these bytes of a source tensor, one piece after another from its start (at 0); all pieces but the last are
- * multiples of 8. */
-static void besa__writer_saw(besa__writer *w, const besa_tensor *tensor, size_t at, const void *bytes, size_t size)
-{
-    besa__source *source = w->sources + (tensor - w->checkpoint->tensors);
-    source->hash = besa__hash(at ? source->hash : BESA__HASH_START, bytes, size);
-    source->bytes = at + size;
-}
-
-/* The next `size` new bytes of one prunable weight of the current block; all pieces but the last are multiples of 8.
- * Weights that never come keep the source's bytes. What was written is synced from time to time, so that no sync takes
+/* The next `size` new bytes of one tensor that comes in with the current block; all pieces but the last are multiples of 8.
+ * Tensors that never come keep the source's bytes. What was written is synced from time to time, so that no sync takes
  * long. */
 static besa_result besa__writer_write(besa__writer *w, const besa_tensor *tensor, const void *bytes, size_t size,
                                       besa_error *error)
 {
     int i = 0;
-    while (i < BESA_LAYERS && w->current.weight[i] != tensor) i++;
-    if (i == BESA_LAYERS)
+    while (i < BESA__BLOCK_TENSORS && besa__coming(w, i) != tensor) i++;
+    if (i == BESA__BLOCK_TENSORS)
         return besa__fail(error, BESA_ERROR_OPTION, "%s: not a prunable weight of block %lld", tensor->name,
                           (long long)w->done);
     BESA_ASSERT(size <= tensor->bytes - w->written[i]);
@@ -8201,20 +8418,21 @@ static besa_result besa__writer_block_done(besa__writer *w, int64_t block, besa_
     char line[64];
     if (block != w->done || block >= w->blocks)
         return besa__fail(error, BESA_ERROR_OPTION, "block %lld is not the current one", (long long)block);
-    for (int i = 0; i < BESA_LAYERS; i++) {
-        const besa_tensor *t = w->current.weight[i];
-        if (w->written[i] == t->bytes) continue;
+    for (int i = 0; i < BESA__BLOCK_TENSORS; i++) {
+        const besa_tensor *t = besa__coming(w, i);
+        if (!t || w->written[i] == t->bytes) continue;
         w->written[i] = 0;
         besa__writer_saw(w, t, 0, t->data, t->bytes);
         BESA__TRY(besa__writer_write(w, t, t->data, t->bytes, error));
         besa__release_pages(w->checkpoint, t);
     }
-    for (int i = 0; i < BESA_LAYERS; i++) {
-        int file = w->current.weight[i]->file, synced = 0;
-        for (int j = 0; j < i; j++) synced = synced || w->current.weight[j]->file == file;
-        if (!synced) BESA__TRY(besa__sync(w, w->files[file], w->checkpoint->shards[file].name, error));
+    for (int i = 0; i < BESA__BLOCK_TENSORS; i++) {
+        const besa_tensor *t = besa__coming(w, i);
+        int synced = 0;
+        for (int j = 0; j < i && t; j++) synced = synced || (besa__coming(w, j) && besa__coming(w, j)->file == t->file);
+        if (t && !synced) BESA__TRY(besa__sync(w, w->files[t->file], w->checkpoint->shards[t->file].name, error));
     }
-    w->finished[block].hash = besa__block_hash(w->hash);
+    w->finished[block].hash = besa__block_hash(w, w->hash);
     w->finished[block].line = w->journal_end;
     snprintf(line, sizeof line, "block %lld %016llx", (long long)block, (unsigned long long)w->finished[block].hash);
     BESA__TRY(besa__journal_add(w, line, error));
@@ -8532,7 +8750,7 @@ enum { BESA__EVENT_X = BESA__PRUNER_EVENTS, BESA__EVENT_DENSE = BESA__EVENT_X + 
 /* A block's weights and vectors on the device. */
 typedef struct besa__room {
     void *weight[BESA_LAYERS];
-    float *bias[BESA_LAYERS], *norm1, *norm2, *q_norm, *k_norm;
+    float *vector[BESA_VECTORS];
 } besa__room;
 
 /* How far a block's weights have come, in or out: all of the layers before `layer`, and `at` bytes of that one. */
@@ -8598,12 +8816,8 @@ static void besa__run_place_blocks(besa__run *run, besa__arena *arena)
             uint64_t bytes = besa__bytes(besa__product(rows, columns), besa_dtype_size(run->model.dtype));
             room->weight[i] = besa__take(arena, bytes);
             if (run->has_pruner) run->pruned[r][i] = besa__take(arena, bytes);
-            room->bias[i] = besa__take_floats(arena, rows);
         }
-        room->norm1 = besa__take_floats(arena, s->hidden_size);
-        room->norm2 = besa__take_floats(arena, s->hidden_size);
-        room->q_norm = besa__take_floats(arena, s->head_dim);
-        room->k_norm = besa__take_floats(arena, s->head_dim);
+        for (int i = 0; i < BESA_VECTORS; i++) room->vector[i] = besa__take_floats(arena, besa__vector_count(s, i));
     }
     run->rope_cos = besa__take_floats(arena, besa__product(run->positions, s->head_dim / 2));
     run->rope_sin = besa__take_floats(arena, besa__product(run->positions, s->head_dim / 2));
@@ -8638,13 +8852,8 @@ static size_t besa__piece_bytes(const besa__run *run)
 static void besa__run_place_host(besa__run *run, besa__arena *host)
 {
     const besa_block_shape *s = &run->config->block;
-    int64_t vectors = 2 * s->hidden_size + 2 * s->head_dim, tables = besa__product(run->positions, s->head_dim);
+    int64_t vectors = besa__vector_counts(s), tables = besa__product(run->positions, s->head_dim);
     int64_t rows = BESA__CHUNK_TOKENS * s->hidden_size, test = run->test.count * run->test.seqlen; /* 2 or more a window */
-    for (int i = 0; i < BESA_LAYERS; i++) {
-        int64_t layer_rows, columns;
-        besa_block_layer(s, i, &layer_rows, &columns);
-        vectors += layer_rows;
-    }
     run->staging = besa__take_floats(host, besa__max(besa__max(rows, tables), run->has_test ? test : 0));
     run->vectors = besa__take_floats(host, vectors);
     if (run->be->unified_memory) return;
@@ -8860,14 +9069,10 @@ static besa_result besa__in_begin(besa__run *run, int64_t index, besa_error *err
     float *vectors = run->vectors;
     BESA__TRY(besa__transfer_begin(&run->in, run, index, error));
     const besa__block_tensors *t = &run->in.tensors;
-    for (int i = 0; i < BESA_LAYERS; i++) {
-        if (!run->be->unified_memory) besa__expect_pages(run->checkpoint, t->weight[i]);
-        BESA__TRY(besa__bring_vector(run, &vectors, room->bias[i], t->bias[i], error));
-    }
-    BESA__TRY(besa__bring_vector(run, &vectors, room->norm1, t->norm1, error));
-    BESA__TRY(besa__bring_vector(run, &vectors, room->norm2, t->norm2, error));
-    BESA__TRY(besa__bring_vector(run, &vectors, room->q_norm, t->q_norm, error));
-    return besa__bring_vector(run, &vectors, room->k_norm, t->k_norm, error);
+    for (int i = 0; i < BESA_LAYERS && !run->be->unified_memory; i++) besa__expect_pages(run->checkpoint, t->weight[i]);
+    for (int i = 0; i < BESA_VECTORS; i++)
+        BESA__TRY(besa__bring_vector(run, &vectors, room->vector[i], t->vector[i], error));
+    return BESA_OK;
 }
 
 /* Bring weights until `target` bytes of them are on their way: from the map, through the staging where memory is not
@@ -8910,14 +9115,11 @@ static besa_result besa__in_finish(besa__run *run, int64_t index, besa_block *bl
     block->dtype = run->model.dtype;
     block->rope_cos = run->rope_cos;
     block->rope_sin = run->rope_sin;
-    for (int i = 0; i < BESA_LAYERS; i++) {
-        block->weight[i] = room->weight[i];
-        block->bias[i] = t->bias[i] ? room->bias[i] : NULL;
+    for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = room->weight[i];
+    for (int i = 0; i < BESA_VECTORS; i++) {
+        *besa__block_vector(block, i) = t->vector[i] ? room->vector[i] : NULL;
+        if (run->has_pruner && t->vector[i]) run->pruner.weights.vector[i].dtype = t->vector[i]->dtype;
     }
-    block->norm1 = room->norm1;
-    block->norm2 = room->norm2;
-    block->q_norm = t->q_norm ? room->q_norm : NULL;
-    block->k_norm = t->k_norm ? room->k_norm : NULL;
     *seconds = run->in.seconds;
     run->in.block = -1;
     return BESA_OK;
@@ -8947,6 +9149,24 @@ static besa_result besa__out_share(besa__run *run, size_t target, besa_error *er
         out->piece = 0;
     }
     besa__lap(&clock, &out->seconds);
+    return BESA_OK;
+}
+
+/* Norms and biases that learned, which came home with the block's results, into the output: as they are, since the block
+ * was read with them rounded. Their memory holds the tensors' bytes afterwards. */
+static besa_result besa__out_vectors(besa__run *run, besa_error *error)
+{
+    const besa__vector *vector = run->pruner.weights.vector;
+    float *at = run->pruner.results_vectors;
+    for (int i = 0; i < BESA_VECTORS; at += vector[i++].count) {
+        const besa_tensor *tensor = run->out.tensors.vector[i];
+        if (!tensor) continue;
+        for (int64_t k = 0; k < vector[i].count && tensor->dtype != BESA_F32; k++) {
+            uint16_t half = tensor->dtype == BESA_F16 ? besa__f32_to_f16(at[k]) : besa__f32_to_bf16(at[k]);
+            memcpy((unsigned char *)at + (size_t)k * sizeof half, &half, sizeof half);
+        }
+        BESA__TRY(besa__writer_write(run->writer, tensor, at, tensor->bytes, error));
+    }
     return BESA_OK;
 }
 
@@ -9080,7 +9300,7 @@ static besa_result besa__final_norm(besa__run *run, besa_error *error)
 {
     besa_backend *be = run->be;
     besa__stream *s = &run->test;
-    float *vectors = run->vectors, *norm = run->room[0].norm1;
+    float *vectors = run->vectors, *norm = run->room[0].vector[BESA_NORM1];
     BESA__TRY(besa__bring_vector(run, &vectors, norm, run->model.norm, error));
     BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_STAGE), error);
     besa__walk walk = besa__stream_walk(s, -1);
@@ -9434,6 +9654,28 @@ static besa_result besa__read_pruned(besa__run *run, int64_t index, besa_error *
     return BESA_OK;
 }
 
+/* Norms and biases of a finished block, where they learned: from the unfinished output to where the pruner has them. */
+static besa_result besa__read_vectors(besa__run *run, int64_t index, besa_block *block, besa_error *error)
+{
+    besa_backend *be = run->be;
+    besa__block_tensors t;
+    const besa__vector *vector = run->pruner.weights.vector;
+    float *at = run->pruner.results_vectors;
+    BESA__TRY(besa__block_bind(&t, run->checkpoint, index, error));
+    for (int i = 0; i < BESA_VECTORS; at += vector[i++].count) {
+        if (!t.vector[i]) continue;
+        besa_tensor written = *t.vector[i];
+        size_t bytes = (size_t)vector[i].count * sizeof(float);
+        unsigned char *end = (unsigned char *)at + (bytes - written.bytes); /* read there, the bytes lie ahead of the floats */
+        BESA__TRY(besa__writer_read(run->writer, &written, end, 0, written.bytes, error));
+        written.data = end;
+        BESA__TRY(besa__tensor_floats(at, &written, 0, vector[i].count, error));
+        BESA__TRY_ON(be, be->upload(be, BESA_QUEUE_COMPUTE, vector[i].value, at, bytes), error);
+        *besa__block_vector(block, i) = vector[i].value;
+    }
+    return besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
+}
+
 /* The report of a block that an earlier run finished: weights are counted again, the rest is not known. */
 static besa_result besa__report_reloaded(besa__run *run, const besa_block *block, void *const pruned[BESA_LAYERS],
                                          besa_block_report *report, besa_error *error)
@@ -9453,8 +9695,9 @@ static besa_result besa__report_reloaded(besa__run *run, const besa_block *block
     return besa__pass_error(run->be, result, error);
 }
 
-/* A block whose pruned weights are known: the streams go through it; *block comes in dense and leaves pruned. */
-static besa_result besa__pass_block(besa__run *run, int64_t index, besa_block *block, besa_block_report *report,
+/* A block whose pruned weights are known: the streams go through it; *block comes in dense and leaves pruned. finished 1: an
+ * earlier run has written it. */
+static besa_result besa__pass_block(besa__run *run, int64_t index, int finished, besa_block *block, besa_block_report *report,
                                     besa_error *error)
 {
     besa_backend *be = run->be;
@@ -9469,6 +9712,7 @@ static besa_result besa__pass_block(besa__run *run, int64_t index, besa_block *b
     report->target = besa__block_target(run, index);
     if (p->options.masks && report->target > 0) report->target = report->sparsity;
     for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = pruned[i];
+    if (finished && besa__learns_vectors(p)) BESA__TRY(besa__read_vectors(run, index, block, error));
     BESA__TRY_ON(be, besa__stream_forward(&run->calibration, walk, block, &p->acts), error);
     return besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
 }
@@ -9492,7 +9736,7 @@ static besa_result besa__take_block(besa__run *run, int64_t index, int64_t done,
         BESA__TRY_ON(be, be->copy(be, BESA_QUEUE_COMPUTE, run->pruned[besa__room_of(run, index)][i], block->weight[i], bytes),
                      error);
     }
-    return besa__pass_block(run, index, block, report, error);
+    return besa__pass_block(run, index, index < done, block, report, error);
 }
 
 /* Prune block `index` and begin to write it; meanwhile the next comes in and the last one goes out. */
@@ -9510,11 +9754,12 @@ static besa_result besa__prune_block(besa__run *run, int64_t index, besa_block *
                                               pruned, &report->block[index], error);
         besa__pruner_retarget(&run->pruner, run->target);
         BESA__TRY(result);
+        *block = *besa_pruner_block(&run->pruner);
     } else BESA__TRY(besa__take_block(run, index, 0, block, &report->block[index], error));
-    for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = pruned[i];
     BESA__TRY(besa__out_finish(run, report, error));
     if (!run->writer) return BESA_OK;
     BESA__TRY(besa__transfer_begin(&run->out, run, index, error));
+    if (target > 0 && besa__learns_vectors(&run->pruner)) BESA__TRY(besa__out_vectors(run, error));
     return run->be->unified_memory ? besa__out_finish(run, report, error) : BESA_OK;
 }
 
@@ -9671,8 +9916,8 @@ static besa_result besa__prune_into(besa__run *run, const char *output, const be
     besa__note_settings(run, &report->notes);
     if (output) {
         besa__fingerprint(fingerprint, sizeof fingerprint, run, calibration);
-        BESA__TRY(besa__writer_open(&run->writer, run->checkpoint, output, fingerprint, blocks, &done, &report->notes,
-                                    error));
+        BESA__TRY(besa__writer_open(&run->writer, run->checkpoint, output, fingerprint, blocks,
+                                    besa__learns_vectors(&run->pruner), &done, &report->notes, error));
     }
     report->resumed_blocks = done;
     besa_result result = besa__run_prune(run, done, report, error);
@@ -9784,7 +10029,7 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
  * Owns no memory: the layout of section run on nothing, and FLOP counted from shapes. */
 
 /* FLOP of all products: 2 per weight and token forward, 3.7 more in the learning step (q, k and v need no input
- * gradient), attention's causal half, Gram matrices, and a block's refits. */
+ * gradient, but where the first norm learns), attention's causal half, Gram matrices, and a block's refits. */
 static double besa__plan_flop(const besa__run *run)
 {
     const besa_block_shape *s = &run->config->block;
@@ -9804,6 +10049,7 @@ static double besa__plan_flop(const besa__run *run)
     double scores = (double)besa__gradient_sequences(&run->pruner) / (double)run->pruner.nsamples;
     if (besa__learns_rates(&run->pruner)) flop += ((double)o->epochs + scores) * (forward + backward);
     if (besa__learns_weights(&run->pruner)) flop += (double)o->weight_epochs * (forward + backward);
+    if (besa__learns_vectors(&run->pruner)) flop += 2 * qkv * (double)(o->weight_epochs + (o->learn == BESA_LEARN_BOTH ? o->epochs : 0));
     flop = (flop * tokens + besa__refit_flop(&run->pruner)) * (double)(besa__end_block(run) - besa__first_block(run));
     flop += tokens * (double)run->config->num_hidden_layers * (1 + run->has_dense) * forward;
     if (!run->has_test) return flop;
@@ -12004,6 +12250,36 @@ static besa_result besa__cpu_column_sumsq(besa_backend *be, float *out, const vo
     return BESA_OK;
 }
 
+/* acc += factor x y */
+BESA__INLINE void besa__cpu_add_products_body(float *acc, const float *x, const float *y, float factor, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) acc[i] += factor * x[i] * y[i];
+}
+BESA__KERNEL(besa__cpu_add_products, (float *acc, const float *x, const float *y, float factor, int64_t n),
+             (acc, x, y, factor, n))
+
+/* out(d) += column sums of dY(N,d), or of dY X inv_rms(N) */
+static besa_result besa__cpu_column_sum(besa_backend *be, float *out, const void *dy, const void *x, const float *inv_rms,
+                                        int64_t n, int64_t d)
+{
+    int64_t run = besa__max(besa__parts(n, BESA__CPU_SUM_PARTS), 1), tasks = besa__parts(n, run);
+    const float *a = (const float *)dy, *b = (const float *)x;
+    besa__arena work = besa__cpu_work(be);
+    float *part = besa__cpu_column_sumsq_place(&work, n, d);
+    BESA__CPU_FITS(be, work);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        float *sum = part + task * d;
+        memset(sum, 0, (size_t)d * sizeof *sum);
+        for (int64_t i = task * run; i < besa__min(n, (task + 1) * run); i++)
+            if (b) besa__cpu_add_products(sum, a + i * d, b + i * d, inv_rms[i], d);
+            else besa__cpu_axpy(sum, 1.0f, a + i * d, d);
+    }
+    for (int64_t task = 0; task < tasks; task++) besa__cpu_axpy(out, 1.0f, part + task * d, d);
+    return BESA_OK;
+}
+
 /* sum w (a - b)^2 */
 BESA__INLINE float besa__cpu_loss_row_body(const float *a, const float *b, const float *w, int64_t d)
 {
@@ -13112,6 +13388,23 @@ BESA__CPU_WEIGHT_KERNEL(besa__cpu_weights_f32, uint32_t, besa__float_bits, 0x7FF
 BESA__CPU_WEIGHT_KERNEL(besa__cpu_weights_f16, uint16_t, besa__f32_to_f16, 0x7FFFu)
 BESA__CPU_WEIGHT_KERNEL(besa__cpu_weights_bf16, uint16_t, besa__f32_to_bf16, 0x7FFFu)
 
+/* Norms and biases: no masks. */
+BESA__INLINE void besa__cpu_vectors_run_body(const besa_weight_step *o, int64_t at, int64_t n, float rate, float root)
+{
+    float *w = o->w + at, *m = o->m + at, *v = o->v + at, b1 = (float)o->beta1, b2 = (float)o->beta2;
+    float c1 = (float)(1.0 - o->beta1), c2 = (float)(1.0 - o->beta2), eps = (float)o->eps;
+    const float *grad = o->grad + at;
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float g = grad[i];
+        m[i] = b1 * m[i] + c1 * g;
+        v[i] = b2 * v[i] + c2 * g * g;
+        w[i] -= rate * m[i] / (besa__sqrt(v[i]) / root + eps);
+    }
+}
+BESA__KERNEL(besa__cpu_vectors_run, (const besa_weight_step *o, int64_t at, int64_t n, float rate, float root),
+             (o, at, n, rate, root))
+
 static besa_result besa__cpu_weight_step(besa_backend *be, const besa_weight_step *o)
 {
     int64_t tasks = besa__parts(o->n, BESA__CPU_STEP_RUN);
@@ -13120,7 +13413,8 @@ static besa_result besa__cpu_weight_step(besa_backend *be, const besa_weight_ste
     BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
     for (int64_t task = 0; task < tasks; task++) {
         int64_t at = task * BESA__CPU_STEP_RUN, n = besa__min(BESA__CPU_STEP_RUN, o->n - at);
-        if (o->dtype == BESA_F32) besa__cpu_weights_f32(o, at, n, rate, root);
+        if (!o->masked) besa__cpu_vectors_run(o, at, n, rate, root);
+        else if (o->dtype == BESA_F32) besa__cpu_weights_f32(o, at, n, rate, root);
         else if (o->dtype == BESA_F16) besa__cpu_weights_f16(o, at, n, rate, root);
         else besa__cpu_weights_bf16(o, at, n, rate, root);
     }

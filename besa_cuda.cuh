@@ -777,6 +777,42 @@ static besa_result besa__cuda_column_sumsq(besa_backend *be, float *out, const v
     return BESA_OK;
 }
 
+/* part(parts, d) = column sums of dY, or of dY X inv_rms, over runs of `run` rows; blocks as for the sums of squares */
+template <typename T>
+static __global__ void besa__column_sum_kernel(float *part, const T *dy, const T *x, const float *inv_rms, int64_t n,
+                                               int64_t d, int64_t run, int64_t strips, int64_t blocks, int vector)
+{
+    BESA__ROWS(b, blocks) {
+        int64_t c = (b % strips * blockDim.x + threadIdx.x) * 8, i0 = b / strips * run;
+        float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0}, v[8], w[8];
+        if (c >= d) continue;
+        for (int64_t i = i0; i < besa__cuda_min(n, i0 + run); i++) {
+            besa__load(v, dy + i * d + c, besa__count(d - c), vector);
+            if (x) besa__load(w, x + i * d + c, besa__count(d - c), vector);
+            for (int k = 0; k < 8; k++) sum[k] += x ? inv_rms[i] * v[k] * w[k] : v[k];
+        }
+        besa__store(part + b / strips * d + c, sum, besa__count(d - c), vector);
+    }
+}
+
+/* out(d) += column sums of dY(N,d), or of dY X inv_rms(N) */
+static besa_result besa__cuda_column_sum(besa_backend *be, float *out, const void *dy, const void *x, const float *inv_rms,
+                                         int64_t n, int64_t d)
+{
+    besa__arena work = besa__cuda_work(be);
+    float *part = besa__cuda_column_sumsq_place(&work, d);
+    int64_t run = besa__cuda_max(1, besa__cuda_parts(n, BESA__CUDA_SUM_PARTS)), parts = besa__cuda_parts(n, run);
+    int threads = static_cast<int>(besa__cuda_min(128, besa__cuda_row_threads(d)));
+    int64_t strips = besa__cuda_parts(d, 8 * threads), blocks = strips * parts;
+    int vector = d % 8 == 0 && besa__cuda_aligned(dy, x);
+    BESA__CUDA_FITS(be, work);
+    BESA__BY_ACTIVATION(be, T,
+        BESA__RUN(besa__column_sum_kernel<T>, blocks, threads, 0, part, static_cast<const T *>(dy),
+                  static_cast<const T *>(x), inv_rms, n, d, run, strips, blocks, vector));
+    BESA__RUN(besa__add_parts_kernel, besa__cuda_parts(d, BESA__CUDA_THREADS), BESA__CUDA_THREADS, 0, out, part, parts, d);
+    return BESA_OK;
+}
+
 /* weight(d) = 1 / norm2, or 0 */
 static __global__ void besa__loss_weight_kernel(float *weight, const float *norm2, int64_t d)
 {
@@ -2596,6 +2632,30 @@ static besa_result besa__cuda_optimizer_step(besa_backend *be, const besa_optimi
     return BESA_OK;
 }
 
+/* See besa_weight_step, without masks. */
+static __global__ void besa__vector_step_kernel(besa_weight_step o, float lr, float root, int vector)
+{
+    float b1 = static_cast<float>(o.beta1), b2 = static_cast<float>(o.beta2), eps = static_cast<float>(o.eps);
+    float c1 = besa__rest(o.beta1), c2 = besa__rest(o.beta2), rate = lr * *o.rms;
+    BESA__FLAT(i, o.n) {
+        int count = besa__count(o.n - i);
+        float g[8], m[8], v[8], w[8];
+        besa__load(g, o.grad + i, count, vector);
+        besa__load(m, o.m + i, count, vector);
+        besa__load(v, o.v + i, count, vector);
+        besa__load(w, o.w + i, count, vector);
+        BESA__UNROLL
+        for (int k = 0; k < 8; k++) {
+            m[k] = b1 * m[k] + c1 * g[k];
+            v[k] = b2 * v[k] + c2 * g[k] * g[k];
+            w[k] -= rate * m[k] / (sqrtf(v[k]) / root + eps);
+        }
+        besa__store(o.m + i, m, count, vector);
+        besa__store(o.v + i, v, count, vector);
+        besa__store(o.w + i, w, count, vector);
+    }
+}
+
 /* See besa_weight_step; w is all that there is where T is float, else `source` holds it rounded. */
 template <typename T>
 static __global__ void besa__weight_step_kernel(besa_weight_step o, float lr, float root, int vector)
@@ -2638,10 +2698,14 @@ static besa_result besa__cuda_weight_step(besa_backend *be, const besa_weight_st
 {
     double c1 = 1.0 - pow(static_cast<double>(o->beta1), static_cast<double>(o->step));
     double c2 = 1.0 - pow(static_cast<double>(o->beta2), static_cast<double>(o->step));
+    float lr = static_cast<float>(static_cast<double>(o->lr) / c1), root = static_cast<float>(sqrt(c2));
     int vector = besa__cuda_aligned(o->w, o->m, o->v, o->grad, o->masked, o->source);
+    if (!o->masked) {
+        BESA__RUN(besa__vector_step_kernel, besa__cuda_flat_blocks(o->n), BESA__CUDA_THREADS, 0, *o, lr, root, vector);
+        return BESA_OK;
+    }
     BESA__BY_DTYPE(o->dtype, T,
-        BESA__RUN(besa__weight_step_kernel<T>, besa__cuda_flat_blocks(o->n), BESA__CUDA_THREADS, 0, *o,
-                  static_cast<float>(static_cast<double>(o->lr) / c1), static_cast<float>(sqrt(c2)), vector));
+        BESA__RUN(besa__weight_step_kernel<T>, besa__cuda_flat_blocks(o->n), BESA__CUDA_THREADS, 0, *o, lr, root, vector));
     return BESA_OK;
 }
 

@@ -709,6 +709,27 @@ static void ops_sumsq(ops *t, const ops_case *c)
     ops_near(t, "column_sumsq", ops_fetch(t, out_, BESA_F32, d), out, d, 1e-6);
 }
 
+/* n[2] 0: of a bias; 1: of a norm's weight */
+static void ops_column_sum(ops *t, const ops_case *c)
+{
+    int64_t n = c->n[0], d = c->n[1];
+    int norm = c->n[2] != 0;
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(1, d, n);
+    double *dy = ops_random(t, n * d, 1), *x = ops_random(t, n * d, 1), *r = ops_random(t, n, 1), *out = ops_random(t, d, 1);
+    void *dy_ = ops_act(t, dy, n * d), *x_ = norm ? ops_act(t, x, n * d) : NULL;
+    float *r_ = norm ? (float *)ops_float(t, r, n) : NULL, *out_ = (float *)ops_float(t, out, d);
+    ops_workspace(t, &sizes);
+    if (ops_is(t, "perf")) {
+        OPS_TIME(t, (double)(n * d * (norm ? 2 : 1)) * (double)besa_dtype_size(be->activation_dtype), "GB/s",
+                 ops_call(t, be->column_sum(be, out_, dy_, x_, r_, n, d), ""));
+        return;
+    }
+    for (int64_t i = 0; i < n * d; i++) out[i % d] += norm ? dy[i] * x[i] * r[i / d] : dy[i];
+    ops_call(t, be->column_sum(be, out_, dy_, x_, r_, n, d), "column_sum");
+    ops_near(t, "column_sum", ops_fetch(t, out_, BESA_F32, d), out, d, 1e-6);
+}
+
 typedef struct ref_los {
     const double *y, *yref, *norm2;
     int64_t T, d;
@@ -1207,11 +1228,13 @@ static void ops_project(ops *t, const ops_case *c)
     ops_same(t, "n", n_, n, (size_t)R * 4);
 }
 
-/* Adam on the weights that are not masked; n[1] 1: weights near the dtype's smallest, which must not become 0 */
+/* Adam on the weights that are not masked; n[1] 1: weights near the dtype's smallest, which must not become 0; n[2] 1: there
+ * is no mask, and what is 0 moves too */
 static void ops_weight_step(ops *t, const ops_case *c)
 {
     enum { STEPS = 5 };
     int64_t n = c->n[0], wrong = 0;
+    int free = c->n[2] != 0;
     double scale = c->n[1] ? c->dtype == BESA_F16 ? 3e-7 : 1e-37 : 1, unit = c->n[1] ? 2 * scale : 0.25;
     besa_backend *be = t->be;
     besa_workload sizes = ops_sizes(1, 1, 0);
@@ -1220,13 +1243,14 @@ static void ops_weight_step(ops *t, const ops_case *c)
     double *what = ops_doubles(t, n), *g = ops_doubles(t, n), *source;
     float *grad_ = ops_float_out(t, n), *gf = ops_floats(t, n);
     for (int64_t i = 0; i < n; i++) w[i] = ops_round(c->dtype, w[i]);
+    for (int64_t i = 0; i < n && free; i += 3) w[i] = 0;
     for (int64_t i = 0; i < n; i++) what[i] = i % 3 == 1 ? i % 2 ? 0.0 : -0.0 : w[i];
     memcpy(w0, w, (size_t)n * sizeof *w);
     memset(&o, 0, sizeof o);
     o.lr = 0.1, o.beta1 = 0.9, o.beta2 = 0.99, o.eps = 1e-7, o.n = n, o.dtype = c->dtype, o.grad = grad_;
     o.w = (float *)ops_float(t, w, n), o.m = (float *)ops_float(t, m, n), o.v = (float *)ops_float(t, v, n);
-    o.masked = ops_send(t, what, c->dtype, n);
-    o.source = c->dtype == BESA_F32 ? (void *)o.w : ops_send(t, w, c->dtype, n);
+    o.masked = free ? NULL : ops_send(t, what, c->dtype, n);
+    o.source = free ? NULL : c->dtype == BESA_F32 ? (void *)o.w : ops_send(t, w, c->dtype, n);
     o.rms = (float *)ops_float(t, &unit, 1);
     ops_workspace(t, &sizes);
     for (o.step = 1; o.step <= STEPS; o.step++) {
@@ -1239,7 +1263,7 @@ static void ops_weight_step(ops *t, const ops_case *c)
             m1 = o.beta1 * m[i] + (1 - o.beta1) * g[i], v1 = o.beta2 * v[i] + (1 - o.beta2) * g[i] * g[i];
             w1 = w[i] - o.lr * unit * m1 / (1 - pow(o.beta1, (double)o.step)) /
                  (sqrt(v1 / (1 - pow(o.beta2, (double)o.step))) + o.eps);
-            if (what[i] == 0 || ops_round(c->dtype, w1) == 0) continue;
+            if (!free && (what[i] == 0 || ops_round(c->dtype, w1) == 0)) continue;
             m[i] = m1, v[i] = v1, w[i] = w1;
         }
     }
@@ -1247,9 +1271,10 @@ static void ops_weight_step(ops *t, const ops_case *c)
         OPS_TIME(t, (double)n * (c->dtype == BESA_F32 ? 36 : 34), "GB/s", ops_call(t, be->weight_step(be, &o), ""));
         return;
     }
-    got = ops_fetch(t, o.w, BESA_F32, n), masked = ops_fetch(t, o.masked, c->dtype, n);
-    source = ops_fetch(t, o.source, c->dtype, n);
-    for (int64_t i = 0; i < n; i++) {
+    got = ops_fetch(t, o.w, BESA_F32, n), masked = free ? NULL : ops_fetch(t, o.masked, c->dtype, n);
+    source = free ? NULL : ops_fetch(t, o.source, c->dtype, n);
+    for (int64_t i = 0; i < n && free; i++) wrong += got[i] == w0[i], got[i] -= w0[i], w[i] -= w0[i];
+    for (int64_t i = 0; i < n && !free; i++) {
         double rounded = ops_round(c->dtype, got[i]);
         wrong += source[i] != rounded || masked[i] != (what[i] == 0 ? what[i] : rounded) || (what[i] == 0 && got[i] != w0[i]);
         wrong += (masked[i] == 0) != (what[i] == 0);
@@ -1967,6 +1992,12 @@ static const ops_case ops_cases[] = {
     {"refit ends f16 40001", ops_refit_ends, {40001}, BESA_F16, "t"}, {"refit ends bf16 40002", ops_refit_ends, {40002}, BESA_BF16, "t"},
     {"refit ends near 0", ops_refit_ends, {1000, 1}, BESA_F32, "t"}, {"refit ends f16 near 0", ops_refit_ends, {1000, 1}, BESA_F16, "t"},
     {"refit ends bf16 near 0", ops_refit_ends, {1000, 1}, BESA_BF16, "t"},
+    {"vector step 1", ops_weight_step, {1, 0, 1}, BESA_F32, "t"}, {"vector step 20003", ops_weight_step, {20003, 0, 1}, BESA_BF16, "t"},
+    {"column_sum 1x1", ops_column_sum, {1, 1, 0}, BESA_F32, "t"}, {"column_sum norm 1x1", ops_column_sum, {1, 1, 1}, BESA_F32, "t"},
+    {"column_sum 33x127", ops_column_sum, {33, 127, 0}, BESA_F32, "t"}, {"column_sum norm 33x127", ops_column_sum, {33, 127, 1}, BESA_F32, "t"},
+    {"column_sum 3x33", ops_column_sum, {3, 33, 0}, BESA_F32, "t"}, {"column_sum norm 1000x1000", ops_column_sum, {1000, 1000, 1}, BESA_F32, "t"},
+    {"column_sum 1000x1000", ops_column_sum, {1000, 1000, 0}, BESA_F32, "t"}, {"column_sum norm 5000x64", ops_column_sum, {5000, 64, 1}, BESA_F32, "t"},
+    {"column_sum 8192x1536", ops_column_sum, {8192, 1536, 0}, BESA_F32, "p"}, {"column_sum norm 8192x576", ops_column_sum, {8192, 576, 1}, BESA_F32, "p"},
 };
 enum { OPS_CASES = sizeof ops_cases / sizeof *ops_cases };
 

@@ -319,6 +319,8 @@ TIMED(BETWEEN, 0, swiglu_forward, (besa_backend *be, void *z, const void *g, con
 TIMED(BETWEEN, 0, swiglu_backward, (besa_backend *be, void *dg, void *du, const void *dz, const void *g, const void *u,
       int64_t n), (be, dg, du, dz, g, u, n))
 TIMED(BETWEEN, 0, column_sumsq, (besa_backend *be, float *out, const void *x, int64_t n, int64_t d), (be, out, x, n, d))
+TIMED(BETWEEN, 0, column_sum, (besa_backend *be, float *out, const void *dy, const void *x, const float *r, int64_t n, int64_t d),
+      (be, out, dy, x, r, n, d))
 TIMED(BETWEEN, 0, block_loss, (besa_backend *be, float *loss, void *dy, const void *y, const void *r, const float *q, float s,
       int64_t n, int64_t d, int a), (be, loss, dy, y, r, q, s, n, d, a))
 TIMED(SCORES, 0, score, (besa_backend *be, float *s, const void *w, besa_dtype t, const float *scale, int power, int64_t r,
@@ -363,8 +365,8 @@ static besa_backend watch(const besa_backend *inner)
 #define INSTALL(op) be.op = timed_##op;
     INSTALL(linear_forward) INSTALL(linear_backward_input) INSTALL(linear_backward_weight) INSTALL(gram)
     INSTALL(attention_forward) INSTALL(attention_backward) INSTALL(rmsnorm_forward) INSTALL(rmsnorm_backward) INSTALL(rope)
-    INSTALL(swiglu_forward) INSTALL(swiglu_backward) INSTALL(column_sumsq) INSTALL(block_loss) INSTALL(score)
-    INSTALL(rank_rows) INSTALL(mask_apply) INSTALL(mask_update) INSTALL(bucket_gradient) INSTALL(rate_forward)
+    INSTALL(swiglu_forward) INSTALL(swiglu_backward) INSTALL(column_sumsq) INSTALL(column_sum) INSTALL(block_loss)
+    INSTALL(score) INSTALL(rank_rows) INSTALL(mask_apply) INSTALL(mask_update) INSTALL(bucket_gradient) INSTALL(rate_forward)
     INSTALL(rate_backward) INSTALL(optimizer_step)
 #undef INSTALL
     be.alloc = watched_alloc, be.free = watched_free;

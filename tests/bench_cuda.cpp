@@ -232,6 +232,9 @@ static void watch_pieces(besa_backend *be)
     WATCH(column_sumsq, [=](float *, const void *, int64_t T, int64_t d) {
         return kernels(a * times(T, d) + 8 * static_cast<double>(d));
     });
+    WATCH(column_sum, [=](float *, const void *, const void *x, const float *, int64_t n, int64_t d) {
+        return kernels((x ? 2 : 1) * a * times(n, d) + 8 * static_cast<double>(d));
+    });
     WATCH(block_loss, [=](float *, void *dy, const void *, const void *, const float *, float, int64_t T, int64_t d,
                            int add) {
         return kernels((dy ? 3 + add : 2) * a * times(T, d) + 4 * static_cast<double>(d));
@@ -314,7 +317,7 @@ static void watch_weights(besa_backend *be)
     WATCH(rms, [](float *, const float *, int64_t n) { return kernels(4 * static_cast<double>(n)); });
     WATCH(weight_step, [](const besa_weight_step *o) { /* gradient, w, m and v in, w, m and v out; masked and source both ways */
         double n = static_cast<double>(o->n), dtype = static_cast<double>(besa_dtype_size(o->dtype));
-        return kernels(n * (28 + (o->dtype == BESA_F32 ? 2 : 4) * dtype));
+        return kernels(n * (28 + (!o->masked ? 0 : o->dtype == BESA_F32 ? 2 : 4) * dtype));
     });
     WATCH(mask_zeros, [](void *, const void *, besa_dtype dtype, int64_t n) {
         return kernels(3 * static_cast<double>(n) * static_cast<double>(besa_dtype_size(dtype)));

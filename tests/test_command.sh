@@ -143,6 +143,7 @@ done_with "a comparison with a pattern"
 check 2 '--preset best is for --method besa' plan "$stories" --method wanda --preset best
 check 2 '--learn both is for --method besa' plan "$stories" --method wanda --learn both
 check 2 '--weight-lr is for --learn weights or both' plan "$stories" --weight-lr 0.1
+check 2 '--learn-vectors is for --learn weights or both' plan "$stories" --learn-vectors
 check 2 '--batch-size is for what learns' plan "$stories" --method wanda --batch-size 2
 check 2 'only besa has presets other than weights' compare "$stories" $data $text --method wanda:best
 check 2 '--refit-steps is for --refit cg' plan "$stories" --refit obs --refit-steps 3

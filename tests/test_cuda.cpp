@@ -791,7 +791,7 @@ static besa_result run_prune(run *r, besa_backend *be)
     return result;
 }
 
-/* Weights that differ between two pruned checkpoints, of how many; with masks, those that are zero in one alone. */
+/* Weights and norms that differ between two pruned checkpoints, of how many; with masks, weights that are zero in one alone. */
 static void compare_weights(const char *a, const char *b, int masks, int64_t *differ, int64_t *total)
 {
     static const char zero[4] = {0, 0, 0, 0};
@@ -802,7 +802,7 @@ static void compare_weights(const char *a, const char *b, int masks, int64_t *di
     CHECK_OK(besa_checkpoint_open(&two, b, &error), error);
     for (int64_t i = 0; one && two && i < besa_checkpoint_tensor_count(one); i++) {
         const besa_tensor *x = besa_checkpoint_tensor(one, i), *y = besa_checkpoint_find(two, x->name);
-        if (!y || x->bytes != y->bytes || !strstr(x->name, "_proj.weight")) continue;
+        if (!y || x->bytes != y->bytes || (!strstr(x->name, "_proj.weight") && (masks || !strstr(x->name, "norm.weight")))) continue;
         size_t size = besa_dtype_size(x->dtype);
         for (size_t at = 0; at < x->bytes; at += size, ++*total) {
             const char *u = static_cast<const char *>(x->data) + at, *v = static_cast<const char *>(y->data) + at;
@@ -832,6 +832,7 @@ static void compare_pipelines(const char *name, besa_method method, int fp32, do
         r->options.weight_epochs = 1;
         r->options.dense_share = share;
         r->options.refit = refit;
+        r->options.learn_vectors = learn == BESA_LEARN_BOTH;
         if (learn != BESA_LEARN_RATES) r->options.dense_share = 0.5, r->options.batch_size = 2, r->options.epochs = 1;
     }
     CHECK_OK(run_prune(&a, &cpu), a.error);
@@ -943,7 +944,7 @@ static void test_pipeline(void)
             besa_backend be = cuda_backend(1);
             run r = run_of(BESA_METHOD_BESA, 6, temp_path("mixed-%d", i));
             r.nsamples = 6, r.seqlen = g_race ? 6 : 24, r.options.epochs = 1, r.tightest = 1, r.options.dense_share = 0.5;
-            r.options.learn = BESA_LEARN_BOTH, r.options.weight_epochs = 1;
+            r.options.learn = BESA_LEARN_BOTH, r.options.weight_epochs = 1, r.options.learn_vectors = 1;
             standin_set_streams(i ? STANDIN_EAGER : STANDIN_LATE);
             CHECK_OK(run_prune(&r, &be), r.error);
             CHECK(r.on_host == 3, "%d of the activations are on the host", r.on_host);

@@ -166,12 +166,13 @@ static int32_t *ranks_of(const model *m, int layer, int64_t tokens, besa_importa
 /* ---- a run, recorded ------------------------------------------------------------------------- */
 
 typedef struct recorded {                       /* of one learning step */
-    float *theta, *grad, *what[BESA_LAYERS], loss, alpha[ROWS];
+    float *theta, *grad, *what[BESA_LAYERS], *vector[BESA_VECTORS], loss, alpha[ROWS]; /* vector NULL: as the dense block's */
     int32_t n[ROWS];
 } recorded;
 
 typedef struct run {
     const model *m;
+    besa_pruner *pruner;                        /* while it runs */
     besa_prune_options options;
     int64_t sequences;
     recorded step[MOST_STEPS + 1];              /* of the last one theta alone: what learning ended with */
@@ -184,6 +185,17 @@ typedef struct run {
     size_t bytes;
 } run;
 
+/* Norms and biases as the pruner has them now; they are where besa_pruner_block says. */
+static void record_vectors(const run *r, float *vector[BESA_VECTORS])
+{
+    besa_block now = *besa_pruner_block(r->pruner), dense = r->m->block;
+    for (int i = 0; i < BESA_VECTORS; i++) {
+        const float *from = *besa__block_vector(&now, i), *was = *besa__block_vector(&dense, i);
+        CHECK(!from == !was && (!from || (from == was) == !r->options.learn_vectors), "vector %d is the caller's, or there is none", i);
+        vector[i] = from ? (float *)copy_of(from, (size_t)besa__vector_count(&now.shape, i) * sizeof(float)) : NULL;
+    }
+}
+
 /* Keep what a step came to, and give the next one a theta of our own. */
 static besa_result record_step(void *user, const besa_step *step)
 {
@@ -194,6 +206,7 @@ static besa_result record_step(void *user, const besa_step *step)
     now->loss = *step->loss;
     for (int l = 0; l < BESA_LAYERS; l++)
         now->what[l] = (float *)copy_of(r->pruned[l], (size_t)(r->m->rows[l] * r->m->columns[l]) * sizeof(float));
+    if (r->options.learn != BESA_LEARN_RATES) record_vectors(r, now->vector);
     CHECK((step->rates != NULL) == (r->options.method == BESA_METHOD_BESA), "rates of a method without them, or none");
     if (!step->rates) return BESA_OK;
     r->parameters = besa_rates_parameters(step->rates, &theta, &grad);
@@ -236,7 +249,7 @@ static int run_pruner(run *r, const model *m, const besa_prune_options *o, int64
     if (budget && result == BESA_ERROR_MEMORY) return 0;
     CHECK_OK(result, g_error);
     if (!pruner) return 0;
-    r->chunk = pruner->micro_batch, r->bytes = size_of(pruner);
+    r->chunk = pruner->micro_batch, r->bytes = size_of(pruner), r->pruner = pruner;
     CHECK_OK(besa_pruner_run(pruner, &m->block, "block.", r->x, o->dense_stream || o->dense_share > 0 ? r->dense_x : NULL,
                              r->pruned, &r->report, &g_error), g_error);
     if (pruner->rates.alpha) memcpy(r->alpha, pruner->rates.alpha, sizeof r->alpha);
@@ -405,7 +418,7 @@ static void check_number(const char *what, double got, double want, double toler
 
 /* ---- BESA: each step of learning, and what comes of it --------------------------------------- */
 
-typedef struct gradients { float *dw[BESA_LAYERS]; int64_t columns[BESA_LAYERS]; } gradients;
+typedef struct gradients { float *dw[BESA_LAYERS], *dvector[BESA_VECTORS]; int64_t columns[BESA_LAYERS]; } gradients;
 
 static besa_result keep_gradient(void *user, int layer, int64_t first, int64_t rows, const float *dw)
 {
@@ -413,6 +426,13 @@ static besa_result keep_gradient(void *user, int layer, int64_t first, int64_t r
     int64_t C = g->columns[layer];
     memcpy(g->dw[layer] + first * C, dw, (size_t)(rows * C) * sizeof *dw);
     return BESA_OK;
+}
+
+/* The block with the norms and biases of a step, where it has some of its own. */
+static void use_vectors(besa_block *b, float *const vector[BESA_VECTORS])
+{
+    for (int i = 0; i < BESA_VECTORS; i++)
+        if (vector[i]) *besa__block_vector(b, i) = vector[i];
 }
 
 /* The loss of a step's batch by its masks and dL/dW, the whole batch at once. */
@@ -428,6 +448,8 @@ static double batch_loss(const run *r, const recorded *step, int64_t first, int6
         g->columns[l] = r->m->columns[l];
         g->dw[l] = take_floats(r->m->rows[l] * r->m->columns[l]);
     }
+    use_vectors(&b, step->vector);
+    for (int i = 0; i < BESA_VECTORS; i++) g->dvector[i] = acts.dvector[i] = take_floats(besa__vector_count(&b.shape, i));
     forward(&b, &acts, x, y, count);
     batch_norms(r, reference_of(r), r->sequences, first, norm2);
     for (int64_t i = 0; i < count * SEQLEN * WIDTH; i++) {
@@ -563,6 +585,7 @@ static void check_report(const run *r, int32_t *const rank[BESA_LAYERS], double 
     int32_t n[ROWS];
     double rest;
     for (int l = 0; l < BESA_LAYERS; l++) b.weight[l] = r->pruned[l];
+    if (r->steps > 0) use_vectors(&b, r->step[r->steps - 1].vector);
     forward(&b, &acts, r->m->x, y, N);
     CHECK(relative_error(r->x, widened(y, count), count) < 1e-6, "x is not the pruned block's output");
     check_number("loss_after", r->report.loss_after, report_loss(r, y, shown, reference), 2e-5);
@@ -642,9 +665,18 @@ static void test_learning(const model *m, const besa_prune_options *o, int64_t s
 
 /* ---- kept weights that learn ------------------------------------------------------------------ */
 
-typedef struct moving {                         /* a layer's weights and Adam's moments */
+typedef struct moving {                         /* a layer's weights, or a norm or bias, and Adam's moments */
     double *w, *m, *v, rms;
 } moving;
+
+static moving moving_from(const float *w, int64_t n)
+{
+    moving made = { widened(w, n), (double *)take((size_t)n * sizeof(double)), (double *)take((size_t)n * sizeof(double)), 0 };
+    double squares = 0;
+    for (int64_t i = 0; i < n; i++) squares += made.w[i] * made.w[i];
+    made.rms = sqrt(squares / (double)n);
+    return made;
+}
 
 /* The learning rate of step s (from 0) of `steps`: up in the warm-up's steps, then down a half cosine. */
 static double weight_rate(const besa_prune_options *o, int64_t s, int64_t steps)
@@ -654,12 +686,13 @@ static double weight_rate(const besa_prune_options *o, int64_t s, int64_t steps)
     return lr * 0.5 * (1 + cos(3.14159265358979 * ((double)s - rise) / ((double)steps - rise)));
 }
 
-/* Adam's step number `step` (from 1) of a layer's weights that `what` has not at 0; what becomes what it must be after it. */
-static void move_weights(moving *layer, float *what, const float *grad, int64_t n, double lr, int64_t step)
+/* Adam's step number `step` (from 1) of a layer's weights that `what` has not at 0, or of all; what becomes what it must be
+ * after it. */
+static void move_weights(moving *layer, float *what, const float *grad, int64_t n, double lr, int64_t step, int all)
 {
     for (int64_t i = 0; i < n; i++) {
         double g = (double)grad[i];
-        if (what[i] == 0) continue;
+        if (what[i] == 0 && !all) continue;
         layer->m[i] = 0.9 * layer->m[i] + 0.1 * g;
         layer->v[i] = 0.999 * layer->v[i] + 0.001 * g * g;
         layer->w[i] -= lr * layer->rms * layer->m[i] / (1 - pow(0.9, (double)step)) /
@@ -668,9 +701,29 @@ static void move_weights(moving *layer, float *what, const float *grad, int64_t 
     }
 }
 
+/* How far a norm or bias has come in one step of lr; where lr is 0, where vectors do not learn, and of a layer that stays dense
+ * it stands still. It goes on from what was recorded. */
+static void check_vector_step(const run *r, const recorded *step, int i, moving *vector, const moving *layer, const gradients *g,
+                              double lr, int64_t number)
+{
+    int64_t n = besa__vector_count(&r->m->block.shape, i), wrong = 0;
+    double *way = (double *)take((size_t)n * sizeof *way), columns = i < BESA_LAYERS ? (double)r->m->columns[i] : (double)n;
+    float *went = take_floats(n), *now = take_floats(n);
+    int moves = lr > 0 && r->options.learn_vectors && (i >= BESA_LAYERS || fixed_rate(&r->options, i) != 0);
+    if (i < BESA_LAYERS) vector->rms = layer[i].rms;
+    for (int64_t k = 0; k < n; k++) now[k] = (float)vector->w[k];
+    for (int64_t k = 0; k < n; k++) way[k] = -(double)now[k], went[k] = step->vector[i][k] - now[k];
+    if (moves) move_weights(vector, now, g->dvector[i], n, lr / sqrt(columns), number, 1);
+    for (int64_t k = 0; k < n; k++) way[k] += (double)now[k], wrong += went[k] != 0;
+    if (moves) CHECK_CLOSE("a norm or bias", went, way, n, 1e-2);
+    else CHECK(wrong == 0, "%d elements of vector %d moved", (int)wrong, i);
+    for (int64_t k = 0; k < n; k++) vector->w[k] = (double)step->vector[i][k];
+}
+
 /* One step: the masks of its weights, its loss, and how far the kept weights have come. Masks are those of the rates, or in
  * the weights' pass those of the result. The layers go on from what was recorded. */
-static void check_weight_step(const run *r, moving layer[BESA_LAYERS], int64_t s, int64_t rate_steps, int32_t *const rank[])
+static void check_weight_step(const run *r, moving layer[BESA_LAYERS], moving vector[BESA_VECTORS], int64_t s, int64_t rate_steps,
+                              int32_t *const rank[])
 {
     const besa_prune_options *o = &r->options;
     const recorded *step = &r->step[s];
@@ -691,7 +744,14 @@ static void check_weight_step(const run *r, moving layer[BESA_LAYERS], int64_t s
             masks += gone != (step->what[l][i] == 0); /* scores a rounding apart */
         }
     }
+    for (int i = 0; i < BESA_VECTORS; i++) {
+        int64_t n = besa__vector_count(&r->m->block.shape, i);
+        if (step->vector[i]) before.vector[i] = take_floats(n);
+        for (int64_t k = 0; k < n && step->vector[i]; k++) before.vector[i][k] = (float)vector[i].w[k];
+    }
     check_number("a step's loss", (double)step->loss, batch_loss(r, &before, first, count, &g), 5e-5);
+    for (int i = 0; i < BESA_VECTORS; i++)
+        if (step->vector[i]) check_vector_step(r, step, i, &vector[i], layer, &g, moves ? lr : 0, s - started + 1);
     for (int l = 0; l < BESA_LAYERS; l++) {
         int64_t n = r->m->rows[l] * r->m->columns[l];
         double *way = (double *)take((size_t)n * sizeof *way);
@@ -699,7 +759,7 @@ static void check_weight_step(const run *r, moving layer[BESA_LAYERS], int64_t s
         if (moves && fixed_rate(o, l) != 0) {
             for (int64_t i = 0; i < n; i++) way[i] = -(double)before.what[l][i];
             for (int64_t i = 0; i < n; i++) went[i] = step->what[l][i] - before.what[l][i];
-            move_weights(&layer[l], before.what[l], g.dw[l], n, lr / sqrt((double)r->m->columns[l]), s - started + 1);
+            move_weights(&layer[l], before.what[l], g.dw[l], n, lr / sqrt((double)r->m->columns[l]), s - started + 1, 0);
             for (int64_t i = 0; i < n; i++) way[i] += (double)before.what[l][i];
             CHECK_CLOSE(besa_layer_name(l), went, way, n, 1e-2); /* of a gradient near 0 the sign is rounding, and a step its sign */
         } else
@@ -753,19 +813,16 @@ static void test_weights(const model *m, const besa_prune_options *o, int64_t se
     for (int l = 0; l < BESA_LAYERS; l++) dense[l] = ranks_of(m, l, sequences * SEQLEN, o->importance);
     for (; run_pruner(&r, m, o, sequences, budget); budget = r.bytes - 1, levels++) {
         memcpy(rank, dense, sizeof rank);
-        moving layer[BESA_LAYERS];
+        moving layer[BESA_LAYERS], vector[BESA_VECTORS];
         besa_block b = m->block;
         float *y = take_floats(TOKENS * WIDTH);
         besa_activations acts = m->acts;
         int64_t shown = sequences < 8 ? sequences : 8;
         CHECK(r.steps == rate_steps + batches * (o->weight_epochs ? o->weight_epochs : 3), "%d steps", (int)r.steps);
-        for (int l = 0; l < BESA_LAYERS; l++) {
-            int64_t n = m->rows[l] * m->columns[l];
-            double squares = 0;
-            layer[l].w = widened(weight_of(m, l), n);
-            layer[l].m = (double *)take((size_t)n * sizeof(double)), layer[l].v = (double *)take((size_t)n * sizeof(double));
-            for (int64_t i = 0; i < n; i++) squares += layer[l].w[i] * layer[l].w[i];
-            layer[l].rms = sqrt(squares / (double)n);
+        for (int l = 0; l < BESA_LAYERS; l++) layer[l] = moving_from(weight_of(m, l), m->rows[l] * m->columns[l]);
+        for (int i = 0; i < BESA_VECTORS; i++) {
+            const float *dense = *besa__block_vector(&b, i);
+            if (dense) vector[i] = moving_from(dense, besa__vector_count(&b.shape, i));
         }
         for (int64_t s = 0; s < r.steps; s++) {
             rank_moving(&r, layer, s, rate_steps, rank);
@@ -778,10 +835,11 @@ static void test_weights(const model *m, const besa_prune_options *o, int64_t se
                         w[i] = ((const float *)r.pruned[l])[i] != 0 ? (float)layer[l].w[i] : 0;
                     b.weight[l] = w;
                 }
+                if (s > 0) use_vectors(&b, r.step[s - 1].vector);
                 forward(&b, &acts, m->x, y, sequences);
                 check_number("loss_masks", r.report.loss_masks, report_loss(&r, y, shown, sequences), 5e-5);
             }
-            check_weight_step(&r, layer, s, rate_steps, rank);
+            check_weight_step(&r, layer, vector, s, rate_steps, rank);
         }
         for (int l = 0; l < BESA_LAYERS; l++)
             CHECK(!memcmp(r.pruned[l], r.step[r.steps - 1].what[l], (size_t)(m->rows[l] * m->columns[l]) * sizeof(float)),
@@ -1318,7 +1376,7 @@ static void test_seconds(const model *m, besa_method method)
 
 /* A pruner's second block gives what its first did: nothing of that one is left. BESA learns nothing here, so that the
  * counts that the first block ended with are those that the second one's learning begins with. */
-static void test_twice(const model *m, besa_method method, besa_learn learn, besa_refit refit)
+static void test_twice(const model *m, besa_method method, besa_learn learn, besa_refit refit, int vectors)
 {
     besa_prune_options o;
     besa_pruner *pruner = NULL;
@@ -1327,7 +1385,7 @@ static void test_twice(const model *m, besa_method method, besa_learn learn, bes
     float *x[2];
     memset(&o, 0, sizeof o);
     o.method = method, o.rates.target = 0.4, o.rates.zero_start = 1, o.no_projection = 1, o.rates.d0 = 1e-12;
-    o.learn = learn, o.weight_epochs = 1, o.refit = refit;
+    o.learn = learn, o.weight_epochs = 1, o.refit = refit, o.learn_vectors = vectors;
     CHECK_OK(besa_pruner_create(&pruner, &g_be, &m->block.shape, BESA_F32, 0, &o, SEQUENCES, SEQLEN, &g_error), g_error);
     if (!pruner) return;
     for (int i = 0; i < 2; i++) {
@@ -1397,6 +1455,7 @@ static void test_whole_models(const model *m)
 
 static void test_moving(const model *m)
 {
+    static const besa_fixed_rate query[] = { { "q_proj", 0 } };
     static const besa_fixed_rate fixed[] = { { "k_proj", 0.23 }, { "v_proj", 0 }, { "down_proj", 0.6 } };
     besa_prune_options o = learning_options(1);
     o.learn = BESA_LEARN_BOTH, o.weight_epochs = 1;
@@ -1417,6 +1476,14 @@ static void test_moving(const model *m)
     TEST("weights by wanda's mask") test_weights(m, &o, 5);
     o.method = BESA_METHOD_MAGNITUDE, o.batch_size = 2, o.weight_epochs = 1, o.rates.target = 0, o.pattern_n = 2, o.pattern_m = 3;
     TEST("weights by magnitude, 2:3, batches of 2") test_weights(m, &o, 5);
+    o.learn_vectors = 1;
+    TEST("norms and biases with weights by magnitude, 2:3, batches of 2") test_weights(m, &o, 5);
+    o = learning_options(4);
+    o.learn = BESA_LEARN_BOTH, o.weight_epochs = 1, o.weight_warmup = 0.5, o.dense_share = 0.25, o.learn_vectors = 1;
+    o.fixed = fixed, o.num_fixed = 3;
+    TEST("norms, biases, rates and weights, batches of 4, fixed layers") test_weights(m, &o, SEQUENCES);
+    o.learn = BESA_LEARN_WEIGHTS, o.batch_size = 3, o.fixed = query, o.num_fixed = 1;
+    TEST("rates, then norms and weights, a bias that stays") test_weights(m, &o, SEQUENCES);
 }
 
 static void test_others(const model *m)
@@ -1467,12 +1534,13 @@ int main(int argc, char **argv)
     TEST("sparsegpt as stored, 2:4") test_sparsegpt_stored("pruned_2of4", 2, 4, 75);
     TEST("sparsegpt as stored, 4:8") test_sparsegpt_stored("pruned_4of8", 4, 8, 40);
     for (int i = BESA_METHOD_BESA; i <= BESA_METHOD_MAGNITUDE; i++) TEST(seconds[i]) test_seconds(&m, (besa_method)i);
-    for (int i = BESA_METHOD_BESA; i <= BESA_METHOD_MAGNITUDE; i++) TEST(twice[i]) test_twice(&m, (besa_method)i, BESA_LEARN_RATES, BESA_REFIT_NONE);
-    TEST("the same block twice, rates and weights") test_twice(&m, BESA_METHOD_BESA, BESA_LEARN_BOTH, BESA_REFIT_NONE);
-    TEST("the same block twice, wanda's weights") test_twice(&m, BESA_METHOD_WANDA, BESA_LEARN_WEIGHTS, BESA_REFIT_NONE);
-    TEST("the same block twice, sparsegpt and cg") test_twice(&m, BESA_METHOD_SPARSEGPT, BESA_LEARN_RATES, BESA_REFIT_CG);
-    TEST("the same block twice, wanda, obs and weights") test_twice(&m, BESA_METHOD_WANDA, BESA_LEARN_WEIGHTS, BESA_REFIT_OBS);
-    TEST("the same block twice, besa, cg and weights") test_twice(&m, BESA_METHOD_BESA, BESA_LEARN_WEIGHTS, BESA_REFIT_CG);
+    for (int i = BESA_METHOD_BESA; i <= BESA_METHOD_MAGNITUDE; i++) TEST(twice[i]) test_twice(&m, (besa_method)i, BESA_LEARN_RATES, BESA_REFIT_NONE, 0);
+    TEST("the same block twice, rates and weights") test_twice(&m, BESA_METHOD_BESA, BESA_LEARN_BOTH, BESA_REFIT_NONE, 0);
+    TEST("the same block twice, wanda's weights") test_twice(&m, BESA_METHOD_WANDA, BESA_LEARN_WEIGHTS, BESA_REFIT_NONE, 0);
+    TEST("the same block twice, norms and biases too") test_twice(&m, BESA_METHOD_BESA, BESA_LEARN_BOTH, BESA_REFIT_NONE, 1);
+    TEST("the same block twice, sparsegpt and cg") test_twice(&m, BESA_METHOD_SPARSEGPT, BESA_LEARN_RATES, BESA_REFIT_CG, 0);
+    TEST("the same block twice, wanda, obs and weights") test_twice(&m, BESA_METHOD_WANDA, BESA_LEARN_WEIGHTS, BESA_REFIT_OBS, 0);
+    TEST("the same block twice, besa, cg and weights") test_twice(&m, BESA_METHOD_BESA, BESA_LEARN_WEIGHTS, BESA_REFIT_CG, 0);
     g_be.destroy(&g_be);
     return test_finish();
 }

@@ -230,6 +230,60 @@ static void test_second_loss(const char *name)
     }
 }
 
+/* Gradients of norms and biases, added up over two batches: against finite differences of a loss at the block's output along
+ * one random direction of each; and the same where no weight's gradient is wanted. */
+static void test_vector_gradients(const char *name)
+{
+    const char *dir = folder(name);
+    int64_t batch = (int64_t)json_number(dir, "shape.json", "batch"), seqlen = (int64_t)json_number(dir, "shape.json", "seqlen");
+    besa_block b = read_block(dir, seqlen);
+    int64_t tokens = batch * seqlen, d = b.shape.hidden_size;
+    besa_activations acts = new_activations(&b, tokens);
+    array h = npy_load(dir, "h", batch, seqlen, d);
+    float *y = take_floats(tokens * d), *sums[2][BESA_VECTORS];
+    double *c = random_numbers(tokens * d);
+    int seen = 0;
+    set_workspace(besa_block_workload(&b.shape, batch, seqlen));
+    besa__backward p = besa__backward_of(&g_be, &b, &acts, seqlen);
+    besa__backward_batch(&p, batch);
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        int64_t rows, columns;
+        besa_block_layer(&b.shape, l, &rows, &columns);
+        acts.dw_sum[l] = take_floats(rows * columns);
+    }
+    for (int alone = 0; alone < 2; alone++) {
+        p.layers = alone ? 0 : p.layers;
+        for (int i = 0; i < BESA_VECTORS; i++) acts.dvector[i] = sums[alone][i] = take_floats(besa__vector_count(&b.shape, i));
+        for (int twice = 0; twice < 2; twice++) {
+            CHECK_OK(besa_block_forward(&g_be, &b, &acts, h.f, y, batch, seqlen, &g_error), g_error);
+            for (int64_t i = 0; i < tokens * d; i++) y[i] += (float)c[i]; /* dL/dy of L = sum c y + y^2 / 2 */
+            OP(besa__block_backward(&p, h.f, y, NULL));
+        }
+    }
+    for (int i = 0; i < BESA_VECTORS; i++) {
+        const float **vector = besa__block_vector(&b, i), *was = *vector;
+        int64_t n = besa__vector_count(&b.shape, i);
+        double *direction = random_numbers(n), want = 0, value[2] = { 0, 0 };
+        float *moved = take_floats(n);
+        if (was && i >= BESA_LAYERS)
+            CHECK(!memcmp(sums[0][i], sums[1][i], (size_t)n * sizeof(float)), "vector %d: another gradient without weights", i);
+        for (int64_t k = 0; k < n; k++) want += 0.5 * (double)sums[0][i][k] * direction[k];
+        if (!was) CHECK(want == 0, "vector %d: a gradient of what is not there", i);
+        if (!was) continue;
+        seen++;
+        for (int side = 0; side < 2; side++) {
+            for (int64_t k = 0; k < n; k++) moved[k] = was[k] + (float)((side ? 1e-2 : -1e-2) * direction[k]);
+            *vector = moved;
+            CHECK_OK(besa_block_forward(&g_be, &b, &acts, h.f, y, batch, seqlen, &g_error), g_error);
+            for (int64_t k = 0; k < tokens * d; k++) value[side] += (c[k] + 0.5 * (double)y[k]) * (double)y[k];
+        }
+        *vector = was;
+        double found = (value[1] - value[0]) / 2e-2;
+        CHECK(fabs(want - found) <= 2e-3 * fabs(found) + 3e-3, "vector %d: %g, differences say %g", i, want, found);
+    }
+    CHECK(seen >= 2, "%d norms and biases", seen);
+}
+
 /* ---- the sparse layer ------------------------------------------------------------------------ */
 
 /* bucket[rank] = the largest d with rank < k_d: from the definition, one candidate after the other. */
@@ -1773,6 +1827,9 @@ int main(int argc, char **argv)
     if (besa_cpu_backend(&g_be, NULL, &g_error) != BESA_OK) return fprintf(stderr, "%s\n", g_error.message), 1;
     for (int i = 0; i < 5; i++) TEST(block[i]) test_block(block[i]);
     TEST("a second loss at h1, gradients added up") test_second_loss("block_gqa");
+    TEST("gradients of norms") test_vector_gradients("block_gqa");
+    TEST("gradients of norms of q and k") test_vector_gradients("block_qk_norm");
+    TEST("gradients of norms and biases") test_vector_gradients("block_qkv_bias");
     TEST("sparse_row_sigmoid") test_sparse_layer("sparse_row_sigmoid", 0, 12, 0);
     TEST("sparse_row_softmax") test_sparse_layer("sparse_row_softmax", 1, 12, 0);
     TEST("sparse_layer_sigmoid as one row group") test_sparse_layer("sparse_layer_sigmoid", 0, 1, 0);
