@@ -165,7 +165,7 @@
  *                                 rates and the kept weights together, and then the weights
  *     weight_epochs               [3] over the sequences with final masks
  *     rank_interval               [1] learn both: steps from one ranking of the weights, as they have become, to the next
- *     weight_lr, weight_warmup    [0.2, 0] Adam's learning rate in units of rms(W) / sqrt(C) of a layer; share of the steps in
+ *     weight_lr, weight_warmup    [0.3, 0] Adam's learning rate in units of rms(W) / sqrt(C) of a layer; share of the steps in
  *                                 which it rises. Then it falls to 0 over the steps, as a half cosine
  *     learn_vectors               [0] the block's norms and biases learn wherever its kept weights do
  *     no_projection               [0] leave the sparsity where learning ended
@@ -1033,7 +1033,7 @@ typedef struct besa_prune_options {
     int64_t weight_epochs;                      /* [3] over the sequences with final masks */
     int64_t rank_interval;                      /* [1] BESA_LEARN_BOTH: learning steps from one ranking of the weights, as they
                                                    have become, to the next; BESA_NONE: the dense weights' ranks stay */
-    double weight_lr;                           /* [0.2] of Adam's steps, in units of rms(W) / sqrt(C) of a layer: the share of its
+    double weight_lr;                           /* [0.3] of Adam's steps, in units of rms(W) / sqrt(C) of a layer: the share of its
                                                    outputs' size that a step changes where all inputs agree on it */
     double weight_warmup;                       /* [0] share of the steps in which it rises; then it goes down a half cosine */
     int learn_vectors;                          /* the block's norms and biases learn wherever its kept weights do */
@@ -2018,8 +2018,8 @@ static const besa_option besa__options[] = {
      "weight-epochs", "N", "passes over the calibration sequences once masks are final [3]"},
     {BESA__PRUNE(INT64, rank_interval), 1, 0, BESA__NO_LIMIT, BESA_OPTION_NONE | BESA__WEIGHTS, "0 or more",
      "rank-interval", "N", "learn both: steps until the moving weights are ranked anew, 0: never [1]"},
-    {BESA__PRUNE(DOUBLE, weight_lr), 0.2, 0, 1e30, BESA__OPEN | BESA__WEIGHTS, "above 0 and below 1e30",
-     "weight-lr", "X", "learning rate of weights, in units of a layer's rms / sqrt(columns) [0.2]"},
+    {BESA__PRUNE(DOUBLE, weight_lr), 0.3, 0, 1e30, BESA__OPEN | BESA__WEIGHTS, "above 0 and below 1e30",
+     "weight-lr", "X", "learning rate of weights, in units of a layer's rms / sqrt(columns) [0.3]"},
     {BESA__PRUNE(DOUBLE, weight_warmup), 0, 0, 1, BESA__FROM_0 | BESA__WEIGHTS, "0 or more and below 1",
      "weight-warmup", "X", "share of the steps in which that rises [0]"},
     {BESA__PRUNE(FLAG, learn_vectors), 0, 0, 1, BESA__WEIGHTS, "0 or 1",
@@ -2101,8 +2101,10 @@ static besa_result besa__options_fill(void *bytes, size_t begin, size_t end, bes
 /* What the presets set; what is not here has its default. */
 static const struct { const char *preset, *option; double value; } besa__presets[] = {
     {"default", NULL, 0},
-    /* Tried for "best": weight_lr, see section weights; dense_share 0, 0.5, 0.8 and 1; 1 to 4 weight_epochs. */
-    {"best", "learn", BESA_LEARN_BOTH}, {"best", "dense_share", 0.5},
+    /* Tried for "best", of four epochs in all: one to three with the rates; ranks kept, anew every 4th step, or every step, and
+     * on while masks are final; weight_lr 0.15 to 0.4; dense_share 0 to 1; an importance with gradients; learn_vectors; more
+     * sparsity towards the end, or by outliers; Adam's beta2 0.95 and 0.99; pruned weights that move as well, or shrink. */
+    {"best", "learn", BESA_LEARN_BOTH}, {"best", "dense_share", 0.5}, {"best", "epochs", 2}, {"best", "weight_epochs", 2},
     {"weights", "learn", BESA_LEARN_WEIGHTS}, {"weights", "dense_share", 0.5},
     {"published-row", "form", BESA_RATES_ROW}, {"published-row", "zero_start", 1}, {"published-row", "penalty", 5},
     {"published-row", "d_coef", 5}, {"published-row", "no_projection", 1},
@@ -3115,11 +3117,11 @@ BESA_API besa_result besa_rates_status(besa_rates *rates, double *d, double *mea
  * ============================================================================================
  * Owns weights that move along the gradient where they are not pruned: a float copy of each layer's, with Adam's moments.
  * Adam moves every weight by about its learning rate, whatever the gradient's size (a weight that comes back begins with
- * the moments that it went with, and for some steps moves by a few times that: moments of all weights did no better). Where the C inputs of an output agree, a
- * step of r changes it by r C |x|, and it is of the size rms(W) sqrt(C) |x|: in units of rms(W) / sqrt(C), of the dense
- * weights, one learning rate suits all layers and models. The
- * forward pass reads them masked and rounded to the checkpoint's dtype, and the gradient there counts as that of the
- * float copy. Pruned weights keep their values, which are what the masks are applied to: they may come back.
+ * the moments that it went with, and for some steps moves by a few times that: moments of all weights did no better).
+ * Where the C inputs of an output agree, a step of r changes it by r C |x|, and it is of the size rms(W) sqrt(C) |x|: in
+ * units of rms(W) / sqrt(C), of the dense weights, one learning rate suits all layers and models. The forward pass reads
+ * them masked and rounded to the checkpoint's dtype, and the gradient there counts as that of the float copy. Pruned
+ * weights keep their values, which are what ranks are made of and masks applied to: they may come back.
  * Norms and biases, a block's vectors, move likewise, but have no mask. A norm's weight scales a column of the layers
  * behind it: in units of rms / sqrt(count) of the norm, a step changes that column by the share by which one of the weights
  * changes it. A bias is the weight of an input that is 1, and has the unit of its layer's weights. */

@@ -592,6 +592,7 @@ static void test_preset_fields(void)
         { "published-layer", "form", BESA_RATES_LAYER }, { "published-layer", "zero_start", 1 },
         { "published-layer", "penalty", 5 }, { "published-layer", "d_coef", 50 }, { "published-layer", "dense_stream", 1 },
         { "published-layer", "no_projection", 1 }, { "best", "learn", BESA_LEARN_BOTH }, { "best", "dense_share", 0.5 },
+        { "best", "epochs", 2 }, { "best", "weight_epochs", 2 },
         { "weights", "learn", BESA_LEARN_WEIGHTS }, { "weights", "dense_share", 0.5 } };
     static const char *const preset[] = { "default", "published-row", "published-layer", "best", "weights" };
     static const besa_fixed_rate fixed = { "v_proj", 0.25 };
