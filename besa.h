@@ -176,8 +176,8 @@
  *     depth_slope                 [0] the last block's sparsity less the first one's, around the target
  *     block_targets               [none] a sparsity for every block; besa_outliers and besa_outlier_targets find some
  *     progress, step, user        [none] callbacks: after each unit of work, which can stop the run; after each learning step
- *     besa_preset                 [default] best: learn both, dense_share 1/2. weights: learn weights, dense_share 1/2, for any
- *                                 method. published-row and published-layer: the paper's runs of LLaMA-1-7B, d_coef 5 and
+ *     besa_preset                 [default] best: learn both, dense_share 1/2, 2 epochs and 2 weight_epochs. weights: learn
+ *                                 weights, dense_share 1/2, for any method. published-row and published-layer: the paper's runs of LLaMA-1-7B, d_coef 5 and
  *                                 50. For other models set the paper's d_coef: by row 5 (1-13B, 2-7B, 2-13B), 10 (1-30B),
  *                                 50 (1-65B, 2-70B); by layer 0.5 (1-13B, 1-65B, 2-70B), 0.05 (1-30B, 2-7B, 2-13B)
  *     device_memory               [CUDA: 31/32 of what is free; CPU: no limit] the most bytes that a run takes of the backend's
@@ -200,6 +200,7 @@
  *         pinned host memory           16 MB of weights, 8192 d of rows
  *         weights that learn           12 N bytes, + 2 N where w = 2, + 4 N where a batch does not fit at once
  *         norms and biases that learn  20 bytes of each
+ *         importance gradient          4 N bytes
  *     Where device_memory is not enough, the test's activations, Yref and X live in pinned host memory and come batch by
  *     batch while others compute. None of this grows with the number of blocks; beside it there are the tensor table, the
  *     list of finished blocks and the report, some hundred bytes per tensor and block. A weight and token cost about 10 FLOP for
