@@ -114,6 +114,7 @@
  *     >>cpu-masks          masks and bucketed gradients on the CPU
  *     >>cpu-rates          rates, optimiser and exact count on the CPU
  *     >>cpu-sparsegpt      SparseGPT on the CPU: factor of the inverse Hessian, slabs of weights
+ *     >>cpu-quantization   weights on a grid of levels on the CPU
  *     >>cpu-backend        the CPU's table of operations
  *
  * HOOKS, defined before the implementation is included
@@ -402,6 +403,16 @@ typedef struct besa_weight_step {
     besa_dtype dtype;
 } besa_weight_step;
 
+/* A layer's weights on grids of 2^bits levels, one for every `group` consecutive columns of a row, G = ceil(C / group) of them in
+ * a row (section "quantization"). */
+typedef struct besa_quantizer {
+    int bits;                                   /* 2 .. 8 */
+    int64_t rows, columns, group;
+    const float *range;                         /* (R,G,2) largest and smallest weight of the group */
+    const float *logit;                         /* (R,G,2) of the clips g0, g1 = sigmoid(logit) of the two; NULL: both are 1 */
+    float *scale, *zero;                        /* (R,G) h and z, a whole number: the levels are h (q - z), q = 0 .. 2^bits - 1 */
+} besa_quantizer;
+
 struct besa_backend {
     const char *name;
     void *context;                              /* the backend's own */
@@ -544,6 +555,19 @@ struct besa_backend {
     /* Y(n) = (1 - share) Y + share X, act */
     besa_result (*mix)(besa_backend *be, void *y, const void *x, float share, int64_t n);
 
+    /* ---- quantisation ---------------------------------------------------------------------- */
+    /* range(R,G,2) = the largest and the smallest of 0 and each `group` columns of W(R,C) */
+    besa_result (*quantize_range)(besa_backend *be, float *range, const void *w, besa_dtype dtype, int64_t group, int64_t rows,
+                                  int64_t columns);
+    /* scale = h = (g0 max - g1 min) / (2^bits - 1), zero = z = -round(g1 min / h); both 0 where h is not above 0 */
+    besa_result (*quantize_grid)(besa_backend *be, const besa_quantizer *q);
+    /* What(R,C) = h (clamp(round(W / h) + z, 0, 2^bits - 1) - z), rounded to nearest even; +0 where h is 0. What may be W */
+    besa_result (*quantize)(besa_backend *be, void *what, const void *w, besa_dtype dtype, const besa_quantizer *q);
+    /* dlogit(R,G,2) += the derivative by the clips' logits, for dW = dL/dWhat: with u = round(W / h) + z, and rounding
+     * passed straight through, dWhat/dh = round(W / h) - W / h where 0 < u < 2^bits - 1, clamp(u) - z elsewhere */
+    besa_result (*quantize_gradient)(besa_backend *be, float *dlogit, const float *dw, const void *w, besa_dtype dtype,
+                                     const besa_quantizer *q);
+
     /* ---- SparseGPT ------------------------------------------------------------------------- */
     /* H(C,C) in: a Gram matrix (lower triangle); out: the upper Cholesky factor U of inv(H + damping), zeros below,
      * dead(C) = 1 where the input column was zero: H_jj = 1 there, before damping * mean(diag) is added.
@@ -586,6 +610,7 @@ struct besa_backend {
     X(mask_pattern) X(bucket_gradient) X(rate_forward) X(rate_mean) X(rate_backward)               \
     X(optimizer_step) X(project_counts) X(rms) X(weight_step) X(mix) X(hessian_factor) X(diagonal) \
     X(sparsegpt_slab) X(sparsegpt_push)                                                            \
+    X(quantize_range) X(quantize_grid) X(quantize) X(quantize_gradient)                            \
     X(logits) X(nll_update) X(nll_sum)
 
 typedef struct besa_cpu_options {
@@ -12901,6 +12926,182 @@ static besa_result besa__cpu_sparsegpt_push(besa_backend *be, float *wf, const f
     g.alpha = -1.0f;
     g.accumulate = 1;
     besa__cpu_multiply(be, &g, 0);
+    return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>cpu-quantization      weights on a grid of levels on the CPU
+ * ============================================================================================
+ * A group of columns at a time, in parts of it. All in float; a level comes out as it is rounded to the dtype. */
+
+enum { BESA__CPU_QUANTIZED = 512 /* weights of a part */ };
+
+/* Groups of a row; where group g begins, and how many columns it has. */
+static int64_t besa__groups(int64_t columns, int64_t group) { return besa__parts(columns, group); }
+
+static int64_t besa__group_columns(int64_t columns, int64_t group, int64_t g)
+{
+    return besa__min(group, columns - g * group);
+}
+
+/* range(2): the larger of the first and all x, the smaller of the second and all x */
+BESA__INLINE void besa__cpu_range_body(float *range, const float *x, int64_t n)
+{
+    float high[BESA__LANES], low[BESA__LANES];
+    int64_t i = 0;
+    for (int l = 0; l < BESA__LANES; l++) high[l] = range[0], low[l] = range[1];
+    for (; i + BESA__LANES <= n; i += BESA__LANES)
+        for (int l = 0; l < BESA__LANES; l++) {
+            high[l] = high[l] < x[i + l] ? x[i + l] : high[l];
+            low[l] = low[l] > x[i + l] ? x[i + l] : low[l];
+        }
+    for (; i < n; i++) {
+        int64_t l = i % BESA__LANES;
+        high[l] = high[l] < x[i] ? x[i] : high[l];
+        low[l] = low[l] > x[i] ? x[i] : low[l];
+    }
+    for (int l = 0; l < BESA__LANES; l++) {
+        range[0] = range[0] < high[l] ? high[l] : range[0];
+        range[1] = range[1] > low[l] ? low[l] : range[1];
+    }
+}
+BESA__KERNEL(besa__cpu_range, (float *range, const float *x, int64_t n), (range, x, n))
+
+static besa_result besa__cpu_quantize_range(besa_backend *be, float *range, const void *w, besa_dtype dtype, int64_t group,
+                                            int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain), groups = besa__groups(columns, group);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t i = task * grain * groups; i < besa__min(rows, (task + 1) * grain) * groups; i++) {
+            float part[BESA__CPU_QUANTIZED], *out = range + 2 * i;
+            int64_t at = i / groups * columns + i % groups * group, n = besa__group_columns(columns, group, i % groups);
+            out[0] = out[1] = 0.0f;
+            for (int64_t j = 0, count; j < n; j += count) {
+                count = besa__min(BESA__CPU_QUANTIZED, n - j);
+                besa__cpu_widen(part, w, dtype, at + j, count);
+                besa__cpu_range(out, part, count);
+            }
+        }
+    return BESA_OK;
+}
+
+/* The nearest whole number, of two the even one; |x| < 2^22. */
+BESA__INLINE float besa__round(float x)
+{
+    const float magic = 12582912.0f; /* 1.5 2^23 */
+    return (x + magic) - magic;
+}
+
+BESA__INLINE void besa__cpu_grid_body(float *scale, float *zero, const float *range, const float *logit, float most, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float low = logit ? besa__sigmoid(logit[2 * i + 1]) * range[2 * i + 1] : range[2 * i + 1];
+        float high = logit ? besa__sigmoid(logit[2 * i]) * range[2 * i] : range[2 * i];
+        float h = (high - low) / most, z = besa__round(-low / h);
+        scale[i] = h > 0.0f ? h : 0.0f;
+        zero[i] = h > 0.0f ? z : 0.0f;
+    }
+}
+BESA__KERNEL(besa__cpu_grid, (float *scale, float *zero, const float *range, const float *logit, float most, int64_t n),
+             (scale, zero, range, logit, most, n))
+
+static float besa__cpu_most(const besa_quantizer *q) { return (float)((1 << q->bits) - 1); }
+
+static besa_result besa__cpu_quantize_grid(besa_backend *be, const besa_quantizer *q)
+{
+    int64_t n = q->rows * besa__groups(q->columns, q->group), run = 4096, tasks = besa__parts(n, run);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * run;
+        besa__cpu_grid(q->scale + at, q->zero + at, q->range + 2 * at, q->logit ? q->logit + 2 * at : NULL, besa__cpu_most(q),
+                       besa__min(run, n - at));
+    }
+    return BESA_OK;
+}
+
+/* The place u of x on the grid, kept within one of its ends: -1 .. most + 1; what x / h is there goes to *t. */
+BESA__INLINE float besa__grid_place(float x, float h, float z, float most, float *t)
+{
+    float low = -1.0f - z, high = most + 1.0f - z;
+    *t = x / h;
+    *t = *t < low ? low : *t > high ? high : *t;
+    return besa__round(*t) + z;
+}
+
+/* y = h (clamp(u, 0, most) - z); y may be x */
+BESA__INLINE void besa__cpu_levels_body(float *y, const float *x, float h, float z, float most, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float t, u = besa__grid_place(x[i], h, z, most, &t);
+        u = u < 0.0f ? 0.0f : u > most ? most : u;
+        y[i] = h * (u - z);
+    }
+}
+BESA__KERNEL(besa__cpu_levels, (float *y, const float *x, float h, float z, float most, int64_t n), (y, x, h, z, most, n))
+
+static besa_result besa__cpu_quantize(besa_backend *be, void *what, const void *w, besa_dtype dtype, const besa_quantizer *q)
+{
+    int64_t columns = q->columns, grain = besa__cpu_grain(columns), tasks = besa__parts(q->rows, grain);
+    int64_t groups = besa__groups(columns, q->group);
+    float most = besa__cpu_most(q);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t i = task * grain * groups; i < besa__min(q->rows, (task + 1) * grain) * groups; i++) {
+            float part[BESA__CPU_QUANTIZED];
+            int64_t at = i / groups * columns + i % groups * q->group, n = besa__group_columns(columns, q->group, i % groups);
+            for (int64_t j = 0, count; j < n; j += count) {
+                count = besa__min(BESA__CPU_QUANTIZED, n - j);
+                besa__cpu_widen(part, w, dtype, at + j, count);
+                if (q->scale[i] > 0.0f) besa__cpu_levels(part, part, q->scale[i], q->zero[i], most, count);
+                else memset(part, 0, sizeof part);
+                besa__cpu_narrow(what, dtype, at + j, part, count);
+            }
+        }
+    return BESA_OK;
+}
+
+/* dWhat/dh of one weight */
+BESA__INLINE float besa__level_slope(float x, float h, float z, float most)
+{
+    float t, u = besa__grid_place(x, h, z, most, &t);
+    float clamped = (u < 0.0f ? 0.0f : u > most ? most : u) - z, within = u - z - t;
+    return u > 0.0f && u < most ? within : clamped;
+}
+
+/* sum of dw dWhat/dh */
+BESA__INLINE float besa__cpu_slopes_body(const float *dw, const float *x, float h, float z, float most, int64_t n)
+{
+#define BESA__TERM(i) (dw[i] * besa__level_slope(x[i], h, z, most))
+    BESA__SUM_BODY(n, BESA__TERM)
+#undef BESA__TERM
+}
+BESA__KERNEL_FLOAT(besa__cpu_slopes, (const float *dw, const float *x, float h, float z, float most, int64_t n),
+                   (dw, x, h, z, most, n))
+
+/* dh/dlogit: max g0 (1 - g0) / most, and -min g1 (1 - g1) / most */
+static besa_result besa__cpu_quantize_gradient(besa_backend *be, float *dlogit, const float *dw, const void *w, besa_dtype dtype,
+                                               const besa_quantizer *q)
+{
+    int64_t columns = q->columns, grain = besa__cpu_grain(columns), tasks = besa__parts(q->rows, grain);
+    int64_t groups = besa__groups(columns, q->group);
+    float most = besa__cpu_most(q);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t i = task * grain * groups; i < besa__min(q->rows, (task + 1) * grain) * groups; i++) {
+            float part[BESA__CPU_QUANTIZED], sum = 0.0f;
+            int64_t at = i / groups * columns + i % groups * q->group, n = besa__group_columns(columns, q->group, i % groups);
+            float g0 = besa__sigmoid(q->logit[2 * i]), g1 = besa__sigmoid(q->logit[2 * i + 1]);
+            for (int64_t j = 0, count; j < n && q->scale[i] > 0.0f; j += count) {
+                count = besa__min(BESA__CPU_QUANTIZED, n - j);
+                besa__cpu_widen(part, w, dtype, at + j, count);
+                sum += besa__cpu_slopes(dw + at + j, part, q->scale[i], q->zero[i], most, count);
+            }
+            dlogit[2 * i] += sum * (q->range[2 * i] * g0 * (1.0f - g0) / most);
+            dlogit[2 * i + 1] -= sum * (q->range[2 * i + 1] * g1 * (1.0f - g1) / most);
+        }
     return BESA_OK;
 }
 

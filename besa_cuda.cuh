@@ -26,6 +26,7 @@
  *   >>cuda-rates         theta -> alpha, n and back; the exact count
  *   >>cuda-optimizer     Prodigy, AdamW, kept weights
  *   >>cuda-sparsegpt     factor of the inverse Hessian, slabs
+ *   >>cuda-quantization  weights on a grid of levels
  *   >>cuda-backend       the table, creation, the end
  *
  * Types    activations are bf16, products run on bf16 operands with float sums. With options.fp32, and on devices below
@@ -2890,6 +2891,145 @@ static besa_result besa__cuda_sparsegpt_push(besa_backend *be, float *wf, const 
     besa__cuda_operand_b(&p, u + first * columns + next, columns, 0);
     besa__cuda_result_c(&p, wf + next, BESA_F32, columns, 1);
     return besa__cuda_multiply(be, &p);
+}
+
+/* ============================================================================================
+ * // >>cuda-quantization     weights on a grid of levels
+ * ============================================================================================
+ * A warp a group of columns: memory-bound, each weight is read once. */
+
+/* Over the groups of rows(R) that this warp takes; what group i is: where it begins, and its columns. */
+#define BESA__GROUPS(i, count)                                                                     \
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * besa__warps() + besa__warp(); i < (count); \
+         i += static_cast<int64_t>(gridDim.x) * besa__warps())
+
+typedef struct besa__group {
+    int64_t at, columns;
+} besa__group;
+
+static __device__ __forceinline__ besa__group besa__group_of(int64_t i, int64_t columns, int64_t group)
+{
+    int64_t groups = besa__cuda_parts(columns, group), first = i % groups * group;
+    besa__group g = {i / groups * columns + first, besa__cuda_min(group, columns - first)};
+    return g;
+}
+
+/* Warps of a block, and blocks for so many groups. */
+enum { BESA__CUDA_GROUP_WARPS = 8 };
+static int64_t besa__cuda_group_blocks(int64_t count) { return besa__cuda_parts(count, BESA__CUDA_GROUP_WARPS); }
+
+template <typename T>
+static __global__ void besa__quantize_range_kernel(float *range, const T *w, int64_t group, int64_t count, int64_t columns)
+{
+    BESA__GROUPS(i, count) {
+        besa__group g = besa__group_of(i, columns, group);
+        float high = 0.0f, low = 0.0f;
+        for (int64_t j = besa__lane(); j < g.columns; j += 32) {
+            float x = besa__get(w[g.at + j]);
+            high = high < x ? x : high;
+            low = low > x ? x : low;
+        }
+        high = besa__warp_max(high);
+        low = -besa__warp_max(-low);
+        if (besa__lane() == 0) range[2 * i] = high, range[2 * i + 1] = low;
+    }
+}
+
+static besa_result besa__cuda_quantize_range(besa_backend *be, float *range, const void *w, besa_dtype dtype, int64_t group,
+                                             int64_t rows, int64_t columns)
+{
+    int64_t count = rows * besa__cuda_parts(columns, group);
+    BESA__BY_DTYPE(dtype, T,
+        BESA__RUN(besa__quantize_range_kernel<T>, besa__cuda_group_blocks(count), 32 * BESA__CUDA_GROUP_WARPS, 0, range,
+                  static_cast<const T *>(w), group, count, columns));
+    return BESA_OK;
+}
+
+/* scale, zero of groups i .. i + 7 of `count`; a thread eight groups */
+static __global__ void besa__quantize_grid_kernel(besa_quantizer q, float most, int64_t count)
+{
+    BESA__FLAT(i0, count)
+        for (int64_t i = i0; i < besa__cuda_min(count, i0 + 8); i++) {
+            float g0 = q.logit ? besa__cuda_sigmoid(q.logit[2 * i]) : 1.0f;
+            float g1 = q.logit ? besa__cuda_sigmoid(q.logit[2 * i + 1]) : 1.0f;
+            float low = g1 * q.range[2 * i + 1], h = (g0 * q.range[2 * i] - low) / most;
+            q.scale[i] = h > 0.0f ? h : 0.0f;
+            q.zero[i] = h > 0.0f ? rintf(-low / h) : 0.0f;
+        }
+}
+
+static float besa__cuda_most(const besa_quantizer *q) { return static_cast<float>((1 << q->bits) - 1); }
+
+static int64_t besa__cuda_groups(const besa_quantizer *q) { return q->rows * besa__cuda_parts(q->columns, q->group); }
+
+static besa_result besa__cuda_quantize_grid(besa_backend *be, const besa_quantizer *q)
+{
+    int64_t count = besa__cuda_groups(q);
+    BESA__RUN(besa__quantize_grid_kernel, besa__cuda_flat_blocks(count), BESA__CUDA_THREADS, 0, *q, besa__cuda_most(q), count);
+    return BESA_OK;
+}
+
+/* The place u of x on the grid, kept within one of its ends: -1 .. most + 1; what x / h is there goes to t. */
+static __device__ __forceinline__ float besa__cuda_grid_place(float x, float h, float z, float most, float &t)
+{
+    t = fminf(fmaxf(x / h, -1.0f - z), most + 1.0f - z);
+    return rintf(t) + z;
+}
+
+static __device__ __forceinline__ float besa__cuda_level(float u, float z, float most)
+{
+    return fminf(fmaxf(u, 0.0f), most) - z;
+}
+
+template <typename T>
+static __global__ void besa__quantize_kernel(T *what, const T *w, besa_quantizer q, float most, int64_t count)
+{
+    BESA__GROUPS(i, count) {
+        besa__group g = besa__group_of(i, q.columns, q.group);
+        float h = q.scale[i], z = q.zero[i], t;
+        for (int64_t j = besa__lane(); j < g.columns; j += 32) {
+            float u = besa__cuda_grid_place(besa__get(w[g.at + j]), h, z, most, t);
+            besa__put(what[g.at + j], h > 0.0f ? h * besa__cuda_level(u, z, most) : 0.0f);
+        }
+    }
+}
+
+static besa_result besa__cuda_quantize(besa_backend *be, void *what, const void *w, besa_dtype dtype, const besa_quantizer *q)
+{
+    int64_t count = besa__cuda_groups(q);
+    BESA__BY_DTYPE(dtype, T,
+        BESA__RUN(besa__quantize_kernel<T>, besa__cuda_group_blocks(count), 32 * BESA__CUDA_GROUP_WARPS, 0,
+                  static_cast<T *>(what), static_cast<const T *>(w), *q, besa__cuda_most(q), count));
+    return BESA_OK;
+}
+
+template <typename T>
+static __global__ void besa__quantize_gradient_kernel(float *dlogit, const float *dw, const T *w, besa_quantizer q, float most,
+                                                      int64_t count)
+{
+    BESA__GROUPS(i, count) {
+        besa__group g = besa__group_of(i, q.columns, q.group);
+        float h = q.scale[i], z = q.zero[i], sum = 0.0f, t;
+        for (int64_t j = besa__lane(); j < g.columns && h > 0.0f; j += 32) {
+            float u = besa__cuda_grid_place(besa__get(w[g.at + j]), h, z, most, t);
+            sum += dw[g.at + j] * (u > 0.0f && u < most ? u - z - t : besa__cuda_level(u, z, most));
+        }
+        sum = besa__warp_sum(sum);
+        if (besa__lane() != 0) continue;
+        float g0 = besa__cuda_sigmoid(q.logit[2 * i]), g1 = besa__cuda_sigmoid(q.logit[2 * i + 1]);
+        dlogit[2 * i] += sum * (q.range[2 * i] * g0 * (1.0f - g0) / most);
+        dlogit[2 * i + 1] -= sum * (q.range[2 * i + 1] * g1 * (1.0f - g1) / most);
+    }
+}
+
+static besa_result besa__cuda_quantize_gradient(besa_backend *be, float *dlogit, const float *dw, const void *w,
+                                                besa_dtype dtype, const besa_quantizer *q)
+{
+    int64_t count = besa__cuda_groups(q);
+    BESA__BY_DTYPE(dtype, T,
+        BESA__RUN(besa__quantize_gradient_kernel<T>, besa__cuda_group_blocks(count), 32 * BESA__CUDA_GROUP_WARPS, 0, dlogit, dw,
+                  static_cast<const T *>(w), *q, besa__cuda_most(q), count));
+    return BESA_OK;
 }
 
 /* ============================================================================================
