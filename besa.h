@@ -82,6 +82,7 @@
  *     >>rates              learnable rates: theta -> alpha -> n, and their gradient
  *     >>layer-functions    the public functions of level 3
  *     >>weights            kept weights that learn
+ *     >>quantization       kept weights on grids of few levels
  *     >>block              one decoder block, forward and backward (level 2)
  *     >>streams            activations of all sequences, on the device or streamed from the host
  *     >>pruner             what pruning one block keeps: options, arrays, progress (level 2)
@@ -96,6 +97,7 @@
  *     >>config             config.json, and the tensors a model of its shape must have
  *     >>journal            files of the unfinished output, and its journal
  *     >>beside             what lies beside the weights: which files are copied
+ *     >>codes              quantised weights as whole numbers, in a file of their own
  *     >>writer             blocks into the output, one after another
  *     >>finish             the sources once more, and the rename
  *     >>report             the report as JSON
@@ -947,6 +949,17 @@ typedef enum besa_learn {
     BESA_LEARN_COUNT
 } besa_learn;
 
+/* Clips of the grids that kept weights are put on: learned where something else is, not, or in any case. */
+#define BESA_CLIPPINGS(X)                                                                          \
+    X(BESA_CLIPPING_AUTO, "auto") X(BESA_CLIPPING_NONE, "none") X(BESA_CLIPPING_LEARNED, "learned")
+
+typedef enum besa_clipping {
+#define BESA__ENUM(value, name) value,
+    BESA_CLIPPINGS(BESA__ENUM)
+#undef BESA__ENUM
+    BESA_CLIPPING_COUNT
+} besa_clipping;
+
 /* How to prune. A zero-filled struct with rates.target set prunes with BESA's default preset. */
 typedef struct besa_prune_options {
     besa_rate_options rates;                    /* rates.target is the sparsity of every method */
@@ -970,6 +983,11 @@ typedef struct besa_prune_options {
                                                    outputs' size that a step changes where all inputs agree on it */
     double weight_warmup;                       /* [0] share of the steps in which it rises; then it goes down a half cosine */
     int no_projection;                          /* leave the sparsity where learning ended, as the paper's code does */
+    int bits;                                   /* [0: none] 2 to 8: weights that are kept lie on grids of 2^bits levels */
+    int64_t group_size;                         /* [0: a row] columns that share a grid */
+    besa_clipping clipping;                     /* whether grids learn how far they reach; with final masks, weight_epochs */
+    double clip_lr;                             /* [0.3] AdamW's learning rate of their logits; falls to 0 as a half cosine */
+    int quantize_first;                         /* scores are those of quantised weights, as in the paper */
     int64_t first_block, num_blocks;            /* level 1: prune these [0; all from there on] and leave the others dense: a
                                                    quick look at anything else */
     double depth_slope;                         /* level 1: [0] the blocks' sparsities rise by this from the first of them to the
@@ -994,8 +1012,9 @@ enum { BESA_OPTION_ABOVE = 1, BESA_OPTION_BELOW = 2, /* least, most themselves a
        BESA_OPTION_ALL = 8,                     /* BESA_ALL_ROWS is a value too */
        BESA_OPTION_REQUIRED = 16,               /* 0 is no default but a value like others */
        BESA_OPTION_BESA = 32,                   /* method besa looks at it, */
-       BESA_OPTION_WEIGHTS = 64,                /* or whatever lets weights learn; others do not */
-       BESA_OPTION_WHERE = 128 };               /* which part of the model, and how much of it: presets keep it */
+       BESA_OPTION_WEIGHTS = 64,                /* or whatever lets weights or clips learn; others do not */
+       BESA_OPTION_WHERE = 128,                 /* which part of the model, and how much of it: presets keep it */
+       BESA_OPTION_BITS = 256 };                /* a run with bits looks at it, others do not */
 
 typedef struct besa_option {
     const char *name;                           /* of the field, in besa_prune_options or its rates */
@@ -1820,6 +1839,7 @@ static const char *besa__range_text(const besa__range *range, char *buffer, size
 
 static const char besa__method_names[] = BESA_METHODS(BESA__BAR); /* these begin with a bar */
 static const char besa__learn_names[] = BESA_LEARNING(BESA__BAR);
+static const char besa__clipping_names[] = BESA_CLIPPINGS(BESA__BAR);
 static const char besa__importance_names[] = BESA_IMPORTANCES(BESA__BAR_OF_FIVE);
 
 /* field, default, least, most, flags, range in words, on the command line, what follows there, help */
@@ -1894,6 +1914,16 @@ static const besa_option besa__options[] = {
      "weight-warmup", "X", "share of the steps in which that rises [0]"},
     {BESA__PRUNE(FLAG, no_projection), 0, 0, 1, BESA__BESA, "0 or 1",
      "no-projection", "", "leave the sparsity where learning ends, near S"},
+    {BESA__PRUNE(INT, bits), 0, 2, 8, 0, "0 or 2 to 8",
+     "bits", "N", "put kept weights on grids of 2^N levels [0: do not]"},
+    {BESA__PRUNE(INT64, group_size), 0, 0, BESA__NO_LIMIT, BESA_OPTION_BITS, "0 or more",
+     "group-size", "G", "columns of a row that share a grid [0: all]"},
+    {BESA__PRUNE(ENUM, clipping), 0, 0, BESA_CLIPPING_COUNT - 1, BESA_OPTION_BITS, "a value of besa_clipping",
+     "clipping", &besa__clipping_names[1], "whether grids learn how far they reach [auto: where something else learns]"},
+    {BESA__PRUNE(DOUBLE, clip_lr), 0.3, 0, 1e30, BESA__OPEN | BESA_OPTION_BITS, "above 0 and below 1e30",
+     "clip-lr", "X", "learning rate of their clips [0.3]"},
+    {BESA__PRUNE(FLAG, quantize_first), 0, 0, 1, BESA_OPTION_BITS, "0 or 1",
+     "quantize-first", "", "choose masks by quantised weights, as the paper has it; not for sparsegpt"},
     {NULL, BESA_OPTION_FLAG, 0, 0, 0, 0, 0, NULL, NULL, NULL, NULL},
 };
 
@@ -1943,12 +1973,20 @@ static const besa_option *besa__find_option(const char *name)
     return o;
 }
 
+/* Do the grids' clips learn? */
+static int besa__clips_learn(const besa_prune_options *o)
+{
+    if (!o->bits || o->clipping == BESA_CLIPPING_NONE) return 0;
+    return o->clipping == BESA_CLIPPING_LEARNED || o->method == BESA_METHOD_BESA || o->learn != BESA_LEARN_RATES;
+}
+
 /* Does a run with these options look at that one? */
 BESA__UNUSED static int besa__option_used(const besa_option *row, const besa_prune_options *o)
 {
+    if (row->flags & BESA_OPTION_BITS) return o->bits != 0;
     if (!(row->flags & (BESA_OPTION_BESA | BESA_OPTION_WEIGHTS))) return 1;
     return (row->flags & BESA_OPTION_BESA && o->method == BESA_METHOD_BESA) ||
-           (row->flags & BESA_OPTION_WEIGHTS && o->learn != BESA_LEARN_RATES);
+           (row->flags & BESA_OPTION_WEIGHTS && (o->learn != BESA_LEARN_RATES || besa__clips_learn(o)));
 }
 
 /* Check the options that lie at bytes begin .. end-1 of besa_prune_options, and fill in what 0 and BESA_NONE stand for:
@@ -2102,6 +2140,16 @@ static void *besa__layer_rank(const besa__mask_layer *layer, int64_t row)
     return (unsigned char *)layer->rank + (size_t)(row * columns) * besa__rank_bytes(columns);
 }
 
+/* Count the zeros of a layer's rows: as many weights of each go at least. */
+static besa_result besa__masks_zeros(besa__masks *masks, int index, const void *w)
+{
+    const besa__mask_layer *layer = &masks->layer[index];
+    besa_backend *be = masks->be;
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, masks->not_finite + index, sizeof(int32_t)));
+    return be->count_zeros(be, layer->zeros, masks->not_finite + index, w, layer->shape.dtype, layer->shape.rows,
+                           layer->shape.columns);
+}
+
 /* Rank a layer by |W|^power scale (C; NULL: 1). scratch receives the scores of as many rows as `room` floats hold, again
  * and again. */
 static besa_result besa__masks_rank(besa__masks *masks, int index, const void *w, const float *scale, int power,
@@ -2113,13 +2161,12 @@ static besa_result besa__masks_rank(besa__masks *masks, int index, const void *w
     int64_t rows = layer->shape.rows, columns = layer->shape.columns, piece = besa__min(rows, room / columns);
     BESA_ASSERT(piece > 0);
     layer->ranked = 1;
-    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, masks->not_finite + index, sizeof(int32_t)));
     for (int64_t r = 0, count; r < rows; r += count) {
         count = besa__min(piece, rows - r);
         BESA__TRY(be->score(be, scratch, besa__at_const(w, dtype, r * columns), dtype, scale, power, count, columns));
         BESA__TRY(be->rank_rows(be, besa__layer_rank(layer, r), scratch, count, columns));
     }
-    return be->count_zeros(be, layer->zeros, masks->not_finite + index, w, dtype, rows, columns);
+    return besa__masks_zeros(masks, index, w);
 }
 
 /* n_r = floor(rate units) of every row. */
@@ -3054,6 +3101,141 @@ static besa_result besa__weights_move(besa__weights *weights, int index, int64_t
 }
 
 /* ============================================================================================
+ * // >>quantization          kept weights on grids of few levels
+ * ============================================================================================
+ * Owns the grids that kept weights are put on, with the paper's learned clipping (section 3.3 there; OmniQuant, arXiv
+ * 2308.13137). A group of columns of a row, max and min the largest and smallest of its dense weights and 0, has
+ *     h = (g0 max - g1 min) / (2^bits - 1),   z = -round(g1 min / h),   Q(w) = h (clamp(round(w / h) + z, 0, 2^bits - 1) - z),
+ * and 0 is a level: pruned weights, masked before, stay 0. g0 and g1 are sigmoids of logits that begin at 4, or 1 where
+ * clips do not learn. Backward, rounding is passed straight through and z is constant, and masked weights, being on their level
+ * at any h, take no part. Other sections make and learn masked weights W M as without bits; the forward pass reads Q(W M). */
+
+#define BESA__CLIP_START 4.0f                   /* sigmoid: 0.982 */
+
+typedef struct besa__quantization {
+    besa_backend *be;
+    int learns;                                 /* the clips do */
+    besa_dtype dtype;
+    besa__parameters clips;                     /* logits, (R,G,2) of one layer after the other */
+    besa_quantizer layer[BESA_LAYERS];
+    float *range[BESA_LAYERS];                  /* (R,G,2) */
+    int64_t first[BESA_LAYERS];                 /* parameter; negative: none */
+    void *masked[BESA_LAYERS];                  /* (R,C) W M */
+} besa__quantization;
+
+/* Groups of all rows of a layer. */
+static int64_t besa__grids(const besa_quantizer *q)
+{
+    return besa__product(q->rows, besa__parts(q->columns, q->group));
+}
+
+/* AdamW for the logits, with steps of their own. Gradients are 1e-8 and below, and so must eps be. */
+static void besa__clips_init(besa__quantization *q, double lr, int64_t steps)
+{
+    besa_rate_options o;
+    memset(&o, 0, sizeof o);
+    o.schedule = BESA_SCHEDULE_COSINE;
+    o.steps = steps;
+    o.beta1 = 0.9, o.beta2 = 0.999;
+    besa__parameters_init(&q->clips, q->be, BESA_ADAMW, lr, &o);
+    q->clips.step.eps = 1e-16;
+}
+
+/* Place everything; with arena->base NULL this only counts. group: 0 for whole rows. */
+static void besa__quantization_place(besa__quantization *q, const besa_block_shape *shape, besa_dtype dtype, int bits,
+                                     int64_t group, double lr, int64_t steps, besa__arena *arena)
+{
+    q->dtype = dtype;
+    besa__clips_init(q, lr, steps);
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        besa_quantizer *layer = &q->layer[i];
+        besa_block_layer(shape, i, &layer->rows, &layer->columns);
+        layer->bits = bits;
+        layer->group = group == 0 || group > layer->columns ? layer->columns : group;
+        int64_t grids = besa__grids(layer);
+        layer->range = q->range[i] = besa__take_floats(arena, besa__product(2, grids));
+        layer->scale = besa__take_floats(arena, grids);
+        layer->zero = besa__take_floats(arena, grids);
+        q->masked[i] = besa__take(arena, besa__bytes(besa__product(layer->rows, layer->columns), besa_dtype_size(dtype)));
+        q->first[i] = q->learns ? besa__parameters_reserve(&q->clips, besa__product(2, grids)) : -1;
+    }
+    if (!q->learns) return;
+    besa__parameters_place(&q->clips, arena);
+    for (int i = 0; i < BESA_LAYERS; i++) q->layer[i].logit = besa__parameters_at(q->clips.step.theta, q->first[i]);
+}
+
+/* Once after placing. Waits for the device. */
+static besa_result besa__quantization_start(besa__quantization *q)
+{
+    if (!q->learns) return BESA_OK;
+    BESA__TRY(besa__parameters_start(&q->clips));
+    return q->be->fill(q->be, (int32_t *)q->clips.theta0, (int32_t)besa__float_bits(BESA__CLIP_START), q->clips.step.n);
+}
+
+/* Every layer's grids, as the clips are now. */
+static besa_result besa__quantization_grids(const besa__quantization *q)
+{
+    for (int i = 0; i < BESA_LAYERS; i++) BESA__TRY(q->be->quantize_grid(q->be, &q->layer[i]));
+    return BESA_OK;
+}
+
+/* Before a block's masks are chosen: grids of its dense weights, clips as they begin. */
+static besa_result besa__quantization_reset(besa__quantization *q, const void *const dense[BESA_LAYERS])
+{
+    besa_backend *be = q->be;
+    if (q->learns) BESA__TRY(besa__parameters_reset(&q->clips));
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        const besa_quantizer *layer = &q->layer[i];
+        BESA__TRY(be->quantize_range(be, q->range[i], dense[i], q->dtype, layer->group, layer->rows, layer->columns));
+    }
+    return besa__quantization_grids(q);
+}
+
+/* The grids of `rows` rows from `first` on. */
+static besa_quantizer besa__quantizer_rows(const besa_quantizer *q, int64_t first, int64_t rows)
+{
+    besa_quantizer some = *q;
+    int64_t at = first * besa__parts(q->columns, q->group);
+    some.rows = rows;
+    some.range += 2 * at;
+    some.scale += at;
+    some.zero += at;
+    if (some.logit) some.logit += 2 * at;
+    return some;
+}
+
+/* `rows` rows of levels (R,C) from `first` on = those of w (R,C) on their grids. */
+static besa_result besa__quantize(const besa__quantization *q, int index, void *levels, const void *w, int64_t first,
+                                  int64_t rows)
+{
+    besa_quantizer some = besa__quantizer_rows(&q->layer[index], first, rows);
+    int64_t at = first * some.columns;
+    return q->be->quantize(q->be, besa__at(levels, q->dtype, at), besa__at_const(w, q->dtype, at), q->dtype, &some);
+}
+
+/* Before the first gradient of a step. */
+static besa_result besa__clips_clear(const besa__quantization *q)
+{
+    return q->be->zero(q->be, BESA_QUEUE_COMPUTE, q->clips.grad, (size_t)q->clips.step.n * sizeof(float));
+}
+
+/* Add to the clips' gradient from dw (rows, C), that of `rows` rows of a layer from `first` on. */
+static besa_result besa__clips_gradient(const besa__quantization *q, int index, int64_t first, int64_t rows, const float *dw)
+{
+    besa_quantizer some = besa__quantizer_rows(&q->layer[index], first, rows);
+    float *grad = q->clips.grad + (some.logit - q->clips.step.theta);
+    return q->be->quantize_gradient(q->be, grad, dw, besa__at_const(q->masked[index], q->dtype, first * some.columns), q->dtype,
+                                    &some);
+}
+
+/* One step of the clips, and the grids that they make. */
+static besa_result besa__clips_step(besa__quantization *q)
+{
+    BESA__TRY(besa__parameters_step(&q->clips));
+    return besa__quantization_grids(q);
+}
+
+/* ============================================================================================
  * // >>block                 one decoder block, forward and backward (level 2)
  * ============================================================================================
  * Owns the order of the pieces and which buffer holds what; the pieces themselves are backend operations.
@@ -3652,6 +3834,7 @@ struct besa_pruner {
     besa__rate_layer rate_layer[BESA_LAYERS];
     besa__parameters parameters;                /* theta */
     besa__weights weights;                      /* where kept weights learn */
+    besa__quantization quantization;            /* where there are bits */
     double fixed[BESA_LAYERS];                  /* of this block: sparsity, or negative: the method decides */
     besa__stream yref;                          /* (reference, seqlen, d); not placed where there is a dense stream */
     void *y;                                    /* (micro_batch, seqlen, d) act: the masked block's output, then dL/dy,
@@ -3679,7 +3862,9 @@ struct besa_pruner {
 typedef struct besa__work {
     besa_pruner *pruner;
     const besa_block *dense, *masked;           /* the block as it came; the same with `pruned` for its weights */
-    void *const *pruned;                        /* (BESA_LAYERS) */
+    void *const *pruned;                        /* (BESA_LAYERS) masked weights: those of `masked`, or with bits what these are
+                                                   quantised from */
+    void *const *levels;                        /* (BESA_LAYERS) with bits: the weights of `masked`; else NULL */
     besa__stream *x, *yref;                     /* its inputs; the outputs aimed at: the pruner's yref or the dense stream */
     besa__stream *own;                          /* the dense model's own stream, or NULL */
 } besa__work;
@@ -3688,7 +3873,18 @@ static int besa__learns_rates(const besa_pruner *p) { return p->options.method =
 
 static int besa__learns_weights(const besa_pruner *p) { return p->options.learn != BESA_LEARN_RATES; }
 
-static int besa__learns(const besa_pruner *p) { return besa__learns_rates(p) || besa__learns_weights(p); }
+static int besa__learns_clips(const besa_pruner *p) { return besa__clips_learn(&p->options); }
+
+static int besa__learns(const besa_pruner *p)
+{
+    return besa__learns_rates(p) || besa__learns_weights(p) || besa__learns_clips(p);
+}
+
+/* Does something learn with final masks? The clips alone do where they have had no rates to learn with. */
+static int besa__learns_last(const besa_pruner *p)
+{
+    return besa__learns_weights(p) || (besa__learns_clips(p) && !besa__learns_rates(p));
+}
 
 /* Is the dense model's own stream needed? */
 static int besa__uses_own(const besa_prune_options *o) { return o->dense_stream || o->dense_share > 0; }
@@ -3913,6 +4109,9 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     besa__activations_place(&p->acts, arena, p->be->activation_dtype, s, p->qk_norm, p->micro_batch * p->seqlen, piece);
     besa__pruner_place_masks(p, arena);
     if (besa__learns_weights(p)) besa__pruner_place_weights(p, arena);
+    if (p->options.bits)
+        besa__quantization_place(&p->quantization, s, p->dtype, p->options.bits, p->options.group_size, p->options.clip_lr, p->steps,
+                                 arena);
     p->yref.micro_batch = p->micro_batch;
     if (!p->options.dense_stream) besa__stream_place(&p->yref, arena, host);
     p->y = besa__take(arena, besa__stream_bytes(&p->yref, p->micro_batch));
@@ -4000,9 +4199,10 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     if (!learns) o->dense_stream = 0, o->dense_share = 0;
     if (!learns) o->batch_size = 1;
     if (o->batch_size > nsamples) o->batch_size = nsamples;
-    int64_t batches = besa__parts(nsamples, o->batch_size), weight_epochs = besa__learns_weights(p) ? o->weight_epochs : 0;
+    int64_t batches = besa__parts(nsamples, o->batch_size), weight_epochs = besa__learns_last(p) ? o->weight_epochs : 0;
     o->rates.steps = o->epochs * batches;
-    p->weights.be = be;
+    p->weights.be = p->quantization.be = be;
+    p->quantization.learns = besa__learns_clips(p);
     p->weights.lr = o->weight_lr;
     p->weights.warmup = o->weight_warmup;
     p->weights.steps = weight_epochs * batches + (o->learn == BESA_LEARN_BOTH ? o->rates.steps : 0);
@@ -4058,10 +4258,11 @@ static besa_result besa__default_budget(besa_backend *be, size_t *budget, const 
 /* Once the arrays are placed: what is the same for all blocks. */
 static besa_result besa__pruner_start(besa_pruner *p)
 {
-    if (!besa__learns_rates(p)) return BESA_OK;
+    besa_result result = BESA_OK;
     besa__workspace callers = besa__use_workspace(p->be, p->workspace, p->workspace_bytes);
-    besa_result result = besa__parameters_start(&p->parameters);
-    if (result == BESA_OK) result = besa__rates_start(&p->rates);
+    if (besa__learns_rates(p)) result = besa__parameters_start(&p->parameters);
+    if (result == BESA_OK && besa__learns_rates(p)) result = besa__rates_start(&p->rates);
+    if (result == BESA_OK) result = besa__quantization_start(&p->quantization);
     besa__use_workspace(p->be, callers.memory, callers.bytes);
     return result;
 }
@@ -4323,13 +4524,28 @@ static const float *besa__score_scale(const besa_pruner *p, int layer)
     return besa__uses_inputs(&p->options) ? p->statistic[besa__layers[layer].input] : NULL;
 }
 
+/* The weights of a layer that scores are of: the dense ones, or those on their grids, which go where the result will be. */
+static besa_result besa__scored_weights(const besa__work *work, int layer, const void **scored)
+{
+    const besa_pruner *p = work->pruner;
+    const besa_prune_options *o = &p->options;
+    *scored = work->dense->weight[layer];
+    if (!o->bits || !o->quantize_first) return BESA_OK;
+    BESA__TRY(besa__quantize(&p->quantization, layer, work->levels[layer], *scored, 0, p->quantization.layer[layer].rows));
+    *scored = work->levels[layer];
+    return BESA_OK;
+}
+
 /* The ranks of a layer's rows; where its rate is known beforehand (not negative), its pruned weights too. */
 static besa_result besa__rank_layer(const besa__work *work, int layer, double rate)
 {
     besa_pruner *p = work->pruner;
     const void *w = work->dense->weight[layer];
+    const void *scored;
     int power = besa__importance_row(besa__scored_by(&p->options))->power;
-    BESA__TRY(besa__masks_rank(&p->masks, layer, w, besa__score_scale(p, layer), power, p->scores, p->scores_count));
+    BESA__TRY(besa__scored_weights(work, layer, &scored));
+    BESA__TRY(besa__masks_rank(&p->masks, layer, scored, besa__score_scale(p, layer), power, p->scores, p->scores_count));
+    if (scored != w) BESA__TRY(besa__masks_zeros(&p->masks, layer, w));
     if (rate < 0) return BESA_OK;
     BESA__TRY(besa__masks_fix(&p->masks, layer, rate));
     return besa__masks_apply(&p->masks, layer, w, work->pruned[layer]);
@@ -4344,8 +4560,10 @@ static besa_result besa__prune_layer(const besa__work *work, int layer, double t
     void *pruned = work->pruned[layer];
     int64_t rows, columns;
     besa_block_layer(&p->shape, layer, &rows, &columns);
+    const void *scored;
     int power = besa__importance_row(besa__scored_by(&p->options))->power;
-    BESA__TRY(be->score(be, p->scores, w, p->dtype, besa__score_scale(p, layer), power, rows, columns));
+    BESA__TRY(besa__scored_weights(work, layer, &scored));
+    BESA__TRY(be->score(be, p->scores, scored, p->dtype, besa__score_scale(p, layer), power, rows, columns));
     if (m > 0) return be->mask_pattern(be, pruned, w, p->dtype, p->scores, n, m, rows, columns);
     int64_t count = (int64_t)floor(target * (double)(rows * columns));
     return be->mask_smallest(be, pruned, w, p->dtype, p->scores, count, rows, columns);
@@ -4374,11 +4592,24 @@ static besa_result besa__rank_or_prune(const besa__work *work, int layer)
     return besa__rank_layer(work, layer, besa__learns_rates(p) ? p->fixed[layer] : target);
 }
 
+/* With bits: grids for the block's weights. Masks that are kept have come in where the result will be. */
+static besa_result besa__quantization_begin(const besa__work *work)
+{
+    besa_pruner *p = work->pruner;
+    for (int i = 0; i < BESA_LAYERS && p->options.method == BESA_METHOD_KEEP; i++) {
+        const besa_quantizer *layer = &p->quantization.layer[i];
+        size_t bytes = (size_t)(layer->rows * layer->columns) * besa_dtype_size(p->dtype);
+        BESA__TRY(p->be->copy(p->be, BESA_QUEUE_COMPUTE, work->pruned[i], work->levels[i], bytes));
+    }
+    return besa__quantization_reset(&p->quantization, work->dense->weight);
+}
+
 /* Pass 2. Every layer is ranked, or pruned at once. */
 static besa_result besa__rank_pass(const besa__work *work, besa_error *error)
 {
     besa_pruner *p = work->pruner;
     BESA__TRY_ON(p->be, besa__finish_statistics(p), error);
+    if (p->options.bits) BESA__TRY_ON(p->be, besa__quantization_begin(work), error);
     for (int i = 0; i < BESA_LAYERS; i++) {
         BESA__TRY_ON(p->be, besa__rank_or_prune(work, i), error);
         if (besa__learns_rates(p) && p->fixed[i] >= 0) BESA__TRY_ON(p->be, besa__rates_fix(&p->rates, i), error);
@@ -4411,6 +4642,15 @@ static int64_t besa__batch_cut(const void *pruner, int64_t first)
     return besa__min(p->micro_batch, end - first);
 }
 
+/* With bits: the weights that the forward pass reads, from the masked ones. */
+static besa_result besa__put_on_grids(const besa__work *work)
+{
+    const besa_pruner *p = work->pruner;
+    for (int i = 0; i < BESA_LAYERS && work->levels; i++)
+        BESA__TRY(besa__quantize(&p->quantization, i, work->levels[i], work->pruned[i], 0, p->quantization.layer[i].rows));
+    return BESA_OK;
+}
+
 /* The masked block's loss on a batch, and the gradients of its weights: L and dL/dWhat, sums over the batch. */
 static besa_result besa__batch_gradient(const besa__work *work, const besa__batch *batch)
 {
@@ -4423,6 +4663,7 @@ static besa_result besa__batch_gradient(const besa__work *work, const besa__batc
     while (besa__walk_next(&walk)) {
         void *x, *yref;
         besa__backward_batch(&backward, walk.count);
+        BESA__TRY(besa__put_on_grids(work));
         BESA__TRY(besa__work_open(work, &walk, &x, &yref));
         BESA__TRY(besa__block_forward(p->be, work->masked, &p->acts, x, p->y, walk.count, p->seqlen, 1));
         BESA__TRY(besa__pruner_loss(p, batch->loss, p->y, p->y, yref, walk.first, walk.count, 0));
@@ -4454,6 +4695,7 @@ static besa_result besa__report_loss(const besa__work *work, int slot)
 {
     besa_pruner *p = work->pruner;
     besa__walk walk = besa__pass_walk(p, besa__shown(p));
+    BESA__TRY(besa__put_on_grids(work));
     while (besa__walk_next(&walk)) {
         void *x, *yref;
         BESA__TRY(besa__work_open(work, &walk, &x, &yref));
@@ -4488,23 +4730,39 @@ typedef struct besa__learning {
     int64_t done, steps;                        /* steps of earlier passes, and of this one */
 } besa__learning;
 
-/* What the gradient of a layer's weights is for, some rows or all: its rows' bucket sums, dL/dWhat * W, and a step of the
- * weights themselves, which nothing in this step reads any more. */
+/* Bucket sums of some rows of a layer: dL/dWhat * W, or with bits Q(W), which takes the place of what nothing reads any more
+ * before weights are put on their grids again. */
+static besa_result besa__learn_rates(const besa__work *work, int layer, int64_t first, int64_t rows, const float *dw)
+{
+    besa_pruner *p = work->pruner;
+    const void *w = besa__unmasked(work, layer);
+    if (p->fixed[layer] >= 0) return BESA_OK;
+    if (work->levels) {
+        BESA__TRY(besa__quantize(&p->quantization, layer, work->levels[layer], w, first, rows));
+        w = work->levels[layer];
+    }
+    return besa__rates_gradient(&p->rates, layer, w, first, rows, dw);
+}
+
+/* What the gradient of a layer's weights is for, some rows or all: its rows' bucket sums, the clips, and a step of the
+ * weights themselves, which nothing in this step reads any more. Through grids it is passed as it is. */
 static besa_result besa__learn_gradient(void *user, int layer, int64_t first, int64_t rows, const float *dw)
 {
     const besa__learning *l = (const besa__learning *)user;
     besa_pruner *p = l->work->pruner;
     int64_t all, columns;
     besa_block_layer(&p->shape, layer, &all, &columns);
-    if (l->rates) BESA__TRY(besa__rates_gradient(&p->rates, layer, besa__unmasked(l->work, layer), first, rows, dw));
-    if (!l->weights) return BESA_OK;
+    if (l->rates) BESA__TRY(besa__learn_rates(l->work, layer, first, rows, dw));
+    if (p->quantization.learns) BESA__TRY(besa__clips_gradient(&p->quantization, layer, first, rows, dw));
+    if (!l->weights || p->fixed[layer] == 0) return BESA_OK;
     return besa__weights_move(&p->weights, layer, first * columns, rows * columns, dw, l->work->pruned[layer]);
 }
 
-/* The layers whose gradients a pass needs, as bits; those that stay dense are left as they are. */
+/* The layers whose gradients a pass needs, as bits; those that stay dense are left as they are, but for their clips. */
 static unsigned besa__learned_layers(const besa_pruner *p, int weights)
 {
     unsigned layers = 0;
+    if (p->quantization.learns) return (1u << BESA_LAYERS) - 1;
     for (int i = 0; i < BESA_LAYERS; i++)
         if (weights ? p->fixed[i] != 0 : p->fixed[i] < 0) layers |= 1u << i;
     return layers;
@@ -4546,8 +4804,10 @@ static besa_result besa__learn_step(besa__learning *l, const besa__batch *batch)
     if (l->rates) BESA__TRY(besa__mask_learned(l->work, 0));
     BESA__TRY(p->be->zero(p->be, BESA_QUEUE_COMPUTE, batch->loss, sizeof(float)));
     BESA__TRY(besa__clear_gradients(p, batch));
+    if (p->quantization.learns) BESA__TRY(besa__clips_clear(&p->quantization));
     BESA__TRY(besa__batch_gradient(l->work, batch));
     BESA__TRY(besa__use_gradients(p, batch));
+    if (p->quantization.learns) BESA__TRY(besa__clips_step(&p->quantization));
     if (l->rates) BESA__TRY(besa__rates_backward(&p->rates));
     return l->rates ? besa__parameters_step(&p->parameters) : BESA_OK;
 }
@@ -4601,14 +4861,14 @@ static besa_result besa__learn_pass(const besa__work *work, besa_error *error)
     return besa__pass_error(p->be, besa__final_masks(work), error);
 }
 
-/* Pass 4. The kept weights learn with the final masks. */
+/* Pass 4. The kept weights, or clips alone, learn with the final masks. */
 static besa_result besa__weights_pass(const besa__work *work, besa_error *error)
 {
     besa_pruner *p = work->pruner;
-    besa__learning l = {work, 0, 1, besa__learns_rates(p) ? p->options.rates.steps : 0, 0};
+    besa__learning l = {work, 0, besa__learns_weights(p), besa__learns_rates(p) ? p->options.rates.steps : 0, 0};
     l.steps = p->steps - l.done;
     BESA__TRY_ON(p->be, besa__report_loss(work, BESA__LOSS_MASKS), error);
-    for (int i = 0; i < BESA_LAYERS && !besa__learns_rates(p); i++)
+    for (int i = 0; i < BESA_LAYERS && l.weights && !besa__learns_rates(p); i++)
         BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->pruned[i], work->dense->weight[i]), error);
     return besa__learn(&l, error);
 }
@@ -4625,6 +4885,7 @@ static besa_result besa__commit_pass(const besa__work *work, besa_error *error)
     besa_backend *be = p->be;
     int64_t shown = besa__shown(p);
     besa__walk walk = besa__pass_walk(p, p->nsamples);
+    BESA__TRY_ON(be, besa__put_on_grids(work), error);
     while (besa__walk_next(&walk)) {
         void *x, *yref;
         int64_t of = walk.first < shown ? shown : p->reference - shown;
@@ -4776,7 +5037,7 @@ static void besa__report_losses(const besa_pruner *p, besa_block_report *report)
     for (int i = 0; i < BESA_LAYERS; i++) learned |= besa__learns_rates(p) && p->fixed[i] < 0;
     double shown = (double)besa__shown(p), all = (double)p->reference;
     report->loss_after = (double)loss[BESA__LOSS_AFTER];
-    report->loss_masks = besa__learns_weights(p) ? (double)loss[BESA__LOSS_MASKS] : report->loss_after;
+    report->loss_masks = besa__learns_last(p) ? (double)loss[BESA__LOSS_MASKS] : report->loss_after;
     report->loss_uniform = learned ? (double)loss[BESA__LOSS_UNIFORM] : report->loss_masks;
     report->loss_before = learned ? (double)loss[BESA__LOSS_BEFORE] : report->loss_masks;
     report->loss_all = (shown * report->loss_after + (all - shown) * (double)loss[BESA__LOSS_REST]) / all;
@@ -4823,7 +5084,7 @@ static double besa__cost_learn(const besa_pruner *p) { return besa__learns_rates
 
 static double besa__cost_weights(const besa_pruner *p)
 {
-    return besa__learns_weights(p) ? 3 * (double)p->options.weight_epochs : 0;
+    return besa__learns_last(p) ? 3 * (double)p->options.weight_epochs : 0;
 }
 
 typedef struct besa__pass_row {
@@ -4904,7 +5165,8 @@ static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, con
                                     besa_error *error)
 {
     besa_block masked = *block;
-    besa__work work = {p, block, &masked, pruned, x, p->options.dense_stream ? dense : &p->yref, dense};
+    besa__work work = {p, block, &masked, p->options.bits ? p->quantization.masked : pruned, p->options.bits ? pruned : NULL, x,
+                       p->options.dense_stream ? dense : &p->yref, dense};
     memset(report, 0, sizeof *report);
     x->micro_batch = work.yref->micro_batch = p->micro_batch;
     if (dense) dense->micro_batch = p->micro_batch;
@@ -6966,6 +7228,7 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
 
 #define BESA__JOURNAL "besa-journal"
 #define BESA__CONFIG "config.json"
+#define BESA__CODES "besa_quantization.safetensors"
 #define BESA__PARTIAL ".partial"
 #define BESA__READY_BYTES 35                    /* of ".RUN.HASH", RUN and HASH of 16 digits each */
 #define BESA__LINE 2048                         /* bytes of the journal's longest line, the fingerprint's */
@@ -6993,6 +7256,22 @@ typedef struct besa__source {
     size_t bytes;
 } besa__source;
 
+/* The file of quantised weights' codes, section codes. */
+typedef struct besa__codes_shape {
+    int bits;
+    int64_t group, first, end;                  /* columns of a group, 0: a row; blocks first .. end - 1 have codes */
+} besa__codes_shape;
+
+typedef struct besa__codes {
+    besa__codes_shape shape;
+    char *header;                               /* owned, `data` bytes */
+    uint64_t data, block_bytes;                 /* where the first block's bytes begin, and how many a block has */
+    int fd;                                     /* -1: not open */
+    uint64_t at, hash;                          /* in the current block: bytes written, their hash */
+    size_t held;                                /* bytes in the buffer that are yet to be written */
+    unsigned char buffer[16384];
+} besa__codes;
+
 typedef struct besa__writer {
     const besa_checkpoint *checkpoint;
     char *output;                               /* OUT */
@@ -7016,6 +7295,7 @@ typedef struct besa__writer {
     uint64_t hash[BESA_LAYERS];                 /* of its weights, as far as written */
     size_t written[BESA_LAYERS];                /* bytes */
     size_t unsynced;                            /* bytes since the last sync */
+    besa__codes *codes;                         /* of quantised weights; NULL: there are none */
 } besa__writer;
 
 /* A failed system call on partial/name. */
@@ -7526,7 +7806,7 @@ static besa_result besa__list_sides(besa__writer *w, char **notes, besa_error *e
 static int besa__is_foreign(const besa__writer *w, const char *name)
 {
     struct stat st;
-    int ours = !strcmp(name, BESA__JOURNAL) || besa__is_checkpoint_file(w->checkpoint, name);
+    int ours = !strcmp(name, BESA__JOURNAL) || (w->codes && !strcmp(name, BESA__CODES)) || besa__is_checkpoint_file(w->checkpoint, name);
     for (int64_t i = 0; i < w->num_sides; i++) ours = ours || !strcmp(name, w->sides[i].name);
     return !ours || fstatat(w->directory, name, &st, AT_SYMLINK_NOFOLLOW) || !S_ISREG(st.st_mode);
 }
@@ -7544,6 +7824,204 @@ static besa_result besa__copy_sides(const besa__writer *w, char **notes, besa_er
         BESA__TRY(besa__write_file(w, w->checkpoint->index, index->bytes, index->size, index->stat.st_mode, error));
     for (int64_t i = 0; i < w->num_sides; i++) BESA__TRY(besa__copy_side(w, &w->sides[i], error));
     return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>codes                 quantised weights as whole numbers, in a file of their own
+ * ============================================================================================
+ * Owns besa_quantization.safetensors, beside weights that lie on grids: of a layer NAME.weight (R, C) with G grids a row
+ *     NAME.scale (R, G) F32    NAME.zero (R, G) U8    NAME.codes (R, C) U8, a byte each
+ * so that weight[r,j] = scale[r,g] (codes[r,j] - zero[r,g]), g = j / group_size, computed in float and rounded to the weight's dtype,
+ * bit for bit; pruned weights have the code `zero`. Bits and group_size (0: a row) are in the metadata. All sizes are known
+ * before the first block, whose bytes follow one another: scales of its layers, zeros, codes. A block's bytes are part of its
+ * hash. Codes are worked out from the weights on their way into their own file. */
+
+enum { BESA__CODES_SCALE, BESA__CODES_ZERO, BESA__CODES_CODES, BESA__CODES_KINDS };
+
+/* Grids of all rows of a layer. */
+static int64_t besa__layer_grids(const besa_block_shape *shape, int layer, int64_t group)
+{
+    int64_t rows, columns;
+    besa_block_layer(shape, layer, &rows, &columns);
+    return besa__product(rows, group ? besa__parts(columns, group) : 1);
+}
+
+/* The header's text, from its first tensor on, as far as `size` bytes hold it; returns its length. */
+static size_t besa__codes_header(const besa__codes *codes, const besa_config *config, char *text, size_t size)
+{
+    static const struct { const char *name, *dtype; int bytes; } kind[BESA__CODES_KINDS] = {
+        {"scale", "F32", 4}, {"zero", "U8", 1}, {"codes", "U8", 1}};
+    size_t length = 0;
+    uint64_t at = 0;
+    for (int64_t b = codes->shape.first; b < codes->shape.end; b++)
+        for (int k = 0; k < BESA__CODES_KINDS; k++)
+            for (int i = 0; i < BESA_LAYERS; i++) {
+                char name[128];
+                int64_t rows, columns;
+                besa_block_layer(&config->block, i, &rows, &columns);
+                if (k != BESA__CODES_CODES) columns = besa__layer_grids(&config->block, i, codes->shape.group) / rows;
+                uint64_t bytes = (uint64_t)(rows * columns) * (uint64_t)kind[k].bytes;
+                besa__tensor_name(name, sizeof name, config, b, besa__layers[i].path);
+                int n = snprintf(text + (length < size ? length : size), length < size ? size - length : 0,
+                                 ",\"%s.%s\":{\"dtype\":\"%s\",\"shape\":[%lld,%lld],\"data_offsets\":[%llu,%llu]}", name, kind[k].name,
+                                 kind[k].dtype, (long long)rows, (long long)columns, (unsigned long long)at,
+                                 (unsigned long long)(at + bytes));
+                length += (size_t)n;
+                at += bytes;
+            }
+    return length;
+}
+
+static uint64_t besa__codes_block_bytes(const besa_block_shape *shape, int64_t group)
+{
+    uint64_t bytes = 0;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns, grids = besa__layer_grids(shape, i, group);
+        besa_block_layer(shape, i, &rows, &columns);
+        bytes += 5 * (uint64_t)grids + (uint64_t)(rows * columns);
+    }
+    return bytes;
+}
+
+/* Bytes of the file, to a few hundred. */
+static uint64_t besa__codes_bytes(const besa_config *config, const besa__codes_shape *shape)
+{
+    uint64_t blocks = (uint64_t)(shape->end - shape->first);
+    return blocks * (besa__codes_block_bytes(&config->block, shape->group) + 3 * BESA_LAYERS * 128) + 256;
+}
+
+/* The file's header: its length, and JSON filled up with blanks to a multiple of 8. */
+static besa_result besa__codes_new(besa__codes **made, const besa_checkpoint *checkpoint, const besa__codes_shape *shape,
+                                   besa_error *error)
+{
+    void *memory;
+    char begin[128];
+    *made = NULL;
+    for (int64_t i = 0; i < checkpoint->num_shards; i++)
+        if (!strcmp(checkpoint->shards[i].name, BESA__CODES))
+            return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s/%s: weights under the name that codes have", checkpoint->directory,
+                              BESA__CODES);
+    BESA__TRY(besa__malloc(&memory, sizeof **made, "the codes' file", error));
+    besa__codes *codes = *made = (besa__codes *)memset(memory, 0, sizeof **made);
+    codes->fd = -1;
+    codes->shape = *shape;
+    codes->block_bytes = besa__codes_block_bytes(&checkpoint->config.block, shape->group);
+    size_t n = (size_t)snprintf(begin, sizeof begin, "{\"__metadata__\":{\"format\":\"pt\",\"bits\":\"%d\",\"group_size\":\"%lld\"}",
+                                shape->bits, (long long)shape->group);
+    size_t length = besa__codes_header(codes, &checkpoint->config, NULL, 0), text = (n + length + 1 + 7) / 8 * 8;
+    BESA__TRY(besa__malloc(&memory, 8 + text + 1, "the codes' header", error));
+    codes->header = (char *)memset(memory, ' ', 8 + text + 1);
+    codes->data = 8 + text;
+    for (int i = 0; i < 8; i++) codes->header[i] = (char)((uint64_t)text >> (8 * i) & 255);
+    memcpy(codes->header + 8, begin, n);
+    besa__codes_header(codes, &checkpoint->config, codes->header + 8 + n, length + 1);
+    codes->header[8 + n + length] = '}';
+    return BESA_OK;
+}
+
+static void besa__codes_free(besa__codes *codes)
+{
+    if (!codes) return;
+    if (codes->fd >= 0) close(codes->fd);
+    BESA_FREE(codes->header);
+    BESA_FREE(codes);
+}
+
+static uint64_t besa__codes_size(const besa__codes *codes)
+{
+    return codes->data + (uint64_t)(codes->shape.end - codes->shape.first) * codes->block_bytes;
+}
+
+/* Does a block have codes? */
+static int besa__has_codes(const besa__writer *w, int64_t block)
+{
+    return w->codes && block >= w->codes->shape.first && block < w->codes->shape.end;
+}
+
+static uint64_t besa__codes_offset(const besa__codes *codes, int64_t block)
+{
+    return codes->data + (uint64_t)(block - codes->shape.first) * codes->block_bytes;
+}
+
+/* Open what an earlier run has left; *whole becomes 0 where it is not there in full. */
+static besa_result besa__codes_open(besa__writer *w, int *whole, besa_error *error)
+{
+    struct stat st;
+    BESA__TRY(besa__open_entry(w, &w->codes->fd, BESA__CODES, error));
+    if (w->codes->fd >= 0 && fstat(w->codes->fd, &st)) return besa__writer_fail(w, BESA__CODES, errno, error);
+    if (w->codes->fd < 0 || (uint64_t)st.st_size != besa__codes_size(w->codes)) *whole = 0;
+    return BESA_OK;
+}
+
+static besa_result besa__codes_create(besa__writer *w, besa_error *error)
+{
+    if (w->codes->fd >= 0) close(w->codes->fd);
+    return besa__create_entry(w, &w->codes->fd, BESA__CODES, w->checkpoint->shards[0].stat.st_mode, error);
+}
+
+static besa_result besa__codes_begin(besa__writer *w, besa_error *error)
+{
+    const besa__codes *codes = w->codes;
+    BESA__TRY(besa__write_at(w, codes->fd, BESA__CODES, codes->header, (size_t)codes->data, 0, error));
+    return besa__sync(w, codes->fd, BESA__CODES, error);
+}
+
+/* Write what is held; all pieces of a block but its last are of the buffer's size, a multiple of 8. */
+static besa_result besa__codes_flush(besa__writer *w, besa_error *error)
+{
+    besa__codes *codes = w->codes;
+    uint64_t offset = besa__codes_offset(codes, w->done) + codes->at;
+    BESA__TRY(besa__write_at(w, codes->fd, BESA__CODES, codes->buffer, codes->held, offset, error));
+    codes->hash = besa__hash(codes->at ? codes->hash : BESA__HASH_START, codes->buffer, codes->held);
+    codes->at += codes->held;
+    codes->held = 0;
+    return BESA_OK;
+}
+
+/* The next bytes of the current block. */
+static besa_result besa__codes_put(besa__writer *w, const void *bytes, size_t size, besa_error *error)
+{
+    besa__codes *codes = w->codes;
+    const unsigned char *from = (const unsigned char *)bytes;
+    while (size > 0) {
+        size_t part = sizeof codes->buffer - codes->held < size ? sizeof codes->buffer - codes->held : size;
+        memcpy(codes->buffer + codes->held, from, part);
+        codes->held += part, from += part, size -= part;
+        if (codes->held == sizeof codes->buffer) BESA__TRY(besa__codes_flush(w, error));
+    }
+    return BESA_OK;
+}
+
+/* The current block's are complete: on return they are on disk. */
+static besa_result besa__codes_end(besa__writer *w, besa_error *error)
+{
+    besa__codes *codes = w->codes;
+    if (codes->held) BESA__TRY(besa__codes_flush(w, error));
+    BESA_ASSERT(codes->at == codes->block_bytes);
+    codes->at = 0;
+    return besa__sync(w, codes->fd, BESA__CODES, error);
+}
+
+/* The bits of x in a dtype. */
+static uint32_t besa__bits_of(float x, besa_dtype dtype)
+{
+    return dtype == BESA_F32 ? besa__float_bits(x) : dtype == BESA_F16 ? besa__f32_to_f16(x) : besa__f32_to_bf16(x);
+}
+
+/* The code of the level whose bits these are: the nearest one that has them, as at 8 bits two levels may be one number of bf16. */
+static int besa__code_of(uint32_t bits, besa_dtype dtype, float scale, float zero, int most)
+{
+    float x = dtype == BESA_F32 ? besa__bits_float(bits) : dtype == BESA_F16 ? besa__f16_to_f32((uint16_t)bits)
+              : besa__bf16_to_f32((uint16_t)bits);
+    float place = scale > 0 ? x / scale + zero + 0.5f : zero;
+    int near = place > 0 ? place < (float)most ? (int)place : most : 0;
+    for (int step = 0; step <= most; step++)
+        for (int side = -1; side <= 1; side += 2) {
+            int code = near + side * step;
+            if (code < 0 || code > most) continue;
+            if (besa__bits_of(scale * ((float)code - zero), dtype) == bits) return code;
+        }
+    return near;
 }
 
 /* ============================================================================================
@@ -7567,6 +8045,7 @@ static besa_result besa__writer_open_files(besa__writer *w, besa_error *error)
         if (w->files[i] >= 0 && fstat(w->files[i], &st)) return besa__writer_fail(w, shard->name, errno, error);
         if (w->files[i] < 0 || (uint64_t)st.st_size != shard->size) w->copied = 0;
     }
+    if (w->codes && w->copied) BESA__TRY(besa__codes_open(w, &w->copied, error));
     if (w->is_ready) return w->copied ? BESA_OK : besa__ready_damaged(w, error);
     w->worthless = !w->copied;
     for (int64_t i = 0; i < w->checkpoint->num_shards && !w->copied; i++) {
@@ -7574,7 +8053,7 @@ static besa_result besa__writer_open_files(besa__writer *w, besa_error *error)
         if (w->files[i] >= 0) close(w->files[i]);
         BESA__TRY(besa__create_entry(w, &w->files[i], shard->name, shard->stat.st_mode, error));
     }
-    return BESA_OK;
+    return w->codes && !w->copied ? besa__codes_create(w, error) : BESA_OK;
 }
 
 static besa_result besa__source_changed(const besa__writer *w, const char *name, besa_error *error)
@@ -7600,7 +8079,7 @@ static besa_result besa__copy_unpruned(besa__writer *w, besa_error *error)
         w->sources[i].bytes = t->bytes;
     }
     for (int64_t i = 0; i < c->num_shards; i++) BESA__TRY(besa__sync(w, w->files[i], c->shards[i].name, error));
-    return BESA_OK;
+    return w->codes ? besa__codes_begin(w, error) : BESA_OK;
 }
 
 /* Whether a small tensor that is about to be used is still as it was copied. */
@@ -7620,6 +8099,7 @@ static besa_result besa__writer_copy(besa__writer *w, besa_error *error)
     if (ftruncate(w->journal, (off_t)w->journal_end)) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
     for (int64_t i = 0; i < c->num_shards; i++)
         BESA__TRY(besa__allocate(w, w->files[i], c->shards[i].name, c->shards[i].size, error));
+    if (w->codes) BESA__TRY(besa__allocate(w, w->codes->fd, BESA__CODES, besa__codes_size(w->codes), error));
     BESA__TRY(besa__copy_unpruned(w, error));
     BESA__TRY(besa__sync(w, w->directory, ".", error));
     BESA__TRY(besa__journal_add(w, "copied", error));
@@ -7634,10 +8114,11 @@ static besa_result besa__writer_read(besa__writer *w, const besa_tensor *tensor,
     return besa__read_at(w->files[tensor->file], memory, size, tensor->offset + at, w->partial, error);
 }
 
-/* The hash of a block is that of its seven tensors' hashes. */
-static uint64_t besa__block_hash(const uint64_t hash[BESA_LAYERS])
+/* The hash of a block is that of its seven tensors' hashes, and of its codes' (NULL: it has none). */
+static uint64_t besa__block_hash(const uint64_t hash[BESA_LAYERS], const uint64_t *codes)
 {
-    return besa__hash(BESA__HASH_START, hash, BESA_LAYERS * sizeof *hash);
+    uint64_t weights = besa__hash(BESA__HASH_START, hash, BESA_LAYERS * sizeof *hash);
+    return codes ? besa__hash(weights, codes, sizeof *codes) : weights;
 }
 
 /* The hash of a block as it is on disk; buffer: BESA__CHUNK bytes. */
@@ -7649,7 +8130,12 @@ static besa_result besa__hash_block(besa__writer *w, int64_t block, void *buffer
         const besa_tensor *t = w->current.weight[i];
         BESA__TRY(besa__hash_range(w->files[t->file], t->offset, t->bytes, buffer, &weights[i], w->partial, error));
     }
-    *hash = besa__block_hash(weights);
+    uint64_t codes = 0;
+    int has = besa__has_codes(w, block);
+    if (has)
+        BESA__TRY(besa__hash_range(w->codes->fd, besa__codes_offset(w->codes, block), w->codes->block_bytes, buffer, &codes, w->partial,
+                                   error));
+    *hash = besa__block_hash(weights, has ? &codes : NULL);
     return BESA_OK;
 }
 
@@ -7701,6 +8187,7 @@ static void besa__writer_close(besa__writer *w)
     BESA_FREE(w->finished);
     BESA_FREE(w->output);
     BESA_FREE(w->partial);
+    besa__codes_free(w->codes);
     BESA_FREE(w);
 }
 
@@ -7723,6 +8210,7 @@ static void besa__writer_discard(besa__writer *w, besa_error *error)
     if (c->index) gone &= besa__remove_entry(w, c->index);
     for (int64_t i = 0; i < c->num_shards; i++) gone &= besa__remove_entry(w, c->shards[i].name);
     for (int64_t i = 0; i < w->num_sides; i++) gone &= besa__remove_entry(w, w->sides[i].name);
+    if (w->codes) gone &= besa__remove_entry(w, BESA__CODES);
     if (gone) besa__remove_entry(w, BESA__JOURNAL);
     if (!unlinkat(w->parent, w->partial_name, AT_REMOVEDIR) || !error) return;
     besa__find_name(w, w->directory, besa__is_foreign, foreign, NULL);
@@ -7800,12 +8288,12 @@ static besa_result besa__writer_start(besa__writer *w, const char *output, const
     return besa__writer_next(w, error);
 }
 
-/* Begin an output, or go on with an unfinished one of the same fingerprint (one line). done_blocks are on disk
- * already. Lines are appended to *notes (NULL to start with, for BESA_FREE); notes may be NULL.
+/* Begin an output, or go on with an unfinished one of the same fingerprint (one line). codes: of which blocks there are any;
+ * NULL: none. done_blocks are on disk already. Lines are appended to *notes (NULL to start with, for BESA_FREE); notes may be NULL.
  * Errors: EXISTS, NOT_FOUND, RESUME, READ, WRITE, MEMORY. A failed begin leaves nothing new behind. */
-static besa_result besa__writer_open(besa__writer **writer, const besa_checkpoint *checkpoint, const char *output,
-                                     const char *fingerprint, int64_t blocks, int64_t *done_blocks, char **notes,
-                                     besa_error *error)
+static besa_result besa__writer_open_coded(besa__writer **writer, const besa_checkpoint *checkpoint, const char *output,
+                                           const char *fingerprint, int64_t blocks, const besa__codes_shape *codes,
+                                           int64_t *done_blocks, char **notes, besa_error *error)
 {
     void *memory;
     *writer = NULL;
@@ -7816,7 +8304,8 @@ static besa_result besa__writer_open(besa__writer **writer, const besa_checkpoin
     w->checkpoint = checkpoint;
     w->blocks = blocks;
     w->parent = w->directory = w->journal = -1;
-    besa_result result = besa__writer_start(w, output, fingerprint, notes, error);
+    besa_result result = codes ? besa__codes_new(&w->codes, checkpoint, codes, error) : BESA_OK;
+    if (result == BESA_OK) result = besa__writer_start(w, output, fingerprint, notes, error);
     if (result == BESA_OK) {
         *writer = w;
         *done_blocks = w->done;
@@ -7826,6 +8315,14 @@ static besa_result besa__writer_open(besa__writer **writer, const besa_checkpoin
     else if (w->created && !w->locked) unlinkat(w->parent, w->partial_name, AT_REMOVEDIR);
     besa__writer_close(w);
     return result;
+}
+
+/* The same for an output without codes. */
+BESA__UNUSED static besa_result besa__writer_open(besa__writer **writer, const besa_checkpoint *checkpoint, const char *output,
+                                                  const char *fingerprint, int64_t blocks, int64_t *done_blocks, char **notes,
+                                                  besa_error *error)
+{
+    return besa__writer_open_coded(writer, checkpoint, output, fingerprint, blocks, NULL, done_blocks, notes, error);
 }
 
 /* The run has read these bytes of a source tensor, one piece after another from its start (at 0); all pieces but the last are
@@ -7878,7 +8375,9 @@ static besa_result besa__writer_block_done(besa__writer *w, int64_t block, besa_
         for (int j = 0; j < i; j++) synced = synced || w->current.weight[j]->file == file;
         if (!synced) BESA__TRY(besa__sync(w, w->files[file], w->checkpoint->shards[file].name, error));
     }
-    w->finished[block].hash = besa__block_hash(w->hash);
+    int has = besa__has_codes(w, block);
+    if (has) BESA__TRY(besa__codes_end(w, error));
+    w->finished[block].hash = besa__block_hash(w->hash, has ? &w->codes->hash : NULL);
     w->finished[block].line = w->journal_end;
     snprintf(line, sizeof line, "block %lld %016llx", (long long)block, (unsigned long long)w->finished[block].hash);
     BESA__TRY(besa__journal_add(w, line, error));
@@ -8241,6 +8740,7 @@ typedef struct besa__run {
     void *staging;                              /* rows, tables and sums */
     float *vectors;                             /* norms and biases on their way in */
     void *piece_in, *piece_out;                 /* of weights; NULL with unified memory */
+    float *scales[BESA_LAYERS], *zeros[BESA_LAYERS]; /* (R,G) with bits: the grids of the block that goes out */
 } besa__run;
 
 /* ---- layout -------------------------------------------------------------------------------- */
@@ -8311,6 +8811,11 @@ static void besa__run_place_host(besa__run *run, besa__arena *host)
     }
     run->staging = besa__take_floats(host, besa__max(besa__max(rows, tables), run->has_test ? test : 0));
     run->vectors = besa__take_floats(host, vectors);
+    for (int i = 0; i < BESA_LAYERS && run->has_pruner && run->pruner.options.bits; i++) {
+        int64_t grids = besa__layer_grids(s, i, run->pruner.options.group_size);
+        run->scales[i] = besa__take_floats(host, grids);
+        run->zeros[i] = besa__take_floats(host, grids);
+    }
     if (run->be->unified_memory) return;
     run->piece_in = besa__take(host, besa__piece_bytes(run));
     if (run->has_pruner) run->piece_out = besa__take(host, besa__piece_bytes(run));
@@ -8589,6 +9094,51 @@ static besa_result besa__in_finish(besa__run *run, int64_t index, besa_block *bl
 
 /* ---- blocks out ---------------------------------------------------------------------------- */
 
+/* The grids of the block that begins to go out, from the device into the codes' file: scales, then zeros. */
+static besa_result besa__grids_out(besa__run *run, besa_error *error)
+{
+    besa_backend *be = run->be;
+    const besa_quantizer *layer = run->pruner.quantization.layer;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        size_t bytes = (size_t)besa__grids(&layer[i]) * sizeof(float);
+        BESA__TRY_ON(be, be->download(be, BESA_QUEUE_COMPUTE, run->scales[i], layer[i].scale, bytes), error);
+        BESA__TRY_ON(be, be->download(be, BESA_QUEUE_COMPUTE, run->zeros[i], layer[i].zero, bytes), error);
+    }
+    BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
+    for (int i = 0; i < BESA_LAYERS; i++)
+        BESA__TRY(besa__codes_put(run->writer, run->scales[i], (size_t)besa__grids(&layer[i]) * sizeof(float), error));
+    for (int i = 0; i < BESA_LAYERS; i++)
+        for (int64_t g = 0; g < besa__grids(&layer[i]); g++) {
+            unsigned char zero = (unsigned char)run->zeros[i][g];
+            BESA__TRY(besa__codes_put(run->writer, &zero, 1, error));
+        }
+    return BESA_OK;
+}
+
+/* The codes of the `size` bytes of weights that go out next. */
+static besa_result besa__codes_out(besa__run *run, const void *bytes, size_t size, besa_error *error)
+{
+    const besa__transfer *out = &run->out;
+    const besa_quantizer *q = &run->pruner.quantization.layer[out->layer];
+    const float *scale = run->scales[out->layer], *zero = run->zeros[out->layer];
+    besa_dtype dtype = run->model.dtype;
+    size_t width = besa_dtype_size(dtype);
+    int64_t first = (int64_t)(out->at / width), count = (int64_t)(size / width), groups = besa__parts(q->columns, q->group);
+    for (int64_t i = 0; i < count;) {
+        unsigned char codes[512];
+        int64_t column = (first + i) % q->columns, g = (first + i) / q->columns * groups + column / q->group, n = 0;
+        int64_t left = besa__min(besa__min(q->group - column % q->group, q->columns - column), besa__min(512, count - i));
+        for (; n < left; n++) {
+            uint32_t bits = 0; /* floats are stored from the lowest byte on */
+            memcpy(&bits, (const unsigned char *)bytes + (size_t)(i + n) * width, width);
+            codes[n] = (unsigned char)besa__code_of(bits, dtype, scale[g], zero[g], (1 << q->bits) - 1);
+        }
+        BESA__TRY(besa__codes_put(run->writer, codes, (size_t)n, error));
+        i += n;
+    }
+    return BESA_OK;
+}
+
 /* Take pruned weights out until `target` bytes of them are written. The host waits here for copies, never for compute. */
 static besa_result besa__out_share(besa__run *run, size_t target, besa_error *error)
 {
@@ -8607,6 +9157,8 @@ static besa_result besa__out_share(besa__run *run, size_t target, besa_error *er
         }
         if (run->piece_out) BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_STAGE), error);
         BESA__TRY(besa__writer_write(run->writer, tensor, run->piece_out ? run->piece_out : from, size, error));
+        if (besa__has_codes(run->writer, out->block))
+            BESA__TRY(besa__codes_out(run, run->piece_out ? run->piece_out : from, size, error));
         besa__transfer_move(out, size);
         out->piece = 0;
     }
@@ -8991,6 +9543,11 @@ static void besa__ignore_options(besa_prune_options *o)
     for (const besa_option *row = besa__options; row->name; row++)
         if (!besa__option_used(row, &given)) besa__option_set(row, (unsigned char *)o + row->offset, row->standard);
     if (o->method != BESA_METHOD_MAGNITUDE) o->magnitude_per_row = 0;
+    if (given.learn == BESA_LEARN_RATES) {      /* clips learn, if anything */
+        o->weight_lr = besa__find_option("weight_lr")->standard;
+        o->weight_warmup = besa__find_option("weight_warmup")->standard;
+    }
+    if (!besa__clips_learn(&given)) o->clip_lr = besa__find_option("clip_lr")->standard;
     if (!besa__uses_gram(&given)) o->damping = besa__find_option("damping")->standard;
     if (o->rates.optimizer != BESA_PRODIGY) {
         o->rates.d0 = besa__find_option("d0")->standard;
@@ -9178,6 +9735,7 @@ static besa_result besa__prune_block(besa__run *run, int64_t index, besa_block *
     BESA__TRY(besa__out_finish(run, report, error));
     if (!run->writer) return BESA_OK;
     BESA__TRY(besa__transfer_begin(&run->out, run, index, error));
+    if (besa__has_codes(run->writer, index)) BESA__TRY(besa__grids_out(run, error));
     return run->be->unified_memory ? besa__out_finish(run, report, error) : BESA_OK;
 }
 
@@ -9271,12 +9829,14 @@ static void besa__note_fixed(const besa__run *run, const besa_prune_options *o, 
 static void besa__note_learned(const besa__run *run, besa_report *report)
 {
     int64_t worse = 0, first = 0;
+    int weights = besa__learns_weights(&run->pruner);
     for (int64_t b = 0; b < report->num_blocks; b++)
         if (report->block[b].loss_after > report->block[b].loss_masks && worse++ == 0) first = b;
     if (worse == 0) return;
     besa__notes_add(&report->notes, "warning: learning made the loss of %lld block%s larger than with the masks alone, in block %lld "
-                    "%.3g instead of %.3g; a weight_lr below %g may help", (long long)worse, worse == 1 ? "" : "s", (long long)first,
-                    report->block[first].loss_after, report->block[first].loss_masks, run->pruner.options.weight_lr);
+                    "%.3g instead of %.3g; a %s below %g may help", (long long)worse, worse == 1 ? "" : "s", (long long)first,
+                    report->block[first].loss_after, report->block[first].loss_masks, weights ? "weight_lr" : "clip_lr",
+                    weights ? run->pruner.options.weight_lr : run->pruner.options.clip_lr);
 }
 
 static void besa__report_totals(besa_report *report, double target, double start)
@@ -9325,6 +9885,14 @@ static besa_result besa__run_prune(besa__run *run, int64_t done, besa_report *re
     return run->has_test ? besa__test_perplexity(run, &report->perplexity, NULL, error) : BESA_OK;
 }
 
+/* Which blocks have codes. */
+static besa__codes_shape besa__run_codes(const besa__run *run)
+{
+    const besa_prune_options *o = &run->pruner.options;
+    besa__codes_shape codes = {o->bits, o->group_size, besa__first_block(run), besa__end_block(run)};
+    return codes;
+}
+
 /* Once memory is there: open the output, run, and close the output as the result asks. */
 static besa_result besa__prune_into(besa__run *run, const char *output, const besa_calibration *calibration,
                                     besa_report *report, besa_error *error)
@@ -9334,8 +9902,9 @@ static besa_result besa__prune_into(besa__run *run, const char *output, const be
     besa__note_settings(run, &report->notes);
     if (output) {
         besa__fingerprint(fingerprint, sizeof fingerprint, run, calibration);
-        BESA__TRY(besa__writer_open(&run->writer, run->checkpoint, output, fingerprint, blocks, &done, &report->notes,
-                                    error));
+        besa__codes_shape codes = besa__run_codes(run);
+        BESA__TRY(besa__writer_open_coded(&run->writer, run->checkpoint, output, fingerprint, blocks, codes.bits ? &codes : NULL, &done,
+                                          &report->notes, error));
     }
     report->resumed_blocks = done;
     besa_result result = besa__run_prune(run, done, report, error);
@@ -9432,7 +10001,7 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
     report->options.progress = NULL;
     report->options.step = NULL;
     report->options.user = NULL;
-    if (result == BESA_OK && options->num_fixed == 0 && !options->no_projection &&
+    if (result == BESA_OK && options->num_fixed == 0 && !options->no_projection && !options->bits &&
         fabs(report->sparsity - report->target) > 0.02)
         besa__notes_add(&report->notes, "warning: sparsity %.4f is not the target %.4f: tied scores or zeros in the source",
                         report->sparsity, report->target);
@@ -9465,7 +10034,7 @@ static double besa__plan_flop(const besa__run *run)
     double dense = besa__uses_inputs(o) ? 1 : (double)run->pruner.reference / (double)run->pruner.nsamples;
     double flop = dense * forward + (besa__uses_gram(o) ? gram : 0); /* of blocks that are pruned */
     if (besa__learns_rates(&run->pruner)) flop += (double)o->epochs * (forward + backward);
-    if (besa__learns_weights(&run->pruner)) flop += (double)o->weight_epochs * (forward + backward);
+    if (besa__learns_last(&run->pruner)) flop += (double)o->weight_epochs * (forward + backward);
     flop *= tokens * (double)(besa__end_block(run) - besa__first_block(run));
     flop += tokens * (double)run->config->num_hidden_layers * (1 + run->has_dense) * forward;
     if (!run->has_test) return flop;
@@ -9514,6 +10083,8 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
         plan->flop = besa__plan_flop(&run);
         plan->mapped_block_bytes = besa__plan_mapped(&run);
         for (int64_t i = 0; i < checkpoint->num_shards; i++) plan->disk_bytes += checkpoint->shards[i].size;
+        besa__codes_shape codes = besa__run_codes(&run);
+        if (codes.bits) plan->disk_bytes += besa__codes_bytes(run.config, &codes);
     }
     besa__run_close(&run);
     return result;
