@@ -115,8 +115,8 @@
  *     >>cpu-scores         scores, zeros and ranks on the CPU
  *     >>cpu-masks          masks and bucketed gradients on the CPU
  *     >>cpu-rates          rates, optimiser and exact count on the CPU
- *     >>cpu-sparsegpt      SparseGPT on the CPU: factor of the inverse Hessian, slabs of weights
  *     >>cpu-quantization   weights on a grid of levels on the CPU
+ *     >>cpu-sparsegpt      SparseGPT on the CPU: factor of the inverse Hessian, slabs of weights
  *     >>cpu-backend        the CPU's table of operations
  *
  * HOOKS, defined before the implementation is included
@@ -580,10 +580,11 @@ struct besa_backend {
     /* Slab of columns first .. first+width-1 of Wf(R,C), float, in place; first and width are multiples of m: dead
      * columns become 0; pruned are the
      * floor(width R target) + 1 smallest w^2 / U_jj^2 of the slab as it was, or n of every m (as updated) where
-     * m > 0; err(R,width) = w / U_jj of each pruned weight, 0 of a kept one, taken off the slab's later columns */
+     * m > 0; err(R,width) = w / U_jj of each pruned weight, 0 of a kept one, taken off the slab's later columns. With a
+     * quantizer (of all of Wf; NULL: none) a kept weight goes to its level, and err = (w - level) / U_jj */
     besa_result (*sparsegpt_slab)(besa_backend *be, float *wf, float *err, const float *u, const int32_t *dead,
-                                  int64_t first, int64_t width, double target, int n, int m, int64_t rows,
-                                  int64_t columns);
+                                  int64_t first, int64_t width, double target, int n, int m, const besa_quantizer *q,
+                                  int64_t rows, int64_t columns);
     /* Wf[:, first+width:] -= err(R,width) U[first:first+width, first+width:] */
     besa_result (*sparsegpt_push)(besa_backend *be, float *wf, const float *err, const float *u, int64_t first,
                                   int64_t width, int64_t rows, int64_t columns);
@@ -4498,7 +4499,9 @@ static besa_result besa__finish_statistics(besa_pruner *p)
     return BESA_OK;
 }
 
-/* SparseGPT: slabs of columns from left to right; a slab's errors are pushed to all columns right of it. */
+/* SparseGPT: slabs of columns from left to right; a slab's errors are pushed to all columns right of it. With bits,
+ * where clips do not learn to suit the weights afterwards, kept ones go to their levels in the same sweep, whose errors are pushed
+ * too. */
 static besa_result besa__sparsegpt_layer(besa_pruner *p, const void *w, void *pruned, int layer, double target, int n,
                                          int m)
 {
@@ -4507,11 +4510,12 @@ static besa_result besa__sparsegpt_layer(besa_pruner *p, const void *w, void *pr
     int64_t rows, columns;
     besa_block_layer(&p->shape, layer, &rows, &columns);
     int64_t slab = m > 0 ? BESA__SLAB / m * m : BESA__SLAB; /* no group of m is split */
+    const besa_quantizer *levels = p->options.bits && !p->quantization.learns ? &p->quantization.layer[layer] : NULL;
     BESA__TRY(be->convert(be, p->scores, BESA_F32, w, p->dtype, rows * columns));
     for (int64_t first = 0; first < columns; first += slab) {
         int64_t width = besa__min(slab, columns - first);
         BESA__TRY(be->sparsegpt_slab(be, p->scores, p->slab_error, p->gram[input], p->dead[input], first, width, target, n,
-                                     m, rows, columns));
+                                     m, levels, rows, columns));
         if (first + width < columns)
             BESA__TRY(be->sparsegpt_push(be, p->scores, p->slab_error, p->gram[input], first, width, rows, columns));
     }
@@ -13219,6 +13223,182 @@ static besa_result besa__cpu_project_counts(besa_backend *be, int32_t *n, int64_
 }
 
 /* ============================================================================================
+ * // >>cpu-quantization      weights on a grid of levels on the CPU
+ * ============================================================================================
+ * A group of columns at a time, in parts of it. All in float; a level comes out as it is rounded to the dtype. */
+
+enum { BESA__CPU_QUANTIZED = 512 /* weights of a part */ };
+
+/* Groups of a row; where group g begins, and how many columns it has. */
+static int64_t besa__groups(int64_t columns, int64_t group) { return besa__parts(columns, group); }
+
+static int64_t besa__group_columns(int64_t columns, int64_t group, int64_t g)
+{
+    return besa__min(group, columns - g * group);
+}
+
+/* range(2): the larger of the first and all x, the smaller of the second and all x */
+BESA__INLINE void besa__cpu_range_body(float *range, const float *x, int64_t n)
+{
+    float high[BESA__LANES], low[BESA__LANES];
+    int64_t i = 0;
+    for (int l = 0; l < BESA__LANES; l++) high[l] = range[0], low[l] = range[1];
+    for (; i + BESA__LANES <= n; i += BESA__LANES)
+        for (int l = 0; l < BESA__LANES; l++) {
+            high[l] = high[l] < x[i + l] ? x[i + l] : high[l];
+            low[l] = low[l] > x[i + l] ? x[i + l] : low[l];
+        }
+    for (; i < n; i++) {
+        int64_t l = i % BESA__LANES;
+        high[l] = high[l] < x[i] ? x[i] : high[l];
+        low[l] = low[l] > x[i] ? x[i] : low[l];
+    }
+    for (int l = 0; l < BESA__LANES; l++) {
+        range[0] = range[0] < high[l] ? high[l] : range[0];
+        range[1] = range[1] > low[l] ? low[l] : range[1];
+    }
+}
+BESA__KERNEL(besa__cpu_range, (float *range, const float *x, int64_t n), (range, x, n))
+
+static besa_result besa__cpu_quantize_range(besa_backend *be, float *range, const void *w, besa_dtype dtype, int64_t group,
+                                            int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain), groups = besa__groups(columns, group);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t i = task * grain * groups; i < besa__min(rows, (task + 1) * grain) * groups; i++) {
+            float part[BESA__CPU_QUANTIZED], *out = range + 2 * i;
+            int64_t at = i / groups * columns + i % groups * group, n = besa__group_columns(columns, group, i % groups);
+            out[0] = out[1] = 0.0f;
+            for (int64_t j = 0, count; j < n; j += count) {
+                count = besa__min(BESA__CPU_QUANTIZED, n - j);
+                besa__cpu_widen(part, w, dtype, at + j, count);
+                besa__cpu_range(out, part, count);
+            }
+        }
+    return BESA_OK;
+}
+
+/* The nearest whole number, of two the even one; |x| < 2^22. */
+BESA__INLINE float besa__round(float x)
+{
+    const float magic = 12582912.0f; /* 1.5 2^23 */
+    return (x + magic) - magic;
+}
+
+BESA__INLINE void besa__cpu_grid_body(float *scale, float *zero, const float *range, const float *logit, float most, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float low = logit ? besa__sigmoid(logit[2 * i + 1]) * range[2 * i + 1] : range[2 * i + 1];
+        float high = logit ? besa__sigmoid(logit[2 * i]) * range[2 * i] : range[2 * i];
+        float h = (high - low) / most, z = besa__round(-low / h);
+        scale[i] = h > 0.0f ? h : 0.0f;
+        zero[i] = h > 0.0f ? z : 0.0f;
+    }
+}
+BESA__KERNEL(besa__cpu_grid, (float *scale, float *zero, const float *range, const float *logit, float most, int64_t n),
+             (scale, zero, range, logit, most, n))
+
+static float besa__cpu_most(const besa_quantizer *q) { return (float)((1 << q->bits) - 1); }
+
+static besa_result besa__cpu_quantize_grid(besa_backend *be, const besa_quantizer *q)
+{
+    int64_t n = q->rows * besa__groups(q->columns, q->group), run = 4096, tasks = besa__parts(n, run);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * run;
+        besa__cpu_grid(q->scale + at, q->zero + at, q->range + 2 * at, q->logit ? q->logit + 2 * at : NULL, besa__cpu_most(q),
+                       besa__min(run, n - at));
+    }
+    return BESA_OK;
+}
+
+/* The place u of x on the grid, kept within one of its ends: -1 .. most + 1; what x / h is there goes to *t. */
+BESA__INLINE float besa__grid_place(float x, float h, float z, float most, float *t)
+{
+    float low = -1.0f - z, high = most + 1.0f - z;
+    *t = x / h;
+    *t = *t < low ? low : *t > high ? high : *t;
+    return besa__round(*t) + z;
+}
+
+/* y = h (clamp(u, 0, most) - z); y may be x */
+BESA__INLINE void besa__cpu_levels_body(float *y, const float *x, float h, float z, float most, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float t, u = besa__grid_place(x[i], h, z, most, &t);
+        u = u < 0.0f ? 0.0f : u > most ? most : u;
+        y[i] = h * (u - z);
+    }
+}
+BESA__KERNEL(besa__cpu_levels, (float *y, const float *x, float h, float z, float most, int64_t n), (y, x, h, z, most, n))
+
+static besa_result besa__cpu_quantize(besa_backend *be, void *what, const void *w, besa_dtype dtype, const besa_quantizer *q)
+{
+    int64_t columns = q->columns, grain = besa__cpu_grain(columns), tasks = besa__parts(q->rows, grain);
+    int64_t groups = besa__groups(columns, q->group);
+    float most = besa__cpu_most(q);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t i = task * grain * groups; i < besa__min(q->rows, (task + 1) * grain) * groups; i++) {
+            float part[BESA__CPU_QUANTIZED];
+            int64_t at = i / groups * columns + i % groups * q->group, n = besa__group_columns(columns, q->group, i % groups);
+            for (int64_t j = 0, count; j < n; j += count) {
+                count = besa__min(BESA__CPU_QUANTIZED, n - j);
+                besa__cpu_widen(part, w, dtype, at + j, count);
+                if (q->scale[i] > 0.0f) besa__cpu_levels(part, part, q->scale[i], q->zero[i], most, count);
+                else memset(part, 0, sizeof part);
+                besa__cpu_narrow(what, dtype, at + j, part, count);
+            }
+        }
+    return BESA_OK;
+}
+
+/* dWhat/dh of one weight */
+BESA__INLINE float besa__level_slope(float x, float h, float z, float most)
+{
+    float t, u = besa__grid_place(x, h, z, most, &t);
+    float clamped = (u < 0.0f ? 0.0f : u > most ? most : u) - z, within = u - z - t;
+    return u > 0.0f && u < most ? within : clamped;
+}
+
+/* sum of dw dWhat/dh */
+BESA__INLINE float besa__cpu_slopes_body(const float *dw, const float *x, float h, float z, float most, int64_t n)
+{
+#define BESA__TERM(i) (dw[i] * besa__level_slope(x[i], h, z, most))
+    BESA__SUM_BODY(n, BESA__TERM)
+#undef BESA__TERM
+}
+BESA__KERNEL_FLOAT(besa__cpu_slopes, (const float *dw, const float *x, float h, float z, float most, int64_t n),
+                   (dw, x, h, z, most, n))
+
+/* dh/dlogit: max g0 (1 - g0) / most, and -min g1 (1 - g1) / most */
+static besa_result besa__cpu_quantize_gradient(besa_backend *be, float *dlogit, const float *dw, const void *w, besa_dtype dtype,
+                                               const besa_quantizer *q)
+{
+    int64_t columns = q->columns, grain = besa__cpu_grain(columns), tasks = besa__parts(q->rows, grain);
+    int64_t groups = besa__groups(columns, q->group);
+    float most = besa__cpu_most(q);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t i = task * grain * groups; i < besa__min(q->rows, (task + 1) * grain) * groups; i++) {
+            float part[BESA__CPU_QUANTIZED], sum = 0.0f;
+            int64_t at = i / groups * columns + i % groups * q->group, n = besa__group_columns(columns, q->group, i % groups);
+            float g0 = besa__sigmoid(q->logit[2 * i]), g1 = besa__sigmoid(q->logit[2 * i + 1]);
+            for (int64_t j = 0, count; j < n && q->scale[i] > 0.0f; j += count) {
+                count = besa__min(BESA__CPU_QUANTIZED, n - j);
+                besa__cpu_widen(part, w, dtype, at + j, count);
+                sum += besa__cpu_slopes(dw + at + j, part, q->scale[i], q->zero[i], most, count);
+            }
+            dlogit[2 * i] += sum * (q->range[2 * i] * g0 * (1.0f - g0) / most);
+            dlogit[2 * i + 1] -= sum * (q->range[2 * i + 1] * g1 * (1.0f - g1) / most);
+        }
+    return BESA_OK;
+}
+
+/* ============================================================================================
  * // >>cpu-sparsegpt         SparseGPT on the CPU: factor of the inverse Hessian, slabs of weights
  * ============================================================================================
  * SparseGPT (arXiv 2301.00774). All in float; products go to section cpu-gemm, never in bf16. The factor: H = W'W with
@@ -13395,6 +13575,8 @@ typedef struct besa__cpu_slab {
     int64_t width, columns;
     uint32_t threshold;                /* of keys */
     int n, m;
+    const besa_quantizer *q;           /* NULL: kept weights stay as they are */
+    int64_t first;                     /* column of Wf */
 } besa__cpu_slab;
 
 static void besa__cpu_slab_place(besa__arena *work, besa__cpu_slab *slab, besa__cpu_select *select, int64_t width,
@@ -13432,7 +13614,18 @@ static void besa__cpu_slab_group(const besa__cpu_slab *slab, uint32_t *go, const
     }
 }
 
-/* One row, left to right: a pruned weight's error e = w / U_ii is taken off the later columns along U[i, i+1:]. */
+/* The level of a kept weight in column i of the slab. */
+static float besa__cpu_slab_level(const besa__cpu_slab *slab, float w, int64_t row, int64_t i)
+{
+    const besa_quantizer *q = slab->q;
+    int64_t g = row * besa__groups(q->columns, q->group) + (slab->first + i) / q->group;
+    float most = besa__cpu_most(q), z = q->zero[g], t, u;
+    if (!(q->scale[g] > 0.0f)) return 0.0f;
+    u = besa__grid_place(w, q->scale[g], z, most, &t);
+    return q->scale[g] * ((u < 0.0f ? 0.0f : u > most ? most : u) - z);
+}
+
+/* One row, left to right: the error e = (w - what stays of it) / U_ii is taken off the later columns along U[i, i+1:]. */
 static void besa__cpu_slab_row(const besa__cpu_slab *slab, uint32_t *go, int64_t row)
 {
     float *w = slab->w + row * slab->columns, *err = slab->err + row * slab->width;
@@ -13441,9 +13634,10 @@ static void besa__cpu_slab_row(const besa__cpu_slab *slab, uint32_t *go, int64_t
     for (int64_t i = 0; i < slab->width; i++) {
         const float *u = slab->u + i * slab->columns;
         if (slab->m > 0 && i % slab->m == 0) besa__cpu_slab_group(slab, go, w, i);
-        err[i] = go[i] ? w[i] / u[i] : 0.0f;
+        float stays = go[i] ? 0.0f : slab->q ? besa__cpu_slab_level(slab, w[i], row, i) : w[i];
+        err[i] = (w[i] - stays) / u[i];
         if (err[i] != 0.0f) besa__cpu_axpy(w + i + 1, -err[i], u + i + 1, slab->width - i - 1);
-        if (go[i]) w[i] = 0.0f;
+        w[i] = stays;
     }
 }
 
@@ -13457,14 +13651,14 @@ static void besa__cpu_slab_bury(const besa__cpu_slab *slab, int64_t rows)
 /* Columns first .. first+width-1 of Wf(R,C) */
 static besa_result besa__cpu_sparsegpt_slab(besa_backend *be, float *wf, float *err, const float *u,
                                             const int32_t *dead, int64_t first, int64_t width, double target, int n,
-                                            int m, int64_t rows, int64_t columns)
+                                            int m, const besa_quantizer *q, int64_t rows, int64_t columns)
 {
     int64_t grain = besa__cpu_grain(width * 16), tasks = besa__parts(rows, grain), smaller;
     besa__arena work = besa__cpu_work(be);
     besa__cpu_select select;
     besa__cpu_slab slab;
     slab.w = wf + first, slab.err = err, slab.u = u + first * columns + first, slab.dead = dead + first;
-    slab.width = width, slab.columns = columns, slab.n = n, slab.m = m;
+    slab.width = width, slab.columns = columns, slab.n = n, slab.m = m, slab.q = q, slab.first = first;
     besa__cpu_slab_place(&work, &slab, &select, width, besa__cpu_of(be)->threads);
     BESA__CPU_FITS(be, work);
     for (int64_t j = 0; j < width; j++) slab.scale[j] = 1.0f / (slab.u[j * columns + j] * slab.u[j * columns + j]);
@@ -13497,182 +13691,6 @@ static besa_result besa__cpu_sparsegpt_push(besa_backend *be, float *wf, const f
     g.alpha = -1.0f;
     g.accumulate = 1;
     besa__cpu_multiply(be, &g, 0);
-    return BESA_OK;
-}
-
-/* ============================================================================================
- * // >>cpu-quantization      weights on a grid of levels on the CPU
- * ============================================================================================
- * A group of columns at a time, in parts of it. All in float; a level comes out as it is rounded to the dtype. */
-
-enum { BESA__CPU_QUANTIZED = 512 /* weights of a part */ };
-
-/* Groups of a row; where group g begins, and how many columns it has. */
-static int64_t besa__groups(int64_t columns, int64_t group) { return besa__parts(columns, group); }
-
-static int64_t besa__group_columns(int64_t columns, int64_t group, int64_t g)
-{
-    return besa__min(group, columns - g * group);
-}
-
-/* range(2): the larger of the first and all x, the smaller of the second and all x */
-BESA__INLINE void besa__cpu_range_body(float *range, const float *x, int64_t n)
-{
-    float high[BESA__LANES], low[BESA__LANES];
-    int64_t i = 0;
-    for (int l = 0; l < BESA__LANES; l++) high[l] = range[0], low[l] = range[1];
-    for (; i + BESA__LANES <= n; i += BESA__LANES)
-        for (int l = 0; l < BESA__LANES; l++) {
-            high[l] = high[l] < x[i + l] ? x[i + l] : high[l];
-            low[l] = low[l] > x[i + l] ? x[i + l] : low[l];
-        }
-    for (; i < n; i++) {
-        int64_t l = i % BESA__LANES;
-        high[l] = high[l] < x[i] ? x[i] : high[l];
-        low[l] = low[l] > x[i] ? x[i] : low[l];
-    }
-    for (int l = 0; l < BESA__LANES; l++) {
-        range[0] = range[0] < high[l] ? high[l] : range[0];
-        range[1] = range[1] > low[l] ? low[l] : range[1];
-    }
-}
-BESA__KERNEL(besa__cpu_range, (float *range, const float *x, int64_t n), (range, x, n))
-
-static besa_result besa__cpu_quantize_range(besa_backend *be, float *range, const void *w, besa_dtype dtype, int64_t group,
-                                            int64_t rows, int64_t columns)
-{
-    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain), groups = besa__groups(columns, group);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++)
-        for (int64_t i = task * grain * groups; i < besa__min(rows, (task + 1) * grain) * groups; i++) {
-            float part[BESA__CPU_QUANTIZED], *out = range + 2 * i;
-            int64_t at = i / groups * columns + i % groups * group, n = besa__group_columns(columns, group, i % groups);
-            out[0] = out[1] = 0.0f;
-            for (int64_t j = 0, count; j < n; j += count) {
-                count = besa__min(BESA__CPU_QUANTIZED, n - j);
-                besa__cpu_widen(part, w, dtype, at + j, count);
-                besa__cpu_range(out, part, count);
-            }
-        }
-    return BESA_OK;
-}
-
-/* The nearest whole number, of two the even one; |x| < 2^22. */
-BESA__INLINE float besa__round(float x)
-{
-    const float magic = 12582912.0f; /* 1.5 2^23 */
-    return (x + magic) - magic;
-}
-
-BESA__INLINE void besa__cpu_grid_body(float *scale, float *zero, const float *range, const float *logit, float most, int64_t n)
-{
-    BESA__ELEMENTWISE
-    for (int64_t i = 0; i < n; i++) {
-        float low = logit ? besa__sigmoid(logit[2 * i + 1]) * range[2 * i + 1] : range[2 * i + 1];
-        float high = logit ? besa__sigmoid(logit[2 * i]) * range[2 * i] : range[2 * i];
-        float h = (high - low) / most, z = besa__round(-low / h);
-        scale[i] = h > 0.0f ? h : 0.0f;
-        zero[i] = h > 0.0f ? z : 0.0f;
-    }
-}
-BESA__KERNEL(besa__cpu_grid, (float *scale, float *zero, const float *range, const float *logit, float most, int64_t n),
-             (scale, zero, range, logit, most, n))
-
-static float besa__cpu_most(const besa_quantizer *q) { return (float)((1 << q->bits) - 1); }
-
-static besa_result besa__cpu_quantize_grid(besa_backend *be, const besa_quantizer *q)
-{
-    int64_t n = q->rows * besa__groups(q->columns, q->group), run = 4096, tasks = besa__parts(n, run);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        int64_t at = task * run;
-        besa__cpu_grid(q->scale + at, q->zero + at, q->range + 2 * at, q->logit ? q->logit + 2 * at : NULL, besa__cpu_most(q),
-                       besa__min(run, n - at));
-    }
-    return BESA_OK;
-}
-
-/* The place u of x on the grid, kept within one of its ends: -1 .. most + 1; what x / h is there goes to *t. */
-BESA__INLINE float besa__grid_place(float x, float h, float z, float most, float *t)
-{
-    float low = -1.0f - z, high = most + 1.0f - z;
-    *t = x / h;
-    *t = *t < low ? low : *t > high ? high : *t;
-    return besa__round(*t) + z;
-}
-
-/* y = h (clamp(u, 0, most) - z); y may be x */
-BESA__INLINE void besa__cpu_levels_body(float *y, const float *x, float h, float z, float most, int64_t n)
-{
-    BESA__ELEMENTWISE
-    for (int64_t i = 0; i < n; i++) {
-        float t, u = besa__grid_place(x[i], h, z, most, &t);
-        u = u < 0.0f ? 0.0f : u > most ? most : u;
-        y[i] = h * (u - z);
-    }
-}
-BESA__KERNEL(besa__cpu_levels, (float *y, const float *x, float h, float z, float most, int64_t n), (y, x, h, z, most, n))
-
-static besa_result besa__cpu_quantize(besa_backend *be, void *what, const void *w, besa_dtype dtype, const besa_quantizer *q)
-{
-    int64_t columns = q->columns, grain = besa__cpu_grain(columns), tasks = besa__parts(q->rows, grain);
-    int64_t groups = besa__groups(columns, q->group);
-    float most = besa__cpu_most(q);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++)
-        for (int64_t i = task * grain * groups; i < besa__min(q->rows, (task + 1) * grain) * groups; i++) {
-            float part[BESA__CPU_QUANTIZED];
-            int64_t at = i / groups * columns + i % groups * q->group, n = besa__group_columns(columns, q->group, i % groups);
-            for (int64_t j = 0, count; j < n; j += count) {
-                count = besa__min(BESA__CPU_QUANTIZED, n - j);
-                besa__cpu_widen(part, w, dtype, at + j, count);
-                if (q->scale[i] > 0.0f) besa__cpu_levels(part, part, q->scale[i], q->zero[i], most, count);
-                else memset(part, 0, sizeof part);
-                besa__cpu_narrow(what, dtype, at + j, part, count);
-            }
-        }
-    return BESA_OK;
-}
-
-/* dWhat/dh of one weight */
-BESA__INLINE float besa__level_slope(float x, float h, float z, float most)
-{
-    float t, u = besa__grid_place(x, h, z, most, &t);
-    float clamped = (u < 0.0f ? 0.0f : u > most ? most : u) - z, within = u - z - t;
-    return u > 0.0f && u < most ? within : clamped;
-}
-
-/* sum of dw dWhat/dh */
-BESA__INLINE float besa__cpu_slopes_body(const float *dw, const float *x, float h, float z, float most, int64_t n)
-{
-#define BESA__TERM(i) (dw[i] * besa__level_slope(x[i], h, z, most))
-    BESA__SUM_BODY(n, BESA__TERM)
-#undef BESA__TERM
-}
-BESA__KERNEL_FLOAT(besa__cpu_slopes, (const float *dw, const float *x, float h, float z, float most, int64_t n),
-                   (dw, x, h, z, most, n))
-
-/* dh/dlogit: max g0 (1 - g0) / most, and -min g1 (1 - g1) / most */
-static besa_result besa__cpu_quantize_gradient(besa_backend *be, float *dlogit, const float *dw, const void *w, besa_dtype dtype,
-                                               const besa_quantizer *q)
-{
-    int64_t columns = q->columns, grain = besa__cpu_grain(columns), tasks = besa__parts(q->rows, grain);
-    int64_t groups = besa__groups(columns, q->group);
-    float most = besa__cpu_most(q);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++)
-        for (int64_t i = task * grain * groups; i < besa__min(q->rows, (task + 1) * grain) * groups; i++) {
-            float part[BESA__CPU_QUANTIZED], sum = 0.0f;
-            int64_t at = i / groups * columns + i % groups * q->group, n = besa__group_columns(columns, q->group, i % groups);
-            float g0 = besa__sigmoid(q->logit[2 * i]), g1 = besa__sigmoid(q->logit[2 * i + 1]);
-            for (int64_t j = 0, count; j < n && q->scale[i] > 0.0f; j += count) {
-                count = besa__min(BESA__CPU_QUANTIZED, n - j);
-                besa__cpu_widen(part, w, dtype, at + j, count);
-                sum += besa__cpu_slopes(dw + at + j, part, q->scale[i], q->zero[i], most, count);
-            }
-            dlogit[2 * i] += sum * (q->range[2 * i] * g0 * (1.0f - g0) / most);
-            dlogit[2 * i + 1] -= sum * (q->range[2 * i + 1] * g1 * (1.0f - g1) / most);
-        }
     return BESA_OK;
 }
 

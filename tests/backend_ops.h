@@ -1612,12 +1612,12 @@ static void ops_slab(ops *t, const ops_case *c)
             float *keep_ = (float *)ops_float(t, w, R * C);
             OPS_TIME(t, 12.0 * (double)(R * width), "GB/s",
                      (ops_call(t, be->copy(be, BESA_QUEUE_COMPUTE, w_, keep_, (size_t)(R * C) * 4), ""),
-                      ops_call(t, be->sparsegpt_slab(be, w_, err_, u_, dead_, first, width, 0.5, n, m, R, C), "")));
+                      ops_call(t, be->sparsegpt_slab(be, w_, err_, u_, dead_, first, width, 0.5, n, m, NULL, R, C), "")));
         }
         return;
     }
     ref_slab(t, w, err, u, dead, first, width, target, n, m, R, C);
-    ops_call(t, be->sparsegpt_slab(be, w_, err_, u_, dead_, first, width, target, n, m, R, C), "sparsegpt_slab");
+    ops_call(t, be->sparsegpt_slab(be, w_, err_, u_, dead_, first, width, target, n, m, NULL, R, C), "sparsegpt_slab");
     ops_near(t, "slab", ops_fetch(t, w_, BESA_F32, R * C), w, R * C, 1e-5);
     ops_near(t, "err", ops_fetch(t, err_, BESA_F32, R * width), err, R * width, 1e-5);
     for (int64_t r = 0; r < R; r++)
@@ -1626,6 +1626,47 @@ static void ops_slab(ops *t, const ops_case *c)
                 w[r * C + first + width + j] -= err[r * width + i] * u[(first + i) * C + first + width + j];
     ops_call(t, be->sparsegpt_push(be, w_, err_, u_, first, width, R, C), "sparsegpt_push");
     ops_near(t, "push", ops_fetch(t, w_, BESA_F32, R * C), w, R * C, 1e-5);
+}
+
+/* A slab whose kept weights go to their levels. Where a weight lies half-way rounding decides, and all that follows it: so each
+ * weight is looked at with the errors that came before it as they are. n: rows, columns, first, width, group; 2 of 4 go in
+ * every other case. */
+static void ops_slab_levels(ops *t, const ops_case *c)
+{
+    int64_t R = c->n[0], C = c->n[1], first = c->n[2], width = c->n[3], group = c->n[4], G = (C + group - 1) / group, wrong = 0, pruned = 0;
+    int m = (int)c->n[5];
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(R, C, 1);
+    int32_t *dead = (int32_t *)ops_host(t, (size_t)C * 4);
+    double *h = ops_hessian(t, C, dead), *u = ops_doubles(t, C * C), *w = ops_weights(t, R * C), *err, *got, *scale, *zero;
+    besa_quantizer q = {3, R, C, group, NULL, NULL, ops_float_out(t, R * G), ops_float_out(t, R * G)};
+    float *w_, *u_, *err_ = ops_float_out(t, R * width), *range_ = ops_float_out(t, 2 * R * G);
+    for (int64_t i = 0; i < C; i++) h[i * C + i] += 0.1;
+    ref_factor(t, u, h, C);
+    int32_t *dead_ = (int32_t *)ops_put(t, dead, (size_t)C * 4);
+    w_ = (float *)ops_float(t, w, R * C), u_ = (float *)ops_float(t, u, C * C);
+    q.range = range_;
+    sizes.hessian_columns = C;
+    ops_workspace(t, &sizes);
+    ops_call(t, be->quantize_range(be, range_, w_, BESA_F32, group, R, C), "quantize_range");
+    ops_call(t, be->quantize_grid(be, &q), "quantize_grid");
+    ops_call(t, be->sparsegpt_slab(be, w_, err_, u_, dead_, first, width, 0.5, m ? 2 : 0, m, &q, R, C), "sparsegpt_slab");
+    err = ops_fetch(t, err_, BESA_F32, R * width), got = ops_fetch(t, w_, BESA_F32, R * C);
+    scale = ops_fetch(t, q.scale, BESA_F32, R * G), zero = ops_fetch(t, q.zero, BESA_F32, R * G);
+    for (int64_t i = 0; i < R * C; i++) {
+        int64_t j = i % C - first, g = i / C * G + i % C / group;
+        double x = i % C >= first && dead[i % C] && j < width ? 0 : w[i], step = scale[g], code;
+        if (j < 0 || j >= width) wrong += got[i] != w[i];
+        if (j < 0 || j >= width) continue;
+        for (int64_t k = 0; k < j; k++) x -= err[i / C * width + k] * u[(first + k) * C + first + j];
+        code = step > 0 ? rint(got[i] / step) + zero[g] : 0; /* on the grid, and the nearest level or 0 */
+        wrong += fabs(got[i] - (step > 0 ? step * (code - zero[g]) : 0)) > 1e-6 || code < 0 || code > 7;
+        wrong += fabs(err[i / C * width + j] * u[(first + j) * (C + 1)] - (x - got[i])) > 1e-4;
+        wrong += got[i] != 0 && fabs(got[i] - x) > 0.5 * step + 1e-4 && !(code == 0 && x < got[i]) && !(code == 7 && x > got[i]);
+        pruned += got[i] == 0;
+    }
+    if (wrong) ops_fail(t, "weights or errors that are wrong", (double)wrong, 0);
+    if (pruned < R * width / 2 || pruned == R * width) ops_fail(t, "pruned", (double)pruned, (double)(R * width / 2));
 }
 
 /* Two scores that are the last bit apart: the third smallest of four goes, the fourth stays. */
@@ -1644,7 +1685,7 @@ static void ops_slab_close(ops *t, const ops_case *c)
     dead = (int32_t *)ops_put(t, dead, C * 4);
     sizes.hessian_columns = C;
     ops_workspace(t, &sizes);
-    ops_call(t, be->sparsegpt_slab(be, w_, err_, u_, dead, 0, C, 0.5, 0, 0, 1, C), "sparsegpt_slab");
+    ops_call(t, be->sparsegpt_slab(be, w_, err_, u_, dead, 0, C, 0.5, 0, 0, NULL, 1, C), "sparsegpt_slab");
     got = ops_fetch(t, w_, BESA_F32, C);
     for (int i = 0; i < C; i++) if (got[i] != (i == 0)) ops_fail(t, "a weight", got[i], i == 0);
 }
@@ -1831,6 +1872,8 @@ static const ops_case ops_cases[] = {
     OPS_TYPES("quantize 1x1", ops_quantize, "t", 1, 1, 1, 3), OPS_TYPES("quantize 9x127", ops_quantize, "tg", 9, 127, 127, 4),
     OPS_TYPES("quantize 33x1000 groups of 64", ops_quantize, "tg", 33, 1000, 64, 3), OPS_TYPES("quantize 5x70 groups of 33, 8 bits", ops_quantize, "tg", 5, 70, 33, 8),
     OPS_TYPES("quantize 70x1000 nearest", ops_quantize, "t", 70, 1000, 1000, 2, 1), OPS_TYPES("quantize 5x33 zeros", ops_quantize, "t", 5, 33, 7, 4, 2),
+    {"slab 5x96 on levels", ops_slab_levels, {5, 96, 0, 32, 96, 0}, BESA_F32, "t"}, {"slab 40x150 on levels", ops_slab_levels, {40, 150, 22, 128, 33, 0}, BESA_F32, "t"},
+    {"slab 33x128 2:4 on levels", ops_slab_levels, {33, 128, 32, 64, 16, 4}, BESA_F32, "t"},
     {"quantize 3x2000", ops_quantize, {3, 2000, 2000, 5}, BESA_BF16, "tg"},
     {"quantize 2048x4096 bf16", ops_quantize, {2048, 4096, 4096, 4}, BESA_BF16, "p"}, {"quantize 2048x4096 f32", ops_quantize, {2048, 4096, 4096, 4}, BESA_F32, "p"},
     {"quantize 2048x4096 groups of 128", ops_quantize, {2048, 4096, 128, 4}, BESA_BF16, "p"}, {"quantize gradient 2048x4096", ops_quantize, {2048, 4096, 4096, 4, 3}, BESA_BF16, "p"},

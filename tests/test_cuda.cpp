@@ -635,7 +635,7 @@ static void test_vast_rest(void)
     twin w = vast_array<float>(&h, wide, narrow, -1, 1), u = vast_array<float>(&h, 0, narrow * narrow, 0.5, 1);
     twin err = vast_array<float>(&h, wide, slab, 0, 0), dead = vast_array<int32_t>(&h, 0, narrow, 0, 0);
     vast_run(&h, "sparsegpt_slab", 1, wide, [&](besa_backend *be, int s, int64_t rows) {
-        return be->sparsegpt_slab(be, w.f(s), err.f(s), u.f(s), dead.i(s), 992, slab, 0.5, 2, 4, rows, narrow);
+        return be->sparsegpt_slab(be, w.f(s), err.f(s), u.f(s), dead.i(s), 992, slab, 0.5, 2, 4, NULL, rows, narrow);
     });
     vast_same<float>(&h, w, "sparsegpt_slab");
     vast_same<float>(&h, err, "sparsegpt_slab, err");

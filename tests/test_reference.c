@@ -412,7 +412,7 @@ static void test_sparsegpt(void)
         int differ = 0;
         memcpy(wf, w.f, R * C * sizeof *wf);
         for (int64_t first = 0; first < C; first += SLAB) {
-            OP(g_be.sparsegpt_slab(&g_be, wf, err, u, dead, first, SLAB, 0.5, form[f].n, form[f].m, R, C));
+            OP(g_be.sparsegpt_slab(&g_be, wf, err, u, dead, first, SLAB, 0.5, form[f].n, form[f].m, NULL, R, C));
             if (first + SLAB < C) OP(g_be.sparsegpt_push(&g_be, wf, err, u, first, SLAB, R, C));
         }
         for (int i = 0; i < R * C; i++) differ += (wf[i] == 0) != (want.v[i] == 0);
