@@ -61,6 +61,10 @@
  *              dL/dWhat as above; every weight that is not 0 by Adam      besa__weights_move
  *     commit   X = F(What, X): the next block's inputs; the loss          besa__commit_pass
  *
+ *     With bits, What is Q(W M): what is left of the weights on grids of few levels (besa__quantize, section quantization), in
+ *     all passes but the dense one, and the bucket sums are of dL/dWhat Q(W). The grids' clips learn along dL/dWhat, in the
+ *     same steps: besa__clips_gradient, besa__clips_step.
+ *
  *     The paper's pseudo-code carries two streams, the dense model's and the pruned one's, and aims at the dense stream's
  *     outputs: option dense_stream. The published code's row-wise runs, and the default here, aim at the dense block
  *     applied to the pruned stream: Yref = F(W, X) as above. Its layer-wise runs (preset published-layer) have the dense
@@ -161,6 +165,14 @@
  *     no_projection               [0] leave the sparsity where learning ended
  *     pattern_n, pattern_m        [none] n of every m; not with besa
  *     magnitude_per_row           [0] magnitude: each row at the target instead of each layer
+ *     bits, group_size            [none, 0] put kept weights on 2^bits levels, 2 to 8 bits, one grid for so many columns of a
+ *                                 row, or for all of it. Every layer of a pruned block, dense ones too. What it takes to store
+ *                                 them so goes into besa_quantization.safetensors, see section codes. Weights that are kept may
+ *                                 become 0, on a level: then there are more zeros than the sparsity asks for
+ *     clipping, clip_lr           [auto, 0.3] grids learn how far they reach: where something else learns; none: nearest levels of
+ *                                 the whole range; learned: with any method, in weight_epochs if nothing else learns
+ *     quantize_first              [0] choose masks by the quantised weights, as the paper has it; levels tie, and this gives worse
+ *                                 masks. Not for sparsegpt
  *     fixed                       [none] layers that stay dense or have a rate of their own
  *     first_block, num_blocks     [0, all] prune these and leave the other blocks dense: for studies
  *     depth_slope                 [0] the last block's sparsity less the first one's, around the target
@@ -188,6 +200,7 @@
  *                                                                                         activations of its own
  *         pinned host memory           16 MB of weights, 8192 d of rows
  *         weights that learn           12 N bytes, + 2 N where w = 2, + 4 N where a batch does not fit at once
+ *         bits                         w N, and 16 bytes per grid, 64 where clips learn; 8 of the host
  *     Where device_memory is not enough, the test's activations, Yref and X live in pinned host memory and come batch by
  *     batch while others compute. None of this grows with the number of blocks; beside it there are the tensor table, the
  *     list of finished blocks and the report, some hundred bytes per tensor and block. A weight and token cost about 10 FLOP for

@@ -815,7 +815,7 @@ static void check_close(double got, double want, double limit, const char *what,
 
 /* The whole run on both backends: masks and losses */
 static void compare_pipelines(const char *name, besa_method method, int fp32, double masks, double losses,
-                              besa_learn learn = BESA_LEARN_RATES, double share = 0)
+                              besa_learn learn = BESA_LEARN_RATES, double share = 0, int bits = 0)
 {
     besa_backend cpu, cuda = cuda_backend(fp32);
     besa_error error;
@@ -825,12 +825,13 @@ static void compare_pipelines(const char *name, besa_method method, int fp32, do
         r->options.learn = learn;
         r->options.weight_epochs = 1;
         r->options.dense_share = share;
+        r->options.bits = bits, r->options.group_size = bits ? 24 : 0;
         if (learn != BESA_LEARN_RATES) r->options.dense_share = 0.5, r->options.batch_size = 2, r->options.epochs = 1;
     }
     CHECK_OK(run_prune(&a, &cpu), a.error);
     CHECK_OK(run_prune(&b, &cuda), b.error);
     int64_t differ, total;
-    int changes = method == BESA_METHOD_SPARSEGPT || learn != BESA_LEARN_RATES; /* what is kept */
+    int changes = method == BESA_METHOD_SPARSEGPT || learn != BESA_LEARN_RATES || bits; /* what is kept */
     compare_weights(a.output, b.output, changes, &differ, &total);
     CHECK(total > 0 && static_cast<double>(differ) < masks * static_cast<double>(total), "%lld of %lld weights differ",
           static_cast<long long>(differ), static_cast<long long>(total));
@@ -861,8 +862,12 @@ static void test_pipeline(void)
     TEST("pipeline, wanda, fp32") compare_pipelines("wanda32", BESA_METHOD_WANDA, 1, 1e-3, 0.01);
     TEST("pipeline, magnitude, fp32") compare_pipelines("magnitude32", BESA_METHOD_MAGNITUDE, 1, 1e-3, 0.01);
     TEST("pipeline, sparsegpt, fp32") compare_pipelines("sparsegpt32", BESA_METHOD_SPARSEGPT, 1, 1e-2, 0.02);
+    TEST("pipeline, bits, wanda, fp32") compare_pipelines("wanda4", BESA_METHOD_WANDA, 1, 1e-3, 0.01, BESA_LEARN_RATES, 0, 4);
+    TEST("pipeline, bits, besa and weights, fp32") compare_pipelines("both5", BESA_METHOD_BESA, 1, 2e-2, 0.03, BESA_LEARN_BOTH, 0, 5);
     TEST("pipeline, besa and weights, fp32") compare_pipelines("both32", BESA_METHOD_BESA, 1, 1e-2, 0.02, BESA_LEARN_BOTH);
     if (!g_sanitized) { /* the same kernels */
+        TEST("pipeline, bits, besa, bf16") compare_pipelines("besa4", BESA_METHOD_BESA, 0, 0.1, 0.15, BESA_LEARN_RATES, 0, 4);
+        TEST("pipeline, bits, sparsegpt, fp32") compare_pipelines("gpt3", BESA_METHOD_SPARSEGPT, 1, 5e-2, 0.05, BESA_LEARN_RATES, 0, 3);
         TEST("pipeline, besa and weights, bf16") compare_pipelines("both16", BESA_METHOD_BESA, 0, 0.1, 0.15, BESA_LEARN_BOTH);
         TEST("pipeline, wanda's weights, fp32") compare_pipelines("learned32", BESA_METHOD_WANDA, 1, 1e-2, 0.02, BESA_LEARN_WEIGHTS);
         TEST("pipeline, mixed reference, fp32") compare_pipelines("mix32", BESA_METHOD_BESA, 1, 1e-3, 0.01, BESA_LEARN_RATES, 0.5);

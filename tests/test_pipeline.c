@@ -1539,8 +1539,28 @@ static void test_bits(void)
     verify_quantized(&s, NULL);
     besa_report_free(&s.report);
     CHECK(compare_directories(temp_path("out"), s.output, NULL, first) > 0, "quantize_first changes nothing");
-    discard(temp_path("out"));
     discard(s.output);
+    s.options.method = BESA_METHOD_BESA, s.options.bits = 2; /* where more than half of the levels are 0 */
+    CHECK_RUN(&s);
+    CHECK(verify_quantized(&s, NULL) == s.report.pruned && s.report.sparsity > 0.55, "sparsity %g", s.report.sparsity);
+    besa_report_free(&s.report);
+    discard(s.output);
+    s = new_setup(temp_path("masks"), BESA_METHOD_WANDA, 0.5); /* masks of another program, then levels */
+    CHECK_RUN(&s);
+    besa_report_free(&s.report);
+    besa_checkpoint *masks = NULL;
+    CHECK_OK(besa_checkpoint_open(&masks, temp_path("masks"), &s.error), s.error);
+    s = new_setup(temp_path("first"), BESA_METHOD_KEEP, 0);
+    s.options.masks = masks, s.options.bits = 5, s.options.group_size = 20;
+    CHECK_RUN(&s);
+    verify_quantized(&s, temp_path("masks"));
+    besa_report_free(&s.report);
+    besa_checkpoint_close(masks);
+    discard(temp_path("masks"));
+    discard(s.output);
+    discard(temp_path("out"));
+    s = new_setup(temp_path("first"), BESA_METHOD_WANDA, 0.5);
+    s.options.bits = 3;
     s.options.clipping = BESA_CLIPPING_LEARNED, s.options.clip_lr = 30; /* what diverges is said */
     CHECK_RUN(&s);
     CHECK(s.report.notes && strstr(s.report.notes, "a clip_lr below 30 may help"), "no note: %s", s.report.notes ? s.report.notes : "");
