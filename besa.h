@@ -169,10 +169,10 @@
  *                                 row, or for all of it. Every layer of a pruned block, dense ones too. What it takes to store
  *                                 them so goes into besa_quantization.safetensors, see section codes. Weights that are kept may
  *                                 become 0, on a level: then there are more zeros than the sparsity asks for
- *     clipping, clip_lr           [auto, 0.3] grids learn how far they reach: where something else learns; none: nearest levels of
- *                                 the whole range; learned: with any method, in weight_epochs if nothing else learns
- *     quantize_first              [0] choose masks by the quantised weights, as the paper has it; levels tie, and this gives worse
- *                                 masks. Not for sparsegpt
+ *     clipping, clip_lr           [auto, 0.3] grids learn how far they reach: where something else learns; none: nearest levels
+ *                                 of the whole range; learned: with any method, in weight_epochs if nothing else learns
+ *     quantize_first              [0] choose masks by the quantised weights, as the paper has it; levels tie, and this gives
+ *                                 worse masks. Not for sparsegpt
  *     fixed                       [none] layers that stay dense or have a rate of their own
  *     first_block, num_blocks     [0, all] prune these and leave the other blocks dense: for studies
  *     depth_slope                 [0] the last block's sparsity less the first one's, around the target
@@ -4124,8 +4124,8 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     besa__pruner_place_masks(p, arena);
     if (besa__learns_weights(p)) besa__pruner_place_weights(p, arena);
     if (p->options.bits)
-        besa__quantization_place(&p->quantization, s, p->dtype, p->options.bits, p->options.group_size, p->options.clip_lr, p->steps,
-                                 arena);
+        besa__quantization_place(&p->quantization, s, p->dtype, p->options.bits, p->options.group_size, p->options.clip_lr,
+                                 p->steps, arena);
     p->yref.micro_batch = p->micro_batch;
     if (!p->options.dense_stream) besa__stream_place(&p->yref, arena, host);
     p->y = besa__take(arena, besa__stream_bytes(&p->yref, p->micro_batch));
@@ -4513,8 +4513,8 @@ static besa_result besa__finish_statistics(besa_pruner *p)
 }
 
 /* SparseGPT: slabs of columns from left to right; a slab's errors are pushed to all columns right of it. With bits,
- * where clips do not learn to suit the weights afterwards, kept ones go to their levels in the same sweep, whose errors are pushed
- * too. */
+ * where clips do not learn to suit the weights afterwards, kept ones go to their levels in the same sweep, whose errors are
+ * pushed too. */
 static besa_result besa__sparsegpt_layer(besa_pruner *p, const void *w, void *pruned, int layer, double target, int n,
                                          int m)
 {
@@ -7823,7 +7823,8 @@ static besa_result besa__list_sides(besa__writer *w, char **notes, besa_error *e
 static int besa__is_foreign(const besa__writer *w, const char *name)
 {
     struct stat st;
-    int ours = !strcmp(name, BESA__JOURNAL) || (w->codes && !strcmp(name, BESA__CODES)) || besa__is_checkpoint_file(w->checkpoint, name);
+    int ours = !strcmp(name, BESA__JOURNAL) || (w->codes && !strcmp(name, BESA__CODES)) ||
+               besa__is_checkpoint_file(w->checkpoint, name);
     for (int64_t i = 0; i < w->num_sides; i++) ours = ours || !strcmp(name, w->sides[i].name);
     return !ours || fstatat(w->directory, name, &st, AT_SYMLINK_NOFOLLOW) || !S_ISREG(st.st_mode);
 }
@@ -7848,8 +7849,8 @@ static besa_result besa__copy_sides(const besa__writer *w, char **notes, besa_er
  * ============================================================================================
  * Owns besa_quantization.safetensors, beside weights that lie on grids: of a layer NAME.weight (R, C) with G grids a row
  *     NAME.scale (R, G) F32    NAME.zero (R, G) U8    NAME.codes (R, C) U8, a byte each
- * so that weight[r,j] = scale[r,g] (codes[r,j] - zero[r,g]), g = j / group_size, computed in float and rounded to the weight's dtype,
- * bit for bit; pruned weights have the code `zero`. Bits and group_size (0: a row) are in the metadata. All sizes are known
+ * so that weight[r,j] = scale[r,g] (codes[r,j] - zero[r,g]), g = j / group_size, computed in float and rounded to the weight's
+ * dtype, bit for bit; pruned weights have the code `zero`. Bits and group_size (0: a row) are in the metadata. All sizes are known
  * before the first block, whose bytes follow one another: scales of its layers, zeros, codes. A block's bytes are part of its
  * hash. Codes are worked out from the weights on their way into their own file. */
 
@@ -7880,8 +7881,8 @@ static size_t besa__codes_header(const besa__codes *codes, const besa_config *co
                 uint64_t bytes = (uint64_t)(rows * columns) * (uint64_t)kind[k].bytes;
                 besa__tensor_name(name, sizeof name, config, b, besa__layers[i].path);
                 int n = snprintf(text + (length < size ? length : size), length < size ? size - length : 0,
-                                 ",\"%s.%s\":{\"dtype\":\"%s\",\"shape\":[%lld,%lld],\"data_offsets\":[%llu,%llu]}", name, kind[k].name,
-                                 kind[k].dtype, (long long)rows, (long long)columns, (unsigned long long)at,
+                                 ",\"%s.%s\":{\"dtype\":\"%s\",\"shape\":[%lld,%lld],\"data_offsets\":[%llu,%llu]}", name,
+                                 kind[k].name, kind[k].dtype, (long long)rows, (long long)columns, (unsigned long long)at,
                                  (unsigned long long)(at + bytes));
                 length += (size_t)n;
                 at += bytes;
@@ -7916,15 +7917,15 @@ static besa_result besa__codes_new(besa__codes **made, const besa_checkpoint *ch
     *made = NULL;
     for (int64_t i = 0; i < checkpoint->num_shards; i++)
         if (!strcmp(checkpoint->shards[i].name, BESA__CODES))
-            return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s/%s: weights under the name that codes have", checkpoint->directory,
-                              BESA__CODES);
+            return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s/%s: weights under the name that codes have",
+                              checkpoint->directory, BESA__CODES);
     BESA__TRY(besa__malloc(&memory, sizeof **made, "the codes' file", error));
     besa__codes *codes = *made = (besa__codes *)memset(memory, 0, sizeof **made);
     codes->fd = -1;
     codes->shape = *shape;
     codes->block_bytes = besa__codes_block_bytes(&checkpoint->config.block, shape->group);
-    size_t n = (size_t)snprintf(begin, sizeof begin, "{\"__metadata__\":{\"format\":\"pt\",\"bits\":\"%d\",\"group_size\":\"%lld\"}",
-                                shape->bits, (long long)shape->group);
+    size_t n = (size_t)snprintf(begin, sizeof begin, "{\"__metadata__\":{\"format\":\"pt\",\"bits\":\"%d\","
+                                "\"group_size\":\"%lld\"}", shape->bits, (long long)shape->group);
     size_t length = besa__codes_header(codes, &checkpoint->config, NULL, 0), text = (n + length + 1 + 7) / 8 * 8;
     BESA__TRY(besa__malloc(&memory, 8 + text + 1, "the codes' header", error));
     codes->header = (char *)memset(memory, ' ', 8 + text + 1);
@@ -8025,7 +8026,7 @@ static uint32_t besa__bits_of(float x, besa_dtype dtype)
     return dtype == BESA_F32 ? besa__float_bits(x) : dtype == BESA_F16 ? besa__f32_to_f16(x) : besa__f32_to_bf16(x);
 }
 
-/* The code of the level whose bits these are: the nearest one that has them, as at 8 bits two levels may be one number of bf16. */
+/* The code of the level whose bits these are, the nearest one that has them: at 8 bits two levels may be one number of bf16. */
 static int besa__code_of(uint32_t bits, besa_dtype dtype, float scale, float zero, int most)
 {
     float x = dtype == BESA_F32 ? besa__bits_float(bits) : dtype == BESA_F16 ? besa__f16_to_f32((uint16_t)bits)
