@@ -66,6 +66,10 @@
  *              wherever its weights do, here and in learn both
  *     commit   X = F(What, X): the next block's inputs; the loss          besa__commit_pass
  *
+ *     With bits, What is Q(W M): what is left of the weights on grids of few levels (besa__quantize, section quantization), in
+ *     all passes but the dense one, and the bucket sums are of dL/dWhat Q(W). The grids' clips learn along dL/dWhat, in the
+ *     same steps: besa__clips_gradient, besa__clips_step.
+ *
  *     The paper's pseudo-code carries two streams, the dense model's and the pruned one's, and aims at the dense stream's
  *     outputs: option dense_stream. The published code's row-wise runs, and the default here, aim at the dense block
  *     applied to the pruned stream: Yref = F(W, X) as above. Its layer-wise runs (preset published-layer) have the dense
@@ -87,6 +91,7 @@
  *     >>rates              learnable rates: theta -> alpha -> n, and their gradient
  *     >>layer-functions    the public functions of level 3
  *     >>weights            kept weights that learn
+ *     >>quantization       kept weights on grids of few levels
  *     >>block              one decoder block, forward and backward (level 2)
  *     >>streams            activations of all sequences, on the device or streamed from the host
  *     >>pruner             what pruning one block keeps: options, arrays, progress (level 2)
@@ -102,6 +107,7 @@
  *     >>config             config.json, and the tensors a model of its shape must have
  *     >>journal            files of the unfinished output, and its journal
  *     >>beside             what lies beside the weights: which files are copied
+ *     >>codes              quantised weights as whole numbers, in a file of their own
  *     >>writer             blocks into the output, one after another
  *     >>finish             the sources once more, and the rename
  *     >>report             the report as JSON
@@ -120,6 +126,7 @@
  *     >>cpu-scores         scores, zeros and ranks on the CPU
  *     >>cpu-masks          masks and bucketed gradients on the CPU
  *     >>cpu-rates          rates, optimiser and exact count on the CPU
+ *     >>cpu-quantization   weights on a grid of levels on the CPU
  *     >>cpu-sparsegpt      SparseGPT on the CPU: factor of the inverse Hessian, slabs of weights
  *     >>cpu-refit          kept weights fitted anew on the CPU: steps of conjugate gradients
  *     >>cpu-backend        the CPU's table of operations
@@ -155,7 +162,7 @@
  *     importance                  [wanda] magnitude, sparsegpt, sparsegpt squared, gradient: it sees the block's loss
  *     damping                     [0.01] SparseGPT, its importances and refit: share of a Hessian's mean diagonal added to it
  *     refit                       [none] cg, obs: the kept weights of a layer fitted to its dense outputs, masks as they are, by
- *                                 conjugate gradients or by SparseGPT's update; not with learn both, obs not with sparsegpt
+ *                                 conjugate gradients or by SparseGPT's update; not with bits or learn both, obs not with sparsegpt
  *     refit_steps                 [10] of conjugate gradients
  *     epochs, batch_size          [1, 1]
  *     norm_all, dense_stream      [0, 0] loss norms over all tokens: a batch's loss shrinks to its share of them, and the penalty
@@ -171,6 +178,14 @@
  *     no_projection               [0] leave the sparsity where learning ended
  *     pattern_n, pattern_m        [none] n of every m; not with besa
  *     magnitude_per_row           [0] magnitude: each row at the target instead of each layer
+ *     bits, group_size            [none, 0] put kept weights on 2^bits levels, 2 to 8 bits, one grid for so many columns of a
+ *                                 row, or for all of it. Every layer of a pruned block, dense ones too. What it takes to store
+ *                                 them so goes into besa_quantization.safetensors, see section codes. Weights that are kept may
+ *                                 become 0, on a level: then there are more zeros than the sparsity asks for
+ *     clipping, clip_lr           [auto, 0.3] grids learn how far they reach: where something else learns; none: nearest levels
+ *                                 of the whole range; learned: with any method, in weight_epochs if nothing else learns
+ *     quantize_first              [0] choose masks by the quantised weights, as the paper has it; levels tie, and this gives
+ *                                 worse masks. Not for sparsegpt
  *     fixed                       [none] layers that stay dense or have a rate of their own
  *     first_block, num_blocks     [0, all] prune these and leave the other blocks dense: for studies
  *     depth_slope                 [0] the last block's sparsity less the first one's, around the target
@@ -201,6 +216,7 @@
  *         weights that learn           12 N bytes, + 2 N where w = 2, + 4 N where a batch does not fit at once
  *         norms and biases that learn  20 bytes of each
  *         importance gradient          4 N bytes
+ *         bits                         w N, and 16 bytes per grid, 64 where clips learn; 8 of the host
  *     Where device_memory is not enough, the test's activations, Yref and X live in pinned host memory and come batch by
  *     batch while others compute. None of this grows with the number of blocks; beside it there are the tensor table, the
  *     list of finished blocks and the report, some hundred bytes per tensor and block. A weight and token cost about 10 FLOP for
@@ -436,6 +452,15 @@ typedef struct besa_refit_step {
     const float *scale;                         /* (C) = 1 / H_jj */
     float *rho;                                 /* (2, rows) rho; rho0 */
 } besa_refit_step;
+/* A layer's weights on grids of 2^bits levels, one for every `group` consecutive columns of a row, G = ceil(C / group) of them in
+ * a row (section "quantization"). */
+typedef struct besa_quantizer {
+    int bits;                                   /* 2 .. 8 */
+    int64_t rows, columns, group;
+    const float *range;                         /* (R,G,2) largest and smallest weight of the group */
+    const float *logit;                         /* (R,G,2) of the clips g0, g1 = sigmoid(logit) of the two; NULL: both are 1 */
+    float *scale, *zero;                        /* (R,G) h and z, a whole number: the levels are h (q - z), q = 0 .. 2^bits - 1 */
+} besa_quantizer;
 
 struct besa_backend {
     const char *name;
@@ -591,6 +616,19 @@ struct besa_backend {
     /* Y(n) = (1 - share) Y + share X, act */
     besa_result (*mix)(besa_backend *be, void *y, const void *x, float share, int64_t n);
 
+    /* ---- quantisation ---------------------------------------------------------------------- */
+    /* range(R,G,2) = the largest and the smallest of 0 and each `group` columns of W(R,C) */
+    besa_result (*quantize_range)(besa_backend *be, float *range, const void *w, besa_dtype dtype, int64_t group, int64_t rows,
+                                  int64_t columns);
+    /* scale = h = (g0 max - g1 min) / (2^bits - 1), zero = z = -round(g1 min / h); both 0 where h is not above 0 */
+    besa_result (*quantize_grid)(besa_backend *be, const besa_quantizer *q);
+    /* What(R,C) = h (clamp(round(W / h) + z, 0, 2^bits - 1) - z), rounded to nearest even; +0 where h is 0. What may be W */
+    besa_result (*quantize)(besa_backend *be, void *what, const void *w, besa_dtype dtype, const besa_quantizer *q);
+    /* dlogit(R,G,2) += the derivative by the clips' logits, for dW = dL/dWhat: with u = round(W / h) + z, and rounding
+     * passed straight through, dWhat/dh = round(W / h) - W / h where 0 < u < 2^bits - 1, clamp(u) - z elsewhere */
+    besa_result (*quantize_gradient)(besa_backend *be, float *dlogit, const float *dw, const void *w, besa_dtype dtype,
+                                     const besa_quantizer *q);
+
     /* ---- SparseGPT ------------------------------------------------------------------------- */
     /* H(C,C) in: a Gram matrix (lower triangle); out: the upper Cholesky factor U of inv(H + damping), zeros below,
      * dead(C) = 1 where the input column was zero: H_jj = 1 there, before damping * mean(diag) is added.
@@ -601,10 +639,11 @@ struct besa_backend {
     /* Slab of columns first .. first+width-1 of Wf(R,C), float, in place; first and width are multiples of m: dead
      * columns become 0; pruned are the
      * floor(width R target) + 1 smallest w^2 / U_jj^2 of the slab as it was, or n of every m (as updated) where
-     * m > 0; err(R,width) = w / U_jj of each pruned weight, 0 of a kept one, taken off the slab's later columns */
+     * m > 0; err(R,width) = w / U_jj of each pruned weight, 0 of a kept one, taken off the slab's later columns. With a
+     * quantizer (of all of Wf; NULL: none) a kept weight goes to its level, and err = (w - level) / U_jj */
     besa_result (*sparsegpt_slab)(besa_backend *be, float *wf, float *err, const float *u, const int32_t *dead,
-                                  int64_t first, int64_t width, double target, int n, int m, int64_t rows,
-                                  int64_t columns);
+                                  int64_t first, int64_t width, double target, int n, int m, const besa_quantizer *q,
+                                  int64_t rows, int64_t columns);
     /* Wf[:, first+width:] -= err(R,width) U[first:first+width, first+width:] */
     besa_result (*sparsegpt_push)(besa_backend *be, float *wf, const float *err, const float *u, int64_t first,
                                   int64_t width, int64_t rows, int64_t columns);
@@ -653,6 +692,7 @@ struct besa_backend {
     X(optimizer_step) X(project_counts) X(rms) X(weight_step) X(mix) X(hessian_factor) X(diagonal) \
     X(sparsegpt_slab) X(sparsegpt_push) X(score_rows) X(sparsegpt_given) X(hessian_whole)          \
     X(hessian_product) X(refit_begin) X(refit_step) X(refit_end)                                   \
+    X(quantize_range) X(quantize_grid) X(quantize) X(quantize_gradient)                            \
     X(logits) X(nll_update) X(nll_sum)
 
 typedef struct besa_cpu_options {
@@ -1009,6 +1049,16 @@ typedef enum besa_refit {
 #undef BESA__ENUM
     BESA_REFIT_COUNT
 } besa_refit;
+/* Clips of the grids that kept weights are put on: learned where something else is, not, or in any case. */
+#define BESA_CLIPPINGS(X)                                                                          \
+    X(BESA_CLIPPING_AUTO, "auto") X(BESA_CLIPPING_NONE, "none") X(BESA_CLIPPING_LEARNED, "learned")
+
+typedef enum besa_clipping {
+#define BESA__ENUM(value, name) value,
+    BESA_CLIPPINGS(BESA__ENUM)
+#undef BESA__ENUM
+    BESA_CLIPPING_COUNT
+} besa_clipping;
 
 /* How to prune. A zero-filled struct with rates.target set prunes with BESA's default preset. */
 typedef struct besa_prune_options {
@@ -1039,6 +1089,11 @@ typedef struct besa_prune_options {
     double weight_warmup;                       /* [0] share of the steps in which it rises; then it goes down a half cosine */
     int learn_vectors;                          /* the block's norms and biases learn wherever its kept weights do */
     int no_projection;                          /* leave the sparsity where learning ended, as the paper's code does */
+    int bits;                                   /* [0: none] 2 to 8: weights that are kept lie on grids of 2^bits levels */
+    int64_t group_size;                         /* [0: a row] columns that share a grid */
+    besa_clipping clipping;                     /* whether grids learn how far they reach; with final masks, weight_epochs */
+    double clip_lr;                             /* [0.3] AdamW's learning rate of their logits; falls to 0 as a half cosine */
+    int quantize_first;                         /* scores are those of quantised weights, as in the paper */
     int64_t first_block, num_blocks;            /* level 1: prune these [0; all from there on] and leave the others dense: a
                                                    quick look at anything else */
     double depth_slope;                         /* level 1: [0] the blocks' sparsities rise by this from the first of them to the
@@ -1063,8 +1118,9 @@ enum { BESA_OPTION_ABOVE = 1, BESA_OPTION_BELOW = 2, /* least, most themselves a
        BESA_OPTION_ALL = 8,                     /* BESA_ALL_ROWS is a value too */
        BESA_OPTION_REQUIRED = 16,               /* 0 is no default but a value like others */
        BESA_OPTION_BESA = 32,                   /* method besa looks at it, */
-       BESA_OPTION_WEIGHTS = 64,                /* or whatever lets weights learn; others do not */
-       BESA_OPTION_WHERE = 128 };               /* which part of the model, and how much of it: presets keep it */
+       BESA_OPTION_WEIGHTS = 64,                /* or whatever lets weights or clips learn; others do not */
+       BESA_OPTION_WHERE = 128,                 /* which part of the model, and how much of it: presets keep it */
+       BESA_OPTION_BITS = 256 };                /* a run with bits looks at it, others do not */
 
 typedef struct besa_option {
     const char *name;                           /* of the field, in besa_prune_options or its rates */
@@ -1945,6 +2001,7 @@ static const char *besa__range_text(const besa__range *range, char *buffer, size
 static const char besa__method_names[] = BESA_METHODS(BESA__BAR); /* these begin with a bar */
 static const char besa__learn_names[] = BESA_LEARNING(BESA__BAR);
 static const char besa__refit_names[] = BESA_REFITS(BESA__BAR);
+static const char besa__clipping_names[] = BESA_CLIPPINGS(BESA__BAR);
 static const char besa__importance_names[] = BESA_IMPORTANCES(BESA__BAR_OF_SIX);
 
 /* field, default, least, most, flags, range in words, on the command line, what follows there, help */
@@ -2027,6 +2084,16 @@ static const besa_option besa__options[] = {
      "learn-vectors", "", "norms and biases learn wherever kept weights do"},
     {BESA__PRUNE(FLAG, no_projection), 0, 0, 1, BESA__BESA, "0 or 1",
      "no-projection", "", "leave the sparsity where learning ends, near S"},
+    {BESA__PRUNE(INT, bits), 0, 2, 8, 0, "0 or 2 to 8",
+     "bits", "N", "put kept weights on grids of 2^N levels [0: do not]"},
+    {BESA__PRUNE(INT64, group_size), 0, 0, BESA__NO_LIMIT, BESA_OPTION_BITS, "0 or more",
+     "group-size", "G", "columns of a row that share a grid [0: all]"},
+    {BESA__PRUNE(ENUM, clipping), 0, 0, BESA_CLIPPING_COUNT - 1, BESA_OPTION_BITS, "a value of besa_clipping",
+     "clipping", &besa__clipping_names[1], "whether grids learn how far they reach [auto: where something else learns]"},
+    {BESA__PRUNE(DOUBLE, clip_lr), 0.3, 0, 1e30, BESA__OPEN | BESA_OPTION_BITS, "above 0 and below 1e30",
+     "clip-lr", "X", "learning rate of their clips [0.3]"},
+    {BESA__PRUNE(FLAG, quantize_first), 0, 0, 1, BESA_OPTION_BITS, "0 or 1",
+     "quantize-first", "", "choose masks by quantised weights, as the paper has it; not for sparsegpt"},
     {NULL, BESA_OPTION_FLAG, 0, 0, 0, 0, 0, NULL, NULL, NULL, NULL},
 };
 
@@ -2076,12 +2143,20 @@ static const besa_option *besa__find_option(const char *name)
     return o;
 }
 
+/* Do the grids' clips learn? */
+static int besa__clips_learn(const besa_prune_options *o)
+{
+    if (!o->bits || o->clipping == BESA_CLIPPING_NONE) return 0;
+    return o->clipping == BESA_CLIPPING_LEARNED || o->method == BESA_METHOD_BESA || o->learn != BESA_LEARN_RATES;
+}
+
 /* Does a run with these options look at that one? */
 BESA__UNUSED static int besa__option_used(const besa_option *row, const besa_prune_options *o)
 {
+    if (row->flags & BESA_OPTION_BITS) return o->bits != 0;
     if (!(row->flags & (BESA_OPTION_BESA | BESA_OPTION_WEIGHTS))) return 1;
     return (row->flags & BESA_OPTION_BESA && o->method == BESA_METHOD_BESA) ||
-           (row->flags & BESA_OPTION_WEIGHTS && o->learn != BESA_LEARN_RATES);
+           (row->flags & BESA_OPTION_WEIGHTS && (o->learn != BESA_LEARN_RATES || besa__clips_learn(o)));
 }
 
 /* Check the options that lie at bytes begin .. end-1 of besa_prune_options, and fill in what 0 and BESA_NONE stand for:
@@ -2238,6 +2313,16 @@ static void *besa__layer_rank(const besa__mask_layer *layer, int64_t row)
     return (unsigned char *)layer->rank + (size_t)(row * columns) * besa__rank_bytes(columns);
 }
 
+/* Count the zeros of a layer's rows: as many weights of each go at least. */
+static besa_result besa__masks_zeros(besa__masks *masks, int index, const void *w)
+{
+    const besa__mask_layer *layer = &masks->layer[index];
+    besa_backend *be = masks->be;
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, masks->not_finite + index, sizeof(int32_t)));
+    return be->count_zeros(be, layer->zeros, masks->not_finite + index, w, layer->shape.dtype, layer->shape.rows,
+                           layer->shape.columns);
+}
+
 /* Rank a layer by |W|^power scale (C; NULL: 1) factor (R,C; NULL: 1). scratch receives the scores of as many rows as `room`
  * floats hold, again and again. */
 static besa_result besa__masks_rank(besa__masks *masks, int index, const void *w, const float *scale, int power,
@@ -2249,14 +2334,13 @@ static besa_result besa__masks_rank(besa__masks *masks, int index, const void *w
     int64_t rows = layer->shape.rows, columns = layer->shape.columns, piece = besa__min(rows, room / columns);
     BESA_ASSERT(piece > 0);
     layer->ranked = 1;
-    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, masks->not_finite + index, sizeof(int32_t)));
     for (int64_t r = 0, count; r < rows; r += count) {
         count = besa__min(piece, rows - r);
         BESA__TRY(be->score(be, scratch, besa__at_const(w, dtype, r * columns), dtype, scale, power, count, columns));
         if (factor) BESA__TRY(be->score_scale(be, scratch, factor + r * columns, count * columns));
         BESA__TRY(be->rank_rows(be, besa__layer_rank(layer, r), scratch, count, columns));
     }
-    return be->count_zeros(be, layer->zeros, masks->not_finite + index, w, dtype, rows, columns);
+    return besa__masks_zeros(masks, index, w);
 }
 
 /* n_r = floor(rate units) of every row. */
@@ -3272,6 +3356,141 @@ static besa_result besa__weights_move(besa__weights *weights, int index, int64_t
 }
 
 /* ============================================================================================
+ * // >>quantization          kept weights on grids of few levels
+ * ============================================================================================
+ * Owns the grids that kept weights are put on, with the paper's learned clipping (section 3.3 there; OmniQuant, arXiv
+ * 2308.13137). A group of columns of a row, max and min the largest and smallest of its dense weights and 0, has
+ *     h = (g0 max - g1 min) / (2^bits - 1),   z = -round(g1 min / h),   Q(w) = h (clamp(round(w / h) + z, 0, 2^bits - 1) - z),
+ * and 0 is a level: pruned weights, masked before, stay 0. g0 and g1 are sigmoids of logits that begin at 4, or 1 where
+ * clips do not learn. Backward, rounding is passed straight through and z is constant, and masked weights, being on their level
+ * at any h, take no part. Other sections make and learn masked weights W M as without bits; the forward pass reads Q(W M). */
+
+#define BESA__CLIP_START 4.0f                   /* sigmoid: 0.982 */
+
+typedef struct besa__quantization {
+    besa_backend *be;
+    int learns;                                 /* the clips do */
+    besa_dtype dtype;
+    besa__parameters clips;                     /* logits, (R,G,2) of one layer after the other */
+    besa_quantizer layer[BESA_LAYERS];
+    float *range[BESA_LAYERS];                  /* (R,G,2) */
+    int64_t first[BESA_LAYERS];                 /* parameter; negative: none */
+    void *masked[BESA_LAYERS];                  /* (R,C) W M */
+} besa__quantization;
+
+/* Groups of all rows of a layer. */
+static int64_t besa__grids(const besa_quantizer *q)
+{
+    return besa__product(q->rows, besa__parts(q->columns, q->group));
+}
+
+/* AdamW for the logits, with steps of their own. Gradients are 1e-8 and below, and so must eps be. */
+static void besa__clips_init(besa__quantization *q, double lr, int64_t steps)
+{
+    besa_rate_options o;
+    memset(&o, 0, sizeof o);
+    o.schedule = BESA_SCHEDULE_COSINE;
+    o.steps = steps;
+    o.beta1 = 0.9, o.beta2 = 0.999;
+    besa__parameters_init(&q->clips, q->be, BESA_ADAMW, lr, &o);
+    q->clips.step.eps = 1e-16;
+}
+
+/* Place everything; with arena->base NULL this only counts. group: 0 for whole rows. */
+static void besa__quantization_place(besa__quantization *q, const besa_block_shape *shape, besa_dtype dtype, int bits,
+                                     int64_t group, double lr, int64_t steps, besa__arena *arena)
+{
+    q->dtype = dtype;
+    besa__clips_init(q, lr, steps);
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        besa_quantizer *layer = &q->layer[i];
+        besa_block_layer(shape, i, &layer->rows, &layer->columns);
+        layer->bits = bits;
+        layer->group = group == 0 || group > layer->columns ? layer->columns : group;
+        int64_t grids = besa__grids(layer);
+        layer->range = q->range[i] = besa__take_floats(arena, besa__product(2, grids));
+        layer->scale = besa__take_floats(arena, grids);
+        layer->zero = besa__take_floats(arena, grids);
+        q->masked[i] = besa__take(arena, besa__bytes(besa__product(layer->rows, layer->columns), besa_dtype_size(dtype)));
+        q->first[i] = q->learns ? besa__parameters_reserve(&q->clips, besa__product(2, grids)) : -1;
+    }
+    if (!q->learns) return;
+    besa__parameters_place(&q->clips, arena);
+    for (int i = 0; i < BESA_LAYERS; i++) q->layer[i].logit = besa__parameters_at(q->clips.step.theta, q->first[i]);
+}
+
+/* Once after placing. Waits for the device. */
+static besa_result besa__quantization_start(besa__quantization *q)
+{
+    if (!q->learns) return BESA_OK;
+    BESA__TRY(besa__parameters_start(&q->clips));
+    return q->be->fill(q->be, (int32_t *)q->clips.theta0, (int32_t)besa__float_bits(BESA__CLIP_START), q->clips.step.n);
+}
+
+/* Every layer's grids, as the clips are now. */
+static besa_result besa__quantization_grids(const besa__quantization *q)
+{
+    for (int i = 0; i < BESA_LAYERS; i++) BESA__TRY(q->be->quantize_grid(q->be, &q->layer[i]));
+    return BESA_OK;
+}
+
+/* Before a block's masks are chosen: grids of its dense weights, clips as they begin. */
+static besa_result besa__quantization_reset(besa__quantization *q, const void *const dense[BESA_LAYERS])
+{
+    besa_backend *be = q->be;
+    if (q->learns) BESA__TRY(besa__parameters_reset(&q->clips));
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        const besa_quantizer *layer = &q->layer[i];
+        BESA__TRY(be->quantize_range(be, q->range[i], dense[i], q->dtype, layer->group, layer->rows, layer->columns));
+    }
+    return besa__quantization_grids(q);
+}
+
+/* The grids of `rows` rows from `first` on. */
+static besa_quantizer besa__quantizer_rows(const besa_quantizer *q, int64_t first, int64_t rows)
+{
+    besa_quantizer some = *q;
+    int64_t at = first * besa__parts(q->columns, q->group);
+    some.rows = rows;
+    some.range += 2 * at;
+    some.scale += at;
+    some.zero += at;
+    if (some.logit) some.logit += 2 * at;
+    return some;
+}
+
+/* `rows` rows of levels (R,C) from `first` on = those of w (R,C) on their grids. */
+static besa_result besa__quantize(const besa__quantization *q, int index, void *levels, const void *w, int64_t first,
+                                  int64_t rows)
+{
+    besa_quantizer some = besa__quantizer_rows(&q->layer[index], first, rows);
+    int64_t at = first * some.columns;
+    return q->be->quantize(q->be, besa__at(levels, q->dtype, at), besa__at_const(w, q->dtype, at), q->dtype, &some);
+}
+
+/* Before the first gradient of a step. */
+static besa_result besa__clips_clear(const besa__quantization *q)
+{
+    return q->be->zero(q->be, BESA_QUEUE_COMPUTE, q->clips.grad, (size_t)q->clips.step.n * sizeof(float));
+}
+
+/* Add to the clips' gradient from dw (rows, C), that of `rows` rows of a layer from `first` on. */
+static besa_result besa__clips_gradient(const besa__quantization *q, int index, int64_t first, int64_t rows, const float *dw)
+{
+    besa_quantizer some = besa__quantizer_rows(&q->layer[index], first, rows);
+    float *grad = q->clips.grad + (some.logit - q->clips.step.theta);
+    return q->be->quantize_gradient(q->be, grad, dw, besa__at_const(q->masked[index], q->dtype, first * some.columns), q->dtype,
+                                    &some);
+}
+
+/* One step of the clips, and the grids that they make. */
+static besa_result besa__clips_step(besa__quantization *q)
+{
+    BESA__TRY(besa__parameters_step(&q->clips));
+    return besa__quantization_grids(q);
+}
+
+/* ============================================================================================
  * // >>block                 one decoder block, forward and backward (level 2)
  * ============================================================================================
  * Owns the order of the pieces and which buffer holds what; the pieces themselves are backend operations.
@@ -3891,6 +4110,7 @@ struct besa_pruner {
     besa__rate_layer rate_layer[BESA_LAYERS];
     besa__parameters parameters;                /* theta */
     besa__weights weights;                      /* where kept weights learn */
+    besa__quantization quantization;            /* where there are bits */
     double fixed[BESA_LAYERS];                  /* of this block: sparsity, or negative: the method decides */
     besa__stream yref;                          /* (reference, seqlen, d); not placed where there is a dense stream */
     void *y;                                    /* (micro_batch, seqlen, d) act: the masked block's output, then dL/dy,
@@ -3926,7 +4146,9 @@ struct besa_pruner {
 typedef struct besa__work {
     besa_pruner *pruner;
     const besa_block *dense, *masked;           /* the block as it came; the pruner's */
-    void *const *pruned;                        /* (BESA_LAYERS) */
+    void *const *pruned;                        /* (BESA_LAYERS) masked weights: those of `masked`, or with bits what these are
+                                                   quantised from */
+    void *const *levels;                        /* (BESA_LAYERS) with bits: the weights of `masked`; else NULL */
     besa__stream *x, *yref;                     /* its inputs; the outputs aimed at: the pruner's yref or the dense stream */
     besa__stream *own;                          /* the dense model's own stream, or NULL */
 } besa__work;
@@ -3937,7 +4159,18 @@ static int besa__learns_weights(const besa_pruner *p) { return p->options.learn 
 
 static int besa__learns_vectors(const besa_pruner *p) { return besa__learns_weights(p) && p->options.learn_vectors; }
 
-static int besa__learns(const besa_pruner *p) { return besa__learns_rates(p) || besa__learns_weights(p); }
+static int besa__learns_clips(const besa_pruner *p) { return besa__clips_learn(&p->options); }
+
+static int besa__learns(const besa_pruner *p)
+{
+    return besa__learns_rates(p) || besa__learns_weights(p) || besa__learns_clips(p);
+}
+
+/* Does something learn with final masks? The clips alone do where they have had no rates to learn with. */
+static int besa__learns_last(const besa_pruner *p)
+{
+    return besa__learns_weights(p) || (besa__learns_clips(p) && !besa__learns_rates(p));
+}
 
 /* Is the dense model's own stream needed? */
 static int besa__uses_own(const besa_prune_options *o) { return o->dense_stream || o->dense_share > 0; }
@@ -4083,6 +4316,9 @@ static besa_result besa__check_refit(const besa_prune_options *o, besa_error *er
     if (o->refit != BESA_REFIT_NONE && o->learn == BESA_LEARN_BOTH)
         return besa__fail(error, BESA_ERROR_OPTION, "refit is given, but with learn both the kept weights have learned when masks "
                           "are final: expected learn rates or weights, or refit none");
+    if (o->refit != BESA_REFIT_NONE && o->bits)
+        return besa__fail(error, BESA_ERROR_OPTION, "refit is given, but weights with bits are put on grids afterwards, where they "
+                          "no longer fit: expected one of refit and bits");
     return BESA_OK;
 }
 
@@ -4229,6 +4465,9 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     besa__activations_place(&p->acts, arena, p->be->activation_dtype, s, p->qk_norm, p->micro_batch * p->seqlen, piece);
     besa__pruner_place_masks(p, arena);
     if (besa__learns_weights(p)) besa__pruner_place_weights(p, arena);
+    if (p->options.bits)
+        besa__quantization_place(&p->quantization, s, p->dtype, p->options.bits, p->options.group_size, p->options.clip_lr,
+                                 p->steps, arena);
     p->yref.micro_batch = p->micro_batch;
     if (!p->options.dense_stream) besa__stream_place(&p->yref, arena, host);
     p->y = besa__take(arena, besa__stream_bytes(&p->yref, p->micro_batch));
@@ -4318,9 +4557,10 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     if (!learns) o->dense_stream = 0, o->dense_share = 0;
     if (!learns) o->batch_size = 1;
     if (o->batch_size > nsamples) o->batch_size = nsamples;
-    int64_t batches = besa__parts(nsamples, o->batch_size), weight_epochs = besa__learns_weights(p) ? o->weight_epochs : 0;
+    int64_t batches = besa__parts(nsamples, o->batch_size), weight_epochs = besa__learns_last(p) ? o->weight_epochs : 0;
     o->rates.steps = o->epochs * batches;
-    p->weights.be = be;
+    p->weights.be = p->quantization.be = be;
+    p->quantization.learns = besa__learns_clips(p);
     p->weights.lr = o->weight_lr;
     p->weights.warmup = o->weight_warmup;
     for (int i = 0; i < BESA_VECTORS; i++) p->weights.vector[i].dtype = dtype;
@@ -4377,10 +4617,11 @@ static besa_result besa__default_budget(besa_backend *be, size_t *budget, const 
 /* Once the arrays are placed: what is the same for all blocks. */
 static besa_result besa__pruner_start(besa_pruner *p)
 {
-    if (!besa__learns_rates(p)) return BESA_OK;
+    besa_result result = BESA_OK;
     besa__workspace callers = besa__use_workspace(p->be, p->workspace, p->workspace_bytes);
-    besa_result result = besa__parameters_start(&p->parameters);
-    if (result == BESA_OK) result = besa__rates_start(&p->rates);
+    if (besa__learns_rates(p)) result = besa__parameters_start(&p->parameters);
+    if (result == BESA_OK && besa__learns_rates(p)) result = besa__rates_start(&p->rates);
+    if (result == BESA_OK) result = besa__quantization_start(&p->quantization);
     besa__use_workspace(p->be, callers.memory, callers.bytes);
     return result;
 }
@@ -4709,7 +4950,9 @@ static besa_result besa__finish_statistics(besa_pruner *p)
     return BESA_OK;
 }
 
-/* SparseGPT: slabs of columns from left to right; a slab's errors are pushed to all columns right of it. */
+/* SparseGPT: slabs of columns from left to right; a slab's errors are pushed to all columns right of it. With bits,
+ * where clips do not learn to suit the weights afterwards, kept ones go to their levels in the same sweep, whose errors are
+ * pushed too. */
 static besa_result besa__sparsegpt_layer(besa_pruner *p, const void *w, void *pruned, int layer, double target, int n,
                                          int m)
 {
@@ -4718,11 +4961,12 @@ static besa_result besa__sparsegpt_layer(besa_pruner *p, const void *w, void *pr
     int64_t rows, columns;
     besa_block_layer(&p->shape, layer, &rows, &columns);
     int64_t slab = m > 0 ? BESA__SLAB / m * m : BESA__SLAB; /* no group of m is split */
+    const besa_quantizer *levels = p->options.bits && !p->quantization.learns ? &p->quantization.layer[layer] : NULL;
     BESA__TRY(be->convert(be, p->scores, BESA_F32, w, p->dtype, rows * columns));
     for (int64_t first = 0; first < columns; first += slab) {
         int64_t width = besa__min(slab, columns - first);
         BESA__TRY(be->sparsegpt_slab(be, p->scores, p->slab_error, p->gram[input], p->dead[input], first, width, target, n,
-                                     m, rows, columns));
+                                     m, levels, rows, columns));
         if (first + width < columns)
             BESA__TRY(be->sparsegpt_push(be, p->scores, p->slab_error, p->gram[input], first, width, rows, columns));
     }
@@ -4743,12 +4987,27 @@ static besa_result besa__rank_weights(besa_pruner *p, int layer, const void *w)
                             p->scores_count);
 }
 
+/* The weights of a layer that scores are of: the dense ones, or those on their grids, which go where the result will be. */
+static besa_result besa__scored_weights(const besa__work *work, int layer, const void *w, const void **scored)
+{
+    const besa_pruner *p = work->pruner;
+    const besa_prune_options *o = &p->options;
+    *scored = w;
+    if (!o->bits || !o->quantize_first) return BESA_OK;
+    BESA__TRY(besa__quantize(&p->quantization, layer, work->levels[layer], *scored, 0, p->quantization.layer[layer].rows));
+    *scored = work->levels[layer];
+    return BESA_OK;
+}
+
 /* The ranks of a layer's rows; where its rate is known beforehand (not negative), its pruned weights too. */
 static besa_result besa__rank_layer(const besa__work *work, int layer, double rate)
 {
     besa_pruner *p = work->pruner;
     const void *w = work->dense->weight[layer];
-    BESA__TRY(besa__rank_weights(p, layer, w));
+    const void *scored;
+    BESA__TRY(besa__scored_weights(work, layer, w, &scored));
+    BESA__TRY(besa__rank_weights(p, layer, scored));
+    if (scored != w) BESA__TRY(besa__masks_zeros(&p->masks, layer, w));
     if (rate < 0) return BESA_OK;
     BESA__TRY(besa__masks_fix(&p->masks, layer, rate));
     return besa__masks_apply(&p->masks, layer, w, work->pruned[layer]);
@@ -4763,8 +5022,10 @@ static besa_result besa__prune_layer(const besa__work *work, int layer, double t
     void *pruned = work->pruned[layer];
     int64_t rows, columns;
     besa_block_layer(&p->shape, layer, &rows, &columns);
+    const void *scored;
     int power = besa__importance_row(besa__scored_by(&p->options))->power;
-    BESA__TRY(be->score(be, p->scores, w, p->dtype, besa__score_scale(p, layer), power, rows, columns));
+    BESA__TRY(besa__scored_weights(work, layer, w, &scored));
+    BESA__TRY(be->score(be, p->scores, scored, p->dtype, besa__score_scale(p, layer), power, rows, columns));
     if (m > 0) return be->mask_pattern(be, pruned, w, p->dtype, p->scores, n, m, rows, columns);
     int64_t count = (int64_t)floor(target * (double)(rows * columns));
     return be->mask_smallest(be, pruned, w, p->dtype, p->scores, count, rows, columns);
@@ -4793,12 +5054,25 @@ static besa_result besa__rank_or_prune(const besa__work *work, int layer)
     return besa__rank_layer(work, layer, besa__learns_rates(p) ? p->fixed[layer] : target);
 }
 
+/* With bits: grids for the block's weights. Masks that are kept have come in where the result will be. */
+static besa_result besa__quantization_begin(const besa__work *work)
+{
+    besa_pruner *p = work->pruner;
+    for (int i = 0; i < BESA_LAYERS && p->options.method == BESA_METHOD_KEEP; i++) {
+        const besa_quantizer *layer = &p->quantization.layer[i];
+        size_t bytes = (size_t)(layer->rows * layer->columns) * besa_dtype_size(p->dtype);
+        BESA__TRY(p->be->copy(p->be, BESA_QUEUE_COMPUTE, work->pruned[i], work->levels[i], bytes));
+    }
+    return besa__quantization_reset(&p->quantization, work->dense->weight);
+}
+
 /* Pass 2. Every layer is ranked, or pruned at once. Gradients come later: their factor is 1 until then, and stays so for
  * layers that do not learn. */
 static besa_result besa__rank_pass(const besa__work *work, besa_error *error)
 {
     besa_pruner *p = work->pruner;
     BESA__TRY_ON(p->be, besa__finish_statistics(p), error);
+    if (p->options.bits) BESA__TRY_ON(p->be, besa__quantization_begin(work), error);
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t rows, columns;
         besa_block_layer(&p->shape, i, &rows, &columns);
@@ -4837,6 +5111,15 @@ static int64_t besa__batch_cut(const void *pruner, int64_t first)
     return besa__min(p->micro_batch, end - first);
 }
 
+/* With bits: the weights that the forward pass reads, from the masked ones. */
+static besa_result besa__put_on_grids(const besa__work *work)
+{
+    const besa_pruner *p = work->pruner;
+    for (int i = 0; i < BESA_LAYERS && work->levels; i++)
+        BESA__TRY(besa__quantize(&p->quantization, i, work->levels[i], work->pruned[i], 0, p->quantization.layer[i].rows));
+    return BESA_OK;
+}
+
 /* The masked block's loss on a batch, and the gradients of its weights: L and dL/dWhat, sums over the batch. */
 static besa_result besa__batch_gradient(const besa__work *work, const besa__batch *batch)
 {
@@ -4849,6 +5132,7 @@ static besa_result besa__batch_gradient(const besa__work *work, const besa__batc
     while (besa__walk_next(&walk)) {
         void *x, *yref;
         besa__backward_batch(&backward, walk.count);
+        BESA__TRY(besa__put_on_grids(work));
         BESA__TRY(besa__work_open(work, &walk, &x, &yref));
         BESA__TRY(besa__block_forward(p->be, work->masked, &p->acts, x, p->y, walk.count, p->seqlen, 1));
         BESA__TRY(besa__pruner_loss(p, batch->loss, p->y, p->y, yref, walk.first, walk.count, 0));
@@ -4880,6 +5164,7 @@ static besa_result besa__report_loss(const besa__work *work, int slot)
 {
     besa_pruner *p = work->pruner;
     besa__walk walk = besa__pass_walk(p, besa__shown(p));
+    BESA__TRY(besa__put_on_grids(work));
     while (besa__walk_next(&walk)) {
         void *x, *yref;
         BESA__TRY(besa__work_open(work, &walk, &x, &yref));
@@ -4915,23 +5200,39 @@ typedef struct besa__learning {
     int64_t before;                             /* sequences that gradients for scores came from, before this one's steps */
 } besa__learning;
 
-/* What the gradient of a layer's weights is for, some rows or all: its rows' bucket sums, dL/dWhat * W, and a step of the
- * weights themselves, which nothing in this step reads any more. */
+/* Bucket sums of some rows of a layer: dL/dWhat * W, or with bits Q(W), which takes the place of what nothing reads any more
+ * before weights are put on their grids again. */
+static besa_result besa__learn_rates(const besa__work *work, int layer, int64_t first, int64_t rows, const float *dw)
+{
+    besa_pruner *p = work->pruner;
+    const void *w = besa__unmasked(work, layer);
+    if (p->fixed[layer] >= 0) return BESA_OK;
+    if (work->levels) {
+        BESA__TRY(besa__quantize(&p->quantization, layer, work->levels[layer], w, first, rows));
+        w = work->levels[layer];
+    }
+    return besa__rates_gradient(&p->rates, layer, w, first, rows, dw);
+}
+
+/* What the gradient of a layer's weights is for, some rows or all: its rows' bucket sums, the clips, and a step of the
+ * weights themselves, which nothing in this step reads any more. Through grids it is passed as it is. */
 static besa_result besa__learn_gradient(void *user, int layer, int64_t first, int64_t rows, const float *dw)
 {
     const besa__learning *l = (const besa__learning *)user;
     besa_pruner *p = l->work->pruner;
     int64_t all, columns;
     besa_block_layer(&p->shape, layer, &all, &columns);
-    if (l->rates) BESA__TRY(besa__rates_gradient(&p->rates, layer, besa__unmasked(l->work, layer), first, rows, dw));
-    if (!l->weights) return BESA_OK;
+    if (l->rates) BESA__TRY(besa__learn_rates(l->work, layer, first, rows, dw));
+    if (p->quantization.learns) BESA__TRY(besa__clips_gradient(&p->quantization, layer, first, rows, dw));
+    if (!l->weights || p->fixed[layer] == 0) return BESA_OK;
     return besa__weights_move(&p->weights, layer, first * columns, rows * columns, dw, l->work->pruned[layer]);
 }
 
-/* The layers whose gradients a pass needs, as bits; those that stay dense are left as they are. */
+/* The layers whose gradients a pass needs, as bits; those that stay dense are left as they are, but for their clips. */
 static unsigned besa__learned_layers(const besa_pruner *p, int weights)
 {
     unsigned layers = 0;
+    if (p->quantization.learns) return (1u << BESA_LAYERS) - 1;
     for (int i = 0; i < BESA_LAYERS; i++)
         if (weights ? p->fixed[i] != 0 : p->fixed[i] < 0) layers |= 1u << i;
     return layers;
@@ -4968,6 +5269,15 @@ static besa_result besa__use_gradients(besa_pruner *p, const besa__batch *batch)
     return BESA_OK;
 }
 
+/* The ranks of a layer's weights as they now are; zeros are those of the dense ones. */
+static besa_result besa__rank_again(const besa__work *work, int layer)
+{
+    const void *w = besa__unmasked(work, layer), *scored;
+    BESA__TRY(besa__scored_weights(work, layer, w, &scored));
+    BESA__TRY(besa__rank_weights(work->pruner, layer, scored));
+    return scored != w ? besa__masks_zeros(&work->pruner->masks, layer, w) : BESA_OK;
+}
+
 /* The ranks and masks of the next step, `steps` after the first. Where weights learn with the rates they are ranked as they
  * have become: a weight that has shrunk goes, and what is now the larger one comes back. */
 static besa_result besa__rank_and_mask(const besa__learning *l, int64_t steps)
@@ -4976,7 +5286,7 @@ static besa_result besa__rank_and_mask(const besa__learning *l, int64_t steps)
     int64_t interval = p->options.rank_interval;
     int anew = l->weights && interval > 0 && steps > 0 && steps % interval == 0;
     for (int i = 0; i < BESA_LAYERS && anew; i++)
-        if (p->masks.layer[i].fixed < 0) BESA__TRY(besa__rank_weights(p, i, besa__unmasked(l->work, i)));
+        if (p->masks.layer[i].fixed < 0) BESA__TRY(besa__rank_again(l->work, i));
     return besa__mask_learned(l->work, anew);
 }
 
@@ -4989,9 +5299,11 @@ static besa_result besa__learn_step(besa__learning *l, const besa__batch *batch,
     if (l->rates) BESA__TRY(besa__rank_and_mask(l, steps));
     BESA__TRY(p->be->zero(p->be, BESA_QUEUE_COMPUTE, batch->loss, sizeof(float)));
     BESA__TRY(besa__clear_gradients(p, batch));
+    if (p->quantization.learns) BESA__TRY(besa__clips_clear(&p->quantization));
     BESA__TRY(besa__batch_gradient(l->work, batch));
     BESA__TRY(besa__use_gradients(p, batch));
     if (l->weights) BESA__TRY(besa__vectors_move(&p->weights));
+    if (p->quantization.learns) BESA__TRY(besa__clips_step(&p->quantization));
     if (l->rates) BESA__TRY(besa__rates_backward(&p->rates));
     return l->rates ? besa__parameters_step(&p->parameters) : BESA_OK;
 }
@@ -5071,7 +5383,7 @@ static besa_result besa__rank_by_gradients(const besa__learning *l, besa_error *
         if (p->masks.layer[i].fixed >= 0) continue;
         float *factor = p->score_factor[i], exponent = besa__importance_row(p->options.importance)->gradient;
         BESA__TRY_ON(p->be, p->be->power(p->be, factor, factor, exponent, rows * columns), error);
-        BESA__TRY_ON(p->be, besa__rank_weights(p, i, besa__unmasked(l->work, i)), error);
+        BESA__TRY_ON(p->be, besa__rank_again(l->work, i), error);
     }
     return BESA_OK;
 }
@@ -5102,15 +5414,15 @@ static besa_result besa__learn_pass(const besa__work *work, besa_error *error)
     return besa__pass_error(p->be, besa__final_masks(&l), error);
 }
 
-/* Pass 4. The kept weights learn with the final masks. */
+/* Pass 4. The kept weights, or clips alone, learn with the final masks. */
 static besa_result besa__weights_pass(const besa__work *work, besa_error *error)
 {
     besa_pruner *p = work->pruner;
-    besa__learning l = {work, 0, 1, besa__learns_rates(p) ? p->options.rates.steps : 0, 0, 0};
+    besa__learning l = {work, 0, besa__learns_weights(p), besa__learns_rates(p) ? p->options.rates.steps : 0, 0, 0};
     l.steps = p->steps - l.done;
     BESA__TRY_ON(p->be, besa__report_loss(work, BESA__LOSS_MASKS), error);
     int reset = !besa__learns_rates(p) || p->options.refit != BESA_REFIT_NONE; /* else they are as masks are applied to them */
-    for (int i = 0; i < BESA_LAYERS && reset; i++)
+    for (int i = 0; i < BESA_LAYERS && l.weights && reset; i++)
         BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->pruned[i], work->dense->weight[i]), error);
     return besa__learn(&l, error);
 }
@@ -5127,6 +5439,7 @@ static besa_result besa__commit_pass(const besa__work *work, besa_error *error)
     besa_backend *be = p->be;
     int64_t shown = besa__shown(p);
     besa__walk walk = besa__pass_walk(p, p->nsamples);
+    BESA__TRY_ON(be, besa__put_on_grids(work), error);
     while (besa__walk_next(&walk)) {
         void *x, *yref;
         int64_t of = walk.first < shown ? shown : p->reference - shown;
@@ -5298,7 +5611,7 @@ static void besa__report_losses(const besa_pruner *p, besa_block_report *report)
     for (int i = 0; i < BESA_LAYERS; i++) learned |= besa__learns_rates(p) && p->fixed[i] < 0;
     double shown = (double)besa__shown(p), all = (double)p->reference;
     report->loss_after = (double)loss[BESA__LOSS_AFTER];
-    report->loss_masks = besa__learns_weights(p) ? (double)loss[BESA__LOSS_MASKS] : report->loss_after;
+    report->loss_masks = besa__learns_last(p) ? (double)loss[BESA__LOSS_MASKS] : report->loss_after;
     report->loss_uniform = learned ? (double)loss[BESA__LOSS_UNIFORM] : report->loss_masks;
     report->loss_before = learned ? (double)loss[BESA__LOSS_BEFORE] : report->loss_masks;
     report->loss_all = (shown * report->loss_after + (all - shown) * (double)loss[BESA__LOSS_REST]) / all;
@@ -5350,7 +5663,7 @@ static double besa__cost_learn(const besa_pruner *p)
 
 static double besa__cost_weights(const besa_pruner *p)
 {
-    return besa__learns_weights(p) ? 3 * (double)p->options.weight_epochs : 0;
+    return besa__learns_last(p) ? 3 * (double)p->options.weight_epochs : 0;
 }
 
 typedef struct besa__pass_row {
@@ -5430,7 +5743,8 @@ static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, con
                                     besa__stream *dense, void *const pruned[BESA_LAYERS], besa_block_report *report,
                                     besa_error *error)
 {
-    besa__work work = {p, block, &p->masked, pruned, x, p->options.dense_stream ? dense : &p->yref, dense};
+    besa__work work = {p, block, &p->masked, p->options.bits ? p->quantization.masked : pruned, p->options.bits ? pruned : NULL, x,
+                       p->options.dense_stream ? dense : &p->yref, dense};
     memset(report, 0, sizeof *report);
     p->masked = *block;
     x->micro_batch = work.yref->micro_batch = p->micro_batch;
@@ -7500,6 +7814,7 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
 
 #define BESA__JOURNAL "besa-journal"
 #define BESA__CONFIG "config.json"
+#define BESA__CODES "besa_quantization.safetensors"
 #define BESA__PARTIAL ".partial"
 #define BESA__READY_BYTES 35                    /* of ".RUN.HASH", RUN and HASH of 16 digits each */
 #define BESA__LINE 2048                         /* bytes of the journal's longest line, the fingerprint's */
@@ -7530,6 +7845,22 @@ typedef struct besa__source {
     size_t bytes;
 } besa__source;
 
+/* The file of quantised weights' codes, section codes. */
+typedef struct besa__codes_shape {
+    int bits;
+    int64_t group, first, end;                  /* columns of a group, 0: a row; blocks first .. end - 1 have codes */
+} besa__codes_shape;
+
+typedef struct besa__codes {
+    besa__codes_shape shape;
+    char *header;                               /* owned, `data` bytes */
+    uint64_t data, block_bytes;                 /* where the first block's bytes begin, and how many a block has */
+    int fd;                                     /* -1: not open */
+    uint64_t at, hash;                          /* in the current block: bytes written, their hash */
+    size_t held;                                /* bytes in the buffer that are yet to be written */
+    unsigned char buffer[16384];
+} besa__codes;
+
 typedef struct besa__writer {
     const besa_checkpoint *checkpoint;
     char *output;                               /* OUT */
@@ -7554,6 +7885,7 @@ typedef struct besa__writer {
     uint64_t hash[BESA__BLOCK_TENSORS];         /* of its tensors, as far as written */
     size_t written[BESA__BLOCK_TENSORS];        /* bytes */
     size_t unsynced;                            /* bytes since the last sync */
+    besa__codes *codes;                         /* of quantised weights; NULL: there are none */
 } besa__writer;
 
 /* A failed system call on partial/name. */
@@ -8064,7 +8396,8 @@ static besa_result besa__list_sides(besa__writer *w, char **notes, besa_error *e
 static int besa__is_foreign(const besa__writer *w, const char *name)
 {
     struct stat st;
-    int ours = !strcmp(name, BESA__JOURNAL) || besa__is_checkpoint_file(w->checkpoint, name);
+    int ours = !strcmp(name, BESA__JOURNAL) || (w->codes && !strcmp(name, BESA__CODES)) ||
+               besa__is_checkpoint_file(w->checkpoint, name);
     for (int64_t i = 0; i < w->num_sides; i++) ours = ours || !strcmp(name, w->sides[i].name);
     return !ours || fstatat(w->directory, name, &st, AT_SYMLINK_NOFOLLOW) || !S_ISREG(st.st_mode);
 }
@@ -8082,6 +8415,204 @@ static besa_result besa__copy_sides(const besa__writer *w, char **notes, besa_er
         BESA__TRY(besa__write_file(w, w->checkpoint->index, index->bytes, index->size, index->stat.st_mode, error));
     for (int64_t i = 0; i < w->num_sides; i++) BESA__TRY(besa__copy_side(w, &w->sides[i], error));
     return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>codes                 quantised weights as whole numbers, in a file of their own
+ * ============================================================================================
+ * Owns besa_quantization.safetensors, beside weights that lie on grids: of a layer NAME.weight (R, C) with G grids a row
+ *     NAME.scale (R, G) F32    NAME.zero (R, G) U8    NAME.codes (R, C) U8, a byte each
+ * so that weight[r,j] = scale[r,g] (codes[r,j] - zero[r,g]), g = j / group_size, computed in float and rounded to the weight's
+ * dtype, bit for bit; pruned weights have the code `zero`. Bits and group_size (0: a row) are in the metadata. All sizes are known
+ * before the first block, whose bytes follow one another: scales of its layers, zeros, codes. A block's bytes are part of its
+ * hash. Codes are worked out from the weights on their way into their own file. */
+
+enum { BESA__CODES_SCALE, BESA__CODES_ZERO, BESA__CODES_CODES, BESA__CODES_KINDS };
+
+/* Grids of all rows of a layer. */
+static int64_t besa__layer_grids(const besa_block_shape *shape, int layer, int64_t group)
+{
+    int64_t rows, columns;
+    besa_block_layer(shape, layer, &rows, &columns);
+    return besa__product(rows, group ? besa__parts(columns, group) : 1);
+}
+
+/* The header's text, from its first tensor on, as far as `size` bytes hold it; returns its length. */
+static size_t besa__codes_header(const besa__codes *codes, const besa_config *config, char *text, size_t size)
+{
+    static const struct { const char *name, *dtype; int bytes; } kind[BESA__CODES_KINDS] = {
+        {"scale", "F32", 4}, {"zero", "U8", 1}, {"codes", "U8", 1}};
+    size_t length = 0;
+    uint64_t at = 0;
+    for (int64_t b = codes->shape.first; b < codes->shape.end; b++)
+        for (int k = 0; k < BESA__CODES_KINDS; k++)
+            for (int i = 0; i < BESA_LAYERS; i++) {
+                char name[128];
+                int64_t rows, columns;
+                besa_block_layer(&config->block, i, &rows, &columns);
+                if (k != BESA__CODES_CODES) columns = besa__layer_grids(&config->block, i, codes->shape.group) / rows;
+                uint64_t bytes = (uint64_t)(rows * columns) * (uint64_t)kind[k].bytes;
+                besa__tensor_name(name, sizeof name, config, b, besa__layers[i].path);
+                int n = snprintf(text + (length < size ? length : size), length < size ? size - length : 0,
+                                 ",\"%s.%s\":{\"dtype\":\"%s\",\"shape\":[%lld,%lld],\"data_offsets\":[%llu,%llu]}", name,
+                                 kind[k].name, kind[k].dtype, (long long)rows, (long long)columns, (unsigned long long)at,
+                                 (unsigned long long)(at + bytes));
+                length += (size_t)n;
+                at += bytes;
+            }
+    return length;
+}
+
+static uint64_t besa__codes_block_bytes(const besa_block_shape *shape, int64_t group)
+{
+    uint64_t bytes = 0;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns, grids = besa__layer_grids(shape, i, group);
+        besa_block_layer(shape, i, &rows, &columns);
+        bytes += 5 * (uint64_t)grids + (uint64_t)(rows * columns);
+    }
+    return bytes;
+}
+
+/* Bytes of the file, to a few hundred. */
+static uint64_t besa__codes_bytes(const besa_config *config, const besa__codes_shape *shape)
+{
+    uint64_t blocks = (uint64_t)(shape->end - shape->first);
+    return blocks * (besa__codes_block_bytes(&config->block, shape->group) + 3 * BESA_LAYERS * 128) + 256;
+}
+
+/* The file's header: its length, and JSON filled up with blanks to a multiple of 8. */
+static besa_result besa__codes_new(besa__codes **made, const besa_checkpoint *checkpoint, const besa__codes_shape *shape,
+                                   besa_error *error)
+{
+    void *memory;
+    char begin[128];
+    *made = NULL;
+    for (int64_t i = 0; i < checkpoint->num_shards; i++)
+        if (!strcmp(checkpoint->shards[i].name, BESA__CODES))
+            return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s/%s: weights under the name that codes have",
+                              checkpoint->directory, BESA__CODES);
+    BESA__TRY(besa__malloc(&memory, sizeof **made, "the codes' file", error));
+    besa__codes *codes = *made = (besa__codes *)memset(memory, 0, sizeof **made);
+    codes->fd = -1;
+    codes->shape = *shape;
+    codes->block_bytes = besa__codes_block_bytes(&checkpoint->config.block, shape->group);
+    size_t n = (size_t)snprintf(begin, sizeof begin, "{\"__metadata__\":{\"format\":\"pt\",\"bits\":\"%d\","
+                                "\"group_size\":\"%lld\"}", shape->bits, (long long)shape->group);
+    size_t length = besa__codes_header(codes, &checkpoint->config, NULL, 0), text = (n + length + 1 + 7) / 8 * 8;
+    BESA__TRY(besa__malloc(&memory, 8 + text + 1, "the codes' header", error));
+    codes->header = (char *)memset(memory, ' ', 8 + text + 1);
+    codes->data = 8 + text;
+    for (int i = 0; i < 8; i++) codes->header[i] = (char)((uint64_t)text >> (8 * i) & 255);
+    memcpy(codes->header + 8, begin, n);
+    besa__codes_header(codes, &checkpoint->config, codes->header + 8 + n, length + 1);
+    codes->header[8 + n + length] = '}';
+    return BESA_OK;
+}
+
+static void besa__codes_free(besa__codes *codes)
+{
+    if (!codes) return;
+    if (codes->fd >= 0) close(codes->fd);
+    BESA_FREE(codes->header);
+    BESA_FREE(codes);
+}
+
+static uint64_t besa__codes_size(const besa__codes *codes)
+{
+    return codes->data + (uint64_t)(codes->shape.end - codes->shape.first) * codes->block_bytes;
+}
+
+/* Does a block have codes? */
+static int besa__has_codes(const besa__writer *w, int64_t block)
+{
+    return w->codes && block >= w->codes->shape.first && block < w->codes->shape.end;
+}
+
+static uint64_t besa__codes_offset(const besa__codes *codes, int64_t block)
+{
+    return codes->data + (uint64_t)(block - codes->shape.first) * codes->block_bytes;
+}
+
+/* Open what an earlier run has left; *whole becomes 0 where it is not there in full. */
+static besa_result besa__codes_open(besa__writer *w, int *whole, besa_error *error)
+{
+    struct stat st;
+    BESA__TRY(besa__open_entry(w, &w->codes->fd, BESA__CODES, error));
+    if (w->codes->fd >= 0 && fstat(w->codes->fd, &st)) return besa__writer_fail(w, BESA__CODES, errno, error);
+    if (w->codes->fd < 0 || (uint64_t)st.st_size != besa__codes_size(w->codes)) *whole = 0;
+    return BESA_OK;
+}
+
+static besa_result besa__codes_create(besa__writer *w, besa_error *error)
+{
+    if (w->codes->fd >= 0) close(w->codes->fd);
+    return besa__create_entry(w, &w->codes->fd, BESA__CODES, w->checkpoint->shards[0].stat.st_mode, error);
+}
+
+static besa_result besa__codes_begin(besa__writer *w, besa_error *error)
+{
+    const besa__codes *codes = w->codes;
+    BESA__TRY(besa__write_at(w, codes->fd, BESA__CODES, codes->header, (size_t)codes->data, 0, error));
+    return besa__sync(w, codes->fd, BESA__CODES, error);
+}
+
+/* Write what is held; all pieces of a block but its last are of the buffer's size, a multiple of 8. */
+static besa_result besa__codes_flush(besa__writer *w, besa_error *error)
+{
+    besa__codes *codes = w->codes;
+    uint64_t offset = besa__codes_offset(codes, w->done) + codes->at;
+    BESA__TRY(besa__write_at(w, codes->fd, BESA__CODES, codes->buffer, codes->held, offset, error));
+    codes->hash = besa__hash(codes->at ? codes->hash : BESA__HASH_START, codes->buffer, codes->held);
+    codes->at += codes->held;
+    codes->held = 0;
+    return BESA_OK;
+}
+
+/* The next bytes of the current block. */
+static besa_result besa__codes_put(besa__writer *w, const void *bytes, size_t size, besa_error *error)
+{
+    besa__codes *codes = w->codes;
+    const unsigned char *from = (const unsigned char *)bytes;
+    while (size > 0) {
+        size_t part = sizeof codes->buffer - codes->held < size ? sizeof codes->buffer - codes->held : size;
+        memcpy(codes->buffer + codes->held, from, part);
+        codes->held += part, from += part, size -= part;
+        if (codes->held == sizeof codes->buffer) BESA__TRY(besa__codes_flush(w, error));
+    }
+    return BESA_OK;
+}
+
+/* The current block's are complete: on return they are on disk. */
+static besa_result besa__codes_end(besa__writer *w, besa_error *error)
+{
+    besa__codes *codes = w->codes;
+    if (codes->held) BESA__TRY(besa__codes_flush(w, error));
+    BESA_ASSERT(codes->at == codes->block_bytes);
+    codes->at = 0;
+    return besa__sync(w, codes->fd, BESA__CODES, error);
+}
+
+/* The bits of x in a dtype. */
+static uint32_t besa__bits_of(float x, besa_dtype dtype)
+{
+    return dtype == BESA_F32 ? besa__float_bits(x) : dtype == BESA_F16 ? besa__f32_to_f16(x) : besa__f32_to_bf16(x);
+}
+
+/* The code of the level whose bits these are, the nearest one that has them: at 8 bits two levels may be one number of bf16. */
+static int besa__code_of(uint32_t bits, besa_dtype dtype, float scale, float zero, int most)
+{
+    float x = dtype == BESA_F32 ? besa__bits_float(bits) : dtype == BESA_F16 ? besa__f16_to_f32((uint16_t)bits)
+              : besa__bf16_to_f32((uint16_t)bits);
+    float place = scale > 0 ? x / scale + zero + 0.5f : zero;
+    int near = place > 0 ? place < (float)most ? (int)place : most : 0;
+    for (int step = 0; step <= most; step++)
+        for (int side = -1; side <= 1; side += 2) {
+            int code = near + side * step;
+            if (code < 0 || code > most) continue;
+            if (besa__bits_of(scale * ((float)code - zero), dtype) == bits) return code;
+        }
+    return near;
 }
 
 /* ============================================================================================
@@ -8105,6 +8636,7 @@ static besa_result besa__writer_open_files(besa__writer *w, besa_error *error)
         if (w->files[i] >= 0 && fstat(w->files[i], &st)) return besa__writer_fail(w, shard->name, errno, error);
         if (w->files[i] < 0 || (uint64_t)st.st_size != shard->size) w->copied = 0;
     }
+    if (w->codes && w->copied) BESA__TRY(besa__codes_open(w, &w->copied, error));
     if (w->is_ready) return w->copied ? BESA_OK : besa__ready_damaged(w, error);
     w->worthless = !w->copied;
     for (int64_t i = 0; i < w->checkpoint->num_shards && !w->copied; i++) {
@@ -8112,7 +8644,7 @@ static besa_result besa__writer_open_files(besa__writer *w, besa_error *error)
         if (w->files[i] >= 0) close(w->files[i]);
         BESA__TRY(besa__create_entry(w, &w->files[i], shard->name, shard->stat.st_mode, error));
     }
-    return BESA_OK;
+    return w->codes && !w->copied ? besa__codes_create(w, error) : BESA_OK;
 }
 
 static besa_result besa__source_changed(const besa__writer *w, const char *name, besa_error *error)
@@ -8145,7 +8677,7 @@ static besa_result besa__copy_unpruned(besa__writer *w, besa_error *error)
         w->sources[i].bytes = t->bytes;
     }
     for (int64_t i = 0; i < c->num_shards; i++) BESA__TRY(besa__sync(w, w->files[i], c->shards[i].name, error));
-    return BESA_OK;
+    return w->codes ? besa__codes_begin(w, error) : BESA_OK;
 }
 
 /* The run has read these bytes of a source tensor, one piece after another from its start (at 0); all pieces but the last are
@@ -8179,6 +8711,7 @@ static besa_result besa__writer_copy(besa__writer *w, besa_error *error)
     if (ftruncate(w->journal, (off_t)w->journal_end)) return besa__writer_fail(w, BESA__JOURNAL, errno, error);
     for (int64_t i = 0; i < c->num_shards; i++)
         BESA__TRY(besa__allocate(w, w->files[i], c->shards[i].name, c->shards[i].size, error));
+    if (w->codes) BESA__TRY(besa__allocate(w, w->codes->fd, BESA__CODES, besa__codes_size(w->codes), error));
     BESA__TRY(besa__copy_unpruned(w, error));
     BESA__TRY(besa__sync(w, w->directory, ".", error));
     BESA__TRY(besa__journal_add(w, "copied", error));
@@ -8193,13 +8726,13 @@ static besa_result besa__writer_read(besa__writer *w, const besa_tensor *tensor,
     return besa__read_at(w->files[tensor->file], memory, size, tensor->offset + at, w->partial, error);
 }
 
-/* The hash of the current block is that of the hashes of its tensors that come in with it. */
-static uint64_t besa__block_hash(const besa__writer *w, const uint64_t hash[BESA__BLOCK_TENSORS])
+/* The hash of the current block is that of the hashes of its tensors that come in with it, and of its codes' (NULL: none). */
+static uint64_t besa__block_hash(const besa__writer *w, const uint64_t hash[BESA__BLOCK_TENSORS], const uint64_t *codes)
 {
     uint64_t all = BESA__HASH_START;
     for (int i = 0; i < BESA__BLOCK_TENSORS; i++)
         if (besa__coming(w, i)) all = besa__hash(all, &hash[i], sizeof *hash);
-    return all;
+    return codes ? besa__hash(all, codes, sizeof *codes) : all;
 }
 
 /* The hash of a block as it is on disk; buffer: BESA__CHUNK bytes. */
@@ -8211,7 +8744,12 @@ static besa_result besa__hash_block(besa__writer *w, int64_t block, void *buffer
         const besa_tensor *t = besa__coming(w, i);
         if (t) BESA__TRY(besa__hash_range(w->files[t->file], t->offset, t->bytes, buffer, &one[i], w->partial, error));
     }
-    *hash = besa__block_hash(w, one);
+    uint64_t codes = 0;
+    int has = besa__has_codes(w, block);
+    if (has)
+        BESA__TRY(besa__hash_range(w->codes->fd, besa__codes_offset(w->codes, block), w->codes->block_bytes, buffer, &codes, w->partial,
+                                   error));
+    *hash = besa__block_hash(w, one, has ? &codes : NULL);
     return BESA_OK;
 }
 
@@ -8263,6 +8801,7 @@ static void besa__writer_close(besa__writer *w)
     BESA_FREE(w->finished);
     BESA_FREE(w->output);
     BESA_FREE(w->partial);
+    besa__codes_free(w->codes);
     BESA_FREE(w);
 }
 
@@ -8285,6 +8824,7 @@ static void besa__writer_discard(besa__writer *w, besa_error *error)
     if (c->index) gone &= besa__remove_entry(w, c->index);
     for (int64_t i = 0; i < c->num_shards; i++) gone &= besa__remove_entry(w, c->shards[i].name);
     for (int64_t i = 0; i < w->num_sides; i++) gone &= besa__remove_entry(w, w->sides[i].name);
+    if (w->codes) gone &= besa__remove_entry(w, BESA__CODES);
     if (gone) besa__remove_entry(w, BESA__JOURNAL);
     if (!unlinkat(w->parent, w->partial_name, AT_REMOVEDIR) || !error) return;
     besa__find_name(w, w->directory, besa__is_foreign, foreign, NULL);
@@ -8364,12 +8904,12 @@ static besa_result besa__writer_start(besa__writer *w, const char *output, const
 }
 
 /* Begin an output, or go on with an unfinished one of the same fingerprint (one line). vectors 1: norms and biases come in
- * with their blocks, as weights do. done_blocks are on disk already. Lines are appended to *notes (NULL to start with, for
- * BESA_FREE); notes may be NULL.
+ * with their blocks, as weights do. codes: of which blocks there are any; NULL: none. done_blocks are on disk already. Lines are
+ * appended to *notes (NULL to start with, for BESA_FREE); notes may be NULL.
  * Errors: EXISTS, NOT_FOUND, RESUME, READ, WRITE, MEMORY. A failed begin leaves nothing new behind. */
-static besa_result besa__writer_open(besa__writer **writer, const besa_checkpoint *checkpoint, const char *output,
-                                     const char *fingerprint, int64_t blocks, int vectors, int64_t *done_blocks,
-                                     char **notes, besa_error *error)
+static besa_result besa__writer_open_coded(besa__writer **writer, const besa_checkpoint *checkpoint, const char *output,
+                                           const char *fingerprint, int64_t blocks, int vectors, const besa__codes_shape *codes,
+                                           int64_t *done_blocks, char **notes, besa_error *error)
 {
     void *memory;
     *writer = NULL;
@@ -8381,7 +8921,8 @@ static besa_result besa__writer_open(besa__writer **writer, const besa_checkpoin
     w->blocks = blocks;
     w->vectors = vectors;
     w->parent = w->directory = w->journal = -1;
-    besa_result result = besa__writer_start(w, output, fingerprint, notes, error);
+    besa_result result = codes ? besa__codes_new(&w->codes, checkpoint, codes, error) : BESA_OK;
+    if (result == BESA_OK) result = besa__writer_start(w, output, fingerprint, notes, error);
     if (result == BESA_OK) {
         *writer = w;
         *done_blocks = w->done;
@@ -8391,6 +8932,14 @@ static besa_result besa__writer_open(besa__writer **writer, const besa_checkpoin
     else if (w->created && !w->locked) unlinkat(w->parent, w->partial_name, AT_REMOVEDIR);
     besa__writer_close(w);
     return result;
+}
+
+/* The same for an output without codes. */
+BESA__UNUSED static besa_result besa__writer_open(besa__writer **writer, const besa_checkpoint *checkpoint, const char *output,
+                                                  const char *fingerprint, int64_t blocks, int vectors, int64_t *done_blocks,
+                                                  char **notes, besa_error *error)
+{
+    return besa__writer_open_coded(writer, checkpoint, output, fingerprint, blocks, vectors, NULL, done_blocks, notes, error);
 }
 
 /* The next `size` new bytes of one tensor that comes in with the current block; all pieces but the last are multiples of 8.
@@ -8435,7 +8984,9 @@ static besa_result besa__writer_block_done(besa__writer *w, int64_t block, besa_
         for (int j = 0; j < i && t; j++) synced = synced || (besa__coming(w, j) && besa__coming(w, j)->file == t->file);
         if (t && !synced) BESA__TRY(besa__sync(w, w->files[t->file], w->checkpoint->shards[t->file].name, error));
     }
-    w->finished[block].hash = besa__block_hash(w, w->hash);
+    int has = besa__has_codes(w, block);
+    if (has) BESA__TRY(besa__codes_end(w, error));
+    w->finished[block].hash = besa__block_hash(w, w->hash, has ? &w->codes->hash : NULL);
     w->finished[block].line = w->journal_end;
     snprintf(line, sizeof line, "block %lld %016llx", (long long)block, (unsigned long long)w->finished[block].hash);
     BESA__TRY(besa__journal_add(w, line, error));
@@ -8798,6 +9349,7 @@ typedef struct besa__run {
     void *staging;                              /* rows, tables and sums */
     float *vectors;                             /* norms and biases on their way in */
     void *piece_in, *piece_out;                 /* of weights; NULL with unified memory */
+    float *scales[BESA_LAYERS], *zeros[BESA_LAYERS]; /* (R,G) with bits: the grids of the block that goes out */
 } besa__run;
 
 /* ---- layout -------------------------------------------------------------------------------- */
@@ -8859,6 +9411,11 @@ static void besa__run_place_host(besa__run *run, besa__arena *host)
     int64_t rows = BESA__CHUNK_TOKENS * s->hidden_size, test = run->test.count * run->test.seqlen; /* 2 or more a window */
     run->staging = besa__take_floats(host, besa__max(besa__max(rows, tables), run->has_test ? test : 0));
     run->vectors = besa__take_floats(host, vectors);
+    for (int i = 0; i < BESA_LAYERS && run->has_pruner && run->pruner.options.bits; i++) {
+        int64_t grids = besa__layer_grids(s, i, run->pruner.options.group_size);
+        run->scales[i] = besa__take_floats(host, grids);
+        run->zeros[i] = besa__take_floats(host, grids);
+    }
     if (run->be->unified_memory) return;
     run->piece_in = besa__take(host, besa__piece_bytes(run));
     if (run->has_pruner) run->piece_out = besa__take(host, besa__piece_bytes(run));
@@ -9130,6 +9687,51 @@ static besa_result besa__in_finish(besa__run *run, int64_t index, besa_block *bl
 
 /* ---- blocks out ---------------------------------------------------------------------------- */
 
+/* The grids of the block that begins to go out, from the device into the codes' file: scales, then zeros. */
+static besa_result besa__grids_out(besa__run *run, besa_error *error)
+{
+    besa_backend *be = run->be;
+    const besa_quantizer *layer = run->pruner.quantization.layer;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        size_t bytes = (size_t)besa__grids(&layer[i]) * sizeof(float);
+        BESA__TRY_ON(be, be->download(be, BESA_QUEUE_COMPUTE, run->scales[i], layer[i].scale, bytes), error);
+        BESA__TRY_ON(be, be->download(be, BESA_QUEUE_COMPUTE, run->zeros[i], layer[i].zero, bytes), error);
+    }
+    BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
+    for (int i = 0; i < BESA_LAYERS; i++)
+        BESA__TRY(besa__codes_put(run->writer, run->scales[i], (size_t)besa__grids(&layer[i]) * sizeof(float), error));
+    for (int i = 0; i < BESA_LAYERS; i++)
+        for (int64_t g = 0; g < besa__grids(&layer[i]); g++) {
+            unsigned char zero = (unsigned char)run->zeros[i][g];
+            BESA__TRY(besa__codes_put(run->writer, &zero, 1, error));
+        }
+    return BESA_OK;
+}
+
+/* The codes of the `size` bytes of weights that go out next. */
+static besa_result besa__codes_out(besa__run *run, const void *bytes, size_t size, besa_error *error)
+{
+    const besa__transfer *out = &run->out;
+    const besa_quantizer *q = &run->pruner.quantization.layer[out->layer];
+    const float *scale = run->scales[out->layer], *zero = run->zeros[out->layer];
+    besa_dtype dtype = run->model.dtype;
+    size_t width = besa_dtype_size(dtype);
+    int64_t first = (int64_t)(out->at / width), count = (int64_t)(size / width), groups = besa__parts(q->columns, q->group);
+    for (int64_t i = 0; i < count;) {
+        unsigned char codes[512];
+        int64_t column = (first + i) % q->columns, g = (first + i) / q->columns * groups + column / q->group, n = 0;
+        int64_t left = besa__min(besa__min(q->group - column % q->group, q->columns - column), besa__min(512, count - i));
+        for (; n < left; n++) {
+            uint32_t bits = 0; /* floats are stored from the lowest byte on */
+            memcpy(&bits, (const unsigned char *)bytes + (size_t)(i + n) * width, width);
+            codes[n] = (unsigned char)besa__code_of(bits, dtype, scale[g], zero[g], (1 << q->bits) - 1);
+        }
+        BESA__TRY(besa__codes_put(run->writer, codes, (size_t)n, error));
+        i += n;
+    }
+    return BESA_OK;
+}
+
 /* Take pruned weights out until `target` bytes of them are written. The host waits here for copies, never for compute. */
 static besa_result besa__out_share(besa__run *run, size_t target, besa_error *error)
 {
@@ -9148,6 +9750,8 @@ static besa_result besa__out_share(besa__run *run, size_t target, besa_error *er
         }
         if (run->piece_out) BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_STAGE), error);
         BESA__TRY(besa__writer_write(run->writer, tensor, run->piece_out ? run->piece_out : from, size, error));
+        if (besa__has_codes(run->writer, out->block))
+            BESA__TRY(besa__codes_out(run, run->piece_out ? run->piece_out : from, size, error));
         besa__transfer_move(out, size);
         out->piece = 0;
     }
@@ -9550,6 +10154,11 @@ static void besa__ignore_options(besa_prune_options *o)
     for (const besa_option *row = besa__options; row->name; row++)
         if (!besa__option_used(row, &given)) besa__option_set(row, (unsigned char *)o + row->offset, row->standard);
     if (o->method != BESA_METHOD_MAGNITUDE) o->magnitude_per_row = 0;
+    if (given.learn == BESA_LEARN_RATES) {      /* clips learn, if anything */
+        o->weight_lr = besa__find_option("weight_lr")->standard;
+        o->weight_warmup = besa__find_option("weight_warmup")->standard;
+    }
+    if (!besa__clips_learn(&given)) o->clip_lr = besa__find_option("clip_lr")->standard;
     if (!besa__uses_gram(&given)) o->damping = besa__find_option("damping")->standard;
     if (o->refit != BESA_REFIT_CG) o->refit_steps = (int64_t)besa__find_option("refit_steps")->standard;
     if (o->rates.optimizer != BESA_PRODIGY) {
@@ -9763,6 +10372,7 @@ static besa_result besa__prune_block(besa__run *run, int64_t index, besa_block *
     if (!run->writer) return BESA_OK;
     BESA__TRY(besa__transfer_begin(&run->out, run, index, error));
     if (target > 0 && besa__learns_vectors(&run->pruner)) BESA__TRY(besa__out_vectors(run, error));
+    if (besa__has_codes(run->writer, index)) BESA__TRY(besa__grids_out(run, error));
     return run->be->unified_memory ? besa__out_finish(run, report, error) : BESA_OK;
 }
 
@@ -9856,12 +10466,14 @@ static void besa__note_fixed(const besa__run *run, const besa_prune_options *o, 
 static void besa__note_learned(const besa__run *run, besa_report *report)
 {
     int64_t worse = 0, first = 0;
+    int weights = besa__learns_weights(&run->pruner);
     for (int64_t b = 0; b < report->num_blocks; b++)
         if (report->block[b].loss_after > report->block[b].loss_masks && worse++ == 0) first = b;
     if (worse == 0) return;
     besa__notes_add(&report->notes, "warning: learning made the loss of %lld block%s larger than with the masks alone, in block %lld "
-                    "%.3g instead of %.3g; a weight_lr below %g may help", (long long)worse, worse == 1 ? "" : "s", (long long)first,
-                    report->block[first].loss_after, report->block[first].loss_masks, run->pruner.options.weight_lr);
+                    "%.3g instead of %.3g; a %s below %g may help", (long long)worse, worse == 1 ? "" : "s", (long long)first,
+                    report->block[first].loss_after, report->block[first].loss_masks, weights ? "weight_lr" : "clip_lr",
+                    weights ? run->pruner.options.weight_lr : run->pruner.options.clip_lr);
 }
 
 static void besa__report_totals(besa_report *report, double target, double start)
@@ -9910,6 +10522,14 @@ static besa_result besa__run_prune(besa__run *run, int64_t done, besa_report *re
     return run->has_test ? besa__test_perplexity(run, &report->perplexity, NULL, error) : BESA_OK;
 }
 
+/* Which blocks have codes. */
+static besa__codes_shape besa__run_codes(const besa__run *run)
+{
+    const besa_prune_options *o = &run->pruner.options;
+    besa__codes_shape codes = {o->bits, o->group_size, besa__first_block(run), besa__end_block(run)};
+    return codes;
+}
+
 /* Once memory is there: open the output, run, and close the output as the result asks. */
 static besa_result besa__prune_into(besa__run *run, const char *output, const besa_calibration *calibration,
                                     besa_report *report, besa_error *error)
@@ -9919,8 +10539,9 @@ static besa_result besa__prune_into(besa__run *run, const char *output, const be
     besa__note_settings(run, &report->notes);
     if (output) {
         besa__fingerprint(fingerprint, sizeof fingerprint, run, calibration);
-        BESA__TRY(besa__writer_open(&run->writer, run->checkpoint, output, fingerprint, blocks,
-                                    besa__learns_vectors(&run->pruner), &done, &report->notes, error));
+        besa__codes_shape codes = besa__run_codes(run);
+        BESA__TRY(besa__writer_open_coded(&run->writer, run->checkpoint, output, fingerprint, blocks, besa__learns_vectors(&run->pruner),
+                                          codes.bits ? &codes : NULL, &done, &report->notes, error));
     }
     report->resumed_blocks = done;
     besa_result result = besa__run_prune(run, done, report, error);
@@ -10017,7 +10638,7 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
     report->options.progress = NULL;
     report->options.step = NULL;
     report->options.user = NULL;
-    if (result == BESA_OK && options->num_fixed == 0 && !options->no_projection &&
+    if (result == BESA_OK && options->num_fixed == 0 && !options->no_projection && !options->bits &&
         fabs(report->sparsity - report->target) > 0.02)
         besa__notes_add(&report->notes, "warning: sparsity %.4f is not the target %.4f: tied scores or zeros in the source",
                         report->sparsity, report->target);
@@ -10051,7 +10672,7 @@ static double besa__plan_flop(const besa__run *run)
     double flop = dense * forward + (besa__uses_gram(o) ? gram : 0); /* of blocks that are pruned */
     double scores = (double)besa__gradient_sequences(&run->pruner) / (double)run->pruner.nsamples;
     if (besa__learns_rates(&run->pruner)) flop += ((double)o->epochs + scores) * (forward + backward);
-    if (besa__learns_weights(&run->pruner)) flop += (double)o->weight_epochs * (forward + backward);
+    if (besa__learns_last(&run->pruner)) flop += (double)o->weight_epochs * (forward + backward);
     if (besa__learns_vectors(&run->pruner)) flop += 2 * qkv * (double)(o->weight_epochs + (o->learn == BESA_LEARN_BOTH ? o->epochs : 0));
     flop = (flop * tokens + besa__refit_flop(&run->pruner)) * (double)(besa__end_block(run) - besa__first_block(run));
     flop += tokens * (double)run->config->num_hidden_layers * (1 + run->has_dense) * forward;
@@ -10101,6 +10722,8 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
         plan->flop = besa__plan_flop(&run);
         plan->mapped_block_bytes = besa__plan_mapped(&run);
         for (int64_t i = 0; i < checkpoint->num_shards; i++) plan->disk_bytes += checkpoint->shards[i].size;
+        besa__codes_shape codes = besa__run_codes(&run);
+        if (codes.bits) plan->disk_bytes += besa__codes_bytes(run.config, &codes);
     }
     besa__run_close(&run);
     return result;
@@ -13535,6 +14158,182 @@ static besa_result besa__cpu_project_counts(besa_backend *be, int32_t *n, int64_
 }
 
 /* ============================================================================================
+ * // >>cpu-quantization      weights on a grid of levels on the CPU
+ * ============================================================================================
+ * A group of columns at a time, in parts of it. All in float; a level comes out as it is rounded to the dtype. */
+
+enum { BESA__CPU_QUANTIZED = 512 /* weights of a part */ };
+
+/* Groups of a row; where group g begins, and how many columns it has. */
+static int64_t besa__groups(int64_t columns, int64_t group) { return besa__parts(columns, group); }
+
+static int64_t besa__group_columns(int64_t columns, int64_t group, int64_t g)
+{
+    return besa__min(group, columns - g * group);
+}
+
+/* range(2): the larger of the first and all x, the smaller of the second and all x */
+BESA__INLINE void besa__cpu_range_body(float *range, const float *x, int64_t n)
+{
+    float high[BESA__LANES], low[BESA__LANES];
+    int64_t i = 0;
+    for (int l = 0; l < BESA__LANES; l++) high[l] = range[0], low[l] = range[1];
+    for (; i + BESA__LANES <= n; i += BESA__LANES)
+        for (int l = 0; l < BESA__LANES; l++) {
+            high[l] = high[l] < x[i + l] ? x[i + l] : high[l];
+            low[l] = low[l] > x[i + l] ? x[i + l] : low[l];
+        }
+    for (; i < n; i++) {
+        int64_t l = i % BESA__LANES;
+        high[l] = high[l] < x[i] ? x[i] : high[l];
+        low[l] = low[l] > x[i] ? x[i] : low[l];
+    }
+    for (int l = 0; l < BESA__LANES; l++) {
+        range[0] = range[0] < high[l] ? high[l] : range[0];
+        range[1] = range[1] > low[l] ? low[l] : range[1];
+    }
+}
+BESA__KERNEL(besa__cpu_range, (float *range, const float *x, int64_t n), (range, x, n))
+
+static besa_result besa__cpu_quantize_range(besa_backend *be, float *range, const void *w, besa_dtype dtype, int64_t group,
+                                            int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain), groups = besa__groups(columns, group);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t i = task * grain * groups; i < besa__min(rows, (task + 1) * grain) * groups; i++) {
+            float part[BESA__CPU_QUANTIZED], *out = range + 2 * i;
+            int64_t at = i / groups * columns + i % groups * group, n = besa__group_columns(columns, group, i % groups);
+            out[0] = out[1] = 0.0f;
+            for (int64_t j = 0, count; j < n; j += count) {
+                count = besa__min(BESA__CPU_QUANTIZED, n - j);
+                besa__cpu_widen(part, w, dtype, at + j, count);
+                besa__cpu_range(out, part, count);
+            }
+        }
+    return BESA_OK;
+}
+
+/* The nearest whole number, of two the even one; |x| < 2^22. */
+BESA__INLINE float besa__round(float x)
+{
+    const float magic = 12582912.0f; /* 1.5 2^23 */
+    return (x + magic) - magic;
+}
+
+BESA__INLINE void besa__cpu_grid_body(float *scale, float *zero, const float *range, const float *logit, float most, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float low = logit ? besa__sigmoid(logit[2 * i + 1]) * range[2 * i + 1] : range[2 * i + 1];
+        float high = logit ? besa__sigmoid(logit[2 * i]) * range[2 * i] : range[2 * i];
+        float h = (high - low) / most, z = besa__round(-low / h);
+        scale[i] = h > 0.0f ? h : 0.0f;
+        zero[i] = h > 0.0f ? z : 0.0f;
+    }
+}
+BESA__KERNEL(besa__cpu_grid, (float *scale, float *zero, const float *range, const float *logit, float most, int64_t n),
+             (scale, zero, range, logit, most, n))
+
+static float besa__cpu_most(const besa_quantizer *q) { return (float)((1 << q->bits) - 1); }
+
+static besa_result besa__cpu_quantize_grid(besa_backend *be, const besa_quantizer *q)
+{
+    int64_t n = q->rows * besa__groups(q->columns, q->group), run = 4096, tasks = besa__parts(n, run);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * run;
+        besa__cpu_grid(q->scale + at, q->zero + at, q->range + 2 * at, q->logit ? q->logit + 2 * at : NULL, besa__cpu_most(q),
+                       besa__min(run, n - at));
+    }
+    return BESA_OK;
+}
+
+/* The place u of x on the grid, kept within one of its ends: -1 .. most + 1; what x / h is there goes to *t. */
+BESA__INLINE float besa__grid_place(float x, float h, float z, float most, float *t)
+{
+    float low = -1.0f - z, high = most + 1.0f - z;
+    *t = x / h;
+    *t = *t < low ? low : *t > high ? high : *t;
+    return besa__round(*t) + z;
+}
+
+/* y = h (clamp(u, 0, most) - z); y may be x */
+BESA__INLINE void besa__cpu_levels_body(float *y, const float *x, float h, float z, float most, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float t, u = besa__grid_place(x[i], h, z, most, &t);
+        u = u < 0.0f ? 0.0f : u > most ? most : u;
+        y[i] = h * (u - z);
+    }
+}
+BESA__KERNEL(besa__cpu_levels, (float *y, const float *x, float h, float z, float most, int64_t n), (y, x, h, z, most, n))
+
+static besa_result besa__cpu_quantize(besa_backend *be, void *what, const void *w, besa_dtype dtype, const besa_quantizer *q)
+{
+    int64_t columns = q->columns, grain = besa__cpu_grain(columns), tasks = besa__parts(q->rows, grain);
+    int64_t groups = besa__groups(columns, q->group);
+    float most = besa__cpu_most(q);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t i = task * grain * groups; i < besa__min(q->rows, (task + 1) * grain) * groups; i++) {
+            float part[BESA__CPU_QUANTIZED];
+            int64_t at = i / groups * columns + i % groups * q->group, n = besa__group_columns(columns, q->group, i % groups);
+            for (int64_t j = 0, count; j < n; j += count) {
+                count = besa__min(BESA__CPU_QUANTIZED, n - j);
+                besa__cpu_widen(part, w, dtype, at + j, count);
+                if (q->scale[i] > 0.0f) besa__cpu_levels(part, part, q->scale[i], q->zero[i], most, count);
+                else memset(part, 0, sizeof part);
+                besa__cpu_narrow(what, dtype, at + j, part, count);
+            }
+        }
+    return BESA_OK;
+}
+
+/* dWhat/dh of one weight */
+BESA__INLINE float besa__level_slope(float x, float h, float z, float most)
+{
+    float t, u = besa__grid_place(x, h, z, most, &t);
+    float clamped = (u < 0.0f ? 0.0f : u > most ? most : u) - z, within = u - z - t;
+    return u > 0.0f && u < most ? within : clamped;
+}
+
+/* sum of dw dWhat/dh */
+BESA__INLINE float besa__cpu_slopes_body(const float *dw, const float *x, float h, float z, float most, int64_t n)
+{
+#define BESA__TERM(i) (dw[i] * besa__level_slope(x[i], h, z, most))
+    BESA__SUM_BODY(n, BESA__TERM)
+#undef BESA__TERM
+}
+BESA__KERNEL_FLOAT(besa__cpu_slopes, (const float *dw, const float *x, float h, float z, float most, int64_t n),
+                   (dw, x, h, z, most, n))
+
+/* dh/dlogit: max g0 (1 - g0) / most, and -min g1 (1 - g1) / most */
+static besa_result besa__cpu_quantize_gradient(besa_backend *be, float *dlogit, const float *dw, const void *w, besa_dtype dtype,
+                                               const besa_quantizer *q)
+{
+    int64_t columns = q->columns, grain = besa__cpu_grain(columns), tasks = besa__parts(q->rows, grain);
+    int64_t groups = besa__groups(columns, q->group);
+    float most = besa__cpu_most(q);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t i = task * grain * groups; i < besa__min(q->rows, (task + 1) * grain) * groups; i++) {
+            float part[BESA__CPU_QUANTIZED], sum = 0.0f;
+            int64_t at = i / groups * columns + i % groups * q->group, n = besa__group_columns(columns, q->group, i % groups);
+            float g0 = besa__sigmoid(q->logit[2 * i]), g1 = besa__sigmoid(q->logit[2 * i + 1]);
+            for (int64_t j = 0, count; j < n && q->scale[i] > 0.0f; j += count) {
+                count = besa__min(BESA__CPU_QUANTIZED, n - j);
+                besa__cpu_widen(part, w, dtype, at + j, count);
+                sum += besa__cpu_slopes(dw + at + j, part, q->scale[i], q->zero[i], most, count);
+            }
+            dlogit[2 * i] += sum * (q->range[2 * i] * g0 * (1.0f - g0) / most);
+            dlogit[2 * i + 1] -= sum * (q->range[2 * i + 1] * g1 * (1.0f - g1) / most);
+        }
+    return BESA_OK;
+}
+
+/* ============================================================================================
  * // >>cpu-sparsegpt         SparseGPT on the CPU: factor of the inverse Hessian, slabs of weights
  * ============================================================================================
  * SparseGPT (arXiv 2301.00774). All in float; products go to section cpu-gemm, never in bf16. The factor: H = W'W with
@@ -13711,6 +14510,8 @@ typedef struct besa__cpu_slab {
     int64_t width, columns;
     uint32_t threshold;                /* of keys */
     int n, m;
+    const besa_quantizer *q;           /* NULL: kept weights stay as they are */
+    int64_t first;                     /* column of Wf */
 } besa__cpu_slab;
 
 static void besa__cpu_slab_place(besa__arena *work, besa__cpu_slab *slab, besa__cpu_select *select, int64_t width,
@@ -13748,7 +14549,18 @@ static void besa__cpu_slab_group(const besa__cpu_slab *slab, uint32_t *go, const
     }
 }
 
-/* One row, left to right: a pruned weight's error e = w / U_ii is taken off the later columns along U[i, i+1:]. */
+/* The level of a kept weight in column i of the slab. */
+static float besa__cpu_slab_level(const besa__cpu_slab *slab, float w, int64_t row, int64_t i)
+{
+    const besa_quantizer *q = slab->q;
+    int64_t g = row * besa__groups(q->columns, q->group) + (slab->first + i) / q->group;
+    float most = besa__cpu_most(q), z = q->zero[g], t, u;
+    if (!(q->scale[g] > 0.0f)) return 0.0f;
+    u = besa__grid_place(w, q->scale[g], z, most, &t);
+    return q->scale[g] * ((u < 0.0f ? 0.0f : u > most ? most : u) - z);
+}
+
+/* One row, left to right: the error e = (w - what stays of it) / U_ii is taken off the later columns along U[i, i+1:]. */
 static void besa__cpu_slab_row(const besa__cpu_slab *slab, uint32_t *go, int64_t row)
 {
     float *w = slab->w + row * slab->columns, *err = slab->err + row * slab->width;
@@ -13757,9 +14569,10 @@ static void besa__cpu_slab_row(const besa__cpu_slab *slab, uint32_t *go, int64_t
     for (int64_t i = 0; i < slab->width; i++) {
         const float *u = slab->u + i * slab->columns;
         if (slab->m > 0 && i % slab->m == 0) besa__cpu_slab_group(slab, go, w, i);
-        err[i] = go[i] ? w[i] / u[i] : 0.0f;
+        float stays = go[i] ? 0.0f : slab->q ? besa__cpu_slab_level(slab, w[i], row, i) : w[i];
+        err[i] = (w[i] - stays) / u[i];
         if (err[i] != 0.0f) besa__cpu_axpy(w + i + 1, -err[i], u + i + 1, slab->width - i - 1);
-        if (go[i]) w[i] = 0.0f;
+        w[i] = stays;
     }
 }
 
@@ -13773,14 +14586,14 @@ static void besa__cpu_slab_bury(const besa__cpu_slab *slab, int64_t rows)
 /* Columns first .. first+width-1 of Wf(R,C) */
 static besa_result besa__cpu_sparsegpt_slab(besa_backend *be, float *wf, float *err, const float *u,
                                             const int32_t *dead, int64_t first, int64_t width, double target, int n,
-                                            int m, int64_t rows, int64_t columns)
+                                            int m, const besa_quantizer *q, int64_t rows, int64_t columns)
 {
     int64_t grain = besa__cpu_grain(width * 16), tasks = besa__parts(rows, grain), smaller;
     besa__arena work = besa__cpu_work(be);
     besa__cpu_select select;
     besa__cpu_slab slab;
     slab.w = wf + first, slab.err = err, slab.u = u + first * columns + first, slab.dead = dead + first;
-    slab.width = width, slab.columns = columns, slab.n = n, slab.m = m;
+    slab.width = width, slab.columns = columns, slab.n = n, slab.m = m, slab.q = q, slab.first = first;
     besa__cpu_slab_place(&work, &slab, &select, width, besa__cpu_of(be)->threads);
     BESA__CPU_FITS(be, work);
     for (int64_t j = 0; j < width; j++) slab.scale[j] = 1.0f / (slab.u[j * columns + j] * slab.u[j * columns + j]);

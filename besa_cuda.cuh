@@ -25,6 +25,7 @@
  *   >>cuda-ranks         ranks of rows by radix sort
  *   >>cuda-rates         theta -> alpha, n and back; the exact count
  *   >>cuda-optimizer     Prodigy, AdamW, kept weights
+ *   >>cuda-quantization  weights on a grid of levels
  *   >>cuda-sparsegpt     factor of the inverse Hessian, slabs
  *   >>cuda-refit         kept weights fitted anew: steps of conjugate gradients
  *   >>cuda-backend       the table, creation, the end
@@ -2764,6 +2765,145 @@ static besa_result besa__cuda_mix(besa_backend *be, void *y, const void *x, floa
 }
 
 /* ============================================================================================
+ * // >>cuda-quantization     weights on a grid of levels
+ * ============================================================================================
+ * A warp a group of columns: memory-bound, each weight is read once. */
+
+/* Over the groups of rows(R) that this warp takes; what group i is: where it begins, and its columns. */
+#define BESA__GROUPS(i, count)                                                                     \
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * besa__warps() + besa__warp(); i < (count); \
+         i += static_cast<int64_t>(gridDim.x) * besa__warps())
+
+typedef struct besa__group {
+    int64_t at, columns;
+} besa__group;
+
+static __device__ __forceinline__ besa__group besa__group_of(int64_t i, int64_t columns, int64_t group)
+{
+    int64_t groups = besa__cuda_parts(columns, group), first = i % groups * group;
+    besa__group g = {i / groups * columns + first, besa__cuda_min(group, columns - first)};
+    return g;
+}
+
+/* Warps of a block, and blocks for so many groups. */
+enum { BESA__CUDA_GROUP_WARPS = 8 };
+static int64_t besa__cuda_group_blocks(int64_t count) { return besa__cuda_parts(count, BESA__CUDA_GROUP_WARPS); }
+
+template <typename T>
+static __global__ void besa__quantize_range_kernel(float *range, const T *w, int64_t group, int64_t count, int64_t columns)
+{
+    BESA__GROUPS(i, count) {
+        besa__group g = besa__group_of(i, columns, group);
+        float high = 0.0f, low = 0.0f;
+        for (int64_t j = besa__lane(); j < g.columns; j += 32) {
+            float x = besa__get(w[g.at + j]);
+            high = high < x ? x : high;
+            low = low > x ? x : low;
+        }
+        high = besa__warp_max(high);
+        low = -besa__warp_max(-low);
+        if (besa__lane() == 0) range[2 * i] = high, range[2 * i + 1] = low;
+    }
+}
+
+static besa_result besa__cuda_quantize_range(besa_backend *be, float *range, const void *w, besa_dtype dtype, int64_t group,
+                                             int64_t rows, int64_t columns)
+{
+    int64_t count = rows * besa__cuda_parts(columns, group);
+    BESA__BY_DTYPE(dtype, T,
+        BESA__RUN(besa__quantize_range_kernel<T>, besa__cuda_group_blocks(count), 32 * BESA__CUDA_GROUP_WARPS, 0, range,
+                  static_cast<const T *>(w), group, count, columns));
+    return BESA_OK;
+}
+
+/* scale, zero of groups i .. i + 7 of `count`; a thread eight groups */
+static __global__ void besa__quantize_grid_kernel(besa_quantizer q, float most, int64_t count)
+{
+    BESA__FLAT(i0, count)
+        for (int64_t i = i0; i < besa__cuda_min(count, i0 + 8); i++) {
+            float g0 = q.logit ? besa__cuda_sigmoid(q.logit[2 * i]) : 1.0f;
+            float g1 = q.logit ? besa__cuda_sigmoid(q.logit[2 * i + 1]) : 1.0f;
+            float low = g1 * q.range[2 * i + 1], h = (g0 * q.range[2 * i] - low) / most;
+            q.scale[i] = h > 0.0f ? h : 0.0f;
+            q.zero[i] = h > 0.0f ? rintf(-low / h) : 0.0f;
+        }
+}
+
+static float besa__cuda_most(const besa_quantizer *q) { return static_cast<float>((1 << q->bits) - 1); }
+
+static int64_t besa__cuda_groups(const besa_quantizer *q) { return q->rows * besa__cuda_parts(q->columns, q->group); }
+
+static besa_result besa__cuda_quantize_grid(besa_backend *be, const besa_quantizer *q)
+{
+    int64_t count = besa__cuda_groups(q);
+    BESA__RUN(besa__quantize_grid_kernel, besa__cuda_flat_blocks(count), BESA__CUDA_THREADS, 0, *q, besa__cuda_most(q), count);
+    return BESA_OK;
+}
+
+/* The place u of x on the grid, kept within one of its ends: -1 .. most + 1; what x / h is there goes to t. */
+static __device__ __forceinline__ float besa__cuda_grid_place(float x, float h, float z, float most, float &t)
+{
+    t = fminf(fmaxf(x / h, -1.0f - z), most + 1.0f - z);
+    return rintf(t) + z;
+}
+
+static __device__ __forceinline__ float besa__cuda_level(float u, float z, float most)
+{
+    return fminf(fmaxf(u, 0.0f), most) - z;
+}
+
+template <typename T>
+static __global__ void besa__quantize_kernel(T *what, const T *w, besa_quantizer q, float most, int64_t count)
+{
+    BESA__GROUPS(i, count) {
+        besa__group g = besa__group_of(i, q.columns, q.group);
+        float h = q.scale[i], z = q.zero[i], t;
+        for (int64_t j = besa__lane(); j < g.columns; j += 32) {
+            float u = besa__cuda_grid_place(besa__get(w[g.at + j]), h, z, most, t);
+            besa__put(what[g.at + j], h > 0.0f ? h * besa__cuda_level(u, z, most) : 0.0f);
+        }
+    }
+}
+
+static besa_result besa__cuda_quantize(besa_backend *be, void *what, const void *w, besa_dtype dtype, const besa_quantizer *q)
+{
+    int64_t count = besa__cuda_groups(q);
+    BESA__BY_DTYPE(dtype, T,
+        BESA__RUN(besa__quantize_kernel<T>, besa__cuda_group_blocks(count), 32 * BESA__CUDA_GROUP_WARPS, 0,
+                  static_cast<T *>(what), static_cast<const T *>(w), *q, besa__cuda_most(q), count));
+    return BESA_OK;
+}
+
+template <typename T>
+static __global__ void besa__quantize_gradient_kernel(float *dlogit, const float *dw, const T *w, besa_quantizer q, float most,
+                                                      int64_t count)
+{
+    BESA__GROUPS(i, count) {
+        besa__group g = besa__group_of(i, q.columns, q.group);
+        float h = q.scale[i], z = q.zero[i], sum = 0.0f, t;
+        for (int64_t j = besa__lane(); j < g.columns && h > 0.0f; j += 32) {
+            float u = besa__cuda_grid_place(besa__get(w[g.at + j]), h, z, most, t);
+            sum += dw[g.at + j] * (u > 0.0f && u < most ? u - z - t : besa__cuda_level(u, z, most));
+        }
+        sum = besa__warp_sum(sum);
+        if (besa__lane() != 0) continue;
+        float g0 = besa__cuda_sigmoid(q.logit[2 * i]), g1 = besa__cuda_sigmoid(q.logit[2 * i + 1]);
+        dlogit[2 * i] += sum * (q.range[2 * i] * g0 * (1.0f - g0) / most);
+        dlogit[2 * i + 1] -= sum * (q.range[2 * i + 1] * g1 * (1.0f - g1) / most);
+    }
+}
+
+static besa_result besa__cuda_quantize_gradient(besa_backend *be, float *dlogit, const float *dw, const void *w,
+                                                besa_dtype dtype, const besa_quantizer *q)
+{
+    int64_t count = besa__cuda_groups(q);
+    BESA__BY_DTYPE(dtype, T,
+        BESA__RUN(besa__quantize_gradient_kernel<T>, besa__cuda_group_blocks(count), 32 * BESA__CUDA_GROUP_WARPS, 0, dlogit, dw,
+                  static_cast<const T *>(w), *q, besa__cuda_most(q), count));
+    return BESA_OK;
+}
+
+/* ============================================================================================
  * // >>cuda-sparsegpt        factor of the inverse Hessian, slabs
  * ============================================================================================
  * SparseGPT, arXiv 2301.00774, all in float. H = W'W with W lower triangular, Z = W^-1, U = Z': then U'U = inv(H). In
@@ -2930,6 +3070,8 @@ typedef struct besa__slab {
     int64_t width, rows, columns;
     int n, m;
     const float *kept;                 /* row 0, rows `columns` apart: what is 0 here goes; NULL: as n, m and scores say */
+    besa_quantizer q;                  /* bits 0: kept weights stay as they are */
+    int64_t first;                     /* column of Wf */
 } besa__slab;
 
 /* scale(width) = 1 / U_jj^2 */
@@ -2957,7 +3099,17 @@ static __device__ void besa__slab_group(const besa__slab &slab, float *go, const
     __syncwarp();
 }
 
-/* A warp a row, columns from left to right: a pruned weight's error e = w / U_ii is taken off the later columns along
+/* What stays of a kept weight in column i of the slab. */
+static __device__ __forceinline__ float besa__slab_stays(const besa__slab &slab, float w, int64_t row, int64_t i)
+{
+    if (slab.q.bits == 0) return w;
+    int64_t g = row * besa__cuda_parts(slab.columns, slab.q.group) + (slab.first + i) / slab.q.group;
+    float h = slab.q.scale[g], z = slab.q.zero[g], most = static_cast<float>((1 << slab.q.bits) - 1), t;
+    float u = besa__cuda_grid_place(w, h, z, most, t);
+    return h > 0.0f ? h * besa__cuda_level(u, z, most) : 0.0f;
+}
+
+/* A warp a row, columns from left to right: the error e = (w - what stays of it) / U_ii is taken off the later columns along
  * U[i, i+1:]. Shared memory has the row's weights and, in go, which of them go; column i's error takes its flag's place. */
 static __global__ void besa__sparsegpt_slab_kernel(besa__slab slab, const besa__select *select)
 {
@@ -2978,13 +3130,13 @@ static __global__ void besa__sparsegpt_slab_kernel(besa__slab slab, const besa__
         for (int64_t i = 0; i < width; i++) {
             const float *u = slab.u + i * slab.columns;
             if (slab.m > 0 && i % slab.m == 0) besa__slab_group(slab, go, w, i);
-            float goes = go[i], e = goes != 0.0f ? w[i] / u[i] : 0.0f;
+            float stays = go[i] != 0.0f ? 0.0f : besa__slab_stays(slab, w[i], r, i), e = (w[i] - stays) / u[i];
             if (e != 0.0f)
                 for (int64_t j = i + 1 + besa__lane(); j < width; j += 32) w[j] -= e * u[j];
             __syncwarp();
             if (besa__lane() == 0) {
                 go[i] = e;
-                if (goes != 0.0f) w[i] = 0.0f;
+                w[i] = stays;
             }
         }
         __syncwarp();
@@ -3016,13 +3168,14 @@ static besa__select *besa__cuda_slab_place(besa__arena *work, float **scale, int
 /* Columns first .. first+width-1 of Wf(R,C) */
 static besa_result besa__cuda_sparsegpt_slab(besa_backend *be, float *wf, float *err, const float *u,
                                              const int32_t *dead, int64_t first, int64_t width, double target, int n,
-                                             int m, int64_t rows, int64_t columns)
+                                             int m, const besa_quantizer *q, int64_t rows, int64_t columns)
 {
     besa__arena work = besa__cuda_work(be);
     float *scale;
     besa__select *select = besa__cuda_slab_place(&work, &scale, width);
+    const besa_quantizer none = {0, 0, 0, 0, NULL, NULL, NULL, NULL};
     besa__slab slab = {wf + first, err, u + first * columns + first, scale, dead + first, width, rows, columns, n, m,
-                       NULL};
+                       NULL, q ? *q : none, first};
     besa__slab_keys keys = {slab.w, scale, slab.dead, columns};
     BESA__CUDA_FITS(be, work);
     BESA__RUN(besa__slab_scale_kernel, 1, BESA__CUDA_THREADS, 0, scale, slab);
@@ -3038,7 +3191,9 @@ static besa_result besa__cuda_sparsegpt_slab(besa_backend *be, float *wf, float 
 static besa_result besa__cuda_sparsegpt_given(besa_backend *be, float *wf, float *err, const float *u, const float *kept,
                                               int64_t first, int64_t width, int64_t rows, int64_t columns)
 {
-    besa__slab slab = {wf + first, err, u + first * columns + first, NULL, NULL, width, rows, columns, 0, 0, kept + first};
+    const besa_quantizer none = {0, 0, 0, 0, NULL, NULL, NULL, NULL};
+    besa__slab slab = {wf + first, err, u + first * columns + first, NULL, NULL, width, rows, columns, 0, 0, kept + first, none,
+                       first};
     return besa__cuda_slab_run(be, slab, NULL);
 }
 

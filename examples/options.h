@@ -66,7 +66,7 @@ typedef struct settings {
     double sparsity[MAX_LIST];         /* of a comparison, as are rows */
     row rows[MAX_LIST];
     int num_sparsities, num_rows, left_out; /* 1: besa is not among the rows, as it has no patterns */
-    const char *besa_option, *learning_option, *weight_option; /* the last given under these headings, or NULL */
+    const char *besa_option, *learning_option, *weight_option, *bits_option; /* the last given under these headings, or NULL */
 } settings;
 
 /* What each other kind of number admits. */
@@ -125,6 +125,8 @@ static const option own_options[] = {
     {NULL, LIBRARY, BESA_OPTION_BESA | BESA_OPTION_WEIGHTS, 0, "", ""},
     {"Weights that learn", HEADING, 0, RUN, "", ""},
     {NULL, LIBRARY, BESA_OPTION_WEIGHTS, 0, "", ""},
+    {"Quantisation, with --bits", HEADING, 0, RUN, "", ""},
+    {NULL, LIBRARY, BESA_OPTION_BITS, 0, "", ""},
 
     {"Run", HEADING, 0, ALL, "", ""},
     {"device", DEVICE, 0, RUN | EVAL, "cpu|cuda[:N]", "compute on the CPU or on NVIDIA GPU number N [cpu]; "
@@ -141,7 +143,7 @@ static const option own_options[] = {
     {"help", FLAG, AT(help), ALL, "", "print this"},
 };
 
-/* The library's options that these (of BESA_OPTION_BESA, BESA_OPTION_WEIGHTS; 0: every method) look at, as rows of ours. A
+/* The library's options that these (of BESA_OPTION_BESA, _WEIGHTS, _BITS; 0: every method) look at, as rows of ours. A
  * comparison has lists of its own for method and sparsity. */
 static void add_library_options(settings *s, size_t lookers)
 {
@@ -149,7 +151,7 @@ static void add_library_options(settings *s, size_t lookers)
     for (const besa_option *o = besa_option_table(); o->name; o++) {
         const size_t offset = AT(prune) + o->offset;
         const int listed = offset == AT(prune.method) || offset == AT(prune.rates.target);
-        const int flags = o->flags & (BESA_OPTION_BESA | BESA_OPTION_WEIGHTS);
+        const int flags = o->flags & (BESA_OPTION_BESA | BESA_OPTION_WEIGHTS | BESA_OPTION_BITS);
         if (!o->flag || (size_t)flags != lookers) continue;
         option *made = &s->options[s->num_options++];
         made->name = o->flag;
@@ -434,6 +436,7 @@ static void note_heading(settings *s, const option *o)
     if (strncmp(heading->name, "BESA", 4) == 0) s->besa_option = o->name;
     if (strncmp(heading->name, "Learning", 8) == 0) s->learning_option = o->name;
     if (strncmp(heading->name, "Weights", 7) == 0) s->weight_option = o->name;
+    if (strncmp(heading->name, "Quantisation", 12) == 0) s->bits_option = o->name;
 }
 
 /* The command's option of that name, or NULL. */
@@ -630,9 +633,11 @@ static void check_methods(const settings *s)
     }
     const int besa = (methods & 1u << BESA_METHOD_BESA) != 0, sparsegpt = (methods & 1u << BESA_METHOD_SPARSEGPT) != 0;
     if (s->besa_option && !besa) usage_error(s, "--%s is for --method besa", s->besa_option);
-    if (s->learning_option && !besa && !weights)
+    const int clips = s->prune.bits != 0 && s->prune.clipping == BESA_CLIPPING_LEARNED;
+    if (s->learning_option && !besa && !weights && !clips)
         usage_error(s, "--%s is for what learns: --method besa or --learn weights", s->learning_option);
-    if (s->weight_option && !weights) usage_error(s, "--%s is for --learn weights or both", s->weight_option);
+    if (s->weight_option && !weights && !clips) usage_error(s, "--%s is for --learn weights or both", s->weight_option);
+    if (s->bits_option && !s->prune.bits) usage_error(s, "--%s is for --bits N", s->bits_option);
     if (s->prune.magnitude_per_row && !(methods & 1u << BESA_METHOD_MAGNITUDE))
         usage_error(s, "--per-row is for --method magnitude");
     if (s->prune.damping > 0 && !sparsegpt && !(besa && uses_factor(s->prune.importance)) && !s->prune.refit)

@@ -218,6 +218,14 @@ static void ops_same(ops *t, const char *what, const void *device, const void *w
         }
 }
 
+/* What a buffer holds. */
+static void *ops_raw(ops *t, const void *device, size_t bytes)
+{
+    void *data = ops_host(t, bytes);
+    ops_get(t, data, device, bytes);
+    return data;
+}
+
 static void ops_workspace(ops *t, const besa_workload *w)
 {
     size_t bytes = t->be->workspace_size(t->be, w);
@@ -1309,6 +1317,124 @@ static void ops_mask_zeros(ops *t, const ops_case *c)
     if (wrong) ops_fail(t, "weights that are not as masked", (double)wrong, 0);
 }
 
+/* ---- quantisation -------------------------------------------------------------------------- */
+
+typedef struct ref_grid {
+    double *logit;                     /* (R,G,2) of the clips; NULL: they are 1 */
+    const double *range, *dw, *w;      /* (R,G,2), (R,C), (R,C) */
+    double *scale, *zero;              /* (R,G) */
+    const double *held;                /* (R,C) round(W / h) as it is, NULL: to be worked out; with it the zero point is held too */
+    int64_t rows, columns, group;
+    int bits;
+} ref_grid;
+
+static int64_t ref_groups(const ref_grid *r) { return (r->columns + r->group - 1) / r->group; }
+
+static void ref_scales(const ref_grid *r)
+{
+    for (int64_t i = 0; i < r->rows * ref_groups(r); i++) {
+        double high = r->range[2 * i], low = r->range[2 * i + 1];
+        if (r->logit) high /= 1 + exp(-r->logit[2 * i]), low /= 1 + exp(-r->logit[2 * i + 1]);
+        r->scale[i] = (high - low) / (double)((1 << r->bits) - 1);
+        if (!r->held) r->zero[i] = r->scale[i] > 0 ? -nearbyint(low / r->scale[i]) : 0;
+        if (!(r->scale[i] > 0)) r->scale[i] = 0;
+    }
+}
+
+/* <dW, What>; where rounding is held, a weight within the grid is W + h (round(W / h) - W / h) with W / h a variable and its
+ * rounding passed straight through: then h d(W / h) + (round(W / h)) dh - W / h dh is what the operation's comment says. */
+static double ref_quantized(const void *user)
+{
+    const ref_grid *r = (const ref_grid *)user;
+    double sum = 0, most = (double)((1 << r->bits) - 1);
+    ref_scales(r);
+    for (int64_t i = 0; i < r->rows * r->columns; i++) {
+        int64_t g = i / r->columns * ref_groups(r) + i % r->columns / r->group;
+        double h = r->scale[g], z = r->zero[g], u;
+        if (h == 0) continue;
+        u = r->held[i] + z;
+        sum += r->dw[i] * (u > 0 && u < most ? h * (r->held[i] - r->w[i] / r->held[r->rows * r->columns + g]) : h * (fmin(fmax(u, 0), most) - z));
+    }
+    return sum;
+}
+
+/* n: rows, columns, group, bits, 1 without clips, 2 a row of zeros and one of equal weights */
+static void ops_quantize(ops *t, const ops_case *c)
+{
+    int64_t R = c->n[0], C = c->n[1], group = c->n[2], wrong = 0, far = 0;
+    int bits = (int)c->n[3], bare = c->n[4] == 1;
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(R, C, 0);
+    int64_t G = (C + group - 1) / group, groups = R * G;
+    double *w = ops_random(t, R * C, 1), *range = ops_doubles(t, 2 * groups), *logit = ops_random(t, 2 * groups, 1), *got;
+    double *dw = ops_random(t, R * C, 1), *dlogit = ops_random(t, 2 * groups, 1), *held = ops_doubles(t, R * C + groups);
+    double *scale = ops_doubles(t, groups), *zero = ops_doubles(t, groups), most = (double)((1 << bits) - 1);
+    ref_grid ref = {bare ? NULL : logit, range, dw, w, scale, zero, NULL, R, C, group, bits};
+    besa_quantizer q = {bits, R, C, group, NULL, NULL, ops_float_out(t, groups), ops_float_out(t, groups)};
+    void *w_, *what_ = ops_device(t, (size_t)(R * C) * besa_dtype_size(c->dtype));
+    float *range_ = ops_float_out(t, 2 * groups), *dw_ = (float *)ops_float(t, dw, R * C), *dlogit_;
+    for (int64_t i = 0; i < R * C; i++) w[i] = c->n[4] == 2 && i / C < 2 ? (double)(i / C) : w[i] * (i % 7 ? 0.3 : 1);
+    for (int64_t i = 0; i < 2 * groups; i++) logit[i] += 2;
+    w_ = ops_send(t, w, c->dtype, R * C);
+    dlogit_ = (float *)ops_float(t, dlogit, 2 * groups);
+    if (!bare) q.logit = (float *)ops_float(t, logit, 2 * groups);
+    q.range = range_;
+    ops_workspace(t, &sizes);
+    for (int64_t i = 0; i < R * C; i++) {
+        double *of = range + 2 * (i / C * G + i % C / group);
+        of[0] = fmax(of[0], w[i]), of[1] = fmin(of[1], w[i]);
+    }
+    ops_call(t, be->quantize_range(be, range_, w_, c->dtype, group, R, C), "quantize_range");
+    ops_call(t, be->quantize_grid(be, &q), "quantize_grid");
+    if (ops_is(t, "perf")) {
+        double width = (double)besa_dtype_size(c->dtype);
+        if (c->n[4] == 3) OPS_TIME(t, (double)(R * C) * (4 + width), "GB/s", ops_call(t, be->quantize_gradient(be, dlogit_, dw_, w_, c->dtype, &q), ""));
+        else OPS_TIME(t, (double)(R * C) * 2 * width, "GB/s", ops_call(t, be->quantize(be, what_, w_, c->dtype, &q), ""));
+        return;
+    }
+    ops_near(t, "range", ops_fetch(t, range_, BESA_F32, 2 * groups), range, 2 * groups, 1e-30);
+    ref_scales(&ref);
+    ops_near(t, "scale", ops_fetch(t, q.scale, BESA_F32, groups), scale, groups, 1e-6);
+    got = ops_fetch(t, q.zero, BESA_F32, groups);
+    for (int64_t i = 0; i < groups; i++) /* a zero point half-way between two whole numbers may be either */
+        wrong += got[i] != rint(got[i]) || fabs(got[i] - zero[i]) > 1 || got[i] < 0 || got[i] > most, far += got[i] != zero[i];
+    if (wrong || far > 1 + groups / 100) ops_fail(t, "zero points that are wrong", (double)(wrong + far), 1);
+    memcpy(zero, got, (size_t)groups * sizeof *zero);
+    memcpy(scale, ops_fetch(t, q.scale, BESA_F32, groups), (size_t)groups * sizeof *scale);
+    ops_call(t, be->quantize(be, what_, w_, c->dtype, &q), "quantize");
+    got = ops_fetch(t, what_, c->dtype, R * C);
+    wrong = far = 0;
+    for (int64_t i = 0; i < R * C; i++) {
+        int64_t g = i / C * G + i % C / group;
+        float h = (float)scale[g];
+        double place = h > 0 ? (double)((float)w[i] / h) : 0, u = fmin(fmax(rint(place) + zero[g], 0), most);
+        held[i] = rint(place), held[R * C + g] = (double)h;
+        wrong += got[i] != ops_round(c->dtype, (double)(h * (float)(u - zero[g]))) || (got[i] == 0 && signbit(got[i]));
+    }
+    if (wrong) ops_fail(t, "weights that are not on their level", (double)wrong, 0);
+    if (bare) return;
+    ref.held = held;
+    for (int64_t i = 0; i < groups && !ops_is(t, "grad"); i++) { /* from the comment's formula */
+        double sum = 0, g0 = 1 / (1 + exp(-logit[2 * i])), g1 = 1 / (1 + exp(-logit[2 * i + 1]));
+        for (int64_t j = i % G * group; j < C && j < (i % G + 1) * group && scale[i] > 0; j++) {
+            int64_t k = i / G * C + j;
+            double u = held[k] + zero[i], place = w[k] / scale[i];
+            sum += dw[k] * (u > 0 && u < most ? held[k] - place : fmin(fmax(u, 0), most) - zero[i]);
+        }
+        dlogit[2 * i] += sum * range[2 * i] * g0 * (1 - g0) / most, dlogit[2 * i + 1] -= sum * range[2 * i + 1] * g1 * (1 - g1) / most;
+    }
+    if (ops_is(t, "grad")) {
+        ops_call(t, be->zero(be, BESA_QUEUE_COMPUTE, dlogit_, (size_t)(2 * groups) * 4), "zero");
+        ops_call(t, be->quantize_gradient(be, dlogit_, dw_, w_, c->dtype, &q), "quantize_gradient");
+        ops_gradient(t, "clips", logit, ops_fetch(t, dlogit_, BESA_F32, 2 * groups), 2 * groups, 1e-4, ref_quantized, &ref, 1e-3);
+        return;
+    }
+    ops_call(t, be->quantize_gradient(be, dlogit_, dw_, w_, c->dtype, &q), "quantize_gradient");
+    ops_near(t, "quantize_gradient", ops_fetch(t, dlogit_, BESA_F32, 2 * groups), dlogit, 2 * groups, 1e-5);
+    ops_call(t, be->quantize(be, w_, w_, c->dtype, &q), "quantize");
+    ops_same(t, "in place", w_, ops_raw(t, what_, (size_t)(R * C) * besa_dtype_size(c->dtype)), (size_t)(R * C) * besa_dtype_size(c->dtype));
+}
+
 static void ops_rms(ops *t, const ops_case *c)
 {
     int64_t n = c->n[0];
@@ -1584,12 +1710,12 @@ static void ops_slab(ops *t, const ops_case *c)
             float *keep_ = (float *)ops_float(t, w, R * C);
             OPS_TIME(t, 12.0 * (double)(R * width), "GB/s",
                      (ops_call(t, be->copy(be, BESA_QUEUE_COMPUTE, w_, keep_, (size_t)(R * C) * 4), ""),
-                      ops_call(t, be->sparsegpt_slab(be, w_, err_, u_, dead_, first, width, 0.5, n, m, R, C), "")));
+                      ops_call(t, be->sparsegpt_slab(be, w_, err_, u_, dead_, first, width, 0.5, n, m, NULL, R, C), "")));
         }
         return;
     }
     ref_slab(t, w, err, u, dead, first, width, target, n, m, R, C);
-    ops_call(t, be->sparsegpt_slab(be, w_, err_, u_, dead_, first, width, target, n, m, R, C), "sparsegpt_slab");
+    ops_call(t, be->sparsegpt_slab(be, w_, err_, u_, dead_, first, width, target, n, m, NULL, R, C), "sparsegpt_slab");
     ops_near(t, "slab", ops_fetch(t, w_, BESA_F32, R * C), w, R * C, 1e-5);
     ops_near(t, "err", ops_fetch(t, err_, BESA_F32, R * width), err, R * width, 1e-5);
     for (int64_t r = 0; r < R; r++)
@@ -1598,6 +1724,47 @@ static void ops_slab(ops *t, const ops_case *c)
                 w[r * C + first + width + j] -= err[r * width + i] * u[(first + i) * C + first + width + j];
     ops_call(t, be->sparsegpt_push(be, w_, err_, u_, first, width, R, C), "sparsegpt_push");
     ops_near(t, "push", ops_fetch(t, w_, BESA_F32, R * C), w, R * C, 1e-5);
+}
+
+/* A slab whose kept weights go to their levels. Where a weight lies half-way rounding decides, and all that follows it: so each
+ * weight is looked at with the errors that came before it as they are. n: rows, columns, first, width, group; 2 of 4 go in
+ * every other case. */
+static void ops_slab_levels(ops *t, const ops_case *c)
+{
+    int64_t R = c->n[0], C = c->n[1], first = c->n[2], width = c->n[3], group = c->n[4], G = (C + group - 1) / group, wrong = 0, pruned = 0;
+    int m = (int)c->n[5];
+    besa_backend *be = t->be;
+    besa_workload sizes = ops_sizes(R, C, 1);
+    int32_t *dead = (int32_t *)ops_host(t, (size_t)C * 4);
+    double *h = ops_hessian(t, C, dead), *u = ops_doubles(t, C * C), *w = ops_weights(t, R * C), *err, *got, *scale, *zero;
+    besa_quantizer q = {3, R, C, group, NULL, NULL, ops_float_out(t, R * G), ops_float_out(t, R * G)};
+    float *w_, *u_, *err_ = ops_float_out(t, R * width), *range_ = ops_float_out(t, 2 * R * G);
+    for (int64_t i = 0; i < C; i++) h[i * C + i] += 0.1;
+    ref_factor(t, u, h, C);
+    int32_t *dead_ = (int32_t *)ops_put(t, dead, (size_t)C * 4);
+    w_ = (float *)ops_float(t, w, R * C), u_ = (float *)ops_float(t, u, C * C);
+    q.range = range_;
+    sizes.hessian_columns = C;
+    ops_workspace(t, &sizes);
+    ops_call(t, be->quantize_range(be, range_, w_, BESA_F32, group, R, C), "quantize_range");
+    ops_call(t, be->quantize_grid(be, &q), "quantize_grid");
+    ops_call(t, be->sparsegpt_slab(be, w_, err_, u_, dead_, first, width, 0.5, m ? 2 : 0, m, &q, R, C), "sparsegpt_slab");
+    err = ops_fetch(t, err_, BESA_F32, R * width), got = ops_fetch(t, w_, BESA_F32, R * C);
+    scale = ops_fetch(t, q.scale, BESA_F32, R * G), zero = ops_fetch(t, q.zero, BESA_F32, R * G);
+    for (int64_t i = 0; i < R * C; i++) {
+        int64_t j = i % C - first, g = i / C * G + i % C / group;
+        double x = i % C >= first && dead[i % C] && j < width ? 0 : w[i], step = scale[g], code;
+        if (j < 0 || j >= width) wrong += got[i] != w[i];
+        if (j < 0 || j >= width) continue;
+        for (int64_t k = 0; k < j; k++) x -= err[i / C * width + k] * u[(first + k) * C + first + j];
+        code = step > 0 ? rint(got[i] / step) + zero[g] : 0; /* on the grid, and the nearest level or 0 */
+        wrong += fabs(got[i] - (step > 0 ? step * (code - zero[g]) : 0)) > 1e-6 || code < 0 || code > 7;
+        wrong += fabs(err[i / C * width + j] * u[(first + j) * (C + 1)] - (x - got[i])) > 1e-4;
+        wrong += got[i] != 0 && fabs(got[i] - x) > 0.5 * step + 1e-4 && !(code == 0 && x < got[i]) && !(code == 7 && x > got[i]);
+        pruned += got[i] == 0;
+    }
+    if (wrong) ops_fail(t, "weights or errors that are wrong", (double)wrong, 0);
+    if (pruned < R * width / 2 || pruned == R * width) ops_fail(t, "pruned", (double)pruned, (double)(R * width / 2));
 }
 
 /* Two scores that are the last bit apart: the third smallest of four goes, the fourth stays. */
@@ -1616,7 +1783,7 @@ static void ops_slab_close(ops *t, const ops_case *c)
     dead = (int32_t *)ops_put(t, dead, C * 4);
     sizes.hessian_columns = C;
     ops_workspace(t, &sizes);
-    ops_call(t, be->sparsegpt_slab(be, w_, err_, u_, dead, 0, C, 0.5, 0, 0, 1, C), "sparsegpt_slab");
+    ops_call(t, be->sparsegpt_slab(be, w_, err_, u_, dead, 0, C, 0.5, 0, 0, NULL, 1, C), "sparsegpt_slab");
     got = ops_fetch(t, w_, BESA_F32, C);
     for (int i = 0; i < C; i++) if (got[i] != (i == 0)) ops_fail(t, "a weight", got[i], i == 0);
 }
@@ -1998,6 +2165,14 @@ static const ops_case ops_cases[] = {
     {"column_sum 3x33", ops_column_sum, {3, 33, 0}, BESA_F32, "t"}, {"column_sum norm 1000x1000", ops_column_sum, {1000, 1000, 1}, BESA_F32, "t"},
     {"column_sum 1000x1000", ops_column_sum, {1000, 1000, 0}, BESA_F32, "t"}, {"column_sum norm 5000x64", ops_column_sum, {5000, 64, 1}, BESA_F32, "t"},
     {"column_sum 8192x1536", ops_column_sum, {8192, 1536, 0}, BESA_F32, "p"}, {"column_sum norm 8192x576", ops_column_sum, {8192, 576, 1}, BESA_F32, "p"},
+    OPS_TYPES("quantize 1x1", ops_quantize, "t", 1, 1, 1, 3), OPS_TYPES("quantize 9x127", ops_quantize, "tg", 9, 127, 127, 4),
+    OPS_TYPES("quantize 33x1000 groups of 64", ops_quantize, "tg", 33, 1000, 64, 3), OPS_TYPES("quantize 5x70 groups of 33, 8 bits", ops_quantize, "tg", 5, 70, 33, 8),
+    OPS_TYPES("quantize 70x1000 nearest", ops_quantize, "t", 70, 1000, 1000, 2, 1), OPS_TYPES("quantize 5x33 zeros", ops_quantize, "t", 5, 33, 7, 4, 2),
+    {"slab 5x96 on levels", ops_slab_levels, {5, 96, 0, 32, 96, 0}, BESA_F32, "t"}, {"slab 40x150 on levels", ops_slab_levels, {40, 150, 22, 128, 33, 0}, BESA_F32, "t"},
+    {"slab 33x128 2:4 on levels", ops_slab_levels, {33, 128, 32, 64, 16, 4}, BESA_F32, "t"},
+    {"quantize 3x2000", ops_quantize, {3, 2000, 2000, 5}, BESA_BF16, "tg"},
+    {"quantize 2048x4096 bf16", ops_quantize, {2048, 4096, 4096, 4}, BESA_BF16, "p"}, {"quantize 2048x4096 f32", ops_quantize, {2048, 4096, 4096, 4}, BESA_F32, "p"},
+    {"quantize 2048x4096 groups of 128", ops_quantize, {2048, 4096, 128, 4}, BESA_BF16, "p"}, {"quantize gradient 2048x4096", ops_quantize, {2048, 4096, 4096, 4, 3}, BESA_BF16, "p"},
 };
 enum { OPS_CASES = sizeof ops_cases / sizeof *ops_cases };
 

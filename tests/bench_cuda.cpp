@@ -1045,7 +1045,7 @@ static void bench_rates(besa_backend *be, arrays &a)
         return be->hessian_factor(be, a.hessian, a.counts, 0.01f, d);
     });
     BENCH("diagonal", be->diagonal(be, a.small, a.hessian, a.counts, d));
-    BENCH("sparsegpt_slab, 128 columns", be->sparsegpt_slab(be, a.f, a.sums, a.hessian, a.counts, 0, slab, 0.5, 0, 0,
+    BENCH("sparsegpt_slab, 128 columns", be->sparsegpt_slab(be, a.f, a.sums, a.hessian, a.counts, 0, slab, 0.5, 0, 0, NULL,
                                                             a.inner / 2, d));
     BENCH("sparsegpt_push", be->sparsegpt_push(be, a.f, a.sums, a.hessian, 0, slab, a.inner / 2, d));
 }

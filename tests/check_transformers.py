@@ -62,6 +62,33 @@ def check(program, source, tokens_file, method, extra, nsamples, seqlen, windows
         return False
 
 
+def readme_python():
+    """What the README's Python block defines."""
+    text = (pathlib.Path(__file__).resolve().parent.parent / "README.md").read_text()
+    names = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    return names
+
+
+def check_codes(program, source, tokens_file, extra, work):
+    """The README's lines rebuild the weights of a quantised output from its codes."""
+    name = f"codes of {source.name} {' '.join(extra)}"
+    output = work / f"{source.name}-{'-'.join(extra)}"
+    try:
+        besa(program, "prune", source, output, "--tokens", tokens_file, "--nsamples", 8, "--seqlen", 64, *extra)
+        model = AutoModelForCausalLM.from_pretrained(output, torch_dtype="auto").state_dict()
+        wrong = count = 0
+        for tensor, weight in readme_python()["quantised_weights"](output):
+            wrong += int((torch.from_numpy(weight).to(model[tensor].dtype) != model[tensor]).sum())
+            count += 1
+        good = wrong == 0 and count > 0 and count % 7 == 0
+        print(f"{'PASS' if good else 'FAIL'} {name}: {count} layers, {wrong} weights differ", flush=True)
+        return good
+    except Exception as e:
+        print(f"FAIL {name}: {type(e).__name__}: {e}", flush=True)
+        return False
+
+
 def main():
     if len(sys.argv) not in (5, 7):
         sys.exit(__doc__)
@@ -78,6 +105,8 @@ def main():
             np.save(tokens, np.random.default_rng(1).integers(0, vocab, 8 * 64).astype(np.uint16))
             for method in ("dense", "besa", "sparsegpt"):
                 good &= check(program, source, tokens, method, [], 8, 64, 8, work)
+            for extra in (["--bits", "4"], ["--bits", "8", "--group-size", "5"], ["--bits", "3", "--method", "sparsegpt"]):
+                good &= check_codes(program, source, tokens, extra, work)
         for case in sorted(p for p in cases.iterdir() if (p / "model").is_dir()):
             source = work / case.name  # of the case's name; transformers may refuse the dense one
             source.symlink_to(case / "model")

@@ -637,7 +637,7 @@ static void test_vast_rest(void)
     twin w = vast_array<float>(&h, wide, narrow, -1, 1), u = vast_array<float>(&h, 0, narrow * narrow, 0.5, 1);
     twin err = vast_array<float>(&h, wide, slab, 0, 0), dead = vast_array<int32_t>(&h, 0, narrow, 0, 0);
     vast_run(&h, "sparsegpt_slab", 1, wide, [&](besa_backend *be, int s, int64_t rows) {
-        return be->sparsegpt_slab(be, w.f(s), err.f(s), u.f(s), dead.i(s), 992, slab, 0.5, 2, 4, rows, narrow);
+        return be->sparsegpt_slab(be, w.f(s), err.f(s), u.f(s), dead.i(s), 992, slab, 0.5, 2, 4, NULL, rows, narrow);
     });
     vast_same<float>(&h, w, "sparsegpt_slab");
     vast_same<float>(&h, err, "sparsegpt_slab, err");
@@ -821,7 +821,8 @@ static void check_close(double got, double want, double limit, const char *what,
 
 /* The whole run on both backends: masks and losses */
 static void compare_pipelines(const char *name, besa_method method, int fp32, double masks, double losses,
-                              besa_learn learn = BESA_LEARN_RATES, double share = 0, besa_refit refit = BESA_REFIT_NONE)
+                              besa_learn learn = BESA_LEARN_RATES, double share = 0, besa_refit refit = BESA_REFIT_NONE,
+                              int bits = 0)
 {
     besa_backend cpu, cuda = cuda_backend(fp32);
     besa_error error;
@@ -833,12 +834,13 @@ static void compare_pipelines(const char *name, besa_method method, int fp32, do
         r->options.dense_share = share;
         r->options.refit = refit;
         r->options.learn_vectors = learn == BESA_LEARN_BOTH;
+        r->options.bits = bits, r->options.group_size = bits ? 24 : 0;
         if (learn != BESA_LEARN_RATES) r->options.dense_share = 0.5, r->options.batch_size = 2, r->options.epochs = 1;
     }
     CHECK_OK(run_prune(&a, &cpu), a.error);
     CHECK_OK(run_prune(&b, &cuda), b.error);
     int64_t differ, total;
-    int changes = method == BESA_METHOD_SPARSEGPT || learn != BESA_LEARN_RATES || refit != BESA_REFIT_NONE; /* what is kept */
+    int changes = method == BESA_METHOD_SPARSEGPT || learn != BESA_LEARN_RATES || refit != BESA_REFIT_NONE || bits; /* what is kept */
     compare_weights(a.output, b.output, changes, &differ, &total);
     CHECK(total > 0 && static_cast<double>(differ) < masks * static_cast<double>(total), "%lld of %lld weights differ",
           static_cast<long long>(differ), static_cast<long long>(total));
@@ -869,6 +871,8 @@ static void test_pipeline(void)
     TEST("pipeline, wanda, fp32") compare_pipelines("wanda32", BESA_METHOD_WANDA, 1, 1e-3, 0.01);
     TEST("pipeline, magnitude, fp32") compare_pipelines("magnitude32", BESA_METHOD_MAGNITUDE, 1, 1e-3, 0.01);
     TEST("pipeline, sparsegpt, fp32") compare_pipelines("sparsegpt32", BESA_METHOD_SPARSEGPT, 1, 1e-2, 0.02);
+    TEST("pipeline, bits, wanda, fp32") compare_pipelines("wanda4", BESA_METHOD_WANDA, 1, 1e-3, 0.01, BESA_LEARN_RATES, 0, BESA_REFIT_NONE, 4);
+    TEST("pipeline, bits, besa and weights, fp32") compare_pipelines("both5", BESA_METHOD_BESA, 1, 2e-2, 0.03, BESA_LEARN_BOTH, 0, 5);
     TEST("pipeline, besa and weights, fp32") compare_pipelines("both32", BESA_METHOD_BESA, 1, 1e-2, 0.02, BESA_LEARN_BOTH);
     TEST("pipeline, wanda and cg, fp32") /* 256 tokens for 172 columns: a rounding counts */
         compare_pipelines("cg32", BESA_METHOD_WANDA, 1, 1e-2, 0.1, BESA_LEARN_RATES, 0, BESA_REFIT_CG);
@@ -877,6 +881,8 @@ static void test_pipeline(void)
             compare_pipelines("obs32", BESA_METHOD_WANDA, 1, 1e-2, 0.02, BESA_LEARN_RATES, 0, BESA_REFIT_OBS);
         TEST("pipeline, sparsegpt and cg, bf16")
             compare_pipelines("cg16", BESA_METHOD_SPARSEGPT, 0, 0.1, 0.15, BESA_LEARN_RATES, 0, BESA_REFIT_CG);
+        TEST("pipeline, bits, besa, bf16") compare_pipelines("besa4", BESA_METHOD_BESA, 0, 0.1, 0.15, BESA_LEARN_RATES, 0, BESA_REFIT_NONE, 4);
+        TEST("pipeline, bits, sparsegpt, fp32") compare_pipelines("gpt3", BESA_METHOD_SPARSEGPT, 1, 5e-2, 0.05, BESA_LEARN_RATES, 0, BESA_REFIT_NONE, 3);
         TEST("pipeline, besa and weights, bf16") compare_pipelines("both16", BESA_METHOD_BESA, 0, 0.1, 0.15, BESA_LEARN_BOTH);
         TEST("pipeline, wanda's weights, fp32") compare_pipelines("learned32", BESA_METHOD_WANDA, 1, 1e-2, 0.02, BESA_LEARN_WEIGHTS);
         TEST("pipeline, mixed reference, fp32") compare_pipelines("mix32", BESA_METHOD_BESA, 1, 1e-3, 0.01, BESA_LEARN_RATES, 0.5);

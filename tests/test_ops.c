@@ -203,7 +203,7 @@ static void test_sparsegpt(void)
         float *got = copy_of(w);
         int wrong = 0;
         for (int64_t first = 0; first < C; first += SLAB) {
-            CHECK_BE(g_be.sparsegpt_slab(&g_be, got, errors, factor, dead, first, SLAB, 0.5, t[k].n, t[k].m, R, C));
+            CHECK_BE(g_be.sparsegpt_slab(&g_be, got, errors, factor, dead, first, SLAB, 0.5, t[k].n, t[k].m, NULL, R, C));
             CHECK_BE(g_be.sparsegpt_push(&g_be, got, errors, factor, first, SLAB, R, C));
         }
         for (int i = 0; i < R * C; i++) wrong += (got[i] == 0.0f) != (want.v[i] == 0.0);

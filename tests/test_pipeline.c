@@ -982,6 +982,9 @@ static const struct bounds {
     { "steps", 'l', 1, 0, 0, 0, 0, "1 or more" },
     { "no_projection", 'i', 0, 1, 0, 0, 0, "0 or 1" }, { "num_fixed", 'l', 0, 0, 0, 0, 0, "0 or more" },
     { "first_block", 'l', 0, 0, 0, 0, 0, "0 or more" }, { "num_blocks", 'l', 0, 0, 0, 0, 0, "0 or more" },
+    { "bits", 'i', 2, 8, 0, 0, 0, "0 or 2 to 8" }, { "group_size", 'l', 0, 0, 0, 0, 0, "0 or more" },
+    { "clipping", 'i', 0, 2, 0, 0, 0, "besa_clipping" }, { "clip_lr", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
+    { "quantize_first", 'i', 0, 1, 0, 0, 0, "0 or 1" },
     { "num_block_targets", 'l', 0, 0, 0, 0, 0, "0 or more" }, { "depth_slope", 'd', -1, 1, 1, 1, 0, "above -1 and below 1" },
 };
 
@@ -1473,23 +1476,216 @@ static void test_refits(void)
     expect(&s, BESA_ERROR_OPTION, "learn both");
 }
 
+/* ---- quantised weights ------------------------------------------------------------------------ */
+
+/* The value of w in its group's grid, by the paper's formula in float with clips of 1; w0 (columns) the group's dense weights. */
+static float on_grid(float w, const float *w0, int64_t columns, int bits)
+{
+    float high = 0, low = 0, most = (float)((1 << bits) - 1), h, z, u;
+    for (int64_t j = 0; j < columns; j++) high = fmaxf(high, w0[j]), low = fminf(low, w0[j]);
+    h = (high - low) / most;
+    if (!(h > 0)) return 0;
+    z = -nearbyintf(low / h);
+    u = nearbyintf(w / h) + z;
+    return h * ((u < 0 ? 0 : u > most ? most : u) - z);
+}
+
+static float element(const besa_tensor *t, int64_t i)
+{
+    float f;
+    uint16_t half;
+    memcpy(&f, (const char *)t->data + 4 * (t->dtype == BESA_F32 ? i : 0), 4);
+    memcpy(&half, (const char *)t->data + 2 * i, 2);
+    return t->dtype == BESA_F32 ? f : t->dtype == BESA_F16 ? besa__f16_to_f32(half) : besa__bf16_to_f32(half);
+}
+
+static float rounded(besa_dtype dtype, float x)
+{
+    return dtype == BESA_F32 ? x : dtype == BESA_F16 ? besa__f16_to_f32(besa__f32_to_f16(x)) : besa__bf16_to_f32(besa__f32_to_bf16(x));
+}
+
+/* One layer: no more values in a group than there are levels, none of them -0; with `masks` (or NULL) they are those of its
+ * weights on the dense ones' grid. Returns the zeros. */
+static int64_t verify_levels(const besa_tensor *dense, const besa_tensor *out, const besa_tensor *masks, const besa_prune_options *o)
+{
+    int64_t C = out->shape[1], group = o->group_size && o->group_size < C ? o->group_size : C, zeros = 0, wrong = 0, many = 0;
+    float *w0 = (float *)malloc((size_t)C * sizeof *w0), levels[256];
+    for (int64_t r = 0; r < out->shape[0]; r++)
+        for (int64_t first = 0; first < C; first += group) {
+            int64_t n = C - first < group ? C - first : group;
+            int count = 0;
+            for (int64_t j = 0; j < n; j++) w0[j] = element(dense, r * C + first + j);
+            for (int64_t j = 0; j < n; j++) {
+                float x = element(out, r * C + first + j);
+                int k = 0;
+                if (masks) wrong += x != rounded(out->dtype, on_grid(element(masks, r * C + first + j), w0, n, o->bits));
+                wrong += x == 0 && signbit(x);
+                zeros += x == 0;
+                while (k < count && levels[k] != x) k++;
+                if (k == count && count < 256) levels[count++] = x;
+            }
+            many += count > 1 << o->bits;
+        }
+    free(w0);
+    CHECK(wrong == 0 && many == 0, "%s: %d weights are not on their level, %d groups have too many", out->name, (int)wrong, (int)many);
+    return zeros;
+}
+
+/* Where a tensor's bytes lie in besa_quantization.safetensors, whose header begins 8 bytes from its start; NULL: there is none. */
+static const unsigned char *find_code(const unsigned char *file, size_t size, const char *tensor, const char *kind, int64_t rows,
+                                      int64_t columns)
+{
+    char key[256], *at;
+    uint64_t header = 0, begin, end;
+    for (int i = 0; i < 8; i++) header |= (uint64_t)file[i] << (8 * i);
+    snprintf(key, sizeof key, "\"%.*s.%s\":{\"dtype\":\"%s\",\"shape\":[%d,%d],\"data_offsets\":[", (int)strlen(tensor) - 7, tensor, kind,
+             !strcmp(kind, "scale") ? "F32" : "U8", (int)rows, (int)columns);
+    if (header % 8 || header + 8 > size || !(at = strstr((char *)(uintptr_t)file + 8, key))) return NULL;
+    begin = strtoull(at + strlen(key), &at, 10), end = strtoull(at + 1, NULL, 10);
+    return end - begin == (uint64_t)(rows * columns) * (strcmp(kind, "scale") ? 1 : 4) && 8 + header + end <= size ? file + 8 + header + begin
+           : NULL;
+}
+
+/* The weights of one layer are what its codes say, to the bit. */
+static void verify_codes(const unsigned char *file, size_t size, const besa_tensor *out, const besa_prune_options *o)
+{
+    int64_t R = out->shape[0], C = out->shape[1], group = o->group_size && o->group_size < C ? o->group_size : C, wrong = 0;
+    int64_t G = (C + group - 1) / group;
+    const unsigned char *scale = find_code(file, size, out->name, "scale", R, G), *zero = find_code(file, size, out->name, "zero", R, G);
+    const unsigned char *code = find_code(file, size, out->name, "codes", R, C);
+    if (!CHECK(scale && zero && code, "%s has no codes", out->name)) return;
+    for (int64_t i = 0; i < R * C; i++) {
+        int64_t g = i / C * G + i % C / group;
+        float h, x;
+        memcpy(&h, scale + 4 * g, 4);
+        x = rounded(out->dtype, h * ((float)code[i] - (float)zero[g]));
+        wrong += x != element(out, i) || signbit(x) != signbit(element(out, i)) || code[i] >> o->bits || zero[g] >> o->bits;
+    }
+    CHECK(wrong == 0, "%s: %d codes are of other weights", out->name, (int)wrong);
+}
+
+/* All layers; the first block's with `masks`, an output without bits, as later ones are masked by what the first puts out.
+ * Returns the zeros of all. */
+static int64_t verify_quantized(const setup *s, const char *masks)
+{
+    besa_checkpoint *dense = NULL, *out = NULL, *other = NULL;
+    besa_error error;
+    int64_t zeros = 0;
+    size_t size;
+    char path[600];
+    snprintf(path, sizeof path, "%s/besa_quantization.safetensors", s->output);
+    unsigned char *codes = read_bytes(path, &size);
+    CHECK_OK(besa_checkpoint_open(&dense, s->source, &error), error);
+    CHECK_OK(besa_checkpoint_open(&out, s->output, &error), error);
+    if (masks) CHECK_OK(besa_checkpoint_open(&other, masks, &error), error);
+    for (int64_t b = 0; dense && out && b < besa_checkpoint_config(out)->num_hidden_layers; b++)
+        for (int i = 0; i < BESA_LAYERS; i++) {
+            zeros += verify_levels(besa_checkpoint_layer(dense, b, i), besa_checkpoint_layer(out, b, i),
+                                   masks && b == 0 ? besa_checkpoint_layer(other, b, i) : NULL, &s->options);
+            if (CHECK(codes && size > 8, "%s is not there", path)) verify_codes(codes, size, besa_checkpoint_layer(out, b, i), &s->options);
+        }
+    free(codes);
+    besa_checkpoint_close(dense);
+    besa_checkpoint_close(out);
+    besa_checkpoint_close(other);
+    return zeros;
+}
+
+/* Every method and element type: masks as without bits, then the nearest level, or what learned clips make of them. */
+static void test_bits(void)
+{
+    static const char *const model[] = { "llama_mha_f16", "llama3_gqa_tied_bf16", "qwen3_qknorm_f32" };
+    static const int bits[] = { 4, 3, 8 }, group[] = { 0, 5, 1000 };
+    for (int i = 0; i < 12; i++) {
+        char source[512];
+        besa_method method = (besa_method)(i / 3);
+        setup s = new_setup(temp_path("masks"), method, 0.5);
+        snprintf(source, sizeof source, "%s/checkpoints/%s", g_reference, model[i % 3]);
+        s.source = source;
+        if (method == BESA_METHOD_MAGNITUDE) s.options.pattern_n = 2, s.options.pattern_m = 4, s.options.rates.target = 0;
+        s.options.rates.d_coef = 1000, s.nsamples = 40;
+        CHECK_RUN(&s);
+        besa_report_free(&s.report);
+        s.output = temp_path("out");
+        s.options.bits = bits[i % 3], s.options.group_size = group[i % 3];
+        for (int learned = 0; learned < 3; learned++) {
+            s.options.clipping = learned ? BESA_CLIPPING_LEARNED : BESA_CLIPPING_NONE;
+            if (learned == 2) s.options.learn = method == BESA_METHOD_BESA ? BESA_LEARN_BOTH : BESA_LEARN_WEIGHTS, s.options.weight_epochs = 1;
+            CHECK_RUN(&s);
+            int exact = !learned && method != BESA_METHOD_BESA && method != BESA_METHOD_SPARSEGPT;
+            CHECK(verify_quantized(&s, exact ? temp_path("masks") : NULL) == s.report.pruned, "case %d: the report has %d zeros", i,
+                  (int)s.report.pruned);
+            CHECK(s.report.sparsity > (method == BESA_METHOD_BESA ? 0.5 - 1e-9 : 0.47) && s.report.sparsity < 0.8, "case %d: sparsity %g", i,
+                  s.report.sparsity);
+            for (int64_t b = 0; b < s.report.num_blocks; b++) {
+                const besa_block_report *r = &s.report.block[b];
+                int last = learned == 2 || (learned && method != BESA_METHOD_BESA); /* something learns with final masks */
+                CHECK(last ? r->loss_after < r->loss_masks : r->loss_after == r->loss_masks, "case %d learned %d block %d: losses %g, %g",
+                      i, learned, (int)b, r->loss_masks, r->loss_after);
+            }
+            besa_report_free(&s.report);
+            discard(s.output);
+        }
+        discard(temp_path("masks"));
+    }
+    setup s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5); /* masks of quantised weights are others */
+    char first[256];
+    s.options.bits = 3;
+    CHECK_RUN(&s);
+    besa_report_free(&s.report);
+    s.output = temp_path("first"), s.options.quantize_first = 1;
+    CHECK_RUN(&s);
+    verify_quantized(&s, NULL);
+    besa_report_free(&s.report);
+    CHECK(compare_directories(temp_path("out"), s.output, NULL, first) > 0, "quantize_first changes nothing");
+    discard(s.output);
+    s.options.method = BESA_METHOD_BESA, s.options.bits = 2; /* where more than half of the levels are 0 */
+    CHECK_RUN(&s);
+    CHECK(verify_quantized(&s, NULL) == s.report.pruned && s.report.sparsity > 0.55, "sparsity %g", s.report.sparsity);
+    besa_report_free(&s.report);
+    discard(s.output);
+    s = new_setup(temp_path("masks"), BESA_METHOD_WANDA, 0.5); /* masks of another program, then levels */
+    CHECK_RUN(&s);
+    besa_report_free(&s.report);
+    besa_checkpoint *masks = NULL;
+    CHECK_OK(besa_checkpoint_open(&masks, temp_path("masks"), &s.error), s.error);
+    s = new_setup(temp_path("first"), BESA_METHOD_KEEP, 0);
+    s.options.masks = masks, s.options.bits = 5, s.options.group_size = 20;
+    CHECK_RUN(&s);
+    verify_quantized(&s, temp_path("masks"));
+    besa_report_free(&s.report);
+    besa_checkpoint_close(masks);
+    discard(temp_path("masks"));
+    discard(s.output);
+    discard(temp_path("out"));
+    s = new_setup(temp_path("first"), BESA_METHOD_WANDA, 0.5);
+    s.options.bits = 3;
+    s.options.clipping = BESA_CLIPPING_LEARNED, s.options.clip_lr = 30; /* what diverges is said */
+    CHECK_RUN(&s);
+    CHECK(s.report.notes && strstr(s.report.notes, "a clip_lr below 30 may help"), "no note: %s", s.report.notes ? s.report.notes : "");
+    besa_report_free(&s.report);
+    discard(s.output);
+}
+
 /* ---- determinism and memory ------------------------------------------------------------------ */
 
 static void test_threads(void)
 {
     static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_SPARSEGPT, BESA_METHOD_WANDA, BESA_METHOD_BESA,
-                                          BESA_METHOD_WANDA, BESA_METHOD_BESA, BESA_METHOD_SPARSEGPT, BESA_METHOD_WANDA };
+                                          BESA_METHOD_WANDA, BESA_METHOD_BESA, BESA_METHOD_SPARSEGPT, BESA_METHOD_WANDA,
+                                          BESA_METHOD_BESA };
     static const int threads[] = { 1, 2, 3, 8 };
-    for (int m = 0; m < 8; m++) {
+    for (int m = 0; m < 9; m++) {
         double ppl[4];
         for (int t = 0; t < 4; t++) {
             setup s = new_setup(temp_path("threads%d", threads[t]), method[m], 0.5);
             char first[256];
             s.threads = threads[t];
             s.windows = 8;
-            if (m == 3) s.options.learn = BESA_LEARN_BOTH, s.options.dense_share = 0.5, s.options.batch_size = 2;
+            if (m == 3 || m == 8) s.options.learn = BESA_LEARN_BOTH, s.options.dense_share = 0.5, s.options.batch_size = 2;
             if (m > 3 && m < 7) s.options.refit = m == 5 ? BESA_REFIT_OBS : BESA_REFIT_CG;
             if (m == 7) s.options.learn = BESA_LEARN_WEIGHTS, s.options.learn_vectors = 1, s.options.weight_epochs = 1;
+            if (m == 8) s.options.bits = 4, s.options.group_size = 24;
             CHECK_RUN(&s);
             ppl[t] = s.report.perplexity;
             CHECK(ppl[t] == ppl[0], "%d threads: perplexity %.17g, one thread %.17g", threads[t], ppl[t], ppl[0]);
@@ -1642,10 +1838,11 @@ static double expected_flop(const setup *s)
     linear = d * (q + kv + kv) + q * d + 3 * d * inner;
     keys = 0.5 * (double)s->seqlen * q;         /* multiplications of one of the products of attention */
     learn = 2 * linear + 2 * 2 * keys + 4 * linear - 2 * d * (q + kv + kv) + 5 * 2 * keys;
+    int last = o->learn != BESA_LEARN_RATES || (o->clipping == BESA_CLIPPING_LEARNED && o->method != BESA_METHOD_BESA);
     if (o->method == BESA_METHOD_MAGNITUDE && !o->refit) passes = 1 + (s->nsamples < 8 ? 1 : 8 / (double)s->nsamples); /* dense: as reported */
-    if (o->learn != BESA_LEARN_RATES) passes = 2;
+    if (last) passes = 2;
     flop = (passes - 1) * (2 * linear + 4 * keys); /* of a block that is pruned; of all the pass to the next one, of both streams */
-    if (o->learn != BESA_LEARN_RATES) flop += (double)(o->weight_epochs ? o->weight_epochs : 3) * learn;
+    if (last) flop += (double)(o->weight_epochs ? o->weight_epochs : 3) * learn;
     if (o->method == BESA_METHOD_BESA) flop += (double)(o->epochs ? o->epochs : 1) * learn;
     if (o->importance == BESA_IMPORTANCE_GRADIENT) flop += (s->nsamples < 32 ? 1 : 32 / (double)s->nsamples) * learn;
     if (o->learn_vectors) /* then q, k and v have one, in what passes weights learn */
@@ -1666,7 +1863,7 @@ static double expected_flop(const setup *s)
 /* What is allocated at the peak is what besa_plan said, to the byte, and all of it is given back. */
 static void test_plan(void)
 {
-    for (int i = 0; i < 23; i++) {
+    for (int i = 0; i < 26; i++) {
         setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
         double flop;
         besa_plan_result plan;
@@ -1685,6 +1882,9 @@ static void test_plan(void)
         case 9: s.options.learn = BESA_LEARN_BOTH, s.options.dense_share = 0.5; break;
         case 19: s.options.importance = BESA_IMPORTANCE_GRADIENT; break;
         case 20: s.options.importance = BESA_IMPORTANCE_GRADIENT, s.nsamples = 50, s.options.learn = BESA_LEARN_BOTH; break;
+        case 23: s.options.bits = 3, s.options.group_size = 7; break;
+        case 24: s.options.bits = 8, s.options.method = BESA_METHOD_WANDA, s.options.clipping = BESA_CLIPPING_LEARNED; break;
+        case 25: s.options.bits = 2, s.options.method = BESA_METHOD_SPARSEGPT; break;
         case 13: s.options.first_block = 1, s.options.num_blocks = 2, s.options.dense_share = 0.5; break;
         case 14: s.options.refit = BESA_REFIT_CG; break;
         case 15: s.options.refit = BESA_REFIT_CG, s.options.method = BESA_METHOD_SPARSEGPT, s.options.refit_steps = 3; break;
@@ -2365,13 +2565,15 @@ static setup kind_setup(const char *output, int kind)
     if (kind == 7) s.options.method = BESA_METHOD_WANDA, s.options.learn = BESA_LEARN_WEIGHTS, s.options.batch_size = 5;
     if (kind == 9) s.options.method = BESA_METHOD_SPARSEGPT, s.options.refit = BESA_REFIT_CG;
     if (kind == 10) s.options.learn = BESA_LEARN_WEIGHTS, s.options.refit = BESA_REFIT_OBS;
+    if (kind == 13) s.options.bits = 4, s.options.dense_share = 0.5;
+    if (kind == 14) s.options.method = BESA_METHOD_SPARSEGPT, s.options.bits = 3, s.options.group_size = 16, s.options.first_block = 1;
     if (kind == 8) s.options.first_block = 1, s.options.num_blocks = 2, s.options.depth_slope = 0.25, s.options.dense_share = 0.5;
-    if (kind >= 9) {                            /* norms and biases that learn */
+    if (kind == 11 || kind == 12) {                         /* norms and biases that learn */
         static char model[2][512];
-        snprintf(model[kind - 9], sizeof model[0], "%s/checkpoints/%s", g_reference, kind == 9 ? "qwen2_bias_tied_bf16" : "qwen3_qknorm_f32");
-        s.source = model[kind - 9], s.nsamples = 8;
+        snprintf(model[kind - 11], sizeof model[0], "%s/checkpoints/%s", g_reference, kind == 11 ? "qwen2_bias_tied_bf16" : "qwen3_qknorm_f32");
+        s.source = model[kind - 11], s.nsamples = 8;
         s.options.learn_vectors = 1, s.options.learn = BESA_LEARN_BOTH, s.options.weight_epochs = 1, s.options.dense_share = 0.5;
-        if (kind == 10) s.options.method = BESA_METHOD_WANDA, s.options.learn = BESA_LEARN_WEIGHTS, s.options.first_block = 1;
+        if (kind == 12) s.options.method = BESA_METHOD_WANDA, s.options.learn = BESA_LEARN_WEIGHTS, s.options.first_block = 1;
     }
     return s;
 }
@@ -2400,12 +2602,12 @@ static void damage_norm(const setup *s)
 /* The dense model's own stream goes on where it was too: every kind of run, stopped twice in every block. */
 static void test_cancel_kinds(void)
 {
-    for (int kind = 0; kind < 11; kind++) {
+    for (int kind = 0; kind < 15; kind++) {
         const char *whole = temp_path("whole");
         int64_t calls, blocks = 0;
         char first[256];
         besa_backend be = counted_backend(0);
-        besa_backend *own = kind == 1 || kind == 9 ? &be : NULL; /* a device with memory of its own */
+        besa_backend *own = kind == 1 || kind == 11 ? &be : NULL; /* a device with memory of its own */
         setup s = kind_setup(whole, kind);
         be.unified_memory = 0;
         s.be = own;
@@ -2427,7 +2629,7 @@ static void test_cancel_kinds(void)
             g_progress.stop_at = stop;
             CHECK(run(&s) == BESA_ERROR_CANCELLED && !exists(s.output), "kind %d, stop %d: %s", kind, (int)stop, s.error.message);
             besa_report_free(&s.report);
-            if (kind == 9 && i == 9) {          /* a norm that is not what was written: its block is none, and 0 is the first */
+            if (kind == 11 && i == 9) {          /* a norm that is not what was written: its block is none, and 0 is the first */
                 damage_norm(&s);
                 g_progress.stop_at = -1, g_progress.last = 0;
                 CHECK(run(&s) == BESA_OK && s.report.resumed_blocks == 0, "%d blocks beside a damaged norm: %s",
@@ -2444,7 +2646,7 @@ static void test_cancel_kinds(void)
             CHECK(compare_directories(whole, s.output, NULL, first) == 0, "kind %d, stop %d: %s differs", kind, (int)stop, first);
             discard(s.output);
         }
-        CHECK(blocks >= (kind >= 9 ? 1 : own || kind == 8 ? 3 : 4), "kind %d was stopped after %d blocks at most", kind, (int)blocks);
+        CHECK(blocks >= (kind == 11 || kind == 12 ? 1 : own || kind == 8 || kind == 14 ? 3 : 4), "kind %d was stopped after %d blocks at most", kind, (int)blocks);
         be.destroy(&be);
         discard(whole);
     }
@@ -2474,6 +2676,8 @@ static const struct option_case {
     FIELD(dense_share, 0.25, LEARNED), FIELD(learn, BESA_LEARN_WEIGHTS, ALL), FIELD(weight_epochs, 2, 0), FIELD(weight_lr, 0.1, 0),
     FIELD(weight_warmup, 0.5, 0), FIELD(rank_interval, 2, 0), FIELD(learn_vectors, 1, 0), FIELD(refit, BESA_REFIT_CG, ALL),
     FIELD(refit_steps, 5, 0), FIELD(first_block, 1, ALL), FIELD(num_blocks, 2, ALL), FIELD(depth_slope, 0.25, ALL),
+    FIELD(bits, 4, ALL), FIELD(group_size, 8, 0), FIELD(clipping, BESA_CLIPPING_LEARNED, 0), FIELD(clip_lr, 0.1, 0),
+    FIELD(quantize_first, 1, 0),
     FIELD(magnitude_per_row, 1, 1u << BESA_METHOD_MAGNITUDE), FIELD(damping, 0.02, 1u << BESA_METHOD_SPARSEGPT), FIELD(device_memory, 1e9, 0),
     /* not by a number: the test has cases of their own for these, and callbacks decide nothing */
     FIELD(method, -1, 0), FIELD(pattern_n, -1, 0), FIELD(pattern_m, -1, 0), FIELD(fixed, -1, 0), FIELD(num_fixed, -1, 0),
@@ -2615,6 +2819,28 @@ static void test_resume_options(void)
         case 3: s.options.refit_steps = 10; break; /* the default */
         }
         CHECK(refused(&s, base) == (i != 1 && i < 6), "refits, changed setting %d", i);
+        discard(base.output);
+    }
+    for (int i = 0; i < 9; i++) {               /* and where there are bits, whose clips learn from i = 3 on */
+        setup base = small_setup(temp_path("out")), s;
+        base.options.method = BESA_METHOD_WANDA, base.options.bits = 4;
+        if (i > 2) base.options.clipping = BESA_CLIPPING_LEARNED;
+        g_progress.stop_at = -2;
+        CHECK(run(&base) == BESA_ERROR_CANCELLED, "%s", base.error.message);
+        besa_report_free(&base.report);
+        s = base;
+        switch (i) {
+        case 0: s.options.group_size = 8; break;
+        case 1: s.options.quantize_first = 1; break;
+        case 2: s.options.clip_lr = 0.1; break; /* of clips that do not learn */
+        case 3: s.options.clip_lr = 0.1; break;
+        case 4: s.options.weight_epochs = 2; break;
+        case 5: s.options.batch_size = 2; break;
+        case 6: s.options.clipping = BESA_CLIPPING_NONE; break;
+        case 7: s.options.weight_lr = 0.1; break; /* of weights that do not learn */
+        case 8: s.options.bits = 3; break;
+        }
+        CHECK(refused(&s, base) == (i != 2 && i != 7), "bits, changed setting %d", i);
         discard(base.output);
     }
     for (int i = 0; i < 9; i++) {               /* changes between two settings other than the default */
@@ -2956,6 +3182,45 @@ static int make_output(void *user, const besa_progress *p)
 {
     if (p->block == p->blocks - 1) mkdir((const char *)user, 0777);
     return 0;
+}
+
+/* Codes that are not those of the weights beside them, or not there in full, are not passed on. */
+static void test_damaged_codes(void)
+{
+    setup s = small_setup(temp_path("whole"));
+    char first[256], path[700];
+    s.options.bits = 4;
+    CHECK_RUN(&s);
+    besa_report_free(&s.report);
+    for (int i = 0; i < 6; i++) {
+        static const int64_t taken[] = { 0, 0, 1, 3, 0, 0 }; /* blocks */
+        unsigned char *p;
+        size_t n, header = 8, block;
+        s = small_setup(temp_path("out"));
+        s.options.bits = 4;
+        g_progress.stop_at = -2;
+        CHECK(run(&s) == BESA_ERROR_CANCELLED, "%s", s.error.message);
+        besa_report_free(&s.report);
+        snprintf(path, sizeof path, "%s/besa_quantization.safetensors", partial_of(s.output));
+        p = read_bytes(path, &n);
+        if (CHECK(p && n > 1000, "%s is not there", path)) {
+            for (int k = 0; k < 8; k++) header += (size_t)p[k] << (8 * k);
+            block = (n - header) / 5;
+            if (i < 2) p[header + (i ? block - 1 : 0)] ^= 1; /* the first block's first and last byte, the second's, the header */
+            if (i == 2) p[header + block] ^= 1;
+            if (i == 3) p[100] ^= 1;
+            write_bytes(path, p, i == 4 ? n - 1 : n);
+            if (i == 5) unlink(path);
+        }
+        free(p);
+        g_progress.calls = 0, g_progress.stop_at = -1, g_progress.last = 0;
+        CHECK(run(&s) == BESA_OK, "damage %d: %s", i, s.error.message);
+        CHECK(s.report.resumed_blocks == taken[i], "damage %d: %d blocks taken over", i, (int)s.report.resumed_blocks);
+        besa_report_free(&s.report);
+        CHECK(compare_directories(temp_path("whole"), s.output, NULL, first) == 0, "damage %d was passed on: %s", i, first);
+        discard(s.output);
+    }
+    discard(temp_path("whole"));
 }
 
 /* All is done, but the output's name was taken: the next run reads the complete output back and ends from there, even if
@@ -3420,6 +3685,7 @@ int main(int argc, char **argv)
     TEST("weights that learn") test_learned_weights();
     TEST("kept weights fitted anew") test_refits();
     TEST("norms and biases that learn") test_learned_vectors();
+    TEST("quantised weights") test_bits();
     TEST("threads") test_threads();
     TEST("plan") test_plan();
     TEST("shards, and no report") test_shards();
@@ -3442,6 +3708,7 @@ int main(int argc, char **argv)
     TEST("source replaced during the run") test_source_replaced();
     TEST("kill and resume") test_kill();
     TEST("damaged partial output") test_damaged_partial();
+    TEST("damaged codes") test_damaged_codes();
     TEST("complete output without its name") test_complete();
     TEST("outliers of the blocks") test_outliers();
     TEST("outliers: sparsities from shares") test_outlier_targets();

@@ -167,8 +167,12 @@ static int32_t *ranks_of(const model *m, int layer, int64_t tokens, besa_importa
 
 typedef struct recorded {                       /* of one learning step */
     float *theta, *grad, *what[BESA_LAYERS], *vector[BESA_VECTORS], loss, alpha[ROWS]; /* vector NULL: as the dense block's */
+    float *clip, *clip_grad;                    /* logits after the step, and the gradient that it followed */
+    float *kept[BESA_LAYERS];                   /* with bits: masked weights, not yet on their grids */
     int32_t n[ROWS];
 } recorded;
+
+static const besa_pruner *g_pruner;             /* that which runs */
 
 typedef struct run {
     const model *m;
@@ -207,6 +211,13 @@ static besa_result record_step(void *user, const besa_step *step)
     for (int l = 0; l < BESA_LAYERS; l++)
         now->what[l] = (float *)copy_of(r->pruned[l], (size_t)(r->m->rows[l] * r->m->columns[l]) * sizeof(float));
     if (r->options.learn != BESA_LEARN_RATES) record_vectors(r, now->vector);
+    for (int l = 0; l < BESA_LAYERS && r->options.bits; l++)
+        now->kept[l] = (float *)copy_of(g_pruner->quantization.masked[l], (size_t)(r->m->rows[l] * r->m->columns[l]) * sizeof(float));
+    if (g_pruner->quantization.learns) {
+        const besa_optimizer_step *clips = &g_pruner->quantization.clips.step;
+        now->clip = (float *)copy_of(clips->theta, (size_t)clips->n * sizeof(float));
+        now->clip_grad = (float *)copy_of(clips->grad, (size_t)clips->n * sizeof(float));
+    }
     CHECK((step->rates != NULL) == (r->options.method == BESA_METHOD_BESA), "rates of a method without them, or none");
     if (!step->rates) return BESA_OK;
     r->parameters = besa_rates_parameters(step->rates, &theta, &grad);
@@ -230,7 +241,10 @@ static size_t size_of(const besa_pruner *pruner)
     return besa__pruner_size(&counted, 0);
 }
 
-static int learns(const besa_prune_options *o) { return o->method == BESA_METHOD_BESA || o->learn != BESA_LEARN_RATES; }
+static int learns(const besa_prune_options *o)
+{
+    return o->method == BESA_METHOD_BESA || o->learn != BESA_LEARN_RATES || o->clipping == BESA_CLIPPING_LEARNED;
+}
 
 /* Run the pruner within `budget` bytes, 0 for all there are; returns whether that was enough. */
 static int run_pruner(run *r, const model *m, const besa_prune_options *o, int64_t sequences, size_t budget)
@@ -249,6 +263,7 @@ static int run_pruner(run *r, const model *m, const besa_prune_options *o, int64
     if (budget && result == BESA_ERROR_MEMORY) return 0;
     CHECK_OK(result, g_error);
     if (!pruner) return 0;
+    g_pruner = pruner;
     r->chunk = pruner->micro_batch, r->bytes = size_of(pruner), r->pruner = pruner;
     CHECK_OK(besa_pruner_run(pruner, &m->block, "block.", r->x, o->dense_stream || o->dense_share > 0 ? r->dense_x : NULL,
                              r->pruned, &r->report, &g_error), g_error);
@@ -462,10 +477,9 @@ static double batch_loss(const run *r, const recorded *step, int64_t first, int6
 }
 
 /* dL/dbeta of one layer: candidate d prunes the ranks below k_d = (D - d) C / D, of every row of the group. */
-static void beta_gradient(const run *r, int layer, const int32_t *rank, const float *dw, int64_t group_rows,
+static void beta_gradient(const run *r, int layer, const int32_t *rank, const float *w, const float *dw, int64_t group_rows,
                           double (*dbeta)[CANDIDATES])
 {
-    const float *w = weight_of(r->m, layer);
     int64_t C = r->m->columns[layer];
     for (int64_t i = 0; i < r->m->rows[layer] * C; i++)
         for (int d = 0; d < CANDIDATES - 1 && rank[i] < (CANDIDATES - 1 - d) * C / (CANDIDATES - 1); d++)
@@ -494,7 +508,174 @@ static double check_rates(const run *r, const recorded *step)
     return mean;
 }
 
-static void check_step(const run *r, int64_t s, int32_t *const rank[BESA_LAYERS])
+/* ---- grids and their clips ------------------------------------------------------------------- */
+
+/* One grid's steps in double: h, z, and max and min of the dense weights with 0 among them. */
+typedef struct grid {
+    double g[2], range[2], h, z, most;
+} grid;
+
+/* Columns that share a grid, and grids of a row. */
+static int64_t grid_columns(const run *r, int layer)
+{
+    int64_t C = r->m->columns[layer], group = r->options.group_size;
+    return group && group < C ? group : C;
+}
+
+static int64_t grids_of(const run *r, int layer)
+{
+    return (r->m->columns[layer] + grid_columns(r, layer) - 1) / grid_columns(r, layer);
+}
+
+/* The grid of a weight; logit: the layer's clips, NULL where they are 1. */
+static grid grid_of(const run *r, int layer, const float *logit, int64_t row, int64_t column)
+{
+    int64_t C = r->m->columns[layer], group = grid_columns(r, layer), first = column / group * group;
+    int64_t at = 2 * (row * grids_of(r, layer) + column / group);
+    const float *w = weight_of(r->m, layer) + row * C;
+    grid g = { { 1, 1 }, { 0, 0 }, 0, 0, (double)((1 << r->options.bits) - 1) };
+    for (int64_t j = first; j < C && j < first + group; j++)
+        g.range[0] = fmax(g.range[0], (double)w[j]), g.range[1] = fmin(g.range[1], (double)w[j]);
+    for (int k = 0; k < 2 && logit; k++) g.g[k] = 1 / (1 + exp(-(double)logit[at + k]));
+    g.h = (g.g[0] * g.range[0] - g.g[1] * g.range[1]) / g.most;
+    g.z = g.h > 0 ? -nearbyint(g.g[1] * g.range[1] / g.h) : 0;
+    return g;
+}
+
+static double level_of(const grid *g, double w)
+{
+    return g->h > 0 ? g->h * (fmin(fmax(nearbyint(w / g->h) + g->z, 0), g->most) - g->z) : 0;
+}
+
+/* dQ/dh of a weight that lies on `level`. */
+static double slope_of(const grid *g, double w, double level)
+{
+    double u = g->h > 0 ? nearbyint(level / g->h) + g->z : 0;
+    return u > 0 && u < g->most ? level / g->h - w / g->h : u - g->z;
+}
+
+/* What a step is to read: the dense weights on their grids, which of them are gone, and what is left. */
+typedef struct levels {
+    float *w[BESA_LAYERS], *masked[BESA_LAYERS];
+    char *gone[BESA_LAYERS];
+    const float *clip;                          /* all logits before it, NULL: there are none */
+} levels;
+
+/* Weights of one layer that are not as they are to be, a hundred-thousandth of a level allowed. */
+static int off_levels(const run *r, int layer, const float *clip, const float *want, const float *got)
+{
+    int64_t C = r->m->columns[layer];
+    int wrong = 0;
+    for (int64_t q = 0; q < r->m->rows[layer]; q++)
+        for (int64_t j = 0; j < C; j++) {
+            grid g = { { 0, 0 }, { 0, 0 }, 0, 0, 0 };
+            if (got[q * C + j] == want[q * C + j]) continue;
+            g = grid_of(r, layer, clip, q, j);
+            wrong += !(fabs((double)got[q * C + j] - (double)want[q * C + j]) <= 1e-5 * fabs(g.h * g.most));
+        }
+    return wrong;
+}
+
+/* n: weights of each row that go, of all layers */
+static levels expect_levels(const run *r, const float *clip, int32_t *const rank[BESA_LAYERS], const int32_t *n)
+{
+    levels v;
+    v.clip = clip;
+    for (int l = 0; l < BESA_LAYERS; n += r->m->rows[l++]) {
+        int64_t C = r->m->columns[l], count = r->m->rows[l] * C, group = grid_columns(r, l);
+        v.w[l] = take_floats(count), v.masked[l] = take_floats(count), v.gone[l] = (char *)take((size_t)count);
+        grid g = grid_of(r, l, clip, 0, 0);
+        for (int64_t i = 0; i < count; i++) {
+            if (i % C % group == 0) g = grid_of(r, l, clip, i / C, i % C);
+            v.gone[l][i] = weight_of(r->m, l)[i] == 0 || rank[l][i] < n[i / C];
+            v.w[l][i] = (float)level_of(&g, (double)weight_of(r->m, l)[i]);
+            v.masked[l][i] = v.gone[l][i] ? 0 : v.w[l][i];
+        }
+        if (clip) clip += 2 * r->m->rows[l] * grids_of(r, l);
+    }
+    return v;
+}
+
+/* Logits before step s, which is `steps` for those that remain. */
+static const float *clips_before(const run *r, int64_t s)
+{
+    int64_t n = 0;
+    if (!r->step[0].clip) return NULL;
+    if (s > 0) return r->step[s - 1].clip;
+    for (int l = 0; l < BESA_LAYERS; l++) n += 2 * r->m->rows[l] * grids_of(r, l);
+    float *start = take_floats(n);
+    for (int64_t i = 0; i < n; i++) start[i] = 4;
+    return start;
+}
+
+/* The levels of step s; layers with learned rates have left the unmasked ones behind, others what they read. What goes on with
+ * are the step's own masks and levels: scores may be a rounding apart, or weights half-way. */
+static levels check_levels(const run *r, int64_t s, int32_t *const rank[BESA_LAYERS], const int32_t *n)
+{
+    levels v = expect_levels(r, clips_before(r, s), rank, n);
+    const float *clip = v.clip;
+    int wrong = 0;
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        int unmasked = r->options.method == BESA_METHOD_BESA && fixed_rate(&r->options, l) < 0;
+        wrong += off_levels(r, l, clip, unmasked ? v.w[l] : v.masked[l], r->step[s].what[l]);
+        if (clip) clip += 2 * r->m->rows[l] * grids_of(r, l);
+    }
+    CHECK(wrong <= 8, "step %d: %d weights are not on their level", (int)s + 1, wrong);
+    for (int l = wrong = 0; l < BESA_LAYERS; l++)
+        for (int64_t i = 0; i < r->m->rows[l] * r->m->columns[l]; i++) {
+            int gone = r->step[s].kept[l][i] == 0;
+            wrong += gone != v.gone[l][i];
+            v.gone[l][i] = (char)gone;
+            if (r->options.method == BESA_METHOD_BESA && fixed_rate(&r->options, l) < 0) v.w[l][i] = r->step[s].what[l][i];
+            else if (!gone) v.w[l][i] = r->step[s].what[l][i];
+            v.masked[l][i] = gone ? 0 : v.w[l][i];
+        }
+    CHECK(wrong <= 4, "step %d: %d weights are masked otherwise", (int)s + 1, wrong);
+    return v;
+}
+
+/* The clips' gradient of one layer, whose logits are clip, from its weights' dw. */
+static void clip_gradient(const run *r, int layer, const levels *v, const float *clip, const float *dw, double *want)
+{
+    int64_t C = r->m->columns[layer], G = grids_of(r, layer), group = grid_columns(r, layer);
+    for (int64_t i = 0; i < r->m->rows[layer] * G; i++) {
+        int64_t row = i / G, first = i % G * group;
+        grid g = grid_of(r, layer, clip, row, first);
+        double sum = 0;
+        for (int64_t j = row * C + first; j < row * C + C && j < row * C + first + group; j++)
+            if (!v->gone[layer][j] && g.h > 0)
+                sum += slope_of(&g, (double)weight_of(r->m, layer)[j], (double)v->w[layer][j]) * (double)dw[j];
+        want[2 * i] = sum * g.range[0] * g.g[0] * (1 - g.g[0]) / g.most;
+        want[2 * i + 1] = -sum * g.range[1] * g.g[1] * (1 - g.g[1]) / g.most;
+    }
+}
+
+/* The clips' gradient in step s, and where AdamW takes them; m, v: its moments. */
+static void check_clips(const run *r, int64_t s, const levels *levels, const gradients *dw, double *m, double *v)
+{
+    const recorded *step = &r->step[s];
+    const float *clip = levels->clip;
+    double lr = r->options.clip_lr * 0.5 * (1 + cos(3.14159265358979 * (double)s / (double)r->steps)), apart = 0;
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        int64_t n = 2 * r->m->rows[l] * grids_of(r, l), at = clip - levels->clip;
+        double *want = (double *)take((size_t)n * sizeof *want);
+        clip_gradient(r, l, levels, clip, dw->dw[l], want);
+        CHECK_CLOSE(besa_layer_name(l), step->clip_grad + at, want, n, 1e-3);
+        for (int64_t i = at; i < at + n; i++) {
+            double g = (double)step->clip_grad[i], to;
+            m[i] = 0.9 * m[i] + 0.1 * g, v[i] = 0.999 * v[i] + 0.001 * g * g;
+            to = (double)levels->clip[i] - lr * m[i] / (1 - pow(0.9, (double)s + 1)) / (sqrt(v[i] / (1 - pow(0.999, (double)s + 1))) + 1e-16);
+            apart = fmax(apart, fabs(to - (double)step->clip[i]));
+        }
+        clip += n;
+    }
+    CHECK(apart <= 1e-4, "step %d: clips end %g beside where AdamW takes them", (int)s + 1, apart);
+}
+
+/* ---- steps ----------------------------------------------------------------------------------- */
+
+/* m, v: the clips' moments, where there are any */
+static void check_step(const run *r, int64_t s, int32_t *const rank[BESA_LAYERS], double *m, double *v)
 {
     const recorded *step = &r->step[s];
     const besa_rate_options *o = &r->options.rates;
@@ -503,17 +684,22 @@ static void check_step(const run *r, int64_t s, int32_t *const rank[BESA_LAYERS]
     double lambda = o->penalty == BESA_NONE ? 0 : o->penalty ? o->penalty : 1, *grad, mean = check_rates(r, step);
     double pull = 2 * lambda * (mean - o->target) / (o->target * o->target);
     gradients g;
-    int wrong = 0;
+    int wrong = 0, bits = r->options.bits;
+    recorded read = *step;
+    levels on;
     grad = (double *)take((size_t)r->parameters * sizeof *grad);
-    check_number("a step's loss", (double)step->loss, batch_loss(r, step, first, count, &g), 2e-5);
+    if (bits) on = check_levels(r, s, rank, step->n);
+    for (int l = 0; l < BESA_LAYERS && bits; l++) read.what[l] = on.masked[l];
+    check_number("a step's loss", (double)step->loss, batch_loss(r, &read, first, count, &g), 2e-5);
+    if (step->clip) check_clips(r, s, &on, &g, m, v);
     for (int l = 0, row = 0; l < BESA_LAYERS; row += (int)r->m->rows[l++]) {
         double dbeta[INNER][CANDIDATES] = { { 0 } };
         int64_t R = r->m->rows[l], C = r->m->columns[l], group_rows;
         layer_rates rates = rates_of(&r->options, step->theta, &at, R, &group_rows);
-        for (int64_t i = 0; i < R * C; i++)
+        for (int64_t i = 0; i < R * C && !bits; i++)
             wrong += step->what[l][i] != (rank[l][i] < step->n[row + i / C] ? 0 : weight_of(r->m, l)[i]);
         if (fixed_rate(&r->options, l) < 0) {
-            beta_gradient(r, l, rank[l], g.dw[l], group_rows, dbeta);
+            beta_gradient(r, l, rank[l], bits ? on.w[l] : weight_of(r->m, l), g.dw[l], group_rows, dbeta);
             for (int64_t q = 0; q < R; q++)
                 for (int d = 0; d < CANDIDATES; d++)
                     dbeta[q / group_rows][d] += pull * (double)C / learned_weights(r) * (1 - (double)d / (CANDIDATES - 1));
@@ -591,7 +777,7 @@ static void check_report(const run *r, int32_t *const rank[BESA_LAYERS], double 
     check_number("loss_after", r->report.loss_after, report_loss(r, y, shown, reference), 2e-5);
     rest = report_loss(r, y, reference, reference);
     check_number("loss_all", r->report.loss_all, rest, 2e-5);
-    if (r->options.learn != BESA_LEARN_RATES) return;
+    if (r->options.learn != BESA_LEARN_RATES || r->options.bits) return;
     check_number("loss_masks", r->report.loss_masks, r->report.loss_after, 0);
     if (!learns(&r->options)) return;
     check_number("mean_rate", r->report.mean_rate, mean, 1e-6);
@@ -653,7 +839,7 @@ static void test_learning(const model *m, const besa_prune_options *o, int64_t s
         chunk = r.chunk;
         CHECK(r.steps == r.options.epochs * ((sequences + o->batch_size - 1) / o->batch_size), "%d steps", (int)r.steps);
         if (levels == 0 && o->importance == BESA_IMPORTANCE_GRADIENT) rank_by_gradients(&r, rank);
-        for (int64_t s = 0; s < r.steps; s++) check_step(&r, s, rank);
+        for (int64_t s = 0; s < r.steps; s++) check_step(&r, s, rank, NULL, NULL);
         mean = final_counts(&r, n);
         check_pruned(&r, n);
         check_report(&r, rank, mean);
@@ -661,6 +847,54 @@ static void test_learning(const model *m, const besa_prune_options *o, int64_t s
     }
     g_be.gradient_bytes = 0;
     CHECK(levels > 3 && chunk == 1, "the smallest pieces are of %d sequences", (int)chunk);
+}
+
+/* Rates with clips, or clips alone, step by step and whatever memory there is: the levels that are read, the gradients of
+ * rates and clips, where the clips go; and the result. */
+static void test_quantized(const model *m, const besa_prune_options *o, int64_t sequences)
+{
+    static run r;
+    int32_t *rank[BESA_LAYERS], n[ROWS];
+    size_t budget = 0;
+    int levels_of_memory = 0, besa = o->method == BESA_METHOD_BESA;
+    for (int l = 0; l < BESA_LAYERS; l++) rank[l] = ranks_of(m, l, sequences * SEQLEN, o->importance);
+    for (; run_pruner(&r, m, o, sequences, budget); budget = r.bytes - 1, levels_of_memory++) {
+        int64_t batch = o->batch_size, batches = (sequences + batch - 1) / batch, clips = 0;
+        int wrong = 0;
+        for (int l = 0, row = 0; l < BESA_LAYERS; l++) {
+            double rate = fixed_rate(o, l);
+            clips += 2 * m->rows[l] * grids_of(&r, l);
+            for (int64_t q = 0; q < m->rows[l]; q++)
+                n[row++] = (int32_t)floor((rate < 0 ? o->rates.target : rate) * (double)m->columns[l]);
+        }
+        double *moments[2] = { (double *)take((size_t)clips * sizeof(double)), (double *)take((size_t)clips * sizeof(double)) };
+        CHECK(r.steps == batches * (besa ? o->epochs : o->clipping == BESA_CLIPPING_LEARNED ? 3 : 0), "%d steps", (int)r.steps);
+        CHECK((r.step[0].clip != NULL) == (o->clipping == BESA_CLIPPING_LEARNED), "clips where there are to be none, or none");
+        for (int64_t s = 0; s < r.steps; s++)
+            if (besa) check_step(&r, s, rank, moments[0], moments[1]);
+            else {
+                int64_t first = s % batches * batch, count = first + batch > sequences ? sequences - first : batch;
+                recorded read = r.step[s];
+                gradients g;
+                levels on = check_levels(&r, s, rank, n);
+                for (int l = 0; l < BESA_LAYERS; l++) read.what[l] = on.masked[l];
+                check_number("a step's loss", (double)r.step[s].loss, batch_loss(&r, &read, first, count, &g), 2e-5);
+                check_clips(&r, s, &on, &g, moments[0], moments[1]);
+            }
+        if (besa) final_counts(&r, n);
+        levels end = expect_levels(&r, clips_before(&r, r.steps), rank, n);
+        for (int l = 0; l < BESA_LAYERS; l++) {
+            wrong += off_levels(&r, l, end.clip, end.masked[l], (const float *)r.pruned[l]);
+            for (int64_t i = 0; i < m->rows[l] * m->columns[l]; i++)
+                wrong += ((const float *)r.pruned[l])[i] == 0 && signbit(((const float *)r.pruned[l])[i]);
+            if (end.clip) end.clip += 2 * m->rows[l] * grids_of(&r, l);
+        }
+        CHECK(wrong <= 12, "%d weights of the result are not on their level", wrong);
+        check_report(&r, rank, 0);
+        g_be.gradient_bytes = 129 * INNER * sizeof(float);
+    }
+    g_be.gradient_bytes = 0;
+    CHECK(levels_of_memory > 1, "%d amounts of memory", levels_of_memory);
 }
 
 /* ---- kept weights that learn ------------------------------------------------------------------ */
@@ -1486,6 +1720,24 @@ static void test_moving(const model *m)
     TEST("rates, then norms and weights, a bias that stays") test_weights(m, &o, SEQUENCES);
 }
 
+static void test_grids(const model *m)
+{
+    static const besa_fixed_rate fixed[] = { { "k_proj", 0.23 }, { "v_proj", 0 }, { "down_proj", 0.6 } };
+    besa_prune_options o = learning_options(1);
+    o.bits = 4, o.clipping = BESA_CLIPPING_LEARNED, o.clip_lr = 0.3;
+    TEST("rates and clips, a sequence a step") test_quantized(m, &o, SEQUENCES);
+    o = learning_options(4);
+    o.bits = 3, o.clipping = BESA_CLIPPING_LEARNED, o.clip_lr = 0.1, o.group_size = 33, o.fixed = fixed, o.num_fixed = 3, o.epochs = 2;
+    TEST("rates and clips, batches of 4, groups, fixed layers") test_quantized(m, &o, SEQUENCES);
+    o.clipping = BESA_CLIPPING_NONE;
+    TEST("rates of quantised weights") test_quantized(m, &o, SEQUENCES);
+    o = learning_options(2);
+    o.method = BESA_METHOD_WANDA, o.bits = 5, o.clipping = BESA_CLIPPING_LEARNED, o.clip_lr = 0.2, o.num_fixed = 0;
+    TEST("clips by wanda's mask") test_quantized(m, &o, 5);
+    o.clipping = BESA_CLIPPING_NONE, o.fixed = fixed, o.num_fixed = 3, o.group_size = 10, o.bits = 2;
+    TEST("wanda, then the nearest level") test_quantized(m, &o, SEQUENCES);
+}
+
 static void test_others(const model *m)
 {
     static const besa_fixed_rate fixed[] = { { "k_proj", 0.23 }, { "v_proj", 0 }, { "gate_proj", 0.6 } };
@@ -1526,6 +1778,7 @@ int main(int argc, char **argv)
     m = new_model(1);
     test_learn(&m);
     test_moving(&m);
+    test_grids(&m);
     TEST("options of whole models") test_whole_models(&m);
     test_optimizers();
     test_others(&m);

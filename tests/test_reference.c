@@ -466,7 +466,7 @@ static void test_sparsegpt(void)
         int differ = 0;
         memcpy(wf, w.f, R * C * sizeof *wf);
         for (int64_t first = 0; first < C; first += SLAB) {
-            OP(g_be.sparsegpt_slab(&g_be, wf, err, u, dead, first, SLAB, 0.5, form[f].n, form[f].m, R, C));
+            OP(g_be.sparsegpt_slab(&g_be, wf, err, u, dead, first, SLAB, 0.5, form[f].n, form[f].m, NULL, R, C));
             if (first + SLAB < C) OP(g_be.sparsegpt_push(&g_be, wf, err, u, first, SLAB, R, C));
         }
         for (int i = 0; i < R * C; i++) differ += (wf[i] == 0) != (want.v[i] == 0);
@@ -500,6 +500,38 @@ static void test_wanda(void)
         for (int i = 0; i < R * C; i++) wrong += what[i] != (keep.v[i] != 0 ? w.f[i] : 0);
         CHECK(wrong == 0, "%s: %d weights differ", form[f].file, wrong);
     }
+}
+
+/* Clips, grid, levels and the clips' gradient of one folder. The first row's weights are all above 0, and the folder's range is
+ * theirs; the library's has 0 too. In fp64 a weight may be half-way between two levels where in float it is not. */
+static void test_quantization(const char *name, int bits)
+{
+    enum { R = 10, C = 64 };
+    const char *dir = folder(name);
+    array w = npy_load(dir, "weight", R, C, 0), high = npy_load(dir, "logit_max", R, 1, 0), low = npy_load(dir, "logit_min", R, 1, 0);
+    array scale = npy_load(dir, "scale", R, 1, 0), zero = npy_load(dir, "zero", R, 1, 0), level = npy_load(dir, "quantised", R, C, 0);
+    array dq = npy_load(dir, "dq", R, C, 0), dhigh = npy_load(dir, "grad_logit_max", R, 1, 0);
+    array dlow = npy_load(dir, "grad_logit_min", R, 1, 0);
+    float range[2 * R], logit[2 * R], dlogit[2 * R] = { 0 }, h[R], z[R], what[R * C];
+    double want[2 * R];
+    besa_quantizer q = { bits, R, C, C, range, logit, h, z };
+    OP(g_be.quantize_range(&g_be, range, w.f, BESA_F32, C, R, C));
+    for (int r = 0; r < R; r++) {
+        float most = w.f[r * C], least = most;
+        for (int j = 0; j < C; j++) most = fmaxf(most, w.f[r * C + j]), least = fminf(least, w.f[r * C + j]);
+        CHECK(range[2 * r] == fmaxf(most, 0) && range[2 * r + 1] == fminf(least, 0), "row %d: %g, %g", r, range[2 * r], range[2 * r + 1]);
+        CHECK((least > 0) == (r == 0), "row %d begins at %g", r, least);
+        range[2 * r + 1] = least;
+        logit[2 * r] = high.f[r], logit[2 * r + 1] = low.f[r];
+        want[2 * r] = dhigh.v[r], want[2 * r + 1] = dlow.v[r];
+    }
+    OP(g_be.quantize_grid(&g_be, &q));
+    CHECK_CLOSE("scale", h, scale.v, R, 1e-6);
+    CHECK_CLOSE("zero", z, zero.v, R, 0);
+    OP(g_be.quantize(&g_be, what, w.f, BESA_F32, &q));
+    CHECK_CLOSE("quantised", what, level.v, R * C, 2e-6);
+    OP(g_be.quantize_gradient(&g_be, dlogit, dq.f, w.f, BESA_F32, &q));
+    CHECK_CLOSE("gradient of the clips", dlogit, want, 2 * R, 1e-4);
 }
 
 /* ---- optimisers ------------------------------------------------------------------------------ */
@@ -1840,6 +1872,9 @@ int main(int argc, char **argv)
     TEST("memory is freed when all queues are done with it") test_frees();
     TEST("sparsegpt") test_sparsegpt();
     TEST("wanda") test_wanda();
+    TEST("quant_3bit") test_quantization("quant_3bit", 3);
+    TEST("quant_4bit") test_quantization("quant_4bit", 4);
+    TEST("quant_8bit") test_quantization("quant_8bit", 8);
     TEST("prodigy") test_prodigy();
     TEST("adamw") test_adamw();
     TEST("trace_published_penalty with its masks") test_trace_pinned("trace_published_penalty");
