@@ -82,6 +82,9 @@ done <<'END'
 --skip *.mlp.* --sparsity 0.4
 --preset best
 --learn weights --batch-size 4 --weight-epochs 1 --weight-warmup 0.2
+--bits 4
+--bits 3 --group-size 24 --method wanda --clipping learned --batch-size 4
+--bits 4 --method sparsegpt
 --method wanda --preset weights --pattern 2:4
 --dense-share 0.3 --depth-slope 0.2
 --blocks 1-2 --learn both --weight-lr 0.1
