@@ -329,6 +329,22 @@ static void watch_weights(besa_backend *be)
     });
 }
 
+static void watch_quantization(besa_backend *be)
+{
+    WATCH(quantize_range, [](float *, const void *, besa_dtype t, int64_t, int64_t R, int64_t C) {
+        return kernels(size_of(t) * times(R, C));
+    });
+    WATCH(quantize_grid, [](const besa_quantizer *q) {
+        return kernels(24 * times(q->rows, (q->columns + q->group - 1) / q->group));
+    });
+    WATCH(quantize, [](void *, const void *, besa_dtype t, const besa_quantizer *q) {
+        return kernels(2 * size_of(t) * times(q->rows, q->columns));
+    });
+    WATCH(quantize_gradient, [](float *, const float *, const void *, besa_dtype t, const besa_quantizer *q) {
+        return kernels((4 + size_of(t)) * times(q->rows, q->columns));
+    });
+}
+
 static void watch_sparsegpt(besa_backend *be)
 {
     WATCH(hessian_factor, [](float *, int32_t *, float, int64_t C) { /* two factors, an inverse, a product */
@@ -336,7 +352,7 @@ static void watch_sparsegpt(besa_backend *be)
     });
     WATCH(diagonal, [](float *, const float *, const int32_t *, int64_t C) { return kernels(12 * static_cast<double>(C)); });
     WATCH(sparsegpt_slab, [](float *, float *, const float *, const int32_t *, int64_t, int64_t width, double, int, int,
-                             int64_t R, int64_t) { return kernels(12 * times(R, width)); });
+                             const besa_quantizer *, int64_t R, int64_t) { return kernels(12 * times(R, width)); });
     WATCH(sparsegpt_push, [](float *, const float *, const float *, int64_t first, int64_t width, int64_t R, int64_t C) {
         int64_t right = C - first - width;
         double flop = 2 * times(R, right) * static_cast<double>(width);
@@ -400,6 +416,7 @@ static besa_result open_watched(besa_backend *be, besa_error *error)
     watch_masks(be);
     watch_rates(be);
     watch_weights(be);
+    watch_quantization(be);
     watch_sparsegpt(be);
     watch_refit(be);
     return BESA_OK;
