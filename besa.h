@@ -172,7 +172,7 @@
  *                                 rates and the kept weights together, and then the weights
  *     weight_epochs               [3] over the sequences with final masks
  *     rank_interval               [1] learn both: steps from one ranking of the weights, as they have become, to the next
- *     weight_lr, weight_warmup    [0.3, 0] Adam's learning rate in units of rms(W) / sqrt(C) of a layer; share of the steps in
+ *     weight_lr, weight_warmup    [0.2, 0] Adam's learning rate in units of rms(W) / sqrt(C) of a layer; share of the steps in
  *                                 which it rises. Then it falls to 0 over the steps, as a half cosine
  *     learn_vectors               [0] the block's norms and biases learn wherever its kept weights do
  *     no_projection               [0] leave the sparsity where learning ended
@@ -191,9 +191,10 @@
  *     depth_slope                 [0] the last block's sparsity less the first one's, around the target
  *     block_targets               [none] a sparsity for every block; besa_outliers and besa_outlier_targets find some
  *     progress, step, user        [none] callbacks: after each unit of work, which can stop the run; after each learning step
- *     besa_preset                 [default] best: learn both, dense_share 1/2, 2 epochs and 2 weight_epochs. weights: learn
- *                                 weights, dense_share 1/2, for any method. published-row and published-layer: the paper's runs of LLaMA-1-7B, d_coef 5 and
- *                                 50. For other models set the paper's d_coef: by row 5 (1-13B, 2-7B, 2-13B), 10 (1-30B),
+ *     besa_preset                 [default] best: learn both, dense_share 1/2, 2 epochs and 2 weight_epochs, weight_lr 0.3.
+ *                                 weights: learn weights, dense_share 1/2, for any method. published-row and
+ *                                 published-layer: the paper's runs of LLaMA-1-7B, d_coef 5 and 50. For other models set the
+ *                                 paper's d_coef: by row 5 (1-13B, 2-7B, 2-13B), 10 (1-30B),
  *                                 50 (1-65B, 2-70B); by layer 0.5 (1-13B, 1-65B, 2-70B), 0.05 (1-30B, 2-7B, 2-13B)
  *     device_memory               [CUDA: 31/32 of what is free; CPU: no limit] the most bytes that a run takes of the backend's
  *                                 memory. To stay below, a GPU's activations move to the host; then fewer sequences are
@@ -1084,7 +1085,7 @@ typedef struct besa_prune_options {
     int64_t weight_epochs;                      /* [3] over the sequences with final masks */
     int64_t rank_interval;                      /* [1] BESA_LEARN_BOTH: learning steps from one ranking of the weights, as they
                                                    have become, to the next; BESA_NONE: the dense weights' ranks stay */
-    double weight_lr;                           /* [0.3] of Adam's steps, in units of rms(W) / sqrt(C) of a layer: the share of its
+    double weight_lr;                           /* [0.2] of Adam's steps, in units of rms(W) / sqrt(C) of a layer: the share of its
                                                    outputs' size that a step changes where all inputs agree on it */
     double weight_warmup;                       /* [0] share of the steps in which it rises; then it goes down a half cosine */
     int learn_vectors;                          /* the block's norms and biases learn wherever its kept weights do */
@@ -2076,8 +2077,8 @@ static const besa_option besa__options[] = {
      "weight-epochs", "N", "passes over the calibration sequences once masks are final [3]"},
     {BESA__PRUNE(INT64, rank_interval), 1, 0, BESA__NO_LIMIT, BESA_OPTION_NONE | BESA__WEIGHTS, "0 or more",
      "rank-interval", "N", "learn both: steps until the moving weights are ranked anew, 0: never [1]"},
-    {BESA__PRUNE(DOUBLE, weight_lr), 0.3, 0, 1e30, BESA__OPEN | BESA__WEIGHTS, "above 0 and below 1e30",
-     "weight-lr", "X", "learning rate of weights, in units of a layer's rms / sqrt(columns) [0.3]"},
+    {BESA__PRUNE(DOUBLE, weight_lr), 0.2, 0, 1e30, BESA__OPEN | BESA__WEIGHTS, "above 0 and below 1e30",
+     "weight-lr", "X", "learning rate of weights, in units of a layer's rms / sqrt(columns) [0.2]"},
     {BESA__PRUNE(DOUBLE, weight_warmup), 0, 0, 1, BESA__FROM_0 | BESA__WEIGHTS, "0 or more and below 1",
      "weight-warmup", "X", "share of the steps in which that rises [0]"},
     {BESA__PRUNE(FLAG, learn_vectors), 0, 0, 1, BESA__WEIGHTS, "0 or 1",
@@ -2181,6 +2182,7 @@ static const struct { const char *preset, *option; double value; } besa__presets
      * on while masks are final; weight_lr 0.15 to 0.4; dense_share 0 to 1; an importance with gradients; learn_vectors; more
      * sparsity towards the end, or by outliers; Adam's beta2 0.95 and 0.99; pruned weights that move as well, or shrink. */
     {"best", "learn", BESA_LEARN_BOTH}, {"best", "dense_share", 0.5}, {"best", "epochs", 2}, {"best", "weight_epochs", 2},
+    {"best", "weight_lr", 0.3},
     {"weights", "learn", BESA_LEARN_WEIGHTS}, {"weights", "dense_share", 0.5},
     {"published-row", "form", BESA_RATES_ROW}, {"published-row", "zero_start", 1}, {"published-row", "penalty", 5},
     {"published-row", "d_coef", 5}, {"published-row", "no_projection", 1},

@@ -1586,7 +1586,7 @@ static void test_trace_weights(const char *name, int both, int64_t rank_interval
     losses = npy_load(stored, file, 2, steps, 0);
     o.method = both ? BESA_METHOD_BESA : BESA_METHOD_WANDA, o.rates.target = both ? 0.47 : 0.5;
     o.rates.optimizer = BESA_ADAMW, o.rates.lr = 0.05, o.learn = both ? BESA_LEARN_BOTH : BESA_LEARN_WEIGHTS;
-    o.weight_epochs = 1, o.dense_share = 0.25, o.rank_interval = rank_interval, o.weight_lr = 0.2, o.step = learned_step, o.user = &l;
+    o.weight_epochs = 1, o.dense_share = 0.25, o.rank_interval = rank_interval, o.step = learned_step, o.user = &l;
     CHECK_OK(besa_pruner_create(&pruner, &g_be, &t.block.shape, BESA_F32, 0, &o, SEQUENCES, t.seqlen, &g_error), g_error);
     for (int b = 0; b < 2 && pruner; b++) {
         besa_block block = t.block;
