@@ -2366,12 +2366,12 @@ static setup kind_setup(const char *output, int kind)
     if (kind == 9) s.options.method = BESA_METHOD_SPARSEGPT, s.options.refit = BESA_REFIT_CG;
     if (kind == 10) s.options.learn = BESA_LEARN_WEIGHTS, s.options.refit = BESA_REFIT_OBS;
     if (kind == 8) s.options.first_block = 1, s.options.num_blocks = 2, s.options.depth_slope = 0.25, s.options.dense_share = 0.5;
-    if (kind >= 9) {                            /* norms and biases that learn */
+    if (kind >= 11) {                           /* norms and biases that learn */
         static char model[2][512];
-        snprintf(model[kind - 9], sizeof model[0], "%s/checkpoints/%s", g_reference, kind == 9 ? "qwen2_bias_tied_bf16" : "qwen3_qknorm_f32");
-        s.source = model[kind - 9], s.nsamples = 8;
+        snprintf(model[kind - 11], sizeof model[0], "%s/checkpoints/%s", g_reference, kind == 11 ? "qwen2_bias_tied_bf16" : "qwen3_qknorm_f32");
+        s.source = model[kind - 11], s.nsamples = 8;
         s.options.learn_vectors = 1, s.options.learn = BESA_LEARN_BOTH, s.options.weight_epochs = 1, s.options.dense_share = 0.5;
-        if (kind == 10) s.options.method = BESA_METHOD_WANDA, s.options.learn = BESA_LEARN_WEIGHTS, s.options.first_block = 1;
+        if (kind == 12) s.options.method = BESA_METHOD_WANDA, s.options.learn = BESA_LEARN_WEIGHTS, s.options.first_block = 1;
     }
     return s;
 }
@@ -2400,12 +2400,12 @@ static void damage_norm(const setup *s)
 /* The dense model's own stream goes on where it was too: every kind of run, stopped twice in every block. */
 static void test_cancel_kinds(void)
 {
-    for (int kind = 0; kind < 11; kind++) {
+    for (int kind = 0; kind < 13; kind++) {
         const char *whole = temp_path("whole");
         int64_t calls, blocks = 0;
         char first[256];
         besa_backend be = counted_backend(0);
-        besa_backend *own = kind == 1 || kind == 9 ? &be : NULL; /* a device with memory of its own */
+        besa_backend *own = kind == 1 || kind == 11 ? &be : NULL; /* a device with memory of its own */
         setup s = kind_setup(whole, kind);
         be.unified_memory = 0;
         s.be = own;
@@ -2427,7 +2427,7 @@ static void test_cancel_kinds(void)
             g_progress.stop_at = stop;
             CHECK(run(&s) == BESA_ERROR_CANCELLED && !exists(s.output), "kind %d, stop %d: %s", kind, (int)stop, s.error.message);
             besa_report_free(&s.report);
-            if (kind == 9 && i == 9) {          /* a norm that is not what was written: its block is none, and 0 is the first */
+            if (kind == 11 && i == 9) {          /* a norm that is not what was written: its block is none, and 0 is the first */
                 damage_norm(&s);
                 g_progress.stop_at = -1, g_progress.last = 0;
                 CHECK(run(&s) == BESA_OK && s.report.resumed_blocks == 0, "%d blocks beside a damaged norm: %s",
@@ -2444,7 +2444,7 @@ static void test_cancel_kinds(void)
             CHECK(compare_directories(whole, s.output, NULL, first) == 0, "kind %d, stop %d: %s differs", kind, (int)stop, first);
             discard(s.output);
         }
-        CHECK(blocks >= (kind >= 9 ? 1 : own || kind == 8 ? 3 : 4), "kind %d was stopped after %d blocks at most", kind, (int)blocks);
+        CHECK(blocks >= (kind >= 11 ? 1 : own || kind == 8 ? 3 : 4), "kind %d was stopped after %d blocks at most", kind, (int)blocks);
         be.destroy(&be);
         discard(whole);
     }
