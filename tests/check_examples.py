@@ -13,6 +13,11 @@ import subprocess
 import sys
 import tempfile
 
+try:
+    import numpy as np
+except ImportError:
+    np = None                               # what needs it is skipped
+
 FAILED = []
 
 
@@ -27,8 +32,8 @@ def missing(*packages):
     return ", ".join(package for package in packages if importlib.util.find_spec(package) is None)
 
 
-def run(program, *arguments):
-    return subprocess.run([sys.executable, str(program), *map(str, arguments)], capture_output=True, text=True)
+def run(*command):
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
 
 
 # ---- tokenize.py ----
@@ -49,7 +54,6 @@ def check_tokenize(examples, work):
     if missing("tokenizers", "numpy"):
         print(f"SKIP tokenize.py: no {missing('tokenizers', 'numpy')}")
         return
-    import numpy as np
     text_of = bytes_tokenizer(work / "tokenizer.json")
 
     def tokens(path, *arguments):
@@ -116,12 +120,129 @@ def check_parquet(check, work):
         check(f"--test {name} reads Parquet", path, expected, "--test", name)
 
 
+# ---- vitcod.py ----
+
+# What the published code says: OpenGVLab/LLMPrune-BESA, hw_sim/utils.py, process_layer_loop and process_dense_layer, for
+# down process_patch_layer_loop and process_patch_dense_layer, on published_weights(seed, rows, cols, low, high).
+PUBLISHED = (  # seed, rows, cols, low, high, kind, dense cycles, cycles
+    (1, 64, 64, 0.2, 0.8, "q", 1, 1),
+    (2, 130, 190, 0.3, 0.7, "q", 9, 6),
+    (3, 300, 320, 0.2, 0.8, "q", 25, 15),
+    (4, 100, 320, 0.0, 0.6, "q", 25, 8),
+    (5, 480, 256, 0.4, 1.0, "q", 16, 23),
+    (11, 50, 60, 0.7, 1.0, "q", 1, 1),
+    (7, 128, 340, 0.2, 0.8, "down", 10, 8),
+    (8, 210, 500, 0.1, 0.9, "down", 24, 17),
+)
+
+
+def published_weights(seed, rows, cols, low, high):
+    """Columns that keep low to high of their weights, by chance."""
+    random = np.random.default_rng(seed)
+    return (random.random((rows, cols)) < low + (high - low) * random.random(cols)).astype(np.float32)
+
+
+def check_cycles(vitcod):
+    for *arguments, kind, dense, cycles in PUBLISHED:
+        mask = published_weights(*arguments) != 0
+        found = vitcod.published_dense_cycles(*mask.shape, kind), vitcod.published_sparse_cycles(mask, kind)
+        verdict(f"vitcod.py counts {kind} of {arguments} as the published code does", found, (dense, cycles))
+    row, col = np.indices((100, 150))
+    verdict("vitcod.py takes a threshold of 80 weights as the published code does, which has it as 79.99999999999999",
+            vitcod.published_sparse_cycles((7 * row + col) % 100 < 80 + 5 * (col % 2), "q"), 5)
+    row, col = np.indices((500, 260))
+    verdict("vitcod.py merges rows and columns by way of number 200 as the published code does",
+            vitcod.published_sparse_cycles((col % 25 != 0) | ((7 * row + col) % 10 < 3), "q"), 17)
+    verdict("vitcod.py has the published dense cycles of a 7B model",
+            [vitcod.published_dense_cycles(*shape)
+             for shape in ((4096, 4096, "q"), (11008, 4096, "gate"), (4096, 11008, "down"))], [4096, 4096, 10128])
+    verdict("vitcod.py has a 7B model's dense cycles by its work",
+            [vitcod.dense_cycles(*shape) for shape in ((4096, 4096), (11008, 4096), (4096, 11008))], [4096, 11008, 11008])
+    verdict("vitcod.py moves the threshold where dense columns have 60 or 40 %, not where they have 59 or 41 %",
+            [len(list(vitcod.thresholds(np.array(kept), rows)))
+             for kept, rows in (([60, 40], 100), ([60, 30, 30, 30], 100), ([59, 41], 100), ([82, 40, 39, 39], 160))],
+            [5, 5, 1, 1])
+    # 640 x 128: columns of 640 weights, then columns of some others
+    full, kept = np.arange(128) < 64, np.arange(640)[:, None]
+    for name, mask, cycles in (
+            ("nothing kept", np.zeros((640, 128), bool), 0),
+            ("all kept, which is all dense", np.ones((640, 128), bool), 20),
+            ("45 % of each column: first none is dense, then all, then none", (kept < 288) & (full | ~full), 9),
+            ("55 % of each column: first all are dense, then none", (kept < 352) & (full | ~full), 11),
+            ("95 % of each column: all are dense at each of five thresholds", (kept < 608) & (full | ~full), 20),
+            # 40960 of 76992 to multiply, 34 columns of elements: 40960 / (34 * 64) = 18.8, 64 * 563 / (30 * 64) = 18.8
+            ("95 and 88 %: the fifth threshold parts them", (kept < 563) | (kept < 608) & full, 19),
+            # 2/3 of the work for 42 columns of elements: 40960 / (42 * 64) = 15.2, 20480 / (22 * 64) = 14.5
+            ("half of the columns full, half kept in the others", (kept < 320) | full, 16),
+            # the dense column's work is 640 of 41153, 0.995 columns of elements; 127 * 319 / (63 * 64) = 10.05
+            ("a dense column whose share is under one column of elements", (kept < 319) | (np.arange(128) == 0), 11)):
+        verdict(f"vitcod.py counts the work: {name}", vitcod.sparse_cycles(mask), cycles)
+
+
+def write_checkpoint(directory, shards):
+    """shards: for each file its tensors, as name: (type's name in safetensors, array of its bits)."""
+    directory.mkdir()
+    names = {}
+    for i, tensors in enumerate(shards):
+        header, data = {"__metadata__": {"format": "pt"}}, b""
+        file = f"model-{i + 1}.safetensors" if len(shards) > 1 else "model.safetensors"
+        for name, (dtype, bits) in tensors.items():
+            header[name] = {"dtype": dtype, "shape": bits.shape, "data_offsets": [len(data), len(data) + bits.nbytes]}
+            data += bits.tobytes()
+            names[name] = file
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        (directory / file).write_bytes(len(text).to_bytes(8, "little") + text + data)
+    if len(shards) > 1:
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def bits(dtype, mask):
+    """-1 where mask is true, else zeros of either sign."""
+    one, sign, kind = {"F32": (0xbf800000, 1 << 31, np.uint32), "F16": (0xbc00, 1 << 15, np.uint16),
+                       "BF16": (0xbf80, 1 << 15, np.uint16)}[dtype]
+    signs = np.where(np.arange(mask.size).reshape(mask.shape) % 2, sign, 0)
+    return dtype, np.where(mask, one, signs).astype(kind)
+
+
+def check_vitcod(examples, work):
+    if missing("numpy"):
+        print("SKIP vitcod.py: no numpy")
+        return
+    spec = importlib.util.spec_from_file_location("vitcod", examples / "vitcod.py")
+    vitcod = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(vitcod)
+    check_cycles(vitcod)
+    q, down = (published_weights(seed, 640, 1280, 0.2, 0.8) != 0 for seed in (1, 2))
+    blocks = [{f"model.layers.{i}.self_attn.q_proj.weight": bits(dtype, q),
+               f"model.layers.{i}.mlp.down_proj.weight": bits(dtype, down & (i == 0)),
+               f"model.layers.{i}.input_layernorm.weight": bits(dtype, q[0])} for i, dtype in enumerate(("BF16", "F32"))]
+    for name, shards in (("one", [{**blocks[0], **blocks[1]}]), ("two", blocks)):
+        write_checkpoint(work / name, shards)
+        done = run(examples / "vitcod.py", work / name)
+        rows = [line.split() for line in done.stdout.splitlines()[1:]]
+        cycles = vitcod.sparse_cycles(q), vitcod.sparse_cycles(down) / 2
+        verdict(f"vitcod.py prints the means over blocks of a checkpoint, files: {name}", (rows, done.stderr), ([
+            ["q_proj", f"{1 - q.mean():.4f}", "200", f"{cycles[0]:.2f}", f"{200 / cycles[0]:.2f}x"],
+            ["down_proj", f"{1 - down.mean() / 2:.4f}", "200", f"{cycles[1]:.2f}", f"{200 / cycles[1]:.2f}x"]], ""))
+    write_checkpoint(work / "half", [{"layers.0.mlp.up_proj.weight": bits("F16", q)}])
+    write_checkpoint(work / "bytes", [{"layers.0.mlp.up_proj.weight": ("I8", np.zeros((4, 4), np.int8))}])
+    for name, arguments, where, expected in (
+            ("half floats, without the prefix model", [work / "half"], "stdout", f"up_proj      {1 - q.mean():.4f}"),
+            ("--published, saying so", [work / "half", "--published"], "stdout", "counted as the published code does"),
+            ("no weights of 8 bits", [work / "bytes"], "stderr", "has type I8: expected one of F32, F16, BF16"),
+            ("no directory without weights", [work], "stderr", "No such file or directory")):
+        done = run(examples / "vitcod.py", *arguments)
+        verdict(f"vitcod.py takes {name}", expected in getattr(done, where) or done.stdout + done.stderr, True)
+
+
 def main():
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     examples = pathlib.Path(sys.argv[1]).resolve()
     with tempfile.TemporaryDirectory() as temp:
         check_tokenize(examples, pathlib.Path(temp))
+        check_vitcod(examples, pathlib.Path(temp))
     sys.exit(bool(FAILED))
 
 
