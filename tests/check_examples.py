@@ -8,7 +8,9 @@ Prints SKIP for what needs packages that are not installed.
 import gzip
 import importlib.util
 import json
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,8 +34,9 @@ def missing(*packages):
     return ", ".join(package for package in packages if importlib.util.find_spec(package) is None)
 
 
-def run(*command):
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+def run(*command, **environment):
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
+                          env={**os.environ, **environment})
 
 
 # ---- tokenize.py ----
@@ -152,7 +155,9 @@ def check_cycles(vitcod):
             vitcod.published_sparse_cycles((7 * row + col) % 100 < 80 + 5 * (col % 2), "q"), 5)
     row, col = np.indices((500, 260))
     verdict("vitcod.py merges rows and columns by way of number 200 as the published code does",
-            vitcod.published_sparse_cycles((col % 25 != 0) | ((7 * row + col) % 10 < 3), "q"), 17)
+            [vitcod.published_sparse_cycles(mask, "q") for mask in ((col % 25 != 0) | ((7 * row + col) % 10 < 3),
+                                                                    ((col > 8) | ((7 * row + col) % 10 < 1))[:400, :210])],
+            [17, 17])
     verdict("vitcod.py has the published dense cycles of a 7B model",
             [vitcod.published_dense_cycles(*shape)
              for shape in ((4096, 4096, "q"), (11008, 4096, "gate"), (4096, 11008, "down"))], [4096, 4096, 10128])
@@ -236,13 +241,91 @@ def check_vitcod(examples, work):
         verdict(f"vitcod.py takes {name}", expected in getattr(done, where) or done.stdout + done.stderr, True)
 
 
+# ---- lm_eval.py ----
+
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_target: answer
+doc_to_choice: choices
+target_delimiter: ""
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+
+
+def make_questions(seed):
+    """Words by chance, of two lengths: which one a model takes differs between questions and between the two measures."""
+    random = np.random.default_rng(seed)
+
+    def word(length):
+        return "".join(random.choice(list("abcdefghijklmnopqrstuvwxyz"), length))
+
+    return [{"question": f"Lily saw a {word(4)}. It was", "choices": [f" {word(n)}" for n in random.permutation((3, 3, 4))],
+             "answer": i % 3} for i in range(36)]
+
+
+def accuracies(directory, questions):
+    """The shares of questions whose answer has the largest log likelihood, and the largest by characters."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
+    right = np.zeros(2)
+    for question in questions:
+        context = tokenizer(question["question"]).input_ids
+        scores = []
+        for choice in question["choices"]:
+            answer = tokenizer(choice, add_special_tokens=False).input_ids
+            with torch.no_grad():
+                logits = model(torch.tensor([context + answer])).logits[0].log_softmax(-1)
+            scores.append(sum(logits[len(context) - 1 + i, token].item() for i, token in enumerate(answer)))
+        lengths = [len(choice) for choice in question["choices"]]
+        right += [np.argmax(scores) == question["answer"], np.argmax(np.divide(scores, lengths)) == question["answer"]]
+    return [f"{share:.4f}" for share in right / len(questions)]
+
+
+def check_lm_eval(examples, stories, work):
+    program = examples / "lm_eval.py"
+    done = run("-S", program, stories)
+    verdict("lm_eval.py names the packages that are missing", (done.returncode, done.stderr), (1,
+            'lm_eval.py needs the packages that are missing here: lm_eval, torch, transformers, accelerate: '
+            'pip install "lm-eval[hf]"\n'))
+    packages = ("lm_eval", "torch", "transformers", "accelerate", "datasets", "numpy", "tokenizers")
+    if missing(*packages):
+        print(f"SKIP lm_eval.py: no {missing(*packages)}")
+        return
+    done = run(program, stories)
+    verdict("lm_eval.py says that there is no tokenizer", "has no tokenizer: copy that of the model" in done.stderr, True)
+    model, tasks = work / "stories", work / "tasks"
+    shutil.copytree(stories, model)
+    bytes_tokenizer(model / "tokenizer.json")
+    (model / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<s>"}))
+    tasks.mkdir()
+    data_of = {"mine": make_questions(1), "half": make_questions(2)[1::2]}
+    for name, questions in data_of.items():
+        data = work / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(question) + "\n" for question in questions))
+        (tasks / f"{name}.yaml").write_text(TASK.format(name=name, data=data))
+    done = run(program, model, "--tasks", "mine,half", "--include", tasks, "--device", "cpu",
+               HF_HOME=str(work / "hub"), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    rows = [line.split() for line in done.stdout.splitlines()]
+    found = {row[0]: row[1::2] for row in rows if row and row[0] in ("mine", "half", "average")}
+    expected = {name: accuracies(model, questions) for name, questions in data_of.items()}
+    expected["average"] = [f"{(float(expected['mine'][0]) + float(expected['half'][0])) / 2:.4f}"]
+    verdict("lm_eval.py runs tasks of local data through lm-eval", found or done.stderr[-2000:], expected)
+
+
 def main():
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    examples = pathlib.Path(sys.argv[1]).resolve()
+    examples, stories = (pathlib.Path(path).resolve() for path in sys.argv[1:])
     with tempfile.TemporaryDirectory() as temp:
         check_tokenize(examples, pathlib.Path(temp))
         check_vitcod(examples, pathlib.Path(temp))
+        check_lm_eval(examples, stories, pathlib.Path(temp))
     sys.exit(bool(FAILED))
 
 
