@@ -4,10 +4,16 @@
     python tokenize.py text.txt tokens.npy --tokenizer llama/           the file as it is, one stream
     python tokenize.py wiki.txt tokens.npy --tokenizer llama/ --join '\\n\\n'
     python tokenize.py c4-train.00000-of-01024.json.gz tokens.npy --tokenizer llama/ --published
+    python tokenize.py ptb.test.txt tokens.npy --tokenizer llama/ --test ptb
 
-Text is UTF-8. --join and --published take it as documents: the "text" fields of .jsonl, .json or .json.gz, else lines.
+Text is UTF-8. --join, --published and --test take it as documents: the fields "text" or "sentence" of .jsonl, .json,
+.json.gz or .parquet (which needs pyarrow), else lines.
 --published draws windows out of single documents with Python's generator, as the published code of the pruning papers
 does, and writes them as a 2-D file (nsamples, seqlen), which besa takes as it stands.
+--test makes the one stream that those papers measure perplexity on, from the test set's file:
+    wikitext2  every line of WikiText-2's raw test set, blank ones too, joined by two newlines
+    ptb        every sentence of the Penn Treebank's test set, joined by a space
+    c4         the first 1100 documents of C4's validation set (its first file), joined by a space, cut to 256 windows
 """
 import os
 import sys
@@ -17,22 +23,56 @@ sys.path = [folder for folder in sys.path if os.path.abspath(folder) != os.path.
 
 import argparse
 import gzip
+import itertools
 import json
 import pathlib
 import random
 
 
-def is_json(path):
-    return path.suffix in (".jsonl", ".json") or path.name.endswith((".jsonl.gz", ".json.gz"))
+# what --test puts between documents; how many of them and how many windows it takes, None for all
+TEST_SETS = {"wikitext2": ("\n\n", None, None), "ptb": (" ", None, None), "c4": (" ", 1100, 256)}
 
 
-def read_documents(path):
-    """The text of JSON lines; else lines as the datasets library has WikiText's: with newline, blank ones empty."""
+def has_fields(path):
+    return path.suffix in (".jsonl", ".json", ".parquet") or path.name.endswith((".jsonl.gz", ".json.gz"))
+
+
+def field(names):
+    return "sentence" if "sentence" in names and "text" not in names else "text"
+
+
+def read_parquet(path):
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        sys.exit(f"{path}: a .parquet file needs the package pyarrow: pip install pyarrow ({error})")
+    table = pyarrow.parquet.read_table(path)
+    return table[field(table.column_names)].to_pylist()
+
+
+def read_documents(path, most=None):
+    """The text of JSON lines or of Parquet's rows; else lines as the datasets library has WikiText's: with newline, blank
+    ones empty. The first `most` of them, None for all."""
+    if path.suffix == ".parquet":
+        return read_parquet(path)[:most]
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8", newline="\n") as file:
-        if is_json(path):
-            return [json.loads(line)["text"] for line in file if line.strip()]
-        return [line if line.strip() else "" for line in file]
+        if has_fields(path):
+            rows = map(json.loads, itertools.islice(filter(str.strip, file), most))
+            return [row[field(row)] for row in rows]
+        return [line if line.strip() else "" for line in itertools.islice(file, most)]
+
+
+def encode_test_set(path, name, encode, seqlen):
+    separator, most, windows = TEST_SETS[name]
+    documents = read_documents(path, most)
+    if name == "ptb":
+        documents = [sentence.strip() for sentence in documents]
+    ids = encode(separator.join(documents))
+    if most and (len(documents) < most or len(ids) < windows * seqlen):
+        print(f"tokenize.py: {path} has {len(documents)} documents of {len(ids)} tokens: the papers take {most} of "
+              f"{windows} x {seqlen}", file=sys.stderr)
+    return ids[:windows and windows * seqlen]
 
 
 def draw_published(documents, encode, nsamples, seqlen, seed):
@@ -54,13 +94,15 @@ def draw_published(documents, encode, nsamples, seqlen, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", type=pathlib.Path, help="UTF-8 text, or JSON lines with a field text")
+    parser.add_argument("text", type=pathlib.Path, help="UTF-8 text, or JSON lines or Parquet with a field text")
     parser.add_argument("output", type=pathlib.Path, help=".npy file to write")
     parser.add_argument("--tokenizer", type=pathlib.Path, required=True, help="tokenizer.json, or a directory with one")
-    parser.add_argument("--join", metavar="TEXT", help=r"put TEXT between documents; \n is a newline")
-    parser.add_argument("--published", action="store_true", help="draw windows of single documents")
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--join", metavar="TEXT", help=r"put TEXT between documents; \n is a newline")
+    ways.add_argument("--published", action="store_true", help="draw windows of single documents")
+    ways.add_argument("--test", choices=TEST_SETS, help="a test set as the papers join it")
     parser.add_argument("--nsamples", type=int, default=128, help="windows of --published [128]")
-    parser.add_argument("--seqlen", type=int, default=2048, help="tokens of such a window [2048]")
+    parser.add_argument("--seqlen", type=int, default=2048, help="tokens of a window of --published and --test c4 [2048]")
     parser.add_argument("--seed", type=int, default=0, help="of --published [0]")
     parser.add_argument("--no-special-tokens", action="store_true", help="leave out what the tokenizer adds, as <s>")
     args = parser.parse_args()
@@ -84,7 +126,9 @@ def main():
 
     if args.published:
         ids = draw_published(read_documents(args.text), encode, args.nsamples, args.seqlen, args.seed)
-    elif args.join is not None or is_json(args.text):
+    elif args.test:
+        ids = encode_test_set(args.text, args.test, encode, args.seqlen)
+    elif args.join is not None or has_fields(args.text):
         separator = (args.join or "").replace(r"\n", "\n").replace(r"\t", "\t")
         ids = encode(separator.join(read_documents(args.text)))
     else:

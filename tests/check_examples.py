@@ -1,0 +1,333 @@
+#!/usr/bin/env python3
+"""The Python programs of examples/, on small files made here.
+
+    check_examples.py EXAMPLES STORIES260K
+
+Prints SKIP for what needs packages that are not installed.
+"""
+import gzip
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+try:
+    import numpy as np
+except ImportError:
+    np = None                               # what needs it is skipped
+
+FAILED = []
+
+
+def verdict(name, found, expected):
+    good = found == expected
+    print(f"{'PASS' if good else 'FAIL'} {name}{'' if good else f': {found!r}, expected {expected!r}'}", flush=True)
+    if not good:
+        FAILED.append(name)
+
+
+def missing(*packages):
+    return ", ".join(package for package in packages if importlib.util.find_spec(package) is None)
+
+
+def run(*command, **environment):
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
+                          env={**os.environ, **environment})
+
+
+# ---- tokenize.py ----
+
+def bytes_tokenizer(path):
+    """Saves a tokenizer of one token a byte, with <s> before a text, and returns what turns tokens back into text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet + ["<s>"])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", len(alphabet))])
+    tokenizer.save(str(path))
+    return lambda ids: tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def check_tokenize(examples, work):
+    if missing("tokenizers", "numpy"):
+        print(f"SKIP tokenize.py: no {missing('tokenizers', 'numpy')}")
+        return
+    text_of = bytes_tokenizer(work / "tokenizer.json")
+
+    def tokens(path, *arguments):
+        done = run(examples / "tokenize.py", path, work / "tokens.npy", "--tokenizer", work, *arguments)
+        return (np.load(work / "tokens.npy"), done.stderr) if done.returncode == 0 else (None, done.stderr)
+
+    def check(name, path, expected, *arguments):
+        found, errors = tokens(path, *arguments)
+        verdict(f"tokenize.py {name}", errors if found is None else (text_of(found), errors), (expected, ""))
+
+    wiki = work / "wiki.txt"
+    wiki.write_bytes(" \n = Title = \n \n Some text \u2014 more . \n".encode())
+    check("takes a file as it is", wiki, "<s> \n = Title = \n \n Some text \u2014 more . \n")
+    joined = "<s>\n\n = Title = \n\n\n\n\n Some text \u2014 more . \n"
+    check("--test wikitext2 joins lines, blank ones empty, by two newlines", wiki, joined, "--test", "wikitext2")
+    check("--join does the same", wiki, joined, "--join", r"\n\n")
+    check("--no-special-tokens leaves out <s>", wiki, joined[3:], "--test", "wikitext2", "--no-special-tokens")
+    ptb, sentences = work / "ptb.test.txt", work / "ptb.jsonl"
+    ptb.write_text(" no it was n't black monday \n but while the <unk> N \n")
+    sentences.write_text('{"sentence": "no it was n\'t black monday"}\n{"sentence": "but while the <unk> N"}\n')
+    for path in (ptb, sentences):
+        check(f"--test ptb joins sentences of {path.suffix} by one space", path,
+              "<s>no it was n't black monday but while the <unk> N", "--test", "ptb")
+    check_c4(check, tokens, work)
+    check_parquet(check, work)
+    found, errors = tokens(wiki, "--test", "ptb", "--join", " ")
+    verdict("tokenize.py refuses --test with --join", found is None and "not allowed with" in errors, True)
+    found, errors = tokens(wiki, "--published", "--seqlen", 100)
+    verdict("tokenize.py --published refuses documents that are too short", (found, errors.strip()),
+            (None, "no document is longer than 100 tokens"))
+
+
+def check_c4(check, tokens, work):
+    """256 windows of 16 are 4096 tokens: <s> and 4095 bytes out of documents of 6 with their space."""
+    documents = [f"{i:05d}" for i in range(1200)]
+    c4, few, long = (work / f"{name}.json.gz" for name in ("c4", "few", "long"))
+    for path, texts in ((c4, documents), (few, documents[:3]), (long, ["0123456789"] * 400)):
+        with gzip.open(path, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text, "url": "none"}) + "\n" for text in texts)
+    check("--test c4 joins documents by a space and cuts them to 256 windows", c4, "<s>" + " ".join(documents)[:4095],
+          "--test", "c4", "--seqlen", 16)
+    found, errors = tokens(c4, "--test", "c4", "--seqlen", 2048)
+    verdict("tokenize.py --test c4 takes 1100 documents", found is not None and found.size, 1100 * 6)
+    verdict("tokenize.py --test c4 says where there is less than the papers' windows",
+            errors, f"tokenize.py: {c4} has 1100 documents of 6600 tokens: the papers take 1100 of 256 x 2048\n")
+    found, errors = tokens(few, "--test", "c4")
+    verdict("tokenize.py --test c4 says how many documents there are", errors.split(" has ")[-1],
+            "3 documents of 18 tokens: the papers take 1100 of 256 x 2048\n")
+    found, errors = tokens(long, "--test", "c4", "--seqlen", 16)
+    verdict("tokenize.py --test c4 says that documents are missing where the windows are full",
+            (found is not None and found.size, errors.split(" has ")[-1]),
+            (4096, "400 documents of 4400 tokens: the papers take 1100 of 256 x 16\n"))
+
+
+def check_parquet(check, work):
+    if missing("pyarrow"):
+        print("SKIP tokenize.py reads Parquet: no pyarrow")
+        return
+    import pyarrow
+    import pyarrow.parquet
+    for column, name, expected in (("text", "wikitext2", "<s> = T = \n\n\n\n\n x \n"), ("sentence", "ptb", "<s>= T =  x")):
+        path = work / f"{column}.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({column: [" = T = \n", "", " x \n"]}), path)
+        check(f"--test {name} reads Parquet", path, expected, "--test", name)
+
+
+# ---- vitcod.py ----
+
+# What the published code says: OpenGVLab/LLMPrune-BESA, hw_sim/utils.py, process_layer_loop and process_dense_layer, for
+# down process_patch_layer_loop and process_patch_dense_layer, on published_weights(seed, rows, cols, low, high).
+PUBLISHED = (  # seed, rows, cols, low, high, kind, dense cycles, cycles
+    (1, 64, 64, 0.2, 0.8, "q", 1, 1),
+    (2, 130, 190, 0.3, 0.7, "q", 9, 6),
+    (3, 300, 320, 0.2, 0.8, "q", 25, 15),
+    (4, 100, 320, 0.0, 0.6, "q", 25, 8),
+    (5, 480, 256, 0.4, 1.0, "q", 16, 23),
+    (11, 50, 60, 0.7, 1.0, "q", 1, 1),
+    (7, 128, 340, 0.2, 0.8, "down", 10, 8),
+    (8, 210, 500, 0.1, 0.9, "down", 24, 17),
+)
+
+
+def published_weights(seed, rows, cols, low, high):
+    """Columns that keep low to high of their weights, by chance."""
+    random = np.random.default_rng(seed)
+    return (random.random((rows, cols)) < low + (high - low) * random.random(cols)).astype(np.float32)
+
+
+def check_cycles(vitcod):
+    for *arguments, kind, dense, cycles in PUBLISHED:
+        mask = published_weights(*arguments) != 0
+        found = vitcod.published_dense_cycles(*mask.shape, kind), vitcod.published_sparse_cycles(mask, kind)
+        verdict(f"vitcod.py counts {kind} of {arguments} as the published code does", found, (dense, cycles))
+    row, col = np.indices((100, 150))
+    verdict("vitcod.py takes a threshold of 80 weights as the published code does, which has it as 79.99999999999999",
+            vitcod.published_sparse_cycles((7 * row + col) % 100 < 80 + 5 * (col % 2), "q"), 5)
+    row, col = np.indices((500, 260))
+    verdict("vitcod.py merges rows and columns by way of number 200 as the published code does",
+            [vitcod.published_sparse_cycles(mask, "q") for mask in ((col % 25 != 0) | ((7 * row + col) % 10 < 3),
+                                                                    ((col > 8) | ((7 * row + col) % 10 < 1))[:400, :210])],
+            [17, 17])
+    verdict("vitcod.py has the published dense cycles of a 7B model",
+            [vitcod.published_dense_cycles(*shape)
+             for shape in ((4096, 4096, "q"), (11008, 4096, "gate"), (4096, 11008, "down"))], [4096, 4096, 10128])
+    verdict("vitcod.py has a 7B model's dense cycles by its work",
+            [vitcod.dense_cycles(*shape) for shape in ((4096, 4096), (11008, 4096), (4096, 11008))], [4096, 11008, 11008])
+    verdict("vitcod.py moves the threshold where dense columns have 60 or 40 %, not where they have 59 or 41 %",
+            [len(list(vitcod.thresholds(np.array(kept), rows)))
+             for kept, rows in (([60, 40], 100), ([60, 30, 30, 30], 100), ([59, 41], 100), ([82, 40, 39, 39], 160))],
+            [5, 5, 1, 1])
+    # 640 x 128: columns of 640 weights, then columns of some others
+    full, kept = np.arange(128) < 64, np.arange(640)[:, None]
+    for name, mask, cycles in (
+            ("nothing kept", np.zeros((640, 128), bool), 0),
+            ("all kept, which is all dense", np.ones((640, 128), bool), 20),
+            ("45 % of each column: first none is dense, then all, then none", (kept < 288) & (full | ~full), 9),
+            ("55 % of each column: first all are dense, then none", (kept < 352) & (full | ~full), 11),
+            ("95 % of each column: all are dense at each of five thresholds", (kept < 608) & (full | ~full), 20),
+            # 40960 of 76992 to multiply, 34 columns of elements: 40960 / (34 * 64) = 18.8, 64 * 563 / (30 * 64) = 18.8
+            ("95 and 88 %: the fifth threshold parts them", (kept < 563) | (kept < 608) & full, 19),
+            # 2/3 of the work for 42 columns of elements: 40960 / (42 * 64) = 15.2, 20480 / (22 * 64) = 14.5
+            ("half of the columns full, half kept in the others", (kept < 320) | full, 16),
+            # the dense column's work is 640 of 41153, 0.995 columns of elements; 127 * 319 / (63 * 64) = 10.05
+            ("a dense column whose share is under one column of elements", (kept < 319) | (np.arange(128) == 0), 11)):
+        verdict(f"vitcod.py counts the work: {name}", vitcod.sparse_cycles(mask), cycles)
+
+
+def write_checkpoint(directory, shards):
+    """shards: for each file its tensors, as name: (type's name in safetensors, array of its bits)."""
+    directory.mkdir()
+    names = {}
+    for i, tensors in enumerate(shards):
+        header, data = {"__metadata__": {"format": "pt"}}, b""
+        file = f"model-{i + 1}.safetensors" if len(shards) > 1 else "model.safetensors"
+        for name, (dtype, bits) in tensors.items():
+            header[name] = {"dtype": dtype, "shape": bits.shape, "data_offsets": [len(data), len(data) + bits.nbytes]}
+            data += bits.tobytes()
+            names[name] = file
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        (directory / file).write_bytes(len(text).to_bytes(8, "little") + text + data)
+    if len(shards) > 1:
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def bits(dtype, mask):
+    """-1 where mask is true, else zeros of either sign."""
+    one, sign, kind = {"F32": (0xbf800000, 1 << 31, np.uint32), "F16": (0xbc00, 1 << 15, np.uint16),
+                       "BF16": (0xbf80, 1 << 15, np.uint16)}[dtype]
+    signs = np.where(np.arange(mask.size).reshape(mask.shape) % 2, sign, 0)
+    return dtype, np.where(mask, one, signs).astype(kind)
+
+
+def check_vitcod(examples, work):
+    if missing("numpy"):
+        print("SKIP vitcod.py: no numpy")
+        return
+    spec = importlib.util.spec_from_file_location("vitcod", examples / "vitcod.py")
+    vitcod = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(vitcod)
+    check_cycles(vitcod)
+    q, down = (published_weights(seed, 640, 1280, 0.2, 0.8) != 0 for seed in (1, 2))
+    blocks = [{f"model.layers.{i}.self_attn.q_proj.weight": bits(dtype, q),
+               f"model.layers.{i}.mlp.down_proj.weight": bits(dtype, down & (i == 0)),
+               f"model.layers.{i}.input_layernorm.weight": bits(dtype, q[0])} for i, dtype in enumerate(("BF16", "F32"))]
+    for name, shards in (("one", [{**blocks[0], **blocks[1]}]), ("two", blocks)):
+        write_checkpoint(work / name, shards)
+        done = run(examples / "vitcod.py", work / name)
+        rows = [line.split() for line in done.stdout.splitlines()[1:]]
+        cycles = vitcod.sparse_cycles(q), vitcod.sparse_cycles(down) / 2
+        verdict(f"vitcod.py prints the means over blocks of a checkpoint, files: {name}", (rows, done.stderr), ([
+            ["q_proj", f"{1 - q.mean():.4f}", "200", f"{cycles[0]:.2f}", f"{200 / cycles[0]:.2f}x"],
+            ["down_proj", f"{1 - down.mean() / 2:.4f}", "200", f"{cycles[1]:.2f}", f"{200 / cycles[1]:.2f}x"]], ""))
+    write_checkpoint(work / "half", [{"layers.0.mlp.up_proj.weight": bits("F16", q)}])
+    write_checkpoint(work / "bytes", [{"layers.0.mlp.up_proj.weight": ("I8", np.zeros((4, 4), np.int8))}])
+    for name, arguments, where, expected in (
+            ("half floats, without the prefix model", [work / "half"], "stdout", f"up_proj      {1 - q.mean():.4f}"),
+            ("--published, saying so", [work / "half", "--published"], "stdout", "counted as the published code does"),
+            ("no weights of 8 bits", [work / "bytes"], "stderr", "has type I8: expected one of F32, F16, BF16"),
+            ("no directory without weights", [work], "stderr", "No such file or directory")):
+        done = run(examples / "vitcod.py", *arguments)
+        verdict(f"vitcod.py takes {name}", expected in getattr(done, where) or done.stdout + done.stderr, True)
+
+
+# ---- lm_eval.py ----
+
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_target: answer
+doc_to_choice: choices
+target_delimiter: ""
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+
+
+def make_questions(seed):
+    """Words by chance, of two lengths: which one a model takes differs between questions and between the two measures."""
+    random = np.random.default_rng(seed)
+
+    def word(length):
+        return "".join(random.choice(list("abcdefghijklmnopqrstuvwxyz"), length))
+
+    return [{"question": f"Lily saw a {word(4)}. It was", "choices": [f" {word(n)}" for n in random.permutation((3, 3, 4))],
+             "answer": i % 3} for i in range(36)]
+
+
+def accuracies(directory, questions):
+    """The shares of questions whose answer has the largest log likelihood, and the largest by characters."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
+    right = np.zeros(2)
+    for question in questions:
+        context = tokenizer(question["question"]).input_ids
+        scores = []
+        for choice in question["choices"]:
+            answer = tokenizer(choice, add_special_tokens=False).input_ids
+            with torch.no_grad():
+                logits = model(torch.tensor([context + answer])).logits[0].log_softmax(-1)
+            scores.append(sum(logits[len(context) - 1 + i, token].item() for i, token in enumerate(answer)))
+        lengths = [len(choice) for choice in question["choices"]]
+        right += [np.argmax(scores) == question["answer"], np.argmax(np.divide(scores, lengths)) == question["answer"]]
+    return [f"{share:.4f}" for share in right / len(questions)]
+
+
+def check_lm_eval(examples, stories, work):
+    program = examples / "lm_eval.py"
+    done = run("-S", program, stories)
+    verdict("lm_eval.py names the packages that are missing", (done.returncode, done.stderr), (1,
+            'lm_eval.py needs the packages that are missing here: lm_eval, torch, transformers, accelerate: '
+            'pip install "lm-eval[hf]"\n'))
+    packages = ("lm_eval", "torch", "transformers", "accelerate", "datasets", "numpy", "tokenizers")
+    if missing(*packages):
+        print(f"SKIP lm_eval.py: no {missing(*packages)}")
+        return
+    done = run(program, stories)
+    verdict("lm_eval.py says that there is no tokenizer", "has no tokenizer: copy that of the model" in done.stderr, True)
+    model, tasks = work / "stories", work / "tasks"
+    shutil.copytree(stories, model)
+    bytes_tokenizer(model / "tokenizer.json")
+    (model / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<s>"}))
+    tasks.mkdir()
+    data_of = {"mine": make_questions(1), "half": make_questions(2)[1::2]}
+    for name, questions in data_of.items():
+        data = work / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(question) + "\n" for question in questions))
+        (tasks / f"{name}.yaml").write_text(TASK.format(name=name, data=data))
+    done = run(program, model, "--tasks", "mine,half", "--include", tasks, "--device", "cpu",
+               HF_HOME=str(work / "hub"), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    rows = [line.split() for line in done.stdout.splitlines()]
+    found = {row[0]: row[1::2] for row in rows if row and row[0] in ("mine", "half", "average")}
+    expected = {name: accuracies(model, questions) for name, questions in data_of.items()}
+    expected["average"] = [f"{(float(expected['mine'][0]) + float(expected['half'][0])) / 2:.4f}"]
+    verdict("lm_eval.py runs tasks of local data through lm-eval", found or done.stderr[-2000:], expected)
+
+
+def main():
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    examples, stories = (pathlib.Path(path).resolve() for path in sys.argv[1:])
+    with tempfile.TemporaryDirectory() as temp:
+        check_tokenize(examples, pathlib.Path(temp))
+        check_vitcod(examples, pathlib.Path(temp))
+        check_lm_eval(examples, stories, pathlib.Path(temp))
+    sys.exit(bool(FAILED))
+
+
+if __name__ == "__main__":
+    main()
