@@ -79,6 +79,7 @@ done
 
 programs="test_portable test_ops test_reference test_io test_pipeline"
 suite "32-bit" "" gcc -std=gnu11 -O2 -m32 -msse2 -mfpmath=sse -D_FILE_OFFSET_BITS=64
+programs="test_portable test_ops test_reference test_io"
 suite "musl" "" musl-gcc -std=gnu11 -O2 -static
 programs="test_portable"
 suite "tcc" "" tcc
