@@ -453,6 +453,7 @@ typedef struct besa_refit_step {
     const float *scale;                         /* (C) = 1 / H_jj */
     float *rho;                                 /* (2, rows) rho; rho0 */
 } besa_refit_step;
+
 /* A layer's weights on grids of 2^bits levels, one for every `group` consecutive columns of a row, G = ceil(C / group) of them in
  * a row (section "quantization"). */
 typedef struct besa_quantizer {
@@ -1050,6 +1051,7 @@ typedef enum besa_refit {
 #undef BESA__ENUM
     BESA_REFIT_COUNT
 } besa_refit;
+
 /* Clips of the grids that kept weights are put on: learned where something else is, not, or in any case. */
 #define BESA_CLIPPINGS(X)                                                                          \
     X(BESA_CLIPPING_AUTO, "auto") X(BESA_CLIPPING_NONE, "none") X(BESA_CLIPPING_LEARNED, "learned")
@@ -1073,7 +1075,7 @@ typedef struct besa_prune_options {
     double damping;                             /* [0.01] of the mean diagonal is added to Hessians: method sparsegpt, the
                                                    importances of BESA_STATISTIC_FACTOR, and refit */
     besa_refit refit;                           /* [none] of every layer that does not stay dense; before kept weights learn.
-                                                   Not with BESA_LEARN_BOTH; BESA_REFIT_OBS not with sparsegpt */
+                                                   Not with bits or BESA_LEARN_BOTH; BESA_REFIT_OBS not with sparsegpt */
     int64_t refit_steps;                        /* [10] BESA_REFIT_CG */
     int64_t epochs, batch_size;                 /* BESA [1, 1]; batch in sequences */
     int norm_all;                               /* channel norms of the loss over all tokens, not per batch */
@@ -3418,6 +3420,7 @@ static void besa__quantization_place(besa__quantization *q, const besa_block_sha
     }
     if (!q->learns) return;
     besa__parameters_place(&q->clips, arena);
+    if (!arena->base) return;
     for (int i = 0; i < BESA_LAYERS; i++) q->layer[i].logit = besa__parameters_at(q->clips.step.theta, q->first[i]);
 }
 
@@ -4963,7 +4966,8 @@ static besa_result besa__sparsegpt_layer(besa_pruner *p, const void *w, void *pr
     int64_t rows, columns;
     besa_block_layer(&p->shape, layer, &rows, &columns);
     int64_t slab = m > 0 ? BESA__SLAB / m * m : BESA__SLAB; /* no group of m is split */
-    const besa_quantizer *levels = p->options.bits && !p->quantization.learns ? &p->quantization.layer[layer] : NULL;
+    /* levels in the sweep where nothing learns from what it leaves */
+    const besa_quantizer *levels = p->options.bits && !besa__learns_last(p) ? &p->quantization.layer[layer] : NULL;
     BESA__TRY(be->convert(be, p->scores, BESA_F32, w, p->dtype, rows * columns));
     for (int64_t first = 0; first < columns; first += slab) {
         int64_t width = besa__min(slab, columns - first);
@@ -5326,8 +5330,10 @@ static besa_result besa__learn(besa__learning *l, besa_error *error)
     besa_pruner *p = l->work->pruner;
     int64_t size = p->options.batch_size, batches = besa__parts(p->nsamples, size);
     besa__batch batch = {0, 0, 0, NULL, besa__learned_layers(p, l->weights), besa__learn_gradient, l};
-    for (int i = 0; i < BESA_VECTORS; i++)
-        p->acts.dvector[i] = l->weights && p->weights.vector[i].dense ? p->weights.vector[i].grad : NULL;
+    for (int i = 0; i < BESA_VECTORS; i++) {
+        int learns = l->weights && p->weights.vector[i].dense && (i >= BESA_LAYERS || p->fixed[i] != 0);
+        p->acts.dvector[i] = learns ? p->weights.vector[i].grad : NULL;
+    }
     for (int64_t s = 0; s < l->steps && batch.layers; s++) {
         batch.first = s % batches * size;
         batch.end = besa__min(batch.first + size, p->nsamples);
@@ -5354,18 +5360,19 @@ static besa_result besa__gradient_squares(const besa__learning *l, besa_error *e
 {
     besa_pruner *p = l->work->pruner;
     besa_backend *be = p->be;
-    besa__batch batch = {0, 0, 0, besa__step_loss(p, 0), besa__learned_layers(p, 0), besa__square_gradient, p};
+    besa__batch batch = {0, 0, -1, besa__step_loss(p, 0), 0, besa__square_gradient, p};
+    for (int i = 0; i < BESA_VECTORS; i++) p->acts.dvector[i] = NULL;
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t rows, columns;
         besa_block_layer(&p->shape, i, &rows, &columns);
         if (p->masks.layer[i].fixed >= 0) continue;
+        batch.layers |= 1u << i;
         BESA__TRY_ON(be, be->zero(be, BESA_QUEUE_COMPUTE, p->score_factor[i], (size_t)(rows * columns) * sizeof(float)), error);
         BESA__TRY_ON(be, besa__masks_uniform(&p->masks, i, p->options.rates.target), error);
     }
     BESA__TRY_ON(be, besa__mask_learned(l->work, 1), error);
     for (; batch.first < l->before; batch.first++) {
         batch.end = batch.first + 1;
-        batch.again = batch.end < l->before ? batch.end : 0;
         BESA__TRY_ON(be, besa__clear_gradients(p, &batch), error);
         BESA__TRY_ON(be, besa__batch_gradient(l->work, &batch), error);
         BESA__TRY_ON(be, besa__use_gradients(p, &batch), error);
@@ -7795,7 +7802,8 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
  * // >>journal               files of the unfinished output, and its journal
  * ============================================================================================
  * Owns OUT.partial, which becomes OUT by a rename once all is on disk. It starts as a copy of the source without the
- * prunable weights, and without norms and biases that learn; blocks come in one after another. Its journal has one line
+ * prunable weights, and without norms and biases that learn; blocks come in one after another, and with bits the blocks'
+ * codes into a file of their own (section codes). Its journal has one line
  * per step that is on disk,
  *     besa-journal 2 | run FINGERPRINT | copied | block 0 HASH | block 1 HASH ...
  * each ending in the hash of its own text, so that a torn line counts for nothing. A step's bytes are synced before
@@ -7830,7 +7838,7 @@ enum { BESA__BLOCK_TENSORS = BESA_LAYERS + BESA_VECTORS };
 
 /* A block that is on disk. */
 typedef struct besa__finished {
-    uint64_t hash;                              /* of its tensors that come in with it */
+    uint64_t hash;                              /* of its tensors that come in with it, and of its codes */
     uint64_t line;                              /* where its line begins in the journal */
 } besa__finished;
 
@@ -8444,7 +8452,9 @@ static size_t besa__codes_header(const besa__codes *codes, const besa_config *co
 {
     static const struct { const char *name, *dtype; int bytes; } kind[BESA__CODES_KINDS] = {
         {"scale", "F32", 4}, {"zero", "U8", 1}, {"codes", "U8", 1}};
+    char none[1];
     size_t length = 0;
+    if (!text) text = none;                     /* only its length is asked for */
     uint64_t at = 0;
     for (int64_t b = codes->shape.first; b < codes->shape.end; b++)
         for (int k = 0; k < BESA__CODES_KINDS; k++)
@@ -10159,7 +10169,11 @@ static void besa__ignore_options(besa_prune_options *o)
     if (given.learn == BESA_LEARN_RATES) {      /* clips learn, if anything */
         o->weight_lr = besa__find_option("weight_lr")->standard;
         o->weight_warmup = besa__find_option("weight_warmup")->standard;
+        o->learn_vectors = 0;
+        if (o->method == BESA_METHOD_BESA) o->weight_epochs = (int64_t)besa__find_option("weight_epochs")->standard;
     }
+    if (given.learn != BESA_LEARN_BOTH) o->rank_interval = (int64_t)besa__find_option("rank_interval")->standard;
+    if (o->method == BESA_METHOD_SPARSEGPT || o->method == BESA_METHOD_KEEP) o->quantize_first = 0;
     if (!besa__clips_learn(&given)) o->clip_lr = besa__find_option("clip_lr")->standard;
     if (!besa__uses_gram(&given)) o->damping = besa__find_option("damping")->standard;
     if (o->refit != BESA_REFIT_CG) o->refit_steps = (int64_t)besa__find_option("refit_steps")->standard;
@@ -10448,7 +10462,7 @@ static void besa__note_fixed(const besa__run *run, const besa_prune_options *o, 
 {
     char name[128], farthest[128] = "";
     double least = 1e-3, has = 0, wanted = 0;
-    for (int64_t b = besa__first_block(run); b < besa__end_block(run) && o->num_fixed > 0; b++)
+    for (int64_t b = besa__first_block(run); b < besa__end_block(run) && o->num_fixed > 0 && !o->bits; b++)
         for (int i = 0; i < BESA_LAYERS; i++) {
             const besa_layer_report *layer = &report->block[b].layer[i];
             besa__tensor_name(name, sizeof name, run->config, b, "");

@@ -493,7 +493,7 @@ static besa_result besa__cuda_fill(besa_backend *be, int32_t *y, int32_t value, 
     return BESA_OK;
 }
 
-/* y(n) = x(n)^exponent; the exponents that the method uses are exact */
+/* y(n) = x(n)^exponent; those of Wanda's and SparseGPT's scores are exact */
 static __global__ void besa__power_kernel(float *y, const float *x, float exponent, int64_t n, int vector)
 {
     BESA__FLAT(i, n) {
@@ -2843,13 +2843,15 @@ static besa_result besa__cuda_quantize_grid(besa_backend *be, const besa_quantiz
 /* The place u of x on the grid, kept within one of its ends: -1 .. most + 1; what x / h is there goes to t. */
 static __device__ __forceinline__ float besa__cuda_grid_place(float x, float h, float z, float most, float &t)
 {
-    t = fminf(fmaxf(x / h, -1.0f - z), most + 1.0f - z);
+    float low = -1.0f - z, high = most + 1.0f - z;
+    t = x / h;
+    t = t < low ? low : t > high ? high : t; /* NaN stays */
     return rintf(t) + z;
 }
 
 static __device__ __forceinline__ float besa__cuda_level(float u, float z, float most)
 {
-    return fminf(fmaxf(u, 0.0f), most) - z;
+    return (u < 0.0f ? 0.0f : u > most ? most : u) - z;
 }
 
 template <typename T>

@@ -2787,7 +2787,7 @@ static void test_resume_options(void)
         }
         discard(base.output);
     }
-    for (int i = 0; i < 9; i++) {               /* what a run of wanda looks at where its weights learn */
+    for (int i = 0; i < 10; i++) {              /* what a run of wanda looks at where its weights learn */
         setup base = small_setup(temp_path("out")), s;
         base.options.method = BESA_METHOD_WANDA, base.options.learn = BESA_LEARN_WEIGHTS;
         g_progress.stop_at = -2;
@@ -2804,6 +2804,7 @@ static void test_resume_options(void)
         case 6: s.options.dense_share = 0.5; break;
         case 7: s.options.learn_vectors = 1; break;
         case 8: s.options.epochs = 2; break;    /* of the rates */
+        case 9: s.options.rank_interval = 4; break; /* ranks of weights that learn with them */
         }
         CHECK(refused(&s, base) == (i < 8), "learning weights, changed setting %d", i);
         discard(base.output);
