@@ -804,6 +804,7 @@ static void rank_by_gradients(const run *r, int32_t *rank[BESA_LAYERS])
     double *squares[BESA_LAYERS];
     recorded uniform;
     gradients g;
+    memset(&uniform, 0, sizeof uniform);
     for (int l = 0, row = 0; l < BESA_LAYERS; l++) {
         squares[l] = (double *)take((size_t)(r->m->rows[l] * r->m->columns[l]) * sizeof(double));
         for (int64_t q = 0; q < r->m->rows[l]; q++) {
