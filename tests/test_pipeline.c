@@ -3603,7 +3603,7 @@ static void test_outlier_runs(void)
         double shares[5], targets[2][5];
         char first[256];
         setup s = interrupted_setup(temp_path("whole"), -1);
-        s.options.method = (besa_method)method, s.options.rates.target = 0.625;
+        s.options.method = (besa_method)method, s.options.rates.target = 0.6;
         if (method == 3) s.options.first_block = 1, s.options.num_blocks = 3;
         int64_t count = method == 3 ? 3 : 5;
         for (int i = 0; i < 2; i++) {
