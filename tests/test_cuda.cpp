@@ -832,7 +832,7 @@ static void compare_pipelines(const char *name, besa_method method, int fp32, do
         r->options.learn = learn;
         r->options.weight_epochs = 1;
         r->options.dense_share = share;
-        r->options.refit = refit;
+        r->options.refit = refit, r->options.damping = refit ? 0.5 : 0; /* fewer tokens than columns: else a rounding counts */
         r->options.learn_vectors = learn == BESA_LEARN_BOTH;
         r->options.bits = bits, r->options.group_size = bits ? 24 : 0;
         if (learn != BESA_LEARN_RATES) r->options.dense_share = 0.5, r->options.batch_size = 2, r->options.epochs = 1;
@@ -874,8 +874,7 @@ static void test_pipeline(void)
     TEST("pipeline, bits, wanda, fp32") compare_pipelines("wanda4", BESA_METHOD_WANDA, 1, 1e-3, 0.01, BESA_LEARN_RATES, 0, BESA_REFIT_NONE, 4);
     TEST("pipeline, bits, besa and weights, fp32") compare_pipelines("both5", BESA_METHOD_BESA, 1, 2e-2, 0.03, BESA_LEARN_BOTH, 0, BESA_REFIT_NONE, 5);
     TEST("pipeline, besa and weights, fp32") compare_pipelines("both32", BESA_METHOD_BESA, 1, 1e-2, 0.02, BESA_LEARN_BOTH);
-    TEST("pipeline, wanda and cg, fp32") /* 256 tokens for 172 columns: a rounding counts */
-        compare_pipelines("cg32", BESA_METHOD_WANDA, 1, 1e-2, 0.1, BESA_LEARN_RATES, 0, BESA_REFIT_CG);
+    TEST("pipeline, wanda and cg, fp32") compare_pipelines("cg32", BESA_METHOD_WANDA, 1, 1e-2, 0.05, BESA_LEARN_RATES, 0, BESA_REFIT_CG);
     if (!g_sanitized) { /* the same kernels */
         TEST("pipeline, wanda and obs, fp32")
             compare_pipelines("obs32", BESA_METHOD_WANDA, 1, 1e-2, 0.02, BESA_LEARN_RATES, 0, BESA_REFIT_OBS);
