@@ -2327,8 +2327,8 @@ static besa_result besa__masks_zeros(besa__masks *masks, int index, const void *
                            layer->shape.columns);
 }
 
-/* Rank a layer by |W|^power scale (C; NULL: 1) factor (R,C; NULL: 1). scratch receives the scores of as many rows as `room`
- * floats hold, again and again. */
+/* Rank a layer by |W|^power scale (C; NULL: 1) factor (R,C; NULL: 1), and no more than that: zeros are counted apart. scratch
+ * receives the scores of as many rows as `room` floats hold, again and again. */
 static besa_result besa__masks_rank(besa__masks *masks, int index, const void *w, const float *scale, int power,
                                     const float *factor, float *scratch, int64_t room)
 {
@@ -2344,7 +2344,7 @@ static besa_result besa__masks_rank(besa__masks *masks, int index, const void *w
         if (factor) BESA__TRY(be->score_scale(be, scratch, factor + r * columns, count * columns));
         BESA__TRY(be->rank_rows(be, besa__layer_rank(layer, r), scratch, count, columns));
     }
-    return besa__masks_zeros(masks, index, w);
+    return BESA_OK;
 }
 
 /* n_r = floor(rate units) of every row. */
@@ -3090,6 +3090,7 @@ BESA_API besa_result besa_rates_rank(besa_rates *rates, int layer, const void *w
     }
     if (result == BESA_OK)
         result = besa__masks_rank(rates->masks, layer, w, scale, row->power, NULL, scratch, weights);
+    if (result == BESA_OK) result = besa__masks_zeros(rates->masks, layer, w);
     return besa__rates_leave(rates, callers, result, error);
 }
 
@@ -4985,14 +4986,6 @@ static const float *besa__score_scale(const besa_pruner *p, int layer)
     return besa__statistic(&p->options) != BESA_STATISTIC_NONE ? p->statistic[besa__layers[layer].input] : NULL;
 }
 
-/* The ranks of a layer's rows with the weights w. */
-static besa_result besa__rank_weights(besa_pruner *p, int layer, const void *w)
-{
-    int power = besa__importance_row(besa__scored_by(&p->options))->power;
-    return besa__masks_rank(&p->masks, layer, w, besa__score_scale(p, layer), power, p->score_factor[layer], p->scores,
-                            p->scores_count);
-}
-
 /* The weights of a layer that scores are of: the dense ones, or those on their grids, which go where the result will be. */
 static besa_result besa__scored_weights(const besa__work *work, int layer, const void *w, const void **scored)
 {
@@ -5005,15 +4998,24 @@ static besa_result besa__scored_weights(const besa__work *work, int layer, const
     return BESA_OK;
 }
 
+/* The ranks of a layer's rows with the weights w, as scores are of them. */
+static besa_result besa__rank_weights(const besa__work *work, int layer, const void *w)
+{
+    besa_pruner *p = work->pruner;
+    int power = besa__importance_row(besa__scored_by(&p->options))->power;
+    const void *scored;
+    BESA__TRY(besa__scored_weights(work, layer, w, &scored));
+    return besa__masks_rank(&p->masks, layer, scored, besa__score_scale(p, layer), power, p->score_factor[layer], p->scores,
+                            p->scores_count);
+}
+
 /* The ranks of a layer's rows; where its rate is known beforehand (not negative), its pruned weights too. */
 static besa_result besa__rank_layer(const besa__work *work, int layer, double rate)
 {
     besa_pruner *p = work->pruner;
     const void *w = work->dense->weight[layer];
-    const void *scored;
-    BESA__TRY(besa__scored_weights(work, layer, w, &scored));
-    BESA__TRY(besa__rank_weights(p, layer, scored));
-    if (scored != w) BESA__TRY(besa__masks_zeros(&p->masks, layer, w));
+    BESA__TRY(besa__rank_weights(work, layer, w));
+    BESA__TRY(besa__masks_zeros(&p->masks, layer, w));
     if (rate < 0) return BESA_OK;
     BESA__TRY(besa__masks_fix(&p->masks, layer, rate));
     return besa__masks_apply(&p->masks, layer, w, work->pruned[layer]);
@@ -5275,15 +5277,6 @@ static besa_result besa__use_gradients(besa_pruner *p, const besa__batch *batch)
     return BESA_OK;
 }
 
-/* The ranks of a layer's weights as they now are; zeros are those of the dense ones. */
-static besa_result besa__rank_again(const besa__work *work, int layer)
-{
-    const void *w = besa__unmasked(work, layer), *scored;
-    BESA__TRY(besa__scored_weights(work, layer, w, &scored));
-    BESA__TRY(besa__rank_weights(work->pruner, layer, scored));
-    return scored != w ? besa__masks_zeros(&work->pruner->masks, layer, w) : BESA_OK;
-}
-
 /* The ranks and masks of the next step, `steps` after the first. Where weights learn with the rates they are ranked as they
  * have become: a weight that has shrunk goes, and what is now the larger one comes back. */
 static besa_result besa__rank_and_mask(const besa__learning *l, int64_t steps)
@@ -5292,7 +5285,7 @@ static besa_result besa__rank_and_mask(const besa__learning *l, int64_t steps)
     int64_t interval = p->options.rank_interval;
     int anew = l->weights && interval > 0 && steps > 0 && steps % interval == 0;
     for (int i = 0; i < BESA_LAYERS && anew; i++)
-        if (p->masks.layer[i].fixed < 0) BESA__TRY(besa__rank_again(l->work, i));
+        if (p->masks.layer[i].fixed < 0) BESA__TRY(besa__rank_weights(l->work, i, besa__unmasked(l->work, i)));
     return besa__mask_learned(l->work, anew);
 }
 
@@ -5392,7 +5385,7 @@ static besa_result besa__rank_by_gradients(const besa__learning *l, besa_error *
         if (p->masks.layer[i].fixed >= 0) continue;
         float *factor = p->score_factor[i], exponent = besa__importance_row(p->options.importance)->gradient;
         BESA__TRY_ON(p->be, p->be->power(p->be, factor, factor, exponent, rows * columns), error);
-        BESA__TRY_ON(p->be, besa__rank_again(l->work, i), error);
+        BESA__TRY_ON(p->be, besa__rank_weights(l->work, i, besa__unmasked(l->work, i)), error);
     }
     return BESA_OK;
 }
