@@ -8912,9 +8912,9 @@ static besa_result besa__writer_start(besa__writer *w, const char *output, const
  * with their blocks, as weights do. codes: of which blocks there are any; NULL: none. done_blocks are on disk already. Lines are
  * appended to *notes (NULL to start with, for BESA_FREE); notes may be NULL.
  * Errors: EXISTS, NOT_FOUND, RESUME, READ, WRITE, MEMORY. A failed begin leaves nothing new behind. */
-static besa_result besa__writer_open_coded(besa__writer **writer, const besa_checkpoint *checkpoint, const char *output,
-                                           const char *fingerprint, int64_t blocks, int vectors, const besa__codes_shape *codes,
-                                           int64_t *done_blocks, char **notes, besa_error *error)
+static besa_result besa__writer_open(besa__writer **writer, const besa_checkpoint *checkpoint, const char *output,
+                                     const char *fingerprint, int64_t blocks, int vectors, const besa__codes_shape *codes,
+                                     int64_t *done_blocks, char **notes, besa_error *error)
 {
     void *memory;
     *writer = NULL;
@@ -8937,14 +8937,6 @@ static besa_result besa__writer_open_coded(besa__writer **writer, const besa_che
     else if (w->created && !w->locked) unlinkat(w->parent, w->partial_name, AT_REMOVEDIR);
     besa__writer_close(w);
     return result;
-}
-
-/* The same for an output without codes. */
-BESA__UNUSED static besa_result besa__writer_open(besa__writer **writer, const besa_checkpoint *checkpoint, const char *output,
-                                                  const char *fingerprint, int64_t blocks, int vectors, int64_t *done_blocks,
-                                                  char **notes, besa_error *error)
-{
-    return besa__writer_open_coded(writer, checkpoint, output, fingerprint, blocks, vectors, NULL, done_blocks, notes, error);
 }
 
 /* The next `size` new bytes of one tensor that comes in with the current block; all pieces but the last are multiples of 8.
@@ -10549,8 +10541,8 @@ static besa_result besa__prune_into(besa__run *run, const char *output, const be
     if (output) {
         besa__fingerprint(fingerprint, sizeof fingerprint, run, calibration);
         besa__codes_shape codes = besa__run_codes(run);
-        BESA__TRY(besa__writer_open_coded(&run->writer, run->checkpoint, output, fingerprint, blocks, besa__learns_vectors(&run->pruner),
-                                          codes.bits ? &codes : NULL, &done, &report->notes, error));
+        BESA__TRY(besa__writer_open(&run->writer, run->checkpoint, output, fingerprint, blocks, besa__learns_vectors(&run->pruner),
+                                    codes.bits ? &codes : NULL, &done, &report->notes, error));
     }
     report->resumed_blocks = done;
     besa_result result = besa__run_prune(run, done, report, error);
@@ -13062,28 +13054,29 @@ BESA__INLINE void besa__cpu_score_scale_run_body(float *s, const float *g, int64
 }
 BESA__KERNEL(besa__cpu_score_scale_run, (float *s, const float *g, int64_t n), (s, g, n))
 
-/* S(n) = S G where S is above 0 */
-static besa_result besa__cpu_score_scale(besa_backend *be, float *s, const float *g, int64_t n)
+/* kernel(y, x, count) over runs of y(n) and x(n), a task each */
+static besa_result besa__cpu_by_runs(besa_backend *be, void (*kernel)(float *, const float *, int64_t), float *y, const float *x,
+                                     int64_t n)
 {
     int64_t tasks = besa__parts(n, BESA__CPU_STEP_RUN);
     BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
     for (int64_t task = 0; task < tasks; task++) {
         int64_t at = task * BESA__CPU_STEP_RUN;
-        besa__cpu_score_scale_run(s + at, g + at, besa__min(BESA__CPU_STEP_RUN, n - at));
+        kernel(y + at, x + at, besa__min(BESA__CPU_STEP_RUN, n - at));
     }
     return BESA_OK;
+}
+
+/* S(n) = S G where S is above 0 */
+static besa_result besa__cpu_score_scale(besa_backend *be, float *s, const float *g, int64_t n)
+{
+    return besa__cpu_by_runs(be, besa__cpu_score_scale_run, s, g, n);
 }
 
 /* y(n) += x(n)^2 */
 static besa_result besa__cpu_accumulate_squares(besa_backend *be, float *y, const float *x, int64_t n)
 {
-    int64_t tasks = besa__parts(n, BESA__CPU_STEP_RUN);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        int64_t at = task * BESA__CPU_STEP_RUN;
-        besa__cpu_add_squares(y + at, x + at, besa__min(BESA__CPU_STEP_RUN, n - at));
-    }
-    return BESA_OK;
+    return besa__cpu_by_runs(be, besa__cpu_add_squares, y, x, n);
 }
 
 /* sum += what a score adds to its row's, -1 of a weight that is 0 left out; the number of scores above the limit */
