@@ -7,7 +7,7 @@
 #                       where it is found: g++ 12's sanitizer takes up to 40 times as long
 # make cuda-compile     the real compiler, for every architecture, warnings as errors; SKIP without nvcc
 # make cuda-programs    a C program that links what nvcc compiled; the command line's --device, on the stand-in and by
-#                       `make -C examples cuda`. Where there is a GPU they run on it
+#                       `make -C examples cuda`. Where there is a GPU they run on it, and so do the operations and the pipeline
 # make bench-cuda-model without a GPU: one block's launches at the shapes of 7B and 70B, and what a roofline makes of them
 # make bench-cuda       with nvcc and a GPU: copy, product, each operation, whole blocks; $(CUDA_BUILD)/bench-cuda.txt
 #
@@ -34,7 +34,7 @@ CUDA_SELFTEST_LOGS := $(CUDA_BUILD)/selftest-plain.log $(CUDA_BUILD)/selftest-ad
 CUDA_STANDIN_LOGS  := $(CUDA_BUILD)/plain.log $(CUDA_BUILD)/address.log
 CUDA_RACE_LOGS     := $(CUDA_BUILD)/thread.log
 CUDA_COMPILE_LOGS  := $(CUDA_ARCHS:%=$(CUDA_BUILD)/compile-%.log) $(CUDA_BUILD)/compile-bench.log
-CUDA_PROGRAM_LOGS  := $(CUDA_BUILD)/link-gcc.log $(CUDA_BUILD)/link-clang.log $(CUDA_BUILD)/command.log
+CUDA_PROGRAM_LOGS  := $(CUDA_BUILD)/link-gcc.log $(CUDA_BUILD)/link-clang.log $(CUDA_BUILD)/command.log $(CUDA_BUILD)/gpu.log
 CUDA_MODEL_LOGS    := $(CUDA_BUILD)/bench-model.log
 
 .PHONY: cuda cuda-selftest cuda-standin cuda-race cuda-compile cuda-programs bench-cuda bench-cuda-model
@@ -86,6 +86,15 @@ $(CUDA_BUILD)/link-%.log: link_cuda.c test.h $(CUDA_BUILD)/compile-$(LINK_ARCH).
 $(CUDA_BUILD)/command.log: command_cuda.sh $(CUDA_BUILD)/besa-standin FORCE
 	@CC='$(CC)' ./run.sh $@ ./$< $(BESA) $(CUDA_BUILD)/command $(CUDA_BUILD)/besa-standin $(NVCC)
 
+# what the stand-in tests, as far as a GPU can: operations, queues, plans, the pipeline
+HAS_GPU = nvidia-smi -L >/dev/null 2>&1 || test -e /dev/nvidia0 || test -e /dev/dxg
+$(CUDA_BUILD)/gpu.log: $(CUDA_FILES) gpu.h FORCE | $(CUDA_BUILD)
+	@if ! command -v $(NVCC) >/dev/null; then echo "SKIP operations and pipelines on a GPU: no $(NVCC)" >$@; cat $@; \
+	elif ! { $(HAS_GPU); }; then echo "SKIP operations and pipelines on a GPU: there is none" >$@; cat $@; \
+	elif ! $(NVCC) $(NVCC_FLAGS) -I. -O2 -arch=$(BENCH_ARCH) -x cu test_cuda.cpp -lcublas -o $(CUDA_BUILD)/test_cuda-gpu >$@ 2>&1; \
+	then cat $@; echo "FAIL test_cuda.cpp for a GPU" | tee -a $@; \
+	else ./run.sh $@ $(CUDA_BUILD)/test_cuda-gpu $(STORIES) $(if $(ONLY),'$(ONLY)'); fi
+
 # the command line on the stand-in: a C program that links besa_cuda.cu, as `make -C examples cuda` does
 BESA_FILES := $(addprefix $(BESA)/examples/,besa.c options.h besa_cuda.cu) $(BESA)/besa.h $(BESA)/besa_cuda.cuh
 $(CUDA_BUILD)/besa-standin: $(BESA_FILES) $(CUDA_BUILD)/standin-plain.o
@@ -108,7 +117,7 @@ $(CUDA_BUILD)/bench_cuda-model: $(BENCH_FILES) $(CUDA_BUILD)/standin-plain.o | $
 
 bench-cuda:
 	@if ! command -v $(NVCC) >/dev/null; then echo "SKIP bench-cuda: no $(NVCC)"; \
-	elif ! nvidia-smi -L >/dev/null 2>&1 && ! test -e /dev/nvidia0 && ! test -e /dev/dxg; then echo "SKIP bench-cuda: no GPU"; \
+	elif ! { $(HAS_GPU); }; then echo "SKIP bench-cuda: no GPU"; \
 	else $(MAKE) --no-print-directory $(CUDA_BUILD)/bench_cuda && \
 	    $(CUDA_BUILD)/bench_cuda --output $(CUDA_BUILD)/bench-cuda.txt $(BENCH); fi
 

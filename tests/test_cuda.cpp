@@ -1,15 +1,20 @@
-/* test_cuda.cpp - besa_cuda.cuh on the stand-in runtime of cuda_standin/, against the CPU backend.
+/* test_cuda.cpp - besa_cuda.cuh on the stand-in runtime of cuda_standin/ or on a GPU, against the CPU backend.
  *
  *   test_cuda STORIES [part of a test's name]
  *
- * Kernels run on the CPU here: results, bounds, barriers and the order of streams are tested, speed is not. */
+ * On the stand-in kernels run on the CPU: results, bounds, barriers and the order of streams are tested, speed is not. Built
+ * by nvcc for a GPU it runs what needs nothing of the stand-in: operations, queues, plans and the pipeline. */
 #define BESA_IMPLEMENTATION
 #include "besa.h"
 #include "backend_ops.h"
 #include "test.h"
 #include "fixture.h"
 #include "besa_cuda.cuh"
+#ifdef CUDA_STANDIN
 #include "standin.h"
+#else
+#include "gpu.h"
+#endif
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -161,6 +166,7 @@ static void test_queues(void)
     }
 }
 
+#ifdef CUDA_STANDIN
 /* The seconds between two events are those of the work between them, which runs within the wait. */
 static void test_elapsed(void)
 {
@@ -187,6 +193,7 @@ static void test_elapsed(void)
         be.destroy(&be);
     }
 }
+#endif
 
 /* ---- one row of ranks at every size of shared memory ----------------------------------------- */
 
@@ -275,6 +282,7 @@ static void test_layer_rates(void)
     }
 }
 
+#ifdef CUDA_STANDIN
 /* The shapes of a 70B model, 128 x 2048 tokens at once: addresses alone, nothing runs. X has 2^31 elements. */
 static void test_addresses(void)
 {
@@ -316,6 +324,7 @@ static void test_addresses(void)
         standin_set_dry(0);
     }
 }
+#endif
 
 /* ---- the plan at real shapes ----------------------------------------------------------------- */
 
@@ -402,6 +411,7 @@ static void test_plans(void)
     }
 }
 
+#ifdef CUDA_STANDIN
 /* ---- sizes beyond 2^32 elements, kernels run ------------------------------------------------- */
 
 /* Arrays of rows, of which the first two and the last two hold numbers and the rest is zero and never touched. The CPU
@@ -729,6 +739,7 @@ static void test_creation(void)
         standin_quiet(0);
     }
 }
+#endif
 
 /* ---- the pipeline ---------------------------------------------------------------------------- */
 
@@ -886,6 +897,7 @@ static void test_pipeline(void)
         TEST("pipeline, wanda's weights, fp32") compare_pipelines("learned32", BESA_METHOD_WANDA, 1, 1e-2, 0.02, BESA_LEARN_WEIGHTS);
         TEST("pipeline, mixed reference, fp32") compare_pipelines("mix32", BESA_METHOD_BESA, 1, 1e-3, 0.01, BESA_LEARN_RATES, 0.5);
     }
+#ifdef CUDA_STANDIN
     TEST("a device that is too small") {
         run r = run_of(BESA_METHOD_BESA, 4, temp_path("small"));
         standin_set_memory(static_cast<size_t>(1) << 20);
@@ -899,6 +911,7 @@ static void test_pipeline(void)
         be.destroy(&be);
         standin_set_memory(static_cast<size_t>(16) << 30);
     }
+#endif
     TEST("outliers, with all memory and the least, streams in any order") {
         static const int schedules[] = {STANDIN_LATE, STANDIN_EAGER, STANDIN_OTHERS};
         double shares[2][5];
@@ -980,6 +993,7 @@ static void test_pipeline(void)
     }
 }
 
+#ifdef CUDA_STANDIN
 typedef struct faults {
     besa_method method;
     int fp32;
@@ -1065,6 +1079,7 @@ static void test_faults(void)
     standin_quiet(0);
     standin_set_guard(1);
 }
+#endif
 
 int main(int argc, char **argv)
 {
@@ -1072,18 +1087,27 @@ int main(int argc, char **argv)
     g_stories = argv[1];
     test.only = argc > 2 ? argv[2] : NULL;
     temp_create();
+#ifdef CUDA_STANDIN
     test_creation();
+    test_elapsed();
+    if (!g_race) test_faults();
+    if (!g_race) test_vast();
+#else
+    besa_backend be;
+    besa_error error;
+    if (besa_cuda_backend(&be, NULL, &error) != BESA_OK) return test_skip("operations and pipelines on a GPU", error.message), 0;
+    be.destroy(&be);
+#endif
     test_operations();
     test_pieces();
     test_shared_memory();
     test_queues();
-    test_elapsed();
     test_long_rows();
     test_layer_rates();
     test_plans();
     test_pipeline();
-    if (!g_race) test_faults();
-    if (!g_race) test_vast();
+#ifdef CUDA_STANDIN
     test_addresses(); /* last: memory is not backed from here on */
+#endif
     return test_finish();
 }
