@@ -121,8 +121,9 @@ typedef struct besa__cuda {
     int device, processors;            /* number of multiprocessors */
     size_t shared_limit;               /* most dynamic shared memory of a block, with opt-in */
     size_t blas_bytes;                 /* of cuBLAS's scratch, at the end of the workspace */
-    int64_t panel;                     /* elements of W that are converted at a time (tests lower this and the next two) */
-    int64_t queries;                   /* query rows of one product of attention, at most */
+    int64_t panel;                     /* elements of W that are converted at a time (tests lower this and the next three) */
+    int64_t queries;                   /* query rows of one item of attention's products, at least where memory allows */
+    int64_t query_rows;                /* the same of all items of a product: what fills the device */
     size_t score_bytes;                /* scratch of attention; one head may take more */
     void *blas_workspace;              /* where cuBLAS has it now */
     cudaStream_t stream[BESA_QUEUE_COUNT];
@@ -1180,7 +1181,10 @@ static besa_result besa__cuda_logits(besa_backend *be, float *out, const void *h
  * One batched product makes the scores of a piece of queries for a chunk of key/value heads (or of sequences, where
  * there are more of those); its keys end where the piece ends, so that most of the masked half is never computed. Query
  * heads that share a key/value head take turns, except with a single key/value head: then the rows of all query heads
- * lie evenly and one product takes them together. Chunks are as many as stay near the second-level cache. */
+ * lie evenly and one product takes them together.
+ * Few large products: at 32 heads of 128 and 2048 tokens an H100 takes 0.51 ms forward and 1.26 ms backward; with chunks
+ * that stay in its second-level cache, where each product has two heads, it took 1.22 ms and 3.33 ms. Pieces are of 512
+ * queries, and of more, up to half of the sequence, where few items would leave multiprocessors without a tile. */
 
 typedef struct besa__cuda_attention {
     int64_t seqlen, head_dim, window;
@@ -1230,7 +1234,8 @@ static void besa__cuda_attention_shape(const besa__cuda *cuda, besa__cuda_attent
     a->q_outer = by_sequence ? share * dh : s->seqlen * a->q_row;
     a->k_inner = by_sequence ? s->seqlen * a->k_row : dh;
     a->k_outer = by_sequence ? dh : s->seqlen * a->k_row;
-    a->queries = besa__cuda_max(besa__cuda_min(cuda->queries, room / 16 * 16) / a->stack, 1); /* of a token: stack rows */
+    a->queries = besa__cuda_max(cuda->queries, besa__cuda_min(cuda->query_rows / a->inner / 128 * 128, s->seqlen / 2));
+    a->queries = besa__cuda_max(besa__cuda_min(a->queries, room / 16 * 16) / a->stack, 1); /* of a token: stack rows */
     a->queries = besa__cuda_min(a->queries, besa__cuda_max(1, s->seqlen));
 }
 
@@ -1825,8 +1830,9 @@ static __global__ void besa__mask_update_kernel(W *what, const W *w, const K *ra
             int64_t at = r * columns + j;
             int count = besa__count(columns - j);
             besa__load(place, rank + at, count, vector);
-            for (int k = 0; k < count; k++)
-                if (static_cast<int64_t>(place[k]) >= low && static_cast<int64_t>(place[k]) < high)
+            BESA__UNROLL
+            for (int k = 0; k < 8; k++)
+                if (k < count && static_cast<int64_t>(place[k]) >= low && static_cast<int64_t>(place[k]) < high)
                     what[at + k] = pruned > was ? W(0) : w[at + k];
         }
         __syncthreads(); /* all have read before[r] */
@@ -1896,68 +1902,121 @@ static besa_result besa__cuda_mask_pattern(besa_backend *be, void *what, const v
     return BESA_OK;
 }
 
-/* How the bucket sums use shared memory: the bucket table, then for each warp a histogram with `copies` copies side by
- * side, so that lanes add without colliding. */
+/* How the bucket sums use shared memory: the bucket table, then for each warp a histogram with 1 .. 32 copies side by side,
+ * so that lanes add without colliding; lanes that share a copy take turns. */
 typedef struct besa__bucket_plan {
-    int64_t warps, table_bytes;        /* of a block; 0: the table is read where it lies */
-    int copies;                        /* 1 .. 32; lanes that share a copy take turns. 0: straight into sums */
-    size_t shared;
+    int64_t warps;                     /* of a block */
+    int table_bytes, log_copies;
+    size_t shared;                     /* 0: straight into sums, the table where it lies */
 } besa__bucket_plan;
 
 static besa__bucket_plan besa__cuda_bucket_plan(const besa__cuda *cuda, int64_t columns, int64_t buckets)
 {
-    besa__bucket_plan plan;
-    int64_t limit = static_cast<int64_t>(cuda->shared_limit), one = buckets * static_cast<int64_t>(sizeof(float));
-    plan.table_bytes = besa__cuda_parts(columns, 8) * 16;
-    if (plan.table_bytes > limit / 2) plan.table_bytes = 0;
-    plan.copies = 32;
-    while (plan.copies > 1 && 4 * plan.copies * one > limit - plan.table_bytes) plan.copies /= 2;
-    if (one > limit - plan.table_bytes) plan.copies = 0;
-    int64_t bytes = plan.copies * one;
-    plan.warps = bytes > 0 ? besa__cuda_min(16, (limit - plan.table_bytes) / bytes) : 16;
-    plan.shared = static_cast<size_t>(plan.table_bytes + plan.warps * bytes);
+    besa__bucket_plan plan = {16, 0, 0, 0};
+    int64_t table = besa__cuda_parts(columns, 8) * 16, one = buckets * static_cast<int64_t>(sizeof(float));
+    int64_t room = static_cast<int64_t>(cuda->shared_limit) - table;
+    if (room < one) return plan;
+    plan.log_copies = 5;
+    while (plan.log_copies > 0 && 4 * (one << plan.log_copies) > room) plan.log_copies--;
+    plan.warps = besa__cuda_min(16, room / (one << plan.log_copies));
+    plan.table_bytes = static_cast<int>(table);
+    plan.shared = static_cast<size_t>(table + plan.warps * (one << plan.log_copies));
     return plan;
 }
 
-/* sums(R,D)[r, bucket[rank[r,j]]] += dW[r,j] W[r,j]; a warp a row, element j in lane (j / 8) % 32 */
-template <typename T, typename K>
-static __global__ void __launch_bounds__(512)
-    besa__bucket_gradient_kernel(float *sums, const float *dw, const T *w, const K *rank, const uint16_t *bucket,
-                                 int64_t rows, int64_t columns, int64_t buckets, besa__bucket_plan plan, int vector)
+/* Eight elements as they came from memory, in whole words: they are not touched before they are needed, so that a load ahead
+ * does not wait. */
+template <typename T> struct alignas(16) besa__words {
+    uint32_t word[2 * sizeof(T)];
+    __device__ __forceinline__ besa__eight<T> eight() const
+    {
+        besa__eight<T> e;
+        memcpy(&e, word, sizeof e);
+        return e;
+    }
+};
+
+/* What a lane takes of a row at a time: all eight aligned and there, or none, where VECTOR */
+template <typename T, typename K, bool VECTOR> struct besa__bucket_load {
+    besa__words<float> g;
+    besa__words<T> x;
+    besa__words<K> place;
+    int count;
+    template <typename X> static __device__ __forceinline__ void load(besa__words<X> &to, const X *p, int count)
+    {
+        if constexpr (VECTOR) {
+            to = *reinterpret_cast<const besa__words<X> *>(p);
+        } else {
+            besa__eight<X> e;
+            BESA__UNROLL
+            for (int k = 0; k < 8; k++) e.x[k] = p[k < count ? k : 0];
+            memcpy(to.word, &e, sizeof e);
+        }
+    }
+    __device__ __forceinline__ void load(const float *dw, const T *w, const K *rank, int64_t left)
+    {
+        count = left <= 0 ? 0 : besa__count(left);
+        if (count == 0) return;
+        load(g, dw, count);
+        load(x, w, count);
+        load(place, rank, count);
+    }
+    __device__ __forceinline__ void add(float *to, const uint16_t *of_rank, int log_copies, uint32_t copy) const
+    {
+        besa__eight<float> gs = g.eight();
+        besa__eight<T> xs = x.eight();
+        besa__eight<K> places = place.eight();
+        uint32_t at[8];
+        if (VECTOR && count == 0) return;
+        BESA__UNROLL
+        for (int k = 0; k < 8; k++)
+            at[k] = VECTOR || k < count ? (static_cast<uint32_t>(of_rank[places.x[k]]) << log_copies) + copy : 0;
+        BESA__UNROLL
+        for (int k = 0; k < 8; k++)
+            if (VECTOR || k < count) to[at[k]] += gs.x[k] * besa__get(xs.x[k]);
+    }
+};
+
+/* sums(R,D)[r, bucket[rank[r,j]]] += dW[r,j] W[r,j]; a warp a row, element j in lane (j / 8) % 32; the next eight elements are
+ * on their way while these are added. SHARED: the table and the histograms lie in shared memory. copies = 1 << log_copies */
+template <typename T, typename K, bool SHARED, bool VECTOR>
+static __global__ void __launch_bounds__(512, 1)
+    besa__bucket_gradient_kernel(float *__restrict__ sums, const float *__restrict__ dw, const T *__restrict__ w,
+                                 const K *__restrict__ rank, const uint16_t *__restrict__ bucket, int64_t rows, int64_t columns,
+                                 int buckets, int table_bytes, int log_copies)
 {
     BESA__SHARED(unsigned char, shared);
     uint16_t *table = reinterpret_cast<uint16_t *>(shared);
-    int lane = besa__lane(), copies = plan.copies > 0 ? plan.copies : 1, turns = 32 / copies;
-    int64_t size = copies * buckets, warps = besa__warps();
-    float *histogram = reinterpret_cast<float *>(shared + plan.table_bytes) + besa__warp() * size;
-    for (int64_t j = threadIdx.x; plan.table_bytes > 0 && j < columns; j += blockDim.x) table[j] = bucket[j];
+    int lane = besa__lane(), warps = besa__warps(), last = (1 << log_copies) - 1, turn = lane >> log_copies;
+    int size = buckets << log_copies, turns = 32 >> log_copies;
+    float *histogram = reinterpret_cast<float *>(shared + table_bytes) + besa__warp() * size;
+    uint32_t copy = static_cast<uint32_t>(lane & last);
+    const uint16_t *of_rank = SHARED ? table : bucket;
+    if (SHARED)
+        for (int64_t j = threadIdx.x; j < columns; j += blockDim.x) table[j] = bucket[j];
     __syncthreads();
-    const uint16_t *of_rank = plan.table_bytes > 0 ? table : bucket;
-    for (int64_t r = blockIdx.x * warps + besa__warp(); r < rows; r += gridDim.x * warps) {
-        float *sum = sums + r * buckets;
-        if (plan.copies == 0) histogram = sum;
-        else for (int64_t i = lane; i < size; i += 32) histogram[i] = 0.0f;
+    for (int64_t r = static_cast<int64_t>(blockIdx.x) * warps + besa__warp(); r < rows; r += static_cast<int64_t>(gridDim.x) * warps) {
+        int64_t at = r * columns;
+        float *sum = sums + r * buckets, *to = SHARED ? histogram : sum;
+        besa__bucket_load<T, K, VECTOR> next;
+        int64_t j = 8 * lane;
+        next.load(dw + at + j, w + at + j, rank + at + j, columns - j);
+        if (SHARED)
+            for (int i = lane; i < size; i += 32) histogram[i] = 0.0f;
         __syncwarp();
         for (int64_t j0 = 0; j0 < columns; j0 += 256) {
-            int64_t j = j0 + 8 * lane, at = r * columns + j;
-            int count = j < columns ? besa__count(columns - j) : 0;
-            float g[8], x[8];
-            K place[8];
-            besa__load(g, dw + at, count, vector);
-            besa__load(x, w + at, count, vector);
-            besa__load(place, rank + at, count, vector);
-            for (int turn = 0; turn < turns; turn++) {
-                BESA__UNROLL
-                for (int k = 0; k < 8; k++)
-                    if (k < count && lane / copies == turn)
-                        histogram[static_cast<int64_t>(of_rank[place[k]]) * copies + lane % copies] += g[k] * x[k];
+            besa__bucket_load<T, K, VECTOR> now = next;
+            j += 256;
+            next.load(dw + at + j, w + at + j, rank + at + j, columns - j);
+            for (int t = 0; t < turns; t++) {
+                if (turn == t) now.add(to, of_rank, log_copies, copy);
                 if (turns > 1) __syncwarp();
             }
         }
         __syncwarp();
-        for (int64_t b = lane; plan.copies > 0 && b < buckets; b += 32) {
+        for (int b = lane; SHARED && b < buckets; b += 32) {
             float total = 0.0f;
-            for (int c = 0; c < copies; c++) total += histogram[b * copies + (b + c) % copies]; /* other banks a lane */
+            for (int c = 0; c <= last; c++) total += histogram[(b << log_copies) + ((b + c) & last)]; /* other banks a lane */
             sum[b] += total;
         }
         __syncwarp();
@@ -1971,12 +2030,18 @@ static besa_result besa__cuda_bucket_gradient(besa_backend *be, float *sums, con
     const besa__cuda *cuda = besa__cuda_of(be);
     besa__bucket_plan plan = besa__cuda_bucket_plan(cuda, columns, buckets);
     int64_t blocks = besa__cuda_min(besa__cuda_parts(rows, plan.warps), cuda->processors);
-    int vector = columns % 8 == 0 && besa__cuda_aligned(dw, w, rank);
-    int threads = static_cast<int>(32 * plan.warps);
-    BESA__BY_DTYPE(dtype, T, BESA__BY_WIDTH(columns > 65536, K,
-        BESA__TRY(besa__cuda_allow_shared(be, besa__bucket_gradient_kernel<T, K>, plan.shared));
-        BESA__RUN((besa__bucket_gradient_kernel<T, K>), blocks, threads, plan.shared, sums, dw, static_cast<const T *>(w),
-                  static_cast<const K *>(rank), bucket, rows, columns, buckets, plan, vector)));
+    int vector = columns % 8 == 0 && besa__cuda_aligned(dw, w, rank), threads = static_cast<int>(32 * plan.warps);
+    int d = static_cast<int>(buckets);
+#define BESA__BUCKETS(SHARED, VECTOR)                                                              \
+    BESA__BY_DTYPE(dtype, T, BESA__BY_WIDTH(columns > 65536, K,                                    \
+        BESA__TRY(besa__cuda_allow_shared(be, besa__bucket_gradient_kernel<T, K, SHARED, VECTOR>, plan.shared)); \
+        BESA__RUN((besa__bucket_gradient_kernel<T, K, SHARED, VECTOR>), blocks, threads, plan.shared, sums, dw, \
+                  static_cast<const T *>(w), static_cast<const K *>(rank), bucket, rows, columns, d, plan.table_bytes, \
+                  plan.log_copies)))
+    if (plan.shared > 0 && vector) BESA__BUCKETS(true, true);
+    else if (plan.shared > 0) BESA__BUCKETS(true, false);
+    else BESA__BUCKETS(false, false);
+#undef BESA__BUCKETS
     return BESA_OK;
 }
 
@@ -2001,7 +2066,7 @@ static besa__sort_plan besa__cuda_sort_plan(const besa__cuda *cuda, int64_t rows
     size_t element = columns > 65536 ? 4 : 2, c = static_cast<size_t>(columns);
     plan.threads = static_cast<int>(besa__cuda_min(BESA__CUDA_SORT_THREADS,
                                                    besa__cuda_parts(columns, 32 * BESA__CUDA_SORT_COLUMNS) * 32));
-    size_t counts = 256 * static_cast<size_t>(plan.threads / 32) * element, positions = 2 * c * element;
+    size_t counts = 256 * static_cast<size_t>(plan.threads / 32) * sizeof(uint32_t), positions = 2 * c * element;
     plan.shared_keys = counts + positions + 4 * c <= cuda->shared_limit;
     plan.shared_positions = counts + positions <= cuda->shared_limit;
     plan.shared = counts + (plan.shared_positions ? positions : 0) + (plan.shared_keys ? 4 * c : 0);
@@ -2021,7 +2086,7 @@ static void *besa__cuda_sort_place(const besa__cuda *cuda, besa__arena *work, in
 template <typename K> struct besa__sort {
     const float *s;                    /* (C) scores */
     const uint32_t *keys;              /* (C) their keys, or NULL */
-    K *count;                          /* (256, warps) elements of a digit in a warp's run, then where they go */
+    uint32_t *count;                   /* (256, warps) elements of a digit in a warp's run, then where they go */
     K *now, *next;                     /* (C) positions in the order so far, and after the pass */
     int columns, shift;
     __device__ uint32_t digit(K position) const
@@ -2033,34 +2098,52 @@ template <typename K> struct besa__sort {
 /* count = where the elements of each digit and warp begin: digits first, then warps. Eight counters a thread. */
 template <typename K> static __device__ void besa__sort_offsets(const besa__sort<K> &sort)
 {
-    K *mine = sort.count + 8 * threadIdx.x;
-    uint32_t sum = 0;
+    uint32_t *mine = sort.count + 8 * threadIdx.x, sum = 0;
     for (int k = 0; k < 8; k++) sum += mine[k];
     sum = besa__block_before(sum);
     for (int k = 0; k < 8; k++) {
         uint32_t here = mine[k];
-        mine[k] = static_cast<K>(sum);
+        mine[k] = sum;
         sum += here;
     }
 }
 
-/* One pass. A warp takes a run of the order, 32 elements at a time; lanes with the same digit keep their order. With
- * scatter 0 the digits are counted; with 1 elements move; with 2, at last, next[position] = place. */
-template <typename K> static __device__ void besa__sort_run(const besa__sort<K> &sort, int scatter)
+/* What a warp takes of the order: a run of whole 32s. */
+typedef struct besa__sort_span {
+    int begin, end;
+} besa__sort_span;
+
+static __device__ __forceinline__ besa__sort_span besa__sort_run(int columns)
 {
-    int warps = besa__warps(), lane = besa__lane(), run = (sort.columns + 32 * warps - 1) / (32 * warps) * 32;
-    int begin = besa__warp() * run, end = begin + run < sort.columns ? begin + run : sort.columns;
-    for (int i = begin; i < end; i += 32) {
-        int there = i + lane < end;
+    int warps = besa__warps(), run = (columns + 32 * warps - 1) / (32 * warps) * 32, begin = besa__warp() * run;
+    besa__sort_span span = {begin, begin + run < columns ? begin + run : columns};
+    return span;
+}
+
+/* count = elements of each digit in each warp's run: of integers, so that the order of lanes does not matter */
+template <typename K> static __device__ void besa__sort_count(const besa__sort<K> &sort)
+{
+    besa__sort_span span = besa__sort_run(sort.columns);
+    unsigned warps = static_cast<unsigned>(besa__warps()), warp = static_cast<unsigned>(besa__warp());
+    for (int i = span.begin + besa__lane(); i < span.end; i += 32) atomicAdd(&sort.count[sort.digit(sort.now[i]) * warps + warp], 1u);
+}
+
+/* Elements move to their places, 32 at a time; lanes with the same digit keep their order. At last next[position] = place. */
+template <typename K> static __device__ void besa__sort_scatter(const besa__sort<K> &sort, int last)
+{
+    besa__sort_span span = besa__sort_run(sort.columns);
+    unsigned warps = static_cast<unsigned>(besa__warps()), warp = static_cast<unsigned>(besa__warp());
+    int lane = besa__lane();
+    for (int i = span.begin; i < span.end; i += 32) {
+        int there = i + lane < span.end;
         K position = there ? sort.now[i + lane] : K(0);
         uint32_t digit = there ? sort.digit(position) : 256u;
         unsigned peers = __match_any_sync(BESA__ALL_LANES, digit), before = peers & ((1u << lane) - 1u);
-        K *count = sort.count + digit * static_cast<unsigned>(warps) + static_cast<unsigned>(besa__warp());
+        uint32_t *count = sort.count + digit * warps + warp;
         uint32_t place = there ? *count + static_cast<uint32_t>(__popc(before)) : 0u;
         __syncwarp();
-        if (there && before == 0) *count = static_cast<K>(*count + static_cast<uint32_t>(__popc(peers)));
-        if (there && scatter == 1) sort.next[place] = position;
-        if (there && scatter == 2) sort.next[position] = static_cast<K>(place);
+        if (there && before == 0) *count += static_cast<uint32_t>(__popc(peers));
+        if (there) sort.next[last ? position : place] = last ? static_cast<K>(place) : position;
         __syncwarp();
     }
 }
@@ -2073,10 +2156,9 @@ static __global__ void __launch_bounds__(BESA__CUDA_SORT_THREADS)
     BESA__SHARED(unsigned char, shared);
     besa__sort<K> sort;
     uint32_t *keys = shared_keys ? reinterpret_cast<uint32_t *>(shared) : NULL;
-    K *rest = reinterpret_cast<K *>(shared + (shared_keys ? 4 * columns : 0));
-    K *position = work ? work + blockIdx.x * 2 * columns : rest + 256 * besa__warps();
+    sort.count = reinterpret_cast<uint32_t *>(shared + (shared_keys ? 4 * columns : 0));
+    K *position = work ? work + blockIdx.x * 2 * columns : reinterpret_cast<K *>(sort.count + 256 * besa__warps());
     sort.keys = keys;
-    sort.count = rest;
     sort.columns = static_cast<int>(columns);
     BESA__ROWS(r, rows) {
         sort.s = s + r * columns;
@@ -2089,11 +2171,11 @@ static __global__ void __launch_bounds__(BESA__CUDA_SORT_THREADS)
             for (int i = static_cast<int>(threadIdx.x); i < 256 * besa__warps(); i += static_cast<int>(blockDim.x))
                 sort.count[i] = 0;
             __syncthreads();
-            besa__sort_run(sort, 0);
+            besa__sort_count(sort);
             __syncthreads();
             besa__sort_offsets(sort);
             __syncthreads();
-            besa__sort_run(sort, sort.shift < 24 ? 1 : 2);
+            besa__sort_scatter(sort, sort.shift == 24);
             __syncthreads();
             K *swap = sort.now;
             sort.now = sort.next, sort.next = swap;
@@ -3429,9 +3511,8 @@ static void besa__cuda_destroy(besa_backend *be)
 /* Find the device and read what the operations want to know of it. */
 static besa_result besa__cuda_open_device(besa_backend *be, const besa_cuda_options *options)
 {
-    const size_t least = static_cast<size_t>(16) << 20;
     besa__cuda *cuda = besa__cuda_of(be);
-    int count = 0, major, shared, cache, wanted = options ? options->device : 0;
+    int count = 0, major, shared, wanted = options ? options->device : 0;
     cudaError_t status = cudaGetDeviceCount(&count);
     cudaGetLastError();
     if (status != cudaSuccess || count == 0)
@@ -3445,7 +3526,6 @@ static besa_result besa__cuda_open_device(besa_backend *be, const besa_cuda_opti
     BESA__CUDA(cudaSetDevice(wanted));
     BESA__CUDA(cudaDeviceGetAttribute(&cuda->processors, cudaDevAttrMultiProcessorCount, wanted));
     BESA__CUDA(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, wanted));
-    BESA__CUDA(cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, wanted));
     BESA__CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, wanted));
     if (major < 7)
         return besa__fail(&be->error, BESA_ERROR_UNSUPPORTED, "CUDA device %d has compute capability %d.x, expected 7.0 or "
@@ -3454,8 +3534,8 @@ static besa_result besa__cuda_open_device(besa_backend *be, const besa_cuda_opti
     cuda->blas_bytes = static_cast<size_t>(major >= 9 ? 32 : 8) << 20;               /* as cuBLAS recommends */
     cuda->panel = 1 << 25;
     cuda->queries = 512;
-    cuda->score_bytes = static_cast<size_t>(cache) / 5 * 3; /* of the second-level cache */
-    if (cuda->score_bytes < least) cuda->score_bytes = least;
+    cuda->query_rows = 64 * cuda->processors;                                        /* a tile of 128 for every other one */
+    cuda->score_bytes = static_cast<size_t>(cuda->processors) << 21;
     be->gradient_bytes = static_cast<size_t>(256) << 20;
     be->activation_dtype = major < 8 || (options && options->fp32) ? BESA_F32 : BESA_BF16;
     return BESA_OK;

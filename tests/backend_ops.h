@@ -524,24 +524,24 @@ static void ops_rmsnorm(ops *t, const ops_case *c)
 
 static void ops_rope(ops *t, const ops_case *c)
 {
-    int64_t T = c->n[0], L = c->n[1], heads = c->n[2], dh = c->n[3], half = dh / 2, n = T * heads * dh;
+    int64_t T = c->n[0], L = c->n[1], heads = c->n[2], dh = c->n[3], pairs = dh / 2, n = T * heads * dh;
     besa_backend *be = t->be;
-    double *x = ops_random(t, n, 1), *y = ops_doubles(t, n), *co = ops_doubles(t, L * half), *si = ops_doubles(t, L * half);
+    double *x = ops_random(t, n, 1), *y = ops_doubles(t, n), *co = ops_doubles(t, L * pairs), *si = ops_doubles(t, L * pairs);
     void *x_ = ops_act(t, x, n);
     float *co_, *si_;
-    for (int64_t i = 0; i < L * half; i++) {
-        double angle = (double)(i / half) * pow(10000, -2.0 * (double)(i % half) / (double)dh);
+    for (int64_t i = 0; i < L * pairs; i++) {
+        double angle = (double)(i / pairs) * pow(10000, -2.0 * (double)(i % pairs) / (double)dh);
         co[i] = cos(angle), si[i] = sin(angle);
     }
-    co_ = (float *)ops_float(t, co, L * half), si_ = (float *)ops_float(t, si, L * half);
+    co_ = (float *)ops_float(t, co, L * pairs), si_ = (float *)ops_float(t, si, L * pairs);
     if (ops_is(t, "perf")) {
         OPS_TIME(t, 2.0 * (double)n * (double)besa_dtype_size(be->activation_dtype), "GB/s",
                  ops_call(t, be->rope(be, x_, co_, si_, T, L, heads, dh, 1), "rope"));
         return;
     }
     for (int64_t i = 0; i < n; i++) {
-        int64_t token = i / (heads * dh), j = i % dh, k = token % L * half + j % half;
-        y[i] = j < half ? x[i] * co[k] - x[i + half] * si[k] : x[i] * co[k] + x[i - half] * si[k];
+        int64_t token = i / (heads * dh), j = i % dh, k = token % L * pairs + j % pairs;
+        y[i] = j < pairs ? x[i] * co[k] - x[i + pairs] * si[k] : x[i] * co[k] + x[i - pairs] * si[k];
     }
     ops_call(t, be->rope(be, x_, co_, si_, T, L, heads, dh, 1), "rope");
     ops_near_act(t, "rope", x_, y, n, 1e-6);

@@ -62,7 +62,7 @@ static std::vector<uint64_t> run_operations(int fp32, const char *filter, int pi
     int counts[3] = {0, 0, 0};
     ops t;
     be.hessian_factor = factor_and_wait;
-    if (pieces) besa__cuda_of(&be)->panel = 300, besa__cuda_of(&be)->queries = 21, besa__cuda_of(&be)->score_bytes = 4096;
+    if (pieces) besa__cuda_of(&be)->panel = 300, besa__cuda_of(&be)->queries = 21, besa__cuda_of(&be)->query_rows = 0, besa__cuda_of(&be)->score_bytes = 4096;
     memset(&t, 0, sizeof t);
     t.be = &be, t.mode = "test", t.quiet = 1, t.product_tolerance = be.activation_dtype == BESA_F32 ? 0 : 1e-2;
     ops_run(&t, filter, 0, hashes.data(), counts);
