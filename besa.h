@@ -111,6 +111,7 @@
  *     >>writer             blocks into the output, one after another
  *     >>finish             the sources once more, and the rename
  *     >>report             the report as JSON
+ *     >>background         work that waits for files, in a thread of its own
  *     >>run                the whole model, block by block (level 1): layout, opening, closing
  *     >>transfers          a block's weights in, its pruned weights out
  *     >>head               embedding, final norm, output head, perplexity
@@ -137,6 +138,7 @@
  *     BESA_ASSERT(condition)      programmer's errors only; default: assert
  *     BESA_API                    linkage of the public functions; default: extern
  *     BESA_NO_STDIO               leave out level 1: levels 2 and 3 need no file system
+ *     BESA_NO_THREADS             with BESA_CUDA: no POSIX thread of level 1's own that reads and writes weights meanwhile
  *     BESA_CBLAS                  float products through cblas_sgemm of the CBLAS that you link
  *     BESA_NO_SIMD                plain C loops alone, instead of AVX2, AVX-512 or NEON as the processor has them
  *     BESA_SIMD_MAX               the highest instruction set that is used on x86: [2] AVX-512, 1 AVX2, 0 plain C
@@ -7810,6 +7812,7 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
  * no longer those that were read is an error. Uses safetensors, config and POSIX; knows nothing of pruning. */
 
 #include <dirent.h>
+#include <limits.h>
 #include <sys/file.h>
 #ifdef __linux__
 #include <sys/syscall.h>
@@ -7923,7 +7926,10 @@ static besa_result besa__sync(const besa__writer *w, int fd, const char *name, b
 static besa_result besa__allocate(const besa__writer *w, int fd, const char *name, uint64_t size, besa_error *error)
 {
     int reason = EOPNOTSUPP;
-#ifndef __APPLE__
+#if defined(__linux__) && defined(SYS_fallocate) && LONG_MAX > 2147483647 /* posix_fallocate writes where this cannot promise */
+    do reason = syscall(SYS_fallocate, fd, 0, (off_t)0, (off_t)size) ? errno : 0;
+    while (reason == EINTR);
+#elif !defined(__APPLE__)
     do reason = posix_fallocate(fd, 0, (off_t)size);
     while (reason == EINTR);
 #endif
@@ -9283,6 +9289,164 @@ BESA_API void besa_report_free(besa_report *report)
 }
 
 /* ============================================================================================
+ * // >>background            work that waits for files, in a thread of its own
+ * ============================================================================================
+ * Owns a queue of jobs that are done one after the other. Where the CUDA backend is built a POSIX thread does them, so that the
+ * thread that launches kernels waits for no disk; elsewhere, and with BESA_NO_THREADS, a job is done when it is given. */
+
+#if defined(BESA_CUDA) && !defined(BESA_NO_THREADS)
+#define BESA__THREADS
+#include <pthread.h>
+#endif
+
+enum { BESA__JOBS = 8 /* that may wait */ };
+
+/* size bytes of a tensor from byte `at` on, in memory; or, where that is all, the end of a block. */
+typedef struct besa__job {
+    besa_result (*work)(void *user, const struct besa__job *job, besa_error *error);
+    void *user;
+    const besa_tensor *tensor;
+    void *memory;
+    size_t at, size;
+    int layer;
+    int64_t block;
+    double *seconds;                            /* what it took is added here */
+} besa__job;
+
+typedef struct besa__background {
+    besa__job job[BESA__JOBS];                  /* number n is in n % BESA__JOBS */
+    int64_t given, done;                        /* how many: the next one's number; all before it are done */
+    besa_result result;                         /* the first failure: nothing is done after it */
+    besa_error error;
+    int has_thread, stop;
+#ifdef BESA__THREADS
+    pthread_t thread;
+    pthread_mutex_t lock;                       /* over all of the above */
+    pthread_cond_t change;
+#endif
+} besa__background;
+
+static besa_result besa__background_work(besa__background *b, int64_t number, besa_error *error)
+{
+    const besa__job *job = &b->job[number % BESA__JOBS];
+    double start = besa__seconds();
+    besa_result result = job->work(job->user, job, error);
+    *job->seconds += besa__seconds() - start;
+    return result;
+}
+
+#ifdef BESA__THREADS
+static void besa__background_lock(besa__background *b) { if (b->has_thread) pthread_mutex_lock(&b->lock); }
+static void besa__background_unlock(besa__background *b) { if (b->has_thread) pthread_mutex_unlock(&b->lock); }
+static void besa__background_pause(besa__background *b) { pthread_cond_wait(&b->change, &b->lock); }
+static void besa__background_tell(besa__background *b) { if (b->has_thread) pthread_cond_broadcast(&b->change); }
+
+static void *besa__background_main(void *user)
+{
+    besa__background *b = (besa__background *)user;
+    besa__background_lock(b);
+    while (b->done < b->given || !b->stop) {
+        besa_error error;
+        besa_result result = b->result;
+        if (b->done == b->given) {
+            besa__background_pause(b);
+            continue;
+        }
+        besa__background_unlock(b);
+        if (result == BESA_OK) result = besa__background_work(b, b->done, &error);
+        besa__background_lock(b);
+        if (b->result == BESA_OK && result != BESA_OK) {
+            b->result = result;
+            b->error = error;
+        }
+        b->done++;
+        besa__background_tell(b);
+    }
+    besa__background_unlock(b);
+    return NULL;
+}
+
+static int besa__background_create(besa__background *b)
+{
+    if (pthread_mutex_init(&b->lock, NULL)) return 0;
+    if (!pthread_cond_init(&b->change, NULL)) {
+        b->has_thread = 1; /* before the thread looks */
+        if (!pthread_create(&b->thread, NULL, besa__background_main, b)) return 1;
+        pthread_cond_destroy(&b->change);
+    }
+    pthread_mutex_destroy(&b->lock);
+    return 0;
+}
+
+static void besa__background_join(besa__background *b)
+{
+    pthread_join(b->thread, NULL);
+    pthread_cond_destroy(&b->change);
+    pthread_mutex_destroy(&b->lock);
+}
+#else
+static void besa__background_lock(besa__background *b) { (void)b; }
+static void besa__background_unlock(besa__background *b) { (void)b; }
+static void besa__background_pause(besa__background *b) { (void)b; }
+static void besa__background_tell(besa__background *b) { (void)b; }
+static int besa__background_create(besa__background *b) { return (void)b, 0; }
+static void besa__background_join(besa__background *b) { (void)b; }
+#endif
+
+static void besa__background_start(besa__background *b)
+{
+    memset(b, 0, sizeof *b);
+    b->has_thread = besa__background_create(b); /* where the system has none to give, jobs are done as they are given */
+}
+
+/* Whether the first n jobs are done. */
+static int besa__background_has(besa__background *b, int64_t n)
+{
+    besa__background_lock(b);
+    int has = b->done >= n;
+    besa__background_unlock(b);
+    return has;
+}
+
+/* The first n jobs are done; the first failure of any. */
+static besa_result besa__background_wait(besa__background *b, int64_t n, besa_error *error)
+{
+    besa__background_lock(b);
+    while (b->done < n) besa__background_pause(b);
+    besa_result result = b->result;
+    if (result != BESA_OK && error) *error = b->error;
+    besa__background_unlock(b);
+    return result;
+}
+
+/* One job more; waits where too many do. */
+static besa_result besa__background_give(besa__background *b, const besa__job *job, besa_error *error)
+{
+    BESA__TRY(besa__background_wait(b, b->given - BESA__JOBS + 1, error));
+    b->job[b->given % BESA__JOBS] = *job;
+    besa__background_lock(b);
+    b->given++;
+    besa__background_tell(b);
+    besa__background_unlock(b);
+    if (b->has_thread) return BESA_OK;
+    b->result = besa__background_work(b, b->done, &b->error);
+    b->done++;
+    return besa__background_wait(b, b->done, error);
+}
+
+/* What was given is done, and the thread is gone. Stopping twice is fine. */
+static void besa__background_stop(besa__background *b)
+{
+    if (!b->has_thread) return;
+    besa__background_lock(b);
+    b->stop = 1;
+    besa__background_tell(b);
+    besa__background_unlock(b);
+    besa__background_join(b);
+    b->has_thread = 0;
+}
+
+/* ============================================================================================
  * // >>run                   the whole model, block by block (level 1): layout, opening, closing
  * ============================================================================================
  * Owns one block's weights on the device, the way of blocks in and out, and the streams of activations that pass
@@ -9304,14 +9468,25 @@ typedef struct besa__room {
     float *vector[BESA_VECTORS];
 } besa__room;
 
-/* How far a block's weights have come, in or out: all of the layers before `layer`, and `at` bytes of that one. */
+enum { BESA__SLOTS = 2 /* pieces of weights in pinned host memory, each way */ };
+
+/* How far a block's weights have come: all of the layers before `layer`, and `at` bytes of that one; so many pieces. */
+typedef struct besa__cursor {
+    int layer;
+    size_t at, moved;                           /* bytes: of this layer, of all */
+    int64_t pieces;                             /* number n goes through slot n % BESA__SLOTS */
+} besa__cursor;
+
+/* A block's weights on their way. In: a piece begins when the host is to read it, and ends when it goes up. Out: it begins when
+ * it comes down, and ends when it is given to be written. */
 typedef struct besa__transfer {
     int64_t block;                              /* -1: none */
     besa__block_tensors tensors;
-    int layer;
-    size_t at, moved, total;                    /* bytes: of this layer, of all */
-    size_t piece;                               /* out: bytes of piece_out that are on their way, not yet written */
-    double seconds;                             /* that the host has spent on it */
+    besa__cursor begun, ended;
+    size_t total;                               /* bytes */
+    int64_t job[BESA__SLOTS];                   /* jobs given with that of the slot's piece */
+    int64_t last;                               /* out: with the end of the block; 0: not yet given */
+    double seconds, copying;                    /* of its jobs; that the host has spent on copies beside them */
 } besa__transfer;
 
 typedef struct besa__run {
@@ -9327,6 +9502,7 @@ typedef struct besa__run {
     int64_t positions;                          /* of the rope tables */
     double target;                              /* of the model */
     besa__writer *writer;                       /* NULL: nothing is written */
+    besa__background background;                /* reads and writes pieces */
     besa__transfer in, out;
     /* device */
     void *device;
@@ -9345,7 +9521,7 @@ typedef struct besa__run {
     void *host;
     void *staging;                              /* rows, tables and sums */
     float *vectors;                             /* norms and biases on their way in */
-    void *piece_in, *piece_out;                 /* of weights; NULL with unified memory */
+    void *piece_in[BESA__SLOTS], *piece_out[BESA__SLOTS]; /* of weights; NULL with unified memory */
     float *scales[BESA_LAYERS], *zeros[BESA_LAYERS]; /* (R,G) with bits: the grids of the block that goes out */
 } besa__run;
 
@@ -9414,8 +9590,10 @@ static void besa__run_place_host(besa__run *run, besa__arena *host)
         run->zeros[i] = besa__take_floats(host, grids);
     }
     if (run->be->unified_memory) return;
-    run->piece_in = besa__take(host, besa__piece_bytes(run));
-    if (run->has_pruner) run->piece_out = besa__take(host, besa__piece_bytes(run));
+    for (int i = 0; i < BESA__SLOTS; i++) {
+        run->piece_in[i] = besa__take(host, besa__piece_bytes(run));
+        if (run->has_pruner) run->piece_out[i] = besa__take(host, besa__piece_bytes(run));
+    }
 }
 
 /* Rows of the embedding or the head that are on the device at a time. */
@@ -9527,12 +9705,14 @@ static besa_result besa__run_allocate(besa__run *run, besa_error *error)
     host.base = (unsigned char *)run->host;
     device.used = host.used = 0;
     besa__run_place(run, &device, &host);
+    besa__background_start(&run->background);
     return run->has_pruner ? besa__pass_error(be, besa__pruner_start(&run->pruner), error) : BESA_OK;
 }
 
 static void besa__run_close(besa__run *run)
 {
     besa_backend *be = run->be;
+    besa__background_stop(&run->background);
     besa__use_workspace(be, run->callers.memory, run->callers.bytes);
     if (be->destroy) {
         if (run->device) besa__settle(be);
@@ -9561,16 +9741,27 @@ static besa_result besa__tensor_floats(float *out, const besa_tensor *tensor, in
 {
     size_t size = besa_dtype_size(tensor->dtype);
     const unsigned char *at = (const unsigned char *)tensor->data + (size_t)first * size;
-    for (int64_t i = 0; i < count; i++, at += size) {
-        uint16_t half = 0;
-        if (tensor->dtype == BESA_F32) memcpy(&out[i], at, 4);
-        else memcpy(&half, at, 2);
-        if (tensor->dtype == BESA_F16) out[i] = besa__f16_to_f32(half);
-        if (tensor->dtype == BESA_BF16) out[i] = besa__bf16_to_f32(half);
+    uint32_t bad = 0; /* loops without a branch: a vocabulary goes through here */
+    if (tensor->dtype == BESA_F32) memcpy(out, at, (size_t)count * size);
+    for (int64_t i = 0; i < count && tensor->dtype == BESA_BF16; i++) {
+        uint16_t half;
+        memcpy(&half, at + 2 * i, 2);
+        out[i] = besa__bf16_to_f32(half);
+    }
+    for (int64_t i = 0; i < count && tensor->dtype == BESA_F16; i++) {
+        uint16_t half;
+        memcpy(&half, at + 2 * i, 2);
+        out[i] = besa__f16_to_f32(half);
+    }
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, &out[i], 4);
+        bad |= (bits & 0x7F800000u) == 0x7F800000u;
+    }
+    for (int64_t i = 0; i < count && bad; i++)
         if (!besa__is_finite((double)out[i]))
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s: element %lld is %g", tensor->name, (long long)(first + i),
                               (double)out[i]);
-    }
     return BESA_OK;
 }
 
@@ -9601,21 +9792,31 @@ static besa_result besa__transfer_begin(besa__transfer *t, const besa__run *run,
     return BESA_OK;
 }
 
-/* Bytes of its next piece: of one layer, and no more than the staging holds, where memory is not unified. */
-static size_t besa__next_piece(const besa__run *run, const besa__transfer *t)
+/* The next piece at a cursor: of one layer, and no more than a slot holds, where memory is not unified. */
+static besa__job besa__piece_at(besa__run *run, besa__transfer *t, const besa__cursor *at)
 {
-    size_t left = t->tensors.weight[t->layer]->bytes - t->at, most = besa__piece_bytes(run);
-    return run->be->unified_memory || left < most ? left : most;
+    besa__job piece;
+    memset(&piece, 0, sizeof piece);
+    piece.user = run;
+    piece.tensor = t->tensors.weight[at->layer];
+    piece.at = at->at;
+    piece.size = piece.tensor->bytes - at->at;
+    if (!run->be->unified_memory && piece.size > besa__piece_bytes(run)) piece.size = besa__piece_bytes(run);
+    piece.layer = at->layer;
+    piece.block = t->block;
+    piece.seconds = &t->seconds;
+    return piece;
 }
 
-/* Past the next `size` bytes. */
-static void besa__transfer_move(besa__transfer *t, size_t size)
+/* Past a piece. */
+static void besa__cursor_move(besa__cursor *at, const besa__job *piece)
 {
-    t->at += size;
-    t->moved += size;
-    if (t->at < t->tensors.weight[t->layer]->bytes) return;
-    t->layer++;
-    t->at = 0;
+    at->at += piece->size;
+    at->moved += piece->size;
+    at->pieces++;
+    if (at->at < piece->tensor->bytes) return;
+    at->layer++;
+    at->at = 0;
 }
 
 /* Begin to bring a block to the device: its vectors, which the last block's are through with (besa__in_finish); the system
@@ -9632,29 +9833,60 @@ static besa_result besa__in_begin(besa__run *run, int64_t index, besa_error *err
     return BESA_OK;
 }
 
-/* Bring weights until `target` bytes of them are on their way: from the map, through the staging where memory is not
- * unified. The host waits here for copies, never for compute. */
+/* A piece of the source: into its slot, if it has one, and into the hash of what was read. */
+static besa_result besa__read_piece(void *user, const besa__job *piece, besa_error *error)
+{
+    const besa__run *run = (const besa__run *)user;
+    const void *bytes = (const unsigned char *)piece->tensor->data + piece->at;
+    (void)error;
+    if (piece->memory) bytes = memcpy(piece->memory, bytes, piece->size);
+    if (run->writer) besa__writer_saw(run->writer, piece->tensor, piece->at, bytes, piece->size);
+    if (piece->memory)
+        besa__release_range(run->checkpoint->shards + piece->tensor->file, piece->tensor->offset + piece->at, piece->size);
+    return BESA_OK;
+}
+
+/* Have the next pieces read, while there are slots; those that went up from them have left. */
+static besa_result besa__in_ahead(besa__run *run, besa_error *error)
+{
+    besa__transfer *in = &run->in;
+    while (in->begun.moved < in->total && in->begun.pieces < in->ended.pieces + BESA__SLOTS) {
+        besa__job piece = besa__piece_at(run, in, &in->begun);
+        int64_t slot = in->begun.pieces % BESA__SLOTS;
+        double clock = besa__seconds();
+        if (in->begun.pieces >= BESA__SLOTS && run->piece_in[slot])
+            BESA__TRY_ON(run->be, run->be->synchronize(run->be, BESA_QUEUE_STAGE), error);
+        besa__lap(&clock, &in->copying);
+        piece.work = besa__read_piece;
+        piece.memory = run->piece_in[slot];
+        BESA__TRY(besa__background_give(&run->background, &piece, error));
+        in->job[slot] = run->background.given;
+        besa__cursor_move(&in->begun, &piece);
+    }
+    return BESA_OK;
+}
+
+/* Bring weights until `target` bytes of them are on their way, or, short of all, as many as have been read. The host waits here
+ * for copies, never for compute. */
 static besa_result besa__in_share(besa__run *run, size_t target, besa_error *error)
 {
     besa_backend *be = run->be;
     besa__transfer *in = &run->in;
-    double clock = besa__seconds();
-    while (in->block >= 0 && in->moved < in->total && in->moved < target) {
-        const besa_tensor *tensor = in->tensors.weight[in->layer];
-        const unsigned char *from = (const unsigned char *)tensor->data + in->at;
-        void *to = (unsigned char *)run->room[besa__room_of(run, in->block)].weight[in->layer] + in->at;
-        size_t size = besa__next_piece(run, in);
-        if (run->piece_in) {
-            BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_STAGE), error); /* the piece before has left */
-            memcpy(run->piece_in, from, size);
-        }
-        const void *source = run->piece_in ? run->piece_in : from;
-        if (run->writer) besa__writer_saw(run->writer, tensor, in->at, source, size);
-        BESA__TRY_ON(be, be->upload(be, BESA_QUEUE_STAGE, to, source, size), error);
-        besa__release_range(run->checkpoint->shards + tensor->file, tensor->offset + in->at, size);
-        besa__transfer_move(in, size);
+    while (in->block >= 0 && in->ended.moved < in->total && in->ended.moved < target) {
+        BESA__TRY(besa__in_ahead(run, error));
+        besa__job piece = besa__piece_at(run, in, &in->ended);
+        int64_t slot = in->ended.pieces % BESA__SLOTS;
+        void *to = (unsigned char *)run->room[besa__room_of(run, in->block)].weight[piece.layer] + piece.at;
+        const void *from = run->piece_in[slot] ? run->piece_in[slot] : (const unsigned char *)piece.tensor->data + piece.at;
+        if (target < in->total && !besa__background_has(&run->background, in->job[slot])) break;
+        BESA__TRY(besa__background_wait(&run->background, in->job[slot], error));
+        double clock = besa__seconds();
+        BESA__TRY_ON(be, be->upload(be, BESA_QUEUE_STAGE, to, from, piece.size), error);
+        besa__lap(&clock, &in->copying);
+        if (!run->piece_in[slot])
+            besa__release_range(run->checkpoint->shards + piece.tensor->file, piece.tensor->offset + piece.at, piece.size);
+        besa__cursor_move(&in->ended, &piece);
     }
-    besa__lap(&clock, &in->seconds);
     return BESA_OK;
 }
 
@@ -9664,7 +9896,9 @@ static besa_result besa__in_finish(besa__run *run, int64_t index, besa_block *bl
     const besa__room *room = &run->room[besa__room_of(run, index)];
     if (run->in.block != index) BESA__TRY(besa__in_begin(run, index, error));
     BESA__TRY(besa__in_share(run, run->in.total, error));
+    double clock = besa__seconds();
     BESA__TRY_ON(run->be, run->be->synchronize(run->be, BESA_QUEUE_STAGE), error);
+    besa__lap(&clock, &run->in.copying);
     const besa__block_tensors *t = &run->in.tensors;
     memset(block, 0, sizeof *block);
     block->shape = run->config->block;
@@ -9677,7 +9911,7 @@ static besa_result besa__in_finish(besa__run *run, int64_t index, besa_block *bl
         *besa__block_vector(block, i) = t->vector[i] ? room->vector[i] : NULL;
         if (run->has_pruner && t->vector[i]) run->pruner.weights.vector[i].dtype = t->vector[i]->dtype;
     }
-    *seconds = run->in.seconds;
+    *seconds = run->in.seconds + run->in.copying;
     run->in.block = -1;
     return BESA_OK;
 }
@@ -9705,22 +9939,22 @@ static besa_result besa__grids_out(besa__run *run, besa_error *error)
     return BESA_OK;
 }
 
-/* The codes of the `size` bytes of weights that go out next. */
-static besa_result besa__codes_out(besa__run *run, const void *bytes, size_t size, besa_error *error)
+/* The codes of a piece of weights. */
+static besa_result besa__codes_out(const besa__run *run, const besa__job *piece, besa_error *error)
 {
-    const besa__transfer *out = &run->out;
-    const besa_quantizer *q = &run->pruner.quantization.layer[out->layer];
-    const float *scale = run->scales[out->layer], *zero = run->zeros[out->layer];
+    const unsigned char *bytes = (const unsigned char *)piece->memory;
+    const besa_quantizer *q = &run->pruner.quantization.layer[piece->layer];
+    const float *scale = run->scales[piece->layer], *zero = run->zeros[piece->layer];
     besa_dtype dtype = run->model.dtype;
     size_t width = besa_dtype_size(dtype);
-    int64_t first = (int64_t)(out->at / width), count = (int64_t)(size / width), groups = besa__parts(q->columns, q->group);
+    int64_t first = (int64_t)(piece->at / width), count = (int64_t)(piece->size / width), groups = besa__parts(q->columns, q->group);
     for (int64_t i = 0; i < count;) {
         unsigned char codes[512];
         int64_t column = (first + i) % q->columns, g = (first + i) / q->columns * groups + column / q->group, n = 0;
         int64_t left = besa__min(besa__min(q->group - column % q->group, q->columns - column), besa__min(512, count - i));
         for (; n < left; n++) {
             uint32_t bits = 0; /* floats are stored from the lowest byte on */
-            memcpy(&bits, (const unsigned char *)bytes + (size_t)(i + n) * width, width);
+            memcpy(&bits, bytes + (size_t)(i + n) * width, width);
             codes[n] = (unsigned char)besa__code_of(bits, dtype, scale[g], zero[g], (1 << q->bits) - 1);
         }
         BESA__TRY(besa__codes_put(run->writer, codes, (size_t)n, error));
@@ -9729,30 +9963,71 @@ static besa_result besa__codes_out(besa__run *run, const void *bytes, size_t siz
     return BESA_OK;
 }
 
-/* Take pruned weights out until `target` bytes of them are written. The host waits here for copies, never for compute. */
+static besa_result besa__write_piece(void *user, const besa__job *piece, besa_error *error)
+{
+    const besa__run *run = (const besa__run *)user;
+    BESA__TRY(besa__writer_write(run->writer, piece->tensor, piece->memory, piece->size, error));
+    return besa__has_codes(run->writer, piece->block) ? besa__codes_out(run, piece, error) : BESA_OK;
+}
+
+static besa_result besa__write_end(void *user, const besa__job *job, besa_error *error)
+{
+    return besa__writer_block_done(((const besa__run *)user)->writer, job->block, error);
+}
+
+/* Bring the next piece down, where it has to: into a slot that is written, for which only the last share waits. *is_there:
+ * there is one. */
+static besa_result besa__out_ahead(besa__run *run, int last, int *is_there, besa_error *error)
+{
+    besa_backend *be = run->be;
+    besa__transfer *out = &run->out;
+    int64_t slot = out->begun.pieces % BESA__SLOTS;
+    *is_there = !run->piece_out[slot] || out->begun.pieces > out->ended.pieces;
+    if (*is_there) return BESA_OK;
+    if (!last && !besa__background_has(&run->background, out->job[slot])) return BESA_OK;
+    BESA__TRY(besa__background_wait(&run->background, out->job[slot], error));
+    besa__job piece = besa__piece_at(run, out, &out->begun);
+    void *const *pruned = run->pruned[besa__room_of(run, out->block)];
+    const void *from = (const unsigned char *)pruned[piece.layer] + piece.at;
+    double clock = besa__seconds();
+    BESA__TRY_ON(be, be->download(be, BESA_QUEUE_STAGE, run->piece_out[slot], from, piece.size), error);
+    besa__lap(&clock, &out->copying);
+    besa__cursor_move(&out->begun, &piece);
+    *is_there = last; /* else it will be there when the next share is due */
+    return BESA_OK;
+}
+
+/* Take pruned weights out until `target` bytes of them are given to be written, and with the last the end of the block. The host
+ * waits here for copies, never for compute. */
 static besa_result besa__out_share(besa__run *run, size_t target, besa_error *error)
 {
     besa_backend *be = run->be;
     besa__transfer *out = &run->out;
-    double clock = besa__seconds();
-    while (out->block >= 0 && out->moved < out->total && out->moved < target) {
-        const besa_tensor *tensor = out->tensors.weight[out->layer];
-        void *const *pruned = run->pruned[besa__room_of(run, out->block)];
-        const unsigned char *from = (const unsigned char *)pruned[out->layer] + out->at;
-        size_t size = besa__next_piece(run, out);
-        if (run->piece_out && out->piece == 0) {
-            BESA__TRY_ON(be, be->download(be, BESA_QUEUE_STAGE, run->piece_out, from, size), error);
-            out->piece = size;
-            if (target < out->total) break; /* it will be there when the next share is due */
-        }
-        if (run->piece_out) BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_STAGE), error);
-        BESA__TRY(besa__writer_write(run->writer, tensor, run->piece_out ? run->piece_out : from, size, error));
-        if (besa__has_codes(run->writer, out->block))
-            BESA__TRY(besa__codes_out(run, run->piece_out ? run->piece_out : from, size, error));
-        besa__transfer_move(out, size);
-        out->piece = 0;
+    int is_there;
+    while (out->block >= 0 && out->ended.moved < out->total && out->ended.moved < target) {
+        BESA__TRY(besa__out_ahead(run, target >= out->total, &is_there, error));
+        if (!is_there) return BESA_OK;
+        besa__job piece = besa__piece_at(run, out, &out->ended);
+        int64_t slot = out->ended.pieces % BESA__SLOTS;
+        piece.work = besa__write_piece;
+        piece.memory = run->piece_out[slot];
+        double clock = besa__seconds();
+        if (piece.memory) BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_STAGE), error);
+        besa__lap(&clock, &out->copying);
+        if (!piece.memory) piece.memory = (unsigned char *)run->pruned[besa__room_of(run, out->block)][piece.layer] + piece.at;
+        BESA__TRY(besa__background_give(&run->background, &piece, error));
+        out->job[slot] = run->background.given;
+        besa__cursor_move(&out->ended, &piece);
     }
-    besa__lap(&clock, &out->seconds);
+    if (out->block < 0 || out->ended.moved < out->total || out->last) return BESA_OK;
+    besa__job end;
+    memset(&end, 0, sizeof end);
+    end.work = besa__write_end;
+    end.user = run;
+    end.block = out->block;
+    end.seconds = &out->seconds;
+    BESA__TRY(besa__background_give(&run->background, &end, error));
+    out->last = run->background.given;
     return BESA_OK;
 }
 
@@ -9780,10 +10055,8 @@ static besa_result besa__out_finish(besa__run *run, besa_report *report, besa_er
     int64_t index = run->out.block;
     if (index < 0) return BESA_OK;
     BESA__TRY(besa__out_share(run, run->out.total, error));
-    double clock = besa__seconds();
-    BESA__TRY(besa__writer_block_done(run->writer, index, error));
-    besa__lap(&clock, &run->out.seconds);
-    report->block[index].seconds[BESA_PASS_WRITE] = run->out.seconds;
+    BESA__TRY(besa__background_wait(&run->background, run->out.last, error));
+    report->block[index].seconds[BESA_PASS_WRITE] = run->out.seconds + run->out.copying;
     run->out.block = -1;
     return BESA_OK;
 }
@@ -10254,12 +10527,13 @@ static besa_result besa__read_pruned(besa__run *run, int64_t index, besa_error *
     BESA__TRY(besa__block_bind(&t, run->checkpoint, index, error));
     for (int i = 0; i < BESA_LAYERS; i++) {
         unsigned char *to = (unsigned char *)run->pruned[besa__room_of(run, index)][i];
-        size_t piece = run->piece_out ? besa__piece_bytes(run) : t.weight[i]->bytes;
+        void *slot = run->piece_out[0];
+        size_t piece = slot ? besa__piece_bytes(run) : t.weight[i]->bytes;
         for (size_t at = 0, size; at < t.weight[i]->bytes; at += size) {
             size = t.weight[i]->bytes - at < piece ? t.weight[i]->bytes - at : piece;
-            BESA__TRY(besa__writer_read(run->writer, t.weight[i], run->piece_out ? run->piece_out : to, at, size, error));
-            if (!run->piece_out) continue;
-            besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, to + at, run->piece_out, size);
+            BESA__TRY(besa__writer_read(run->writer, t.weight[i], slot ? slot : to, at, size, error));
+            if (!slot) continue;
+            besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, to + at, slot, size);
             if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
             BESA__TRY_ON(be, result, error);
         }
@@ -10546,6 +10820,7 @@ static besa_result besa__prune_into(besa__run *run, const char *output, const be
     }
     report->resumed_blocks = done;
     besa_result result = besa__run_prune(run, done, report, error);
+    besa__background_stop(&run->background); /* the writer is this thread's again */
     if (!run->writer) return result;
     if (result == BESA_OK) return besa__writer_finish(run->writer, error);
     besa__writer_abandon(run->writer, error); /* finished blocks are kept */

@@ -36,7 +36,8 @@
  *          memory and 256 bytes of pinned memory.
  * Order    operations are enqueued on one stream per besa_queue and never wait. A Hessian that is not positive definite is
  *          found on the device: the next synchronize of the compute queue returns BESA_ERROR_NUMERIC.
- * Threads  one host thread at a time per backend, with the backend's device current (cudaSetDevice; creation sets it).
+ * Threads  one host thread at a time per backend. Operations make its device current (cudaSetDevice) and leave it so: several
+ *          backends, of one or more devices, may be used in turn, or each by a thread of its own.
  * Bits     sums have a fixed order and there are no float atomics: the same calls give the same bytes on one device. */
 #ifndef BESA_CUDA_CUH
 #define BESA_CUDA_CUH
@@ -67,12 +68,20 @@
 #endif
 
 #define BESA__CUDA(call) BESA__TRY(besa__cuda_check(be, (call), #call))
-#define BESA__CUBLAS(call) BESA__TRY(besa__cublas_check(be, (call), #call))
+#define BESA__CUBLAS(call)                                                                         \
+    do {                                                                                           \
+        BESA__CUDA_HERE();                                                                         \
+        BESA__TRY(besa__cublas_check(be, (call), #call));                                          \
+    } while (0)
+
+/* The backend's device is current: before what goes to the current one. A caller may have two backends, or threads. */
+#define BESA__CUDA_HERE() BESA__CUDA(cudaSetDevice(besa__cuda_of(be)->device))
 
 /* Launch on the compute queue; no blocks, no launch. A kernel with a comma in its name goes in parentheses. */
 #define BESA__RUN(kernel, blocks, threads, shared, ...)                                            \
     do {                                                                                           \
         if ((blocks) < 1) break;                                                                   \
+        BESA__CUDA_HERE();                                                                         \
         BESA__LAUNCH(kernel, besa__cuda_grid(blocks), static_cast<unsigned>(threads), shared,      \
                      besa__cuda_of(be)->stream[BESA_QUEUE_COMPUTE], __VA_ARGS__);                  \
         BESA__TRY(besa__cuda_check(be, cudaGetLastError(), #kernel "<<<>>>"));                     \
@@ -191,6 +200,7 @@ template <typename Kernel>
 static besa_result besa__cuda_allow_shared(besa_backend *be, Kernel *kernel, size_t bytes)
 {
     if (bytes <= 49152) return BESA_OK;
+    BESA__CUDA_HERE();
     BESA__CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
     return BESA_OK;
 }
@@ -202,6 +212,7 @@ static besa_result besa__cuda_allow_shared(besa_backend *be, Kernel *kernel, siz
 static besa_result besa__cuda_alloc(besa_backend *be, void **device, size_t bytes)
 {
     *device = NULL;
+    BESA__CUDA_HERE();
     cudaError_t status = cudaMalloc(device, bytes ? bytes : 1);
     if (status != cudaErrorMemoryAllocation) return besa__cuda_check(be, status, "cudaMalloc");
     *device = NULL;
@@ -218,6 +229,7 @@ static void besa__cuda_free(besa_backend *be, void *device)
 static besa_result besa__cuda_host_alloc(besa_backend *be, void **host, size_t bytes)
 {
     *host = NULL;
+    BESA__CUDA_HERE();
     BESA__CUDA(cudaHostAlloc(host, bytes ? bytes : 1, cudaHostAllocDefault));
     return BESA_OK;
 }
@@ -230,6 +242,7 @@ static void besa__cuda_host_free(besa_backend *be, void *host)
 
 static besa_result besa__cuda_memory_info(besa_backend *be, size_t *free_bytes, size_t *total_bytes)
 {
+    BESA__CUDA_HERE();
     BESA__CUDA(cudaMemGetInfo(free_bytes, total_bytes));
     return BESA_OK;
 }
@@ -266,6 +279,7 @@ static besa_result besa__cuda_zero(besa_backend *be, besa_queue q, void *dst, si
 static besa_result besa__cuda_record(besa_backend *be, besa_queue q, int event)
 {
     BESA_ASSERT(event >= 0 && event < BESA_EVENT_COUNT);
+    BESA__CUDA_HERE();
     BESA__CUDA(cudaEventRecord(besa__cuda_of(be)->event[event], besa__cuda_of(be)->stream[q]));
     return BESA_OK;
 }
@@ -3494,6 +3508,7 @@ static void besa__cuda_destroy(besa_backend *be)
 {
     besa__cuda *cuda = besa__cuda_of(be);
     if (cuda) {
+        cudaSetDevice(cuda->device);
         for (int i = 0; i < BESA_QUEUE_COUNT; i++)
             if (cuda->stream[i]) cudaStreamSynchronize(cuda->stream[i]); /* the workspace may go next */
         if (cuda->blas) cublasDestroy(cuda->blas);
@@ -3535,7 +3550,7 @@ static besa_result besa__cuda_open_device(besa_backend *be, const besa_cuda_opti
     cuda->panel = 1 << 25;
     cuda->queries = 512;
     cuda->query_rows = 64 * cuda->processors;                                        /* a tile of 128 for every other one */
-    cuda->score_bytes = static_cast<size_t>(cuda->processors) << 21;
+    cuda->score_bytes = static_cast<size_t>(cuda->processors) * 3 << 20;
     be->gradient_bytes = static_cast<size_t>(256) << 20;
     be->activation_dtype = major < 8 || (options && options->fp32) ? BESA_F32 : BESA_BF16;
     return BESA_OK;

@@ -5,6 +5,7 @@
  * On the stand-in kernels run on the CPU: results, bounds, barriers and the order of streams are tested, speed is not. Built
  * by nvcc for a GPU it runs what needs nothing of the stand-in: operations, queues, plans and the pipeline. */
 #define BESA_IMPLEMENTATION
+#define BESA_CUDA /* files are read and written by a thread */
 #include "besa.h"
 #include "backend_ops.h"
 #include "test.h"
@@ -741,6 +742,53 @@ static void test_creation(void)
 }
 #endif
 
+#ifdef CUDA_STANDIN
+/* Two backends on two devices, called in turn, while the caller makes either device current: memory lies where it should, and
+ * both give the same. */
+static void test_two_devices(void)
+{
+    TEST("two devices in turn") {
+        besa_backend be[2];
+        besa_error error;
+        float *x[2], got[2] = {0, 0}, from = 3.0f;
+        void *memory;
+        standin_set_devices(2);
+        for (int d = 0; d < 2; d++) {
+            besa_cuda_options options = {d, 1};
+            CHECK_OK(besa_cuda_backend(&be[d], &options, &error), error);
+        }
+        for (int turn = 0; turn < 4; turn++) {
+            cudaSetDevice(turn / 2);
+            for (int d = 0; d < 2; d++) {
+                besa_workload work;
+                memset(&work, 0, sizeof work);
+                work.rows = work.columns = work.tokens = 1;
+                CHECK_OK(be[d].alloc(&be[d], &memory, 4), be[d].error);
+                x[d] = static_cast<float *>(memory);
+                CHECK(standin_device_of(memory) == d, "memory of device %d lies on %d", d, standin_device_of(memory));
+                be[d].workspace_bytes = be[d].workspace_size(&be[d], &work);
+                CHECK_OK(be[d].alloc(&be[d], &be[d].workspace, be[d].workspace_bytes), be[d].error);
+            }
+            for (int d = 0; d < 2; d++) CHECK_OK(be[d].upload(&be[d], BESA_QUEUE_COMPUTE, x[d], &from, 4), be[d].error);
+            for (int d = 0; d < 2; d++) CHECK_OK(be[d].power(&be[d], x[d], x[d], 0.5f, 1), be[d].error);
+            for (int d = 0; d < 2; d++)
+                CHECK_OK(be[d].linear_forward(&be[d], x[d], x[d], x[d], BESA_F32, NULL, 1, 1, 1, 1), be[d].error);
+            for (int d = 0; d < 2; d++) CHECK_OK(be[d].record(&be[d], BESA_QUEUE_COMPUTE, 0), be[d].error);
+            for (int d = 0; d < 2; d++) CHECK_OK(be[d].download(&be[d], BESA_QUEUE_COMPUTE, &got[d], x[d], 4), be[d].error);
+            for (int d = 0; d < 2; d++) {
+                CHECK_OK(be[d].synchronize(&be[d], BESA_QUEUE_COMPUTE), be[d].error);
+                CHECK(fabsf(got[d] - 3.0f - sqrtf(3.0f)) < 1e-5f, "device %d gave %g", d, static_cast<double>(got[d]));
+                be[d].free(&be[d], x[d]), be[d].free(&be[d], be[d].workspace);
+            }
+        }
+        for (int d = 0; d < 2; d++) be[d].destroy(&be[d]);
+        cudaSetDevice(0);
+        standin_set_devices(1);
+        CHECK(standin_reports() == 0 && standin_live_allocations() == 0 && standin_live_objects() == 0, "%s", standin_last_report());
+    }
+}
+#endif
+
 /* ---- the pipeline ---------------------------------------------------------------------------- */
 
 typedef struct run {
@@ -1090,6 +1138,7 @@ int main(int argc, char **argv)
 #ifdef CUDA_STANDIN
     test_creation();
     test_elapsed();
+    test_two_devices();
     if (!g_race) test_faults();
     if (!g_race) test_vast();
 #else

@@ -11,6 +11,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdint.h>
 #include <sys/file.h>
@@ -26,7 +27,7 @@
 /* Every system call that besa.h makes on files, and every allocation, is counted; the chosen one fails or is the last. With
  * fault_stays all that follow it fail too. */
 enum { FAULT_NONE, FAULT_KILL, FAULT_ERROR, FAULT_MEMORY };
-static int fault_kind, fault_at, fault_calls, fault_stays, short_writes, no_renameat2;
+static int fault_kind, fault_at, fault_calls, fault_stays, short_writes, no_renameat2, no_fallocate, posix_allocations;
 
 static int fault(int kind)
 {
@@ -148,7 +149,11 @@ static int io_fsync(int fd)
     return fsync(fd);
 }
 static int io_ftruncate(int fd, off_t n) { return fault(FAULT_ERROR) ? -1 : ftruncate(fd, n); }
-static int io_fallocate(int fd, off_t at, off_t n) { return fault(FAULT_ERROR) ? EIO : posix_fallocate(fd, at, n); }
+__attribute__((unused)) static int io_fallocate(int fd, off_t at, off_t n)
+{
+    posix_allocations++;
+    return fault(FAULT_ERROR) ? EIO : no_fallocate ? no_fallocate : posix_fallocate(fd, at, n);
+}
 static int io_renameat(int a, const char *b, int c, const char *d)
 {
     if (fault(FAULT_ERROR)) return -1;
@@ -185,13 +190,31 @@ static struct dirent *io_readdir(DIR *list) { return fault(FAULT_ERROR) ? NULL :
 static int io_fstatat(int fd, const char *path, struct stat *st, int how) { return fault(FAULT_ERROR) ? -1 : fstatat(fd, path, st, how); }
 static int io_fchmod(int fd, mode_t mode) { return fault(FAULT_ERROR) ? -1 : fchmod(fd, mode); }
 static int io_fchmodat(int fd, const char *path, mode_t mode, int how) { return fault(FAULT_ERROR) ? -1 : fchmodat(fd, path, mode, how); }
-/* the only system call without a function of libc's: renameat2; a kernel or file system that lacks it is played by no_renameat2 */
-static long io_syscall(long number, int a, const char *b, int c, const char *d, unsigned how)
+/* The two system calls that are made without libc's function: renameat2 and, on 64 bits, fallocate. A kernel or file system that
+ * lacks one is played by no_renameat2 and no_fallocate. */
+static long io_syscall(long number, ...)
 {
+    va_list args;
+    va_start(args, number);
+#ifdef SYS_fallocate
+    if (number == SYS_fallocate) {
+        int fd = va_arg(args, int), mode = va_arg(args, int);
+        off_t at = va_arg(args, off_t), n = va_arg(args, off_t);
+        va_end(args);
+        if (no_fallocate) return errno = no_fallocate, -1;
+        return fault(FAULT_ERROR) ? -1 : syscall(number, fd, mode, at, n);
+    }
+#endif
+    int a = va_arg(args, int);
+    const char *from = va_arg(args, const char *);
+    int c = va_arg(args, int);
+    const char *to = va_arg(args, const char *);
+    unsigned how = va_arg(args, unsigned);
+    va_end(args);
     if (no_renameat2) return errno = no_renameat2, -1;
     if (fault(FAULT_ERROR)) return -1;
-    ledger_rename(c, d);
-    return syscall(number, a, b, c, d, how);
+    ledger_rename(c, to);
+    return syscall(number, a, from, c, to, how);
 }
 static void *io_mmap(void *p, size_t n, int a, int b, int c, off_t d) { return fault(FAULT_ERROR) ? MAP_FAILED : mmap(p, n, a, b, c, d); }
 
@@ -2628,6 +2651,28 @@ static void test_no_sync(void)
     besa_checkpoint_close(c);
 }
 
+/* A file system that cannot promise room is no error, and posix_fallocate, which would write to every page there, is not asked;
+ * one that has no room is. */
+static void test_no_allocation(void)
+{
+    static const int reasons[] = { EOPNOTSUPP, ENOSYS, ENOSPC, EIO };
+    const char *out = temp_path("unallocated"), *wanted = wanted_output(1);
+    besa_checkpoint *c = open_model(source_model(1));
+    int64_t done;
+    for (int i = 0; c && i < 4; i++) {
+        no_fallocate = reasons[i];
+        posix_allocations = 0;
+        CHECK_CASE(strerror(reasons[i]), run_writer(c, out, 3, &done), i < 2 ? BESA_OK : BESA_ERROR_WRITE, NULL);
+        no_fallocate = 0;
+        CHECK(i < 2 ? same_output(out, wanted) : !exists(out), "%s: %s", strerror(reasons[i]), difference);
+#if defined(SYS_fallocate) && LONG_MAX > 2147483647
+        CHECK(posix_allocations == 0, "%s: posix_fallocate was called", strerror(reasons[i]));
+#endif
+        remove_output(out);
+    }
+    besa_checkpoint_close(c);
+}
+
 /* ---- what others have put into OUT.partial: not read as a file, nor written through, nor deleted ---- */
 
 static const char *const run_files[] = { "besa-journal", SHARD_2, "tokenizer.json", "config.json", INDEX };
@@ -3122,6 +3167,7 @@ static void accidents(void)
     TEST("killed at each system call") run(test_kill_points);
     TEST("synced before it is said") run_both(test_sync_order);
     TEST("a file system that does not sync, or cannot") run(test_no_sync);
+    TEST("file systems without fallocate") run(test_no_allocation);
     TEST("places: no regular file") run(test_places_kinds);
     TEST("places: a file with a second name") run(test_places_links);
     TEST("places: discarded beside a foreign file") run(test_places_discarded);

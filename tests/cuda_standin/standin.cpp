@@ -113,7 +113,7 @@ struct Lane {                                  /* ThreadSanitizer builds: one th
     standin::Fiber *fiber;
 };
 struct CUstream_st {
-    int number = 0, queries = 0;
+    int number = 0, queries = 0, device = 0;
     bool blocking = true;                      /* ordered with the null stream */
     std::deque<WorkRef> queue;
     WorkRef last;
@@ -129,6 +129,7 @@ struct CUevent_st {
 };
 struct cublasContext {
     cudaStream_t stream = nullptr;
+    int device = 0;
     bool device_scalars = false;
     void *workspace = nullptr;                 /* nullptr: cuBLAS takes memory of its own */
     size_t workspace_bytes = 0;
@@ -137,9 +138,12 @@ struct cublasContext {
 enum class Space { Device, Pinned, Registered, Pageable };
 struct Allocation {
     size_t bytes = 0, mapped = 0;              /* mapped: length of the mapping at base, 0: from the heap */
+    int device = 0;
     Space space = Space::Device;
     void *base = nullptr;
 };
+
+static thread_local int t_device;              /* current */
 
 struct Runtime {
     std::recursive_mutex mutex;
@@ -147,7 +151,7 @@ struct Runtime {
     std::set<cudaStream_t> streams;
     std::set<cudaEvent_t> events;
     std::set<cublasHandle_t> handles;
-    std::map<const void *, size_t> shared_allowed;
+    std::map<std::pair<int, const void *>, size_t> shared_allowed; /* of a device and a kernel */
     CUstream_st null_stream;
     int stream_count = 0;
     size_t used = 0, peak = 0, pinned = 0, pinned_peak = 0;
@@ -158,7 +162,7 @@ struct Runtime {
     std::string report;
 
     size_t capacity = size_t(16) << 30, optin = 99 * 1024;
-    int major = 8, minor = 0, devices = 1;
+    int major = 8, minor = 0, devices = 1, processors = 4;
     int order = STANDIN_FORWARD, schedule = STANDIN_LATE;
     unsigned seed = 1;
     uint64_t sparse = 0;                       /* blocks that run at either end of a launch, 0: all */
@@ -709,6 +713,7 @@ static cudaError_t allocate(void **out, size_t bytes, Space space) {
     Allocation a;
     a.bytes = bytes;
     a.space = space;
+    a.device = t_device;
     bool guarded = space == Space::Device && R.guard;
     char *data = nullptr;
     if (addresses_alone() || guarded) {
@@ -871,6 +876,7 @@ struct Call {
 #define CALL(...) Call call{__VA_ARGS__}; if (call.status != cudaSuccess) return call.end(call.status)
 
 static bool live(cudaStream_t s) { return !s || rt().streams.count(s); }
+static bool here(cudaStream_t s) { return live(s) && (!s || s->device == t_device); } /* launches and records go to the current device */
 static int stream_number(cudaStream_t s) { return s ? s->number : 0; }
 static void emit(standin_record &r, cudaStream_t stream) {
     r.stream = stream_number(stream);
@@ -914,13 +920,16 @@ cudaError_t cudaGetDeviceCount(int *count) {
     *count = rt().devices;
     return call.end(cudaSuccess);
 }
+/* To set the device that is current cannot fail, and is not counted. */
 cudaError_t cudaSetDevice(int device) {
+    if (device == t_device && rt().devices > device) return cudaSuccess;
     CALL();
+    if (device >= 0 && device < rt().devices) t_device = device;
     return call.end(device >= 0 && device < rt().devices ? cudaSuccess : cudaErrorInvalidDevice);
 }
 cudaError_t cudaGetDevice(int *device) {
     CALL();
-    *device = 0;
+    *device = t_device;
     return call.end(cudaSuccess);
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
@@ -959,7 +968,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 * 1024; break;
     case cudaDevAttrWarpSize: *value = 32; break;
-    case cudaDevAttrMultiProcessorCount: *value = 4; break;
+    case cudaDevAttrMultiProcessorCount: *value = rt().processors; break;
     case cudaDevAttrGlobalMemoryBusWidth: *value = 256; break;
     case cudaDevAttrL2CacheSize: *value = (rt().major >= 9 ? 50 : 40) << 20; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;
@@ -1090,6 +1099,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned flags) {
     CALL();
     if (!out || flags > cudaStreamNonBlocking) return call.end(cudaErrorInvalidValue);
     *out = new CUstream_st;
+    (*out)->device = t_device;
     (*out)->context = context_new();
     (*out)->number = ++rt().stream_count;
     (*out)->blocking = flags != cudaStreamNonBlocking;
@@ -1160,7 +1170,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     CALL();
-    if (!rt().events.count(event) || !live(stream)) return call.end(cudaErrorInvalidResourceHandle);
+    if (!rt().events.count(event) || !here(stream)) return call.end(cudaErrorInvalidResourceHandle);
     event->work = enqueue(stream, nullptr);
     return call.end(cudaSuccess);
 }
@@ -1196,7 +1206,7 @@ cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute
     if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return call.end(cudaSuccess);
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || static_cast<size_t>(value) > rt().optin)
         return call.end(cudaErrorInvalidValue);
-    rt().shared_allowed[kernel] = static_cast<size_t>(value);
+    rt().shared_allowed[{t_device, kernel}] = static_cast<size_t>(value);
     return call.end(cudaSuccess);
 }
 
@@ -1204,9 +1214,9 @@ static cudaError_t check_launch(const void *kernel, dim3 g, dim3 b, size_t share
     if (!g.x || !g.y || !g.z || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535 || !b.x || !b.y || !b.z || b.x > 1024 || b.y > 1024
         || b.z > 64 || uint64_t(b.x) * b.y * b.z > 1024)
         return cudaErrorInvalidConfiguration;
-    auto it = rt().shared_allowed.find(kernel);
+    auto it = rt().shared_allowed.find({t_device, kernel});
     if (shared > (it == rt().shared_allowed.end() ? 48 * 1024 : it->second)) return cudaErrorInvalidValue;
-    return live(stream) ? cudaSuccess : cudaErrorInvalidResourceHandle;
+    return here(stream) ? cudaSuccess : cudaErrorInvalidResourceHandle;
 }
 void standin::enqueue_launch(const char *name, const void *kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                              std::function<void()> body) {
@@ -1234,7 +1244,7 @@ static cublasStatus_t status_of(cudaError_t e) {
 #define CUBLAS_CALL(handle, ...)                                          \
     Call call{__VA_ARGS__};                                               \
     if (call.status != cudaSuccess) return status_of(call.status);        \
-    if (!rt().handles.count(handle)) return CUBLAS_STATUS_NOT_INITIALIZED
+    if (!rt().handles.count(handle) || handle->device != t_device) return CUBLAS_STATUS_NOT_INITIALIZED
 
 static size_t element(cudaDataType type) { return type == CUDA_R_32F ? 4 : 2; }
 UNSEEN static float load(const void *p, size_t i, cudaDataType type) {
@@ -1383,6 +1393,7 @@ cublasStatus_t cublasCreate(cublasHandle_t *out) {
     if (call.status != cudaSuccess) return status_of(call.status);
     if (!out) return CUBLAS_STATUS_INVALID_VALUE;
     *out = new cublasContext;
+    (*out)->device = t_device;
     rt().handles.insert(*out);
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -1575,6 +1586,11 @@ void standin_set_memory(size_t bytes) { rt().capacity = bytes; }
 void standin_set_shared(size_t optin_bytes) { rt().optin = optin_bytes; }
 void standin_set_arch(int major, int minor) { rt().major = major; rt().minor = minor; }
 void standin_set_devices(int count) { rt().devices = count; }
+void standin_set_processors(int count) { rt().processors = count; }
+int standin_device_of(const void *p) {
+    auto found = rt().memory.find(reinterpret_cast<uintptr_t>(p));
+    return found != rt().memory.end() && found->second.space == Space::Device ? found->second.device : -1;
+}
 void standin_set_order(int order, unsigned seed) { rt().order = order; rt().seed = seed; }
 void standin_set_streams(int schedule) { rt().schedule = schedule; }
 void standin_strict_exit(int on) { rt().strict_exit = on != 0; }

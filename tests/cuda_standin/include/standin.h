@@ -39,7 +39,9 @@
             segmentation fault (STANDIN_GUARD=0 turns this off, and many short runs are faster without). Copies, sets and products must lie within one allocation.
             A product overwrites its workspace (16 KB at either end) before it reads its operands and after it has written;
             without one of cublasSetWorkspace it is counted. cublasSetStream takes the workspace back, as the real one does.
-   LIMITS   one device; spin-waits between threads never end; no inline PTX, textures, graphs, cooperative groups, __activemask;
+   DEVICES  share one memory. A launch, a record or a product whose stream, event or handle belongs to another device than the
+            current one is an error, as it is there; what a kernel reads is not compared.
+   LIMITS   spin-waits between threads never end; no inline PTX, textures, graphs, cooperative groups, __activemask;
             float atomics are declared but an error. ThreadSanitizer holds 8128 contexts (0.2 to 1 MB each): two per thread of
             the largest block for each stream that launches kernels. Races between two blocks of a launch that are an even number of
             places apart in running order
@@ -56,6 +58,8 @@ void standin_set_memory(size_t bytes);       /* size of device memory (default 1
 void standin_set_shared(size_t optin_bytes); /* most shared memory of a block after cudaFuncSetAttribute (default 99 KB) */
 void standin_set_arch(int major, int minor); /* compute capability (default 8, 0) */
 void standin_set_devices(int count);         /* 0: every call returns cudaErrorNoDevice (default 1) */
+void standin_set_processors(int count);      /* multiprocessors (default 4) */
+int standin_device_of(const void *p);        /* where cudaMalloc's memory lies; -1: elsewhere */
 
 /* ---- how it runs; each overrides its environment variable ---- */
 enum { STANDIN_FORWARD, STANDIN_REVERSE, STANDIN_SHUFFLE };
