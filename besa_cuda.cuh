@@ -631,11 +631,12 @@ static __global__ void besa__rope_kernel(T *x, const float *cosine, const float 
                                          int64_t heads, int64_t pairs, float direction, int vector)
 {
     int64_t eights = besa__cuda_parts(pairs, 8);
-    BESA__ROWS(t, tokens)
+    BESA__ROWS(t, tokens) {
+        int64_t turn = t % seqlen * pairs;
         for (int64_t i = threadIdx.x; i < heads * eights; i += blockDim.x) {
             float a[8], b[8], cos8[8], sin8[8];
-            int64_t j = i % eights * 8, angle = t % seqlen * pairs + j;
-            T *at = x + (t * heads + i / eights) * 2 * pairs + j;
+            int64_t head = static_cast<uint32_t>(i) / static_cast<uint32_t>(eights), j = (i - head * eights) * 8, angle = turn + j;
+            T *at = x + (t * heads + head) * 2 * pairs + j;
             int count = besa__count(pairs - j);
             besa__load(a, at, count, vector);
             besa__load(b, at + pairs, count, vector);
@@ -650,6 +651,7 @@ static __global__ void besa__rope_kernel(T *x, const float *cosine, const float 
             besa__store(at, a, count, vector);
             besa__store(at + pairs, b, count, vector);
         }
+    }
 }
 
 static besa_result besa__cuda_rope(besa_backend *be, void *x, const float *cosine, const float *sine, int64_t tokens,
@@ -1362,56 +1364,100 @@ static besa_result besa__cuda_piece_scatter(besa_backend *be, const besa__cuda_a
     return besa__cuda_multiply(be, &p);
 }
 
+/* A thread's eights of a row of scores: the first stays in registers from sweep to sweep, others are read again. */
+enum { BESA__CUDA_SOFTMAX_THREADS = 1024 };
+
+static int besa__cuda_softmax_threads(int64_t keys)
+{
+    return static_cast<int>(besa__cuda_min(BESA__CUDA_SOFTMAX_THREADS, besa__cuda_parts(keys, 256) * 32));
+}
+
+/* Which query of the piece row b is of; rows are fewer than 2^32, and whole numbers of 64 bits slow to divide. */
+static __device__ __forceinline__ int64_t besa__query_of(const besa__cuda_piece &piece, int64_t b, int64_t stack)
+{
+    return static_cast<uint32_t>(b) % static_cast<uint32_t>(piece.rows) / static_cast<uint32_t>(stack);
+}
+
+/* x(8) = scores from j on, -infinity where keys are not in first .. last; those are not read */
+static __device__ __forceinline__ void besa__scores_at(float (&x)[8], const float *row, int64_t j, int64_t first, int64_t last)
+{
+    besa__load(x, row + j, j > last ? 0 : besa__count(last + 1 - j), 1);
+    BESA__UNROLL
+    for (int k = 0; k < 8; k++)
+        if (j + k < first || j + k > last) x[k] = -INFINITY;
+}
+
 /* P(count * rows, keys) = softmax of S over the keys that the row's query sees, 0 elsewhere; a block a row. Row r of an
  * item is query i0 + r / stack; it sees keys up to itself, the last `window` of them where window > 0. P may be S. */
 template <typename T>
-static __global__ void besa__softmax_forward_kernel(T *p, const float *s, besa__cuda_piece piece, int64_t stack,
-                                                    int64_t window)
+static __global__ void __launch_bounds__(BESA__CUDA_SOFTMAX_THREADS)
+    besa__softmax_forward_kernel(T *p, const float *s, besa__cuda_piece piece, int64_t stack, int64_t window)
 {
+    const int64_t mine = 8 * static_cast<int64_t>(threadIdx.x);
     BESA__ROWS(b, piece.count * piece.rows) {
         const float *row = s + b * piece.row;
-        int64_t i = piece.i0 + b % piece.rows / stack - piece.j0; /* the query's own key */
+        int64_t i = piece.i0 + besa__query_of(piece, b, stack) - piece.j0; /* the query's own key */
         int64_t first = window > 0 ? besa__cuda_max(0, i - window + 1) : 0;
-        float m = -INFINITY, sum = 0.0f, x[8];
+        float m = -INFINITY, sum = 0.0f, held[8], x[8];
+        besa__scores_at(held, row, mine, first, i);
+        BESA__UNROLL
+        for (int k = 0; k < 8; k++) m = fmaxf(m, held[k]);
         BESA__EIGHTS(j, i + 1) {
-            besa__load(x, row + j, besa__count(piece.keys - j), 1);
+            if (j == mine) continue;
+            besa__scores_at(x, row, j, first, i);
             BESA__UNROLL
-            for (int k = 0; k < 8; k++)
-                if (j + k < first || j + k > i) x[k] = -INFINITY;
-            besa__log_sum(m, sum, x, 8);
+            for (int k = 0; k < 8; k++) m = fmaxf(m, x[k]);
         }
         float most = besa__block_max(m);
-        float scale = 1.0f / besa__block_sum(sum * expf(m - most));
-        BESA__EIGHTS(j, piece.keys) {
-            int count = besa__count(piece.keys - j);
-            besa__load(x, row + j, j > i ? 0 : count, 1); /* masked ones are not read */
+        BESA__UNROLL
+        for (int k = 0; k < 8; k++) sum += held[k] = expf(held[k] - most);
+        BESA__EIGHTS(j, i + 1) {
+            if (j == mine) continue;
+            besa__scores_at(x, row, j, first, i);
             BESA__UNROLL
-            for (int k = 0; k < 8; k++) x[k] = j + k < first || j + k > i ? 0.0f : expf(x[k] - most) * scale;
-            besa__store(p + b * piece.row + j, x, count, 1);
+            for (int k = 0; k < 8; k++) sum += expf(x[k] - most);
+        }
+        float scale = 1.0f / besa__block_sum(sum);
+        BESA__EIGHTS(j, piece.keys) {
+            if (j != mine) besa__scores_at(x, row, j, first, i);
+            BESA__UNROLL
+            for (int k = 0; k < 8; k++) x[k] = (j == mine ? held[k] : expf(x[k] - most)) * scale;
+            besa__store(p + b * piece.row + j, x, besa__count(piece.keys - j), 1);
         }
     }
 }
 
 /* dS(count * rows, keys) = P (dP - sum_j P dP); dS may be dP. Keys after the row's query are not read: P is 0 there. */
 template <typename T>
-static __global__ void besa__softmax_backward_kernel(T *ds, const float *dp, const T *p, besa__cuda_piece piece,
-                                                     int64_t stack)
+static __global__ void __launch_bounds__(BESA__CUDA_SOFTMAX_THREADS)
+    besa__softmax_backward_kernel(T *ds, const float *dp, const T *p, besa__cuda_piece piece, int64_t stack)
 {
+    const int64_t mine = 8 * static_cast<int64_t>(threadIdx.x);
     BESA__ROWS(b, piece.count * piece.rows) {
-        int64_t seen = piece.i0 + b % piece.rows / stack - piece.j0 + 1;
-        float dot = 0.0f, x[8], d[8];
+        int64_t seen = piece.i0 + besa__query_of(piece, b, stack) - piece.j0 + 1, row = b * piece.row;
+        float dot = 0.0f, held_p[8], held_d[8], x[8], d[8];
+        int there = mine < seen ? besa__count(piece.keys - mine) : 0; /* a count of 0 gives zeros */
+        besa__load(held_p, p + row + mine, there, 1);
+        besa__load(held_d, dp + row + mine, there, 1);
+        BESA__UNROLL
+        for (int k = 0; k < 8; k++) dot += held_p[k] * held_d[k];
         BESA__EIGHTS(j, seen) {
-            besa__load(x, p + b * piece.row + j, besa__count(piece.keys - j), 1);
-            besa__load(d, dp + b * piece.row + j, besa__count(piece.keys - j), 1);
+            if (j == mine) continue;
+            besa__load(x, p + row + j, besa__count(piece.keys - j), 1);
+            besa__load(d, dp + row + j, besa__count(piece.keys - j), 1);
+            BESA__UNROLL
             for (int k = 0; k < 8; k++) dot += x[k] * d[k];
         }
         dot = besa__block_sum(dot);
         BESA__EIGHTS(j, piece.keys) {
             int count = besa__count(piece.keys - j);
-            besa__load(x, p + b * piece.row + j, j < seen ? count : 0, 1); /* a count of 0 gives zeros */
-            besa__load(d, dp + b * piece.row + j, j < seen ? count : 0, 1);
-            for (int k = 0; k < 8; k++) d[k] = x[k] * (d[k] - dot);
-            besa__store(ds + b * piece.row + j, d, count, 1);
+            if (j != mine) {
+                besa__load(x, p + row + j, j < seen ? count : 0, 1);
+                besa__load(d, dp + row + j, j < seen ? count : 0, 1);
+            }
+            BESA__UNROLL
+            for (int k = 0; k < 8; k++) d[k] = j == mine ? held_p[k] * (held_d[k] - dot) : x[k] * (d[k] - dot);
+            besa__store(ds + row + j, d, count, 1);
         }
     }
 }
@@ -1423,7 +1469,7 @@ static besa_result besa__cuda_piece_probabilities(besa_backend *be, const besa__
     float scale = 1.0f / sqrtf(static_cast<float>(a->head_dim));
     BESA__TRY(besa__cuda_piece_scores(be, a, piece, a->scores, q, k, scale));
     BESA__BY_ACTIVATION(be, T,
-        BESA__RUN(besa__softmax_forward_kernel<T>, piece->count * piece->rows, besa__cuda_row_threads(piece->keys), 0,
+        BESA__RUN(besa__softmax_forward_kernel<T>, piece->count * piece->rows, besa__cuda_softmax_threads(piece->keys), 0,
                   static_cast<T *>(a->p), a->scores, *piece, a->stack, a->window));
     return BESA_OK;
 }
@@ -1456,7 +1502,7 @@ static besa_result besa__cuda_piece_backward(besa_backend *be, const besa__cuda_
     BESA__TRY(besa__cuda_piece_scatter(be, a, piece, a->dv, a->p, d_o, 1.0f));
     BESA__TRY(besa__cuda_piece_scores(be, a, piece, dp, d_o, v, 1.0f));
     BESA__BY_ACTIVATION(be, T,
-        BESA__RUN(besa__softmax_backward_kernel<T>, piece->count * piece->rows, besa__cuda_row_threads(piece->keys), 0,
+        BESA__RUN(besa__softmax_backward_kernel<T>, piece->count * piece->rows, besa__cuda_softmax_threads(piece->keys), 0,
                   static_cast<T *>(a->ds), dp, static_cast<const T *>(a->p), *piece, a->stack));
     BESA__TRY(besa__cuda_piece_gather(be, a, piece, dq, a->ds, k, scale));
     return besa__cuda_piece_scatter(be, a, piece, a->dk, a->ds, q, scale);
@@ -2443,7 +2489,7 @@ static besa_result besa__cuda_rate_backward(besa_backend *be, float *dtheta_laye
     if (s->layer_scale == 0.0f) theta_layer = dtheta_layer = NULL;
     if (s->row_scale == 0.0f) theta_row = dtheta_row = NULL;
     if (n > 1) BESA__TRY(besa__cuda_bucket_rows(be, &from, rows, groups, n - 1));
-    int64_t parts = besa__cuda_min(besa__cuda_min(groups, 2048), BESA__CUDA_RATE_FLOATS / n);
+    int64_t parts = besa__cuda_min(besa__cuda_min(groups, 8192), BESA__CUDA_RATE_FLOATS / n); /* warps that fill the device */
     int64_t run = besa__cuda_parts(groups, besa__cuda_max(1, parts));
     parts = besa__cuda_parts(groups, run);
     BESA__RUN(besa__rate_backward_kernel, besa__cuda_parts(parts, BESA__CUDA_RATE_WARPS), 32 * BESA__CUDA_RATE_WARPS, 0,

@@ -3,9 +3,12 @@
  *   bench_cuda [--models 7B,70B] [--nsamples 128] [--seqlen 2048] [--runs 3] [--output FILE]
  *       built by nvcc: bandwidth of a copy and speed of a large product; each operation beside them at the shapes of
  *       large models; whole blocks with random weights, no disk. The text goes to FILE too.
- *   bench_cuda --model [--tflops 700] [--gbs 3000] [--cache-gbs 5500] [--host-gbs 50] ...
- *       built on the stand-in runtime: one block's list of launches, and what a roofline makes of it. A projection.
- *       Attention's scores stay in the second-level cache, where the backend makes so few at a time that they fit.
+ *   bench_cuda --model [--tflops 700] [--gbs 2700] [--score-gbs 2100] [--launch-us 3] [--host-gbs 50] [--start 2.5] ...
+ *       built on the stand-in runtime: one block's list of launches, and the time that a device with these numbers takes for
+ *       it. A projection; the numbers are an H100's (80 GB HBM3), as bench_cuda measured them on 2026-11-26: products of bf16
+ *       matrices reach 0.83 to 0.99 of 730 TFLOP/s, those with float results 0.80 to 0.86; kernels 0.8 to 0.97 of a copy's
+ *       3,010 GB/s, attention's products and softmax 2,100 GB/s; a kernel that does nothing takes 2.8 to 3.6 us; a run has 2.4 s
+ *       before its first block and after its last.
  *   bench_cuda --check [--only NAME]
  *       the same as tests: a small run for real, then the projection's targets. PASS and FAIL lines.
  *
@@ -33,22 +36,24 @@ typedef struct model {
     const char *name;
     int64_t hidden, inner, heads, kv_heads, head_dim, blocks;
     int operations;                    /* its shapes are used for single operations too */
+    double seconds;                    /* that 128 x 2048 tokens should take on an H100 at most; 0: no such target */
 } model;
 
 static const model g_models[] = {
-    {"7B", 4096, 11008, 32, 32, 128, 32, 1},
-    {"13B", 5120, 13824, 40, 40, 128, 40, 0},
-    {"34B", 8192, 22016, 64, 8, 128, 48, 0},
-    {"70B", 8192, 28672, 64, 8, 128, 80, 1},
-    {"tiny", 64, 160, 4, 2, 16, 2, 1},
+    {"7B", 4096, 11008, 32, 32, 128, 32, 1, 45},
+    {"13B", 5120, 13824, 40, 40, 128, 40, 0, 0},
+    {"34B", 8192, 22016, 64, 8, 128, 48, 0, 0},
+    {"70B", 8192, 28672, 64, 8, 128, 80, 1, 480},
+    {"tiny", 64, 160, 4, 2, 16, 2, 1, 0},
 };
 
 static struct {
     const char *models, *output, *only;
     int64_t nsamples, seqlen, runs;
-    double tflops, gbs, cache_gbs, host_gbs; /* the projection's device */
+    double tflops, gbs, score_gbs, launch_us, host_gbs, start; /* the projection's device; seconds around the blocks */
+    int processors;
     int project, check, quick;
-} g_options = {NULL, NULL, NULL, 128, 2048, 3, 700, 3000, 5500, 50, 0, 0, 0};
+} g_options = {NULL, NULL, NULL, 128, 2048, 3, 700, 2700, 2100, 3, 50, 2.5, 132, 0, 0, 0};
 
 static FILE *g_file;
 static int g_quiet; /* tests print their verdicts alone, unless TEST_VERBOSE is set */
@@ -96,7 +101,7 @@ static struct {
     besa_backend inner;                /* the table that the wrapped one calls */
     const char *op;                    /* running, or NULL */
     op_cost call, all;                 /* of op; of all since they were last set to nothing */
-    double scores, flop[BESA_PASS_COUNT + 1], attention_gbs;
+    double scores, flop[BESA_PASS_COUNT + 1];
     int64_t head_dim;
     std::map<std::string, line> lines;
     std::map<void *, size_t> blocks;
@@ -552,11 +557,12 @@ static line &line_of(const std::string &name)
     return made;
 }
 
-static void add_to(line &to, double launches, double bytes, double flop, double bytes_per_second)
+static void add_to(line &to, double launches, double bytes, double flop, double bytes_per_second, double flop_per_second = 1)
 {
     row &r = to.pass[BESA_PASS_COUNT];
+    double seconds = std::max(bytes / bytes_per_second, flop / flop_per_second);
     r.launches += launches, r.bytes += bytes, r.flop += flop;
-    r.seconds += std::max(bytes / bytes_per_second, flop / (g_options.tflops * 1e12));
+    r.seconds += std::max(seconds, launches * g_options.launch_us * 1e-6);
 }
 
 static void record_product(const standin_record *r)
@@ -567,7 +573,9 @@ static void record_product(const standin_record *r)
     if (!attention) snprintf(sizes, sizeof sizes, ", %lld x %lld x %lld", r->n, r->m, r->k);
     line &to = line_of(std::string(g.op ? g.op : "no operation") + ": product" + sizes);
     to.product = 1;
-    add_to(to, 1, static_cast<double>(r->bytes), r->flops, (attention ? g.attention_gbs : g_options.gbs) * 1e9);
+    int float_result = g.op && strcmp(g.op, "linear_backward_weight") == 0; /* slower than bf16 */
+    add_to(to, 1, static_cast<double>(r->bytes), r->flops, (attention ? g_options.score_gbs : g_options.gbs) * 1e9,
+           g_options.tflops * (float_result ? 0.87 : 1) * 1e12);
 }
 
 /* A kernel's bytes are those of its operation: added when that ends. Sets and copies know theirs. */
@@ -601,9 +609,7 @@ static void add_kernel_bytes(void)
     line &to = line_of(g.op);
     int attention = strncmp(g.op, "attention", 9) == 0;
     to.sparsity = is_sparsity(g.op);
-    add_to(to, 0, bytes, 0, (attention ? g.attention_gbs : g_options.gbs) * 1e9);
-    if (attention && g.attention_gbs > g_options.gbs) /* what comes from memory, and goes there */
-        add_to(line_of(std::string(g.op) + ": q, k, v, o and their gradients"), 0, g.call.bytes, 0, g_options.gbs * 1e9);
+    add_to(to, 0, bytes, 0, (attention ? g_options.score_gbs : g_options.gbs) * 1e9);
 }
 
 /* Nothing comes down in a dry run. */
@@ -637,14 +643,12 @@ static besa_result record_block(const model &m, besa_error *error)
     besa_pruner *pruner = NULL;
     besa_prune_options o = options_of(BESA_METHOD_BESA);
     standin_set_arch(9, 0);
+    standin_set_processors(g_options.processors);
     standin_set_shared(227 << 10);
     standin_set_memory(static_cast<size_t>(1) << 44);
     standin_set_dry(1);
     BESA__TRY(open_watched(&be, error));
     be.download = dry_download;
-    int cache;
-    cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, 0);
-    g.attention_gbs = besa__cuda_of(&be)->score_bytes < static_cast<size_t>(cache) ? g_options.cache_gbs : g_options.gbs;
     BESA__TRY(besa__pass_error(&be, make_block(&be, &b, m), error));
     BESA__TRY(besa_pruner_create(&pruner, &be, &b.block.shape, b.block.dtype, 0, &o, g_options.nsamples, g_options.seqlen,
                                  error));
@@ -694,7 +698,8 @@ static void print_passes(void)
 
 typedef struct projection {
     double flop_per_weight, bytes_per_weight, products; /* of the whole block; of a learning step; a share */
-    double seconds, unknown;                            /* launches of kernels whose bytes are not known */
+    double seconds, unknown;                            /* of a block; launches of kernels whose bytes are not known */
+    double model_seconds;
 } projection;
 
 static projection project(const model &m)
@@ -711,25 +716,22 @@ static projection project(const model &m)
     p.flop_per_weight = flop / (weights_of(m) * tokens);
     p.bytes_per_weight = sparsity / (weights_of(m) * static_cast<double>(g_options.nsamples));
     p.products = products / p.seconds;
+    p.model_seconds = p.seconds * static_cast<double>(m.blocks) + g_options.start;
     return p;
 }
 
 enum { TARGETS = 3 };
-static const struct { const char *name; double limit; int least; } g_targets[TARGETS] = {
-    {"FLOP per weight and token", 11, 0},
-    {"sparsity bytes per weight and learning step", 16, 0},
-    {"products' share of the projected time", 0.80, 1},
+static const struct { const char *name; double limit; } g_targets[TARGETS] = {
+    {"FLOP per weight and token", 11},
+    {"sparsity bytes per weight and learning step", 16},
+    {"seconds of the model", 0}, /* the model's own */
 };
+
+static double limit_of(const model &m, int target) { return target == 2 ? m.seconds : g_targets[target].limit; }
 
 static double value_of(const projection &p, int target)
 {
-    return target == 0 ? p.flop_per_weight : target == 1 ? p.bytes_per_weight : p.products;
-}
-
-static int target_met(const projection &p, int target)
-{
-    double value = value_of(p, target), limit = g_targets[target].limit;
-    return g_targets[target].least ? value >= limit : value > 0 && value <= limit;
+    return target == 0 ? p.flop_per_weight : target == 1 ? p.bytes_per_weight : p.model_seconds;
 }
 
 static int project_model(const model &m, projection *p)
@@ -739,18 +741,19 @@ static int project_model(const model &m, projection *p)
     *p = project(m);
     say("\n%s: one block, besa with wanda importance, %lld x %lld tokens, batch 1\n", m.name,
         static_cast<long long>(g_options.nsamples), static_cast<long long>(g_options.seqlen));
-    say("PROJECTION, not a measurement: every launch takes max(bytes / %.0f GB/s, FLOP / %.0f TFLOP/s), attention's scores "
-        "%.0f GB/s, copies to and from the host %.0f GB/s\n", g_options.gbs, g_options.tflops, g.attention_gbs, g_options.host_gbs);
+    say("PROJECTION, not a measurement: every launch takes the most of bytes / %.0f GB/s (attention's %.0f), FLOP / %.0f TFLOP/s and "
+        "%.1f us, copies to and from the host %.0f GB/s\n", g_options.gbs, g_options.score_gbs, g_options.tflops,
+        g_options.launch_us, g_options.host_gbs);
     if (result != BESA_OK) say("  the dry run ended with: %s\n", error.message);
     print_lines(p->seconds);
     print_passes();
-    say("  one block %.2f s, %lld blocks %.0f s; %.0f launches of kernels whose bytes are not known\n", p->seconds,
-        static_cast<long long>(m.blocks), p->seconds * static_cast<double>(m.blocks), p->unknown);
-    for (int t = 0; t < TARGETS; t++) {
-        say("  target %s: ", g_targets[t].name);
-        say(t < 2 ? "%.2f, at most %.0f: %s\n" : "%.3f, at least %.2f: %s\n", value_of(*p, t), g_targets[t].limit,
-            target_met(*p, t) ? "met" : "MISSED");
-    }
+    say("  one block %.2f s, %lld blocks and %.1f s around them %.0f s; products are %.0f %% of a block; %.0f launches of kernels "
+        "whose bytes are not known\n", p->seconds, static_cast<long long>(m.blocks), g_options.start, p->model_seconds,
+        100 * p->products, p->unknown);
+    for (int t = 0; t < TARGETS; t++)
+        if (limit_of(m, t) > 0)
+            say("  target %s: %.2f, at most %.0f: %s\n", g_targets[t].name, value_of(*p, t), limit_of(m, t),
+                value_of(*p, t) <= limit_of(m, t) ? "met" : "MISSED");
     return result == BESA_OK;
 }
 
@@ -1183,17 +1186,6 @@ static int bench_all(void)
 /* ---- tests and the command line -------------------------------------------------------------- */
 
 #ifdef CUDA_STANDIN
-/* Which projections are tests. A 7B's layers are too small for the products to be 80 % on an H100: of a learning step the masks
- * and bucket sums move 10 bytes a weight for 2048 tokens, and attention is not fused. 77 % is what there is. */
-static const struct projected {
-    const char *model, *device;
-    double tflops, gbs, cache_gbs, products;
-} g_projected[] = {
-    {"7B", "an A100", 250, 1700, 4000, 0.80},
-    {"7B", "an H100", 700, 3000, 5500, 0.77},
-    {"70B", "an H100", 700, 3000, 5500, 0.80},
-};
-
 static int check_all(void)
 {
     g_quiet = getenv("TEST_VERBOSE") == NULL;
@@ -1204,23 +1196,21 @@ static int check_all(void)
         CHECK(standin_live_allocations() == 0 && standin_live_objects() == 0, "something is alive");
         g_options.models = NULL, g_options.nsamples = 128, g_options.seqlen = 2048, g_options.quick = 0;
     }
-    for (const projected &c : g_projected) { /* from here on memory is not backed */
+    for (const model &m : g_models) { /* from here on memory is not backed */
+        if (m.seconds <= 0) continue;
         projection p = projection();
-        const model *m = std::find_if(std::begin(g_models), std::end(g_models), [&](auto &x) { return !strcmp(x.name, c.model); });
-        std::string begin = std::string("roofline, ") + c.model + " on " + c.device + ": ", name = begin + "the list of launches";
-        g_options.tflops = c.tflops, g_options.gbs = c.gbs, g_options.cache_gbs = c.cache_gbs;
-        int good = project_model(*m, &p);
+        std::string begin = std::string("projection, ") + m.name + " on an H100: ", name = begin + "the list of launches";
+        int good = project_model(m, &p);
         TEST(name.c_str()) {
             CHECK(good, "the dry run failed");
             CHECK(p.unknown == 0, "%.0f launches of kernels whose bytes are not known", p.unknown);
             test_end();
         }
         for (int t = 0; t < TARGETS; t++) {
-            double limit = t == 2 ? c.products : g_targets[t].limit;
             name = begin + g_targets[t].name;
             TEST(name.c_str()) {
-                CHECK(g_targets[t].least ? value_of(p, t) >= limit : value_of(p, t) > 0 && value_of(p, t) <= limit,
-                      "%.3f, the target is %g; make bench-cuda-model prints what takes it", value_of(p, t), limit);
+                CHECK(value_of(p, t) > 0 && value_of(p, t) <= limit_of(m, t),
+                      "%.3f, the target is %g; make bench-cuda-model prints what takes it", value_of(p, t), limit_of(m, t));
                 test_end();
             }
         }
@@ -1235,7 +1225,7 @@ static int check_all(void) { return project_all(); }
 static int usage(const char *program)
 {
     fprintf(stderr, "usage: %s [--model | --check] [--models 7B,13B,34B,70B] [--nsamples N] [--seqlen N] [--runs N]\n"
-            "    [--tflops N] [--gbs N] [--cache-gbs N] [--host-gbs N] [--output FILE] [--only NAME]\n", program);
+            "    [--tflops N] [--gbs N] [--score-gbs N] [--launch-us N] [--host-gbs N] [--start S] [--output FILE] [--only NAME]\n", program);
     return 2;
 }
 
@@ -1254,12 +1244,14 @@ static int parse(int argc, char **argv)
         else if (s == "--runs") g_options.runs = atoll(argv[++i]);
         else if (s == "--tflops") g_options.tflops = atof(argv[++i]);
         else if (s == "--gbs") g_options.gbs = atof(argv[++i]);
-        else if (s == "--cache-gbs") g_options.cache_gbs = atof(argv[++i]);
+        else if (s == "--score-gbs") g_options.score_gbs = atof(argv[++i]);
+        else if (s == "--launch-us") g_options.launch_us = atof(argv[++i]);
+        else if (s == "--start") g_options.start = atof(argv[++i]);
         else if (s == "--host-gbs") g_options.host_gbs = atof(argv[++i]);
         else return 0;
     }
     return g_options.nsamples > 0 && g_options.seqlen > 0 && g_options.runs > 0 && g_options.tflops > 0 &&
-           g_options.gbs > 0 && g_options.cache_gbs > 0 && g_options.host_gbs > 0;
+           g_options.gbs > 0 && g_options.score_gbs > 0 && g_options.host_gbs > 0;
 }
 
 int main(int argc, char **argv)
