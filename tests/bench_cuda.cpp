@@ -8,7 +8,8 @@
  *       it. A projection; the numbers are an H100's (80 GB HBM3), as bench_cuda measured them on 2026-11-26: products of bf16
  *       matrices reach 0.83 to 0.99 of 730 TFLOP/s, those with float results 0.80 to 0.86; kernels 0.8 to 0.97 of a copy's
  *       3,010 GB/s, attention's products and softmax 2,100 GB/s; a kernel that does nothing takes 2.8 to 3.6 us; a run has 2.4 s
- *       before its first block and after its last.
+ *       before its first block and after its last. Files are read at 2 GB/s and written at 0.5, beside the blocks (--read-gbs,
+ *       --write-gbs, --hash-gbs); --dtype f16 and f32 are checkpoints of these.
  *   bench_cuda --check [--only NAME]
  *       the same as tests: a small run for real, then the projection's targets. PASS and FAIL lines.
  *
@@ -51,9 +52,11 @@ static struct {
     const char *models, *output, *only;
     int64_t nsamples, seqlen, runs;
     double tflops, gbs, score_gbs, launch_us, host_gbs, start; /* the projection's device; seconds around the blocks */
+    double read_gbs, write_gbs, hash_gbs;      /* its disk, and the host's thread that reads, writes and hashes */
     int processors;
+    besa_dtype dtype;                          /* of the weights */
     int project, check, quick;
-} g_options = {NULL, NULL, NULL, 128, 2048, 3, 700, 2700, 2100, 3, 50, 2.5, 132, 0, 0, 0};
+} g_options = {NULL, NULL, NULL, 128, 2048, 3, 700, 2700, 2100, 3, 50, 2.5, 2, 0.5, 4, 132, BESA_BF16, 0, 0, 0};
 
 static FILE *g_file;
 static int g_quiet; /* tests print their verdicts alone, unless TEST_VERBOSE is set */
@@ -504,14 +507,15 @@ static besa_result make_block(besa_backend *be, test_block *b, const model &m)
 {
     memset(&b->block, 0, sizeof b->block);
     b->block.shape = shape_of_model(m);
-    b->block.dtype = BESA_BF16;
+    b->block.dtype = g_options.dtype;
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t rows, columns;
         void *w;
         besa_block_layer(&b->block.shape, i, &rows, &columns);
-        BESA__TRY(take_device(be, &b->memory, &w, static_cast<size_t>(rows * columns) * 2));
-        BESA__TRY(take_device(be, &b->memory, &b->pruned[i], static_cast<size_t>(rows * columns) * 2));
-        BESA__TRY(fill_noise(be, w, BESA_BF16, rows * columns, 0.02f));
+        size_t bytes = static_cast<size_t>(rows * columns) * besa_dtype_size(g_options.dtype);
+        BESA__TRY(take_device(be, &b->memory, &w, bytes));
+        BESA__TRY(take_device(be, &b->memory, &b->pruned[i], bytes));
+        BESA__TRY(fill_noise(be, w, g_options.dtype, rows * columns, 0.02f));
         b->block.weight[i] = w;
     }
     size_t angles = static_cast<size_t>(g_options.seqlen * m.head_dim / 2);
@@ -699,7 +703,7 @@ static void print_passes(void)
 typedef struct projection {
     double flop_per_weight, bytes_per_weight, products; /* of the whole block; of a learning step; a share */
     double seconds, unknown;                            /* of a block; launches of kernels whose bytes are not known */
-    double model_seconds;
+    double disk, model_seconds;                         /* of a block's files; of the model, where both run side by side */
 } projection;
 
 static projection project(const model &m)
@@ -716,7 +720,8 @@ static projection project(const model &m)
     p.flop_per_weight = flop / (weights_of(m) * tokens);
     p.bytes_per_weight = sparsity / (weights_of(m) * static_cast<double>(g_options.nsamples));
     p.products = products / p.seconds;
-    p.model_seconds = p.seconds * static_cast<double>(m.blocks) + g_options.start;
+    p.disk = 1e-9 * weights_of(m) * size_of(g_options.dtype) * (1 / g_options.read_gbs + 1 / g_options.write_gbs + 2 / g_options.hash_gbs);
+    p.model_seconds = std::max(p.seconds, p.disk) * static_cast<double>(m.blocks) + g_options.start;
     return p;
 }
 
@@ -747,9 +752,10 @@ static int project_model(const model &m, projection *p)
     if (result != BESA_OK) say("  the dry run ended with: %s\n", error.message);
     print_lines(p->seconds);
     print_passes();
-    say("  one block %.2f s, %lld blocks and %.1f s around them %.0f s; products are %.0f %% of a block; %.0f launches of kernels "
-        "whose bytes are not known\n", p->seconds, static_cast<long long>(m.blocks), g_options.start, p->model_seconds,
-        100 * p->products, p->unknown);
+    say("  one block %.2f s, its files beside that %.2f s (disk %.1f and %.1f GB/s, hashes %.0f); %lld blocks and %.1f s around them "
+        "%.0f s; products are %.0f %% of a block; %.0f launches of kernels whose bytes are not known\n", p->seconds, p->disk,
+        g_options.read_gbs, g_options.write_gbs, g_options.hash_gbs, static_cast<long long>(m.blocks), g_options.start,
+        p->model_seconds, 100 * p->products, p->unknown);
     for (int t = 0; t < TARGETS; t++)
         if (limit_of(m, t) > 0)
             say("  target %s: %.2f, at most %.0f: %s\n", g_targets[t].name, value_of(*p, t), limit_of(m, t),
@@ -1225,7 +1231,8 @@ static int check_all(void) { return project_all(); }
 static int usage(const char *program)
 {
     fprintf(stderr, "usage: %s [--model | --check] [--models 7B,13B,34B,70B] [--nsamples N] [--seqlen N] [--runs N]\n"
-            "    [--tflops N] [--gbs N] [--score-gbs N] [--launch-us N] [--host-gbs N] [--start S] [--output FILE] [--only NAME]\n", program);
+            "    [--tflops N] [--gbs N] [--score-gbs N] [--launch-us N] [--host-gbs N] [--start S]\n"
+            "    [--read-gbs N] [--write-gbs N] [--hash-gbs N] [--dtype bf16|f16|f32] [--output FILE] [--only NAME]\n", program);
     return 2;
 }
 
@@ -1247,11 +1254,20 @@ static int parse(int argc, char **argv)
         else if (s == "--score-gbs") g_options.score_gbs = atof(argv[++i]);
         else if (s == "--launch-us") g_options.launch_us = atof(argv[++i]);
         else if (s == "--start") g_options.start = atof(argv[++i]);
+        else if (s == "--read-gbs") g_options.read_gbs = atof(argv[++i]);
+        else if (s == "--write-gbs") g_options.write_gbs = atof(argv[++i]);
+        else if (s == "--hash-gbs") g_options.hash_gbs = atof(argv[++i]);
+        else if (s == "--dtype") {
+            std::string name = argv[++i];
+            g_options.dtype = name == "f32" ? BESA_F32 : name == "f16" ? BESA_F16 : BESA_BF16;
+            if (name != "f32" && name != "f16" && name != "bf16") return 0;
+        }
         else if (s == "--host-gbs") g_options.host_gbs = atof(argv[++i]);
         else return 0;
     }
     return g_options.nsamples > 0 && g_options.seqlen > 0 && g_options.runs > 0 && g_options.tflops > 0 &&
-           g_options.gbs > 0 && g_options.score_gbs > 0 && g_options.host_gbs > 0;
+           g_options.gbs > 0 && g_options.score_gbs > 0 && g_options.host_gbs > 0 &&
+           g_options.read_gbs > 0 && g_options.write_gbs > 0 && g_options.hash_gbs > 0;
 }
 
 int main(int argc, char **argv)
