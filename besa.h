@@ -60,6 +60,8 @@
  *              until the count is exact (but with no_projection), and
  *              What. Fixed layers take no part. With learn both the kept weights move along dL/dWhat too, as below, and are
  *              ranked anew before the next step             besa__rank_and_mask
+ *              With a pattern n of m there are no rates: weights move as with learn both, and the n smallest scores
+ *              of every m go              besa__mask_by_pattern
  *     weights  where kept weights learn (besa__weights_pass), with any method: masks stay. For every batch the loss and
  *              dL/dWhat as above; every weight that is not 0 by Adam      besa__weights_move
  *              With learn_vectors the block's norms and biases move       besa__vectors_move
@@ -176,7 +178,8 @@
  *                                 which it rises. Then it falls to 0 over the steps, as a half cosine
  *     learn_vectors               [0] the block's norms and biases learn wherever its kept weights do
  *     no_projection               [0] leave the sparsity where learning ended
- *     pattern_n, pattern_m        [none] n of every m; not with besa
+ *     pattern_n, pattern_m        [none] n of every m; with besa no rates, but weights that learn: with learn both their masks are
+ *                                 chosen anew as they move
  *     magnitude_per_row           [0] magnitude: each row at the target instead of each layer
  *     bits, group_size            [none, 0] put kept weights on 2^bits levels, 2 to 8 bits, one grid for so many columns of a
  *                                 row, or for all of it. Every layer of a pruned block, dense ones too. What it takes to store
@@ -244,7 +247,7 @@
  *     arithmetic must be IEEE's: fast math and x87 (32-bit x86 without -msse2 -mfpmath=sse) do not compile, and a CPU backend
  *     is refused where exp or subnormal numbers come out wrong. Sizes are 64-bit: what a 32-bit process cannot address is
  *     BESA_ERROR_MEMORY. Files are mapped: a source that is truncated while it is read ends the process (SIGBUS).
- *     At most 1024 blocks; prunable weights of one dtype; widths up to 2^24; 2^36 tokens. N:M patterns are for the baselines.
+ *     At most 1024 blocks; prunable weights of one dtype; widths up to 2^24; 2^36 tokens.
  *
  * REFERENCES
  *
@@ -1069,7 +1072,8 @@ typedef struct besa_prune_options {
     besa_method method;
     const struct besa_checkpoint *masks;        /* level 1, BESA_METHOD_KEEP: what is 0 in this checkpoint of the same shape, of
                                                    any dtype, pruned by whatever program, is to be 0 */
-    int pattern_n, pattern_m;                   /* n of every m consecutive weights pruned; 0: unstructured; not BESA */
+    int pattern_n, pattern_m;                   /* n of every m consecutive weights pruned; 0: unstructured; BESA: not
+                                                   with BESA_LEARN_RATES */
     int magnitude_per_row;                      /* magnitude: each row at the target instead of each layer */
     besa_importance importance;                 /* BESA only */
     double damping;                             /* [0.01] of the mean diagonal is added to Hessians: method sparsegpt, the
@@ -2153,11 +2157,17 @@ static int besa__clips_learn(const besa_prune_options *o)
     return o->clipping == BESA_CLIPPING_LEARNED || o->method == BESA_METHOD_BESA || o->learn != BESA_LEARN_RATES;
 }
 
+/* Are there rates to learn? A pattern leaves none. */
+static int besa__has_rates(const besa_prune_options *o) { return o->method == BESA_METHOD_BESA && !o->pattern_m; }
+
 /* Does a run with these options look at that one? */
 BESA__UNUSED static int besa__option_used(const besa_option *row, const besa_prune_options *o)
 {
+    const size_t begin = offsetof(besa_prune_options, rates), end = begin + sizeof o->rates;
     if (row->flags & BESA_OPTION_BITS) return o->bits != 0;
     if (!(row->flags & (BESA_OPTION_BESA | BESA_OPTION_WEIGHTS))) return 1;
+    if ((row->offset >= begin && row->offset < end) || row->offset == offsetof(besa_prune_options, no_projection))
+        return besa__has_rates(o);
     return (row->flags & BESA_OPTION_BESA && o->method == BESA_METHOD_BESA) ||
            (row->flags & BESA_OPTION_WEIGHTS && (o->learn != BESA_LEARN_RATES || besa__clips_learn(o)));
 }
@@ -4135,7 +4145,7 @@ struct besa_pruner {
     besa_refit_step fit;                        /* refit: arrays for (512, columns) of any layer; obs uses x and p */
     float *fit_q;                               /* refit cg, the same */
     float *scores;                              /* scores of a layer, or SparseGPT's weights as floats: the largest (R,C);
-                                                   where BESA learns it is acts.dw, not used yet, and may hold less */
+                                                   where there is a learn pass it is acts.dw, not used yet, and may hold less */
     int64_t scores_count;                       /* floats that scores has room for */
     float *score_factor[BESA_LAYERS];           /* (R,C) what the gradients make of the scores; NULL: the importance has none */
     float *slab_error;                          /* (R, 128), SparseGPT; (512, 128), refit obs */
@@ -4159,7 +4169,7 @@ typedef struct besa__work {
     besa__stream *own;                          /* the dense model's own stream, or NULL */
 } besa__work;
 
-static int besa__learns_rates(const besa_pruner *p) { return p->options.method == BESA_METHOD_BESA; }
+static int besa__learns_rates(const besa_pruner *p) { return besa__has_rates(&p->options); }
 
 static int besa__learns_weights(const besa_pruner *p) { return p->options.learn != BESA_LEARN_RATES; }
 
@@ -4176,6 +4186,12 @@ static int besa__learns(const besa_pruner *p)
 static int besa__learns_last(const besa_pruner *p)
 {
     return besa__learns_weights(p) || (besa__learns_clips(p) && !besa__learns_rates(p));
+}
+
+/* Epochs of the learn pass: of rates, or of weights whose N:M masks are chosen anew as they move. */
+static int64_t besa__mask_epochs(const besa_pruner *p)
+{
+    return besa__learns_rates(p) || p->options.learn == BESA_LEARN_BOTH ? p->options.epochs : 0;
 }
 
 /* Is the dense model's own stream needed? */
@@ -4239,10 +4255,10 @@ static besa_result besa__pattern_defaults(besa_prune_options *o, const besa_bloc
     int n = o->pattern_n, m = o->pattern_m;
     if (n < 1 || m < 2 || n >= m || m > 64)
         return besa__fail(error, BESA_ERROR_OPTION, "pattern %d:%d, expected 1 <= n < m <= 64", n, m);
-    if (o->method == BESA_METHOD_BESA)
+    if (o->method == BESA_METHOD_BESA && o->learn == BESA_LEARN_RATES)
         return besa__fail(error, BESA_ERROR_OPTION,
-                          "pattern %d:%d with method besa: learned rates are unstructured; use wanda, sparsegpt or "
-                          "magnitude for a pattern", n, m);
+                          "pattern %d:%d with method besa leaves no rates to learn: expected learn weights or both, which preset "
+                          "best has", n, m);
     if (o->rates.target != 0 && !(fabs(o->rates.target - (double)n / m) <= 1e-3))
         return besa__fail(error, BESA_ERROR_OPTION, "target sparsity %g contradicts the pattern %d:%d, which is %g",
                           o->rates.target, n, m, (double)n / m);
@@ -4303,6 +4319,9 @@ static int besa__uses_gradients(const besa_prune_options *o)
     return o->method == BESA_METHOD_BESA && besa__importance_row(o->importance)->gradient != 0;
 }
 
+/* Does BESA find masks in a pass of its own, learn? All others are the rank pass's. */
+static int besa__finds_masks(const besa_pruner *p) { return besa__mask_epochs(p) > 0 || besa__uses_gradients(&p->options); }
+
 /* Masks that are kept have their own sparsity everywhere. */
 static besa_result besa__keep_defaults(besa_prune_options *o, besa_error *error)
 {
@@ -4344,7 +4363,7 @@ static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_
         return besa__fail(error, BESA_ERROR_OPTION, "dense_share is %g, but dense_stream aims at the dense model's output alone: "
                           "expected one of them", o->dense_share);
     BESA__TRY(besa__check_refit(o, error));
-    return o->method == BESA_METHOD_BESA ? besa__check_penalty(&o->rates, error) : BESA_OK;
+    return besa__has_rates(o) ? besa__check_penalty(&o->rates, error) : BESA_OK;
 }
 
 /* The sparsity that the caller fixed for a layer of the block called name, or -1. */
@@ -4359,11 +4378,12 @@ static double besa__fixed_rate(const besa_prune_options *o, const char *name, in
 
 /* ---- memory -------------------------------------------------------------------------------- */
 
-/* Ranks and counts of the block's layers, and what BESA learns. */
+/* Ranks and counts of the block's layers, and what BESA learns. A pattern has neither, but where layers are held at a sparsity. */
 static void besa__pruner_place_masks(besa_pruner *p, besa__arena *arena)
 {
     besa_layer_shape shapes[BESA_LAYERS];
     if (p->options.method == BESA_METHOD_SPARSEGPT || p->options.method == BESA_METHOD_KEEP) return;
+    if (p->options.pattern_m && !p->options.num_fixed) return;
     for (int i = 0; i < BESA_LAYERS; i++) {
         besa_block_layer(&p->shape, i, &shapes[i].rows, &shapes[i].columns);
         shapes[i].dtype = p->dtype;
@@ -4463,7 +4483,7 @@ static int64_t besa__vector_counts(const besa_block_shape *shape)
 static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *host)
 {
     const besa_block_shape *s = &p->shape;
-    int rates = besa__learns_rates(p);
+    int rates = besa__learns_rates(p), finds = besa__finds_masks(p);
     besa_workload work = besa_block_workload(s, p->micro_batch, p->seqlen);
     work.rate_logits = rates ? p->options.rates.candidates + 1 : 1;
     work.projected_rows = rates ? p->rows : 0;
@@ -4480,8 +4500,8 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     p->channel_sumsq = besa__take_floats(arena, besa__product(besa__norms(p), s->hidden_size));
     p->losses = besa__take_floats(arena, BESA__LOSS_STEP + p->step_losses);
     besa__pruner_place_statistics(p, arena, &work);
-    p->scores_count = rates ? piece : besa__largest_layer(s);
-    p->scores = rates ? p->acts.dw : besa__take_floats(arena, p->scores_count);
+    p->scores_count = finds ? piece : besa__largest_layer(s);
+    p->scores = finds ? p->acts.dw : besa__take_floats(arena, p->scores_count);
     p->slab_error = p->options.method == BESA_METHOD_SPARSEGPT ? besa__take_floats(arena, besa__product(work.rows, BESA__SLAB)) : NULL;
     besa__pruner_place_refit(p, arena);
     p->counts = (int32_t *)besa__take_array(arena, besa__product(2, p->rows), sizeof(int32_t));
@@ -4564,14 +4584,14 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     if (!learns) o->batch_size = 1;
     if (o->batch_size > nsamples) o->batch_size = nsamples;
     int64_t batches = besa__parts(nsamples, o->batch_size), weight_epochs = besa__learns_last(p) ? o->weight_epochs : 0;
-    o->rates.steps = o->epochs * batches;
+    o->rates.steps = besa__mask_epochs(p) * batches;
     p->weights.be = p->quantization.be = be;
     p->quantization.learns = besa__learns_clips(p);
     p->weights.lr = o->weight_lr;
     p->weights.warmup = o->weight_warmup;
     for (int i = 0; i < BESA_VECTORS; i++) p->weights.vector[i].dtype = dtype;
     p->weights.steps = weight_epochs * batches + (o->learn == BESA_LEARN_BOTH ? o->rates.steps : 0);
-    p->steps = weight_epochs * batches + (besa__learns_rates(p) ? o->rates.steps : 0);
+    p->steps = weight_epochs * batches + o->rates.steps;
     p->step_losses = besa__min(p->steps, BESA__STEP_LOSSES);
     p->micro_batch = besa__preferred_micro_batch(nsamples, seqlen);
     p->reference = learns || nsamples < BESA__REPORT_SEQUENCES ? nsamples : BESA__REPORT_SEQUENCES;
@@ -5021,8 +5041,30 @@ static besa_result besa__rank_layer(const besa__work *work, int layer, double ra
     return besa__masks_apply(&p->masks, layer, w, work->pruned[layer]);
 }
 
-/* n of every m, or the smallest scores of the whole layer. */
-static besa_result besa__prune_layer(const besa__work *work, int layer, double target, int n, int m)
+/* The mask of a layer that the pattern has, by the scores of the weights w: the n smallest of every m go. */
+static besa_result besa__mask_by_pattern(const besa__work *work, int layer, const void *w)
+{
+    besa_pruner *p = work->pruner;
+    besa_backend *be = p->be;
+    const float *scale = besa__score_scale(p, layer), *factor = p->score_factor[layer];
+    int power = besa__importance_row(besa__scored_by(&p->options))->power;
+    int64_t rows, columns;
+    besa_block_layer(&p->shape, layer, &rows, &columns);
+    const void *scored;
+    BESA__TRY(besa__scored_weights(work, layer, w, &scored));
+    for (int64_t r = 0, count; r < rows; r += count) {
+        count = besa__min(p->scores_count / columns, rows - r);
+        int64_t at = r * columns;
+        BESA__TRY(be->score(be, p->scores, besa__at_const(scored, p->dtype, at), p->dtype, scale, power, count, columns));
+        if (factor) BESA__TRY(be->score_scale(be, p->scores, factor + at, count * columns));
+        BESA__TRY(be->mask_pattern(be, besa__at(work->pruned[layer], p->dtype, at), besa__at_const(w, p->dtype, at), p->dtype,
+                                   p->scores, p->options.pattern_n, p->options.pattern_m, count, columns));
+    }
+    return BESA_OK;
+}
+
+/* The smallest scores of the whole layer. */
+static besa_result besa__prune_layer(const besa__work *work, int layer, double target)
 {
     besa_pruner *p = work->pruner;
     besa_backend *be = p->be;
@@ -5034,7 +5076,6 @@ static besa_result besa__prune_layer(const besa__work *work, int layer, double t
     int power = besa__importance_row(besa__scored_by(&p->options))->power;
     BESA__TRY(besa__scored_weights(work, layer, w, &scored));
     BESA__TRY(be->score(be, p->scores, scored, p->dtype, besa__score_scale(p, layer), power, rows, columns));
-    if (m > 0) return be->mask_pattern(be, pruned, w, p->dtype, p->scores, n, m, rows, columns);
     int64_t count = (int64_t)floor(target * (double)(rows * columns));
     return be->mask_smallest(be, pruned, w, p->dtype, p->scores, count, rows, columns);
 }
@@ -5057,8 +5098,8 @@ static besa_result besa__rank_or_prune(const besa__work *work, int layer)
     }
     if (o->method == BESA_METHOD_KEEP) return p->be->mask_zeros(p->be, work->pruned[layer], w, p->dtype, rows * columns);
     if (o->method == BESA_METHOD_SPARSEGPT) return besa__sparsegpt_layer(p, w, work->pruned[layer], layer, target, n, m);
-    int whole_layer = o->method == BESA_METHOD_MAGNITUDE && !o->magnitude_per_row;
-    if (m > 0 || whole_layer) return besa__prune_layer(work, layer, target, n, m);
+    if (m > 0) return besa__mask_by_pattern(work, layer, w);
+    if (o->method == BESA_METHOD_MAGNITUDE && !o->magnitude_per_row) return besa__prune_layer(work, layer, target);
     return besa__rank_layer(work, layer, besa__learns_rates(p) ? p->fixed[layer] : target);
 }
 
@@ -5088,7 +5129,7 @@ static besa_result besa__rank_pass(const besa__work *work, besa_error *error)
         if (p->score_factor[i])
             BESA__TRY_ON(p->be, p->be->fill(p->be, (int32_t *)(void *)p->score_factor[i], one, rows * columns), error);
         BESA__TRY_ON(p->be, besa__rank_or_prune(work, i), error);
-        if (!besa__learns_rates(p)) BESA__TRY_ON(p->be, besa__refit_layer(work, i), error);
+        if (!besa__finds_masks(p)) BESA__TRY_ON(p->be, besa__refit_layer(work, i), error);
         if (besa__learns_rates(p) && p->fixed[i] >= 0) BESA__TRY_ON(p->be, besa__rates_fix(&p->rates, i), error);
         BESA__TRY(besa__tick(&p->meter, 1 / (double)BESA_LAYERS, error));
     }
@@ -5157,12 +5198,13 @@ static const void *besa__unmasked(const besa__work *work, int layer)
     return besa__learns_weights(p) ? p->weights.layer[layer].source : work->dense->weight[layer];
 }
 
-/* The masks of every learned layer, as the rates have them now: in full, or what has changed since. */
+/* The masks of every learned layer, as the rates have them now: in full, or what has changed since. Those of a pattern are
+ * made where weights are ranked. */
 static besa_result besa__mask_learned(const besa__work *work, int full)
 {
     besa_pruner *p = work->pruner;
-    for (int i = 0; i < BESA_LAYERS; i++)
-        if (p->masks.layer[i].fixed < 0)
+    for (int i = 0; i < BESA_LAYERS && besa__learns_rates(p); i++)
+        if (p->fixed[i] < 0)
             BESA__TRY(besa__masks_update(&p->masks, i, besa__unmasked(work, i), work->pruned[i], full));
     return BESA_OK;
 }
@@ -5183,16 +5225,24 @@ static besa_result besa__report_loss(const besa__work *work, int slot)
     return BESA_OK;
 }
 
+/* The ranks of a layer that learns, by its weights as they have become, or the mask itself where there is a pattern. */
+static besa_result besa__rank_learned(const besa__work *work, int layer)
+{
+    const void *w = besa__unmasked(work, layer);
+    return work->pruner->options.pattern_m ? besa__mask_by_pattern(work, layer, w) : besa__rank_weights(work, layer, w);
+}
+
 /* The uniform mask, floor(target C) of every row, and the mask at the start of learning: measured once where learning
- * starts at the target: then the two masks are equal, or differ by one weight in every row of a layer, by rounding. */
+ * starts at the target: then the two masks are equal, or differ by one weight in every row of a layer, by rounding. Both are
+ * the pattern's where there is one. */
 static besa_result besa__losses_before(const besa__work *work)
 {
     besa_pruner *p = work->pruner;
-    for (int i = 0; i < BESA_LAYERS; i++)
-        if (p->masks.layer[i].fixed < 0) BESA__TRY(besa__masks_uniform(&p->masks, i, p->options.rates.target));
+    for (int i = 0; i < BESA_LAYERS && besa__learns_rates(p); i++)
+        if (p->fixed[i] < 0) BESA__TRY(besa__masks_uniform(&p->masks, i, p->options.rates.target));
     BESA__TRY(besa__mask_learned(work, 1));
     BESA__TRY(besa__report_loss(work, BESA__LOSS_UNIFORM));
-    if (!p->options.rates.zero_start)
+    if (!besa__learns_rates(p) || !p->options.rates.zero_start)
         return p->be->copy(p->be, BESA_QUEUE_COMPUTE, p->losses + BESA__LOSS_BEFORE, p->losses + BESA__LOSS_UNIFORM,
                            sizeof(float));
     BESA__TRY(besa__rates_forward(&p->rates));
@@ -5204,6 +5254,7 @@ static besa_result besa__losses_before(const besa__work *work)
 typedef struct besa__learning {
     const besa__work *work;
     int rates, weights;                         /* whether these do */
+    int masks;                                  /* whether masks are not final: they follow the rates, or moving weights */
     int64_t done, steps;                        /* steps of earlier passes, and of this one */
     int64_t before;                             /* sequences that gradients for scores came from, before this one's steps */
 } besa__learning;
@@ -5285,7 +5336,7 @@ static besa_result besa__rank_and_mask(const besa__learning *l, int64_t steps)
     int64_t interval = p->options.rank_interval;
     int anew = l->weights && interval > 0 && steps > 0 && steps % interval == 0;
     for (int i = 0; i < BESA_LAYERS && anew; i++)
-        if (p->masks.layer[i].fixed < 0) BESA__TRY(besa__rank_weights(l->work, i, besa__unmasked(l->work, i)));
+        if (p->fixed[i] < 0) BESA__TRY(besa__rank_learned(l->work, i));
     return besa__mask_learned(l->work, anew);
 }
 
@@ -5295,7 +5346,7 @@ static besa_result besa__learn_step(besa__learning *l, const besa__batch *batch,
     besa_pruner *p = l->work->pruner;
     if (l->weights) p->weights.step++;
     if (l->rates) BESA__TRY(besa__rates_forward(&p->rates));
-    if (l->rates) BESA__TRY(besa__rank_and_mask(l, steps));
+    if (l->masks) BESA__TRY(besa__rank_and_mask(l, steps));
     BESA__TRY(p->be->zero(p->be, BESA_QUEUE_COMPUTE, batch->loss, sizeof(float)));
     BESA__TRY(besa__clear_gradients(p, batch));
     if (p->quantization.learns) BESA__TRY(besa__clips_clear(&p->quantization));
@@ -5348,7 +5399,7 @@ static besa_result besa__square_gradient(void *user, int layer, int64_t first, i
     return p->be->accumulate_squares(p->be, p->score_factor[layer] + first * columns, dw, rows * columns);
 }
 
-/* The squares of the gradients of single sequences, with uniform masks. */
+/* The squares of the gradients of single sequences, with uniform masks, or the rank pass's by the pattern. */
 static besa_result besa__gradient_squares(const besa__learning *l, besa_error *error)
 {
     besa_pruner *p = l->work->pruner;
@@ -5358,10 +5409,10 @@ static besa_result besa__gradient_squares(const besa__learning *l, besa_error *e
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t rows, columns;
         besa_block_layer(&p->shape, i, &rows, &columns);
-        if (p->masks.layer[i].fixed >= 0) continue;
+        if (p->fixed[i] >= 0) continue;
         batch.layers |= 1u << i;
         BESA__TRY_ON(be, be->zero(be, BESA_QUEUE_COMPUTE, p->score_factor[i], (size_t)(rows * columns) * sizeof(float)), error);
-        BESA__TRY_ON(be, besa__masks_uniform(&p->masks, i, p->options.rates.target), error);
+        if (besa__learns_rates(p)) BESA__TRY_ON(be, besa__masks_uniform(&p->masks, i, p->options.rates.target), error);
     }
     BESA__TRY_ON(be, besa__mask_learned(l->work, 1), error);
     for (; batch.first < l->before; batch.first++) {
@@ -5382,10 +5433,10 @@ static besa_result besa__rank_by_gradients(const besa__learning *l, besa_error *
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t rows, columns;
         besa_block_layer(&p->shape, i, &rows, &columns);
-        if (p->masks.layer[i].fixed >= 0) continue;
+        if (p->fixed[i] >= 0) continue;
         float *factor = p->score_factor[i], exponent = besa__importance_row(p->options.importance)->gradient;
         BESA__TRY_ON(p->be, p->be->power(p->be, factor, factor, exponent, rows * columns), error);
-        BESA__TRY_ON(p->be, besa__rank_weights(l->work, i, besa__unmasked(l->work, i)), error);
+        BESA__TRY_ON(p->be, besa__rank_learned(l->work, i), error);
     }
     return BESA_OK;
 }
@@ -5395,18 +5446,20 @@ static besa_result besa__rank_by_gradients(const besa__learning *l, besa_error *
 static besa_result besa__final_masks(const besa__learning *l)
 {
     besa_pruner *p = l->work->pruner;
-    if (p->options.no_projection) BESA__TRY(besa__rates_forward(&p->rates));
-    else BESA__TRY(besa__rates_project(&p->rates));
+    if (l->rates && p->options.no_projection) BESA__TRY(besa__rates_forward(&p->rates));
+    else if (l->rates) BESA__TRY(besa__rates_project(&p->rates));
     BESA__TRY(besa__rank_and_mask(l, p->options.rank_interval));
     for (int i = 0; i < BESA_LAYERS; i++) BESA__TRY(besa__refit_layer(l->work, i));
     return BESA_OK;
 }
 
-/* Pass 3. BESA: learn the rates, and the weights with them where both learn, then the final masks. */
+/* Pass 3. BESA: learn the rates, and the weights with them where both learn, then the final masks. With a pattern weights
+ * alone learn here, and masks follow them. */
 static besa_result besa__learn_pass(const besa__work *work, besa_error *error)
 {
     besa_pruner *p = work->pruner;
-    besa__learning l = {work, 1, p->options.learn == BESA_LEARN_BOTH, 0, p->options.rates.steps, besa__gradient_sequences(p)};
+    besa__learning l = {work, besa__learns_rates(p), p->options.learn == BESA_LEARN_BOTH, 1, 0, p->options.rates.steps,
+                        besa__gradient_sequences(p)};
     for (int i = 0; i < BESA_LAYERS && besa__learns_weights(p); i++)
         BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->dense->weight[i], work->dense->weight[i]), error);
     if (!besa__learned_layers(p, 0)) l.before = 0;
@@ -5420,10 +5473,10 @@ static besa_result besa__learn_pass(const besa__work *work, besa_error *error)
 static besa_result besa__weights_pass(const besa__work *work, besa_error *error)
 {
     besa_pruner *p = work->pruner;
-    besa__learning l = {work, 0, besa__learns_weights(p), besa__learns_rates(p) ? p->options.rates.steps : 0, 0, 0};
+    besa__learning l = {work, 0, besa__learns_weights(p), 0, p->options.rates.steps, 0, 0};
     l.steps = p->steps - l.done;
     BESA__TRY_ON(p->be, besa__report_loss(work, BESA__LOSS_MASKS), error);
-    int reset = !besa__learns_rates(p) || p->options.refit != BESA_REFIT_NONE; /* else they are as masks are applied to them */
+    int reset = !besa__finds_masks(p) || p->options.refit != BESA_REFIT_NONE; /* else they are as masks are applied to them */
     for (int i = 0; i < BESA_LAYERS && l.weights && reset; i++)
         BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->pruned[i], work->dense->weight[i]), error);
     return besa__learn(&l, error);
@@ -5610,7 +5663,7 @@ static void besa__report_losses(const besa_pruner *p, besa_block_report *report)
 {
     const float *loss = p->results_losses;
     int learned = 0;
-    for (int i = 0; i < BESA_LAYERS; i++) learned |= besa__learns_rates(p) && p->fixed[i] < 0;
+    for (int i = 0; i < BESA_LAYERS; i++) learned |= besa__finds_masks(p) && p->fixed[i] < 0;
     double shown = (double)besa__shown(p), all = (double)p->reference;
     report->loss_after = (double)loss[BESA__LOSS_AFTER];
     report->loss_masks = besa__learns_last(p) ? (double)loss[BESA__LOSS_MASKS] : report->loss_after;
@@ -5659,8 +5712,7 @@ static double besa__cost_rank(const besa_pruner *p)
 /* An epoch costs about three forward passes. */
 static double besa__cost_learn(const besa_pruner *p)
 {
-    double epochs = (double)p->options.epochs + (double)besa__gradient_sequences(p) / (double)p->nsamples;
-    return besa__learns_rates(p) ? 3 * epochs : 0;
+    return 3 * ((double)besa__mask_epochs(p) + (double)besa__gradient_sequences(p) / (double)p->nsamples);
 }
 
 static double besa__cost_weights(const besa_pruner *p)
@@ -10155,8 +10207,9 @@ static void besa__ignore_options(besa_prune_options *o)
         o->weight_lr = besa__find_option("weight_lr")->standard;
         o->weight_warmup = besa__find_option("weight_warmup")->standard;
         o->learn_vectors = 0;
-        if (o->method == BESA_METHOD_BESA) o->weight_epochs = (int64_t)besa__find_option("weight_epochs")->standard;
+        if (besa__has_rates(o)) o->weight_epochs = (int64_t)besa__find_option("weight_epochs")->standard;
     }
+    if (!besa__has_rates(o) && given.learn != BESA_LEARN_BOTH) o->epochs = (int64_t)besa__find_option("epochs")->standard;
     if (given.learn != BESA_LEARN_BOTH) o->rank_interval = (int64_t)besa__find_option("rank_interval")->standard;
     if (o->method == BESA_METHOD_SPARSEGPT || o->method == BESA_METHOD_KEEP) o->quantize_first = 0;
     if (!besa__clips_learn(&given)) o->clip_lr = besa__find_option("clip_lr")->standard;
@@ -10397,7 +10450,7 @@ static besa_result besa__run_block(besa__run *run, int64_t index, int64_t done, 
 static void besa__note_range(const besa__run *run, char **notes)
 {
     const besa_prune_options *o = &run->pruner.options;
-    if (o->method != BESA_METHOD_BESA || o->rates.plain_softmax || !o->no_projection) return;
+    if (!besa__has_rates(o) || o->rates.plain_softmax || !o->no_projection) return;
     double low = besa__reachable_rate(&run->pruner.rates, 0), high = besa__reachable_rate(&run->pruner.rates, 1);
     if (o->rates.target >= low && o->rates.target <= high) return;
     besa__notes_add(notes,
@@ -10422,7 +10475,7 @@ static void besa__note_steps(const besa_pruner *p, char **notes)
     const char *larger = o->rates.optimizer == BESA_ADAMW ? "lr" : "d_coef";
     int64_t steps = o->rates.steps;
     double needed = besa__steps_needed(&o->rates);
-    if (o->method != BESA_METHOD_BESA || (double)steps >= needed) return;
+    if (!besa__has_rates(o) || (double)steps >= needed) return;
     besa__notes_add(notes, "warning: %lld learning step%s a block (sequences x epochs / batch size): rates hardly move before "
                     "step %.0f, and masks are nearly those of uniform rates by importance %s; more sequences or epochs, a "
                     "smaller batch or a larger %s help", (long long)steps, steps == 1 ? "" : "s", needed,
@@ -10672,7 +10725,7 @@ static double besa__plan_flop(const besa__run *run)
     double dense = besa__uses_inputs(o) ? 1 : (double)run->pruner.reference / (double)run->pruner.nsamples;
     double flop = dense * forward + (besa__uses_gram(o) ? gram : 0); /* of blocks that are pruned */
     double scores = (double)besa__gradient_sequences(&run->pruner) / (double)run->pruner.nsamples;
-    if (besa__learns_rates(&run->pruner)) flop += ((double)o->epochs + scores) * (forward + backward);
+    flop += ((double)besa__mask_epochs(&run->pruner) + scores) * (forward + backward);
     if (besa__learns_last(&run->pruner)) flop += (double)o->weight_epochs * (forward + backward);
     if (besa__learns_vectors(&run->pruner)) flop += 2 * qkv * (double)(o->weight_epochs + (o->learn == BESA_LEARN_BOTH ? o->epochs : 0));
     flop = (flop * tokens + besa__refit_flop(&run->pruner)) * (double)(besa__end_block(run) - besa__first_block(run));

@@ -433,7 +433,7 @@ static void test_patterns(void)
     discard(s.output);
     s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
     s.options.pattern_n = 2, s.options.pattern_m = 4;
-    expect(&s, BESA_ERROR_OPTION, "attern");
+    expect(&s, BESA_ERROR_OPTION, "pattern 2:4 with method besa leaves no rates to learn");
     s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
     s.options.pattern_n = 4, s.options.pattern_m = 8; /* down_proj has 172 columns */
     expect(&s, BESA_ERROR_OPTION, "172");
@@ -1385,6 +1385,58 @@ static void test_learned_weights(void)
     expect(&s, BESA_ERROR_OPTION, "dense_share");
 }
 
+/* BESA by a pattern: n of every m are 0 in the files, in every element type. Where weights alone learn they do so by Wanda's
+ * masks; where their masks follow them others are found, unless nothing moves; fitting kept weights anew leaves masks. */
+static void test_learned_patterns(void)
+{
+    static const int pattern[][2] = { { 2, 4 }, { 4, 8 }, { 6, 8 }, { 8, 16 }, { 1, 4 } };
+    const char *model = temp_path("model48"), *masks = temp_path("masks");
+    char first[256];
+    for (int i = 0; i < 5; i++) {
+        fixture_random_llama(model, 2, 48, 96, 4, 2, 64, i % 3 == 0 ? BESA_BF16 : i % 3 == 1 ? BESA_F16 : BESA_F32);
+        setup s = new_setup(masks, BESA_METHOD_WANDA, 0), wanda;
+        s.source = model, s.nsamples = 12;
+        s.options.pattern_n = pattern[i][0], s.options.pattern_m = pattern[i][1];
+        s.options.rates.target = (double)pattern[i][0] / pattern[i][1];
+        s.options.dense_share = 0.5, s.options.weight_epochs = 1;
+        run_and_verify(&s);
+        wanda = s;
+        wanda.output = temp_path("wanda"), wanda.options.learn = BESA_LEARN_WEIGHTS;
+        run_and_verify(&wanda);
+        s.output = temp_path("out"), s.options.method = BESA_METHOD_BESA, s.options.learn = BESA_LEARN_WEIGHTS;
+        run_and_verify(&s);
+        CHECK(compare_directories(wanda.output, s.output, NULL, first) == 0, "%d:%d: %s is not as by wanda's masks", pattern[i][0],
+              pattern[i][1], first);
+        discard(s.output);
+        s.options.learn = BESA_LEARN_BOTH, s.options.weight_lr = 0.05;
+        CHECK_RUN(&s);
+        verify(&s);
+        for (int b = 0; b < 2; b++)
+            CHECK(s.report.block[b].loss_after < s.report.block[b].loss_masks && s.report.block[b].loss_masks < s.report.block[b].loss_uniform &&
+                  s.report.block[b].loss_before == s.report.block[b].loss_uniform, "losses %g, %g, %g, %g", s.report.block[b].loss_uniform,
+                  s.report.block[b].loss_before, s.report.block[b].loss_masks, s.report.block[b].loss_after);
+        char *json = besa_report_json(&s.report);
+        CHECK(json && strstr(json, "\"epochs\": 1") && strstr(json, "\"importance\"") && !strstr(json, "\"lr\"") &&
+              !strstr(json, "\"no_projection\""), "the report has options of rates, or lacks others: %s", json ? json : "");
+        free(json);
+        besa_report_free(&s.report);
+        CHECK(other_zeros(s.output, masks) > 0, "%d:%d: no mask followed the weights", pattern[i][0], pattern[i][1]);
+        discard(s.output);
+        s.options.weight_lr = 1e-30;
+        run_and_verify(&s);
+        CHECK(compare_directories(masks, s.output, NULL, first) == 0, "%d:%d: %s differs", pattern[i][0], pattern[i][1], first);
+        discard(s.output);
+        s.options.learn = BESA_LEARN_WEIGHTS, s.options.importance = BESA_IMPORTANCE_GRADIENT, s.options.weight_lr = 0.3;
+        run_and_verify(&s);
+        CHECK(other_zeros(s.output, masks) > 0, "%d:%d: gradients choose what wanda does", pattern[i][0], pattern[i][1]);
+        setup fitted = s;
+        fitted.output = temp_path("fitted"), fitted.options.refit = BESA_REFIT_CG;
+        run_and_verify(&fitted);
+        CHECK(other_zeros(fitted.output, s.output) == 0, "%d:%d: fitted weights have other masks", pattern[i][0], pattern[i][1]);
+        discard(fitted.output), discard(s.output), discard(wanda.output), discard(masks), discard(model);
+    }
+}
+
 /* Norms and biases that learn with the weights, in every element type: masks stay, all of them move where their block is
  * pruned, the output is the very model that was measured on the way, and steps too small for a float leave every byte. */
 static void test_learned_vectors(void)
@@ -1676,9 +1728,9 @@ static void test_threads(void)
 {
     static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_SPARSEGPT, BESA_METHOD_WANDA, BESA_METHOD_BESA,
                                           BESA_METHOD_WANDA, BESA_METHOD_BESA, BESA_METHOD_SPARSEGPT, BESA_METHOD_WANDA,
-                                          BESA_METHOD_BESA };
+                                          BESA_METHOD_BESA, BESA_METHOD_BESA };
     static const int threads[] = { 1, 2, 3, 8 };
-    for (int m = 0; m < 9; m++) {
+    for (int m = 0; m < 10; m++) {
         double ppl[4];
         for (int t = 0; t < 4; t++) {
             setup s = new_setup(temp_path("threads%d", threads[t]), method[m], 0.5);
@@ -1689,6 +1741,7 @@ static void test_threads(void)
             if (m > 3 && m < 7) s.options.refit = m == 5 ? BESA_REFIT_OBS : BESA_REFIT_CG;
             if (m == 7) s.options.learn = BESA_LEARN_WEIGHTS, s.options.learn_vectors = 1, s.options.weight_epochs = 1;
             if (m == 8) s.options.bits = 4, s.options.group_size = 24;
+            if (m == 9) s.options.learn = BESA_LEARN_BOTH, s.options.pattern_n = 2, s.options.pattern_m = 4;
             CHECK_RUN(&s);
             ppl[t] = s.report.perplexity;
             CHECK(ppl[t] == ppl[0], "%d threads: perplexity %.17g, one thread %.17g", threads[t], ppl[t], ppl[0]);
@@ -1846,7 +1899,7 @@ static double expected_flop(const setup *s)
     if (last) passes = 2;
     flop = (passes - 1) * (2 * linear + 4 * keys); /* of a block that is pruned; of all the pass to the next one, of both streams */
     if (last) flop += (double)(o->weight_epochs ? o->weight_epochs : 3) * learn;
-    if (o->method == BESA_METHOD_BESA) flop += (double)(o->epochs ? o->epochs : 1) * learn;
+    if (o->method == BESA_METHOD_BESA && (!o->pattern_m || o->learn == BESA_LEARN_BOTH)) flop += (double)(o->epochs ? o->epochs : 1) * learn;
     if (o->importance == BESA_IMPORTANCE_GRADIENT) flop += (s->nsamples < 32 ? 1 : 32 / (double)s->nsamples) * learn;
     if (o->learn_vectors) /* then q, k and v have one, in what passes weights learn */
         flop += 2 * d * (q + kv + kv) * (double)((o->weight_epochs ? o->weight_epochs : 3) + (o->learn == BESA_LEARN_BOTH ? 1 : 0));
@@ -1866,8 +1919,9 @@ static double expected_flop(const setup *s)
 /* What is allocated at the peak is what besa_plan said, to the byte, and all of it is given back. */
 static void test_plan(void)
 {
-    for (int i = 0; i < 26; i++) {
+    for (int i = 0; i < 29; i++) {
         setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
+        static const besa_fixed_rate query = { "q_proj", 0.3 };
         double flop;
         besa_plan_result plan;
         besa_result r;
@@ -1888,6 +1942,9 @@ static void test_plan(void)
         case 23: s.options.bits = 3, s.options.group_size = 7; break;
         case 24: s.options.bits = 8, s.options.method = BESA_METHOD_WANDA, s.options.clipping = BESA_CLIPPING_LEARNED; break;
         case 25: s.options.bits = 2, s.options.method = BESA_METHOD_SPARSEGPT; break;
+        case 26: s.options.learn = BESA_LEARN_BOTH, s.options.importance = BESA_IMPORTANCE_GRADIENT; break;
+        case 27: s.options.learn = BESA_LEARN_WEIGHTS, s.options.fixed = &query, s.options.num_fixed = 1; break;
+        case 28: s.options.method = BESA_METHOD_WANDA; break;
         case 13: s.options.first_block = 1, s.options.num_blocks = 2, s.options.dense_share = 0.5; break;
         case 14: s.options.refit = BESA_REFIT_CG; break;
         case 15: s.options.refit = BESA_REFIT_CG, s.options.method = BESA_METHOD_SPARSEGPT, s.options.refit_steps = 3; break;
@@ -1901,6 +1958,7 @@ static void test_plan(void)
         case 21: case 22: snprintf(model, sizeof model, "%s/checkpoints/qwen2_bias_tied_bf16", g_reference), s.source = model;
                  s.options.learn = i == 21 ? BESA_LEARN_BOTH : BESA_LEARN_WEIGHTS, s.options.learn_vectors = 1; break;
         }
+        if (i > 25) s.options.pattern_n = 2, s.options.pattern_m = 4;
         plan = plan_of(&s, &r);
         CHECK(r == BESA_OK, "case %d: %s", i, besa_result_string(r));
         be = counted_backend(0);
@@ -2570,6 +2628,7 @@ static setup kind_setup(const char *output, int kind)
     if (kind == 10) s.options.learn = BESA_LEARN_WEIGHTS, s.options.refit = BESA_REFIT_OBS;
     if (kind == 13) s.options.bits = 4, s.options.dense_share = 0.5;
     if (kind == 14) s.options.method = BESA_METHOD_SPARSEGPT, s.options.bits = 3, s.options.group_size = 16, s.options.first_block = 1;
+    if (kind == 15) s.options.learn = BESA_LEARN_BOTH, s.options.pattern_n = 4, s.options.pattern_m = 8, s.options.dense_share = 0.5;
     if (kind == 8) s.options.first_block = 1, s.options.num_blocks = 2, s.options.depth_slope = 0.25, s.options.dense_share = 0.5;
     if (kind == 11 || kind == 12) {                         /* norms and biases that learn */
         static char model[2][512];
@@ -2605,7 +2664,7 @@ static void damage_norm(const setup *s)
 /* The dense model's own stream goes on where it was too: every kind of run, stopped twice in every block. */
 static void test_cancel_kinds(void)
 {
-    for (int kind = 0; kind < 15; kind++) {
+    for (int kind = 0; kind < 16; kind++) {
         const char *whole = temp_path("whole");
         int64_t calls, blocks = 0;
         char first[256];
@@ -2807,6 +2866,22 @@ static void test_resume_options(void)
         case 9: s.options.rank_interval = 4; break; /* ranks of weights that learn with them */
         }
         CHECK(refused(&s, base) == (i < 8), "learning weights, changed setting %d", i);
+        discard(base.output);
+    }
+    for (int i = 0; i < 8; i++) {               /* by a pattern there are no rates; masks follow the weights from i = 4 on */
+        setup base = small_setup(temp_path("out")), s;
+        base.options.learn = i < 4 ? BESA_LEARN_WEIGHTS : BESA_LEARN_BOTH, base.options.pattern_n = 2, base.options.pattern_m = 4;
+        g_progress.stop_at = -2;
+        CHECK(run(&base) == BESA_ERROR_CANCELLED, "%s", base.error.message);
+        besa_report_free(&base.report);
+        s = base;
+        switch (i % 4) {
+        case 0: s.options.epochs = 2; break;
+        case 1: s.options.rank_interval = 2; break;
+        case 2: s.options.rates.lr = 0.5, s.options.rates.penalty = 2, s.options.no_projection = 1; break;
+        case 3: s.options.importance = BESA_IMPORTANCE_MAGNITUDE; break;
+        }
+        CHECK(refused(&s, base) == (i == 3 || i == 4 || i == 5 || i == 7), "a pattern, changed setting %d", i);
         discard(base.output);
     }
     for (int i = 0; i < 8; i++) {               /* what refits look at */
@@ -3687,6 +3762,7 @@ int main(int argc, char **argv)
     TEST("sparsity over depth") test_depth();
     TEST("masks that are kept") test_keep();
     TEST("weights that learn") test_learned_weights();
+    TEST("N:M patterns of weights that learn") test_learned_patterns();
     TEST("kept weights fitted anew") test_refits();
     TEST("norms and biases that learn") test_learned_vectors();
     TEST("quantised weights") test_bits();

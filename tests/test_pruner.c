@@ -218,7 +218,7 @@ static besa_result record_step(void *user, const besa_step *step)
         now->clip = (float *)copy_of(clips->theta, (size_t)clips->n * sizeof(float));
         now->clip_grad = (float *)copy_of(clips->grad, (size_t)clips->n * sizeof(float));
     }
-    CHECK((step->rates != NULL) == (r->options.method == BESA_METHOD_BESA), "rates of a method without them, or none");
+    CHECK((step->rates != NULL) == (r->options.method == BESA_METHOD_BESA && !r->options.pattern_m), "rates of a method without them, or none");
     if (!step->rates) return BESA_OK;
     r->parameters = besa_rates_parameters(step->rates, &theta, &grad);
     if (step->step == 1) now->theta = take_floats(r->parameters);
@@ -412,6 +412,15 @@ static double report_loss(const run *r, const float *y, int64_t shown, int64_t r
     return loss;
 }
 
+/* Does weight i of a layer go, of whose row n go? With a pattern n counts in layers that are held at a sparsity only. */
+static int is_gone(const run *r, int layer, const int32_t *rank, int64_t i, int64_t n)
+{
+    int64_t m = fixed_rate(&r->options, layer) < 0 ? r->options.pattern_m : 0, below = 0;
+    if (!m) return rank[i] < n;
+    for (int64_t k = i / m * m; k < i / m * m + m; k++) below += rank[k] < rank[i]; /* those of the group with a smaller score */
+    return below < r->options.pattern_n;
+}
+
 /* The dense block, but with `rank` below each row's count gone. */
 static besa_block masked_block(const run *r, int32_t *const rank[BESA_LAYERS], const int32_t *n)
 {
@@ -420,7 +429,7 @@ static besa_block masked_block(const run *r, int32_t *const rank[BESA_LAYERS], c
         int64_t C = r->m->columns[l];
         float *w = (float *)copy_of(b.weight[l], (size_t)(r->m->rows[l] * C) * sizeof(float));
         for (int64_t i = 0; i < r->m->rows[l] * C; i++)
-            if (rank[l][i] < n[i / C]) w[i] = 0;
+            if (is_gone(r, l, rank[l], i, n[i / C])) w[i] = 0;
         b.weight[l] = w;
     }
     return b;
@@ -972,9 +981,11 @@ static void check_weight_step(const run *r, moving layer[BESA_LAYERS], moving ve
     for (int l = 0, row = 0; l < BESA_LAYERS; row += (int)r->m->rows[l++]) {
         int64_t C = r->m->columns[l], n = r->m->rows[l] * C;
         const float *pruned = (const float *)r->pruned[l];
+        int64_t held = (int64_t)floor(fixed_rate(o, l) * (double)C);
         before.what[l] = take_floats(n);
         for (int64_t i = 0; i < n; i++) {
-            int gone = weight_of(r->m, l)[i] == 0 || (s < rate_steps ? rank[l][i] < step->n[row + i / C] : pruned[i] == 0);
+            int64_t goes = o->pattern_m ? held : step->n[row + i / C];
+            int gone = weight_of(r->m, l)[i] == 0 || (s < rate_steps ? is_gone(r, l, rank[l], i, goes) : pruned[i] == 0);
             before.what[l][i] = step->what[l][i] == 0 ? 0 : (float)layer[l].w[i];
             masks += gone != (step->what[l][i] == 0); /* scores a rounding apart */
         }
@@ -1030,7 +1041,7 @@ static void check_final_masks(const run *r, int32_t *const rank[])
             const float *w = (const float *)r->pruned[l] + row * C;
             int64_t n = 0;
             for (int64_t j = 0; j < C; j++) n += w[j] == 0;
-            for (int64_t j = 0; j < C; j++) wrong += (rank[l][row * C + j] < n) != (w[j] == 0);
+            for (int64_t j = 0; j < C; j++) wrong += is_gone(r, l, rank[l], row * C + j, n) != (w[j] == 0);
         }
     }
     CHECK(wrong <= 4, "%d weights are masked otherwise in the end", wrong);
@@ -1042,11 +1053,13 @@ static void test_weights(const model *m, const besa_prune_options *o, int64_t se
     static run r;
     int32_t *rank[BESA_LAYERS], *dense[BESA_LAYERS];
     int64_t batch = o->batch_size ? o->batch_size : 1, batches = (sequences + batch - 1) / batch;
-    int64_t rate_steps = o->method == BESA_METHOD_BESA ? batches * (o->epochs ? o->epochs : 1) : 0;
+    int64_t rate_steps = batches * (o->epochs ? o->epochs : 1);
     size_t budget = 0;
     int levels = 0;
+    if (o->method != BESA_METHOD_BESA || (o->pattern_m && o->learn != BESA_LEARN_BOTH)) rate_steps = 0;
     for (int l = 0; l < BESA_LAYERS; l++) dense[l] = ranks_of(m, l, sequences * SEQLEN, o->importance);
     for (; run_pruner(&r, m, o, sequences, budget); budget = r.bytes - 1, levels++) {
+        if (levels == 0 && o->importance == BESA_IMPORTANCE_GRADIENT) rank_by_gradients(&r, dense);
         memcpy(rank, dense, sizeof rank);
         moving layer[BESA_LAYERS], vector[BESA_VECTORS];
         besa_block b = m->block;
@@ -1061,7 +1074,7 @@ static void test_weights(const model *m, const besa_prune_options *o, int64_t se
         }
         for (int64_t s = 0; s < r.steps; s++) {
             rank_moving(&r, layer, s, rate_steps, rank);
-            if (s == rate_steps && s > 0) check_final_masks(&r, rank);
+            if (s == rate_steps && o->method == BESA_METHOD_BESA) check_final_masks(&r, rank);
             if (s == rate_steps) {              /* masks are final */
                 for (int l = 0; l < BESA_LAYERS; l++) {
                     int64_t n = m->rows[l] * m->columns[l];
@@ -1721,6 +1734,22 @@ static void test_moving(const model *m)
     TEST("rates, then norms and weights, a bias that stays") test_weights(m, &o, SEQUENCES);
 }
 
+static void test_moving_patterns(const model *m)
+{
+    static const besa_fixed_rate fixed[] = { { "k_proj", 0.23 }, { "v_proj", 0 }, { "down_proj", 0.6 } };
+    besa_prune_options o;
+    memset(&o, 0, sizeof o);
+    o.learn = BESA_LEARN_BOTH, o.pattern_n = 1, o.pattern_m = 3, o.weight_epochs = 1;
+    TEST("weights and their masks by a pattern, 1:3, a sequence a step") test_weights(m, &o, SEQUENCES);
+    o.pattern_n = 2, o.batch_size = 4, o.epochs = 2, o.rank_interval = 2, o.dense_share = 0.5, o.learn_vectors = 1;
+    o.fixed = fixed, o.num_fixed = 3, o.importance = BESA_IMPORTANCE_SPARSEGPT;
+    TEST("weights and their masks by a pattern, 2:3, batches of 4, fixed layers") test_weights(m, &o, SEQUENCES);
+    o.rank_interval = BESA_NONE, o.num_fixed = 0, o.epochs = 1, o.learn_vectors = 0;
+    TEST("weights with the dense weights' masks by a pattern, 2:3") test_weights(m, &o, 6);
+    o.learn = BESA_LEARN_WEIGHTS, o.epochs = 0, o.rank_interval = 0, o.importance = BESA_IMPORTANCE_GRADIENT;
+    TEST("weights by a pattern of scores that see the loss") test_weights(m, &o, SEQUENCES);
+}
+
 static void test_grids(const model *m)
 {
     static const besa_fixed_rate fixed[] = { { "k_proj", 0.23 }, { "v_proj", 0 }, { "down_proj", 0.6 } };
@@ -1779,6 +1808,7 @@ int main(int argc, char **argv)
     m = new_model(1);
     test_learn(&m);
     test_moving(&m);
+    test_moving_patterns(&m);
     test_grids(&m);
     TEST("options of whole models") test_whole_models(&m);
     test_optimizers();
