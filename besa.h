@@ -203,6 +203,20 @@
  *                                 memory. To stay below, a GPU's activations move to the host; then fewer sequences are
  *                                 computed at a time
  *
+ * OPTIONS OF THE PUBLISHED CODE (OpenGVLab/LLMPrune-BESA, main.py), and what they are here
+ *
+ *     --metric-type importance; --blocksize group_rows; --sparsity-step 1 / candidates; --sparsity-beta penalty; --norm-all
+ *     norm_all; --no-sigmoid-smooth plain_softmax; --prune-dense dense_stream; --fix-layers fixed; --normal-opt optimizer;
+ *     --use-cos-sche schedule, by steps; --d-coef d_coef, by model as under besa_preset. Learned clipping of weights is in the
+ *     paper, not in that code: bits, clipping. Left out are
+ *     --lora-rank      low-rank terms beside the weights: both factors start at 0, where the gradient of each is 0, and never
+ *                      move. What they are for, weights that make up for what is gone, is option learn
+ *     --wise-dim       column: a share of every input's weights instead of every output's. Norms of the inputs then cancel out
+ *                      of Wanda's scores, and what is left is magnitude
+ *     --clip-grad      Prodigy's and Adam's steps do not grow with the gradients
+ *     --l2-alpha       its ratio to --sparsity-beta is all that counts: penalty
+ *     --no-decouple, --use-bias-correction, --safeguard-warmup   forms of Prodigy that the paper's runs do without
+ *
  * MEMORY AND TIME
  *
  *     One device and one host allocation hold all that follows, and besa_plan says their sizes beforehand, to the byte. N weights
