@@ -360,26 +360,24 @@ static void hollow_llama(const char *directory, int64_t hidden, int64_t inner, i
 }
 
 /* 128 x 2048 tokens within a budget: what stays on the device, and how much of it. */
-static void check_plan(const char *model, besa_method method, size_t budget, int on_host)
+static void check_plan(const char *model, besa_prune_options o, size_t budget, int on_host)
 {
     besa_backend be = cuda_backend(0);
     besa_checkpoint *checkpoint = NULL;
     besa_error error;
     besa_plan_result plan;
     besa_calibration c;
-    besa_prune_options o;
     memset(&c, 0, sizeof c);
-    memset(&o, 0, sizeof o);
     memset(&plan, 0, sizeof plan);
     c.nsamples = 128, c.seqlen = 2048;
-    o.method = method, o.rates.target = 0.5, o.device_memory = budget;
+    o.rates.target = 0.5, o.device_memory = budget;
     CHECK_OK(besa_checkpoint_open(&checkpoint, model, &error), error);
     CHECK_OK(besa_plan(checkpoint, &be, &c, &o, &plan, &error), error);
     CHECK(plan.device_bytes <= budget && plan.micro_batch == 1, "%zu bytes, %lld sequences at a time", plan.device_bytes,
           static_cast<long long>(plan.micro_batch));
     CHECK(plan.x_on_host + plan.yref_on_host == on_host, "X on the host: %d, Yref: %d", plan.x_on_host, plan.yref_on_host);
     if (getenv("TEST_VERBOSE"))
-        printf("    method %d: %.2f GB of %.0f on the device, %.2f GB on the host, X there: %d, Yref: %d\n", static_cast<int>(method),
+        printf("    method %d: %.2f GB of %.0f on the device, %.2f GB on the host, X there: %d, Yref: %d\n", static_cast<int>(o.method),
                1e-9 * static_cast<double>(plan.device_bytes), 1e-9 * static_cast<double>(budget),
                1e-9 * static_cast<double>(plan.host_bytes), plan.x_on_host, plan.yref_on_host);
     besa_checkpoint_close(checkpoint);
@@ -393,12 +391,26 @@ static void test_plans(void)
         const char *large = temp_path("70B"), *small = temp_path("7B");
         hollow_llama(large, 8192, 28672, 64, 8);
         hollow_llama(small, 4096, 11008, 32, 32);
-        check_plan(large, BESA_METHOD_BESA, 24 * GB, 0);
-        check_plan(large, BESA_METHOD_SPARSEGPT, 24 * GB, 0);
-        check_plan(large, BESA_METHOD_BESA, 15 * GB, 1);
-        check_plan(large, BESA_METHOD_BESA, 12 * GB, 2);
-        check_plan(small, BESA_METHOD_BESA, 8 * GB, 0);
-        check_plan(small, BESA_METHOD_BESA, 4 * GB, 2);
+        besa_prune_options o = {}, sparsegpt = {};
+        sparsegpt.method = BESA_METHOD_SPARSEGPT;
+        check_plan(large, o, 24 * GB, 0);
+        check_plan(large, sparsegpt, 24 * GB, 0);
+        check_plan(large, o, 15 * GB, 1);
+        check_plan(large, o, 12 * GB, 2);
+        check_plan(small, o, 8 * GB, 0);
+        check_plan(small, o, 4 * GB, 2);
+    }
+    TEST("weights that learn on grids: 70B within 48 GB, 7B within 16 GB") {
+        const size_t GB = 1000000000;
+        const char *large = temp_path("70B-best"), *small = temp_path("7B-best");
+        besa_prune_options o = {};
+        besa_error error;
+        hollow_llama(large, 8192, 28672, 64, 8);
+        hollow_llama(small, 4096, 11008, 32, 32);
+        CHECK_OK(besa_preset(&o, "best", &error), error);
+        o.bits = 4, o.group_size = 128;
+        check_plan(large, o, 48 * GB, 0);
+        check_plan(small, o, 16 * GB, 0);
     }
 }
 
