@@ -5519,6 +5519,8 @@ static besa_result besa__commit_pass(const besa__work *work, besa_error *error)
         BESA__TRY_ON(be, besa__work_close(work, 1, yref), error);
         BESA__TRY(besa__tick(&p->meter, (double)walk.count / (double)p->nsamples, error));
     }
+    /* weights that have become infinite lie on a level as all others: they are looked for before that */
+    if (work->levels) BESA__TRY_ON(be, besa__count_layers(p, (const void *const *)work->pruned, BESA__WRITTEN), error);
     return besa__pass_error(be, besa__count_layers(p, work->masked->weight, BESA__WRITTEN), error);
 }
 
@@ -5572,9 +5574,9 @@ static besa_result besa__check_layers_finite(const besa_pruner *p, const char *n
     const int32_t *count = p->results->not_finite + which * BESA_LAYERS;
     for (int i = 0; i < BESA_LAYERS; i++)
         if (count[i] != 0)
-            return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s.weight: %d %sweights are NaN or infinite",
-                              name ? name : "", besa__layers[i].path, (int)count[i],
-                              which == BESA__DENSE ? "" : "pruned ");
+            return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s.weight: %d %sweights are NaN or infinite%s",
+                              name ? name : "", besa__layers[i].path, (int)count[i], which == BESA__DENSE ? "" : "pruned ",
+                              which == BESA__WRITTEN && besa__learns_weights(p) ? ": weight_lr may be too large" : "");
     return BESA_OK;
 }
 

@@ -1720,6 +1720,12 @@ static void test_bits(void)
     CHECK(s.report.notes && strstr(s.report.notes, "a clip_lr below 30 may help"), "no note: %s", s.report.notes ? s.report.notes : "");
     besa_report_free(&s.report);
     discard(s.output);
+    s.options.clip_lr = 0, s.options.learn = BESA_LEARN_WEIGHTS, s.options.weight_lr = 1e8; /* weights of 16 bits become infinite */
+    char source[512];
+    snprintf(source, sizeof source, "%s/checkpoints/llama_mha_f16", g_reference);
+    s.source = source;
+    expect(&s, BESA_ERROR_NOT_FINITE, "pruned weights are NaN or infinite: weight_lr may be too large");
+    discard(s.output);
 }
 
 /* ---- determinism and memory ------------------------------------------------------------------ */
