@@ -60,6 +60,8 @@
  *              until the count is exact (but with no_projection), and
  *              What. Fixed layers take no part. With learn both the kept weights move along dL/dWhat too, as below, and are
  *              ranked anew before the next step             besa__rank_and_mask
+ *              With granularity attn-mlp or layer the loss is that    besa__attention_loss, besa__layer_losses
+ *              of parts of the block, which learn apart
  *              With a pattern n of m there are no rates: weights move as with learn both, and the n smallest scores
  *              of every m go              besa__mask_by_pattern
  *     weights  where kept weights learn (besa__weights_pass), with any method: masks stay. For every batch the loss and
@@ -167,6 +169,8 @@
  *                                 conjugate gradients or by SparseGPT's update; not with bits or learn both, obs not with sparsegpt
  *     refit_steps                 [10] of conjugate gradients
  *     epochs, batch_size          [1, 1]
+ *     granularity                 [block] attn-mlp, layer: whose outputs the loss is measured on, see besa_granularity: the
+ *                                 paper's ablation. Not with dense_stream, dense_share
  *     norm_all, dense_stream      [0, 0] loss norms over all tokens: a batch's loss shrinks to its share of them, and the penalty
  *                                 weighs more; reference from the dense model's own stream. Where something learns
  *     dense_share                 [0] the reference is a mixture: this share from the dense model's own stream
@@ -178,8 +182,8 @@
  *                                 which it rises. Then it falls to 0 over the steps, as a half cosine
  *     learn_vectors               [0] the block's norms and biases learn wherever its kept weights do
  *     no_projection               [0] leave the sparsity where learning ended
- *     pattern_n, pattern_m        [none] n of every m; with besa no rates, but weights that learn: with learn both their masks are
- *                                 chosen anew as they move
+ *     pattern_n, pattern_m        [none] n of every m; with besa no rates, but weights that learn: with learn both masks are
+ *                                 chosen anew as these move
  *     magnitude_per_row           [0] magnitude: each row at the target instead of each layer
  *     bits, group_size            [none, 0] put kept weights on 2^bits levels, 2 to 8 bits, one grid for so many columns of a
  *                                 row, or for all of it. Every layer of a pruned block, dense ones too. What it takes to store
@@ -1056,6 +1060,19 @@ typedef enum besa_learn {
     BESA_LEARN_COUNT
 } besa_learn;
 
+/* Whose outputs the loss of learning is measured on: the block's; those of attention and MLP, of which each learns by its own
+ * loss alone, attention's at h1 = x + attn Wo' and the MLP's at the block's output; or every layer's, on the inputs that the
+ * pruned layers before it leave. References are what dense weights put out, and channel norms theirs. */
+#define BESA_GRANULARITIES(X)                                                                      \
+    X(BESA_GRANULARITY_BLOCK, "block") X(BESA_GRANULARITY_ATTN_MLP, "attn-mlp") X(BESA_GRANULARITY_LAYER, "layer")
+
+typedef enum besa_granularity {
+#define BESA__ENUM(value, name) value,
+    BESA_GRANULARITIES(BESA__ENUM)
+#undef BESA__ENUM
+    BESA_GRANULARITY_COUNT
+} besa_granularity;
+
 /* How the kept weights of a layer are fitted to what it puts out with dense weights, once the mask is there. */
 #define BESA_REFITS(X)                                                                             \
     X(BESA_REFIT_NONE, "none")                                                                     \
@@ -1096,6 +1113,8 @@ typedef struct besa_prune_options {
                                                    Not with bits or BESA_LEARN_BOTH; BESA_REFIT_OBS not with sparsegpt */
     int64_t refit_steps;                        /* [10] BESA_REFIT_CG */
     int64_t epochs, batch_size;                 /* BESA [1, 1]; batch in sequences */
+    besa_granularity granularity;               /* [block] others: not with dense_stream or dense_share, layer not with
+                                                   learn_vectors. Rates of each part reach the target for themselves */
     int norm_all;                               /* channel norms of the loss over all tokens, not per batch */
     int dense_stream;                           /* Yref from the dense model's own stream, not from the pruned prefix */
     double dense_share;                         /* [0] of the dense model's own stream in Yref; the rest is the dense block's
@@ -2021,6 +2040,7 @@ static const char *besa__range_text(const besa__range *range, char *buffer, size
 
 static const char besa__method_names[] = BESA_METHODS(BESA__BAR); /* these begin with a bar */
 static const char besa__learn_names[] = BESA_LEARNING(BESA__BAR);
+static const char besa__granularity_names[] = BESA_GRANULARITIES(BESA__BAR);
 static const char besa__refit_names[] = BESA_REFITS(BESA__BAR);
 static const char besa__clipping_names[] = BESA_CLIPPINGS(BESA__BAR);
 static const char besa__importance_names[] = BESA_IMPORTANCES(BESA__BAR_OF_SIX);
@@ -2085,6 +2105,8 @@ static const besa_option besa__options[] = {
      "epochs", "N", "passes over the calibration sequences [1]"},
     {BESA__PRUNE(INT64, batch_size), 1, 1, BESA__NO_LIMIT, BESA__BESA | BESA__WEIGHTS, "1 or more",
      "batch-size", "N", "sequences of a learning step [1]"},
+    {BESA__PRUNE(ENUM, granularity), 0, 0, BESA_GRANULARITY_COUNT - 1, BESA__BESA | BESA__WEIGHTS,
+     "a value of besa_granularity", "granularity", &besa__granularity_names[1], "whose outputs the loss of learning is measured on [block]"},
     {BESA__PRUNE(FLAG, norm_all), 0, 0, 1, BESA__BESA | BESA__WEIGHTS, "0 or 1",
      "norm-all", "", "channel norms of the loss from all sequences, not the batch"},
     {BESA__PRUNE(FLAG, dense_stream), 0, 0, 1, BESA__BESA | BESA__WEIGHTS, "0 or 1",
@@ -2549,7 +2571,8 @@ static float *besa__parameters_at(float *array, int64_t offset) { return offset 
 
 typedef struct besa__rate_layer {
     besa_rate_shape shape;
-    double share;                               /* of the learned weights; 0 where the layer is fixed */
+    int part;                                   /* 0 .. parts - 1; the layers of a part follow one another */
+    double share, part_share;                   /* of the learned weights, of all and of its part; 0 where it is fixed */
     int64_t theta_layer, theta_row;             /* first parameter; negative: none */
     uint16_t *bucket;                           /* (units) */
     int32_t *units;                             /* (R) the units of each row, 0 where the layer is fixed */
@@ -2565,8 +2588,10 @@ struct besa_rates {
     besa__rate_layer *layer;                    /* (masks->count) */
     int32_t *units;                             /* (masks->rows) */
     float *alpha;                               /* (masks->rows) */
-    float *mean;                                /* (1) S: mean rate of the learned layers */
-    int64_t *excess;                            /* (1) whether the projection worked, from be->project_counts */
+    int parts;                                  /* [1] parts of the layers that each have the target for themselves */
+    float *mean;                                /* (1) mean rate of the learned layers */
+    float *part_mean;                           /* (parts) S: of each part's; mean itself where that is all */
+    int64_t *excess;                            /* (parts) whether the projection worked, from be->project_counts */
     void *workspace;                            /* what operations use in a call of the caller's; NULL: what is set */
     size_t workspace_bytes;
 };
@@ -2670,7 +2695,8 @@ static void besa__rates_place(besa_rates *rates, besa__rate_layer *layer, besa__
     rates->units = (int32_t *)besa__take_array(arena, masks->rows, sizeof(int32_t));
     rates->alpha = besa__take_floats(arena, masks->rows);
     rates->mean = besa__take_floats(arena, 1);
-    rates->excess = (int64_t *)besa__take(arena, sizeof(int64_t));
+    rates->part_mean = rates->parts > 1 ? besa__take_floats(arena, rates->parts) : rates->mean;
+    rates->excess = (int64_t *)besa__take_array(arena, rates->parts, sizeof(int64_t));
     if (!arena->base) return;
     for (int64_t i = 0, first = 0; i < masks->count; first += layer[i++].shape.rows) {
         layer[i].units = rates->units + first;
@@ -2678,22 +2704,25 @@ static void besa__rates_place(besa_rates *rates, besa__rate_layer *layer, besa__
     }
 }
 
-/* Weights of the learned layers, in units. */
-static int64_t besa__rates_learned(const besa_rates *rates)
+/* Weights of the learned layers, in units: of a part, or (negative) of all. */
+static int64_t besa__rates_learned(const besa_rates *rates, int part)
 {
     int64_t total = 0;
     for (int i = 0; i < rates->masks->count; i++)
-        if (rates->masks->layer[i].fixed < 0) total += rates->layer[i].shape.rows * rates->layer[i].shape.units;
+        if (rates->masks->layer[i].fixed < 0 && (part < 0 || rates->layer[i].part == part))
+            total += rates->layer[i].shape.rows * rates->layer[i].shape.units;
     return total;
 }
 
 /* Each layer's share of them. */
 static void besa__rates_share(besa_rates *rates)
 {
-    double total = (double)besa__rates_learned(rates);
+    double total = (double)besa__rates_learned(rates, -1);
     for (int i = 0; i < rates->masks->count; i++) {
-        const besa_rate_shape *s = &rates->layer[i].shape;
-        rates->layer[i].share = rates->masks->layer[i].fixed < 0 ? (double)(s->rows * s->units) / total : 0;
+        besa__rate_layer *layer = &rates->layer[i];
+        double weights = rates->masks->layer[i].fixed < 0 ? (double)(layer->shape.rows * layer->shape.units) : 0;
+        layer->share = weights > 0 ? weights / total : 0;
+        layer->part_share = weights > 0 ? weights / (double)besa__rates_learned(rates, layer->part) : 0;
     }
 }
 
@@ -2741,7 +2770,7 @@ static besa_result besa__rates_reset(besa_rates *rates)
     besa__rates_share(rates);
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->alpha, (size_t)rates->masks->rows * sizeof(float)));
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->mean, sizeof(float)));
-    return be->zero(be, BESA_QUEUE_COMPUTE, rates->excess, sizeof(int64_t));
+    return be->zero(be, BESA_QUEUE_COMPUTE, rates->excess, (size_t)rates->parts * sizeof(int64_t));
 }
 
 /* A layer has been fixed at a sparsity of its own, or (negative) made to learn. */
@@ -2753,12 +2782,12 @@ static besa_result besa__rates_fix(besa_rates *rates, int index)
     return rates->masks->be->fill(rates->masks->be, layer->units, units, layer->shape.rows);
 }
 
-/* theta -> alpha, n and the mean rate. */
+/* theta -> alpha, n and the mean rates. */
 static besa_result besa__rates_forward(besa_rates *rates)
 {
     besa_backend *be = rates->masks->be;
     float *theta = rates->parameters->step.theta;
-    int first = 1;
+    int first = 1, part = -1;
     for (int i = 0; i < rates->masks->count; i++) {
         const besa__rate_layer *layer = &rates->layer[i];
         const besa__mask_layer *mask = &rates->masks->layer[i];
@@ -2766,7 +2795,11 @@ static besa_result besa__rates_forward(besa_rates *rates)
         BESA__TRY(be->rate_forward(be, layer->alpha, mask->n, besa__parameters_at(theta, layer->theta_layer),
                                    besa__parameters_at(theta, layer->theta_row), mask->zeros, &layer->shape));
         BESA__TRY(be->rate_mean(be, rates->mean, layer->alpha, (float)layer->share, !first, layer->shape.rows));
+        if (rates->parts > 1)
+            BESA__TRY(be->rate_mean(be, rates->part_mean + layer->part, layer->alpha, (float)layer->part_share,
+                                    layer->part == part, layer->shape.rows));
         first = 0;
+        part = layer->part;
     }
     return BESA_OK;
 }
@@ -2795,8 +2828,8 @@ static besa_result besa__rates_backward(besa_rates *rates)
         const besa__rate_layer *layer = &rates->layer[i];
         besa_penalty penalty;
         if (rates->masks->layer[i].fixed >= 0) continue;
-        penalty.mean = rates->mean;
-        penalty.coefficient = (float)(2 * rates->options->penalty / (t * t) * layer->share);
+        penalty.mean = rates->part_mean + (rates->parts > 1 ? layer->part : 0);
+        penalty.coefficient = (float)(2 * rates->options->penalty / (t * t) * layer->part_share);
         penalty.target = (float)t;
         BESA__TRY(be->rate_backward(be, besa__parameters_at(grad, layer->theta_layer),
                                     besa__parameters_at(grad, layer->theta_row), layer->sums,
@@ -2807,10 +2840,10 @@ static besa_result besa__rates_backward(besa_rates *rates)
     return BESA_OK;
 }
 
-/* How many weights of the learned layers are to go. */
-static int64_t besa__rates_count(const besa_rates *rates)
+/* How many weights of a part's learned layers are to go. */
+static int64_t besa__rates_count(const besa_rates *rates, int part)
 {
-    return (int64_t)floor(rates->options->target * (double)besa__rates_learned(rates) + 0.5);
+    return (int64_t)floor(rates->options->target * (double)besa__rates_learned(rates, part) + 0.5);
 }
 
 /* From theta to exact counts. Does not wait: rates->excess says whether it worked. */
@@ -2818,8 +2851,13 @@ static besa_result besa__rates_project(besa_rates *rates)
 {
     const besa__masks *masks = rates->masks;
     BESA__TRY(besa__rates_forward(rates));
-    return masks->be->project_counts(masks->be, masks->n, rates->excess, rates->alpha, masks->zeros, rates->units,
-                                     besa__rates_count(rates), masks->rows);
+    for (int64_t i = 0, first = 0, rows; i < masks->count; first += rows) {
+        int part = rates->layer[i].part;
+        for (rows = 0; i < masks->count && rates->layer[i].part == part; i++) rows += rates->layer[i].shape.rows;
+        BESA__TRY(masks->be->project_counts(masks->be, masks->n + first, rates->excess + part, rates->alpha + first,
+                                            masks->zeros + first, rates->units + first, besa__rates_count(rates, part), rows));
+    }
+    return BESA_OK;
 }
 
 /* Is any of n floats on the device not finite? Waits; for what goes wrong. */
@@ -2871,8 +2909,8 @@ static void besa__describe_rates(const besa_rates *rates, char *text, size_t siz
     }
 }
 
-/* What came back in rates->excess. */
-static besa_result besa__check_excess(const besa_rates *rates, int64_t excess, besa_error *error)
+/* What came back in rates->excess, of one part. */
+static besa_result besa__check_excess(const besa_rates *rates, int part, int64_t excess, besa_error *error)
 {
     if (excess == 0) return BESA_OK;
     if (excess < 0) {
@@ -2880,7 +2918,7 @@ static besa_result besa__check_excess(const besa_rates *rates, int64_t excess, b
         besa__describe_rates(rates, text, sizeof text);
         return besa__fail(error, BESA_ERROR_NOT_FINITE, "rates are not finite: %s", text);
     }
-    int64_t count = besa__rates_count(rates);
+    int64_t count = besa__rates_count(rates, part);
     return besa__fail(error, BESA_ERROR_TARGET, "target asks for %lld pruned weights, but %lld weights are zero already",
                       (long long)count, (long long)(count + excess));
 }
@@ -2903,7 +2941,7 @@ static besa_result besa__check_projection(besa_rates *rates)
     BESA__TRY(besa__masks_check(rates->masks));
     BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, &excess, rates->excess, sizeof excess));
     BESA__TRY(be->synchronize(be, BESA_QUEUE_COMPUTE));
-    return besa__check_excess(rates, excess, &be->error);
+    return besa__check_excess(rates, 0, excess, &be->error);
 }
 
 /* Another target for the passes to come, from the next reset on. */
@@ -2922,6 +2960,7 @@ static void besa__rates_init(besa_rates *rates, besa__masks *masks, besa__parame
     rates->masks = masks;
     rates->parameters = parameters;
     rates->options = options;
+    rates->parts = 1;
     besa__rates_retarget(rates);
 }
 
@@ -3702,22 +3741,30 @@ static besa_result besa__mlp_forward(besa_backend *be, const besa_block *b, besa
     return be->swiglu_forward(be, acts->z, acts->gate, acts->up, tokens * s->intermediate_size);
 }
 
-/* y NULL: stop after the layers' inputs. keep 1: leave h1 in acts for a backward pass; 0: y holds h1 on the way, which
- * saves a copy. */
-static besa_result besa__block_forward(besa_backend *be, const besa_block *b, besa_activations *acts, const void *x,
-                                       void *y, int64_t batch, int64_t seqlen, int keep)
+/* h1 = x + attn Wo', with the attention layers' inputs on the way; may be x. */
+static besa_result besa__attention_half(besa_backend *be, const besa_block *b, besa_activations *acts, const void *x, void *h1,
+                                        int64_t batch, int64_t seqlen)
 {
     const besa_block_shape *s = &b->shape;
     int64_t tokens = batch * seqlen, d = s->hidden_size;
     size_t stream = besa_dtype_size(be->activation_dtype) * (size_t)(tokens * d);
     besa_attention_shape attention = besa__attention_shape(s, batch, seqlen);
-    float eps = (float)s->rms_norm_eps;
-    void *h1 = keep || !y ? acts->h1 : y;
-    BESA__TRY(be->rmsnorm_forward(be, acts->a, acts->inv_rms1, x, b->norm1, tokens, d, eps));
+    BESA__TRY(be->rmsnorm_forward(be, acts->a, acts->inv_rms1, x, b->norm1, tokens, d, (float)s->rms_norm_eps));
     BESA__TRY(besa__qkv_forward(be, b, acts, tokens, seqlen));
     BESA__TRY(be->attention_forward(be, acts->attn, acts->q, acts->k, acts->v, &attention));
     if (h1 != x) BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, h1, x, stream));
-    BESA__TRY(besa__layer_forward(be, b, BESA_O, h1, acts->attn, tokens, 1));
+    return besa__layer_forward(be, b, BESA_O, h1, acts->attn, tokens, 1);
+}
+
+/* y NULL: stop after the layers' inputs. keep 1: leave h1 in acts for a backward pass; 0: y holds h1 on the way, which
+ * saves a copy. */
+static besa_result besa__block_forward(besa_backend *be, const besa_block *b, besa_activations *acts, const void *x,
+                                       void *y, int64_t batch, int64_t seqlen, int keep)
+{
+    int64_t tokens = batch * seqlen;
+    size_t stream = besa_dtype_size(be->activation_dtype) * (size_t)(tokens * b->shape.hidden_size);
+    void *h1 = keep || !y ? acts->h1 : y;
+    BESA__TRY(besa__attention_half(be, b, acts, x, h1, batch, seqlen));
     BESA__TRY(besa__mlp_forward(be, b, acts, h1, tokens));
     if (!y) return BESA_OK;
     if (h1 != y) BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, y, h1, stream));
@@ -3733,7 +3780,7 @@ typedef struct besa__backward {
     unsigned layers;                            /* bit i: layer i's gradient is wanted */
     besa_weight_gradient gradient;
     besa_result (*at_h1)(void *user, void *dh1); /* for a second loss, at h1 (in acts): adds its derivative to dh1 (T, d),
-                                                   act; NULL: none, as in BESA's own learning */
+                                                   act, or puts it in its place; NULL: none */
     void *user;                                 /* of both */
 } besa__backward;
 
@@ -4116,7 +4163,7 @@ enum { BESA__COUNT_INPUTS = 2 * BESA_LAYERS, BESA__COUNT_NORMS = BESA__COUNT_INP
 typedef struct besa__results {
     float mean;
     double scalars[BESA_OPTIMIZER_SCALARS];
-    int64_t excess;
+    int64_t excess[BESA_LAYERS];                /* of each part of the rates */
     int32_t not_finite[BESA__COUNTS];           /* (2, BESA_LAYERS) of the dense weights, of those written; of the layers'
                                                    inputs' statistics (BESA__INPUTS); of the reference's channel norms */
 } besa__results;
@@ -4146,6 +4193,10 @@ struct besa_pruner {
     void *y;                                    /* (micro_batch, seqlen, d) act: the masked block's output, then dL/dy,
                                                    which the backward pass turns into dL/dh1 */
     float *channel_sumsq;                       /* (norms, d) of Yref: of every optimiser's batch, or one of all */
+    float *part_sumsq[BESA_LAYERS];             /* granularity layer: (norms, R) of every layer's dense outputs; attn-mlp: the
+                                                   first (norms, d) of h1; else NULL */
+    void *part, *part_ref;                      /* (micro_batch, seqlen, width) act, of the widest of these: outputs, for
+                                                   granularity layer alone, and their reference */
     float *losses;                              /* (BESA__LOSS_STEP + step_losses) */
     int64_t steps, step_losses;                 /* of learning, all; as many losses are kept */
     float *statistic[BESA__INPUTS];             /* (columns) sums of squares of the inputs, where there is no gram; from the
@@ -4200,6 +4251,13 @@ static int besa__learns(const besa_pruner *p)
 static int besa__learns_last(const besa_pruner *p)
 {
     return besa__learns_weights(p) || (besa__learns_clips(p) && !besa__learns_rates(p));
+}
+
+/* The part of the block that a layer learns in, whose output its loss is measured on: 0, 1, .. */
+static int besa__part(const besa_pruner *p, int layer)
+{
+    if (p->options.granularity == BESA_GRANULARITY_LAYER) return layer;
+    return p->options.granularity == BESA_GRANULARITY_ATTN_MLP && layer >= BESA_GATE;
 }
 
 /* Epochs of the learn pass: of rates, or of weights whose N:M masks are chosen anew as they move. */
@@ -4271,8 +4329,8 @@ static besa_result besa__pattern_defaults(besa_prune_options *o, const besa_bloc
         return besa__fail(error, BESA_ERROR_OPTION, "pattern %d:%d, expected 1 <= n < m <= 64", n, m);
     if (o->method == BESA_METHOD_BESA && o->learn == BESA_LEARN_RATES)
         return besa__fail(error, BESA_ERROR_OPTION,
-                          "pattern %d:%d with method besa leaves no rates to learn: expected learn weights or both, which preset "
-                          "best has", n, m);
+                          "pattern %d:%d with method besa leaves no rates to learn: expected learn weights or both, which "
+                          "preset best has", n, m);
     if (o->rates.target != 0 && !(fabs(o->rates.target - (double)n / m) <= 1e-3))
         return besa__fail(error, BESA_ERROR_OPTION, "target sparsity %g contradicts the pattern %d:%d, which is %g",
                           o->rates.target, n, m, (double)n / m);
@@ -4361,6 +4419,18 @@ static besa_result besa__check_refit(const besa_prune_options *o, besa_error *er
     return BESA_OK;
 }
 
+static besa_result besa__check_granularity(const besa_prune_options *o, besa_error *error)
+{
+    if (o->granularity == BESA_GRANULARITY_BLOCK) return BESA_OK;
+    if (o->dense_stream || o->dense_share > 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "granularity is not block, but %s aims at the dense model's blocks: "
+                          "expected none of it, or granularity block", o->dense_stream ? "dense_stream" : "dense_share");
+    if (o->granularity == BESA_GRANULARITY_LAYER && o->learn_vectors)
+        return besa__fail(error, BESA_ERROR_OPTION, "granularity is layer, but learn_vectors is set, and norms are in no "
+                          "layer: expected block or attn-mlp");
+    return BESA_OK;
+}
+
 /* Check the options and fill in what 0 stands for. */
 static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_shape *shape, besa_error *error)
 {
@@ -4377,6 +4447,7 @@ static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_
         return besa__fail(error, BESA_ERROR_OPTION, "dense_share is %g, but dense_stream aims at the dense model's output alone: "
                           "expected one of them", o->dense_share);
     BESA__TRY(besa__check_refit(o, error));
+    BESA__TRY(besa__check_granularity(o, error));
     return besa__has_rates(o) ? besa__check_penalty(&o->rates, error) : BESA_OK;
 }
 
@@ -4392,7 +4463,8 @@ static double besa__fixed_rate(const besa_prune_options *o, const char *name, in
 
 /* ---- memory -------------------------------------------------------------------------------- */
 
-/* Ranks and counts of the block's layers, and what BESA learns. A pattern has neither, but where layers are held at a sparsity. */
+/* Ranks and counts of the block's layers, and what BESA learns. A pattern has neither, but for layers that are held at a
+ * sparsity. */
 static void besa__pruner_place_masks(besa_pruner *p, besa__arena *arena)
 {
     besa_layer_shape shapes[BESA_LAYERS];
@@ -4406,7 +4478,9 @@ static void besa__pruner_place_masks(besa_pruner *p, besa__arena *arena)
     for (int i = 0; i < BESA_LAYERS; i++) p->mask_layer[i].name = besa__layers[i].path;
     if (!besa__learns_rates(p)) return;
     besa__parameters_init(&p->parameters, p->be, p->options.rates.optimizer, p->options.rates.lr, &p->options.rates);
+    p->rates.parts = besa__part(p, BESA_LAYERS - 1) + 1;
     besa__rates_place(&p->rates, p->rate_layer, arena);
+    for (int i = 0; i < BESA_LAYERS; i++) p->rate_layer[i].part = besa__part(p, i);
     besa__parameters_place(&p->parameters, arena);
 }
 
@@ -4414,6 +4488,23 @@ static void besa__pruner_place_masks(besa_pruner *p, besa__arena *arena)
 static int64_t besa__norms(const besa_pruner *p)
 {
     return p->options.norm_all ? 1 : besa__parts(p->reference, p->options.batch_size);
+}
+
+/* What losses within the block are measured with. */
+static void besa__pruner_place_parts(besa_pruner *p, besa__arena *arena)
+{
+    int64_t widest = p->shape.hidden_size, rows = widest, columns;
+    if (p->options.granularity == BESA_GRANULARITY_BLOCK) return;
+    int layers = p->options.granularity == BESA_GRANULARITY_LAYER;
+    for (int i = 0; i < (layers ? BESA_LAYERS : 1); i++) {
+        if (layers) besa_block_layer(&p->shape, i, &rows, &columns);
+        p->part_sumsq[i] = besa__take_floats(arena, besa__product(besa__norms(p), rows));
+        widest = besa__max(widest, rows);
+    }
+    size_t size = besa_dtype_size(p->be->activation_dtype);
+    int64_t count = besa__product(p->micro_batch * p->seqlen, widest);
+    p->part_ref = besa__take(arena, besa__bytes(count, size));
+    if (layers) p->part = besa__take(arena, besa__bytes(count, size));
 }
 
 static void besa__pruner_place_statistics(besa_pruner *p, besa__arena *arena, besa_workload *work)
@@ -4512,6 +4603,7 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     if (!p->options.dense_stream) besa__stream_place(&p->yref, arena, host);
     p->y = besa__take(arena, besa__stream_bytes(&p->yref, p->micro_batch));
     p->channel_sumsq = besa__take_floats(arena, besa__product(besa__norms(p), s->hidden_size));
+    besa__pruner_place_parts(p, arena);
     p->losses = besa__take_floats(arena, BESA__LOSS_STEP + p->step_losses);
     besa__pruner_place_statistics(p, arena, &work);
     p->scores_count = finds ? piece : besa__largest_layer(s);
@@ -4594,7 +4686,7 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     BESA__TRY(besa__prune_defaults(&p->options, shape, error));
     besa_prune_options *o = &p->options;
     int learns = besa__learns(p);
-    if (!learns) o->dense_stream = 0, o->dense_share = 0;
+    if (!learns) o->dense_stream = 0, o->dense_share = 0, o->granularity = BESA_GRANULARITY_BLOCK;
     if (!learns) o->batch_size = 1;
     if (o->batch_size > nsamples) o->batch_size = nsamples;
     int64_t batches = besa__parts(nsamples, o->batch_size), weight_epochs = besa__learns_last(p) ? o->weight_epochs : 0;
@@ -4782,20 +4874,75 @@ static besa_result besa__pruner_loss(besa_pruner *p, float *loss, void *dy, void
     return BESA_OK;
 }
 
+/* What the layers of the block have read in the last forward pass. */
+static const void *besa__layer_input(const besa_pruner *p, int input)
+{
+    const void *at[BESA__INPUTS];
+    at[BESA__INPUT_A] = p->acts.a;
+    at[BESA__INPUT_ATTN] = p->acts.attn;
+    at[BESA__INPUT_M] = p->acts.m;
+    at[BESA__INPUT_Z] = p->acts.z;
+    return at[input];
+}
+
+/* Where sequence `index` of outputs x (.., seqlen, width) begins. */
+static void *besa__part_at(const besa_pruner *p, void *x, int64_t index, int64_t width)
+{
+    return (unsigned char *)x + (size_t)(index * p->seqlen * width) * besa_dtype_size(p->be->activation_dtype);
+}
+
+/* Add a chunk of reference outputs (count, seqlen, width) within the block to their channel norms sumsq (norms, width). */
+static besa_result besa__add_part_norms(besa_pruner *p, float *sumsq, void *yref, int64_t width, int64_t first, int64_t count)
+{
+    besa__normed n;
+    for (int64_t s = first; s < first + count; s += n.count) {
+        n = besa__normed_at(p, s, first + count);
+        BESA__TRY(p->be->column_sumsq(p->be, sumsq + n.norms * width, besa__part_at(p, yref, s - first, width),
+                                      n.count * p->seqlen, width));
+    }
+    return BESA_OK;
+}
+
+/* The same of all outputs that losses within the block are measured on, after the dense block's forward pass. */
+static besa_result besa__add_parts(const besa__work *work, int64_t first, int64_t count)
+{
+    besa_pruner *p = work->pruner;
+    if (p->options.granularity == BESA_GRANULARITY_ATTN_MLP)
+        return besa__add_part_norms(p, p->part_sumsq[0], p->acts.h1, p->shape.hidden_size, first, count);
+    for (int i = 0; i < BESA_LAYERS && p->options.granularity == BESA_GRANULARITY_LAYER; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        const void *x = besa__layer_input(p, besa__layers[i].input);
+        BESA__TRY(besa__layer_forward(p->be, work->dense, i, p->part_ref, x, count * p->seqlen, 0));
+        BESA__TRY(besa__add_part_norms(p, p->part_sumsq[i], p->part_ref, rows, first, count));
+    }
+    return BESA_OK;
+}
+
+/* The loss of a chunk's outputs y (count, seqlen, width) within the block, as besa__pruner_loss has it of the block's. */
+static besa_result besa__part_loss(besa_pruner *p, float *loss, void *dy, void *y, void *yref, const float *sumsq,
+                                   int64_t width, int64_t first, int64_t count)
+{
+    besa__normed n;
+    for (int64_t s = first; s < first + count; s += n.count) {
+        n = besa__normed_at(p, s, first + count);
+        BESA__TRY(p->be->block_loss(p->be, loss, besa__part_at(p, dy, s - first, width), besa__part_at(p, y, s - first, width),
+                                    besa__part_at(p, yref, s - first, width), sumsq + n.norms * width, 1.0f,
+                                    n.count * p->seqlen, width, 0));
+    }
+    return BESA_OK;
+}
+
 /* Add one chunk's layer inputs to the statistics. */
 static besa_result besa__add_statistics(besa_pruner *p, int64_t tokens)
 {
     besa_backend *be = p->be;
-    const void *input[BESA__INPUTS];
-    input[BESA__INPUT_A] = p->acts.a;
-    input[BESA__INPUT_ATTN] = p->acts.attn;
-    input[BESA__INPUT_M] = p->acts.m;
-    input[BESA__INPUT_Z] = p->acts.z;
     float scale = (float)(2.0 / (double)(p->nsamples * p->seqlen)); /* H = 2/T X'X */
     for (int i = 0; i < BESA__INPUTS; i++) {
         int64_t columns = besa__input_columns(&p->shape, i);
-        if (p->gram[i]) BESA__TRY(be->gram(be, p->gram[i], input[i], scale, tokens, columns));
-        if (besa__uses_sums(&p->options)) BESA__TRY(be->column_sumsq(be, p->statistic[i], input[i], tokens, columns));
+        const void *x = besa__layer_input(p, i);
+        if (p->gram[i]) BESA__TRY(be->gram(be, p->gram[i], x, scale, tokens, columns));
+        if (besa__uses_sums(&p->options)) BESA__TRY(be->column_sumsq(be, p->statistic[i], x, tokens, columns));
     }
     return BESA_OK;
 }
@@ -4811,6 +4958,11 @@ static besa_result besa__clear_sums(besa_pruner *p)
         if (p->gram[i]) BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->gram[i], bytes * columns));
     }
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->channel_sumsq, norms));
+    for (int i = 0; i < BESA_LAYERS && p->part_sumsq[i]; i++) {
+        int64_t rows = p->shape.hidden_size, columns;
+        if (p->options.granularity == BESA_GRANULARITY_LAYER) besa_block_layer(&p->shape, i, &rows, &columns);
+        BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->part_sumsq[i], (size_t)(besa__norms(p) * rows) * sizeof(float)));
+    }
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->not_finite, sizeof p->results->not_finite));
     return be->zero(be, BESA_QUEUE_COMPUTE, p->losses, (size_t)(BESA__LOSS_STEP + p->step_losses) * sizeof(float));
 }
@@ -4838,7 +4990,9 @@ static besa_result besa__dense_chunk(const besa__work *work, const besa__walk *c
     void *x, *y = NULL, *own;
     BESA__TRY(besa__stream_open(work->x, chunk, &x));
     if (apart && chunk->first < p->reference) BESA__TRY(besa__stream_begin(work->yref, chunk, &y));
-    if (y || statistics) BESA__TRY(besa__block_forward(be, work->dense, &p->acts, x, y, chunk->count, p->seqlen, 0));
+    int keep = p->options.granularity == BESA_GRANULARITY_ATTN_MLP;
+    if (y || statistics) BESA__TRY(besa__block_forward(be, work->dense, &p->acts, x, y, chunk->count, p->seqlen, keep));
+    if (y) BESA__TRY(besa__add_parts(work, chunk->first, chunk->count));
     if (statistics) BESA__TRY(besa__add_statistics(p, chunk->count * p->seqlen));
     BESA__TRY(besa__stream_close(work->x, 0));
     if (work->own) {
@@ -5183,23 +5337,74 @@ static besa_result besa__put_on_grids(const besa__work *work)
     return BESA_OK;
 }
 
+/* A piece of a batch on its way back through the block. */
+typedef struct besa__piece {
+    besa_pruner *pruner;
+    const besa__batch *batch;
+    const besa__walk *walk;
+} besa__piece;
+
+static besa_result besa__piece_gradient(void *user, int layer, int64_t first, int64_t rows, const float *dw)
+{
+    const besa__piece *piece = (const besa__piece *)user;
+    return piece->batch->gradient(piece->batch->user, layer, first, rows, dw);
+}
+
+/* Granularity attn-mlp: at h1 attention's own loss takes the place of what comes back from the MLP's. */
+static besa_result besa__attention_loss(void *user, void *dh1)
+{
+    const besa__piece *piece = (const besa__piece *)user;
+    besa_pruner *p = piece->pruner;
+    return besa__part_loss(p, piece->batch->loss, dh1, p->acts.h1, p->part_ref, p->part_sumsq[0], p->shape.hidden_size,
+                           piece->walk->first, piece->walk->count);
+}
+
+/* Granularity layer: the loss of every layer on its inputs in the masked block, and the gradient of its weights. */
+static besa_result besa__layer_losses(const besa__work *work, const besa__backward *backward, const besa__piece *piece,
+                                      const void *x)
+{
+    besa_pruner *p = work->pruner;
+    const besa__walk *walk = piece->walk;
+    BESA__TRY(besa__block_forward(p->be, work->masked, &p->acts, x, NULL, walk->count, p->seqlen, 1));
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        const void *read = besa__layer_input(p, besa__layers[i].input);
+        if (!(piece->batch->layers >> i & 1u)) continue;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        BESA__TRY(besa__layer_forward(p->be, work->masked, i, p->part, read, backward->tokens, 0));
+        BESA__TRY(besa__layer_forward(p->be, work->dense, i, p->part_ref, read, backward->tokens, 0));
+        BESA__TRY(besa__part_loss(p, piece->batch->loss, p->part, p->part, p->part_ref, p->part_sumsq[i], rows, walk->first,
+                                  walk->count));
+        BESA__TRY(besa__layer_gradient(backward, i, p->part, read));
+    }
+    return BESA_OK;
+}
+
 /* The masked block's loss on a batch, and the gradients of its weights: L and dL/dWhat, sums over the batch. */
 static besa_result besa__batch_gradient(const besa__work *work, const besa__batch *batch)
 {
     besa_pruner *p = work->pruner;
     besa__walk walk = besa__walk_over(besa__batch_cut, p, batch->first, batch->end, batch->again);
     besa__backward backward = besa__backward_of(p->be, work->masked, &p->acts, p->seqlen);
+    besa__piece piece = {p, batch, &walk};
+    int halves = p->options.granularity == BESA_GRANULARITY_ATTN_MLP;
+    int layers = p->options.granularity == BESA_GRANULARITY_LAYER;
     backward.layers = batch->layers;
-    backward.gradient = batch->gradient;
-    backward.user = batch->user;
+    backward.gradient = besa__piece_gradient;
+    backward.at_h1 = halves ? besa__attention_loss : NULL;
+    backward.user = &piece;
     while (besa__walk_next(&walk)) {
         void *x, *yref;
         besa__backward_batch(&backward, walk.count);
         BESA__TRY(besa__put_on_grids(work));
         BESA__TRY(besa__work_open(work, &walk, &x, &yref));
-        BESA__TRY(besa__block_forward(p->be, work->masked, &p->acts, x, p->y, walk.count, p->seqlen, 1));
-        BESA__TRY(besa__pruner_loss(p, batch->loss, p->y, p->y, yref, walk.first, walk.count, 0));
-        BESA__TRY(besa__block_backward(&backward, x, p->y, NULL));
+        if (halves) BESA__TRY(besa__attention_half(p->be, work->dense, &p->acts, x, p->part_ref, walk.count, p->seqlen));
+        if (layers) BESA__TRY(besa__layer_losses(work, &backward, &piece, x));
+        else {
+            BESA__TRY(besa__block_forward(p->be, work->masked, &p->acts, x, p->y, walk.count, p->seqlen, 1));
+            BESA__TRY(besa__pruner_loss(p, batch->loss, p->y, p->y, yref, walk.first, walk.count, 0));
+            BESA__TRY(besa__block_backward(&backward, x, p->y, NULL));
+        }
         BESA__TRY(besa__work_close(work, 0, yref));
     }
     return BESA_OK;
@@ -5542,7 +5747,7 @@ static besa_result besa__fetch_results(besa_pruner *p)
     if (besa__learns_rates(p)) {
         BESA__TRY(be->download(be, q, r->scalars, p->parameters.step.scalars, sizeof r->scalars));
         BESA__TRY(be->download(be, q, &r->mean, p->rates.mean, sizeof r->mean));
-        BESA__TRY(be->download(be, q, &r->excess, p->rates.excess, sizeof r->excess));
+        BESA__TRY(be->download(be, q, r->excess, p->rates.excess, (size_t)p->rates.parts * sizeof *r->excess));
     }
     BESA__TRY(be->synchronize(be, BESA_QUEUE_UPLOAD));
     BESA__TRY(be->synchronize(be, BESA_QUEUE_DOWNLOAD));
@@ -5698,7 +5903,7 @@ static besa_result besa__report_block(besa_pruner *p, const char *name, besa_blo
     BESA__TRY(besa__check_vectors_finite(p, name, error));
     if (besa__learns_rates(p)) {
         BESA__TRY(besa__check_status(&p->rates, r->scalars[0], r->mean, error));
-        BESA__TRY(besa__check_excess(&p->rates, r->excess, error));
+        for (int i = 0; i < p->rates.parts; i++) BESA__TRY(besa__check_excess(&p->rates, i, r->excess[i], error));
         report->d = r->scalars[0];
         report->mean_rate = (double)r->mean;
     }
@@ -10722,6 +10927,18 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
  * ============================================================================================
  * Owns no memory: the layout of section run on nothing, and FLOP counted from shapes. */
 
+/* FLOP of a learning step that losses within the block add, per token: attention's half of the dense block; or every layer's
+ * outputs twice, without the way back. */
+static double besa__parts_flop(const besa__run *run, double weights, double qkv, double attention)
+{
+    const besa_block_shape *s = &run->config->block;
+    double o = (double)(s->num_attention_heads * s->head_dim) * (double)s->hidden_size;
+    double down = (double)s->intermediate_size * (double)s->hidden_size;
+    if (run->pruner.options.granularity == BESA_GRANULARITY_ATTN_MLP) return 2 * (qkv + o) + attention;
+    if (run->pruner.options.granularity == BESA_GRANULARITY_LAYER) return 2 * (weights - down + qkv) - 2.5 * attention;
+    return 0;
+}
+
 /* FLOP of all products: 2 per weight and token forward, 3.7 more in the learning step (q, k and v need no input
  * gradient, but where the first norm learns), attention's causal half, Gram matrices, and a block's refits. */
 static double besa__plan_flop(const besa__run *run)
@@ -10741,8 +10958,10 @@ static double besa__plan_flop(const besa__run *run)
     double dense = besa__uses_inputs(o) ? 1 : (double)run->pruner.reference / (double)run->pruner.nsamples;
     double flop = dense * forward + (besa__uses_gram(o) ? gram : 0); /* of blocks that are pruned */
     double scores = (double)besa__gradient_sequences(&run->pruner) / (double)run->pruner.nsamples;
-    flop += ((double)besa__mask_epochs(&run->pruner) + scores) * (forward + backward);
-    if (besa__learns_last(&run->pruner)) flop += (double)o->weight_epochs * (forward + backward);
+    double step = forward + backward + besa__parts_flop(run, weights, qkv, attention);
+    if (o->granularity == BESA_GRANULARITY_LAYER) flop += 2 * weights; /* their dense outputs, for channel norms */
+    flop += ((double)besa__mask_epochs(&run->pruner) + scores) * step;
+    if (besa__learns_last(&run->pruner)) flop += (double)o->weight_epochs * step;
     if (besa__learns_vectors(&run->pruner)) flop += 2 * qkv * (double)(o->weight_epochs + (o->learn == BESA_LEARN_BOTH ? o->epochs : 0));
     flop = (flop * tokens + besa__refit_flop(&run->pruner)) * (double)(besa__end_block(run) - besa__first_block(run));
     flop += tokens * (double)run->config->num_hidden_layers * (1 + run->has_dense) * forward;

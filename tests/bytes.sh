@@ -88,6 +88,8 @@ done <<'END'
 --method wanda --preset weights --pattern 2:4
 --preset best --pattern 2:4
 --learn weights --pattern 1:4 --importance gradient --fix down_proj=0.3 --weight-epochs 1
+--granularity attn-mlp --batch-size 2
+--granularity layer --learn both --weight-epochs 1
 --dense-share 0.3 --depth-slope 0.2
 --blocks 1-2 --learn both --weight-lr 0.1
 --method wanda --refit cg

@@ -834,7 +834,8 @@ static void check_close(double got, double want, double limit, const char *what,
 /* The whole run on both backends: masks and losses */
 static void compare_pipelines(const char *name, besa_method method, int fp32, double masks, double losses,
                               besa_learn learn = BESA_LEARN_RATES, double share = 0, besa_refit refit = BESA_REFIT_NONE,
-                              int bits = 0)
+                              int bits = 0, int pattern = 0,
+                              besa_granularity granularity = BESA_GRANULARITY_BLOCK)
 {
     besa_backend cpu, cuda = cuda_backend(fp32);
     besa_error error;
@@ -847,7 +848,11 @@ static void compare_pipelines(const char *name, besa_method method, int fp32, do
         r->options.refit = refit, r->options.damping = refit ? 0.5 : 0; /* fewer tokens than columns: else a rounding counts */
         r->options.learn_vectors = learn == BESA_LEARN_BOTH;
         r->options.bits = bits, r->options.group_size = bits ? 24 : 0;
+        r->options.pattern_n = pattern ? 2 : 0, r->options.pattern_m = pattern;
+        if (pattern) r->options.importance = BESA_IMPORTANCE_GRADIENT;
         if (learn != BESA_LEARN_RATES) r->options.dense_share = 0.5, r->options.batch_size = 2, r->options.epochs = 1;
+        r->options.granularity = granularity;
+        if (granularity != BESA_GRANULARITY_BLOCK) r->options.dense_share = 0;
     }
     CHECK_OK(run_prune(&a, &cpu), a.error);
     CHECK_OK(run_prune(&b, &cuda), b.error);
@@ -886,6 +891,12 @@ static void test_pipeline(void)
     TEST("pipeline, bits, wanda, fp32") compare_pipelines("wanda4", BESA_METHOD_WANDA, 1, 1e-3, 0.01, BESA_LEARN_RATES, 0, BESA_REFIT_NONE, 4);
     TEST("pipeline, bits, besa and weights, fp32") compare_pipelines("both5", BESA_METHOD_BESA, 1, 2e-2, 0.03, BESA_LEARN_BOTH, 0, BESA_REFIT_NONE, 5);
     TEST("pipeline, besa and weights, fp32") compare_pipelines("both32", BESA_METHOD_BESA, 1, 1e-2, 0.02, BESA_LEARN_BOTH);
+    TEST("pipeline, weights by a pattern, fp32")
+        compare_pipelines("pattern32", BESA_METHOD_BESA, 1, 1e-2, 0.02, BESA_LEARN_BOTH, 0, BESA_REFIT_NONE, 0, 4);
+    TEST("pipeline, attention, MLP and weights, fp32")
+        compare_pipelines("halves32", BESA_METHOD_BESA, 1, 1e-2, 0.02, BESA_LEARN_BOTH, 0, BESA_REFIT_NONE, 0, 0, BESA_GRANULARITY_ATTN_MLP);
+    TEST("pipeline, layers, fp32")
+        compare_pipelines("layers32", BESA_METHOD_BESA, 1, 1e-2, 0.02, BESA_LEARN_RATES, 0, BESA_REFIT_NONE, 0, 0, BESA_GRANULARITY_LAYER);
     TEST("pipeline, wanda and cg, fp32") compare_pipelines("cg32", BESA_METHOD_WANDA, 1, 1e-2, 0.05, BESA_LEARN_RATES, 0, BESA_REFIT_CG);
     if (!g_sanitized) { /* the same kernels */
         TEST("pipeline, wanda and obs, fp32")

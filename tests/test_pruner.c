@@ -288,11 +288,18 @@ static double fixed_rate(const besa_prune_options *o, int layer)
     return -1;
 }
 
-static double learned_weights(const run *r)
+/* The part whose target a layer's rates have. */
+static int part_of(const run *r, int layer)
+{
+    return r->options.granularity == BESA_GRANULARITY_LAYER ? layer : r->options.granularity == BESA_GRANULARITY_ATTN_MLP ? layer > 3 : 0;
+}
+
+/* Of a part, or (negative) of all. */
+static double learned_weights(const run *r, int part)
 {
     double weights = 0;
     for (int l = 0; l < BESA_LAYERS; l++)
-        if (fixed_rate(&r->options, l) < 0) weights += (double)(r->m->rows[l] * r->m->columns[l]);
+        if (fixed_rate(&r->options, l) < 0 && (part < 0 || part_of(r, l) == part)) weights += (double)(r->m->rows[l] * r->m->columns[l]);
     return weights;
 }
 
@@ -459,6 +466,86 @@ static void use_vectors(besa_block *b, float *const vector[BESA_VECTORS])
         if (vector[i]) *besa__block_vector(b, i) = vector[i];
 }
 
+/* The layers' inputs as a forward pass has left them. */
+static const float *input_of(const besa_activations *acts, int layer)
+{
+    return (const float *)(layer < 3 ? acts->a : layer == 3 ? acts->attn : layer < 6 ? acts->m : acts->z);
+}
+
+/* Sums of squares of what the dense layer puts out, over sequences first .. first + count - 1 */
+static double *layer_norms(const run *r, int layer, int64_t first, int64_t count)
+{
+    int64_t R = r->m->rows[layer], C = r->m->columns[layer];
+    double *norm2 = (double *)take((size_t)R * sizeof *norm2);
+    besa_activations acts = r->m->acts;
+    forward(&r->m->block, &acts, r->m->x + first * SEQLEN * WIDTH, take_floats(count * SEQLEN * WIDTH), count);
+    const float *x = input_of(&acts, layer), *w = weight_of(r->m, layer), *bias = r->m->block.bias[layer];
+    for (int64_t t = 0; t < count * SEQLEN; t++)
+        for (int64_t q = 0; q < R; q++) {
+            double y = bias ? (double)bias[q] : 0;
+            for (int64_t j = 0; j < C; j++) y += (double)x[t * C + j] * (double)w[q * C + j];
+            norm2[q] += y * y;
+        }
+    return norm2;
+}
+
+/* Granularity layer: each layer by itself, on its inputs in the masked block b; in double. */
+static double layer_losses(const run *r, const besa_block *b, int64_t first, int64_t count, gradients *g)
+{
+    double loss = 0;
+    int64_t of = r->options.norm_all ? r->sequences : count;
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        int64_t R = r->m->rows[l], C = r->m->columns[l];
+        double *norm2 = layer_norms(r, l, r->options.norm_all ? 0 : first, of);
+        besa_activations acts = r->m->acts;
+        forward(b, &acts, r->m->x + first * SEQLEN * WIDTH, take_floats(count * SEQLEN * WIDTH), count);
+        const float *x = input_of(&acts, l), *w = weight_of(r->m, l), *what = (const float *)b->weight[l];
+        double *dw = (double *)take((size_t)(R * C) * sizeof *dw), one = 0;
+        for (int64_t t = 0; t < count * SEQLEN; t++)
+            for (int64_t q = 0; q < R; q++) {
+                double e = 0;
+                for (int64_t j = 0; j < C; j++) e += (double)x[t * C + j] * ((double)what[q * C + j] - (double)w[q * C + j]);
+                one += e * e / norm2[q] / (double)R;
+                for (int64_t j = 0; j < C; j++) dw[q * C + j] += 2 * e / norm2[q] / (double)R * (double)x[t * C + j];
+            }
+        int learns = r->options.learn != BESA_LEARN_RATES ? fixed_rate(&r->options, l) != 0 : fixed_rate(&r->options, l) < 0;
+        if (learns) loss += one;
+        for (int64_t i = 0; i < R * C; i++) g->dw[l][i] = (float)dw[i];
+    }
+    return loss;
+}
+
+/* Granularity attn-mlp: the loss at h1, and what it gives the four layers of attention in the place of what the block's loss
+ * gave them: h1 is the output of the block b without its last layer. */
+static double attention_loss(const run *r, const besa_block *b, int64_t first, int64_t count, gradients *g)
+{
+    float *y = take_floats(count * SEQLEN * WIDTH), *yref = take_floats(r->sequences * SEQLEN * WIDTH);
+    float *none = take_floats(r->m->rows[6] * r->m->columns[6]);
+    const float *x = r->m->x + first * SEQLEN * WIDTH;
+    besa_activations acts = r->m->acts;
+    besa_block dense = r->m->block, masked = *b;
+    gradients half = *g;
+    double norm2[WIDTH], loss = 0;
+    for (int64_t i = 0; i < r->m->rows[6] * r->m->columns[6]; i++) none[i] = 0;
+    for (int l = 0; l < BESA_LAYERS; l++) half.dw[l] = take_floats(r->m->rows[l] * r->m->columns[l]);
+    dense.weight[BESA_DOWN] = masked.weight[BESA_DOWN] = none;
+    dense.bias[BESA_DOWN] = masked.bias[BESA_DOWN] = NULL;
+    forward(&dense, &acts, r->m->x, yref, r->sequences);
+    batch_norms(r, yref, r->sequences, first, norm2);
+    for (int i = 0; i < BESA_VECTORS; i++) half.dvector[i] = acts.dvector[i] = take_floats(besa__vector_count(&b->shape, i));
+    forward(&masked, &acts, x, y, count);
+    for (int64_t i = 0; i < count * SEQLEN * WIDTH; i++) {
+        double e = (double)y[i] - (double)yref[first * SEQLEN * WIDTH + i];
+        loss += e * e / norm2[i % WIDTH] / WIDTH;
+        y[i] = (float)(2 * e / norm2[i % WIDTH] / WIDTH);
+    }
+    CHECK_OK(besa_block_backward(&g_be, &masked, &acts, x, y, NULL, count, SEQLEN, keep_gradient, &half, &g_error), g_error);
+    for (int l = 0; l < 4; l++) g->dw[l] = half.dw[l];
+    for (int i = 0; i < BESA_VECTORS; i++)
+        if (i < 4 || i == BESA_NORM1 || i == BESA_Q_NORM || i == BESA_K_NORM) g->dvector[i] = half.dvector[i];
+    return loss;
+}
+
 /* The loss of a step's batch by its masks and dL/dW, the whole batch at once. */
 static double batch_loss(const run *r, const recorded *step, int64_t first, int64_t count, gradients *g)
 {
@@ -473,6 +560,7 @@ static double batch_loss(const run *r, const recorded *step, int64_t first, int6
         g->dw[l] = take_floats(r->m->rows[l] * r->m->columns[l]);
     }
     use_vectors(&b, step->vector);
+    if (r->options.granularity == BESA_GRANULARITY_LAYER) return layer_losses(r, &b, first, count, g);
     for (int i = 0; i < BESA_VECTORS; i++) g->dvector[i] = acts.dvector[i] = take_floats(besa__vector_count(&b.shape, i));
     forward(&b, &acts, x, y, count);
     batch_norms(r, reference_of(r), r->sequences, first, norm2);
@@ -482,7 +570,7 @@ static double batch_loss(const run *r, const recorded *step, int64_t first, int6
         y[i] = (float)(2 * e / norm2[i % WIDTH] / WIDTH);
     }
     CHECK_OK(besa_block_backward(&g_be, &b, &acts, x, y, NULL, count, SEQLEN, keep_gradient, g, &g_error), g_error);
-    return loss;
+    return r->options.granularity == BESA_GRANULARITY_ATTN_MLP ? loss + attention_loss(r, &b, first, count, g) : loss;
 }
 
 /* dL/dbeta of one layer: candidate d prunes the ranks below k_d = (D - d) C / D, of every row of the group. */
@@ -495,10 +583,10 @@ static void beta_gradient(const run *r, int layer, const int32_t *rank, const fl
             dbeta[i / C / group_rows][d] -= (double)dw[i] * (double)w[i];
 }
 
-/* alpha and n of one step's rows against theta; the mean rate of the learned layers */
-static double check_rates(const run *r, const recorded *step)
+/* alpha and n of one step's rows against theta; mean: the mean rate of each part's learned layers */
+static void check_rates(const run *r, const recorded *step, double mean[BESA_LAYERS])
 {
-    double mean = 0;
+    memset(mean, 0, BESA_LAYERS * sizeof *mean);
     int64_t at = 0, group_rows, wrong = 0;
     for (int l = 0, row = 0; l < BESA_LAYERS; row += (int)r->m->rows[l++]) {
         layer_rates rates = rates_of(&r->options, step->theta, &at, r->m->rows[l], &group_rows);
@@ -508,13 +596,12 @@ static double check_rates(const run *r, const recorded *step)
             double exact = (double)C * (fixed < 0 ? rates.alpha[q / group_rows] : fixed);
             int32_t zeros = fixed < 0 ? zeros_of(weight_of(r->m, l) + q * C, C) : 0, n = (int32_t)floor(exact);
             want[q] = rates.alpha[q / group_rows];
-            if (fixed < 0) mean += want[q] * (double)C / learned_weights(r);
+            if (fixed < 0) mean[part_of(r, l)] += want[q] * (double)C / learned_weights(r, part_of(r, l));
             wrong += fabs(exact - rint(exact)) > 1e-4 && step->n[row + q] != (n > zeros ? n : zeros);
         }
         if (fixed < 0) CHECK_CLOSE("alpha", step->alpha + row, want, r->m->rows[l], 1e-6);
     }
     CHECK(wrong == 0, "%d rows prune another number than their rate says", (int)wrong);
-    return mean;
 }
 
 /* ---- grids and their clips ------------------------------------------------------------------- */
@@ -694,24 +781,25 @@ static void check_clips(const run *r, int64_t s, const levels *levels, const gra
 
 /* ---- steps ----------------------------------------------------------------------------------- */
 
-/* The gradient of theta from the gradients of the weights, which w are without masks. mean: of the rates */
+/* The gradient of theta from the gradients of the weights, which w are without masks. mean: of each part's rates */
 static void check_theta(const run *r, const recorded *step, int32_t *const rank[BESA_LAYERS], const float *const w[BESA_LAYERS],
-                        const gradients *g, double mean)
+                        const gradients *g, const double mean[BESA_LAYERS])
 {
     const besa_rate_options *o = &r->options.rates;
     double lambda = o->penalty == BESA_NONE ? 0 : o->penalty ? o->penalty : 1, *grad;
-    double pull = 2 * lambda * (mean - o->target) / (o->target * o->target);
     int64_t at = 0;
     grad = (double *)take((size_t)r->parameters * sizeof *grad);
     for (int l = 0; l < BESA_LAYERS; l++) {
         double dbeta[INNER][CANDIDATES] = { { 0 } };
         int64_t R = r->m->rows[l], C = r->m->columns[l], group_rows;
         layer_rates rates = rates_of(&r->options, step->theta, &at, R, &group_rows);
+        int part = part_of(r, l);
+        double pull = 2 * lambda * (mean[part] - o->target) / (o->target * o->target);
         if (fixed_rate(&r->options, l) < 0) {
             beta_gradient(r, l, rank[l], w[l], g->dw[l], group_rows, dbeta);
             for (int64_t q = 0; q < R; q++)
                 for (int d = 0; d < CANDIDATES; d++)
-                    dbeta[q / group_rows][d] += pull * (double)C / learned_weights(r) * (1 - (double)d / (CANDIDATES - 1));
+                    dbeta[q / group_rows][d] += pull * (double)C / learned_weights(r, part) * (1 - (double)d / (CANDIDATES - 1));
             theta_gradient(&rates, step->theta, dbeta, grad);
         }
         CHECK_CLOSE(besa_layer_name(l), step->grad + rates.at, grad + rates.at, at - rates.at, 1e-4);
@@ -725,7 +813,8 @@ static void check_step(const run *r, int64_t s, int32_t *const rank[BESA_LAYERS]
     const recorded *step = &r->step[s];
     int64_t batch = r->options.batch_size ? r->options.batch_size : 1, batches = (r->sequences + batch - 1) / batch;
     int64_t first = s % batches * batch, count = first + batch > r->sequences ? r->sequences - first : batch;
-    double mean = check_rates(r, step);
+    double mean[BESA_LAYERS];
+    check_rates(r, step, mean);
     gradients g;
     int wrong = 0, bits = r->options.bits;
     recorded read = *step;
@@ -760,14 +849,18 @@ static double final_counts(run *r, int32_t *n)
             columns[row + q] = fixed < 0 ? (int32_t)C : 0;
             want[row + q] = fixed < 0 ? rate : (double)r->alpha[row + q];
             n[row + q] = (int32_t)floor((fixed < 0 ? rate : fixed) * (double)C);
-            if (fixed < 0) mean += rate * (double)C / learned_weights(r);
+            if (fixed < 0) mean += rate * (double)C / learned_weights(r, -1);
             if (fixed < 0 && n[row + q] < least[row + q]) n[row + q] = least[row + q];
         }
     }
     CHECK_CLOSE("alpha at the end", r->alpha, want, ROWS, 1e-6);
     if (r->options.no_projection) return mean;
-    ref_project(&g_ops, projected, r->alpha, least, columns,
-                (int64_t)floor(r->options.rates.target * learned_weights(r) + 0.5), ROWS);
+    for (int l = 0, first = 0, rows = 0; l < BESA_LAYERS; first += rows, rows = 0) { /* part after part */
+        int part = part_of(r, l);
+        while (l < BESA_LAYERS && part_of(r, l) == part) rows += (int)r->m->rows[l++];
+        ref_project(&g_ops, projected + first, r->alpha + first, least + first, columns + first,
+                    (int64_t)floor(r->options.rates.target * learned_weights(r, part) + 0.5), rows);
+    }
     for (int i = 0; i < ROWS; i++)
         if (columns[i]) n[i] = projected[i];
     forget_references();
@@ -1063,7 +1156,11 @@ static void check_weight_step(const run *r, moving layer[BESA_LAYERS], moving ve
     for (int l = 0; l < BESA_LAYERS && o->bits; l++) read.what[l] = on.masked[l], unmasked[l] = on.w[l];
     check_number("a step's loss", (double)step->loss, batch_loss(r, &read, first, count, &g), 5e-5);
     if (step->clip) check_clips(r, s, &on, &g, m, v);
-    if (s < rate_steps && step->grad) check_theta(r, step, rank, unmasked, &g, check_rates(r, step));
+    if (s < rate_steps && step->grad) {
+        double mean[BESA_LAYERS];
+        check_rates(r, step, mean);
+        check_theta(r, step, rank, unmasked, &g, mean);
+    }
     for (int i = 0; i < BESA_VECTORS; i++)
         if (step->vector[i]) check_vector_step(r, step, i, &vector[i], layer, &g, moves ? lr : 0, s - started + 1);
     for (int l = 0; l < BESA_LAYERS; l++) {
@@ -1774,6 +1871,24 @@ static void test_learn(const model *m)
     TEST("learning, batches of 3, by scores that see the loss") test_learning(m, &o, SEQUENCES);
 }
 
+static void test_parts(const model *m)
+{
+    static const besa_fixed_rate fixed[] = { { "k_proj", 0.23 }, { "v_proj", 0 }, { "down_proj", 0.6 } };
+    besa_prune_options o = learning_options(1);
+    o.rates.penalty = 0.02, o.granularity = BESA_GRANULARITY_ATTN_MLP;
+    TEST("learning of attention and MLP, a sequence a step") test_learning(m, &o, SEQUENCES);
+    o.granularity = BESA_GRANULARITY_LAYER;
+    TEST("learning of layers, a sequence a step") test_learning(m, &o, SEQUENCES);
+    o = learning_options(4);
+    o.rates.penalty = 0.05, o.norm_all = 1, o.granularity = BESA_GRANULARITY_LAYER, o.fixed = fixed, o.num_fixed = 3;
+    o.rates.target = 0.43;
+    TEST("learning of layers, batches of 4, fixed layers, norms of all") test_learning(m, &o, SEQUENCES);
+    o.granularity = BESA_GRANULARITY_ATTN_MLP, o.learn = BESA_LEARN_BOTH, o.weight_epochs = 1, o.learn_vectors = 1;
+    TEST("rates and weights of attention and MLP, batches of 4, fixed layers") test_weights(m, &o, SEQUENCES);
+    o.granularity = BESA_GRANULARITY_LAYER, o.norm_all = 0, o.num_fixed = 0, o.batch_size = 3, o.learn_vectors = 0;
+    TEST("rates and weights of layers, batches of 3") test_weights(m, &o, 7);
+}
+
 /* What is for whole models is refused, not ignored. */
 static void test_whole_models(const model *m)
 {
@@ -1920,6 +2035,7 @@ int main(int argc, char **argv)
     g_ops.be = &g_be;
     m = new_model(1);
     test_learn(&m);
+    test_parts(&m);
     test_moving(&m);
     test_moving_patterns(&m);
     test_grids(&m);
