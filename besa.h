@@ -60,6 +60,10 @@
  *              until the count is exact (but with no_projection), and
  *              What. Fixed layers take no part. With learn both the kept weights move along dL/dWhat too, as below, and are
  *              ranked anew before the next step             besa__rank_and_mask
+ *              With granularity attn-mlp or layer the loss is that    besa__attention_loss, besa__layer_losses
+ *              of parts of the block, which learn apart
+ *              With a pattern n of m there are no rates: weights move as with learn both, and the n smallest scores
+ *              of every m go              besa__mask_by_pattern
  *     weights  where kept weights learn (besa__weights_pass), with any method: masks stay. For every batch the loss and
  *              dL/dWhat as above; every weight that is not 0 by Adam      besa__weights_move
  *              With learn_vectors the block's norms and biases move       besa__vectors_move
@@ -167,6 +171,8 @@
  *                                 conjugate gradients or by SparseGPT's update; not with bits or learn both, obs not with sparsegpt
  *     refit_steps                 [10] of conjugate gradients
  *     epochs, batch_size          [1, 1]
+ *     granularity                 [block] attn-mlp, layer: whose outputs the loss is measured on, see besa_granularity: the
+ *                                 paper's ablation. Not with dense_stream, dense_share
  *     norm_all, dense_stream      [0, 0] loss norms over all tokens: a batch's loss shrinks to its share of them, and the penalty
  *                                 weighs more; reference from the dense model's own stream. Where something learns
  *     dense_share                 [0] the reference is a mixture: this share from the dense model's own stream
@@ -178,7 +184,8 @@
  *                                 which it rises. Then it falls to 0 over the steps, as a half cosine
  *     learn_vectors               [0] the block's norms and biases learn wherever its kept weights do
  *     no_projection               [0] leave the sparsity where learning ended
- *     pattern_n, pattern_m        [none] n of every m; not with besa
+ *     pattern_n, pattern_m        [none] n of every m; with besa no rates, but weights that learn: with learn both masks are
+ *                                 chosen anew as these move
  *     magnitude_per_row           [0] magnitude: each row at the target instead of each layer
  *     bits, group_size            [none, 0] put kept weights on 2^bits levels, 2 to 8 bits, one grid for so many columns of a
  *                                 row, or for all of it. Every layer of a pruned block, dense ones too. What it takes to store
@@ -201,6 +208,20 @@
  *     device_memory               [CUDA: 31/32 of what is free; CPU: no limit] the most bytes that a run takes of the backend's
  *                                 memory. To stay below, a GPU's activations move to the host; then fewer sequences are
  *                                 computed at a time
+ *
+ * OPTIONS OF THE PUBLISHED CODE (OpenGVLab/LLMPrune-BESA, main.py), and what they are here
+ *
+ *     --metric-type importance; --blocksize group_rows; --sparsity-step 1 / candidates; --sparsity-beta penalty; --norm-all
+ *     norm_all; --no-sigmoid-smooth plain_softmax; --prune-dense dense_stream; --fix-layers fixed; --normal-opt optimizer;
+ *     --use-cos-sche schedule, by steps; --d-coef d_coef, by model as under besa_preset. Learned clipping of weights is in the
+ *     paper, not in that code: bits, clipping. Left out are
+ *     --lora-rank      low-rank terms beside the weights: both factors start at 0, where the gradient of each is 0, and never
+ *                      move. What they are for, weights that make up for what is gone, is option learn
+ *     --wise-dim       column: a share of every input's weights instead of every output's. Norms of the inputs then cancel out
+ *                      of Wanda's scores, and what is left is magnitude
+ *     --clip-grad      Prodigy's and Adam's steps do not grow with the gradients
+ *     --l2-alpha       its ratio to --sparsity-beta is all that counts: penalty
+ *     --no-decouple, --use-bias-correction, --safeguard-warmup   forms of Prodigy that the paper's runs do without
  *
  * MEMORY AND TIME
  *
@@ -246,7 +267,7 @@
  *     arithmetic must be IEEE's: fast math and x87 (32-bit x86 without -msse2 -mfpmath=sse) do not compile, and a CPU backend
  *     is refused where exp or subnormal numbers come out wrong. Sizes are 64-bit: what a 32-bit process cannot address is
  *     BESA_ERROR_MEMORY. Files are mapped: a source that is truncated while it is read ends the process (SIGBUS).
- *     At most 1024 blocks; prunable weights of one dtype; widths up to 2^24; 2^36 tokens. N:M patterns are for the baselines.
+ *     At most 1024 blocks; prunable weights of one dtype; widths up to 2^24; 2^36 tokens.
  *
  * REFERENCES
  *
@@ -1041,6 +1062,19 @@ typedef enum besa_learn {
     BESA_LEARN_COUNT
 } besa_learn;
 
+/* Whose outputs the loss of learning is measured on: the block's; those of attention and MLP, of which each learns by its own
+ * loss alone, attention's at h1 = x + attn Wo' and the MLP's at the block's output; or every layer's, on the inputs that the
+ * pruned layers before it leave. References are what dense weights put out, and channel norms theirs. */
+#define BESA_GRANULARITIES(X)                                                                      \
+    X(BESA_GRANULARITY_BLOCK, "block") X(BESA_GRANULARITY_ATTN_MLP, "attn-mlp") X(BESA_GRANULARITY_LAYER, "layer")
+
+typedef enum besa_granularity {
+#define BESA__ENUM(value, name) value,
+    BESA_GRANULARITIES(BESA__ENUM)
+#undef BESA__ENUM
+    BESA_GRANULARITY_COUNT
+} besa_granularity;
+
 /* How the kept weights of a layer are fitted to what it puts out with dense weights, once the mask is there. */
 #define BESA_REFITS(X)                                                                             \
     X(BESA_REFIT_NONE, "none")                                                                     \
@@ -1071,7 +1105,8 @@ typedef struct besa_prune_options {
     besa_method method;
     const struct besa_checkpoint *masks;        /* level 1, BESA_METHOD_KEEP: what is 0 in this checkpoint of the same shape, of
                                                    any dtype, pruned by whatever program, is to be 0 */
-    int pattern_n, pattern_m;                   /* n of every m consecutive weights pruned; 0: unstructured; not BESA */
+    int pattern_n, pattern_m;                   /* n of every m consecutive weights pruned; 0: unstructured; BESA: not
+                                                   with BESA_LEARN_RATES */
     int magnitude_per_row;                      /* magnitude: each row at the target instead of each layer */
     besa_importance importance;                 /* BESA only */
     double damping;                             /* [0.01] of the mean diagonal is added to Hessians: method sparsegpt, the
@@ -1080,6 +1115,8 @@ typedef struct besa_prune_options {
                                                    Not with bits or BESA_LEARN_BOTH; BESA_REFIT_OBS not with sparsegpt */
     int64_t refit_steps;                        /* [10] BESA_REFIT_CG */
     int64_t epochs, batch_size;                 /* BESA [1, 1]; batch in sequences */
+    besa_granularity granularity;               /* [block] others: not with dense_stream or dense_share, layer not with
+                                                   learn_vectors. Rates of each part reach the target for themselves */
     int norm_all;                               /* channel norms of the loss over all tokens, not per batch */
     int dense_stream;                           /* Yref from the dense model's own stream, not from the pruned prefix */
     double dense_share;                         /* [0] of the dense model's own stream in Yref; the rest is the dense block's
@@ -2005,6 +2042,7 @@ static const char *besa__range_text(const besa__range *range, char *buffer, size
 
 static const char besa__method_names[] = BESA_METHODS(BESA__BAR); /* these begin with a bar */
 static const char besa__learn_names[] = BESA_LEARNING(BESA__BAR);
+static const char besa__granularity_names[] = BESA_GRANULARITIES(BESA__BAR);
 static const char besa__refit_names[] = BESA_REFITS(BESA__BAR);
 static const char besa__clipping_names[] = BESA_CLIPPINGS(BESA__BAR);
 static const char besa__importance_names[] = BESA_IMPORTANCES(BESA__BAR_OF_SIX);
@@ -2069,6 +2107,8 @@ static const besa_option besa__options[] = {
      "epochs", "N", "passes over the calibration sequences [1]"},
     {BESA__PRUNE(INT64, batch_size), 1, 1, BESA__NO_LIMIT, BESA__BESA | BESA__WEIGHTS, "1 or more",
      "batch-size", "N", "sequences of a learning step [1]"},
+    {BESA__PRUNE(ENUM, granularity), 0, 0, BESA_GRANULARITY_COUNT - 1, BESA__BESA | BESA__WEIGHTS,
+     "a value of besa_granularity", "granularity", &besa__granularity_names[1], "whose outputs the loss of learning is measured on [block]"},
     {BESA__PRUNE(FLAG, norm_all), 0, 0, 1, BESA__BESA | BESA__WEIGHTS, "0 or 1",
      "norm-all", "", "channel norms of the loss from all sequences, not the batch"},
     {BESA__PRUNE(FLAG, dense_stream), 0, 0, 1, BESA__BESA | BESA__WEIGHTS, "0 or 1",
@@ -2155,11 +2195,17 @@ static int besa__clips_learn(const besa_prune_options *o)
     return o->clipping == BESA_CLIPPING_LEARNED || o->method == BESA_METHOD_BESA || o->learn != BESA_LEARN_RATES;
 }
 
+/* Are there rates to learn? A pattern leaves none. */
+static int besa__has_rates(const besa_prune_options *o) { return o->method == BESA_METHOD_BESA && !o->pattern_m; }
+
 /* Does a run with these options look at that one? */
 BESA__UNUSED static int besa__option_used(const besa_option *row, const besa_prune_options *o)
 {
+    const size_t begin = offsetof(besa_prune_options, rates), end = begin + sizeof o->rates;
     if (row->flags & BESA_OPTION_BITS) return o->bits != 0;
     if (!(row->flags & (BESA_OPTION_BESA | BESA_OPTION_WEIGHTS))) return 1;
+    if ((row->offset >= begin && row->offset < end) || row->offset == offsetof(besa_prune_options, no_projection))
+        return besa__has_rates(o);
     return (row->flags & BESA_OPTION_BESA && o->method == BESA_METHOD_BESA) ||
            (row->flags & BESA_OPTION_WEIGHTS && (o->learn != BESA_LEARN_RATES || besa__clips_learn(o)));
 }
@@ -2527,7 +2573,8 @@ static float *besa__parameters_at(float *array, int64_t offset) { return offset 
 
 typedef struct besa__rate_layer {
     besa_rate_shape shape;
-    double share;                               /* of the learned weights; 0 where the layer is fixed */
+    int part;                                   /* 0 .. parts - 1; the layers of a part follow one another */
+    double share, part_share;                   /* of the learned weights, of all and of its part; 0 where it is fixed */
     int64_t theta_layer, theta_row;             /* first parameter; negative: none */
     uint16_t *bucket;                           /* (units) */
     int32_t *units;                             /* (R) the units of each row, 0 where the layer is fixed */
@@ -2543,8 +2590,10 @@ struct besa_rates {
     besa__rate_layer *layer;                    /* (masks->count) */
     int32_t *units;                             /* (masks->rows) */
     float *alpha;                               /* (masks->rows) */
-    float *mean;                                /* (1) S: mean rate of the learned layers */
-    int64_t *excess;                            /* (1) whether the projection worked, from be->project_counts */
+    int parts;                                  /* [1] parts of the layers that each have the target for themselves */
+    float *mean;                                /* (1) mean rate of the learned layers */
+    float *part_mean;                           /* (parts) S: of each part's; mean itself where that is all */
+    int64_t *excess;                            /* (parts) whether the projection worked, from be->project_counts */
     void *workspace;                            /* what operations use in a call of the caller's; NULL: what is set */
     size_t workspace_bytes;
 };
@@ -2648,7 +2697,8 @@ static void besa__rates_place(besa_rates *rates, besa__rate_layer *layer, besa__
     rates->units = (int32_t *)besa__take_array(arena, masks->rows, sizeof(int32_t));
     rates->alpha = besa__take_floats(arena, masks->rows);
     rates->mean = besa__take_floats(arena, 1);
-    rates->excess = (int64_t *)besa__take(arena, sizeof(int64_t));
+    rates->part_mean = rates->parts > 1 ? besa__take_floats(arena, rates->parts) : rates->mean;
+    rates->excess = (int64_t *)besa__take_array(arena, rates->parts, sizeof(int64_t));
     if (!arena->base) return;
     for (int64_t i = 0, first = 0; i < masks->count; first += layer[i++].shape.rows) {
         layer[i].units = rates->units + first;
@@ -2656,22 +2706,25 @@ static void besa__rates_place(besa_rates *rates, besa__rate_layer *layer, besa__
     }
 }
 
-/* Weights of the learned layers, in units. */
-static int64_t besa__rates_learned(const besa_rates *rates)
+/* Weights of the learned layers, in units: of a part, or (negative) of all. */
+static int64_t besa__rates_learned(const besa_rates *rates, int part)
 {
     int64_t total = 0;
     for (int i = 0; i < rates->masks->count; i++)
-        if (rates->masks->layer[i].fixed < 0) total += rates->layer[i].shape.rows * rates->layer[i].shape.units;
+        if (rates->masks->layer[i].fixed < 0 && (part < 0 || rates->layer[i].part == part))
+            total += rates->layer[i].shape.rows * rates->layer[i].shape.units;
     return total;
 }
 
 /* Each layer's share of them. */
 static void besa__rates_share(besa_rates *rates)
 {
-    double total = (double)besa__rates_learned(rates);
+    double total = (double)besa__rates_learned(rates, -1);
     for (int i = 0; i < rates->masks->count; i++) {
-        const besa_rate_shape *s = &rates->layer[i].shape;
-        rates->layer[i].share = rates->masks->layer[i].fixed < 0 ? (double)(s->rows * s->units) / total : 0;
+        besa__rate_layer *layer = &rates->layer[i];
+        double weights = rates->masks->layer[i].fixed < 0 ? (double)(layer->shape.rows * layer->shape.units) : 0;
+        layer->share = weights > 0 ? weights / total : 0;
+        layer->part_share = weights > 0 ? weights / (double)besa__rates_learned(rates, layer->part) : 0;
     }
 }
 
@@ -2719,7 +2772,7 @@ static besa_result besa__rates_reset(besa_rates *rates)
     besa__rates_share(rates);
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->alpha, (size_t)rates->masks->rows * sizeof(float)));
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, rates->mean, sizeof(float)));
-    return be->zero(be, BESA_QUEUE_COMPUTE, rates->excess, sizeof(int64_t));
+    return be->zero(be, BESA_QUEUE_COMPUTE, rates->excess, (size_t)rates->parts * sizeof(int64_t));
 }
 
 /* A layer has been fixed at a sparsity of its own, or (negative) made to learn. */
@@ -2731,12 +2784,12 @@ static besa_result besa__rates_fix(besa_rates *rates, int index)
     return rates->masks->be->fill(rates->masks->be, layer->units, units, layer->shape.rows);
 }
 
-/* theta -> alpha, n and the mean rate. */
+/* theta -> alpha, n and the mean rates. */
 static besa_result besa__rates_forward(besa_rates *rates)
 {
     besa_backend *be = rates->masks->be;
     float *theta = rates->parameters->step.theta;
-    int first = 1;
+    int first = 1, part = -1;
     for (int i = 0; i < rates->masks->count; i++) {
         const besa__rate_layer *layer = &rates->layer[i];
         const besa__mask_layer *mask = &rates->masks->layer[i];
@@ -2744,7 +2797,11 @@ static besa_result besa__rates_forward(besa_rates *rates)
         BESA__TRY(be->rate_forward(be, layer->alpha, mask->n, besa__parameters_at(theta, layer->theta_layer),
                                    besa__parameters_at(theta, layer->theta_row), mask->zeros, &layer->shape));
         BESA__TRY(be->rate_mean(be, rates->mean, layer->alpha, (float)layer->share, !first, layer->shape.rows));
+        if (rates->parts > 1)
+            BESA__TRY(be->rate_mean(be, rates->part_mean + layer->part, layer->alpha, (float)layer->part_share,
+                                    layer->part == part, layer->shape.rows));
         first = 0;
+        part = layer->part;
     }
     return BESA_OK;
 }
@@ -2773,8 +2830,8 @@ static besa_result besa__rates_backward(besa_rates *rates)
         const besa__rate_layer *layer = &rates->layer[i];
         besa_penalty penalty;
         if (rates->masks->layer[i].fixed >= 0) continue;
-        penalty.mean = rates->mean;
-        penalty.coefficient = (float)(2 * rates->options->penalty / (t * t) * layer->share);
+        penalty.mean = rates->part_mean + (rates->parts > 1 ? layer->part : 0);
+        penalty.coefficient = (float)(2 * rates->options->penalty / (t * t) * layer->part_share);
         penalty.target = (float)t;
         BESA__TRY(be->rate_backward(be, besa__parameters_at(grad, layer->theta_layer),
                                     besa__parameters_at(grad, layer->theta_row), layer->sums,
@@ -2785,10 +2842,10 @@ static besa_result besa__rates_backward(besa_rates *rates)
     return BESA_OK;
 }
 
-/* How many weights of the learned layers are to go. */
-static int64_t besa__rates_count(const besa_rates *rates)
+/* How many weights of a part's learned layers are to go. */
+static int64_t besa__rates_count(const besa_rates *rates, int part)
 {
-    return (int64_t)floor(rates->options->target * (double)besa__rates_learned(rates) + 0.5);
+    return (int64_t)floor(rates->options->target * (double)besa__rates_learned(rates, part) + 0.5);
 }
 
 /* From theta to exact counts. Does not wait: rates->excess says whether it worked. */
@@ -2796,8 +2853,13 @@ static besa_result besa__rates_project(besa_rates *rates)
 {
     const besa__masks *masks = rates->masks;
     BESA__TRY(besa__rates_forward(rates));
-    return masks->be->project_counts(masks->be, masks->n, rates->excess, rates->alpha, masks->zeros, rates->units,
-                                     besa__rates_count(rates), masks->rows);
+    for (int64_t i = 0, first = 0, rows; i < masks->count; first += rows) {
+        int part = rates->layer[i].part;
+        for (rows = 0; i < masks->count && rates->layer[i].part == part; i++) rows += rates->layer[i].shape.rows;
+        BESA__TRY(masks->be->project_counts(masks->be, masks->n + first, rates->excess + part, rates->alpha + first,
+                                            masks->zeros + first, rates->units + first, besa__rates_count(rates, part), rows));
+    }
+    return BESA_OK;
 }
 
 /* Is any of n floats on the device not finite? Waits; for what goes wrong. */
@@ -2849,8 +2911,8 @@ static void besa__describe_rates(const besa_rates *rates, char *text, size_t siz
     }
 }
 
-/* What came back in rates->excess. */
-static besa_result besa__check_excess(const besa_rates *rates, int64_t excess, besa_error *error)
+/* What came back in rates->excess, of one part. */
+static besa_result besa__check_excess(const besa_rates *rates, int part, int64_t excess, besa_error *error)
 {
     if (excess == 0) return BESA_OK;
     if (excess < 0) {
@@ -2858,7 +2920,7 @@ static besa_result besa__check_excess(const besa_rates *rates, int64_t excess, b
         besa__describe_rates(rates, text, sizeof text);
         return besa__fail(error, BESA_ERROR_NOT_FINITE, "rates are not finite: %s", text);
     }
-    int64_t count = besa__rates_count(rates);
+    int64_t count = besa__rates_count(rates, part);
     return besa__fail(error, BESA_ERROR_TARGET, "target asks for %lld pruned weights, but %lld weights are zero already",
                       (long long)count, (long long)(count + excess));
 }
@@ -2881,7 +2943,7 @@ static besa_result besa__check_projection(besa_rates *rates)
     BESA__TRY(besa__masks_check(rates->masks));
     BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, &excess, rates->excess, sizeof excess));
     BESA__TRY(be->synchronize(be, BESA_QUEUE_COMPUTE));
-    return besa__check_excess(rates, excess, &be->error);
+    return besa__check_excess(rates, 0, excess, &be->error);
 }
 
 /* Another target for the passes to come, from the next reset on. */
@@ -2900,6 +2962,7 @@ static void besa__rates_init(besa_rates *rates, besa__masks *masks, besa__parame
     rates->masks = masks;
     rates->parameters = parameters;
     rates->options = options;
+    rates->parts = 1;
     besa__rates_retarget(rates);
 }
 
@@ -3680,22 +3743,30 @@ static besa_result besa__mlp_forward(besa_backend *be, const besa_block *b, besa
     return be->swiglu_forward(be, acts->z, acts->gate, acts->up, tokens * s->intermediate_size);
 }
 
-/* y NULL: stop after the layers' inputs. keep 1: leave h1 in acts for a backward pass; 0: y holds h1 on the way, which
- * saves a copy. */
-static besa_result besa__block_forward(besa_backend *be, const besa_block *b, besa_activations *acts, const void *x,
-                                       void *y, int64_t batch, int64_t seqlen, int keep)
+/* h1 = x + attn Wo', with the attention layers' inputs on the way; may be x. */
+static besa_result besa__attention_half(besa_backend *be, const besa_block *b, besa_activations *acts, const void *x, void *h1,
+                                        int64_t batch, int64_t seqlen)
 {
     const besa_block_shape *s = &b->shape;
     int64_t tokens = batch * seqlen, d = s->hidden_size;
     size_t stream = besa_dtype_size(be->activation_dtype) * (size_t)(tokens * d);
     besa_attention_shape attention = besa__attention_shape(s, batch, seqlen);
-    float eps = (float)s->rms_norm_eps;
-    void *h1 = keep || !y ? acts->h1 : y;
-    BESA__TRY(be->rmsnorm_forward(be, acts->a, acts->inv_rms1, x, b->norm1, tokens, d, eps));
+    BESA__TRY(be->rmsnorm_forward(be, acts->a, acts->inv_rms1, x, b->norm1, tokens, d, (float)s->rms_norm_eps));
     BESA__TRY(besa__qkv_forward(be, b, acts, tokens, seqlen));
     BESA__TRY(be->attention_forward(be, acts->attn, acts->q, acts->k, acts->v, &attention));
     if (h1 != x) BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, h1, x, stream));
-    BESA__TRY(besa__layer_forward(be, b, BESA_O, h1, acts->attn, tokens, 1));
+    return besa__layer_forward(be, b, BESA_O, h1, acts->attn, tokens, 1);
+}
+
+/* y NULL: stop after the layers' inputs. keep 1: leave h1 in acts for a backward pass; 0: y holds h1 on the way, which
+ * saves a copy. */
+static besa_result besa__block_forward(besa_backend *be, const besa_block *b, besa_activations *acts, const void *x,
+                                       void *y, int64_t batch, int64_t seqlen, int keep)
+{
+    int64_t tokens = batch * seqlen;
+    size_t stream = besa_dtype_size(be->activation_dtype) * (size_t)(tokens * b->shape.hidden_size);
+    void *h1 = keep || !y ? acts->h1 : y;
+    BESA__TRY(besa__attention_half(be, b, acts, x, h1, batch, seqlen));
     BESA__TRY(besa__mlp_forward(be, b, acts, h1, tokens));
     if (!y) return BESA_OK;
     if (h1 != y) BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, y, h1, stream));
@@ -3711,7 +3782,7 @@ typedef struct besa__backward {
     unsigned layers;                            /* bit i: layer i's gradient is wanted */
     besa_weight_gradient gradient;
     besa_result (*at_h1)(void *user, void *dh1); /* for a second loss, at h1 (in acts): adds its derivative to dh1 (T, d),
-                                                   act; NULL: none, as in BESA's own learning */
+                                                   act, or puts it in its place; NULL: none */
     void *user;                                 /* of both */
 } besa__backward;
 
@@ -4094,7 +4165,7 @@ enum { BESA__COUNT_INPUTS = 2 * BESA_LAYERS, BESA__COUNT_NORMS = BESA__COUNT_INP
 typedef struct besa__results {
     float mean;
     double scalars[BESA_OPTIMIZER_SCALARS];
-    int64_t excess;
+    int64_t excess[BESA_LAYERS];                /* of each part of the rates */
     int32_t not_finite[BESA__COUNTS];           /* (2, BESA_LAYERS) of the dense weights, of those written; of the layers'
                                                    inputs' statistics (BESA__INPUTS); of the reference's channel norms */
 } besa__results;
@@ -4124,6 +4195,10 @@ struct besa_pruner {
     void *y;                                    /* (micro_batch, seqlen, d) act: the masked block's output, then dL/dy,
                                                    which the backward pass turns into dL/dh1 */
     float *channel_sumsq;                       /* (norms, d) of Yref: of every optimiser's batch, or one of all */
+    float *part_sumsq[BESA_LAYERS];             /* granularity layer: (norms, R) of every layer's dense outputs; attn-mlp: the
+                                                   first (norms, d) of h1; else NULL */
+    void *part, *part_ref;                      /* (micro_batch, seqlen, width) act, of the widest of these: outputs, for
+                                                   granularity layer alone, and their reference */
     float *losses;                              /* (BESA__LOSS_STEP + step_losses) */
     int64_t steps, step_losses;                 /* of learning, all; as many losses are kept */
     float *statistic[BESA__INPUTS];             /* (columns) sums of squares of the inputs, where there is no gram; from the
@@ -4137,7 +4212,7 @@ struct besa_pruner {
     besa_refit_step fit;                        /* refit: arrays for (512, columns) of any layer; obs uses x and p */
     float *fit_q;                               /* refit cg, the same */
     float *scores;                              /* scores of a layer, or SparseGPT's weights as floats: the largest (R,C);
-                                                   where BESA learns it is acts.dw, not used yet, and may hold less */
+                                                   where there is a learn pass it is acts.dw, not used yet, and may hold less */
     int64_t scores_count;                       /* floats that scores has room for */
     float *score_factor[BESA_LAYERS];           /* (R,C) what the gradients make of the scores; NULL: the importance has none */
     float *slab_error;                          /* (R, 128), SparseGPT; (512, 128), refit obs */
@@ -4161,7 +4236,7 @@ typedef struct besa__work {
     besa__stream *own;                          /* the dense model's own stream, or NULL */
 } besa__work;
 
-static int besa__learns_rates(const besa_pruner *p) { return p->options.method == BESA_METHOD_BESA; }
+static int besa__learns_rates(const besa_pruner *p) { return besa__has_rates(&p->options); }
 
 static int besa__learns_weights(const besa_pruner *p) { return p->options.learn != BESA_LEARN_RATES; }
 
@@ -4178,6 +4253,19 @@ static int besa__learns(const besa_pruner *p)
 static int besa__learns_last(const besa_pruner *p)
 {
     return besa__learns_weights(p) || (besa__learns_clips(p) && !besa__learns_rates(p));
+}
+
+/* The part of the block that a layer learns in, whose output its loss is measured on: 0, 1, .. */
+static int besa__part(const besa_pruner *p, int layer)
+{
+    if (p->options.granularity == BESA_GRANULARITY_LAYER) return layer;
+    return p->options.granularity == BESA_GRANULARITY_ATTN_MLP && layer >= BESA_GATE;
+}
+
+/* Epochs of the learn pass: of rates, or of weights whose N:M masks are chosen anew as they move. */
+static int64_t besa__mask_epochs(const besa_pruner *p)
+{
+    return besa__learns_rates(p) || p->options.learn == BESA_LEARN_BOTH ? p->options.epochs : 0;
 }
 
 /* Is the dense model's own stream needed? */
@@ -4241,10 +4329,10 @@ static besa_result besa__pattern_defaults(besa_prune_options *o, const besa_bloc
     int n = o->pattern_n, m = o->pattern_m;
     if (n < 1 || m < 2 || n >= m || m > 64)
         return besa__fail(error, BESA_ERROR_OPTION, "pattern %d:%d, expected 1 <= n < m <= 64", n, m);
-    if (o->method == BESA_METHOD_BESA)
+    if (o->method == BESA_METHOD_BESA && o->learn == BESA_LEARN_RATES)
         return besa__fail(error, BESA_ERROR_OPTION,
-                          "pattern %d:%d with method besa: learned rates are unstructured; use wanda, sparsegpt or "
-                          "magnitude for a pattern", n, m);
+                          "pattern %d:%d with method besa leaves no rates to learn: expected learn weights or both, which "
+                          "preset best has", n, m);
     if (o->rates.target != 0 && !(fabs(o->rates.target - (double)n / m) <= 1e-3))
         return besa__fail(error, BESA_ERROR_OPTION, "target sparsity %g contradicts the pattern %d:%d, which is %g",
                           o->rates.target, n, m, (double)n / m);
@@ -4305,6 +4393,9 @@ static int besa__uses_gradients(const besa_prune_options *o)
     return o->method == BESA_METHOD_BESA && besa__importance_row(o->importance)->gradient != 0;
 }
 
+/* Does BESA find masks in a pass of its own, learn? All others are the rank pass's. */
+static int besa__finds_masks(const besa_pruner *p) { return besa__mask_epochs(p) > 0 || besa__uses_gradients(&p->options); }
+
 /* Masks that are kept have their own sparsity everywhere. */
 static besa_result besa__keep_defaults(besa_prune_options *o, besa_error *error)
 {
@@ -4330,6 +4421,18 @@ static besa_result besa__check_refit(const besa_prune_options *o, besa_error *er
     return BESA_OK;
 }
 
+static besa_result besa__check_granularity(const besa_prune_options *o, besa_error *error)
+{
+    if (o->granularity == BESA_GRANULARITY_BLOCK) return BESA_OK;
+    if (o->dense_stream || o->dense_share > 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "granularity is not block, but %s aims at the dense model's blocks: "
+                          "expected none of it, or granularity block", o->dense_stream ? "dense_stream" : "dense_share");
+    if (o->granularity == BESA_GRANULARITY_LAYER && o->learn_vectors)
+        return besa__fail(error, BESA_ERROR_OPTION, "granularity is layer, but learn_vectors is set, and norms are in no "
+                          "layer: expected block or attn-mlp");
+    return BESA_OK;
+}
+
 /* Check the options and fill in what 0 stands for. */
 static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_shape *shape, besa_error *error)
 {
@@ -4346,7 +4449,8 @@ static besa_result besa__prune_defaults(besa_prune_options *o, const besa_block_
         return besa__fail(error, BESA_ERROR_OPTION, "dense_share is %g, but dense_stream aims at the dense model's output alone: "
                           "expected one of them", o->dense_share);
     BESA__TRY(besa__check_refit(o, error));
-    return o->method == BESA_METHOD_BESA ? besa__check_penalty(&o->rates, error) : BESA_OK;
+    BESA__TRY(besa__check_granularity(o, error));
+    return besa__has_rates(o) ? besa__check_penalty(&o->rates, error) : BESA_OK;
 }
 
 /* The sparsity that the caller fixed for a layer of the block called name, or -1. */
@@ -4361,11 +4465,13 @@ static double besa__fixed_rate(const besa_prune_options *o, const char *name, in
 
 /* ---- memory -------------------------------------------------------------------------------- */
 
-/* Ranks and counts of the block's layers, and what BESA learns. */
+/* Ranks and counts of the block's layers, and what BESA learns. A pattern has neither, but for layers that are held at a
+ * sparsity. */
 static void besa__pruner_place_masks(besa_pruner *p, besa__arena *arena)
 {
     besa_layer_shape shapes[BESA_LAYERS];
     if (p->options.method == BESA_METHOD_SPARSEGPT || p->options.method == BESA_METHOD_KEEP) return;
+    if (p->options.pattern_m && !p->options.num_fixed) return;
     for (int i = 0; i < BESA_LAYERS; i++) {
         besa_block_layer(&p->shape, i, &shapes[i].rows, &shapes[i].columns);
         shapes[i].dtype = p->dtype;
@@ -4374,7 +4480,9 @@ static void besa__pruner_place_masks(besa_pruner *p, besa__arena *arena)
     for (int i = 0; i < BESA_LAYERS; i++) p->mask_layer[i].name = besa__layers[i].path;
     if (!besa__learns_rates(p)) return;
     besa__parameters_init(&p->parameters, p->be, p->options.rates.optimizer, p->options.rates.lr, &p->options.rates);
+    p->rates.parts = besa__part(p, BESA_LAYERS - 1) + 1;
     besa__rates_place(&p->rates, p->rate_layer, arena);
+    for (int i = 0; i < BESA_LAYERS; i++) p->rate_layer[i].part = besa__part(p, i);
     besa__parameters_place(&p->parameters, arena);
 }
 
@@ -4382,6 +4490,23 @@ static void besa__pruner_place_masks(besa_pruner *p, besa__arena *arena)
 static int64_t besa__norms(const besa_pruner *p)
 {
     return p->options.norm_all ? 1 : besa__parts(p->reference, p->options.batch_size);
+}
+
+/* What losses within the block are measured with. */
+static void besa__pruner_place_parts(besa_pruner *p, besa__arena *arena)
+{
+    int64_t widest = p->shape.hidden_size, rows = widest, columns;
+    if (p->options.granularity == BESA_GRANULARITY_BLOCK) return;
+    int layers = p->options.granularity == BESA_GRANULARITY_LAYER;
+    for (int i = 0; i < (layers ? BESA_LAYERS : 1); i++) {
+        if (layers) besa_block_layer(&p->shape, i, &rows, &columns);
+        p->part_sumsq[i] = besa__take_floats(arena, besa__product(besa__norms(p), rows));
+        widest = besa__max(widest, rows);
+    }
+    size_t size = besa_dtype_size(p->be->activation_dtype);
+    int64_t count = besa__product(p->micro_batch * p->seqlen, widest);
+    p->part_ref = besa__take(arena, besa__bytes(count, size));
+    if (layers) p->part = besa__take(arena, besa__bytes(count, size));
 }
 
 static void besa__pruner_place_statistics(besa_pruner *p, besa__arena *arena, besa_workload *work)
@@ -4465,7 +4590,7 @@ static int64_t besa__vector_counts(const besa_block_shape *shape)
 static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *host)
 {
     const besa_block_shape *s = &p->shape;
-    int rates = besa__learns_rates(p);
+    int rates = besa__learns_rates(p), finds = besa__finds_masks(p);
     besa_workload work = besa_block_workload(s, p->micro_batch, p->seqlen);
     work.rate_logits = rates ? p->options.rates.candidates + 1 : 1;
     work.projected_rows = rates ? p->rows : 0;
@@ -4480,10 +4605,11 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     if (!p->options.dense_stream) besa__stream_place(&p->yref, arena, host);
     p->y = besa__take(arena, besa__stream_bytes(&p->yref, p->micro_batch));
     p->channel_sumsq = besa__take_floats(arena, besa__product(besa__norms(p), s->hidden_size));
+    besa__pruner_place_parts(p, arena);
     p->losses = besa__take_floats(arena, BESA__LOSS_STEP + p->step_losses);
     besa__pruner_place_statistics(p, arena, &work);
-    p->scores_count = rates ? piece : besa__largest_layer(s);
-    p->scores = rates ? p->acts.dw : besa__take_floats(arena, p->scores_count);
+    p->scores_count = finds ? piece : besa__largest_layer(s);
+    p->scores = finds ? p->acts.dw : besa__take_floats(arena, p->scores_count);
     p->slab_error = p->options.method == BESA_METHOD_SPARSEGPT ? besa__take_floats(arena, besa__product(work.rows, BESA__SLAB)) : NULL;
     besa__pruner_place_refit(p, arena);
     p->counts = (int32_t *)besa__take_array(arena, besa__product(2, p->rows), sizeof(int32_t));
@@ -4562,18 +4688,18 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     BESA__TRY(besa__prune_defaults(&p->options, shape, error));
     besa_prune_options *o = &p->options;
     int learns = besa__learns(p);
-    if (!learns) o->dense_stream = 0, o->dense_share = 0;
+    if (!learns) o->dense_stream = 0, o->dense_share = 0, o->granularity = BESA_GRANULARITY_BLOCK;
     if (!learns) o->batch_size = 1;
     if (o->batch_size > nsamples) o->batch_size = nsamples;
     int64_t batches = besa__parts(nsamples, o->batch_size), weight_epochs = besa__learns_last(p) ? o->weight_epochs : 0;
-    o->rates.steps = o->epochs * batches;
+    o->rates.steps = besa__mask_epochs(p) * batches;
     p->weights.be = p->quantization.be = be;
     p->quantization.learns = besa__learns_clips(p);
     p->weights.lr = o->weight_lr;
     p->weights.warmup = o->weight_warmup;
     for (int i = 0; i < BESA_VECTORS; i++) p->weights.vector[i].dtype = dtype;
     p->weights.steps = weight_epochs * batches + (o->learn == BESA_LEARN_BOTH ? o->rates.steps : 0);
-    p->steps = weight_epochs * batches + (besa__learns_rates(p) ? o->rates.steps : 0);
+    p->steps = weight_epochs * batches + o->rates.steps;
     p->step_losses = besa__min(p->steps, BESA__STEP_LOSSES);
     p->micro_batch = besa__preferred_micro_batch(nsamples, seqlen);
     p->reference = learns || nsamples < BESA__REPORT_SEQUENCES ? nsamples : BESA__REPORT_SEQUENCES;
@@ -4750,20 +4876,75 @@ static besa_result besa__pruner_loss(besa_pruner *p, float *loss, void *dy, void
     return BESA_OK;
 }
 
+/* What the layers of the block have read in the last forward pass. */
+static const void *besa__layer_input(const besa_pruner *p, int input)
+{
+    const void *at[BESA__INPUTS];
+    at[BESA__INPUT_A] = p->acts.a;
+    at[BESA__INPUT_ATTN] = p->acts.attn;
+    at[BESA__INPUT_M] = p->acts.m;
+    at[BESA__INPUT_Z] = p->acts.z;
+    return at[input];
+}
+
+/* Where sequence `index` of outputs x (.., seqlen, width) begins. */
+static void *besa__part_at(const besa_pruner *p, void *x, int64_t index, int64_t width)
+{
+    return (unsigned char *)x + (size_t)(index * p->seqlen * width) * besa_dtype_size(p->be->activation_dtype);
+}
+
+/* Add a chunk of reference outputs (count, seqlen, width) within the block to their channel norms sumsq (norms, width). */
+static besa_result besa__add_part_norms(besa_pruner *p, float *sumsq, void *yref, int64_t width, int64_t first, int64_t count)
+{
+    besa__normed n;
+    for (int64_t s = first; s < first + count; s += n.count) {
+        n = besa__normed_at(p, s, first + count);
+        BESA__TRY(p->be->column_sumsq(p->be, sumsq + n.norms * width, besa__part_at(p, yref, s - first, width),
+                                      n.count * p->seqlen, width));
+    }
+    return BESA_OK;
+}
+
+/* The same of all outputs that losses within the block are measured on, after the dense block's forward pass. */
+static besa_result besa__add_parts(const besa__work *work, int64_t first, int64_t count)
+{
+    besa_pruner *p = work->pruner;
+    if (p->options.granularity == BESA_GRANULARITY_ATTN_MLP)
+        return besa__add_part_norms(p, p->part_sumsq[0], p->acts.h1, p->shape.hidden_size, first, count);
+    for (int i = 0; i < BESA_LAYERS && p->options.granularity == BESA_GRANULARITY_LAYER; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        const void *x = besa__layer_input(p, besa__layers[i].input);
+        BESA__TRY(besa__layer_forward(p->be, work->dense, i, p->part_ref, x, count * p->seqlen, 0));
+        BESA__TRY(besa__add_part_norms(p, p->part_sumsq[i], p->part_ref, rows, first, count));
+    }
+    return BESA_OK;
+}
+
+/* The loss of a chunk's outputs y (count, seqlen, width) within the block, as besa__pruner_loss has it of the block's. */
+static besa_result besa__part_loss(besa_pruner *p, float *loss, void *dy, void *y, void *yref, const float *sumsq,
+                                   int64_t width, int64_t first, int64_t count)
+{
+    besa__normed n;
+    for (int64_t s = first; s < first + count; s += n.count) {
+        n = besa__normed_at(p, s, first + count);
+        BESA__TRY(p->be->block_loss(p->be, loss, besa__part_at(p, dy, s - first, width), besa__part_at(p, y, s - first, width),
+                                    besa__part_at(p, yref, s - first, width), sumsq + n.norms * width, 1.0f,
+                                    n.count * p->seqlen, width, 0));
+    }
+    return BESA_OK;
+}
+
 /* Add one chunk's layer inputs to the statistics. */
 static besa_result besa__add_statistics(besa_pruner *p, int64_t tokens)
 {
     besa_backend *be = p->be;
-    const void *input[BESA__INPUTS];
-    input[BESA__INPUT_A] = p->acts.a;
-    input[BESA__INPUT_ATTN] = p->acts.attn;
-    input[BESA__INPUT_M] = p->acts.m;
-    input[BESA__INPUT_Z] = p->acts.z;
     float scale = (float)(2.0 / (double)(p->nsamples * p->seqlen)); /* H = 2/T X'X */
     for (int i = 0; i < BESA__INPUTS; i++) {
         int64_t columns = besa__input_columns(&p->shape, i);
-        if (p->gram[i]) BESA__TRY(be->gram(be, p->gram[i], input[i], scale, tokens, columns));
-        if (besa__uses_sums(&p->options)) BESA__TRY(be->column_sumsq(be, p->statistic[i], input[i], tokens, columns));
+        const void *x = besa__layer_input(p, i);
+        if (p->gram[i]) BESA__TRY(be->gram(be, p->gram[i], x, scale, tokens, columns));
+        if (besa__uses_sums(&p->options)) BESA__TRY(be->column_sumsq(be, p->statistic[i], x, tokens, columns));
     }
     return BESA_OK;
 }
@@ -4779,6 +4960,11 @@ static besa_result besa__clear_sums(besa_pruner *p)
         if (p->gram[i]) BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->gram[i], bytes * columns));
     }
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->channel_sumsq, norms));
+    for (int i = 0; i < BESA_LAYERS && p->part_sumsq[i]; i++) {
+        int64_t rows = p->shape.hidden_size, columns;
+        if (p->options.granularity == BESA_GRANULARITY_LAYER) besa_block_layer(&p->shape, i, &rows, &columns);
+        BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->part_sumsq[i], (size_t)(besa__norms(p) * rows) * sizeof(float)));
+    }
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->not_finite, sizeof p->results->not_finite));
     return be->zero(be, BESA_QUEUE_COMPUTE, p->losses, (size_t)(BESA__LOSS_STEP + p->step_losses) * sizeof(float));
 }
@@ -4806,7 +4992,9 @@ static besa_result besa__dense_chunk(const besa__work *work, const besa__walk *c
     void *x, *y = NULL, *own;
     BESA__TRY(besa__stream_open(work->x, chunk, &x));
     if (apart && chunk->first < p->reference) BESA__TRY(besa__stream_begin(work->yref, chunk, &y));
-    if (y || statistics) BESA__TRY(besa__block_forward(be, work->dense, &p->acts, x, y, chunk->count, p->seqlen, 0));
+    int keep = p->options.granularity == BESA_GRANULARITY_ATTN_MLP;
+    if (y || statistics) BESA__TRY(besa__block_forward(be, work->dense, &p->acts, x, y, chunk->count, p->seqlen, keep));
+    if (y) BESA__TRY(besa__add_parts(work, chunk->first, chunk->count));
     if (statistics) BESA__TRY(besa__add_statistics(p, chunk->count * p->seqlen));
     BESA__TRY(besa__stream_close(work->x, 0));
     if (work->own) {
@@ -5023,8 +5211,30 @@ static besa_result besa__rank_layer(const besa__work *work, int layer, double ra
     return besa__masks_apply(&p->masks, layer, w, work->pruned[layer]);
 }
 
-/* n of every m, or the smallest scores of the whole layer. */
-static besa_result besa__prune_layer(const besa__work *work, int layer, double target, int n, int m)
+/* The mask of a layer that the pattern has, by the scores of the weights w: the n smallest of every m go. */
+static besa_result besa__mask_by_pattern(const besa__work *work, int layer, const void *w)
+{
+    besa_pruner *p = work->pruner;
+    besa_backend *be = p->be;
+    const float *scale = besa__score_scale(p, layer), *factor = p->score_factor[layer];
+    int power = besa__importance_row(besa__scored_by(&p->options))->power;
+    int64_t rows, columns;
+    besa_block_layer(&p->shape, layer, &rows, &columns);
+    const void *scored;
+    BESA__TRY(besa__scored_weights(work, layer, w, &scored));
+    for (int64_t r = 0, count; r < rows; r += count) {
+        count = besa__min(p->scores_count / columns, rows - r);
+        int64_t at = r * columns;
+        BESA__TRY(be->score(be, p->scores, besa__at_const(scored, p->dtype, at), p->dtype, scale, power, count, columns));
+        if (factor) BESA__TRY(be->score_scale(be, p->scores, factor + at, count * columns));
+        BESA__TRY(be->mask_pattern(be, besa__at(work->pruned[layer], p->dtype, at), besa__at_const(w, p->dtype, at), p->dtype,
+                                   p->scores, p->options.pattern_n, p->options.pattern_m, count, columns));
+    }
+    return BESA_OK;
+}
+
+/* The smallest scores of the whole layer. */
+static besa_result besa__prune_layer(const besa__work *work, int layer, double target)
 {
     besa_pruner *p = work->pruner;
     besa_backend *be = p->be;
@@ -5036,7 +5246,6 @@ static besa_result besa__prune_layer(const besa__work *work, int layer, double t
     int power = besa__importance_row(besa__scored_by(&p->options))->power;
     BESA__TRY(besa__scored_weights(work, layer, w, &scored));
     BESA__TRY(be->score(be, p->scores, scored, p->dtype, besa__score_scale(p, layer), power, rows, columns));
-    if (m > 0) return be->mask_pattern(be, pruned, w, p->dtype, p->scores, n, m, rows, columns);
     int64_t count = (int64_t)floor(target * (double)(rows * columns));
     return be->mask_smallest(be, pruned, w, p->dtype, p->scores, count, rows, columns);
 }
@@ -5059,8 +5268,8 @@ static besa_result besa__rank_or_prune(const besa__work *work, int layer)
     }
     if (o->method == BESA_METHOD_KEEP) return p->be->mask_zeros(p->be, work->pruned[layer], w, p->dtype, rows * columns);
     if (o->method == BESA_METHOD_SPARSEGPT) return besa__sparsegpt_layer(p, w, work->pruned[layer], layer, target, n, m);
-    int whole_layer = o->method == BESA_METHOD_MAGNITUDE && !o->magnitude_per_row;
-    if (m > 0 || whole_layer) return besa__prune_layer(work, layer, target, n, m);
+    if (m > 0) return besa__mask_by_pattern(work, layer, w);
+    if (o->method == BESA_METHOD_MAGNITUDE && !o->magnitude_per_row) return besa__prune_layer(work, layer, target);
     return besa__rank_layer(work, layer, besa__learns_rates(p) ? p->fixed[layer] : target);
 }
 
@@ -5090,7 +5299,7 @@ static besa_result besa__rank_pass(const besa__work *work, besa_error *error)
         if (p->score_factor[i])
             BESA__TRY_ON(p->be, p->be->fill(p->be, (int32_t *)(void *)p->score_factor[i], one, rows * columns), error);
         BESA__TRY_ON(p->be, besa__rank_or_prune(work, i), error);
-        if (!besa__learns_rates(p)) BESA__TRY_ON(p->be, besa__refit_layer(work, i), error);
+        if (!besa__finds_masks(p)) BESA__TRY_ON(p->be, besa__refit_layer(work, i), error);
         if (besa__learns_rates(p) && p->fixed[i] >= 0) BESA__TRY_ON(p->be, besa__rates_fix(&p->rates, i), error);
         BESA__TRY(besa__tick(&p->meter, 1 / (double)BESA_LAYERS, error));
     }
@@ -5130,23 +5339,74 @@ static besa_result besa__put_on_grids(const besa__work *work)
     return BESA_OK;
 }
 
+/* A piece of a batch on its way back through the block. */
+typedef struct besa__piece {
+    besa_pruner *pruner;
+    const besa__batch *batch;
+    const besa__walk *walk;
+} besa__piece;
+
+static besa_result besa__piece_gradient(void *user, int layer, int64_t first, int64_t rows, const float *dw)
+{
+    const besa__piece *piece = (const besa__piece *)user;
+    return piece->batch->gradient(piece->batch->user, layer, first, rows, dw);
+}
+
+/* Granularity attn-mlp: at h1 attention's own loss takes the place of what comes back from the MLP's. */
+static besa_result besa__attention_loss(void *user, void *dh1)
+{
+    const besa__piece *piece = (const besa__piece *)user;
+    besa_pruner *p = piece->pruner;
+    return besa__part_loss(p, piece->batch->loss, dh1, p->acts.h1, p->part_ref, p->part_sumsq[0], p->shape.hidden_size,
+                           piece->walk->first, piece->walk->count);
+}
+
+/* Granularity layer: the loss of every layer on its inputs in the masked block, and the gradient of its weights. */
+static besa_result besa__layer_losses(const besa__work *work, const besa__backward *backward, const besa__piece *piece,
+                                      const void *x)
+{
+    besa_pruner *p = work->pruner;
+    const besa__walk *walk = piece->walk;
+    BESA__TRY(besa__block_forward(p->be, work->masked, &p->acts, x, NULL, walk->count, p->seqlen, 1));
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        const void *read = besa__layer_input(p, besa__layers[i].input);
+        if (!(piece->batch->layers >> i & 1u)) continue;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        BESA__TRY(besa__layer_forward(p->be, work->masked, i, p->part, read, backward->tokens, 0));
+        BESA__TRY(besa__layer_forward(p->be, work->dense, i, p->part_ref, read, backward->tokens, 0));
+        BESA__TRY(besa__part_loss(p, piece->batch->loss, p->part, p->part, p->part_ref, p->part_sumsq[i], rows, walk->first,
+                                  walk->count));
+        BESA__TRY(besa__layer_gradient(backward, i, p->part, read));
+    }
+    return BESA_OK;
+}
+
 /* The masked block's loss on a batch, and the gradients of its weights: L and dL/dWhat, sums over the batch. */
 static besa_result besa__batch_gradient(const besa__work *work, const besa__batch *batch)
 {
     besa_pruner *p = work->pruner;
     besa__walk walk = besa__walk_over(besa__batch_cut, p, batch->first, batch->end, batch->again);
     besa__backward backward = besa__backward_of(p->be, work->masked, &p->acts, p->seqlen);
+    besa__piece piece = {p, batch, &walk};
+    int halves = p->options.granularity == BESA_GRANULARITY_ATTN_MLP;
+    int layers = p->options.granularity == BESA_GRANULARITY_LAYER;
     backward.layers = batch->layers;
-    backward.gradient = batch->gradient;
-    backward.user = batch->user;
+    backward.gradient = besa__piece_gradient;
+    backward.at_h1 = halves ? besa__attention_loss : NULL;
+    backward.user = &piece;
     while (besa__walk_next(&walk)) {
         void *x, *yref;
         besa__backward_batch(&backward, walk.count);
         BESA__TRY(besa__put_on_grids(work));
         BESA__TRY(besa__work_open(work, &walk, &x, &yref));
-        BESA__TRY(besa__block_forward(p->be, work->masked, &p->acts, x, p->y, walk.count, p->seqlen, 1));
-        BESA__TRY(besa__pruner_loss(p, batch->loss, p->y, p->y, yref, walk.first, walk.count, 0));
-        BESA__TRY(besa__block_backward(&backward, x, p->y, NULL));
+        if (halves) BESA__TRY(besa__attention_half(p->be, work->dense, &p->acts, x, p->part_ref, walk.count, p->seqlen));
+        if (layers) BESA__TRY(besa__layer_losses(work, &backward, &piece, x));
+        else {
+            BESA__TRY(besa__block_forward(p->be, work->masked, &p->acts, x, p->y, walk.count, p->seqlen, 1));
+            BESA__TRY(besa__pruner_loss(p, batch->loss, p->y, p->y, yref, walk.first, walk.count, 0));
+            BESA__TRY(besa__block_backward(&backward, x, p->y, NULL));
+        }
         BESA__TRY(besa__work_close(work, 0, yref));
     }
     return BESA_OK;
@@ -5159,12 +5419,13 @@ static const void *besa__unmasked(const besa__work *work, int layer)
     return besa__learns_weights(p) ? p->weights.layer[layer].source : work->dense->weight[layer];
 }
 
-/* The masks of every learned layer, as the rates have them now: in full, or what has changed since. */
+/* The masks of every learned layer, as the rates have them now: in full, or what has changed since. Those of a pattern are
+ * made where weights are ranked. */
 static besa_result besa__mask_learned(const besa__work *work, int full)
 {
     besa_pruner *p = work->pruner;
-    for (int i = 0; i < BESA_LAYERS; i++)
-        if (p->masks.layer[i].fixed < 0)
+    for (int i = 0; i < BESA_LAYERS && besa__learns_rates(p); i++)
+        if (p->fixed[i] < 0)
             BESA__TRY(besa__masks_update(&p->masks, i, besa__unmasked(work, i), work->pruned[i], full));
     return BESA_OK;
 }
@@ -5185,16 +5446,24 @@ static besa_result besa__report_loss(const besa__work *work, int slot)
     return BESA_OK;
 }
 
+/* The ranks of a layer that learns, by its weights as they have become, or the mask itself where there is a pattern. */
+static besa_result besa__rank_learned(const besa__work *work, int layer)
+{
+    const void *w = besa__unmasked(work, layer);
+    return work->pruner->options.pattern_m ? besa__mask_by_pattern(work, layer, w) : besa__rank_weights(work, layer, w);
+}
+
 /* The uniform mask, floor(target C) of every row, and the mask at the start of learning: measured once where learning
- * starts at the target: then the two masks are equal, or differ by one weight in every row of a layer, by rounding. */
+ * starts at the target: then the two masks are equal, or differ by one weight in every row of a layer, by rounding. Both are
+ * the pattern's where there is one. */
 static besa_result besa__losses_before(const besa__work *work)
 {
     besa_pruner *p = work->pruner;
-    for (int i = 0; i < BESA_LAYERS; i++)
-        if (p->masks.layer[i].fixed < 0) BESA__TRY(besa__masks_uniform(&p->masks, i, p->options.rates.target));
+    for (int i = 0; i < BESA_LAYERS && besa__learns_rates(p); i++)
+        if (p->fixed[i] < 0) BESA__TRY(besa__masks_uniform(&p->masks, i, p->options.rates.target));
     BESA__TRY(besa__mask_learned(work, 1));
     BESA__TRY(besa__report_loss(work, BESA__LOSS_UNIFORM));
-    if (!p->options.rates.zero_start)
+    if (!besa__learns_rates(p) || !p->options.rates.zero_start)
         return p->be->copy(p->be, BESA_QUEUE_COMPUTE, p->losses + BESA__LOSS_BEFORE, p->losses + BESA__LOSS_UNIFORM,
                            sizeof(float));
     BESA__TRY(besa__rates_forward(&p->rates));
@@ -5206,6 +5475,7 @@ static besa_result besa__losses_before(const besa__work *work)
 typedef struct besa__learning {
     const besa__work *work;
     int rates, weights;                         /* whether these do */
+    int masks;                                  /* whether masks are not final: they follow the rates, or moving weights */
     int64_t done, steps;                        /* steps of earlier passes, and of this one */
     int64_t before;                             /* sequences that gradients for scores came from, before this one's steps */
 } besa__learning;
@@ -5287,7 +5557,7 @@ static besa_result besa__rank_and_mask(const besa__learning *l, int64_t steps)
     int64_t interval = p->options.rank_interval;
     int anew = l->weights && interval > 0 && steps > 0 && steps % interval == 0;
     for (int i = 0; i < BESA_LAYERS && anew; i++)
-        if (p->masks.layer[i].fixed < 0) BESA__TRY(besa__rank_weights(l->work, i, besa__unmasked(l->work, i)));
+        if (p->fixed[i] < 0) BESA__TRY(besa__rank_learned(l->work, i));
     return besa__mask_learned(l->work, anew);
 }
 
@@ -5297,7 +5567,7 @@ static besa_result besa__learn_step(besa__learning *l, const besa__batch *batch,
     besa_pruner *p = l->work->pruner;
     if (l->weights) p->weights.step++;
     if (l->rates) BESA__TRY(besa__rates_forward(&p->rates));
-    if (l->rates) BESA__TRY(besa__rank_and_mask(l, steps));
+    if (l->masks) BESA__TRY(besa__rank_and_mask(l, steps));
     BESA__TRY(p->be->zero(p->be, BESA_QUEUE_COMPUTE, batch->loss, sizeof(float)));
     BESA__TRY(besa__clear_gradients(p, batch));
     if (p->quantization.learns) BESA__TRY(besa__clips_clear(&p->quantization));
@@ -5350,7 +5620,7 @@ static besa_result besa__square_gradient(void *user, int layer, int64_t first, i
     return p->be->accumulate_squares(p->be, p->score_factor[layer] + first * columns, dw, rows * columns);
 }
 
-/* The squares of the gradients of single sequences, with uniform masks. */
+/* The squares of the gradients of single sequences, with uniform masks, or the rank pass's by the pattern. */
 static besa_result besa__gradient_squares(const besa__learning *l, besa_error *error)
 {
     besa_pruner *p = l->work->pruner;
@@ -5360,10 +5630,10 @@ static besa_result besa__gradient_squares(const besa__learning *l, besa_error *e
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t rows, columns;
         besa_block_layer(&p->shape, i, &rows, &columns);
-        if (p->masks.layer[i].fixed >= 0) continue;
+        if (p->fixed[i] >= 0) continue;
         batch.layers |= 1u << i;
         BESA__TRY_ON(be, be->zero(be, BESA_QUEUE_COMPUTE, p->score_factor[i], (size_t)(rows * columns) * sizeof(float)), error);
-        BESA__TRY_ON(be, besa__masks_uniform(&p->masks, i, p->options.rates.target), error);
+        if (besa__learns_rates(p)) BESA__TRY_ON(be, besa__masks_uniform(&p->masks, i, p->options.rates.target), error);
     }
     BESA__TRY_ON(be, besa__mask_learned(l->work, 1), error);
     for (; batch.first < l->before; batch.first++) {
@@ -5384,10 +5654,10 @@ static besa_result besa__rank_by_gradients(const besa__learning *l, besa_error *
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t rows, columns;
         besa_block_layer(&p->shape, i, &rows, &columns);
-        if (p->masks.layer[i].fixed >= 0) continue;
+        if (p->fixed[i] >= 0) continue;
         float *factor = p->score_factor[i], exponent = besa__importance_row(p->options.importance)->gradient;
         BESA__TRY_ON(p->be, p->be->power(p->be, factor, factor, exponent, rows * columns), error);
-        BESA__TRY_ON(p->be, besa__rank_weights(l->work, i, besa__unmasked(l->work, i)), error);
+        BESA__TRY_ON(p->be, besa__rank_learned(l->work, i), error);
     }
     return BESA_OK;
 }
@@ -5397,18 +5667,20 @@ static besa_result besa__rank_by_gradients(const besa__learning *l, besa_error *
 static besa_result besa__final_masks(const besa__learning *l)
 {
     besa_pruner *p = l->work->pruner;
-    if (p->options.no_projection) BESA__TRY(besa__rates_forward(&p->rates));
-    else BESA__TRY(besa__rates_project(&p->rates));
+    if (l->rates && p->options.no_projection) BESA__TRY(besa__rates_forward(&p->rates));
+    else if (l->rates) BESA__TRY(besa__rates_project(&p->rates));
     BESA__TRY(besa__rank_and_mask(l, p->options.rank_interval));
     for (int i = 0; i < BESA_LAYERS; i++) BESA__TRY(besa__refit_layer(l->work, i));
     return BESA_OK;
 }
 
-/* Pass 3. BESA: learn the rates, and the weights with them where both learn, then the final masks. */
+/* Pass 3. BESA: learn the rates, and the weights with them where both learn, then the final masks. With a pattern weights
+ * alone learn here, and masks follow them. */
 static besa_result besa__learn_pass(const besa__work *work, besa_error *error)
 {
     besa_pruner *p = work->pruner;
-    besa__learning l = {work, 1, p->options.learn == BESA_LEARN_BOTH, 0, p->options.rates.steps, besa__gradient_sequences(p)};
+    besa__learning l = {work, besa__learns_rates(p), p->options.learn == BESA_LEARN_BOTH, 1, 0, p->options.rates.steps,
+                        besa__gradient_sequences(p)};
     for (int i = 0; i < BESA_LAYERS && besa__learns_weights(p); i++)
         BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->dense->weight[i], work->dense->weight[i]), error);
     if (!besa__learned_layers(p, 0)) l.before = 0;
@@ -5422,10 +5694,10 @@ static besa_result besa__learn_pass(const besa__work *work, besa_error *error)
 static besa_result besa__weights_pass(const besa__work *work, besa_error *error)
 {
     besa_pruner *p = work->pruner;
-    besa__learning l = {work, 0, besa__learns_weights(p), besa__learns_rates(p) ? p->options.rates.steps : 0, 0, 0};
+    besa__learning l = {work, 0, besa__learns_weights(p), 0, p->options.rates.steps, 0, 0};
     l.steps = p->steps - l.done;
     BESA__TRY_ON(p->be, besa__report_loss(work, BESA__LOSS_MASKS), error);
-    int reset = !besa__learns_rates(p) || p->options.refit != BESA_REFIT_NONE; /* else they are as masks are applied to them */
+    int reset = !besa__finds_masks(p) || p->options.refit != BESA_REFIT_NONE; /* else they are as masks are applied to them */
     for (int i = 0; i < BESA_LAYERS && l.weights && reset; i++)
         BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->pruned[i], work->dense->weight[i]), error);
     return besa__learn(&l, error);
@@ -5454,6 +5726,8 @@ static besa_result besa__commit_pass(const besa__work *work, besa_error *error)
         BESA__TRY_ON(be, besa__work_close(work, 1, yref), error);
         BESA__TRY(besa__tick(&p->meter, (double)walk.count / (double)p->nsamples, error));
     }
+    /* weights that have become infinite lie on a level as all others: they are looked for before that */
+    if (work->levels) BESA__TRY_ON(be, besa__count_layers(p, (const void *const *)work->pruned, BESA__WRITTEN), error);
     return besa__pass_error(be, besa__count_layers(p, work->masked->weight, BESA__WRITTEN), error);
 }
 
@@ -5475,7 +5749,7 @@ static besa_result besa__fetch_results(besa_pruner *p)
     if (besa__learns_rates(p)) {
         BESA__TRY(be->download(be, q, r->scalars, p->parameters.step.scalars, sizeof r->scalars));
         BESA__TRY(be->download(be, q, &r->mean, p->rates.mean, sizeof r->mean));
-        BESA__TRY(be->download(be, q, &r->excess, p->rates.excess, sizeof r->excess));
+        BESA__TRY(be->download(be, q, r->excess, p->rates.excess, (size_t)p->rates.parts * sizeof *r->excess));
     }
     BESA__TRY(be->synchronize(be, BESA_QUEUE_UPLOAD));
     BESA__TRY(be->synchronize(be, BESA_QUEUE_DOWNLOAD));
@@ -5507,9 +5781,9 @@ static besa_result besa__check_layers_finite(const besa_pruner *p, const char *n
     const int32_t *count = p->results->not_finite + which * BESA_LAYERS;
     for (int i = 0; i < BESA_LAYERS; i++)
         if (count[i] != 0)
-            return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s.weight: %d %sweights are NaN or infinite",
-                              name ? name : "", besa__layers[i].path, (int)count[i],
-                              which == BESA__DENSE ? "" : "pruned ");
+            return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s.weight: %d %sweights are NaN or infinite%s",
+                              name ? name : "", besa__layers[i].path, (int)count[i], which == BESA__DENSE ? "" : "pruned ",
+                              which == BESA__WRITTEN && besa__learns_weights(p) ? ": weight_lr may be too large" : "");
     return BESA_OK;
 }
 
@@ -5612,7 +5886,7 @@ static void besa__report_losses(const besa_pruner *p, besa_block_report *report)
 {
     const float *loss = p->results_losses;
     int learned = 0;
-    for (int i = 0; i < BESA_LAYERS; i++) learned |= besa__learns_rates(p) && p->fixed[i] < 0;
+    for (int i = 0; i < BESA_LAYERS; i++) learned |= besa__finds_masks(p) && p->fixed[i] < 0;
     double shown = (double)besa__shown(p), all = (double)p->reference;
     report->loss_after = (double)loss[BESA__LOSS_AFTER];
     report->loss_masks = besa__learns_last(p) ? (double)loss[BESA__LOSS_MASKS] : report->loss_after;
@@ -5631,7 +5905,7 @@ static besa_result besa__report_block(besa_pruner *p, const char *name, besa_blo
     BESA__TRY(besa__check_vectors_finite(p, name, error));
     if (besa__learns_rates(p)) {
         BESA__TRY(besa__check_status(&p->rates, r->scalars[0], r->mean, error));
-        BESA__TRY(besa__check_excess(&p->rates, r->excess, error));
+        for (int i = 0; i < p->rates.parts; i++) BESA__TRY(besa__check_excess(&p->rates, i, r->excess[i], error));
         report->d = r->scalars[0];
         report->mean_rate = (double)r->mean;
     }
@@ -5661,8 +5935,7 @@ static double besa__cost_rank(const besa_pruner *p)
 /* An epoch costs about three forward passes. */
 static double besa__cost_learn(const besa_pruner *p)
 {
-    double epochs = (double)p->options.epochs + (double)besa__gradient_sequences(p) / (double)p->nsamples;
-    return besa__learns_rates(p) ? 3 * epochs : 0;
+    return 3 * ((double)besa__mask_epochs(p) + (double)besa__gradient_sequences(p) / (double)p->nsamples);
 }
 
 static double besa__cost_weights(const besa_pruner *p)
@@ -10428,8 +10701,9 @@ static void besa__ignore_options(besa_prune_options *o)
         o->weight_lr = besa__find_option("weight_lr")->standard;
         o->weight_warmup = besa__find_option("weight_warmup")->standard;
         o->learn_vectors = 0;
-        if (o->method == BESA_METHOD_BESA) o->weight_epochs = (int64_t)besa__find_option("weight_epochs")->standard;
+        if (besa__has_rates(o)) o->weight_epochs = (int64_t)besa__find_option("weight_epochs")->standard;
     }
+    if (!besa__has_rates(o) && given.learn != BESA_LEARN_BOTH) o->epochs = (int64_t)besa__find_option("epochs")->standard;
     if (given.learn != BESA_LEARN_BOTH) o->rank_interval = (int64_t)besa__find_option("rank_interval")->standard;
     if (o->method == BESA_METHOD_SPARSEGPT || o->method == BESA_METHOD_KEEP) o->quantize_first = 0;
     if (!besa__clips_learn(&given)) o->clip_lr = besa__find_option("clip_lr")->standard;
@@ -10671,7 +10945,7 @@ static besa_result besa__run_block(besa__run *run, int64_t index, int64_t done, 
 static void besa__note_range(const besa__run *run, char **notes)
 {
     const besa_prune_options *o = &run->pruner.options;
-    if (o->method != BESA_METHOD_BESA || o->rates.plain_softmax || !o->no_projection) return;
+    if (!besa__has_rates(o) || o->rates.plain_softmax || !o->no_projection) return;
     double low = besa__reachable_rate(&run->pruner.rates, 0), high = besa__reachable_rate(&run->pruner.rates, 1);
     if (o->rates.target >= low && o->rates.target <= high) return;
     besa__notes_add(notes,
@@ -10696,7 +10970,7 @@ static void besa__note_steps(const besa_pruner *p, char **notes)
     const char *larger = o->rates.optimizer == BESA_ADAMW ? "lr" : "d_coef";
     int64_t steps = o->rates.steps;
     double needed = besa__steps_needed(&o->rates);
-    if (o->method != BESA_METHOD_BESA || (double)steps >= needed) return;
+    if (!besa__has_rates(o) || (double)steps >= needed) return;
     besa__notes_add(notes, "warning: %lld learning step%s a block (sequences x epochs / batch size): rates hardly move before "
                     "step %.0f, and masks are nearly those of uniform rates by importance %s; more sequences or epochs, a "
                     "smaller batch or a larger %s help", (long long)steps, steps == 1 ? "" : "s", needed,
@@ -10928,6 +11202,18 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
  * ============================================================================================
  * Owns no memory: the layout of section run on nothing, and FLOP counted from shapes. */
 
+/* FLOP of a learning step that losses within the block add, per token: attention's half of the dense block; or every layer's
+ * outputs twice, without the way back. */
+static double besa__parts_flop(const besa__run *run, double weights, double qkv, double attention)
+{
+    const besa_block_shape *s = &run->config->block;
+    double o = (double)(s->num_attention_heads * s->head_dim) * (double)s->hidden_size;
+    double down = (double)s->intermediate_size * (double)s->hidden_size;
+    if (run->pruner.options.granularity == BESA_GRANULARITY_ATTN_MLP) return 2 * (qkv + o) + attention;
+    if (run->pruner.options.granularity == BESA_GRANULARITY_LAYER) return 2 * (weights - down + qkv) - 2.5 * attention;
+    return 0;
+}
+
 /* FLOP of all products: 2 per weight and token forward, 3.7 more in the learning step (q, k and v need no input
  * gradient, but where the first norm learns), attention's causal half, Gram matrices, and a block's refits. */
 static double besa__plan_flop(const besa__run *run)
@@ -10947,8 +11233,10 @@ static double besa__plan_flop(const besa__run *run)
     double dense = besa__uses_inputs(o) ? 1 : (double)run->pruner.reference / (double)run->pruner.nsamples;
     double flop = dense * forward + (besa__uses_gram(o) ? gram : 0); /* of blocks that are pruned */
     double scores = (double)besa__gradient_sequences(&run->pruner) / (double)run->pruner.nsamples;
-    if (besa__learns_rates(&run->pruner)) flop += ((double)o->epochs + scores) * (forward + backward);
-    if (besa__learns_last(&run->pruner)) flop += (double)o->weight_epochs * (forward + backward);
+    double step = forward + backward + besa__parts_flop(run, weights, qkv, attention);
+    if (o->granularity == BESA_GRANULARITY_LAYER) flop += 2 * weights; /* their dense outputs, for channel norms */
+    flop += ((double)besa__mask_epochs(&run->pruner) + scores) * step;
+    if (besa__learns_last(&run->pruner)) flop += (double)o->weight_epochs * step;
     if (besa__learns_vectors(&run->pruner)) flop += 2 * qkv * (double)(o->weight_epochs + (o->learn == BESA_LEARN_BOTH ? o->epochs : 0));
     flop = (flop * tokens + besa__refit_flop(&run->pruner)) * (double)(besa__end_block(run) - besa__first_block(run));
     flop += tokens * (double)run->config->num_hidden_layers * (1 + run->has_dense) * forward;

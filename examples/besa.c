@@ -270,9 +270,11 @@ static besa_result print_notes(job *j, const char *label, const char *said, besa
 static void print_summary(const settings *s, const besa_report *r, const char *said)
 {
     size_t length = strlen(said);
+    const int n = s->prune.pattern_n, m = s->prune.pattern_m;
     print_text(stdout, s->path[1]);
-    printf(": sparsity %.6f of %s weights, target %g, by %s in %s\n", r->sparsity,
-           with_unit((double)r->weights, "").s, r->target, besa_method_name(s->prune.method), as_clock(r->seconds).s);
+    printf(": sparsity %.6f of %s weights, target %g, ", r->sparsity, with_unit((double)r->weights, "").s, r->target);
+    if (m) printf("%d:%d (%d of %d pruned, %d kept), ", n, m, n, m, m - n);
+    printf("by %s in %s\n", besa_method_name(s->prune.method), as_clock(r->seconds).s);
     print_targets(s);
     if (r->resumed_blocks) printf("blocks taken over from the run before: %lld\n", (long long)r->resumed_blocks);
     if (r->perplexity > 0) printf("perplexity %.4f\n", r->perplexity);
@@ -383,7 +385,7 @@ static row begin_row(settings *s, int i)
 static besa_result check_runs(job *j)
 {
     settings *s = j->s;
-    if (s->left_out) fprintf(stderr, "besa is left out: it has no N:M patterns\n");
+    if (s->left_out) fprintf(stderr, "besa is left out: with a pattern it has no rates to learn; --preset best: its weights\n");
     for (int i = 0; i < s->num_rows; i++) {
         const row r = begin_row(s, i);
         besa_plan_result plan[2];

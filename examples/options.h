@@ -65,7 +65,7 @@ typedef struct settings {
     double owl_lambda, owl_threshold;
     double sparsity[MAX_LIST];         /* of a comparison, as are rows */
     row rows[MAX_LIST];
-    int num_sparsities, num_rows, left_out; /* 1: besa is not among the rows, as it has no patterns */
+    int num_sparsities, num_rows, left_out; /* 1: besa is not among the rows: a pattern leaves it no rates to learn */
     const char *besa_option, *learning_option, *weight_option, *bits_option; /* the last given under these headings, or NULL */
 } settings;
 
@@ -105,12 +105,12 @@ static const option own_options[] = {
     {"Method", HEADING, 0, RUN, "", ""},
     {NULL, LIBRARY, 0, 0, "", ""}, /* here the library's options for every method */
     {"method", METHODS, 0, COMPARE, "A,B,...",
-     "of besa, wanda, sparsegpt, magnitude, besa:PRESET, and others with :weights [the first four; with --pattern without besa]"},
+     "of besa, wanda, sparsegpt, magnitude, besa:PRESET, and others with :weights [the first four; besa with --pattern only where weights learn]"},
     {"preset", TEXT, AT(preset), RUN, "default|best|weights|published-row|published-layer",
      "what the options below start from; all but weights for besa; published: as the paper's code, for LLaMA-1-7B"},
     {"sparsity", SHARES, AT(prune.rates.target), COMPARE, "S,S,...",
      "shares of the weights that become zero [0.5, or the pattern's]"},
-    {"pattern", PATTERN, 0, RUN, "N:M", "prune N of every M consecutive weights, as 2:4; not with besa"},
+    {"pattern", PATTERN, 0, RUN, "N:M", "prune N of every M consecutive weights and keep M - N: 2:4, 4:8; 6:8 keeps 2. besa: --preset best, or --learn weights or both"},
     {"masks", TEXT, AT(masks), RUN, "DIR", "keep: the checkpoint whose zeros are the masks, pruned by whatever program"},
     {"skip", SKIP, 0, RUN, "PATTERN", "keep layers dense: v_proj, layers.0, '*.mlp.*'; repeatable"},
     {"blocks", BLOCKS, 0, RUN, "A-B", "prune blocks A to B, counted from 0, and leave the others dense: for studies [all]"},
@@ -504,12 +504,12 @@ static int read_option(settings *s, int i)
     return equals ? 1 : 2;
 }
 
-/* What a comparison has where its lists are not given: with a pattern, what patterns can be. */
+/* What a comparison has where its lists are not given: with a pattern, besa only where it is to do more than learn rates. */
 static void fill_lists(settings *s)
 {
-    const int has_pattern = s->prune.pattern_m != 0;
-    const char *methods = has_pattern ? "magnitude,wanda,sparsegpt" : "magnitude,wanda,sparsegpt,besa";
-    s->left_out = has_pattern && s->num_rows == 0;
+    const int has_pattern = s->prune.pattern_m != 0, without = has_pattern && !s->preset && s->prune.learn == BESA_LEARN_RATES;
+    const char *methods = without ? "magnitude,wanda,sparsegpt" : "magnitude,wanda,sparsegpt,besa";
+    s->left_out = without && s->num_rows == 0;
     if (s->num_rows == 0) read_list(s, find_option(s, "method"), methods);
     if (s->num_sparsities > 0) return;
     s->num_sparsities = 1;

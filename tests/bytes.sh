@@ -86,6 +86,10 @@ done <<'END'
 --bits 3 --group-size 24 --method wanda --clipping learned --batch-size 4
 --bits 4 --method sparsegpt
 --method wanda --preset weights --pattern 2:4
+--preset best --pattern 2:4
+--learn weights --pattern 1:4 --importance gradient --fix down_proj=0.3 --weight-epochs 1
+--granularity attn-mlp --batch-size 2
+--granularity layer --learn both --weight-epochs 1
 --dense-share 0.3 --depth-slope 0.2
 --blocks 1-2 --learn both --weight-lr 0.1
 --method wanda --refit cg

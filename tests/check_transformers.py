@@ -5,7 +5,7 @@
 
 BESA is the command line program, CHECKPOINTS a directory of small checkpoints, CASES one of folders with a model and
 tokens.npy, MODEL one more checkpoint to try.
-Needs torch, transformers and numpy; prints SKIP without them.
+Needs torch, transformers and numpy, and compressed-tensors 0.12 for 2:4; prints SKIP without them.
 """
 import json
 import pathlib
@@ -89,6 +89,41 @@ def check_codes(program, source, tokens_file, extra, work):
         return False
 
 
+def check_packed(program, source, tokens_file, extra, work):
+    """A 2:4 output, packed as compressed-tensors stores 2:4 weights, and as CUTLASS reads them (in 16 bits, 64 rows and 32 columns),
+    and unpacked again, is what it was, to the byte."""
+    name = f"2:4 formats hold {source.name} {' '.join(extra)}"
+    try:  # releases after 0.12 have no 2:4 formats any more
+        from compressed_tensors.compressors.sparse_compressors.sparse_24_bitmask import Sparse24BitMaskTensor
+        from compressed_tensors.utils import (sparse_semi_structured_from_dense_cutlass,
+                                              sparse_semi_structured_to_dense_cutlass)
+    except ImportError as e:
+        print(f"SKIP {name}: {e}", flush=True)
+        return True
+    output = work / f"{source.name}-packed-{'-'.join(extra)}"
+    packed = wrong = 0
+    try:
+        besa(program, "prune", source, output, "--tokens", tokens_file, "--nsamples", 8, "--seqlen", 64, "--pattern", "2:4", *extra)
+        for tensor, w in AutoModelForCausalLM.from_pretrained(output, torch_dtype="auto").state_dict().items():
+            if not tensor.endswith("_proj.weight"):
+                continue
+            file = Sparse24BitMaskTensor.from_dense(w).dict(tensor)
+            back = Sparse24BitMaskTensor.from_compressed_data(*(file[tensor.replace("weight", part)]
+                                                                for part in ("shape", "compressed", "bitmask"))).decompress()
+            wrong += not torch.equal(back.view(torch.uint8), w.view(torch.uint8))
+            packed += 1
+            half = w if w.dtype != torch.float32 else w.bfloat16()
+            half = torch.nn.functional.pad(half, (0, -w.shape[1] % 32, 0, -w.shape[0] % 64))
+            back = sparse_semi_structured_to_dense_cutlass(*sparse_semi_structured_from_dense_cutlass(half))
+            wrong += not torch.equal(back.view(torch.uint8), half.view(torch.uint8))
+        good = wrong == 0 and packed > 0 and packed % 7 == 0
+        print(f"{'PASS' if good else 'FAIL'} {name}: {packed} layers, {wrong} differ", flush=True)
+        return good
+    except Exception as e:
+        print(f"FAIL {name}: {type(e).__name__}: {e}", flush=True)
+        return False
+
+
 def main():
     if len(sys.argv) not in (5, 7):
         sys.exit(__doc__)
@@ -99,6 +134,8 @@ def main():
         for method, extra in (("dense", []), ("besa", []), ("wanda", []), ("sparsegpt", []), ("magnitude", []),
                               ("wanda", ["--pattern", "2:4"])):
             good &= check(program, stories, stories / "test_tokens.npy", method, extra, 16, 128, 20, work)
+        for extra in (["--preset", "best"], ["--method", "wanda", "--preset", "weights"], ["--method", "sparsegpt"]):
+            good &= check_packed(program, stories, stories / "test_tokens.npy", extra, work)
         for source in sorted(p for p in checkpoints.iterdir() if p.is_dir()):
             vocab = json.loads((source / "config.json").read_text())["vocab_size"]
             tokens = work / f"{source.name}.npy"
@@ -107,6 +144,7 @@ def main():
                 good &= check(program, source, tokens, method, [], 8, 64, 8, work)
             for extra in (["--bits", "4"], ["--bits", "8", "--group-size", "5"], ["--bits", "3", "--method", "sparsegpt"]):
                 good &= check_codes(program, source, tokens, extra, work)
+            good &= check_packed(program, source, tokens, ["--preset", "best"], work)
         for case in sorted(p for p in cases.iterdir() if (p / "model").is_dir()):
             source = work / case.name  # of the case's name; transformers may refuse the dense one
             source.symlink_to(case / "model")

@@ -135,8 +135,12 @@ for wrong in "--method wanda," "--method wanda,,besa" "--method wanda,besa:publi
     check 2 '^besa compare: --' compare "$stories" $data $text $wrong
 done
 check 0 '^wanda .* 0.2500 ' compare "$stories" $data $text --pattern 1:4 --quiet
-grep -q '^besa is left out: it has no N:M patterns$' "$work/log" || bad="$bad; it does not say what is left out"
+grep -q '^besa is left out: with a pattern it has no rates to learn; --preset best: its weights$' "$work/log" || bad="$bad; it does not say what is left out"
 ! grep -q '^besa  ' "$work/log" || bad="$bad; a row for besa"
+check 0 '^besa .* 0.2500 ' compare "$stories" $data $text --pattern 1:4 --preset best --quiet
+! grep -q 'left out' "$work/log" || bad="$bad; it leaves out what has weights to learn"
+check 0 'target 0.75, 3:4 (3 of 4 pruned, 1 kept), by besa' prune "$stories" "$work/pattern.out" $data --pattern 3:4 --preset best --quiet
+check 1 'leaves no rates to learn: expected learn weights or both' plan "$stories" $data --pattern 2:4
 done_with "a comparison with a pattern"
 
 # Presets, and what learns, are for those who can: best's rates are besa's alone.

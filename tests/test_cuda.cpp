@@ -370,26 +370,24 @@ static void hollow_llama(const char *directory, int64_t hidden, int64_t inner, i
 }
 
 /* 128 x 2048 tokens within a budget: what stays on the device, and how much of it. */
-static void check_plan(const char *model, besa_method method, size_t budget, int on_host)
+static void check_plan(const char *model, besa_prune_options o, size_t budget, int on_host)
 {
     besa_backend be = cuda_backend(0);
     besa_checkpoint *checkpoint = NULL;
     besa_error error;
     besa_plan_result plan;
     besa_calibration c;
-    besa_prune_options o;
     memset(&c, 0, sizeof c);
-    memset(&o, 0, sizeof o);
     memset(&plan, 0, sizeof plan);
     c.nsamples = 128, c.seqlen = 2048;
-    o.method = method, o.rates.target = 0.5, o.device_memory = budget;
+    o.rates.target = 0.5, o.device_memory = budget;
     CHECK_OK(besa_checkpoint_open(&checkpoint, model, &error), error);
     CHECK_OK(besa_plan(checkpoint, &be, &c, &o, &plan, &error), error);
     CHECK(plan.device_bytes <= budget && plan.micro_batch == 1, "%zu bytes, %lld sequences at a time", plan.device_bytes,
           static_cast<long long>(plan.micro_batch));
     CHECK(plan.x_on_host + plan.yref_on_host == on_host, "X on the host: %d, Yref: %d", plan.x_on_host, plan.yref_on_host);
     if (getenv("TEST_VERBOSE"))
-        printf("    method %d: %.2f GB of %.0f on the device, %.2f GB on the host, X there: %d, Yref: %d\n", static_cast<int>(method),
+        printf("    method %d: %.2f GB of %.0f on the device, %.2f GB on the host, X there: %d, Yref: %d\n", static_cast<int>(o.method),
                1e-9 * static_cast<double>(plan.device_bytes), 1e-9 * static_cast<double>(budget),
                1e-9 * static_cast<double>(plan.host_bytes), plan.x_on_host, plan.yref_on_host);
     besa_checkpoint_close(checkpoint);
@@ -403,12 +401,26 @@ static void test_plans(void)
         const char *large = temp_path("70B"), *small = temp_path("7B");
         hollow_llama(large, 8192, 28672, 64, 8);
         hollow_llama(small, 4096, 11008, 32, 32);
-        check_plan(large, BESA_METHOD_BESA, 24 * GB, 0);
-        check_plan(large, BESA_METHOD_SPARSEGPT, 24 * GB, 0);
-        check_plan(large, BESA_METHOD_BESA, 15 * GB, 1);
-        check_plan(large, BESA_METHOD_BESA, 12 * GB, 2);
-        check_plan(small, BESA_METHOD_BESA, 8 * GB, 0);
-        check_plan(small, BESA_METHOD_BESA, 4 * GB, 2);
+        besa_prune_options o = {}, sparsegpt = {};
+        sparsegpt.method = BESA_METHOD_SPARSEGPT;
+        check_plan(large, o, 24 * GB, 0);
+        check_plan(large, sparsegpt, 24 * GB, 0);
+        check_plan(large, o, 15 * GB, 1);
+        check_plan(large, o, 12 * GB, 2);
+        check_plan(small, o, 8 * GB, 0);
+        check_plan(small, o, 4 * GB, 2);
+    }
+    TEST("weights that learn on grids: 70B within 48 GB, 7B within 16 GB") {
+        const size_t GB = 1000000000;
+        const char *large = temp_path("70B-best"), *small = temp_path("7B-best");
+        besa_prune_options o = {};
+        besa_error error;
+        hollow_llama(large, 8192, 28672, 64, 8);
+        hollow_llama(small, 4096, 11008, 32, 32);
+        CHECK_OK(besa_preset(&o, "best", &error), error);
+        o.bits = 4, o.group_size = 128;
+        check_plan(large, o, 48 * GB, 0);
+        check_plan(small, o, 16 * GB, 0);
     }
 }
 
@@ -881,7 +893,8 @@ static void check_close(double got, double want, double limit, const char *what,
 /* The whole run on both backends: masks and losses */
 static void compare_pipelines(const char *name, besa_method method, int fp32, double masks, double losses,
                               besa_learn learn = BESA_LEARN_RATES, double share = 0, besa_refit refit = BESA_REFIT_NONE,
-                              int bits = 0)
+                              int bits = 0, int pattern = 0,
+                              besa_granularity granularity = BESA_GRANULARITY_BLOCK)
 {
     besa_backend cpu, cuda = cuda_backend(fp32);
     besa_error error;
@@ -894,7 +907,11 @@ static void compare_pipelines(const char *name, besa_method method, int fp32, do
         r->options.refit = refit, r->options.damping = refit ? 0.5 : 0; /* fewer tokens than columns: else a rounding counts */
         r->options.learn_vectors = learn == BESA_LEARN_BOTH;
         r->options.bits = bits, r->options.group_size = bits ? 24 : 0;
+        r->options.pattern_n = pattern ? 2 : 0, r->options.pattern_m = pattern;
+        if (pattern) r->options.importance = BESA_IMPORTANCE_GRADIENT;
         if (learn != BESA_LEARN_RATES) r->options.dense_share = 0.5, r->options.batch_size = 2, r->options.epochs = 1;
+        r->options.granularity = granularity;
+        if (granularity != BESA_GRANULARITY_BLOCK) r->options.dense_share = 0;
     }
     CHECK_OK(run_prune(&a, &cpu), a.error);
     CHECK_OK(run_prune(&b, &cuda), b.error);
@@ -933,6 +950,12 @@ static void test_pipeline(void)
     TEST("pipeline, bits, wanda, fp32") compare_pipelines("wanda4", BESA_METHOD_WANDA, 1, 1e-3, 0.01, BESA_LEARN_RATES, 0, BESA_REFIT_NONE, 4);
     TEST("pipeline, bits, besa and weights, fp32") compare_pipelines("both5", BESA_METHOD_BESA, 1, 2e-2, 0.03, BESA_LEARN_BOTH, 0, BESA_REFIT_NONE, 5);
     TEST("pipeline, besa and weights, fp32") compare_pipelines("both32", BESA_METHOD_BESA, 1, 1e-2, 0.02, BESA_LEARN_BOTH);
+    TEST("pipeline, weights by a pattern, fp32")
+        compare_pipelines("pattern32", BESA_METHOD_BESA, 1, 1e-2, 0.02, BESA_LEARN_BOTH, 0, BESA_REFIT_NONE, 0, 4);
+    TEST("pipeline, attention, MLP and weights, fp32")
+        compare_pipelines("halves32", BESA_METHOD_BESA, 1, 1e-2, 0.02, BESA_LEARN_BOTH, 0, BESA_REFIT_NONE, 0, 0, BESA_GRANULARITY_ATTN_MLP);
+    TEST("pipeline, layers, fp32")
+        compare_pipelines("layers32", BESA_METHOD_BESA, 1, 1e-2, 0.02, BESA_LEARN_RATES, 0, BESA_REFIT_NONE, 0, 0, BESA_GRANULARITY_LAYER);
     TEST("pipeline, wanda and cg, fp32") compare_pipelines("cg32", BESA_METHOD_WANDA, 1, 1e-2, 0.05, BESA_LEARN_RATES, 0, BESA_REFIT_CG);
     if (!g_sanitized) { /* the same kernels */
         TEST("pipeline, wanda and obs, fp32")

@@ -299,7 +299,7 @@ static void verify(const setup *s)
     blocks = besa_checkpoint_config(in)->num_hidden_layers;
     CHECK(report->num_blocks == blocks && report->block, "the report has %d blocks", (int)report->num_blocks);
     for (int64_t n = 0; n < blocks; n++) {
-        int64_t weights = 0, zeros = 0;
+        int64_t weights = 0, zeros = 0;         /* of the layers whose rates have a target together */
         double target = block_target(o, n, blocks);
         CHECK(report->block[n].target == target, "block %d: target %g in the report, expected %g", (int)n, report->block[n].target,
               target);
@@ -318,6 +318,13 @@ static void verify(const setup *s)
             else if (f) CHECK(fabs((double)z - f->sparsity * (double)(a->shape[0] * a->shape[1])) <= (double)a->shape[0],
                               "%s: %d zeros at a fixed %g", name, (int)z, f->sparsity);
             if (!f) weights += a->shape[0] * a->shape[1], zeros += z;
+            if (l == BESA_LAYERS - 1 || o->granularity == BESA_GRANULARITY_LAYER ||
+                (o->granularity == BESA_GRANULARITY_ATTN_MLP && l == BESA_O)) {
+                if (o->method == BESA_METHOD_BESA && !o->no_projection && target > 0)
+                    CHECK(zeros == (int64_t)floor(target * (double)weights + 0.5), "block %d, up to layer %d: %d zeros of %d at %g",
+                          (int)n, l, (int)zeros, (int)weights, target);
+                weights = zeros = 0;
+            }
             all += a->shape[0] * a->shape[1];
             pruned += z;
             CHECK(lr->weights == a->shape[0] * a->shape[1] && lr->pruned == z, "%s: report says %d of %d, file has %d", name,
@@ -326,9 +333,6 @@ static void verify(const setup *s)
                   fabs(lr->rate_mean - (double)z / (double)lr->weights) < 1e-6, "%s: rates %g %g %g", name, lr->rate_min,
                   lr->rate_mean, lr->rate_max);
         }
-        if (o->method == BESA_METHOD_BESA && !o->no_projection && target > 0)
-            CHECK(zeros == (int64_t)floor(target * (double)weights + 0.5), "block %d: %d zeros of %d at %g", (int)n, (int)zeros,
-                  (int)weights, target);
     }
     int64_t count = o->num_blocks ? o->num_blocks : blocks - o->first_block;
     double wanted = count == blocks ? o->rates.target : o->rates.target * (double)count / (double)blocks;
@@ -433,12 +437,40 @@ static void test_patterns(void)
     discard(s.output);
     s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
     s.options.pattern_n = 2, s.options.pattern_m = 4;
-    expect(&s, BESA_ERROR_OPTION, "attern");
+    expect(&s, BESA_ERROR_OPTION, "pattern 2:4 with method besa leaves no rates to learn");
     s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
     s.options.pattern_n = 4, s.options.pattern_m = 8; /* down_proj has 172 columns */
     expect(&s, BESA_ERROR_OPTION, "172");
     s.options.pattern_n = 4, s.options.pattern_m = 4;
     expect(&s, BESA_ERROR_OPTION, "attern");
+}
+
+/* Losses within the block: every part has the target for itself, and learns otherwise than the block. */
+static void test_granularity(void)
+{
+    static const besa_fixed_rate fixed[] = { { "k_proj", 0.3 }, { "gate_proj", 0 }, { "up_proj", 0 }, { "down_proj", 0.2 } };
+    char first[256];
+    setup s = new_setup(temp_path("block"), BESA_METHOD_BESA, 0.47);
+    s.options.rates.d_coef = 1000;
+    run_and_verify(&s);
+    for (int i = 1; i < BESA_GRANULARITY_COUNT; i++) {
+        s.output = temp_path("out"), s.options.granularity = (besa_granularity)i, s.options.num_fixed = 0;
+        run_and_verify(&s);
+        CHECK(compare_directories(temp_path("block"), s.output, NULL, first) > 0, "granularity %d changes nothing", i);
+        discard(s.output);
+        s.options.fixed = fixed, s.options.num_fixed = 4; /* no layer of the MLP has rates */
+        run_and_verify(&s);
+        discard(s.output);
+    }
+    discard(temp_path("block"));
+    s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
+    s.options.granularity = BESA_GRANULARITY_ATTN_MLP, s.options.dense_share = 0.5;
+    expect(&s, BESA_ERROR_OPTION, "granularity is not block, but dense_share");
+    s.options.dense_share = 0, s.options.dense_stream = 1;
+    expect(&s, BESA_ERROR_OPTION, "granularity is not block, but dense_stream");
+    s.options.dense_stream = 0, s.options.learn = BESA_LEARN_BOTH, s.options.learn_vectors = 1;
+    s.options.granularity = BESA_GRANULARITY_LAYER;
+    expect(&s, BESA_ERROR_OPTION, "granularity is layer, but learn_vectors");
 }
 
 /* Every way to parametrise and learn the rates: exact counts still, and an effect on the weights. */
@@ -775,6 +807,13 @@ static void many_zeros(const char *name, float *v, int64_t rows, int64_t columns
     if (strstr(name, "layers.1.input_layernorm")) v[5] = 0;
 }
 
+/* 70 % of block 2's up are 0. */
+static void zeros_of_up(const char *name, float *v, int64_t rows, int64_t columns)
+{
+    for (int64_t i = 0; strstr(name, "layers.2.mlp.up_proj") && i < rows * columns; i++)
+        if (i % 10 < 7) v[i] = 0;
+}
+
 static void dead_column(const char *name, float *v, int64_t rows, int64_t columns)
 {
     (void)rows, (void)columns;
@@ -856,6 +895,17 @@ static void test_source_zeros(void)
                 }
             besa_report_free(&s.report);
             discard(s.output);
+        }
+        {                                       /* of a part, which layers of the block had room for */
+            setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.6);
+            fixture_variant(temp_path("lopsided"), stories, g_stories, (besa_dtype)type, zeros_of_up);
+            s.source = temp_path("lopsided");
+            CHECK_RUN(&s);
+            besa_report_free(&s.report);
+            discard(s.output);
+            s.options.granularity = BESA_GRANULARITY_LAYER;
+            expect(&s, BESA_ERROR_TARGET, "weights are zero already");
+            discard(s.output), discard(s.source);
         }
         {                                       /* fewer than there are zeros: no mask can do that */
             setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.1);
@@ -972,6 +1022,7 @@ static const struct bounds {
     { "pattern_m", 'i', 0, 64, 0, 0, 0, "0 to 64" }, { "magnitude_per_row", 'i', 0, 1, 0, 0, 0, "0 or 1" },
     { "importance", 'i', 0, 4, 0, 0, 0, "besa_importance" }, { "damping", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
     { "epochs", 'l', 1, 1000000, 0, 0, 0, "1 to 1000000" }, { "batch_size", 'l', 1, 0, 0, 0, 0, "1 or more" },
+    { "granularity", 'i', 0, 2, 0, 0, 0, "besa_granularity" },
     { "norm_all", 'i', 0, 1, 0, 0, 0, "0 or 1" }, { "dense_stream", 'i', 0, 1, 0, 0, 0, "0 or 1" },
     { "dense_share", 'd', 0, 1, 0, 1, 0, "0 or more and below 1" }, { "learn", 'i', 0, 2, 0, 0, 0, "besa_learn" },
     { "weight_epochs", 'l', 1, 1000000, 0, 0, 0, "1 to 1000000" }, { "weight_lr", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
@@ -1385,6 +1436,58 @@ static void test_learned_weights(void)
     expect(&s, BESA_ERROR_OPTION, "dense_share");
 }
 
+/* BESA by a pattern: n of every m are 0 in the files, in every element type. Where weights alone learn they do so by Wanda's
+ * masks; where their masks follow them others are found, unless nothing moves; fitting kept weights anew leaves masks. */
+static void test_learned_patterns(void)
+{
+    static const int pattern[][2] = { { 2, 4 }, { 4, 8 }, { 6, 8 }, { 8, 16 }, { 1, 4 } };
+    const char *model = temp_path("model48"), *masks = temp_path("masks");
+    char first[256];
+    for (int i = 0; i < 5; i++) {
+        fixture_random_llama(model, 2, 48, 96, 4, 2, 64, i % 3 == 0 ? BESA_BF16 : i % 3 == 1 ? BESA_F16 : BESA_F32);
+        setup s = new_setup(masks, BESA_METHOD_WANDA, 0), wanda;
+        s.source = model, s.nsamples = 12;
+        s.options.pattern_n = pattern[i][0], s.options.pattern_m = pattern[i][1];
+        s.options.rates.target = (double)pattern[i][0] / pattern[i][1];
+        s.options.dense_share = 0.5, s.options.weight_epochs = 1;
+        run_and_verify(&s);
+        wanda = s;
+        wanda.output = temp_path("wanda"), wanda.options.learn = BESA_LEARN_WEIGHTS;
+        run_and_verify(&wanda);
+        s.output = temp_path("out"), s.options.method = BESA_METHOD_BESA, s.options.learn = BESA_LEARN_WEIGHTS;
+        run_and_verify(&s);
+        CHECK(compare_directories(wanda.output, s.output, NULL, first) == 0, "%d:%d: %s is not as by wanda's masks", pattern[i][0],
+              pattern[i][1], first);
+        discard(s.output);
+        s.options.learn = BESA_LEARN_BOTH, s.options.weight_lr = 0.05;
+        CHECK_RUN(&s);
+        verify(&s);
+        for (int b = 0; b < 2; b++)
+            CHECK(s.report.block[b].loss_after < s.report.block[b].loss_masks && s.report.block[b].loss_masks < s.report.block[b].loss_uniform &&
+                  s.report.block[b].loss_before == s.report.block[b].loss_uniform, "losses %g, %g, %g, %g", s.report.block[b].loss_uniform,
+                  s.report.block[b].loss_before, s.report.block[b].loss_masks, s.report.block[b].loss_after);
+        char *json = besa_report_json(&s.report);
+        CHECK(json && strstr(json, "\"epochs\": 1") && strstr(json, "\"importance\"") && !strstr(json, "\"lr\"") &&
+              !strstr(json, "\"no_projection\""), "the report has options of rates, or lacks others: %s", json ? json : "");
+        free(json);
+        besa_report_free(&s.report);
+        CHECK(other_zeros(s.output, masks) > 0, "%d:%d: no mask followed the weights", pattern[i][0], pattern[i][1]);
+        discard(s.output);
+        s.options.weight_lr = 1e-30;
+        run_and_verify(&s);
+        CHECK(compare_directories(masks, s.output, NULL, first) == 0, "%d:%d: %s differs", pattern[i][0], pattern[i][1], first);
+        discard(s.output);
+        s.options.learn = BESA_LEARN_WEIGHTS, s.options.importance = BESA_IMPORTANCE_GRADIENT, s.options.weight_lr = 0.3;
+        run_and_verify(&s);
+        CHECK(other_zeros(s.output, masks) > 0, "%d:%d: gradients choose what wanda does", pattern[i][0], pattern[i][1]);
+        setup fitted = s;
+        fitted.output = temp_path("fitted"), fitted.options.refit = BESA_REFIT_CG;
+        run_and_verify(&fitted);
+        CHECK(other_zeros(fitted.output, s.output) == 0, "%d:%d: fitted weights have other masks", pattern[i][0], pattern[i][1]);
+        discard(fitted.output), discard(s.output), discard(wanda.output), discard(masks), discard(model);
+    }
+}
+
 /* Norms and biases that learn with the weights, in every element type: masks stay, all of them move where their block is
  * pruned, the output is the very model that was measured on the way, and steps too small for a float leave every byte. */
 static void test_learned_vectors(void)
@@ -1668,6 +1771,12 @@ static void test_bits(void)
     CHECK(s.report.notes && strstr(s.report.notes, "a clip_lr below 30 may help"), "no note: %s", s.report.notes ? s.report.notes : "");
     besa_report_free(&s.report);
     discard(s.output);
+    s.options.clip_lr = 0, s.options.learn = BESA_LEARN_WEIGHTS, s.options.weight_lr = 1e8; /* weights of 16 bits become infinite */
+    char source[512];
+    snprintf(source, sizeof source, "%s/checkpoints/llama_mha_f16", g_reference);
+    s.source = source;
+    expect(&s, BESA_ERROR_NOT_FINITE, "pruned weights are NaN or infinite: weight_lr may be too large");
+    discard(s.output);
 }
 
 /* ---- determinism and memory ------------------------------------------------------------------ */
@@ -1676,9 +1785,9 @@ static void test_threads(void)
 {
     static const besa_method method[] = { BESA_METHOD_BESA, BESA_METHOD_SPARSEGPT, BESA_METHOD_WANDA, BESA_METHOD_BESA,
                                           BESA_METHOD_WANDA, BESA_METHOD_BESA, BESA_METHOD_SPARSEGPT, BESA_METHOD_WANDA,
-                                          BESA_METHOD_BESA };
+                                          BESA_METHOD_BESA, BESA_METHOD_BESA, BESA_METHOD_BESA, BESA_METHOD_BESA };
     static const int threads[] = { 1, 2, 3, 8 };
-    for (int m = 0; m < 9; m++) {
+    for (int m = 0; m < 12; m++) {
         double ppl[4];
         for (int t = 0; t < 4; t++) {
             setup s = new_setup(temp_path("threads%d", threads[t]), method[m], 0.5);
@@ -1689,6 +1798,8 @@ static void test_threads(void)
             if (m > 3 && m < 7) s.options.refit = m == 5 ? BESA_REFIT_OBS : BESA_REFIT_CG;
             if (m == 7) s.options.learn = BESA_LEARN_WEIGHTS, s.options.learn_vectors = 1, s.options.weight_epochs = 1;
             if (m == 8) s.options.bits = 4, s.options.group_size = 24;
+            if (m > 9) s.options.granularity = m == 10 ? BESA_GRANULARITY_ATTN_MLP : BESA_GRANULARITY_LAYER, s.options.batch_size = 3;
+            if (m == 9) s.options.learn = BESA_LEARN_BOTH, s.options.pattern_n = 2, s.options.pattern_m = 4;
             CHECK_RUN(&s);
             ppl[t] = s.report.perplexity;
             CHECK(ppl[t] == ppl[0], "%d threads: perplexity %.17g, one thread %.17g", threads[t], ppl[t], ppl[0]);
@@ -1841,12 +1952,16 @@ static double expected_flop(const setup *s)
     linear = d * (q + kv + kv) + q * d + 3 * d * inner;
     keys = 0.5 * (double)s->seqlen * q;         /* multiplications of one of the products of attention */
     learn = 2 * linear + 2 * 2 * keys + 4 * linear - 2 * d * (q + kv + kv) + 5 * 2 * keys;
+    if (o->granularity == BESA_GRANULARITY_ATTN_MLP) learn += 2 * d * (q + kv + kv) + 2 * q * d + 2 * 2 * keys; /* dense attention */
+    if (o->granularity == BESA_GRANULARITY_LAYER)  /* forward but for down, outputs by both weights, their gradients */
+        learn = 2 * (linear - d * inner) + 2 * 2 * keys + 2 * 2 * linear + 2 * linear;
     int last = o->learn != BESA_LEARN_RATES || (o->clipping == BESA_CLIPPING_LEARNED && o->method != BESA_METHOD_BESA);
     if (o->method == BESA_METHOD_MAGNITUDE && !o->refit) passes = 1 + (s->nsamples < 8 ? 1 : 8 / (double)s->nsamples); /* dense: as reported */
     if (last) passes = 2;
     flop = (passes - 1) * (2 * linear + 4 * keys); /* of a block that is pruned; of all the pass to the next one, of both streams */
+    if (o->granularity == BESA_GRANULARITY_LAYER && o->method == BESA_METHOD_BESA) flop += 2 * linear;
     if (last) flop += (double)(o->weight_epochs ? o->weight_epochs : 3) * learn;
-    if (o->method == BESA_METHOD_BESA) flop += (double)(o->epochs ? o->epochs : 1) * learn;
+    if (o->method == BESA_METHOD_BESA && (!o->pattern_m || o->learn == BESA_LEARN_BOTH)) flop += (double)(o->epochs ? o->epochs : 1) * learn;
     if (o->importance == BESA_IMPORTANCE_GRADIENT) flop += (s->nsamples < 32 ? 1 : 32 / (double)s->nsamples) * learn;
     if (o->learn_vectors) /* then q, k and v have one, in what passes weights learn */
         flop += 2 * d * (q + kv + kv) * (double)((o->weight_epochs ? o->weight_epochs : 3) + (o->learn == BESA_LEARN_BOTH ? 1 : 0));
@@ -1866,8 +1981,9 @@ static double expected_flop(const setup *s)
 /* What is allocated at the peak is what besa_plan said, to the byte, and all of it is given back. */
 static void test_plan(void)
 {
-    for (int i = 0; i < 26; i++) {
+    for (int i = 0; i < 32; i++) {
         setup s = new_setup(temp_path("out"), BESA_METHOD_BESA, 0.5);
+        static const besa_fixed_rate query = { "q_proj", 0.3 };
         double flop;
         besa_plan_result plan;
         besa_result r;
@@ -1888,6 +2004,12 @@ static void test_plan(void)
         case 23: s.options.bits = 3, s.options.group_size = 7; break;
         case 24: s.options.bits = 8, s.options.method = BESA_METHOD_WANDA, s.options.clipping = BESA_CLIPPING_LEARNED; break;
         case 25: s.options.bits = 2, s.options.method = BESA_METHOD_SPARSEGPT; break;
+        case 26: s.options.learn = BESA_LEARN_BOTH, s.options.importance = BESA_IMPORTANCE_GRADIENT; break;
+        case 27: s.options.learn = BESA_LEARN_WEIGHTS, s.options.fixed = &query, s.options.num_fixed = 1; break;
+        case 28: s.options.method = BESA_METHOD_WANDA; break;
+        case 29: s.options.granularity = BESA_GRANULARITY_ATTN_MLP, s.options.batch_size = 3; break;
+        case 30: s.options.granularity = BESA_GRANULARITY_LAYER, s.options.norm_all = 1, s.options.learn = BESA_LEARN_BOTH; break;
+        case 31: s.options.granularity = BESA_GRANULARITY_LAYER, s.options.method = BESA_METHOD_WANDA; break; /* nothing learns */
         case 13: s.options.first_block = 1, s.options.num_blocks = 2, s.options.dense_share = 0.5; break;
         case 14: s.options.refit = BESA_REFIT_CG; break;
         case 15: s.options.refit = BESA_REFIT_CG, s.options.method = BESA_METHOD_SPARSEGPT, s.options.refit_steps = 3; break;
@@ -1901,6 +2023,7 @@ static void test_plan(void)
         case 21: case 22: snprintf(model, sizeof model, "%s/checkpoints/qwen2_bias_tied_bf16", g_reference), s.source = model;
                  s.options.learn = i == 21 ? BESA_LEARN_BOTH : BESA_LEARN_WEIGHTS, s.options.learn_vectors = 1; break;
         }
+        if (i > 25 && i < 29) s.options.pattern_n = 2, s.options.pattern_m = 4;
         plan = plan_of(&s, &r);
         CHECK(r == BESA_OK, "case %d: %s", i, besa_result_string(r));
         be = counted_backend(0);
@@ -2570,6 +2693,9 @@ static setup kind_setup(const char *output, int kind)
     if (kind == 10) s.options.learn = BESA_LEARN_WEIGHTS, s.options.refit = BESA_REFIT_OBS;
     if (kind == 13) s.options.bits = 4, s.options.dense_share = 0.5;
     if (kind == 14) s.options.method = BESA_METHOD_SPARSEGPT, s.options.bits = 3, s.options.group_size = 16, s.options.first_block = 1;
+    if (kind == 16) s.options.granularity = BESA_GRANULARITY_LAYER;
+    if (kind == 17) s.options.granularity = BESA_GRANULARITY_ATTN_MLP, s.options.learn = BESA_LEARN_BOTH, s.options.learn_vectors = 1;
+    if (kind == 15) s.options.learn = BESA_LEARN_BOTH, s.options.pattern_n = 4, s.options.pattern_m = 8, s.options.dense_share = 0.5;
     if (kind == 8) s.options.first_block = 1, s.options.num_blocks = 2, s.options.depth_slope = 0.25, s.options.dense_share = 0.5;
     if (kind == 11 || kind == 12) {                         /* norms and biases that learn */
         static char model[2][512];
@@ -2605,12 +2731,12 @@ static void damage_norm(const setup *s)
 /* The dense model's own stream goes on where it was too: every kind of run, stopped twice in every block. */
 static void test_cancel_kinds(void)
 {
-    for (int kind = 0; kind < 15; kind++) {
+    for (int kind = 0; kind < 18; kind++) {
         const char *whole = temp_path("whole");
         int64_t calls, blocks = 0;
         char first[256];
         besa_backend be = counted_backend(0);
-        besa_backend *own = kind == 1 || kind == 11 ? &be : NULL; /* a device with memory of its own */
+        besa_backend *own = kind == 1 || kind == 11 || kind == 17 ? &be : NULL; /* a device with memory of its own */
         setup s = kind_setup(whole, kind);
         be.unified_memory = 0;
         s.be = own;
@@ -2675,7 +2801,8 @@ static const struct option_case {
     FIELD(rates.beta2, 0.99, LEARNED), FIELD(rates.weight_decay, 0.125, LEARNED), FIELD(rates.d0, 1e-5, LEARNED),
     FIELD(rates.d_coef, 4, LEARNED), FIELD(rates.schedule, BESA_SCHEDULE_COSINE, LEARNED),
     FIELD(rates.warmup, 0.25, LEARNED), FIELD(rates.steps, 7, 0), FIELD(importance, BESA_IMPORTANCE_MAGNITUDE, LEARNED), FIELD(epochs, 2, LEARNED),
-    FIELD(batch_size, 2, LEARNED), FIELD(norm_all, 1, LEARNED), FIELD(dense_stream, 1, LEARNED), FIELD(no_projection, 1, LEARNED),
+    FIELD(batch_size, 2, LEARNED), FIELD(granularity, BESA_GRANULARITY_LAYER, LEARNED),
+    FIELD(norm_all, 1, LEARNED), FIELD(dense_stream, 1, LEARNED), FIELD(no_projection, 1, LEARNED),
     FIELD(dense_share, 0.25, LEARNED), FIELD(learn, BESA_LEARN_WEIGHTS, ALL), FIELD(weight_epochs, 2, 0), FIELD(weight_lr, 0.1, 0),
     FIELD(weight_warmup, 0.5, 0), FIELD(rank_interval, 2, 0), FIELD(learn_vectors, 1, 0), FIELD(refit, BESA_REFIT_CG, ALL),
     FIELD(refit_steps, 5, 0), FIELD(first_block, 1, ALL), FIELD(num_blocks, 2, ALL), FIELD(depth_slope, 0.25, ALL),
@@ -2807,6 +2934,22 @@ static void test_resume_options(void)
         case 9: s.options.rank_interval = 4; break; /* ranks of weights that learn with them */
         }
         CHECK(refused(&s, base) == (i < 8), "learning weights, changed setting %d", i);
+        discard(base.output);
+    }
+    for (int i = 0; i < 8; i++) {               /* by a pattern there are no rates; masks follow the weights from i = 4 on */
+        setup base = small_setup(temp_path("out")), s;
+        base.options.learn = i < 4 ? BESA_LEARN_WEIGHTS : BESA_LEARN_BOTH, base.options.pattern_n = 2, base.options.pattern_m = 4;
+        g_progress.stop_at = -2;
+        CHECK(run(&base) == BESA_ERROR_CANCELLED, "%s", base.error.message);
+        besa_report_free(&base.report);
+        s = base;
+        switch (i % 4) {
+        case 0: s.options.epochs = 2; break;
+        case 1: s.options.rank_interval = 2; break;
+        case 2: s.options.rates.lr = 0.5, s.options.rates.penalty = 2, s.options.no_projection = 1; break;
+        case 3: s.options.importance = BESA_IMPORTANCE_MAGNITUDE; break;
+        }
+        CHECK(refused(&s, base) == (i == 3 || i == 4 || i == 5 || i == 7), "a pattern, changed setting %d", i);
         discard(base.output);
     }
     for (int i = 0; i < 8; i++) {               /* what refits look at */
@@ -3661,6 +3804,7 @@ int main(int argc, char **argv)
     TEST("odd targets") test_odd_targets();
     TEST("N:M patterns") test_patterns();
     TEST("BESA's options") test_besa_options();
+    TEST("parts of the block") test_granularity();
     TEST("fixed layers") test_fixed_layers();
     TEST("fixed layers that rows cannot have") test_fixed_notes();
     TEST("patterns of fixed layers") test_fixed_patterns();
@@ -3687,6 +3831,7 @@ int main(int argc, char **argv)
     TEST("sparsity over depth") test_depth();
     TEST("masks that are kept") test_keep();
     TEST("weights that learn") test_learned_weights();
+    TEST("N:M patterns of weights that learn") test_learned_patterns();
     TEST("kept weights fitted anew") test_refits();
     TEST("norms and biases that learn") test_learned_vectors();
     TEST("quantised weights") test_bits();

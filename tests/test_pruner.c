@@ -218,7 +218,7 @@ static besa_result record_step(void *user, const besa_step *step)
         now->clip = (float *)copy_of(clips->theta, (size_t)clips->n * sizeof(float));
         now->clip_grad = (float *)copy_of(clips->grad, (size_t)clips->n * sizeof(float));
     }
-    CHECK((step->rates != NULL) == (r->options.method == BESA_METHOD_BESA), "rates of a method without them, or none");
+    CHECK((step->rates != NULL) == (r->options.method == BESA_METHOD_BESA && !r->options.pattern_m), "rates of a method without them, or none");
     if (!step->rates) return BESA_OK;
     r->parameters = besa_rates_parameters(step->rates, &theta, &grad);
     if (step->step == 1) now->theta = take_floats(r->parameters);
@@ -288,11 +288,18 @@ static double fixed_rate(const besa_prune_options *o, int layer)
     return -1;
 }
 
-static double learned_weights(const run *r)
+/* The part whose target a layer's rates have. */
+static int part_of(const run *r, int layer)
+{
+    return r->options.granularity == BESA_GRANULARITY_LAYER ? layer : r->options.granularity == BESA_GRANULARITY_ATTN_MLP ? layer > 3 : 0;
+}
+
+/* Of a part, or (negative) of all. */
+static double learned_weights(const run *r, int part)
 {
     double weights = 0;
     for (int l = 0; l < BESA_LAYERS; l++)
-        if (fixed_rate(&r->options, l) < 0) weights += (double)(r->m->rows[l] * r->m->columns[l]);
+        if (fixed_rate(&r->options, l) < 0 && (part < 0 || part_of(r, l) == part)) weights += (double)(r->m->rows[l] * r->m->columns[l]);
     return weights;
 }
 
@@ -412,6 +419,15 @@ static double report_loss(const run *r, const float *y, int64_t shown, int64_t r
     return loss;
 }
 
+/* Does weight i of a layer go, of whose row n go? With a pattern n counts in layers that are held at a sparsity only. */
+static int is_gone(const run *r, int layer, const int32_t *rank, int64_t i, int64_t n)
+{
+    int64_t m = fixed_rate(&r->options, layer) < 0 ? r->options.pattern_m : 0, below = 0;
+    if (!m) return rank[i] < n;
+    for (int64_t k = i / m * m; k < i / m * m + m; k++) below += rank[k] < rank[i]; /* those of the group with a smaller score */
+    return below < r->options.pattern_n;
+}
+
 /* The dense block, but with `rank` below each row's count gone. */
 static besa_block masked_block(const run *r, int32_t *const rank[BESA_LAYERS], const int32_t *n)
 {
@@ -420,7 +436,7 @@ static besa_block masked_block(const run *r, int32_t *const rank[BESA_LAYERS], c
         int64_t C = r->m->columns[l];
         float *w = (float *)copy_of(b.weight[l], (size_t)(r->m->rows[l] * C) * sizeof(float));
         for (int64_t i = 0; i < r->m->rows[l] * C; i++)
-            if (rank[l][i] < n[i / C]) w[i] = 0;
+            if (is_gone(r, l, rank[l], i, n[i / C])) w[i] = 0;
         b.weight[l] = w;
     }
     return b;
@@ -450,6 +466,86 @@ static void use_vectors(besa_block *b, float *const vector[BESA_VECTORS])
         if (vector[i]) *besa__block_vector(b, i) = vector[i];
 }
 
+/* The layers' inputs as a forward pass has left them. */
+static const float *input_of(const besa_activations *acts, int layer)
+{
+    return (const float *)(layer < 3 ? acts->a : layer == 3 ? acts->attn : layer < 6 ? acts->m : acts->z);
+}
+
+/* Sums of squares of what the dense layer puts out, over sequences first .. first + count - 1 */
+static double *layer_norms(const run *r, int layer, int64_t first, int64_t count)
+{
+    int64_t R = r->m->rows[layer], C = r->m->columns[layer];
+    double *norm2 = (double *)take((size_t)R * sizeof *norm2);
+    besa_activations acts = r->m->acts;
+    forward(&r->m->block, &acts, r->m->x + first * SEQLEN * WIDTH, take_floats(count * SEQLEN * WIDTH), count);
+    const float *x = input_of(&acts, layer), *w = weight_of(r->m, layer), *bias = r->m->block.bias[layer];
+    for (int64_t t = 0; t < count * SEQLEN; t++)
+        for (int64_t q = 0; q < R; q++) {
+            double y = bias ? (double)bias[q] : 0;
+            for (int64_t j = 0; j < C; j++) y += (double)x[t * C + j] * (double)w[q * C + j];
+            norm2[q] += y * y;
+        }
+    return norm2;
+}
+
+/* Granularity layer: each layer by itself, on its inputs in the masked block b; in double. */
+static double layer_losses(const run *r, const besa_block *b, int64_t first, int64_t count, gradients *g)
+{
+    double loss = 0;
+    int64_t of = r->options.norm_all ? r->sequences : count;
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        int64_t R = r->m->rows[l], C = r->m->columns[l];
+        double *norm2 = layer_norms(r, l, r->options.norm_all ? 0 : first, of);
+        besa_activations acts = r->m->acts;
+        forward(b, &acts, r->m->x + first * SEQLEN * WIDTH, take_floats(count * SEQLEN * WIDTH), count);
+        const float *x = input_of(&acts, l), *w = weight_of(r->m, l), *what = (const float *)b->weight[l];
+        double *dw = (double *)take((size_t)(R * C) * sizeof *dw), one = 0;
+        for (int64_t t = 0; t < count * SEQLEN; t++)
+            for (int64_t q = 0; q < R; q++) {
+                double e = 0;
+                for (int64_t j = 0; j < C; j++) e += (double)x[t * C + j] * ((double)what[q * C + j] - (double)w[q * C + j]);
+                one += e * e / norm2[q] / (double)R;
+                for (int64_t j = 0; j < C; j++) dw[q * C + j] += 2 * e / norm2[q] / (double)R * (double)x[t * C + j];
+            }
+        int learns = r->options.learn != BESA_LEARN_RATES ? fixed_rate(&r->options, l) != 0 : fixed_rate(&r->options, l) < 0;
+        if (learns) loss += one;
+        for (int64_t i = 0; i < R * C; i++) g->dw[l][i] = (float)dw[i];
+    }
+    return loss;
+}
+
+/* Granularity attn-mlp: the loss at h1, and what it gives the four layers of attention in the place of what the block's loss
+ * gave them: h1 is the output of the block b without its last layer. */
+static double attention_loss(const run *r, const besa_block *b, int64_t first, int64_t count, gradients *g)
+{
+    float *y = take_floats(count * SEQLEN * WIDTH), *yref = take_floats(r->sequences * SEQLEN * WIDTH);
+    float *none = take_floats(r->m->rows[6] * r->m->columns[6]);
+    const float *x = r->m->x + first * SEQLEN * WIDTH;
+    besa_activations acts = r->m->acts;
+    besa_block dense = r->m->block, masked = *b;
+    gradients half = *g;
+    double norm2[WIDTH], loss = 0;
+    for (int64_t i = 0; i < r->m->rows[6] * r->m->columns[6]; i++) none[i] = 0;
+    for (int l = 0; l < BESA_LAYERS; l++) half.dw[l] = take_floats(r->m->rows[l] * r->m->columns[l]);
+    dense.weight[BESA_DOWN] = masked.weight[BESA_DOWN] = none;
+    dense.bias[BESA_DOWN] = masked.bias[BESA_DOWN] = NULL;
+    forward(&dense, &acts, r->m->x, yref, r->sequences);
+    batch_norms(r, yref, r->sequences, first, norm2);
+    for (int i = 0; i < BESA_VECTORS; i++) half.dvector[i] = acts.dvector[i] = take_floats(besa__vector_count(&b->shape, i));
+    forward(&masked, &acts, x, y, count);
+    for (int64_t i = 0; i < count * SEQLEN * WIDTH; i++) {
+        double e = (double)y[i] - (double)yref[first * SEQLEN * WIDTH + i];
+        loss += e * e / norm2[i % WIDTH] / WIDTH;
+        y[i] = (float)(2 * e / norm2[i % WIDTH] / WIDTH);
+    }
+    CHECK_OK(besa_block_backward(&g_be, &masked, &acts, x, y, NULL, count, SEQLEN, keep_gradient, &half, &g_error), g_error);
+    for (int l = 0; l < 4; l++) g->dw[l] = half.dw[l];
+    for (int i = 0; i < BESA_VECTORS; i++)
+        if (i < 4 || i == BESA_NORM1 || i == BESA_Q_NORM || i == BESA_K_NORM) g->dvector[i] = half.dvector[i];
+    return loss;
+}
+
 /* The loss of a step's batch by its masks and dL/dW, the whole batch at once. */
 static double batch_loss(const run *r, const recorded *step, int64_t first, int64_t count, gradients *g)
 {
@@ -464,6 +560,7 @@ static double batch_loss(const run *r, const recorded *step, int64_t first, int6
         g->dw[l] = take_floats(r->m->rows[l] * r->m->columns[l]);
     }
     use_vectors(&b, step->vector);
+    if (r->options.granularity == BESA_GRANULARITY_LAYER) return layer_losses(r, &b, first, count, g);
     for (int i = 0; i < BESA_VECTORS; i++) g->dvector[i] = acts.dvector[i] = take_floats(besa__vector_count(&b.shape, i));
     forward(&b, &acts, x, y, count);
     batch_norms(r, reference_of(r), r->sequences, first, norm2);
@@ -473,7 +570,7 @@ static double batch_loss(const run *r, const recorded *step, int64_t first, int6
         y[i] = (float)(2 * e / norm2[i % WIDTH] / WIDTH);
     }
     CHECK_OK(besa_block_backward(&g_be, &b, &acts, x, y, NULL, count, SEQLEN, keep_gradient, g, &g_error), g_error);
-    return loss;
+    return r->options.granularity == BESA_GRANULARITY_ATTN_MLP ? loss + attention_loss(r, &b, first, count, g) : loss;
 }
 
 /* dL/dbeta of one layer: candidate d prunes the ranks below k_d = (D - d) C / D, of every row of the group. */
@@ -486,10 +583,10 @@ static void beta_gradient(const run *r, int layer, const int32_t *rank, const fl
             dbeta[i / C / group_rows][d] -= (double)dw[i] * (double)w[i];
 }
 
-/* alpha and n of one step's rows against theta; the mean rate of the learned layers */
-static double check_rates(const run *r, const recorded *step)
+/* alpha and n of one step's rows against theta; mean: the mean rate of each part's learned layers */
+static void check_rates(const run *r, const recorded *step, double mean[BESA_LAYERS])
 {
-    double mean = 0;
+    memset(mean, 0, BESA_LAYERS * sizeof *mean);
     int64_t at = 0, group_rows, wrong = 0;
     for (int l = 0, row = 0; l < BESA_LAYERS; row += (int)r->m->rows[l++]) {
         layer_rates rates = rates_of(&r->options, step->theta, &at, r->m->rows[l], &group_rows);
@@ -499,13 +596,12 @@ static double check_rates(const run *r, const recorded *step)
             double exact = (double)C * (fixed < 0 ? rates.alpha[q / group_rows] : fixed);
             int32_t zeros = fixed < 0 ? zeros_of(weight_of(r->m, l) + q * C, C) : 0, n = (int32_t)floor(exact);
             want[q] = rates.alpha[q / group_rows];
-            if (fixed < 0) mean += want[q] * (double)C / learned_weights(r);
+            if (fixed < 0) mean[part_of(r, l)] += want[q] * (double)C / learned_weights(r, part_of(r, l));
             wrong += fabs(exact - rint(exact)) > 1e-4 && step->n[row + q] != (n > zeros ? n : zeros);
         }
         if (fixed < 0) CHECK_CLOSE("alpha", step->alpha + row, want, r->m->rows[l], 1e-6);
     }
     CHECK(wrong == 0, "%d rows prune another number than their rate says", (int)wrong);
-    return mean;
 }
 
 /* ---- grids and their clips ------------------------------------------------------------------- */
@@ -554,8 +650,9 @@ static double slope_of(const grid *g, double w, double level)
     return u > 0 && u < g->most ? level / g->h - w / g->h : u - g->z;
 }
 
-/* What a step is to read: the dense weights on their grids, which of them are gone, and what is left. */
+/* What a step is to read: weights on their grids, which of them are gone, and what is left. */
 typedef struct levels {
+    const float *from[BESA_LAYERS];             /* the weights */
     float *w[BESA_LAYERS], *masked[BESA_LAYERS];
     char *gone[BESA_LAYERS];
     const float *clip;                          /* all logits before it, NULL: there are none */
@@ -576,23 +673,33 @@ static int off_levels(const run *r, int layer, const float *clip, const float *w
     return wrong;
 }
 
-/* n: weights of each row that go, of all layers */
-static levels expect_levels(const run *r, const float *clip, int32_t *const rank[BESA_LAYERS], const int32_t *n)
+/* The levels of v.from, of which v.gone go. */
+static void fill_levels(const run *r, levels *v, const float *clip)
 {
-    levels v;
-    v.clip = clip;
-    for (int l = 0; l < BESA_LAYERS; n += r->m->rows[l++]) {
+    v->clip = clip;
+    for (int l = 0; l < BESA_LAYERS; l++) {
         int64_t C = r->m->columns[l], count = r->m->rows[l] * C, group = grid_columns(r, l);
-        v.w[l] = take_floats(count), v.masked[l] = take_floats(count), v.gone[l] = (char *)take((size_t)count);
+        v->w[l] = take_floats(count), v->masked[l] = take_floats(count);
         grid g = grid_of(r, l, clip, 0, 0);
         for (int64_t i = 0; i < count; i++) {
             if (i % C % group == 0) g = grid_of(r, l, clip, i / C, i % C);
-            v.gone[l][i] = weight_of(r->m, l)[i] == 0 || rank[l][i] < n[i / C];
-            v.w[l][i] = (float)level_of(&g, (double)weight_of(r->m, l)[i]);
-            v.masked[l][i] = v.gone[l][i] ? 0 : v.w[l][i];
+            v->w[l][i] = (float)level_of(&g, (double)v->from[l][i]);
+            v->masked[l][i] = v->gone[l][i] ? 0 : v->w[l][i];
         }
         if (clip) clip += 2 * r->m->rows[l] * grids_of(r, l);
     }
+}
+
+/* Of the dense weights. n: weights of each row that go, of all layers */
+static levels expect_levels(const run *r, const float *clip, int32_t *const rank[BESA_LAYERS], const int32_t *n)
+{
+    levels v;
+    for (int l = 0; l < BESA_LAYERS; n += r->m->rows[l++]) {
+        int64_t C = r->m->columns[l], count = r->m->rows[l] * C;
+        v.from[l] = weight_of(r->m, l), v.gone[l] = (char *)take((size_t)count);
+        for (int64_t i = 0; i < count; i++) v.gone[l][i] = v.from[l][i] == 0 || rank[l][i] < n[i / C];
+    }
+    fill_levels(r, &v, clip);
     return v;
 }
 
@@ -644,7 +751,7 @@ static void clip_gradient(const run *r, int layer, const levels *v, const float 
         double sum = 0;
         for (int64_t j = row * C + first; j < row * C + C && j < row * C + first + group; j++)
             if (!v->gone[layer][j] && g.h > 0)
-                sum += slope_of(&g, (double)weight_of(r->m, layer)[j], (double)v->w[layer][j]) * (double)dw[j];
+                sum += slope_of(&g, (double)v->from[layer][j], (double)v->w[layer][j]) * (double)dw[j];
         want[2 * i] = sum * g.range[0] * g.g[0] * (1 - g.g[0]) / g.most;
         want[2 * i + 1] = -sum * g.range[1] * g.g[1] * (1 - g.g[1]) / g.most;
     }
@@ -674,40 +781,55 @@ static void check_clips(const run *r, int64_t s, const levels *levels, const gra
 
 /* ---- steps ----------------------------------------------------------------------------------- */
 
-/* m, v: the clips' moments, where there are any */
-static void check_step(const run *r, int64_t s, int32_t *const rank[BESA_LAYERS], double *m, double *v)
+/* The gradient of theta from the gradients of the weights, which w are without masks. mean: of each part's rates */
+static void check_theta(const run *r, const recorded *step, int32_t *const rank[BESA_LAYERS], const float *const w[BESA_LAYERS],
+                        const gradients *g, const double mean[BESA_LAYERS])
 {
-    const recorded *step = &r->step[s];
     const besa_rate_options *o = &r->options.rates;
-    int64_t batch = r->options.batch_size ? r->options.batch_size : 1, batches = (r->sequences + batch - 1) / batch;
-    int64_t first = s % batches * batch, count = first + batch > r->sequences ? r->sequences - first : batch, at = 0;
-    double lambda = o->penalty == BESA_NONE ? 0 : o->penalty ? o->penalty : 1, *grad, mean = check_rates(r, step);
-    double pull = 2 * lambda * (mean - o->target) / (o->target * o->target);
-    gradients g;
-    int wrong = 0, bits = r->options.bits;
-    recorded read = *step;
-    levels on;
+    double lambda = o->penalty == BESA_NONE ? 0 : o->penalty ? o->penalty : 1, *grad;
+    int64_t at = 0;
     grad = (double *)take((size_t)r->parameters * sizeof *grad);
-    if (bits) on = check_levels(r, s, rank, step->n);
-    for (int l = 0; l < BESA_LAYERS && bits; l++) read.what[l] = on.masked[l];
-    check_number("a step's loss", (double)step->loss, batch_loss(r, &read, first, count, &g), 2e-5);
-    if (step->clip) check_clips(r, s, &on, &g, m, v);
-    for (int l = 0, row = 0; l < BESA_LAYERS; row += (int)r->m->rows[l++]) {
+    for (int l = 0; l < BESA_LAYERS; l++) {
         double dbeta[INNER][CANDIDATES] = { { 0 } };
         int64_t R = r->m->rows[l], C = r->m->columns[l], group_rows;
         layer_rates rates = rates_of(&r->options, step->theta, &at, R, &group_rows);
-        for (int64_t i = 0; i < R * C && !bits; i++)
-            wrong += step->what[l][i] != (rank[l][i] < step->n[row + i / C] ? 0 : weight_of(r->m, l)[i]);
+        int part = part_of(r, l);
+        double pull = 2 * lambda * (mean[part] - o->target) / (o->target * o->target);
         if (fixed_rate(&r->options, l) < 0) {
-            beta_gradient(r, l, rank[l], bits ? on.w[l] : weight_of(r->m, l), g.dw[l], group_rows, dbeta);
+            beta_gradient(r, l, rank[l], w[l], g->dw[l], group_rows, dbeta);
             for (int64_t q = 0; q < R; q++)
                 for (int d = 0; d < CANDIDATES; d++)
-                    dbeta[q / group_rows][d] += pull * (double)C / learned_weights(r) * (1 - (double)d / (CANDIDATES - 1));
+                    dbeta[q / group_rows][d] += pull * (double)C / learned_weights(r, part) * (1 - (double)d / (CANDIDATES - 1));
             theta_gradient(&rates, step->theta, dbeta, grad);
         }
         CHECK_CLOSE(besa_layer_name(l), step->grad + rates.at, grad + rates.at, at - rates.at, 1e-4);
     }
     CHECK(at == r->parameters, "%d parameters, expected %d", (int)r->parameters, (int)at);
+}
+
+/* m, v: the clips' moments, where there are any */
+static void check_step(const run *r, int64_t s, int32_t *const rank[BESA_LAYERS], double *m, double *v)
+{
+    const recorded *step = &r->step[s];
+    int64_t batch = r->options.batch_size ? r->options.batch_size : 1, batches = (r->sequences + batch - 1) / batch;
+    int64_t first = s % batches * batch, count = first + batch > r->sequences ? r->sequences - first : batch;
+    double mean[BESA_LAYERS];
+    check_rates(r, step, mean);
+    gradients g;
+    int wrong = 0, bits = r->options.bits;
+    recorded read = *step;
+    levels on;
+    const float *w[BESA_LAYERS];
+    if (bits) on = check_levels(r, s, rank, step->n);
+    for (int l = 0; l < BESA_LAYERS && bits; l++) read.what[l] = on.masked[l];
+    check_number("a step's loss", (double)step->loss, batch_loss(r, &read, first, count, &g), 2e-5);
+    if (step->clip) check_clips(r, s, &on, &g, m, v);
+    for (int l = 0, row = 0; l < BESA_LAYERS; row += (int)r->m->rows[l++]) {
+        w[l] = bits ? on.w[l] : weight_of(r->m, l);
+        for (int64_t i = 0; i < r->m->rows[l] * r->m->columns[l] && !bits; i++)
+            wrong += step->what[l][i] != (rank[l][i] < step->n[row + i / r->m->columns[l]] ? 0 : weight_of(r->m, l)[i]);
+    }
+    check_theta(r, step, rank, w, &g, mean);
     CHECK(wrong <= 4, "step %d: %d weights are masked otherwise", (int)s + 1, wrong); /* scores a rounding apart */
 }
 
@@ -727,14 +849,18 @@ static double final_counts(run *r, int32_t *n)
             columns[row + q] = fixed < 0 ? (int32_t)C : 0;
             want[row + q] = fixed < 0 ? rate : (double)r->alpha[row + q];
             n[row + q] = (int32_t)floor((fixed < 0 ? rate : fixed) * (double)C);
-            if (fixed < 0) mean += rate * (double)C / learned_weights(r);
+            if (fixed < 0) mean += rate * (double)C / learned_weights(r, -1);
             if (fixed < 0 && n[row + q] < least[row + q]) n[row + q] = least[row + q];
         }
     }
     CHECK_CLOSE("alpha at the end", r->alpha, want, ROWS, 1e-6);
     if (r->options.no_projection) return mean;
-    ref_project(&g_ops, projected, r->alpha, least, columns,
-                (int64_t)floor(r->options.rates.target * learned_weights(r) + 0.5), ROWS);
+    for (int l = 0, first = 0, rows = 0; l < BESA_LAYERS; first += rows, rows = 0) { /* part after part */
+        int part = part_of(r, l);
+        while (l < BESA_LAYERS && part_of(r, l) == part) rows += (int)r->m->rows[l++];
+        ref_project(&g_ops, projected + first, r->alpha + first, least + first, columns + first,
+                    (int64_t)floor(r->options.rates.target * learned_weights(r, part) + 0.5), rows);
+    }
     for (int i = 0; i < ROWS; i++)
         if (columns[i]) n[i] = projected[i];
     forget_references();
@@ -955,14 +1081,50 @@ static void check_vector_step(const run *r, const recorded *step, int i, moving 
     for (int64_t k = 0; k < n; k++) vector->w[k] = (double)step->vector[i][k];
 }
 
-/* One step: the masks of its weights, its loss, and how far the kept weights have come. Masks are those of the rates, or in
- * the weights' pass those of the result. The layers go on from what was recorded. */
+/* The weights that step s (or the last one) has left masked, with bits not yet on their grids. */
+static float *masked_after(const run *r, int64_t s, int layer)
+{
+    return r->options.bits ? r->step[s].kept[layer] : r->step[s].what[layer];
+}
+
+/* The levels that step s reads: of the weights before it, of which those go that it has left at 0. What goes on with are the
+ * recorded ones, as in check_levels; layers with learned rates have left the unmasked ones behind. */
+static levels check_moving_levels(const run *r, int64_t s, const moving layer[BESA_LAYERS], int64_t rate_steps)
+{
+    levels v;
+    int wrong = 0;
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        int64_t n = r->m->rows[l] * r->m->columns[l];
+        float *from = take_floats(n);
+        v.from[l] = from, v.gone[l] = (char *)take((size_t)n);
+        for (int64_t i = 0; i < n; i++) from[i] = (float)layer[l].w[i], v.gone[l][i] = r->step[s].kept[l][i] == 0;
+    }
+    fill_levels(r, &v, clips_before(r, s));
+    const float *clip = v.clip;
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        int unmasked = s < rate_steps && r->step[s].grad && fixed_rate(&r->options, l) < 0;
+        wrong += off_levels(r, l, clip, unmasked ? v.w[l] : v.masked[l], r->step[s].what[l]);
+        for (int64_t i = 0; i < r->m->rows[l] * r->m->columns[l]; i++) {
+            if (unmasked || !v.gone[l][i]) v.w[l][i] = r->step[s].what[l][i];
+            v.masked[l][i] = v.gone[l][i] ? 0 : v.w[l][i];
+        }
+        if (clip) clip += 2 * r->m->rows[l] * grids_of(r, l);
+    }
+    CHECK(wrong <= 8, "step %d: %d weights are not on their level", (int)s + 1, wrong);
+    return v;
+}
+
+/* One step: the masks of its weights, its loss, how far the kept weights have come, and what rates and clips follow; m, v: the
+ * clips' moments. Masks are those of the rates, or in the weights' pass those of the result. The layers go on from what was
+ * recorded. */
 static void check_weight_step(const run *r, moving layer[BESA_LAYERS], moving vector[BESA_VECTORS], int64_t s, int64_t rate_steps,
-                              int32_t *const rank[])
+                              int32_t *const rank[], double *m, double *v)
 {
     const besa_prune_options *o = &r->options;
     const recorded *step = &r->step[s];
-    recorded before = *step;
+    const float *unmasked[BESA_LAYERS];
+    recorded before = *step, read;
+    levels on;
     int64_t batch = o->batch_size ? o->batch_size : 1, batches = (r->sequences + batch - 1) / batch, pass = s % batches;
     int64_t first = pass * batch, count = first + batch > r->sequences ? r->sequences - first : batch;
     int64_t started = o->learn == BESA_LEARN_BOTH ? 0 : rate_steps;
@@ -971,36 +1133,50 @@ static void check_weight_step(const run *r, moving layer[BESA_LAYERS], moving ve
     gradients g;
     for (int l = 0, row = 0; l < BESA_LAYERS; row += (int)r->m->rows[l++]) {
         int64_t C = r->m->columns[l], n = r->m->rows[l] * C;
-        const float *pruned = (const float *)r->pruned[l];
+        const float *masked = masked_after(r, s, l), *pruned = masked_after(r, r->steps - 1, l);
+        float *w = take_floats(n);
+        int64_t held = (int64_t)floor(fixed_rate(o, l) * (double)C);
         before.what[l] = take_floats(n);
         for (int64_t i = 0; i < n; i++) {
-            int gone = weight_of(r->m, l)[i] == 0 || (s < rate_steps ? rank[l][i] < step->n[row + i / C] : pruned[i] == 0);
-            before.what[l][i] = step->what[l][i] == 0 ? 0 : (float)layer[l].w[i];
-            masks += gone != (step->what[l][i] == 0); /* scores a rounding apart */
+            int64_t goes = o->pattern_m ? held : step->n[row + i / C];
+            int gone = weight_of(r->m, l)[i] == 0 || (s < rate_steps ? is_gone(r, l, rank[l], i, goes) : pruned[i] == 0);
+            w[i] = (float)layer[l].w[i];
+            before.what[l][i] = masked[i] == 0 ? 0 : w[i];
+            masks += gone != (masked[i] == 0);  /* scores a rounding apart */
         }
+        unmasked[l] = w;
     }
     for (int i = 0; i < BESA_VECTORS; i++) {
         int64_t n = besa__vector_count(&r->m->block.shape, i);
         if (step->vector[i]) before.vector[i] = take_floats(n);
         for (int64_t k = 0; k < n && step->vector[i]; k++) before.vector[i][k] = (float)vector[i].w[k];
     }
-    check_number("a step's loss", (double)step->loss, batch_loss(r, &before, first, count, &g), 5e-5);
+    read = before;
+    if (o->bits) on = check_moving_levels(r, s, layer, rate_steps);
+    for (int l = 0; l < BESA_LAYERS && o->bits; l++) read.what[l] = on.masked[l], unmasked[l] = on.w[l];
+    check_number("a step's loss", (double)step->loss, batch_loss(r, &read, first, count, &g), 5e-5);
+    if (step->clip) check_clips(r, s, &on, &g, m, v);
+    if (s < rate_steps && step->grad) {
+        double mean[BESA_LAYERS];
+        check_rates(r, step, mean);
+        check_theta(r, step, rank, unmasked, &g, mean);
+    }
     for (int i = 0; i < BESA_VECTORS; i++)
         if (step->vector[i]) check_vector_step(r, step, i, &vector[i], layer, &g, moves ? lr : 0, s - started + 1);
     for (int l = 0; l < BESA_LAYERS; l++) {
         int64_t n = r->m->rows[l] * r->m->columns[l];
         double *way = (double *)take((size_t)n * sizeof *way);
-        float *went = take_floats(n);
+        float *went = take_floats(n), *masked = masked_after(r, s, l);
         if (moves && fixed_rate(o, l) != 0) {
             for (int64_t i = 0; i < n; i++) way[i] = -(double)before.what[l][i];
-            for (int64_t i = 0; i < n; i++) went[i] = step->what[l][i] - before.what[l][i];
+            for (int64_t i = 0; i < n; i++) went[i] = masked[i] - before.what[l][i];
             move_weights(&layer[l], before.what[l], g.dw[l], n, lr / sqrt((double)r->m->columns[l]), s - started + 1, 0);
             for (int64_t i = 0; i < n; i++) way[i] += (double)before.what[l][i];
             CHECK_CLOSE(besa_layer_name(l), went, way, n, 1e-2); /* of a gradient near 0 the sign is rounding, and a step its sign */
         } else
-            for (int64_t i = 0; i < n; i++) wrong += step->what[l][i] != before.what[l][i];
+            for (int64_t i = 0; i < n; i++) wrong += masked[i] != before.what[l][i];
         for (int64_t i = 0; i < n; i++)
-            if (step->what[l][i] != 0) layer[l].w[i] = (double)step->what[l][i];
+            if (masked[i] != 0) layer[l].w[i] = (double)masked[i];
     }
     CHECK(wrong <= 4 && masks <= 4, "step %d: %d weights moved, %d are masked otherwise", (int)s + 1, wrong, masks);
 }
@@ -1027,13 +1203,33 @@ static void check_final_masks(const run *r, int32_t *const rank[])
     for (int l = 0; l < BESA_LAYERS; l++) {
         int64_t C = r->m->columns[l];
         for (int64_t row = 0; row < r->m->rows[l]; row++) {
-            const float *w = (const float *)r->pruned[l] + row * C;
+            const float *w = masked_after(r, r->steps - 1, l) + row * C;
             int64_t n = 0;
             for (int64_t j = 0; j < C; j++) n += w[j] == 0;
-            for (int64_t j = 0; j < C; j++) wrong += (rank[l][row * C + j] < n) != (w[j] == 0);
+            for (int64_t j = 0; j < C; j++) wrong += is_gone(r, l, rank[l], row * C + j, n) != (w[j] == 0);
         }
     }
     CHECK(wrong <= 4, "%d weights are masked otherwise in the end", wrong);
+}
+
+/* With bits: the result is what the last step left of the weights, on the grids that it left. */
+static void check_last_levels(const run *r, const moving layer[BESA_LAYERS])
+{
+    levels v;
+    int wrong = 0;
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        int64_t n = r->m->rows[l] * r->m->columns[l];
+        float *from = take_floats(n);
+        v.from[l] = from, v.gone[l] = (char *)take((size_t)n);
+        for (int64_t i = 0; i < n; i++) from[i] = (float)layer[l].w[i], v.gone[l][i] = r->step[r->steps - 1].kept[l][i] == 0;
+    }
+    fill_levels(r, &v, clips_before(r, r->steps));
+    const float *clip = v.clip;
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        wrong += off_levels(r, l, clip, v.masked[l], (const float *)r->pruned[l]);
+        if (clip) clip += 2 * r->m->rows[l] * grids_of(r, l);
+    }
+    CHECK(wrong <= 8, "%d weights of the result are not on their level", wrong);
 }
 
 /* Rates and weights, or weights alone, step by step, whatever memory there is. */
@@ -1042,17 +1238,22 @@ static void test_weights(const model *m, const besa_prune_options *o, int64_t se
     static run r;
     int32_t *rank[BESA_LAYERS], *dense[BESA_LAYERS];
     int64_t batch = o->batch_size ? o->batch_size : 1, batches = (sequences + batch - 1) / batch;
-    int64_t rate_steps = o->method == BESA_METHOD_BESA ? batches * (o->epochs ? o->epochs : 1) : 0;
+    int64_t rate_steps = batches * (o->epochs ? o->epochs : 1);
     size_t budget = 0;
     int levels = 0;
+    if (o->method != BESA_METHOD_BESA || (o->pattern_m && o->learn != BESA_LEARN_BOTH)) rate_steps = 0;
     for (int l = 0; l < BESA_LAYERS; l++) dense[l] = ranks_of(m, l, sequences * SEQLEN, o->importance);
     for (; run_pruner(&r, m, o, sequences, budget); budget = r.bytes - 1, levels++) {
+        if (levels == 0 && o->importance == BESA_IMPORTANCE_GRADIENT) rank_by_gradients(&r, dense);
         memcpy(rank, dense, sizeof rank);
         moving layer[BESA_LAYERS], vector[BESA_VECTORS];
         besa_block b = m->block;
         float *y = take_floats(TOKENS * WIDTH);
         besa_activations acts = m->acts;
-        int64_t shown = sequences < 8 ? sequences : 8;
+        int64_t shown = sequences < 8 ? sequences : 8, clips = 0;
+        struct levels on;
+        for (int l = 0; l < BESA_LAYERS; l++) clips += 2 * m->rows[l] * grids_of(&r, l);
+        double *moments[2] = { (double *)take((size_t)clips * sizeof(double)), (double *)take((size_t)clips * sizeof(double)) };
         CHECK(r.steps == rate_steps + batches * (o->weight_epochs ? o->weight_epochs : 3), "%d steps", (int)r.steps);
         for (int l = 0; l < BESA_LAYERS; l++) layer[l] = moving_from(weight_of(m, l), m->rows[l] * m->columns[l]);
         for (int i = 0; i < BESA_VECTORS; i++) {
@@ -1061,22 +1262,25 @@ static void test_weights(const model *m, const besa_prune_options *o, int64_t se
         }
         for (int64_t s = 0; s < r.steps; s++) {
             rank_moving(&r, layer, s, rate_steps, rank);
-            if (s == rate_steps && s > 0) check_final_masks(&r, rank);
+            if (s == rate_steps && o->method == BESA_METHOD_BESA) check_final_masks(&r, rank);
             if (s == rate_steps) {              /* masks are final */
                 for (int l = 0; l < BESA_LAYERS; l++) {
                     int64_t n = m->rows[l] * m->columns[l];
                     float *w = take_floats(n);
                     for (int64_t i = 0; i < n; i++)
-                        w[i] = ((const float *)r.pruned[l])[i] != 0 ? (float)layer[l].w[i] : 0;
+                        w[i] = masked_after(&r, r.steps - 1, l)[i] != 0 ? (float)layer[l].w[i] : 0;
                     b.weight[l] = w;
                 }
+                if (o->bits) on = check_moving_levels(&r, s, layer, rate_steps);
+                for (int l = 0; l < BESA_LAYERS && o->bits; l++) b.weight[l] = on.masked[l];
                 if (s > 0) use_vectors(&b, r.step[s - 1].vector);
                 forward(&b, &acts, m->x, y, sequences);
                 check_number("loss_masks", r.report.loss_masks, report_loss(&r, y, shown, sequences), 5e-5);
             }
-            check_weight_step(&r, layer, vector, s, rate_steps, rank);
+            check_weight_step(&r, layer, vector, s, rate_steps, rank, moments[0], moments[1]);
         }
-        for (int l = 0; l < BESA_LAYERS; l++)
+        if (o->bits) check_last_levels(&r, layer);
+        for (int l = 0; l < BESA_LAYERS && !o->bits; l++)
             CHECK(!memcmp(r.pruned[l], r.step[r.steps - 1].what[l], (size_t)(m->rows[l] * m->columns[l]) * sizeof(float)),
                   "%s is not as the last step left it", besa_layer_name(l));
         check_report(&r, rank, 0);
@@ -1667,6 +1871,24 @@ static void test_learn(const model *m)
     TEST("learning, batches of 3, by scores that see the loss") test_learning(m, &o, SEQUENCES);
 }
 
+static void test_parts(const model *m)
+{
+    static const besa_fixed_rate fixed[] = { { "k_proj", 0.23 }, { "v_proj", 0 }, { "down_proj", 0.6 } };
+    besa_prune_options o = learning_options(1);
+    o.rates.penalty = 0.02, o.granularity = BESA_GRANULARITY_ATTN_MLP;
+    TEST("learning of attention and MLP, a sequence a step") test_learning(m, &o, SEQUENCES);
+    o.granularity = BESA_GRANULARITY_LAYER;
+    TEST("learning of layers, a sequence a step") test_learning(m, &o, SEQUENCES);
+    o = learning_options(4);
+    o.rates.penalty = 0.05, o.norm_all = 1, o.granularity = BESA_GRANULARITY_LAYER, o.fixed = fixed, o.num_fixed = 3;
+    o.rates.target = 0.43;
+    TEST("learning of layers, batches of 4, fixed layers, norms of all") test_learning(m, &o, SEQUENCES);
+    o.granularity = BESA_GRANULARITY_ATTN_MLP, o.learn = BESA_LEARN_BOTH, o.weight_epochs = 1, o.learn_vectors = 1;
+    TEST("rates and weights of attention and MLP, batches of 4, fixed layers") test_weights(m, &o, SEQUENCES);
+    o.granularity = BESA_GRANULARITY_LAYER, o.norm_all = 0, o.num_fixed = 0, o.batch_size = 3, o.learn_vectors = 0;
+    TEST("rates and weights of layers, batches of 3") test_weights(m, &o, 7);
+}
+
 /* What is for whole models is refused, not ignored. */
 static void test_whole_models(const model *m)
 {
@@ -1721,6 +1943,22 @@ static void test_moving(const model *m)
     TEST("rates, then norms and weights, a bias that stays") test_weights(m, &o, SEQUENCES);
 }
 
+static void test_moving_patterns(const model *m)
+{
+    static const besa_fixed_rate fixed[] = { { "k_proj", 0.23 }, { "v_proj", 0 }, { "down_proj", 0.6 } };
+    besa_prune_options o;
+    memset(&o, 0, sizeof o);
+    o.learn = BESA_LEARN_BOTH, o.pattern_n = 1, o.pattern_m = 3, o.weight_epochs = 1;
+    TEST("weights and their masks by a pattern, 1:3, a sequence a step") test_weights(m, &o, SEQUENCES);
+    o.pattern_n = 2, o.batch_size = 4, o.epochs = 2, o.rank_interval = 2, o.dense_share = 0.5, o.learn_vectors = 1;
+    o.fixed = fixed, o.num_fixed = 3, o.importance = BESA_IMPORTANCE_SPARSEGPT;
+    TEST("weights and their masks by a pattern, 2:3, batches of 4, fixed layers") test_weights(m, &o, SEQUENCES);
+    o.rank_interval = BESA_NONE, o.num_fixed = 0, o.epochs = 1, o.learn_vectors = 0;
+    TEST("weights with the dense weights' masks by a pattern, 2:3") test_weights(m, &o, 6);
+    o.learn = BESA_LEARN_WEIGHTS, o.epochs = 0, o.rank_interval = 0, o.importance = BESA_IMPORTANCE_GRADIENT;
+    TEST("weights by a pattern of scores that see the loss") test_weights(m, &o, SEQUENCES);
+}
+
 static void test_grids(const model *m)
 {
     static const besa_fixed_rate fixed[] = { { "k_proj", 0.23 }, { "v_proj", 0 }, { "down_proj", 0.6 } };
@@ -1737,6 +1975,25 @@ static void test_grids(const model *m)
     TEST("clips by wanda's mask") test_quantized(m, &o, 5);
     o.clipping = BESA_CLIPPING_NONE, o.fixed = fixed, o.num_fixed = 3, o.group_size = 10, o.bits = 2;
     TEST("wanda, then the nearest level") test_quantized(m, &o, SEQUENCES);
+}
+
+static void test_moving_grids(const model *m)
+{
+    static const besa_fixed_rate fixed[] = { { "k_proj", 0.23 }, { "v_proj", 0 }, { "down_proj", 0.6 } };
+    besa_prune_options o = learning_options(1);
+    o.learn = BESA_LEARN_BOTH, o.weight_epochs = 1, o.bits = 4, o.clip_lr = 0.3;
+    TEST("rates, weights and clips, a sequence a step") test_weights(m, &o, SEQUENCES);
+    o = learning_options(4);
+    o.learn = BESA_LEARN_BOTH, o.weight_epochs = 1, o.bits = 3, o.clip_lr = 0.1, o.group_size = 33, o.rank_interval = 2;
+    o.fixed = fixed, o.num_fixed = 3, o.dense_share = 0.5, o.learn_vectors = 1;
+    TEST("rates, weights, norms and clips, batches of 4, groups, fixed layers") test_weights(m, &o, SEQUENCES);
+    o.clipping = BESA_CLIPPING_NONE, o.learn = BESA_LEARN_WEIGHTS, o.learn_vectors = 0;
+    TEST("rates, then weights, on grids that stay") test_weights(m, &o, SEQUENCES);
+    memset(&o, 0, sizeof o);
+    o.method = BESA_METHOD_WANDA, o.rates.target = 0.37, o.learn = BESA_LEARN_WEIGHTS, o.batch_size = 2, o.bits = 5, o.clip_lr = 0.2;
+    TEST("weights and clips by wanda's mask") test_weights(m, &o, 5);
+    o.method = BESA_METHOD_BESA, o.rates.target = 0, o.pattern_n = 2, o.pattern_m = 3, o.learn = BESA_LEARN_BOTH, o.weight_epochs = 1;
+    TEST("weights, their masks by a pattern and clips, 2:3") test_weights(m, &o, SEQUENCES);
 }
 
 static void test_others(const model *m)
@@ -1778,8 +2035,11 @@ int main(int argc, char **argv)
     g_ops.be = &g_be;
     m = new_model(1);
     test_learn(&m);
+    test_parts(&m);
     test_moving(&m);
+    test_moving_patterns(&m);
     test_grids(&m);
+    test_moving_grids(&m);
     TEST("options of whole models") test_whole_models(&m);
     test_optimizers();
     test_others(&m);
