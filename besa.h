@@ -7305,11 +7305,11 @@ BESA_API besa_result besa_tokens_sample(const besa_tokens *tokens, int64_t nsamp
                           (long long)vocab_size);
     if (tokens->columns && (nsamples > tokens->rows || seqlen > tokens->columns))
         return besa__fail(error, BESA_ERROR_TOKENS,
-                          "%lld sequences of %lld tokens asked for, the file has %lld of %lld: these are the most",
-                          (long long)nsamples, (long long)seqlen, (long long)tokens->rows, (long long)tokens->columns);
+                          "%s%s%lld sequences of %lld tokens asked for, the file has %lld of %lld: these are the most",
+                          tokens->file, tokens->file[0] ? ": " : "", (long long)nsamples, (long long)seqlen, (long long)tokens->rows, (long long)tokens->columns);
     if (!tokens->columns && (seqlen > tokens->count || (!seed && nsamples > tokens->count / seqlen)))
-        return besa__fail(error, BESA_ERROR_TOKENS, "%lld sequences of %lld tokens asked for, the file has %lld tokens: the most "
-                          "is %s %lld", (long long)nsamples, (long long)seqlen, (long long)tokens->count,
+        return besa__fail(error, BESA_ERROR_TOKENS, "%s%s%lld sequences of %lld tokens asked for, the file has %lld tokens: the "
+                          "most is %s %lld", tokens->file, tokens->file[0] ? ": " : "", (long long)nsamples, (long long)seqlen, (long long)tokens->count,
                           seqlen > tokens->count ? "a seqlen of" : "nsamples",
                           (long long)(seqlen > tokens->count ? tokens->count : tokens->count / seqlen));
     for (int64_t i = 0; i < nsamples; i++) {
@@ -7319,9 +7319,9 @@ BESA_API besa_result besa_tokens_sample(const besa_tokens *tokens, int64_t nsamp
         for (int64_t t = 0; t < seqlen; t++) {
             int32_t id = tokens->ids[start + t];
             if (id < 0 || id >= vocab_size)
-                return besa__fail(error, BESA_ERROR_TOKEN, "token %lld is %ld, the vocabulary has %lld: the file was made with "
-                                  "another tokenizer, make it again with the model's own", (long long)(start + t), (long)id,
-                                  (long long)vocab_size);
+                return besa__fail(error, BESA_ERROR_TOKEN, "%s%stoken %lld is %ld, the vocabulary has %lld: the file was made "
+                                  "with another tokenizer, make it again with the model's own", tokens->file,
+                                  tokens->file[0] ? ": " : "", (long long)(start + t), (long)id, (long long)vocab_size);
             ids[i * seqlen + t] = id;
         }
     }
