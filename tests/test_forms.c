@@ -171,6 +171,208 @@ static void test_ropes(void)
     }
 }
 
+/* ---- what is refused, and the remedy ----------------------------------------------------------- */
+
+/* A directory to be opened: config.json with `members` beside the small model's (NULL: none), its weights if `weights`, and
+ * two more files. */
+typedef struct refusal {
+    const char *members;
+    int weights;
+    const char *file[2][2];                     /* name, text */
+    const char *path;                           /* what is opened, in the directory */
+    besa_result code;
+    const char *words;                          /* that the message has; %s: the directory */
+    const char *remedy;                         /* its end; %s likewise */
+} refusal;
+
+#define QUANTIZED(members) "\"quantization_config\":{" members "}", 1, { { NULL, NULL }, { NULL, NULL } }, "", BESA_ERROR_UNSUPPORTED
+#define OTHERS(name_1, text_1, name_2, text_2) { { name_1, text_1 }, { name_2, text_2 } }
+#define CONVERT ", python3 examples/convert.py %s NEW"
+#define DEQUANTISE ": weights that are quantised or compressed are not supported: dequantise first" CONVERT
+
+static const refusal refusals[] = {
+    { "", 0, OTHERS("pytorch_model.bin", "PK", NULL, NULL), "", BESA_ERROR_UNSUPPORTED,
+      "%s: its weights are in pytorch_model.bin, not in safetensors", ": convert them" CONVERT },
+    { "", 0, OTHERS("pytorch_model-00002-of-00002.bin", "PK", "pytorch_model-00001-of-00002.bin", "PK"), "", BESA_ERROR_UNSUPPORTED,
+      "%s: its weights are in pytorch_model-00001-of-00002.bin", ": convert them" CONVERT },
+    { "", 0, OTHERS("weights.pdf", "", NULL, NULL), "", BESA_ERROR_NOT_FOUND,
+      "%s: neither model.safetensors nor model.safetensors.index.json in it", ": download them, hf download NAME --local-dir %s" },
+    { NULL, 0, OTHERS("m-Q4_K.gguf", "GGUF", "README.md", ""), "", BESA_ERROR_UNSUPPORTED,
+      "%s: its weights are in a GGUF file", ": convert it, python3 examples/convert.py %s/m-Q4_K.gguf NEW" },
+    { NULL, 0, OTHERS("m.bin", "GGUF\3", NULL, NULL), "/m.bin", BESA_ERROR_NOT_FOUND,
+      "%s/m.bin: a GGUF file, not a directory", ": convert it, python3 examples/convert.py %s/m.bin NEW" },
+    { "", 1, OTHERS(NULL, NULL, NULL, NULL), "/model.safetensors", BESA_ERROR_NOT_FOUND,
+      "%s/model.safetensors: not a directory", ": name the one that it lies in, with config.json" },
+    { NULL, 0, OTHERS("adapter_model.safetensors", "", "adapter_config.json", "{}"), "", BESA_ERROR_UNSUPPORTED,
+      "%s: an adapter (adapter_model.safetensors) without its model", ": merge it into the model, peft's merge_and_unload()" },
+    { NULL, 0, OTHERS(NULL, NULL, NULL, NULL), "", BESA_ERROR_NOT_FOUND, "%s/config.json", ": No such file or directory" },
+    { "", 0, OTHERS("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 21216\n", NULL, NULL), "",
+      BESA_ERROR_FORMAT, "%s/model.safetensors: a git-lfs pointer instead of the weights", ": fetch them, git -C %s lfs pull" },
+    { NULL, 0, OTHERS("snapshots/0a1b/config.json", "{}", "snapshots/9f/config.json", "{}"), "", BESA_ERROR_NOT_FOUND,
+      "%s: a folder of the Hub's cache", ": name its snapshot, %s/snapshots/0a1b" },
+    { NULL, 0, OTHERS("snapshots/0a1b/config.json", "{}", "refs/main", "9f8e\n"), "", BESA_ERROR_NOT_FOUND,
+      "%s: a folder of the Hub's cache", ": name its snapshot, %s/snapshots/9f8e" },
+    { QUANTIZED("\"quant_method\":\"gptq\",\"bits\":4"), "%s/config.json: quantization_config has quant_method = \"gptq\", bits = 4",
+      DEQUANTISE },
+    { QUANTIZED("\"quant_method\":\"awq\",\"version\":\"gemm\""), "quantization_config has quant_method = \"awq\"", DEQUANTISE },
+    { QUANTIZED("\"quant_method\":\"bitsandbytes\",\"load_in_4bit\":true"), "quant_method = \"bitsandbytes\", load_in_4bit = true",
+      DEQUANTISE },
+    { QUANTIZED("\"quant_method\":\"fp8\",\"fmt\":\"e4m3\",\"weight_block_size\":[128,128]"), "quant_method = \"fp8\"", DEQUANTISE },
+    { QUANTIZED("\"quant_method\":\"compressed-tensors\",\"format\":\"pack-quantized\",\"config_groups\":{\"group_0\":{}}"),
+      "quant_method = \"compressed-tensors\", format = \"pack-quantized\"", DEQUANTISE },
+    { QUANTIZED("\"quant_method\":\"compressed-tensors\",\"format\":\"dense\",\"config_groups\":{\"group_0\":{}}"),
+      "format = \"dense\"", DEQUANTISE },
+    { QUANTIZED("\"quant_method\":\"compressed-tensors\",\"format\":\"dense\",\"kv_cache_scheme\":{\"num_bits\":8}"),
+      "format = \"dense\"", DEQUANTISE },
+    { QUANTIZED("\"quant_method\":\"fp8\",\"format\":\"dense\""), "quant_method = \"fp8\"", DEQUANTISE },
+    { QUANTIZED("\"quant_method\":\"compressed-tensors\",\"sparsity_config\":{\"format\":\"sparse-24-bitmask\"}"),
+      "quant_method = \"compressed-tensors\"", DEQUANTISE },
+    { QUANTIZED("\"quant_method\":\"compressed-tensors\",\"format\":\"dense\",\"sparsity_config\":{\"format\":\"sparse-bitmask\"}"),
+      "format = \"dense\"", DEQUANTISE },
+    { "\"compression_config\":{\"quant_method\":\"compressed-tensors\"}", 1, OTHERS(NULL, NULL, NULL, NULL), "", BESA_ERROR_UNSUPPORTED,
+      "compression_config has quant_method", DEQUANTISE },
+    { "\"quantization_config\":{}", 1, OTHERS(NULL, NULL, NULL, NULL), "", BESA_ERROR_UNSUPPORTED, "quantization_config", DEQUANTISE },
+    { "\"quantization_config\":{\"quant_method\":\"compressed-tensors\",\"format\":\"dense\",\"config_groups\":{},\"kv_cache_scheme\":null,"
+      "\"sparsity_config\":{\"format\":\"dense\",\"sparsity_structure\":\"2:4\"}}", 1, OTHERS(NULL, NULL, NULL, NULL), "", BESA_OK, "", "" },
+    { "\"quantization_config\":{\"quant_method\":\"compressed-tensors\",\"format\":\"dense\"}", 1, OTHERS(NULL, NULL, NULL, NULL), "",
+      BESA_OK, "", "" },
+};
+
+/* Make its directory. */
+static const char *make_refused(const refusal *t)
+{
+    const char *directory = temp_path("refused");
+    char rope[1024];
+    snprintf(rope, sizeof rope, "\"rope_theta\":10000.0%s%s", t->members && *t->members ? "," : "", t->members ? t->members : "");
+    remove_tree(directory);
+    if (rename(make_config(rope), directory)) exit(1);
+    if (!t->weights) unlink(temp_path("refused/model.safetensors"));
+    if (!t->members) unlink(temp_path("refused/config.json"));
+    for (int i = 0; i < 2 && t->file[i][0]; i++) {
+        const char *path = temp_path("refused/%s", t->file[i][0]);
+        for (char *slash = (char *)strchr(path + strlen(directory) + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
+            *slash = 0;
+            mkdir(path, 0777);
+            *slash = '/';
+        }
+        write_bytes(path, t->file[i][1], strlen(t->file[i][1]));
+    }
+    return directory;
+}
+
+/* text with the directory for each %s of it. */
+static const char *with_directory(const char *text, const char *directory)
+{
+    char *out = (char *)take(2048);
+    size_t n = 0;
+    for (; *text; text++) {
+        if (strncmp(text, "%s", 2)) { out[n++] = *text; continue; }
+        n += (size_t)snprintf(out + n, 2048 - n, "%s", directory);
+        text++;
+    }
+    return out;
+}
+
+/* One line, with the words, the remedy last. */
+static void check_message(const char *what, besa_result got, besa_result code, const char *words, const char *remedy)
+{
+    const char *message = got == BESA_OK ? "" : g_error.message;
+    size_t n = strlen(message), m = strlen(remedy);
+    CHECK(got == code, "%s: %s (%s), expected %s", what, besa_result_string(got), message, besa_result_string(code));
+    CHECK(strstr(message, words) && !strchr(message, '\n'), "%s: \"%s\" does not say \"%s\"", what, message, words);
+    CHECK(n >= m && !strcmp(message + n - m, remedy), "%s: \"%s\" does not end in \"%s\"", what, message, remedy);
+}
+
+static besa_result open_close(const char *directory)
+{
+    besa_checkpoint *checkpoint;
+    besa_result result = besa_checkpoint_open(&checkpoint, directory, &g_error);
+    besa_checkpoint_close(checkpoint);
+    return result;
+}
+
+static void test_refusals(void)
+{
+    for (size_t i = 0; i < sizeof refusals / sizeof *refusals; i++) {
+        const refusal *t = &refusals[i];
+        const char *directory = make_refused(t), *words = with_directory(t->words, directory);
+        check_message(words, open_close(with_directory("%s", temp_path("refused%s", t->path))), t->code, words,
+                      with_directory(t->remedy, directory));
+    }
+    check_message("a name of the Hub", open_close("HuggingFaceTB/SmolLM2-135M"), BESA_ERROR_NOT_FOUND, "HuggingFaceTB/SmolLM2-135M: no such "
+                  "directory", " hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M");
+    for (int i = 0; i < 4; i++) {
+        static const char *const paths[] = { "nowhere", "./no/where", "/nowhere", "no/where/" };
+        CHECK(open_close(paths[i]) == BESA_ERROR_NOT_FOUND && (strstr(g_error.message, "hf download") != NULL) == (i == 3), "%s: %s",
+              paths[i], g_error.message);
+    }
+}
+
+/* The weights' file changed: a name in its header, or bytes of its data; n bytes after the first of `find` in it. */
+static const char *make_changed(const char *find, const char *with)
+{
+    const char *directory = make_config("\"rope_theta\":10000.0"), *path = temp_path("config/model.safetensors");
+    size_t n, m = strlen(find), more = strlen(with) - m;
+    unsigned char *file = read_bytes(path, &n), *changed = (unsigned char *)calloc(1, n + more);
+    size_t at = 8;
+    while (at < n && memcmp(file + at, find, m)) at++;
+    memcpy(changed, file, at);
+    memcpy(changed + at, with, m + more);
+    memcpy(changed + at + m + more, file + at + m, n - at - m);
+    for (size_t carry = more, i = 0; carry && i < 8; i++) { /* the header's length */
+        carry += changed[i];
+        changed[i] = (unsigned char)carry;
+        carry >>= 8;
+    }
+    write_bytes(path, changed, n + more);
+    free(file);
+    free(changed);
+    return directory;
+}
+
+static void test_refused_weights(void)
+{
+    static const struct { const char *name; size_t element; } nan[] = {
+        { "model.layers.1.mlp.up_proj.weight", 17 }, { "model.layers.0.self_attn.o_proj.weight", 0 }, { "lm_head.weight", 2047 },
+        { "model.embed_tokens.weight", 0 }, { "model.layers.1.input_layernorm.weight", 3 }, { "model.norm.weight", 15 } };
+    const char *directory = make_changed("k_proj.weight", "k_proj.qweight");
+    int32_t ids[TOKENS];
+    besa_tokens tokens;
+    double ppl;
+    check_message("qweight", open_close(directory), BESA_ERROR_UNSUPPORTED, "its layers are quantised (model.layers.0.self_attn.k_proj.qweight)",
+                  with_directory(": dequantise first" CONVERT, directory));
+    read_tokens("rope_dynamic", ids);
+    for (int i = 0; i < 6; i++) {
+        char words[128];
+        besa_checkpoint *checkpoint = open_model(make_config("\"rope_theta\":10000.0"));
+        if (!checkpoint) continue;
+        const besa_tensor *t = besa_checkpoint_find(checkpoint, nan[i].name);
+        size_t n, at = (i == 3 ? (size_t)ids[0] * 16 : nan[i].element) * 2;
+        unsigned char *file = read_bytes(temp_path("config/model.safetensors"), &n);
+        file[t->offset + at] = 0xC0, file[t->offset + at + 1] = 0x7F;
+        snprintf(words, sizeof words, "%s: element %d is nan", nan[i].name, (int)(at / 2));
+        besa_checkpoint_close(checkpoint);
+        write_bytes(temp_path("config/model.safetensors"), file, n);
+        free(file);
+        if ((checkpoint = open_model(temp_path("config"))) == NULL) continue;
+        check_message("NaN", besa_perplexity(checkpoint, &g_be, ids, 4, 64, &ppl, NULL, NULL, NULL, &g_error), BESA_ERROR_NOT_FINITE, words,
+                      ": the file is damaged, download it again");
+        besa_checkpoint_close(checkpoint);
+    }
+    CHECK_OK(besa_tokens_load(&tokens, in_case("rope_dynamic", "tokens.npy"), &g_error), g_error);
+    check_message("of another tokenizer", besa_tokens_sample(&tokens, 1, 64, 0, 20, ids, &g_error), BESA_ERROR_TOKEN, "tokens.npy: token ",
+                  ", the vocabulary has 20: the file was made with another tokenizer, make it again with the model's own");
+    check_message("too few", besa_tokens_sample(&tokens, 9, 64, 0, 128, ids, &g_error), BESA_ERROR_TOKENS, "tokens.npy: 9 sequences of 64",
+                  tokens.rows ? ": these are the most" : ": the most is nsamples 4");
+    besa_tokens_free(&tokens);
+    write_bytes(temp_path("text.txt"), "Once upon a time", 16);
+    write_bytes(temp_path("lfs.npy"), "version https://git-lfs.github.com/spec/v1\n", 43);
+    check_message("a text", besa_tokens_load(&tokens, temp_path("text.txt"), &g_error), BESA_ERROR_UNSUPPORTED, "no known kind of token file",
+                  with_directory(": make one of a text, python3 examples/tokenize.py %s tokens.npy --tokenizer MODEL", temp_path("text.txt")));
+    check_message("a pointer", besa_tokens_load(&tokens, temp_path("lfs.npy"), &g_error), BESA_ERROR_FORMAT, "lfs.npy: a git-lfs pointer",
+                  ": git lfs pull");
+}
+
 int main(int argc, char **argv)
 {
     static const char *const cases[] = { "no_model_prefix", "rope_dynamic", "rope_yarn", "index_stale_entry", "sparse_dense_format",
@@ -187,6 +389,8 @@ int main(int argc, char **argv)
         test_case("rope_dynamic_long", 32, "transformers_nll_32");
     }
     TEST("ropes and generations of config.json") test_ropes();
+    TEST("refused with the remedy: directories") test_refusals();
+    TEST("refused with the remedy: weights and tokens") test_refused_weights();
     g_be.destroy(&g_be);
     return test_finish();
 }
