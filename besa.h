@@ -1236,8 +1236,9 @@ typedef struct besa_tensor {
 
 typedef struct besa_checkpoint besa_checkpoint; /* an open checkpoint: mapped files, tensor table, config */
 
-/* Open a directory with config.json and model.safetensors, or its shards with model.safetensors.index.json. Every
- * header is checked; weights are mapped, not read, but for a head beside an embedding that the config ties it to: the two
+/* Open a directory with config.json and model.safetensors, or its shards with model.safetensors.index.json. Names may lack
+ * their prefix "model."; then there may be no head either, and so no perplexity. A model whose embedding is its head may have
+ * either name for it. Every header is checked; weights are mapped, not read, but for a head beside an embedding that the config ties it to: the two
  * are compared, and a head that differs is used, as transformers 5 does. Close with besa_checkpoint_close.
  * Errors: NOT_FOUND, READ, JSON, FORMAT, UNSUPPORTED, TENSOR, MEMORY; the message names file, key or tensor. */
 BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const char *directory, besa_error *error);
@@ -7349,7 +7350,7 @@ typedef struct besa__block_tensors {
 typedef struct besa__model {
     const besa_tensor *embedding;               /* (vocab, d) */
     const besa_tensor *norm;                    /* (d) */
-    const besa_tensor *head;                    /* (vocab, d); the embedding where tied */
+    const besa_tensor *head;                    /* (vocab, d); the embedding where tied; NULL where there is none */
     besa_dtype dtype;                           /* of all prunable weights */
 } besa__model;
 
@@ -7934,7 +7935,8 @@ static besa_result besa__model_bind(besa__model *model, const besa_checkpoint *c
     snprintf(name, sizeof name, "%snorm.weight", c->prefix);
     BESA__TRY(besa__need(&model->norm, checkpoint, name, c->block.hidden_size, 0, error));
     model->head = model->embedding;
-    if (!c->tie_word_embeddings)
+    if (!c->tie_word_embeddings && !*c->prefix && !besa_checkpoint_find(checkpoint, besa__head_name)) model->head = NULL;
+    else if (!c->tie_word_embeddings)
         BESA__TRY(besa__need(&model->head, checkpoint, besa__head_name, c->vocab_size, c->block.hidden_size, error));
     for (int64_t i = 0; i < c->num_hidden_layers; i++) {
         BESA__TRY(besa__block_bind(&block, checkpoint, i, error));
@@ -9792,6 +9794,9 @@ static besa_result besa__run_test(besa__run *run, const int32_t *ids, int64_t wi
         return besa__fail(error, BESA_ERROR_TOKENS, "%lld windows of %lld tokens: expected at least 1 window of 2 tokens",
                           (long long)windows, (long long)seqlen);
     BESA__TRY(besa__check_tokens("test windows", windows, seqlen, error));
+    if (!run->model.head)
+        return besa__fail(error, BESA_ERROR_TENSOR, "%s: there is no %s, as in models of embeddings: it can be pruned, but measure "
+                          "nothing on the way", run->checkpoint->directory, besa__head_name);
     run->has_test = 1;
     run->test_ids = ids;
     besa__stream_init(&run->test, run->be, BESA__EVENT_TEST, windows, seqlen, run->config->block.hidden_size);
@@ -10926,7 +10931,7 @@ static besa_result besa__check_copied(const besa__run *run, besa_error *error)
     const besa_tensor *copied[3] = {run->model.embedding, run->model.norm, run->model.head};
     for (int i = 0; i < 3; i++) {
         const besa_tensor *t = copied[i];
-        if (i == 2 && t == run->model.embedding) continue;
+        if (!t || (i == 2 && t == run->model.embedding)) continue;
         BESA__TRY(besa__check_finite(run, t, error));
     }
     return BESA_OK;

@@ -98,6 +98,53 @@ static void test_case(const char *name, int64_t seqlen, const char *key)
     check_output(in_case(name, "model"), ids, seqlen);
 }
 
+/* Without a head an untied model can be pruned, where its other names have no prefix, but not be measured. */
+static void test_headless(void)
+{
+    static const char config[] = "{\"model_type\":\"llama\",\"hidden_size\":16,\"intermediate_size\":24,\"num_hidden_layers\":2,"
+                                 "\"num_attention_heads\":2,\"vocab_size\":128}";
+    int32_t ids[TOKENS];
+    double ppl;
+    size_t n;
+    besa_calibration data;
+    besa_prune_options options;
+    fixture f;
+    memset(&data, 0, sizeof data);
+    memset(&options, 0, sizeof options);
+    fixture_random_llama(temp_path("headed"), 2, 16, 24, 2, 2, 128, BESA_F32);
+    besa_checkpoint *headed = open_model(temp_path("headed"));
+    fixture_begin(&f, temp_path("headless"), config);
+    for (int64_t i = 0; i < besa_checkpoint_tensor_count(headed); i++) {
+        const besa_tensor *t = besa_checkpoint_tensor(headed, i);
+        float *v = take_floats((int64_t)(t->bytes / 4));
+        memcpy(v, t->data, t->bytes);
+        fixture_tensor(&f, t->name + strlen("model."), BESA_F32, v, t->shape[0], t->ndim > 1 ? t->shape[1] : 0);
+    }
+    fixture_end(&f);
+    besa_checkpoint_close(headed);
+    read_tokens("rope_dynamic", ids);
+    data.ids = ids, data.nsamples = 4, data.seqlen = 64;
+    options.method = BESA_METHOD_WANDA, options.rates.target = 0.5;
+    besa_checkpoint *headless = open_model(temp_path("headless"));
+    if (!headless) return;
+    CHECK_OK(besa_prune(headless, temp_path("headless.out"), &g_be, &data, &options, NULL, &g_error), g_error);
+    besa_checkpoint *pruned = open_model(temp_path("headless.out"));
+    besa_checkpoint_close(pruned);
+    for (int i = 0; i < 2; i++) {
+        data.test_ids = ids, data.test_windows = 4, data.test_seqlen = 64;
+        besa_result result = i ? besa_prune(headless, NULL, &g_be, &data, &options, NULL, &g_error)
+                               : besa_perplexity(headless, &g_be, ids, 4, 64, &ppl, NULL, NULL, NULL, &g_error);
+        CHECK(result == BESA_ERROR_TENSOR && strstr(g_error.message, "there is no lm_head.weight"), "%s: %s", besa_result_string(result),
+              result ? g_error.message : "");
+    }
+    besa_checkpoint_close(headless);
+    char *untied = (char *)read_bytes(temp_path("headed/config.json"), &n), *at = strstr(untied, "true");
+    memcpy(at, "null", 4);
+    write_bytes(temp_path("headed/config.json"), untied, n);
+    free(untied);
+    CHECK(besa_checkpoint_open(&headless, temp_path("headed"), &g_error) == BESA_ERROR_TENSOR, "with the prefix a head is needed");
+}
+
 /* A directory with the weights of rope_dynamic and a config.json with these members. */
 static const char *make_config(const char *members)
 {
@@ -142,7 +189,7 @@ static void test_ropes(void)
           "\"original_max_position_embeddings\":16},\"max_position_embeddings\":64",
           { 5.47639562, 5.56222520, 5.38412985, 5.69638581 } },
         { "\"rope_theta\":100.0,\"original_max_position_embeddings\":200,\"rope_scaling\":{\"rope_type\":\"yarn\","
-          "\"factor\":4.0,\"beta_fast\":8,\"mscale\":1.0,\"mscale_all_dim\":0,\"truncate\":null,"
+          "\"factor\":4.0,\"beta_fast\":8,\"mscale\":2.0,\"mscale_all_dim\":0,\"truncate\":null,"
           "\"original_max_position_embeddings\":32},\"max_position_embeddings\":32",
           { 5.44167028, 5.61196596, 5.56480896, 5.69615462 } },
         { "\"rope_parameters\":{\"rope_type\":\"dynamic\",\"rope_theta\":500000.0,\"factor\":4.0},"
@@ -388,6 +435,7 @@ int main(int argc, char **argv)
         test_case("rope_dynamic_long", 48, "transformers_nll_48");
         test_case("rope_dynamic_long", 32, "transformers_nll_32");
     }
+    TEST("no head") test_headless();
     TEST("ropes and generations of config.json") test_ropes();
     TEST("refused with the remedy: directories") test_refusals();
     TEST("refused with the remedy: weights and tokens") test_refused_weights();
