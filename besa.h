@@ -3535,7 +3535,7 @@ static double besa__yarn_share(const besa_rope *rope, int64_t pair, int64_t head
 }
 
 /* Whether sequences of different lengths are turned differently. */
-static int besa__rope_by_length(const besa_rope *rope) { return rope->type == BESA_ROPE_DYNAMIC; }
+BESA__UNUSED static int besa__rope_by_length(const besa_rope *rope) { return rope->type == BESA_ROPE_DYNAMIC; }
 
 /* The wavelength of pair i is 2 pi theta^(2 i / dh). llama3 and yarn stretch long wavelengths by `factor`, leave short ones
  * and blend between; dynamic raises theta for sequences that are longer than those in training. */
@@ -8033,16 +8033,16 @@ static besa_result besa__check_file(const char *path, besa_error *error)
 /* A directory without config.json may be one of the Hub's cache, whose snapshots are models, or hold other formats. */
 static besa_result besa__check_cache(const char *directory, besa_error *error)
 {
-    char *config = NULL, *snapshots = NULL, *main = NULL, name[256];
+    char *config = NULL, *snapshots = NULL, *head = NULL, name[256];
     besa__kept kept;
     struct stat st;
     memset(&kept, 0, sizeof kept);
     besa_result result = besa__join(&config, directory, "config.json", error);
     if (result == BESA_OK) result = besa__join(&snapshots, directory, "snapshots", error);
-    if (result == BESA_OK) result = besa__join(&main, directory, "refs/main", error);
+    if (result == BESA_OK) result = besa__join(&head, directory, "refs/main", error);
     if (result == BESA_OK && lstat(config, &st)) {
         besa__list_name(name, snapshots, "", "");
-        if (name[0] && besa__keep_file(&kept, main, error) == BESA_OK && kept.size > 0) {
+        if (name[0] && besa__keep_file(&kept, head, error) == BESA_OK && kept.size > 0) {
             size_t n = kept.size < sizeof name ? kept.size : sizeof name - 1;
             snprintf(name, sizeof name, "%.*s", (int)n, (const char *)kept.bytes);
             name[strcspn(name, "\r\n ")] = 0;
@@ -8055,7 +8055,7 @@ static besa_result besa__check_cache(const char *directory, besa_error *error)
     BESA_FREE(kept.bytes);
     BESA_FREE(config);
     BESA_FREE(snapshots);
-    BESA_FREE(main);
+    BESA_FREE(head);
     return result;
 }
 
