@@ -905,13 +905,20 @@ enum { BESA_Q, BESA_K, BESA_V, BESA_O, BESA_GATE, BESA_UP, BESA_DOWN, BESA_LAYER
 /* A block's vectors: the biases, under their layers' numbers, and the norms. */
 enum { BESA_NORM1 = BESA_LAYERS, BESA_NORM2, BESA_Q_NORM, BESA_K_NORM, BESA_VECTORS };
 
-typedef enum besa_rope_type { BESA_ROPE_DEFAULT, BESA_ROPE_LINEAR, BESA_ROPE_LLAMA3 } besa_rope_type;
+typedef enum besa_rope_type {
+    BESA_ROPE_DEFAULT, BESA_ROPE_LINEAR, BESA_ROPE_LLAMA3, BESA_ROPE_DYNAMIC, BESA_ROPE_YARN
+} besa_rope_type;
 
 typedef struct besa_rope {
     besa_rope_type type;
     double theta;                               /* base */
-    double factor;                              /* linear, llama3 */
-    double low_freq_factor, high_freq_factor, original_max_position_embeddings; /* llama3 */
+    double factor;                              /* all but default */
+    double low_freq_factor, high_freq_factor;   /* llama3 */
+    double original_max_position_embeddings;    /* llama3, dynamic, yarn: tokens of the longest sequences in training */
+    double attention_factor;                    /* of cos and sin; 0: 1 */
+    double beta_fast, beta_slow;                /* yarn: pairs that turn so often over the original length are as they were,
+                                                   and stretched */
+    int no_truncate;                            /* yarn: 1: the ramp between these need not begin and end at whole pairs */
 } besa_rope;
 
 typedef struct besa_block_shape {
@@ -962,7 +969,8 @@ BESA_API const char *besa_layer_name(int layer);
 /* Rows and columns of a layer's weight. */
 BESA_API void besa_block_layer(const besa_block_shape *shape, int layer, int64_t *rows, int64_t *columns);
 
-/* Fill cosine, sine (seqlen, head_dim / 2), host memory, with the angles t * inv_freq_i of the shape's rope. */
+/* Fill cosine, sine (seqlen, head_dim / 2), host memory, with the angles t * inv_freq_i of the shape's rope, times its
+ * attention_factor. A dynamic rope is another for sequences of another length. */
 BESA_API void besa_rope_table(const besa_block_shape *shape, int64_t seqlen, float *cosine, float *sine);
 
 /* Bytes of a buffer for besa_activations_init(), device memory of the caller, 256-byte aligned. tokens = batch * seqlen;
@@ -1214,7 +1222,7 @@ BESA_API besa_result besa_pruner_create(besa_pruner **pruner, besa_backend *be, 
 BESA_API void besa_pruner_destroy(besa_pruner *pruner); /* NULL is fine */
 
 /* Prune one block.
- *   block    the dense weights, device; rope tables for at least seqlen positions
+ *   block    the dense weights, device; rope tables for at least seqlen positions, of a dynamic rope for as many
  *   name     prefix of tensor names for options.fixed, such as "model.layers.3."; NULL: none
  *   x        (nsamples * seqlen, hidden_size) device, act: in, the block's inputs; out, the pruned block's outputs
  *   dense_x  the same of the dense stream, in and out; NULL unless options.dense_stream or dense_share
@@ -1241,6 +1249,8 @@ BESA_API const besa_block *besa_pruner_block(const besa_pruner *pruner);
 /* config.json as far as the forward pass needs it. */
 typedef struct besa_config {
     const char *model_type;                     /* as in config.json; lives as long as the library */
+    const char *prefix;                         /* of all tensors' names but the head's: "model.", or "" where the file has
+                                                   none; likewise */
     int64_t vocab_size, num_hidden_layers, max_position_embeddings;
     besa_block_shape block;                     /* sliding_window 0 here: see window[] */
     int64_t sliding_window;                     /* of the layers that have one */
@@ -1265,8 +1275,9 @@ typedef struct besa_tensor {
 
 typedef struct besa_checkpoint besa_checkpoint; /* an open checkpoint: mapped files, tensor table, config */
 
-/* Open a directory with config.json and model.safetensors, or its shards with model.safetensors.index.json. Every
- * header is checked; weights are mapped, not read, but for a head beside an embedding that the config ties it to: the two
+/* Open a directory with config.json and model.safetensors, or its shards with model.safetensors.index.json. Names may lack
+ * their prefix "model."; then there may be no head either, and so no perplexity. A model whose embedding is its head may have
+ * either name for it. Every header is checked; weights are mapped, not read, but for a head beside an embedding that the config ties it to: the two
  * are compared, and a head that differs is used, as transformers 5 does. Close with besa_checkpoint_close.
  * Errors: NOT_FOUND, READ, JSON, FORMAT, UNSUPPORTED, TENSOR, MEMORY; the message names file, key or tensor. */
 BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const char *directory, besa_error *error);
@@ -1999,6 +2010,11 @@ static const besa__range besa__ranges[] = {
     { "low_freq_factor", 1e-6, 1e15, 0 },
     { "high_freq_factor", 1e-6, 1e15, 0 },
     { "original_max_position_embeddings", 1e-6, 1e15, 0 },
+    { "attention_factor", 1e-6, 1e15, 0 },      /* this and the next: of yarn */
+    { "beta_fast", 1e-6, 1e15, 0 },
+    { "beta_slow", 1e-6, 1e15, 0 },
+    { "mscale", 1e-6, 1e15, 0 },
+    { "mscale_all_dim", 1e-6, 1e15, 0 },
     { "partial_rotary_factor", 1, 1, 0 },
 };
 
@@ -3570,29 +3586,50 @@ static besa_result besa__clips_step(besa__quantization *q)
  *   attn = softmax_causal(q k' / sqrt(dh)) v                 h1 = x + attn Wo'
  *   m = rmsnorm(h1; g2)    z = silu(m Wg') * (m Wu')         y = h1 + z Wd' */
 
-/* The wavelength of pair i is 2 pi theta^(2 i / dh). llama3 stretches long wavelengths by `factor`, leaves short ones
- * and blends between (Llama 3.1's rope scaling). */
-static double besa__inverse_frequency(const besa_rope *rope, int64_t pair, int64_t head_dim)
+/* The share of pair i that yarn stretches (arXiv 2309.00071): 0 to the pair that turns beta_fast times over the original
+ * length, 1 from the one that turns beta_slow times, a ramp between them. */
+static double besa__yarn_share(const besa_rope *rope, int64_t pair, int64_t head_dim)
+{
+    double whole = rope->original_max_position_embeddings / 6.283185307179586, scale = 2 * log(rope->theta);
+    double low = (double)head_dim * log(whole / rope->beta_fast) / scale;
+    double high = (double)head_dim * log(whole / rope->beta_slow) / scale;
+    low = fmax(rope->no_truncate ? low : floor(low), 0);
+    high = fmin(rope->no_truncate ? high : ceil(high), (double)(head_dim - 1));
+    double width = high - low != 0 ? high - low : 0.001;
+    return fmin(fmax(((double)pair - low) / width, 0), 1);
+}
+
+/* Whether sequences of different lengths are turned differently. */
+BESA__UNUSED static int besa__rope_by_length(const besa_rope *rope) { return rope->type == BESA_ROPE_DYNAMIC; }
+
+/* The wavelength of pair i is 2 pi theta^(2 i / dh). llama3 and yarn stretch long wavelengths by `factor`, leave short ones
+ * and blend between; dynamic raises theta for sequences that are longer than those in training. */
+static double besa__inverse_frequency(const besa_rope *rope, int64_t pair, int64_t head_dim, int64_t seqlen)
 {
     double f = pow(rope->theta, -2.0 * (double)pair / (double)head_dim);
+    double longer = (double)seqlen / rope->original_max_position_embeddings; /* of dynamic */
     if (rope->type == BESA_ROPE_LINEAR) return f / rope->factor;
-    if (rope->type == BESA_ROPE_DEFAULT) return f;
+    if (rope->type == BESA_ROPE_DEFAULT || (rope->type == BESA_ROPE_DYNAMIC && longer <= 1)) return f;
+    if (rope->type == BESA_ROPE_DYNAMIC)
+        return f * pow(rope->factor * longer - (rope->factor - 1), -2.0 * (double)pair / (double)(head_dim - 2));
     double turns = rope->original_max_position_embeddings * f / 6.283185307179586; /* over the original context */
-    if (turns < rope->low_freq_factor) return f / rope->factor;
-    if (turns > rope->high_freq_factor) return f;
+    if (rope->type == BESA_ROPE_LLAMA3 && turns < rope->low_freq_factor) return f / rope->factor;
+    if (rope->type == BESA_ROPE_LLAMA3 && turns > rope->high_freq_factor) return f;
     double smooth = (turns - rope->low_freq_factor) / (rope->high_freq_factor - rope->low_freq_factor);
+    if (rope->type == BESA_ROPE_YARN) smooth = 1 - besa__yarn_share(rope, pair, head_dim);
     return (1 - smooth) * f / rope->factor + smooth * f;
 }
 
 BESA_API void besa_rope_table(const besa_block_shape *shape, int64_t seqlen, float *cosine, float *sine)
 {
     int64_t half = shape->head_dim / 2;
+    double scale = shape->rope.attention_factor != 0 ? shape->rope.attention_factor : 1;
     for (int64_t i = 0; i < half; i++) {
-        float f = (float)besa__inverse_frequency(&shape->rope, i, shape->head_dim);
+        float f = (float)besa__inverse_frequency(&shape->rope, i, shape->head_dim, seqlen);
         for (int64_t t = 0; t < seqlen; t++) {
             double angle = (double)((float)t * f); /* in float, as the models were trained */
-            cosine[t * half + i] = (float)cos(angle);
-            sine[t * half + i] = (float)sin(angle);
+            cosine[t * half + i] = (float)(scale * cos(angle));
+            sine[t * half + i] = (float)(scale * sin(angle));
         }
     }
 }
@@ -6567,6 +6604,7 @@ static void besa__json_free(besa__json *json)
  * header length, the header (JSON) and the data, which the tensors fill without overlap or hole. Uses json and POSIX;
  * knows nothing of models. The index may only name files of its own directory; links are followed. */
 #include <errno.h>
+#include <dirent.h>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -6946,6 +6984,13 @@ static besa_result besa__parse_header(besa_checkpoint *checkpoint, int64_t file,
     return besa__check_layout(checkpoint, checkpoint->shards + file, first, path, error);
 }
 
+/* Whether a file is what git leaves in the place of a large one. */
+static int besa__is_pointer(const unsigned char *base, size_t size)
+{
+    static const char begin[] = "version https://git-lfs.";
+    return size >= sizeof begin - 1 && !memcmp(base, begin, sizeof begin - 1);
+}
+
 /* Read the header of a shard whose base and size are set, and add its tensors to the table. */
 static besa_result besa__read_header(besa_checkpoint *checkpoint, int64_t file, const char *path, besa_error *error)
 {
@@ -6953,6 +6998,9 @@ static besa_result besa__read_header(besa_checkpoint *checkpoint, int64_t file, 
     besa__json json;
     void *text;
     uint64_t length = 0;
+    if (besa__is_pointer(shard->base, shard->size))
+        return besa__fail(error, BESA_ERROR_FORMAT, "%s: a git-lfs pointer instead of the weights: fetch them, git -C %s lfs pull",
+                          path, checkpoint->directory);
     for (size_t i = 0; i < 8 && shard->size >= 8; i++) length |= (uint64_t)shard->base[i] << (8 * i);
     if (shard->size < 8 || length > shard->size - 8)
         return besa__fail(error, BESA_ERROR_FORMAT,
@@ -7080,7 +7128,7 @@ static besa_result besa__index_map(const besa__json_value **map, const besa__jso
     return besa__fail(error, BESA_ERROR_FORMAT, "%s: no weight_map, or an empty one", path);
 }
 
-/* Every tensor of a weight_map is in the shard that it names. */
+/* Every tensor of a weight_map that is there is in the shard that it names. One that is nowhere may be needed by nobody. */
 static besa_result besa__check_index(const besa_checkpoint *checkpoint, const besa__json *json,
                                      const besa__json_value *map, const char *path, besa_error *error)
 {
@@ -7088,12 +7136,36 @@ static besa_result besa__check_index(const besa_checkpoint *checkpoint, const be
     for (; v; v = besa__json_next(json, map, v)) {
         const char *key = besa__json_key(json, v), *name = besa__json_string(json, v);
         const besa_tensor *tensor = besa_checkpoint_find(checkpoint, key);
-        if (!tensor || strcmp(checkpoint->shards[tensor->file].name, name))
-            return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s should be in %.200s, but is %s%.200s", path,
-                              key, name, tensor ? "in " : "missing there",
-                              tensor ? checkpoint->shards[tensor->file].name : "");
+        if (tensor && strcmp(checkpoint->shards[tensor->file].name, name))
+            return besa__fail(error, BESA_ERROR_FORMAT, "%s: tensor %.200s should be in %.200s, but is in %.200s", path,
+                              key, name, checkpoint->shards[tensor->file].name);
     }
     return BESA_OK;
+}
+
+/* A tensor that is needed is nowhere: an error where the index has it in a shard, or has another that is nowhere. */
+static besa_result besa__check_missing(const besa_checkpoint *checkpoint, const char *name, besa_error *error)
+{
+    const besa__kept *file = &checkpoint->index_file;
+    const besa__json_value *map, *v = NULL, *entry;
+    void *text;
+    besa__json json;
+    if (!checkpoint->index) return BESA_OK;
+    BESA__TRY(besa__malloc(&text, file->size + 1, checkpoint->index, error));
+    memcpy(text, file->bytes, file->size);
+    ((char *)text)[file->size] = 0;
+    besa_result result = besa__json_parse(&json, (char *)text, file->size, checkpoint->index, error);
+    if (result == BESA_OK) result = besa__index_map(&map, &json, checkpoint->index, error);
+    if (result == BESA_OK) v = besa__json_get(&json, map, name);
+    for (entry = result == BESA_OK && !v ? besa__json_first(&json, map) : NULL; entry && !v; entry = besa__json_next(&json, map, entry))
+        if (!besa_checkpoint_find(checkpoint, besa__json_key(&json, entry))) v = entry;
+    if (v)
+        result = besa__fail(error, BESA_ERROR_FORMAT, "%s/%s: tensor %.200s should be in %.200s, but is missing there%s%s",
+                            checkpoint->directory, checkpoint->index, besa__json_key(&json, v), besa__json_string(&json, v),
+                            strcmp(besa__json_key(&json, v), name) ? ", and so is " : "",
+                            strcmp(besa__json_key(&json, v), name) ? name : "");
+    besa__json_free(&json);
+    return result;
 }
 
 static besa_result besa__open_indexed(besa_checkpoint *checkpoint, const besa__json *json, const char *path,
@@ -7105,6 +7177,40 @@ static besa_result besa__open_indexed(besa_checkpoint *checkpoint, const besa__j
     for (int64_t i = 0; i < checkpoint->num_shards; i++) BESA__TRY(besa__map_shard(checkpoint, i, error));
     BESA__TRY(besa__sort_tensors(checkpoint, error));
     return besa__check_index(checkpoint, json, map, path, error);
+}
+
+/* The first name, in order, of a file of a directory that begins and ends so; "" where there is none. */
+static void besa__list_name(char name[256], const char *directory, const char *begin, const char *end)
+{
+    DIR *list = opendir(directory);
+    struct dirent *entry;
+    name[0] = 0;
+    while (list && (entry = readdir(list)) != NULL) {
+        const char *found = entry->d_name;
+        size_t n = strlen(found), m = strlen(end);
+        if (found[0] == '.' || n > 255 || n < m || strcmp(found + n - m, end) || strncmp(found, begin, strlen(begin))) continue;
+        if (!name[0] || strcmp(found, name) < 0) memcpy(name, found, n + 1);
+    }
+    if (list) closedir(list);
+}
+
+/* A directory without weights that can be read: which others lie in it? */
+static besa_result besa__check_formats(const char *directory, besa_error *error)
+{
+    char name[256];
+    besa__list_name(name, directory, "pytorch_model", ".bin");
+    if (name[0])
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: its weights are in %s, not in safetensors: convert them, "
+                          "python3 examples/convert.py %s NEW", directory, name, directory);
+    besa__list_name(name, directory, "", ".gguf");
+    if (name[0])
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: its weights are in a GGUF file, not in safetensors: convert it, "
+                          "python3 examples/convert.py %s/%s NEW", directory, directory, name);
+    besa__list_name(name, directory, "adapter_model", "");
+    if (name[0])
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: an adapter (%s) without its model: merge it into the model, peft's "
+                          "merge_and_unload()", directory, name);
+    return BESA_OK;
 }
 
 /* Map model.safetensors, or else the shards of model.safetensors.index.json, and build the tensor table. */
@@ -7133,8 +7239,11 @@ static besa_result besa__open_weights(besa_checkpoint *checkpoint, besa_error *e
         result = besa__json_load(&json, &checkpoint->index_file, index, error);
         if (result == BESA_OK) result = besa__open_indexed(checkpoint, &json, index, error);
     } else {
-        result = besa__fail(error, BESA_ERROR_NOT_FOUND, "%s: neither %s nor %s in it", checkpoint->directory,
-                            besa__single_name, besa__index_name);
+        result = besa__check_formats(checkpoint->directory, error);
+        if (result == BESA_OK)
+            result = besa__fail(error, BESA_ERROR_NOT_FOUND, "%s: neither %s nor %s in it: download them, hf download NAME "
+                                "--local-dir %s", checkpoint->directory, besa__single_name, besa__index_name,
+                                checkpoint->directory);
     }
     besa__json_free(&json);
     BESA_FREE(single);
@@ -7375,8 +7484,8 @@ static besa_result besa__token_format(besa__npy *npy, const unsigned char *file,
         BESA__TRY(besa__npy_header(npy, file, size, path, error));
     } else {
         return besa__fail(error, BESA_ERROR_UNSUPPORTED,
-                          "%s: no known kind of token file; supported are .npy, raw .u16 "
-                          "and .bin (uint16) and .i32", path);
+                          "%s: no known kind of token file; supported are .npy, raw .u16 and .bin (uint16) and .i32: make one "
+                          "of a text, python3 examples/tokenize.py %s tokens.npy --tokenizer MODEL", path, path);
     }
     int raw = dot[1] != 'n';
     if (raw) BESA__TRY(besa__llmc_header(npy, file, size, path, error));
@@ -7435,7 +7544,9 @@ BESA_API besa_result besa_tokens_load(besa_tokens *tokens, const char *path, bes
     memset(tokens, 0, sizeof *tokens);
     if (!path) return besa__fail(error, BESA_ERROR_OPTION, "no token file given");
     BESA__TRY(besa__map_file(&file, &size, path, error));
-    besa_result result = besa__tokens_read(tokens, file, size, path, error);
+    besa_result result = besa__is_pointer(file, size)
+                             ? besa__fail(error, BESA_ERROR_FORMAT, "%s: a git-lfs pointer instead of tokens: git lfs pull", path)
+                             : besa__tokens_read(tokens, file, size, path, error);
     besa__unmap(file, size);
     return result;
 }
@@ -7470,11 +7581,13 @@ BESA_API besa_result besa_tokens_sample(const besa_tokens *tokens, int64_t nsamp
                           (long long)vocab_size);
     if (tokens->columns && (nsamples > tokens->rows || seqlen > tokens->columns))
         return besa__fail(error, BESA_ERROR_TOKENS,
-                          "%lld sequences of %lld tokens asked for, the file has %lld of %lld",
-                          (long long)nsamples, (long long)seqlen, (long long)tokens->rows, (long long)tokens->columns);
+                          "%s%s%lld sequences of %lld tokens asked for, the file has %lld of %lld: these are the most",
+                          tokens->file, tokens->file[0] ? ": " : "", (long long)nsamples, (long long)seqlen, (long long)tokens->rows, (long long)tokens->columns);
     if (!tokens->columns && (seqlen > tokens->count || (!seed && nsamples > tokens->count / seqlen)))
-        return besa__fail(error, BESA_ERROR_TOKENS, "%lld sequences of %lld tokens asked for, the file has %lld tokens",
-                          (long long)nsamples, (long long)seqlen, (long long)tokens->count);
+        return besa__fail(error, BESA_ERROR_TOKENS, "%s%s%lld sequences of %lld tokens asked for, the file has %lld tokens: the "
+                          "most is %s %lld", tokens->file, tokens->file[0] ? ": " : "", (long long)nsamples, (long long)seqlen, (long long)tokens->count,
+                          seqlen > tokens->count ? "a seqlen of" : "nsamples",
+                          (long long)(seqlen > tokens->count ? tokens->count : tokens->count / seqlen));
     for (int64_t i = 0; i < nsamples; i++) {
         int64_t start = tokens->columns ? i * tokens->columns : i * seqlen;
         if (!tokens->columns && seed)
@@ -7482,8 +7595,9 @@ BESA_API besa_result besa_tokens_sample(const besa_tokens *tokens, int64_t nsamp
         for (int64_t t = 0; t < seqlen; t++) {
             int32_t id = tokens->ids[start + t];
             if (id < 0 || id >= vocab_size)
-                return besa__fail(error, BESA_ERROR_TOKEN, "token %lld is %ld, the vocabulary has %lld",
-                                  (long long)(start + t), (long)id, (long long)vocab_size);
+                return besa__fail(error, BESA_ERROR_TOKEN, "%s%stoken %lld is %ld, the vocabulary has %lld: the file was made "
+                                  "with another tokenizer, make it again with the model's own", tokens->file,
+                                  tokens->file[0] ? ": " : "", (long long)(start + t), (long)id, (long long)vocab_size);
             ids[i * seqlen + t] = id;
         }
     }
@@ -7511,7 +7625,7 @@ typedef struct besa__block_tensors {
 typedef struct besa__model {
     const besa_tensor *embedding;               /* (vocab, d) */
     const besa_tensor *norm;                    /* (d) */
-    const besa_tensor *head;                    /* (vocab, d); the embedding where tied */
+    const besa_tensor *head;                    /* (vocab, d); the embedding where tied; NULL where there is none */
     besa_dtype dtype;                           /* of all prunable weights */
 } besa__model;
 
@@ -7589,7 +7703,7 @@ enum { BESA__WINDOW_NONE, BESA__WINDOW_ALL, BESA__WINDOW_CHOSEN };
 typedef struct besa__architecture {
     const char *model_type;
     const char *class_name, *former_class;      /* in `architectures`; former_class NULL: none */
-    const char *prefix;                         /* of all tensor names but lm_head's */
+    const char *prefix;                         /* of all tensor names but lm_head's; some files have none */
     int bias[BESA__GROUPS];                     /* BESA__BIAS_..: of q, k, v; of o; of gate, up, down */
     int qk_norm;                                /* q and k are normed per head before rope */
     int window;                                 /* BESA__WINDOW_.. */
@@ -7598,7 +7712,8 @@ typedef struct besa__architecture {
     int64_t num_key_value_heads, head_dim, sliding_window, max_position_embeddings;
 } besa__architecture;
 
-#define BESA__ROPES (1u << BESA_ROPE_DEFAULT | 1u << BESA_ROPE_LINEAR | 1u << BESA_ROPE_LLAMA3)
+#define BESA__ROPES (1u << BESA_ROPE_DEFAULT | 1u << BESA_ROPE_LINEAR | 1u << BESA_ROPE_LLAMA3 | 1u << BESA_ROPE_DYNAMIC | \
+                     1u << BESA_ROPE_YARN)
 
 static const besa__architecture besa__architectures[] = {
     {"llama", "LlamaForCausalLM", "LLaMAForCausalLM", "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY}, 0,
@@ -7633,7 +7748,7 @@ static const char *besa__model_types(char *text, size_t size)
 /* The name of a block's tensor: the prefix, layers.N. and a path such as "mlp.up_proj". */
 static void besa__tensor_name(char *name, size_t size, const besa_config *config, int64_t block, const char *path)
 {
-    snprintf(name, size, "%slayers.%lld.%s", besa__find_architecture(config->model_type)->prefix, (long long)block, path);
+    snprintf(name, size, "%slayers.%lld.%s", config->prefix, (long long)block, path);
 }
 
 /* The name of a layer's tensor: kind is "weight" or "bias". */
@@ -7654,6 +7769,7 @@ static besa_result besa__config_architecture(const besa__config_reader *r, besa_
     char known[256];
     if (!a) return besa__config_refuse(r, "model_type", type, besa__model_types(known, sizeof known));
     config->model_type = a->model_type;
+    config->prefix = a->prefix;
     if (!list) return BESA_OK;
     const besa__json_value *name = besa__json_is(r->json, list, BESA__JSON_ARRAY) && besa__json_count(r->json, list) == 1
                                        ? besa__json_first(r->json, list) : NULL;
@@ -7662,11 +7778,50 @@ static besa_result besa__config_architecture(const besa__config_reader *r, besa_
     return besa__config_refuse(r, "architectures", name ? name : list, a->class_name);
 }
 
+/* Whether a description of how weights are stored says that they are stored as they are: in a dense format. */
+static int besa__config_is_dense(const besa__config_reader *r, const besa__json_value *stored)
+{
+    static const char *const empty[] = { "config_groups", "kv_cache_scheme", "transform_config" };
+    const besa__json *json = r->json;
+    const besa__json_value *method = besa__json_get(json, stored, "quant_method"), *format = besa__json_get(json, stored, "format");
+    const besa__json_value *sparse = besa__json_get(json, besa__json_get(json, stored, "sparsity_config"), "format");
+    for (size_t i = 0; i < sizeof empty / sizeof *empty; i++) {
+        const besa__json_value *value = besa__json_get(json, stored, empty[i]);
+        int is_empty = besa__json_is(json, value, BESA__JSON_OBJECT) && !besa__json_first(json, value);
+        if (value && !is_empty && !besa__json_is(json, value, BESA__JSON_NULL)) return 0;
+    }
+    if (method && !besa__config_is(r, method, "compressed-tensors")) return 0;
+    if ((format && !besa__config_is(r, format, "dense")) || (sparse && !besa__config_is(r, sparse, "dense"))) return 0;
+    return format || sparse;
+}
+
+/* Weights are not quantised, or otherwise compressed. */
+static besa_result besa__config_stored(const besa__config_reader *r)
+{
+    static const char *const keys[] = { "quantization_config", "compression_config" };
+    static const char *const kinds[] = { "quant_method", "format", "bits", "load_in_4bit", "load_in_8bit" };
+    for (int i = 0; i < 2; i++) {
+        const besa__json_value *stored = besa__config_get(r, keys[i]), *value;
+        char said[512] = "", text[128];
+        const char *slash = strrchr(r->path, '/');
+        size_t n = 0, length = slash ? (size_t)(slash - r->path) : 0;
+        if (!stored || besa__json_is(r->json, stored, BESA__JSON_FALSE) || besa__config_is_dense(r, stored)) continue;
+        for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++)
+            if ((value = besa__json_get(r->json, stored, kinds[k])) != NULL)
+                n += (size_t)snprintf(said + n, sizeof said - n, "%s%s = %s", n ? ", " : "", kinds[k],
+                                      besa__json_show(r->json, value, text, sizeof text));
+        return besa__fail(r->error, BESA_ERROR_UNSUPPORTED, "%s: %s%s%s: weights that are quantised or compressed are not "
+                          "supported: dequantise first, python3 examples/convert.py %.*s NEW", r->path, keys[i], n ? " has " : "",
+                          said, (int)length, r->path);
+    }
+    return BESA_OK;
+}
+
 /* Settings that change the forward pass and are not implemented: only their neutral values pass. */
 static besa_result besa__config_refuse_unknown(const besa__config_reader *r, const besa__architecture *a)
 {
     static const char *const absent[] = {
-        "quantization_config", "compression_config", "num_local_experts", "num_experts", "n_routed_experts",
+        "num_local_experts", "num_experts", "n_routed_experts",
         "attn_logit_softcapping", "final_logit_softcapping", "no_rope_layers", "attention_chunk_size", "use_qk_norm",
         "use_mrope", "is_encoder_decoder", "alibi"
     };
@@ -7690,7 +7845,7 @@ static besa_result besa__config_refuse_unknown(const besa__config_reader *r, con
     return BESA_OK;
 }
 
-static const char *const besa__rope_names[] = {"default", "linear", "llama3"}; /* by besa_rope_type */
+static const char *const besa__rope_names[] = {"default", "linear", "llama3", "dynamic", "yarn"}; /* by besa_rope_type */
 
 /* The type of a rope that the architecture has; 0: it has no such type. */
 static int besa__find_rope(const besa__config_reader *r, const besa__architecture *a, const besa__json_value *value,
@@ -7714,8 +7869,81 @@ static const char *besa__rope_types(const besa__architecture *a, char *text, siz
     return text;
 }
 
+/* As besa__config_number, of a key that may be absent, null or 0: then *out is the fallback, which may be 0. */
+static besa_result besa__config_choice(const besa__config_reader *r, const besa__json_value *object, const char *prefix,
+                                       const char *key, double fallback, double *out)
+{
+    const besa__json_value *value = besa__json_get(r->json, object, key);
+    *out = fallback;
+    if (!value || besa__json_is(r->json, value, BESA__JSON_NULL)) return BESA_OK;
+    if (besa__json_is(r->json, value, BESA__JSON_NUMBER) && besa__json_number_of(r->json, value).value == 0) return BESA_OK;
+    return besa__config_number(r, object, prefix, key, 0, out);
+}
+
+/* The length of the longest sequences in training: by the root, or else by the object, or else the fallback (0: required). */
+static besa_result besa__config_original(const besa__config_reader *r, const besa__json_value *object, const char *prefix,
+                                         double fallback, double *out)
+{
+    static const char key[] = "original_max_position_embeddings";
+    if (besa__config_get(r, key)) return besa__config_number(r, r->root, "", key, 0, out);
+    return besa__config_number(r, object, prefix, key, fallback, out);
+}
+
+/* How much yarn scales cos and sin for a stretch by `factor`. */
+static double besa__yarn_attention(double factor, double mscale)
+{
+    return factor > 1 ? 0.1 * mscale * log(factor) + 1 : 1;
+}
+
+/* How far yarn stretches, between which pairs, and how much it scales cos and sin. */
+static besa_result besa__config_yarn(const besa__config_reader *r, const besa__json_value *object, const char *prefix,
+                                     double positions, besa_rope *rope)
+{
+    const besa__json_value *truncate = besa__json_get(r->json, object, "truncate");
+    double *original = &rope->original_max_position_embeddings, mscale, all_dim;
+    BESA__TRY(besa__config_original(r, object, prefix, positions, original));
+    BESA__TRY(besa__config_number(r, object, prefix, "factor", positions / *original, &rope->factor));
+    BESA__TRY(besa__config_choice(r, object, prefix, "beta_fast", 32, &rope->beta_fast));
+    BESA__TRY(besa__config_choice(r, object, prefix, "beta_slow", 1, &rope->beta_slow));
+    BESA__TRY(besa__config_choice(r, object, prefix, "mscale", 0, &mscale));
+    BESA__TRY(besa__config_choice(r, object, prefix, "mscale_all_dim", 0, &all_dim));
+    double standard = besa__yarn_attention(rope->factor, 1);
+    if (mscale > 0 && all_dim > 0)
+        standard = besa__yarn_attention(rope->factor, mscale) / besa__yarn_attention(rope->factor, all_dim);
+    BESA__TRY(besa__config_number(r, object, prefix, "attention_factor", standard, &rope->attention_factor));
+    rope->no_truncate = truncate && !besa__json_is(r->json, truncate, BESA__JSON_TRUE);
+    if (rope->no_truncate && !besa__json_is(r->json, truncate, BESA__JSON_FALSE) &&
+        !besa__json_is(r->json, truncate, BESA__JSON_NULL))
+        return besa__config_refuse(r, "truncate", truncate, "true, false");
+    if (rope->theta > 1) return BESA_OK;
+    return besa__config_refuse(r, "rope_theta", besa__config_get(r, "rope_theta"), "a number above 1 with a yarn rope");
+}
+
+/* What a rope of its type has beside theta. */
+static besa_result besa__config_scaling(const besa__config_reader *r, const besa__json_value *object, const char *prefix,
+                                        const besa_config *config, besa_rope *rope)
+{
+    double positions = (double)config->max_position_embeddings;
+    if (rope->type == BESA_ROPE_DEFAULT) return BESA_OK;
+    if (rope->type == BESA_ROPE_YARN) return besa__config_yarn(r, object, prefix, positions, rope);
+    BESA__TRY(besa__config_number(r, object, prefix, "factor", 0, &rope->factor));
+    if (rope->type == BESA_ROPE_LINEAR) return BESA_OK;
+    if (rope->type == BESA_ROPE_DYNAMIC) {
+        rope->original_max_position_embeddings = positions;
+        if (config->block.head_dim > 2) return BESA_OK;
+        return besa__config_refuse(r, "head_dim", besa__config_get(r, "head_dim"), "above 2 with a dynamic rope");
+    }
+    BESA__TRY(besa__config_number(r, object, prefix, "low_freq_factor", 0, &rope->low_freq_factor));
+    BESA__TRY(besa__config_number(r, object, prefix, "high_freq_factor", 0, &rope->high_freq_factor));
+    BESA__TRY(besa__config_original(r, object, prefix, 0, &rope->original_max_position_embeddings));
+    if (rope->high_freq_factor > rope->low_freq_factor) return BESA_OK;
+    return besa__config_refuse(r, "high_freq_factor", besa__json_get(r->json, object, "high_freq_factor"),
+                               "a number above low_freq_factor");
+}
+
 /* rope_parameters, or the older rope_theta and rope_scaling. */
-static besa_result besa__config_rope(const besa__config_reader *r, const besa__architecture *a, besa_rope *rope)
+static besa_result besa__config_rope(const besa__config_reader *r, const besa__architecture *a, const besa_config *config,
+                                     besa_rope *rope)
 {
     const besa__json *json = r->json;
     const besa__json_value *object = besa__config_get(r, "rope_scaling"), *type = NULL;
@@ -7745,16 +7973,7 @@ static besa_result besa__config_rope(const besa__config_reader *r, const besa__a
         snprintf(name, sizeof name, "%s%s", prefix, besa__json_key(json, type));
         return besa__config_refuse(r, name, type, besa__rope_types(a, known, sizeof known));
     }
-    if (rope->type == BESA_ROPE_DEFAULT) return BESA_OK;
-    BESA__TRY(besa__config_number(r, object, prefix, "factor", 0, &rope->factor));
-    if (rope->type == BESA_ROPE_LINEAR) return BESA_OK;
-    BESA__TRY(besa__config_number(r, object, prefix, "low_freq_factor", 0, &rope->low_freq_factor));
-    BESA__TRY(besa__config_number(r, object, prefix, "high_freq_factor", 0, &rope->high_freq_factor));
-    BESA__TRY(besa__config_number(r, object, prefix, "original_max_position_embeddings", 0,
-                                  &rope->original_max_position_embeddings));
-    if (rope->high_freq_factor > rope->low_freq_factor) return BESA_OK;
-    return besa__config_refuse(r, "high_freq_factor", besa__json_get(json, object, "high_freq_factor"),
-                               "a number above low_freq_factor");
+    return besa__config_scaling(r, object, prefix, config, rope);
 }
 
 /* Which layers slide. */
@@ -7849,9 +8068,10 @@ static besa_result besa__config_read(const besa__config_reader *r, besa_config *
     if (!besa__json_is(r->json, r->root, BESA__JSON_OBJECT))
         return besa__fail(r->error, BESA_ERROR_JSON, "%s: no JSON object", r->path);
     BESA__TRY(besa__config_architecture(r, config, &a));
+    BESA__TRY(besa__config_stored(r));
     BESA__TRY(besa__config_refuse_unknown(r, a));
     BESA__TRY(besa__config_sizes(r, config, a));
-    BESA__TRY(besa__config_rope(r, a, &config->block.rope));
+    BESA__TRY(besa__config_rope(r, a, config, &config->block.rope));
     BESA__TRY(besa__config_windows(r, config, a));
     BESA__TRY(besa__config_number(r, r->root, "", "rms_norm_eps", 1e-6, &config->block.rms_norm_eps));
     BESA__TRY(besa__config_bool(r, "tie_word_embeddings", &config->tie_word_embeddings));
@@ -7873,6 +8093,18 @@ static besa_result besa__config_load(besa_config *config, besa__kept *kept, cons
     return result;
 }
 
+/* The error of a tensor that is not there. */
+static besa_result besa__need_missing(const besa_checkpoint *checkpoint, const char *name, besa_error *error)
+{
+    char quantized[128];
+    BESA__TRY(besa__check_missing(checkpoint, name, error));
+    snprintf(quantized, sizeof quantized, "%.*s.qweight", (int)(strrchr(name, '.') - name), name);
+    if (besa_checkpoint_find(checkpoint, quantized))
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: its layers are quantised (%s): dequantise first, python3 "
+                          "examples/convert.py %s NEW", checkpoint->directory, quantized, checkpoint->directory);
+    return besa__fail(error, BESA_ERROR_TENSOR, "%s: tensor %s is missing; config.json asks for it", checkpoint->directory, name);
+}
+
 /* Find a tensor and check it: (rows, columns), or (rows) where columns is 0. */
 static besa_result besa__need(const besa_tensor **out, const besa_checkpoint *checkpoint, const char *name,
                               int64_t rows, int64_t columns, besa_error *error)
@@ -7880,13 +8112,12 @@ static besa_result besa__need(const besa_tensor **out, const besa_checkpoint *ch
     const besa_tensor *tensor = *out = besa_checkpoint_find(checkpoint, name);
     char found[96] = "";
     size_t n = 0;
-    if (!tensor)
-        return besa__fail(error, BESA_ERROR_TENSOR, "%s: tensor %s is missing; config.json asks for it",
-                          checkpoint->directory, name);
+    if (!tensor) return besa__need_missing(checkpoint, name, error);
     if (tensor->ndim == (columns ? 2 : 1) && tensor->shape[0] == rows && (!columns || tensor->shape[1] == columns)) {
         if (tensor->supported) return BESA_OK;
-        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: tensor %s has dtype %s; supported: F32, F16, BF16",
-                          checkpoint->directory, name, tensor->dtype_name);
+        return besa__fail(error, BESA_ERROR_UNSUPPORTED, "%s: tensor %s has dtype %s; supported: F32, F16, BF16: convert it, "
+                          "python3 examples/convert.py %s NEW", checkpoint->directory, name, tensor->dtype_name,
+                          checkpoint->directory);
     }
     for (int i = 0; i < tensor->ndim && n < sizeof found - 24; i++)
         n += (size_t)snprintf(found + n, sizeof found - n, "%s%lld", i ? ", " : "", (long long)tensor->shape[i]);
@@ -7945,7 +8176,7 @@ static besa_result besa__check_block_numbers(const besa_checkpoint *checkpoint, 
 {
     const besa_config *c = &checkpoint->config;
     char layers[64];
-    int length = snprintf(layers, sizeof layers, "%slayers.", besa__find_architecture(c->model_type)->prefix);
+    int length = snprintf(layers, sizeof layers, "%slayers.", c->prefix);
     for (int64_t i = 0; i < checkpoint->num_tensors; i++) {
         const char *name = checkpoint->tensors[i].name, *digits = name + length;
         if (strncmp(name, layers, (size_t)length) || *digits < '0' || *digits > '9') continue;
@@ -7956,21 +8187,31 @@ static besa_result besa__check_block_numbers(const besa_checkpoint *checkpoint, 
     return BESA_OK;
 }
 
+/* Names without the prefix, as models saved without their head have them. */
+static void besa__find_prefix(besa_checkpoint *checkpoint)
+{
+    besa_config *c = &checkpoint->config;
+    char name[96];
+    snprintf(name, sizeof name, "%snorm.weight", c->prefix);
+    if (!besa_checkpoint_find(checkpoint, name) && besa_checkpoint_find(checkpoint, "norm.weight")) c->prefix = "";
+}
+
 /* Embedding, norm and head, and a check of every tensor of every block. */
 static besa_result besa__model_bind(besa__model *model, const besa_checkpoint *checkpoint, besa_error *error)
 {
     const besa_config *c = &checkpoint->config;
-    const char *prefix = besa__find_architecture(c->model_type)->prefix;
     char name[96];
     besa__block_tensors block;
     memset(model, 0, sizeof *model);
-    snprintf(name, sizeof name, "%sembed_tokens.weight", prefix);
-    BESA__TRY(besa__need(&model->embedding, checkpoint, name, c->vocab_size,
-                         c->block.hidden_size, error));
-    snprintf(name, sizeof name, "%snorm.weight", prefix);
+    snprintf(name, sizeof name, "%sembed_tokens.weight", c->prefix);
+    if (c->tie_word_embeddings && !besa_checkpoint_find(checkpoint, name) && besa_checkpoint_find(checkpoint, besa__head_name))
+        snprintf(name, sizeof name, "%s", besa__head_name); /* the two are one, under either name */
+    BESA__TRY(besa__need(&model->embedding, checkpoint, name, c->vocab_size, c->block.hidden_size, error));
+    snprintf(name, sizeof name, "%snorm.weight", c->prefix);
     BESA__TRY(besa__need(&model->norm, checkpoint, name, c->block.hidden_size, 0, error));
     model->head = model->embedding;
-    if (!c->tie_word_embeddings)
+    if (!c->tie_word_embeddings && !*c->prefix && !besa_checkpoint_find(checkpoint, besa__head_name)) model->head = NULL;
+    else if (!c->tie_word_embeddings)
         BESA__TRY(besa__need(&model->head, checkpoint, besa__head_name, c->vocab_size, c->block.hidden_size, error));
     for (int64_t i = 0; i < c->num_hidden_layers; i++) {
         BESA__TRY(besa__block_bind(&block, checkpoint, i, error));
@@ -8032,6 +8273,67 @@ static besa_result besa__check_adapter(besa_checkpoint *checkpoint, besa_error *
     return BESA_OK;
 }
 
+/* What is not there may be the name of a model on the Hub: owner/model. */
+static besa_result besa__check_absent(const char *directory, int reason, besa_error *error)
+{
+    const char *slash = strchr(directory, '/');
+    int is_name = slash && slash > directory && slash[1] && !strchr(slash + 1, '/') && directory[0] != '.' && directory[0] != '~';
+    if (is_name && reason == ENOENT)
+        return besa__fail(error, BESA_ERROR_NOT_FOUND, "%s: no such directory: a model of the Hub of that name is downloaded by hf "
+                          "download %s --local-dir %s", directory, directory, slash + 1);
+    return besa__fail(error, reason == ENOENT || reason == ENOTDIR ? BESA_ERROR_NOT_FOUND : BESA_ERROR_READ, "%s: %s", directory,
+                      strerror(reason));
+}
+
+/* A file in the place of a directory. */
+static besa_result besa__check_file(const char *path, besa_error *error)
+{
+    size_t n = strlen(path), m = strlen(".safetensors");
+    unsigned char *base;
+    besa_error unread;
+    int is_gguf = 0;
+    if (besa__map_file(&base, &n, path, &unread) == BESA_OK) {
+        is_gguf = n >= 4 && !memcmp(base, "GGUF", 4);
+        besa__unmap(base, n);
+    }
+    if (is_gguf)
+        return besa__fail(error, BESA_ERROR_NOT_FOUND, "%s: a GGUF file, not a directory: convert it, python3 examples/convert.py "
+                          "%s NEW", path, path);
+    n = strlen(path);
+    if (n > m && !strcmp(path + n - m, ".safetensors"))
+        return besa__fail(error, BESA_ERROR_NOT_FOUND, "%s: not a directory: name the one that it lies in, with config.json", path);
+    return besa__fail(error, BESA_ERROR_NOT_FOUND, "%s: not a directory", path);
+}
+
+/* A directory without config.json may be one of the Hub's cache, whose snapshots are models, or hold other formats. */
+static besa_result besa__check_cache(const char *directory, besa_error *error)
+{
+    char *config = NULL, *snapshots = NULL, *head = NULL, name[256];
+    besa__kept kept;
+    struct stat st;
+    memset(&kept, 0, sizeof kept);
+    besa_result result = besa__join(&config, directory, "config.json", error);
+    if (result == BESA_OK) result = besa__join(&snapshots, directory, "snapshots", error);
+    if (result == BESA_OK) result = besa__join(&head, directory, "refs/main", error);
+    if (result == BESA_OK && lstat(config, &st)) {
+        besa__list_name(name, snapshots, "", "");
+        if (name[0] && besa__keep_file(&kept, head, error) == BESA_OK && kept.size > 0) {
+            size_t n = kept.size < sizeof name ? kept.size : sizeof name - 1;
+            snprintf(name, sizeof name, "%.*s", (int)n, (const char *)kept.bytes);
+            name[strcspn(name, "\r\n ")] = 0;
+        }
+        if (name[0])
+            result = besa__fail(error, BESA_ERROR_NOT_FOUND, "%s: a folder of the Hub's cache: name its snapshot, %s/%s", directory,
+                                snapshots, name);
+        else result = besa__check_formats(directory, error);
+    }
+    BESA_FREE(kept.bytes);
+    BESA_FREE(config);
+    BESA_FREE(snapshots);
+    BESA_FREE(head);
+    return result;
+}
+
 static besa_result besa__checkpoint_load(besa_checkpoint *checkpoint, const char *directory, besa_error *error)
 {
     besa__model model;
@@ -8039,12 +8341,12 @@ static besa_result besa__checkpoint_load(besa_checkpoint *checkpoint, const char
     size_t n = strlen(directory);
     while (n > 1 && directory[n - 1] == '/') n--;
     BESA__TRY(besa__copy_text(&checkpoint->directory, directory, n, "a path", error));
-    if (stat(checkpoint->directory, &st))
-        return besa__fail(error, errno == ENOENT || errno == ENOTDIR ? BESA_ERROR_NOT_FOUND : BESA_ERROR_READ, "%s: %s",
-                          directory, strerror(errno));
-    if (!S_ISDIR(st.st_mode)) return besa__fail(error, BESA_ERROR_NOT_FOUND, "%s: not a directory", directory);
+    if (stat(checkpoint->directory, &st)) return besa__check_absent(checkpoint->directory, errno, error);
+    if (!S_ISDIR(st.st_mode)) return besa__check_file(checkpoint->directory, error);
+    BESA__TRY(besa__check_cache(checkpoint->directory, error));
     BESA__TRY(besa__config_load(&checkpoint->config, &checkpoint->config_file, checkpoint->directory, error));
     BESA__TRY(besa__open_weights(checkpoint, error));
+    besa__find_prefix(checkpoint);
     BESA__TRY(besa__model_bind(&model, checkpoint, error));
     BESA__TRY(besa__check_tied_head(checkpoint, model.embedding, error));
     return besa__check_adapter(checkpoint, error);
@@ -8084,7 +8386,6 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
  * The output is made of what was read: before the last rename the sources are looked at again, and one whose contents are
  * no longer those that were read is an error. Uses safetensors, config and POSIX; knows nothing of pruning. */
 
-#include <dirent.h>
 #include <limits.h>
 #include <sys/file.h>
 #ifdef __linux__
@@ -9741,6 +10042,12 @@ typedef struct besa__room {
     float *vector[BESA_VECTORS];
 } besa__room;
 
+/* Rope tables of as many positions. */
+typedef struct besa__turns {
+    int64_t positions;                          /* 0: there are none */
+    float *cosine, *sine;
+} besa__turns;
+
 enum { BESA__SLOTS = 2 /* pieces of weights in pinned host memory, each way */ };
 
 /* How far a block's weights have come: all of the layers before `layer`, and `at` bytes of that one; so many pieces. */
@@ -9772,7 +10079,7 @@ typedef struct besa__run {
     besa_pruner pruner;
     besa__stream calibration, dense, test;
     const int32_t *ids, *test_ids;              /* of calibration and dense; of test. Host */
-    int64_t positions;                          /* of the rope tables */
+    besa__turns turns, test_turns;              /* rope of all sequences; of the test's, where it depends on their length */
     double target;                              /* of the model */
     besa__writer *writer;                       /* NULL: nothing is written */
     besa__background background;                /* reads and writes pieces */
@@ -9782,7 +10089,6 @@ typedef struct besa__run {
     besa__room room[2];                         /* block b lies in b % 2, or in 0 with unified memory: b is out before
                                                    b + 2 comes in */
     void *pruned[2][BESA_LAYERS];               /* likewise */
-    float *rope_cos, *rope_sin;
     void *rows;                                 /* embedding rows of one chunk, or head rows, in the file's dtype */
     besa_activations acts;                      /* the test stream's */
     void *workspace;
@@ -9805,6 +10111,14 @@ static int64_t besa__vocab_chunk(const besa__run *run)
     return besa__min(run->config->vocab_size, BESA__VOCAB_CHUNK);
 }
 
+static void besa__turns_place(besa__turns *turns, const besa_config *config, besa__arena *arena)
+{
+    int64_t count = besa__product(turns->positions, config->block.head_dim / 2);
+    if (count == 0) return;
+    turns->cosine = besa__take_floats(arena, count);
+    turns->sine = besa__take_floats(arena, count);
+}
+
 /* One block's weights and vectors, and with a pruner its pruned weights; two of each where transfers overlap. */
 static void besa__run_place_blocks(besa__run *run, besa__arena *arena)
 {
@@ -9820,8 +10134,8 @@ static void besa__run_place_blocks(besa__run *run, besa__arena *arena)
         }
         for (int i = 0; i < BESA_VECTORS; i++) room->vector[i] = besa__take_floats(arena, besa__vector_count(s, i));
     }
-    run->rope_cos = besa__take_floats(arena, besa__product(run->positions, s->head_dim / 2));
-    run->rope_sin = besa__take_floats(arena, besa__product(run->positions, s->head_dim / 2));
+    besa__turns_place(&run->turns, run->config, arena);
+    besa__turns_place(&run->test_turns, run->config, arena);
 }
 
 /* The test stream's activations and what the head needs. */
@@ -9853,7 +10167,8 @@ static size_t besa__piece_bytes(const besa__run *run)
 static void besa__run_place_host(besa__run *run, besa__arena *host)
 {
     const besa_block_shape *s = &run->config->block;
-    int64_t vectors = besa__vector_counts(s), tables = besa__product(run->positions, s->head_dim);
+    int64_t vectors = besa__vector_counts(s);
+    int64_t tables = besa__product(besa__max(run->turns.positions, run->test_turns.positions), s->head_dim);
     int64_t rows = BESA__CHUNK_TOKENS * s->hidden_size, test = run->test.count * run->test.seqlen; /* 2 or more a window */
     run->staging = besa__take_floats(host, besa__max(besa__max(rows, tables), run->has_test ? test : 0));
     run->vectors = besa__take_floats(host, vectors);
@@ -9930,11 +10245,15 @@ static besa_result besa__run_test(besa__run *run, const int32_t *ids, int64_t wi
         return besa__fail(error, BESA_ERROR_TOKENS, "%lld windows of %lld tokens: expected at least 1 window of 2 tokens",
                           (long long)windows, (long long)seqlen);
     BESA__TRY(besa__check_tokens("test windows", windows, seqlen, error));
+    if (!run->model.head)
+        return besa__fail(error, BESA_ERROR_TENSOR, "%s: there is no %s, as in models of embeddings: it can be pruned, but measure "
+                          "nothing on the way", run->checkpoint->directory, besa__head_name);
     run->has_test = 1;
     run->test_ids = ids;
     besa__stream_init(&run->test, run->be, BESA__EVENT_TEST, windows, seqlen, run->config->block.hidden_size);
     run->test.micro_batch = besa__min(windows, besa__max(1, BESA__CHUNK_TOKENS / seqlen));
-    run->positions = besa__max(run->positions, seqlen);
+    if (run->has_pruner && besa__rope_by_length(&run->config->block.rope)) run->test_turns.positions = seqlen;
+    else run->turns.positions = besa__max(run->turns.positions, seqlen);
     return BESA_OK;
 }
 
@@ -9948,7 +10267,7 @@ static besa_result besa__run_calibration(besa__run *run, const besa_calibration 
     run->ids = c->ids;
     besa__stream_init(&run->calibration, run->be, BESA__EVENT_X, c->nsamples, c->seqlen, d);
     besa__stream_init(&run->dense, run->be, BESA__EVENT_DENSE, c->nsamples, c->seqlen, d);
-    run->positions = c->seqlen;
+    run->turns.positions = c->seqlen;
     run->has_dense = besa__uses_own(&run->pruner.options);
     run->target = run->pruner.options.rates.target;
     run->pruner.meter.blocks = run->config->num_hidden_layers;
@@ -10033,8 +10352,21 @@ static besa_result besa__tensor_floats(float *out, const besa_tensor *tensor, in
     }
     for (int64_t i = 0; i < count && bad; i++)
         if (!besa__is_finite((double)out[i]))
-            return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s: element %lld is %g", tensor->name, (long long)(first + i),
-                              (double)out[i]);
+            return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s: element %lld is %g: the file is damaged, download it again",
+                              tensor->name, (long long)(first + i), (double)out[i]);
+    return BESA_OK;
+}
+
+/* A tensor must be finite. */
+static besa_result besa__check_finite(const besa__run *run, const besa_tensor *t, besa_error *error)
+{
+    int64_t size = (int64_t)besa_dtype_size(t->dtype), count = (int64_t)t->bytes / size;
+    for (int64_t first = 0; first < count; first += 4096) {
+        float part[4096];
+        uint64_t offset = t->offset + (uint64_t)(first * size);
+        BESA__TRY(besa__tensor_floats(part, t, first, besa__min(4096, count - first), error));
+        besa__release_range(run->checkpoint->shards + t->file, offset, sizeof part);
+    }
     return BESA_OK;
 }
 
@@ -10177,8 +10509,8 @@ static besa_result besa__in_finish(besa__run *run, int64_t index, besa_block *bl
     block->shape = run->config->block;
     block->shape.sliding_window = run->config->window[index] ? run->config->sliding_window : 0;
     block->dtype = run->model.dtype;
-    block->rope_cos = run->rope_cos;
-    block->rope_sin = run->rope_sin;
+    block->rope_cos = run->turns.cosine;
+    block->rope_sin = run->turns.sine;
     for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = room->weight[i];
     for (int i = 0; i < BESA_VECTORS; i++) {
         *besa__block_vector(block, i) = t->vector[i] ? room->vector[i] : NULL;
@@ -10347,17 +10679,24 @@ static besa_result besa__run_share(void *user, double fraction, besa_error *erro
  * ============================================================================================
  * Owns what lies before the first block and behind the last one, over whole streams of activations. */
 
-static besa_result besa__load_rope(besa__run *run, besa_error *error)
+static besa_result besa__load_turns(besa__run *run, const besa__turns *turns, besa_error *error)
 {
     besa_backend *be = run->be;
-    int64_t count = run->positions * (run->config->block.head_dim / 2);
+    int64_t count = turns->positions * (run->config->block.head_dim / 2);
     size_t bytes = (size_t)count * sizeof(float);
     float *cosine = (float *)run->staging, *sine = cosine + count;
-    besa_rope_table(&run->config->block, run->positions, cosine, sine);
-    besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, run->rope_cos, cosine, bytes);
-    if (result == BESA_OK) result = be->upload(be, BESA_QUEUE_COMPUTE, run->rope_sin, sine, bytes);
+    if (count == 0) return BESA_OK;
+    besa_rope_table(&run->config->block, turns->positions, cosine, sine);
+    besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, turns->cosine, cosine, bytes);
+    if (result == BESA_OK) result = be->upload(be, BESA_QUEUE_COMPUTE, turns->sine, sine, bytes);
     if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
     return besa__pass_error(be, result, error);
+}
+
+static besa_result besa__load_rope(besa__run *run, besa_error *error)
+{
+    BESA__TRY(besa__load_turns(run, &run->turns, error));
+    return besa__load_turns(run, &run->test_turns, error);
 }
 
 /* Ids are checked before anything is written. */
@@ -10367,8 +10706,8 @@ static besa_result besa__check_ids(const besa__run *run, const int32_t *ids, int
     if (!ids) return besa__fail(error, BESA_ERROR_OPTION, "%s ids are NULL", what);
     for (int64_t t = 0; t < count; t++)
         if (ids[t] < 0 || ids[t] >= run->config->vocab_size)
-            return besa__fail(error, BESA_ERROR_TOKEN, "%s token %lld is %lld, expected 0 .. %lld", what, (long long)t,
-                              (long long)ids[t], (long long)run->config->vocab_size - 1);
+            return besa__fail(error, BESA_ERROR_TOKEN, "%s token %lld is %lld, expected 0 .. %lld: was it made with another "
+                              "tokenizer?", what, (long long)t, (long long)ids[t], (long long)run->config->vocab_size - 1);
     return BESA_OK;
 }
 
@@ -10409,9 +10748,11 @@ static besa_result besa__stream_embed(besa__run *run, besa__stream *s, const int
 static besa_result besa__test_forward(besa__run *run, const besa_block *block, besa_error *error)
 {
     besa_backend *be = run->be;
+    besa_block turned = *block;
     if (!run->has_test) return BESA_OK;
+    if (run->test_turns.positions > 0) turned.rope_cos = run->test_turns.cosine, turned.rope_sin = run->test_turns.sine;
     besa__use_workspace(be, run->workspace, run->workspace_bytes);
-    BESA__TRY_ON(be, besa__stream_forward(&run->test, besa__stream_walk(&run->test, -1), block, &run->acts), error);
+    BESA__TRY_ON(be, besa__stream_forward(&run->test, besa__stream_walk(&run->test, -1), &turned, &run->acts), error);
     return besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
 }
 
@@ -10552,6 +10893,17 @@ static besa_result besa__open_test(besa__run *run, const besa_checkpoint *checkp
     return besa__run_allocate(run, error);
 }
 
+/* A perplexity that is not finite: the error of the first weight that is not, if there is one. */
+static besa_result besa__find_not_finite(const besa__run *run, besa_error *error)
+{
+    besa__block_tensors block;
+    for (int64_t i = 0; i < run->config->num_hidden_layers; i++) {
+        BESA__TRY(besa__block_bind(&block, run->checkpoint, i, error));
+        for (int l = 0; l < BESA_LAYERS; l++) BESA__TRY(besa__check_finite(run, block.weight[l], error));
+    }
+    return besa__check_finite(run, run->model.head, error);
+}
+
 BESA_API besa_result besa_perplexity(const besa_checkpoint *checkpoint, besa_backend *be, const int32_t *ids,
                                      int64_t windows, int64_t seqlen, double *perplexity, double *nll,
                                      besa_progress_callback progress, void *user, besa_error *error)
@@ -10560,6 +10912,7 @@ BESA_API besa_result besa_perplexity(const besa_checkpoint *checkpoint, besa_bac
     besa_result result = besa__open_test(&run, checkpoint, be, ids, windows, seqlen, error);
     if (result == BESA_OK) result = besa__run_test_blocks(&run, progress, user, error);
     if (result == BESA_OK) result = besa__test_perplexity(&run, perplexity, nll, error);
+    if (result == BESA_ERROR_NOT_FINITE) besa__find_not_finite(&run, error);
     besa__run_close(&run);
     return result;
 }
@@ -10985,9 +11338,10 @@ static void besa__note_settings(const besa__run *run, char **notes)
     for (; (end = strchr(line, '\n')) != NULL; line = end + 1) besa__notes_add(notes, "%.*s", (int)(end - line), line);
     besa__note_range(run, notes);
     besa__note_steps(&run->pruner, notes);
-    if (run->positions > longest)
+    int64_t positions = besa__max(run->turns.positions, run->test_turns.positions);
+    if (positions > longest)
         besa__notes_add(notes, "warning: sequences of %lld tokens, the model's max_position_embeddings is %lld",
-                        (long long)run->positions, (long long)longest);
+                        (long long)positions, (long long)longest);
 }
 
 /* A line where fixed layers did not come out within a thousandth of their sparsity. */
@@ -11126,14 +11480,8 @@ static besa_result besa__check_copied(const besa__run *run, besa_error *error)
     const besa_tensor *copied[3] = {run->model.embedding, run->model.norm, run->model.head};
     for (int i = 0; i < 3; i++) {
         const besa_tensor *t = copied[i];
-        if (i == 2 && t == run->model.embedding) continue;
-        int64_t size = (int64_t)besa_dtype_size(t->dtype), count = (int64_t)t->bytes / size;
-        for (int64_t first = 0; first < count; first += 4096) {
-            float part[4096];
-            uint64_t offset = t->offset + (uint64_t)(first * size);
-            BESA__TRY(besa__tensor_floats(part, t, first, besa__min(4096, count - first), error));
-            besa__release_range(run->checkpoint->shards + t->file, offset, sizeof part);
-        }
+        if (!t || (i == 2 && t == run->model.embedding)) continue;
+        BESA__TRY(besa__check_finite(run, t, error));
     }
     return BESA_OK;
 }

@@ -107,27 +107,46 @@ struct job {
     besa_error error;
 };
 
+/* Refuse more windows than a file has, or longer ones, by the names of the two options. */
+static besa_result check_windows(job *j, const char *path, const besa_tokens *file, const char *count_option,
+                                 const char *seqlen_option, int64_t count, int64_t seqlen, int one_after_the_other)
+{
+    char *message = j->error.message;
+    const size_t size = sizeof j->error.message;
+    const int64_t longest = file->rows ? file->columns : file->count;
+    const int64_t most = file->rows ? file->rows : one_after_the_other && seqlen ? file->count / seqlen : INT64_MAX;
+    if (seqlen > longest)
+        snprintf(message, size, "%s: sequences of %lld tokens asked for, it has %lld%s: the most is --%s %lld", path,
+                 (long long)seqlen, (long long)longest, file->rows ? " in a row" : "", seqlen_option, (long long)longest);
+    else if (count > most)
+        snprintf(message, size, "%s: %lld sequences of %lld tokens asked for, it has %lld of them: the most is --%s %lld", path,
+                 (long long)count, (long long)seqlen, (long long)most, count_option, (long long)most);
+    return seqlen > longest || count > most ? BESA_ERROR_TOKENS : BESA_OK;
+}
+
 /* Cut ids(count, seqlen) out of a token file. Sizes of 0 become the file's own: those of a 2-D file, and of a stream
  * windows of 2048 or what the model takes, at most `most` of them. */
 static besa_result load_windows(job *j, const char *path, int64_t most, uint64_t seed, int64_t *count, int64_t *seqlen,
                                 int32_t **ids)
 {
+    const int is_test = path == j->s->test, is_calibration = !is_test && j->s->command->bit != EVAL;
     const besa_config *config = besa_checkpoint_config(j->checkpoint);
     const int64_t longest = config->max_position_embeddings < 2048 ? config->max_position_embeddings : 2048;
     besa_tokens file;
     TRY(besa_tokens_load(&file, path, &j->error));
     if (!*seqlen) *seqlen = file.rows ? file.columns : file.count < longest ? file.count + !file.count : longest;
     if (!*count) *count = file.rows ? file.rows : file.count / *seqlen < most && !seed ? file.count / *seqlen : most;
-    if (!*count) *count = 1; /* and the library says that the file is too short */
-    const int64_t windows = file.rows ? file.rows : seed ? *count : file.count / *seqlen; /* more than there are: refused below */
-    *ids = (int32_t *)calloc((size_t)(*count <= windows ? *count : 1), (size_t)*seqlen * sizeof **ids);
-    besa_result result = BESA_ERROR_MEMORY;
-    if (*ids) result = besa_tokens_sample(&file, *count, *seqlen, seed, config->vocab_size, *ids, &j->error);
-    else snprintf(j->error.message, sizeof j->error.message, "out of memory for %lld x %lld tokens", (long long)*count,
-                  (long long)*seqlen);
+    if (!*count) *count = 1;
+    besa_result result = check_windows(j, path, &file, is_calibration ? "nsamples" : "windows", is_test ? "test-seqlen" : "seqlen",
+                                       *count, *seqlen, !seed);
+    if (!result) *ids = (int32_t *)calloc((size_t)*count, (size_t)*seqlen * sizeof **ids);
+    if (!result && !*ids) {
+        snprintf(j->error.message, sizeof j->error.message, "%s: out of memory for %lld x %lld tokens", path, (long long)*count,
+                 (long long)*seqlen);
+        result = BESA_ERROR_MEMORY;
+    }
+    if (!result) result = besa_tokens_sample(&file, *count, *seqlen, seed, config->vocab_size, *ids, &j->error);
     besa_tokens_free(&file);
-    size_t length = strlen(j->error.message);
-    if (result) snprintf(j->error.message + length, sizeof j->error.message - length, " [%s]", path);
     return result;
 }
 
@@ -571,11 +590,15 @@ static int run_program(settings *s)
 static int run_nothing(const char *name)
 {
     const int asked = !strcmp(name, "--help") || !strcmp(name, "-h") || !strcmp(name, "help");
+    const char *nearest = NULL;
+    size_t least = MAX_NAME;
     if (!strcmp(name, "--version")) return printf("besa %d.%d\n", BESA_VERSION_MAJOR, BESA_VERSION_MINOR), 0;
     if (asked || !*name) return print_general_help(asked ? stdout : stderr, commands), asked ? 0 : 2;
     fprintf(stderr, "besa: unknown command '");
     print_text(stderr, name);
-    fprintf(stderr, "'; besa --help lists them\n");
+    for (const command *c = commands; c->name; c++) take_nearest(name, c->name, &nearest, &least);
+    if (nearest) fprintf(stderr, "': did you mean %s?\n", nearest);
+    else fprintf(stderr, "'; besa --help lists them\n");
     return 2;
 }
 
@@ -605,9 +628,11 @@ int main(int argc, char **argv)
     wait_asleep(argv);
     signal(SIGXFSZ, SIG_IGN); /* a file limit is an error to report, not a death */
     s.commands = commands;
-    const char *name = argc > 1 ? argv[1] : "";
+    const int explain = argc == 3 && !strcmp(argv[1], "help"); /* as COMMAND --help */
+    const char *name = argc > 1 ? argv[explain ? 2 : 1] : "";
+    static char help[] = "--help", *asked[] = {help, NULL};
     for (s.command = commands; s.command->name && strcmp(s.command->name, name); s.command++) { }
-    s.arguments = argv + 2;
+    s.arguments = explain ? asked : argv + 2;
     int status = s.command->name ? run_program(&s) : run_nothing(name);
     errno = 0;
     if (fflush(stdout) == 0 && !ferror(stdout)) return status;

@@ -467,6 +467,37 @@ static int read_flag(settings *s, const char *name)
     return 0;
 }
 
+/* How many characters must be put in, left out, changed or swapped with the next to make one word of another. */
+static size_t distance(const char *a, const char *b)
+{
+    size_t d[3][MAX_NAME + 1]; /* of prefixes of a with all prefixes of b: the one before the last, the last, the new one */
+    const size_t n = strlen(a), m = strlen(b);
+    if (n > MAX_NAME || m > MAX_NAME) return MAX_NAME;
+    memset(d, 0, sizeof d);
+    for (size_t j = 0; j <= m; j++) d[1][j] = j;
+    for (size_t i = 1; i <= n; i++) {
+        d[2][0] = i;
+        for (size_t j = 1; j <= m; j++) {
+            size_t least = d[1][j - 1] + (a[i - 1] != b[j - 1]);
+            if (d[1][j] + 1 < least) least = d[1][j] + 1;
+            if (d[2][j - 1] + 1 < least) least = d[2][j - 1] + 1;
+            if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] && d[0][j - 2] + 1 < least) least = d[0][j - 2] + 1;
+            d[2][j] = least;
+        }
+        memmove(d[0], d[1], 2 * sizeof d[0]);
+    }
+    return d[1][m];
+}
+
+/* Whether a word may be a slip of the pen for name, which is then the nearest so far. */
+static void take_nearest(const char *word, const char *name, const char **nearest, size_t *least)
+{
+    const size_t d = distance(word, name);
+    if (d >= *least || d > (strlen(word) + 2) / 4) return;
+    *nearest = name;
+    *least = d;
+}
+
 /* An option that the command does not have: of which commands is it one? */
 _Noreturn static void refuse_option(const settings *s, const char *name)
 {
@@ -481,6 +512,12 @@ _Noreturn static void refuse_option(const settings *s, const char *name)
     for (const command *c = s->commands; c->name; c++)
         if (takers & c->bit)
             length += (size_t)snprintf(names + length, sizeof names - length, "%s%s", length ? ", " : "", c->name);
+    const char *nearest = NULL;
+    size_t least = MAX_NAME;
+    for (int i = 0; i < s->num_options; i++)
+        if (s->options[i].kind != HEADING && s->options[i].commands & s->command->bit)
+            take_nearest(name, s->options[i].name, &nearest, &least);
+    if (!takers && nearest) usage_error(s, "unknown option --%s: did you mean --%s?", name, nearest);
     if (!takers) usage_error(s, "unknown option --%s", name);
     usage_error(s, "--%s is for %s", name, names);
 }
@@ -701,7 +738,7 @@ static void print_general_help(FILE *file, const command *c)
             BESA_VERSION_MAJOR, BESA_VERSION_MINOR);
     for (; c->name; c++) fprintf(file, "  besa %-7s %-9s  %s\n", c->name, c->paths, c->summary);
     fprintf(file, "\n"
-        "besa COMMAND --help explains a command. Text goes in as files of token ids, which tokenize.py makes.\n"
+        "besa help COMMAND explains a command. Text goes in as files of token ids, which tokenize.py makes.\n"
         "To try it on the model that lies beside this program, in that directory:\n\n"
         "  ./besa prune stories260K stories260K-pruned --tokens stories260K/calibration_tokens.npy --seqlen 256\n"
         "  ./besa eval stories260K-pruned --tokens stories260K/test_tokens.npy --seqlen 256\n\n"

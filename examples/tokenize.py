@@ -115,8 +115,12 @@ def main():
     if args.output.suffix != ".npy":
         sys.exit(f"{args.output}: the output must end in .npy")
     path = args.tokenizer / "tokenizer.json" if args.tokenizer.is_dir() else args.tokenizer
+    if not path.is_file() and (path.parent / "tokenizer.model").is_file():
+        make = f't.AutoTokenizer.from_pretrained("{path.parent}").save_pretrained("{path.parent}")'
+        sys.exit(f"{path} does not exist, tokenizer.model alone: make it, pip install transformers sentencepiece protobuf; "
+                 f"python -c 'import transformers as t; {make}'")
     if not path.is_file():
-        sys.exit(f"{path} does not exist")
+        sys.exit(f"{path} does not exist: copy the tokenizer.json that belongs to the model")
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()

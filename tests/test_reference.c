@@ -1817,11 +1817,15 @@ static double rope_angle(const besa_rope *rope, int64_t t, int64_t i, int64_t he
 
 static void test_rope(void)
 {
+#define LLAMA3(base, stretch, low, high, length)                                                                                   \
+    { .type = BESA_ROPE_LLAMA3, .theta = base, .factor = stretch, .low_freq_factor = low, .high_freq_factor = high,                \
+      .original_max_position_embeddings = length }
     static const struct { const char *name; besa_rope rope; int64_t head_dim; } t[] = {
-        { "default", { BESA_ROPE_DEFAULT, 10000, 0, 0, 0, 0 }, 64 }, { "default, theta 1e6", { BESA_ROPE_DEFAULT, 1e6, 0, 0, 0, 0 }, 128 },
-        { "linear", { BESA_ROPE_LINEAR, 10000, 4, 0, 0, 0 }, 64 }, { "linear by a fraction", { BESA_ROPE_LINEAR, 5e5, 2.5, 0, 0, 0 }, 18 },
-        { "llama3", { BESA_ROPE_LLAMA3, 5e5, 8, 1, 4, 8192 }, 128 }, { "llama3, factor 32", { BESA_ROPE_LLAMA3, 5e5, 32, 1, 4, 8192 }, 64 },
-        { "llama3, other bounds", { BESA_ROPE_LLAMA3, 1e4, 3, 2, 16, 512 }, 32 } };
+        { "default", { .theta = 10000 }, 64 }, { "default, theta 1e6", { .theta = 1e6 }, 128 },
+        { "linear", { .type = BESA_ROPE_LINEAR, .theta = 10000, .factor = 4 }, 64 }, { "linear by a fraction", { .type = BESA_ROPE_LINEAR, .theta = 5e5, .factor = 2.5 }, 18 },
+        { "llama3", LLAMA3(5e5, 8, 1, 4, 8192), 128 }, { "llama3, factor 32", LLAMA3(5e5, 32, 1, 4, 8192), 64 },
+        { "llama3, other bounds", LLAMA3(1e4, 3, 2, 16, 512), 32 } };
+#undef LLAMA3
     enum { SEQLEN = 300 };
     for (size_t k = 0; k < sizeof t / sizeof *t; k++) {
         int64_t half = t[k].head_dim / 2;

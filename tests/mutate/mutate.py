@@ -46,7 +46,7 @@ LATER = ("the quick tests pass", "the plain tests pass")        # how one surviv
 COVERAGE = "-O1 --coverage"
 ADDRESS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 # what is compiled and run sooner without optimisation
-LEVEL = {"test_reference": "-O0", "test_io": "-O0", "test_portable": "-O0"}
+LEVEL = {"test_forms": "-O0", "test_reference": "-O0", "test_io": "-O0", "test_portable": "-O0"}
 
 
 def make(*arguments):
