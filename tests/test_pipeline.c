@@ -2710,7 +2710,7 @@ static setup kind_setup(const char *output, int kind)
 /* Another first byte of the first block's first norm, in the unfinished output. */
 static void damage_norm(const setup *s)
 {
-    char path[600];
+    char path[1024];
     besa_checkpoint *source = NULL;
     besa_error error = { BESA_OK, "" };
     CHECK_OK(besa_checkpoint_open(&source, s->source, &error), error);
