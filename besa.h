@@ -165,7 +165,7 @@
  *     rates.steps                 [1] learning steps in all, for level 3; levels 1 and 2 count them themselves
  *     rates.plain_softmax         [0] softmax(theta) instead of softmax(sigmoid(theta))
  *     rates.zero_start            [0] start at rate 1/2, as the paper's code does, instead of at the target
- *     importance                  [wanda] magnitude, sparsegpt, sparsegpt squared, gradient: it sees the block's loss
+ *     importance                  [wanda] magnitude, sparsegpt, sparsegpt squared, gradient: it sees the block's loss; relative
  *     damping                     [0.01] SparseGPT, its importances and refit: share of a Hessian's mean diagonal added to it
  *     refit                       [none] cg, obs: the kept weights of a layer fitted to its dense outputs, masks as they are, by
  *                                 conjugate gradients or by SparseGPT's update; not with bits or learn both, obs not with sparsegpt
@@ -577,6 +577,11 @@ struct besa_backend {
                          int64_t rows, int64_t columns);
     /* S(n) = S G where S is above 0: scores by a factor of each weight */
     besa_result (*score_scale)(besa_backend *be, float *s, const float *g, int64_t n);
+    /* sums(C) = of the columns of |W|(R,C) */
+    besa_result (*absolute_sums)(besa_backend *be, float *sums, const void *w, besa_dtype dtype, int64_t rows, int64_t columns);
+    /* S(R,C) = S (1 / sum_j |W_rj| + 1 / sums_j) where S is above 0, sums(C) of columns that these are rows of */
+    besa_result (*score_relative)(besa_backend *be, float *s, const void *w, besa_dtype dtype, const float *sums, int64_t rows,
+                                  int64_t columns);
     /* y(n) += x(n)^2 */
     besa_result (*accumulate_squares)(besa_backend *be, float *y, const float *x, int64_t n);
     /* Of every row of S(R,C) = |W| scale(C), products in float: sums(R) = the sum, double; above(R) = how many exceed limit,
@@ -711,7 +716,7 @@ struct besa_backend {
     X(linear_forward) X(linear_backward_input) X(linear_backward_weight) X(gram) X(convert)        \
     X(rmsnorm_forward) X(rmsnorm_backward) X(rope) X(attention_forward) X(attention_backward)      \
     X(swiglu_forward) X(swiglu_backward) X(column_sumsq) X(column_sum) X(block_loss) X(score)      \
-    X(score_scale) X(accumulate_squares) X(power) X(fill)                                          \
+    X(score_scale) X(absolute_sums) X(score_relative) X(accumulate_squares) X(power) X(fill)       \
     X(count_zeros) X(rank_rows) X(mask_apply) X(mask_update) X(mask_smallest) X(mask_zeros)        \
     X(mask_pattern) X(bucket_gradient) X(rate_forward) X(rate_mean) X(rate_backward)               \
     X(optimizer_step) X(project_counts) X(rms) X(weight_step) X(mix) X(hessian_factor) X(diagonal) \
@@ -768,18 +773,20 @@ typedef enum besa_statistic {
     BESA_STATISTIC_FACTOR                       /* U_jj, U'U = inv(2/T X'X + damping): be->hessian_factor, be->diagonal */
 } besa_statistic;
 
-/* The importances: X(value, name, statistic, power, exponent, gradient) scores a weight |W|^power statistic_j^exponent, power
- * 1 or 2, times G^gradient where that is not 0: G is the sum over calibration sequences of (dL/dWhat)^2, of the block's loss
- * with the mask that the score has without G. All that the library and the command line know of an importance is its row. */
+/* The importances: X(value, name, statistic, power, exponent, gradient, relative) scores a weight |W|^power statistic_j^exponent,
+ * power 1 or 2, times G^gradient where that is not 0: G is the sum over calibration sequences of (dL/dWhat)^2, of the block's
+ * loss with the mask that the score has without G. relative 1: times the weight's share of its row and of its column,
+ * 1 / sum_j |W_rj| + 1 / sum_r |W_rj|. All that the library and the command line know of an importance is its row. */
 #define BESA_IMPORTANCES(X)                                                                        \
-    X(BESA_IMPORTANCE_WANDA, "wanda", BESA_STATISTIC_SUMSQ, 1, 0.5f, 0.0f)     /* |W| l2(X_j), the default */ \
-    X(BESA_IMPORTANCE_MAGNITUDE, "magnitude", BESA_STATISTIC_NONE, 1, 0.0f, 0.0f) /* |W| */        \
-    X(BESA_IMPORTANCE_SPARSEGPT, "sparsegpt", BESA_STATISTIC_FACTOR, 2, -1.0f, 0.0f) /* W^2 / U_jj, as the published code */ \
-    X(BESA_IMPORTANCE_SPARSEGPT_SQUARED, "sparsegpt-squared", BESA_STATISTIC_FACTOR, 2, -2.0f, 0.0f) /* W^2 / U_jj^2, the paper */ \
-    X(BESA_IMPORTANCE_GRADIENT, "gradient", BESA_STATISTIC_SUMSQ, 1, 0.3f, 0.2f) /* |W| l2(X_j)^0.6 rms(dL/dWhat)^0.4 */
+    X(BESA_IMPORTANCE_WANDA, "wanda", BESA_STATISTIC_SUMSQ, 1, 0.5f, 0.0f, 0)     /* |W| l2(X_j), the default */ \
+    X(BESA_IMPORTANCE_MAGNITUDE, "magnitude", BESA_STATISTIC_NONE, 1, 0.0f, 0.0f, 0) /* |W| */     \
+    X(BESA_IMPORTANCE_SPARSEGPT, "sparsegpt", BESA_STATISTIC_FACTOR, 2, -1.0f, 0.0f, 0) /* W^2 / U_jj, as the published code */ \
+    X(BESA_IMPORTANCE_SPARSEGPT_SQUARED, "sparsegpt-squared", BESA_STATISTIC_FACTOR, 2, -2.0f, 0.0f, 0) /* W^2 / U_jj^2, the paper */ \
+    X(BESA_IMPORTANCE_GRADIENT, "gradient", BESA_STATISTIC_SUMSQ, 1, 0.3f, 0.2f, 0) /* |W| l2(X_j)^0.6 rms(dL/dWhat)^0.4 */ \
+    X(BESA_IMPORTANCE_RELATIVE, "relative", BESA_STATISTIC_SUMSQ, 1, 0.25f, 0.0f, 1) /* of row and column, l2(X_j)^0.5: RIA, ICLR 2024 */
 
 typedef enum besa_importance {
-#define BESA__ENUM(value, name, statistic, power, exponent, gradient) value,
+#define BESA__ENUM(value, name, statistic, power, exponent, gradient, relative) value,
     BESA_IMPORTANCES(BESA__ENUM)
 #undef BESA__ENUM
     BESA_IMPORTANCE_COUNT
@@ -844,7 +851,7 @@ BESA_API void besa_rates_destroy(besa_rates *rates); /* NULL is fine */
  *   statistic   (C) device floats, the statistic of the importance's row in BESA_IMPORTANCES: for wanda the sums of squares
  *               of the input columns (be->column_sumsq), for the sparsegpt forms U_jj (be->hessian_factor, be->diagonal);
  *               NULL for magnitude. Its numbers are not looked at: what is not finite or negative makes ranks arbitrary
- *   scratch     (R + 1, C) device floats, free to use again on return
+ *   scratch     (R + 1, C) device floats, with importance relative (R + 2, C); free to use again on return
  * NaN and infinite weights are counted: besa_rates_project and besa_rates_status report them as
  * BESA_ERROR_NOT_FINITE. Does not wait for the device. */
 BESA_API besa_result besa_rates_rank(besa_rates *rates, int layer, const void *w, besa_importance importance,
@@ -2054,14 +2061,14 @@ static const char *besa__range_text(const besa__range *range, char *buffer, size
 #define BESA__FROM_0 (BESA_OPTION_BELOW | BESA_OPTION_NONE)
 #define BESA__NO_LIMIT 1e300
 #define BESA__BAR(value, name) "|" name
-#define BESA__BAR_OF_SIX(value, name, statistic, power, exponent, gradient) "|" name
+#define BESA__BAR_OF_SEVEN(value, name, statistic, power, exponent, gradient, relative) "|" name
 
 static const char besa__method_names[] = BESA_METHODS(BESA__BAR); /* these begin with a bar */
 static const char besa__learn_names[] = BESA_LEARNING(BESA__BAR);
 static const char besa__granularity_names[] = BESA_GRANULARITIES(BESA__BAR);
 static const char besa__refit_names[] = BESA_REFITS(BESA__BAR);
 static const char besa__clipping_names[] = BESA_CLIPPINGS(BESA__BAR);
-static const char besa__importance_names[] = BESA_IMPORTANCES(BESA__BAR_OF_SIX);
+static const char besa__importance_names[] = BESA_IMPORTANCES(BESA__BAR_OF_SEVEN);
 
 /* field, default, least, most, flags, range in words, on the command line, what follows there, help */
 static const besa_option besa__options[] = {
@@ -2353,13 +2360,14 @@ typedef struct besa__importance {
     int power;                                  /* of |W| */
     float exponent;                             /* of the statistic */
     float gradient;                             /* exponent of the gradients' squares; 0: they are not asked for */
+    int relative;                               /* by the weight's share of its row and column */
 } besa__importance;
 
 /* An importance that has been checked: its row. */
 static const besa__importance *besa__importance_row(besa_importance importance)
 {
     static const besa__importance rows[] = {
-#define BESA__ROW(value, name, statistic, power, exponent, gradient) {name, statistic, power, exponent, gradient},
+#define BESA__ROW(value, name, statistic, power, exponent, gradient, relative) {name, statistic, power, exponent, gradient, relative},
         BESA_IMPORTANCES(BESA__ROW)
 #undef BESA__ROW
     };
@@ -2391,10 +2399,34 @@ static besa_result besa__masks_zeros(besa__masks *masks, int index, const void *
                            layer->shape.columns);
 }
 
-/* Rank a layer by |W|^power scale (C; NULL: 1) factor (R,C; NULL: 1), and no more than that: zeros are counted apart. scratch
- * receives the scores of as many rows as `room` floats hold, again and again. */
-static besa_result besa__masks_rank(besa__masks *masks, int index, const void *w, const float *scale, int power,
-                                    const float *factor, float *scratch, int64_t room)
+/* What scores a layer's weights: |W|^power scale (C; NULL: 1) factor (R,C; NULL: 1); sums (C), of the columns of |W|: relative
+ * to these and to the row's, NULL: not. */
+typedef struct besa__scoring {
+    int power;
+    const float *scale, *factor;
+    float *sums;                                /* besa__scoring_begin works them out */
+} besa__scoring;
+
+static besa_result besa__scoring_begin(besa_backend *be, const besa__scoring *by, const void *w, besa_dtype dtype, int64_t rows,
+                                       int64_t columns)
+{
+    return by->sums ? be->absolute_sums(be, by->sums, w, dtype, rows, columns) : BESA_OK;
+}
+
+/* scores (count, C) of rows first .. of W(R,C) */
+static besa_result besa__scoring_rows(besa_backend *be, const besa__scoring *by, float *scores, const void *w, besa_dtype dtype,
+                                      int64_t first, int64_t count, int64_t columns)
+{
+    const void *from = besa__at_const(w, dtype, first * columns);
+    BESA__TRY(be->score(be, scores, from, dtype, by->scale, by->power, count, columns));
+    if (by->sums) BESA__TRY(be->score_relative(be, scores, from, dtype, by->sums, count, columns));
+    return by->factor ? be->score_scale(be, scores, by->factor + first * columns, count * columns) : BESA_OK;
+}
+
+/* Rank a layer by its scores, and no more than that: zeros are counted apart. scratch receives the scores of as many rows as
+ * `room` floats hold, again and again. */
+static besa_result besa__masks_rank(besa__masks *masks, int index, const void *w, const besa__scoring *by, float *scratch,
+                                    int64_t room)
 {
     besa_backend *be = masks->be;
     besa__mask_layer *layer = &masks->layer[index];
@@ -2402,10 +2434,10 @@ static besa_result besa__masks_rank(besa__masks *masks, int index, const void *w
     int64_t rows = layer->shape.rows, columns = layer->shape.columns, piece = besa__min(rows, room / columns);
     BESA_ASSERT(piece > 0);
     layer->ranked = 1;
+    BESA__TRY(besa__scoring_begin(be, by, w, dtype, rows, columns));
     for (int64_t r = 0, count; r < rows; r += count) {
         count = besa__min(piece, rows - r);
-        BESA__TRY(be->score(be, scratch, besa__at_const(w, dtype, r * columns), dtype, scale, power, count, columns));
-        if (factor) BESA__TRY(be->score_scale(be, scratch, factor + r * columns, count * columns));
+        BESA__TRY(besa__scoring_rows(be, by, scratch, w, dtype, r, count, columns));
         BESA__TRY(be->rank_rows(be, besa__layer_rank(layer, r), scratch, count, columns));
     }
     return BESA_OK;
@@ -3162,15 +3194,12 @@ BESA_API besa_result besa_rates_rank(besa_rates *rates, int layer, const void *w
         return besa__fail(error, BESA_ERROR_OPTION, "statistic is NULL, which the importance %s needs", row->name);
     const besa_layer_shape *shape = &rates->masks->layer[layer].shape;
     int64_t weights = shape->rows * shape->columns;
-    float *scale = NULL;
+    float *scale = row->statistic != BESA_STATISTIC_NONE ? scratch + weights : NULL;
+    besa__scoring by = {row->power, scale, NULL, row->relative ? scratch + weights + shape->columns : NULL};
     besa_result result = BESA_OK;
     besa__workspace callers = besa__rates_enter(rates);
-    if (row->statistic != BESA_STATISTIC_NONE) {
-        scale = scratch + weights;
-        result = besa__importance_scale(rates->masks->be, scale, statistic, importance, shape->columns);
-    }
-    if (result == BESA_OK)
-        result = besa__masks_rank(rates->masks, layer, w, scale, row->power, NULL, scratch, weights);
+    if (scale) result = besa__importance_scale(rates->masks->be, scale, statistic, importance, shape->columns);
+    if (result == BESA_OK) result = besa__masks_rank(rates->masks, layer, w, &by, scratch, weights);
     if (result == BESA_OK) result = besa__masks_zeros(rates->masks, layer, w);
     return besa__rates_leave(rates, callers, result, error);
 }
@@ -4251,6 +4280,7 @@ struct besa_pruner {
     float *scores;                              /* scores of a layer, or SparseGPT's weights as floats: the largest (R,C);
                                                    where there is a learn pass it is acts.dw, not used yet, and may hold less */
     int64_t scores_count;                       /* floats that scores has room for */
+    float *score_sums;                          /* (columns) of |W|; NULL: the importance is not relative */
     float *score_factor[BESA_LAYERS];           /* (R,C) what the gradients make of the scores; NULL: the importance has none */
     float *slab_error;                          /* (R, 128), SparseGPT; (512, 128), refit obs */
     int32_t *counts, *not_finite;               /* (2, rows) zeros: DENSE, WRITTEN; (BESA__COUNTS) as in results */
@@ -4647,6 +4677,7 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     besa__pruner_place_statistics(p, arena, &work);
     p->scores_count = finds ? piece : besa__largest_layer(s);
     p->scores = finds ? p->acts.dw : besa__take_floats(arena, p->scores_count);
+    p->score_sums = besa__importance_row(besa__scored_by(&p->options))->relative ? besa__take_floats(arena, work.columns) : NULL;
     p->slab_error = p->options.method == BESA_METHOD_SPARSEGPT ? besa__take_floats(arena, besa__product(work.rows, BESA__SLAB)) : NULL;
     besa__pruner_place_refit(p, arena);
     p->counts = (int32_t *)besa__take_array(arena, besa__product(2, p->rows), sizeof(int32_t));
@@ -5225,15 +5256,24 @@ static besa_result besa__scored_weights(const besa__work *work, int layer, const
     return BESA_OK;
 }
 
+static besa__scoring besa__scoring_of(const besa_pruner *p, int layer)
+{
+    besa__scoring by;
+    by.power = besa__importance_row(besa__scored_by(&p->options))->power;
+    by.scale = besa__score_scale(p, layer);
+    by.factor = p->score_factor[layer];
+    by.sums = p->score_sums;
+    return by;
+}
+
 /* The ranks of a layer's rows with the weights w, as scores are of them. */
 static besa_result besa__rank_weights(const besa__work *work, int layer, const void *w)
 {
     besa_pruner *p = work->pruner;
-    int power = besa__importance_row(besa__scored_by(&p->options))->power;
+    besa__scoring by = besa__scoring_of(p, layer);
     const void *scored;
     BESA__TRY(besa__scored_weights(work, layer, w, &scored));
-    return besa__masks_rank(&p->masks, layer, scored, besa__score_scale(p, layer), power, p->score_factor[layer], p->scores,
-                            p->scores_count);
+    return besa__masks_rank(&p->masks, layer, scored, &by, p->scores, p->scores_count);
 }
 
 /* The ranks of a layer's rows; where its rate is known beforehand (not negative), its pruned weights too. */
@@ -5253,17 +5293,16 @@ static besa_result besa__mask_by_pattern(const besa__work *work, int layer, cons
 {
     besa_pruner *p = work->pruner;
     besa_backend *be = p->be;
-    const float *scale = besa__score_scale(p, layer), *factor = p->score_factor[layer];
-    int power = besa__importance_row(besa__scored_by(&p->options))->power;
+    besa__scoring by = besa__scoring_of(p, layer);
     int64_t rows, columns;
     besa_block_layer(&p->shape, layer, &rows, &columns);
     const void *scored;
     BESA__TRY(besa__scored_weights(work, layer, w, &scored));
+    BESA__TRY(besa__scoring_begin(be, &by, scored, p->dtype, rows, columns));
     for (int64_t r = 0, count; r < rows; r += count) {
         count = besa__min(p->scores_count / columns, rows - r);
         int64_t at = r * columns;
-        BESA__TRY(be->score(be, p->scores, besa__at_const(scored, p->dtype, at), p->dtype, scale, power, count, columns));
-        if (factor) BESA__TRY(be->score_scale(be, p->scores, factor + at, count * columns));
+        BESA__TRY(besa__scoring_rows(be, &by, p->scores, scored, p->dtype, r, count, columns));
         BESA__TRY(be->mask_pattern(be, besa__at(work->pruned[layer], p->dtype, at), besa__at_const(w, p->dtype, at), p->dtype,
                                    p->scores, p->options.pattern_n, p->options.pattern_m, count, columns));
     }
@@ -13988,6 +14027,46 @@ static besa_result besa__cpu_score_scale(besa_backend *be, float *s, const float
 static besa_result besa__cpu_accumulate_squares(besa_backend *be, float *y, const float *x, int64_t n)
 {
     return besa__cpu_by_runs(be, besa__cpu_add_squares, y, x, n);
+}
+
+/* sums(C) of the columns of |W|(R,C): a run of columns a task, its rows in their order */
+static besa_result besa__cpu_absolute_sums(besa_backend *be, float *sums, const void *w, besa_dtype dtype, int64_t rows,
+                                           int64_t columns)
+{
+    int64_t tasks = besa__parts(columns, 128);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        double sum[128] = {0};
+        float part[128];
+        int64_t j = 128 * task, n = besa__min(128, columns - j);
+        for (int64_t r = 0; r < rows; r++) {
+            besa__cpu_widen(part, w, dtype, r * columns + j, n);
+            for (int64_t k = 0; k < n; k++) sum[k] += fabs((double)part[k]);
+        }
+        for (int64_t k = 0; k < n; k++) sums[j + k] = (float)sum[k];
+    }
+    return BESA_OK;
+}
+
+/* S(R,C) = S (1 / sum_j |W_rj| + 1 / sums_j) where S is above 0 */
+static besa_result besa__cpu_score_relative(besa_backend *be, float *s, const void *w, besa_dtype dtype, const float *sums,
+                                            int64_t rows, int64_t columns)
+{
+    int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t r = task * grain; r < besa__min(rows, (task + 1) * grain); r++) {
+            double sum = 0;
+            for (int64_t j = 0; j < columns; j += 512) {
+                float part[512];
+                int64_t n = besa__min(512, columns - j);
+                besa__cpu_widen(part, w, dtype, r * columns + j, n);
+                for (int64_t k = 0; k < n; k++) sum += fabs((double)part[k]);
+            }
+            float *row = s + r * columns, share = 1.0f / (float)sum;
+            for (int64_t j = 0; j < columns; j++) row[j] = row[j] > 0.0f ? row[j] * (share + 1.0f / sums[j]) : row[j];
+        }
+    return BESA_OK;
 }
 
 /* sum += what a score adds to its row's, -1 of a weight that is 0 left out; the number of scores above the limit */

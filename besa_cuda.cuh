@@ -1800,6 +1800,78 @@ static __global__ void besa__score_rows_kernel(double *sums, int32_t *above, con
     }
 }
 
+/* part(parts, C) = column sums of |W| over runs of `run` rows; blocks as for the sums of squares */
+template <typename T>
+static __global__ void besa__absolute_sums_kernel(float *part, const T *w, int64_t rows, int64_t columns, int64_t run,
+                                                  int64_t strips, int64_t blocks, int vector)
+{
+    BESA__ROWS(b, blocks) {
+        int64_t c = (b % strips * blockDim.x + threadIdx.x) * 8, r0 = b / strips * run;
+        float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0}, v[8];
+        if (c >= columns) continue;
+        for (int64_t r = r0; r < besa__cuda_min(rows, r0 + run); r++) {
+            besa__load(v, w + r * columns + c, besa__count(columns - c), vector);
+            BESA__UNROLL
+            for (int k = 0; k < 8; k++) sum[k] += fabsf(v[k]);
+        }
+        besa__store(part + b / strips * columns + c, sum, besa__count(columns - c), vector);
+    }
+}
+
+/* sums(C) of the columns of |W|(R,C) */
+static besa_result besa__cuda_absolute_sums(besa_backend *be, float *sums, const void *w, besa_dtype dtype, int64_t rows,
+                                            int64_t columns)
+{
+    besa__arena work = besa__cuda_work(be);
+    float *part = besa__cuda_column_sumsq_place(&work, columns);
+    int64_t run = besa__cuda_max(1, besa__cuda_parts(rows, BESA__CUDA_SUM_PARTS)), parts = besa__cuda_parts(rows, run);
+    int threads = static_cast<int>(besa__cuda_min(128, besa__cuda_row_threads(columns)));
+    int64_t strips = besa__cuda_parts(columns, 8 * threads), blocks = strips * parts;
+    int vector = columns % 8 == 0 && besa__cuda_aligned(w);
+    BESA__CUDA_FITS(be, work);
+    BESA__TRY(besa__cuda_zero(be, BESA_QUEUE_COMPUTE, sums, static_cast<size_t>(columns) * sizeof(float)));
+    BESA__BY_DTYPE(dtype, T,
+        BESA__RUN(besa__absolute_sums_kernel<T>, blocks, threads, 0, part, static_cast<const T *>(w), rows, columns, run, strips,
+                  blocks, vector));
+    BESA__RUN(besa__add_parts_kernel, besa__cuda_parts(columns, BESA__CUDA_THREADS), BESA__CUDA_THREADS, 0, sums, part, parts,
+              columns);
+    return BESA_OK;
+}
+
+/* S(R,C) = S (1 / sum_j |W_rj| + 1 / sums_j) where S is above 0; a block a row */
+template <typename T>
+static __global__ void besa__score_relative_kernel(float *s, const T *w, const float *sums, int64_t rows, int64_t columns,
+                                                   int vector)
+{
+    BESA__ROWS(r, rows) {
+        float sum = 0.0f, x[8], by[8];
+        BESA__EIGHTS(j, columns) {
+            besa__load(x, w + r * columns + j, besa__count(columns - j), vector);
+            BESA__UNROLL
+            for (int k = 0; k < 8; k++) sum += fabsf(x[k]);
+        }
+        float share = 1.0f / besa__block_sum(sum);
+        BESA__EIGHTS(j, columns) {
+            int count = besa__count(columns - j);
+            besa__load(x, s + r * columns + j, count, vector);
+            besa__load(by, sums + j, count, vector);
+            BESA__UNROLL
+            for (int k = 0; k < 8; k++) x[k] = x[k] > 0.0f ? x[k] * (share + 1.0f / by[k]) : x[k];
+            besa__store(s + r * columns + j, x, count, vector);
+        }
+    }
+}
+
+static besa_result besa__cuda_score_relative(besa_backend *be, float *s, const void *w, besa_dtype dtype, const float *sums,
+                                             int64_t rows, int64_t columns)
+{
+    int vector = columns % 8 == 0 && besa__cuda_aligned(s, w, sums);
+    BESA__BY_DTYPE(dtype, T,
+        BESA__RUN(besa__score_relative_kernel<T>, rows, besa__cuda_row_threads(columns), 0, s, static_cast<const T *>(w), sums, rows,
+                  columns, vector));
+    return BESA_OK;
+}
+
 static besa_result besa__cuda_score_rows(besa_backend *be, double *sums, int32_t *above, const void *w, besa_dtype dtype,
                                          const float *scale, float limit, int64_t rows, int64_t columns)
 {

@@ -646,7 +646,7 @@ static void check_report(const settings *s)
 
 static int uses_factor(besa_importance importance)
 {
-#define STATISTIC(value, name, statistic, power, exponent, gradient) statistic,
+#define STATISTIC(value, name, statistic, power, exponent, gradient, relative) statistic,
     static const besa_statistic statistic_of[] = {BESA_IMPORTANCES(STATISTIC)};
 #undef STATISTIC
     return statistic_of[importance] == BESA_STATISTIC_FACTOR;

@@ -1489,6 +1489,30 @@ static void ops_score_scale(ops *t, const ops_case *c)
     ops_near(t, "s", ops_fetch(t, s_, BESA_F32, n), s, n, 1e-6);
 }
 
+/* Rows `first` and on of a layer, by sums of all of its columns */
+static void ops_score_relative(ops *t, const ops_case *c)
+{
+    int64_t R = c->n[0], C = c->n[1], first = c->n[2], n = R * C;
+    double *w = ops_random(t, n, 1), *s = ops_doubles(t, n), *columns = ops_doubles(t, C);
+    for (int64_t i = 0; i < n; i++) w[i] = i % 11 == 3 || i % C == 4 || i / C == 2 ? 0 : w[i]; /* an empty column, an empty row */
+    void *w_ = ops_send(t, w, c->dtype, n);
+    for (int64_t i = 0; i < n; i++) s[i] = w[i] == 0 ? -1 : fabs(w[i]) * (1 + 0.5 * (double)(i % 3)), columns[i % C] += fabs(w[i]);
+    float *s_ = (float *)ops_float(t, s, n), *sums_ = ops_float_out(t, C);
+    besa_workload sizes = ops_sizes(R, C, 0);
+    ops_workspace(t, &sizes);
+    ops_call(t, t->be->absolute_sums(t->be, sums_, w_, c->dtype, R, C), "absolute_sums");
+    ops_near(t, "sums", ops_fetch(t, sums_, BESA_F32, C), columns, C, 1e-5);
+    ops_call(t, t->be->score_relative(t->be, s_ + first * C, (char *)w_ + (size_t)(first * C) * besa_dtype_size(c->dtype), c->dtype,
+                                      sums_, R - first, C), "score_relative");
+    for (int64_t r = first; r < R; r++) {
+        double row = 0;
+        for (int64_t j = 0; j < C; j++) row += fabs(w[r * C + j]);
+        for (int64_t j = 0; j < C; j++)
+            if (s[r * C + j] > 0) s[r * C + j] *= 1 / row + 1 / columns[j];
+    }
+    ops_near(t, "s", ops_fetch(t, s_, BESA_F32, n), s, n, 1e-5);
+}
+
 static void ops_optimizer(ops *t, const ops_case *c)
 {
     int64_t n = c->n[0];
@@ -2173,6 +2197,8 @@ static const ops_case ops_cases[] = {
     {"quantize 3x2000", ops_quantize, {3, 2000, 2000, 5}, BESA_BF16, "tg"},
     {"quantize 2048x4096 bf16", ops_quantize, {2048, 4096, 4096, 4}, BESA_BF16, "p"}, {"quantize 2048x4096 f32", ops_quantize, {2048, 4096, 4096, 4}, BESA_F32, "p"},
     {"quantize 2048x4096 groups of 128", ops_quantize, {2048, 4096, 128, 4}, BESA_BF16, "p"}, {"quantize gradient 2048x4096", ops_quantize, {2048, 4096, 4096, 4, 3}, BESA_BF16, "p"},
+    OPS_TYPES("relative scores 7x9", ops_score_relative, "t", 7, 9, 0), OPS_TYPES("relative scores 300x1000", ops_score_relative, "t", 300, 1000, 0),
+    {"relative scores, rows from 3", ops_score_relative, {40, 64, 3}, BESA_BF16, "t"},
 };
 enum { OPS_CASES = sizeof ops_cases / sizeof *ops_cases };
 

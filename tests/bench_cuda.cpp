@@ -331,6 +331,10 @@ static void watch_weights(besa_backend *be)
         return kernels(3 * static_cast<double>(n) * static_cast<double>(besa_dtype_size(dtype)));
     });
     WATCH(accumulate_squares, [](float *, const float *, int64_t n) { return kernels(12 * static_cast<double>(n)); });
+    WATCH(absolute_sums, [](float *, const void *, besa_dtype t, int64_t R, int64_t C) { return kernels(size_of(t) * times(R, C)); });
+    WATCH(score_relative, [](float *, const void *, besa_dtype t, const float *, int64_t R, int64_t C) {
+        return kernels((size_of(t) + 8) * times(R, C));
+    });
     WATCH(score_scale, [](float *, const float *, int64_t n) { return kernels(12 * static_cast<double>(n)); });
     WATCH(mix, [be](void *, const void *, float, int64_t n) {
         return kernels(3 * static_cast<double>(n) * static_cast<double>(besa_dtype_size(be->activation_dtype)));

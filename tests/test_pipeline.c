@@ -476,7 +476,7 @@ static void test_granularity(void)
 /* Every way to parametrise and learn the rates: exact counts still, and an effect on the weights. */
 static void test_besa_options(void)
 {
-    enum { COUNT = 25 };
+    enum { COUNT = 26 };
     const char *plain = temp_path("plain");
     setup base = new_setup(plain, BESA_METHOD_BESA, 0.5);
     run_and_verify(&base);
@@ -510,6 +510,7 @@ static void test_besa_options(void)
         case 22: o->importance = BESA_IMPORTANCE_GRADIENT, o->batch_size = 3; break;
         case 23: o->importance = BESA_IMPORTANCE_GRADIENT, o->learn = BESA_LEARN_BOTH, o->batch_size = 2; break;
         case 24: o->learn = BESA_LEARN_BOTH, o->batch_size = 3, o->learn_vectors = 1; break;
+        case 25: o->importance = BESA_IMPORTANCE_RELATIVE, o->learn = BESA_LEARN_BOTH; break;
         }
         CHECK(run(&s) == BESA_OK, "case %d: %s", i, s.error.message);
         verify(&s);
@@ -1020,7 +1021,7 @@ static const struct bounds {
     { "d0", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" }, { "d_coef", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
     { "method", 'i', 0, 4, 0, 0, 0, "besa_method" }, { "pattern_n", 'i', 0, 63, 0, 0, 0, "0 to 63" },
     { "pattern_m", 'i', 0, 64, 0, 0, 0, "0 to 64" }, { "magnitude_per_row", 'i', 0, 1, 0, 0, 0, "0 or 1" },
-    { "importance", 'i', 0, 4, 0, 0, 0, "besa_importance" }, { "damping", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
+    { "importance", 'i', 0, 5, 0, 0, 0, "besa_importance" }, { "damping", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
     { "epochs", 'l', 1, 1000000, 0, 0, 0, "1 to 1000000" }, { "batch_size", 'l', 1, 0, 0, 0, 0, "1 or more" },
     { "granularity", 'i', 0, 2, 0, 0, 0, "besa_granularity" },
     { "norm_all", 'i', 0, 1, 0, 0, 0, "0 or 1" }, { "dense_stream", 'i', 0, 1, 0, 0, 0, "0 or 1" },

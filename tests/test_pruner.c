@@ -139,15 +139,19 @@ static int32_t *ranks_with(const model *m, int layer, int64_t tokens, besa_impor
     int32_t *rank = (int32_t *)take((size_t)(R * C) * sizeof *rank), *dead = (int32_t *)take((size_t)C * sizeof *dead);
     int64_t *order = (int64_t *)take((size_t)C * sizeof *order);
     float *score = take_floats(C);
-    double *u = NULL, *sumsq = (double *)take((size_t)C * sizeof *sumsq);
+    double *u = NULL, *sumsq = (double *)take((size_t)C * sizeof *sumsq), *column = (double *)take((size_t)C * sizeof *column);
     if (importance == BESA_IMPORTANCE_SPARSEGPT || importance == BESA_IMPORTANCE_SPARSEGPT_SQUARED)
         u = factor_of(m, layer, tokens, dead);
     for (int64_t i = 0; i < tokens * C; i++) sumsq[i % C] += (double)m->input[layer][i] * (double)m->input[layer][i];
+    for (int64_t i = 0; i < R * C; i++) column[i % C] += fabs((double)weights[i]);
     for (int64_t r = 0; r < R; r++) {
+        double row = 0;
+        for (int64_t j = 0; j < C; j++) row += fabs((double)weights[r * C + j]);
         for (int64_t j = 0; j < C; j++) {
             double w = (double)weights[r * C + j], diagonal = u ? u[j * C + j] : 1;
             double s = importance == BESA_IMPORTANCE_WANDA ? fabs(w) * sqrt(sumsq[j]) : fabs(w);
             if (importance == BESA_IMPORTANCE_GRADIENT) s = fabs(w) * pow(sumsq[j], 0.3) * (squares ? pow(squares[r * C + j], 0.2) : 1);
+            if (importance == BESA_IMPORTANCE_RELATIVE) s = fabs(w) * pow(sumsq[j], 0.25) * (1 / row + 1 / column[j]);
             if (u) s = dead[j] ? 0 : w * w / (importance == BESA_IMPORTANCE_SPARSEGPT ? diagonal : diagonal * diagonal);
             score[j] = w == 0 ? -1 : (float)s;
         }
@@ -1869,6 +1873,8 @@ static void test_learn(const model *m)
     TEST("learning, one batch of 7, fixed layers, no projection") test_learning(m, &o, 7);
     o.batch_size = 3, o.num_fixed = 2, o.no_projection = 0, o.importance = BESA_IMPORTANCE_GRADIENT;
     TEST("learning, batches of 3, by scores that see the loss") test_learning(m, &o, SEQUENCES);
+    o.importance = BESA_IMPORTANCE_RELATIVE;
+    TEST("learning, batches of 3, by scores relative to row and column") test_learning(m, &o, SEQUENCES);
 }
 
 static void test_parts(const model *m)

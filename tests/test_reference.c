@@ -1132,6 +1132,10 @@ static int plain_scale(const char *name, double *scale, const float *x, int64_t 
             for (int64_t j = 0; j < C; j++) h[i * C + j] += 2.0 / (double)T * (double)x[t * C + i] * (double)x[t * C + j];
     for (int64_t j = 0; j < C; j++) scale[j] = sqrt(h[j * C + j]); /* norm2 but for a factor of all */
     if (!strcmp(name, "wanda")) return 1;
+    if (!strcmp(name, "relative")) { /* and by shares of row and column, which the score has besides */
+        for (int64_t j = 0; j < C; j++) scale[j] = sqrt(scale[j]);
+        return 1;
+    }
     for (int64_t j = 0; j < C; j++) scale[j] = pow(scale[j], 0.6);
     if (!strcmp(name, "gradient")) return 1;    /* of a fixed layer no gradients are asked for */
     for (int64_t j = 0; j < C; j++) scale[j] = 1;
@@ -1144,14 +1148,17 @@ static int plain_scale(const char *name, double *scale, const float *x, int64_t 
 }
 
 /* Rows of what: half of the columns are gone, and none of those scores above one that stays. */
-static void check_lowest_gone(const char *what, const float *w, const float *pruned, const double *scale, int power, int64_t R,
-                              int64_t C)
+static void check_lowest_gone(const char *what, const float *w, const float *pruned, const double *scale, int power, int relative,
+                              int64_t R, int64_t C)
 {
+    double *columns = (double *)take((size_t)C * sizeof *columns);
+    for (int64_t i = 0; i < R * C; i++) columns[i % C] += fabs((double)w[i]);
     for (int64_t r = 0; r < R; r++) {
-        double gone = 0, kept = INFINITY;
+        double gone = 0, kept = INFINITY, row = 0;
+        for (int64_t j = 0; j < C; j++) row += fabs((double)w[r * C + j]);
         int64_t zeros = 0;
         for (int64_t j = 0; j < C; j++) {
-            double score = pow(fabs((double)w[r * C + j]), power) * scale[j];
+            double score = pow(fabs((double)w[r * C + j]), power) * scale[j] * (relative ? 1 / row + 1 / columns[j] : 1);
             if (pruned[r * C + j] == 0) zeros++, gone = fmax(gone, score);
             else kept = fmin(kept, score);
         }
@@ -1161,7 +1168,7 @@ static void check_lowest_gone(const char *what, const float *w, const float *pru
 }
 
 static const char *const g_importance[] = {
-#define NAME(value, name, statistic, power, exponent, gradient) name,
+#define NAME(value, name, statistic, power, exponent, gradient, relative) name,
     BESA_IMPORTANCES(NAME)
 #undef NAME
 };
@@ -1190,8 +1197,8 @@ static void test_importance(int importance, double damping)
         const void *input = l <= BESA_V ? acts.a : l == BESA_O ? acts.attn : l == BESA_DOWN ? acts.z : acts.m;
         double *scale = (double *)take((size_t)t.columns[l] * sizeof *scale);
         int power = plain_scale(g_importance[importance], scale, (const float *)input, T, t.columns[l], damping ? damping : 0.01);
-        check_lowest_gone(g_layer[l], (const float *)t.block.weight[l], (const float *)pruned[l], scale, power, t.rows[l],
-                          t.columns[l]);
+        check_lowest_gone(g_layer[l], (const float *)t.block.weight[l], (const float *)pruned[l], scale, power,
+                          importance == BESA_IMPORTANCE_RELATIVE, t.rows[l], t.columns[l]);
     }
 }
 
@@ -1199,7 +1206,7 @@ static void test_importance(int importance, double damping)
 static void test_importance_of_layer(int importance)
 {
     enum { R = 9, C = 40, T = 300 };
-    float w[R * C], pruned[R * C], statistic[C], *x = take_floats(T * C), *scratch = take_floats((R + 1) * C);
+    float w[R * C], pruned[R * C], statistic[C], *x = take_floats(T * C), *scratch = take_floats((R + 2) * C);
     double scale[C], diag[C], *h = (double *)take(C * C * sizeof *h);
     besa_layer_shape shape = { R, C, BESA_F32 };
     besa_rate_options o;
@@ -1227,7 +1234,7 @@ static void test_importance_of_layer(int importance)
                              !strcmp(g_importance[importance], "magnitude") ? NULL : statistic, scratch, &g_error), g_error);
     CHECK_OK(besa_rates_fix(rates, 0, 0.5, &g_error), g_error);
     CHECK_OK(besa_rates_mask(rates, 0, w, pruned, &g_error), g_error);
-    check_lowest_gone(g_importance[importance], w, pruned, scale, power, R, C);
+    check_lowest_gone(g_importance[importance], w, pruned, scale, power, importance == BESA_IMPORTANCE_RELATIVE, R, C);
     CHECK_OK(besa_rates_fix(rates, 0, 0, &g_error), g_error);
     CHECK_OK(besa_rates_mask(rates, 0, w, pruned, &g_error), g_error);
     CHECK(!memcmp(w, pruned, sizeof w), "%s: something goes at a sparsity of 0", g_importance[importance]);
