@@ -193,6 +193,9 @@ static void test_ropes(void)
           "\"original_max_position_embeddings\":32},\"max_position_embeddings\":32",
           { 5.44167028, 5.61196596, 5.56480896, 5.69615462 } },
         { "\"rope_parameters\":{\"rope_type\":\"dynamic\",\"rope_theta\":500000.0,\"factor\":4.0},"
+          "\"max_position_embeddings\":80", /* not longer than that: as the first two */
+          { 5.44361543, 5.60821385, 5.45624445, 5.78677326 } },
+        { "\"rope_parameters\":{\"rope_type\":\"dynamic\",\"rope_theta\":500000.0,\"factor\":4.0},"
           "\"max_position_embeddings\":48",
           { 5.48463025, 5.63218742, 5.41839296, 5.75851267 } },
         { "\"rope_theta\":10000.0,\"rope_scaling\":{\"type\":\"dynamic\",\"factor\":1.0},"
@@ -348,9 +351,9 @@ static void test_refusals(void)
     }
     check_message("a name of the Hub", open_close("HuggingFaceTB/SmolLM2-135M"), BESA_ERROR_NOT_FOUND, "HuggingFaceTB/SmolLM2-135M: no such "
                   "directory", " hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M");
-    for (int i = 0; i < 4; i++) {
-        static const char *const paths[] = { "nowhere", "./no/where", "/nowhere", "no/where/" };
-        CHECK(open_close(paths[i]) == BESA_ERROR_NOT_FOUND && (strstr(g_error.message, "hf download") != NULL) == (i == 3), "%s: %s",
+    for (int i = 0; i < 5; i++) {
+        static const char *const paths[] = { "nowhere", "./no/where", "/nowhere", "nowhere/no/where", "no/where/" };
+        CHECK(open_close(paths[i]) == BESA_ERROR_NOT_FOUND && (strstr(g_error.message, "hf download") != NULL) == (i == 4), "%s: %s",
               paths[i], g_error.message);
     }
 }
