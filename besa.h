@@ -402,6 +402,8 @@ typedef struct besa_attention_shape {
     int64_t batch, seqlen;
     int64_t num_attention_heads, num_key_value_heads, head_dim;
     int64_t sliding_window;                     /* token t sees t - window + 1 .. t; 0: all before it */
+    float scale;                                /* of q k'; 0: 1 / sqrt(head_dim) */
+    float softcap;                              /* scores s become softcap tanh(s / softcap); 0: they stay */
 } besa_attention_shape;
 
 /* How a group of rows gets its rate from the logits theta_L of its layer and theta_g of its own, each (D+1):
@@ -543,11 +545,11 @@ struct besa_backend {
     /* dX(N,d) = inv_rms (g dY - X inv_rms^2 mean(g dY X)) [+ dX]; dX may be dY */
     besa_result (*rmsnorm_backward)(besa_backend *be, void *dx, const void *dy, const void *x, const float *g,
                                     const float *inv_rms, int64_t n, int64_t d, int accumulate);
-    /* In place on X(T, heads * dh): pairs (i, i + dh/2) of each head turned by the angle of position t % seqlen;
-     * cos, sin (seqlen, dh/2). direction 1 forward, -1 backward (the transposed turn). */
+    /* In place on X(T, heads * dh): pairs (i, i + r/2) of the first r elements of each head turned by the angle of position
+     * t % seqlen; cos, sin (seqlen, r/2). direction 1 forward, -1 backward (the transposed turn). */
     besa_result (*rope)(besa_backend *be, void *x, const float *cosine, const float *sine, int64_t tokens,
-                        int64_t seqlen, int64_t heads, int64_t head_dim, int direction);
-    /* O(T, heads*dh) = softmax_causal(Q K' / sqrt(dh)) V, per sequence and head */
+                        int64_t seqlen, int64_t heads, int64_t head_dim, int64_t rotary_dim, int direction);
+    /* O(T, heads*dh) = softmax_causal(softcap(scale Q K')) V, per sequence and head */
     besa_result (*attention_forward)(besa_backend *be, void *o, const void *q, const void *k, const void *v,
                                      const besa_attention_shape *s);
     /* dQ, dK, dV assigned, from dO; the probabilities are computed again from Q and K */
@@ -558,6 +560,13 @@ struct besa_backend {
     /* dG = dZ U silu'(G), dU = dZ silu(G); dG may be G and dU may be U */
     besa_result (*swiglu_backward)(besa_backend *be, void *dgate, void *dup, const void *dz, const void *gate,
                                    const void *up, int64_t n);
+    /* Z(n) = gelu(G) U, gelu(x) = x sigmoid(2 c (x + 0.044715 x^3)), c = sqrt(2 / pi): its form with tanh */
+    besa_result (*geglu_forward)(besa_backend *be, void *z, const void *gate, const void *up, int64_t n);
+    /* dG = dZ U gelu'(G), dU = dZ gelu(G); dG may be G and dU may be U */
+    besa_result (*geglu_backward)(besa_backend *be, void *dgate, void *dup, const void *dz, const void *gate,
+                                  const void *up, int64_t n);
+    /* Y(n) = X + scale Z, act; X NULL: 0; y may be x or z */
+    besa_result (*residual)(besa_backend *be, void *y, const void *x, const void *z, float scale, int64_t n);
 
     /* ---- statistics and loss --------------------------------------------------------------- */
     /* out(d) += column sums of X(T,d)^2; T may be larger than the workload's tokens */
@@ -640,6 +649,8 @@ struct besa_backend {
     besa_result (*weight_step)(besa_backend *be, const besa_weight_step *o);
     /* Y(n) = (1 - share) Y + share X, act */
     besa_result (*mix)(besa_backend *be, void *y, const void *x, float share, int64_t n);
+    /* y(n) += value */
+    besa_result (*shift)(besa_backend *be, float *y, float value, int64_t n);
 
     /* ---- quantisation ---------------------------------------------------------------------- */
     /* range(R,G,2) = the largest and the smallest of 0 and each `group` columns of W(R,C) */
@@ -695,6 +706,8 @@ struct besa_backend {
     /* logits(T,V) = H(T,d) W(V,d)', float */
     besa_result (*logits)(besa_backend *be, float *out, const void *h, const void *w, besa_dtype dtype, int64_t tokens,
                           int64_t vocab, int64_t d);
+    /* y(n) = s y; where cap is not 0, cap tanh(s y / cap) */
+    besa_result (*softcap)(besa_backend *be, float *y, float scale, float cap, int64_t n);
     /* Running log-sum-exp over chunks of the vocabulary: state(T,3) = max, sum of exp, logit of the target; first
      * starts it; logits(T,count) are those of ids first_id .. ; target(T), -1 for none */
     besa_result (*nll_update)(besa_backend *be, float *state, const float *logits, const int32_t *target,
@@ -718,7 +731,8 @@ struct besa_backend {
     X(sparsegpt_slab) X(sparsegpt_push) X(score_rows) X(sparsegpt_given) X(hessian_whole)          \
     X(hessian_product) X(refit_begin) X(refit_step) X(refit_end)                                   \
     X(quantize_range) X(quantize_grid) X(quantize) X(quantize_gradient)                            \
-    X(logits) X(nll_update) X(nll_sum)
+    X(logits) X(nll_update) X(nll_sum)                                                             \
+    X(geglu_forward) X(geglu_backward) X(residual) X(shift) X(softcap)
 
 typedef struct besa_cpu_options {
     int threads;                                /* 0: as many as OpenMP would use; 1 without OpenMP */
@@ -903,23 +917,29 @@ BESA_API besa_result besa_rates_status(besa_rates *rates, double *d, double *mea
 enum { BESA_Q, BESA_K, BESA_V, BESA_O, BESA_GATE, BESA_UP, BESA_DOWN, BESA_LAYERS };
 
 /* A block's vectors: the biases, under their layers' numbers, and the norms. */
-enum { BESA_NORM1 = BESA_LAYERS, BESA_NORM2, BESA_Q_NORM, BESA_K_NORM, BESA_VECTORS };
+enum { BESA_NORM1 = BESA_LAYERS, BESA_NORM2, BESA_Q_NORM, BESA_K_NORM, BESA_NORM1_OUT, BESA_NORM2_OUT, BESA_VECTORS };
 
 typedef enum besa_rope_type {
-    BESA_ROPE_DEFAULT, BESA_ROPE_LINEAR, BESA_ROPE_LLAMA3, BESA_ROPE_DYNAMIC, BESA_ROPE_YARN
+    BESA_ROPE_DEFAULT, BESA_ROPE_LINEAR, BESA_ROPE_LLAMA3, BESA_ROPE_DYNAMIC, BESA_ROPE_YARN, BESA_ROPE_LONGROPE
 } besa_rope_type;
+enum { BESA_MAX_ROPE_FACTORS = 256 };
 
 typedef struct besa_rope {
     besa_rope_type type;
     double theta;                               /* base */
-    double factor;                              /* all but default */
+    double factor;                              /* all but default and longrope */
     double low_freq_factor, high_freq_factor;   /* llama3 */
-    double original_max_position_embeddings;    /* llama3, dynamic, yarn: tokens of the longest sequences in training */
+    double original_max_position_embeddings;    /* tokens of the longest sequences in training; not of default, linear */
     double attention_factor;                    /* of cos and sin; 0: 1 */
     double beta_fast, beta_slow;                /* yarn: pairs that turn so often over the original length are as they were,
                                                    and stretched */
     int no_truncate;                            /* yarn: 1: the ramp between these need not begin and end at whole pairs */
+    float short_factor[BESA_MAX_ROPE_FACTORS];  /* longrope: a pair's wavelength is so much longer in sequences of up to */
+    float long_factor[BESA_MAX_ROPE_FACTORS];   /* original_max_position_embeddings tokens; in longer ones */
 } besa_rope;
+
+/* What of a sublayer (attention, MLP) is normed: what it reads, or what it puts out before that is added, or both. */
+typedef enum besa_norms { BESA_NORMS_IN, BESA_NORMS_OUT, BESA_NORMS_BOTH } besa_norms;
 
 typedef struct besa_block_shape {
     int64_t hidden_size, intermediate_size;
@@ -927,28 +947,42 @@ typedef struct besa_block_shape {
     int64_t sliding_window;                     /* 0: none */
     double rms_norm_eps;
     besa_rope rope;
+    /* where a block differs from Llama's; 0 is Llama */
+    besa_norms norms;                           /* what of a sublayer is normed */
+    int qk_norm_whole;                          /* q_norm and k_norm are over all heads together */
+    int no_rope;                                /* q and k are not turned; rope_cos and rope_sin are not looked at */
+    int gelu;                                   /* GeGLU instead of SwiGLU: gelu in its form with tanh */
+    int64_t rotary_dim;                         /* of a head's elements, the first so many are turned; 0: all */
+    double attention_scale, attention_softcap;  /* as in besa_attention_shape */
+    double residual_scale;                      /* of a sublayer's output where it is added; 0: 1 */
 } besa_block_shape;
 
 /* A decoder block: device pointers, owned by the caller. Biases are NULL where the model has none, q_norm and k_norm
- * (head_dim) too; they are applied per head before rope. Norms and biases are float whatever the dtype. */
+ * (head_dim, or that of all heads with qk_norm_whole) too; they are applied before rope. Norms and biases are float whatever
+ * the dtype. */
 typedef struct besa_block {
     besa_block_shape shape;
     besa_dtype dtype;
     const void *weight[BESA_LAYERS];            /* (R,C) of besa_block_layer() */
     const float *bias[BESA_LAYERS];             /* (R) or NULL */
-    const float *norm1, *norm2;                 /* (hidden_size) */
+    const float *norm1, *norm2;                 /* (hidden_size); NULL with BESA_NORMS_OUT */
     const float *q_norm, *k_norm;               /* (head_dim) or NULL */
-    const float *rope_cos, *rope_sin;           /* (seqlen, head_dim / 2), from besa_rope_table() */
+    const float *norm1_out, *norm2_out;         /* (hidden_size); NULL with BESA_NORMS_IN */
+    const float *rope_cos, *rope_sin;           /* (seqlen, rotary_dim / 2), from besa_rope_table() */
 } besa_block;
 
 /* What a forward pass leaves for the backward pass, device, carved from one buffer by besa_activations_init(). For T
  * tokens: a, h1, m, dm (T, hidden_size); q, q_raw, attn, dattn, dq (T, heads * head_dim); k, k_raw, v, dk, dv
  * (T, kv_heads * head_dim); gate, up, z, dz (T, intermediate_size); inv_rms1, inv_rms2 (T), inv_rms_q (T * heads),
- * inv_rms_k (T * kv_heads). */
+ * inv_rms_k (T * kv_heads); tail, out1, out2 (T, hidden_size), inv_rms1_out, inv_rms2_out (T). */
 typedef struct besa_activations {
     void *a, *q, *k, *v, *attn, *h1, *m, *gate, *up, *z; /* act; q, k after norm and rope */
     void *q_raw, *k_raw;                        /* before the q/k norms; NULL without them */
     float *inv_rms1, *inv_rms2, *inv_rms_q, *inv_rms_k;
+    void *out1, *out2;                          /* what the sublayers put out, before the norm; NULL with BESA_NORMS_IN */
+    float *inv_rms1_out, *inv_rms2_out;
+    void *tail;                                 /* a sublayer's output on its way to the sum, and its gradient; NULL where
+                                                   it is added as it is */
     void *dz, *dm, *dattn, *dq, *dk, *dv;       /* backward only; NULL where not asked for */
     float *dw;                                  /* (R,C) of the largest layer; backward only */
     int64_t dw_count;                           /* floats that dw has room for, a row of any layer at least: with less
@@ -969,8 +1003,8 @@ BESA_API const char *besa_layer_name(int layer);
 /* Rows and columns of a layer's weight. */
 BESA_API void besa_block_layer(const besa_block_shape *shape, int layer, int64_t *rows, int64_t *columns);
 
-/* Fill cosine, sine (seqlen, head_dim / 2), host memory, with the angles t * inv_freq_i of the shape's rope, times its
- * attention_factor. A dynamic rope is another for sequences of another length. */
+/* Fill cosine, sine (seqlen, rotary_dim / 2), host memory, with the angles t * inv_freq_i of the shape's rope, times its
+ * attention_factor. A dynamic rope, and longrope, is another for sequences of another length. */
 BESA_API void besa_rope_table(const besa_block_shape *shape, int64_t seqlen, float *cosine, float *sine);
 
 /* Bytes of a buffer for besa_activations_init(), device memory of the caller, 256-byte aligned. tokens = batch * seqlen;
@@ -983,7 +1017,7 @@ BESA_API void besa_activations_init(besa_activations *acts, void *device, const 
 /* The workload of a block's passes, for be->workspace_size(). */
 BESA_API besa_workload besa_block_workload(const besa_block_shape *shape, int64_t batch, int64_t seqlen);
 
-/* Y(T,d) = F(W, X) for T = batch * seqlen tokens: pre-norm attention and SwiGLU as section "block" writes them out.
+/* Y(T,d) = F(W, X) for T = batch * seqlen tokens: attention and gated MLP as section "block" writes them out.
  * x, y: device, act; y may be x (then there is no dx in the backward pass), or NULL where only acts are wanted.
  * be->workspace must hold be->workspace_size(be, besa_block_workload(shape, batch, seqlen)). */
 BESA_API besa_result besa_block_forward(besa_backend *be, const besa_block *block, besa_activations *acts,
@@ -1222,7 +1256,7 @@ BESA_API besa_result besa_pruner_create(besa_pruner **pruner, besa_backend *be, 
 BESA_API void besa_pruner_destroy(besa_pruner *pruner); /* NULL is fine */
 
 /* Prune one block.
- *   block    the dense weights, device; rope tables for at least seqlen positions, of a dynamic rope for as many
+ *   block    the dense weights, device; rope tables for at least seqlen positions, of dynamic and longrope for as many
  *   name     prefix of tensor names for options.fixed, such as "model.layers.3."; NULL: none
  *   x        (nsamples * seqlen, hidden_size) device, act: in, the block's inputs; out, the pruned block's outputs
  *   dense_x  the same of the dense stream, in and out; NULL unless options.dense_stream or dense_share
@@ -1923,10 +1957,15 @@ static const besa__layer_row besa__layers[BESA_LAYERS] = {
     {"mlp.down_proj", BESA__WIDTH_HIDDEN, BESA__WIDTH_INTERMEDIATE, BESA__INPUT_Z, BESA__GROUP_MLP},
 };
 
-/* The norms of a block, in the order of BESA_NORM1 .. BESA_K_NORM. */
-static const struct { const char *path; int width; } besa__norm_rows[BESA_VECTORS - BESA_LAYERS] = {
-    {"input_layernorm", BESA__WIDTH_HIDDEN}, {"post_attention_layernorm", BESA__WIDTH_HIDDEN},
-    {"self_attn.q_norm", BESA__WIDTH_HEAD}, {"self_attn.k_norm", BESA__WIDTH_HEAD}};
+/* The norms of a block, in the order of BESA_NORM1 .. BESA_NORM2_OUT: their names for each of besa_norms, NULL where a block
+ * has no such norm; the width, and that with qk_norm_whole. */
+static const struct { const char *path[3]; int width, whole; } besa__norm_rows[BESA_VECTORS - BESA_LAYERS] = {
+    {{"input_layernorm", NULL, "input_layernorm"}, BESA__WIDTH_HIDDEN, BESA__WIDTH_HIDDEN},
+    {{"post_attention_layernorm", NULL, "pre_feedforward_layernorm"}, BESA__WIDTH_HIDDEN, BESA__WIDTH_HIDDEN},
+    {{"self_attn.q_norm", "self_attn.q_norm", "self_attn.q_norm"}, BESA__WIDTH_HEAD, BESA__WIDTH_QUERY},
+    {{"self_attn.k_norm", "self_attn.k_norm", "self_attn.k_norm"}, BESA__WIDTH_HEAD, BESA__WIDTH_KEY_VALUE},
+    {{NULL, "post_attention_layernorm", "post_attention_layernorm"}, BESA__WIDTH_HIDDEN, BESA__WIDTH_HIDDEN},
+    {{NULL, "post_feedforward_layernorm", "post_feedforward_layernorm"}, BESA__WIDTH_HIDDEN, BESA__WIDTH_HIDDEN}};
 
 BESA_API const char *besa_layer_name(int layer)
 {
@@ -1952,11 +1991,19 @@ BESA_API void besa_block_layer(const besa_block_shape *shape, int layer, int64_t
     *columns = besa__width(shape, besa__layers[layer].columns);
 }
 
+/* The name of a norm; NULL where blocks of the shape have none. */
+static const char *besa__norm_path(const besa_block_shape *shape, int vector)
+{
+    return besa__norm_rows[vector - BESA_LAYERS].path[shape->norms];
+}
+
 /* Elements of a norm or bias. */
 static int64_t besa__vector_count(const besa_block_shape *shape, int vector)
 {
     int norm = vector - BESA_LAYERS;
-    return besa__width(shape, norm < 0 ? besa__layers[vector].rows : besa__norm_rows[norm].width);
+    if (norm < 0) return besa__width(shape, besa__layers[vector].rows);
+    if (!besa__norm_path(shape, vector)) return 0;
+    return besa__width(shape, shape->qk_norm_whole ? besa__norm_rows[norm].whole : besa__norm_rows[norm].width);
 }
 
 /* Where a block has it. */
@@ -1967,6 +2014,8 @@ static const float **besa__block_vector(besa_block *block, int vector)
     case BESA_NORM2: return &block->norm2;
     case BESA_Q_NORM: return &block->q_norm;
     case BESA_K_NORM: return &block->k_norm;
+    case BESA_NORM1_OUT: return &block->norm1_out;
+    case BESA_NORM2_OUT: return &block->norm2_out;
     default: return &block->bias[vector];
     }
 }
@@ -3308,6 +3357,7 @@ typedef struct besa__weight_layer {
 typedef struct besa__vector {
     int64_t count, columns;                     /* columns: of the unit of the learning rate */
     besa_dtype dtype;                           /* of the checkpoint's tensor */
+    float offset;                               /* of the vector above what that tensor holds */
     const float *dense;                         /* (count) as the block came; NULL: it has none, or vectors do not learn */
     float *value;                               /* (count) what the block reads: w rounded to the dtype */
     float *w, *m, *v, *grad;                    /* (count) */
@@ -3364,6 +3414,7 @@ static void besa__vectors_place(besa__weights *weights, const besa_block_shape *
         besa__vector *vector = &weights->vector[i];
         vector->count = besa__vector_count(shape, i);
         vector->columns = i < BESA_LAYERS ? weights->layer[i].columns : vector->count;
+        if (vector->count == 0) continue;
         vector->value = besa__take_floats(arena, vector->count);
         vector->w = besa__take_floats(arena, vector->count);
         vector->m = besa__take_floats(arena, vector->count);
@@ -3404,6 +3455,22 @@ static besa_weight_step besa__weights_step(const besa__weights *weights, int64_t
     return o;
 }
 
+/* value = w, as the tensor would hold it in its dtype. */
+static besa_result besa__vector_round(besa__weights *weights, const besa__vector *vector)
+{
+    besa_backend *be = weights->be;
+    const float *from = vector->w;
+    if (vector->offset != 0.0f) {
+        BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, vector->value, vector->w, (size_t)vector->count * sizeof(float)));
+        BESA__TRY(be->shift(be, vector->value, -vector->offset, vector->count));
+        from = vector->value;
+    }
+    const void *rounded = vector->dtype == BESA_F32 ? (const void *)from : weights->rounded;
+    if (rounded != from) BESA__TRY(be->convert(be, weights->rounded, vector->dtype, from, BESA_F32, vector->count));
+    if (rounded != vector->value) BESA__TRY(be->convert(be, vector->value, BESA_F32, rounded, vector->dtype, vector->count));
+    return vector->offset != 0.0f ? be->shift(be, vector->value, vector->offset, vector->count) : BESA_OK;
+}
+
 /* Move the norms and biases along their gradients. */
 static besa_result besa__vectors_move(besa__weights *weights)
 {
@@ -3417,10 +3484,7 @@ static besa_result besa__vectors_move(besa__weights *weights)
         o.grad = vector->grad;
         o.rms = vector->rms;
         BESA__TRY(be->weight_step(be, &o));
-        const void *rounded = vector->dtype == BESA_F32 ? (const void *)vector->w : weights->rounded;
-        if (rounded != vector->w)
-            BESA__TRY(be->convert(be, weights->rounded, vector->dtype, vector->w, BESA_F32, vector->count));
-        BESA__TRY(be->convert(be, vector->value, BESA_F32, rounded, vector->dtype, vector->count));
+        BESA__TRY(besa__vector_round(weights, vector));
     }
     return BESA_OK;
 }
@@ -3584,7 +3648,16 @@ static besa_result besa__clips_step(besa__quantization *q)
  *
  *   a = rmsnorm(x; g1)     q, k, v = a Wq', a Wk', a Wv'     q, k = rope(norm(q)), rope(norm(k))
  *   attn = softmax_causal(q k' / sqrt(dh)) v                 h1 = x + attn Wo'
- *   m = rmsnorm(h1; g2)    z = silu(m Wg') * (m Wu')         y = h1 + z Wd' */
+ *   m = rmsnorm(h1; g2)    z = silu(m Wg') * (m Wu')         y = h1 + z Wd'
+ *
+ * and as the shape has it otherwise: no norm of x and h1, but one of attn Wo' and z Wd' before they are added, or both;
+ * these times residual_scale; gelu for silu; no rope; other scores, see besa_attention_shape. */
+
+/* Whether sequences of different lengths are turned differently. */
+BESA__UNUSED static int besa__rope_by_length(const besa_rope *rope)
+{
+    return rope->type == BESA_ROPE_DYNAMIC || rope->type == BESA_ROPE_LONGROPE;
+}
 
 /* The share of pair i that yarn stretches (arXiv 2309.00071): 0 to the pair that turns beta_fast times over the original
  * length, 1 from the one that turns beta_slow times, a ramp between them. */
@@ -3599,15 +3672,14 @@ static double besa__yarn_share(const besa_rope *rope, int64_t pair, int64_t head
     return fmin(fmax(((double)pair - low) / width, 0), 1);
 }
 
-/* Whether sequences of different lengths are turned differently. */
-BESA__UNUSED static int besa__rope_by_length(const besa_rope *rope) { return rope->type == BESA_ROPE_DYNAMIC; }
-
 /* The wavelength of pair i is 2 pi theta^(2 i / dh). llama3 and yarn stretch long wavelengths by `factor`, leave short ones
- * and blend between; dynamic raises theta for sequences that are longer than those in training. */
+ * and blend between; dynamic raises theta for sequences that are longer than those in training; longrope
+ * stretches each wavelength by a factor of its own (arXiv 2402.13753). */
 static double besa__inverse_frequency(const besa_rope *rope, int64_t pair, int64_t head_dim, int64_t seqlen)
 {
     double f = pow(rope->theta, -2.0 * (double)pair / (double)head_dim);
-    double longer = (double)seqlen / rope->original_max_position_embeddings; /* of dynamic */
+    double longer = (double)seqlen / rope->original_max_position_embeddings; /* of dynamic, longrope */
+    if (rope->type == BESA_ROPE_LONGROPE) return f / (double)(longer > 1 ? rope->long_factor : rope->short_factor)[pair];
     if (rope->type == BESA_ROPE_LINEAR) return f / rope->factor;
     if (rope->type == BESA_ROPE_DEFAULT || (rope->type == BESA_ROPE_DYNAMIC && longer <= 1)) return f;
     if (rope->type == BESA_ROPE_DYNAMIC)
@@ -3620,12 +3692,15 @@ static double besa__inverse_frequency(const besa_rope *rope, int64_t pair, int64
     return (1 - smooth) * f / rope->factor + smooth * f;
 }
 
+/* Elements of a head that are turned. */
+static int64_t besa__rotary_dim(const besa_block_shape *s) { return s->rotary_dim ? s->rotary_dim : s->head_dim; }
+
 BESA_API void besa_rope_table(const besa_block_shape *shape, int64_t seqlen, float *cosine, float *sine)
 {
-    int64_t half = shape->head_dim / 2;
+    int64_t half = besa__rotary_dim(shape) / 2;
     double scale = shape->rope.attention_factor != 0 ? shape->rope.attention_factor : 1;
     for (int64_t i = 0; i < half; i++) {
-        float f = (float)besa__inverse_frequency(&shape->rope, i, shape->head_dim, seqlen);
+        float f = (float)besa__inverse_frequency(&shape->rope, i, 2 * half, seqlen);
         for (int64_t t = 0; t < seqlen; t++) {
             double angle = (double)((float)t * f); /* in float, as the models were trained */
             cosine[t * half + i] = (float)(scale * cos(angle));
@@ -3662,6 +3737,14 @@ static int64_t besa__largest_layer(const besa_block_shape *shape)
     return most;
 }
 
+/* Whether what a sublayer puts out is more than added. */
+static int besa__has_tail(const besa_block_shape *s) { return s->norms != BESA_NORMS_IN || s->residual_scale != 0; }
+
+static float besa__residual_scale(const besa_block_shape *s)
+{
+    return s->residual_scale != 0 ? (float)s->residual_scale : 1.0f;
+}
+
 /* Place the activations of `tokens` tokens; with room for dw_count floats of a weight's gradient, 0: forward only. */
 static void besa__activations_place(besa_activations *acts, besa__arena *arena, besa_dtype dtype,
                                     const besa_block_shape *s, int qk_norm, int64_t tokens, int64_t dw_count)
@@ -3683,6 +3766,13 @@ static void besa__activations_place(besa_activations *acts, besa__arena *arena, 
     acts->z = besa__take(arena, i);
     acts->inv_rms1 = besa__take_floats(arena, tokens);
     acts->inv_rms2 = besa__take_floats(arena, tokens);
+    if (besa__has_tail(s)) acts->tail = besa__take(arena, d);
+    if (s->norms != BESA_NORMS_IN) {
+        acts->out1 = besa__take(arena, d);
+        acts->out2 = besa__take(arena, d);
+        acts->inv_rms1_out = besa__take_floats(arena, tokens);
+        acts->inv_rms2_out = besa__take_floats(arena, tokens);
+    }
     if (qk_norm) {
         acts->q_raw = besa__take(arena, q);
         acts->k_raw = besa__take(arena, kv);
@@ -3746,7 +3836,55 @@ static besa_attention_shape besa__attention_shape(const besa_block_shape *shape,
     s.num_key_value_heads = shape->num_key_value_heads;
     s.head_dim = shape->head_dim;
     s.sliding_window = shape->sliding_window;
+    s.scale = (float)shape->attention_scale;
+    s.softcap = (float)shape->attention_softcap;
     return s;
+}
+
+/* Rope of q and k, or dq and dk. */
+static besa_result besa__rope(besa_backend *be, const besa_block *b, void *q, void *k, int64_t tokens, int64_t seqlen,
+                              int direction)
+{
+    const besa_block_shape *s = &b->shape;
+    int64_t turned = besa__rotary_dim(s);
+    if (s->no_rope) return BESA_OK;
+    BESA__TRY(be->rope(be, q, b->rope_cos, b->rope_sin, tokens, seqlen, s->num_attention_heads, s->head_dim, turned, direction));
+    return be->rope(be, k, b->rope_cos, b->rope_sin, tokens, seqlen, s->num_key_value_heads, s->head_dim, turned, direction);
+}
+
+/* Rows of a norm of q or k, and their width. */
+static void besa__qk_norm_sizes(const besa_block_shape *s, int64_t heads, int64_t tokens, int64_t *n, int64_t *d)
+{
+    *n = s->qk_norm_whole ? tokens : tokens * heads;
+    *d = s->qk_norm_whole ? heads * s->head_dim : s->head_dim;
+}
+
+/* y = rmsnorm(x), or x where there is no norm g. */
+static besa_result besa__norm_in(besa_backend *be, const besa_block *b, void *y, float *inv_rms, const void *x, const float *g,
+                                 int64_t tokens)
+{
+    int64_t d = b->shape.hidden_size;
+    if (g) return be->rmsnorm_forward(be, y, inv_rms, x, g, tokens, d, (float)b->shape.rms_norm_eps);
+    return be->copy(be, BESA_QUEUE_COMPUTE, y, x, besa_dtype_size(be->activation_dtype) * (size_t)(tokens * d));
+}
+
+/* y = x + what a sublayer puts out, whose last layer, o or down, reads z. y may be x. */
+static besa_result besa__sublayer_out(besa_backend *be, const besa_block *b, besa_activations *acts, int layer, void *y,
+                                      const void *x, const void *z, int64_t tokens)
+{
+    const besa_block_shape *s = &b->shape;
+    int64_t d = s->hidden_size;
+    if (!besa__has_tail(s)) {
+        size_t bytes = besa_dtype_size(be->activation_dtype) * (size_t)(tokens * d);
+        if (y != x) BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, y, x, bytes));
+        return besa__layer_forward(be, b, layer, y, z, tokens, 1);
+    }
+    void *out = s->norms == BESA_NORMS_IN ? acts->tail : layer == BESA_O ? acts->out1 : acts->out2;
+    BESA__TRY(besa__layer_forward(be, b, layer, out, z, tokens, 0));
+    if (s->norms != BESA_NORMS_IN)
+        BESA__TRY(be->rmsnorm_forward(be, acts->tail, layer == BESA_O ? acts->inv_rms1_out : acts->inv_rms2_out, out,
+                                      layer == BESA_O ? b->norm1_out : b->norm2_out, tokens, d, (float)s->rms_norm_eps));
+    return be->residual(be, y, x, acts->tail, besa__residual_scale(s), tokens * d);
 }
 
 /* q, k, v from a = rmsnorm(x), with the q/k norms where the model has them, and rope. */
@@ -3754,45 +3892,40 @@ static besa_result besa__qkv_forward(besa_backend *be, const besa_block *b, besa
                                      int64_t seqlen)
 {
     const besa_block_shape *s = &b->shape;
-    int64_t heads = s->num_attention_heads, kv_heads = s->num_key_value_heads, dh = s->head_dim;
+    int64_t n, d;
     float eps = (float)s->rms_norm_eps;
     void *q = b->q_norm ? acts->q_raw : acts->q, *k = b->k_norm ? acts->k_raw : acts->k;
     BESA__TRY(besa__layer_forward(be, b, BESA_Q, q, acts->a, tokens, 0));
     BESA__TRY(besa__layer_forward(be, b, BESA_K, k, acts->a, tokens, 0));
     BESA__TRY(besa__layer_forward(be, b, BESA_V, acts->v, acts->a, tokens, 0));
-    if (b->q_norm)
-        BESA__TRY(be->rmsnorm_forward(be, acts->q, acts->inv_rms_q, q, b->q_norm, tokens * heads, dh, eps));
-    if (b->k_norm)
-        BESA__TRY(be->rmsnorm_forward(be, acts->k, acts->inv_rms_k, k, b->k_norm, tokens * kv_heads, dh, eps));
-    BESA__TRY(be->rope(be, acts->q, b->rope_cos, b->rope_sin, tokens, seqlen, heads, dh, 1));
-    return be->rope(be, acts->k, b->rope_cos, b->rope_sin, tokens, seqlen, kv_heads, dh, 1);
+    besa__qk_norm_sizes(s, s->num_attention_heads, tokens, &n, &d);
+    if (b->q_norm) BESA__TRY(be->rmsnorm_forward(be, acts->q, acts->inv_rms_q, q, b->q_norm, n, d, eps));
+    besa__qk_norm_sizes(s, s->num_key_value_heads, tokens, &n, &d);
+    if (b->k_norm) BESA__TRY(be->rmsnorm_forward(be, acts->k, acts->inv_rms_k, k, b->k_norm, n, d, eps));
+    return besa__rope(be, b, acts->q, acts->k, tokens, seqlen, 1);
 }
 
 /* m = rmsnorm(h1) and z = silu(m Wg') * (m Wu'). */
 static besa_result besa__mlp_forward(besa_backend *be, const besa_block *b, besa_activations *acts, const void *h1,
                                      int64_t tokens)
 {
-    const besa_block_shape *s = &b->shape;
-    float eps = (float)s->rms_norm_eps;
-    BESA__TRY(be->rmsnorm_forward(be, acts->m, acts->inv_rms2, h1, b->norm2, tokens, s->hidden_size, eps));
+    int64_t n = tokens * b->shape.intermediate_size;
+    BESA__TRY(besa__norm_in(be, b, acts->m, acts->inv_rms2, h1, b->norm2, tokens));
     BESA__TRY(besa__layer_forward(be, b, BESA_GATE, acts->gate, acts->m, tokens, 0));
     BESA__TRY(besa__layer_forward(be, b, BESA_UP, acts->up, acts->m, tokens, 0));
-    return be->swiglu_forward(be, acts->z, acts->gate, acts->up, tokens * s->intermediate_size);
+    return (b->shape.gelu ? be->geglu_forward : be->swiglu_forward)(be, acts->z, acts->gate, acts->up, n);
 }
 
 /* h1 = x + attn Wo', with the attention layers' inputs on the way; may be x. */
 static besa_result besa__attention_half(besa_backend *be, const besa_block *b, besa_activations *acts, const void *x, void *h1,
                                         int64_t batch, int64_t seqlen)
 {
-    const besa_block_shape *s = &b->shape;
-    int64_t tokens = batch * seqlen, d = s->hidden_size;
-    size_t stream = besa_dtype_size(be->activation_dtype) * (size_t)(tokens * d);
-    besa_attention_shape attention = besa__attention_shape(s, batch, seqlen);
-    BESA__TRY(be->rmsnorm_forward(be, acts->a, acts->inv_rms1, x, b->norm1, tokens, d, (float)s->rms_norm_eps));
+    int64_t tokens = batch * seqlen;
+    besa_attention_shape attention = besa__attention_shape(&b->shape, batch, seqlen);
+    BESA__TRY(besa__norm_in(be, b, acts->a, acts->inv_rms1, x, b->norm1, tokens));
     BESA__TRY(besa__qkv_forward(be, b, acts, tokens, seqlen));
     BESA__TRY(be->attention_forward(be, acts->attn, acts->q, acts->k, acts->v, &attention));
-    if (h1 != x) BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, h1, x, stream));
-    return besa__layer_forward(be, b, BESA_O, h1, acts->attn, tokens, 1);
+    return besa__sublayer_out(be, b, acts, BESA_O, h1, x, acts->attn, tokens);
 }
 
 /* y NULL: stop after the layers' inputs. keep 1: leave h1 in acts for a backward pass; 0: y holds h1 on the way, which
@@ -3801,13 +3934,10 @@ static besa_result besa__block_forward(besa_backend *be, const besa_block *b, be
                                        void *y, int64_t batch, int64_t seqlen, int keep)
 {
     int64_t tokens = batch * seqlen;
-    size_t stream = besa_dtype_size(be->activation_dtype) * (size_t)(tokens * b->shape.hidden_size);
     void *h1 = keep || !y ? acts->h1 : y;
     BESA__TRY(besa__attention_half(be, b, acts, x, h1, batch, seqlen));
     BESA__TRY(besa__mlp_forward(be, b, acts, h1, tokens));
-    if (!y) return BESA_OK;
-    if (h1 != y) BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, y, h1, stream));
-    return besa__layer_forward(be, b, BESA_DOWN, y, acts->z, tokens, 1);
+    return y ? besa__sublayer_out(be, b, acts, BESA_DOWN, y, h1, acts->z, tokens) : BESA_OK;
 }
 
 /* What the backward pass needs at every layer. */
@@ -3872,23 +4002,58 @@ static besa_result besa__layer_gradient(const besa__backward *p, int layer, cons
     return BESA_OK;
 }
 
+/* From dy, where a sublayer's output has been added, to *dout, where its last layer, o or down, puts it out: dy itself, or
+ * acts->tail. */
+static besa_result besa__sublayer_back(const besa__backward *p, int layer, const void *dy, const void **dout)
+{
+    besa_backend *be = p->be;
+    const besa_block *b = p->block;
+    const besa_block_shape *s = &b->shape;
+    besa_activations *acts = p->acts;
+    int64_t d = s->hidden_size;
+    const void *out = layer == BESA_O ? acts->out1 : acts->out2;
+    const float *inv_rms = layer == BESA_O ? acts->inv_rms1_out : acts->inv_rms2_out;
+    *dout = dy;
+    if (s->residual_scale != 0) {
+        *dout = acts->tail;
+        BESA__TRY(be->residual(be, acts->tail, NULL, dy, (float)s->residual_scale, p->tokens * d));
+    }
+    if (s->norms == BESA_NORMS_IN) return BESA_OK;
+    const float *g = layer == BESA_O ? b->norm1_out : b->norm2_out;
+    BESA__TRY(besa__norm_gradient(p, layer == BESA_O ? BESA_NORM1_OUT : BESA_NORM2_OUT, *dout, out, inv_rms, p->tokens, d));
+    BESA__TRY(be->rmsnorm_backward(be, acts->tail, *dout, out, g, inv_rms, p->tokens, d, 0));
+    *dout = acts->tail;
+    return BESA_OK;
+}
+
+/* dx += what dm, at the inputs of a sublayer's layers, is at the sublayer's: through the norm g of x, or as it is. */
+static besa_result besa__norm_in_backward(const besa__backward *p, void *dx, const void *dm, const void *x, const float *g,
+                                          const float *inv_rms)
+{
+    int64_t d = p->block->shape.hidden_size;
+    if (!g) return p->be->residual(p->be, dx, dx, dm, 1.0f, p->tokens * d);
+    return p->be->rmsnorm_backward(p->be, dx, dm, x, g, inv_rms, p->tokens, d, 1);
+}
+
 /* From dy at the block's output to dy at h1; gate and up become their own gradients. */
 static besa_result besa__mlp_backward(const besa__backward *p, void *dy)
 {
     besa_backend *be = p->be;
     const besa_block *b = p->block;
     besa_activations *acts = p->acts;
-    int64_t d = b->shape.hidden_size;
-    BESA__TRY(besa__layer_backward_input(be, b, BESA_DOWN, acts->dz, dy, p->tokens, 0));
-    BESA__TRY(besa__layer_gradient(p, BESA_DOWN, dy, acts->z));
-    BESA__TRY(be->swiglu_backward(be, acts->gate, acts->up, acts->dz, acts->gate, acts->up,
-                                  p->tokens * b->shape.intermediate_size));
+    int64_t d = b->shape.hidden_size, n = p->tokens * b->shape.intermediate_size;
+    const void *dout;
+    BESA__TRY(besa__sublayer_back(p, BESA_DOWN, dy, &dout));
+    BESA__TRY(besa__layer_backward_input(be, b, BESA_DOWN, acts->dz, dout, p->tokens, 0));
+    BESA__TRY(besa__layer_gradient(p, BESA_DOWN, dout, acts->z));
+    BESA__TRY((b->shape.gelu ? be->geglu_backward : be->swiglu_backward)(be, acts->gate, acts->up, acts->dz, acts->gate,
+                                                                         acts->up, n));
     BESA__TRY(besa__layer_backward_input(be, b, BESA_GATE, acts->dm, acts->gate, p->tokens, 0));
     BESA__TRY(besa__layer_backward_input(be, b, BESA_UP, acts->dm, acts->up, p->tokens, 1));
     BESA__TRY(besa__layer_gradient(p, BESA_GATE, acts->gate, acts->m));
     BESA__TRY(besa__layer_gradient(p, BESA_UP, acts->up, acts->m));
-    BESA__TRY(besa__norm_gradient(p, BESA_NORM2, acts->dm, acts->h1, acts->inv_rms2, p->tokens, d));
-    return be->rmsnorm_backward(be, dy, acts->dm, acts->h1, b->norm2, acts->inv_rms2, p->tokens, d, 1);
+    if (b->norm2) BESA__TRY(besa__norm_gradient(p, BESA_NORM2, acts->dm, acts->h1, acts->inv_rms2, p->tokens, d));
+    return besa__norm_in_backward(p, dy, acts->dm, acts->h1, b->norm2, acts->inv_rms2);
 }
 
 /* From dattn to the gradients of q, k and v; dq, dk, dv are left at the projections' outputs. */
@@ -3898,21 +4063,20 @@ static besa_result besa__attention_backward(const besa__backward *p)
     const besa_block *b = p->block;
     const besa_block_shape *s = &b->shape;
     besa_activations *acts = p->acts;
-    int64_t heads = s->num_attention_heads, kv_heads = s->num_key_value_heads, dh = s->head_dim;
+    int64_t n, d;
     besa_attention_shape attention = besa__attention_shape(s, p->batch, p->seqlen);
     BESA__TRY(be->attention_backward(be, acts->dq, acts->dk, acts->dv, acts->dattn, acts->q, acts->k, acts->v,
                                      &attention));
-    BESA__TRY(be->rope(be, acts->dq, b->rope_cos, b->rope_sin, p->tokens, p->seqlen, heads, dh, -1));
-    BESA__TRY(be->rope(be, acts->dk, b->rope_cos, b->rope_sin, p->tokens, p->seqlen, kv_heads, dh, -1));
+    BESA__TRY(besa__rope(be, b, acts->dq, acts->dk, p->tokens, p->seqlen, -1));
+    besa__qk_norm_sizes(s, s->num_attention_heads, p->tokens, &n, &d);
     if (b->q_norm) {
-        int64_t n = p->tokens * heads;
-        BESA__TRY(besa__norm_gradient(p, BESA_Q_NORM, acts->dq, acts->q_raw, acts->inv_rms_q, n, dh));
-        BESA__TRY(be->rmsnorm_backward(be, acts->dq, acts->dq, acts->q_raw, b->q_norm, acts->inv_rms_q, n, dh, 0));
+        BESA__TRY(besa__norm_gradient(p, BESA_Q_NORM, acts->dq, acts->q_raw, acts->inv_rms_q, n, d));
+        BESA__TRY(be->rmsnorm_backward(be, acts->dq, acts->dq, acts->q_raw, b->q_norm, acts->inv_rms_q, n, d, 0));
     }
+    besa__qk_norm_sizes(s, s->num_key_value_heads, p->tokens, &n, &d);
     if (b->k_norm) {
-        int64_t n = p->tokens * kv_heads;
-        BESA__TRY(besa__norm_gradient(p, BESA_K_NORM, acts->dk, acts->k_raw, acts->inv_rms_k, n, dh));
-        BESA__TRY(be->rmsnorm_backward(be, acts->dk, acts->dk, acts->k_raw, b->k_norm, acts->inv_rms_k, n, dh, 0));
+        BESA__TRY(besa__norm_gradient(p, BESA_K_NORM, acts->dk, acts->k_raw, acts->inv_rms_k, n, d));
+        BESA__TRY(be->rmsnorm_backward(be, acts->dk, acts->dk, acts->k_raw, b->k_norm, acts->inv_rms_k, n, d, 0));
     }
     return BESA_OK;
 }
@@ -3927,10 +4091,10 @@ static besa_result besa__input_backward(const besa__backward *p, const void *x, 
     BESA__TRY(besa__layer_backward_input(be, b, BESA_Q, acts->dm, acts->dq, p->tokens, 0));
     BESA__TRY(besa__layer_backward_input(be, b, BESA_K, acts->dm, acts->dk, p->tokens, 1));
     BESA__TRY(besa__layer_backward_input(be, b, BESA_V, acts->dm, acts->dv, p->tokens, 1));
-    BESA__TRY(besa__norm_gradient(p, BESA_NORM1, acts->dm, x, acts->inv_rms1, p->tokens, d));
+    if (b->norm1) BESA__TRY(besa__norm_gradient(p, BESA_NORM1, acts->dm, x, acts->inv_rms1, p->tokens, d));
     if (!dx) return BESA_OK;
     BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, dx, dy, besa_dtype_size(be->activation_dtype) * (size_t)(p->tokens * d)));
-    return be->rmsnorm_backward(be, dx, acts->dm, x, b->norm1, acts->inv_rms1, p->tokens, d, 1);
+    return besa__norm_in_backward(p, dx, acts->dm, x, b->norm1, acts->inv_rms1);
 }
 
 static besa_result besa__block_backward(const besa__backward *p, const void *x, void *dy, void *dx)
@@ -3940,8 +4104,10 @@ static besa_result besa__block_backward(const besa__backward *p, const void *x, 
     BESA__TRY(besa__mlp_backward(p, dy)); /* dy has come to h1 */
     if (p->at_h1) BESA__TRY(p->at_h1(p->user, dy));
     int further = dx || (p->layers & qkv) || wanted[BESA_NORM1] || wanted[BESA_Q_NORM] || wanted[BESA_K_NORM];
-    if (further) BESA__TRY(besa__layer_backward_input(p->be, p->block, BESA_O, p->acts->dattn, dy, p->tokens, 0));
-    BESA__TRY(besa__layer_gradient(p, BESA_O, dy, p->acts->attn));
+    const void *dout;
+    BESA__TRY(besa__sublayer_back(p, BESA_O, dy, &dout));
+    if (further) BESA__TRY(besa__layer_backward_input(p->be, p->block, BESA_O, p->acts->dattn, dout, p->tokens, 0));
+    BESA__TRY(besa__layer_gradient(p, BESA_O, dout, p->acts->attn));
     if (!further) return BESA_OK;
     BESA__TRY(besa__attention_backward(p));
     if (dx || wanted[BESA_NORM1]) BESA__TRY(besa__input_backward(p, x, dy, dx));
@@ -4700,6 +4866,11 @@ static besa_result besa__check_shape(const besa_block_shape *s, besa_dtype dtype
                           "num_key_value_heads, %lld", (long long)s->num_attention_heads, (long long)s->num_key_value_heads);
     if (s->head_dim % 2 != 0)
         return besa__fail(error, BESA_ERROR_OPTION, "head_dim is %lld, expected an even number", (long long)s->head_dim);
+    if (s->rotary_dim < 0 || s->rotary_dim > s->head_dim || s->rotary_dim % 2 != 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "rotary_dim is %lld, expected an even number up to head_dim, %lld",
+                          (long long)s->rotary_dim, (long long)s->head_dim);
+    if ((unsigned)s->norms > BESA_NORMS_BOTH)
+        return besa__fail(error, BESA_ERROR_OPTION, "norms is %d: not a value of besa_norms", (int)s->norms);
     if (s->num_attention_heads * s->head_dim > most)
         return besa__fail(error, BESA_ERROR_OPTION, "head_dim is %lld in %lld heads, expected 2^24 in all at most",
                           (long long)s->head_dim, (long long)s->num_attention_heads);
@@ -5835,7 +6006,7 @@ static besa_result besa__check_vectors_finite(const besa_pruner *p, const char *
         if (count != 0)
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s.%s: %lld elements have become NaN or infinite: weight_lr "
                               "may be too large", name ? name : "", i < BESA_LAYERS ? besa__layers[i].path
-                              : besa__norm_rows[i - BESA_LAYERS].path, i < BESA_LAYERS ? "bias" : "weight", (long long)count);
+                              : besa__norm_path(&p->shape, i), i < BESA_LAYERS ? "bias" : "weight", (long long)count);
     }
     return BESA_OK;
 }
@@ -6145,8 +6316,11 @@ BESA_API void besa_pruner_destroy(besa_pruner *pruner)
 static besa_result besa__check_block(const besa_pruner *p, const besa_block *block, const char *name, const void *x,
                                      const void *dense_x, void *const pruned[BESA_LAYERS], besa_error *error)
 {
-    const char *missing = !block->norm1 ? "norm1" : !block->norm2 ? "norm2" : !block->rope_cos ? "rope_cos" : !block->rope_sin
-                          ? "rope_sin" : !x ? "x" : besa__uses_own(&p->options) && !dense_x
+    const besa_block_shape *s = &block->shape;
+    int in = s->norms != BESA_NORMS_OUT, out = s->norms != BESA_NORMS_IN, turned = !s->no_rope;
+    const char *missing = in && !block->norm1 ? "norm1" : in && !block->norm2 ? "norm2" : out && !block->norm1_out ? "norm1_out"
+                          : out && !block->norm2_out ? "norm2_out" : turned && !block->rope_cos ? "rope_cos"
+                          : turned && !block->rope_sin ? "rope_sin" : !x ? "x" : besa__uses_own(&p->options) && !dense_x
                           ? "dense_x, with dense_stream or dense_share set," : NULL;
     if (missing) return besa__fail(error, BESA_ERROR_OPTION, "%s is NULL", missing);
     if (name && strlen(name) > 200)
@@ -6169,7 +6343,8 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
     if (s->hidden_size != made->hidden_size || s->intermediate_size != made->intermediate_size ||
         s->num_attention_heads != made->num_attention_heads || s->num_key_value_heads != made->num_key_value_heads ||
         s->head_dim != made->head_dim || block->dtype != pruner->dtype || (block->q_norm && !pruner->qk_norm) ||
-        (block->k_norm && !pruner->qk_norm))
+        (block->k_norm && !pruner->qk_norm) || s->norms != made->norms || s->qk_norm_whole != made->qk_norm_whole ||
+        besa__has_tail(s) != besa__has_tail(made))
         return besa__fail(error, BESA_ERROR_OPTION, "the block's shape, dtype or q/k norms are not those of the pruner");
     pruner->meter.start = pruner->meter.began = besa__seconds();
     besa__stream_init(&inputs, pruner->be, 0, pruner->nsamples, pruner->seqlen, made->hidden_size); /* resident: they use */
@@ -8154,8 +8329,10 @@ static besa_result besa__block_bind(besa__block_tensors *tensors, const besa_che
         BESA__TRY(besa__need_if(checkpoint->config.bias[i], &tensors->vector[i], checkpoint, name, rows, error));
     }
     for (int i = BESA_LAYERS; i < BESA_VECTORS; i++) {
-        int wanted = i == BESA_NORM1 || i == BESA_NORM2 || checkpoint->config.qk_norm;
-        besa__tensor_name(name, sizeof name, &checkpoint->config, block, besa__norm_rows[i - BESA_LAYERS].path);
+        int wanted = (i != BESA_Q_NORM && i != BESA_K_NORM) || checkpoint->config.qk_norm;
+        const char *path = besa__norm_path(s, i);
+        if (!path) continue;
+        besa__tensor_name(name, sizeof name, &checkpoint->config, block, path);
         size_t length = strlen(name);
         snprintf(name + length, sizeof name - length, ".weight");
         BESA__TRY(besa__need_if(wanted, &tensors->vector[i], checkpoint, name, besa__vector_count(s, i), error));
@@ -12781,6 +12958,23 @@ BESA__INLINE float besa__exp(float x)
 
 BESA__INLINE float besa__sigmoid(float x) { return 1.0f / (1.0f + besa__exp(-x)); }
 
+/* tanh(x) to about two ulp: a polynomial in x^2 for small x, where 1 - 2 / (exp(2x) + 1) would lose digits. */
+BESA__INLINE float besa__tanh(float x)
+{
+    float y = besa__bits_float(besa__float_bits(x) & 0x7FFFFFFFu), s = x * x, p = -5.70498872745e-3f;
+    float large = 1.0f - 2.0f / (besa__exp(2.0f * y) + 1.0f);
+    p = p * s + 2.06390887954e-2f;
+    p = p * s - 5.37397155531e-2f;
+    p = p * s + 1.33314422036e-1f;
+    p = p * s - 3.33332819422e-1f;
+    large = besa__bits_float(besa__float_bits(large) | (besa__float_bits(x) & 0x80000000u));
+    return y < 0.625f ? x + x * s * p : large;
+}
+
+/* 2 c (1 + 0.044715 x^2) and the derivative of x times that, c = sqrt(2 / pi): gelu(x) = x sigmoid(2 c (x + 0.044715 x^3)) */
+BESA__INLINE float besa__gelu_slope(float x) { return 1.59576912f + 0.0713548163f * x * x; }
+BESA__INLINE float besa__gelu_steepness(float x) { return 1.59576912f + 0.214064449f * x * x; }
+
 /* sqrt(x), x >= 0, to about one ulp: libm's may set errno, which keeps loops from being vectorised.
  * y -> 1 / sqrt(x) by Newton's iteration from a first guess that halves the exponent. */
 BESA__INLINE float besa__sqrt(float x)
@@ -13199,11 +13393,11 @@ static besa_result besa__cpu_rmsnorm_backward(besa_backend *be, void *dx, const 
 
 /* ---- rope ---------------------------------------------------------------------------------- */
 
-/* the heads of one token: (a, b) = (a cos - b sin, b cos + a sin), sin negated for direction -1 */
+/* the heads of one token: (a, b) = (a cos - b sin, b cos + a sin), sin negated for direction -1; `half` pairs of each head */
 BESA__INLINE void besa__cpu_rope_row_body(float *x, const float *cosine, const float *sine, float direction,
-                                          int64_t heads, int64_t half)
+                                          int64_t heads, int64_t head_dim, int64_t half)
 {
-    for (int64_t h = 0; h < heads; h++, x += 2 * half) {
+    for (int64_t h = 0; h < heads; h++, x += head_dim) {
         float *y = x + half;
         BESA__ELEMENTWISE
         for (int64_t i = 0; i < half; i++) {
@@ -13214,19 +13408,19 @@ BESA__INLINE void besa__cpu_rope_row_body(float *x, const float *cosine, const f
     }
 }
 BESA__KERNEL(besa__cpu_rope_row,
-             (float *x, const float *cosine, const float *sine, float direction, int64_t heads, int64_t half),
-             (x, cosine, sine, direction, heads, half))
+             (float *x, const float *cosine, const float *sine, float direction, int64_t heads, int64_t head_dim, int64_t half),
+             (x, cosine, sine, direction, heads, head_dim, half))
 
-/* X(T, heads * dh) in place, token t at position t % seqlen of cos, sin (seqlen, dh / 2) */
+/* X(T, heads * dh) in place, token t at position t % seqlen of cos, sin (seqlen, r / 2) */
 static besa_result besa__cpu_rope(besa_backend *be, void *x, const float *cosine, const float *sine, int64_t tokens,
-                                  int64_t seqlen, int64_t heads, int64_t head_dim, int direction)
+                                  int64_t seqlen, int64_t heads, int64_t head_dim, int64_t rotary_dim, int direction)
 {
-    int64_t grain = besa__cpu_grain(heads * head_dim), tasks = besa__parts(tokens, grain), half = head_dim / 2;
+    int64_t grain = besa__cpu_grain(heads * head_dim), tasks = besa__parts(tokens, grain), half = rotary_dim / 2;
     BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
     for (int64_t task = 0; task < tasks; task++)
         for (int64_t t = task * grain; t < besa__min(tokens, (task + 1) * grain); t++)
             besa__cpu_rope_row((float *)x + t * heads * head_dim, cosine + t % seqlen * half,
-                               sine + t % seqlen * half, (float)direction, heads, half);
+                               sine + t % seqlen * half, (float)direction, heads, head_dim, half);
     return BESA_OK;
 }
 
@@ -13237,7 +13431,7 @@ static besa_result besa__cpu_rope(besa_backend *be, void *x, const float *cosine
  * One step takes a block of queries of one head: their scores fill a strip, a panel (queries, NR) for every NR keys,
  * which stays in the second-level cache, beside it the strip of their gradient:
  *
- *     S = Q K' / sqrt(dh)                     A: rows of Q, B: K by keys         P = softmax(S) in place
+ *     S = Q K' / sqrt(dh)                     A: rows of Q, B: K by keys         P = softmax(S) in place, S capped or not
  *     O = P V                                 A: rows of P, packed anew, B: V by dims
  *     dP = dO V'                              A: rows of dO, B: V by keys        dS = P (dP - rowsum(P dP)) in place
  *     dQ = dS K / sqrt(dh)                    A: rows of dS, packed anew, B: K by dims
@@ -13259,7 +13453,7 @@ typedef struct besa__cpu_attention {
     const besa_attention_shape *s;
     besa__gemm_kernel kernel;
     int bf16, backward;
-    float scale;                       /* 1 / sqrt(dh) */
+    float scale;                       /* 1 / sqrt(dh), or as the shape has it */
     const float *q, *k, *v, *d_o;
     float *out, *dk, *dv;              /* out: O or dQ */
     int64_t q_step, k_step;            /* from token to token */
@@ -13305,7 +13499,7 @@ static besa__cpu_attention besa__cpu_attention_sizes(const besa_attention_shape 
     memset(&x, 0, sizeof x);
     x.s = s, x.kernel = besa__gemm_choose(bf16), x.bf16 = bf16, x.backward = backward;
     mr = x.kernel.mr, nr = x.kernel.nr;
-    x.scale = 1.0f / sqrtf((float)s->head_dim);
+    x.scale = s->scale != 0.0f ? s->scale : 1.0f / sqrtf((float)s->head_dim);
     x.q_step = besa__product(s->num_attention_heads, s->head_dim);
     x.k_step = besa__product(s->num_key_value_heads, s->head_dim);
     x.group = s->num_attention_heads / s->num_key_value_heads;
@@ -13417,6 +13611,25 @@ static void besa__cpu_attention_mask(const besa__cpu_queries *b, const besa__cpu
     }
 }
 
+/* x = cap tanh(x / cap) */
+BESA__INLINE void besa__cpu_softcap_run_body(float *x, float scale, float cap, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) x[i] = cap * besa__tanh(x[i] * scale / cap);
+}
+BESA__KERNEL(besa__cpu_softcap_run, (float *x, float scale, float cap, int64_t n), (x, scale, cap, n))
+
+/* ds = ds (1 - tanh(s / cap)^2): the derivative by what was capped */
+BESA__INLINE void besa__cpu_softcap_back_body(float *ds, const float *s, float cap, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float t = besa__tanh(s[i] / cap);
+        ds[i] *= 1.0f - t * t;
+    }
+}
+BESA__KERNEL(besa__cpu_softcap_back, (float *ds, const float *s, float cap, int64_t n), (ds, s, cap, n))
+
 /* max = max(max, x) */
 BESA__INLINE void besa__cpu_lanes_max_body(float *max, const float *x, int64_t n)
 {
@@ -13500,6 +13713,7 @@ static void besa__cpu_attention_scores(const besa__cpu_queries *b, const besa__c
         besa__cpu_panel c = besa__cpu_panel_at(b, j);
         int64_t at = c.from * units;
         besa__cpu_tiles(&x->kernel, c.p, c.rows, b->q + at, step, kv->k_keys + j * units, units, x->scale, 0);
+        if (x->s->softcap != 0.0f) besa__cpu_softcap_run(c.p, 1.0f, x->s->softcap, c.rows * nr);
         if (x->backward) besa__cpu_tiles(&x->kernel, c.dp, c.rows, b->d_o + at, step, kv->v_keys + j * units, units, 1.0f, 0);
         besa__cpu_attention_mask(b, &c);
         besa__cpu_lanes_max(b->max + c.from * nr, c.p, c.rows * nr);
@@ -13524,6 +13738,18 @@ static void besa__cpu_attention_softmax(const besa__cpu_queries *b)
     for (int64_t j = b->j0; j < b->j1; j += nr) {
         besa__cpu_panel c = besa__cpu_panel_at(b, j);
         besa__cpu_lanes_back(c.p, c.dp, b->sum + c.from * nr, b->dot + c.from * nr, c.rows * nr);
+    }
+}
+
+/* dS through the cap: the scores are made once more, where the row maxima were. */
+static void besa__cpu_attention_uncap(const besa__cpu_queries *b, const besa__cpu_kv *kv)
+{
+    const besa__cpu_attention *x = b->x;
+    int64_t nr = x->kernel.nr, units = besa__parts(x->s->head_dim, x->kernel.unit), step = x->kernel.mr * units;
+    for (int64_t j = b->j0; j < b->j1; j += nr) {
+        besa__cpu_panel c = besa__cpu_panel_at(b, j);
+        besa__cpu_tiles(&x->kernel, b->max, c.rows, b->q + c.from * units, step, kv->k_keys + j * units, units, x->scale, 0);
+        besa__cpu_softcap_back(c.dp, b->max, x->s->softcap, c.rows * nr);
     }
 }
 
@@ -13590,6 +13816,7 @@ static void besa__cpu_attention_step(besa__cpu_queries *b, const besa__cpu_kv *k
     if (x->backward) besa__cpu_queries_pack(b, b->d_o, b->d_o_columns, x->d_o + at);
     besa__cpu_attention_scores(b, kv);
     besa__cpu_attention_softmax(b);
+    if (x->backward && x->s->softcap != 0.0f) besa__cpu_attention_uncap(b, kv);
     besa__cpu_attention_mix(b, kv, x->backward ? b->dp : b->p, x->out + at);
     if (x->backward) besa__cpu_attention_gather(b, dk, dv);
 }
@@ -13748,6 +13975,94 @@ static besa_result besa__cpu_swiglu_backward(besa_backend *be, void *dgate, void
         int64_t at = task * grain;
         besa__cpu_swiglu_back_run((float *)dgate + at, (float *)dup + at, (const float *)dz + at,
                                   (const float *)gate + at, (const float *)up + at, besa__min(grain, n - at));
+    }
+    return BESA_OK;
+}
+
+/* z = gelu(gate) up */
+BESA__INLINE void besa__cpu_geglu_run_body(float *z, const float *gate, const float *up, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) z[i] = gate[i] * besa__sigmoid(gate[i] * besa__gelu_slope(gate[i])) * up[i];
+}
+BESA__KERNEL(besa__cpu_geglu_run, (float *z, const float *gate, const float *up, int64_t n), (z, gate, up, n))
+
+/* gelu'(x) = s + x s (1 - s) u', gelu(x) = x s, s = sigmoid(u(x)) */
+BESA__INLINE void besa__cpu_geglu_back_run_body(float *dgate, float *dup, const float *dz, const float *gate,
+                                                const float *up, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float x = gate[i], s = besa__sigmoid(x * besa__gelu_slope(x)), u = up[i], d = dz[i];
+        dgate[i] = d * u * s * (1.0f + x * besa__gelu_steepness(x) * (1.0f - s));
+        dup[i] = d * x * s;
+    }
+}
+BESA__KERNEL(besa__cpu_geglu_back_run,
+             (float *dgate, float *dup, const float *dz, const float *gate, const float *up, int64_t n),
+             (dgate, dup, dz, gate, up, n))
+
+/* Z(n) = gelu(G) U */
+static besa_result besa__cpu_geglu_forward(besa_backend *be, void *z, const void *gate, const void *up, int64_t n)
+{
+    int64_t grain = 16384, tasks = besa__parts(n, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * grain;
+        besa__cpu_geglu_run((float *)z + at, (const float *)gate + at, (const float *)up + at, besa__min(grain, n - at));
+    }
+    return BESA_OK;
+}
+
+/* dG = dZ U gelu'(G), dU = dZ gelu(G) */
+static besa_result besa__cpu_geglu_backward(besa_backend *be, void *dgate, void *dup, const void *dz, const void *gate,
+                                            const void *up, int64_t n)
+{
+    int64_t grain = 16384, tasks = besa__parts(n, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * grain;
+        besa__cpu_geglu_back_run((float *)dgate + at, (float *)dup + at, (const float *)dz + at,
+                                 (const float *)gate + at, (const float *)up + at, besa__min(grain, n - at));
+    }
+    return BESA_OK;
+}
+
+/* y = x + scale z */
+BESA__INLINE void besa__cpu_residual_run_body(float *y, const float *x, const float *z, float scale, int64_t n)
+{
+    if (x) {
+        BESA__ELEMENTWISE
+        for (int64_t i = 0; i < n; i++) y[i] = x[i] + scale * z[i];
+    } else {
+        BESA__ELEMENTWISE
+        for (int64_t i = 0; i < n; i++) y[i] = scale * z[i];
+    }
+}
+BESA__KERNEL(besa__cpu_residual_run, (float *y, const float *x, const float *z, float scale, int64_t n), (y, x, z, scale, n))
+
+/* Y(n) = X + scale Z, X NULL: 0 */
+static besa_result besa__cpu_residual(besa_backend *be, void *y, const void *x, const void *z, float scale, int64_t n)
+{
+    int64_t grain = 16384, tasks = besa__parts(n, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * grain;
+        besa__cpu_residual_run((float *)y + at, x ? (const float *)x + at : NULL, (const float *)z + at, scale,
+                               besa__min(grain, n - at));
+    }
+    return BESA_OK;
+}
+
+/* y(n) = scale y; where cap is not 0, cap tanh(scale y / cap) */
+static besa_result besa__cpu_softcap(besa_backend *be, float *y, float scale, float cap, int64_t n)
+{
+    int64_t grain = 16384, tasks = besa__parts(n, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * grain, count = besa__min(grain, n - at);
+        if (cap != 0.0f) besa__cpu_softcap_run(y + at, scale, cap, count);
+        else besa__cpu_scale(y + at, scale, count);
     }
     return BESA_OK;
 }
@@ -14990,6 +15305,21 @@ static besa_result besa__cpu_mix(besa_backend *be, void *y, const void *x, float
     return BESA_OK;
 }
 
+/* y(n) += value */
+BESA__INLINE void besa__cpu_shift_run_body(float *y, float value, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) y[i] += value;
+}
+BESA__KERNEL(besa__cpu_shift_run, (float *y, float value, int64_t n), (y, value, n))
+
+static besa_result besa__cpu_shift(besa_backend *be, float *y, float value, int64_t n)
+{
+    (void)be;
+    besa__cpu_shift_run(y, value, n);
+    return BESA_OK;
+}
+
 /* ---- the exact count ----------------------------------------------------------------------- */
 
 typedef struct besa__cpu_projected {
@@ -15737,7 +16067,7 @@ static uint64_t besa__cpu_gemm_bytes(const besa_workload *w, int threads)
 /* One kv head for each thread, or more of them where they are small; no more than there are. */
 static uint64_t besa__cpu_attention_bytes(const besa_workload *w, int threads)
 {
-    besa_attention_shape s = {1, w->seqlen, w->num_attention_heads, w->num_key_value_heads, w->head_dim, 0};
+    besa_attention_shape s = {1, w->seqlen, w->num_attention_heads, w->num_key_value_heads, w->head_dim, 0, 0, 0};
     uint64_t most = 0;
     if (w->num_key_value_heads <= 0 || w->tokens <= 0 || w->seqlen <= 0) return 0;
     for (int backward = 0; backward < 2; backward++) {
