@@ -230,7 +230,8 @@
  *     (CUDA: 2), weights of w = 2 bytes (bf16, f16) or 4:
  *         weights and pruned weights   2 w N (CUDA: 4 w N, of two blocks)    ranks        2 N bytes
  *         one layer's gradient         4 x largest layer (CUDA: a piece)     rates        7 x 4 x 101 R bytes
- *         X and Yref                   2 a T d                               activations  about a t (13 d + 4 i)
+ *         X and Yref                   2 a T d                               activations  about a t (13 d + 4 i), 3 d more
+ *                                                                                            where outputs are normed
  *         Hessians: SparseGPT, refit   4 (3 d^2 + i^2) bytes, twice for      scores       4 x largest layer, baselines
  *                                      SparseGPT (or its scores) with cg     refit        8192 x widest layer's columns
  *         channel norms                4 d per batch                         workspace    some MB, more with more threads
@@ -262,7 +263,8 @@
  *
  * LIMITS
  *
- *     Llama 1/2/3, Mistral, Qwen2 and Qwen3 checkpoints in F32, F16 or BF16 safetensors. Level 1 needs POSIX (mmap, flock)
+ *     Llama 1/2/3, Mistral, Qwen2, Qwen3, SmolLM3, Granite, OLMo-2, Phi-3/4, Gemma-2 and Gemma-3 text checkpoints in F32, F16
+ *     or BF16 safetensors. Level 1 needs POSIX (mmap, flock)
  *     and a little-endian machine: elsewhere checkpoints are refused. Levels 2 and 3 (BESA_NO_STDIO) need neither. Float
  *     arithmetic must be IEEE's: fast math and x87 (32-bit x86 without -msse2 -mfpmath=sse) do not compile, and a CPU backend
  *     is refused where exp or subnormal numbers come out wrong. Sizes are 64-bit: what a 32-bit process cannot address is
@@ -1286,11 +1288,17 @@ typedef struct besa_config {
     const char *prefix;                         /* of all tensors' names but the head's: "model.", or "" where the file has
                                                    none; likewise */
     int64_t vocab_size, num_hidden_layers, max_position_embeddings;
-    besa_block_shape block;                     /* sliding_window 0 here: see window[] */
+    besa_block_shape block;                     /* sliding_window and no_rope 0 here: see window[], no_rope[] */
     int64_t sliding_window;                     /* of the layers that have one */
     uint8_t window[BESA_MAX_LAYERS];            /* 1: this layer slides */
+    uint8_t no_rope[BESA_MAX_LAYERS];           /* 1: this layer does without rope */
+    int has_local_rope;                         /* the layers that slide have a rope of their own: */
+    besa_rope local_rope;
     int bias[BESA_LAYERS];                      /* 1: the layer has a bias */
-    int qk_norm;                                /* q and k are normed per head before rope */
+    int qk_norm;                                /* q and k are normed before rope */
+    int unit_norms;                             /* norms are stored as what they are above 1 */
+    double embedding_scale;                     /* of what the embedding gives; 0: 1 */
+    double logits_scale, logits_softcap;        /* logits l are softcap tanh(scale l / softcap); 0: 1; none */
     int tie_word_embeddings;                    /* 1: the embedding is the head; 0 too where the file's head differs */
 } besa_config;
 
@@ -1324,7 +1332,8 @@ BESA_API const besa_config *besa_checkpoint_config(const besa_checkpoint *checkp
 BESA_API int64_t besa_checkpoint_tensor_count(const besa_checkpoint *checkpoint);
 BESA_API const besa_tensor *besa_checkpoint_tensor(const besa_checkpoint *checkpoint, int64_t index); /* file order */
 BESA_API const besa_tensor *besa_checkpoint_find(const besa_checkpoint *checkpoint, const char *name); /* or NULL */
-/* The weights (R, C) of a block's layer, BESA_Q .. BESA_DOWN; NULL where there is no such block or layer. */
+/* The weights (R, C) of a block's layer, BESA_Q .. BESA_DOWN; NULL where there is no such block or layer. Layers that a file
+ * holds as one tensor, such as qkv_proj, are tensors of their own here: rows of it. */
 BESA_API const besa_tensor *besa_checkpoint_layer(const besa_checkpoint *checkpoint, int64_t block, int layer);
 
 /* A token file: .npy (uint16, int32, uint32 or int64; 1-D stream or 2-D sequences), raw little-endian .u16 / .i32 / .bin
@@ -2059,12 +2068,22 @@ static const besa__range besa__ranges[] = {
     { "low_freq_factor", 1e-6, 1e15, 0 },
     { "high_freq_factor", 1e-6, 1e15, 0 },
     { "original_max_position_embeddings", 1e-6, 1e15, 0 },
-    { "attention_factor", 1e-6, 1e15, 0 },      /* this and the next: of yarn */
+    { "attention_factor", 1e-6, 1e15, 0 },      /* of longrope; and this and the next: of yarn */
     { "beta_fast", 1e-6, 1e15, 0 },
     { "beta_slow", 1e-6, 1e15, 0 },
     { "mscale", 1e-6, 1e15, 0 },
     { "mscale_all_dim", 1e-6, 1e15, 0 },
     { "partial_rotary_factor", 1, 1, 0 },
+    { "no_rope_layer_interval", 1, 1099511627776.0, 1 },
+    { "embedding_multiplier", 1e-6, 1e15, 0 },
+    { "attention_multiplier", 1e-6, 1e15, 0 },
+    { "residual_multiplier", 1e-6, 1e15, 0 },
+    { "logits_scaling", 1e-6, 1e15, 0 },
+    { "query_pre_attn_scalar", 1e-6, 1e15, 0 },
+    { "attn_logit_softcapping", 1e-6, 1e15, 0 },
+    { "final_logit_softcapping", 1e-6, 1e15, 0 },
+    { "sliding_window_pattern", 1, 1099511627776.0, 1 },
+    { "rope_local_base_freq", 1e-6, 1e15, 0 },
 };
 
 /* The range of one of the keys above. */
@@ -6819,6 +6838,7 @@ struct besa_checkpoint {
     besa_tensor *tensors;                       /* by shard and offset */
     int64_t num_tensors;
     const besa_tensor **sorted;                 /* by name */
+    char *part_names;                           /* of layers that are rows of a tensor that a file holds; NULL: none */
     besa_config config;
     char notes[1024];                           /* lines */
 };
@@ -7439,6 +7459,7 @@ BESA_API void besa_checkpoint_close(besa_checkpoint *checkpoint)
     BESA_FREE(checkpoint->shards);
     BESA_FREE(checkpoint->tensors);
     BESA_FREE(checkpoint->sorted);
+    BESA_FREE(checkpoint->part_names);
     BESA_FREE(checkpoint->directory);
     BESA_FREE(checkpoint);
 }
@@ -7870,8 +7891,20 @@ static besa_result besa__config_number(const besa__config_reader *r, const besa_
  * they always have one; the key says so. */
 enum { BESA__BIAS_NONE, BESA__BIAS_REFUSED, BESA__BIAS_ALWAYS, BESA__BIAS_BY_KEY };
 /* Which layers have a sliding window: none, and the key must be null or 0; all, where it is set; those that layer_types
- * names, or from max_window_layers on, where use_sliding_window is true. */
-enum { BESA__WINDOW_NONE, BESA__WINDOW_ALL, BESA__WINDOW_CHOSEN };
+ * names, or from max_window_layers on, or those without rope, where use_sliding_window is true; all but every so many-th. */
+enum { BESA__WINDOW_NONE, BESA__WINDOW_ALL, BESA__WINDOW_CHOSEN, BESA__WINDOW_UNTURNED, BESA__WINDOW_PATTERN };
+/* What a family has that Llama has not. */
+enum {
+    BESA__TIED = 1,                             /* the embedding is the head where config.json does not say */
+    BESA__NO_ROPE_LAYERS = 2,                   /* no_rope_layers, and no_rope_layer_interval */
+    BESA__MULTIPLIERS = 4,                      /* of embedding, attention, residual and logits */
+    BESA__FUSED = 8,                            /* q, k and v are one tensor, as are gate and up */
+    BESA__LONGROPE = 16,                        /* partial_rotary_factor; original_max_position_embeddings at the root */
+    BESA__GEMMA = 32,                           /* GeGLU, norms above 1, scaled embedding, capped logits */
+    BESA__CAPPED = 64,                          /* attn_logit_softcapping */
+    BESA__LOCAL_ROPE = 128                      /* another rope where layers slide */
+};
+enum { BESA__QK_NORM_HEAD = 1, BESA__QK_NORM_WHOLE }; /* over a head, over all heads */
 
 /* A family of models, by its model_type in config.json. One that differs from the others only in what stands here is one
  * more row. Values are those of Hugging Face transformers. */
@@ -7880,11 +7913,15 @@ typedef struct besa__architecture {
     const char *class_name, *former_class;      /* in `architectures`; former_class NULL: none */
     const char *prefix;                         /* of all tensor names but lm_head's; some files have none */
     int bias[BESA__GROUPS];                     /* BESA__BIAS_..: of q, k, v; of o; of gate, up, down */
-    int qk_norm;                                /* q and k are normed per head before rope */
+    int qk_norm;                                /* BESA__QK_NORM_..: q and k are normed before rope; 0: they are not */
     int window;                                 /* BESA__WINDOW_.. */
     unsigned ropes;                             /* bits of besa_rope_type */
     /* where config.json has no such key; 0: as many as attention heads, hidden_size / num_attention_heads, no window */
     int64_t num_key_value_heads, head_dim, sliding_window, max_position_embeddings;
+    double rope_theta, rms_norm_eps;
+    besa_norms norms;
+    unsigned traits;                            /* BESA__TIED .. */
+    int64_t pattern;                            /* every so many-th layer has no window, or no rope; 0: no such pattern */
 } besa__architecture;
 
 #define BESA__ROPES (1u << BESA_ROPE_DEFAULT | 1u << BESA_ROPE_LINEAR | 1u << BESA_ROPE_LLAMA3 | 1u << BESA_ROPE_DYNAMIC | \
@@ -7892,13 +7929,27 @@ typedef struct besa__architecture {
 
 static const besa__architecture besa__architectures[] = {
     {"llama", "LlamaForCausalLM", "LLaMAForCausalLM", "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY}, 0,
-     BESA__WINDOW_NONE, BESA__ROPES, 0, 0, 0, 2048},
+     BESA__WINDOW_NONE, BESA__ROPES, 0, 0, 0, 2048, 1e4, 1e-6, BESA_NORMS_IN, 0, 0},
     {"mistral", "MistralForCausalLM", NULL, "model.", {BESA__BIAS_REFUSED, BESA__BIAS_REFUSED, BESA__BIAS_REFUSED}, 0,
-     BESA__WINDOW_ALL, BESA__ROPES, 8, 0, 4096, 131072},
+     BESA__WINDOW_ALL, BESA__ROPES, 8, 0, 4096, 131072, 1e4, 1e-6, BESA_NORMS_IN, 0, 0},
     {"qwen2", "Qwen2ForCausalLM", NULL, "model.", {BESA__BIAS_ALWAYS, BESA__BIAS_NONE, BESA__BIAS_REFUSED}, 0,
-     BESA__WINDOW_CHOSEN, BESA__ROPES, 32, 0, 4096, 32768},
-    {"qwen3", "Qwen3ForCausalLM", NULL, "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_REFUSED}, 1,
-     BESA__WINDOW_CHOSEN, BESA__ROPES, 32, 128, 4096, 32768},
+     BESA__WINDOW_CHOSEN, BESA__ROPES, 32, 0, 4096, 32768, 1e4, 1e-6, BESA_NORMS_IN, 0, 0},
+    {"qwen3", "Qwen3ForCausalLM", NULL, "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_REFUSED}, BESA__QK_NORM_HEAD,
+     BESA__WINDOW_CHOSEN, BESA__ROPES, 32, 128, 4096, 32768, 1e4, 1e-6, BESA_NORMS_IN, 0, 0},
+    {"smollm3", "SmolLM3ForCausalLM", NULL, "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY}, 0,
+     BESA__WINDOW_UNTURNED, BESA__ROPES, 4, 0, 0, 32768, 2e6, 1e-6, BESA_NORMS_IN, BESA__TIED | BESA__NO_ROPE_LAYERS, 4},
+    {"granite", "GraniteForCausalLM", NULL, "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY}, 0,
+     BESA__WINDOW_NONE, BESA__ROPES, 0, 0, 0, 2048, 1e4, 1e-6, BESA_NORMS_IN, BESA__MULTIPLIERS, 0},
+    {"olmo2", "Olmo2ForCausalLM", NULL, "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_REFUSED}, BESA__QK_NORM_WHOLE,
+     BESA__WINDOW_NONE, BESA__ROPES, 0, 0, 0, 2048, 1e4, 1e-5, BESA_NORMS_OUT, 0, 0},
+    {"phi3", "Phi3ForCausalLM", NULL, "model.", {BESA__BIAS_REFUSED, BESA__BIAS_REFUSED, BESA__BIAS_REFUSED}, 0,
+     BESA__WINDOW_ALL, 1u << BESA_ROPE_DEFAULT | 1u << BESA_ROPE_LONGROPE, 0, 0, 0, 4096, 1e4, 1e-5, BESA_NORMS_IN,
+     BESA__FUSED | BESA__LONGROPE, 0},
+    {"gemma2", "Gemma2ForCausalLM", NULL, "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_REFUSED}, 0,
+     BESA__WINDOW_PATTERN, BESA__ROPES, 4, 256, 4096, 8192, 1e4, 1e-6, BESA_NORMS_BOTH, BESA__TIED | BESA__GEMMA | BESA__CAPPED, 2},
+    {"gemma3_text", "Gemma3ForCausalLM", NULL, "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_REFUSED},
+     BESA__QK_NORM_HEAD, BESA__WINDOW_PATTERN, BESA__ROPES, 4, 256, 4096, 131072, 1e6, 1e-6, BESA_NORMS_BOTH,
+     BESA__TIED | BESA__GEMMA | BESA__LOCAL_ROPE, 6},
 };
 
 enum { BESA__ARCHITECTURES = (int)(sizeof besa__architectures / sizeof *besa__architectures) };
@@ -7935,6 +7986,21 @@ static void besa__layer_tensor_name(char *name, size_t size, const besa_config *
     besa__tensor_name(name, size, config, block, path);
 }
 
+/* A model_type that has no row: what it is, where config.json tells. */
+static besa_result besa__config_refuse_model(const besa__config_reader *r, const besa__json_value *type, const char *supported)
+{
+    static const struct { const char *key, *what; } told[] = {
+        { "text_config", "a language model among parts that read images or sound" },
+        { "vision_config", "a language model among parts that read images" }, { "num_local_experts", "a mixture of experts" },
+        { "num_experts", "a mixture of experts" }, { "n_routed_experts", "a mixture of experts" } };
+    char name[128];
+    for (size_t i = 0; i < sizeof told / sizeof *told; i++)
+        if (besa__config_get(r, told[i].key))
+            return besa__fail(r->error, BESA_ERROR_UNSUPPORTED, "%s: model_type = %s, %s (%s), is not supported; supported: %s",
+                              r->path, besa__json_show(r->json, type, name, sizeof name), told[i].what, told[i].key, supported);
+    return besa__config_refuse(r, "model_type", type, supported);
+}
+
 /* The architecture by model_type; `architectures` must agree. */
 static besa_result besa__config_architecture(const besa__config_reader *r, besa_config *config,
                                              const besa__architecture **out)
@@ -7942,7 +8008,7 @@ static besa_result besa__config_architecture(const besa__config_reader *r, besa_
     const besa__json_value *type = besa__config_get(r, "model_type"), *list = besa__config_get(r, "architectures");
     const besa__architecture *a = *out = besa__find_architecture(besa__json_string(r->json, type));
     char known[256];
-    if (!a) return besa__config_refuse(r, "model_type", type, besa__model_types(known, sizeof known));
+    if (!a) return besa__config_refuse_model(r, type, besa__model_types(known, sizeof known));
     config->model_type = a->model_type;
     config->prefix = a->prefix;
     if (!list) return BESA_OK;
@@ -7995,21 +8061,25 @@ static besa_result besa__config_stored(const besa__config_reader *r)
 /* Settings that change the forward pass and are not implemented: only their neutral values pass. */
 static besa_result besa__config_refuse_unknown(const besa__config_reader *r, const besa__architecture *a)
 {
-    static const char *const absent[] = {
-        "num_local_experts", "num_experts", "n_routed_experts",
-        "attn_logit_softcapping", "final_logit_softcapping", "no_rope_layers", "attention_chunk_size", "use_qk_norm",
-        "use_mrope", "is_encoder_decoder", "alibi"
+    static const struct { const char *key; unsigned traits; } absent[] = {
+        { "num_local_experts", 0 }, { "num_experts", 0 },
+        { "n_routed_experts", 0 }, { "attn_logit_softcapping", BESA__GEMMA }, { "final_logit_softcapping", BESA__GEMMA },
+        { "no_rope_layers", BESA__NO_ROPE_LAYERS }, { "attention_chunk_size", 0 }, { "use_qk_norm", 0 }, { "use_mrope", 0 },
+        { "is_encoder_decoder", 0 }, { "alibi", 0 }, { "use_bidirectional_attention", 0 }
     };
-    const besa__json_value *value = besa__config_get(r, "hidden_act");
+    const char *act = a->traits & BESA__GEMMA ? "hidden_activation" : "hidden_act";
+    const besa__json_value *value = besa__config_get(r, act);
     double unused;
-    if (value && !besa__config_is(r, value, "silu") && !besa__config_is(r, value, "swish"))
-        return besa__config_refuse(r, "hidden_act", value, "\"silu\"");
+    if (a->traits & BESA__GEMMA && value && !besa__config_is(r, value, "gelu_pytorch_tanh"))
+        return besa__config_refuse(r, act, value, "\"gelu_pytorch_tanh\"");
+    if (!(a->traits & BESA__GEMMA) && value && !besa__config_is(r, value, "silu") && !besa__config_is(r, value, "swish"))
+        return besa__config_refuse(r, act, value, "\"silu\"");
     for (size_t i = 0; i < sizeof absent / sizeof *absent; i++) {
-        value = besa__config_get(r, absent[i]);
-        if (value && !besa__json_is(r->json, value, BESA__JSON_FALSE))
-            return besa__config_refuse(r, absent[i], value, "null, or no such key");
+        value = besa__config_get(r, absent[i].key);
+        if (value && !(a->traits & absent[i].traits) && !besa__json_is(r->json, value, BESA__JSON_FALSE))
+            return besa__config_refuse(r, absent[i].key, value, "null, or no such key");
     }
-    BESA__TRY(besa__config_number(r, r->root, "", "partial_rotary_factor", 1, &unused));
+    if (!(a->traits & BESA__LONGROPE)) BESA__TRY(besa__config_number(r, r->root, "", "partial_rotary_factor", 1, &unused));
     if (a->window != BESA__WINDOW_NONE) return BESA_OK;
     value = besa__config_get(r, "sliding_window");
     besa__json_number window = besa__json_number_of(r->json, value);
@@ -8020,7 +8090,7 @@ static besa_result besa__config_refuse_unknown(const besa__config_reader *r, con
     return BESA_OK;
 }
 
-static const char *const besa__rope_names[] = {"default", "linear", "llama3", "dynamic", "yarn"}; /* by besa_rope_type */
+static const char *const besa__rope_names[] = {"default", "linear", "llama3", "dynamic", "yarn", "longrope"}; /* by besa_rope_type */
 
 /* The type of a rope that the architecture has; 0: it has no such type. */
 static int besa__find_rope(const besa__config_reader *r, const besa__architecture *a, const besa__json_value *value,
@@ -8116,54 +8186,181 @@ static besa_result besa__config_scaling(const besa__config_reader *r, const besa
                                "a number above low_freq_factor");
 }
 
-/* rope_parameters, or the older rope_theta and rope_scaling. */
-static besa_result besa__config_rope(const besa__config_reader *r, const besa__architecture *a, const besa_config *config,
-                                     besa_rope *rope)
+/* The factors of all pairs, a list of as many numbers above 0. */
+static besa_result besa__config_factors(const besa__config_reader *r, const besa__json_value *object, const char *prefix,
+                                        const char *key, int64_t pairs, float *out)
+{
+    const besa__json_value *list = besa__json_get(r->json, object, key), *v = NULL;
+    char name[96], supported[96];
+    int64_t count = 0;
+    snprintf(name, sizeof name, "%s%s", prefix, key);
+    snprintf(supported, sizeof supported, "a list of %lld numbers above 0, one for each turned pair", (long long)pairs);
+    if (besa__json_is(r->json, list, BESA__JSON_ARRAY)) v = besa__json_first(r->json, list);
+    for (; v && count < pairs && pairs <= BESA_MAX_ROPE_FACTORS; v = besa__json_next(r->json, list, v)) {
+        double factor = besa__json_number_of(r->json, v).value;
+        if (!besa__json_is(r->json, v, BESA__JSON_NUMBER) || !besa__in_range(besa__find_range("factor"), factor)) break;
+        out[count++] = (float)factor;
+    }
+    return v || count < pairs ? besa__config_refuse(r, name, list, supported) : BESA_OK;
+}
+
+/* How much of a head is turned, and of longrope its factors; by transformers cos and sin are scaled by
+ * sqrt(1 + log(s) / log(original length)), s how much longer the model's sequences may be. */
+static besa_result besa__config_longrope(const besa__config_reader *r, const besa__json_value *object, const char *prefix,
+                                         const besa_config *config, besa_block_shape *shape)
+{
+    const besa__json_value *part = besa__json_get(r->json, object, "partial_rotary_factor");
+    besa_rope *rope = &shape->rope;
+    double factor, standard = 1;
+    if (!part) part = besa__config_get(r, "partial_rotary_factor");
+    if (part && !besa__json_is(r->json, part, BESA__JSON_NULL)) {
+        double share = besa__json_number_of(r->json, part).value;
+        if (besa__json_is(r->json, part, BESA__JSON_NUMBER) && share > 0 && share <= 1)
+            shape->rotary_dim = (int64_t)((double)shape->head_dim * share);
+        if (shape->rotary_dim < 2 || shape->rotary_dim % 2 != 0)
+            return besa__config_refuse(r, "partial_rotary_factor", part, "a number up to 1 that turns an even part of head_dim");
+    }
+    if (rope->type != BESA_ROPE_LONGROPE) return BESA_OK;
+    int64_t pairs = besa__rotary_dim(shape) / 2;
+    BESA__TRY(besa__config_number(r, r->root, "", "original_max_position_embeddings", 4096,
+                                  &rope->original_max_position_embeddings));
+    factor = (double)config->max_position_embeddings / rope->original_max_position_embeddings;
+    BESA__TRY(besa__config_number(r, object, prefix, "factor", factor, &factor));
+    if (factor > 1) standard = sqrt(1 + log(factor) / log(rope->original_max_position_embeddings));
+    BESA__TRY(besa__config_number(r, object, prefix, "attention_factor", standard, &rope->attention_factor));
+    BESA__TRY(besa__config_factors(r, object, prefix, "short_factor", pairs, rope->short_factor));
+    return besa__config_factors(r, object, prefix, "long_factor", pairs, rope->long_factor);
+}
+
+/* A rope by an object of config.json, shown as prefix; NULL: none. theta: where it has none. */
+static besa_result besa__config_rope_of(const besa__config_reader *r, const besa__architecture *a,
+                                        const besa__json_value *object, const char *prefix, double theta, besa_config *config,
+                                        besa_rope *rope)
 {
     const besa__json *json = r->json;
-    const besa__json_value *object = besa__config_get(r, "rope_scaling"), *type = NULL;
-    const char *key = "rope_scaling";
-    char prefix[32];
     double unused;
+    BESA__TRY(besa__config_number(r, object, prefix, "rope_theta", theta, &rope->theta));
+    if (object && !(a->traits & BESA__LONGROPE))
+        BESA__TRY(besa__config_number(r, object, prefix, "partial_rotary_factor", 1, &unused));
+    const besa__json_value *type = besa__json_get(json, object, "rope_type");
+    if (!type) type = besa__json_get(json, object, "type");
+    if (type && a->traits & BESA__LONGROPE && (besa__config_is(r, type, "su") || besa__config_is(r, type, "yarn")))
+        rope->type = BESA_ROPE_LONGROPE; /* its names in early configs */
+    else if (type && !besa__find_rope(r, a, type, &rope->type)) {
+        char name[96], known[128];
+        snprintf(name, sizeof name, "%s%s", prefix, besa__json_key(json, type));
+        return besa__config_refuse(r, name, type, besa__rope_types(a, known, sizeof known));
+    }
+    if (a->traits & BESA__LONGROPE) return besa__config_longrope(r, object, prefix, config, &config->block);
+    return besa__config_scaling(r, object, prefix, config, rope);
+}
+
+/* rope_parameters, or the older rope_theta and rope_scaling. Where layers that slide have a rope of their own, the former
+ * holds an object for either, the latter are of the other layers. */
+static besa_result besa__config_rope(const besa__config_reader *r, const besa__architecture *a, besa_config *config)
+{
+    const besa__json *json = r->json;
+    const besa__json_value *object = besa__config_get(r, "rope_scaling"), *local = NULL;
+    const char *key = "rope_scaling";
+    char prefix[64];
+    double theta, local_theta = 0;
     if (!object || (besa__json_is(json, object, BESA__JSON_OBJECT) && !besa__json_first(json, object))) {
         key = "rope_parameters";
         object = besa__config_get(r, key);
     }
     if (object && !besa__json_is(json, object, BESA__JSON_OBJECT))
         return besa__config_refuse(r, key, object, "an object, or null");
-    snprintf(prefix, sizeof prefix, "%s.", key);
-    const besa__json_value *v = object ? besa__json_first(json, object) : NULL;
-    for (; v; v = besa__json_next(json, object, v))
+    config->has_local_rope = (a->traits & BESA__LOCAL_ROPE) != 0;
+    BESA__TRY(besa__config_number(r, r->root, "", "rope_theta", a->rope_theta, &theta));
+    if (config->has_local_rope) {
+        const besa__json_value *global = object ? besa__json_get(json, object, "full_attention") : NULL;
+        BESA__TRY(besa__config_number(r, r->root, "", "rope_local_base_freq", 10000, &local_theta));
+        local = object ? besa__json_get(json, object, "sliding_attention") : NULL;
+        if (besa__json_is(json, local, BESA__JSON_OBJECT) && besa__json_is(json, global, BESA__JSON_OBJECT)) object = global;
+        else local = NULL;
+    }
+    for (const besa__json_value *v = object ? besa__json_first(json, object) : NULL; v; v = besa__json_next(json, object, v))
         if (besa__json_is(json, v, BESA__JSON_OBJECT))
             return besa__config_refuse(r, besa__json_key(json, v), v, "one set of rope parameters for all layers");
-    BESA__TRY(besa__config_number(r, r->root, "", "rope_theta", 10000, &rope->theta));
-    BESA__TRY(besa__config_number(r, object, prefix, "rope_theta", rope->theta, &rope->theta));
-    if (!object) return BESA_OK;
-    BESA__TRY(besa__config_number(r, object, prefix, "partial_rotary_factor", 1, &unused));
-    type = besa__json_get(json, object, "rope_type");
-    if (!type) type = besa__json_get(json, object, "type");
-    if (!type) return BESA_OK;
-    if (!besa__find_rope(r, a, type, &rope->type)) {
-        char name[48], known[128];
-        snprintf(name, sizeof name, "%s%s", prefix, besa__json_key(json, type));
-        return besa__config_refuse(r, name, type, besa__rope_types(a, known, sizeof known));
+    if (config->has_local_rope)
+        BESA__TRY(besa__config_rope_of(r, a, local, "rope_parameters.sliding_attention.", local_theta, config,
+                                       &config->local_rope));
+    snprintf(prefix, sizeof prefix, "%s%s.", key, local ? ".full_attention" : "");
+    return besa__config_rope_of(r, a, object, prefix, theta, config, &config->block.rope);
+}
+
+/* Which layers do without rope. */
+static besa_result besa__config_no_rope(const besa__config_reader *r, besa_config *config, const besa__architecture *a)
+{
+    const besa__json_value *list = besa__config_get(r, "no_rope_layers");
+    int64_t interval, layers = config->num_hidden_layers, i = 0;
+    if (!(a->traits & BESA__NO_ROPE_LAYERS)) return BESA_OK;
+    BESA__TRY(besa__config_integer(r, "no_rope_layer_interval", a->pattern, &interval));
+    if (list && (!besa__json_is(r->json, list, BESA__JSON_ARRAY) || besa__json_count(r->json, list) < (uint64_t)layers))
+        return besa__config_refuse(r, "no_rope_layers", list, "a list of num_hidden_layers numbers, 0 for a layer without rope");
+    for (; !list && i < layers; i++) config->no_rope[i] = (i + 1) % interval == 0;
+    const besa__json_value *v = list ? besa__json_first(r->json, list) : NULL;
+    for (; v && i < layers; v = besa__json_next(r->json, list, v), i++) {
+        besa__json_number number = besa__json_number_of(r->json, v);
+        if (!number.is_integer || number.integer < 0 || number.integer > 1)
+            return besa__config_refuse(r, "no_rope_layers", v, "0, 1");
+        config->no_rope[i] = !number.integer;
     }
-    return besa__config_scaling(r, object, prefix, config, rope);
+    return BESA_OK;
+}
+
+/* A number that is 0, as if there were none, where the key is there and null. */
+static besa_result besa__config_cap(const besa__config_reader *r, const char *key, double fallback, double *out)
+{
+    *out = 0;
+    if (besa__json_get(r->json, r->root, key) ? !besa__config_get(r, key) : fallback <= 0) return BESA_OK;
+    return besa__config_number(r, r->root, "", key, fallback, out);
+}
+
+/* What else a family has. */
+static besa_result besa__config_traits(const besa__config_reader *r, besa_config *config, const besa__architecture *a)
+{
+    besa_block_shape *b = &config->block;
+    double scale;
+    b->norms = a->norms;
+    config->qk_norm = a->qk_norm != 0;
+    b->qk_norm_whole = a->qk_norm == BESA__QK_NORM_WHOLE;
+    BESA__TRY(besa__config_no_rope(r, config, a));
+    if (a->traits & BESA__MULTIPLIERS) {
+        BESA__TRY(besa__config_number(r, r->root, "", "embedding_multiplier", 1, &config->embedding_scale));
+        BESA__TRY(besa__config_number(r, r->root, "", "attention_multiplier", 1, &b->attention_scale));
+        BESA__TRY(besa__config_number(r, r->root, "", "residual_multiplier", 1, &b->residual_scale));
+        BESA__TRY(besa__config_number(r, r->root, "", "logits_scaling", 1, &scale));
+        config->logits_scale = 1 / scale;
+    }
+    if (!(a->traits & BESA__GEMMA)) return BESA_OK;
+    b->gelu = config->unit_norms = 1;
+    config->embedding_scale = sqrt((double)b->hidden_size);
+    BESA__TRY(besa__config_number(r, r->root, "", "query_pre_attn_scalar", 256, &scale));
+    b->attention_scale = 1 / sqrt(scale);
+    if (a->traits & BESA__CAPPED) BESA__TRY(besa__config_cap(r, "attn_logit_softcapping", 50, &b->attention_softcap));
+    return besa__config_cap(r, "final_logit_softcapping", a->traits & BESA__CAPPED ? 30 : 0, &config->logits_softcap);
 }
 
 /* Which layers slide. */
 static besa_result besa__config_windows(const besa__config_reader *r, besa_config *config, const besa__architecture *a)
 {
     const besa__json_value *types = besa__config_get(r, "layer_types");
-    int64_t first = 0, window = 0;
-    int sliding = a->window == BESA__WINDOW_ALL, given = besa__json_get(r->json, r->root, "sliding_window") != NULL;
-    if (a->window == BESA__WINDOW_CHOSEN) {
+    int64_t first = 0, window = 0, pattern = a->window == BESA__WINDOW_PATTERN ? a->pattern : 0;
+    int sliding = a->window == BESA__WINDOW_ALL || a->window == BESA__WINDOW_PATTERN;
+    int given = besa__json_get(r->json, r->root, "sliding_window") != NULL;
+    if (a->window == BESA__WINDOW_CHOSEN || a->window == BESA__WINDOW_UNTURNED)
         BESA__TRY(besa__config_bool(r, "use_sliding_window", &sliding));
-        BESA__TRY(besa__config_integer(r, "max_window_layers", 28, &first));
-    }
+    if (a->window == BESA__WINDOW_UNTURNED && types) sliding = 1; /* the list alone decides */
+    if (a->window == BESA__WINDOW_CHOSEN) BESA__TRY(besa__config_integer(r, "max_window_layers", 28, &first));
+    if (a->window == BESA__WINDOW_PATTERN && a->traits & BESA__LOCAL_ROPE)
+        BESA__TRY(besa__config_integer(r, "sliding_window_pattern", a->pattern, &pattern));
     if (sliding && (besa__config_get(r, "sliding_window") || (!given && a->sliding_window)))
         BESA__TRY(besa__config_integer(r, "sliding_window", a->sliding_window, &window));
-    for (int64_t i = 0; i < config->num_hidden_layers; i++) config->window[i] = (uint8_t)(window && i >= first);
+    for (int64_t i = 0; i < config->num_hidden_layers; i++) {
+        int full = i < first || (pattern && (i + 1) % pattern == 0) || (a->window == BESA__WINDOW_UNTURNED && !config->no_rope[i]);
+        config->window[i] = (uint8_t)(window && !full);
+    }
     if (types && (!besa__json_is(r->json, types, BESA__JSON_ARRAY) ||
                   besa__json_count(r->json, types) != (uint64_t)config->num_hidden_layers))
         return besa__config_refuse(r, "layer_types", types, "a list of num_hidden_layers strings");
@@ -8246,11 +8443,12 @@ static besa_result besa__config_read(const besa__config_reader *r, besa_config *
     BESA__TRY(besa__config_stored(r));
     BESA__TRY(besa__config_refuse_unknown(r, a));
     BESA__TRY(besa__config_sizes(r, config, a));
-    BESA__TRY(besa__config_rope(r, a, config, &config->block.rope));
+    BESA__TRY(besa__config_rope(r, a, config));
+    BESA__TRY(besa__config_traits(r, config, a));
     BESA__TRY(besa__config_windows(r, config, a));
-    BESA__TRY(besa__config_number(r, r->root, "", "rms_norm_eps", 1e-6, &config->block.rms_norm_eps));
+    BESA__TRY(besa__config_number(r, r->root, "", "rms_norm_eps", a->rms_norm_eps, &config->block.rms_norm_eps));
     BESA__TRY(besa__config_bool(r, "tie_word_embeddings", &config->tie_word_embeddings));
-    config->qk_norm = a->qk_norm;
+    if (!besa__config_get(r, "tie_word_embeddings")) config->tie_word_embeddings = (a->traits & BESA__TIED) != 0;
     return besa__config_biases(r, a, config->bias);
 }
 
@@ -8371,6 +8569,80 @@ static void besa__find_prefix(besa_checkpoint *checkpoint)
     char name[96];
     snprintf(name, sizeof name, "%snorm.weight", c->prefix);
     if (!besa_checkpoint_find(checkpoint, name) && besa_checkpoint_find(checkpoint, "norm.weight")) c->prefix = "";
+}
+
+/* Tensors that hold the rows of several layers, one layer after another. */
+static const struct { const char *path; int first, count; } besa__fused[] = {
+    {"self_attn.qkv_proj", BESA_Q, 3}, {"mlp.gate_up_proj", BESA_GATE, 2}};
+
+/* Which of besa__fused a tensor is of; -1: of none. *block: its block. */
+static int besa__fused_row(const besa_checkpoint *checkpoint, const besa_tensor *tensor, int64_t *block)
+{
+    char name[96];
+    const char *layers = strstr(tensor->name, "layers.");
+    if (!layers) return -1;
+    *block = strtoll(layers + strlen("layers."), NULL, 10);
+    for (int i = 0; i < (int)(sizeof besa__fused / sizeof *besa__fused); i++) {
+        besa__tensor_name(name, sizeof name, &checkpoint->config, *block, besa__fused[i].path);
+        size_t length = strlen(name);
+        if (!strncmp(tensor->name, name, length) && !strcmp(tensor->name + length, ".weight")) return i;
+    }
+    return -1;
+}
+
+/* The parts of a tensor to *out, which moves on, with names at *names. */
+static besa_result besa__split_tensor(const besa_checkpoint *checkpoint, const besa_tensor *whole, int row, int64_t block,
+                                      besa_tensor **out, char **names, besa_error *error)
+{
+    int64_t rows = 0, part, columns;
+    for (int i = 0; i < besa__fused[row].count; i++) {
+        besa_block_layer(&checkpoint->config.block, besa__fused[row].first + i, &part, &columns);
+        rows += part;
+    }
+    if (whole->ndim != 2 || whole->shape[0] != rows || whole->shape[1] != columns)
+        return besa__fail(error, BESA_ERROR_TENSOR, "%s: tensor %.200s is not of the shape [%lld, %lld] that config.json asks for",
+                          checkpoint->directory, whole->name, (long long)rows, (long long)columns);
+    size_t at = 0;
+    for (int i = 0; i < besa__fused[row].count; i++, (*out)++) {
+        besa_block_layer(&checkpoint->config.block, besa__fused[row].first + i, &part, &columns);
+        **out = *whole;
+        (*out)->name = *names;
+        (*out)->shape[0] = part;
+        (*out)->bytes = whole->bytes / (size_t)rows * (size_t)part;
+        (*out)->data = (const unsigned char *)whole->data + at;
+        (*out)->offset += at;
+        at += (*out)->bytes;
+        besa__layer_tensor_name(*names, 96, &checkpoint->config, block, besa__fused[row].first + i, "weight");
+        *names += strlen(*names) + 1;
+    }
+    return BESA_OK;
+}
+
+/* Where a family's files hold several layers as one tensor: the tensor table has the layers, each some of its rows. */
+static besa_result besa__split_fused(besa_checkpoint *checkpoint, besa_error *error)
+{
+    void *memory;
+    int64_t block;
+    besa_result result = BESA_OK;
+    if (!(besa__find_architecture(checkpoint->config.model_type)->traits & BESA__FUSED)) return BESA_OK;
+    int64_t most = besa__sum(checkpoint->num_tensors, 3 * checkpoint->config.num_hidden_layers);
+    uint64_t bytes = besa__bytes(checkpoint->config.num_hidden_layers, BESA_LAYERS * 96);
+    BESA__TRY(besa__malloc(&memory, bytes, "the parts' names", error));
+    char *names = checkpoint->part_names = (char *)memory;
+    BESA__TRY(besa__malloc(&memory, besa__bytes(most, sizeof(besa_tensor)), "the tensor table", error));
+    besa_tensor *tensors = (besa_tensor *)memory, *out = tensors;
+    for (int64_t i = 0; i < checkpoint->num_tensors && result == BESA_OK; i++) {
+        const besa_tensor *tensor = &checkpoint->tensors[i];
+        int row = besa__fused_row(checkpoint, tensor, &block);
+        if (row < 0 || block < 0 || block >= checkpoint->config.num_hidden_layers) *out++ = *tensor;
+        else result = besa__split_tensor(checkpoint, tensor, row, block, &out, &names, error);
+    }
+    BESA_FREE(checkpoint->tensors);
+    BESA_FREE(checkpoint->sorted);
+    checkpoint->sorted = NULL;
+    checkpoint->tensors = tensors;
+    checkpoint->num_tensors = out - tensors;
+    return result == BESA_OK ? besa__sort_tensors(checkpoint, error) : result;
 }
 
 /* Embedding, norm and head, and a check of every tensor of every block. */
@@ -8524,6 +8796,7 @@ static besa_result besa__checkpoint_load(besa_checkpoint *checkpoint, const char
     BESA__TRY(besa__config_load(&checkpoint->config, &checkpoint->config_file, checkpoint->directory, error));
     BESA__TRY(besa__open_weights(checkpoint, error));
     besa__find_prefix(checkpoint);
+    BESA__TRY(besa__split_fused(checkpoint, error));
     BESA__TRY(besa__model_bind(&model, checkpoint, error));
     BESA__TRY(besa__check_tied_head(checkpoint, model.embedding, error));
     return besa__check_adapter(checkpoint, error);
@@ -10219,10 +10492,11 @@ typedef struct besa__room {
     float *vector[BESA_VECTORS];
 } besa__room;
 
-/* Rope tables of as many positions. */
+/* Rope tables of as many positions, for layers without a window or all, and for those with one where these have a rope of
+ * their own. */
 typedef struct besa__turns {
     int64_t positions;                          /* 0: there are none */
-    float *cosine, *sine;
+    float *cosine[2], *sine[2];
 } besa__turns;
 
 enum { BESA__SLOTS = 2 /* pieces of weights in pinned host memory, each way */ };
@@ -10290,10 +10564,11 @@ static int64_t besa__vocab_chunk(const besa__run *run)
 
 static void besa__turns_place(besa__turns *turns, const besa_config *config, besa__arena *arena)
 {
-    int64_t count = besa__product(turns->positions, config->block.head_dim / 2);
-    if (count == 0) return;
-    turns->cosine = besa__take_floats(arena, count);
-    turns->sine = besa__take_floats(arena, count);
+    int64_t count = besa__product(turns->positions, besa__rotary_dim(&config->block) / 2);
+    for (int i = 0; i <= config->has_local_rope && turns->positions; i++) {
+        turns->cosine[i] = besa__take_floats(arena, count);
+        turns->sine[i] = besa__take_floats(arena, count);
+    }
 }
 
 /* One block's weights and vectors, and with a pruner its pruned weights; two of each where transfers overlap. */
@@ -10345,7 +10620,7 @@ static void besa__run_place_host(besa__run *run, besa__arena *host)
 {
     const besa_block_shape *s = &run->config->block;
     int64_t vectors = besa__vector_counts(s);
-    int64_t tables = besa__product(besa__max(run->turns.positions, run->test_turns.positions), s->head_dim);
+    int64_t tables = besa__product(besa__max(run->turns.positions, run->test_turns.positions), besa__rotary_dim(s));
     int64_t rows = BESA__CHUNK_TOKENS * s->hidden_size, test = run->test.count * run->test.seqlen; /* 2 or more a window */
     run->staging = besa__take_floats(host, besa__max(besa__max(rows, tables), run->has_test ? test : 0));
     run->vectors = besa__take_floats(host, vectors);
@@ -10547,13 +10822,21 @@ static besa_result besa__check_finite(const besa__run *run, const besa_tensor *t
     return BESA_OK;
 }
 
-/* One norm or bias to the device through the host's vectors; none where the model has no such tensor. */
-static besa_result besa__bring_vector(besa__run *run, float **vectors, float *device, const besa_tensor *tensor,
+/* What a norm is above its tensor. */
+static float besa__norm_offset(const besa__run *run, int vector)
+{
+    return run->config->unit_norms && vector >= BESA_LAYERS ? 1.0f : 0.0f;
+}
+
+/* One norm or bias, its tensor and offset, to the device through the host's vectors; none where the model has no such
+ * tensor. */
+static besa_result besa__bring_vector(besa__run *run, float **vectors, float *device, const besa_tensor *tensor, float offset,
                                       besa_error *error)
 {
     if (!tensor) return BESA_OK;
     int64_t count = tensor->shape[0];
     BESA__TRY(besa__tensor_floats(*vectors, tensor, 0, count, error));
+    for (int64_t i = 0; i < count && offset != 0.0f; i++) (*vectors)[i] += offset;
     if (run->writer) BESA__TRY(besa__check_copy(run->writer, tensor, error));
     besa__release_pages(run->checkpoint, tensor);
     BESA__TRY(besa__pass_error(run->be, run->be->upload(run->be, BESA_QUEUE_STAGE, device, *vectors,
@@ -10611,7 +10894,7 @@ static besa_result besa__in_begin(besa__run *run, int64_t index, besa_error *err
     const besa__block_tensors *t = &run->in.tensors;
     for (int i = 0; i < BESA_LAYERS && !run->be->unified_memory; i++) besa__expect_pages(run->checkpoint, t->weight[i]);
     for (int i = 0; i < BESA_VECTORS; i++)
-        BESA__TRY(besa__bring_vector(run, &vectors, room->vector[i], t->vector[i], error));
+        BESA__TRY(besa__bring_vector(run, &vectors, room->vector[i], t->vector[i], besa__norm_offset(run, i), error));
     return BESA_OK;
 }
 
@@ -10672,6 +10955,13 @@ static besa_result besa__in_share(besa__run *run, size_t target, besa_error *err
     return BESA_OK;
 }
 
+static void besa__block_turns(besa_block *block, const besa_config *config, const besa__turns *turns)
+{
+    int local = config->has_local_rope && block->shape.sliding_window > 0;
+    block->rope_cos = turns->cosine[local];
+    block->rope_sin = turns->sine[local];
+}
+
 /* Block `index` is on the device, whole; *seconds is what the host spent on that. */
 static besa_result besa__in_finish(besa__run *run, int64_t index, besa_block *block, double *seconds, besa_error *error)
 {
@@ -10686,12 +10976,13 @@ static besa_result besa__in_finish(besa__run *run, int64_t index, besa_block *bl
     block->shape = run->config->block;
     block->shape.sliding_window = run->config->window[index] ? run->config->sliding_window : 0;
     block->dtype = run->model.dtype;
-    block->rope_cos = run->turns.cosine;
-    block->rope_sin = run->turns.sine;
+    block->shape.no_rope = run->config->no_rope[index];
+    besa__block_turns(block, run->config, &run->turns);
     for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = room->weight[i];
     for (int i = 0; i < BESA_VECTORS; i++) {
         *besa__block_vector(block, i) = t->vector[i] ? room->vector[i] : NULL;
         if (run->has_pruner && t->vector[i]) run->pruner.weights.vector[i].dtype = t->vector[i]->dtype;
+        run->pruner.weights.vector[i].offset = besa__norm_offset(run, i);
     }
     *seconds = run->in.seconds + run->in.copying;
     run->in.block = -1;
@@ -10821,7 +11112,9 @@ static besa_result besa__out_vectors(besa__run *run, besa_error *error)
     float *at = run->pruner.results_vectors;
     for (int i = 0; i < BESA_VECTORS; at += vector[i++].count) {
         const besa_tensor *tensor = run->out.tensors.vector[i];
+        float offset = besa__norm_offset(run, i);
         if (!tensor) continue;
+        for (int64_t k = 0; k < vector[i].count && offset != 0.0f; k++) at[k] -= offset;
         for (int64_t k = 0; k < vector[i].count && tensor->dtype != BESA_F32; k++) {
             uint16_t half = tensor->dtype == BESA_F16 ? besa__f32_to_f16(at[k]) : besa__f32_to_bf16(at[k]);
             memcpy((unsigned char *)at + (size_t)k * sizeof half, &half, sizeof half);
@@ -10859,15 +11152,19 @@ static besa_result besa__run_share(void *user, double fraction, besa_error *erro
 static besa_result besa__load_turns(besa__run *run, const besa__turns *turns, besa_error *error)
 {
     besa_backend *be = run->be;
-    int64_t count = turns->positions * (run->config->block.head_dim / 2);
+    besa_block_shape shape = run->config->block;
+    int64_t count = turns->positions * (besa__rotary_dim(&shape) / 2);
     size_t bytes = (size_t)count * sizeof(float);
     float *cosine = (float *)run->staging, *sine = cosine + count;
-    if (count == 0) return BESA_OK;
-    besa_rope_table(&run->config->block, turns->positions, cosine, sine);
-    besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, turns->cosine, cosine, bytes);
-    if (result == BESA_OK) result = be->upload(be, BESA_QUEUE_COMPUTE, turns->sine, sine, bytes);
-    if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
-    return besa__pass_error(be, result, error);
+    for (int i = 0; i <= run->config->has_local_rope && count > 0; i++) {
+        if (i) shape.rope = run->config->local_rope;
+        besa_rope_table(&shape, turns->positions, cosine, sine);
+        besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, turns->cosine[i], cosine, bytes);
+        if (result == BESA_OK) result = be->upload(be, BESA_QUEUE_COMPUTE, turns->sine[i], sine, bytes);
+        if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
+        BESA__TRY_ON(be, result, error);
+    }
+    return BESA_OK;
 }
 
 static besa_result besa__load_rope(besa__run *run, besa_error *error)
@@ -10888,17 +11185,27 @@ static besa_result besa__check_ids(const besa__run *run, const int32_t *ids, int
     return BESA_OK;
 }
 
-/* x(tokens, d) = rows of the embedding, gathered on the host and converted on the device. */
+/* What the embedding's rows are multiplied with. Gemma's is of the dtype of activations, as these models were trained. */
+static float besa__embedding_scale(const besa__run *run)
+{
+    float scale = (float)run->config->embedding_scale;
+    if (scale == 0.0f) return 1.0f;
+    int rounded = run->config->unit_norms && run->be->activation_dtype == BESA_BF16;
+    return rounded ? besa__bf16_to_f32(besa__f32_to_bf16(scale)) : scale;
+}
+
+/* x(tokens, d) = rows of the embedding, gathered on the host, scaled, and converted on the device. */
 static besa_result besa__embed(besa__run *run, void *x, const int32_t *ids, int64_t tokens, besa_error *error)
 {
     besa_backend *be = run->be;
     const besa_tensor *table = run->model.embedding;
     int64_t d = run->config->block.hidden_size;
-    float *rows = (float *)run->staging;
+    float *rows = (float *)run->staging, scale = besa__embedding_scale(run);
     for (int64_t i = 0; i < tokens; i += BESA__CHUNK_TOKENS) {
         int64_t count = besa__min(BESA__CHUNK_TOKENS, tokens - i);
         for (int64_t t = 0; t < count; t++)
             BESA__TRY(besa__tensor_floats(rows + t * d, table, ids[i + t] * d, d, error));
+        for (int64_t k = 0; k < count * d && scale != 1.0f; k++) rows[k] *= scale;
         void *to = besa__at(x, be->activation_dtype, i * d);
         besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, run->rows, rows, (size_t)(count * d) * sizeof(float));
         if (result == BESA_OK) result = be->convert(be, to, be->activation_dtype, run->rows, BESA_F32, count * d);
@@ -10927,7 +11234,7 @@ static besa_result besa__test_forward(besa__run *run, const besa_block *block, b
     besa_backend *be = run->be;
     besa_block turned = *block;
     if (!run->has_test) return BESA_OK;
-    if (run->test_turns.positions > 0) turned.rope_cos = run->test_turns.cosine, turned.rope_sin = run->test_turns.sine;
+    if (run->test_turns.positions > 0) besa__block_turns(&turned, run->config, &run->test_turns);
     besa__use_workspace(be, run->workspace, run->workspace_bytes);
     BESA__TRY_ON(be, besa__stream_forward(&run->test, besa__stream_walk(&run->test, -1), &turned, &run->acts), error);
     return besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
@@ -10954,6 +11261,9 @@ static besa_result besa__head_chunk(besa__run *run, int64_t first_id, int64_t id
     int64_t seqlen = run->test.seqlen, d = run->config->block.hidden_size, vocab = run->config->vocab_size;
     int64_t tokens = chunk->count * seqlen, t0 = chunk->first * seqlen;
     BESA__TRY(be->logits(be, run->logits, x, run->rows, run->model.head->dtype, tokens, ids, d));
+    double scale = run->config->logits_scale, cap = run->config->logits_softcap;
+    if (scale != 0 || cap != 0)
+        BESA__TRY(be->softcap(be, run->logits, scale != 0 ? (float)scale : 1.0f, (float)cap, tokens * ids));
     if (!out)
         return be->nll_update(be, run->nll_state + 3 * t0, run->logits, run->targets + t0, first_id, ids, tokens,
                               first_id == 0);
@@ -10963,13 +11273,19 @@ static besa_result besa__head_chunk(besa__run *run, int64_t first_id, int64_t id
     return be->synchronize(be, BESA_QUEUE_COMPUTE);
 }
 
+/* The block's vector that the final norm takes the place of. */
+static int besa__final_vector(const besa__run *run)
+{
+    return run->config->block.norms == BESA_NORMS_OUT ? BESA_NORM1_OUT : BESA_NORM1;
+}
+
 /* The final norm over the test stream. */
 static besa_result besa__final_norm(besa__run *run, besa_error *error)
 {
     besa_backend *be = run->be;
     besa__stream *s = &run->test;
-    float *vectors = run->vectors, *norm = run->room[0].vector[BESA_NORM1];
-    BESA__TRY(besa__bring_vector(run, &vectors, norm, run->model.norm, error));
+    float *vectors = run->vectors, *norm = run->room[0].vector[besa__final_vector(run)];
+    BESA__TRY(besa__bring_vector(run, &vectors, norm, run->model.norm, besa__norm_offset(run, BESA_NORM1), error));
     BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_STAGE), error);
     besa__walk walk = besa__stream_walk(s, -1);
     while (besa__walk_next(&walk)) {
@@ -11361,6 +11677,7 @@ static besa_result besa__read_vectors(besa__run *run, int64_t index, besa_block 
         BESA__TRY(besa__writer_read(run->writer, &written, end, 0, written.bytes, error));
         written.data = end;
         BESA__TRY(besa__tensor_floats(at, &written, 0, vector[i].count, error));
+        for (int64_t k = 0; k < vector[i].count && besa__norm_offset(run, i) != 0.0f; k++) at[k] += besa__norm_offset(run, i);
         BESA__TRY_ON(be, be->upload(be, BESA_QUEUE_COMPUTE, vector[i].value, at, bytes), error);
         *besa__block_vector(block, i) = vector[i].value;
     }
