@@ -264,7 +264,7 @@
  * LIMITS
  *
  *     Llama 1/2/3, Mistral, Qwen2, Qwen3, SmolLM3, Granite, OLMo-2, Phi-3/4, Gemma-2 and Gemma-3 text checkpoints in F32, F16
- *     or BF16 safetensors. Level 1 needs POSIX (mmap, flock)
+ *     or BF16 safetensors, and the language models of Gemma-3, Mistral-3 and Qwen2.5-VL. Level 1 needs POSIX (mmap, flock)
  *     and a little-endian machine: elsewhere checkpoints are refused. Levels 2 and 3 (BESA_NO_STDIO) need neither. Float
  *     arithmetic must be IEEE's: fast math and x87 (32-bit x86 without -msse2 -mfpmath=sse) do not compile, and a CPU backend
  *     is refused where exp or subnormal numbers come out wrong. Sizes are 64-bit: what a 32-bit process cannot address is
@@ -1287,6 +1287,7 @@ typedef struct besa_config {
     const char *model_type;                     /* as in config.json; lives as long as the library */
     const char *prefix;                         /* of all tensors' names but the head's: "model.", or "" where the file has
                                                    none; likewise */
+    const char *head;                           /* the head's: "lm_head.weight" */
     int64_t vocab_size, num_hidden_layers, max_position_embeddings;
     besa_block_shape block;                     /* sliding_window and no_rope 0 here: see window[], no_rope[] */
     int64_t sliding_window;                     /* of the layers that have one */
@@ -1300,6 +1301,7 @@ typedef struct besa_config {
     double embedding_scale;                     /* of what the embedding gives; 0: 1 */
     double logits_scale, logits_softcap;        /* logits l are softcap tanh(scale l / softcap); 0: 1; none */
     int tie_word_embeddings;                    /* 1: the embedding is the head; 0 too where the file's head differs */
+    int is_part;                                /* of a model that reads images too: the language model, and the rest stays */
 } besa_config;
 
 typedef struct besa_tensor {
@@ -7902,7 +7904,8 @@ enum {
     BESA__LONGROPE = 16,                        /* partial_rotary_factor; original_max_position_embeddings at the root */
     BESA__GEMMA = 32,                           /* GeGLU, norms above 1, scaled embedding, capped logits */
     BESA__CAPPED = 64,                          /* attn_logit_softcapping */
-    BESA__LOCAL_ROPE = 128                      /* another rope where layers slide */
+    BESA__LOCAL_ROPE = 128,                     /* another rope where layers slide */
+    BESA__MROPE = 256                           /* a rope by three positions, which are one for text */
 };
 enum { BESA__QK_NORM_HEAD = 1, BESA__QK_NORM_WHOLE }; /* over a head, over all heads */
 
@@ -7936,6 +7939,10 @@ static const besa__architecture besa__architectures[] = {
      BESA__WINDOW_CHOSEN, BESA__ROPES, 32, 0, 4096, 32768, 1e4, 1e-6, BESA_NORMS_IN, 0, 0},
     {"qwen3", "Qwen3ForCausalLM", NULL, "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_REFUSED}, BESA__QK_NORM_HEAD,
      BESA__WINDOW_CHOSEN, BESA__ROPES, 32, 128, 4096, 32768, 1e4, 1e-6, BESA_NORMS_IN, 0, 0},
+    {"qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", NULL, "model.", {BESA__BIAS_ALWAYS, BESA__BIAS_NONE, BESA__BIAS_REFUSED},
+     0, BESA__WINDOW_CHOSEN, BESA__ROPES, 8, 0, 4096, 32768, 1e6, 1e-5, BESA_NORMS_IN, BESA__MROPE, 0},
+    {"qwen2_5_vl_text", "Qwen2_5_VLForConditionalGeneration", NULL, "model.", {BESA__BIAS_ALWAYS, BESA__BIAS_NONE, BESA__BIAS_REFUSED},
+     0, BESA__WINDOW_CHOSEN, BESA__ROPES, 8, 0, 4096, 32768, 1e6, 1e-5, BESA_NORMS_IN, BESA__MROPE, 0},
     {"smollm3", "SmolLM3ForCausalLM", NULL, "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY}, 0,
      BESA__WINDOW_UNTURNED, BESA__ROPES, 4, 0, 0, 32768, 2e6, 1e-6, BESA_NORMS_IN, BESA__TIED | BESA__NO_ROPE_LAYERS, 4},
     {"granite", "GraniteForCausalLM", NULL, "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY}, 0,
@@ -8244,6 +8251,7 @@ static besa_result besa__config_rope_of(const besa__config_reader *r, const besa
         BESA__TRY(besa__config_number(r, object, prefix, "partial_rotary_factor", 1, &unused));
     const besa__json_value *type = besa__json_get(json, object, "rope_type");
     if (!type) type = besa__json_get(json, object, "type");
+    if (type && a->traits & BESA__MROPE && besa__config_is(r, type, "mrope")) type = NULL;
     if (type && a->traits & BESA__LONGROPE && (besa__config_is(r, type, "su") || besa__config_is(r, type, "yarn")))
         rope->type = BESA_ROPE_LONGROPE; /* its names in early configs */
     else if (type && !besa__find_rope(r, a, type, &rope->type)) {
@@ -8389,13 +8397,13 @@ static besa_result besa__config_sizes(const besa__config_reader *r, besa_config 
     const int64_t most = 1 << 24;
     int heads_given = besa__json_get(r->json, r->root, "num_key_value_heads") != NULL;
     int dim_given = besa__json_get(r->json, r->root, "head_dim") != NULL;
-    BESA__TRY(besa__config_integer(r, "vocab_size", 0, &config->vocab_size));
+    BESA__TRY(besa__config_integer(r, "vocab_size", config->vocab_size, &config->vocab_size));
     BESA__TRY(besa__config_integer(r, "hidden_size", 0, &b->hidden_size));
     BESA__TRY(besa__config_integer(r, "intermediate_size", 0, &b->intermediate_size));
     BESA__TRY(besa__config_integer(r, "num_hidden_layers", 0, &config->num_hidden_layers));
     BESA__TRY(besa__config_integer(r, "max_position_embeddings", a->max_position_embeddings,
                                    &config->max_position_embeddings));
-    BESA__TRY(besa__config_integer(r, "num_attention_heads", 0, &b->num_attention_heads));
+    BESA__TRY(besa__config_integer(r, "num_attention_heads", b->num_attention_heads, &b->num_attention_heads));
     int64_t groups = heads_given || !a->num_key_value_heads ? b->num_attention_heads : a->num_key_value_heads;
     BESA__TRY(besa__config_integer(r, "num_key_value_heads", groups, &b->num_key_value_heads));
     if (b->num_key_value_heads > b->num_attention_heads || b->num_attention_heads % b->num_key_value_heads)
@@ -8434,13 +8442,35 @@ static besa_result besa__config_biases(const besa__config_reader *r, const besa_
     return BESA_OK;
 }
 
-static besa_result besa__config_read(const besa__config_reader *r, besa_config *config)
+/* Models of several parts, whose language model is a family's: what there is of it in config.json is in text_config, but for
+ * what it has by default. */
+static const struct { const char *model_type, *part; int64_t vocab_size, num_attention_heads; } besa__wrappers[] = {
+    {"gemma3", "gemma3_text", 262208, 8}, {"mistral3", "mistral", 0, 0}, {"qwen2_5_vl", "qwen2_5_vl_text", 0, 0}};
+
+/* Where the language model's settings are: at the root, or in text_config of a known wrapper. */
+static besa__config_reader besa__config_part(const besa__config_reader *r, besa_config *config)
+{
+    besa__config_reader part = *r;
+    const besa__json_value *type = besa__config_get(r, "model_type"), *text = besa__config_get(r, "text_config");
+    for (size_t i = 0; i < sizeof besa__wrappers / sizeof *besa__wrappers; i++)
+        if (besa__json_is(r->json, text, BESA__JSON_OBJECT) && besa__config_is(r, type, besa__wrappers[i].model_type) &&
+            besa__config_is(r, besa__json_get(r->json, text, "model_type"), besa__wrappers[i].part)) {
+            part.root = text;
+            config->is_part = 1;
+            config->vocab_size = besa__wrappers[i].vocab_size;
+            config->block.num_attention_heads = besa__wrappers[i].num_attention_heads;
+        }
+    return part;
+}
+
+static besa_result besa__config_read(const besa__config_reader *whole, besa_config *config)
 {
     const besa__architecture *a;
-    if (!besa__json_is(r->json, r->root, BESA__JSON_OBJECT))
-        return besa__fail(r->error, BESA_ERROR_JSON, "%s: no JSON object", r->path);
+    if (!besa__json_is(whole->json, whole->root, BESA__JSON_OBJECT))
+        return besa__fail(whole->error, BESA_ERROR_JSON, "%s: no JSON object", whole->path);
+    besa__config_reader part = besa__config_part(whole, config), *r = &part;
     BESA__TRY(besa__config_architecture(r, config, &a));
-    BESA__TRY(besa__config_stored(r));
+    BESA__TRY(besa__config_stored(whole));
     BESA__TRY(besa__config_refuse_unknown(r, a));
     BESA__TRY(besa__config_sizes(r, config, a));
     BESA__TRY(besa__config_rope(r, a, config));
@@ -8448,7 +8478,9 @@ static besa_result besa__config_read(const besa__config_reader *r, besa_config *
     BESA__TRY(besa__config_windows(r, config, a));
     BESA__TRY(besa__config_number(r, r->root, "", "rms_norm_eps", a->rms_norm_eps, &config->block.rms_norm_eps));
     BESA__TRY(besa__config_bool(r, "tie_word_embeddings", &config->tie_word_embeddings));
-    if (!besa__config_get(r, "tie_word_embeddings")) config->tie_word_embeddings = (a->traits & BESA__TIED) != 0;
+    int tied = besa__config_get(r, "tie_word_embeddings") != NULL;
+    if (!tied) BESA__TRY(besa__config_bool(whole, "tie_word_embeddings", &config->tie_word_embeddings));
+    if (!tied && !besa__config_get(whole, "tie_word_embeddings")) config->tie_word_embeddings = (a->traits & BESA__TIED) != 0;
     return besa__config_biases(r, a, config->bias);
 }
 
@@ -8565,10 +8597,17 @@ static besa_result besa__check_block_numbers(const besa_checkpoint *checkpoint, 
 /* Names without the prefix, as models saved without their head have them. */
 static void besa__find_prefix(besa_checkpoint *checkpoint)
 {
+    static const char *const others[] = { "", "language_model.model.", "model.language_model." };
     besa_config *c = &checkpoint->config;
     char name[96];
     snprintf(name, sizeof name, "%snorm.weight", c->prefix);
-    if (!besa_checkpoint_find(checkpoint, name) && besa_checkpoint_find(checkpoint, "norm.weight")) c->prefix = "";
+    for (int i = 0; i < (c->is_part ? 3 : 1) && !besa_checkpoint_find(checkpoint, name); i++) {
+        snprintf(name, sizeof name, "%snorm.weight", others[i]);
+        if (besa_checkpoint_find(checkpoint, name)) c->prefix = others[i];
+    }
+    c->head = besa__head_name;
+    if (c->is_part && besa_checkpoint_find(checkpoint, "language_model.lm_head.weight"))
+        c->head = "language_model.lm_head.weight";
 }
 
 /* Tensors that hold the rows of several layers, one layer after another. */
@@ -8653,15 +8692,15 @@ static besa_result besa__model_bind(besa__model *model, const besa_checkpoint *c
     besa__block_tensors block;
     memset(model, 0, sizeof *model);
     snprintf(name, sizeof name, "%sembed_tokens.weight", c->prefix);
-    if (c->tie_word_embeddings && !besa_checkpoint_find(checkpoint, name) && besa_checkpoint_find(checkpoint, besa__head_name))
-        snprintf(name, sizeof name, "%s", besa__head_name); /* the two are one, under either name */
+    if (c->tie_word_embeddings && !besa_checkpoint_find(checkpoint, name) && besa_checkpoint_find(checkpoint, c->head))
+        snprintf(name, sizeof name, "%s", c->head); /* the two are one, under either name */
     BESA__TRY(besa__need(&model->embedding, checkpoint, name, c->vocab_size, c->block.hidden_size, error));
     snprintf(name, sizeof name, "%snorm.weight", c->prefix);
     BESA__TRY(besa__need(&model->norm, checkpoint, name, c->block.hidden_size, 0, error));
     model->head = model->embedding;
-    if (!c->tie_word_embeddings && !*c->prefix && !besa_checkpoint_find(checkpoint, besa__head_name)) model->head = NULL;
+    if (!c->tie_word_embeddings && !*c->prefix && !besa_checkpoint_find(checkpoint, c->head)) model->head = NULL;
     else if (!c->tie_word_embeddings)
-        BESA__TRY(besa__need(&model->head, checkpoint, besa__head_name, c->vocab_size, c->block.hidden_size, error));
+        BESA__TRY(besa__need(&model->head, checkpoint, c->head, c->vocab_size, c->block.hidden_size, error));
     for (int64_t i = 0; i < c->num_hidden_layers; i++) {
         BESA__TRY(besa__block_bind(&block, checkpoint, i, error));
         if (!i) model->dtype = block.weight[0]->dtype;
@@ -8695,8 +8734,8 @@ static besa_result besa__check_tied_head(besa_checkpoint *checkpoint, const besa
 {
     besa_config *c = &checkpoint->config;
     const besa_tensor *head;
-    if (!c->tie_word_embeddings || !besa_checkpoint_find(checkpoint, besa__head_name)) return BESA_OK;
-    BESA__TRY(besa__need(&head, checkpoint, besa__head_name, c->vocab_size, c->block.hidden_size, error));
+    if (!c->tie_word_embeddings || !besa_checkpoint_find(checkpoint, c->head)) return BESA_OK;
+    BESA__TRY(besa__need(&head, checkpoint, c->head, c->vocab_size, c->block.hidden_size, error));
     if (besa__same_tensor(checkpoint, head, embedding)) return BESA_OK;
     c->tie_word_embeddings = 0;
     besa__checkpoint_note(checkpoint, "note: config.json says tie_word_embeddings, but %s differs from %s: the head is used, "
@@ -8796,6 +8835,9 @@ static besa_result besa__checkpoint_load(besa_checkpoint *checkpoint, const char
     BESA__TRY(besa__config_load(&checkpoint->config, &checkpoint->config_file, checkpoint->directory, error));
     BESA__TRY(besa__open_weights(checkpoint, error));
     besa__find_prefix(checkpoint);
+    if (checkpoint->config.is_part)
+        besa__checkpoint_note(checkpoint, "note: the language model alone is used and pruned (%s*); the other parts stay as "
+                              "they are", checkpoint->config.prefix);
     BESA__TRY(besa__split_fused(checkpoint, error));
     BESA__TRY(besa__model_bind(&model, checkpoint, error));
     BESA__TRY(besa__check_tied_head(checkpoint, model.embedding, error));

@@ -16,7 +16,7 @@ import tempfile
 try:
     import numpy as np
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 except ImportError as e:
     print(f"SKIP comparison with transformers: {e}")
     sys.exit(0)
@@ -32,7 +32,9 @@ def besa(program, *arguments):
 
 
 def transformers_perplexity(directory, tokens, seqlen, windows):
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    parts = "vision_config" in json.loads((pathlib.Path(directory) / "config.json").read_text())
+    kind = AutoModelForImageTextToText if parts else AutoModelForCausalLM
+    model = kind.from_pretrained(directory, dtype=torch.float32).eval()
     ids = torch.tensor(tokens[: windows * seqlen].astype(np.int64)).view(windows, seqlen)
     total = 0.0
     with torch.no_grad():

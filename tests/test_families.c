@@ -220,7 +220,11 @@ static int stop_in_block(void *user, const besa_progress *p)
     return p->block == g_counted.stop && p->pass == BESA_PASS_COMMIT;
 }
 
-static int is_of_layer(const char *name) { return strstr(name, "_proj.weight") != NULL; }
+static int is_of_block(const besa_checkpoint *checkpoint, const char *name)
+{
+    const char *prefix = besa_checkpoint_config(checkpoint)->prefix;
+    return !strncmp(name, prefix, strlen(prefix)) && !strncmp(name + strlen(prefix), "layers.", 7);
+}
 
 /* Against the source: zeros of every layer, and what else has changed. kept 1: weights that are left are as they were; vectors 1:
  * norms and biases of blocks may have moved. */
@@ -246,8 +250,9 @@ static void check_output(const model *m, const char *output, const besa_report *
         const besa_tensor *in = besa_checkpoint_tensor(m->checkpoint, i), *out = besa_checkpoint_tensor(pruned, i);
         CHECK(!strcmp(in->name, out->name), "tensor %d is %s, was %s", (int)i, out->name, in->name);
         int same = in->bytes == out->bytes && !memcmp(in->data, out->data, in->bytes);
-        if (strstr(in->name, "norm.weight") && strstr(in->name, "layers.")) moved += !same;
-        CHECK(same || is_of_layer(in->name) || (vectors && strstr(in->name, "layers.")), "%s has changed", in->name);
+        int block = is_of_block(pruned, in->name);
+        if (strstr(in->name, "norm.weight") && block) moved += !same;
+        CHECK(same || (block && (vectors || strstr(in->name, "_proj.weight"))), "%s has changed", in->name);
     }
     CHECK(!vectors || moved > 0, "no norm has moved");
     besa_checkpoint_close(pruned);
@@ -387,7 +392,7 @@ static void test_fused(void)
 int main(int argc, char **argv)
 {
     static const char *const family[] = { "smollm3", "smollm3_sliding", "granite", "olmo2", "phi3", "phi3_longrope", "phi3_partial", "gemma2",
-                                          "gemma3_text" };
+                                          "gemma3_text", "gemma3", "mistral3", "qwen2_5_vl" };
     enum { FAMILIES = (int)(sizeof family / sizeof *family) };
     if (argc < 2) return fprintf(stderr, "usage: %s FAMILIES_DIRECTORY [part of a test's name]\n", argv[0]), 2;
     g_families = argv[1];
@@ -398,7 +403,7 @@ int main(int argc, char **argv)
         snprintf(name[i][0], 64, "%s, transformers' answers", family[i]);
         TEST(name[i][0]) test_answers(family[i]);
         snprintf(name[i][1], 64, "%s, gradients", family[i]);
-        TEST(name[i][1]) for (int64_t b = 0; b < 4; b++) test_gradients(family[i], b);
+        TEST(name[i][1]) for (int64_t b = 0; b < 3; b++) test_gradients(family[i], b);
         snprintf(name[i][2], 64, "%s, every method", family[i]);
         TEST(name[i][2]) test_runs(family[i]);
     }

@@ -1229,9 +1229,9 @@ static void test_known_models(void)
         { "\"mixtral\",\"num_local_experts\":8", "\"mixtral\", a mixture of experts (num_local_experts), is not supported" },
         { "\"qwen3_moe\",\"num_experts\":128", "a mixture of experts (num_experts)" },
         { "\"deepseek_v3\",\"n_routed_experts\":256", "a mixture of experts (n_routed_experts)" },
-        { "\"gemma3\",\"text_config\":{\"model_type\":\"gemma3_text\"}", "among parts that read images or sound (text_config)" },
+        { "\"gemma3\",\"text_config\":{\"model_type\":\"gemma3n_text\"}", "among parts that read images or sound (text_config)" },
         { "\"llama4\",\"text_config\":{\"model_type\":\"llama4_text\"}", "(text_config)" },
-        { "\"qwen2_5_vl\",\"vision_config\":{}", "(vision_config)" }, { "\"gpt2\"", "model_type = \"gpt2\" is not supported" } };
+        { "\"qwen2_vl\",\"vision_config\":{}", "(vision_config)" }, { "\"gpt2\"", "model_type = \"gpt2\" is not supported" } };
     besa_config config;
     char text[512];
     for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
@@ -1281,6 +1281,13 @@ static void test_families(void)
         { SLIDING("\"phi3\",\"rope_scaling\":{\"type\":\"linear\",\"factor\":2}"), 0, 0, "\"default\", \"longrope\"" },
         { SLIDING("\"llama\",\"rope_scaling\":{\"type\":\"longrope\"}"), 0, 0, "rope_scaling.type = \"longrope\"" },
         { SLIDING("\"smollm3\",\"no_rope_layers\":[1,0]"), 0, 0, "no_rope_layers" },
+        { "{\"model_type\":\"gemma3\",\"text_config\":{\"model_type\":\"gemma3_text\",\"hidden_size\":2560,\"intermediate_size\":10240,"
+          "\"num_hidden_layers\":34,\"rope_scaling\":{\"factor\":8.0,\"rope_type\":\"linear\"},\"sliding_window\":1024},"
+          "\"vision_config\":{}}", NUMBER(block.rope.factor), 8, NULL },
+        { "{\"model_type\":\"gemma3\",\"text_config\":{\"model_type\":\"gemma3_text\"}}", 0, 0, "hidden_size" },
+        { SLIDING("\"qwen2_5_vl\",\"vision_config\":{},\"rope_scaling\":{\"type\":\"mrope\",\"mrope_section\":[16,24,24]}"),
+          NUMBER(block.rope.theta), 1e6, NULL },
+        { SLIDING("\"qwen2\",\"rope_scaling\":{\"type\":\"mrope\",\"mrope_section\":[16,24,24]}"), 0, 0, "mrope" },
         { SLIDING("\"smollm3\",\"no_rope_layers\":[1,0,2]"), 0, 0, "no_rope_layers" },
         { SLIDING("\"smollm3\",\"no_rope_layers\":3"), 0, 0, "no_rope_layers" },
         { SLIDING("\"gemma2\",\"hidden_activation\":\"gelu\""), 0, 0, "hidden_activation" },
