@@ -230,7 +230,8 @@
  *     (CUDA: 2), weights of w = 2 bytes (bf16, f16) or 4:
  *         weights and pruned weights   2 w N (CUDA: 4 w N, of two blocks)    ranks        2 N bytes
  *         one layer's gradient         4 x largest layer (CUDA: a piece)     rates        7 x 4 x 101 R bytes
- *         X and Yref                   2 a T d                               activations  about a t (13 d + 4 i)
+ *         X and Yref                   2 a T d                               activations  about a t (13 d + 4 i), 3 d more
+ *                                                                                            where outputs are normed
  *         Hessians: SparseGPT, refit   4 (3 d^2 + i^2) bytes, twice for      scores       4 x largest layer, baselines
  *                                      SparseGPT (or its scores) with cg     refit        8192 x widest layer's columns
  *         channel norms                4 d per batch                         workspace    some MB, more with more threads
@@ -263,7 +264,8 @@
  *
  * LIMITS
  *
- *     Llama 1/2/3, Mistral, Qwen2 and Qwen3 checkpoints in F32, F16 or BF16 safetensors. Level 1 needs POSIX (mmap, flock)
+ *     Llama 1/2/3, Mistral, Qwen2, Qwen3, SmolLM3, Granite, OLMo-2, Phi-3/4, Gemma-2 and Gemma-3 text checkpoints in F32, F16
+ *     or BF16 safetensors, and the language models of Gemma-3, Mistral-3 and Qwen2.5-VL. Level 1 needs POSIX (mmap, flock)
  *     and a little-endian machine: elsewhere checkpoints are refused. Levels 2 and 3 (BESA_NO_STDIO) need neither. Float
  *     arithmetic must be IEEE's: fast math and x87 (32-bit x86 without -msse2 -mfpmath=sse) do not compile, and a CPU backend
  *     is refused where exp or subnormal numbers come out wrong. Sizes are 64-bit: what a 32-bit process cannot address is
@@ -403,6 +405,8 @@ typedef struct besa_attention_shape {
     int64_t batch, seqlen;
     int64_t num_attention_heads, num_key_value_heads, head_dim;
     int64_t sliding_window;                     /* token t sees t - window + 1 .. t; 0: all before it */
+    float scale;                                /* of q k'; 0: 1 / sqrt(head_dim) */
+    float softcap;                              /* scores s become softcap tanh(s / softcap); 0: they stay */
 } besa_attention_shape;
 
 /* How a group of rows gets its rate from the logits theta_L of its layer and theta_g of its own, each (D+1):
@@ -544,11 +548,11 @@ struct besa_backend {
     /* dX(N,d) = inv_rms (g dY - X inv_rms^2 mean(g dY X)) [+ dX]; dX may be dY */
     besa_result (*rmsnorm_backward)(besa_backend *be, void *dx, const void *dy, const void *x, const float *g,
                                     const float *inv_rms, int64_t n, int64_t d, int accumulate);
-    /* In place on X(T, heads * dh): pairs (i, i + dh/2) of each head turned by the angle of position t % seqlen;
-     * cos, sin (seqlen, dh/2). direction 1 forward, -1 backward (the transposed turn). */
+    /* In place on X(T, heads * dh): pairs (i, i + r/2) of the first r elements of each head turned by the angle of position
+     * t % seqlen; cos, sin (seqlen, r/2). direction 1 forward, -1 backward (the transposed turn). */
     besa_result (*rope)(besa_backend *be, void *x, const float *cosine, const float *sine, int64_t tokens,
-                        int64_t seqlen, int64_t heads, int64_t head_dim, int direction);
-    /* O(T, heads*dh) = softmax_causal(Q K' / sqrt(dh)) V, per sequence and head */
+                        int64_t seqlen, int64_t heads, int64_t head_dim, int64_t rotary_dim, int direction);
+    /* O(T, heads*dh) = softmax_causal(softcap(scale Q K')) V, per sequence and head */
     besa_result (*attention_forward)(besa_backend *be, void *o, const void *q, const void *k, const void *v,
                                      const besa_attention_shape *s);
     /* dQ, dK, dV assigned, from dO; the probabilities are computed again from Q and K */
@@ -559,6 +563,13 @@ struct besa_backend {
     /* dG = dZ U silu'(G), dU = dZ silu(G); dG may be G and dU may be U */
     besa_result (*swiglu_backward)(besa_backend *be, void *dgate, void *dup, const void *dz, const void *gate,
                                    const void *up, int64_t n);
+    /* Z(n) = gelu(G) U, gelu(x) = x sigmoid(2 c (x + 0.044715 x^3)), c = sqrt(2 / pi): its form with tanh */
+    besa_result (*geglu_forward)(besa_backend *be, void *z, const void *gate, const void *up, int64_t n);
+    /* dG = dZ U gelu'(G), dU = dZ gelu(G); dG may be G and dU may be U */
+    besa_result (*geglu_backward)(besa_backend *be, void *dgate, void *dup, const void *dz, const void *gate,
+                                  const void *up, int64_t n);
+    /* Y(n) = X + scale Z, act; X NULL: 0; y may be x or z */
+    besa_result (*residual)(besa_backend *be, void *y, const void *x, const void *z, float scale, int64_t n);
 
     /* ---- statistics and loss --------------------------------------------------------------- */
     /* out(d) += column sums of X(T,d)^2; T may be larger than the workload's tokens */
@@ -646,6 +657,8 @@ struct besa_backend {
     besa_result (*weight_step)(besa_backend *be, const besa_weight_step *o);
     /* Y(n) = (1 - share) Y + share X, act */
     besa_result (*mix)(besa_backend *be, void *y, const void *x, float share, int64_t n);
+    /* y(n) += value */
+    besa_result (*shift)(besa_backend *be, float *y, float value, int64_t n);
 
     /* ---- quantisation ---------------------------------------------------------------------- */
     /* range(R,G,2) = the largest and the smallest of 0 and each `group` columns of W(R,C) */
@@ -701,6 +714,8 @@ struct besa_backend {
     /* logits(T,V) = H(T,d) W(V,d)', float */
     besa_result (*logits)(besa_backend *be, float *out, const void *h, const void *w, besa_dtype dtype, int64_t tokens,
                           int64_t vocab, int64_t d);
+    /* y(n) = s y; where cap is not 0, cap tanh(s y / cap) */
+    besa_result (*softcap)(besa_backend *be, float *y, float scale, float cap, int64_t n);
     /* Running log-sum-exp over chunks of the vocabulary: state(T,3) = max, sum of exp, logit of the target; first
      * starts it; logits(T,count) are those of ids first_id .. ; target(T), -1 for none */
     besa_result (*nll_update)(besa_backend *be, float *state, const float *logits, const int32_t *target,
@@ -724,7 +739,8 @@ struct besa_backend {
     X(sparsegpt_slab) X(sparsegpt_push) X(score_rows) X(sparsegpt_given) X(hessian_whole)          \
     X(hessian_product) X(refit_begin) X(refit_step) X(refit_end)                                   \
     X(quantize_range) X(quantize_grid) X(quantize) X(quantize_gradient)                            \
-    X(logits) X(nll_update) X(nll_sum)
+    X(logits) X(nll_update) X(nll_sum)                                                             \
+    X(geglu_forward) X(geglu_backward) X(residual) X(shift) X(softcap)
 
 typedef struct besa_cpu_options {
     int threads;                                /* 0: as many as OpenMP would use; 1 without OpenMP */
@@ -911,23 +927,29 @@ BESA_API besa_result besa_rates_status(besa_rates *rates, double *d, double *mea
 enum { BESA_Q, BESA_K, BESA_V, BESA_O, BESA_GATE, BESA_UP, BESA_DOWN, BESA_LAYERS };
 
 /* A block's vectors: the biases, under their layers' numbers, and the norms. */
-enum { BESA_NORM1 = BESA_LAYERS, BESA_NORM2, BESA_Q_NORM, BESA_K_NORM, BESA_VECTORS };
+enum { BESA_NORM1 = BESA_LAYERS, BESA_NORM2, BESA_Q_NORM, BESA_K_NORM, BESA_NORM1_OUT, BESA_NORM2_OUT, BESA_VECTORS };
 
 typedef enum besa_rope_type {
-    BESA_ROPE_DEFAULT, BESA_ROPE_LINEAR, BESA_ROPE_LLAMA3, BESA_ROPE_DYNAMIC, BESA_ROPE_YARN
+    BESA_ROPE_DEFAULT, BESA_ROPE_LINEAR, BESA_ROPE_LLAMA3, BESA_ROPE_DYNAMIC, BESA_ROPE_YARN, BESA_ROPE_LONGROPE
 } besa_rope_type;
+enum { BESA_MAX_ROPE_FACTORS = 256 };
 
 typedef struct besa_rope {
     besa_rope_type type;
     double theta;                               /* base */
-    double factor;                              /* all but default */
+    double factor;                              /* all but default and longrope */
     double low_freq_factor, high_freq_factor;   /* llama3 */
-    double original_max_position_embeddings;    /* llama3, dynamic, yarn: tokens of the longest sequences in training */
+    double original_max_position_embeddings;    /* tokens of the longest sequences in training; not of default, linear */
     double attention_factor;                    /* of cos and sin; 0: 1 */
     double beta_fast, beta_slow;                /* yarn: pairs that turn so often over the original length are as they were,
                                                    and stretched */
     int no_truncate;                            /* yarn: 1: the ramp between these need not begin and end at whole pairs */
+    float short_factor[BESA_MAX_ROPE_FACTORS];  /* longrope: a pair's wavelength is so much longer in sequences of up to */
+    float long_factor[BESA_MAX_ROPE_FACTORS];   /* original_max_position_embeddings tokens; in longer ones */
 } besa_rope;
+
+/* What of a sublayer (attention, MLP) is normed: what it reads, or what it puts out before that is added, or both. */
+typedef enum besa_norms { BESA_NORMS_IN, BESA_NORMS_OUT, BESA_NORMS_BOTH } besa_norms;
 
 typedef struct besa_block_shape {
     int64_t hidden_size, intermediate_size;
@@ -935,28 +957,42 @@ typedef struct besa_block_shape {
     int64_t sliding_window;                     /* 0: none */
     double rms_norm_eps;
     besa_rope rope;
+    /* where a block differs from Llama's; 0 is Llama */
+    besa_norms norms;                           /* what of a sublayer is normed */
+    int qk_norm_whole;                          /* q_norm and k_norm are over all heads together */
+    int no_rope;                                /* q and k are not turned; rope_cos and rope_sin are not looked at */
+    int gelu;                                   /* GeGLU instead of SwiGLU: gelu in its form with tanh */
+    int64_t rotary_dim;                         /* of a head's elements, the first so many are turned; 0: all */
+    double attention_scale, attention_softcap;  /* as in besa_attention_shape */
+    double residual_scale;                      /* of a sublayer's output where it is added; 0: 1 */
 } besa_block_shape;
 
 /* A decoder block: device pointers, owned by the caller. Biases are NULL where the model has none, q_norm and k_norm
- * (head_dim) too; they are applied per head before rope. Norms and biases are float whatever the dtype. */
+ * (head_dim, or that of all heads with qk_norm_whole) too; they are applied before rope. Norms and biases are float whatever
+ * the dtype. */
 typedef struct besa_block {
     besa_block_shape shape;
     besa_dtype dtype;
     const void *weight[BESA_LAYERS];            /* (R,C) of besa_block_layer() */
     const float *bias[BESA_LAYERS];             /* (R) or NULL */
-    const float *norm1, *norm2;                 /* (hidden_size) */
+    const float *norm1, *norm2;                 /* (hidden_size); NULL with BESA_NORMS_OUT */
     const float *q_norm, *k_norm;               /* (head_dim) or NULL */
-    const float *rope_cos, *rope_sin;           /* (seqlen, head_dim / 2), from besa_rope_table() */
+    const float *norm1_out, *norm2_out;         /* (hidden_size); NULL with BESA_NORMS_IN */
+    const float *rope_cos, *rope_sin;           /* (seqlen, rotary_dim / 2), from besa_rope_table() */
 } besa_block;
 
 /* What a forward pass leaves for the backward pass, device, carved from one buffer by besa_activations_init(). For T
  * tokens: a, h1, m, dm (T, hidden_size); q, q_raw, attn, dattn, dq (T, heads * head_dim); k, k_raw, v, dk, dv
  * (T, kv_heads * head_dim); gate, up, z, dz (T, intermediate_size); inv_rms1, inv_rms2 (T), inv_rms_q (T * heads),
- * inv_rms_k (T * kv_heads). */
+ * inv_rms_k (T * kv_heads); tail, out1, out2 (T, hidden_size), inv_rms1_out, inv_rms2_out (T). */
 typedef struct besa_activations {
     void *a, *q, *k, *v, *attn, *h1, *m, *gate, *up, *z; /* act; q, k after norm and rope */
     void *q_raw, *k_raw;                        /* before the q/k norms; NULL without them */
     float *inv_rms1, *inv_rms2, *inv_rms_q, *inv_rms_k;
+    void *out1, *out2;                          /* what the sublayers put out, before the norm; NULL with BESA_NORMS_IN */
+    float *inv_rms1_out, *inv_rms2_out;
+    void *tail;                                 /* a sublayer's output on its way to the sum, and its gradient; NULL where
+                                                   it is added as it is */
     void *dz, *dm, *dattn, *dq, *dk, *dv;       /* backward only; NULL where not asked for */
     float *dw;                                  /* (R,C) of the largest layer; backward only */
     int64_t dw_count;                           /* floats that dw has room for, a row of any layer at least: with less
@@ -977,8 +1013,8 @@ BESA_API const char *besa_layer_name(int layer);
 /* Rows and columns of a layer's weight. */
 BESA_API void besa_block_layer(const besa_block_shape *shape, int layer, int64_t *rows, int64_t *columns);
 
-/* Fill cosine, sine (seqlen, head_dim / 2), host memory, with the angles t * inv_freq_i of the shape's rope, times its
- * attention_factor. A dynamic rope is another for sequences of another length. */
+/* Fill cosine, sine (seqlen, rotary_dim / 2), host memory, with the angles t * inv_freq_i of the shape's rope, times its
+ * attention_factor. A dynamic rope, and longrope, is another for sequences of another length. */
 BESA_API void besa_rope_table(const besa_block_shape *shape, int64_t seqlen, float *cosine, float *sine);
 
 /* Bytes of a buffer for besa_activations_init(), device memory of the caller, 256-byte aligned. tokens = batch * seqlen;
@@ -991,7 +1027,7 @@ BESA_API void besa_activations_init(besa_activations *acts, void *device, const 
 /* The workload of a block's passes, for be->workspace_size(). */
 BESA_API besa_workload besa_block_workload(const besa_block_shape *shape, int64_t batch, int64_t seqlen);
 
-/* Y(T,d) = F(W, X) for T = batch * seqlen tokens: pre-norm attention and SwiGLU as section "block" writes them out.
+/* Y(T,d) = F(W, X) for T = batch * seqlen tokens: attention and gated MLP as section "block" writes them out.
  * x, y: device, act; y may be x (then there is no dx in the backward pass), or NULL where only acts are wanted.
  * be->workspace must hold be->workspace_size(be, besa_block_workload(shape, batch, seqlen)). */
 BESA_API besa_result besa_block_forward(besa_backend *be, const besa_block *block, besa_activations *acts,
@@ -1230,7 +1266,7 @@ BESA_API besa_result besa_pruner_create(besa_pruner **pruner, besa_backend *be, 
 BESA_API void besa_pruner_destroy(besa_pruner *pruner); /* NULL is fine */
 
 /* Prune one block.
- *   block    the dense weights, device; rope tables for at least seqlen positions, of a dynamic rope for as many
+ *   block    the dense weights, device; rope tables for at least seqlen positions, of dynamic and longrope for as many
  *   name     prefix of tensor names for options.fixed, such as "model.layers.3."; NULL: none
  *   x        (nsamples * seqlen, hidden_size) device, act: in, the block's inputs; out, the pruned block's outputs
  *   dense_x  the same of the dense stream, in and out; NULL unless options.dense_stream or dense_share
@@ -1259,13 +1295,21 @@ typedef struct besa_config {
     const char *model_type;                     /* as in config.json; lives as long as the library */
     const char *prefix;                         /* of all tensors' names but the head's: "model.", or "" where the file has
                                                    none; likewise */
+    const char *head;                           /* the head's: "lm_head.weight" */
     int64_t vocab_size, num_hidden_layers, max_position_embeddings;
-    besa_block_shape block;                     /* sliding_window 0 here: see window[] */
+    besa_block_shape block;                     /* sliding_window and no_rope 0 here: see window[], no_rope[] */
     int64_t sliding_window;                     /* of the layers that have one */
     uint8_t window[BESA_MAX_LAYERS];            /* 1: this layer slides */
+    uint8_t no_rope[BESA_MAX_LAYERS];           /* 1: this layer does without rope */
+    int has_local_rope;                         /* the layers that slide have a rope of their own: */
+    besa_rope local_rope;
     int bias[BESA_LAYERS];                      /* 1: the layer has a bias */
-    int qk_norm;                                /* q and k are normed per head before rope */
+    int qk_norm;                                /* q and k are normed before rope */
+    int unit_norms;                             /* norms are stored as what they are above 1 */
+    double embedding_scale;                     /* of what the embedding gives; 0: 1 */
+    double logits_scale, logits_softcap;        /* logits l are softcap tanh(scale l / softcap); 0: 1; none */
     int tie_word_embeddings;                    /* 1: the embedding is the head; 0 too where the file's head differs */
+    int is_part;                                /* of a model that reads images too: the language model, and the rest stays */
 } besa_config;
 
 typedef struct besa_tensor {
@@ -1298,7 +1342,8 @@ BESA_API const besa_config *besa_checkpoint_config(const besa_checkpoint *checkp
 BESA_API int64_t besa_checkpoint_tensor_count(const besa_checkpoint *checkpoint);
 BESA_API const besa_tensor *besa_checkpoint_tensor(const besa_checkpoint *checkpoint, int64_t index); /* file order */
 BESA_API const besa_tensor *besa_checkpoint_find(const besa_checkpoint *checkpoint, const char *name); /* or NULL */
-/* The weights (R, C) of a block's layer, BESA_Q .. BESA_DOWN; NULL where there is no such block or layer. */
+/* The weights (R, C) of a block's layer, BESA_Q .. BESA_DOWN; NULL where there is no such block or layer. Layers that a file
+ * holds as one tensor, such as qkv_proj, are tensors of their own here: rows of it. */
 BESA_API const besa_tensor *besa_checkpoint_layer(const besa_checkpoint *checkpoint, int64_t block, int layer);
 
 /* A token file: .npy (uint16, int32, uint32 or int64; 1-D stream or 2-D sequences), raw little-endian .u16 / .i32 / .bin
@@ -1931,10 +1976,15 @@ static const besa__layer_row besa__layers[BESA_LAYERS] = {
     {"mlp.down_proj", BESA__WIDTH_HIDDEN, BESA__WIDTH_INTERMEDIATE, BESA__INPUT_Z, BESA__GROUP_MLP},
 };
 
-/* The norms of a block, in the order of BESA_NORM1 .. BESA_K_NORM. */
-static const struct { const char *path; int width; } besa__norm_rows[BESA_VECTORS - BESA_LAYERS] = {
-    {"input_layernorm", BESA__WIDTH_HIDDEN}, {"post_attention_layernorm", BESA__WIDTH_HIDDEN},
-    {"self_attn.q_norm", BESA__WIDTH_HEAD}, {"self_attn.k_norm", BESA__WIDTH_HEAD}};
+/* The norms of a block, in the order of BESA_NORM1 .. BESA_NORM2_OUT: their names for each of besa_norms, NULL where a block
+ * has no such norm; the width, and that with qk_norm_whole. */
+static const struct { const char *path[3]; int width, whole; } besa__norm_rows[BESA_VECTORS - BESA_LAYERS] = {
+    {{"input_layernorm", NULL, "input_layernorm"}, BESA__WIDTH_HIDDEN, BESA__WIDTH_HIDDEN},
+    {{"post_attention_layernorm", NULL, "pre_feedforward_layernorm"}, BESA__WIDTH_HIDDEN, BESA__WIDTH_HIDDEN},
+    {{"self_attn.q_norm", "self_attn.q_norm", "self_attn.q_norm"}, BESA__WIDTH_HEAD, BESA__WIDTH_QUERY},
+    {{"self_attn.k_norm", "self_attn.k_norm", "self_attn.k_norm"}, BESA__WIDTH_HEAD, BESA__WIDTH_KEY_VALUE},
+    {{NULL, "post_attention_layernorm", "post_attention_layernorm"}, BESA__WIDTH_HIDDEN, BESA__WIDTH_HIDDEN},
+    {{NULL, "post_feedforward_layernorm", "post_feedforward_layernorm"}, BESA__WIDTH_HIDDEN, BESA__WIDTH_HIDDEN}};
 
 BESA_API const char *besa_layer_name(int layer)
 {
@@ -1960,11 +2010,19 @@ BESA_API void besa_block_layer(const besa_block_shape *shape, int layer, int64_t
     *columns = besa__width(shape, besa__layers[layer].columns);
 }
 
+/* The name of a norm; NULL where blocks of the shape have none. */
+static const char *besa__norm_path(const besa_block_shape *shape, int vector)
+{
+    return besa__norm_rows[vector - BESA_LAYERS].path[shape->norms];
+}
+
 /* Elements of a norm or bias. */
 static int64_t besa__vector_count(const besa_block_shape *shape, int vector)
 {
     int norm = vector - BESA_LAYERS;
-    return besa__width(shape, norm < 0 ? besa__layers[vector].rows : besa__norm_rows[norm].width);
+    if (norm < 0) return besa__width(shape, besa__layers[vector].rows);
+    if (!besa__norm_path(shape, vector)) return 0;
+    return besa__width(shape, shape->qk_norm_whole ? besa__norm_rows[norm].whole : besa__norm_rows[norm].width);
 }
 
 /* Where a block has it. */
@@ -1975,6 +2033,8 @@ static const float **besa__block_vector(besa_block *block, int vector)
     case BESA_NORM2: return &block->norm2;
     case BESA_Q_NORM: return &block->q_norm;
     case BESA_K_NORM: return &block->k_norm;
+    case BESA_NORM1_OUT: return &block->norm1_out;
+    case BESA_NORM2_OUT: return &block->norm2_out;
     default: return &block->bias[vector];
     }
 }
@@ -2018,12 +2078,22 @@ static const besa__range besa__ranges[] = {
     { "low_freq_factor", 1e-6, 1e15, 0 },
     { "high_freq_factor", 1e-6, 1e15, 0 },
     { "original_max_position_embeddings", 1e-6, 1e15, 0 },
-    { "attention_factor", 1e-6, 1e15, 0 },      /* this and the next: of yarn */
+    { "attention_factor", 1e-6, 1e15, 0 },      /* of longrope; and this and the next: of yarn */
     { "beta_fast", 1e-6, 1e15, 0 },
     { "beta_slow", 1e-6, 1e15, 0 },
     { "mscale", 1e-6, 1e15, 0 },
     { "mscale_all_dim", 1e-6, 1e15, 0 },
     { "partial_rotary_factor", 1, 1, 0 },
+    { "no_rope_layer_interval", 1, 1099511627776.0, 1 },
+    { "embedding_multiplier", 1e-6, 1e15, 0 },
+    { "attention_multiplier", 1e-6, 1e15, 0 },
+    { "residual_multiplier", 1e-6, 1e15, 0 },
+    { "logits_scaling", 1e-6, 1e15, 0 },
+    { "query_pre_attn_scalar", 1e-6, 1e15, 0 },
+    { "attn_logit_softcapping", 1e-6, 1e15, 0 },
+    { "final_logit_softcapping", 1e-6, 1e15, 0 },
+    { "sliding_window_pattern", 1, 1099511627776.0, 1 },
+    { "rope_local_base_freq", 1e-6, 1e15, 0 },
 };
 
 /* The range of one of the keys above. */
@@ -3342,6 +3412,7 @@ typedef struct besa__weight_layer {
 typedef struct besa__vector {
     int64_t count, columns;                     /* columns: of the unit of the learning rate */
     besa_dtype dtype;                           /* of the checkpoint's tensor */
+    float offset;                               /* of the vector above what that tensor holds */
     const float *dense;                         /* (count) as the block came; NULL: it has none, or vectors do not learn */
     float *value;                               /* (count) what the block reads: w rounded to the dtype */
     float *w, *m, *v, *grad;                    /* (count) */
@@ -3398,6 +3469,7 @@ static void besa__vectors_place(besa__weights *weights, const besa_block_shape *
         besa__vector *vector = &weights->vector[i];
         vector->count = besa__vector_count(shape, i);
         vector->columns = i < BESA_LAYERS ? weights->layer[i].columns : vector->count;
+        if (vector->count == 0) continue;
         vector->value = besa__take_floats(arena, vector->count);
         vector->w = besa__take_floats(arena, vector->count);
         vector->m = besa__take_floats(arena, vector->count);
@@ -3438,6 +3510,22 @@ static besa_weight_step besa__weights_step(const besa__weights *weights, int64_t
     return o;
 }
 
+/* value = w, as the tensor would hold it in its dtype. */
+static besa_result besa__vector_round(besa__weights *weights, const besa__vector *vector)
+{
+    besa_backend *be = weights->be;
+    const float *from = vector->w;
+    if (vector->offset != 0.0f) {
+        BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, vector->value, vector->w, (size_t)vector->count * sizeof(float)));
+        BESA__TRY(be->shift(be, vector->value, -vector->offset, vector->count));
+        from = vector->value;
+    }
+    const void *rounded = vector->dtype == BESA_F32 ? (const void *)from : weights->rounded;
+    if (rounded != from) BESA__TRY(be->convert(be, weights->rounded, vector->dtype, from, BESA_F32, vector->count));
+    if (rounded != vector->value) BESA__TRY(be->convert(be, vector->value, BESA_F32, rounded, vector->dtype, vector->count));
+    return vector->offset != 0.0f ? be->shift(be, vector->value, vector->offset, vector->count) : BESA_OK;
+}
+
 /* Move the norms and biases along their gradients. */
 static besa_result besa__vectors_move(besa__weights *weights)
 {
@@ -3451,10 +3539,7 @@ static besa_result besa__vectors_move(besa__weights *weights)
         o.grad = vector->grad;
         o.rms = vector->rms;
         BESA__TRY(be->weight_step(be, &o));
-        const void *rounded = vector->dtype == BESA_F32 ? (const void *)vector->w : weights->rounded;
-        if (rounded != vector->w)
-            BESA__TRY(be->convert(be, weights->rounded, vector->dtype, vector->w, BESA_F32, vector->count));
-        BESA__TRY(be->convert(be, vector->value, BESA_F32, rounded, vector->dtype, vector->count));
+        BESA__TRY(besa__vector_round(weights, vector));
     }
     return BESA_OK;
 }
@@ -3618,7 +3703,16 @@ static besa_result besa__clips_step(besa__quantization *q)
  *
  *   a = rmsnorm(x; g1)     q, k, v = a Wq', a Wk', a Wv'     q, k = rope(norm(q)), rope(norm(k))
  *   attn = softmax_causal(q k' / sqrt(dh)) v                 h1 = x + attn Wo'
- *   m = rmsnorm(h1; g2)    z = silu(m Wg') * (m Wu')         y = h1 + z Wd' */
+ *   m = rmsnorm(h1; g2)    z = silu(m Wg') * (m Wu')         y = h1 + z Wd'
+ *
+ * and as the shape has it otherwise: no norm of x and h1, but one of attn Wo' and z Wd' before they are added, or both;
+ * these times residual_scale; gelu for silu; no rope; other scores, see besa_attention_shape. */
+
+/* Whether sequences of different lengths are turned differently. */
+BESA__UNUSED static int besa__rope_by_length(const besa_rope *rope)
+{
+    return rope->type == BESA_ROPE_DYNAMIC || rope->type == BESA_ROPE_LONGROPE;
+}
 
 /* The share of pair i that yarn stretches (arXiv 2309.00071): 0 to the pair that turns beta_fast times over the original
  * length, 1 from the one that turns beta_slow times, a ramp between them. */
@@ -3633,15 +3727,14 @@ static double besa__yarn_share(const besa_rope *rope, int64_t pair, int64_t head
     return fmin(fmax(((double)pair - low) / width, 0), 1);
 }
 
-/* Whether sequences of different lengths are turned differently. */
-BESA__UNUSED static int besa__rope_by_length(const besa_rope *rope) { return rope->type == BESA_ROPE_DYNAMIC; }
-
 /* The wavelength of pair i is 2 pi theta^(2 i / dh). llama3 and yarn stretch long wavelengths by `factor`, leave short ones
- * and blend between; dynamic raises theta for sequences that are longer than those in training. */
+ * and blend between; dynamic raises theta for sequences that are longer than those in training; longrope
+ * stretches each wavelength by a factor of its own (arXiv 2402.13753). */
 static double besa__inverse_frequency(const besa_rope *rope, int64_t pair, int64_t head_dim, int64_t seqlen)
 {
     double f = pow(rope->theta, -2.0 * (double)pair / (double)head_dim);
-    double longer = (double)seqlen / rope->original_max_position_embeddings; /* of dynamic */
+    double longer = (double)seqlen / rope->original_max_position_embeddings; /* of dynamic, longrope */
+    if (rope->type == BESA_ROPE_LONGROPE) return f / (double)(longer > 1 ? rope->long_factor : rope->short_factor)[pair];
     if (rope->type == BESA_ROPE_LINEAR) return f / rope->factor;
     if (rope->type == BESA_ROPE_DEFAULT || (rope->type == BESA_ROPE_DYNAMIC && longer <= 1)) return f;
     if (rope->type == BESA_ROPE_DYNAMIC)
@@ -3654,12 +3747,15 @@ static double besa__inverse_frequency(const besa_rope *rope, int64_t pair, int64
     return (1 - smooth) * f / rope->factor + smooth * f;
 }
 
+/* Elements of a head that are turned. */
+static int64_t besa__rotary_dim(const besa_block_shape *s) { return s->rotary_dim ? s->rotary_dim : s->head_dim; }
+
 BESA_API void besa_rope_table(const besa_block_shape *shape, int64_t seqlen, float *cosine, float *sine)
 {
-    int64_t half = shape->head_dim / 2;
+    int64_t half = besa__rotary_dim(shape) / 2;
     double scale = shape->rope.attention_factor != 0 ? shape->rope.attention_factor : 1;
     for (int64_t i = 0; i < half; i++) {
-        float f = (float)besa__inverse_frequency(&shape->rope, i, shape->head_dim, seqlen);
+        float f = (float)besa__inverse_frequency(&shape->rope, i, 2 * half, seqlen);
         for (int64_t t = 0; t < seqlen; t++) {
             double angle = (double)((float)t * f); /* in float, as the models were trained */
             cosine[t * half + i] = (float)(scale * cos(angle));
@@ -3696,6 +3792,14 @@ static int64_t besa__largest_layer(const besa_block_shape *shape)
     return most;
 }
 
+/* Whether what a sublayer puts out is more than added. */
+static int besa__has_tail(const besa_block_shape *s) { return s->norms != BESA_NORMS_IN || s->residual_scale != 0; }
+
+static float besa__residual_scale(const besa_block_shape *s)
+{
+    return s->residual_scale != 0 ? (float)s->residual_scale : 1.0f;
+}
+
 /* Place the activations of `tokens` tokens; with room for dw_count floats of a weight's gradient, 0: forward only. */
 static void besa__activations_place(besa_activations *acts, besa__arena *arena, besa_dtype dtype,
                                     const besa_block_shape *s, int qk_norm, int64_t tokens, int64_t dw_count)
@@ -3717,6 +3821,13 @@ static void besa__activations_place(besa_activations *acts, besa__arena *arena, 
     acts->z = besa__take(arena, i);
     acts->inv_rms1 = besa__take_floats(arena, tokens);
     acts->inv_rms2 = besa__take_floats(arena, tokens);
+    if (besa__has_tail(s)) acts->tail = besa__take(arena, d);
+    if (s->norms != BESA_NORMS_IN) {
+        acts->out1 = besa__take(arena, d);
+        acts->out2 = besa__take(arena, d);
+        acts->inv_rms1_out = besa__take_floats(arena, tokens);
+        acts->inv_rms2_out = besa__take_floats(arena, tokens);
+    }
     if (qk_norm) {
         acts->q_raw = besa__take(arena, q);
         acts->k_raw = besa__take(arena, kv);
@@ -3780,7 +3891,55 @@ static besa_attention_shape besa__attention_shape(const besa_block_shape *shape,
     s.num_key_value_heads = shape->num_key_value_heads;
     s.head_dim = shape->head_dim;
     s.sliding_window = shape->sliding_window;
+    s.scale = (float)shape->attention_scale;
+    s.softcap = (float)shape->attention_softcap;
     return s;
+}
+
+/* Rope of q and k, or dq and dk. */
+static besa_result besa__rope(besa_backend *be, const besa_block *b, void *q, void *k, int64_t tokens, int64_t seqlen,
+                              int direction)
+{
+    const besa_block_shape *s = &b->shape;
+    int64_t turned = besa__rotary_dim(s);
+    if (s->no_rope) return BESA_OK;
+    BESA__TRY(be->rope(be, q, b->rope_cos, b->rope_sin, tokens, seqlen, s->num_attention_heads, s->head_dim, turned, direction));
+    return be->rope(be, k, b->rope_cos, b->rope_sin, tokens, seqlen, s->num_key_value_heads, s->head_dim, turned, direction);
+}
+
+/* Rows of a norm of q or k, and their width. */
+static void besa__qk_norm_sizes(const besa_block_shape *s, int64_t heads, int64_t tokens, int64_t *n, int64_t *d)
+{
+    *n = s->qk_norm_whole ? tokens : tokens * heads;
+    *d = s->qk_norm_whole ? heads * s->head_dim : s->head_dim;
+}
+
+/* y = rmsnorm(x), or x where there is no norm g. */
+static besa_result besa__norm_in(besa_backend *be, const besa_block *b, void *y, float *inv_rms, const void *x, const float *g,
+                                 int64_t tokens)
+{
+    int64_t d = b->shape.hidden_size;
+    if (g) return be->rmsnorm_forward(be, y, inv_rms, x, g, tokens, d, (float)b->shape.rms_norm_eps);
+    return be->copy(be, BESA_QUEUE_COMPUTE, y, x, besa_dtype_size(be->activation_dtype) * (size_t)(tokens * d));
+}
+
+/* y = x + what a sublayer puts out, whose last layer, o or down, reads z. y may be x. */
+static besa_result besa__sublayer_out(besa_backend *be, const besa_block *b, besa_activations *acts, int layer, void *y,
+                                      const void *x, const void *z, int64_t tokens)
+{
+    const besa_block_shape *s = &b->shape;
+    int64_t d = s->hidden_size;
+    if (!besa__has_tail(s)) {
+        size_t bytes = besa_dtype_size(be->activation_dtype) * (size_t)(tokens * d);
+        if (y != x) BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, y, x, bytes));
+        return besa__layer_forward(be, b, layer, y, z, tokens, 1);
+    }
+    void *out = s->norms == BESA_NORMS_IN ? acts->tail : layer == BESA_O ? acts->out1 : acts->out2;
+    BESA__TRY(besa__layer_forward(be, b, layer, out, z, tokens, 0));
+    if (s->norms != BESA_NORMS_IN)
+        BESA__TRY(be->rmsnorm_forward(be, acts->tail, layer == BESA_O ? acts->inv_rms1_out : acts->inv_rms2_out, out,
+                                      layer == BESA_O ? b->norm1_out : b->norm2_out, tokens, d, (float)s->rms_norm_eps));
+    return be->residual(be, y, x, acts->tail, besa__residual_scale(s), tokens * d);
 }
 
 /* q, k, v from a = rmsnorm(x), with the q/k norms where the model has them, and rope. */
@@ -3788,45 +3947,40 @@ static besa_result besa__qkv_forward(besa_backend *be, const besa_block *b, besa
                                      int64_t seqlen)
 {
     const besa_block_shape *s = &b->shape;
-    int64_t heads = s->num_attention_heads, kv_heads = s->num_key_value_heads, dh = s->head_dim;
+    int64_t n, d;
     float eps = (float)s->rms_norm_eps;
     void *q = b->q_norm ? acts->q_raw : acts->q, *k = b->k_norm ? acts->k_raw : acts->k;
     BESA__TRY(besa__layer_forward(be, b, BESA_Q, q, acts->a, tokens, 0));
     BESA__TRY(besa__layer_forward(be, b, BESA_K, k, acts->a, tokens, 0));
     BESA__TRY(besa__layer_forward(be, b, BESA_V, acts->v, acts->a, tokens, 0));
-    if (b->q_norm)
-        BESA__TRY(be->rmsnorm_forward(be, acts->q, acts->inv_rms_q, q, b->q_norm, tokens * heads, dh, eps));
-    if (b->k_norm)
-        BESA__TRY(be->rmsnorm_forward(be, acts->k, acts->inv_rms_k, k, b->k_norm, tokens * kv_heads, dh, eps));
-    BESA__TRY(be->rope(be, acts->q, b->rope_cos, b->rope_sin, tokens, seqlen, heads, dh, 1));
-    return be->rope(be, acts->k, b->rope_cos, b->rope_sin, tokens, seqlen, kv_heads, dh, 1);
+    besa__qk_norm_sizes(s, s->num_attention_heads, tokens, &n, &d);
+    if (b->q_norm) BESA__TRY(be->rmsnorm_forward(be, acts->q, acts->inv_rms_q, q, b->q_norm, n, d, eps));
+    besa__qk_norm_sizes(s, s->num_key_value_heads, tokens, &n, &d);
+    if (b->k_norm) BESA__TRY(be->rmsnorm_forward(be, acts->k, acts->inv_rms_k, k, b->k_norm, n, d, eps));
+    return besa__rope(be, b, acts->q, acts->k, tokens, seqlen, 1);
 }
 
 /* m = rmsnorm(h1) and z = silu(m Wg') * (m Wu'). */
 static besa_result besa__mlp_forward(besa_backend *be, const besa_block *b, besa_activations *acts, const void *h1,
                                      int64_t tokens)
 {
-    const besa_block_shape *s = &b->shape;
-    float eps = (float)s->rms_norm_eps;
-    BESA__TRY(be->rmsnorm_forward(be, acts->m, acts->inv_rms2, h1, b->norm2, tokens, s->hidden_size, eps));
+    int64_t n = tokens * b->shape.intermediate_size;
+    BESA__TRY(besa__norm_in(be, b, acts->m, acts->inv_rms2, h1, b->norm2, tokens));
     BESA__TRY(besa__layer_forward(be, b, BESA_GATE, acts->gate, acts->m, tokens, 0));
     BESA__TRY(besa__layer_forward(be, b, BESA_UP, acts->up, acts->m, tokens, 0));
-    return be->swiglu_forward(be, acts->z, acts->gate, acts->up, tokens * s->intermediate_size);
+    return (b->shape.gelu ? be->geglu_forward : be->swiglu_forward)(be, acts->z, acts->gate, acts->up, n);
 }
 
 /* h1 = x + attn Wo', with the attention layers' inputs on the way; may be x. */
 static besa_result besa__attention_half(besa_backend *be, const besa_block *b, besa_activations *acts, const void *x, void *h1,
                                         int64_t batch, int64_t seqlen)
 {
-    const besa_block_shape *s = &b->shape;
-    int64_t tokens = batch * seqlen, d = s->hidden_size;
-    size_t stream = besa_dtype_size(be->activation_dtype) * (size_t)(tokens * d);
-    besa_attention_shape attention = besa__attention_shape(s, batch, seqlen);
-    BESA__TRY(be->rmsnorm_forward(be, acts->a, acts->inv_rms1, x, b->norm1, tokens, d, (float)s->rms_norm_eps));
+    int64_t tokens = batch * seqlen;
+    besa_attention_shape attention = besa__attention_shape(&b->shape, batch, seqlen);
+    BESA__TRY(besa__norm_in(be, b, acts->a, acts->inv_rms1, x, b->norm1, tokens));
     BESA__TRY(besa__qkv_forward(be, b, acts, tokens, seqlen));
     BESA__TRY(be->attention_forward(be, acts->attn, acts->q, acts->k, acts->v, &attention));
-    if (h1 != x) BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, h1, x, stream));
-    return besa__layer_forward(be, b, BESA_O, h1, acts->attn, tokens, 1);
+    return besa__sublayer_out(be, b, acts, BESA_O, h1, x, acts->attn, tokens);
 }
 
 /* y NULL: stop after the layers' inputs. keep 1: leave h1 in acts for a backward pass; 0: y holds h1 on the way, which
@@ -3835,13 +3989,10 @@ static besa_result besa__block_forward(besa_backend *be, const besa_block *b, be
                                        void *y, int64_t batch, int64_t seqlen, int keep)
 {
     int64_t tokens = batch * seqlen;
-    size_t stream = besa_dtype_size(be->activation_dtype) * (size_t)(tokens * b->shape.hidden_size);
     void *h1 = keep || !y ? acts->h1 : y;
     BESA__TRY(besa__attention_half(be, b, acts, x, h1, batch, seqlen));
     BESA__TRY(besa__mlp_forward(be, b, acts, h1, tokens));
-    if (!y) return BESA_OK;
-    if (h1 != y) BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, y, h1, stream));
-    return besa__layer_forward(be, b, BESA_DOWN, y, acts->z, tokens, 1);
+    return y ? besa__sublayer_out(be, b, acts, BESA_DOWN, y, h1, acts->z, tokens) : BESA_OK;
 }
 
 /* What the backward pass needs at every layer. */
@@ -3906,23 +4057,58 @@ static besa_result besa__layer_gradient(const besa__backward *p, int layer, cons
     return BESA_OK;
 }
 
+/* From dy, where a sublayer's output has been added, to *dout, where its last layer, o or down, puts it out: dy itself, or
+ * acts->tail. */
+static besa_result besa__sublayer_back(const besa__backward *p, int layer, const void *dy, const void **dout)
+{
+    besa_backend *be = p->be;
+    const besa_block *b = p->block;
+    const besa_block_shape *s = &b->shape;
+    besa_activations *acts = p->acts;
+    int64_t d = s->hidden_size;
+    const void *out = layer == BESA_O ? acts->out1 : acts->out2;
+    const float *inv_rms = layer == BESA_O ? acts->inv_rms1_out : acts->inv_rms2_out;
+    *dout = dy;
+    if (s->residual_scale != 0) {
+        *dout = acts->tail;
+        BESA__TRY(be->residual(be, acts->tail, NULL, dy, (float)s->residual_scale, p->tokens * d));
+    }
+    if (s->norms == BESA_NORMS_IN) return BESA_OK;
+    const float *g = layer == BESA_O ? b->norm1_out : b->norm2_out;
+    BESA__TRY(besa__norm_gradient(p, layer == BESA_O ? BESA_NORM1_OUT : BESA_NORM2_OUT, *dout, out, inv_rms, p->tokens, d));
+    BESA__TRY(be->rmsnorm_backward(be, acts->tail, *dout, out, g, inv_rms, p->tokens, d, 0));
+    *dout = acts->tail;
+    return BESA_OK;
+}
+
+/* dx += what dm, at the inputs of a sublayer's layers, is at the sublayer's: through the norm g of x, or as it is. */
+static besa_result besa__norm_in_backward(const besa__backward *p, void *dx, const void *dm, const void *x, const float *g,
+                                          const float *inv_rms)
+{
+    int64_t d = p->block->shape.hidden_size;
+    if (!g) return p->be->residual(p->be, dx, dx, dm, 1.0f, p->tokens * d);
+    return p->be->rmsnorm_backward(p->be, dx, dm, x, g, inv_rms, p->tokens, d, 1);
+}
+
 /* From dy at the block's output to dy at h1; gate and up become their own gradients. */
 static besa_result besa__mlp_backward(const besa__backward *p, void *dy)
 {
     besa_backend *be = p->be;
     const besa_block *b = p->block;
     besa_activations *acts = p->acts;
-    int64_t d = b->shape.hidden_size;
-    BESA__TRY(besa__layer_backward_input(be, b, BESA_DOWN, acts->dz, dy, p->tokens, 0));
-    BESA__TRY(besa__layer_gradient(p, BESA_DOWN, dy, acts->z));
-    BESA__TRY(be->swiglu_backward(be, acts->gate, acts->up, acts->dz, acts->gate, acts->up,
-                                  p->tokens * b->shape.intermediate_size));
+    int64_t d = b->shape.hidden_size, n = p->tokens * b->shape.intermediate_size;
+    const void *dout;
+    BESA__TRY(besa__sublayer_back(p, BESA_DOWN, dy, &dout));
+    BESA__TRY(besa__layer_backward_input(be, b, BESA_DOWN, acts->dz, dout, p->tokens, 0));
+    BESA__TRY(besa__layer_gradient(p, BESA_DOWN, dout, acts->z));
+    BESA__TRY((b->shape.gelu ? be->geglu_backward : be->swiglu_backward)(be, acts->gate, acts->up, acts->dz, acts->gate,
+                                                                         acts->up, n));
     BESA__TRY(besa__layer_backward_input(be, b, BESA_GATE, acts->dm, acts->gate, p->tokens, 0));
     BESA__TRY(besa__layer_backward_input(be, b, BESA_UP, acts->dm, acts->up, p->tokens, 1));
     BESA__TRY(besa__layer_gradient(p, BESA_GATE, acts->gate, acts->m));
     BESA__TRY(besa__layer_gradient(p, BESA_UP, acts->up, acts->m));
-    BESA__TRY(besa__norm_gradient(p, BESA_NORM2, acts->dm, acts->h1, acts->inv_rms2, p->tokens, d));
-    return be->rmsnorm_backward(be, dy, acts->dm, acts->h1, b->norm2, acts->inv_rms2, p->tokens, d, 1);
+    if (b->norm2) BESA__TRY(besa__norm_gradient(p, BESA_NORM2, acts->dm, acts->h1, acts->inv_rms2, p->tokens, d));
+    return besa__norm_in_backward(p, dy, acts->dm, acts->h1, b->norm2, acts->inv_rms2);
 }
 
 /* From dattn to the gradients of q, k and v; dq, dk, dv are left at the projections' outputs. */
@@ -3932,21 +4118,20 @@ static besa_result besa__attention_backward(const besa__backward *p)
     const besa_block *b = p->block;
     const besa_block_shape *s = &b->shape;
     besa_activations *acts = p->acts;
-    int64_t heads = s->num_attention_heads, kv_heads = s->num_key_value_heads, dh = s->head_dim;
+    int64_t n, d;
     besa_attention_shape attention = besa__attention_shape(s, p->batch, p->seqlen);
     BESA__TRY(be->attention_backward(be, acts->dq, acts->dk, acts->dv, acts->dattn, acts->q, acts->k, acts->v,
                                      &attention));
-    BESA__TRY(be->rope(be, acts->dq, b->rope_cos, b->rope_sin, p->tokens, p->seqlen, heads, dh, -1));
-    BESA__TRY(be->rope(be, acts->dk, b->rope_cos, b->rope_sin, p->tokens, p->seqlen, kv_heads, dh, -1));
+    BESA__TRY(besa__rope(be, b, acts->dq, acts->dk, p->tokens, p->seqlen, -1));
+    besa__qk_norm_sizes(s, s->num_attention_heads, p->tokens, &n, &d);
     if (b->q_norm) {
-        int64_t n = p->tokens * heads;
-        BESA__TRY(besa__norm_gradient(p, BESA_Q_NORM, acts->dq, acts->q_raw, acts->inv_rms_q, n, dh));
-        BESA__TRY(be->rmsnorm_backward(be, acts->dq, acts->dq, acts->q_raw, b->q_norm, acts->inv_rms_q, n, dh, 0));
+        BESA__TRY(besa__norm_gradient(p, BESA_Q_NORM, acts->dq, acts->q_raw, acts->inv_rms_q, n, d));
+        BESA__TRY(be->rmsnorm_backward(be, acts->dq, acts->dq, acts->q_raw, b->q_norm, acts->inv_rms_q, n, d, 0));
     }
+    besa__qk_norm_sizes(s, s->num_key_value_heads, p->tokens, &n, &d);
     if (b->k_norm) {
-        int64_t n = p->tokens * kv_heads;
-        BESA__TRY(besa__norm_gradient(p, BESA_K_NORM, acts->dk, acts->k_raw, acts->inv_rms_k, n, dh));
-        BESA__TRY(be->rmsnorm_backward(be, acts->dk, acts->dk, acts->k_raw, b->k_norm, acts->inv_rms_k, n, dh, 0));
+        BESA__TRY(besa__norm_gradient(p, BESA_K_NORM, acts->dk, acts->k_raw, acts->inv_rms_k, n, d));
+        BESA__TRY(be->rmsnorm_backward(be, acts->dk, acts->dk, acts->k_raw, b->k_norm, acts->inv_rms_k, n, d, 0));
     }
     return BESA_OK;
 }
@@ -3961,10 +4146,10 @@ static besa_result besa__input_backward(const besa__backward *p, const void *x, 
     BESA__TRY(besa__layer_backward_input(be, b, BESA_Q, acts->dm, acts->dq, p->tokens, 0));
     BESA__TRY(besa__layer_backward_input(be, b, BESA_K, acts->dm, acts->dk, p->tokens, 1));
     BESA__TRY(besa__layer_backward_input(be, b, BESA_V, acts->dm, acts->dv, p->tokens, 1));
-    BESA__TRY(besa__norm_gradient(p, BESA_NORM1, acts->dm, x, acts->inv_rms1, p->tokens, d));
+    if (b->norm1) BESA__TRY(besa__norm_gradient(p, BESA_NORM1, acts->dm, x, acts->inv_rms1, p->tokens, d));
     if (!dx) return BESA_OK;
     BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, dx, dy, besa_dtype_size(be->activation_dtype) * (size_t)(p->tokens * d)));
-    return be->rmsnorm_backward(be, dx, acts->dm, x, b->norm1, acts->inv_rms1, p->tokens, d, 1);
+    return besa__norm_in_backward(p, dx, acts->dm, x, b->norm1, acts->inv_rms1);
 }
 
 static besa_result besa__block_backward(const besa__backward *p, const void *x, void *dy, void *dx)
@@ -3974,8 +4159,10 @@ static besa_result besa__block_backward(const besa__backward *p, const void *x, 
     BESA__TRY(besa__mlp_backward(p, dy)); /* dy has come to h1 */
     if (p->at_h1) BESA__TRY(p->at_h1(p->user, dy));
     int further = dx || (p->layers & qkv) || wanted[BESA_NORM1] || wanted[BESA_Q_NORM] || wanted[BESA_K_NORM];
-    if (further) BESA__TRY(besa__layer_backward_input(p->be, p->block, BESA_O, p->acts->dattn, dy, p->tokens, 0));
-    BESA__TRY(besa__layer_gradient(p, BESA_O, dy, p->acts->attn));
+    const void *dout;
+    BESA__TRY(besa__sublayer_back(p, BESA_O, dy, &dout));
+    if (further) BESA__TRY(besa__layer_backward_input(p->be, p->block, BESA_O, p->acts->dattn, dout, p->tokens, 0));
+    BESA__TRY(besa__layer_gradient(p, BESA_O, dout, p->acts->attn));
     if (!further) return BESA_OK;
     BESA__TRY(besa__attention_backward(p));
     if (dx || wanted[BESA_NORM1]) BESA__TRY(besa__input_backward(p, x, dy, dx));
@@ -4736,6 +4923,11 @@ static besa_result besa__check_shape(const besa_block_shape *s, besa_dtype dtype
                           "num_key_value_heads, %lld", (long long)s->num_attention_heads, (long long)s->num_key_value_heads);
     if (s->head_dim % 2 != 0)
         return besa__fail(error, BESA_ERROR_OPTION, "head_dim is %lld, expected an even number", (long long)s->head_dim);
+    if (s->rotary_dim < 0 || s->rotary_dim > s->head_dim || s->rotary_dim % 2 != 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "rotary_dim is %lld, expected an even number up to head_dim, %lld",
+                          (long long)s->rotary_dim, (long long)s->head_dim);
+    if ((unsigned)s->norms > BESA_NORMS_BOTH)
+        return besa__fail(error, BESA_ERROR_OPTION, "norms is %d: not a value of besa_norms", (int)s->norms);
     if (s->num_attention_heads * s->head_dim > most)
         return besa__fail(error, BESA_ERROR_OPTION, "head_dim is %lld in %lld heads, expected 2^24 in all at most",
                           (long long)s->head_dim, (long long)s->num_attention_heads);
@@ -5879,7 +6071,7 @@ static besa_result besa__check_vectors_finite(const besa_pruner *p, const char *
         if (count != 0)
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s.%s: %lld elements have become NaN or infinite: weight_lr "
                               "may be too large", name ? name : "", i < BESA_LAYERS ? besa__layers[i].path
-                              : besa__norm_rows[i - BESA_LAYERS].path, i < BESA_LAYERS ? "bias" : "weight", (long long)count);
+                              : besa__norm_path(&p->shape, i), i < BESA_LAYERS ? "bias" : "weight", (long long)count);
     }
     return BESA_OK;
 }
@@ -6189,8 +6381,11 @@ BESA_API void besa_pruner_destroy(besa_pruner *pruner)
 static besa_result besa__check_block(const besa_pruner *p, const besa_block *block, const char *name, const void *x,
                                      const void *dense_x, void *const pruned[BESA_LAYERS], besa_error *error)
 {
-    const char *missing = !block->norm1 ? "norm1" : !block->norm2 ? "norm2" : !block->rope_cos ? "rope_cos" : !block->rope_sin
-                          ? "rope_sin" : !x ? "x" : besa__uses_own(&p->options) && !dense_x
+    const besa_block_shape *s = &block->shape;
+    int in = s->norms != BESA_NORMS_OUT, out = s->norms != BESA_NORMS_IN, turned = !s->no_rope;
+    const char *missing = in && !block->norm1 ? "norm1" : in && !block->norm2 ? "norm2" : out && !block->norm1_out ? "norm1_out"
+                          : out && !block->norm2_out ? "norm2_out" : turned && !block->rope_cos ? "rope_cos"
+                          : turned && !block->rope_sin ? "rope_sin" : !x ? "x" : besa__uses_own(&p->options) && !dense_x
                           ? "dense_x, with dense_stream or dense_share set," : NULL;
     if (missing) return besa__fail(error, BESA_ERROR_OPTION, "%s is NULL", missing);
     if (name && strlen(name) > 200)
@@ -6213,7 +6408,8 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
     if (s->hidden_size != made->hidden_size || s->intermediate_size != made->intermediate_size ||
         s->num_attention_heads != made->num_attention_heads || s->num_key_value_heads != made->num_key_value_heads ||
         s->head_dim != made->head_dim || block->dtype != pruner->dtype || (block->q_norm && !pruner->qk_norm) ||
-        (block->k_norm && !pruner->qk_norm))
+        (block->k_norm && !pruner->qk_norm) || s->norms != made->norms || s->qk_norm_whole != made->qk_norm_whole ||
+        besa__has_tail(s) != besa__has_tail(made))
         return besa__fail(error, BESA_ERROR_OPTION, "the block's shape, dtype or q/k norms are not those of the pruner");
     pruner->meter.start = pruner->meter.began = besa__seconds();
     besa__stream_init(&inputs, pruner->be, 0, pruner->nsamples, pruner->seqlen, made->hidden_size); /* resident: they use */
@@ -6688,6 +6884,7 @@ struct besa_checkpoint {
     besa_tensor *tensors;                       /* by shard and offset */
     int64_t num_tensors;
     const besa_tensor **sorted;                 /* by name */
+    char *part_names;                           /* of layers that are rows of a tensor that a file holds; NULL: none */
     besa_config config;
     char notes[1024];                           /* lines */
 };
@@ -7308,6 +7505,7 @@ BESA_API void besa_checkpoint_close(besa_checkpoint *checkpoint)
     BESA_FREE(checkpoint->shards);
     BESA_FREE(checkpoint->tensors);
     BESA_FREE(checkpoint->sorted);
+    BESA_FREE(checkpoint->part_names);
     BESA_FREE(checkpoint->directory);
     BESA_FREE(checkpoint);
 }
@@ -7739,8 +7937,21 @@ static besa_result besa__config_number(const besa__config_reader *r, const besa_
  * they always have one; the key says so. */
 enum { BESA__BIAS_NONE, BESA__BIAS_REFUSED, BESA__BIAS_ALWAYS, BESA__BIAS_BY_KEY };
 /* Which layers have a sliding window: none, and the key must be null or 0; all, where it is set; those that layer_types
- * names, or from max_window_layers on, where use_sliding_window is true. */
-enum { BESA__WINDOW_NONE, BESA__WINDOW_ALL, BESA__WINDOW_CHOSEN };
+ * names, or from max_window_layers on, or those without rope, where use_sliding_window is true; all but every so many-th. */
+enum { BESA__WINDOW_NONE, BESA__WINDOW_ALL, BESA__WINDOW_CHOSEN, BESA__WINDOW_UNTURNED, BESA__WINDOW_PATTERN };
+/* What a family has that Llama has not. */
+enum {
+    BESA__TIED = 1,                             /* the embedding is the head where config.json does not say */
+    BESA__NO_ROPE_LAYERS = 2,                   /* no_rope_layers, and no_rope_layer_interval */
+    BESA__MULTIPLIERS = 4,                      /* of embedding, attention, residual and logits */
+    BESA__FUSED = 8,                            /* q, k and v are one tensor, as are gate and up */
+    BESA__LONGROPE = 16,                        /* partial_rotary_factor; original_max_position_embeddings at the root */
+    BESA__GEMMA = 32,                           /* GeGLU, norms above 1, scaled embedding, capped logits */
+    BESA__CAPPED = 64,                          /* attn_logit_softcapping */
+    BESA__LOCAL_ROPE = 128,                     /* another rope where layers slide */
+    BESA__MROPE = 256                           /* a rope by three positions, which are one for text */
+};
+enum { BESA__QK_NORM_HEAD = 1, BESA__QK_NORM_WHOLE }; /* over a head, over all heads */
 
 /* A family of models, by its model_type in config.json. One that differs from the others only in what stands here is one
  * more row. Values are those of Hugging Face transformers. */
@@ -7749,11 +7960,15 @@ typedef struct besa__architecture {
     const char *class_name, *former_class;      /* in `architectures`; former_class NULL: none */
     const char *prefix;                         /* of all tensor names but lm_head's; some files have none */
     int bias[BESA__GROUPS];                     /* BESA__BIAS_..: of q, k, v; of o; of gate, up, down */
-    int qk_norm;                                /* q and k are normed per head before rope */
+    int qk_norm;                                /* BESA__QK_NORM_..: q and k are normed before rope; 0: they are not */
     int window;                                 /* BESA__WINDOW_.. */
     unsigned ropes;                             /* bits of besa_rope_type */
     /* where config.json has no such key; 0: as many as attention heads, hidden_size / num_attention_heads, no window */
     int64_t num_key_value_heads, head_dim, sliding_window, max_position_embeddings;
+    double rope_theta, rms_norm_eps;
+    besa_norms norms;
+    unsigned traits;                            /* BESA__TIED .. */
+    int64_t pattern;                            /* every so many-th layer has no window, or no rope; 0: no such pattern */
 } besa__architecture;
 
 #define BESA__ROPES (1u << BESA_ROPE_DEFAULT | 1u << BESA_ROPE_LINEAR | 1u << BESA_ROPE_LLAMA3 | 1u << BESA_ROPE_DYNAMIC | \
@@ -7761,13 +7976,31 @@ typedef struct besa__architecture {
 
 static const besa__architecture besa__architectures[] = {
     {"llama", "LlamaForCausalLM", "LLaMAForCausalLM", "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY}, 0,
-     BESA__WINDOW_NONE, BESA__ROPES, 0, 0, 0, 2048},
+     BESA__WINDOW_NONE, BESA__ROPES, 0, 0, 0, 2048, 1e4, 1e-6, BESA_NORMS_IN, 0, 0},
     {"mistral", "MistralForCausalLM", NULL, "model.", {BESA__BIAS_REFUSED, BESA__BIAS_REFUSED, BESA__BIAS_REFUSED}, 0,
-     BESA__WINDOW_ALL, BESA__ROPES, 8, 0, 4096, 131072},
+     BESA__WINDOW_ALL, BESA__ROPES, 8, 0, 4096, 131072, 1e4, 1e-6, BESA_NORMS_IN, 0, 0},
     {"qwen2", "Qwen2ForCausalLM", NULL, "model.", {BESA__BIAS_ALWAYS, BESA__BIAS_NONE, BESA__BIAS_REFUSED}, 0,
-     BESA__WINDOW_CHOSEN, BESA__ROPES, 32, 0, 4096, 32768},
-    {"qwen3", "Qwen3ForCausalLM", NULL, "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_REFUSED}, 1,
-     BESA__WINDOW_CHOSEN, BESA__ROPES, 32, 128, 4096, 32768},
+     BESA__WINDOW_CHOSEN, BESA__ROPES, 32, 0, 4096, 32768, 1e4, 1e-6, BESA_NORMS_IN, 0, 0},
+    {"qwen3", "Qwen3ForCausalLM", NULL, "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_REFUSED}, BESA__QK_NORM_HEAD,
+     BESA__WINDOW_CHOSEN, BESA__ROPES, 32, 128, 4096, 32768, 1e4, 1e-6, BESA_NORMS_IN, 0, 0},
+    {"qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", NULL, "model.", {BESA__BIAS_ALWAYS, BESA__BIAS_NONE, BESA__BIAS_REFUSED},
+     0, BESA__WINDOW_CHOSEN, BESA__ROPES, 8, 0, 4096, 32768, 1e6, 1e-5, BESA_NORMS_IN, BESA__MROPE, 0},
+    {"qwen2_5_vl_text", "Qwen2_5_VLForConditionalGeneration", NULL, "model.", {BESA__BIAS_ALWAYS, BESA__BIAS_NONE, BESA__BIAS_REFUSED},
+     0, BESA__WINDOW_CHOSEN, BESA__ROPES, 8, 0, 4096, 32768, 1e6, 1e-5, BESA_NORMS_IN, BESA__MROPE, 0},
+    {"smollm3", "SmolLM3ForCausalLM", NULL, "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY}, 0,
+     BESA__WINDOW_UNTURNED, BESA__ROPES, 4, 0, 0, 32768, 2e6, 1e-6, BESA_NORMS_IN, BESA__TIED | BESA__NO_ROPE_LAYERS, 4},
+    {"granite", "GraniteForCausalLM", NULL, "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY}, 0,
+     BESA__WINDOW_NONE, BESA__ROPES, 0, 0, 0, 2048, 1e4, 1e-6, BESA_NORMS_IN, BESA__MULTIPLIERS, 0},
+    {"olmo2", "Olmo2ForCausalLM", NULL, "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_REFUSED}, BESA__QK_NORM_WHOLE,
+     BESA__WINDOW_NONE, BESA__ROPES, 0, 0, 0, 2048, 1e4, 1e-5, BESA_NORMS_OUT, 0, 0},
+    {"phi3", "Phi3ForCausalLM", NULL, "model.", {BESA__BIAS_REFUSED, BESA__BIAS_REFUSED, BESA__BIAS_REFUSED}, 0,
+     BESA__WINDOW_ALL, 1u << BESA_ROPE_DEFAULT | 1u << BESA_ROPE_LONGROPE, 0, 0, 0, 4096, 1e4, 1e-5, BESA_NORMS_IN,
+     BESA__FUSED | BESA__LONGROPE, 0},
+    {"gemma2", "Gemma2ForCausalLM", NULL, "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_REFUSED}, 0,
+     BESA__WINDOW_PATTERN, BESA__ROPES, 4, 256, 4096, 8192, 1e4, 1e-6, BESA_NORMS_BOTH, BESA__TIED | BESA__GEMMA | BESA__CAPPED, 2},
+    {"gemma3_text", "Gemma3ForCausalLM", NULL, "model.", {BESA__BIAS_BY_KEY, BESA__BIAS_BY_KEY, BESA__BIAS_REFUSED},
+     BESA__QK_NORM_HEAD, BESA__WINDOW_PATTERN, BESA__ROPES, 4, 256, 4096, 131072, 1e6, 1e-6, BESA_NORMS_BOTH,
+     BESA__TIED | BESA__GEMMA | BESA__LOCAL_ROPE, 6},
 };
 
 enum { BESA__ARCHITECTURES = (int)(sizeof besa__architectures / sizeof *besa__architectures) };
@@ -7804,6 +8037,21 @@ static void besa__layer_tensor_name(char *name, size_t size, const besa_config *
     besa__tensor_name(name, size, config, block, path);
 }
 
+/* A model_type that has no row: what it is, where config.json tells. */
+static besa_result besa__config_refuse_model(const besa__config_reader *r, const besa__json_value *type, const char *supported)
+{
+    static const struct { const char *key, *what; } told[] = {
+        { "text_config", "a language model among parts that read images or sound" },
+        { "vision_config", "a language model among parts that read images" }, { "num_local_experts", "a mixture of experts" },
+        { "num_experts", "a mixture of experts" }, { "n_routed_experts", "a mixture of experts" } };
+    char name[128];
+    for (size_t i = 0; i < sizeof told / sizeof *told; i++)
+        if (besa__config_get(r, told[i].key))
+            return besa__fail(r->error, BESA_ERROR_UNSUPPORTED, "%s: model_type = %s, %s (%s), is not supported; supported: %s",
+                              r->path, besa__json_show(r->json, type, name, sizeof name), told[i].what, told[i].key, supported);
+    return besa__config_refuse(r, "model_type", type, supported);
+}
+
 /* The architecture by model_type; `architectures` must agree. */
 static besa_result besa__config_architecture(const besa__config_reader *r, besa_config *config,
                                              const besa__architecture **out)
@@ -7811,7 +8059,7 @@ static besa_result besa__config_architecture(const besa__config_reader *r, besa_
     const besa__json_value *type = besa__config_get(r, "model_type"), *list = besa__config_get(r, "architectures");
     const besa__architecture *a = *out = besa__find_architecture(besa__json_string(r->json, type));
     char known[256];
-    if (!a) return besa__config_refuse(r, "model_type", type, besa__model_types(known, sizeof known));
+    if (!a) return besa__config_refuse_model(r, type, besa__model_types(known, sizeof known));
     config->model_type = a->model_type;
     config->prefix = a->prefix;
     if (!list) return BESA_OK;
@@ -7864,21 +8112,25 @@ static besa_result besa__config_stored(const besa__config_reader *r)
 /* Settings that change the forward pass and are not implemented: only their neutral values pass. */
 static besa_result besa__config_refuse_unknown(const besa__config_reader *r, const besa__architecture *a)
 {
-    static const char *const absent[] = {
-        "num_local_experts", "num_experts", "n_routed_experts",
-        "attn_logit_softcapping", "final_logit_softcapping", "no_rope_layers", "attention_chunk_size", "use_qk_norm",
-        "use_mrope", "is_encoder_decoder", "alibi"
+    static const struct { const char *key; unsigned traits; } absent[] = {
+        { "num_local_experts", 0 }, { "num_experts", 0 },
+        { "n_routed_experts", 0 }, { "attn_logit_softcapping", BESA__GEMMA }, { "final_logit_softcapping", BESA__GEMMA },
+        { "no_rope_layers", BESA__NO_ROPE_LAYERS }, { "attention_chunk_size", 0 }, { "use_qk_norm", 0 }, { "use_mrope", 0 },
+        { "is_encoder_decoder", 0 }, { "alibi", 0 }, { "use_bidirectional_attention", 0 }
     };
-    const besa__json_value *value = besa__config_get(r, "hidden_act");
+    const char *act = a->traits & BESA__GEMMA ? "hidden_activation" : "hidden_act";
+    const besa__json_value *value = besa__config_get(r, act);
     double unused;
-    if (value && !besa__config_is(r, value, "silu") && !besa__config_is(r, value, "swish"))
-        return besa__config_refuse(r, "hidden_act", value, "\"silu\"");
+    if (a->traits & BESA__GEMMA && value && !besa__config_is(r, value, "gelu_pytorch_tanh"))
+        return besa__config_refuse(r, act, value, "\"gelu_pytorch_tanh\"");
+    if (!(a->traits & BESA__GEMMA) && value && !besa__config_is(r, value, "silu") && !besa__config_is(r, value, "swish"))
+        return besa__config_refuse(r, act, value, "\"silu\"");
     for (size_t i = 0; i < sizeof absent / sizeof *absent; i++) {
-        value = besa__config_get(r, absent[i]);
-        if (value && !besa__json_is(r->json, value, BESA__JSON_FALSE))
-            return besa__config_refuse(r, absent[i], value, "null, or no such key");
+        value = besa__config_get(r, absent[i].key);
+        if (value && !(a->traits & absent[i].traits) && !besa__json_is(r->json, value, BESA__JSON_FALSE))
+            return besa__config_refuse(r, absent[i].key, value, "null, or no such key");
     }
-    BESA__TRY(besa__config_number(r, r->root, "", "partial_rotary_factor", 1, &unused));
+    if (!(a->traits & BESA__LONGROPE)) BESA__TRY(besa__config_number(r, r->root, "", "partial_rotary_factor", 1, &unused));
     if (a->window != BESA__WINDOW_NONE) return BESA_OK;
     value = besa__config_get(r, "sliding_window");
     besa__json_number window = besa__json_number_of(r->json, value);
@@ -7889,7 +8141,7 @@ static besa_result besa__config_refuse_unknown(const besa__config_reader *r, con
     return BESA_OK;
 }
 
-static const char *const besa__rope_names[] = {"default", "linear", "llama3", "dynamic", "yarn"}; /* by besa_rope_type */
+static const char *const besa__rope_names[] = {"default", "linear", "llama3", "dynamic", "yarn", "longrope"}; /* by besa_rope_type */
 
 /* The type of a rope that the architecture has; 0: it has no such type. */
 static int besa__find_rope(const besa__config_reader *r, const besa__architecture *a, const besa__json_value *value,
@@ -7985,54 +8237,182 @@ static besa_result besa__config_scaling(const besa__config_reader *r, const besa
                                "a number above low_freq_factor");
 }
 
-/* rope_parameters, or the older rope_theta and rope_scaling. */
-static besa_result besa__config_rope(const besa__config_reader *r, const besa__architecture *a, const besa_config *config,
-                                     besa_rope *rope)
+/* The factors of all pairs, a list of as many numbers above 0. */
+static besa_result besa__config_factors(const besa__config_reader *r, const besa__json_value *object, const char *prefix,
+                                        const char *key, int64_t pairs, float *out)
+{
+    const besa__json_value *list = besa__json_get(r->json, object, key), *v = NULL;
+    char name[96], supported[96];
+    int64_t count = 0;
+    snprintf(name, sizeof name, "%s%s", prefix, key);
+    snprintf(supported, sizeof supported, "a list of %lld numbers above 0, one for each turned pair", (long long)pairs);
+    if (besa__json_is(r->json, list, BESA__JSON_ARRAY)) v = besa__json_first(r->json, list);
+    for (; v && count < pairs && pairs <= BESA_MAX_ROPE_FACTORS; v = besa__json_next(r->json, list, v)) {
+        double factor = besa__json_number_of(r->json, v).value;
+        if (!besa__json_is(r->json, v, BESA__JSON_NUMBER) || !besa__in_range(besa__find_range("factor"), factor)) break;
+        out[count++] = (float)factor;
+    }
+    return v || count < pairs ? besa__config_refuse(r, name, list, supported) : BESA_OK;
+}
+
+/* How much of a head is turned, and of longrope its factors; by transformers cos and sin are scaled by
+ * sqrt(1 + log(s) / log(original length)), s how much longer the model's sequences may be. */
+static besa_result besa__config_longrope(const besa__config_reader *r, const besa__json_value *object, const char *prefix,
+                                         const besa_config *config, besa_block_shape *shape)
+{
+    const besa__json_value *part = besa__json_get(r->json, object, "partial_rotary_factor");
+    besa_rope *rope = &shape->rope;
+    double factor, standard = 1;
+    if (!part) part = besa__config_get(r, "partial_rotary_factor");
+    if (part && !besa__json_is(r->json, part, BESA__JSON_NULL)) {
+        double share = besa__json_number_of(r->json, part).value;
+        if (besa__json_is(r->json, part, BESA__JSON_NUMBER) && share > 0 && share <= 1)
+            shape->rotary_dim = (int64_t)((double)shape->head_dim * share);
+        if (shape->rotary_dim < 2 || shape->rotary_dim % 2 != 0)
+            return besa__config_refuse(r, "partial_rotary_factor", part, "a number up to 1 that turns an even part of head_dim");
+    }
+    if (rope->type != BESA_ROPE_LONGROPE) return BESA_OK;
+    int64_t pairs = besa__rotary_dim(shape) / 2;
+    BESA__TRY(besa__config_number(r, r->root, "", "original_max_position_embeddings", 4096,
+                                  &rope->original_max_position_embeddings));
+    factor = (double)config->max_position_embeddings / rope->original_max_position_embeddings;
+    BESA__TRY(besa__config_number(r, object, prefix, "factor", factor, &factor));
+    if (factor > 1) standard = sqrt(1 + log(factor) / log(rope->original_max_position_embeddings));
+    BESA__TRY(besa__config_number(r, object, prefix, "attention_factor", standard, &rope->attention_factor));
+    BESA__TRY(besa__config_factors(r, object, prefix, "short_factor", pairs, rope->short_factor));
+    return besa__config_factors(r, object, prefix, "long_factor", pairs, rope->long_factor);
+}
+
+/* A rope by an object of config.json, shown as prefix; NULL: none. theta: where it has none. */
+static besa_result besa__config_rope_of(const besa__config_reader *r, const besa__architecture *a,
+                                        const besa__json_value *object, const char *prefix, double theta, besa_config *config,
+                                        besa_rope *rope)
 {
     const besa__json *json = r->json;
-    const besa__json_value *object = besa__config_get(r, "rope_scaling"), *type = NULL;
-    const char *key = "rope_scaling";
-    char prefix[32];
     double unused;
+    BESA__TRY(besa__config_number(r, object, prefix, "rope_theta", theta, &rope->theta));
+    if (object && !(a->traits & BESA__LONGROPE))
+        BESA__TRY(besa__config_number(r, object, prefix, "partial_rotary_factor", 1, &unused));
+    const besa__json_value *type = besa__json_get(json, object, "rope_type");
+    if (!type) type = besa__json_get(json, object, "type");
+    if (type && a->traits & BESA__MROPE && besa__config_is(r, type, "mrope")) type = NULL;
+    if (type && a->traits & BESA__LONGROPE && (besa__config_is(r, type, "su") || besa__config_is(r, type, "yarn")))
+        rope->type = BESA_ROPE_LONGROPE; /* its names in early configs */
+    else if (type && !besa__find_rope(r, a, type, &rope->type)) {
+        char name[96], known[128];
+        snprintf(name, sizeof name, "%s%s", prefix, besa__json_key(json, type));
+        return besa__config_refuse(r, name, type, besa__rope_types(a, known, sizeof known));
+    }
+    if (a->traits & BESA__LONGROPE) return besa__config_longrope(r, object, prefix, config, &config->block);
+    return besa__config_scaling(r, object, prefix, config, rope);
+}
+
+/* rope_parameters, or the older rope_theta and rope_scaling. Where layers that slide have a rope of their own, the former
+ * holds an object for either, the latter are of the other layers. */
+static besa_result besa__config_rope(const besa__config_reader *r, const besa__architecture *a, besa_config *config)
+{
+    const besa__json *json = r->json;
+    const besa__json_value *object = besa__config_get(r, "rope_scaling"), *local = NULL;
+    const char *key = "rope_scaling";
+    char prefix[64];
+    double theta, local_theta = 0;
     if (!object || (besa__json_is(json, object, BESA__JSON_OBJECT) && !besa__json_first(json, object))) {
         key = "rope_parameters";
         object = besa__config_get(r, key);
     }
     if (object && !besa__json_is(json, object, BESA__JSON_OBJECT))
         return besa__config_refuse(r, key, object, "an object, or null");
-    snprintf(prefix, sizeof prefix, "%s.", key);
-    const besa__json_value *v = object ? besa__json_first(json, object) : NULL;
-    for (; v; v = besa__json_next(json, object, v))
+    config->has_local_rope = (a->traits & BESA__LOCAL_ROPE) != 0;
+    BESA__TRY(besa__config_number(r, r->root, "", "rope_theta", a->rope_theta, &theta));
+    if (config->has_local_rope) {
+        const besa__json_value *global = object ? besa__json_get(json, object, "full_attention") : NULL;
+        BESA__TRY(besa__config_number(r, r->root, "", "rope_local_base_freq", 10000, &local_theta));
+        local = object ? besa__json_get(json, object, "sliding_attention") : NULL;
+        if (besa__json_is(json, local, BESA__JSON_OBJECT) && besa__json_is(json, global, BESA__JSON_OBJECT)) object = global;
+        else local = NULL;
+    }
+    for (const besa__json_value *v = object ? besa__json_first(json, object) : NULL; v; v = besa__json_next(json, object, v))
         if (besa__json_is(json, v, BESA__JSON_OBJECT))
             return besa__config_refuse(r, besa__json_key(json, v), v, "one set of rope parameters for all layers");
-    BESA__TRY(besa__config_number(r, r->root, "", "rope_theta", 10000, &rope->theta));
-    BESA__TRY(besa__config_number(r, object, prefix, "rope_theta", rope->theta, &rope->theta));
-    if (!object) return BESA_OK;
-    BESA__TRY(besa__config_number(r, object, prefix, "partial_rotary_factor", 1, &unused));
-    type = besa__json_get(json, object, "rope_type");
-    if (!type) type = besa__json_get(json, object, "type");
-    if (!type) return BESA_OK;
-    if (!besa__find_rope(r, a, type, &rope->type)) {
-        char name[48], known[128];
-        snprintf(name, sizeof name, "%s%s", prefix, besa__json_key(json, type));
-        return besa__config_refuse(r, name, type, besa__rope_types(a, known, sizeof known));
+    if (config->has_local_rope)
+        BESA__TRY(besa__config_rope_of(r, a, local, "rope_parameters.sliding_attention.", local_theta, config,
+                                       &config->local_rope));
+    snprintf(prefix, sizeof prefix, "%s%s.", key, local ? ".full_attention" : "");
+    return besa__config_rope_of(r, a, object, prefix, theta, config, &config->block.rope);
+}
+
+/* Which layers do without rope. */
+static besa_result besa__config_no_rope(const besa__config_reader *r, besa_config *config, const besa__architecture *a)
+{
+    const besa__json_value *list = besa__config_get(r, "no_rope_layers");
+    int64_t interval, layers = config->num_hidden_layers, i = 0;
+    if (!(a->traits & BESA__NO_ROPE_LAYERS)) return BESA_OK;
+    BESA__TRY(besa__config_integer(r, "no_rope_layer_interval", a->pattern, &interval));
+    if (list && (!besa__json_is(r->json, list, BESA__JSON_ARRAY) || besa__json_count(r->json, list) < (uint64_t)layers))
+        return besa__config_refuse(r, "no_rope_layers", list, "a list of num_hidden_layers numbers, 0 for a layer without rope");
+    for (; !list && i < layers; i++) config->no_rope[i] = (i + 1) % interval == 0;
+    const besa__json_value *v = list ? besa__json_first(r->json, list) : NULL;
+    for (; v && i < layers; v = besa__json_next(r->json, list, v), i++) {
+        besa__json_number number = besa__json_number_of(r->json, v);
+        if (!number.is_integer || number.integer < 0 || number.integer > 1)
+            return besa__config_refuse(r, "no_rope_layers", v, "0, 1");
+        config->no_rope[i] = !number.integer;
     }
-    return besa__config_scaling(r, object, prefix, config, rope);
+    return BESA_OK;
+}
+
+/* A number that is 0, as if there were none, where the key is there and null. */
+static besa_result besa__config_cap(const besa__config_reader *r, const char *key, double fallback, double *out)
+{
+    *out = 0;
+    if (besa__json_get(r->json, r->root, key) ? !besa__config_get(r, key) : fallback <= 0) return BESA_OK;
+    return besa__config_number(r, r->root, "", key, fallback, out);
+}
+
+/* What else a family has. */
+static besa_result besa__config_traits(const besa__config_reader *r, besa_config *config, const besa__architecture *a)
+{
+    besa_block_shape *b = &config->block;
+    double scale;
+    b->norms = a->norms;
+    config->qk_norm = a->qk_norm != 0;
+    b->qk_norm_whole = a->qk_norm == BESA__QK_NORM_WHOLE;
+    BESA__TRY(besa__config_no_rope(r, config, a));
+    if (a->traits & BESA__MULTIPLIERS) {
+        BESA__TRY(besa__config_number(r, r->root, "", "embedding_multiplier", 1, &config->embedding_scale));
+        BESA__TRY(besa__config_number(r, r->root, "", "attention_multiplier", 1, &b->attention_scale));
+        BESA__TRY(besa__config_number(r, r->root, "", "residual_multiplier", 1, &b->residual_scale));
+        BESA__TRY(besa__config_number(r, r->root, "", "logits_scaling", 1, &scale));
+        config->logits_scale = 1 / scale;
+    }
+    if (!(a->traits & BESA__GEMMA)) return BESA_OK;
+    b->gelu = config->unit_norms = 1;
+    config->embedding_scale = sqrt((double)b->hidden_size);
+    BESA__TRY(besa__config_number(r, r->root, "", "query_pre_attn_scalar", 256, &scale));
+    b->attention_scale = 1 / sqrt(scale);
+    if (a->traits & BESA__CAPPED) BESA__TRY(besa__config_cap(r, "attn_logit_softcapping", 50, &b->attention_softcap));
+    return besa__config_cap(r, "final_logit_softcapping", a->traits & BESA__CAPPED ? 30 : 0, &config->logits_softcap);
 }
 
 /* Which layers slide. */
 static besa_result besa__config_windows(const besa__config_reader *r, besa_config *config, const besa__architecture *a)
 {
     const besa__json_value *types = besa__config_get(r, "layer_types");
-    int64_t first = 0, window = 0;
-    int sliding = a->window == BESA__WINDOW_ALL, given = besa__json_get(r->json, r->root, "sliding_window") != NULL;
-    if (a->window == BESA__WINDOW_CHOSEN) {
+    int64_t first = 0, window = 0, pattern = a->window == BESA__WINDOW_PATTERN ? a->pattern : 0;
+    int sliding = a->window == BESA__WINDOW_ALL || a->window == BESA__WINDOW_PATTERN;
+    int given = besa__json_get(r->json, r->root, "sliding_window") != NULL;
+    if (a->window == BESA__WINDOW_CHOSEN || a->window == BESA__WINDOW_UNTURNED)
         BESA__TRY(besa__config_bool(r, "use_sliding_window", &sliding));
-        BESA__TRY(besa__config_integer(r, "max_window_layers", 28, &first));
-    }
+    if (a->window == BESA__WINDOW_UNTURNED && types) sliding = 1; /* the list alone decides */
+    if (a->window == BESA__WINDOW_CHOSEN) BESA__TRY(besa__config_integer(r, "max_window_layers", 28, &first));
+    if (a->window == BESA__WINDOW_PATTERN && a->traits & BESA__LOCAL_ROPE)
+        BESA__TRY(besa__config_integer(r, "sliding_window_pattern", a->pattern, &pattern));
     if (sliding && (besa__config_get(r, "sliding_window") || (!given && a->sliding_window)))
         BESA__TRY(besa__config_integer(r, "sliding_window", a->sliding_window, &window));
-    for (int64_t i = 0; i < config->num_hidden_layers; i++) config->window[i] = (uint8_t)(window && i >= first);
+    for (int64_t i = 0; i < config->num_hidden_layers; i++) {
+        int full = i < first || (pattern && (i + 1) % pattern == 0) || (a->window == BESA__WINDOW_UNTURNED && !config->no_rope[i]);
+        config->window[i] = (uint8_t)(window && !full);
+    }
     if (types && (!besa__json_is(r->json, types, BESA__JSON_ARRAY) ||
                   besa__json_count(r->json, types) != (uint64_t)config->num_hidden_layers))
         return besa__config_refuse(r, "layer_types", types, "a list of num_hidden_layers strings");
@@ -8061,13 +8441,13 @@ static besa_result besa__config_sizes(const besa__config_reader *r, besa_config 
     const int64_t most = 1 << 24;
     int heads_given = besa__json_get(r->json, r->root, "num_key_value_heads") != NULL;
     int dim_given = besa__json_get(r->json, r->root, "head_dim") != NULL;
-    BESA__TRY(besa__config_integer(r, "vocab_size", 0, &config->vocab_size));
+    BESA__TRY(besa__config_integer(r, "vocab_size", config->vocab_size, &config->vocab_size));
     BESA__TRY(besa__config_integer(r, "hidden_size", 0, &b->hidden_size));
     BESA__TRY(besa__config_integer(r, "intermediate_size", 0, &b->intermediate_size));
     BESA__TRY(besa__config_integer(r, "num_hidden_layers", 0, &config->num_hidden_layers));
     BESA__TRY(besa__config_integer(r, "max_position_embeddings", a->max_position_embeddings,
                                    &config->max_position_embeddings));
-    BESA__TRY(besa__config_integer(r, "num_attention_heads", 0, &b->num_attention_heads));
+    BESA__TRY(besa__config_integer(r, "num_attention_heads", b->num_attention_heads, &b->num_attention_heads));
     int64_t groups = heads_given || !a->num_key_value_heads ? b->num_attention_heads : a->num_key_value_heads;
     BESA__TRY(besa__config_integer(r, "num_key_value_heads", groups, &b->num_key_value_heads));
     if (b->num_key_value_heads > b->num_attention_heads || b->num_attention_heads % b->num_key_value_heads)
@@ -8106,20 +8486,45 @@ static besa_result besa__config_biases(const besa__config_reader *r, const besa_
     return BESA_OK;
 }
 
-static besa_result besa__config_read(const besa__config_reader *r, besa_config *config)
+/* Models of several parts, whose language model is a family's: what there is of it in config.json is in text_config, but for
+ * what it has by default. */
+static const struct { const char *model_type, *part; int64_t vocab_size, num_attention_heads; } besa__wrappers[] = {
+    {"gemma3", "gemma3_text", 262208, 8}, {"mistral3", "mistral", 0, 0}, {"qwen2_5_vl", "qwen2_5_vl_text", 0, 0}};
+
+/* Where the language model's settings are: at the root, or in text_config of a known wrapper. */
+static besa__config_reader besa__config_part(const besa__config_reader *r, besa_config *config)
+{
+    besa__config_reader part = *r;
+    const besa__json_value *type = besa__config_get(r, "model_type"), *text = besa__config_get(r, "text_config");
+    for (size_t i = 0; i < sizeof besa__wrappers / sizeof *besa__wrappers; i++)
+        if (besa__json_is(r->json, text, BESA__JSON_OBJECT) && besa__config_is(r, type, besa__wrappers[i].model_type) &&
+            besa__config_is(r, besa__json_get(r->json, text, "model_type"), besa__wrappers[i].part)) {
+            part.root = text;
+            config->is_part = 1;
+            config->vocab_size = besa__wrappers[i].vocab_size;
+            config->block.num_attention_heads = besa__wrappers[i].num_attention_heads;
+        }
+    return part;
+}
+
+static besa_result besa__config_read(const besa__config_reader *whole, besa_config *config)
 {
     const besa__architecture *a;
-    if (!besa__json_is(r->json, r->root, BESA__JSON_OBJECT))
-        return besa__fail(r->error, BESA_ERROR_JSON, "%s: no JSON object", r->path);
+    if (!besa__json_is(whole->json, whole->root, BESA__JSON_OBJECT))
+        return besa__fail(whole->error, BESA_ERROR_JSON, "%s: no JSON object", whole->path);
+    besa__config_reader part = besa__config_part(whole, config), *r = &part;
     BESA__TRY(besa__config_architecture(r, config, &a));
-    BESA__TRY(besa__config_stored(r));
+    BESA__TRY(besa__config_stored(whole));
     BESA__TRY(besa__config_refuse_unknown(r, a));
     BESA__TRY(besa__config_sizes(r, config, a));
-    BESA__TRY(besa__config_rope(r, a, config, &config->block.rope));
+    BESA__TRY(besa__config_rope(r, a, config));
+    BESA__TRY(besa__config_traits(r, config, a));
     BESA__TRY(besa__config_windows(r, config, a));
-    BESA__TRY(besa__config_number(r, r->root, "", "rms_norm_eps", 1e-6, &config->block.rms_norm_eps));
+    BESA__TRY(besa__config_number(r, r->root, "", "rms_norm_eps", a->rms_norm_eps, &config->block.rms_norm_eps));
     BESA__TRY(besa__config_bool(r, "tie_word_embeddings", &config->tie_word_embeddings));
-    config->qk_norm = a->qk_norm;
+    int tied = besa__config_get(r, "tie_word_embeddings") != NULL;
+    if (!tied) BESA__TRY(besa__config_bool(whole, "tie_word_embeddings", &config->tie_word_embeddings));
+    if (!tied && !besa__config_get(whole, "tie_word_embeddings")) config->tie_word_embeddings = (a->traits & BESA__TIED) != 0;
     return besa__config_biases(r, a, config->bias);
 }
 
@@ -8198,8 +8603,10 @@ static besa_result besa__block_bind(besa__block_tensors *tensors, const besa_che
         BESA__TRY(besa__need_if(checkpoint->config.bias[i], &tensors->vector[i], checkpoint, name, rows, error));
     }
     for (int i = BESA_LAYERS; i < BESA_VECTORS; i++) {
-        int wanted = i == BESA_NORM1 || i == BESA_NORM2 || checkpoint->config.qk_norm;
-        besa__tensor_name(name, sizeof name, &checkpoint->config, block, besa__norm_rows[i - BESA_LAYERS].path);
+        int wanted = (i != BESA_Q_NORM && i != BESA_K_NORM) || checkpoint->config.qk_norm;
+        const char *path = besa__norm_path(s, i);
+        if (!path) continue;
+        besa__tensor_name(name, sizeof name, &checkpoint->config, block, path);
         size_t length = strlen(name);
         snprintf(name + length, sizeof name - length, ".weight");
         BESA__TRY(besa__need_if(wanted, &tensors->vector[i], checkpoint, name, besa__vector_count(s, i), error));
@@ -8234,10 +8641,91 @@ static besa_result besa__check_block_numbers(const besa_checkpoint *checkpoint, 
 /* Names without the prefix, as models saved without their head have them. */
 static void besa__find_prefix(besa_checkpoint *checkpoint)
 {
+    static const char *const others[] = { "", "language_model.model.", "model.language_model." };
     besa_config *c = &checkpoint->config;
     char name[96];
     snprintf(name, sizeof name, "%snorm.weight", c->prefix);
-    if (!besa_checkpoint_find(checkpoint, name) && besa_checkpoint_find(checkpoint, "norm.weight")) c->prefix = "";
+    for (int i = 0; i < (c->is_part ? 3 : 1) && !besa_checkpoint_find(checkpoint, name); i++) {
+        snprintf(name, sizeof name, "%snorm.weight", others[i]);
+        if (besa_checkpoint_find(checkpoint, name)) c->prefix = others[i];
+    }
+    c->head = besa__head_name;
+    if (c->is_part && besa_checkpoint_find(checkpoint, "language_model.lm_head.weight"))
+        c->head = "language_model.lm_head.weight";
+}
+
+/* Tensors that hold the rows of several layers, one layer after another. */
+static const struct { const char *path; int first, count; } besa__fused[] = {
+    {"self_attn.qkv_proj", BESA_Q, 3}, {"mlp.gate_up_proj", BESA_GATE, 2}};
+
+/* Which of besa__fused a tensor is of; -1: of none. *block: its block. */
+static int besa__fused_row(const besa_checkpoint *checkpoint, const besa_tensor *tensor, int64_t *block)
+{
+    char name[96];
+    const char *layers = strstr(tensor->name, "layers.");
+    if (!layers) return -1;
+    *block = strtoll(layers + strlen("layers."), NULL, 10);
+    for (int i = 0; i < (int)(sizeof besa__fused / sizeof *besa__fused); i++) {
+        besa__tensor_name(name, sizeof name, &checkpoint->config, *block, besa__fused[i].path);
+        size_t length = strlen(name);
+        if (!strncmp(tensor->name, name, length) && !strcmp(tensor->name + length, ".weight")) return i;
+    }
+    return -1;
+}
+
+/* The parts of a tensor to *out, which moves on, with names at *names. */
+static besa_result besa__split_tensor(const besa_checkpoint *checkpoint, const besa_tensor *whole, int row, int64_t block,
+                                      besa_tensor **out, char **names, besa_error *error)
+{
+    int64_t rows = 0, part, columns;
+    for (int i = 0; i < besa__fused[row].count; i++) {
+        besa_block_layer(&checkpoint->config.block, besa__fused[row].first + i, &part, &columns);
+        rows += part;
+    }
+    if (whole->ndim != 2 || whole->shape[0] != rows || whole->shape[1] != columns)
+        return besa__fail(error, BESA_ERROR_TENSOR, "%s: tensor %.200s is not of the shape [%lld, %lld] that config.json asks for",
+                          checkpoint->directory, whole->name, (long long)rows, (long long)columns);
+    size_t at = 0;
+    for (int i = 0; i < besa__fused[row].count; i++, (*out)++) {
+        besa_block_layer(&checkpoint->config.block, besa__fused[row].first + i, &part, &columns);
+        **out = *whole;
+        (*out)->name = *names;
+        (*out)->shape[0] = part;
+        (*out)->bytes = whole->bytes / (size_t)rows * (size_t)part;
+        (*out)->data = (const unsigned char *)whole->data + at;
+        (*out)->offset += at;
+        at += (*out)->bytes;
+        besa__layer_tensor_name(*names, 96, &checkpoint->config, block, besa__fused[row].first + i, "weight");
+        *names += strlen(*names) + 1;
+    }
+    return BESA_OK;
+}
+
+/* Where a family's files hold several layers as one tensor: the tensor table has the layers, each some of its rows. */
+static besa_result besa__split_fused(besa_checkpoint *checkpoint, besa_error *error)
+{
+    void *memory;
+    int64_t block;
+    besa_result result = BESA_OK;
+    if (!(besa__find_architecture(checkpoint->config.model_type)->traits & BESA__FUSED)) return BESA_OK;
+    int64_t most = besa__sum(checkpoint->num_tensors, 3 * checkpoint->config.num_hidden_layers);
+    uint64_t bytes = besa__bytes(checkpoint->config.num_hidden_layers, BESA_LAYERS * 96);
+    BESA__TRY(besa__malloc(&memory, bytes, "the parts' names", error));
+    char *names = checkpoint->part_names = (char *)memory;
+    BESA__TRY(besa__malloc(&memory, besa__bytes(most, sizeof(besa_tensor)), "the tensor table", error));
+    besa_tensor *tensors = (besa_tensor *)memory, *out = tensors;
+    for (int64_t i = 0; i < checkpoint->num_tensors && result == BESA_OK; i++) {
+        const besa_tensor *tensor = &checkpoint->tensors[i];
+        int row = besa__fused_row(checkpoint, tensor, &block);
+        if (row < 0 || block < 0 || block >= checkpoint->config.num_hidden_layers) *out++ = *tensor;
+        else result = besa__split_tensor(checkpoint, tensor, row, block, &out, &names, error);
+    }
+    BESA_FREE(checkpoint->tensors);
+    BESA_FREE(checkpoint->sorted);
+    checkpoint->sorted = NULL;
+    checkpoint->tensors = tensors;
+    checkpoint->num_tensors = out - tensors;
+    return result == BESA_OK ? besa__sort_tensors(checkpoint, error) : result;
 }
 
 /* Embedding, norm and head, and a check of every tensor of every block. */
@@ -8248,15 +8736,15 @@ static besa_result besa__model_bind(besa__model *model, const besa_checkpoint *c
     besa__block_tensors block;
     memset(model, 0, sizeof *model);
     snprintf(name, sizeof name, "%sembed_tokens.weight", c->prefix);
-    if (c->tie_word_embeddings && !besa_checkpoint_find(checkpoint, name) && besa_checkpoint_find(checkpoint, besa__head_name))
-        snprintf(name, sizeof name, "%s", besa__head_name); /* the two are one, under either name */
+    if (c->tie_word_embeddings && !besa_checkpoint_find(checkpoint, name) && besa_checkpoint_find(checkpoint, c->head))
+        snprintf(name, sizeof name, "%s", c->head); /* the two are one, under either name */
     BESA__TRY(besa__need(&model->embedding, checkpoint, name, c->vocab_size, c->block.hidden_size, error));
     snprintf(name, sizeof name, "%snorm.weight", c->prefix);
     BESA__TRY(besa__need(&model->norm, checkpoint, name, c->block.hidden_size, 0, error));
     model->head = model->embedding;
-    if (!c->tie_word_embeddings && !*c->prefix && !besa_checkpoint_find(checkpoint, besa__head_name)) model->head = NULL;
+    if (!c->tie_word_embeddings && !*c->prefix && !besa_checkpoint_find(checkpoint, c->head)) model->head = NULL;
     else if (!c->tie_word_embeddings)
-        BESA__TRY(besa__need(&model->head, checkpoint, besa__head_name, c->vocab_size, c->block.hidden_size, error));
+        BESA__TRY(besa__need(&model->head, checkpoint, c->head, c->vocab_size, c->block.hidden_size, error));
     for (int64_t i = 0; i < c->num_hidden_layers; i++) {
         BESA__TRY(besa__block_bind(&block, checkpoint, i, error));
         if (!i) model->dtype = block.weight[0]->dtype;
@@ -8290,8 +8778,8 @@ static besa_result besa__check_tied_head(besa_checkpoint *checkpoint, const besa
 {
     besa_config *c = &checkpoint->config;
     const besa_tensor *head;
-    if (!c->tie_word_embeddings || !besa_checkpoint_find(checkpoint, besa__head_name)) return BESA_OK;
-    BESA__TRY(besa__need(&head, checkpoint, besa__head_name, c->vocab_size, c->block.hidden_size, error));
+    if (!c->tie_word_embeddings || !besa_checkpoint_find(checkpoint, c->head)) return BESA_OK;
+    BESA__TRY(besa__need(&head, checkpoint, c->head, c->vocab_size, c->block.hidden_size, error));
     if (besa__same_tensor(checkpoint, head, embedding)) return BESA_OK;
     c->tie_word_embeddings = 0;
     besa__checkpoint_note(checkpoint, "note: config.json says tie_word_embeddings, but %s differs from %s: the head is used, "
@@ -8391,6 +8879,10 @@ static besa_result besa__checkpoint_load(besa_checkpoint *checkpoint, const char
     BESA__TRY(besa__config_load(&checkpoint->config, &checkpoint->config_file, checkpoint->directory, error));
     BESA__TRY(besa__open_weights(checkpoint, error));
     besa__find_prefix(checkpoint);
+    if (checkpoint->config.is_part)
+        besa__checkpoint_note(checkpoint, "note: the language model alone is used and pruned (%s*); the other parts stay as "
+                              "they are", checkpoint->config.prefix);
+    BESA__TRY(besa__split_fused(checkpoint, error));
     BESA__TRY(besa__model_bind(&model, checkpoint, error));
     BESA__TRY(besa__check_tied_head(checkpoint, model.embedding, error));
     return besa__check_adapter(checkpoint, error);
@@ -10086,10 +10578,11 @@ typedef struct besa__room {
     float *vector[BESA_VECTORS];
 } besa__room;
 
-/* Rope tables of as many positions. */
+/* Rope tables of as many positions, for layers without a window or all, and for those with one where these have a rope of
+ * their own. */
 typedef struct besa__turns {
     int64_t positions;                          /* 0: there are none */
-    float *cosine, *sine;
+    float *cosine[2], *sine[2];
 } besa__turns;
 
 enum { BESA__SLOTS = 2 /* pieces of weights in pinned host memory, each way */ };
@@ -10157,10 +10650,11 @@ static int64_t besa__vocab_chunk(const besa__run *run)
 
 static void besa__turns_place(besa__turns *turns, const besa_config *config, besa__arena *arena)
 {
-    int64_t count = besa__product(turns->positions, config->block.head_dim / 2);
-    if (count == 0) return;
-    turns->cosine = besa__take_floats(arena, count);
-    turns->sine = besa__take_floats(arena, count);
+    int64_t count = besa__product(turns->positions, besa__rotary_dim(&config->block) / 2);
+    for (int i = 0; i <= config->has_local_rope && turns->positions; i++) {
+        turns->cosine[i] = besa__take_floats(arena, count);
+        turns->sine[i] = besa__take_floats(arena, count);
+    }
 }
 
 /* One block's weights and vectors, and with a pruner its pruned weights; two of each where transfers overlap. */
@@ -10212,7 +10706,7 @@ static void besa__run_place_host(besa__run *run, besa__arena *host)
 {
     const besa_block_shape *s = &run->config->block;
     int64_t vectors = besa__vector_counts(s);
-    int64_t tables = besa__product(besa__max(run->turns.positions, run->test_turns.positions), s->head_dim);
+    int64_t tables = besa__product(besa__max(run->turns.positions, run->test_turns.positions), besa__rotary_dim(s));
     int64_t rows = BESA__CHUNK_TOKENS * s->hidden_size, test = run->test.count * run->test.seqlen; /* 2 or more a window */
     run->staging = besa__take_floats(host, besa__max(besa__max(rows, tables), run->has_test ? test : 0));
     run->vectors = besa__take_floats(host, vectors);
@@ -10414,13 +10908,21 @@ static besa_result besa__check_finite(const besa__run *run, const besa_tensor *t
     return BESA_OK;
 }
 
-/* One norm or bias to the device through the host's vectors; none where the model has no such tensor. */
-static besa_result besa__bring_vector(besa__run *run, float **vectors, float *device, const besa_tensor *tensor,
+/* What a norm is above its tensor. */
+static float besa__norm_offset(const besa__run *run, int vector)
+{
+    return run->config->unit_norms && vector >= BESA_LAYERS ? 1.0f : 0.0f;
+}
+
+/* One norm or bias, its tensor and offset, to the device through the host's vectors; none where the model has no such
+ * tensor. */
+static besa_result besa__bring_vector(besa__run *run, float **vectors, float *device, const besa_tensor *tensor, float offset,
                                       besa_error *error)
 {
     if (!tensor) return BESA_OK;
     int64_t count = tensor->shape[0];
     BESA__TRY(besa__tensor_floats(*vectors, tensor, 0, count, error));
+    for (int64_t i = 0; i < count && offset != 0.0f; i++) (*vectors)[i] += offset;
     if (run->writer) BESA__TRY(besa__check_copy(run->writer, tensor, error));
     besa__release_pages(run->checkpoint, tensor);
     BESA__TRY(besa__pass_error(run->be, run->be->upload(run->be, BESA_QUEUE_STAGE, device, *vectors,
@@ -10478,7 +10980,7 @@ static besa_result besa__in_begin(besa__run *run, int64_t index, besa_error *err
     const besa__block_tensors *t = &run->in.tensors;
     for (int i = 0; i < BESA_LAYERS && !run->be->unified_memory; i++) besa__expect_pages(run->checkpoint, t->weight[i]);
     for (int i = 0; i < BESA_VECTORS; i++)
-        BESA__TRY(besa__bring_vector(run, &vectors, room->vector[i], t->vector[i], error));
+        BESA__TRY(besa__bring_vector(run, &vectors, room->vector[i], t->vector[i], besa__norm_offset(run, i), error));
     return BESA_OK;
 }
 
@@ -10539,6 +11041,13 @@ static besa_result besa__in_share(besa__run *run, size_t target, besa_error *err
     return BESA_OK;
 }
 
+static void besa__block_turns(besa_block *block, const besa_config *config, const besa__turns *turns)
+{
+    int local = config->has_local_rope && block->shape.sliding_window > 0;
+    block->rope_cos = turns->cosine[local];
+    block->rope_sin = turns->sine[local];
+}
+
 /* Block `index` is on the device, whole; *seconds is what the host spent on that. */
 static besa_result besa__in_finish(besa__run *run, int64_t index, besa_block *block, double *seconds, besa_error *error)
 {
@@ -10553,12 +11062,13 @@ static besa_result besa__in_finish(besa__run *run, int64_t index, besa_block *bl
     block->shape = run->config->block;
     block->shape.sliding_window = run->config->window[index] ? run->config->sliding_window : 0;
     block->dtype = run->model.dtype;
-    block->rope_cos = run->turns.cosine;
-    block->rope_sin = run->turns.sine;
+    block->shape.no_rope = run->config->no_rope[index];
+    besa__block_turns(block, run->config, &run->turns);
     for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = room->weight[i];
     for (int i = 0; i < BESA_VECTORS; i++) {
         *besa__block_vector(block, i) = t->vector[i] ? room->vector[i] : NULL;
         if (run->has_pruner && t->vector[i]) run->pruner.weights.vector[i].dtype = t->vector[i]->dtype;
+        run->pruner.weights.vector[i].offset = besa__norm_offset(run, i);
     }
     *seconds = run->in.seconds + run->in.copying;
     run->in.block = -1;
@@ -10688,7 +11198,9 @@ static besa_result besa__out_vectors(besa__run *run, besa_error *error)
     float *at = run->pruner.results_vectors;
     for (int i = 0; i < BESA_VECTORS; at += vector[i++].count) {
         const besa_tensor *tensor = run->out.tensors.vector[i];
+        float offset = besa__norm_offset(run, i);
         if (!tensor) continue;
+        for (int64_t k = 0; k < vector[i].count && offset != 0.0f; k++) at[k] -= offset;
         for (int64_t k = 0; k < vector[i].count && tensor->dtype != BESA_F32; k++) {
             uint16_t half = tensor->dtype == BESA_F16 ? besa__f32_to_f16(at[k]) : besa__f32_to_bf16(at[k]);
             memcpy((unsigned char *)at + (size_t)k * sizeof half, &half, sizeof half);
@@ -10726,15 +11238,19 @@ static besa_result besa__run_share(void *user, double fraction, besa_error *erro
 static besa_result besa__load_turns(besa__run *run, const besa__turns *turns, besa_error *error)
 {
     besa_backend *be = run->be;
-    int64_t count = turns->positions * (run->config->block.head_dim / 2);
+    besa_block_shape shape = run->config->block;
+    int64_t count = turns->positions * (besa__rotary_dim(&shape) / 2);
     size_t bytes = (size_t)count * sizeof(float);
     float *cosine = (float *)run->staging, *sine = cosine + count;
-    if (count == 0) return BESA_OK;
-    besa_rope_table(&run->config->block, turns->positions, cosine, sine);
-    besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, turns->cosine, cosine, bytes);
-    if (result == BESA_OK) result = be->upload(be, BESA_QUEUE_COMPUTE, turns->sine, sine, bytes);
-    if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
-    return besa__pass_error(be, result, error);
+    for (int i = 0; i <= run->config->has_local_rope && count > 0; i++) {
+        if (i) shape.rope = run->config->local_rope;
+        besa_rope_table(&shape, turns->positions, cosine, sine);
+        besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, turns->cosine[i], cosine, bytes);
+        if (result == BESA_OK) result = be->upload(be, BESA_QUEUE_COMPUTE, turns->sine[i], sine, bytes);
+        if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
+        BESA__TRY_ON(be, result, error);
+    }
+    return BESA_OK;
 }
 
 static besa_result besa__load_rope(besa__run *run, besa_error *error)
@@ -10755,17 +11271,27 @@ static besa_result besa__check_ids(const besa__run *run, const int32_t *ids, int
     return BESA_OK;
 }
 
-/* x(tokens, d) = rows of the embedding, gathered on the host and converted on the device. */
+/* What the embedding's rows are multiplied with. Gemma's is of the dtype of activations, as these models were trained. */
+static float besa__embedding_scale(const besa__run *run)
+{
+    float scale = (float)run->config->embedding_scale;
+    if (scale == 0.0f) return 1.0f;
+    int rounded = run->config->unit_norms && run->be->activation_dtype == BESA_BF16;
+    return rounded ? besa__bf16_to_f32(besa__f32_to_bf16(scale)) : scale;
+}
+
+/* x(tokens, d) = rows of the embedding, gathered on the host, scaled, and converted on the device. */
 static besa_result besa__embed(besa__run *run, void *x, const int32_t *ids, int64_t tokens, besa_error *error)
 {
     besa_backend *be = run->be;
     const besa_tensor *table = run->model.embedding;
     int64_t d = run->config->block.hidden_size;
-    float *rows = (float *)run->staging;
+    float *rows = (float *)run->staging, scale = besa__embedding_scale(run);
     for (int64_t i = 0; i < tokens; i += BESA__CHUNK_TOKENS) {
         int64_t count = besa__min(BESA__CHUNK_TOKENS, tokens - i);
         for (int64_t t = 0; t < count; t++)
             BESA__TRY(besa__tensor_floats(rows + t * d, table, ids[i + t] * d, d, error));
+        for (int64_t k = 0; k < count * d && scale != 1.0f; k++) rows[k] *= scale;
         void *to = besa__at(x, be->activation_dtype, i * d);
         besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, run->rows, rows, (size_t)(count * d) * sizeof(float));
         if (result == BESA_OK) result = be->convert(be, to, be->activation_dtype, run->rows, BESA_F32, count * d);
@@ -10794,7 +11320,7 @@ static besa_result besa__test_forward(besa__run *run, const besa_block *block, b
     besa_backend *be = run->be;
     besa_block turned = *block;
     if (!run->has_test) return BESA_OK;
-    if (run->test_turns.positions > 0) turned.rope_cos = run->test_turns.cosine, turned.rope_sin = run->test_turns.sine;
+    if (run->test_turns.positions > 0) besa__block_turns(&turned, run->config, &run->test_turns);
     besa__use_workspace(be, run->workspace, run->workspace_bytes);
     BESA__TRY_ON(be, besa__stream_forward(&run->test, besa__stream_walk(&run->test, -1), &turned, &run->acts), error);
     return besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
@@ -10821,6 +11347,9 @@ static besa_result besa__head_chunk(besa__run *run, int64_t first_id, int64_t id
     int64_t seqlen = run->test.seqlen, d = run->config->block.hidden_size, vocab = run->config->vocab_size;
     int64_t tokens = chunk->count * seqlen, t0 = chunk->first * seqlen;
     BESA__TRY(be->logits(be, run->logits, x, run->rows, run->model.head->dtype, tokens, ids, d));
+    double scale = run->config->logits_scale, cap = run->config->logits_softcap;
+    if (scale != 0 || cap != 0)
+        BESA__TRY(be->softcap(be, run->logits, scale != 0 ? (float)scale : 1.0f, (float)cap, tokens * ids));
     if (!out)
         return be->nll_update(be, run->nll_state + 3 * t0, run->logits, run->targets + t0, first_id, ids, tokens,
                               first_id == 0);
@@ -10830,13 +11359,19 @@ static besa_result besa__head_chunk(besa__run *run, int64_t first_id, int64_t id
     return be->synchronize(be, BESA_QUEUE_COMPUTE);
 }
 
+/* The block's vector that the final norm takes the place of. */
+static int besa__final_vector(const besa__run *run)
+{
+    return run->config->block.norms == BESA_NORMS_OUT ? BESA_NORM1_OUT : BESA_NORM1;
+}
+
 /* The final norm over the test stream. */
 static besa_result besa__final_norm(besa__run *run, besa_error *error)
 {
     besa_backend *be = run->be;
     besa__stream *s = &run->test;
-    float *vectors = run->vectors, *norm = run->room[0].vector[BESA_NORM1];
-    BESA__TRY(besa__bring_vector(run, &vectors, norm, run->model.norm, error));
+    float *vectors = run->vectors, *norm = run->room[0].vector[besa__final_vector(run)];
+    BESA__TRY(besa__bring_vector(run, &vectors, norm, run->model.norm, besa__norm_offset(run, BESA_NORM1), error));
     BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_STAGE), error);
     besa__walk walk = besa__stream_walk(s, -1);
     while (besa__walk_next(&walk)) {
@@ -11228,6 +11763,7 @@ static besa_result besa__read_vectors(besa__run *run, int64_t index, besa_block 
         BESA__TRY(besa__writer_read(run->writer, &written, end, 0, written.bytes, error));
         written.data = end;
         BESA__TRY(besa__tensor_floats(at, &written, 0, vector[i].count, error));
+        for (int64_t k = 0; k < vector[i].count && besa__norm_offset(run, i) != 0.0f; k++) at[k] += besa__norm_offset(run, i);
         BESA__TRY_ON(be, be->upload(be, BESA_QUEUE_COMPUTE, vector[i].value, at, bytes), error);
         *besa__block_vector(block, i) = vector[i].value;
     }
@@ -12825,6 +13361,23 @@ BESA__INLINE float besa__exp(float x)
 
 BESA__INLINE float besa__sigmoid(float x) { return 1.0f / (1.0f + besa__exp(-x)); }
 
+/* tanh(x) to about two ulp: a polynomial in x^2 for small x, where 1 - 2 / (exp(2x) + 1) would lose digits. */
+BESA__INLINE float besa__tanh(float x)
+{
+    float y = besa__bits_float(besa__float_bits(x) & 0x7FFFFFFFu), s = x * x, p = -5.70498872745e-3f;
+    float large = 1.0f - 2.0f / (besa__exp(2.0f * y) + 1.0f);
+    p = p * s + 2.06390887954e-2f;
+    p = p * s - 5.37397155531e-2f;
+    p = p * s + 1.33314422036e-1f;
+    p = p * s - 3.33332819422e-1f;
+    large = besa__bits_float(besa__float_bits(large) | (besa__float_bits(x) & 0x80000000u));
+    return y < 0.625f ? x + x * s * p : large;
+}
+
+/* 2 c (1 + 0.044715 x^2) and the derivative of x times that, c = sqrt(2 / pi): gelu(x) = x sigmoid(2 c (x + 0.044715 x^3)) */
+BESA__INLINE float besa__gelu_slope(float x) { return 1.59576912f + 0.0713548163f * x * x; }
+BESA__INLINE float besa__gelu_steepness(float x) { return 1.59576912f + 0.214064449f * x * x; }
+
 /* sqrt(x), x >= 0, to about one ulp: libm's may set errno, which keeps loops from being vectorised.
  * y -> 1 / sqrt(x) by Newton's iteration from a first guess that halves the exponent. */
 BESA__INLINE float besa__sqrt(float x)
@@ -13243,11 +13796,11 @@ static besa_result besa__cpu_rmsnorm_backward(besa_backend *be, void *dx, const 
 
 /* ---- rope ---------------------------------------------------------------------------------- */
 
-/* the heads of one token: (a, b) = (a cos - b sin, b cos + a sin), sin negated for direction -1 */
+/* the heads of one token: (a, b) = (a cos - b sin, b cos + a sin), sin negated for direction -1; `half` pairs of each head */
 BESA__INLINE void besa__cpu_rope_row_body(float *x, const float *cosine, const float *sine, float direction,
-                                          int64_t heads, int64_t half)
+                                          int64_t heads, int64_t head_dim, int64_t half)
 {
-    for (int64_t h = 0; h < heads; h++, x += 2 * half) {
+    for (int64_t h = 0; h < heads; h++, x += head_dim) {
         float *y = x + half;
         BESA__ELEMENTWISE
         for (int64_t i = 0; i < half; i++) {
@@ -13258,19 +13811,19 @@ BESA__INLINE void besa__cpu_rope_row_body(float *x, const float *cosine, const f
     }
 }
 BESA__KERNEL(besa__cpu_rope_row,
-             (float *x, const float *cosine, const float *sine, float direction, int64_t heads, int64_t half),
-             (x, cosine, sine, direction, heads, half))
+             (float *x, const float *cosine, const float *sine, float direction, int64_t heads, int64_t head_dim, int64_t half),
+             (x, cosine, sine, direction, heads, head_dim, half))
 
-/* X(T, heads * dh) in place, token t at position t % seqlen of cos, sin (seqlen, dh / 2) */
+/* X(T, heads * dh) in place, token t at position t % seqlen of cos, sin (seqlen, r / 2) */
 static besa_result besa__cpu_rope(besa_backend *be, void *x, const float *cosine, const float *sine, int64_t tokens,
-                                  int64_t seqlen, int64_t heads, int64_t head_dim, int direction)
+                                  int64_t seqlen, int64_t heads, int64_t head_dim, int64_t rotary_dim, int direction)
 {
-    int64_t grain = besa__cpu_grain(heads * head_dim), tasks = besa__parts(tokens, grain), half = head_dim / 2;
+    int64_t grain = besa__cpu_grain(heads * head_dim), tasks = besa__parts(tokens, grain), half = rotary_dim / 2;
     BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
     for (int64_t task = 0; task < tasks; task++)
         for (int64_t t = task * grain; t < besa__min(tokens, (task + 1) * grain); t++)
             besa__cpu_rope_row((float *)x + t * heads * head_dim, cosine + t % seqlen * half,
-                               sine + t % seqlen * half, (float)direction, heads, half);
+                               sine + t % seqlen * half, (float)direction, heads, head_dim, half);
     return BESA_OK;
 }
 
@@ -13281,7 +13834,7 @@ static besa_result besa__cpu_rope(besa_backend *be, void *x, const float *cosine
  * One step takes a block of queries of one head: their scores fill a strip, a panel (queries, NR) for every NR keys,
  * which stays in the second-level cache, beside it the strip of their gradient:
  *
- *     S = Q K' / sqrt(dh)                     A: rows of Q, B: K by keys         P = softmax(S) in place
+ *     S = Q K' / sqrt(dh)                     A: rows of Q, B: K by keys         P = softmax(S) in place, S capped or not
  *     O = P V                                 A: rows of P, packed anew, B: V by dims
  *     dP = dO V'                              A: rows of dO, B: V by keys        dS = P (dP - rowsum(P dP)) in place
  *     dQ = dS K / sqrt(dh)                    A: rows of dS, packed anew, B: K by dims
@@ -13303,7 +13856,7 @@ typedef struct besa__cpu_attention {
     const besa_attention_shape *s;
     besa__gemm_kernel kernel;
     int bf16, backward;
-    float scale;                       /* 1 / sqrt(dh) */
+    float scale;                       /* 1 / sqrt(dh), or as the shape has it */
     const float *q, *k, *v, *d_o;
     float *out, *dk, *dv;              /* out: O or dQ */
     int64_t q_step, k_step;            /* from token to token */
@@ -13349,7 +13902,7 @@ static besa__cpu_attention besa__cpu_attention_sizes(const besa_attention_shape 
     memset(&x, 0, sizeof x);
     x.s = s, x.kernel = besa__gemm_choose(bf16), x.bf16 = bf16, x.backward = backward;
     mr = x.kernel.mr, nr = x.kernel.nr;
-    x.scale = 1.0f / sqrtf((float)s->head_dim);
+    x.scale = s->scale != 0.0f ? s->scale : 1.0f / sqrtf((float)s->head_dim);
     x.q_step = besa__product(s->num_attention_heads, s->head_dim);
     x.k_step = besa__product(s->num_key_value_heads, s->head_dim);
     x.group = s->num_attention_heads / s->num_key_value_heads;
@@ -13461,6 +14014,25 @@ static void besa__cpu_attention_mask(const besa__cpu_queries *b, const besa__cpu
     }
 }
 
+/* x = cap tanh(x / cap) */
+BESA__INLINE void besa__cpu_softcap_run_body(float *x, float scale, float cap, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) x[i] = cap * besa__tanh(x[i] * scale / cap);
+}
+BESA__KERNEL(besa__cpu_softcap_run, (float *x, float scale, float cap, int64_t n), (x, scale, cap, n))
+
+/* ds = ds (1 - tanh(s / cap)^2): the derivative by what was capped */
+BESA__INLINE void besa__cpu_softcap_back_body(float *ds, const float *s, float cap, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float t = besa__tanh(s[i] / cap);
+        ds[i] *= 1.0f - t * t;
+    }
+}
+BESA__KERNEL(besa__cpu_softcap_back, (float *ds, const float *s, float cap, int64_t n), (ds, s, cap, n))
+
 /* max = max(max, x) */
 BESA__INLINE void besa__cpu_lanes_max_body(float *max, const float *x, int64_t n)
 {
@@ -13544,6 +14116,7 @@ static void besa__cpu_attention_scores(const besa__cpu_queries *b, const besa__c
         besa__cpu_panel c = besa__cpu_panel_at(b, j);
         int64_t at = c.from * units;
         besa__cpu_tiles(&x->kernel, c.p, c.rows, b->q + at, step, kv->k_keys + j * units, units, x->scale, 0);
+        if (x->s->softcap != 0.0f) besa__cpu_softcap_run(c.p, 1.0f, x->s->softcap, c.rows * nr);
         if (x->backward) besa__cpu_tiles(&x->kernel, c.dp, c.rows, b->d_o + at, step, kv->v_keys + j * units, units, 1.0f, 0);
         besa__cpu_attention_mask(b, &c);
         besa__cpu_lanes_max(b->max + c.from * nr, c.p, c.rows * nr);
@@ -13568,6 +14141,18 @@ static void besa__cpu_attention_softmax(const besa__cpu_queries *b)
     for (int64_t j = b->j0; j < b->j1; j += nr) {
         besa__cpu_panel c = besa__cpu_panel_at(b, j);
         besa__cpu_lanes_back(c.p, c.dp, b->sum + c.from * nr, b->dot + c.from * nr, c.rows * nr);
+    }
+}
+
+/* dS through the cap: the scores are made once more, where the row maxima were. */
+static void besa__cpu_attention_uncap(const besa__cpu_queries *b, const besa__cpu_kv *kv)
+{
+    const besa__cpu_attention *x = b->x;
+    int64_t nr = x->kernel.nr, units = besa__parts(x->s->head_dim, x->kernel.unit), step = x->kernel.mr * units;
+    for (int64_t j = b->j0; j < b->j1; j += nr) {
+        besa__cpu_panel c = besa__cpu_panel_at(b, j);
+        besa__cpu_tiles(&x->kernel, b->max, c.rows, b->q + c.from * units, step, kv->k_keys + j * units, units, x->scale, 0);
+        besa__cpu_softcap_back(c.dp, b->max, x->s->softcap, c.rows * nr);
     }
 }
 
@@ -13634,6 +14219,7 @@ static void besa__cpu_attention_step(besa__cpu_queries *b, const besa__cpu_kv *k
     if (x->backward) besa__cpu_queries_pack(b, b->d_o, b->d_o_columns, x->d_o + at);
     besa__cpu_attention_scores(b, kv);
     besa__cpu_attention_softmax(b);
+    if (x->backward && x->s->softcap != 0.0f) besa__cpu_attention_uncap(b, kv);
     besa__cpu_attention_mix(b, kv, x->backward ? b->dp : b->p, x->out + at);
     if (x->backward) besa__cpu_attention_gather(b, dk, dv);
 }
@@ -13792,6 +14378,94 @@ static besa_result besa__cpu_swiglu_backward(besa_backend *be, void *dgate, void
         int64_t at = task * grain;
         besa__cpu_swiglu_back_run((float *)dgate + at, (float *)dup + at, (const float *)dz + at,
                                   (const float *)gate + at, (const float *)up + at, besa__min(grain, n - at));
+    }
+    return BESA_OK;
+}
+
+/* z = gelu(gate) up */
+BESA__INLINE void besa__cpu_geglu_run_body(float *z, const float *gate, const float *up, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) z[i] = gate[i] * besa__sigmoid(gate[i] * besa__gelu_slope(gate[i])) * up[i];
+}
+BESA__KERNEL(besa__cpu_geglu_run, (float *z, const float *gate, const float *up, int64_t n), (z, gate, up, n))
+
+/* gelu'(x) = s + x s (1 - s) u', gelu(x) = x s, s = sigmoid(u(x)) */
+BESA__INLINE void besa__cpu_geglu_back_run_body(float *dgate, float *dup, const float *dz, const float *gate,
+                                                const float *up, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+        float x = gate[i], s = besa__sigmoid(x * besa__gelu_slope(x)), u = up[i], d = dz[i];
+        dgate[i] = d * u * s * (1.0f + x * besa__gelu_steepness(x) * (1.0f - s));
+        dup[i] = d * x * s;
+    }
+}
+BESA__KERNEL(besa__cpu_geglu_back_run,
+             (float *dgate, float *dup, const float *dz, const float *gate, const float *up, int64_t n),
+             (dgate, dup, dz, gate, up, n))
+
+/* Z(n) = gelu(G) U */
+static besa_result besa__cpu_geglu_forward(besa_backend *be, void *z, const void *gate, const void *up, int64_t n)
+{
+    int64_t grain = 16384, tasks = besa__parts(n, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * grain;
+        besa__cpu_geglu_run((float *)z + at, (const float *)gate + at, (const float *)up + at, besa__min(grain, n - at));
+    }
+    return BESA_OK;
+}
+
+/* dG = dZ U gelu'(G), dU = dZ gelu(G) */
+static besa_result besa__cpu_geglu_backward(besa_backend *be, void *dgate, void *dup, const void *dz, const void *gate,
+                                            const void *up, int64_t n)
+{
+    int64_t grain = 16384, tasks = besa__parts(n, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * grain;
+        besa__cpu_geglu_back_run((float *)dgate + at, (float *)dup + at, (const float *)dz + at,
+                                 (const float *)gate + at, (const float *)up + at, besa__min(grain, n - at));
+    }
+    return BESA_OK;
+}
+
+/* y = x + scale z */
+BESA__INLINE void besa__cpu_residual_run_body(float *y, const float *x, const float *z, float scale, int64_t n)
+{
+    if (x) {
+        BESA__ELEMENTWISE
+        for (int64_t i = 0; i < n; i++) y[i] = x[i] + scale * z[i];
+    } else {
+        BESA__ELEMENTWISE
+        for (int64_t i = 0; i < n; i++) y[i] = scale * z[i];
+    }
+}
+BESA__KERNEL(besa__cpu_residual_run, (float *y, const float *x, const float *z, float scale, int64_t n), (y, x, z, scale, n))
+
+/* Y(n) = X + scale Z, X NULL: 0 */
+static besa_result besa__cpu_residual(besa_backend *be, void *y, const void *x, const void *z, float scale, int64_t n)
+{
+    int64_t grain = 16384, tasks = besa__parts(n, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * grain;
+        besa__cpu_residual_run((float *)y + at, x ? (const float *)x + at : NULL, (const float *)z + at, scale,
+                               besa__min(grain, n - at));
+    }
+    return BESA_OK;
+}
+
+/* y(n) = scale y; where cap is not 0, cap tanh(scale y / cap) */
+static besa_result besa__cpu_softcap(besa_backend *be, float *y, float scale, float cap, int64_t n)
+{
+    int64_t grain = 16384, tasks = besa__parts(n, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * grain, count = besa__min(grain, n - at);
+        if (cap != 0.0f) besa__cpu_softcap_run(y + at, scale, cap, count);
+        else besa__cpu_scale(y + at, scale, count);
     }
     return BESA_OK;
 }
@@ -15074,6 +15748,21 @@ static besa_result besa__cpu_mix(besa_backend *be, void *y, const void *x, float
     return BESA_OK;
 }
 
+/* y(n) += value */
+BESA__INLINE void besa__cpu_shift_run_body(float *y, float value, int64_t n)
+{
+    BESA__ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) y[i] += value;
+}
+BESA__KERNEL(besa__cpu_shift_run, (float *y, float value, int64_t n), (y, value, n))
+
+static besa_result besa__cpu_shift(besa_backend *be, float *y, float value, int64_t n)
+{
+    (void)be;
+    besa__cpu_shift_run(y, value, n);
+    return BESA_OK;
+}
+
 /* ---- the exact count ----------------------------------------------------------------------- */
 
 typedef struct besa__cpu_projected {
@@ -15821,7 +16510,7 @@ static uint64_t besa__cpu_gemm_bytes(const besa_workload *w, int threads)
 /* One kv head for each thread, or more of them where they are small; no more than there are. */
 static uint64_t besa__cpu_attention_bytes(const besa_workload *w, int threads)
 {
-    besa_attention_shape s = {1, w->seqlen, w->num_attention_heads, w->num_key_value_heads, w->head_dim, 0};
+    besa_attention_shape s = {1, w->seqlen, w->num_attention_heads, w->num_key_value_heads, w->head_dim, 0, 0, 0};
     uint64_t most = 0;
     if (w->num_key_value_heads <= 0 || w->tokens <= 0 || w->seqlen <= 0) return 0;
     for (int backward = 0; backward < 2; backward++) {

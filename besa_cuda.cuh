@@ -16,7 +16,7 @@
  *   >>cuda-calls         errors, launches, the context, workspace
  *   >>cuda-queues        memory, streams, events
  *   >>cuda-device        what kernels share: 16-byte accesses, sums in a fixed order, sort keys
- *   >>cuda-elementwise   convert, fill, power, squares, factors of scores, swiglu, rope
+ *   >>cuda-elementwise   convert, fill, power, squares, factors of scores, swiglu, geglu, residuals, rope
  *   >>cuda-norm          rmsnorm, column sums, loss, token likelihood
  *   >>cuda-products      linear layers, Gram matrix, logits
  *   >>cuda-attention     scores of a chunk of heads, causal softmax
@@ -625,10 +625,122 @@ static besa_result besa__cuda_swiglu_backward(besa_backend *be, void *dgate, voi
     return BESA_OK;
 }
 
-/* X(T, heads, 2 pairs): (a, b) = (a cos - b sin, b cos + a sin), sin times direction; one block a token */
+/* Z(n) = gelu(G) U, gelu(x) = x sigmoid(x (p + q x^2)) with p = 2 sqrt(2 / pi), q = 0.044715 p */
+template <typename T>
+static __global__ void besa__geglu_forward_kernel(T *z, const T *gate, const T *up, int64_t n, int vector)
+{
+    BESA__FLAT(i, n) {
+        float g[8], u[8];
+        besa__load(g, gate + i, besa__count(n - i), vector);
+        besa__load(u, up + i, besa__count(n - i), vector);
+        BESA__UNROLL
+        for (int k = 0; k < 8; k++) g[k] = g[k] * besa__cuda_sigmoid(g[k] * (1.59576912f + 0.0713548163f * g[k] * g[k])) * u[k];
+        besa__store(z + i, g, besa__count(n - i), vector);
+    }
+}
+
+static besa_result besa__cuda_geglu_forward(besa_backend *be, void *z, const void *gate, const void *up, int64_t n)
+{
+    int vector = besa__cuda_aligned(z, gate, up);
+    BESA__BY_ACTIVATION(be, T,
+        BESA__RUN(besa__geglu_forward_kernel<T>, besa__cuda_flat_blocks(n), BESA__CUDA_THREADS, 0, static_cast<T *>(z),
+                  static_cast<const T *>(gate), static_cast<const T *>(up), n, vector));
+    return BESA_OK;
+}
+
+/* dG(n) = dZ U gelu'(G), dU(n) = dZ gelu(G), gelu'(x) = s (1 + x (p + 3 q x^2) (1 - s)), s the sigmoid above; dG may be G, dU
+ * may be U */
+template <typename T>
+static __global__ void besa__geglu_backward_kernel(T *dgate, T *dup, const T *dz, const T *gate, const T *up, int64_t n,
+                                                   int vector)
+{
+    BESA__FLAT(i, n) {
+        float d[8], g[8], u[8];
+        besa__load(d, dz + i, besa__count(n - i), vector);
+        besa__load(g, gate + i, besa__count(n - i), vector);
+        besa__load(u, up + i, besa__count(n - i), vector);
+        BESA__UNROLL
+        for (int k = 0; k < 8; k++) {
+            float x = g[k], s = besa__cuda_sigmoid(x * (1.59576912f + 0.0713548163f * x * x));
+            g[k] = d[k] * u[k] * s * (1.0f + x * (1.59576912f + 0.214064449f * x * x) * (1.0f - s));
+            u[k] = d[k] * x * s;
+        }
+        besa__store(dgate + i, g, besa__count(n - i), vector);
+        besa__store(dup + i, u, besa__count(n - i), vector);
+    }
+}
+
+static besa_result besa__cuda_geglu_backward(besa_backend *be, void *dgate, void *dup, const void *dz, const void *gate,
+                                             const void *up, int64_t n)
+{
+    int vector = besa__cuda_aligned(dgate, dup, dz, gate, up);
+    BESA__BY_ACTIVATION(be, T,
+        BESA__RUN(besa__geglu_backward_kernel<T>, besa__cuda_flat_blocks(n), BESA__CUDA_THREADS, 0,
+                  static_cast<T *>(dgate), static_cast<T *>(dup), static_cast<const T *>(dz),
+                  static_cast<const T *>(gate), static_cast<const T *>(up), n, vector));
+    return BESA_OK;
+}
+
+/* Y(n) = X + scale Z; X NULL: 0 */
+template <typename T>
+static __global__ void besa__residual_kernel(T *y, const T *x, const T *z, float scale, int64_t n, int vector)
+{
+    BESA__FLAT(i, n) {
+        int count = besa__count(n - i);
+        float a[8], b[8];
+        besa__load(a, x ? x + i : z + i, x ? count : 0, vector); /* a count of 0 gives zeros */
+        besa__load(b, z + i, count, vector);
+        BESA__UNROLL
+        for (int k = 0; k < 8; k++) a[k] += scale * b[k];
+        besa__store(y + i, a, count, vector);
+    }
+}
+
+static besa_result besa__cuda_residual(besa_backend *be, void *y, const void *x, const void *z, float scale, int64_t n)
+{
+    int vector = besa__cuda_aligned(y, z) && (!x || besa__cuda_aligned(x));
+    BESA__BY_ACTIVATION(be, T,
+        BESA__RUN(besa__residual_kernel<T>, besa__cuda_flat_blocks(n), BESA__CUDA_THREADS, 0, static_cast<T *>(y),
+                  static_cast<const T *>(x), static_cast<const T *>(z), scale, n, vector));
+    return BESA_OK;
+}
+
+/* y(n) += value */
+static __global__ void besa__shift_kernel(float *y, float value, int64_t n)
+{
+    BESA__FLAT(i, n)
+        for (int64_t k = i; k < besa__cuda_min(n, i + 8); k++) y[k] += value;
+}
+
+static besa_result besa__cuda_shift(besa_backend *be, float *y, float value, int64_t n)
+{
+    BESA__RUN(besa__shift_kernel, besa__cuda_flat_blocks(n), BESA__CUDA_THREADS, 0, y, value, n);
+    return BESA_OK;
+}
+
+/* y(n) = scale y; where cap is not 0, cap tanh(scale y / cap) */
+static __global__ void besa__softcap_kernel(float *y, float scale, float cap, int64_t n, int vector)
+{
+    BESA__FLAT(i, n) {
+        float v[8];
+        besa__load(v, y + i, besa__count(n - i), vector);
+        BESA__UNROLL
+        for (int k = 0; k < 8; k++) v[k] = cap != 0.0f ? cap * tanhf(scale * v[k] / cap) : scale * v[k];
+        besa__store(y + i, v, besa__count(n - i), vector);
+    }
+}
+
+static besa_result besa__cuda_softcap(besa_backend *be, float *y, float scale, float cap, int64_t n)
+{
+    BESA__RUN(besa__softcap_kernel, besa__cuda_flat_blocks(n), BESA__CUDA_THREADS, 0, y, scale, cap, n, besa__cuda_aligned(y));
+    return BESA_OK;
+}
+
+/* X(T, heads, dh), of each head the first 2 pairs: (a, b) = (a cos - b sin, b cos + a sin), sin times direction; one block a
+ * token */
 template <typename T>
 static __global__ void besa__rope_kernel(T *x, const float *cosine, const float *sine, int64_t tokens, int64_t seqlen,
-                                         int64_t heads, int64_t pairs, float direction, int vector)
+                                         int64_t heads, int64_t head_dim, int64_t pairs, float direction, int vector)
 {
     int64_t eights = besa__cuda_parts(pairs, 8);
     BESA__ROWS(t, tokens) {
@@ -636,7 +748,7 @@ static __global__ void besa__rope_kernel(T *x, const float *cosine, const float 
         for (int64_t i = threadIdx.x; i < heads * eights; i += blockDim.x) {
             float a[8], b[8], cos8[8], sin8[8];
             int64_t head = static_cast<uint32_t>(i) / static_cast<uint32_t>(eights), j = (i - head * eights) * 8, angle = turn + j;
-            T *at = x + (t * heads + head) * 2 * pairs + j;
+            T *at = x + (t * heads + head) * head_dim + j;
             int count = besa__count(pairs - j);
             besa__load(a, at, count, vector);
             besa__load(b, at + pairs, count, vector);
@@ -655,13 +767,13 @@ static __global__ void besa__rope_kernel(T *x, const float *cosine, const float 
 }
 
 static besa_result besa__cuda_rope(besa_backend *be, void *x, const float *cosine, const float *sine, int64_t tokens,
-                                   int64_t seqlen, int64_t heads, int64_t head_dim, int direction)
+                                   int64_t seqlen, int64_t heads, int64_t head_dim, int64_t rotary_dim, int direction)
 {
-    int64_t pairs = head_dim / 2;
-    int vector = pairs % 8 == 0 && besa__cuda_aligned(x, cosine, sine);
+    int64_t pairs = rotary_dim / 2;
+    int vector = pairs % 8 == 0 && head_dim % 8 == 0 && besa__cuda_aligned(x, cosine, sine);
     BESA__BY_ACTIVATION(be, T,
         BESA__RUN(besa__rope_kernel<T>, tokens, besa__cuda_row_threads(heads * pairs), 0, static_cast<T *>(x), cosine,
-                  sine, tokens, seqlen, heads, pairs, static_cast<float>(direction), vector));
+                  sine, tokens, seqlen, heads, head_dim, pairs, static_cast<float>(direction), vector));
     return BESA_OK;
 }
 
@@ -1204,6 +1316,7 @@ static besa_result besa__cuda_logits(besa_backend *be, float *out, const void *h
 
 typedef struct besa__cuda_attention {
     int64_t seqlen, head_dim, window;
+    float scale, cap;                  /* of the scores; cap 0: none */
     int64_t stack, turns;              /* query heads in one matrix; products one after another: stack * turns share a kv head */
     int64_t inner, outer;              /* batched; one after another */
     int64_t q_inner, q_outer, k_inner, k_outer; /* elements from one to the next */
@@ -1241,6 +1354,8 @@ static void besa__cuda_attention_shape(const besa__cuda *cuda, besa__cuda_attent
     int by_sequence = s->batch > s->num_key_value_heads;
     memset(a, 0, sizeof *a);
     a->seqlen = s->seqlen, a->head_dim = dh, a->window = s->sliding_window;
+    a->scale = s->scale != 0.0f ? s->scale : 1.0f / sqrtf(static_cast<float>(dh));
+    a->cap = s->softcap;
     a->stack = s->num_key_value_heads == 1 ? share : 1;
     a->turns = share / a->stack;
     a->q_row = s->num_attention_heads * dh, a->k_row = s->num_key_value_heads * dh;
@@ -1274,7 +1389,7 @@ static size_t besa__cuda_attention_bytes(const besa_backend *be, const besa_work
     besa__cuda_attention a;
     if (w->num_attention_heads < 1 || w->tokens < 1 || w->seqlen < 1) return 0;
     besa_attention_shape s = {besa__cuda_max(1, w->tokens / w->seqlen), w->seqlen, w->num_attention_heads,
-                              w->num_key_value_heads, w->head_dim, 0};
+                              w->num_key_value_heads, w->head_dim, 0, 0, 0};
     besa__cuda_attention_shape(cuda, &a, &s);
     besa__cuda_attention_place(&work, &a, act, besa__cuda_attention_fit(&a, act, cuda->score_bytes));
     return work.used;
@@ -1466,15 +1581,15 @@ static __global__ void __launch_bounds__(BESA__CUDA_SOFTMAX_THREADS)
 static besa_result besa__cuda_piece_probabilities(besa_backend *be, const besa__cuda_attention *a,
                                                   const besa__cuda_piece *piece, const void *q, const void *k)
 {
-    float scale = 1.0f / sqrtf(static_cast<float>(a->head_dim));
-    BESA__TRY(besa__cuda_piece_scores(be, a, piece, a->scores, q, k, scale));
+    BESA__TRY(besa__cuda_piece_scores(be, a, piece, a->scores, q, k, a->scale));
+    if (a->cap != 0.0f) BESA__TRY(besa__cuda_softcap(be, a->scores, 1.0f, a->cap, piece->count * piece->rows * piece->row));
     BESA__BY_ACTIVATION(be, T,
         BESA__RUN(besa__softmax_forward_kernel<T>, piece->count * piece->rows, besa__cuda_softmax_threads(piece->keys), 0,
                   static_cast<T *>(a->p), a->scores, *piece, a->stack, a->window));
     return BESA_OK;
 }
 
-/* O(T, heads * dh) = softmax_causal(Q K' / sqrt(dh)) V */
+/* O(T, heads * dh) = softmax_causal(S) V, S = scale Q K', capped or not */
 static besa_result besa__cuda_attention_forward(besa_backend *be, void *o, const void *q, const void *k, const void *v,
                                                 const besa_attention_shape *s)
 {
@@ -1491,12 +1606,42 @@ static besa_result besa__cuda_attention_forward(besa_backend *be, void *o, const
     return BESA_OK;
 }
 
+/* dS(count * rows, keys) *= 1 - tanh(S / cap)^2, the derivative by the scores before the cap; a block a row. What is masked has
+ * a dS of 0 and any S. */
+template <typename T>
+static __global__ void besa__softcap_backward_kernel(T *ds, const float *s, besa__cuda_piece piece, float cap)
+{
+    BESA__ROWS(b, piece.count * piece.rows)
+        BESA__EIGHTS(j, piece.keys) {
+            int count = besa__count(piece.keys - j);
+            float d[8], x[8];
+            besa__load(d, ds + b * piece.row + j, count, 1);
+            besa__load(x, s + b * piece.row + j, count, 1);
+            BESA__UNROLL
+            for (int k = 0; k < 8; k++) {
+                float t = tanhf(x[k] / cap);
+                d[k] *= 1.0f - t * t;
+            }
+            besa__store(ds + b * piece.row + j, d, count, 1);
+        }
+}
+
+/* dS of a piece through the cap: the scores are made once more, where P or dP was. */
+static besa_result besa__cuda_piece_uncap(besa_backend *be, const besa__cuda_attention *a, const besa__cuda_piece *piece,
+                                          const void *q, const void *k)
+{
+    BESA__TRY(besa__cuda_piece_scores(be, a, piece, a->scores, q, k, a->scale));
+    BESA__BY_ACTIVATION(be, T,
+        BESA__RUN(besa__softcap_backward_kernel<T>, piece->count * piece->rows, besa__cuda_row_threads(piece->keys), 0,
+                  static_cast<T *>(a->ds), a->scores, *piece, a->cap));
+    return BESA_OK;
+}
+
 /* One piece's part of dQ, dK, dV: dV += P' dO, dP = dO V', dS = P (dP - sum P dP), dQ = dS K scale, dK += dS' Q scale */
 static besa_result besa__cuda_piece_backward(besa_backend *be, const besa__cuda_attention *a,
                                              const besa__cuda_piece *piece, void *dq, const void *d_o, const void *q,
                                              const void *k, const void *v)
 {
-    float scale = 1.0f / sqrtf(static_cast<float>(a->head_dim));
     float *dp = be->activation_dtype == BESA_F32 ? static_cast<float *>(a->ds) : a->scores;
     BESA__TRY(besa__cuda_piece_probabilities(be, a, piece, q, k));
     BESA__TRY(besa__cuda_piece_scatter(be, a, piece, a->dv, a->p, d_o, 1.0f));
@@ -1504,8 +1649,9 @@ static besa_result besa__cuda_piece_backward(besa_backend *be, const besa__cuda_
     BESA__BY_ACTIVATION(be, T,
         BESA__RUN(besa__softmax_backward_kernel<T>, piece->count * piece->rows, besa__cuda_softmax_threads(piece->keys), 0,
                   static_cast<T *>(a->ds), dp, static_cast<const T *>(a->p), *piece, a->stack));
-    BESA__TRY(besa__cuda_piece_gather(be, a, piece, dq, a->ds, k, scale));
-    return besa__cuda_piece_scatter(be, a, piece, a->dk, a->ds, q, scale);
+    if (a->cap != 0.0f) BESA__TRY(besa__cuda_piece_uncap(be, a, piece, q, k));
+    BESA__TRY(besa__cuda_piece_gather(be, a, piece, dq, a->ds, k, a->scale));
+    return besa__cuda_piece_scatter(be, a, piece, a->dk, a->ds, q, a->scale);
 }
 
 /* Rows of sum(count, seqlen, dh) to dst, row t of item i at i * inner + t * row */

@@ -41,7 +41,7 @@ typedef struct ops {
 typedef struct ops_case {
     const char *name;
     void (*run)(ops *t, const struct ops_case *c);
-    int64_t n[6];
+    int64_t n[8];
     besa_dtype dtype;
     const char *modes;                 /* any of t, g, p */
 } ops_case;
@@ -524,28 +524,29 @@ static void ops_rmsnorm(ops *t, const ops_case *c)
 
 static void ops_rope(ops *t, const ops_case *c)
 {
-    int64_t T = c->n[0], L = c->n[1], heads = c->n[2], dh = c->n[3], pairs = dh / 2, n = T * heads * dh;
+    int64_t T = c->n[0], L = c->n[1], heads = c->n[2], dh = c->n[3], turned = c->n[4] ? c->n[4] : dh, pairs = turned / 2;
+    int64_t n = T * heads * dh;
     besa_backend *be = t->be;
     double *x = ops_random(t, n, 1), *y = ops_doubles(t, n), *co = ops_doubles(t, L * pairs), *si = ops_doubles(t, L * pairs);
     void *x_ = ops_act(t, x, n);
     float *co_, *si_;
     for (int64_t i = 0; i < L * pairs; i++) {
-        double angle = (double)(i / pairs) * pow(10000, -2.0 * (double)(i % pairs) / (double)dh);
+        double angle = (double)(i / pairs) * pow(10000, -2.0 * (double)(i % pairs) / (double)turned);
         co[i] = cos(angle), si[i] = sin(angle);
     }
     co_ = (float *)ops_float(t, co, L * pairs), si_ = (float *)ops_float(t, si, L * pairs);
     if (ops_is(t, "perf")) {
         OPS_TIME(t, 2.0 * (double)n * (double)besa_dtype_size(be->activation_dtype), "GB/s",
-                 ops_call(t, be->rope(be, x_, co_, si_, T, L, heads, dh, 1), "rope"));
+                 ops_call(t, be->rope(be, x_, co_, si_, T, L, heads, dh, turned, 1), "rope"));
         return;
     }
     for (int64_t i = 0; i < n; i++) {
         int64_t token = i / (heads * dh), j = i % dh, k = token % L * pairs + j % pairs;
-        y[i] = j < pairs ? x[i] * co[k] - x[i + pairs] * si[k] : x[i] * co[k] + x[i - pairs] * si[k];
+        y[i] = j >= turned ? x[i] : j < pairs ? x[i] * co[k] - x[i + pairs] * si[k] : x[i] * co[k] + x[i - pairs] * si[k];
     }
-    ops_call(t, be->rope(be, x_, co_, si_, T, L, heads, dh, 1), "rope");
+    ops_call(t, be->rope(be, x_, co_, si_, T, L, heads, dh, turned, 1), "rope");
     ops_near_act(t, "rope", x_, y, n, 1e-6);
-    ops_call(t, be->rope(be, x_, co_, si_, T, L, heads, dh, -1), "rope"); /* the transpose of a turn is its inverse */
+    ops_call(t, be->rope(be, x_, co_, si_, T, L, heads, dh, turned, -1), "rope"); /* the transpose of a turn is its inverse */
     ops_near_act(t, "rope back", x_, x, n, 1e-6);
 }
 
@@ -561,7 +562,7 @@ static double ref_attention(const void *user) /* returns <dO, O> */
     const ref_att *r = (const ref_att *)user;
     const besa_attention_shape *s = r->s;
     int64_t dh = s->head_dim, H = s->num_attention_heads, K = s->num_key_value_heads, L = s->seqlen;
-    double total = 0, scale = 1 / sqrt((double)dh);
+    double total = 0, cap = (double)s->softcap, scale = s->scale != 0 ? (double)s->scale : 1 / sqrt((double)dh);
     for (int64_t b = 0; b < s->batch; b++)
         for (int64_t h = 0; h < H; h++)
             for (int64_t i = 0; i < L; i++) {
@@ -572,6 +573,7 @@ static double ref_attention(const void *user) /* returns <dO, O> */
                     int64_t kj = ((b * L + j) * K + h / (H / K)) * dh;
                     r->p[j] = 0;
                     for (int64_t e = 0; e < dh; e++) r->p[j] += scale * r->q[qi + e] * r->k[kj + e];
+                    if (cap != 0) r->p[j] = cap * tanh(r->p[j] / cap);
                     most = r->p[j] > most ? r->p[j] : most;
                 }
                 for (int64_t j = first; j <= i; j++) sum += r->p[j] = exp(r->p[j] - most);
@@ -588,7 +590,9 @@ static double ref_attention(const void *user) /* returns <dO, O> */
                 total += dot;
                 for (int64_t j = first; r->o && j <= i; j++) {
                     int64_t kj = ((b * L + j) * K + h / (H / K)) * dh;
-                    double ds = scale * r->p[j] * (r->dp[j] - dot);
+                    double ds = scale * r->p[j] * (r->dp[j] - dot), s0 = 0;
+                    for (int64_t e = 0; e < dh && cap != 0; e++) s0 += scale * r->q[qi + e] * r->k[kj + e];
+                    if (cap != 0) ds *= 1 - tanh(s0 / cap) * tanh(s0 / cap);
                     for (int64_t e = 0; e < dh; e++) {
                         r->dq[qi + e] += ds * r->k[kj + e];
                         r->dk[kj + e] += ds * r->q[qi + e];
@@ -601,7 +605,7 @@ static double ref_attention(const void *user) /* returns <dO, O> */
 
 static void ops_attention(ops *t, const ops_case *c)
 {
-    besa_attention_shape s = {c->n[0], c->n[1], c->n[2], c->n[3], c->n[4], c->n[5]};
+    besa_attention_shape s = {c->n[0], c->n[1], c->n[2], c->n[3], c->n[4], c->n[5], (float)c->n[6] / 100, (float)c->n[7] / 10};
     int64_t T = s.batch * s.seqlen, n = T * s.num_attention_heads * s.head_dim, m = T * s.num_key_value_heads * s.head_dim;
     besa_backend *be = t->be;
     besa_workload sizes = ops_sizes(1, 1, T);
@@ -694,6 +698,86 @@ static void ops_swiglu(ops *t, const ops_case *c)
     }
     ops_near_act(t, "dgate", g_, dg, n, 1e-6);
     ops_near_act(t, "dup", u_, du, n, 1e-6);
+}
+
+static double ref_geglu(const void *user)
+{
+    const ref_glu *r = (const ref_glu *)user;
+    double total = 0;
+    for (int64_t i = 0; i < r->n; i++) {
+        double g = r->g[i], z = 0.5 * g * (1 + tanh(sqrt(2 / acos(-1)) * (g + 0.044715 * g * g * g))) * r->u[i];
+        if (r->z) r->z[i] = z;
+        total += z * r->dz[i];
+    }
+    return total;
+}
+
+static void ops_geglu(ops *t, const ops_case *c)
+{
+    int64_t n = c->n[0];
+    besa_backend *be = t->be;
+    double *g = ops_random(t, n, 4), *u = ops_random(t, n, 1), *dz = ops_random(t, n, 1), *z = ops_doubles(t, n);
+    double *dg = ops_doubles(t, n), *du = ops_doubles(t, n);
+    void *g_, *u_ = ops_act(t, u, n), *dz_ = ops_act(t, dz, n), *z_ = ops_act_out(t, n);
+    ref_glu r = {g, u, dz, z, n};
+    if (ops_is(t, "test") && n > 4) g[0] = 50, g[1] = -50, g[2] = 0, g[3] = -1e-3;
+    g_ = ops_act(t, g, n);
+    ops_call(t, be->geglu_forward(be, z_, g_, u_, n), "geglu_forward");
+    ref_geglu(&r);
+    ops_near_act(t, "geglu_forward", z_, z, n, 2e-6);
+    ops_call(t, be->geglu_backward(be, g_, u_, dz_, g_, u_, n), "geglu_backward"); /* in place */
+    r.z = NULL;
+    if (ops_is(t, "grad")) {
+        ops_gradient(t, "dgate", g, ops_fetch(t, g_, be->activation_dtype, n), n, 1e-5, ref_geglu, &r, 1e-5);
+        ops_gradient(t, "dup", u, ops_fetch(t, u_, be->activation_dtype, n), n, 1e-5, ref_geglu, &r, 1e-5);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        double k = sqrt(2 / acos(-1)), th = tanh(k * (g[i] + 0.044715 * g[i] * g[i] * g[i]));
+        dg[i] = dz[i] * u[i] * (0.5 * (1 + th) + 0.5 * g[i] * (1 - th * th) * k * (1 + 3 * 0.044715 * g[i] * g[i]));
+        du[i] = dz[i] * 0.5 * g[i] * (1 + th);
+    }
+    ops_near_act(t, "dgate", g_, dg, n, 2e-6);
+    ops_near_act(t, "dup", u_, du, n, 2e-6);
+}
+
+/* n[1] 0: Y = X + s Z; 1: Y = s Z; 2: Y = Y + s Z; 3: Z = X + s Z */
+static void ops_residual(ops *t, const ops_case *c)
+{
+    int64_t n = c->n[0], kind = c->n[1];
+    double *x = ops_random(t, n, 1), *z = ops_random(t, n, 1), *y = ops_doubles(t, n), s = -0.375;
+    void *x_ = ops_act(t, x, n), *z_ = ops_act(t, z, n), *y_ = kind == 2 ? x_ : kind == 3 ? z_ : ops_act_out(t, n);
+    for (int64_t i = 0; i < n; i++) y[i] = (kind == 1 ? 0 : x[i]) + s * z[i];
+    ops_call(t, t->be->residual(t->be, y_, kind == 1 ? NULL : x_, z_, (float)s, n), "residual");
+    ops_near_act(t, "y", y_, y, n, 1e-6);
+}
+
+static void ops_shift(ops *t, const ops_case *c)
+{
+    int64_t n = c->n[0];
+    double *y = ops_random(t, n, 1);
+    float *y_ = (float *)ops_float(t, y, n);
+    for (int64_t i = 0; i < n; i++) y[i] += 1;
+    ops_call(t, t->be->shift(t->be, y_, 1.0f, n), "shift");
+    ops_near(t, "y", ops_fetch(t, y_, BESA_F32, n), y, n, 1e-6);
+}
+
+/* n[1]: the cap; values from far below to far above it */
+static void ops_softcap(ops *t, const ops_case *c)
+{
+    int64_t n = c->n[0];
+    double cap = (double)c->n[1], *y = ops_random(t, n, 1), scale = 0.75;
+    float *y_;
+    for (int64_t i = 0; i < n; i++) y[i] *= pow(10, (double)(i % 7) - 3);
+    if (n > 2) y[0] = 0, y[1] = -3000;
+    y_ = (float *)ops_float(t, y, n);
+    ops_call(t, t->be->softcap(t->be, y_, (float)scale, (float)cap, n), "softcap");
+    double *got = ops_fetch(t, y_, BESA_F32, n), worst = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double want = cap != 0 ? cap * tanh(scale * y[i] / cap) : scale * y[i], error = fabs(got[i] - want);
+        if (!(error <= worst * (fabs(want) + 1e-30))) worst = error / (fabs(want) + 1e-30);
+    }
+    if (!(worst < 4e-7)) ops_fail(t, "softcap", worst, 4e-7);
 }
 
 /* ---- statistics and loss ------------------------------------------------------------------- */
@@ -2199,6 +2283,16 @@ static const ops_case ops_cases[] = {
     {"quantize 2048x4096 groups of 128", ops_quantize, {2048, 4096, 128, 4}, BESA_BF16, "p"}, {"quantize gradient 2048x4096", ops_quantize, {2048, 4096, 4096, 4, 3}, BESA_BF16, "p"},
     OPS_TYPES("relative scores 7x9", ops_score_relative, "t", 7, 9, 0), OPS_TYPES("relative scores 300x1000", ops_score_relative, "t", 300, 1000, 0),
     {"relative scores, rows from 3", ops_score_relative, {40, 64, 3}, BESA_BF16, "t"},
+    {"rope 40/20 3 heads, 24 of 32", ops_rope, {40, 20, 3, 32, 24}, BESA_F32, "t"}, {"rope 100/50 5 heads, 6 of 18", ops_rope, {100, 50, 5, 18, 6}, BESA_F32, "t"},
+    {"rope 64/64 2 heads, 96 of 128", ops_rope, {64, 64, 2, 128, 96}, BESA_F32, "t"},
+    {"attention 2x33 scale", ops_attention, {2, 33, 3, 3, 20, 0, 5, 0}, BESA_F32, "tg"}, {"attention 1x70 gqa 4/2 cap", ops_attention, {1, 70, 4, 2, 16, 0, 0, 15}, BESA_F32, "tg"},
+    {"attention 2x193 gqa 4/1 cap, scale", ops_attention, {2, 193, 4, 1, 31, 0, 30, 20}, BESA_F32, "tg"},
+    {"attention 1x300 window 40 cap", ops_attention, {1, 300, 4, 2, 32, 40, 25, 500}, BESA_F32, "tg"}, {"attention one token cap", ops_attention, {2, 1, 4, 2, 16, 0, 0, 10}, BESA_F32, "t"},
+    {"geglu 1", ops_geglu, {1}, BESA_F32, "tg"}, {"geglu 127", ops_geglu, {127}, BESA_F32, "tg"}, {"geglu 70001", ops_geglu, {70001}, BESA_F32, "t"},
+    {"residual 1", ops_residual, {1, 0}, BESA_F32, "t"}, {"residual 20003", ops_residual, {20003, 0}, BESA_F32, "t"}, {"residual 20003 of none", ops_residual, {20003, 1}, BESA_F32, "t"},
+    {"residual 40001 added", ops_residual, {40001, 2}, BESA_F32, "t"}, {"residual 333 over z", ops_residual, {333, 3}, BESA_F32, "t"},
+    {"shift 1", ops_shift, {1}, BESA_F32, "t"}, {"shift 20003", ops_shift, {20003}, BESA_F32, "t"},
+    {"softcap 1", ops_softcap, {1, 30}, BESA_F32, "t"}, {"softcap 70001", ops_softcap, {70001, 30}, BESA_F32, "t"}, {"softcap 5003 scale alone", ops_softcap, {5003, 0}, BESA_F32, "t"},
 };
 enum { OPS_CASES = sizeof ops_cases / sizeof *ops_cases };
 

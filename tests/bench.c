@@ -196,7 +196,7 @@ static void bench_attention(void)
     for (int i = 0; i < 12; i++) {
         int threads = 1 + i % 2, h = heads[i / 4][0], kv = heads[i / 4][1], dh = heads[i / 4][2], T = i / 2 % 2 ? 2048 : 512;
         int64_t d = h * dh, n = T * d;
-        besa_attention_shape s = { 1, T, h, kv, dh, 0 };
+        besa_attention_shape s = { 1, T, h, kv, dh, 0, 0, 0 };
         double causal = 1e-9 * (double)d * T * (T + 1), t[3];
         float *q = noise(n), *k = noise(n), *v = noise(n), *d_o = noise(n), *o = take_floats(n), *dk = take_floats(n);
         float *dv = take_floats(n), *w = noise(d * d);
@@ -314,7 +314,7 @@ TIMED(BETWEEN, 0, rmsnorm_forward, (besa_backend *be, void *y, float *r, const v
 TIMED(BETWEEN, 0, rmsnorm_backward, (besa_backend *be, void *dx, const void *dy, const void *x, const float *g,
       const float *r, int64_t n, int64_t d, int a), (be, dx, dy, x, g, r, n, d, a))
 TIMED(BETWEEN, 0, rope, (besa_backend *be, void *x, const float *c, const float *s, int64_t n, int64_t t, int64_t h,
-      int64_t d, int direction), (be, x, c, s, n, t, h, d, direction))
+      int64_t d, int64_t r, int direction), (be, x, c, s, n, t, h, d, r, direction))
 TIMED(BETWEEN, 0, swiglu_forward, (besa_backend *be, void *z, const void *g, const void *u, int64_t n), (be, z, g, u, n))
 TIMED(BETWEEN, 0, swiglu_backward, (besa_backend *be, void *dg, void *du, const void *dz, const void *g, const void *u,
       int64_t n), (be, dg, du, dz, g, u, n))

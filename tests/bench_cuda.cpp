@@ -228,7 +228,7 @@ static void watch_pieces(besa_backend *be)
     });
     WATCH(rmsnorm_backward, [=](void *, const void *, const void *, const float *, const float *, int64_t n, int64_t d,
                                 int add) { return kernels((3 + add) * a * times(n, d) + 4 * static_cast<double>(n + d)); });
-    WATCH(rope, [=](void *, const float *, const float *, int64_t T, int64_t seqlen, int64_t heads, int64_t dh, int) {
+    WATCH(rope, [=](void *, const float *, const float *, int64_t T, int64_t seqlen, int64_t heads, int64_t dh, int64_t, int) {
         return kernels(2 * a * times(T, heads * dh) + 4 * times(seqlen, dh));
     });
     WATCH(swiglu_forward, [=](void *, const void *, const void *, int64_t n) {
@@ -1014,7 +1014,7 @@ static void bench_pieces(besa_backend *be, const arrays &a, const model &m)
 {
     int64_t T = a.tokens, d = a.d, n = T * a.inner;
     float *inv = a.small, *angles = a.small + T, *gain = a.theta;
-    besa_attention_shape s = {1, T, m.heads, m.kv_heads, m.head_dim, 0};
+    besa_attention_shape s = {1, T, m.heads, m.kv_heads, m.head_dim, 0, 0, 0};
     bench_linear(be, a, "q", a.x2, a.x, a.q, d);
     if (a.kv != a.q) bench_linear(be, a, "k", a.x2, a.x, a.kv, d);
     bench_linear(be, a, "gate", a.y, a.x, a.inner, d);
@@ -1027,7 +1027,7 @@ static void bench_pieces(besa_backend *be, const arrays &a, const model &m)
     BENCH("attention_backward", be->attention_backward(be, a.y, a.y2, a.y3, a.x4, a.x, a.x2, a.x3, &s));
     BENCH("rmsnorm_forward", be->rmsnorm_forward(be, a.x2, inv, a.x, gain, T, d, 1e-5f));
     BENCH("rmsnorm_backward", be->rmsnorm_backward(be, a.x3, a.x2, a.x, gain, inv, T, d, 1));
-    BENCH("rope, all heads", be->rope(be, a.x4, angles, angles + T * m.head_dim / 2, T, T, m.heads, m.head_dim, 1));
+    BENCH("rope, all heads", be->rope(be, a.x4, angles, angles + T * m.head_dim / 2, T, T, m.heads, m.head_dim, m.head_dim, 1));
     BENCH("swiglu_forward", be->swiglu_forward(be, a.y3, a.y, a.y2, n));
     BENCH("swiglu_backward", be->swiglu_backward(be, a.y, a.y2, a.y3, a.y, a.y2, n));
     BENCH("convert bf16 to f32, a layer", be->convert(be, a.f, BESA_F32, a.w, BESA_BF16, a.most));

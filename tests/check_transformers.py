@@ -4,7 +4,7 @@
     check_transformers.py BESA STORIES260K CHECKPOINTS CASES [MODEL TOKENS.npy]
 
 BESA is the command line program, CHECKPOINTS a directory of small checkpoints, CASES one of folders with a model and
-tokens.npy, MODEL one more checkpoint to try.
+tokens.npy, and of families, MODEL one more checkpoint to try.
 Needs torch, transformers and numpy, and compressed-tensors 0.12 for 2:4; prints SKIP without them.
 """
 import json
@@ -16,7 +16,7 @@ import tempfile
 try:
     import numpy as np
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 except ImportError as e:
     print(f"SKIP comparison with transformers: {e}")
     sys.exit(0)
@@ -32,7 +32,9 @@ def besa(program, *arguments):
 
 
 def transformers_perplexity(directory, tokens, seqlen, windows):
-    model = AutoModelForCausalLM.from_pretrained(directory).float().eval()
+    parts = "vision_config" in json.loads((pathlib.Path(directory) / "config.json").read_text())
+    kind = AutoModelForImageTextToText if parts else AutoModelForCausalLM
+    model = kind.from_pretrained(directory, dtype=torch.float32).eval()
     ids = torch.tensor(tokens[: windows * seqlen].astype(np.int64)).view(windows, seqlen)
     total = 0.0
     with torch.no_grad():
@@ -149,6 +151,9 @@ def main():
             source = work / case.name  # of the case's name; transformers may refuse the dense one
             source.symlink_to(case / "model")
             good &= check(program, source, case / "tokens.npy", "besa", [], 4, 64, 4, work)
+        for source in sorted(p for p in (cases / "families").iterdir()):
+            for method, extra in (("dense", []), ("besa", ["--preset", "best", "--learn-vectors"]), ("wanda", [])):
+                good &= check(program, source, source / "ids_96.npy", method, extra, 3, 96, 3, work)
         if len(sys.argv) == 7:
             model, tokens = (pathlib.Path(a).resolve() for a in sys.argv[5:7])
             for method in ("dense", "besa"):

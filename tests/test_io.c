@@ -941,6 +941,7 @@ static void config_set(char *text, size_t size, const char *key, const char *val
 }
 
 #define YARN "\"type\":\"yarn\",\"factor\":4"
+#define LONGROPE "\"type\":\"longrope\",\"short_factor\":[1,2],\"long_factor\":[3,4]"
 #define LLAMA3 "\"rope_type\":\"llama3\","
 #define LLAMA3_OF(low, high) LLAMA3 "\"factor\":8,\"low_freq_factor\":" low ",\"high_freq_factor\":" high
 #define LLAMA3_POSITIONS "\"original_max_position_embeddings\":64"
@@ -1067,6 +1068,18 @@ static const range_case range_cases[] = {
     { "beta_slow", { { NULL } }, YARN ",", 1e-6, 1e15 },
     { "mscale", { { NULL } }, YARN ",\"mscale_all_dim\":1,", 1e-6, 1e15 },
     { "mscale_all_dim", { { NULL } }, YARN ",\"mscale\":1,", 1e-6, 1e15 },
+    { "no_rope_layer_interval", { { "model_type", "\"smollm3\"" }, { "architectures", NULL } }, NULL, 1, 1099511627776.0 },
+    { "embedding_multiplier", { { "model_type", "\"granite\"" }, { "architectures", NULL } }, NULL, 1e-6, 1e15 },
+    { "attention_multiplier", { { "model_type", "\"granite\"" }, { "architectures", NULL } }, NULL, 1e-6, 1e15 },
+    { "residual_multiplier", { { "model_type", "\"granite\"" }, { "architectures", NULL } }, NULL, 1e-6, 1e15 },
+    { "logits_scaling", { { "model_type", "\"granite\"" }, { "architectures", NULL } }, NULL, 1e-6, 1e15 },
+    { "query_pre_attn_scalar", { { "model_type", "\"gemma2\"" }, { "architectures", NULL } }, NULL, 1e-6, 1e15 },
+    { "attn_logit_softcapping", { { "model_type", "\"gemma2\"" }, { "architectures", NULL } }, NULL, 1e-6, 1e15 },
+    { "final_logit_softcapping", { { "model_type", "\"gemma3_text\"" }, { "architectures", NULL } }, NULL, 1e-6, 1e15 },
+    { "sliding_window_pattern", { { "model_type", "\"gemma3_text\"" }, { "architectures", NULL } }, NULL, 1, 1099511627776.0 },
+    { "rope_local_base_freq", { { "model_type", "\"gemma3_text\"" }, { "architectures", NULL } }, NULL, 1e-6, 1e15 },
+    { "rope_theta", { { "model_type", "\"gemma3_text\"" }, { "architectures", NULL } }, NULL, 1e-6, 1e15 },
+    { "attention_factor", { { "model_type", "\"phi3\"" }, { "architectures", NULL } }, LONGROPE ",", 1e-6, 1e15 },
     { "partial_rotary_factor", { { NULL } }, NULL, 1, 1 },
     { "partial_rotary_factor", { { NULL } }, "", 1, 1 } };
 
@@ -1168,6 +1181,18 @@ static void test_windows(void)
         { "qwen2, null", SLIDING(QWEN2_ON "\"sliding_window\":null,\"max_window_layers\":0"), "000", 0 },
         { "qwen3, layer_types", SLIDING("\"qwen3\",\"use_sliding_window\":true,\"sliding_window\":7,"
                                         "\"layer_types\":[" SLIDES "," FULL "," SLIDES "]"), "101", 7 },
+        { "phi3 by default", SLIDING("\"phi3\""), "000", 0 },
+        { "phi3, 7", SLIDING("\"phi3\",\"sliding_window\":7"), "111", 7 },
+        { "smollm3, off", SLIDING("\"smollm3\",\"no_rope_layers\":[1,0,0],\"sliding_window\":7"), "000", 0 },
+        { "smollm3, on", SLIDING("\"smollm3\",\"no_rope_layers\":[1,0,0],\"sliding_window\":7,\"use_sliding_window\":true"), "011", 7 },
+        { "smollm3, every other", SLIDING("\"smollm3\",\"no_rope_layer_interval\":2,\"sliding_window\":7,\"use_sliding_window\":true"), "010", 7 },
+        { "smollm3, layer_types", SLIDING("\"smollm3\",\"sliding_window\":7,\"use_sliding_window\":true,"
+                                          "\"layer_types\":[" SLIDES "," FULL "," FULL "]"), "100", 7 },
+        { "gemma2 by default", SLIDING("\"gemma2\""), "101", 4096 },
+        { "gemma2, another pattern is not looked at", SLIDING("\"gemma2\",\"sliding_window_pattern\":3"), "101", 4096 },
+        { "gemma2, layer_types", SLIDING("\"gemma2\",\"sliding_window\":7,\"layer_types\":[" FULL "," FULL "," SLIDES "]"), "001", 7 },
+        { "gemma3_text by default", SLIDING("\"gemma3_text\""), "111", 4096 },
+        { "gemma3_text, every third is full", SLIDING("\"gemma3_text\",\"sliding_window_pattern\":3,\"sliding_window\":7"), "110", 7 },
         { "qwen3, layer_types without a window", SLIDING("\"qwen3\",\"layer_types\":[" SLIDES "," FULL "," FULL "]"), NULL, 0 } };
     besa_config config;
     for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
@@ -1185,7 +1210,7 @@ static void test_unknown_settings(void)
     static const char *const keys[] = {
         "quantization_config", "compression_config", "num_local_experts", "num_experts", "n_routed_experts",
         "attn_logit_softcapping", "final_logit_softcapping", "no_rope_layers", "attention_chunk_size", "use_qk_norm",
-        "use_mrope", "is_encoder_decoder", "alibi" };
+        "use_mrope", "is_encoder_decoder", "alibi", "use_bidirectional_attention" };
     static const char *const values[] = { "null", "false", "2", "true", "{}" };
     besa_config config;
     char text[1024], name[128];
@@ -1195,6 +1220,86 @@ static void test_unknown_settings(void)
             snprintf(name, sizeof name, "%s = %s", keys[i], values[v]);
             CHECK_CASE(name, read_config(text, &config), v < 2 ? BESA_OK : BESA_ERROR_UNSUPPORTED, keys[i]);
         }
+}
+
+/* Models that are known and not supported: what they are. */
+static void test_known_models(void)
+{
+    static const struct { const char *members, *words; } t[] = {
+        { "\"mixtral\",\"num_local_experts\":8", "\"mixtral\", a mixture of experts (num_local_experts), is not supported" },
+        { "\"qwen3_moe\",\"num_experts\":128", "a mixture of experts (num_experts)" },
+        { "\"deepseek_v3\",\"n_routed_experts\":256", "a mixture of experts (n_routed_experts)" },
+        { "\"gemma3\",\"text_config\":{\"model_type\":\"gemma3n_text\"}", "among parts that read images or sound (text_config)" },
+        { "\"llama4\",\"text_config\":{\"model_type\":\"llama4_text\"}", "(text_config)" },
+        { "\"qwen2_vl\",\"vision_config\":{}", "(vision_config)" }, { "\"gpt2\"", "model_type = \"gpt2\" is not supported" } };
+    besa_config config;
+    char text[512];
+    for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
+        snprintf(text, sizeof text, "{\"model_type\":%s}", t[i].members);
+        CHECK_CASE(t[i].members, read_config(text, &config), BESA_ERROR_UNSUPPORTED, t[i].words);
+        CHECK(strstr(err.message, "\"olmo2\", \"phi3\", \"gemma2\", \"gemma3_text\""), "%s does not list what is", err.message);
+    }
+}
+
+/* What is special to a family: one number of its config, or a refusal by words. */
+static void test_families(void)
+{
+    static const struct { const char *text; size_t at; double value; const char *words; } t[] = {
+#define NUMBER(member) offsetof(besa_config, member)
+        { SLIDING("\"granite\""), NUMBER(block.attention_scale), 1, NULL },
+        { SLIDING("\"granite\""), NUMBER(logits_scale), 1, NULL },
+        { SLIDING("\"granite\",\"logits_scaling\":8"), NUMBER(logits_scale), 0.125, NULL },
+        { SLIDING("\"granite\",\"residual_multiplier\":0.25"), NUMBER(block.residual_scale), 0.25, NULL },
+        { SLIDING("\"granite\",\"embedding_multiplier\":12"), NUMBER(embedding_scale), 12, NULL },
+        { SLIDING("\"llama\",\"embedding_multiplier\":12"), NUMBER(embedding_scale), 0, NULL },
+        { SLIDING("\"smollm3\""), NUMBER(block.rope.theta), 2e6, NULL },
+        { SLIDING("\"olmo2\""), NUMBER(block.rms_norm_eps), 1e-5, NULL },
+        { SLIDING("\"phi3\""), NUMBER(block.rms_norm_eps), 1e-5, NULL },
+        { SLIDING("\"gemma2\""), NUMBER(block.attention_softcap), 50, NULL },
+        { SLIDING("\"gemma2\",\"attn_logit_softcapping\":null"), NUMBER(block.attention_softcap), 0, NULL },
+        { SLIDING("\"gemma2\""), NUMBER(logits_softcap), 30, NULL },
+        { SLIDING("\"gemma2\",\"final_logit_softcapping\":null"), NUMBER(logits_softcap), 0, NULL },
+        { SLIDING("\"gemma2\",\"query_pre_attn_scalar\":16"), NUMBER(block.attention_scale), 0.25, NULL },
+        { SLIDING("\"gemma2\""), NUMBER(block.attention_scale), 0.0625, NULL },
+        { SLIDING("\"gemma3_text\",\"attn_logit_softcapping\":20"), NUMBER(block.attention_softcap), 0, NULL },
+        { SLIDING("\"gemma3_text\",\"final_logit_softcapping\":20"), NUMBER(logits_softcap), 20, NULL },
+        { SLIDING("\"gemma3_text\""), NUMBER(block.rope.theta), 1e6, NULL },
+        { SLIDING("\"gemma3_text\""), NUMBER(local_rope.theta), 1e4, NULL },
+        { SLIDING("\"gemma3_text\",\"rope_theta\":7,\"rope_local_base_freq\":9"), NUMBER(local_rope.theta), 9, NULL },
+        { SLIDING("\"gemma3_text\",\"rope_scaling\":{\"rope_type\":\"linear\",\"factor\":8}"), NUMBER(block.rope.factor), 8, NULL },
+        { SLIDING("\"gemma3_text\",\"rope_scaling\":{\"rope_type\":\"linear\",\"factor\":8}"), NUMBER(local_rope.factor), 0, NULL },
+        { SLIDING("\"phi3\",\"max_position_embeddings\":131072,\"rope_scaling\":{\"type\":\"su\",\"short_factor\":[2],\"long_factor\":[3]}"),
+          NUMBER(block.rope.attention_factor), 1.1902380714238083, NULL },
+        { SLIDING("\"phi3\",\"rope_scaling\":{\"type\":\"longrope\",\"short_factor\":[2],\"long_factor\":[3]}"),
+          NUMBER(block.rope.attention_factor), 1, NULL },
+        { SLIDING("\"phi3\",\"rope_scaling\":{\"type\":\"longrope\",\"short_factor\":[2,2],\"long_factor\":[3]}"), 0, 0, "short_factor" },
+        { SLIDING("\"phi3\",\"rope_scaling\":{\"type\":\"longrope\",\"short_factor\":[2],\"long_factor\":[]}"), 0, 0, "long_factor" },
+        { SLIDING("\"phi3\",\"rope_scaling\":{\"type\":\"longrope\",\"short_factor\":[2],\"long_factor\":[0]}"), 0, 0, "long_factor" },
+        { SLIDING("\"phi3\",\"rope_scaling\":{\"type\":\"longrope\",\"short_factor\":[2]}"), 0, 0, "long_factor = (absent)" },
+        { SLIDING("\"phi3\",\"partial_rotary_factor\":0.5"), 0, 0, "partial_rotary_factor" },   /* of 2 elements 1 */
+        { SLIDING("\"phi3\",\"partial_rotary_factor\":1.5"), 0, 0, "partial_rotary_factor" },
+        { SLIDING("\"phi3\",\"rope_scaling\":{\"type\":\"linear\",\"factor\":2}"), 0, 0, "\"default\", \"longrope\"" },
+        { SLIDING("\"llama\",\"rope_scaling\":{\"type\":\"longrope\"}"), 0, 0, "rope_scaling.type = \"longrope\"" },
+        { SLIDING("\"smollm3\",\"no_rope_layers\":[1,0]"), 0, 0, "no_rope_layers" },
+        { "{\"model_type\":\"gemma3\",\"text_config\":{\"model_type\":\"gemma3_text\",\"hidden_size\":2560,\"intermediate_size\":10240,"
+          "\"num_hidden_layers\":34,\"rope_scaling\":{\"factor\":8.0,\"rope_type\":\"linear\"},\"sliding_window\":1024},"
+          "\"vision_config\":{}}", NUMBER(block.rope.factor), 8, NULL },
+        { "{\"model_type\":\"gemma3\",\"text_config\":{\"model_type\":\"gemma3_text\"}}", 0, 0, "hidden_size" },
+        { SLIDING("\"qwen2_5_vl\",\"vision_config\":{},\"rope_scaling\":{\"type\":\"mrope\",\"mrope_section\":[16,24,24]}"),
+          NUMBER(block.rope.theta), 1e6, NULL },
+        { SLIDING("\"qwen2\",\"rope_scaling\":{\"type\":\"mrope\",\"mrope_section\":[16,24,24]}"), 0, 0, "mrope" },
+        { SLIDING("\"smollm3\",\"no_rope_layers\":[1,0,2]"), 0, 0, "no_rope_layers" },
+        { SLIDING("\"smollm3\",\"no_rope_layers\":3"), 0, 0, "no_rope_layers" },
+        { SLIDING("\"gemma2\",\"hidden_activation\":\"gelu\""), 0, 0, "hidden_activation" },
+        { SLIDING("\"gemma2\",\"use_bidirectional_attention\":true"), 0, 0, "use_bidirectional_attention" } };
+#undef NUMBER
+    besa_config config;
+    for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
+        CHECK_CASE(t[i].text, read_config(t[i].text, &config), t[i].words ? BESA_ERROR_UNSUPPORTED : BESA_OK, t[i].words);
+        double got = 0;
+        memcpy(&got, (const char *)&config + t[i].at, sizeof got);
+        if (!t[i].words) CHECK(fabs(got - t[i].value) < 1e-12 * fabs(t[i].value) + 1e-300, "%s: %.17g", t[i].text, got);
+    }
 }
 
 /* What transformers takes where key/value heads, head_dim and positions are not given. */
@@ -1208,10 +1313,16 @@ static void test_family_defaults(void)
         { "llama", 16, 16, 8, 2048 },
         { "mistral", 16, 8, 8, 131072 },
         { "qwen2", 64, 32, 2, 32768 },
-        { "qwen3", 64, 32, 128, 32768 } };
+        { "qwen3", 64, 32, 128, 32768 },
+        { "smollm3", 16, 4, 8, 32768 },
+        { "granite", 16, 16, 8, 2048 },
+        { "olmo2", 16, 16, 8, 2048 },
+        { "phi3", 16, 16, 8, 4096 },
+        { "gemma2", 16, 4, 256, 8192 },
+        { "gemma3_text", 16, 4, 256, 131072 } };
     besa_config config;
     char text[512];
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < (int)(sizeof t / sizeof *t); i++) {
         snprintf(text, sizeof text, "{\"model_type\":\"%s\",\"hidden_size\":128,\"intermediate_size\":12,"
                  "\"num_attention_heads\":%d,\"num_hidden_layers\":1,\"vocab_size\":10}", t[i].type, t[i].heads);
         CHECK_CASE(t[i].type, read_config(text, &config), BESA_OK, NULL);
@@ -3127,6 +3238,8 @@ static void readers(void)
     TEST("config: what public models have") run(test_config_public);
     TEST("config: sliding windows") run(test_windows);
     TEST("config: settings that are not known") run(test_unknown_settings);
+    TEST("config: models that are known and not supported") run(test_known_models);
+    TEST("config: families") run(test_families);
     TEST("config: heads by default") run(test_family_defaults);
     TEST("config: a weight of another type than the others") run(test_mixed_types);
     TEST("config: the layers by number") run(test_layer_tensors);

@@ -311,7 +311,7 @@ static attention_arrays attention_take(void)
 /* Both passes over `batch` sequences, with no more workspace than attention asks for sequences of `seqlen` and spare bytes. */
 static void attention_run(const attention_arrays *a, int64_t batch, int64_t tokens, int64_t seqlen, int threads, size_t spare)
 {
-    besa_attention_shape s = { batch, ATTENTION_T / batch, ATTENTION_H, ATTENTION_K, ATTENTION_D, 0 };
+    besa_attention_shape s = { batch, ATTENTION_T / batch, ATTENTION_H, ATTENTION_K, ATTENTION_D, 0, 0, 0 };
     besa_workload w = ops_sizes(1, 1, tokens);
     void *p = NULL;
     if (!backend_begin(threads, 0, 0, 0)) return;
