@@ -172,7 +172,7 @@
  *     refit_steps                 [10] of conjugate gradients
  *     epochs, batch_size          [1, 1]
  *     granularity                 [block] attn-mlp, layer: whose outputs the loss is measured on, see besa_granularity: the
- *                                 paper's ablation. Not with dense_stream, dense_share
+ *                                 paper's ablation. Each part has the target for itself. Not with dense_stream, dense_share
  *     norm_all, dense_stream      [0, 0] loss norms over all tokens: a batch's loss shrinks to its share of them, and the penalty
  *                                 weighs more; reference from the dense model's own stream. Where something learns
  *     dense_share                 [0] the reference is a mixture: this share from the dense model's own stream
@@ -240,6 +240,7 @@
  *         weights that learn           12 N bytes, + 2 N where w = 2, + 4 N where a batch does not fit at once
  *         norms and biases that learn  20 bytes of each
  *         importance gradient          4 N bytes
+ *         granularity                  a t d, layer 2 a t i; norms of d, layer R channels per batch
  *         bits                         w N, and 16 bytes per grid, 64 where clips learn; 8 of the host
  *     Where device_memory is not enough, the test's activations, Yref and X live in pinned host memory and come batch by
  *     batch while others compute. None of this grows with the number of blocks; beside it there are the tensor table, the
@@ -1054,8 +1055,8 @@ typedef struct besa_step {
     int64_t block, step, steps;                 /* step counts from 1; alpha is that of the step's forward pass */
     besa_rates *rates;                          /* NULL: the method has none */
     besa_backend *be;
-    const float *loss;                          /* (1) device: the step's reconstruction loss, without the penalty; read
-                                                   it with be->download and be->synchronize */
+    const float *loss;                          /* (1) device: the step's reconstruction loss, without the penalty, or the
+                                                   sum of the parts'; read it with be->download and be->synchronize */
 } besa_step;
 typedef besa_result (*besa_step_callback)(void *user, const besa_step *step);
 
@@ -2617,7 +2618,8 @@ static float *besa__parameters_at(float *array, int64_t offset) { return offset 
  *     dbeta_d = - sum of dL/dWhat W over rank < k_d [+ the penalty's],   dz = beta (dbeta - sum_d beta_d dbeta_d),
  *     dtheta = s u'(theta) dz,   theta_L summed over the layer's groups.
  * The first comes from D sums a row: bucket b has the weights that are pruned by candidates 0 .. b. Once learned, all rows are
- * shifted together in logit space until exactly floor(target N + 1/2) of the N learned weights go (be->project_counts). */
+ * shifted together in logit space until exactly floor(target N + 1/2) of the N learned weights go (be->project_counts). Where
+ * the layers are in parts, each part has S, N and the shift for itself. */
 
 typedef struct besa__rate_layer {
     besa_rate_shape shape;
@@ -2969,8 +2971,11 @@ static besa_result besa__check_excess(const besa_rates *rates, int part, int64_t
         return besa__fail(error, BESA_ERROR_NOT_FINITE, "rates are not finite: %s", text);
     }
     int64_t count = besa__rates_count(rates, part);
-    return besa__fail(error, BESA_ERROR_TARGET, "target asks for %lld pruned weights, but %lld weights are zero already",
-                      (long long)count, (long long)(count + excess));
+    int first = 0;
+    while (rates->layer[first].part != part) first++;
+    return besa__fail(error, BESA_ERROR_TARGET, "target asks for %lld pruned weights%s%s, but %lld weights are zero already",
+                      (long long)count, rates->parts > 1 ? " of the part that begins with " : "",
+                      rates->parts > 1 ? rates->masks->layer[first].name : "", (long long)(count + excess));
 }
 
 /* d and mean: as the device has them after the last step. */
