@@ -2295,10 +2295,10 @@ static int besa__has_rates(const besa_prune_options *o) { return o->method == BE
 /* Does a run with these options look at that one? */
 BESA__UNUSED static int besa__option_used(const besa_option *row, const besa_prune_options *o)
 {
-    const size_t begin = offsetof(besa_prune_options, rates), end = begin + sizeof o->rates;
+    const size_t in_rates = row->offset - offsetof(besa_prune_options, rates); /* beyond them where it lies before them, too */
     if (row->flags & BESA_OPTION_BITS) return o->bits != 0;
     if (!(row->flags & (BESA_OPTION_BESA | BESA_OPTION_WEIGHTS))) return 1;
-    if ((row->offset >= begin && row->offset < end) || row->offset == offsetof(besa_prune_options, no_projection))
+    if (in_rates < sizeof o->rates || row->offset == offsetof(besa_prune_options, no_projection))
         return besa__has_rates(o);
     return (row->flags & BESA_OPTION_BESA && o->method == BESA_METHOD_BESA) ||
            (row->flags & BESA_OPTION_WEIGHTS && (o->learn != BESA_LEARN_RATES || besa__clips_learn(o)));
