@@ -1046,7 +1046,7 @@ static moving moving_from(const float *w, int64_t n)
 /* The learning rate of step s (from 0) of `steps`: up in the warm-up's steps, then down a half cosine. */
 static double weight_rate(const besa_prune_options *o, int64_t s, int64_t steps)
 {
-    double lr = o->weight_lr ? o->weight_lr : 0.2, rise = floor(o->weight_warmup * (double)steps);
+    double lr = (o->weight_lr ? o->weight_lr : 0.2) / (o->bits ? 6 : 1), rise = floor(o->weight_warmup * (double)steps);
     if ((double)s < rise) return lr * (double)(s + 1) / (rise + 1);
     return lr * 0.5 * (1 + cos(3.14159265358979 * ((double)s - rise) / ((double)steps - rise)));
 }
