@@ -137,7 +137,7 @@
  *     >>cpu-kernels        the CPU backend: loops for any instruction set, workspace, memory
  *     >>cpu-block          matrix products, norms and rope on the CPU
  *     >>cpu-attention      attention on the CPU: a block of queries at a time
- *     >>cpu-loss           SwiGLU, sums, loss and head on the CPU
+ *     >>cpu-loss           SwiGLU, GeGLU, sums, residuals, loss and head on the CPU
  *     >>cpu-scores         scores, zeros and ranks on the CPU
  *     >>cpu-masks          masks and bucketed gradients on the CPU
  *     >>cpu-rates          rates, optimiser and exact count on the CPU
@@ -158,7 +158,7 @@
  *     BESA_NO_SIMD                plain C loops alone, instead of AVX2, AVX-512 or NEON as the processor has them
  *     BESA_SIMD_MAX               the highest instruction set that is used on x86: [2] AVX-512, 1 AVX2, 0 plain C
  *     BESA_SECONDS()              a clock in seconds, a double that never goes back; default: CLOCK_MONOTONIC, Windows's
- *                                 performance counter
+ *                                 performance counter. With BESA_CUDA it is called from level 1's thread too
  *
  * OPTIONS (besa_prune_options, besa_rate_options; 0 means the value in brackets)
  *
@@ -248,7 +248,7 @@
  *         channel norms                4 d per batch                         workspace    some MB, more with more threads
  *         rows of embedding and head   16384 d bytes                         test stream  a d per token, 16384 t of logits,
  *                                                                                         activations of its own
- *         pinned host memory           16 MB of weights, 8192 d of rows
+ *         pinned host memory           32 MB of weights, 8192 d of rows
  *         weights that learn           12 N bytes, + 2 N where w = 2, + 4 N where a batch does not fit at once
  *         norms and biases that learn  20 bytes of each
  *         importance gradient          4 N bytes
@@ -286,7 +286,7 @@
  * REFERENCES
  *
  *     BESA arXiv 2402.16880; Wanda arXiv 2306.11695; SparseGPT arXiv 2301.00774; Prodigy arXiv 2306.06101; OWL arXiv
- *     2310.05175; ALPS arXiv 2406.07831.
+ *     2310.05175; ALPS arXiv 2406.07831; RIA: Zhang et al., Plug-and-Play, ICLR 2024.
  *
  * VERSIONS
  *
@@ -1201,9 +1201,8 @@ typedef struct besa_prune_options {
     int64_t weight_epochs;                      /* [3] over the sequences with final masks */
     int64_t rank_interval;                      /* [1] BESA_LEARN_BOTH: learning steps from one ranking of the weights, as they
                                                    have become, to the next; BESA_NONE: the dense weights' ranks stay */
-    double weight_lr;                           /* [0.2] of Adam's steps, in units of rms(W) / sqrt(C) of a layer: the share of its
-                                                   outputs' size that a step changes where all inputs agree on it; with bits a
-                                                   sixth of that */
+    double weight_lr;                           /* [0.2] of Adam's steps, in rms(W) / sqrt(C) of a layer, with bits a sixth: the share
+                                                   of its outputs' size that a step changes where all inputs agree on it */
     double weight_warmup;                       /* [0] share of the steps in which it rises; then it goes down a half cosine */
     int learn_vectors;                          /* the block's norms and biases learn wherever its kept weights do */
     int no_projection;                          /* leave the sparsity where learning ended, as the paper's code does */
@@ -1276,7 +1275,8 @@ typedef struct besa_block_report {
     double loss_all;
     double d;                                   /* Prodigy's d at the end */
     double mean_rate;                           /* mean alpha when learning ended, before the projection */
-    double seconds[BESA_PASS_COUNT];            /* read, write: the host's time; others: the device's, between marks */
+    double seconds[BESA_PASS_COUNT];            /* read, write: of the host's threads, beside the passes; others: the
+                                                   device's, between marks */
 } besa_block_report;
 
 typedef struct besa_pruner besa_pruner;         /* the memory and state that pruning a block takes */
@@ -4957,6 +4957,11 @@ static besa_result besa__check_shape(const besa_block_shape *s, besa_dtype dtype
                           (long long)s->head_dim, (long long)s->num_attention_heads);
     return BESA_OK;
 }
+/* Through grids large steps fit the calibration text alone. The first 8 blocks of SmolLM2 at 50 % and 4 bits, perplexity on
+ * other WikiText-2 and C4: preset best 45.7 / 44.7 with weight_lr and clip_lr 0.3, 36.5 / 42.2 with 0.05 for both; masks and
+ * clips 41.9 / 48.7 with clip_lr 0.3, 39.3 / 47.0 with 0.1, 38.6 / 46.9 with 0.03, nearest levels 39.3 / 47.3. */
+static double besa__weight_lr(const besa_prune_options *o) { return o->bits ? o->weight_lr / 6 : o->weight_lr; }
+
 
 /* Everything but memory. */
 static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const besa_block_shape *shape, besa_dtype dtype,
@@ -4977,17 +4982,13 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     BESA__TRY(besa__prune_defaults(&p->options, shape, error));
     besa_prune_options *o = &p->options;
     int learns = besa__learns(p);
-    if (!learns) o->dense_stream = 0, o->dense_share = 0, o->granularity = BESA_GRANULARITY_BLOCK;
-    if (!learns) o->batch_size = 1;
+    if (!learns) o->dense_stream = 0, o->dense_share = 0, o->granularity = BESA_GRANULARITY_BLOCK, o->batch_size = 1;
     if (o->batch_size > nsamples) o->batch_size = nsamples;
     int64_t batches = besa__parts(nsamples, o->batch_size), weight_epochs = besa__learns_last(p) ? o->weight_epochs : 0;
     o->rates.steps = besa__mask_epochs(p) * batches;
     p->weights.be = p->quantization.be = be;
     p->quantization.learns = besa__learns_clips(p);
-    /* Through grids large steps fit the calibration text alone. The first 8 blocks of SmolLM2 at 50 % and 4 bits, perplexity on
-     * other WikiText-2 and C4: preset best 45.7 / 44.7 with weight_lr and clip_lr 0.3, 36.5 / 42.2 with 0.05 for both; masks and
-     * clips 41.9 / 48.7 with clip_lr 0.3, 39.3 / 47.0 with 0.1, 38.6 / 46.9 with 0.03, nearest levels 39.3 / 47.3. */
-    p->weights.lr = o->bits ? o->weight_lr / 6 : o->weight_lr;
+    p->weights.lr = besa__weight_lr(o);
     p->weights.warmup = o->weight_warmup;
     for (int i = 0; i < BESA_VECTORS; i++) p->weights.vector[i].dtype = dtype;
     p->weights.steps = weight_epochs * batches + (o->learn == BESA_LEARN_BOTH ? o->rates.steps : 0);
@@ -10503,16 +10504,16 @@ static void *besa__background_main(void *user)
     return NULL;
 }
 
-static int besa__background_create(besa__background *b)
+static void besa__background_create(besa__background *b)
 {
-    if (pthread_mutex_init(&b->lock, NULL)) return 0;
+    if (pthread_mutex_init(&b->lock, NULL)) return;
     if (!pthread_cond_init(&b->change, NULL)) {
         b->has_thread = 1; /* before the thread looks */
-        if (!pthread_create(&b->thread, NULL, besa__background_main, b)) return 1;
+        if (!pthread_create(&b->thread, NULL, besa__background_main, b)) return;
+        b->has_thread = 0;
         pthread_cond_destroy(&b->change);
     }
     pthread_mutex_destroy(&b->lock);
-    return 0;
 }
 
 static void besa__background_join(besa__background *b)
@@ -10526,14 +10527,15 @@ static void besa__background_lock(besa__background *b) { (void)b; }
 static void besa__background_unlock(besa__background *b) { (void)b; }
 static void besa__background_pause(besa__background *b) { (void)b; }
 static void besa__background_tell(besa__background *b) { (void)b; }
-static int besa__background_create(besa__background *b) { return (void)b, 0; }
+static void besa__background_create(besa__background *b) { (void)b; }
 static void besa__background_join(besa__background *b) { (void)b; }
 #endif
 
+/* Where the system has no thread to give, jobs are done as they are given. */
 static void besa__background_start(besa__background *b)
 {
     memset(b, 0, sizeof *b);
-    b->has_thread = besa__background_create(b); /* where the system has none to give, jobs are done as they are given */
+    besa__background_create(b);
 }
 
 /* Whether the first n jobs are done. */
@@ -14356,7 +14358,7 @@ static besa_result besa__cpu_attention_backward(besa_backend *be, void *dq, void
 }
 
 /* ============================================================================================
- * // >>cpu-loss              SwiGLU, sums, loss and head on the CPU
+ * // >>cpu-loss              SwiGLU, GeGLU, sums, residuals, loss and head on the CPU
  * ============================================================================================
  * What is left of a block: one pass over memory each. */
 

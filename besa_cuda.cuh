@@ -272,6 +272,7 @@ static besa_result besa__cuda_copy(besa_backend *be, besa_queue q, void *dst, co
 static besa_result besa__cuda_zero(besa_backend *be, besa_queue q, void *dst, size_t bytes)
 {
     if (bytes == 0) return BESA_OK;
+    BESA__CUDA_HERE();
     BESA__CUDA(cudaMemsetAsync(dst, 0, bytes, besa__cuda_of(be)->stream[q]));
     return BESA_OK;
 }

@@ -734,7 +734,7 @@ static void print_help(const settings *s)
 
 static void print_general_help(FILE *file, const command *c)
 {
-    fprintf(file, "besa %d.%d prunes Hugging Face checkpoints of the LLaMA family: Llama, Mistral, Qwen2, Qwen3.\n\n",
+    fprintf(file, "besa %d.%d prunes Hugging Face checkpoints of Llama and its relatives; README lists them.\n\n",
             BESA_VERSION_MAJOR, BESA_VERSION_MINOR);
     for (; c->name; c++) fprintf(file, "  besa %-7s %-9s  %s\n", c->name, c->paths, c->summary);
     fprintf(file, "\n"

@@ -781,6 +781,7 @@ static void test_two_devices(void)
                 be[d].workspace_bytes = be[d].workspace_size(&be[d], &work);
                 CHECK_OK(be[d].alloc(&be[d], &be[d].workspace, be[d].workspace_bytes), be[d].error);
             }
+            for (int d = 0; d < 2; d++) CHECK_OK(be[d].zero(&be[d], BESA_QUEUE_COMPUTE, x[d], 4), be[d].error);
             for (int d = 0; d < 2; d++) CHECK_OK(be[d].upload(&be[d], BESA_QUEUE_COMPUTE, x[d], &from, 4), be[d].error);
             for (int d = 0; d < 2; d++) CHECK_OK(be[d].power(&be[d], x[d], x[d], 0.5f, 1), be[d].error);
             for (int d = 0; d < 2; d++)

@@ -1082,7 +1082,7 @@ cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_
 }
 cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream) {
     CALL();
-    if (!live(stream)) return call.end(cudaErrorInvalidResourceHandle);
+    if (!here(stream)) return call.end(cudaErrorInvalidResourceHandle);
     if (!bytes) return call.end(cudaSuccess);
     const Allocation *a = find(p, bytes);
     if (!a || a->space != Space::Device) {
