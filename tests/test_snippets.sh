@@ -98,4 +98,9 @@ only_if 1 2
 only_if 1 -1
 only_if 1 0 -ffast-math
 only_if 1 0 -ffinite-math-only
+
+# The method by hand prints what it printed when it was looked at; python/besa_by_hand.py is compared with it too.
+$cc -std=c11 -O1 -ffp-contract=off -I"$include" "$include/examples/besa_by_hand.c" -o "$work/by_hand" -lm 2>"$work/by_hand.log" &&
+    "$work/by_hand" >"$work/by_hand.txt" && cmp "$work/by_hand.txt" data/besa_by_hand.txt
+verdict $? "besa_by_hand.c prints data/besa_by_hand.txt"
 exit $failed
