@@ -79,6 +79,16 @@
  *     applied to the pruned stream: Yref = F(W, X) as above. Its layer-wise runs (preset published-layer) have the dense
  *     stream. The published code's rates start at 1/2 (zero_start) and end where learning left them (no_projection).
  *
+ *     The arithmetic is in operations of the backend: struct besa_backend defines them, the sections cpu-... have their loops.
+ *     examples/besa_by_hand.c prints every number of it for one small layer.
+ *         score            |W|^power scale(C)                   rate_forward     beta, alpha, n of every row, from theta
+ *         rank_rows        rank[r,j] in row r                   rate_backward    dL/dbeta from bucket sums, dL/dtheta
+ *         mask_update      What = W where rank >= n             optimizer_step   Prodigy, AdamW
+ *         block_loss       L, dL/dY                             project_counts   n whose sum is the count
+ *         bucket_gradient  sums of dL/dWhat W                   weight_step      Adam, of kept weights
+ *         hessian_factor   U, U'U = inv(H + damping)            refit_step       conjugate gradients, of kept weights
+ *         sparsegpt_slab   SparseGPT's sweep over columns       quantize_grid    h, z of Q(W)
+ *
  * CONTENTS: search for the marker
  *
  *     >>api-common         results, errors, element types
@@ -140,7 +150,8 @@
  *
  *     BESA_MALLOC(bytes), BESA_REALLOC(p, bytes), BESA_FREE(p)   all three or none; default: libc
  *     BESA_ASSERT(condition)      programmer's errors only; default: assert
- *     BESA_API                    linkage of the public functions; default: extern
+ *     BESA_API                    linkage of the public functions; default: extern. `static inline` where one file has them
+ *                                 all, without a warning but those of gcc with BESA_NO_STDIO
  *     BESA_NO_STDIO               leave out level 1: levels 2 and 3 need no file system
  *     BESA_NO_THREADS             with BESA_CUDA: no POSIX thread of level 1's own that reads and writes weights meanwhile
  *     BESA_CBLAS                  float products through cblas_sgemm of the CBLAS that you link
@@ -277,6 +288,13 @@
  *     BESA arXiv 2402.16880; Wanda arXiv 2306.11695; SparseGPT arXiv 2301.00774; Prodigy arXiv 2306.06101; OWL arXiv
  *     2310.05175; ALPS arXiv 2406.07831.
  *
+ * VERSIONS
+ *
+ *     BESA_VERSION is 100 major + minor, for #if. As long as the major number is 0 a new minor number may change anything
+ *     here, and HISTORY says what; compile all files that share a besa.h again, as structs may have grown. From major number 1
+ *     on a new minor number only adds: functions, fields at the end of structs, where 0 means what was before, values at the
+ *     end of enums. Any version may round differently, and an unfinished output is gone on from by the version that began it.
+ *
  * HISTORY
  *
  *     0.1   first release
@@ -304,6 +322,7 @@
 
 #define BESA_VERSION_MAJOR 0
 #define BESA_VERSION_MINOR 1
+#define BESA_VERSION (100 * BESA_VERSION_MAJOR + BESA_VERSION_MINOR)
 
 #ifndef BESA_API
 #define BESA_API extern
@@ -760,7 +779,11 @@ typedef struct besa_cuda_options {
 
 /* Fill in the CUDA backend: defined by besa_cuda.cuh in the one .cu file that defines BESA_IMPLEMENTATION and BESA_CUDA,
  * and callable from C. options may be NULL: device 0. BESA_ERROR_DEVICE where there is no driver or no such device. */
+#if defined(BESA_IMPLEMENTATION) && !defined(BESA_CUDA)
+extern besa_result besa_cuda_backend(besa_backend *be, const besa_cuda_options *options, besa_error *error); /* elsewhere */
+#else
 BESA_API besa_result besa_cuda_backend(besa_backend *be, const besa_cuda_options *options, besa_error *error);
+#endif
 
 /* ============================================================================================
  * // >>api-layer             level 3: rates of any linear layers, in a training loop of your own

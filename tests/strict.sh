@@ -29,6 +29,13 @@ for omp in "" $openmp; do
     try "$cxx -std=gnu++17 $omp after other headers" "$cxx" -xc++ -std=gnu++17 $omp $before
 done
 
+# All in one file: what it does not use is no warning.
+for language in "$cc -std=c11" "$cxx -xc++ -std=c++17"; do
+    if $language $flags "-DBESA_API=static inline" -c -o "$work/static.o" strict/first.c >"$work/log" 2>&1
+    then echo "PASS $language BESA_API static inline"
+    else echo "FAIL $language BESA_API static inline"; grep -E 'error|warning' "$work/log" | head -5 | sed 's/^/    /'; failed=1; fi
+done
+
 # Strict C11 hides POSIX once another header came first: besa.h must cope, or say so itself.
 name="$cc -std=c11 after other headers: works or says why"
 if $cc $flags -std=c11 -include stdio.h -include stdlib.h -o "$work/program" strict/first.c strict/second.c -lm >"$work/log" 2>&1 ||

@@ -21,6 +21,18 @@ done
 [ -z "$missing" ]
 verdict $? "functions that the manual names${missing:+, but$missing}"
 
+# The manual's table of formulas names operations, and what it counts as the version is that of its first line.
+missing="" found=0
+for name in $(sed -n '/^ \*     The arithmetic is/,/^ \* CONTENTS/p' "$header" | sed 's/^ \*         \([a-z_]*\) .*   \([a-z]*_[a-z]*\)  .*/\1 \2/p;d'); do
+    found=$((found + 1))
+    sed -n '/^#define BESA_OPERATIONS/,/^$/p' "$header" | grep -q "X($name)" || missing="$missing $name"
+done
+[ $found -ge 14 ] && [ -z "$missing" ]
+verdict $? "the manual's formulas are operations: $found${missing:+, but$missing}"
+version=$(sed -n 's/^#define BESA_VERSION_M[AI][JN]OR //p' "$header" | paste -sd .)
+head -1 "$header" | grep -q "besa.h - v$version " && sed -n '/^ \* HISTORY/,/\*\//p' "$header" | sed -n 3p | grep -q " $version "
+verdict $? "the version is $version in all places"
+
 # The fields of a struct in the header, one a line.
 fields() { sed -n "/^typedef struct $1 {/,/^} $1;/p" "$header" | sed '1d;$d; s,/\*.*,,; s/.*\*\///' |
            sed -n 's/^ *\(const \|struct \)*[a-z_0-9]* \**\(.*\);.*/\2/p' | tr -d '* ' | tr ',' '\n'; }
@@ -103,4 +115,16 @@ only_if 1 0 -ffinite-math-only
 $cc -std=c11 -O1 -ffp-contract=off -I"$include" "$include/examples/besa_by_hand.c" -o "$work/by_hand" -lm 2>"$work/by_hand.log" &&
     "$work/by_hand" >"$work/by_hand.txt" && cmp "$work/by_hand.txt" data/besa_by_hand.txt
 verdict $? "besa_by_hand.c prints data/besa_by_hand.txt"
+
+# Level 2's example prunes, stops where it is asked to, and says what is wrong.
+$cc -std=c11 -O1 -ffp-contract=off -I"$include" "$include/examples/block.c" -o "$work/block" -lm 2>"$work/block.log" &&
+    "$work/block" >"$work/block.txt" 2>"$work/block.log" && grep -q '^sparsity 0.6000 of the block$' "$work/block.txt" &&
+    awk '/^loss/ { good = $2 > $10 } END { exit !good }' "$work/block.txt"
+verdict $? "block.c prunes a block"
+"$work/block" cancel >"$work/block.txt" 2>"$work/block.log"
+[ $? -eq 130 ] && grep -q 'stopped by the progress callback in block 0 of 1' "$work/block.log" && [ ! -s "$work/block.txt" ]
+verdict $? "block.c stops"
+"$work/block" error >"$work/block.txt" 2>"$work/block.log"
+[ $? -eq 1 ] && grep -q 'target is 1.6, expected above 0 and below 1' "$work/block.log"
+verdict $? "block.c says what is wrong"
 exit $failed
