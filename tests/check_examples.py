@@ -460,6 +460,92 @@ def check_vitcod(examples, work):
         verdict(f"vitcod.py takes {name}", expected in getattr(done, where) or done.stdout + done.stderr, True)
 
 
+# ---- plot.py ----
+
+def overlaps(figure):
+    """Pairs of a legend or a text outside of axes with axes, where one lies over the other."""
+    figure.canvas.draw()
+    boxes = [legend.get_window_extent() for legend in figure.legends]
+    return [(box, axes) for box in boxes for axes in figure.axes if box.overlaps(axes.get_window_extent())] + \
+           [axes for axes in figure.axes if axes.get_legend()]
+
+
+def colours_of(figure):
+    """Of lines and bars, as #RRGGBB."""
+    from matplotlib.colors import to_hex
+    lines = [line.get_color() for axes in figure.axes for line in axes.lines]
+    bars = [patch.get_facecolor() for axes in figure.axes for patch in axes.patches]
+    return {to_hex(colour).upper() for colour in lines + bars}
+
+
+def check_figure(plot, kind, paths, lines):
+    """How it is to look, and how many lines and bars it has at least."""
+    figure = plot.draw(kind, paths, "A title")
+    import matplotlib.text
+    small = [text.get_text() for text in figure.findobj(matplotlib.text.Text) if text.get_text() and text.get_fontsize() < 8]
+    strange = colours_of(figure) - {*plot.COLOURS, "#666666"}
+    drawn = sum(len(axes.lines) + len(axes.patches) + len(axes.images) for axes in figure.axes)
+    verdict(f"plot.py {kind}: text of 8 pt or more, colours of Okabe and Ito, no legend over data",
+            (small, strange, overlaps(figure), drawn >= lines), ([], set(), [], True))
+
+
+def plot_inputs(examples, stories, work):
+    """A report, a pruned directory, tables of two seeds and of three in JSON, and a trace."""
+    data = ["--tokens", stories / "calibration_tokens.npy", "--nsamples", "16", "--seqlen", "128"]
+    besa = [examples / "besa", "prune", stories, work / "for-plot", *data, "--quiet", "--report", work / "report.json"]
+    subprocess.run(list(map(str, besa)), check=True, capture_output=True)
+    for seed in (0, 1):
+        table = subprocess.run([str(x) for x in (examples / "besa", "compare", stories, *data, "--seed", seed, "--test",
+                                stories / "test_tokens.npy", "--windows", 4, "--sparsity", ".4,.6", "--method", "wanda,besa",
+                                "--quiet")], check=True, capture_output=True, text=True)
+        (work / f"table{seed}.txt").write_text(table.stdout)
+    rows = [{"method": "wanda", "sparsity": s, "perplexity": {"mean": 20 * s, "std": 1}} for s in (0.4, 0.6)]
+    (work / "table.json").write_text(json.dumps({"rows": rows, "dense": 4}))
+    random = np.random.default_rng(1)
+    (work / "trace.jsonl").write_text("".join(json.dumps({"block": block, "step": step, "loss": 0.1 + random.random() / step}) + "\n"
+                                              for block in range(3) for step in range(1, 41)))
+
+
+def check_plot(examples, stories, work):
+    if missing("matplotlib", "numpy") or not (examples / "besa").exists():
+        print(f"SKIP plot.py: no {missing('matplotlib', 'numpy') or 'examples/besa'}")
+        return
+    program = examples / "plot.py"
+    plot_inputs(examples, stories, work)
+    spec = importlib.util.spec_from_file_location("plot", program)
+    plot = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plot)
+    tables = [work / "table0.txt", work / "table1.txt"]
+    for kind, paths, lines in (("layers", ["report.json"], 1), ("rates", ["for-plot"], 50), ("learning", ["trace.jsonl"], 3),
+                               ("losses", ["report.json"], 3), ("compare", tables, 3), ("compare", ["table.json"], 1)):
+        check_figure(plot, kind, [work / path for path in paths], lines)
+    done = run(program, "compare", *tables, "-o", work / "a.png", work / "a.svg", work / "a.pdf")
+    kinds = [(work / f"a.{ending}").read_bytes()[:5] for ending in ("png", "svg", "pdf")] if done.returncode == 0 else done.stderr
+    verdict("plot.py writes PNG, SVG and PDF", kinds, [b"\x89PNG\r", b"<?xml", b"%PDF-"])
+    run(program, "compare", *tables, "-o", work / "b.svg")
+    verdict("plot.py writes the same picture twice", (work / "a.svg").read_bytes() == (work / "b.svg").read_bytes(), True)
+    means = [[plot.comparison([path])["wanda"][0.6][0] for path in tables], plot.comparison(tables)["wanda"][0.6]]
+    verdict("plot.py takes mean and deviation of several tables", np.allclose([np.mean(means[0]), np.std(means[0], ddof=1)], means[1]),
+            True)
+    verdict("plot.py takes a mean and its deviation from JSON", plot.comparison([work / "table.json"])["wanda"], {0.4: (8, 1), 0.6: (12, 1)})
+    printed = [line.split() for line in tables[0].read_text().splitlines() if line.startswith("besa")]
+    verdict("plot.py reads what `besa compare` printed", [plot.comparison(tables[:1])["besa"][s][0] for s in (0.4, 0.6)],
+            [float(printed[0][1]), float(printed[0][4])])
+    report = json.loads((work / "report.json").read_text())
+    down = [block["layers"][6]["sparsity"] for block in report["blocks"]]
+    rates = plot.row_rates(work / "for-plot")
+    verdict("plot.py reads sparsities of layers and rows", (np.allclose(plot.layer_table(work / "report.json")[6], down),
+            abs(rates["down"].mean() - np.mean(down)) < 1e-6), (True, True))
+    for name, arguments, expected in (
+            ("no file", ("losses", work / "none"), "none"), ("a report without blocks", ("layers", work / "table.json"), "has no blocks"),
+            ("a table without rows", ("compare", work / "trace.jsonl"), "has no table"),
+            ("a trace without steps", ("learning", work / "report.json"), "report.json"),
+            ("several reports", ("losses", work / "report.json", work / "report.json"), "takes one file"),
+            ("a kind of file that there is not", None, "")):
+        done = run(program, *(arguments or ("losses", work / "report.json")), "-o", work / ("c.png" if arguments else "c.xyz"))
+        verdict(f"plot.py refuses {name}", (done.returncode, expected in done.stderr, "Traceback" in done.stderr), (1, True, False))
+
+
 # ---- lm_eval.py ----
 
 TASK = """task: {name}
@@ -545,6 +631,7 @@ def main():
         check_tokenize(examples, pathlib.Path(temp))
         check_convert(examples, pathlib.Path(temp))
         check_vitcod(examples, pathlib.Path(temp))
+        check_plot(examples, stories, pathlib.Path(temp))
         check_lm_eval(examples, stories, pathlib.Path(temp))
     sys.exit(bool(FAILED))
 

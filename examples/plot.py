@@ -1,0 +1,337 @@
+#!/usr/bin/env python3
+"""Pictures of what besa did. Needs matplotlib and numpy.
+
+    plot.py layers   REPORT.json            -o layers.png      sparsity of every layer, block by block
+    plot.py rates    PRUNED                 -o rates.png       how the sparsities of rows are spread, by kind of layer
+    plot.py learning TRACE.jsonl            -o learning.png    loss over the learning steps, a line for each block
+    plot.py losses   REPORT.json            -o losses.png      each block's loss: uniform masks, before and after learning
+    plot.py compare  TABLE [TABLE ...]      -o compare.png     perplexity over sparsity, a line for each method
+
+REPORT.json is `besa prune --report`, or the besa.json of a pruned directory. PRUNED is a pruned directory, or a safetensors file
+with the n of every row. TRACE.jsonl has a line for each learning step with block, step and loss: besa.prune's trace in Python.
+TABLE is what `besa compare` printed, or its rows as JSON; of several, with other seeds, the mean is drawn, and the standard
+deviation as a bar. -o takes several files: .png, .svg, .pdf. --title puts a line above.
+
+Colours are those of Okabe and Ito, which colour-blind readers tell apart, and lines have marks of their own.
+"""
+import argparse
+import collections
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+
+# tokenize.py beside this file has the name of a module of Python's library that others import: let them find theirs.
+sys.path = [folder for folder in sys.path if os.path.abspath(folder) != os.path.dirname(os.path.abspath(__file__))]
+
+try:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+except ImportError as error:
+    sys.exit(f"plot.py needs matplotlib and numpy: pip install matplotlib ({error})")
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKS = "osD^vPX"
+KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+LAYER = re.compile(r"layers\.(\d+)\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\b")
+BITS = {"F32": (np.uint32, 0x7FFFFFFF), "F16": (np.uint16, 0x7FFF), "BF16": (np.uint16, 0x7FFF)}  # without the sign
+STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
+         "legend.fontsize": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+         "svg.hashsalt": "besa", "svg.fonttype": "none", "figure.constrained_layout.use": True}
+
+
+# ---- what files say ----
+
+def read_json(path):
+    try:
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        sys.exit(f"{path}: {error}")
+
+
+def blocks_of(path):
+    """The blocks of a report: dicts with layers and losses."""
+    blocks = read_json(path).get("blocks")
+    if not blocks or "layers" not in blocks[0]:
+        sys.exit(f"{path} has no blocks with layers: expected what `besa prune --report` writes")
+    return blocks
+
+
+def layer_table(path):
+    """(kinds, blocks) the sparsity of each layer; NaN of one that a report does not have."""
+    blocks = blocks_of(path)
+    table = np.full((len(KINDS), len(blocks)), np.nan)
+    for i, block in enumerate(blocks):
+        for layer in block["layers"]:
+            kind = layer["name"].split(".")[-1].replace("_proj", "")
+            if kind in KINDS and layer.get("sparsity") is not None:
+                table[KINDS.index(kind), i] = layer["sparsity"]
+    return table
+
+
+def tensors_of(path):
+    """Yields (name, its entry of the header, its bytes) of the safetensors files of a directory, or of one file."""
+    path = pathlib.Path(path)
+    files = sorted(path.glob("model*.safetensors")) if path.is_dir() else [path]
+    for file in files:
+        with open(file, "rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            for name, entry in json.loads(opened.read(size)).items():
+                if name != "__metadata__":
+                    first, last = entry["data_offsets"]
+                    yield name, entry, np.fromfile(file, np.uint8, last - first, offset=8 + size + first)
+
+
+def row_rates(path):
+    """{kind: sparsities of rows, of all blocks}: zeros of a checkpoint's weights, or `alpha` of a file of rates."""
+    rates = collections.defaultdict(list)
+    for name, entry, data in tensors_of(path):
+        layer = LAYER.search(name)
+        if not layer:
+            continue
+        if name.endswith(".alpha") and entry["dtype"] == "F32":
+            rates[layer.group(2)].append(data.view(np.float32))
+        elif len(entry["shape"]) == 2 and name.endswith(".weight") and entry["dtype"] in BITS:
+            dtype, magnitude = BITS[entry["dtype"]]
+            rates[layer.group(2)].append(1 - ((data.view(dtype) & magnitude) != 0).reshape(entry["shape"]).mean(1))
+    if not rates:
+        sys.exit(f"{path} has no weights of layers, and no rates")
+    return {kind: np.concatenate(rates[kind]) for kind in KINDS if kind in rates}
+
+
+def trace_of(path):
+    """{block: (steps, losses)}"""
+    found = collections.defaultdict(lambda: ([], []))
+    try:
+        for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line) if line.strip() else {}
+            if row.get("loss") is not None and "step" in row:
+                found[int(row.get("block", 0))][0].append(int(row["step"]))
+                found[int(row.get("block", 0))][1].append(float(row["loss"]))
+    except (OSError, ValueError) as error:
+        sys.exit(f"{path}: {error}")
+    if not found:
+        sys.exit(f"{path} has no lines with step and loss")
+    return dict(sorted(found.items()))
+
+
+def number_of(value):
+    """A number, or the mean of a dict of numbers, and its deviation where there is one."""
+    if isinstance(value, dict):
+        return value.get("mean"), value.get("std", value.get("sd"))
+    return value, None
+
+
+def rows_of_json(value, found):
+    """All dicts in a JSON value that have method, sparsity and perplexity: (method, sparsity, perplexity, deviation)."""
+    if isinstance(value, dict) and "method" in value and "perplexity" in value:
+        perplexity, deviation = number_of(value["perplexity"])
+        deviation = value.get("perplexity_std", deviation)
+        if perplexity is not None:
+            found.append((str(value["method"]), float(value.get("sparsity") or 0), float(perplexity), deviation))
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        rows_of_json(child, found)
+    return found
+
+
+def rows_of_text(text):
+    """The same of the table that `besa compare` prints."""
+    sparsities, found = [], []
+    for line in text.splitlines():
+        if " % reached" in line:
+            sparsities = [float(word) / 100 for word in re.findall(r"([0-9.]+) % reached", line)]
+        elif sparsities and line.strip():
+            name, *numbers = line.split()
+            if name == "dense":
+                found.append((name, 0.0, float(numbers[0]), None))
+            else:
+                found += [(name, s, float(x), None) for s, x in zip(sparsities, numbers[::3])]
+    return found
+
+
+def comparison(paths):
+    """{method: {sparsity: (mean, deviation)}} of the tables in these files."""
+    values, own = collections.defaultdict(list), {}
+    for path in paths:
+        try:
+            text = pathlib.Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            sys.exit(f"{path}: {error}")
+        try:
+            rows = rows_of_json(json.loads(text), [])
+        except ValueError:
+            rows = rows_of_text(text)
+        if not rows:
+            sys.exit(f"{path} has no table of `besa compare`")
+        for method, sparsity, perplexity, deviation in rows:
+            values[method, round(sparsity, 6)].append(perplexity)
+            own[method, round(sparsity, 6)] = deviation
+    found = collections.defaultdict(dict)
+    for (method, sparsity), several in values.items():
+        spread = float(np.std(several, ddof=1)) if len(several) > 1 else own[method, sparsity] or 0
+        found[method][sparsity] = (float(np.mean(several)), spread)
+    return found
+
+
+# ---- pictures ----
+
+def style_of(i):
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 4, "linewidth": 1.4}
+
+
+def legend_beside(figure, axes):
+    """Beside the axes: never over what they show."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
+
+
+def draw_layers(paths):
+    table = layer_table(paths[0])
+    rows, columns = table.shape
+    figure, axes = plt.subplots(figsize=(min(9, max(4, 1.6 + 0.45 * columns)), 2.9))
+    image = axes.imshow(table, aspect="auto", cmap="cividis", interpolation="nearest")
+    axes.set_yticks(range(rows), KINDS)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axes.set_xlabel("block")
+    if columns <= 12:
+        middle = (np.nanmin(table) + np.nanmax(table)) / 2
+        for (y, x), value in np.ndenumerate(table):
+            if np.isfinite(value):
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                          color="white" if value < middle else "black")
+    figure.colorbar(image, label="share of zeros")
+    return figure
+
+
+def draw_rates(paths):
+    rates = row_rates(paths[0])
+    figure, axes = plt.subplots(len(rates), 1, figsize=(4.8, 0.75 * len(rates) + 0.7), sharex=True, squeeze=False)
+    low, high = min(r.min() for r in rates.values()), max(r.max() for r in rates.values())
+    # n of C columns can only be multiples of 1/C: bins are as wide as the coarsest of these, or some of them
+    steps = [np.diff(np.unique(r)).min() for r in rates.values() if np.ptp(r) > 0]
+    width = max(steps, default=0.01)
+    width *= math.ceil((high - low) / width / 40) or 1
+    edges = np.arange(low - width / 2, high + width, width)
+    for ax, (kind, values) in zip(axes[:, 0], rates.items()):
+        ax.hist(values, edges, color=COLOURS[0])
+        ax.axvline(values.mean(), color=COLOURS[1], linewidth=1.4)
+        ax.set_yticks([])
+        ax.set_ylabel(kind, rotation=0, ha="right", va="center")
+        ax.spines["left"].set_visible(False)
+    axes[-1, 0].set_xlabel("share of zeros in a row; orange: the mean")
+    return figure
+
+
+def draw_learning(paths):
+    """Losses of steps are of one batch each: a running mean over a sixteenth of them."""
+    trace = trace_of(paths[0])
+    figure, axes = plt.subplots(figsize=(6.2, 3.2))
+    colours = matplotlib.colormaps["cividis"](np.linspace(0, 0.9, len(trace)))
+    for i, (block, (steps, losses)) in enumerate(trace.items()):
+        width = max(1, len(losses) // 16)
+        smooth = np.convolve(losses, np.ones(width) / width, "valid")
+        style = style_of(i) if len(trace) <= len(COLOURS) else {"color": colours[i], "linewidth": 1}
+        axes.plot(steps[width - 1:], smooth, **{**style, "marker": None}, label=f"block {block}")
+    axes.set_xlabel("learning step")
+    axes.set_ylabel("reconstruction loss of the block")
+    losses = [loss for _, several in trace.values() for loss in several if loss > 0]
+    if losses and max(losses) > 8 * min(losses):
+        axes.set_yscale("log")
+        plain_ticks(axes)
+    else:
+        axes.set_ylim(bottom=0)
+    if len(trace) <= 16:
+        legend_beside(figure, axes)
+    else:
+        colour = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(min(trace), max(trace)),
+                                              matplotlib.colors.ListedColormap(colours))
+        figure.colorbar(colour, ax=axes, label="block")
+    return figure
+
+
+def draw_losses(paths):
+    blocks = blocks_of(paths[0])
+    figure, axes = plt.subplots(figsize=(6.2, 3.2))
+    words = (("loss_uniform", "the same rate in every row"), ("loss_before", "before learning"), ("loss_after", "as written"))
+    for i, (key, label) in enumerate(words):
+        losses = [math.nan if block.get(key) is None else block[key] for block in blocks]
+        style = {**style_of(i), **({"markersize": 8, "markerfacecolor": "none", "linewidth": 3, "alpha": 0.6} if i == 0 else {})}
+        axes.plot(range(len(blocks)), losses, **style, label=label)  # the first two are often the same: one is seen behind
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axes.set_xlabel("block")
+    axes.set_ylabel("reconstruction loss")
+    axes.set_ylim(bottom=0)
+    legend_beside(figure, axes)
+    return figure
+
+
+def plain_ticks(axes):
+    """Numbers as they are, 20 and not 2 x 10^1, and few of them."""
+    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+
+
+def draw_compare(paths):
+    found = comparison(paths)
+    dense = found.pop("dense", {}).get(0.0)
+    if not found:
+        sys.exit(f"{', '.join(map(str, paths))}: no method but dense")
+    figure, axes = plt.subplots(figsize=(6.2, 3.4))
+    for i, (method, points) in enumerate(found.items()):
+        sparsities = sorted(points)
+        mean, spread = np.array([points[s] for s in sparsities]).T
+        axes.errorbar([100 * s for s in sparsities], mean, spread if spread.any() else None, capsize=3, label=method, **style_of(i))
+    if dense:
+        axes.axhline(dense[0], color="#666666", linewidth=1, linestyle=(0, (4, 3)), label=f"dense, {dense[0]:.4g}")
+    values = [mean for points in found.values() for mean, _ in points.values()]
+    if max(values) > 4 * min(values):
+        axes.set_yscale("log")
+        plain_ticks(axes)
+    axes.set_xlabel("sparsity, %")
+    axes.set_ylabel("perplexity")
+    axes.set_xticks(sorted({100 * s for points in found.values() for s in points}))
+    legend_beside(figure, axes)
+    return figure
+
+
+DRAW = {"layers": draw_layers, "rates": draw_rates, "learning": draw_learning, "losses": draw_losses, "compare": draw_compare}
+
+
+def draw(kind, paths, title=None):
+    """The figure of matplotlib; any more paths than a kind reads are refused."""
+    if len(paths) > 1 and kind != "compare":
+        sys.exit(f"{kind} takes one file, {len(paths)} were given")
+    with plt.rc_context(STYLE):
+        figure = DRAW[kind](paths)
+        if title:
+            figure.suptitle(title)
+    return figure
+
+
+def save(figure, path):
+    with plt.rc_context(STYLE):
+        # no date in the file: the same picture is the same bytes
+        figure.savefig(path, dpi=200, metadata={"Date": None} if str(path).endswith(".svg") else None)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=DRAW)
+    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument("-o", "--output", nargs="+", required=True, metavar="PICTURE")
+    parser.add_argument("--title")
+    arguments = parser.parse_args()
+    for path in arguments.output:
+        try:
+            save(draw(arguments.kind, arguments.files, arguments.title), path)
+        except (OSError, ValueError) as error:
+            sys.exit(f"{path}: {error}")
+
+
+if __name__ == "__main__":
+    main()
