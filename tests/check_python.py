@@ -125,6 +125,19 @@ def check_measures(besa, program, stories, work):
     verdict("besa.compare as a DataFrame", frame.loc["wanda", 0.5], rows[1]["perplexity"])
 
 
+def check_readme(repository, stories, work):
+    """The lines of examples/README.md, on less."""
+    text = (repository / "examples/README.md").read_text().split("```python\n")[1].split("```")[0]
+    for old, new in (("MODEL", stories), ("PRUNED", work / "readme"), ("calibration.npy", stories / "calibration_tokens.npy"),
+                     ("wikitext2.npy", stories / "test_tokens.npy"), ("nsamples=128, seqlen=2048", "nsamples=4, seqlen=64"),
+                     ("seqlen=2048", "seqlen=256"), ('method=["wanda", "besa"]', 'method=["wanda"], nsamples=4, seqlen=64, windows=4')):
+        verdict(f"examples/README.md has {old}", old in text, True)
+        text = text.replace(old, str(new))
+    done = run("-c", text)
+    words = done.stdout.split()
+    verdict("examples/README.md: its lines of Python run", (words[:1], len(words), done.stderr), (["0.5"], 2, ""))
+
+
 def check_errors(besa, stories, work):
     tokens = stories / "calibration_tokens.npy"
 
@@ -374,6 +387,7 @@ def main():
             program = repository / "examples" / "besa"
             check_prune(besa, program, stories, work)
             check_measures(besa, program, stories, work)
+            check_readme(repository, stories, work)
             check_errors(besa, stories, work)
             check_stopping(besa, stories, work)
             check_rates(besa)
