@@ -295,6 +295,13 @@
  *     on a new minor number only adds: functions, fields at the end of structs, where 0 means what was before, values at the
  *     end of enums. Any version may round differently, and an unfinished output is gone on from by the version that began it.
  *
+ * VERSIONS
+ *
+ *     BESA_VERSION is 100 major + minor, for #if. As long as the major number is 0 a new minor number may change anything
+ *     here, and HISTORY says what; compile all files that share a besa.h again, as structs may have grown. From major number 1
+ *     on a new minor number only adds: functions, fields at the end of structs, where 0 means what was before, values at the
+ *     end of enums. Any version may round differently, and an unfinished output is gone on from by the version that began it.
+ *
  * HISTORY
  *
  *     0.1   first release

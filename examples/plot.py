@@ -7,8 +7,8 @@
     plot.py losses   REPORT.json            -o losses.png      each block's loss: uniform masks, before and after learning
     plot.py compare  TABLE [TABLE ...]      -o compare.png     perplexity over sparsity, a line for each method
 
-REPORT.json is `besa prune --report`, or the besa.json of a pruned directory. PRUNED is a pruned directory, or a safetensors file
-with the n of every row. TRACE.jsonl has a line for each learning step with block, step and loss: besa.prune's trace in Python.
+REPORT.json is `besa prune --report`; for layers `besa info --json` too, or the besa.json of a pruned directory. PRUNED is a
+pruned directory, or a safetensors file with the alpha of every row, as NAME.alpha. TRACE.jsonl has a line for each learning step with block, step and loss: besa.prune's trace in Python.
 TABLE is what `besa compare` printed, or its rows as JSON; of several, with other seeds, the mean is drawn, and the standard
 deviation as a bar. -o takes several files: .png, .svg, .pdf. --title puts a line above.
 
@@ -37,7 +37,7 @@ except ImportError as error:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = "osD^vPX"
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
-LAYER = re.compile(r"layers\.(\d+)\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\b")
+LAYER = re.compile(r"(?:layers\.(\d+)\.)?(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\b")
 BITS = {"F32": (np.uint32, 0x7FFFFFFF), "F16": (np.uint16, 0x7FFF), "BF16": (np.uint16, 0x7FFF)}  # without the sign
 STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
          "legend.fontsize": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
@@ -54,22 +54,36 @@ def read_json(path):
 
 
 def blocks_of(path):
-    """The blocks of a report: dicts with layers and losses."""
-    blocks = read_json(path).get("blocks")
-    if not blocks or "layers" not in blocks[0]:
-        sys.exit(f"{path} has no blocks with layers: expected what `besa prune --report` writes")
+    """The blocks of a report: dicts with losses."""
+    value = read_json(path)
+    blocks = value.get("blocks") if isinstance(value, dict) else None
+    if not blocks or not isinstance(blocks, list) or "loss_after" not in blocks[0]:
+        sys.exit(f"{path} has no blocks with losses: expected what `besa prune --report` writes")
     return blocks
+
+
+def layers_of(value, block=None):
+    """Yields (block, kind, sparsity) of all layers in a JSON value: dicts with name and sparsity, or names with numbers, whose
+    block is in their name or beside them."""
+    if isinstance(value, dict):
+        block = value["block"] if isinstance(value.get("block"), int) else block
+        named = {value["name"]: value.get("sparsity")} if isinstance(value.get("name"), str) else value
+        for name, sparsity in named.items():
+            layer = LAYER.search(name)
+            if layer and isinstance(sparsity, (int, float)):
+                yield int(layer.group(1)) if layer.group(1) else block, layer.group(2), sparsity
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from layers_of(child, block)
 
 
 def layer_table(path):
     """(kinds, blocks) the sparsity of each layer; NaN of one that a report does not have."""
-    blocks = blocks_of(path)
-    table = np.full((len(KINDS), len(blocks)), np.nan)
-    for i, block in enumerate(blocks):
-        for layer in block["layers"]:
-            kind = layer["name"].split(".")[-1].replace("_proj", "")
-            if kind in KINDS and layer.get("sparsity") is not None:
-                table[KINDS.index(kind), i] = layer["sparsity"]
+    layers = [layer for layer in layers_of(read_json(path)) if layer[0] is not None]
+    if not layers:
+        sys.exit(f"{path} has no sparsities of layers: expected what `besa prune --report` or `besa info --json` writes")
+    table = np.full((len(KINDS), 1 + max(block for block, _, _ in layers)), np.nan)
+    for block, kind, sparsity in layers:
+        table[KINDS.index(kind), block] = sparsity
     return table
 
 
@@ -285,7 +299,8 @@ def draw_compare(paths):
     for i, (method, points) in enumerate(found.items()):
         sparsities = sorted(points)
         mean, spread = np.array([points[s] for s in sparsities]).T
-        axes.errorbar([100 * s for s in sparsities], mean, spread if spread.any() else None, capsize=3, label=method, **style_of(i))
+        axes.errorbar([100 * s for s in sparsities], mean, spread if spread.any() else None, capsize=3, label=method,
+                      **style_of(i))
     if dense:
         axes.axhline(dense[0], color="#666666", linewidth=1, linestyle=(0, (4, 3)), label=f"dense, {dense[0]:.4g}")
     values = [mean for points in found.values() for mean, _ in points.values()]

@@ -502,8 +502,8 @@ def plot_inputs(examples, stories, work):
     rows = [{"method": "wanda", "sparsity": s, "perplexity": {"mean": 20 * s, "std": 1}} for s in (0.4, 0.6)]
     (work / "table.json").write_text(json.dumps({"rows": rows, "dense": 4}))
     random = np.random.default_rng(1)
-    (work / "trace.jsonl").write_text("".join(json.dumps({"block": block, "step": step, "loss": 0.1 + random.random() / step}) + "\n"
-                                              for block in range(3) for step in range(1, 41)))
+    steps = [{"block": block, "step": step, "loss": 0.1 + random.random() / step} for block in range(3) for step in range(1, 41)]
+    (work / "trace.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
 
 
 def check_plot(examples, stories, work):
@@ -525,19 +525,30 @@ def check_plot(examples, stories, work):
     run(program, "compare", *tables, "-o", work / "b.svg")
     verdict("plot.py writes the same picture twice", (work / "a.svg").read_bytes() == (work / "b.svg").read_bytes(), True)
     means = [[plot.comparison([path])["wanda"][0.6][0] for path in tables], plot.comparison(tables)["wanda"][0.6]]
-    verdict("plot.py takes mean and deviation of several tables", np.allclose([np.mean(means[0]), np.std(means[0], ddof=1)], means[1]),
-            True)
-    verdict("plot.py takes a mean and its deviation from JSON", plot.comparison([work / "table.json"])["wanda"], {0.4: (8, 1), 0.6: (12, 1)})
+    verdict("plot.py takes mean and deviation of several tables",
+            np.allclose([np.mean(means[0]), np.std(means[0], ddof=1)], means[1]), True)
+    verdict("plot.py takes a mean and its deviation from JSON", plot.comparison([work / "table.json"])["wanda"],
+            {0.4: (8, 1), 0.6: (12, 1)})
     printed = [line.split() for line in tables[0].read_text().splitlines() if line.startswith("besa")]
     verdict("plot.py reads what `besa compare` printed", [plot.comparison(tables[:1])["besa"][s][0] for s in (0.4, 0.6)],
             [float(printed[0][1]), float(printed[0][4])])
     report = json.loads((work / "report.json").read_text())
     down = [block["layers"][6]["sparsity"] for block in report["blocks"]]
     rates = plot.row_rates(work / "for-plot")
+    (work / "info.json").write_text(subprocess.run([examples / "besa", "info", "--json", work / "for-plot"], capture_output=True,
+                                                   text=True).stdout)
+    named = [{"block": i, "layers": {layer["name"]: layer["sparsity"] for layer in block["layers"]}}
+             for i, block in enumerate(report["blocks"])]
+    (work / "named.json").write_text(json.dumps({"method": "besa", "blocks": named}))
+    verdict("plot.py reads sparsities of layers from a report, `besa info --json`, and names with numbers",
+            [np.allclose(plot.layer_table(work / name), plot.layer_table(work / "report.json"), atol=1e-5)
+             for name in ("info.json", "named.json")], [True, True])
     verdict("plot.py reads sparsities of layers and rows", (np.allclose(plot.layer_table(work / "report.json")[6], down),
             abs(rates["down"].mean() - np.mean(down)) < 1e-6), (True, True))
     for name, arguments, expected in (
-            ("no file", ("losses", work / "none"), "none"), ("a report without blocks", ("layers", work / "table.json"), "has no blocks"),
+            ("no file", ("losses", work / "none"), "none"),
+            ("a report without layers", ("layers", work / "table.json"), "has no sparsities"),
+            ("a report without losses", ("losses", work / "table.json"), "has no blocks"),
             ("a table without rows", ("compare", work / "trace.jsonl"), "has no table"),
             ("a trace without steps", ("learning", work / "report.json"), "report.json"),
             ("several reports", ("losses", work / "report.json", work / "report.json"), "takes one file"),

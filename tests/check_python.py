@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 
 from check_examples import FAILED, missing, np, run, verdict
@@ -379,6 +380,9 @@ def main():
     check_by_hand(repository)
     if missing("numpy", "cffi", "setuptools", "pip"):
         print(f"SKIP examples/python: no {missing('numpy', 'cffi', 'setuptools', 'pip')}")
+        sys.exit(bool(FAILED))
+    if not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        print("SKIP examples/python: no Python.h (Debian: python3-dev)")
         sys.exit(bool(FAILED))
     with tempfile.TemporaryDirectory() as temp:
         work = pathlib.Path(temp)

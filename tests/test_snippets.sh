@@ -30,7 +30,8 @@ done
 [ $found -ge 14 ] && [ -z "$missing" ]
 verdict $? "the manual's formulas are operations: $found${missing:+, but$missing}"
 version=$(sed -n 's/^#define BESA_VERSION_M[AI][JN]OR //p' "$header" | paste -sd .)
-head -1 "$header" | grep -q "besa.h - v$version " && sed -n '/^ \* HISTORY/,/\*\//p' "$header" | sed -n 3p | grep -q " $version "
+head -1 "$header" | grep -q "besa.h - v$version " && sed -n '/^ \* HISTORY/,/\*\//p' "$header" | sed -n 3p | grep -q " $version " &&
+    grep -q "^version = \"$version\"" "$include/examples/python/pyproject.toml"
 verdict $? "the version is $version in all places"
 
 # The fields of a struct in the header, one a line.
