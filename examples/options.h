@@ -66,7 +66,7 @@ typedef struct settings {
     double sparsity[MAX_LIST];         /* of a comparison, as are rows */
     row rows[MAX_LIST];
     int num_sparsities, num_rows, left_out; /* 1: besa is not among the rows: a pattern leaves it no rates to learn */
-    const char *besa_option, *learning_option, *weight_option, *bits_option; /* the last given under these headings, or NULL */
+    const char *besa_option, *rates_option, *learning_option, *weight_option, *bits_option; /* the last given under these headings, or NULL */
 } settings;
 
 /* What each other kind of number admits. */
@@ -434,6 +434,7 @@ static void note_heading(settings *s, const option *o)
     const option *heading = o;
     while (heading->kind != HEADING) heading--;
     if (strncmp(heading->name, "BESA", 4) == 0) s->besa_option = o->name;
+    if (s->besa_option == o->name && o->offset - AT(prune.rates) < sizeof(besa_rate_options)) s->rates_option = o->name;
     if (strncmp(heading->name, "Learning", 8) == 0) s->learning_option = o->name;
     if (strncmp(heading->name, "Weights", 7) == 0) s->weight_option = o->name;
     if (strncmp(heading->name, "Quantisation", 12) == 0) s->bits_option = o->name;
@@ -670,6 +671,7 @@ static void check_methods(const settings *s)
     }
     const int besa = (methods & 1u << BESA_METHOD_BESA) != 0, sparsegpt = (methods & 1u << BESA_METHOD_SPARSEGPT) != 0;
     if (s->besa_option && !besa) usage_error(s, "--%s is for --method besa", s->besa_option);
+    if (s->rates_option && s->prune.pattern_m) usage_error(s, "--%s is about rates, and --pattern leaves none to learn", s->rates_option);
     const int clips = s->prune.bits != 0 && s->prune.clipping == BESA_CLIPPING_LEARNED;
     if (s->learning_option && !besa && !weights && !clips)
         usage_error(s, "--%s is for what learns: --method besa or --learn weights", s->learning_option);

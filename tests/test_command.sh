@@ -180,6 +180,7 @@ check 1 'leaves no rates to learn: expected learn weights or both' plan "$storie
 done_with "a comparison with a pattern"
 
 # Presets, and what learns, are for those who can: best's rates are besa's alone.
+check 2 '--d-coef is about rates, and --pattern leaves none' plan "$stories" --preset best --pattern 2:4 --d-coef 7
 check 2 '--preset best is for --method besa' plan "$stories" --method wanda --preset best
 check 2 '--learn both is for --method besa' plan "$stories" --method wanda --learn both
 check 2 '--weight-lr is for --learn weights or both' plan "$stories" --weight-lr 0.1
