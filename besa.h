@@ -1341,6 +1341,7 @@ typedef struct besa_config {
     double logits_scale, logits_softcap;        /* logits l are softcap tanh(scale l / softcap); 0: 1; none */
     int tie_word_embeddings;                    /* 1: the embedding is the head; 0 too where the file's head differs */
     int is_part;                                /* of a model that reads images too: the language model, and the rest stays */
+    int tie_contradicted;                       /* config.json and its text_config have other tie_word_embeddings */
 } besa_config;
 
 typedef struct besa_tensor {
@@ -6921,7 +6922,7 @@ struct besa_checkpoint {
     const besa_tensor **sorted;                 /* by name */
     char *part_names;                           /* of layers that are rows of a tensor that a file holds; NULL: none */
     besa_config config;
-    char notes[1024];                           /* lines */
+    char notes[2048];                           /* lines */
 };
 
 static const char besa__head_name[] = "lm_head.weight";
@@ -7426,7 +7427,7 @@ static besa_result besa__check_missing(const besa_checkpoint *checkpoint, const 
     const besa__json_value *map, *v = NULL, *entry;
     void *text;
     besa__json json;
-    if (!checkpoint->index) return BESA_OK;
+    if (!checkpoint->index || checkpoint->part_names) return BESA_OK; /* an index has no names of parts */
     BESA__TRY(besa__malloc(&text, file->size + 1, checkpoint->index, error));
     memcpy(text, file->bytes, file->size);
     ((char *)text)[file->size] = 0;
@@ -8048,12 +8049,22 @@ static const besa__architecture *besa__find_architecture(const char *model_type)
     return NULL;
 }
 
-/* "a", "b", "c": the model types of all rows. */
+/* Models of several parts, whose language model is a family's: what there is of it in config.json is in text_config, but for
+ * what it has by default. */
+static const struct { const char *model_type, *part; int64_t vocab_size, num_attention_heads; int tied; } besa__wrappers[] = {
+    {"gemma3", "gemma3_text", 262208, 8, 1}, {"mistral3", "mistral", 0, 0, 1}, {"qwen2_5_vl", "qwen2_5_vl_text", 0, 0, 0}};
+
+enum { BESA__WRAPPERS = (int)(sizeof besa__wrappers / sizeof *besa__wrappers) };
+
+/* "a", "b", "c": the model types of all rows, and of wrappers that are none. */
 static const char *besa__model_types(char *text, size_t size)
 {
     size_t n = 0;
     for (int i = 0; i < BESA__ARCHITECTURES && n < size; i++)
         n += (size_t)snprintf(text + n, size - n, "%s\"%s\"", i ? ", " : "", besa__architectures[i].model_type);
+    for (int i = 0; i < BESA__WRAPPERS && n < size; i++)
+        if (!besa__find_architecture(besa__wrappers[i].model_type))
+            n += (size_t)snprintf(text + n, size - n, ", \"%s\"", besa__wrappers[i].model_type);
     return text;
 }
 
@@ -8093,7 +8104,7 @@ static besa_result besa__config_architecture(const besa__config_reader *r, besa_
 {
     const besa__json_value *type = besa__config_get(r, "model_type"), *list = besa__config_get(r, "architectures");
     const besa__architecture *a = *out = besa__find_architecture(besa__json_string(r->json, type));
-    char known[256];
+    char known[384];
     if (!a) return besa__config_refuse_model(r, type, besa__model_types(known, sizeof known));
     config->model_type = a->model_type;
     config->prefix = a->prefix;
@@ -8277,16 +8288,20 @@ static besa_result besa__config_factors(const besa__config_reader *r, const besa
                                         const char *key, int64_t pairs, float *out)
 {
     const besa__json_value *list = besa__json_get(r->json, object, key), *v = NULL;
-    char name[96], supported[96];
+    const besa__range *range = besa__find_range("factor");
+    char name[128], supported[96];
     int64_t count = 0;
-    snprintf(name, sizeof name, "%s%s", prefix, key);
     snprintf(supported, sizeof supported, "a list of %lld numbers above 0, one for each turned pair", (long long)pairs);
     if (besa__json_is(r->json, list, BESA__JSON_ARRAY)) v = besa__json_first(r->json, list);
     for (; v && count < pairs && pairs <= BESA_MAX_ROPE_FACTORS; v = besa__json_next(r->json, list, v)) {
         double factor = besa__json_number_of(r->json, v).value;
-        if (!besa__json_is(r->json, v, BESA__JSON_NUMBER) || !besa__in_range(besa__find_range("factor"), factor)) break;
+        if (!besa__json_is(r->json, v, BESA__JSON_NUMBER) || !besa__in_range(range, factor)) {
+            snprintf(name, sizeof name, "%s%s[%lld]", prefix, key, (long long)count);
+            return besa__config_refuse(r, name, v, besa__range_text(range, supported, sizeof supported));
+        }
         out[count++] = (float)factor;
     }
+    snprintf(name, sizeof name, "%s%s", prefix, key);
     return v || count < pairs ? besa__config_refuse(r, name, list, supported) : BESA_OK;
 }
 
@@ -8342,37 +8357,65 @@ static besa_result besa__config_rope_of(const besa__config_reader *r, const besa
     return besa__config_scaling(r, object, prefix, config, rope);
 }
 
-/* rope_parameters, or the older rope_theta and rope_scaling. Where layers that slide have a rope of their own, the former
- * holds an object for either, the latter are of the other layers. */
+/* A value that has the parameters of one rope: an object without objects, or null. */
+static besa_result besa__config_one_rope(const besa__config_reader *r, const char *key, const besa__json_value *object)
+{
+    if (object && !besa__json_is(r->json, object, BESA__JSON_OBJECT) && !besa__json_is(r->json, object, BESA__JSON_NULL))
+        return besa__config_refuse(r, key, object, "an object, or null");
+    const besa__json_value *v = besa__json_is(r->json, object, BESA__JSON_OBJECT) ? besa__json_first(r->json, object) : NULL;
+    for (; v; v = besa__json_next(r->json, object, v))
+        if (besa__json_is(r->json, v, BESA__JSON_OBJECT))
+            return besa__config_refuse(r, besa__json_key(r->json, v), v, "one set of rope parameters for all layers");
+    return BESA_OK;
+}
+
+/* Where layers that slide have a rope of their own: rope_parameters has an object for either kind of layers, and a kind
+ * without one has the family's rope. The older rope_theta and rope_scaling are of the layers that do not slide. */
+static besa_result besa__config_two_ropes(const besa__config_reader *r, const besa__architecture *a, besa_config *config)
+{
+    static const struct { const char *key, *path, *theta; } kinds[] = {
+        { "sliding_attention", "rope_parameters.sliding_attention", "rope_local_base_freq" },
+        { "full_attention", "rope_parameters.full_attention", "rope_theta" } };
+    const besa__json_value *scaling = besa__config_get(r, "rope_scaling"), *both = besa__config_get(r, "rope_parameters");
+    if (both && !besa__json_is(r->json, both, BESA__JSON_OBJECT))
+        return besa__config_refuse(r, "rope_parameters", both, "an object, or null");
+    BESA__TRY(besa__config_one_rope(r, "rope_scaling", scaling));
+    if (scaling && !besa__json_first(r->json, scaling)) scaling = NULL;
+    if (both && besa__json_first(r->json, both) && !besa__json_get(r->json, both, kinds[0].key) &&
+        !besa__json_get(r->json, both, kinds[1].key))
+        return besa__config_refuse(r, "rope_parameters", both, "an object with full_attention and sliding_attention, which have "
+                                   "the parameters (transformers looks at no others)");
+    for (int i = 0; i < 2; i++) {
+        const besa__json_value *object = besa__json_get(r->json, both, kinds[i].key);
+        double theta;
+        char prefix[64];
+        BESA__TRY(besa__config_one_rope(r, kinds[i].path, object));
+        BESA__TRY(besa__config_number(r, r->root, "", kinds[i].theta, i ? a->rope_theta : 10000, &theta));
+        if (!besa__json_is(r->json, object, BESA__JSON_OBJECT)) object = NULL;
+        if (i && scaling && object) return besa__config_refuse(r, "rope_scaling", scaling, "null beside rope_parameters.full_attention");
+        snprintf(prefix, sizeof prefix, "%s.", i && scaling ? "rope_scaling" : kinds[i].path);
+        BESA__TRY(besa__config_rope_of(r, a, i && scaling ? scaling : object, prefix, theta, config,
+                                       i ? &config->block.rope : &config->local_rope));
+    }
+    return BESA_OK;
+}
+
+/* rope_parameters, or the older rope_theta and rope_scaling. */
 static besa_result besa__config_rope(const besa__config_reader *r, const besa__architecture *a, besa_config *config)
 {
-    const besa__json *json = r->json;
-    const besa__json_value *object = besa__config_get(r, "rope_scaling"), *local = NULL;
+    const besa__json_value *object = besa__config_get(r, "rope_scaling");
     const char *key = "rope_scaling";
     char prefix[64];
-    double theta, local_theta = 0;
-    if (!object || (besa__json_is(json, object, BESA__JSON_OBJECT) && !besa__json_first(json, object))) {
+    double theta;
+    config->has_local_rope = (a->traits & BESA__LOCAL_ROPE) != 0;
+    if (config->has_local_rope) return besa__config_two_ropes(r, a, config);
+    if (!object || (besa__json_is(r->json, object, BESA__JSON_OBJECT) && !besa__json_first(r->json, object))) {
         key = "rope_parameters";
         object = besa__config_get(r, key);
     }
-    if (object && !besa__json_is(json, object, BESA__JSON_OBJECT))
-        return besa__config_refuse(r, key, object, "an object, or null");
-    config->has_local_rope = (a->traits & BESA__LOCAL_ROPE) != 0;
+    BESA__TRY(besa__config_one_rope(r, key, object));
     BESA__TRY(besa__config_number(r, r->root, "", "rope_theta", a->rope_theta, &theta));
-    if (config->has_local_rope) {
-        const besa__json_value *global = object ? besa__json_get(json, object, "full_attention") : NULL;
-        BESA__TRY(besa__config_number(r, r->root, "", "rope_local_base_freq", 10000, &local_theta));
-        local = object ? besa__json_get(json, object, "sliding_attention") : NULL;
-        if (besa__json_is(json, local, BESA__JSON_OBJECT) && besa__json_is(json, global, BESA__JSON_OBJECT)) object = global;
-        else local = NULL;
-    }
-    for (const besa__json_value *v = object ? besa__json_first(json, object) : NULL; v; v = besa__json_next(json, object, v))
-        if (besa__json_is(json, v, BESA__JSON_OBJECT))
-            return besa__config_refuse(r, besa__json_key(json, v), v, "one set of rope parameters for all layers");
-    if (config->has_local_rope)
-        BESA__TRY(besa__config_rope_of(r, a, local, "rope_parameters.sliding_attention.", local_theta, config,
-                                       &config->local_rope));
-    snprintf(prefix, sizeof prefix, "%s%s.", key, local ? ".full_attention" : "");
+    snprintf(prefix, sizeof prefix, "%s.", key);
     return besa__config_rope_of(r, a, object, prefix, theta, config, &config->block.rope);
 }
 
@@ -8426,6 +8469,7 @@ static besa_result besa__config_traits(const besa__config_reader *r, besa_config
     BESA__TRY(besa__config_number(r, r->root, "", "query_pre_attn_scalar", 256, &scale));
     b->attention_scale = 1 / sqrt(scale);
     if (a->traits & BESA__CAPPED) BESA__TRY(besa__config_cap(r, "attn_logit_softcapping", 50, &b->attention_softcap));
+    if (config->is_part) return BESA_OK; /* Gemma3ForConditionalGeneration caps no logits */
     return besa__config_cap(r, "final_logit_softcapping", a->traits & BESA__CAPPED ? 30 : 0, &config->logits_softcap);
 }
 
@@ -8439,7 +8483,8 @@ static besa_result besa__config_windows(const besa__config_reader *r, besa_confi
     if (a->window == BESA__WINDOW_CHOSEN || a->window == BESA__WINDOW_UNTURNED)
         BESA__TRY(besa__config_bool(r, "use_sliding_window", &sliding));
     if (a->window == BESA__WINDOW_UNTURNED && types) sliding = 1; /* the list alone decides */
-    if (a->window == BESA__WINDOW_CHOSEN) BESA__TRY(besa__config_integer(r, "max_window_layers", 28, &first));
+    if (a->window == BESA__WINDOW_CHOSEN)
+        BESA__TRY(besa__config_integer(r, "max_window_layers", a->traits & BESA__MROPE ? 80 : 28, &first));
     if (a->window == BESA__WINDOW_PATTERN && a->traits & BESA__LOCAL_ROPE)
         BESA__TRY(besa__config_integer(r, "sliding_window_pattern", a->pattern, &pattern));
     if (sliding && (besa__config_get(r, "sliding_window") || (!given && a->sliding_window)))
@@ -8521,25 +8566,41 @@ static besa_result besa__config_biases(const besa__config_reader *r, const besa_
     return BESA_OK;
 }
 
-/* Models of several parts, whose language model is a family's: what there is of it in config.json is in text_config, but for
- * what it has by default. */
-static const struct { const char *model_type, *part; int64_t vocab_size, num_attention_heads; } besa__wrappers[] = {
-    {"gemma3", "gemma3_text", 262208, 8}, {"mistral3", "mistral", 0, 0}, {"qwen2_5_vl", "qwen2_5_vl_text", 0, 0}};
-
 /* Where the language model's settings are: at the root, or in text_config of a known wrapper. */
-static besa__config_reader besa__config_part(const besa__config_reader *r, besa_config *config)
+static besa_result besa__config_part(const besa__config_reader *r, besa_config *config, besa__config_reader *part, int *tied)
 {
-    besa__config_reader part = *r;
     const besa__json_value *type = besa__config_get(r, "model_type"), *text = besa__config_get(r, "text_config");
-    for (size_t i = 0; i < sizeof besa__wrappers / sizeof *besa__wrappers; i++)
-        if (besa__json_is(r->json, text, BESA__JSON_OBJECT) && besa__config_is(r, type, besa__wrappers[i].model_type) &&
-            besa__config_is(r, besa__json_get(r->json, text, "model_type"), besa__wrappers[i].part)) {
-            part.root = text;
-            config->is_part = 1;
-            config->vocab_size = besa__wrappers[i].vocab_size;
-            config->block.num_attention_heads = besa__wrappers[i].num_attention_heads;
-        }
-    return part;
+    *part = *r;
+    for (int i = 0; i < BESA__WRAPPERS && besa__json_is(r->json, text, BESA__JSON_OBJECT); i++) {
+        const besa__json_value *of_text = besa__json_get(r->json, text, "model_type");
+        char supported[64];
+        if (!besa__config_is(r, type, besa__wrappers[i].model_type)) continue;
+        snprintf(supported, sizeof supported, "\"%s\", for %s", besa__wrappers[i].part, besa__wrappers[i].model_type);
+        if (!besa__config_is(r, of_text, besa__wrappers[i].part))
+            return besa__config_refuse(r, "text_config.model_type", of_text, supported);
+        part->root = text;
+        config->is_part = 1;
+        config->vocab_size = besa__wrappers[i].vocab_size;
+        config->block.num_attention_heads = besa__wrappers[i].num_attention_heads;
+        *tied = besa__wrappers[i].tied;
+    }
+    return BESA_OK;
+}
+
+/* Whether the embedding is the head; fallback: where config.json does not say. Of a wrapper the root says it, as transformers
+ * 5 reads it; where by the root it is not by default, true in text_config says it too. */
+static besa_result besa__config_tied(const besa__config_reader *whole, const besa__config_reader *text, int fallback,
+                                     besa_config *config)
+{
+    static const char key[] = "tie_word_embeddings";
+    int own, *tied = &config->tie_word_embeddings;
+    BESA__TRY(besa__config_bool(whole, key, tied));
+    if (!besa__config_get(whole, key)) *tied = fallback;
+    if (!config->is_part) return BESA_OK;
+    BESA__TRY(besa__config_bool(text, key, &own));
+    config->tie_contradicted = besa__config_get(whole, key) && besa__config_get(text, key) && own != *tied;
+    if (!fallback && own) *tied = 1;
+    return BESA_OK;
 }
 
 static besa_result besa__config_read(const besa__config_reader *whole, besa_config *config)
@@ -8547,7 +8608,9 @@ static besa_result besa__config_read(const besa__config_reader *whole, besa_conf
     const besa__architecture *a;
     if (!besa__json_is(whole->json, whole->root, BESA__JSON_OBJECT))
         return besa__fail(whole->error, BESA_ERROR_JSON, "%s: no JSON object", whole->path);
-    besa__config_reader part = besa__config_part(whole, config), *r = &part;
+    besa__config_reader part, *r = &part;
+    int tied = 0;
+    BESA__TRY(besa__config_part(whole, config, &part, &tied));
     BESA__TRY(besa__config_architecture(r, config, &a));
     BESA__TRY(besa__config_stored(whole));
     BESA__TRY(besa__config_refuse_unknown(r, a));
@@ -8556,10 +8619,7 @@ static besa_result besa__config_read(const besa__config_reader *whole, besa_conf
     BESA__TRY(besa__config_traits(r, config, a));
     BESA__TRY(besa__config_windows(r, config, a));
     BESA__TRY(besa__config_number(r, r->root, "", "rms_norm_eps", a->rms_norm_eps, &config->block.rms_norm_eps));
-    BESA__TRY(besa__config_bool(r, "tie_word_embeddings", &config->tie_word_embeddings));
-    int tied = besa__config_get(r, "tie_word_embeddings") != NULL;
-    if (!tied) BESA__TRY(besa__config_bool(whole, "tie_word_embeddings", &config->tie_word_embeddings));
-    if (!tied && !besa__config_get(whole, "tie_word_embeddings")) config->tie_word_embeddings = (a->traits & BESA__TIED) != 0;
+    BESA__TRY(besa__config_tied(whole, r, config->is_part ? tied : (a->traits & BESA__TIED) != 0, config));
     return besa__config_biases(r, a, config->bias);
 }
 
@@ -8817,9 +8877,29 @@ static besa_result besa__check_tied_head(besa_checkpoint *checkpoint, const besa
     BESA__TRY(besa__need(&head, checkpoint, c->head, c->vocab_size, c->block.hidden_size, error));
     if (besa__same_tensor(checkpoint, head, embedding)) return BESA_OK;
     c->tie_word_embeddings = 0;
-    besa__checkpoint_note(checkpoint, "note: config.json says tie_word_embeddings, but %s differs from %s: the head is used, "
+    besa__checkpoint_note(checkpoint, "note: by config.json tie_word_embeddings is true, but %s differs from %s: the head is used, "
                           "as transformers 5 does (earlier versions use the embedding)", head->name, embedding->name);
     return BESA_OK;
+}
+
+/* Scales of a weight, or an adapter's factors, as tensors beside a prunable weight: config.json knows of none. */
+static void besa__check_companions(besa_checkpoint *checkpoint)
+{
+    static const char *const kinds[] = { "_proj.weight_scale", "_proj.lora_A", "_proj.lora_B" };
+    const char *first = NULL;
+    char layers[64];
+    int length = snprintf(layers, sizeof layers, "%slayers.", checkpoint->config.prefix);
+    int64_t count = 0;
+    for (int64_t i = 0; i < checkpoint->num_tensors; i++) {
+        const char *name = checkpoint->tensors[i].name;
+        int found = 0;
+        for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) found |= strstr(name, kinds[k]) != NULL;
+        if (strncmp(name, layers, (size_t)length) || !found) continue;
+        if (!count++) first = name;
+    }
+    if (count)
+        besa__checkpoint_note(checkpoint, "note: %.200s lies beside a layer's weight, %lld such tensor%s in all: not applied; convert "
+                              "or merge the model first if they belong to it", first, (long long)count, count > 1 ? "s" : "");
 }
 
 /* An adapter beside the model belongs to other weights, or was never merged: that cannot be told. */
@@ -8917,9 +8997,13 @@ static besa_result besa__checkpoint_load(besa_checkpoint *checkpoint, const char
     if (checkpoint->config.is_part)
         besa__checkpoint_note(checkpoint, "note: the language model alone is used and pruned (%s*); the other parts stay as "
                               "they are", checkpoint->config.prefix);
+    if (checkpoint->config.tie_contradicted)
+        besa__checkpoint_note(checkpoint, "note: config.json and its text_config contradict each other in tie_word_embeddings: %s, as "
+                              "transformers 5 has it", checkpoint->config.tie_word_embeddings ? "true" : "false");
     BESA__TRY(besa__split_fused(checkpoint, error));
     BESA__TRY(besa__model_bind(&model, checkpoint, error));
     BESA__TRY(besa__check_tied_head(checkpoint, model.embedding, error));
+    besa__check_companions(checkpoint);
     return besa__check_adapter(checkpoint, error);
 }
 
@@ -10826,7 +10910,9 @@ static besa_result besa__run_test(besa__run *run, const int32_t *ids, int64_t wi
     run->test_ids = ids;
     besa__stream_init(&run->test, run->be, BESA__EVENT_TEST, windows, seqlen, run->config->block.hidden_size);
     run->test.micro_batch = besa__min(windows, besa__max(1, BESA__CHUNK_TOKENS / seqlen));
-    if (run->has_pruner && besa__rope_by_length(&run->config->block.rope)) run->test_turns.positions = seqlen;
+    int by_length = besa__rope_by_length(&run->config->block.rope) ||
+                    (run->config->has_local_rope && besa__rope_by_length(&run->config->local_rope));
+    if (run->has_pruner && by_length) run->test_turns.positions = seqlen;
     else run->turns.positions = besa__max(run->turns.positions, seqlen);
     return BESA_OK;
 }
