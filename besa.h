@@ -9330,7 +9330,7 @@ static besa_result besa__writer_open_parent(besa__writer *w, besa_error *error)
                     besa__is_same(&out, &source);
     if (!*w->name || !fstatat(w->parent, w->name, &out, AT_SYMLINK_NOFOLLOW))
         return besa__fail(error, BESA_ERROR_EXISTS, "%s: %s", w->output,
-                          is_source ? "the output is the input" : "exists already");
+                          is_source ? "the output is the input" : "exists already: remove it, or name another");
     if (inside) return besa__fail(error, BESA_ERROR_EXISTS, "%s: the output lies inside the input %s", w->output,
                                   w->checkpoint->directory);
     return BESA_OK;
