@@ -7426,7 +7426,7 @@ static besa_result besa__check_missing(const besa_checkpoint *checkpoint, const 
     const besa__json_value *map, *v = NULL, *entry;
     void *text;
     besa__json json;
-    if (!checkpoint->index) return BESA_OK;
+    if (!checkpoint->index || checkpoint->part_names) return BESA_OK; /* an index has no names of parts */
     BESA__TRY(besa__malloc(&text, file->size + 1, checkpoint->index, error));
     memcpy(text, file->bytes, file->size);
     ((char *)text)[file->size] = 0;
@@ -8277,16 +8277,20 @@ static besa_result besa__config_factors(const besa__config_reader *r, const besa
                                         const char *key, int64_t pairs, float *out)
 {
     const besa__json_value *list = besa__json_get(r->json, object, key), *v = NULL;
-    char name[96], supported[96];
+    const besa__range *range = besa__find_range("factor");
+    char name[128], supported[96];
     int64_t count = 0;
-    snprintf(name, sizeof name, "%s%s", prefix, key);
     snprintf(supported, sizeof supported, "a list of %lld numbers above 0, one for each turned pair", (long long)pairs);
     if (besa__json_is(r->json, list, BESA__JSON_ARRAY)) v = besa__json_first(r->json, list);
     for (; v && count < pairs && pairs <= BESA_MAX_ROPE_FACTORS; v = besa__json_next(r->json, list, v)) {
         double factor = besa__json_number_of(r->json, v).value;
-        if (!besa__json_is(r->json, v, BESA__JSON_NUMBER) || !besa__in_range(besa__find_range("factor"), factor)) break;
+        if (!besa__json_is(r->json, v, BESA__JSON_NUMBER) || !besa__in_range(range, factor)) {
+            snprintf(name, sizeof name, "%s%s[%lld]", prefix, key, (long long)count);
+            return besa__config_refuse(r, name, v, besa__range_text(range, supported, sizeof supported));
+        }
         out[count++] = (float)factor;
     }
+    snprintf(name, sizeof name, "%s%s", prefix, key);
     return v || count < pairs ? besa__config_refuse(r, name, list, supported) : BESA_OK;
 }
 
@@ -8342,37 +8346,65 @@ static besa_result besa__config_rope_of(const besa__config_reader *r, const besa
     return besa__config_scaling(r, object, prefix, config, rope);
 }
 
-/* rope_parameters, or the older rope_theta and rope_scaling. Where layers that slide have a rope of their own, the former
- * holds an object for either, the latter are of the other layers. */
+/* A value that has the parameters of one rope: an object without objects, or null. */
+static besa_result besa__config_one_rope(const besa__config_reader *r, const char *key, const besa__json_value *object)
+{
+    if (object && !besa__json_is(r->json, object, BESA__JSON_OBJECT) && !besa__json_is(r->json, object, BESA__JSON_NULL))
+        return besa__config_refuse(r, key, object, "an object, or null");
+    const besa__json_value *v = besa__json_is(r->json, object, BESA__JSON_OBJECT) ? besa__json_first(r->json, object) : NULL;
+    for (; v; v = besa__json_next(r->json, object, v))
+        if (besa__json_is(r->json, v, BESA__JSON_OBJECT))
+            return besa__config_refuse(r, besa__json_key(r->json, v), v, "one set of rope parameters for all layers");
+    return BESA_OK;
+}
+
+/* Where layers that slide have a rope of their own: rope_parameters has an object for either kind of layers, and a kind
+ * without one has the family's rope. The older rope_theta and rope_scaling are of the layers that do not slide. */
+static besa_result besa__config_two_ropes(const besa__config_reader *r, const besa__architecture *a, besa_config *config)
+{
+    static const struct { const char *key, *path, *theta; } kinds[] = {
+        { "sliding_attention", "rope_parameters.sliding_attention", "rope_local_base_freq" },
+        { "full_attention", "rope_parameters.full_attention", "rope_theta" } };
+    const besa__json_value *scaling = besa__config_get(r, "rope_scaling"), *both = besa__config_get(r, "rope_parameters");
+    if (both && !besa__json_is(r->json, both, BESA__JSON_OBJECT))
+        return besa__config_refuse(r, "rope_parameters", both, "an object, or null");
+    BESA__TRY(besa__config_one_rope(r, "rope_scaling", scaling));
+    if (scaling && !besa__json_first(r->json, scaling)) scaling = NULL;
+    if (both && besa__json_first(r->json, both) && !besa__json_get(r->json, both, kinds[0].key) &&
+        !besa__json_get(r->json, both, kinds[1].key))
+        return besa__config_refuse(r, "rope_parameters", both, "an object with full_attention and sliding_attention, which have "
+                                   "the parameters (transformers looks at no others)");
+    for (int i = 0; i < 2; i++) {
+        const besa__json_value *object = besa__json_get(r->json, both, kinds[i].key);
+        double theta;
+        char prefix[64];
+        BESA__TRY(besa__config_one_rope(r, kinds[i].path, object));
+        BESA__TRY(besa__config_number(r, r->root, "", kinds[i].theta, i ? a->rope_theta : 10000, &theta));
+        if (!besa__json_is(r->json, object, BESA__JSON_OBJECT)) object = NULL;
+        if (i && scaling && object) return besa__config_refuse(r, "rope_scaling", scaling, "null beside rope_parameters.full_attention");
+        snprintf(prefix, sizeof prefix, "%s.", i && scaling ? "rope_scaling" : kinds[i].path);
+        BESA__TRY(besa__config_rope_of(r, a, i && scaling ? scaling : object, prefix, theta, config,
+                                       i ? &config->block.rope : &config->local_rope));
+    }
+    return BESA_OK;
+}
+
+/* rope_parameters, or the older rope_theta and rope_scaling. */
 static besa_result besa__config_rope(const besa__config_reader *r, const besa__architecture *a, besa_config *config)
 {
-    const besa__json *json = r->json;
-    const besa__json_value *object = besa__config_get(r, "rope_scaling"), *local = NULL;
+    const besa__json_value *object = besa__config_get(r, "rope_scaling");
     const char *key = "rope_scaling";
     char prefix[64];
-    double theta, local_theta = 0;
-    if (!object || (besa__json_is(json, object, BESA__JSON_OBJECT) && !besa__json_first(json, object))) {
+    double theta;
+    config->has_local_rope = (a->traits & BESA__LOCAL_ROPE) != 0;
+    if (config->has_local_rope) return besa__config_two_ropes(r, a, config);
+    if (!object || (besa__json_is(r->json, object, BESA__JSON_OBJECT) && !besa__json_first(r->json, object))) {
         key = "rope_parameters";
         object = besa__config_get(r, key);
     }
-    if (object && !besa__json_is(json, object, BESA__JSON_OBJECT))
-        return besa__config_refuse(r, key, object, "an object, or null");
-    config->has_local_rope = (a->traits & BESA__LOCAL_ROPE) != 0;
+    BESA__TRY(besa__config_one_rope(r, key, object));
     BESA__TRY(besa__config_number(r, r->root, "", "rope_theta", a->rope_theta, &theta));
-    if (config->has_local_rope) {
-        const besa__json_value *global = object ? besa__json_get(json, object, "full_attention") : NULL;
-        BESA__TRY(besa__config_number(r, r->root, "", "rope_local_base_freq", 10000, &local_theta));
-        local = object ? besa__json_get(json, object, "sliding_attention") : NULL;
-        if (besa__json_is(json, local, BESA__JSON_OBJECT) && besa__json_is(json, global, BESA__JSON_OBJECT)) object = global;
-        else local = NULL;
-    }
-    for (const besa__json_value *v = object ? besa__json_first(json, object) : NULL; v; v = besa__json_next(json, object, v))
-        if (besa__json_is(json, v, BESA__JSON_OBJECT))
-            return besa__config_refuse(r, besa__json_key(json, v), v, "one set of rope parameters for all layers");
-    if (config->has_local_rope)
-        BESA__TRY(besa__config_rope_of(r, a, local, "rope_parameters.sliding_attention.", local_theta, config,
-                                       &config->local_rope));
-    snprintf(prefix, sizeof prefix, "%s%s.", key, local ? ".full_attention" : "");
+    snprintf(prefix, sizeof prefix, "%s.", key);
     return besa__config_rope_of(r, a, object, prefix, theta, config, &config->block.rope);
 }
 
@@ -8426,6 +8458,7 @@ static besa_result besa__config_traits(const besa__config_reader *r, besa_config
     BESA__TRY(besa__config_number(r, r->root, "", "query_pre_attn_scalar", 256, &scale));
     b->attention_scale = 1 / sqrt(scale);
     if (a->traits & BESA__CAPPED) BESA__TRY(besa__config_cap(r, "attn_logit_softcapping", 50, &b->attention_softcap));
+    if (config->is_part) return BESA_OK; /* Gemma3ForConditionalGeneration caps no logits */
     return besa__config_cap(r, "final_logit_softcapping", a->traits & BESA__CAPPED ? 30 : 0, &config->logits_softcap);
 }
 
@@ -8439,7 +8472,8 @@ static besa_result besa__config_windows(const besa__config_reader *r, besa_confi
     if (a->window == BESA__WINDOW_CHOSEN || a->window == BESA__WINDOW_UNTURNED)
         BESA__TRY(besa__config_bool(r, "use_sliding_window", &sliding));
     if (a->window == BESA__WINDOW_UNTURNED && types) sliding = 1; /* the list alone decides */
-    if (a->window == BESA__WINDOW_CHOSEN) BESA__TRY(besa__config_integer(r, "max_window_layers", 28, &first));
+    if (a->window == BESA__WINDOW_CHOSEN)
+        BESA__TRY(besa__config_integer(r, "max_window_layers", a->traits & BESA__MROPE ? 80 : 28, &first));
     if (a->window == BESA__WINDOW_PATTERN && a->traits & BESA__LOCAL_ROPE)
         BESA__TRY(besa__config_integer(r, "sliding_window_pattern", a->pattern, &pattern));
     if (sliding && (besa__config_get(r, "sliding_window") || (!given && a->sliding_window)))
@@ -10826,7 +10860,9 @@ static besa_result besa__run_test(besa__run *run, const int32_t *ids, int64_t wi
     run->test_ids = ids;
     besa__stream_init(&run->test, run->be, BESA__EVENT_TEST, windows, seqlen, run->config->block.hidden_size);
     run->test.micro_batch = besa__min(windows, besa__max(1, BESA__CHUNK_TOKENS / seqlen));
-    if (run->has_pruner && besa__rope_by_length(&run->config->block.rope)) run->test_turns.positions = seqlen;
+    int by_length = besa__rope_by_length(&run->config->block.rope) ||
+                    (run->config->has_local_rope && besa__rope_by_length(&run->config->local_rope));
+    if (run->has_pruner && by_length) run->test_turns.positions = seqlen;
     else run->turns.positions = besa__max(run->turns.positions, seqlen);
     return BESA_OK;
 }
