@@ -1341,6 +1341,7 @@ typedef struct besa_config {
     double logits_scale, logits_softcap;        /* logits l are softcap tanh(scale l / softcap); 0: 1; none */
     int tie_word_embeddings;                    /* 1: the embedding is the head; 0 too where the file's head differs */
     int is_part;                                /* of a model that reads images too: the language model, and the rest stays */
+    int tie_contradicted;                       /* config.json and its text_config have other tie_word_embeddings */
 } besa_config;
 
 typedef struct besa_tensor {
@@ -6921,7 +6922,7 @@ struct besa_checkpoint {
     const besa_tensor **sorted;                 /* by name */
     char *part_names;                           /* of layers that are rows of a tensor that a file holds; NULL: none */
     besa_config config;
-    char notes[1024];                           /* lines */
+    char notes[2048];                           /* lines */
 };
 
 static const char besa__head_name[] = "lm_head.weight";
@@ -8048,12 +8049,22 @@ static const besa__architecture *besa__find_architecture(const char *model_type)
     return NULL;
 }
 
-/* "a", "b", "c": the model types of all rows. */
+/* Models of several parts, whose language model is a family's: what there is of it in config.json is in text_config, but for
+ * what it has by default. */
+static const struct { const char *model_type, *part; int64_t vocab_size, num_attention_heads; int tied; } besa__wrappers[] = {
+    {"gemma3", "gemma3_text", 262208, 8, 1}, {"mistral3", "mistral", 0, 0, 1}, {"qwen2_5_vl", "qwen2_5_vl_text", 0, 0, 0}};
+
+enum { BESA__WRAPPERS = (int)(sizeof besa__wrappers / sizeof *besa__wrappers) };
+
+/* "a", "b", "c": the model types of all rows, and of wrappers that are none. */
 static const char *besa__model_types(char *text, size_t size)
 {
     size_t n = 0;
     for (int i = 0; i < BESA__ARCHITECTURES && n < size; i++)
         n += (size_t)snprintf(text + n, size - n, "%s\"%s\"", i ? ", " : "", besa__architectures[i].model_type);
+    for (int i = 0; i < BESA__WRAPPERS && n < size; i++)
+        if (!besa__find_architecture(besa__wrappers[i].model_type))
+            n += (size_t)snprintf(text + n, size - n, ", \"%s\"", besa__wrappers[i].model_type);
     return text;
 }
 
@@ -8093,7 +8104,7 @@ static besa_result besa__config_architecture(const besa__config_reader *r, besa_
 {
     const besa__json_value *type = besa__config_get(r, "model_type"), *list = besa__config_get(r, "architectures");
     const besa__architecture *a = *out = besa__find_architecture(besa__json_string(r->json, type));
-    char known[256];
+    char known[384];
     if (!a) return besa__config_refuse_model(r, type, besa__model_types(known, sizeof known));
     config->model_type = a->model_type;
     config->prefix = a->prefix;
@@ -8555,25 +8566,41 @@ static besa_result besa__config_biases(const besa__config_reader *r, const besa_
     return BESA_OK;
 }
 
-/* Models of several parts, whose language model is a family's: what there is of it in config.json is in text_config, but for
- * what it has by default. */
-static const struct { const char *model_type, *part; int64_t vocab_size, num_attention_heads; } besa__wrappers[] = {
-    {"gemma3", "gemma3_text", 262208, 8}, {"mistral3", "mistral", 0, 0}, {"qwen2_5_vl", "qwen2_5_vl_text", 0, 0}};
-
 /* Where the language model's settings are: at the root, or in text_config of a known wrapper. */
-static besa__config_reader besa__config_part(const besa__config_reader *r, besa_config *config)
+static besa_result besa__config_part(const besa__config_reader *r, besa_config *config, besa__config_reader *part, int *tied)
 {
-    besa__config_reader part = *r;
     const besa__json_value *type = besa__config_get(r, "model_type"), *text = besa__config_get(r, "text_config");
-    for (size_t i = 0; i < sizeof besa__wrappers / sizeof *besa__wrappers; i++)
-        if (besa__json_is(r->json, text, BESA__JSON_OBJECT) && besa__config_is(r, type, besa__wrappers[i].model_type) &&
-            besa__config_is(r, besa__json_get(r->json, text, "model_type"), besa__wrappers[i].part)) {
-            part.root = text;
-            config->is_part = 1;
-            config->vocab_size = besa__wrappers[i].vocab_size;
-            config->block.num_attention_heads = besa__wrappers[i].num_attention_heads;
-        }
-    return part;
+    *part = *r;
+    for (int i = 0; i < BESA__WRAPPERS && besa__json_is(r->json, text, BESA__JSON_OBJECT); i++) {
+        const besa__json_value *of_text = besa__json_get(r->json, text, "model_type");
+        char supported[64];
+        if (!besa__config_is(r, type, besa__wrappers[i].model_type)) continue;
+        snprintf(supported, sizeof supported, "\"%s\", for %s", besa__wrappers[i].part, besa__wrappers[i].model_type);
+        if (!besa__config_is(r, of_text, besa__wrappers[i].part))
+            return besa__config_refuse(r, "text_config.model_type", of_text, supported);
+        part->root = text;
+        config->is_part = 1;
+        config->vocab_size = besa__wrappers[i].vocab_size;
+        config->block.num_attention_heads = besa__wrappers[i].num_attention_heads;
+        *tied = besa__wrappers[i].tied;
+    }
+    return BESA_OK;
+}
+
+/* Whether the embedding is the head; fallback: where config.json does not say. Of a wrapper the root says it, as transformers
+ * 5 reads it; where by the root it is not by default, true in text_config says it too. */
+static besa_result besa__config_tied(const besa__config_reader *whole, const besa__config_reader *text, int fallback,
+                                     besa_config *config)
+{
+    static const char key[] = "tie_word_embeddings";
+    int own, *tied = &config->tie_word_embeddings;
+    BESA__TRY(besa__config_bool(whole, key, tied));
+    if (!besa__config_get(whole, key)) *tied = fallback;
+    if (!config->is_part) return BESA_OK;
+    BESA__TRY(besa__config_bool(text, key, &own));
+    config->tie_contradicted = besa__config_get(whole, key) && besa__config_get(text, key) && own != *tied;
+    if (!fallback && own) *tied = 1;
+    return BESA_OK;
 }
 
 static besa_result besa__config_read(const besa__config_reader *whole, besa_config *config)
@@ -8581,7 +8608,9 @@ static besa_result besa__config_read(const besa__config_reader *whole, besa_conf
     const besa__architecture *a;
     if (!besa__json_is(whole->json, whole->root, BESA__JSON_OBJECT))
         return besa__fail(whole->error, BESA_ERROR_JSON, "%s: no JSON object", whole->path);
-    besa__config_reader part = besa__config_part(whole, config), *r = &part;
+    besa__config_reader part, *r = &part;
+    int tied = 0;
+    BESA__TRY(besa__config_part(whole, config, &part, &tied));
     BESA__TRY(besa__config_architecture(r, config, &a));
     BESA__TRY(besa__config_stored(whole));
     BESA__TRY(besa__config_refuse_unknown(r, a));
@@ -8590,10 +8619,7 @@ static besa_result besa__config_read(const besa__config_reader *whole, besa_conf
     BESA__TRY(besa__config_traits(r, config, a));
     BESA__TRY(besa__config_windows(r, config, a));
     BESA__TRY(besa__config_number(r, r->root, "", "rms_norm_eps", a->rms_norm_eps, &config->block.rms_norm_eps));
-    BESA__TRY(besa__config_bool(r, "tie_word_embeddings", &config->tie_word_embeddings));
-    int tied = besa__config_get(r, "tie_word_embeddings") != NULL;
-    if (!tied) BESA__TRY(besa__config_bool(whole, "tie_word_embeddings", &config->tie_word_embeddings));
-    if (!tied && !besa__config_get(whole, "tie_word_embeddings")) config->tie_word_embeddings = (a->traits & BESA__TIED) != 0;
+    BESA__TRY(besa__config_tied(whole, r, config->is_part ? tied : (a->traits & BESA__TIED) != 0, config));
     return besa__config_biases(r, a, config->bias);
 }
 
@@ -8851,9 +8877,29 @@ static besa_result besa__check_tied_head(besa_checkpoint *checkpoint, const besa
     BESA__TRY(besa__need(&head, checkpoint, c->head, c->vocab_size, c->block.hidden_size, error));
     if (besa__same_tensor(checkpoint, head, embedding)) return BESA_OK;
     c->tie_word_embeddings = 0;
-    besa__checkpoint_note(checkpoint, "note: config.json says tie_word_embeddings, but %s differs from %s: the head is used, "
+    besa__checkpoint_note(checkpoint, "note: by config.json tie_word_embeddings is true, but %s differs from %s: the head is used, "
                           "as transformers 5 does (earlier versions use the embedding)", head->name, embedding->name);
     return BESA_OK;
+}
+
+/* Scales of a weight, or an adapter's factors, as tensors beside a prunable weight: config.json knows of none. */
+static void besa__check_companions(besa_checkpoint *checkpoint)
+{
+    static const char *const kinds[] = { "_proj.weight_scale", "_proj.lora_A", "_proj.lora_B" };
+    const char *first = NULL;
+    char layers[64];
+    int length = snprintf(layers, sizeof layers, "%slayers.", checkpoint->config.prefix);
+    int64_t count = 0;
+    for (int64_t i = 0; i < checkpoint->num_tensors; i++) {
+        const char *name = checkpoint->tensors[i].name;
+        int found = 0;
+        for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) found |= strstr(name, kinds[k]) != NULL;
+        if (strncmp(name, layers, (size_t)length) || !found) continue;
+        if (!count++) first = name;
+    }
+    if (count)
+        besa__checkpoint_note(checkpoint, "note: %.200s lies beside a layer's weight, %lld such tensor%s in all: not applied; convert "
+                              "or merge the model first if they belong to it", first, (long long)count, count > 1 ? "s" : "");
 }
 
 /* An adapter beside the model belongs to other weights, or was never merged: that cannot be told. */
@@ -8951,9 +8997,13 @@ static besa_result besa__checkpoint_load(besa_checkpoint *checkpoint, const char
     if (checkpoint->config.is_part)
         besa__checkpoint_note(checkpoint, "note: the language model alone is used and pruned (%s*); the other parts stay as "
                               "they are", checkpoint->config.prefix);
+    if (checkpoint->config.tie_contradicted)
+        besa__checkpoint_note(checkpoint, "note: config.json and its text_config contradict each other in tie_word_embeddings: %s, as "
+                              "transformers 5 has it", checkpoint->config.tie_word_embeddings ? "true" : "false");
     BESA__TRY(besa__split_fused(checkpoint, error));
     BESA__TRY(besa__model_bind(&model, checkpoint, error));
     BESA__TRY(besa__check_tied_head(checkpoint, model.embedding, error));
+    besa__check_companions(checkpoint);
     return besa__check_adapter(checkpoint, error);
 }
 

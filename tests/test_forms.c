@@ -39,6 +39,14 @@ static besa_checkpoint *open_model(const char *directory)
     return checkpoint;
 }
 
+static besa_result open_close(const char *directory)
+{
+    besa_checkpoint *checkpoint;
+    besa_result result = besa_checkpoint_open(&checkpoint, directory, &g_error);
+    besa_checkpoint_close(checkpoint);
+    return result;
+}
+
 /* ---- forms that load --------------------------------------------------------------------------- */
 
 /* A directory's windows have the log-likelihoods that transformers says. */
@@ -143,6 +151,68 @@ static void test_headless(void)
     write_bytes(temp_path("headed/config.json"), untied, n);
     free(untied);
     CHECK(besa_checkpoint_open(&headless, temp_path("headed"), &g_error) == BESA_ERROR_TENSOR, "with the prefix a head is needed");
+}
+
+/* Tensors beside a layer's weight that nothing applies are noted; of other modules they are not. */
+static void test_companions(void)
+{
+    static const char *const names[] = { "model.layers.0.mlp.up_proj.weight_scale", "model.layers.1.self_attn.q_proj.weight_scale_inv",
+                                         "model.layers.0.mlp.down_proj.lora_A.weight", "model.layers.1.mlp.down_proj.lora_B.default.weight",
+                                         "vision.layers.0.mlp.up_proj.weight_scale", "model.layers.1.mlp.scale" };
+    static const float one[1] = { 1 };
+    char config[2048];
+    size_t n;
+    fixture_random_llama(temp_path("alone"), 2, 16, 24, 2, 2, 128, BESA_F32);
+    unsigned char *text = read_bytes(temp_path("alone/config.json"), &n);
+    snprintf(config, sizeof config, "%.*s", (int)n, (const char *)text);
+    free(text);
+    besa_checkpoint *alone = open_model(temp_path("alone"));
+    for (int i = 0; i < 6; i++) {
+        fixture f;
+        fixture_begin(&f, temp_path("beside"), config);
+        for (int64_t k = 0; k < besa_checkpoint_tensor_count(alone); k++) {
+            const besa_tensor *t = besa_checkpoint_tensor(alone, k);
+            float *v = take_floats((int64_t)(t->bytes / 4));
+            memcpy(v, t->data, t->bytes);
+            fixture_tensor(&f, t->name, BESA_F32, v, t->shape[0], t->ndim > 1 ? t->shape[1] : 0);
+        }
+        fixture_tensor(&f, names[i], BESA_F32, one, 1, 0);
+        fixture_end(&f);
+        besa_checkpoint *beside = open_model(temp_path("beside"));
+        if (!beside) continue;
+        const char *notes = besa_checkpoint_notes(beside);
+        CHECK(i < 4 ? strstr(notes, names[i]) && strstr(notes, "not applied") : !*notes, "%s: notes: %s", names[i], notes);
+        besa_checkpoint_close(beside);
+        remove_tree(temp_path("beside"));
+    }
+    besa_checkpoint_close(alone);
+}
+
+/* Of a sharded model whose layers are rows of tensors, a missing tensor is named, and none that is there. */
+static void test_fused_index(void)
+{
+    static const char missing[] = "model.layers.1.input_layernorm.weight";
+    size_t n;
+    mkdir(temp_path("fused"), 0777);
+    unsigned char *file = read_bytes(in_case("families/phi3", "config.json"), &n);
+    write_bytes(temp_path("fused/config.json"), file, n);
+    free(file);
+    file = read_bytes(in_case("families/phi3", "model.safetensors"), &n);
+    char *index = (char *)take(65536);
+    size_t at = (size_t)snprintf(index, 65536, "{\"weight_map\":{");
+    for (int64_t b = 0; b < 4; b++)
+        at += (size_t)snprintf(index + at, 65536 - at, "%s\"model.layers.%d.self_attn.qkv_proj.weight\":\"model-1.safetensors\"",
+                               b ? "," : "", (int)b);
+    snprintf(index + at, 65536 - at, ",\"%s\":\"model-1.safetensors\"}}", missing);
+    write_bytes(temp_path("fused/model.safetensors.index.json"), index, strlen(index));
+    write_bytes(temp_path("fused/model-1.safetensors"), file, n);
+    CHECK_OK(open_close(temp_path("fused")), g_error);
+    for (at = 8; memcmp(file + at, missing, strlen(missing)); ) at++;
+    file[at + strlen("model.layers.1.")] = 'I';
+    write_bytes(temp_path("fused/model-1.safetensors"), file, n);
+    CHECK(open_close(temp_path("fused")) == BESA_ERROR_TENSOR && strstr(g_error.message, missing), "%s", g_error.message);
+    CHECK(!strstr(g_error.message, "qkv_proj"), "%s", g_error.message);
+    free(file);
 }
 
 /* A directory with the weights of rope_dynamic and a config.json with these members. */
@@ -333,14 +403,6 @@ static void check_message(const char *what, besa_result got, besa_result code, c
     CHECK(n >= m && !strcmp(message + n - m, remedy), "%s: \"%s\" does not end in \"%s\"", what, message, remedy);
 }
 
-static besa_result open_close(const char *directory)
-{
-    besa_checkpoint *checkpoint;
-    besa_result result = besa_checkpoint_open(&checkpoint, directory, &g_error);
-    besa_checkpoint_close(checkpoint);
-    return result;
-}
-
 static void test_refusals(void)
 {
     for (size_t i = 0; i < sizeof refusals / sizeof *refusals; i++) {
@@ -439,6 +501,8 @@ int main(int argc, char **argv)
         test_case("rope_dynamic_long", 32, "transformers_nll_32");
     }
     TEST("no head") test_headless();
+    TEST("tensors beside a weight") test_companions();
+    TEST("an index of layers that are rows of one tensor") test_fused_index();
     TEST("ropes and generations of config.json") test_ropes();
     TEST("refused with the remedy: directories") test_refusals();
     TEST("refused with the remedy: weights and tokens") test_refused_weights();

@@ -1229,7 +1229,7 @@ static void test_known_models(void)
         { "\"mixtral\",\"num_local_experts\":8", "\"mixtral\", a mixture of experts (num_local_experts), is not supported" },
         { "\"qwen3_moe\",\"num_experts\":128", "a mixture of experts (num_experts)" },
         { "\"deepseek_v3\",\"n_routed_experts\":256", "a mixture of experts (n_routed_experts)" },
-        { "\"gemma3\",\"text_config\":{\"model_type\":\"gemma3n_text\"}", "among parts that read images or sound (text_config)" },
+        { "\"gemma3n\",\"text_config\":{\"model_type\":\"gemma3n_text\"}", "among parts that read images or sound (text_config)" },
         { "\"llama4\",\"text_config\":{\"model_type\":\"llama4_text\"}", "(text_config)" },
         { "\"qwen2_vl\",\"vision_config\":{}", "(vision_config)" }, { "\"gpt2\"", "model_type = \"gpt2\" is not supported" } };
     besa_config config;
@@ -1237,7 +1237,46 @@ static void test_known_models(void)
     for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
         snprintf(text, sizeof text, "{\"model_type\":%s}", t[i].members);
         CHECK_CASE(t[i].members, read_config(text, &config), BESA_ERROR_UNSUPPORTED, t[i].words);
-        CHECK(strstr(err.message, "\"olmo2\", \"phi3\", \"gemma2\", \"gemma3_text\""), "%s does not list what is", err.message);
+        CHECK(strstr(err.message, "\"olmo2\", \"phi3\", \"gemma2\", \"gemma3_text\", \"gemma3\", \"mistral3\""),
+              "%s does not list what is", err.message);
+    }
+}
+
+/* Models of several parts: their language model's type, and by which key the embedding is the head; the note of a contradiction. */
+static void test_wrappers(void)
+{
+    static const char *const refused[][2] = {
+        { "\"gemma3\",\"text_config\":{\"model_type\":\"gemma3n_text\"}",
+          "text_config.model_type = \"gemma3n_text\" is not supported; supported: \"gemma3_text\", for gemma3" },
+        { "\"mistral3\",\"text_config\":{}", "text_config.model_type = (absent) is not supported; supported: \"mistral\"" },
+        { "\"qwen2_5_vl\",\"text_config\":{\"model_type\":\"qwen2\"}", "text_config.model_type = \"qwen2\"" } };
+    static const char *const types[][2] = { { "gemma3", "gemma3_text" }, { "mistral3", "mistral" }, { "qwen2_5_vl", "qwen2_5_vl_text" } };
+    static const char *const keys[] = { "", ",\"tie_word_embeddings\":true", ",\"tie_word_embeddings\":false" };
+    /* by model, the root's key and text_config's: absent, true, false */
+    static const int tied[3][3][3] = { { { 1, 1, 1 }, { 1, 1, 1 }, { 0, 0, 0 } }, { { 1, 1, 1 }, { 1, 1, 1 }, { 0, 0, 0 } },
+                                       { { 0, 1, 0 }, { 1, 1, 1 }, { 0, 1, 0 } } };
+    besa_config config;
+    char text[512];
+    for (int i = 0; i < 3; i++) {
+        snprintf(text, sizeof text, "{\"model_type\":%s}", refused[i][0]);
+        CHECK_CASE(refused[i][0], read_config(text, &config), BESA_ERROR_UNSUPPORTED, refused[i][1]);
+    }
+    for (int i = 0; i < 27; i++) {
+        int model = i / 9, root = i / 3 % 3, own = i % 3;
+        snprintf(text, sizeof text, "{\"model_type\":\"%s\"%s,\"text_config\":{\"model_type\":\"%s\"%s,\"hidden_size\":8,"
+                 "\"intermediate_size\":12,\"num_attention_heads\":8,\"num_hidden_layers\":3,\"vocab_size\":10,\"head_dim\":2}}",
+                 types[model][0], keys[root], types[model][1], keys[own]);
+        CHECK_CASE(text, read_config(text, &config), BESA_OK, NULL);
+        CHECK(config.tie_word_embeddings == tied[model][root][own], "%s: tied %d", text, config.tie_word_embeddings);
+        CHECK(config.tie_contradicted == (root && own && root != own), "%s: contradicted %d", text, config.tie_contradicted);
+    }
+    for (int vl = 0; vl < 2; vl++) {            /* which layers slide by default */
+        snprintf(text, sizeof text, "{\"model_type\":\"%s\",\"hidden_size\":8,\"intermediate_size\":12,\"num_attention_heads\":8,"
+                 "\"num_key_value_heads\":8,\"head_dim\":2,\"num_hidden_layers\":82,\"vocab_size\":10,\"use_sliding_window\":true}",
+                 vl ? "qwen2_5_vl" : "qwen2");
+        CHECK_CASE(text, read_config(text, &config), BESA_OK, NULL);
+        int first = vl ? 80 : 28;
+        CHECK(!config.window[first - 1] && config.window[first], "%s: layer %d is not the first that slides", text, first);
     }
 }
 
@@ -1268,13 +1307,27 @@ static void test_families(void)
         { SLIDING("\"gemma3_text\",\"rope_theta\":7,\"rope_local_base_freq\":9"), NUMBER(local_rope.theta), 9, NULL },
         { SLIDING("\"gemma3_text\",\"rope_scaling\":{\"rope_type\":\"linear\",\"factor\":8}"), NUMBER(block.rope.factor), 8, NULL },
         { SLIDING("\"gemma3_text\",\"rope_scaling\":{\"rope_type\":\"linear\",\"factor\":8}"), NUMBER(local_rope.factor), 0, NULL },
+#define PARAMETERS(members) SLIDING("\"gemma3_text\",\"rope_parameters\":{" members "},\"rope_theta\":7,\"rope_local_base_freq\":9")
+        { PARAMETERS("\"full_attention\":{\"rope_theta\":3}"), NUMBER(block.rope.theta), 3, NULL },
+        { PARAMETERS("\"full_attention\":{\"rope_theta\":3}"), NUMBER(local_rope.theta), 9, NULL },
+        { PARAMETERS("\"sliding_attention\":{\"rope_type\":\"linear\",\"factor\":2}"), NUMBER(block.rope.theta), 7, NULL },
+        { PARAMETERS("\"sliding_attention\":{\"rope_type\":\"linear\",\"factor\":2}"), NUMBER(local_rope.factor), 2, NULL },
+        { PARAMETERS("\"sliding_attention\":{\"rope_theta\":2},\"full_attention\":null"), NUMBER(local_rope.theta), 2, NULL },
+        { PARAMETERS("\"rope_theta\":3,\"full_attention\":{}"), NUMBER(block.rope.theta), 7, NULL },
+        { PARAMETERS(""), NUMBER(local_rope.theta), 9, NULL },
+        { PARAMETERS("\"rope_type\":\"default\",\"rope_theta\":5"), 0, 0, "an object with full_attention and sliding_attention" },
+        { PARAMETERS("\"full_attention\":3"), 0, 0, "rope_parameters.full_attention = 3" },
+        { PARAMETERS("\"full_attention\":{\"rope_type\":\"3d\"}"), 0, 0, "rope_parameters.full_attention.rope_type" },
+        { SLIDING("\"gemma3_text\",\"rope_parameters\":{\"full_attention\":{}},\"rope_scaling\":{\"rope_type\":\"linear\",\"factor\":8}"),
+          0, 0, "beside rope_parameters.full_attention" },
         { SLIDING("\"phi3\",\"max_position_embeddings\":131072,\"rope_scaling\":{\"type\":\"su\",\"short_factor\":[2],\"long_factor\":[3]}"),
           NUMBER(block.rope.attention_factor), 1.1902380714238083, NULL },
         { SLIDING("\"phi3\",\"rope_scaling\":{\"type\":\"longrope\",\"short_factor\":[2],\"long_factor\":[3]}"),
           NUMBER(block.rope.attention_factor), 1, NULL },
         { SLIDING("\"phi3\",\"rope_scaling\":{\"type\":\"longrope\",\"short_factor\":[2,2],\"long_factor\":[3]}"), 0, 0, "short_factor" },
         { SLIDING("\"phi3\",\"rope_scaling\":{\"type\":\"longrope\",\"short_factor\":[2],\"long_factor\":[]}"), 0, 0, "long_factor" },
-        { SLIDING("\"phi3\",\"rope_scaling\":{\"type\":\"longrope\",\"short_factor\":[2],\"long_factor\":[0]}"), 0, 0, "long_factor" },
+        { SLIDING("\"phi3\",\"rope_scaling\":{\"type\":\"longrope\",\"short_factor\":[2],\"long_factor\":[0]}"), 0, 0,
+          "rope_scaling.long_factor[0] = 0 is not supported" },
         { SLIDING("\"phi3\",\"rope_scaling\":{\"type\":\"longrope\",\"short_factor\":[2]}"), 0, 0, "long_factor = (absent)" },
         { SLIDING("\"phi3\",\"partial_rotary_factor\":0.5"), 0, 0, "partial_rotary_factor" },   /* of 2 elements 1 */
         { SLIDING("\"phi3\",\"partial_rotary_factor\":1.5"), 0, 0, "partial_rotary_factor" },
@@ -1284,6 +1337,8 @@ static void test_families(void)
         { "{\"model_type\":\"gemma3\",\"text_config\":{\"model_type\":\"gemma3_text\",\"hidden_size\":2560,\"intermediate_size\":10240,"
           "\"num_hidden_layers\":34,\"rope_scaling\":{\"factor\":8.0,\"rope_type\":\"linear\"},\"sliding_window\":1024},"
           "\"vision_config\":{}}", NUMBER(block.rope.factor), 8, NULL },
+        { "{\"model_type\":\"gemma3\",\"text_config\":{\"model_type\":\"gemma3_text\",\"hidden_size\":8,\"intermediate_size\":12,"
+          "\"num_hidden_layers\":3,\"final_logit_softcapping\":20}}", NUMBER(logits_softcap), 0, NULL }, /* the text model alone caps */
         { "{\"model_type\":\"gemma3\",\"text_config\":{\"model_type\":\"gemma3_text\"}}", 0, 0, "hidden_size" },
         { SLIDING("\"qwen2_5_vl\",\"vision_config\":{},\"rope_scaling\":{\"type\":\"mrope\",\"mrope_section\":[16,24,24]}"),
           NUMBER(block.rope.theta), 1e6, NULL },
@@ -3239,6 +3294,7 @@ static void readers(void)
     TEST("config: sliding windows") run(test_windows);
     TEST("config: settings that are not known") run(test_unknown_settings);
     TEST("config: models that are known and not supported") run(test_known_models);
+    TEST("config: models of several parts") run(test_wrappers);
     TEST("config: families") run(test_families);
     TEST("config: heads by default") run(test_family_defaults);
     TEST("config: a weight of another type than the others") run(test_mixed_types);
