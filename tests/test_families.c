@@ -389,6 +389,39 @@ static void test_fused(void)
     besa_checkpoint_close(m.checkpoint);
 }
 
+/* Where the layers that slide alone have a rope that goes by the length of sequences, tests on the way have their own too. */
+static void test_local_length(void)
+{
+    static const char theta[] = "\"rope_theta\": 5000.0,", positions[] = "\"max_position_embeddings\": 256";
+    const char *directory = temp_path("local"), *config = temp_path("local/config.json"), *weights = temp_path("local/model.safetensors");
+    char from[600], text[4096];
+    besa_prune_options o = run_options(0);
+    size_t n;
+    mkdir(directory, 0777);
+    snprintf(from, sizeof from, "%s/gemma3_text/model.safetensors", g_families);
+    unsigned char *file = read_bytes(from, &n);
+    write_bytes(weights, file, n);
+    free(file);
+    snprintf(from, sizeof from, "%s/gemma3_text/config.json", g_families);
+    file = read_bytes(from, &n);
+    snprintf(text, sizeof text, "%.*s", (int)n, (const char *)file);
+    free(file);
+    char *at = strstr(text, theta), *type = at ? strstr(at, "\"default\"") : NULL, *longest = strstr(text, positions);
+    if (!CHECK(type && longest, "the config has changed")) return;
+    memcpy(longest + strlen(positions) - 3, " 48", 3);
+    memcpy(type, "\"dynamic\"", 9);
+    memcpy(at, "\"factor\":   4.0,     ", strlen(theta)); /* theta is 10000 */
+    write_bytes(config, text, strlen(text));
+    model m = open_model("gemma3_text");
+    besa_checkpoint_close(m.checkpoint);
+    CHECK_OK(besa_checkpoint_open(&m.checkpoint, directory, &g_error), g_error);
+    if (!m.checkpoint) return;
+    const besa_config *c = besa_checkpoint_config(m.checkpoint);
+    CHECK(c->local_rope.type == BESA_ROPE_DYNAMIC && c->block.rope.type == BESA_ROPE_DEFAULT, "the ropes are others");
+    check_run(&m, "local", &o, 1, 0);
+    besa_checkpoint_close(m.checkpoint);
+}
+
 int main(int argc, char **argv)
 {
     static const char *const family[] = { "smollm3", "smollm3_sliding", "granite", "olmo2", "phi3", "phi3_longrope", "phi3_partial", "gemma2",
@@ -408,5 +441,6 @@ int main(int argc, char **argv)
         TEST(name[i][2]) test_runs(family[i]);
     }
     TEST("phi3, layers that are rows of one tensor") test_fused();
+    TEST("gemma3_text, a local rope by length") test_local_length();
     return test_finish();
 }
