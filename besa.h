@@ -8383,8 +8383,8 @@ static besa_result besa__config_two_ropes(const besa__config_reader *r, const be
     if (scaling && !besa__json_first(r->json, scaling)) scaling = NULL;
     if (both && besa__json_first(r->json, both) && !besa__json_get(r->json, both, kinds[0].key) &&
         !besa__json_get(r->json, both, kinds[1].key))
-        return besa__config_refuse(r, "rope_parameters", both, "an object with full_attention and sliding_attention, which have "
-                                   "the parameters (transformers looks at no others)");
+        return besa__config_refuse(r, "rope_parameters", both, "an object with full_attention and sliding_attention, "
+                                   "which have the parameters (transformers looks at no others)");
     for (int i = 0; i < 2; i++) {
         const besa__json_value *object = besa__json_get(r->json, both, kinds[i].key);
         double theta;
@@ -8392,7 +8392,8 @@ static besa_result besa__config_two_ropes(const besa__config_reader *r, const be
         BESA__TRY(besa__config_one_rope(r, kinds[i].path, object));
         BESA__TRY(besa__config_number(r, r->root, "", kinds[i].theta, i ? a->rope_theta : 10000, &theta));
         if (!besa__json_is(r->json, object, BESA__JSON_OBJECT)) object = NULL;
-        if (i && scaling && object) return besa__config_refuse(r, "rope_scaling", scaling, "null beside rope_parameters.full_attention");
+        if (i && scaling && object)
+            return besa__config_refuse(r, "rope_scaling", scaling, "null beside rope_parameters.full_attention");
         snprintf(prefix, sizeof prefix, "%s.", i && scaling ? "rope_scaling" : kinds[i].path);
         BESA__TRY(besa__config_rope_of(r, a, i && scaling ? scaling : object, prefix, theta, config,
                                        i ? &config->block.rope : &config->local_rope));
@@ -8877,8 +8878,9 @@ static besa_result besa__check_tied_head(besa_checkpoint *checkpoint, const besa
     BESA__TRY(besa__need(&head, checkpoint, c->head, c->vocab_size, c->block.hidden_size, error));
     if (besa__same_tensor(checkpoint, head, embedding)) return BESA_OK;
     c->tie_word_embeddings = 0;
-    besa__checkpoint_note(checkpoint, "note: by config.json tie_word_embeddings is true, but %s differs from %s: the head is used, "
-                          "as transformers 5 does (earlier versions use the embedding)", head->name, embedding->name);
+    besa__checkpoint_note(checkpoint, "note: by config.json tie_word_embeddings is true, but %s differs from %s: the head "
+                          "is used, as transformers 5 does (earlier versions use the embedding)",
+                          head->name, embedding->name);
     return BESA_OK;
 }
 
@@ -8898,8 +8900,9 @@ static void besa__check_companions(besa_checkpoint *checkpoint)
         if (!count++) first = name;
     }
     if (count)
-        besa__checkpoint_note(checkpoint, "note: %.200s lies beside a layer's weight, %lld such tensor%s in all: not applied; convert "
-                              "or merge the model first if they belong to it", first, (long long)count, count > 1 ? "s" : "");
+        besa__checkpoint_note(checkpoint, "note: %.200s lies beside a layer's weight, %lld such tensor%s in all: not "
+                              "applied; convert or merge the model first if they belong to it",
+                              first, (long long)count, count > 1 ? "s" : "");
 }
 
 /* An adapter beside the model belongs to other weights, or was never merged: that cannot be told. */
@@ -8998,8 +9001,9 @@ static besa_result besa__checkpoint_load(besa_checkpoint *checkpoint, const char
         besa__checkpoint_note(checkpoint, "note: the language model alone is used and pruned (%s*); the other parts stay as "
                               "they are", checkpoint->config.prefix);
     if (checkpoint->config.tie_contradicted)
-        besa__checkpoint_note(checkpoint, "note: config.json and its text_config contradict each other in tie_word_embeddings: %s, as "
-                              "transformers 5 has it", checkpoint->config.tie_word_embeddings ? "true" : "false");
+        besa__checkpoint_note(checkpoint, "note: config.json and its text_config contradict each other in "
+                              "tie_word_embeddings: %s, as transformers 5 has it",
+                              checkpoint->config.tie_word_embeddings ? "true" : "false");
     BESA__TRY(besa__split_fused(checkpoint, error));
     BESA__TRY(besa__model_bind(&model, checkpoint, error));
     BESA__TRY(besa__check_tied_head(checkpoint, model.embedding, error));

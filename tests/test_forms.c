@@ -215,6 +215,30 @@ static void test_fused_index(void)
     free(file);
 }
 
+/* Where config.json and its text_config contradict each other, a note says what holds; then the file's head is another. */
+static void test_contradiction(void)
+{
+    static const char key[] = "\"tie_word_embeddings\": false";
+    size_t n;
+    mkdir(temp_path("part"), 0777);
+    unsigned char *file = read_bytes(in_case("families/qwen2_5_vl", "model.safetensors"), &n);
+    write_bytes(temp_path("part/model.safetensors"), file, n);
+    free(file);
+    file = read_bytes(in_case("families/qwen2_5_vl", "config.json"), &n);
+    for (size_t at = 0; at + strlen(key) < n; at++) {
+        if (memcmp(file + at, key, strlen(key))) continue;
+        memcpy(file + at + strlen(key) - 5, "true ", 5);
+        break;                                  /* text_config's, the first */
+    }
+    write_bytes(temp_path("part/config.json"), file, n);
+    free(file);
+    besa_checkpoint *part = open_model(temp_path("part"));
+    if (!part) return;
+    const char *notes = besa_checkpoint_notes(part);
+    CHECK(strstr(notes, "contradict each other in tie_word_embeddings: true") && strstr(notes, "lm_head.weight differs"), "%s", notes);
+    besa_checkpoint_close(part);
+}
+
 /* A directory with the weights of rope_dynamic and a config.json with these members. */
 static const char *make_config(const char *members)
 {
@@ -501,6 +525,7 @@ int main(int argc, char **argv)
         test_case("rope_dynamic_long", 32, "transformers_nll_32");
     }
     TEST("no head") test_headless();
+    TEST("tie_word_embeddings that contradict") test_contradiction();
     TEST("tensors beside a weight") test_companions();
     TEST("an index of layers that are rows of one tensor") test_fused_index();
     TEST("ropes and generations of config.json") test_ropes();
