@@ -15,6 +15,16 @@
 #include <string.h>
 #include <time.h>
 
+/* 1 under AddressSanitizer: the longest tests take fewer turns then. */
+#ifndef __has_feature
+#define __has_feature(feature) 0
+#endif
+#if defined(__SANITIZE_ADDRESS__) || __has_feature(address_sanitizer)
+enum { TEST_SANITIZED = 1 };
+#else
+enum { TEST_SANITIZED = 0 };
+#endif
+
 static struct {
     const char *name;                           /* of the running test, NULL between tests */
     const char *only;                           /* run only tests whose name contains this */

@@ -806,7 +806,9 @@ static void check_theta(const run *r, const recorded *step, int32_t *const rank[
                     dbeta[q / group_rows][d] += pull * (double)C / learned_weights(r, part) * (1 - (double)d / (CANDIDATES - 1));
             theta_gradient(&rates, step->theta, dbeta, grad);
         }
-        CHECK_CLOSE(besa_layer_name(l), step->grad + rates.at, grad + rates.at, at - rates.at, 1e-4);
+        /* where weights move, those next to each other in a row may swap their ranks by a rounding, and so their buckets */
+        CHECK_CLOSE(besa_layer_name(l), step->grad + rates.at, grad + rates.at, at - rates.at,
+                    r->options.learn == BESA_LEARN_BOTH ? 2e-3 : 1e-4);
     }
     CHECK(at == r->parameters, "%d parameters, expected %d", (int)r->parameters, (int)at);
 }
