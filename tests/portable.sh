@@ -78,7 +78,7 @@ for cc in gcc clang; do
     suite "$cc -std=c99" "" $cc -std=c99 -O1 $warnings -Wno-conversion -Wno-sign-conversion -Wno-shadow
 done
 
-programs="test_portable test_ops test_forms test_reference test_io test_pipeline"
+programs="test_portable test_ops test_forms test_reference test_io ${PIPELINE-test_pipeline}" # PIPELINE=: without it
 suite "32-bit" "" gcc -std=gnu11 -O2 -m32 -msse2 -mfpmath=sse -D_FILE_OFFSET_BITS=64
 programs="test_portable test_ops test_forms test_reference test_io"
 suite "musl" "" musl-gcc -std=gnu11 -O2 -static

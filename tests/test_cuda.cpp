@@ -1136,7 +1136,7 @@ static int fail_run(const faults *f, size_t n, int on, int again)
 
 /* For every n the n-th call of the run fails: a result with a message, nothing left, no output. Every 16th time the run
  * is repeated without a fault, and ends as if there had been none; every 8th all calls from the n-th on fail. Under
- * AddressSanitizer every 5th n. */
+ * AddressSanitizer every 15th n. */
 static void test_faults(void)
 {
     static const struct { const char *name; besa_method method; int fp32; } tests[2] = {
@@ -1156,7 +1156,7 @@ static void test_faults(void)
             be.destroy(&be);
             besa_report_free(&r.report);
             size_t n = 1;
-            while (fail_run(&f, n, n % 8 == 0, n % 16 == 0)) n += g_sanitized ? 5 : 1, remove_tree(partial);
+            while (fail_run(&f, n, n % 8 == 0, n % 16 == 0)) n += g_sanitized ? 15 : 1, remove_tree(partial);
             CHECK(n > 200, "a run of %zu calls", n);
             remove_tree(f.right);
         }
