@@ -14481,31 +14481,44 @@ BESA__KERNEL(besa__cpu_swiglu_back_run,
              (float *dgate, float *dup, const float *dz, const float *gate, const float *up, int64_t n),
              (dgate, dup, dz, gate, up, n))
 
-/* Z(n) = silu(G) U */
-static besa_result besa__cpu_swiglu_forward(besa_backend *be, void *z, const void *gate, const void *up, int64_t n)
+/* A gate's kernel over runs of elements, a task each */
+static besa_result besa__cpu_gate(besa_backend *be, void (*run)(float *, const float *, const float *, int64_t), void *z,
+                                  const void *gate, const void *up, int64_t n)
 {
     int64_t grain = 16384, tasks = besa__parts(n, grain);
     BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
     for (int64_t task = 0; task < tasks; task++) {
         int64_t at = task * grain;
-        besa__cpu_swiglu_run((float *)z + at, (const float *)gate + at, (const float *)up + at,
-                             besa__min(grain, n - at));
+        run((float *)z + at, (const float *)gate + at, (const float *)up + at, besa__min(grain, n - at));
     }
     return BESA_OK;
+}
+
+static besa_result besa__cpu_gate_back(besa_backend *be,
+                                       void (*run)(float *, float *, const float *, const float *, const float *, int64_t),
+                                       void *dgate, void *dup, const void *dz, const void *gate, const void *up, int64_t n)
+{
+    int64_t grain = 16384, tasks = besa__parts(n, grain);
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t at = task * grain;
+        run((float *)dgate + at, (float *)dup + at, (const float *)dz + at, (const float *)gate + at, (const float *)up + at,
+            besa__min(grain, n - at));
+    }
+    return BESA_OK;
+}
+
+/* Z(n) = silu(G) U */
+static besa_result besa__cpu_swiglu_forward(besa_backend *be, void *z, const void *gate, const void *up, int64_t n)
+{
+    return besa__cpu_gate(be, besa__cpu_swiglu_run, z, gate, up, n);
 }
 
 /* dG = dZ U silu'(G), dU = dZ silu(G) */
 static besa_result besa__cpu_swiglu_backward(besa_backend *be, void *dgate, void *dup, const void *dz, const void *gate,
                                              const void *up, int64_t n)
 {
-    int64_t grain = 16384, tasks = besa__parts(n, grain);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        int64_t at = task * grain;
-        besa__cpu_swiglu_back_run((float *)dgate + at, (float *)dup + at, (const float *)dz + at,
-                                  (const float *)gate + at, (const float *)up + at, besa__min(grain, n - at));
-    }
-    return BESA_OK;
+    return besa__cpu_gate_back(be, besa__cpu_swiglu_back_run, dgate, dup, dz, gate, up, n);
 }
 
 /* z = gelu(gate) up */
@@ -14534,27 +14547,14 @@ BESA__KERNEL(besa__cpu_geglu_back_run,
 /* Z(n) = gelu(G) U */
 static besa_result besa__cpu_geglu_forward(besa_backend *be, void *z, const void *gate, const void *up, int64_t n)
 {
-    int64_t grain = 16384, tasks = besa__parts(n, grain);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        int64_t at = task * grain;
-        besa__cpu_geglu_run((float *)z + at, (const float *)gate + at, (const float *)up + at, besa__min(grain, n - at));
-    }
-    return BESA_OK;
+    return besa__cpu_gate(be, besa__cpu_geglu_run, z, gate, up, n);
 }
 
 /* dG = dZ U gelu'(G), dU = dZ gelu(G) */
 static besa_result besa__cpu_geglu_backward(besa_backend *be, void *dgate, void *dup, const void *dz, const void *gate,
                                             const void *up, int64_t n)
 {
-    int64_t grain = 16384, tasks = besa__parts(n, grain);
-    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
-    for (int64_t task = 0; task < tasks; task++) {
-        int64_t at = task * grain;
-        besa__cpu_geglu_back_run((float *)dgate + at, (float *)dup + at, (const float *)dz + at,
-                                 (const float *)gate + at, (const float *)up + at, besa__min(grain, n - at));
-    }
-    return BESA_OK;
+    return besa__cpu_gate_back(be, besa__cpu_geglu_back_run, dgate, dup, dz, gate, up, n);
 }
 
 /* y = x + scale z */

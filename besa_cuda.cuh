@@ -571,33 +571,46 @@ static besa_result besa__cuda_score_scale(besa_backend *be, float *s, const floa
     return BESA_OK;
 }
 
-/* Z(n) = silu(G) U, silu(x) = x sigmoid(x) */
-template <typename T>
-static __global__ void besa__swiglu_forward_kernel(T *z, const T *gate, const T *up, int64_t n, int vector)
+/* Gates x sigmoid(a(x)), with a' beside a: silu, where a(x) = x; gelu, where a(x) = x (p + q x^2) with p = 2 sqrt(2 / pi),
+ * q = 0.044715 p */
+struct besa__silu {
+    static __device__ __forceinline__ float inner(float x) { return x; }
+    static __device__ __forceinline__ float slope(float) { return 1.0f; }
+};
+
+struct besa__gelu {
+    static __device__ __forceinline__ float inner(float x) { return x * (1.59576912f + 0.0713548163f * x * x); }
+    static __device__ __forceinline__ float slope(float x) { return 1.59576912f + 0.214064449f * x * x; }
+};
+
+/* Z(n) = gate(G) U */
+template <typename Gate, typename T>
+static __global__ void besa__gate_forward_kernel(T *z, const T *gate, const T *up, int64_t n, int vector)
 {
     BESA__FLAT(i, n) {
         float g[8], u[8];
         besa__load(g, gate + i, besa__count(n - i), vector);
         besa__load(u, up + i, besa__count(n - i), vector);
         BESA__UNROLL
-        for (int k = 0; k < 8; k++) g[k] = g[k] * besa__cuda_sigmoid(g[k]) * u[k];
+        for (int k = 0; k < 8; k++) g[k] = g[k] * besa__cuda_sigmoid(Gate::inner(g[k])) * u[k];
         besa__store(z + i, g, besa__count(n - i), vector);
     }
 }
 
-static besa_result besa__cuda_swiglu_forward(besa_backend *be, void *z, const void *gate, const void *up, int64_t n)
+template <typename Gate>
+static besa_result besa__cuda_gate_forward(besa_backend *be, void *z, const void *gate, const void *up, int64_t n)
 {
     int vector = besa__cuda_aligned(z, gate, up);
     BESA__BY_ACTIVATION(be, T,
-        BESA__RUN(besa__swiglu_forward_kernel<T>, besa__cuda_flat_blocks(n), BESA__CUDA_THREADS, 0, static_cast<T *>(z),
+        BESA__RUN((besa__gate_forward_kernel<Gate, T>), besa__cuda_flat_blocks(n), BESA__CUDA_THREADS, 0, static_cast<T *>(z),
                   static_cast<const T *>(gate), static_cast<const T *>(up), n, vector));
     return BESA_OK;
 }
 
-/* dG(n) = dZ U silu'(G), dU(n) = dZ silu(G), silu'(x) = s (1 + x (1 - s)) with s = sigmoid(x); dG may be G, dU may be U */
-template <typename T>
-static __global__ void besa__swiglu_backward_kernel(T *dgate, T *dup, const T *dz, const T *gate, const T *up, int64_t n,
-                                                    int vector)
+/* dG(n) = dZ U gate'(G), dU(n) = dZ gate(G), gate'(x) = s (1 + x a'(x) (1 - s)), s = sigmoid(a(x)); dG may be G, dU may be U */
+template <typename Gate, typename T>
+static __global__ void besa__gate_backward_kernel(T *dgate, T *dup, const T *dz, const T *gate, const T *up, int64_t n,
+                                                  int vector)
 {
     BESA__FLAT(i, n) {
         float d[8], g[8], u[8];
@@ -606,80 +619,47 @@ static __global__ void besa__swiglu_backward_kernel(T *dgate, T *dup, const T *d
         besa__load(u, up + i, besa__count(n - i), vector);
         BESA__UNROLL
         for (int k = 0; k < 8; k++) {
-            float x = g[k], s = besa__cuda_sigmoid(x);
-            g[k] = d[k] * u[k] * s * (1.0f + x * (1.0f - s));
+            float x = g[k], s = besa__cuda_sigmoid(Gate::inner(x));
+            g[k] = d[k] * u[k] * s * (1.0f + x * Gate::slope(x) * (1.0f - s));
             u[k] = d[k] * x * s;
         }
         besa__store(dgate + i, g, besa__count(n - i), vector);
         besa__store(dup + i, u, besa__count(n - i), vector);
     }
+}
+
+template <typename Gate>
+static besa_result besa__cuda_gate_backward(besa_backend *be, void *dgate, void *dup, const void *dz, const void *gate,
+                                            const void *up, int64_t n)
+{
+    int vector = besa__cuda_aligned(dgate, dup, dz, gate, up);
+    BESA__BY_ACTIVATION(be, T,
+        BESA__RUN((besa__gate_backward_kernel<Gate, T>), besa__cuda_flat_blocks(n), BESA__CUDA_THREADS, 0,
+                  static_cast<T *>(dgate), static_cast<T *>(dup), static_cast<const T *>(dz),
+                  static_cast<const T *>(gate), static_cast<const T *>(up), n, vector));
+    return BESA_OK;
+}
+
+static besa_result besa__cuda_swiglu_forward(besa_backend *be, void *z, const void *gate, const void *up, int64_t n)
+{
+    return besa__cuda_gate_forward<besa__silu>(be, z, gate, up, n);
 }
 
 static besa_result besa__cuda_swiglu_backward(besa_backend *be, void *dgate, void *dup, const void *dz, const void *gate,
                                               const void *up, int64_t n)
 {
-    int vector = besa__cuda_aligned(dgate, dup, dz, gate, up);
-    BESA__BY_ACTIVATION(be, T,
-        BESA__RUN(besa__swiglu_backward_kernel<T>, besa__cuda_flat_blocks(n), BESA__CUDA_THREADS, 0,
-                  static_cast<T *>(dgate), static_cast<T *>(dup), static_cast<const T *>(dz),
-                  static_cast<const T *>(gate), static_cast<const T *>(up), n, vector));
-    return BESA_OK;
-}
-
-/* Z(n) = gelu(G) U, gelu(x) = x sigmoid(x (p + q x^2)) with p = 2 sqrt(2 / pi), q = 0.044715 p */
-template <typename T>
-static __global__ void besa__geglu_forward_kernel(T *z, const T *gate, const T *up, int64_t n, int vector)
-{
-    BESA__FLAT(i, n) {
-        float g[8], u[8];
-        besa__load(g, gate + i, besa__count(n - i), vector);
-        besa__load(u, up + i, besa__count(n - i), vector);
-        BESA__UNROLL
-        for (int k = 0; k < 8; k++) g[k] = g[k] * besa__cuda_sigmoid(g[k] * (1.59576912f + 0.0713548163f * g[k] * g[k])) * u[k];
-        besa__store(z + i, g, besa__count(n - i), vector);
-    }
+    return besa__cuda_gate_backward<besa__silu>(be, dgate, dup, dz, gate, up, n);
 }
 
 static besa_result besa__cuda_geglu_forward(besa_backend *be, void *z, const void *gate, const void *up, int64_t n)
 {
-    int vector = besa__cuda_aligned(z, gate, up);
-    BESA__BY_ACTIVATION(be, T,
-        BESA__RUN(besa__geglu_forward_kernel<T>, besa__cuda_flat_blocks(n), BESA__CUDA_THREADS, 0, static_cast<T *>(z),
-                  static_cast<const T *>(gate), static_cast<const T *>(up), n, vector));
-    return BESA_OK;
-}
-
-/* dG(n) = dZ U gelu'(G), dU(n) = dZ gelu(G), gelu'(x) = s (1 + x (p + 3 q x^2) (1 - s)), s the sigmoid above; dG may be G, dU
- * may be U */
-template <typename T>
-static __global__ void besa__geglu_backward_kernel(T *dgate, T *dup, const T *dz, const T *gate, const T *up, int64_t n,
-                                                   int vector)
-{
-    BESA__FLAT(i, n) {
-        float d[8], g[8], u[8];
-        besa__load(d, dz + i, besa__count(n - i), vector);
-        besa__load(g, gate + i, besa__count(n - i), vector);
-        besa__load(u, up + i, besa__count(n - i), vector);
-        BESA__UNROLL
-        for (int k = 0; k < 8; k++) {
-            float x = g[k], s = besa__cuda_sigmoid(x * (1.59576912f + 0.0713548163f * x * x));
-            g[k] = d[k] * u[k] * s * (1.0f + x * (1.59576912f + 0.214064449f * x * x) * (1.0f - s));
-            u[k] = d[k] * x * s;
-        }
-        besa__store(dgate + i, g, besa__count(n - i), vector);
-        besa__store(dup + i, u, besa__count(n - i), vector);
-    }
+    return besa__cuda_gate_forward<besa__gelu>(be, z, gate, up, n);
 }
 
 static besa_result besa__cuda_geglu_backward(besa_backend *be, void *dgate, void *dup, const void *dz, const void *gate,
                                              const void *up, int64_t n)
 {
-    int vector = besa__cuda_aligned(dgate, dup, dz, gate, up);
-    BESA__BY_ACTIVATION(be, T,
-        BESA__RUN(besa__geglu_backward_kernel<T>, besa__cuda_flat_blocks(n), BESA__CUDA_THREADS, 0,
-                  static_cast<T *>(dgate), static_cast<T *>(dup), static_cast<const T *>(dz),
-                  static_cast<const T *>(gate), static_cast<const T *>(up), n, vector));
-    return BESA_OK;
+    return besa__cuda_gate_backward<besa__gelu>(be, dgate, dup, dz, gate, up, n);
 }
 
 /* Y(n) = X + scale Z; X NULL: 0 */
