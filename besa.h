@@ -191,7 +191,7 @@
  *                                 rates and the kept weights together, and then the weights
  *     weight_epochs               [3] over the sequences with final masks
  *     rank_interval               [1] learn both: steps from one ranking of the weights, as they have become, to the next
- *     weight_lr, weight_warmup    [0.2, 0] Adam's learning rate in units of rms(W) / sqrt(C) of a layer, with bits of a sixth of
+ *     weight_lr, weight_warmup    [0.2, 0] Adam's learning rate in units of rms(W) / sqrt(C) of a layer, on grids of a sixth of
  *                                 that; share of the steps in which it rises. Then it falls to 0 over the steps, as a half cosine
  *     learn_vectors               [0] the block's norms and biases learn wherever its kept weights do
  *     no_projection               [0] leave the sparsity where learning ended
@@ -205,7 +205,8 @@
  *     clipping, clip_lr           [auto, 0.05] grids learn how far they reach: where something else learns; none: nearest levels
  *                                 of the whole range; learned: with any method, in weight_epochs if nothing else learns
  *     quantize_first              [0] choose masks by the quantised weights, as the paper has it; levels tie, and this gives
- *                                 worse masks. Not for sparsegpt
+ *                                 worse masks. With learn both weights are on their grids from the first step on, instead of
+ *                                 when masks are final. Not for sparsegpt
  *     fixed                       [none] layers that stay dense or have a rate of their own
  *     first_block, num_blocks     [0, all] prune these and leave the other blocks dense: for studies
  *     depth_slope                 [0] the last block's sparsity less the first one's, around the target
@@ -1208,7 +1209,7 @@ typedef struct besa_prune_options {
     int64_t weight_epochs;                      /* [3] over the sequences with final masks */
     int64_t rank_interval;                      /* [1] BESA_LEARN_BOTH: learning steps from one ranking of the weights, as they
                                                    have become, to the next; BESA_NONE: the dense weights' ranks stay */
-    double weight_lr;                           /* [0.2] of Adam's steps, in rms(W) / sqrt(C) of a layer, with bits a sixth: the share
+    double weight_lr;                           /* [0.2] of Adam's steps, in rms(W) / sqrt(C) of a layer, on grids a sixth: the share
                                                    of its outputs' size that a step changes where all inputs agree on it */
     double weight_warmup;                       /* [0] share of the steps in which it rises; then it goes down a half cosine */
     int learn_vectors;                          /* the block's norms and biases learn wherever its kept weights do */
@@ -1217,7 +1218,8 @@ typedef struct besa_prune_options {
     int64_t group_size;                         /* [0: a row] columns that share a grid */
     besa_clipping clipping;                     /* whether grids learn how far they reach; with final masks, weight_epochs */
     double clip_lr;                             /* [0.05] AdamW's learning rate of their logits; falls to 0 as a half cosine */
-    int quantize_first;                         /* scores are those of quantised weights, as in the paper */
+    int quantize_first;                         /* scores are those of quantised weights, as in the paper; BESA_LEARN_BOTH: weights
+                                                   are on their grids from the first step on, not only with final masks */
     int64_t first_block, num_blocks;            /* level 1: prune these [0; all from there on] and leave the others dense: a
                                                    quick look at anything else */
     double depth_slope;                         /* level 1: [0] the blocks' sparsities rise by this from the first of them to the
@@ -4480,6 +4482,7 @@ struct besa_pruner {
     besa__parameters parameters;                /* theta */
     besa__weights weights;                      /* where kept weights learn */
     besa__quantization quantization;            /* where there are bits */
+    int on_grids;                               /* with bits: the forward pass reads weights on their grids */
     double fixed[BESA_LAYERS];                  /* of this block: sparsity, or negative: the method decides */
     besa__stream yref;                          /* (reference, seqlen, d); not placed where there is a dense stream */
     void *y;                                    /* (micro_batch, seqlen, d) act: the masked block's output, then dL/dy,
@@ -4535,9 +4538,19 @@ static int besa__learns_vectors(const besa_pruner *p) { return besa__learns_weig
 
 static int besa__learns_clips(const besa_pruner *p) { return besa__clips_learn(&p->options); }
 
+static int besa__moves_clips(const besa_pruner *p) { return p->quantization.learns && p->on_grids; }
+
 static int besa__learns(const besa_pruner *p)
 {
     return besa__learns_rates(p) || besa__learns_weights(p) || besa__learns_clips(p);
+}
+
+/* With learn both grids come when masks are final, unless masks are to be chosen by quantised weights: SmolLM2, 64 x 512 tokens,
+ * 50 %, preset best, perplexity on WikiText-2 and C4: 46.4 / 44.4 with 4 bits and 83 / 67 with 3, with grids from the first step
+ * on 56.5 / 50.3 and 138 / 94. */
+static int besa__grids_wait(const besa_pruner *p)
+{
+    return p->options.bits && p->options.learn == BESA_LEARN_BOTH && !p->options.quantize_first;
 }
 
 /* Does something learn with final masks? The clips alone do where they have had no rates to learn with. */
@@ -4891,7 +4904,7 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     if (besa__learns_weights(p)) besa__pruner_place_weights(p, arena);
     if (p->options.bits)
         besa__quantization_place(&p->quantization, s, p->dtype, p->options.bits, p->options.group_size, p->options.clip_lr,
-                                 p->steps, arena);
+                                 p->steps - (besa__grids_wait(p) ? p->options.rates.steps : 0), arena);
     p->yref.micro_batch = p->micro_batch;
     if (!p->options.dense_stream) besa__stream_place(&p->yref, arena, host);
     p->y = besa__take(arena, besa__stream_bytes(&p->yref, p->micro_batch));
@@ -4965,12 +4978,6 @@ static besa_result besa__check_shape(const besa_block_shape *s, besa_dtype dtype
                           (long long)s->head_dim, (long long)s->num_attention_heads);
     return BESA_OK;
 }
-/* Through grids large steps fit the calibration text alone. The first 8 blocks of SmolLM2 at 50 % and 4 bits, perplexity on
- * other WikiText-2 and C4: preset best 45.7 / 44.7 with weight_lr and clip_lr 0.3, 36.5 / 42.2 with 0.05 for both; masks and
- * clips 41.9 / 48.7 with clip_lr 0.3, 39.3 / 47.0 with 0.1, 38.6 / 46.9 with 0.03, nearest levels 39.3 / 47.3. */
-static double besa__weight_lr(const besa_prune_options *o) { return o->bits ? o->weight_lr / 6 : o->weight_lr; }
-
-
 /* Everything but memory. */
 static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const besa_block_shape *shape, besa_dtype dtype,
                                      int qk_norm, const besa_prune_options *options, int64_t nsamples, int64_t seqlen,
@@ -4996,7 +5003,6 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     o->rates.steps = besa__mask_epochs(p) * batches;
     p->weights.be = p->quantization.be = be;
     p->quantization.learns = besa__learns_clips(p);
-    p->weights.lr = besa__weight_lr(o);
     p->weights.warmup = o->weight_warmup;
     for (int i = 0; i < BESA_VECTORS; i++) p->weights.vector[i].dtype = dtype;
     p->weights.steps = weight_epochs * batches + (o->learn == BESA_LEARN_BOTH ? o->rates.steps : 0);
@@ -5639,11 +5645,21 @@ static int64_t besa__batch_cut(const void *pruner, int64_t first)
     return besa__min(p->micro_batch, end - first);
 }
 
+/* With bits: whether the forward pass reads weights on their grids from now on, and how fast these learn: through grids large
+ * steps fit the calibration text alone (as above, half of weight_lr instead of a sixth: 59.7 / 53.5, 123 / 85). */
+static void besa__use_grids(const besa__work *work, int on)
+{
+    besa_pruner *p = work->pruner;
+    p->on_grids = work->levels && on;
+    p->weights.lr = p->on_grids ? p->options.weight_lr / 6 : p->options.weight_lr;
+    for (int i = 0; i < BESA_LAYERS; i++) p->masked.weight[i] = p->on_grids ? work->levels[i] : work->pruned[i];
+}
+
 /* With bits: the weights that the forward pass reads, from the masked ones. */
 static besa_result besa__put_on_grids(const besa__work *work)
 {
     const besa_pruner *p = work->pruner;
-    for (int i = 0; i < BESA_LAYERS && work->levels; i++)
+    for (int i = 0; i < BESA_LAYERS && p->on_grids; i++)
         BESA__TRY(besa__quantize(&p->quantization, i, work->levels[i], work->pruned[i], 0, p->quantization.layer[i].rows));
     return BESA_OK;
 }
@@ -5796,7 +5812,7 @@ static besa_result besa__learn_rates(const besa__work *work, int layer, int64_t 
     besa_pruner *p = work->pruner;
     const void *w = besa__unmasked(work, layer);
     if (p->fixed[layer] >= 0) return BESA_OK;
-    if (work->levels) {
+    if (p->on_grids) {
         BESA__TRY(besa__quantize(&p->quantization, layer, work->levels[layer], w, first, rows));
         w = work->levels[layer];
     }
@@ -5812,7 +5828,7 @@ static besa_result besa__learn_gradient(void *user, int layer, int64_t first, in
     int64_t all, columns;
     besa_block_layer(&p->shape, layer, &all, &columns);
     if (l->rates) BESA__TRY(besa__learn_rates(l->work, layer, first, rows, dw));
-    if (p->quantization.learns) BESA__TRY(besa__clips_gradient(&p->quantization, layer, first, rows, dw));
+    if (besa__moves_clips(p)) BESA__TRY(besa__clips_gradient(&p->quantization, layer, first, rows, dw));
     if (!l->weights || p->fixed[layer] == 0) return BESA_OK;
     return besa__weights_move(&p->weights, layer, first * columns, rows * columns, dw, l->work->pruned[layer]);
 }
@@ -5821,7 +5837,7 @@ static besa_result besa__learn_gradient(void *user, int layer, int64_t first, in
 static unsigned besa__learned_layers(const besa_pruner *p, int weights)
 {
     unsigned layers = 0;
-    if (p->quantization.learns) return (1u << BESA_LAYERS) - 1;
+    if (besa__moves_clips(p)) return (1u << BESA_LAYERS) - 1;
     for (int i = 0; i < BESA_LAYERS; i++)
         if (weights ? p->fixed[i] != 0 : p->fixed[i] < 0) layers |= 1u << i;
     return layers;
@@ -5879,11 +5895,11 @@ static besa_result besa__learn_step(besa__learning *l, const besa__batch *batch,
     if (l->masks) BESA__TRY(besa__rank_and_mask(l, steps));
     BESA__TRY(p->be->zero(p->be, BESA_QUEUE_COMPUTE, batch->loss, sizeof(float)));
     BESA__TRY(besa__clear_gradients(p, batch));
-    if (p->quantization.learns) BESA__TRY(besa__clips_clear(&p->quantization));
+    if (besa__moves_clips(p)) BESA__TRY(besa__clips_clear(&p->quantization));
     BESA__TRY(besa__batch_gradient(l->work, batch));
     BESA__TRY(besa__use_gradients(p, batch));
     if (l->weights) BESA__TRY(besa__vectors_move(&p->weights));
-    if (p->quantization.learns) BESA__TRY(besa__clips_step(&p->quantization));
+    if (besa__moves_clips(p)) BESA__TRY(besa__clips_step(&p->quantization));
     if (l->rates) BESA__TRY(besa__rates_backward(&p->rates));
     return l->rates ? besa__parameters_step(&p->parameters) : BESA_OK;
 }
@@ -5990,6 +6006,7 @@ static besa_result besa__learn_pass(const besa__work *work, besa_error *error)
     besa_pruner *p = work->pruner;
     besa__learning l = {work, besa__learns_rates(p), p->options.learn == BESA_LEARN_BOTH, 1, 0, p->options.rates.steps,
                         besa__gradient_sequences(p)};
+    besa__use_grids(work, !besa__grids_wait(p));
     for (int i = 0; i < BESA_LAYERS && besa__learns_weights(p); i++)
         BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->dense->weight[i], work->dense->weight[i]), error);
     if (!besa__learned_layers(p, 0)) l.before = 0;
@@ -6005,6 +6022,7 @@ static besa_result besa__weights_pass(const besa__work *work, besa_error *error)
     besa_pruner *p = work->pruner;
     besa__learning l = {work, 0, besa__learns_weights(p), 0, p->options.rates.steps, 0, 0};
     l.steps = p->steps - l.done;
+    besa__use_grids(work, 1);
     BESA__TRY_ON(p->be, besa__report_loss(work, BESA__LOSS_MASKS), error);
     int reset = !besa__finds_masks(p) || p->options.refit != BESA_REFIT_NONE; /* else they are as masks are applied to them */
     for (int i = 0; i < BESA_LAYERS && l.weights && reset; i++)
@@ -6335,10 +6353,8 @@ static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, con
     p->masked = *block;
     x->micro_batch = work.yref->micro_batch = p->micro_batch;
     if (dense) dense->micro_batch = p->micro_batch;
-    for (int i = 0; i < BESA_LAYERS; i++) {
-        p->masked.weight[i] = pruned[i];
-        p->fixed[i] = besa__fixed_rate(&p->options, name, i);
-    }
+    besa__use_grids(&work, 1);
+    for (int i = 0; i < BESA_LAYERS; i++) p->fixed[i] = besa__fixed_rate(&p->options, name, i);
     for (int i = 0; i < BESA_VECTORS && besa__learns_vectors(p); i++) {
         const float **vector = besa__block_vector(&p->masked, i);
         p->weights.vector[i].dense = *vector;
