@@ -184,6 +184,7 @@
  *     epochs, batch_size          [1, 1]
  *     granularity                 [block] attn-mlp, layer: whose outputs the loss is measured on, see besa_granularity: the
  *                                 paper's ablation. Each part has the target for itself. Not with dense_stream, dense_share
+ *     whole_target                [0] with that the target is the block's: parts may differ
  *     norm_all, dense_stream      [0, 0] loss norms over all tokens: a batch's loss shrinks to its share of them, and the penalty
  *                                 weighs more; reference from the dense model's own stream. Where something learns
  *     dense_share                 [0] the reference is a mixture: this share from the dense model's own stream
@@ -1200,6 +1201,7 @@ typedef struct besa_prune_options {
     int64_t epochs, batch_size;                 /* BESA [1, 1]; batch in sequences */
     besa_granularity granularity;               /* [block] others: not with dense_stream or dense_share, layer not with
                                                    learn_vectors. Rates of each part reach the target for themselves */
+    int whole_target;                           /* granularity: they reach it together */
     int norm_all;                               /* channel norms of the loss over all tokens, not per batch */
     int dense_stream;                           /* Yref from the dense model's own stream, not from the pruned prefix */
     double dense_share;                         /* [0] of the dense model's own stream in Yref; the rest is the dense block's
@@ -2237,6 +2239,8 @@ static const besa_option besa__options[] = {
      "batch-size", "N", "sequences of a learning step [1]"},
     {BESA__PRUNE(ENUM, granularity), 0, 0, BESA_GRANULARITY_COUNT - 1, BESA__BESA | BESA__WEIGHTS,
      "a value of besa_granularity", "granularity", &besa__granularity_names[1], "whose outputs the loss of learning is measured on [block]"},
+    {BESA__PRUNE(FLAG, whole_target), 0, 0, 1, BESA__BESA, "0 or 1",
+     "whole-target", "", "granularity: the sparsity is the block's, not that of every part"},
     {BESA__PRUNE(FLAG, norm_all), 0, 0, 1, BESA__BESA | BESA__WEIGHTS, "0 or 1",
      "norm-all", "", "channel norms of the loss from all sequences, not the batch"},
     {BESA__PRUNE(FLAG, dense_stream), 0, 0, 1, BESA__BESA | BESA__WEIGHTS, "0 or 1",
@@ -4559,9 +4563,10 @@ static int besa__learns_last(const besa_pruner *p)
     return besa__learns_weights(p) || (besa__learns_clips(p) && !besa__learns_rates(p));
 }
 
-/* The part of the block that a layer learns in, whose output its loss is measured on: 0, 1, .. */
+/* The part of the block that a layer learns in, whose rates reach the target together: 0, 1, .. */
 static int besa__part(const besa_pruner *p, int layer)
 {
+    if (p->options.whole_target) return 0;
     if (p->options.granularity == BESA_GRANULARITY_LAYER) return layer;
     return p->options.granularity == BESA_GRANULARITY_ATTN_MLP && layer >= BESA_GATE;
 }
@@ -11771,6 +11776,7 @@ static void besa__ignore_options(besa_prune_options *o)
     for (const besa_option *row = besa__options; row->name; row++)
         if (!besa__option_used(row, &given)) besa__option_set(row, (unsigned char *)o + row->offset, row->standard);
     if (o->method != BESA_METHOD_MAGNITUDE) o->magnitude_per_row = 0;
+    if (o->granularity == BESA_GRANULARITY_BLOCK) o->whole_target = 0;
     if (given.learn == BESA_LEARN_RATES) {      /* clips learn, if anything */
         o->weight_lr = besa__find_option("weight_lr")->standard;
         o->weight_warmup = besa__find_option("weight_warmup")->standard;

@@ -318,8 +318,8 @@ static void verify(const setup *s)
             else if (f) CHECK(fabs((double)z - f->sparsity * (double)(a->shape[0] * a->shape[1])) <= (double)a->shape[0],
                               "%s: %d zeros at a fixed %g", name, (int)z, f->sparsity);
             if (!f) weights += a->shape[0] * a->shape[1], zeros += z;
-            if (l == BESA_LAYERS - 1 || o->granularity == BESA_GRANULARITY_LAYER ||
-                (o->granularity == BESA_GRANULARITY_ATTN_MLP && l == BESA_O)) {
+            if (l == BESA_LAYERS - 1 || (o->granularity == BESA_GRANULARITY_LAYER && !o->whole_target) ||
+                (o->granularity == BESA_GRANULARITY_ATTN_MLP && !o->whole_target && l == BESA_O)) {
                 if (o->method == BESA_METHOD_BESA && !o->no_projection && target > 0)
                     CHECK(zeros == (int64_t)floor(target * (double)weights + 0.5), "block %d, up to layer %d: %d zeros of %d at %g",
                           (int)n, l, (int)zeros, (int)weights, target);
@@ -457,7 +457,12 @@ static void test_granularity(void)
         s.output = temp_path("out"), s.options.granularity = (besa_granularity)i, s.options.num_fixed = 0;
         run_and_verify(&s);
         CHECK(compare_directories(temp_path("block"), s.output, NULL, first) > 0, "granularity %d changes nothing", i);
+        s.output = temp_path("whole"), s.options.whole_target = 1;
+        run_and_verify(&s);
+        CHECK(compare_directories(temp_path("out"), s.output, NULL, first) > 0, "granularity %d: every part has the target", i);
         discard(s.output);
+        discard(temp_path("out"));
+        s.output = temp_path("out"), s.options.whole_target = 0;
         s.options.fixed = fixed, s.options.num_fixed = 4; /* no layer of the MLP has rates */
         run_and_verify(&s);
         discard(s.output);
@@ -1023,7 +1028,7 @@ static const struct bounds {
     { "pattern_m", 'i', 0, 64, 0, 0, 0, "0 to 64" }, { "magnitude_per_row", 'i', 0, 1, 0, 0, 0, "0 or 1" },
     { "importance", 'i', 0, 5, 0, 0, 0, "besa_importance" }, { "damping", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
     { "epochs", 'l', 1, 1000000, 0, 0, 0, "1 to 1000000" }, { "batch_size", 'l', 1, 0, 0, 0, 0, "1 or more" },
-    { "granularity", 'i', 0, 2, 0, 0, 0, "besa_granularity" },
+    { "granularity", 'i', 0, 2, 0, 0, 0, "besa_granularity" }, { "whole_target", 'i', 0, 1, 0, 0, 0, "0 or 1" },
     { "norm_all", 'i', 0, 1, 0, 0, 0, "0 or 1" }, { "dense_stream", 'i', 0, 1, 0, 0, 0, "0 or 1" },
     { "dense_share", 'd', 0, 1, 0, 1, 0, "0 or more and below 1" }, { "learn", 'i', 0, 2, 0, 0, 0, "besa_learn" },
     { "weight_epochs", 'l', 1, 1000000, 0, 0, 0, "1 to 1000000" }, { "weight_lr", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
@@ -2802,7 +2807,7 @@ static const struct option_case {
     FIELD(rates.beta2, 0.99, LEARNED), FIELD(rates.weight_decay, 0.125, LEARNED), FIELD(rates.d0, 1e-5, LEARNED),
     FIELD(rates.d_coef, 4, LEARNED), FIELD(rates.schedule, BESA_SCHEDULE_COSINE, LEARNED),
     FIELD(rates.warmup, 0.25, LEARNED), FIELD(rates.steps, 7, 0), FIELD(importance, BESA_IMPORTANCE_MAGNITUDE, LEARNED), FIELD(epochs, 2, LEARNED),
-    FIELD(batch_size, 2, LEARNED), FIELD(granularity, BESA_GRANULARITY_LAYER, LEARNED),
+    FIELD(batch_size, 2, LEARNED), FIELD(granularity, BESA_GRANULARITY_LAYER, LEARNED), FIELD(whole_target, 1, 0),
     FIELD(norm_all, 1, LEARNED), FIELD(dense_stream, 1, LEARNED), FIELD(no_projection, 1, LEARNED),
     FIELD(dense_share, 0.25, LEARNED), FIELD(learn, BESA_LEARN_WEIGHTS, ALL), FIELD(weight_epochs, 2, 0), FIELD(weight_lr, 0.1, 0),
     FIELD(weight_warmup, 0.5, 0), FIELD(rank_interval, 2, 0), FIELD(learn_vectors, 1, 0), FIELD(refit, BESA_REFIT_CG, ALL),

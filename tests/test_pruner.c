@@ -295,6 +295,7 @@ static double fixed_rate(const besa_prune_options *o, int layer)
 /* The part whose target a layer's rates have. */
 static int part_of(const run *r, int layer)
 {
+    if (r->options.whole_target) return 0;
     return r->options.granularity == BESA_GRANULARITY_LAYER ? layer : r->options.granularity == BESA_GRANULARITY_ATTN_MLP ? layer > 3 : 0;
 }
 
@@ -1915,6 +1916,8 @@ static void test_parts(const model *m)
     TEST("learning of attention and MLP, a sequence a step") test_learning(m, &o, SEQUENCES);
     o.granularity = BESA_GRANULARITY_LAYER;
     TEST("learning of layers, a sequence a step") test_learning(m, &o, SEQUENCES);
+    o.whole_target = 1;
+    TEST("learning of layers, a target for all") test_learning(m, &o, SEQUENCES);
     o = learning_options(4);
     o.rates.penalty = 0.05, o.norm_all = 1, o.granularity = BESA_GRANULARITY_LAYER, o.fixed = fixed, o.num_fixed = 3;
     o.rates.target = 0.43;
