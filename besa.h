@@ -11012,13 +11012,30 @@ static void besa__lap(double *clock, double *total)
     *clock = now;
 }
 
+/* Whether no element is infinite or NaN; the address may be odd. */
+static int besa__words_finite(const void *words, besa_dtype dtype, int64_t count)
+{
+    const unsigned char *at = (const unsigned char *)words;
+    uint32_t bad = 0, exponent = dtype == BESA_F16 ? 0x7C00u : 0x7F80u; /* loops without a branch: a vocabulary goes through here */
+    for (int64_t i = 0; i < count && dtype == BESA_F32; i++) {
+        uint32_t word;
+        memcpy(&word, at + 4 * i, 4);
+        bad |= (word & 0x7F800000u) == 0x7F800000u;
+    }
+    for (int64_t i = 0; i < count && dtype != BESA_F32; i++) {
+        uint16_t word;
+        memcpy(&word, at + 2 * i, 2);
+        bad |= (word & exponent) == exponent;
+    }
+    return !bad;
+}
+
 /* count elements of a mapped tensor from `first`, as floats; the tensor's address may be odd. */
 static besa_result besa__tensor_floats(float *out, const besa_tensor *tensor, int64_t first, int64_t count,
                                        besa_error *error)
 {
     size_t size = besa_dtype_size(tensor->dtype);
     const unsigned char *at = (const unsigned char *)tensor->data + (size_t)first * size;
-    uint32_t bad = 0; /* loops without a branch: a vocabulary goes through here */
     if (tensor->dtype == BESA_F32) memcpy(out, at, (size_t)count * size);
     for (int64_t i = 0; i < count && tensor->dtype == BESA_BF16; i++) {
         uint16_t half;
@@ -11030,12 +11047,8 @@ static besa_result besa__tensor_floats(float *out, const besa_tensor *tensor, in
         memcpy(&half, at + 2 * i, 2);
         out[i] = besa__f16_to_f32(half);
     }
-    for (int64_t i = 0; i < count; i++) {
-        uint32_t bits;
-        memcpy(&bits, &out[i], 4);
-        bad |= (bits & 0x7F800000u) == 0x7F800000u;
-    }
-    for (int64_t i = 0; i < count && bad; i++)
+    if (besa__words_finite(at, tensor->dtype, count)) return BESA_OK;
+    for (int64_t i = 0; i < count; i++)
         if (!besa__is_finite((double)out[i]))
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s: element %lld is %g: the file is damaged, download it again",
                               tensor->name, (long long)(first + i), (double)out[i]);
@@ -11427,21 +11440,38 @@ static float besa__embedding_scale(const besa__run *run)
     return rounded ? besa__bf16_to_f32(besa__f32_to_bf16(scale)) : scale;
 }
 
-/* x(tokens, d) = rows of the embedding, gathered on the host, scaled, and converted on the device. */
+/* Rows of the embedding, (count, d), into the staging memory: as the file has them, or scaled as floats. Its dtype. */
+static besa_result besa__gather_rows(besa__run *run, const int32_t *ids, int64_t count, besa_dtype *dtype, besa_error *error)
+{
+    const besa_tensor *table = run->model.embedding;
+    int64_t d = run->config->block.hidden_size;
+    float *rows = (float *)run->staging, scale = besa__embedding_scale(run);
+    *dtype = scale == 1.0f ? table->dtype : BESA_F32;
+    size_t bytes = (size_t)d * besa_dtype_size(table->dtype);
+    for (int64_t t = 0; t < count; t++) {
+        const unsigned char *row = (const unsigned char *)table->data + (size_t)ids[t] * bytes;
+        if (scale != 1.0f || !besa__words_finite(row, table->dtype, d)) /* which names the element that is not */
+            BESA__TRY(besa__tensor_floats(rows + t * d, table, ids[t] * d, d, error));
+        else memcpy((unsigned char *)rows + (size_t)t * bytes, row, bytes);
+    }
+    for (int64_t k = 0; k < count * d && scale != 1.0f; k++) rows[k] *= scale;
+    return BESA_OK;
+}
+
+/* x(tokens, d) = rows of the embedding, gathered on the host and converted on the device. */
 static besa_result besa__embed(besa__run *run, void *x, const int32_t *ids, int64_t tokens, besa_error *error)
 {
     besa_backend *be = run->be;
     const besa_tensor *table = run->model.embedding;
     int64_t d = run->config->block.hidden_size;
-    float *rows = (float *)run->staging, scale = besa__embedding_scale(run);
     for (int64_t i = 0; i < tokens; i += BESA__CHUNK_TOKENS) {
         int64_t count = besa__min(BESA__CHUNK_TOKENS, tokens - i);
-        for (int64_t t = 0; t < count; t++)
-            BESA__TRY(besa__tensor_floats(rows + t * d, table, ids[i + t] * d, d, error));
-        for (int64_t k = 0; k < count * d && scale != 1.0f; k++) rows[k] *= scale;
+        besa_dtype dtype;
+        BESA__TRY(besa__gather_rows(run, ids + i, count, &dtype, error));
         void *to = besa__at(x, be->activation_dtype, i * d);
-        besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, run->rows, rows, (size_t)(count * d) * sizeof(float));
-        if (result == BESA_OK) result = be->convert(be, to, be->activation_dtype, run->rows, BESA_F32, count * d);
+        size_t bytes = (size_t)(count * d) * besa_dtype_size(dtype);
+        besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, run->rows, run->staging, bytes);
+        if (result == BESA_OK) result = be->convert(be, to, be->activation_dtype, run->rows, dtype, count * d);
         if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE); /* rows are used again */
         BESA__TRY_ON(be, result, error);
         besa__release_pages(run->checkpoint, table);
