@@ -351,11 +351,15 @@ static void ops_linear(ops *t, const ops_case *c)
     ref_product(dw, dy, 1, R, x, C, 1, R, C, T, 1, add);
     ops_call(t, be->linear_forward(be, y_, x_, w_, c->dtype, bias ? (float *)b_ : NULL, T, R, C, add), "linear_forward");
     ops_call(t, be->linear_backward_input(be, dx_, dy_, w_, c->dtype, T, R, C, add), "linear_backward_input");
-    ops_call(t, be->linear_backward_weight(be, dw_, dy_, x_, T, R, C, 0, R / 3, add), "linear_backward_weight");
-    ops_call(t, be->linear_backward_weight(be, dw_ + R / 3 * C, dy_, x_, T, R, C, R / 3, R - R / 3, add), "linear_backward_weight");
+    ops_call(t, be->linear_backward_weight(be, dw_, BESA_F32, dy_, x_, T, R, C, 0, R / 3, add), "linear_backward_weight");
+    ops_call(t, be->linear_backward_weight(be, dw_ + R / 3 * C, BESA_F32, dy_, x_, T, R, C, R / 3, R - R / 3, add), "linear_backward_weight");
     ops_near_act(t, "linear_forward", y_, y, T * R, limit);
     ops_near_act(t, "linear_backward_input", dx_, dx, T * C, limit);
     ops_near(t, "linear_backward_weight", ops_fetch(t, dw_, BESA_F32, R * C), dw, R * C, limit);
+    if (add || be->gradient_dtype == BESA_F32) return;
+    void *short_ = ops_device(t, (size_t)(R * C) * besa_dtype_size(be->gradient_dtype));
+    ops_call(t, be->linear_backward_weight(be, short_, be->gradient_dtype, dy_, x_, T, R, C, 0, R, 0), "linear_backward_weight");
+    ops_near(t, "linear_backward_weight, rounded", ops_fetch(t, short_, be->gradient_dtype, R * C), dw, R * C, 1e-2);
 }
 
 static void ops_gram(ops *t, const ops_case *c)
@@ -1142,15 +1146,25 @@ static void ops_bucket(ops *t, const ops_case *c)
     ops_workspace(t, &sizes);
     if (ops_is(t, "perf")) {
         OPS_TIME(t, (double)(R * C) * (6 + (double)besa_dtype_size(c->dtype)), "GB/s",
-                 ops_call(t, be->bucket_gradient(be, sums_, dw_, w_, c->dtype, rank_, bucket_, R, C, D), ""));
+                 ops_call(t, be->bucket_gradient(be, sums_, dw_, BESA_F32, w_, c->dtype, rank_, bucket_, R, C, D), ""));
         return;
     }
     for (int64_t i = 0; i < R * C; i++) {
         int64_t k = C > 65536 ? (int64_t)((uint32_t *)rank)[i] : (int64_t)((uint16_t *)rank)[i];
         sums[i / C * D + bucket[k]] += dw[i] * w[i];
     }
-    ops_call(t, be->bucket_gradient(be, sums_, dw_, w_, c->dtype, rank_, bucket_, R, C, D), "bucket_gradient");
+    ops_call(t, be->bucket_gradient(be, sums_, dw_, BESA_F32, w_, c->dtype, rank_, bucket_, R, C, D), "bucket_gradient");
     ops_near(t, "bucket_gradient", ops_fetch(t, sums_, BESA_F32, R * D), sums, R * D, 2e-6);
+    if (be->gradient_dtype == BESA_F32) return;
+    double *rounded = ops_doubles(t, R * C);
+    memcpy(rounded, dw, (size_t)(R * C) * sizeof *rounded);
+    void *short_ = ops_send(t, rounded, be->gradient_dtype, R * C); /* which rounds them */
+    for (int64_t i = 0; i < R * C; i++) {
+        int64_t k = C > 65536 ? (int64_t)((uint32_t *)rank)[i] : (int64_t)((uint16_t *)rank)[i];
+        sums[i / C * D + bucket[k]] += rounded[i] * w[i];
+    }
+    ops_call(t, be->bucket_gradient(be, sums_, short_, be->gradient_dtype, w_, c->dtype, rank_, bucket_, R, C, D), "bucket_gradient");
+    ops_near(t, "bucket_gradient, rounded", ops_fetch(t, sums_, BESA_F32, R * D), sums, R * D, 2e-6);
 }
 
 typedef struct ref_rat {

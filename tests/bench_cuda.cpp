@@ -173,9 +173,9 @@ static void watch_products(besa_backend *be)
         w.bytes += add * a * times(T, C);
         return w;
     });
-    WATCH(linear_backward_weight, [=](float *, const void *, const void *, int64_t T, int64_t, int64_t C, int64_t,
-                                      int64_t R, int add) {
-        return op_cost{a * times(T, R + C) + (add ? 8 : 4) * times(R, C), 2 * times(T, R) * static_cast<double>(C), 0, 0};
+    WATCH(linear_backward_weight, [=](void *, besa_dtype t, const void *, const void *, int64_t T, int64_t, int64_t C,
+                                      int64_t, int64_t R, int add) {
+        return op_cost{a * times(T, R + C) + (add ? 2 : 1) * size_of(t) * times(R, C), 2 * times(T, R) * static_cast<double>(C), 0, 0};
     });
     WATCH(gram, [=](float *, const void *, float, int64_t T, int64_t C) { /* the lower half, read and written */
         return op_cost{a * times(T, C) + 4 * times(C, C), times(T, C) * static_cast<double>(C), 0, 0};
@@ -283,9 +283,9 @@ static void watch_masks(besa_backend *be)
     WATCH(mask_pattern, [](void *, const void *, besa_dtype t, const float *, int, int, int64_t R, int64_t C) {
         return kernels((2 * size_of(t) + 4) * times(R, C));
     });
-    WATCH(bucket_gradient, [](float *, const float *, const void *, besa_dtype t, const void *, const uint16_t *, int64_t R,
-                              int64_t C, int64_t D) {
-        return kernels((4 + size_of(t) + rank_size(C)) * times(R, C) + 8 * times(R, D) + 2 * static_cast<double>(C));
+    WATCH(bucket_gradient, [](float *, const void *, besa_dtype dw, const void *, besa_dtype t, const void *, const uint16_t *,
+                              int64_t R, int64_t C, int64_t D) {
+        return kernels((size_of(dw) + size_of(t) + rank_size(C)) * times(R, C) + 8 * times(R, D) + 2 * static_cast<double>(C));
     });
 }
 
@@ -582,7 +582,10 @@ static void record_product(const standin_record *r)
     if (!attention) snprintf(sizes, sizeof sizes, ", %lld x %lld x %lld", r->n, r->m, r->k);
     line &to = line_of(std::string(g.op ? g.op : "no operation") + ": product" + sizes);
     to.product = 1;
-    int float_result = g.op && strcmp(g.op, "linear_backward_weight") == 0; /* slower than bf16 */
+    double mn = static_cast<double>(r->m) * static_cast<double>(r->n), mk = static_cast<double>(r->m) * static_cast<double>(r->k);
+    double nk = static_cast<double>(r->n) * static_cast<double>(r->k);
+    int weight_gradient = g.op && strcmp(g.op, "linear_backward_weight") == 0;
+    int float_result = weight_gradient && static_cast<double>(r->bytes) > 2 * (mk + nk) + 3 * mn; /* slower than bf16 */
     add_to(to, 1, static_cast<double>(r->bytes), r->flops, (attention ? g_options.score_gbs : g_options.gbs) * 1e9,
            g_options.tflops * (float_result ? 0.87 : 1) * 1e12);
 }
@@ -1009,7 +1012,7 @@ static void bench_linear(besa_backend *be, const arrays &a, const char *name, vo
     };
     BENCH(titled("linear_forward"), be->linear_forward(be, y, x, a.w, BESA_BF16, NULL, a.tokens, rows, columns, 0));
     BENCH(titled("linear_backward_input"), be->linear_backward_input(be, x, y, a.w, BESA_BF16, a.tokens, rows, columns, 0));
-    BENCH(titled("linear_backward_weight"), be->linear_backward_weight(be, a.f, y, x, a.tokens, rows, columns, 0, rows, 0));
+    BENCH(titled("linear_backward_weight"), be->linear_backward_weight(be, a.f, be->gradient_dtype, y, x, a.tokens, rows, columns, 0, rows, 0));
 }
 
 static void bench_pieces(besa_backend *be, const arrays &a, const model &m)
@@ -1051,7 +1054,7 @@ static void bench_layer(besa_backend *be, const arrays &a, int64_t rows, int64_t
     BENCH("mask_apply", be->mask_apply(be, a.what, a.w, t, a.rank, a.counts, rows, columns));
     BENCH("mask_smallest", be->mask_smallest(be, a.what, a.w, t, a.f, rows * columns / 2, rows, columns));
     BENCH("mask_pattern 2:4", be->mask_pattern(be, a.what, a.w, t, a.f, 2, 4, rows, columns));
-    BENCH("bucket_gradient", be->bucket_gradient(be, a.sums, a.f, a.w, t, a.rank, a.bucket, rows, columns, 100));
+    BENCH("bucket_gradient", be->bucket_gradient(be, a.sums, a.f, be->gradient_dtype, a.w, t, a.rank, a.bucket, rows, columns, 100));
 }
 
 static void bench_rates(besa_backend *be, arrays &a)

@@ -312,7 +312,7 @@ static void test_addresses(void)
             CHECK_OK(be.linear_forward(&be, z, x, w, dtype, NULL, tokens, inner, d, 0), be.error);
             CHECK_OK(be.linear_backward_input(&be, x, z, w, dtype, tokens, inner, d, 1), be.error);
         }
-        CHECK_OK(be.linear_backward_weight(&be, static_cast<float *>(dw), z, x, tokens, inner, d, 0, inner, 0), be.error);
+        CHECK_OK(be.linear_backward_weight(&be, dw, BESA_F32, z, x, tokens, inner, d, 0, inner, 0), be.error);
         CHECK_OK(be.gram(&be, static_cast<float *>(h), z, 1.0f, tokens, inner), be.error);
         CHECK_OK(be.attention_forward(&be, x, x, z, z, &s), be.error);
         CHECK_OK(be.attention_backward(&be, x, z, z, x, x, z, z, &s), be.error);
@@ -621,7 +621,7 @@ static void test_vast_weights(void)
     vast_same<uint16_t>(&h, rank, "rank_rows");
     VAST("mask_apply", 2, be->mask_apply(be, out.of[s], w.of[s], BESA_F32, rank.of[s], n.i(s), rows, C));
     vast_same<float>(&h, out, "mask_apply");
-    VAST("bucket_gradient", 1, be->bucket_gradient(be, sums.f(s), score.f(s), w.of[s], BESA_F32, rank.of[s],
+    VAST("bucket_gradient", 1, be->bucket_gradient(be, sums.f(s), score.f(s), BESA_F32, w.of[s], BESA_F32, rank.of[s],
                                                    static_cast<uint16_t *>(bucket.of[s]), rows, C, D));
     vast_same<float>(&h, sums, "bucket_gradient");
     twin alpha = vast_array<float>(&h, R, 1, 0, 0);

@@ -456,8 +456,9 @@ static void check_number(const char *what, double got, double want, double toler
 
 typedef struct gradients { float *dw[BESA_LAYERS], *dvector[BESA_VECTORS]; int64_t columns[BESA_LAYERS]; } gradients;
 
-static besa_result keep_gradient(void *user, int layer, int64_t first, int64_t rows, const float *dw)
+static besa_result keep_gradient(void *user, int layer, int64_t first, int64_t rows, const void *gradient)
 {
+    const float *dw = (const float *)gradient;
     gradients *g = (gradients *)user;
     int64_t C = g->columns[layer];
     memcpy(g->dw[layer] + first * C, dw, (size_t)(rows * C) * sizeof *dw);
