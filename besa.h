@@ -4476,7 +4476,7 @@ struct besa_pruner {
     besa_backend *be;
     besa_prune_options options;                 /* with the defaults filled in */
     besa_block_shape shape;
-    besa_dtype dtype;
+    besa_dtype dtype, written_dtype;            /* of weights here; of those that the caller makes of the result */
     int qk_norm;
     int64_t nsamples, seqlen, micro_batch, reference; /* sequences: all, at a time, with a reference output */
     int64_t rows;                               /* of all layers */
@@ -5008,7 +5008,7 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     p->be = be;
     p->options = *options;
     p->shape = *shape;
-    p->dtype = dtype;
+    p->dtype = p->written_dtype = dtype;
     p->qk_norm = qk_norm;
     p->nsamples = nsamples;
     p->seqlen = seqlen;
@@ -6056,6 +6056,25 @@ static besa_result besa__weights_pass(const besa__work *work, besa_error *error)
  * ============================================================================================
  * Owns the step to the next block, and the report of this one. */
 
+/* Weights that have moved become what the file will hold of them: F16 has fewer bits than bf16 near 0. */
+static besa_result besa__round_written(const besa__work *work)
+{
+    besa_pruner *p = work->pruner;
+    besa_backend *be = p->be;
+    if (p->written_dtype == p->dtype || !besa__learns_weights(p)) return BESA_OK;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        for (int64_t at = 0, n; at < rows * columns; at += n) {
+            void *w = besa__at(work->pruned[i], p->dtype, at);
+            n = besa__min(p->acts.dw_count, rows * columns - at);
+            BESA__TRY(be->convert(be, p->acts.dw, p->written_dtype, w, p->dtype, n));
+            BESA__TRY(be->convert(be, w, p->dtype, p->acts.dw, p->written_dtype, n));
+        }
+    }
+    return BESA_OK;
+}
+
 /* Pass 5. X = F(What, X), and the loss on the way. */
 static besa_result besa__commit_pass(const besa__work *work, besa_error *error)
 {
@@ -6063,6 +6082,7 @@ static besa_result besa__commit_pass(const besa__work *work, besa_error *error)
     besa_backend *be = p->be;
     int64_t shown = besa__shown(p);
     besa__walk walk = besa__pass_walk(p, p->nsamples);
+    BESA__TRY_ON(be, besa__round_written(work), error);
     BESA__TRY_ON(be, besa__put_on_grids(work), error);
     while (besa__walk_next(&walk)) {
         void *x, *yref;
@@ -10771,6 +10791,7 @@ typedef struct besa__run {
     const besa_checkpoint *checkpoint;
     const besa_config *config;
     besa__model model;
+    besa_dtype dtype;                           /* of weights on the device: the file's, or see besa__run_dtype */
     besa_backend *be, cpu;                      /* cpu: what be points to where the caller gave none */
     besa__workspace callers;                    /* the backend's workspace before the run */
     int has_pruner, has_dense, has_test;
@@ -10827,7 +10848,7 @@ static void besa__run_place_blocks(besa__run *run, besa__arena *arena)
         for (int i = 0; i < BESA_LAYERS; i++) {
             int64_t rows, columns;
             besa_block_layer(s, i, &rows, &columns);
-            uint64_t bytes = besa__bytes(besa__product(rows, columns), besa_dtype_size(run->model.dtype));
+            uint64_t bytes = besa__bytes(besa__product(rows, columns), besa_dtype_size(run->dtype));
             room->weight[i] = besa__take(arena, bytes);
             if (run->has_pruner) run->pruned[r][i] = besa__take(arena, bytes);
         }
@@ -10857,7 +10878,7 @@ static void besa__run_place_test(besa__run *run, besa__arena *arena, besa__arena
 /* Bytes of weights that are staged at a time. */
 static size_t besa__piece_bytes(const besa__run *run)
 {
-    uint64_t largest = besa__bytes(besa__largest_layer(&run->config->block), besa_dtype_size(run->model.dtype));
+    uint64_t largest = besa__bytes(besa__largest_layer(&run->config->block), besa_dtype_size(run->dtype));
     return largest < BESA__CHUNK ? ((size_t)largest + 7) / 8 * 8 : BESA__CHUNK;
 }
 
@@ -10935,7 +10956,9 @@ static besa_result besa__run_init(besa__run *run, const besa_checkpoint *checkpo
     if (!be) BESA__TRY(besa_cpu_backend(&run->cpu, NULL, error));
     run->callers = besa__use_workspace(run->be, NULL, 0);
     BESA__TRY(besa__check_backend(run->be, error));
-    return besa__model_bind(&run->model, checkpoint, error);
+    BESA__TRY(besa__model_bind(&run->model, checkpoint, error));
+    run->dtype = run->model.dtype;
+    return BESA_OK;
 }
 
 static besa_result besa__run_test(besa__run *run, const int32_t *ids, int64_t windows, int64_t seqlen, besa_error *error)
@@ -10958,13 +10981,24 @@ static besa_result besa__run_test(besa__run *run, const int32_t *ids, int64_t wi
     return BESA_OK;
 }
 
+/* Weights of F16 that the steps of learning would convert in every product, where products are of bf16, are converted once, on
+ * their way in; on the way out those that have not moved are the file's again. Not those on grids, which are the file's dtype. */
+static besa_dtype besa__run_dtype(const besa__run *run, const besa_prune_options *options)
+{
+    int learns = besa__has_rates(options) || options->learn != BESA_LEARN_RATES;
+    int converts = run->model.dtype == BESA_F16 && run->be->activation_dtype == BESA_BF16;
+    return converts && learns && options->bits == 0 ? BESA_BF16 : run->model.dtype;
+}
+
 static besa_result besa__run_calibration(besa__run *run, const besa_calibration *c, const besa_prune_options *options,
                                          besa_error *error)
 {
     int64_t d = run->config->block.hidden_size;
     run->has_pruner = 1;
-    BESA__TRY(besa__pruner_init(&run->pruner, run->be, &run->config->block, run->model.dtype, run->config->qk_norm,
+    run->dtype = besa__run_dtype(run, options);
+    BESA__TRY(besa__pruner_init(&run->pruner, run->be, &run->config->block, run->dtype, run->config->qk_norm,
                                 options, c->nsamples, c->seqlen, error));
+    run->pruner.written_dtype = run->model.dtype;
     run->ids = c->ids;
     besa__stream_init(&run->calibration, run->be, BESA__EVENT_X, c->nsamples, c->seqlen, d);
     besa__stream_init(&run->dense, run->be, BESA__EVENT_DENSE, c->nsamples, c->seqlen, d);
@@ -11160,14 +11194,45 @@ static besa_result besa__in_begin(besa__run *run, int64_t index, besa_error *err
     return BESA_OK;
 }
 
+/* F16 into bf16, `bytes` of either, in place too; `from` may be odd. */
+static void besa__halves_in(void *to, const void *from, size_t bytes)
+{
+    for (size_t at = 0; at < bytes; at += 2) {
+        uint16_t half;
+        memcpy(&half, (const unsigned char *)from + at, 2);
+        half = besa__f32_to_bf16(besa__f16_to_f32(half));
+        memcpy((unsigned char *)to + at, &half, 2);
+    }
+}
+
+/* The way back, in place: what is still the rounded `source` is the source's own, 0 is 0. */
+static void besa__halves_out(void *weights, const void *source, size_t bytes, int moved)
+{
+    for (size_t at = 0; at < bytes && !moved; at += 2) {
+        uint16_t half, own;
+        memcpy(&half, (const unsigned char *)weights + at, 2);
+        memcpy(&own, (const unsigned char *)source + at, 2);
+        half = half == 0 ? 0 : own;
+        memcpy((unsigned char *)weights + at, &half, 2);
+    }
+    for (size_t at = 0; at < bytes && moved; at += 2) {
+        uint16_t half, own;
+        memcpy(&half, (const unsigned char *)weights + at, 2);
+        memcpy(&own, (const unsigned char *)source + at, 2);
+        half = half == besa__f32_to_bf16(besa__f16_to_f32(own)) ? own : besa__f32_to_f16(besa__bf16_to_f32(half));
+        memcpy((unsigned char *)weights + at, &half, 2);
+    }
+}
+
 /* A piece of the source: into its slot, if it has one, and into the hash of what was read. */
 static besa_result besa__read_piece(void *user, const besa__job *piece, besa_error *error)
 {
     const besa__run *run = (const besa__run *)user;
     const void *bytes = (const unsigned char *)piece->tensor->data + piece->at;
     (void)error;
-    if (piece->memory) bytes = memcpy(piece->memory, bytes, piece->size);
+    if (run->dtype == run->model.dtype && piece->memory) bytes = memcpy(piece->memory, bytes, piece->size);
     if (run->writer) besa__writer_saw(run->writer, piece->tensor, piece->at, bytes, piece->size);
+    if (run->dtype != run->model.dtype) besa__halves_in(piece->memory, bytes, piece->size);
     if (piece->memory)
         besa__release_range(run->checkpoint->shards + piece->tensor->file, piece->tensor->offset + piece->at, piece->size);
     return BESA_OK;
@@ -11237,7 +11302,7 @@ static besa_result besa__in_finish(besa__run *run, int64_t index, besa_block *bl
     memset(block, 0, sizeof *block);
     block->shape = run->config->block;
     block->shape.sliding_window = run->config->window[index] ? run->config->sliding_window : 0;
-    block->dtype = run->model.dtype;
+    block->dtype = run->dtype;
     block->shape.no_rope = run->config->no_rope[index];
     besa__block_turns(block, run->config, &run->turns);
     for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = room->weight[i];
@@ -11301,7 +11366,13 @@ static besa_result besa__codes_out(const besa__run *run, const besa__job *piece,
 static besa_result besa__write_piece(void *user, const besa__job *piece, besa_error *error)
 {
     const besa__run *run = (const besa__run *)user;
-    BESA__TRY(besa__writer_write(run->writer, piece->tensor, piece->memory, piece->size, error));
+    const besa_tensor *source = piece->tensor;
+    if (run->dtype != run->model.dtype) {
+        besa__halves_out(piece->memory, (const unsigned char *)source->data + piece->at, piece->size,
+                         besa__learns_weights(&run->pruner));
+        besa__release_range(run->checkpoint->shards + source->file, source->offset + piece->at, piece->size);
+    }
+    BESA__TRY(besa__writer_write(run->writer, source, piece->memory, piece->size, error));
     return besa__has_codes(run->writer, piece->block) ? besa__codes_out(run, piece, error) : BESA_OK;
 }
 
@@ -11894,7 +11965,7 @@ static besa_result besa__read_masks(besa__run *run, int64_t index, besa_error *e
     besa_backend *be = run->be;
     besa__block_tensors t;
     const besa_checkpoint *masks = run->pruner.options.masks;
-    size_t to_size = besa_dtype_size(run->model.dtype);
+    size_t to_size = besa_dtype_size(run->dtype);
     int64_t most = BESA__CHUNK_TOKENS * run->config->block.hidden_size;
     BESA__TRY(besa__block_bind(&t, masks, index, error));
     for (int i = 0; i < BESA_LAYERS; i++) {
@@ -11911,7 +11982,7 @@ static besa_result besa__read_masks(besa__run *run, int64_t index, besa_error *e
                 memset(to + (size_t)k * to_size, (bits << (33 - 8 * size)) != 0, to_size);
             }
             BESA__TRY_ON(be, be->upload(be, BESA_QUEUE_COMPUTE, besa__at(run->pruned[besa__room_of(run, index)][i],
-                                        run->model.dtype, first), run->staging, (size_t)count * to_size), error);
+                                        run->dtype, first), run->staging, (size_t)count * to_size), error);
             BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
         }
         besa__release_pages(masks, tensor);
@@ -11933,6 +12004,7 @@ static besa_result besa__read_pruned(besa__run *run, int64_t index, besa_error *
             size = t.weight[i]->bytes - at < piece ? t.weight[i]->bytes - at : piece;
             BESA__TRY(besa__writer_read(run->writer, t.weight[i], slot ? slot : to, at, size, error));
             if (!slot) continue;
+            if (run->dtype != run->model.dtype) besa__halves_in(slot, slot, size);
             besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, to + at, slot, size);
             if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
             BESA__TRY_ON(be, result, error);
@@ -12020,7 +12092,7 @@ static besa_result besa__take_block(besa__run *run, int64_t index, int64_t done,
     for (int i = 0; i < BESA_LAYERS && index >= done; i++) {
         int64_t rows, columns;
         besa_block_layer(&run->config->block, i, &rows, &columns);
-        size_t bytes = (size_t)(rows * columns) * besa_dtype_size(run->model.dtype);
+        size_t bytes = (size_t)(rows * columns) * besa_dtype_size(run->dtype);
         BESA__TRY_ON(be, be->copy(be, BESA_QUEUE_COMPUTE, run->pruned[besa__room_of(run, index)][i], block->weight[i], bytes),
                      error);
     }

@@ -942,6 +942,70 @@ static void compare_pipelines(const char *name, besa_method method, int fp32, do
     CHECK(standin_live_allocations() == 0 && standin_live_objects() == 0, "something is alive");
 }
 
+/* Stop when the second block is done. */
+static int stop_late(void *, const besa_progress *progress) { return progress->block == 2; }
+
+static float of_half(const void *data, size_t i)
+{
+    uint16_t bits;
+    memcpy(&bits, static_cast<const char *>(data) + 2 * i, 2);
+    return besa__f16_to_f32(bits);
+}
+
+/* Gates so small that F16 has fewer bits of them than bf16. */
+static void small_gates(const char *name, float *v, int64_t rows, int64_t columns)
+{
+    float factor = strstr(name, "gate_proj") ? 1e-4f : strstr(name, "up_proj") ? 1e4f : 1;
+    for (int64_t i = 0; i < rows * columns; i++) v[i] *= factor;
+}
+
+/* The weights of F16 checkpoints become bf16 once. Kept ones that do not learn are the source's own, whole layers too; the zeros
+ * are as many as reported; and a run that goes on from what was written ends with the same bytes. */
+static void compare_halves(const char *source, besa_learn learn)
+{
+    static const besa_fixed_rate fixed[] = {{"v_proj", 0}};
+    const char *output[2] = {temp_path("f16-%d", learn), temp_path("f16-resumed-%d", learn)};
+    int64_t differ, total, zeros = 0, weights = 0, other = 0, dense = 0;
+    double sparsity = 0;
+    for (int i = 0; i < 2; i++) {
+        besa_backend be = cuda_backend(0);
+        run r = run_of(BESA_METHOD_BESA, 2, output[i]);
+        r.source = source, r.options.learn = learn, r.options.epochs = r.options.weight_epochs = 1;
+        r.options.fixed = fixed, r.options.num_fixed = 1, r.options.weight_lr = 2;
+        r.options.progress = i ? stop_late : NULL;
+        besa_result result = run_prune(&r, &be);
+        CHECK(result == (i ? BESA_ERROR_CANCELLED : BESA_OK), "%s", r.error.message);
+        r.options.progress = NULL;
+        if (i) CHECK_OK(run_prune(&r, &be), r.error);
+        sparsity = r.report.sparsity;
+        besa_report_free(&r.report);
+        be.destroy(&be);
+    }
+    compare_weights(output[0], output[1], 0, &differ, &total);
+    CHECK(total > 0 && differ == 0, "%lld of %lld weights differ after a resume", static_cast<long long>(differ), static_cast<long long>(total));
+    besa_checkpoint *in = NULL, *out = NULL;
+    besa_error error;
+    CHECK_OK(besa_checkpoint_open(&in, source, &error), error);
+    CHECK_OK(besa_checkpoint_open(&out, output[0], &error), error);
+    for (int64_t i = 0; in && out && i < besa_checkpoint_tensor_count(in); i++) {
+        const besa_tensor *a = besa_checkpoint_tensor(in, i), *b = besa_checkpoint_find(out, a->name);
+        if (!b || !strstr(a->name, "_proj.weight")) continue;
+        for (size_t k = 0; k < a->bytes / 2; k++, weights++) {
+            float x = of_half(a->data, k), y = of_half(b->data, k);
+            zeros += y == 0;
+            if (strstr(a->name, "v_proj")) dense += x != y;
+            else other += y != 0 && x != y;
+        }
+    }
+    CHECK(weights > 0 && fabs(static_cast<double>(zeros) / static_cast<double>(weights) - sparsity) < 1e-9, "%lld of %lld weights are 0, reported %g",
+          static_cast<long long>(zeros), static_cast<long long>(weights), sparsity);
+    CHECK(dense == 0, "%lld weights of layers that stay dense are others", static_cast<long long>(dense));
+    CHECK((other > 0) == (learn != BESA_LEARN_RATES), "%lld kept weights are others", static_cast<long long>(other));
+    besa_checkpoint_close(in);
+    besa_checkpoint_close(out);
+    CHECK(standin_reports() == 0, "%s", standin_last_report());
+}
+
 static void test_pipeline(void)
 {
     TEST("pipeline, besa, fp32") compare_pipelines("besa32", BESA_METHOD_BESA, 1, 1e-3, 0.01);
@@ -958,6 +1022,15 @@ static void test_pipeline(void)
         compare_pipelines("halves32", BESA_METHOD_BESA, 1, 1e-2, 0.02, BESA_LEARN_BOTH, 0, BESA_REFIT_NONE, 0, 0, BESA_GRANULARITY_ATTN_MLP);
     TEST("pipeline, layers, fp32")
         compare_pipelines("layers32", BESA_METHOD_BESA, 1, 1e-2, 0.02, BESA_LEARN_RATES, 0, BESA_REFIT_NONE, 0, 0, BESA_GRANULARITY_LAYER);
+    TEST("pipeline, F16 checkpoints, bf16") {
+        besa_checkpoint *stories = NULL;
+        besa_error error;
+        CHECK_OK(besa_checkpoint_open(&stories, g_stories, &error), error);
+        if (stories) fixture_variant(temp_path("f16"), stories, g_stories, BESA_F16, small_gates);
+        besa_checkpoint_close(stories);
+        compare_halves(temp_path("f16"), BESA_LEARN_RATES);
+        if (!g_race) compare_halves(temp_path("f16"), BESA_LEARN_BOTH);
+    }
     TEST("pipeline, wanda and cg, fp32") compare_pipelines("cg32", BESA_METHOD_WANDA, 1, 1e-2, 0.05, BESA_LEARN_RATES, 0, BESA_REFIT_CG);
     if (!g_sanitized) { /* the same kernels */
         TEST("pipeline, wanda and obs, fp32")
