@@ -1224,7 +1224,8 @@ typedef struct besa_prune_options {
     int bits;                                   /* [0: none] 2 to 8: weights that are kept lie on grids of 2^bits levels */
     int64_t group_size;                         /* [0: a row] columns that share a grid */
     besa_clipping clipping;                     /* whether grids learn how far they reach; with final masks, weight_epochs */
-    double clip_lr;                             /* [0.05] AdamW's learning rate of their logits; falls to 0 as a half cosine */
+    double clip_lr;                             /* [0.05] AdamW's learning rate of their logits; falls as a half cosine that the
+                                                   steps of all passes bring to 0: clips that begin later end before that */
     int quantize_first;                         /* scores are those of quantised weights, as in the paper; BESA_LEARN_BOTH: weights
                                                    are on their grids from the first step on, not only with final masks */
     int64_t first_block, num_blocks;            /* level 1: prune these [0; all from there on] and leave the others dense: a
@@ -4875,7 +4876,7 @@ static void besa__pruner_place_refit(besa_pruner *p, besa__arena *arena)
 static besa_dtype besa__gradient_dtype(const besa_pruner *p)
 {
     int rates_alone = besa__learns_rates(p) && !besa__learns_weights(p) && !besa__learns_clips(p);
-    return rates_alone && !besa__importance_row(p->options.importance)->gradient ? p->be->gradient_dtype : BESA_F32;
+    return rates_alone && besa__importance_row(p->options.importance)->gradient == 0 ? p->be->gradient_dtype : BESA_F32;
 }
 
 /* Floats of the largest piece of a weight gradient, as be->gradient_bytes asks for: whole rows, 128 at least. */
@@ -4925,7 +4926,7 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     if (besa__learns_weights(p)) besa__pruner_place_weights(p, arena);
     if (p->options.bits)
         besa__quantization_place(&p->quantization, s, p->dtype, p->options.bits, p->options.group_size, p->options.clip_lr,
-                                 p->steps - (besa__grids_wait(p) ? p->options.rates.steps : 0), arena);
+                                 p->steps, arena);
     p->yref.micro_batch = p->micro_batch;
     if (!p->options.dense_stream) besa__stream_place(&p->yref, arena, host);
     p->y = besa__take(arena, besa__stream_bytes(&p->yref, p->micro_batch));
@@ -11194,13 +11195,17 @@ static besa_result besa__in_begin(besa__run *run, int64_t index, besa_error *err
     return BESA_OK;
 }
 
-/* F16 into bf16, `bytes` of either, in place too; `from` may be odd. */
+/* F16 into bf16, `bytes` of either, in place too; `from` may be odd. Without a branch: a model goes through here while the
+ * device computes. Below 2^-14 F16 counts in 2^-24, above it has three bits more of the fraction than bf16. */
 static void besa__halves_in(void *to, const void *from, size_t bytes)
 {
     for (size_t at = 0; at < bytes; at += 2) {
         uint16_t half;
         memcpy(&half, (const unsigned char *)from + at, 2);
-        half = besa__f32_to_bf16(besa__f16_to_f32(half));
+        uint32_t size = half & 0x7FFFu, low = besa__float_bits((float)(int32_t)size * 5.9604644775390625e-8f);
+        uint32_t normal = ((size + 3 + (size >> 3 & 1)) >> 3) + (112u << 7), tiny = (low + 0x7FFF + (low >> 16 & 1)) >> 16;
+        uint32_t bits = size < 0x400 ? tiny : size < 0x7C00 ? normal : size == 0x7C00 ? 0x7F80u : 0x7FC0u;
+        half = (uint16_t)(bits | (half & 0x8000u));
         memcpy((unsigned char *)to + at, &half, 2);
     }
 }

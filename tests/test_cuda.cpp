@@ -835,7 +835,7 @@ static besa_result run_prune(run *r, besa_backend *be)
     char path[512];
     memset(&c, 0, sizeof c);
     c.nsamples = r->nsamples, c.seqlen = r->seqlen;
-    c.test_windows = r->outliers ? 0 : r->tightest ? 3 : 2, c.test_seqlen = r->seqlen;
+    c.test_windows = r->outliers ? 0 : r->tightest ? 3 : g_race ? 2 : 8, c.test_seqlen = r->seqlen;
     std::vector<int32_t> ids(static_cast<size_t>((c.nsamples + c.test_windows) * c.seqlen));
     snprintf(path, sizeof path, "%s/calibration_tokens.npy", g_stories);
     for (size_t i = 0; i < ids.size(); i++) ids[i] = static_cast<int32_t>(i * i % 31);

@@ -775,7 +775,7 @@ static void check_clips(const run *r, int64_t s, int64_t first, const levels *le
     const recorded *step = &r->step[s];
     const float *clip = levels->clip;
     double done = (double)(s - first), apart = 0;
-    double lr = r->options.clip_lr * 0.5 * (1 + cos(3.14159265358979 * done / (double)(r->steps - first)));
+    double lr = r->options.clip_lr * 0.5 * (1 + cos(3.14159265358979 * done / (double)r->steps));
     for (int l = 0; l < BESA_LAYERS; l++) {
         int64_t n = 2 * r->m->rows[l] * grids_of(r, l), at = clip - levels->clip;
         double *want = (double *)take((size_t)n * sizeof *want);
