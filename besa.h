@@ -128,7 +128,7 @@
  *     >>background         work that waits for files, in a thread of its own
  *     >>run                the whole model, block by block (level 1): layout, opening, closing
  *     >>transfers          a block's weights in, its pruned weights out
- *     >>head               embedding, final norm, output head, perplexity
+ *     >>head               embedding, final norm, output head, perplexity, divergence
  *     >>prune              resumed runs, the whole run
  *     >>plan               what a run would take
  *     >>outliers           sparsities of the blocks from their outliers
@@ -256,6 +256,7 @@
  *         importance gradient          4 N bytes
  *         granularity                  a t d, layer 2 a t i; norms of d, layer R channels per batch
  *         bits                         w N, and 16 bytes per grid, 64 where clips learn; 8 of the host
+ *         test against a model         24 bytes a token, a t d, and as much as its head takes with 16384 t of logits
  *     Where device_memory is not enough, the test's activations, Yref and X live in pinned host memory and come batch by
  *     batch while others compute. None of this grows with the number of blocks; beside it there are the tensor table, the
  *     list of finished blocks and the report, some hundred bytes per tensor and block. A weight and token cost about 10 FLOP for
@@ -755,6 +756,10 @@ struct besa_backend {
     /* sum(windows), double: over the window's tokens with target >= 0 of max + log(sum) - logit of the target */
     besa_result (*nll_sum)(besa_backend *be, double *sum, const float *state, const int32_t *target, int64_t windows,
                            int64_t seqlen);
+    /* Over the same chunks, of two models' logits P and Q(T,count): state(T,4) = max of P, sum of exp(P - max), sum of
+     * exp(P - max) (P - Q), max of Q; best(T,2) = the first id of each maximum */
+    besa_result (*divergence_update)(besa_backend *be, float *state, int32_t *best, const float *p, const float *q,
+                                     int64_t first_id, int64_t count, int64_t tokens, int first);
 };
 
 /* Every operation of the table, for those who fill one in or wrap one. */
@@ -772,7 +777,7 @@ struct besa_backend {
     X(hessian_product) X(refit_begin) X(refit_step) X(refit_end)                                   \
     X(quantize_range) X(quantize_grid) X(quantize) X(quantize_gradient)                            \
     X(logits) X(nll_update) X(nll_sum)                                                             \
-    X(geglu_forward) X(geglu_backward) X(residual) X(shift) X(softcap)
+    X(geglu_forward) X(geglu_backward) X(residual) X(shift) X(softcap) X(divergence_update)
 
 typedef struct besa_cpu_options {
     int threads;                                /* 0: as many as OpenMP would use; 1 without OpenMP */
@@ -1408,6 +1413,35 @@ BESA_API void besa_tokens_free(besa_tokens *tokens);
 BESA_API besa_result besa_tokens_sample(const besa_tokens *tokens, int64_t nsamples, int64_t seqlen, uint64_t seed,
                                         int64_t vocab_size, int32_t *ids, besa_error *error);
 
+/* What a model predicts on windows of tokens, for others to be held against: besa_reference_create fills it in. */
+typedef struct besa_reference {
+    const besa_checkpoint *checkpoint;          /* the model: its head is read again, so it must stay open */
+    int64_t windows, seqlen;                    /* with the checkpoint all that a plan needs */
+    int32_t *ids;                               /* (windows, seqlen) owned, as are the others */
+    void *hidden;                               /* host (windows * seqlen, hidden_size) what the head reads */
+    besa_dtype dtype;                           /* of hidden: that of the backend's activations */
+    double *nll, perplexity;                    /* nll (windows), as of besa_perplexity */
+} besa_reference;
+
+/* One window of a test. All but nll are about the reference, P, where there is one; the model is Q. */
+typedef struct besa_window {
+    double nll;                                 /* mean negative log-likelihood of ids 2 .. seqlen */
+    double reference_nll;                       /* P's */
+    double kl;                                  /* mean over these positions of KL(P || Q) = sum p log(p / q), in nats */
+    double same;                                /* share of them where both have the same most likely id */
+} besa_window;
+
+/* What windows say together. Standard errors are those of means over windows: sqrt(sum (x - mean)^2 / (n - 1) / n), and 0
+ * where there is one window. */
+typedef struct besa_divergence {
+    int64_t windows, positions;
+    double perplexity, perplexity_error;        /* exp of the mean nll; times the error of that mean */
+    double reference_perplexity, reference_perplexity_error;
+    double difference, difference_error;        /* mean of nll - reference_nll of the same window, and its error */
+    double kl, kl_error, kl_99, kl_most;        /* of all positions the mean, 99th percentile, largest */
+    double same, same_error;
+} besa_divergence;
+
 typedef struct besa_report {
     int64_t num_blocks;
     besa_block_report *block;                   /* (num_blocks), owned */
@@ -1419,6 +1453,9 @@ typedef struct besa_report {
     char *notes;                                /* lines: warnings, files not copied; owned, NULL if there are none */
     besa_prune_options options;                 /* of the run, to be read: defaults are filled in, BESA_NONE is 0, and fixed
                                                    (num_fixed of them) and callbacks are NULL */
+    int64_t test_windows;                       /* those of the test; 0 where not asked for */
+    besa_window *window;                        /* (test_windows) owned; nll alone without `against` */
+    float *kl;                                  /* (test_windows, test_seqlen - 1) owned, of every position; NULL without it */
 } besa_report;
 
 /* The run's memory and cost, worked out from shapes before anything is allocated. */
@@ -1433,6 +1470,7 @@ typedef struct besa_plan_result {
     int64_t micro_batch;                        /* sequences per forward pass */
     double flop;                                /* of all products, a dense stream's included, the report's losses not */
     char notes[2048];                           /* the warnings that the report will begin with, a line each */
+    size_t reference_bytes;                     /* the host's memory that besa_reference_create takes, to the byte; 0 without */
 } besa_plan_result;
 
 /* What to prune on. ids (nsamples, seqlen) from besa_tokens_sample. */
@@ -1441,6 +1479,8 @@ typedef struct besa_calibration {
     int64_t nsamples, seqlen;
     const int32_t *test_ids;                    /* (test_windows, test_seqlen) measured on the way */
     int64_t test_windows, test_seqlen;          /* 0 windows: no perplexity */
+    const besa_reference *against;              /* of the test's windows: the report says how far the pruned model is from
+                                                   it; NULL: only its perplexity */
 } besa_calibration;
 
 /* Prune the checkpoint into a new directory.
@@ -1500,6 +1540,28 @@ BESA_API besa_result besa_outlier_targets(double *targets, const double *shares,
 BESA_API besa_result besa_perplexity(const besa_checkpoint *checkpoint, besa_backend *be, const int32_t *ids,
                                      int64_t windows, int64_t seqlen, double *perplexity, double *nll,
                                      besa_progress_callback progress, void *user, besa_error *error);
+
+/* Run a model over (windows, seqlen) ids as besa_perplexity does, and keep what its head reads, for comparisons. Memory that
+ * stays: windows * seqlen * (hidden_size * activation + 4) + 8 * windows bytes of the host. Free it before the checkpoint is
+ * closed; after an error there is nothing to free. */
+BESA_API besa_result besa_reference_create(besa_reference *reference, const besa_checkpoint *checkpoint, besa_backend *be,
+                                           const int32_t *ids, int64_t windows, int64_t seqlen, besa_progress_callback progress,
+                                           void *user, besa_error *error);
+BESA_API void besa_reference_free(besa_reference *reference); /* NULL and zeros are fine */
+
+/* How far a model's predictions are from a reference's on its windows, block by block and then both heads by chunks of the
+ * vocabulary. The models may differ in all but their vocabulary; with the same backend, or one with the same activations.
+ *   window   (windows) host
+ *   kl       (windows, seqlen - 1) host, KL(P || Q) of every position; or NULL
+ * BESA_ERROR_OPTION where the vocabularies differ, or the activations; and those of besa_perplexity. */
+BESA_API besa_result besa_compare_models(const besa_checkpoint *checkpoint, besa_backend *be, const besa_reference *reference,
+                                         besa_window *window, float *kl, besa_progress_callback progress, void *user,
+                                         besa_error *error);
+
+/* These windows in figures, with kl (positions) of all of them, which is put in order. kl NULL: they have no reference, and
+ * only windows and perplexity are set. */
+BESA_API void besa_summarize(besa_divergence *divergence, const besa_window *window, int64_t windows, float *kl,
+                             int64_t positions);
 
 /* The logits of every position (count * seqlen, vocab_size), host floats of the caller: for tests and small models. */
 BESA_API besa_result besa_logits(const besa_checkpoint *checkpoint, besa_backend *be, const int32_t *ids,
@@ -10576,6 +10638,8 @@ BESA_API void besa_report_free(besa_report *report)
     if (!report) return;
     BESA_FREE(report->block);
     BESA_FREE(report->notes);
+    BESA_FREE(report->window);
+    BESA_FREE(report->kl);
     memset(report, 0, sizeof *report);
 }
 
@@ -10749,6 +10813,7 @@ static void besa__background_stop(besa__background *b)
  * the last one's results go out, piece by piece through pinned host memory, a share at every tick of the pruner. */
 
 #define BESA__VOCAB_CHUNK 4096                  /* rows of the output head at a time */
+#define BESA__STATES 9                          /* of a position: nll_state, divergence, best */
 
 /* Events of the run's streams, after those of its pruner. */
 enum { BESA__EVENT_X = BESA__PRUNER_EVENTS, BESA__EVENT_DENSE = BESA__EVENT_X + BESA__STREAM_EVENTS,
@@ -10816,6 +10881,11 @@ typedef struct besa__run {
     float *logits, *nll_state;
     int32_t *targets;
     double *nll_sums;
+    const besa_reference *against;              /* NULL: none */
+    besa__model against_model;
+    void *against_x, *against_rows;             /* what its head reads of a chunk of tokens, and rows of its head */
+    float *against_logits, *divergence;
+    int32_t *best;
     /* host */
     void *host;
     void *staging;                              /* rows, tables and sums */
@@ -10859,6 +10929,17 @@ static void besa__run_place_blocks(besa__run *run, besa__arena *arena)
     besa__turns_place(&run->test_turns, run->config, arena);
 }
 
+/* The head of the model that the test is held against. */
+static void besa__run_place_against(besa__run *run, besa__arena *arena, int64_t chunk_tokens, int64_t tokens)
+{
+    int64_t d = besa_checkpoint_config(run->against->checkpoint)->block.hidden_size, ids = besa__vocab_chunk(run);
+    run->against_x = besa__take(arena, besa__bytes(besa__product(chunk_tokens, d), besa_dtype_size(run->be->activation_dtype)));
+    run->against_rows = besa__take(arena, besa__bytes(besa__product(ids, d), besa_dtype_size(run->against_model.head->dtype)));
+    run->against_logits = besa__take_floats(arena, besa__product(chunk_tokens, ids));
+    run->divergence = besa__take_floats(arena, besa__product(4, tokens));
+    run->best = (int32_t *)besa__take_array(arena, besa__product(2, tokens), sizeof(int32_t));
+}
+
 /* The test stream's activations and what the head needs. */
 static void besa__run_place_test(besa__run *run, besa__arena *arena, besa__arena *host)
 {
@@ -10866,12 +10947,15 @@ static void besa__run_place_test(besa__run *run, besa__arena *arena, besa__arena
     int64_t chunk_tokens = run->test.micro_batch * run->test.seqlen, tokens = run->test.count * run->test.seqlen;
     besa_workload work = besa_block_workload(s, run->test.micro_batch, run->test.seqlen);
     work.rows = besa__max(work.rows, besa__vocab_chunk(run));
+    if (run->against)
+        work.columns = besa__max(work.columns, besa_checkpoint_config(run->against->checkpoint)->block.hidden_size);
     besa__stream_place(&run->test, arena, host);
     besa__activations_place(&run->acts, arena, run->be->activation_dtype, s, run->config->qk_norm, chunk_tokens, 0);
     run->logits = besa__take_floats(arena, besa__product(chunk_tokens, besa__vocab_chunk(run)));
     run->nll_state = besa__take_floats(arena, besa__product(3, tokens));
     run->targets = (int32_t *)besa__take_array(arena, tokens, sizeof(int32_t));
     run->nll_sums = (double *)besa__take_array(arena, run->test.count, sizeof(double));
+    if (run->against) besa__run_place_against(run, arena, chunk_tokens, tokens);
     run->workspace_bytes = run->be->workspace_size(run->be, &work);
     run->workspace = besa__take(arena, run->workspace_bytes);
 }
@@ -10891,7 +10975,8 @@ static void besa__run_place_host(besa__run *run, besa__arena *host)
     int64_t vectors = besa__vector_counts(s);
     int64_t tables = besa__product(besa__max(run->turns.positions, run->test_turns.positions), besa__rotary_dim(s));
     int64_t rows = BESA__CHUNK_TOKENS * s->hidden_size, test = run->test.count * run->test.seqlen; /* 2 or more a window */
-    run->staging = besa__take_floats(host, besa__max(besa__max(rows, tables), run->has_test ? test : 0));
+    int64_t states = run->against ? BESA__STATES * run->test.seqlen : 0;
+    run->staging = besa__take_floats(host, besa__max(besa__max(rows, tables), run->has_test ? besa__max(test, states) : 0));
     run->vectors = besa__take_floats(host, vectors);
     for (int i = 0; i < BESA_LAYERS && run->has_pruner && run->pruner.options.bits; i++) {
         int64_t grids = besa__layer_grids(s, i, run->pruner.options.group_size);
@@ -10991,6 +11076,32 @@ static besa_dtype besa__run_dtype(const besa__run *run, const besa_prune_options
     return converts && learns && options->bits == 0 ? BESA_BF16 : run->model.dtype;
 }
 
+/* Hold the test against a reference, if there is one. */
+static besa_result besa__run_against(besa__run *run, const besa_reference *against, besa_error *error)
+{
+    if (!against) return BESA_OK;
+    const besa__stream *s = &run->test;
+    int64_t vocab = run->config->vocab_size, other = besa_checkpoint_config(against->checkpoint)->vocab_size;
+    if (vocab != other)
+        return besa__fail(error, BESA_ERROR_OPTION, "%s has a vocabulary of %lld tokens, and %s, which it is to be held against, "
+                          "one of %lld: expected the same", run->checkpoint->directory, (long long)vocab,
+                          against->checkpoint->directory, (long long)other);
+    if (!run->has_test || against->windows != s->count || against->seqlen != s->seqlen)
+        return besa__fail(error, BESA_ERROR_OPTION, "the test is %lld windows of %lld tokens, and what it is to be held against "
+                          "%lld of %lld: expected the same", (long long)(run->has_test ? s->count : 0),
+                          (long long)(run->has_test ? s->seqlen : 0), (long long)against->windows, (long long)against->seqlen);
+    if (against->hidden && against->dtype != run->be->activation_dtype)
+        return besa__fail(error, BESA_ERROR_OPTION, "the reference was made with other activations than backend %s has",
+                          run->be->name);
+    if (against->ids && run->test_ids && memcmp(against->ids, run->test_ids, (size_t)(s->count * s->seqlen) * sizeof(int32_t)))
+        return besa__fail(error, BESA_ERROR_OPTION, "the test's tokens are not those of the reference");
+    run->against = against;
+    BESA__TRY(besa__model_bind(&run->against_model, against->checkpoint, error));
+    if (run->against_model.head) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_TENSOR, "%s: there is no %s: nothing can be held against it", against->checkpoint->directory,
+                      besa__head_name);
+}
+
 static besa_result besa__run_calibration(besa__run *run, const besa_calibration *c, const besa_prune_options *options,
                                          besa_error *error)
 {
@@ -11007,8 +11118,8 @@ static besa_result besa__run_calibration(besa__run *run, const besa_calibration 
     run->has_dense = besa__uses_own(&run->pruner.options);
     run->target = run->pruner.options.rates.target;
     run->pruner.meter.blocks = run->config->num_hidden_layers;
-    if (c->test_windows != 0) return besa__run_test(run, c->test_ids, c->test_windows, c->test_seqlen, error);
-    return BESA_OK;
+    if (c->test_windows != 0) BESA__TRY(besa__run_test(run, c->test_ids, c->test_windows, c->test_seqlen, error));
+    return besa__run_against(run, c->against, error);
 }
 
 /* The micro-batch and the level that fit the budget. */
@@ -11483,7 +11594,7 @@ static besa_result besa__run_share(void *user, double fraction, besa_error *erro
 }
 
 /* ============================================================================================
- * // >>head                  embedding, final norm, output head, perplexity
+ * // >>head                  embedding, final norm, output head, perplexity, divergence
  * ============================================================================================
  * Owns what lies before the first block and behind the last one, over whole streams of activations. */
 
@@ -11608,6 +11719,30 @@ static besa_result besa__load_targets(besa__run *run)
     return run->be->synchronize(run->be, BESA_QUEUE_COMPUTE);
 }
 
+/* What a model makes of its logits(n). */
+static besa_result besa__cap_logits(besa_backend *be, float *logits, const besa_config *config, int64_t n)
+{
+    double scale = config->logits_scale, cap = config->logits_softcap;
+    if (scale == 0 && cap == 0) return BESA_OK;
+    return be->softcap(be, logits, scale != 0 ? (float)scale : 1.0f, (float)cap, n);
+}
+
+/* The reference's logits of the same, beside those that the chunk has just had. */
+static besa_result besa__against_chunk(besa__run *run, int64_t first_id, int64_t ids, const besa__walk *chunk)
+{
+    besa_backend *be = run->be;
+    const besa_config *config = besa_checkpoint_config(run->against->checkpoint);
+    int64_t seqlen = run->test.seqlen, d = config->block.hidden_size, tokens = chunk->count * seqlen, t0 = chunk->first * seqlen;
+    const void *hidden = besa__at(run->against->hidden, be->activation_dtype, t0 * d);
+    size_t bytes = (size_t)(tokens * d) * besa_dtype_size(be->activation_dtype);
+    float *logits = run->against_logits;
+    BESA__TRY(be->upload(be, BESA_QUEUE_COMPUTE, run->against_x, hidden, bytes));
+    BESA__TRY(be->logits(be, logits, run->against_x, run->against_rows, run->against_model.head->dtype, tokens, ids, d));
+    BESA__TRY(besa__cap_logits(be, logits, config, tokens * ids));
+    return be->divergence_update(be, run->divergence + 4 * t0, run->best + 2 * t0, logits, run->logits, first_id, ids, tokens,
+                                 first_id == 0);
+}
+
 /* Logits of one chunk of sequences, x, and one chunk of the vocabulary: into the running log-sum-exp, or to the host. */
 static besa_result besa__head_chunk(besa__run *run, int64_t first_id, int64_t ids, const void *x, const besa__walk *chunk,
                                     float *out)
@@ -11616,9 +11751,8 @@ static besa_result besa__head_chunk(besa__run *run, int64_t first_id, int64_t id
     int64_t seqlen = run->test.seqlen, d = run->config->block.hidden_size, vocab = run->config->vocab_size;
     int64_t tokens = chunk->count * seqlen, t0 = chunk->first * seqlen;
     BESA__TRY(be->logits(be, run->logits, x, run->rows, run->model.head->dtype, tokens, ids, d));
-    double scale = run->config->logits_scale, cap = run->config->logits_softcap;
-    if (scale != 0 || cap != 0)
-        BESA__TRY(be->softcap(be, run->logits, scale != 0 ? (float)scale : 1.0f, (float)cap, tokens * ids));
+    BESA__TRY(besa__cap_logits(be, run->logits, run->config, tokens * ids));
+    if (!out && run->against) BESA__TRY(besa__against_chunk(run, first_id, ids, chunk));
     if (!out)
         return be->nll_update(be, run->nll_state + 3 * t0, run->logits, run->targets + t0, first_id, ids, tokens,
                               first_id == 0);
@@ -11653,21 +11787,28 @@ static besa_result besa__final_norm(besa__run *run, besa_error *error)
     return BESA_OK;
 }
 
+/* Rows of a head on their way to the device. */
+static besa_result besa__head_rows(besa__run *run, void *rows, const besa_tensor *head, int64_t first_id, int64_t ids)
+{
+    size_t size = besa_dtype_size(head->dtype) * (size_t)head->shape[1];
+    const unsigned char *from = (const unsigned char *)head->data + (size_t)first_id * size;
+    return run->be->upload(run->be, BESA_QUEUE_COMPUTE, rows, from, (size_t)ids * size);
+}
+
 /* The final norm and the output head over the test stream; the head is read once, a chunk of rows at a time. */
 static besa_result besa__head_pass(besa__run *run, float *out, besa_error *error)
 {
     besa_backend *be = run->be;
     besa__stream *s = &run->test;
     const besa_tensor *head = run->model.head;
-    int64_t d = run->config->block.hidden_size, vocab = run->config->vocab_size, step = besa__vocab_chunk(run);
+    int64_t vocab = run->config->vocab_size, step = besa__vocab_chunk(run);
     besa__use_workspace(be, run->workspace, run->workspace_bytes);
     BESA__TRY(besa__final_norm(run, error));
     BESA__TRY_ON(be, besa__load_targets(run), error);
     for (int64_t id = 0; id < vocab; id += step) {
         int64_t ids = besa__min(step, vocab - id);
-        size_t size = besa_dtype_size(head->dtype) * (size_t)d;
-        const unsigned char *rows = (const unsigned char *)head->data + (size_t)id * size;
-        BESA__TRY_ON(be, be->upload(be, BESA_QUEUE_COMPUTE, run->rows, rows, (size_t)ids * size), error);
+        BESA__TRY_ON(be, besa__head_rows(run, run->rows, head, id, ids), error);
+        if (run->against) BESA__TRY_ON(be, besa__head_rows(run, run->against_rows, run->against_model.head, id, ids), error);
         besa__walk walk = besa__stream_walk(s, 0); /* again for the next ids */
         while (besa__walk_next(&walk)) {
             void *x;
@@ -11677,12 +11818,13 @@ static besa_result besa__head_pass(besa__run *run, float *out, besa_error *error
         }
         BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
         besa__release_pages(run->checkpoint, head);
+        if (run->against) besa__release_pages(run->against->checkpoint, run->against_model.head);
     }
     return BESA_OK;
 }
 
-/* exp of the mean over windows; nll (windows) may be NULL. */
-static besa_result besa__test_perplexity(besa__run *run, double *perplexity, double *nll, besa_error *error)
+/* exp of the mean over windows; nll (windows), `stride` doubles from one to the next, may be NULL. */
+static besa_result besa__test_perplexity(besa__run *run, double *perplexity, double *nll, int stride, besa_error *error)
 {
     besa_backend *be = run->be;
     const besa__stream *s = &run->test;
@@ -11698,12 +11840,59 @@ static besa_result besa__test_perplexity(besa__run *run, double *perplexity, dou
         if (!besa__is_finite(mean))
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "the log-likelihood of window %lld is %g", (long long)i, mean);
         sum += mean;
-        if (nll) nll[i] = mean;
+        if (nll) nll[i * stride] = mean;
     }
     *perplexity = exp(sum / (double)s->count);
     if (besa__is_finite(*perplexity)) return BESA_OK;
     return besa__fail(error, BESA_ERROR_NOT_FINITE, "the perplexity overflows: mean negative log-likelihood is %g",
                       sum / (double)s->count);
+}
+
+/* KL(P || Q) = sum p (P - Q) - log sum exp P + log sum exp Q of one position, from its states; rounding does not leave it
+ * below 0. */
+static double besa__divergence(const float *divergence, const float *nll_state)
+{
+    double sum = (double)divergence[1], p = (double)divergence[0] + log(sum);
+    double q = (double)nll_state[0] + log((double)nll_state[1]), kl = (double)divergence[2] / sum - p + q;
+    return kl < 0 ? 0 : kl;
+}
+
+/* What the head has left of one window, in host memory: a position after the other. */
+static besa_result besa__window_states(besa__run *run, int64_t window, float *divergence, float *nll_state, int32_t *best)
+{
+    besa_backend *be = run->be;
+    int64_t seqlen = run->test.seqlen, t0 = window * seqlen;
+    size_t bytes = (size_t)seqlen * sizeof(float);
+    BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, divergence, run->divergence + 4 * t0, 4 * bytes));
+    BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, nll_state, run->nll_state + 3 * t0, 3 * bytes));
+    BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, best, run->best + 2 * t0, 2 * bytes));
+    return be->synchronize(be, BESA_QUEUE_COMPUTE);
+}
+
+/* The test's windows, window (windows), and with a reference the divergence from it; kl (windows, seqlen - 1) or NULL. */
+static besa_result besa__test_windows(besa__run *run, double *perplexity, besa_window *window, float *kl, besa_error *error)
+{
+    const besa__stream *s = &run->test;
+    int64_t positions = s->seqlen - 1;
+    float *divergence = (float *)run->staging, *nll_state = divergence + 4 * s->seqlen;
+    int32_t *best = (int32_t *)(void *)(nll_state + 3 * s->seqlen);
+    BESA__TRY(besa__test_perplexity(run, perplexity, &window[0].nll, (int)(sizeof *window / sizeof(double)), error));
+    for (int64_t i = 0; i < s->count && run->against; i++) {
+        double sum = 0, same = 0;
+        BESA__TRY_ON(run->be, besa__window_states(run, i, divergence, nll_state, best), error);
+        for (int64_t t = 0; t < positions; t++) {
+            double x = besa__divergence(divergence + 4 * t, nll_state + 3 * t);
+            sum += x;
+            same += best[2 * t] == best[2 * t + 1];
+            if (kl) kl[i * positions + t] = (float)x;
+        }
+        if (!besa__is_finite(sum))
+            return besa__fail(error, BESA_ERROR_NOT_FINITE, "the divergence of window %lld is %g", (long long)i, sum);
+        window[i].reference_nll = run->against->nll[i];
+        window[i].kl = sum / (double)positions;
+        window[i].same = same / (double)positions;
+    }
+    return BESA_OK;
 }
 
 /* The dense model over the test stream. */
@@ -11732,10 +11921,12 @@ static besa_result besa__run_test_blocks(besa__run *run, besa_progress_callback 
 }
 
 static besa_result besa__open_test(besa__run *run, const besa_checkpoint *checkpoint, besa_backend *be,
-                                    const int32_t *ids, int64_t windows, int64_t seqlen, besa_error *error)
+                                    const int32_t *ids, int64_t windows, int64_t seqlen, const besa_reference *against,
+                                    besa_error *error)
 {
     BESA__TRY(besa__run_init(run, checkpoint, be, error));
     BESA__TRY(besa__run_test(run, ids, windows, seqlen, error));
+    BESA__TRY(besa__run_against(run, against, error));
     BESA__TRY(besa__check_ids(run, ids, windows * seqlen, "test", error));
     BESA__TRY(besa__run_fit(run, &run->test.micro_batch, 0, error));
     return besa__run_allocate(run, error);
@@ -11757,19 +11948,158 @@ BESA_API besa_result besa_perplexity(const besa_checkpoint *checkpoint, besa_bac
                                      besa_progress_callback progress, void *user, besa_error *error)
 {
     besa__run run;
-    besa_result result = besa__open_test(&run, checkpoint, be, ids, windows, seqlen, error);
+    besa_result result = besa__open_test(&run, checkpoint, be, ids, windows, seqlen, NULL, error);
     if (result == BESA_OK) result = besa__run_test_blocks(&run, progress, user, error);
-    if (result == BESA_OK) result = besa__test_perplexity(&run, perplexity, nll, error);
+    if (result == BESA_OK) result = besa__test_perplexity(&run, perplexity, nll, 1, error);
     if (result == BESA_ERROR_NOT_FINITE) besa__find_not_finite(&run, error);
     besa__run_close(&run);
     return result;
+}
+
+/* ---- one model against another ------------------------------------------------------------- */
+
+/* Host bytes of what a reference holds beside its ids and nll. */
+static uint64_t besa__hidden_bytes(const besa_config *config, const besa_backend *be, int64_t tokens)
+{
+    return besa__bytes(besa__product(tokens, config->block.hidden_size), besa_dtype_size(be->activation_dtype));
+}
+
+static besa_result besa__reference_allocate(besa_reference *r, const besa__run *run, besa_error *error)
+{
+    int64_t tokens = r->windows * r->seqlen;
+    void *ids, *hidden, *nll;
+    uint64_t bytes = besa__hidden_bytes(run->config, run->be, tokens);
+    BESA__TRY(besa__check_size(bytes, "the reference", error));
+    BESA__TRY(besa__malloc(&ids, besa__bytes(tokens, sizeof *r->ids), "the reference's tokens", error));
+    r->ids = (int32_t *)ids;
+    BESA__TRY(besa__malloc(&nll, besa__bytes(r->windows, sizeof *r->nll), "the reference's windows", error));
+    r->nll = (double *)nll;
+    BESA__TRY(besa__malloc(&hidden, bytes, "the reference", error));
+    r->hidden = hidden;
+    return BESA_OK;
+}
+
+/* The test stream, as the final norm has left it, to the host. */
+static besa_result besa__take_hidden(besa__run *run, void *hidden, besa_error *error)
+{
+    besa_backend *be = run->be;
+    besa__stream *s = &run->test;
+    besa__walk walk = besa__stream_walk(s, 0);
+    while (besa__walk_next(&walk)) {
+        void *x, *to = besa__at(hidden, be->activation_dtype, walk.first * s->seqlen * s->width);
+        size_t bytes = (size_t)(walk.count * s->seqlen * s->width) * besa_dtype_size(be->activation_dtype);
+        BESA__TRY_ON(be, besa__stream_open(s, &walk, &x), error);
+        BESA__TRY_ON(be, be->download(be, BESA_QUEUE_COMPUTE, to, x, bytes), error);
+        BESA__TRY_ON(be, besa__stream_close(s, 0), error);
+    }
+    return besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
+}
+
+BESA_API void besa_reference_free(besa_reference *reference)
+{
+    if (!reference) return;
+    BESA_FREE(reference->ids);
+    BESA_FREE(reference->hidden);
+    BESA_FREE(reference->nll);
+    memset(reference, 0, sizeof *reference);
+}
+
+BESA_API besa_result besa_reference_create(besa_reference *reference, const besa_checkpoint *checkpoint, besa_backend *be,
+                                           const int32_t *ids, int64_t windows, int64_t seqlen, besa_progress_callback progress,
+                                           void *user, besa_error *error)
+{
+    besa__run run;
+    besa_reference *r = reference;
+    memset(r, 0, sizeof *r);
+    besa_result result = besa__open_test(&run, checkpoint, be, ids, windows, seqlen, NULL, error);
+    r->checkpoint = checkpoint;
+    r->windows = windows;
+    r->seqlen = seqlen;
+    r->dtype = run.be->activation_dtype;
+    if (result == BESA_OK) result = besa__reference_allocate(r, &run, error);
+    if (result == BESA_OK) memcpy(r->ids, ids, (size_t)(windows * seqlen) * sizeof *ids);
+    if (result == BESA_OK) result = besa__run_test_blocks(&run, progress, user, error);
+    if (result == BESA_OK) result = besa__test_perplexity(&run, &r->perplexity, r->nll, 1, error);
+    if (result == BESA_OK) result = besa__take_hidden(&run, r->hidden, error);
+    if (result == BESA_ERROR_NOT_FINITE) besa__find_not_finite(&run, error);
+    besa__run_close(&run);
+    if (result != BESA_OK) besa_reference_free(r);
+    return result;
+}
+
+/* What has been computed must be there. */
+static besa_result besa__check_reference(const besa_reference *reference, besa_error *error)
+{
+    if (!reference || (reference->hidden && reference->ids && reference->nll)) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_OPTION, "the reference is empty: besa_reference_create fills it in");
+}
+
+BESA_API besa_result besa_compare_models(const besa_checkpoint *checkpoint, besa_backend *be, const besa_reference *reference,
+                                         besa_window *window, float *kl, besa_progress_callback progress, void *user,
+                                         besa_error *error)
+{
+    besa__run run;
+    double perplexity;
+    if (!reference) return besa__fail(error, BESA_ERROR_OPTION, "the reference is NULL");
+    BESA__TRY(besa__check_reference(reference, error));
+    besa_result result = besa__open_test(&run, checkpoint, be, reference->ids, reference->windows, reference->seqlen, reference, error);
+    if (result == BESA_OK) result = besa__run_test_blocks(&run, progress, user, error);
+    if (result == BESA_OK) result = besa__test_windows(&run, &perplexity, window, kl, error);
+    if (result == BESA_ERROR_NOT_FINITE) besa__find_not_finite(&run, error);
+    besa__run_close(&run);
+    return result;
+}
+
+/* The mean of number `field` of the windows, less that of number `less` where it is not negative; *deviation: its standard
+ * error. */
+static double besa__window_mean(const besa_window *window, int64_t windows, int field, int less, double *deviation)
+{
+    double mean = 0, squares = 0;
+    for (int pass = 0; pass < 2; pass++)
+        for (int64_t i = 0; i < windows; i++) {
+            const double number[] = {window[i].nll, window[i].reference_nll, window[i].kl, window[i].same};
+            double x = number[field] - (less < 0 ? 0 : number[less]);
+            if (pass == 0) mean += x;
+            else squares += (x - mean / (double)windows) * (x - mean / (double)windows);
+        }
+    *deviation = windows > 1 ? sqrt(squares / (double)(windows - 1) / (double)windows) : 0;
+    return mean / (double)windows;
+}
+
+static int besa__compare_floats(const void *a, const void *b)
+{
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+BESA_API void besa_summarize(besa_divergence *divergence, const besa_window *window, int64_t windows, float *kl,
+                             int64_t positions)
+{
+    besa_divergence *d = divergence;
+    memset(d, 0, sizeof *d);
+    d->windows = windows;
+    d->perplexity = exp(besa__window_mean(window, windows, 0, -1, &d->perplexity_error));
+    d->perplexity_error *= d->perplexity;
+    if (!kl) return;
+    d->positions = positions;
+    d->reference_perplexity = exp(besa__window_mean(window, windows, 1, -1, &d->reference_perplexity_error));
+    d->reference_perplexity_error *= d->reference_perplexity;
+    d->difference = besa__window_mean(window, windows, 0, 1, &d->difference_error);
+    d->kl = besa__window_mean(window, windows, 2, -1, &d->kl_error);
+    d->same = besa__window_mean(window, windows, 3, -1, &d->same_error);
+    if (positions < 1) return;
+    qsort(kl, (size_t)positions, sizeof *kl, besa__compare_floats);
+    double at = 0.99 * (double)(positions - 1); /* between two of them: as numpy.percentile */
+    int64_t below = (int64_t)at, above = besa__min(below + 1, positions - 1);
+    d->kl_99 = (double)kl[below] + (at - (double)below) * ((double)kl[above] - (double)kl[below]);
+    d->kl_most = (double)kl[positions - 1];
 }
 
 BESA_API besa_result besa_logits(const besa_checkpoint *checkpoint, besa_backend *be, const int32_t *ids,
                                  int64_t count, int64_t seqlen, float *logits, besa_error *error)
 {
     besa__run run;
-    besa_result result = besa__open_test(&run, checkpoint, be, ids, count, seqlen, error);
+    besa_result result = besa__open_test(&run, checkpoint, be, ids, count, seqlen, NULL, error);
     if (result == BESA_OK) result = besa__run_test_blocks(&run, NULL, NULL, error);
     if (result == BESA_OK) result = besa__head_pass(&run, logits, error);
     besa__run_close(&run);
@@ -12273,7 +12603,7 @@ static besa_result besa__run_prune(besa__run *run, int64_t done, besa_report *re
         BESA__TRY(result);
     }
     BESA__TRY(besa__out_finish(run, report, error));
-    return run->has_test ? besa__test_perplexity(run, &report->perplexity, NULL, error) : BESA_OK;
+    return run->has_test ? besa__test_windows(run, &report->perplexity, report->window, report->kl, error) : BESA_OK;
 }
 
 /* Which blocks have codes. */
@@ -12349,6 +12679,30 @@ static besa_result besa__prune_start(besa__run *run, const besa_checkpoint *chec
     return besa__run_fit(run, &run->pruner.micro_batch, options->device_memory, error);
 }
 
+/* Zeroed memory of count elements of the report. */
+static besa_result besa__report_array(void **array, int64_t count, size_t size, besa_error *error)
+{
+    BESA__TRY(besa__malloc(array, besa__bytes(count, size), "the report", error));
+    memset(*array, 0, (size_t)count * size);
+    return BESA_OK;
+}
+
+static besa_result besa__report_allocate(besa_report *report, const besa__run *run, besa_error *error)
+{
+    void *array;
+    report->num_blocks = run->config->num_hidden_layers;
+    BESA__TRY(besa__report_array(&array, report->num_blocks, sizeof *report->block, error));
+    report->block = (besa_block_report *)array;
+    if (!run->has_test) return BESA_OK;
+    report->test_windows = run->test.count;
+    BESA__TRY(besa__report_array(&array, report->test_windows, sizeof *report->window, error));
+    report->window = (besa_window *)array;
+    if (!run->against) return BESA_OK;
+    BESA__TRY(besa__report_array(&array, report->test_windows * (run->test.seqlen - 1), sizeof *report->kl, error));
+    report->kl = (float *)array;
+    return BESA_OK;
+}
+
 BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *output, besa_backend *be,
                                 const besa_calibration *calibration, const besa_prune_options *options,
                                 besa_report *report, besa_error *error)
@@ -12363,15 +12717,10 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
         result = besa__check_ids(&run, run.ids, calibration->nsamples * calibration->seqlen, "calibration", error);
     if (result == BESA_OK && run.has_test)
         result = besa__check_ids(&run, run.test_ids, run.test.count * run.test.seqlen, "test", error);
+    if (result == BESA_OK) result = besa__check_reference(run.against, error);
     if (result == BESA_OK) result = besa__check_copied(&run, error);
     if (result == BESA_OK) result = besa__run_allocate(&run, error);
-    if (result == BESA_OK) {
-        void *blocks;
-        report->num_blocks = run.config->num_hidden_layers;
-        result = besa__malloc(&blocks, besa__bytes(report->num_blocks, sizeof(besa_block_report)), "the report", error);
-        if (result == BESA_OK) memset(blocks, 0, (size_t)report->num_blocks * sizeof(besa_block_report));
-        report->block = (besa_block_report *)blocks;
-    }
+    if (result == BESA_OK) result = besa__report_allocate(report, &run, error);
     if (result == BESA_OK) result = besa__prune_into(&run, output, calibration, report, error);
     if (result == BESA_OK) besa__report_totals(report, besa__model_target(&run), start);
     if (result == BESA_OK && options->method == BESA_METHOD_KEEP) report->target = report->sparsity;
@@ -12441,6 +12790,8 @@ static double besa__plan_flop(const besa__run *run)
     flop += tokens * (double)run->config->num_hidden_layers * (1 + run->has_dense) * forward;
     if (!run->has_test) return flop;
     double head = 2 * (double)run->config->vocab_size * (double)s->hidden_size;
+    if (run->against)
+        head += 2 * (double)run->config->vocab_size * (double)besa_checkpoint_config(run->against->checkpoint)->block.hidden_size;
     double block = 2 * weights + per_key * (double)run->test.seqlen;
     return flop + (double)(run->test.count * run->test.seqlen) * (head + block * (double)run->config->num_hidden_layers);
 }
@@ -12459,8 +12810,19 @@ static size_t besa__plan_mapped(const besa__run *run)
     uint64_t embedded = besa__bytes(BESA__CHUNK_TOKENS, row + BESA__PAGES_AROUND);
     if (embedded > table->bytes) embedded = table->bytes;
     if (run->has_test) rows = besa__bytes(besa__vocab_chunk(run), (uint64_t)head->bytes / (uint64_t)head->shape[0]);
+    head = run->against_model.head;
+    if (run->against)
+        rows = besa__add_sizes(rows, besa__bytes(besa__vocab_chunk(run), (uint64_t)head->bytes / (uint64_t)head->shape[0]));
     if (rows < embedded) rows = embedded;
     return besa__size(block > rows ? block : rows);
+}
+
+static size_t besa__reference_bytes(const besa__run *run)
+{
+    int64_t windows = run->against->windows, tokens = windows * run->against->seqlen;
+    uint64_t bytes = besa__hidden_bytes(besa_checkpoint_config(run->against->checkpoint), run->be, tokens);
+    bytes = besa__add_sizes(bytes, besa__bytes(tokens, sizeof(int32_t)));
+    return besa__size(besa__add_sizes(bytes, besa__bytes(windows, sizeof(double))));
 }
 
 BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *be, const besa_calibration *calibration,
@@ -12482,6 +12844,7 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
         if (notes) snprintf(plan->notes, sizeof plan->notes, "%s", notes);
         BESA_FREE(notes);
         plan->micro_batch = run.pruner.micro_batch;
+        if (run.against) plan->reference_bytes = besa__reference_bytes(&run);
         plan->flop = besa__plan_flop(&run);
         plan->mapped_block_bytes = besa__plan_mapped(&run);
         for (int64_t i = 0; i < checkpoint->num_shards; i++) plan->disk_bytes += checkpoint->shards[i].size;
@@ -12634,6 +12997,7 @@ BESA_API besa_result besa_outliers(const besa_checkpoint *checkpoint, besa_backe
     besa_prune_options used;
     besa_calibration data = *calibration;
     data.test_windows = 0;
+    data.against = NULL;
     BESA__TRY(besa__outlier_options(&used, options, error));
     if (threshold == 0) threshold = 5;
     if (!(threshold > 0 && besa__is_finite(threshold)))
@@ -13713,6 +14077,15 @@ BESA__INLINE float besa__cpu_sum_exp_body(const float *x, float shift, int64_t n
 #undef BESA__TERM
 }
 BESA__KERNEL_FLOAT(besa__cpu_sum_exp, (const float *x, float shift, int64_t n), (x, shift, n))
+
+/* sum exp(x - shift) (x - y) */
+BESA__INLINE float besa__cpu_sum_exp_by_body(const float *x, const float *y, float shift, int64_t n)
+{
+#define BESA__TERM(i) (besa__exp(x[i] - shift) * (x[i] - y[i]))
+    BESA__SUM_BODY(n, BESA__TERM)
+#undef BESA__TERM
+}
+BESA__KERNEL_FLOAT(besa__cpu_sum_exp_by, (const float *x, const float *y, float shift, int64_t n), (x, y, shift, n))
 
 /* y += a x */
 BESA__INLINE void besa__cpu_axpy_body(float *y, float a, const float *x, int64_t n)
@@ -14907,6 +15280,52 @@ static besa_result besa__cpu_nll_sum(besa_backend *be, double *sum, const float 
                 total += (double)state[3 * t] + log((double)state[3 * t + 1]) - (double)state[3 * t + 2];
         sum[w] = total;
     }
+    return BESA_OK;
+}
+
+/* The first id of the largest, of x(count) from first_id on. */
+static int32_t besa__cpu_first_of(const float *x, float largest, int64_t first_id, int64_t count)
+{
+    int64_t i = 0;
+    while (i + 1 < count && x[i] != largest) i++;
+    return (int32_t)(first_id + i);
+}
+
+/* state (4) and best (2) of one position with `count` more logits of both models */
+static void besa__cpu_divergence_row(float *state, int32_t *best, const float *p, const float *q, int64_t first_id,
+                                     int64_t count, int first)
+{
+    float largest = besa__cpu_row_max(p, count), other = besa__cpu_row_max(q, count);
+    double sum = 0.0, by = 0.0;
+    if (first || largest > state[0]) best[0] = besa__cpu_first_of(p, largest, first_id, count);
+    if (first || other > state[3]) best[1] = besa__cpu_first_of(q, other, first_id, count);
+    if (first || other > state[3]) state[3] = other;
+    if (first) state[0] = largest, state[1] = state[2] = 0.0f;
+    if (largest > state[0]) {
+        float factor = expf(state[0] - largest);
+        state[1] *= factor;
+        state[2] *= factor;
+        state[0] = largest;
+    }
+    for (int64_t i = 0; i < count; i += 4096) {
+        int64_t n = besa__min(4096, count - i);
+        sum += (double)besa__cpu_sum_exp(p + i, state[0], n);
+        by += (double)besa__cpu_sum_exp_by(p + i, q + i, state[0], n);
+    }
+    state[1] = (float)((double)state[1] + sum);
+    state[2] = (float)((double)state[2] + by);
+}
+
+/* state(T,4), best(T,2) with P and Q(T,count) of ids first_id .. */
+static besa_result besa__cpu_divergence_update(besa_backend *be, float *state, int32_t *best, const float *p, const float *q,
+                                               int64_t first_id, int64_t count, int64_t tokens, int first)
+{
+    int64_t grain = besa__cpu_grain(count), tasks = besa__parts(tokens, grain);
+    if (count < 1) return BESA_OK;
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t t = task * grain; t < besa__min(tokens, (task + 1) * grain); t++)
+            besa__cpu_divergence_row(state + 4 * t, best + 2 * t, p + t * count, q + t * count, first_id, count, first);
     return BESA_OK;
 }
 

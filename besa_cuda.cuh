@@ -1063,6 +1063,51 @@ static besa_result besa__cuda_nll_sum(besa_backend *be, double *sum, const float
     return BESA_OK;
 }
 
+/* state(T,4) = max of P, sum of exp(P - max), sum of exp(P - max) (P - Q), max of Q, and best(T,2), with P and Q(T,count) of
+ * ids first_id ..; a block a token. Places within the chunk go through floats, which are exact to 2^24. */
+static __global__ void besa__divergence_kernel(float *state, int32_t *best, const float *p, const float *q, int64_t first_id,
+                                               int64_t count, int64_t tokens, int first)
+{
+    BESA__ROWS(t, tokens) {
+        const float *a = p + t * count, *b = q + t * count;
+        float m = -INFINITY, n = -INFINITY, s = 0.0f, by = 0.0f, before = 0.0f, at[2] = {-INFINITY, -INFINITY};
+        for (int64_t j = threadIdx.x; j < count; j += blockDim.x) {
+            m = fmaxf(m, a[j]);
+            n = fmaxf(n, b[j]);
+        }
+        m = besa__block_max(m);
+        n = besa__block_max(n);
+        float most = first ? m : fmaxf(m, state[4 * t]);
+        for (int64_t j = threadIdx.x; j < count; j += blockDim.x) {
+            float e = expf(a[j] - most);
+            s += e;
+            by += e * (a[j] - b[j]);
+            if (a[j] == m) at[0] = fmaxf(at[0], -static_cast<float>(j));
+            if (b[j] == n) at[1] = fmaxf(at[1], -static_cast<float>(j));
+        }
+        double sum = besa__block_sum(static_cast<double>(s)), sum_by = besa__block_sum(static_cast<double>(by));
+        for (int i = 0; i < 2; i++) at[i] = fmaxf(besa__block_max(at[i]), -static_cast<float>(count - 1));
+        if (threadIdx.x != 0) continue;
+        if (!first) before = expf(state[4 * t] - most);
+        if (first || m > state[4 * t]) best[2 * t] = static_cast<int32_t>(first_id + static_cast<int64_t>(-at[0]));
+        if (first || n > state[4 * t + 3]) best[2 * t + 1] = static_cast<int32_t>(first_id + static_cast<int64_t>(-at[1]));
+        if (first || n > state[4 * t + 3]) state[4 * t + 3] = n;
+        if (!first) sum += static_cast<double>(state[4 * t + 1]) * static_cast<double>(before);
+        if (!first) sum_by += static_cast<double>(state[4 * t + 2]) * static_cast<double>(before);
+        state[4 * t] = most;
+        state[4 * t + 1] = static_cast<float>(sum);
+        state[4 * t + 2] = static_cast<float>(sum_by);
+    }
+}
+
+static besa_result besa__cuda_divergence_update(besa_backend *be, float *state, int32_t *best, const float *p, const float *q,
+                                                int64_t first_id, int64_t count, int64_t tokens, int first)
+{
+    if (count < 1) return BESA_OK;
+    BESA__RUN(besa__divergence_kernel, tokens, besa__cuda_row_threads(count), 0, state, best, p, q, first_id, count, tokens, first);
+    return BESA_OK;
+}
+
 /* ============================================================================================
  * // >>cuda-products         linear layers, Gram matrix, logits
  * ============================================================================================

@@ -253,6 +253,9 @@ static void watch_pieces(besa_backend *be)
     WATCH(nll_update, [](float *, const float *, const int32_t *, int64_t, int64_t count, int64_t T, int) {
         return kernels(4 * times(T, count) + 28 * static_cast<double>(T));
     });
+    WATCH(divergence_update, [](float *, int32_t *, const float *, const float *, int64_t, int64_t count, int64_t T, int) {
+        return kernels(8 * times(T, count) + 40 * static_cast<double>(T));
+    });
     WATCH(nll_sum, [](double *, const float *, const int32_t *, int64_t windows, int64_t seqlen) {
         return kernels(16 * times(windows, seqlen));
     });

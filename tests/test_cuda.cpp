@@ -586,6 +586,10 @@ static void test_vast_activations(void)
     twin target = vast_array<int32_t>(&h, R, 1, 0, 8000), state = vast_array<float>(&h, R, 3, 0, 0);
     VAST("nll_update", 2, be->nll_update(be, state.f(s), x.f(s), target.i(s), 0, C, rows, 1));
     vast_same<float>(&h, state, "nll_update");
+    twin parts = vast_array<float>(&h, R, 4, 0, 0), best = vast_array<int32_t>(&h, R, 2, 0, 0);
+    VAST("divergence_update", 2, be->divergence_update(be, parts.f(s), best.i(s), x.f(s), y.f(s), 0, C, rows, 1));
+    vast_same<float>(&h, parts, "divergence_update");
+    vast_same<int32_t>(&h, best, "divergence_update, ids");
     VAST("fill", 16, be->fill(be, static_cast<int32_t *>(x.of[s]), 7, rows * C));
     vast_same<int32_t>(&h, x, "fill");
     vast_end(&h);
