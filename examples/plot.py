@@ -153,17 +153,19 @@ def rows_of_json(value, found):
 
 
 def rows_of_text(text):
-    """The same of the table that `besa compare` prints."""
-    sparsities, found = [], []
+    """The same of the table that `besa compare` prints, up to the means over seeds."""
+    found, columns = [], None
     for line in text.splitlines():
-        if " % reached" in line:
-            sparsities = [float(word) / 100 for word in re.findall(r"([0-9.]+) % reached", line)]
-        elif sparsities and line.strip():
-            name, *numbers = line.split()
-            if name == "dense":
-                found.append((name, 0.0, float(numbers[0]), None))
-            else:
-                found += [(name, s, float(x), None) for s, x in zip(sparsities, numbers[::3])]
+        if " reached  perplex." in line:
+            columns = line.index(" reached"), line.index("perplex.") + len("perplex.")
+        elif columns and not line.strip():
+            break
+        elif columns:
+            reached, end = columns
+            before, perplexity = line[:reached], line[reached:end].split()[-1]
+            sparsity = re.search(r" ([0-9.]+) %", before)
+            name = before[:sparsity.start()] if sparsity else line.split()[0]
+            found.append((name.strip(), float(sparsity.group(1)) / 100 if sparsity else 0.0, float(perplexity), None))
     return found
 
 
