@@ -103,8 +103,8 @@ static int terminal_columns(void)
     return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
 }
 
-/* A line that is no wider than the terminal, whose last column stays free: label, bar, figures. Where there is less room the bar
- * becomes shorter, then figures go, and then the label's end. */
+/* A line that is no wider than the terminal, whose last column stays free: label, bar, figures. Where there is less room the
+ * bar becomes shorter, then figures go, and then the label's end. */
 static void draw_bar(progress_view *view, const besa_progress *p)
 {
     static const char full[] = "####################", empty[] = "....................";
@@ -114,10 +114,13 @@ static void draw_bar(progress_view *view, const besa_progress *p)
     const text all = in_minutes(view->work ? seconds_left(view->work, p->fraction, p->seconds) : 0);
     if (view->work && label + n + 6 + 10 + (int)strlen(all.s) > columns) n = 0;
     if (view->work) snprintf(left + n, sizeof left - (size_t)n, ", %s in all", all.s);
-    n = snprintf(block, sizeof block, ", block %lld/%lld %s", (long long)p->block + 1, (long long)p->blocks, besa_pass_name(p->pass));
+    n = snprintf(block, sizeof block, ", block %lld/%lld %s", (long long)p->block + 1, (long long)p->blocks,
+                 besa_pass_name(p->pass));
     if (label + 6 + n + (int)strlen(left) > columns) block[0] = 0;
-    if (label + 6 + (int)strlen(left) > columns) label = columns > 6 + (int)strlen(left) ? columns - 6 - (int)strlen(left) : 0;
-    const int room = columns - label - 9 - (int)strlen(block) - (int)strlen(left), width = room < 5 ? 0 : room < 20 ? room : 20;
+    const int most = columns - 6 - (int)strlen(left);
+    if (label > most) label = most > 0 ? most : 0;
+    const int room = columns - label - 9 - (int)strlen(block) - (int)strlen(left);
+    const int width = room < 5 ? 0 : room < 20 ? room : 20;
     const int done = (int)(p->fraction * width);
     n = snprintf(line, sizeof line, "%.*s ", label, view->label);
     if (width) n += snprintf(line + n, sizeof line - (size_t)n, "[%.*s%.*s] ", done, full, width - done, empty);
@@ -162,7 +165,8 @@ struct job {
     besa_calibration calibration;
     int32_t *ids, *test_ids;
     int64_t ids_seed;            /* that ids were drawn by */
-    int64_t first[MAX_TESTS + 1], seqlen; /* of eval and compare: the windows of test i are first[i] .. first[i + 1] - 1 */
+    int64_t first[MAX_TESTS + 1];         /* of eval and compare: the windows of test i are first[i] .. first[i + 1] - 1 */
+    int64_t seqlen;                       /* their tokens */
     besa_checkpoint *against;    /* NULL without --against */
     besa_reference reference;    /* what others are held against: filled in or its sizes alone */
     int has_outliers;
@@ -246,7 +250,8 @@ static besa_result open_job(job *j)
     if (!c->seqlen) c->seqlen = longest < 2048 ? longest : 2048;
     c->test_windows = s->windows;
     c->test_seqlen = s->test_seqlen ? s->test_seqlen : c->seqlen;
-    if (s->test) TRY(load_windows(j, s->test, INT64_MAX, 0, "windows", "test-seqlen", &c->test_windows, &c->test_seqlen, &j->test_ids));
+    if (s->test)
+        TRY(load_windows(j, s->test, INT64_MAX, 0, "windows", "test-seqlen", &c->test_windows, &c->test_seqlen, &j->test_ids));
     if (s->command->bit == COMPARE) {
         TRY(load_tests(j, s->windows, &c->test_seqlen, "test-seqlen"));
         j->seqlen = c->test_seqlen;

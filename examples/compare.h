@@ -1,6 +1,17 @@
 /* Measuring models: perplexity, and how far one model is from another; the commands eval and compare.
  * Part of besa.c, which has what all commands share: jobs, progress, numbers as text. */
 
+static besa_result fail(job *j, besa_result result, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    vsnprintf(j->error.message, sizeof j->error.message, format, args);
+    va_end(args);
+    return result;
+}
+
+static besa_result out_of_memory(job *j) { return fail(j, BESA_ERROR_MEMORY, "out of memory"); }
+
 /* ---- tests --------------------------------------------------------------------------------- */
 
 /* All test files into one array of windows, test i from window first[i] on; sizes as load_windows has them, of each file. */
@@ -13,10 +24,7 @@ static besa_result load_tests(job *j, int64_t windows, int64_t *seqlen, const ch
         besa_result result = load_windows(j, s->tests[i].path, INT64_MAX, 0, "windows", seqlen_option, &count, seqlen, &ids);
         const size_t bytes = (size_t)*seqlen * sizeof *ids, before = (size_t)j->first[i] * bytes;
         void *all = result ? NULL : realloc(j->test_ids, before + (size_t)count * bytes);
-        if (!result && !all) {
-            snprintf(j->error.message, sizeof j->error.message, "%s: out of memory", s->tests[i].path);
-            result = BESA_ERROR_MEMORY;
-        }
+        if (!result && !all) result = out_of_memory(j);
         if (!result) {
             j->test_ids = (int32_t *)all;
             memcpy((char *)all + before, ids, (size_t)count * bytes);
@@ -41,12 +49,6 @@ static void free_measurement(measurement *m)
     free(m->window);
     free(m->kl);
     memset(m, 0, sizeof *m);
-}
-
-static besa_result out_of_memory(job *j)
-{
-    snprintf(j->error.message, sizeof j->error.message, "out of memory");
-    return BESA_ERROR_MEMORY;
 }
 
 /* The windows of test i in figures. */
@@ -79,10 +81,11 @@ static besa_result measure(job *j, const char *label, measurement *m)
     progress_view view = begin_progress(j->s, label);
     besa_result result = !nll || !m->window || (has_reference && !m->kl) ? out_of_memory(j) : BESA_OK;
     if (!result && has_reference)
-        result = besa_compare_models(j->checkpoint, &j->backend, &j->reference, m->window, m->kl, show_progress, &view, &j->error);
+        result = besa_compare_models(j->checkpoint, &j->backend, &j->reference, m->window, m->kl, show_progress, &view,
+                                     &j->error);
     else if (!result)
-        result = besa_perplexity(j->checkpoint, &j->backend, j->test_ids, windows, j->seqlen, &perplexity, nll, show_progress, &view,
-                                 &j->error);
+        result = besa_perplexity(j->checkpoint, &j->backend, j->test_ids, windows, j->seqlen, &perplexity, nll, show_progress,
+                                 &view, &j->error);
     for (int64_t i = 0; i < windows && !result && !has_reference; i++) m->window[i].nll = nll[i];
     end_progress(&view);
     free(nll);
@@ -171,9 +174,8 @@ static besa_result open_against(job *j)
     const int64_t vocab = besa_checkpoint_config(j->checkpoint)->vocab_size;
     const int64_t other = besa_checkpoint_config(j->reference.checkpoint)->vocab_size;
     if (vocab == other) return BESA_OK;
-    snprintf(j->error.message, sizeof j->error.message, "--against %s has a vocabulary of %lld tokens, and %s one of %lld: what they "
-             "predict cannot be compared", j->s->against, (long long)other, j->s->path[0], (long long)vocab);
-    return BESA_ERROR_OPTION;
+    return fail(j, BESA_ERROR_OPTION, "--against %s has a vocabulary of %lld tokens, and %s one of %lld: what they predict cannot be "
+                "compared", j->s->against, (long long)other, j->s->path[0], (long long)vocab);
 }
 
 static besa_result run_eval(job *j)
@@ -256,8 +258,9 @@ static besa_result hash_tokens(job *j, const char *path, uint64_t *hash)
 /* Whether an option is not one that all rows have and that results depend on. */
 static int is_aside(const char *name)
 {
-    static const char *const aside[] = {"tokens", "test", "method", "sparsity", "nsamples", "seed", "seeds", "seqlen", "test-seqlen",
-                                        "windows", "against", "json", "markdown", "resume", "quiet", "no-quiet", "threads", "memory"};
+    static const char *const aside[] = {"tokens", "test", "method", "sparsity", "nsamples", "seed", "seeds", "seqlen",
+                                        "test-seqlen", "windows", "against", "json", "markdown", "resume", "quiet",
+                                        "no-quiet", "threads", "memory"};
     for (size_t i = 0; i < sizeof aside / sizeof *aside; i++)
         if (!strcmp(aside[i], name)) return 1;
     return 0;
@@ -320,7 +323,8 @@ static void put_key(FILE *file, const job *j, const result_row *r)
     fprintf(file, "  {\"method\": ");
     put_string(file, r->method);
     if (r->nsamples)
-        fprintf(file, ", \"sparsity\": %.9g, \"nsamples\": %lld, \"seed\": %lld", r->sparsity, (long long)r->nsamples, (long long)r->seed);
+        fprintf(file, ", \"sparsity\": %.9g, \"nsamples\": %lld, \"seed\": %lld", r->sparsity, (long long)r->nsamples,
+                (long long)r->seed);
     else fprintf(file, ", \"sparsity\": 0, \"nsamples\": null, \"seed\": null");
     fprintf(file, ", \"test\": ");
     put_string(file, j->s->tests[r->test].name);
@@ -397,56 +401,42 @@ static besa_result replace_file(job *j, const char *path, besa_result (*put)(FIL
     if (file && fclose(file) == 0 && written && !result && (direct || !rename(part, path))) return BESA_OK;
     const int why = errno;
     if (file && !direct) unlink(part);
-    if (!result) snprintf(j->error.message, sizeof j->error.message, "%s could not be written: %s", path, strerror(why));
-    return result ? result : BESA_ERROR_WRITE;
-}
-
-/* What is known over the seeds of a run: of numbers their mean, and of n - 1 of them their deviation. */
-typedef struct spread { double mean, deviation; } spread;
-
-static spread spread_of(const double *x, int n)
-{
-    spread s = {0, 0};
-    for (int i = 0; i < n; i++) s.mean += x[i] / n;
-    for (int i = 0; i < n && n > 1; i++) s.deviation += (x[i] - s.mean) * (x[i] - s.mean) / (n - 1);
-    s.deviation = sqrt(s.deviation);
-    return s;
+    return result ? result : fail(j, BESA_ERROR_WRITE, "%s could not be written: %s", path, strerror(why));
 }
 
 static int same_but_seed(const result_row *a, const result_row *b)
 {
-    return !strcmp(a->method, b->method) && a->sparsity == b->sparsity && a->nsamples == b->nsamples && a->test == b->test;
+    return a->nsamples && b->nsamples && !strcmp(a->method, b->method) && a->sparsity == b->sparsity &&
+           a->nsamples == b->nsamples && a->test == b->test;
 }
 
-/* If row i is the first of those that differ in their seed alone: their number, and a row of their means, in which the
- * errors are deviations over seeds; else 0. */
+/* The figures of a row that have a mean over seeds, and where their deviation goes; 0: nowhere. */
+#define FIGURE(field) offsetof(result_row, field)
+static const struct { size_t mean, deviation; } figures[] = {
+    {FIGURE(reached), 0}, {FIGURE(seconds), 0}, {FIGURE(d.perplexity), FIGURE(d.perplexity_error)},
+    {FIGURE(d.kl), FIGURE(d.kl_error)}, {FIGURE(d.kl_99), 0}, {FIGURE(d.kl_most), 0},
+    {FIGURE(d.same), FIGURE(d.same_error)}, {FIGURE(d.difference), FIGURE(d.difference_error)}};
+
+static double *figure_of(result_row *r, size_t offset) { return (double *)(void *)((char *)r + offset); }
+
+/* If row i is the first of those that differ in their seed alone: their number, and a row of their means, in which errors are
+ * deviations over the seeds, sqrt(sum (x - mean)^2 / (n - 1)); else 0. */
 static int mean_row(const comparison *c, int i, result_row *mean)
 {
-    double x[10][MAX_LIST];
     int n = 0;
-    for (int k = 0; k < c->num_rows && n < MAX_LIST; k++) {
-        const result_row *r = &c->row[k];
-        if (!r->nsamples || !same_but_seed(r, &c->row[i])) continue;
-        if (n == 0 && k != i) return 0;
-        const double number[10] = {r->reached, r->seconds, r->d.perplexity, r->d.kl, r->d.kl_99, r->d.kl_most, r->d.same, r->d.difference,
-                                   r->d.reference_perplexity, r->flop};
-        for (int m = 0; m < 10; m++) x[m][n] = number[m];
-        n++;
-    }
+    for (int k = 0; k < i; k++)
+        if (same_but_seed(&c->row[k], &c->row[i])) return 0;
     *mean = c->row[i];
-    mean->line = NULL;
-    mean->reached = spread_of(x[0], n).mean;
-    mean->seconds = spread_of(x[1], n).mean;
-    mean->d.perplexity = spread_of(x[2], n).mean;
-    mean->d.perplexity_error = spread_of(x[2], n).deviation;
-    mean->d.kl = spread_of(x[3], n).mean;
-    mean->d.kl_error = spread_of(x[3], n).deviation;
-    mean->d.kl_99 = spread_of(x[4], n).mean;
-    mean->d.kl_most = spread_of(x[5], n).mean;
-    mean->d.same = spread_of(x[6], n).mean;
-    mean->d.same_error = spread_of(x[6], n).deviation;
-    mean->d.difference = spread_of(x[7], n).mean;
-    mean->d.difference_error = spread_of(x[7], n).deviation;
+    for (int k = i; k < c->num_rows; k++) n += same_but_seed(&c->row[k], &c->row[i]);
+    for (size_t f = 0; f < sizeof figures / sizeof figures[0]; f++) {
+        double sum = 0, squares = 0;
+        for (int k = i; k < c->num_rows; k++)
+            if (same_but_seed(&c->row[k], &c->row[i])) sum += *figure_of(&c->row[k], figures[f].mean);
+        for (int k = i; k < c->num_rows; k++)
+            if (same_but_seed(&c->row[k], &c->row[i])) squares += pow(*figure_of(&c->row[k], figures[f].mean) - sum / n, 2);
+        *figure_of(mean, figures[f].mean) = n ? sum / n : 0;
+        if (figures[f].deviation) *figure_of(mean, figures[f].deviation) = n > 1 ? sqrt(squares / (n - 1)) : 0;
+    }
     return n;
 }
 
@@ -456,10 +446,11 @@ static void put_mean(FILE *file, const job *j, const result_row *r, int seeds)
     put_string(file, r->method);
     fprintf(file, ", \"sparsity\": %.9g, \"nsamples\": %lld, \"test\": ", r->sparsity, (long long)r->nsamples);
     put_string(file, j->s->tests[r->test].name);
-    fprintf(file, ", \"seeds\": %d, \"reached_mean\": %.9g, \"perplexity_mean\": %.9g, \"perplexity_sd\": %.9g, \"kl_mean\": %.9g, \"kl_sd\": %.9g, "
-            "\"kl_99_mean\": %.9g, \"same_top_mean\": %.9g, \"same_top_sd\": %.9g, \"nll_difference_mean\": %.9g, \"nll_difference_sd\": %.9g}",
-            seeds, r->reached, r->d.perplexity, r->d.perplexity_error, r->d.kl, r->d.kl_error, r->d.kl_99, r->d.same, r->d.same_error,
-            r->d.difference, r->d.difference_error);
+    fprintf(file, ", \"seeds\": %d, \"reached_mean\": %.9g", seeds, r->reached);
+    fprintf(file, ", \"perplexity_mean\": %.9g, \"perplexity_sd\": %.9g", r->d.perplexity, r->d.perplexity_error);
+    fprintf(file, ", \"kl_mean\": %.9g, \"kl_sd\": %.9g, \"kl_99_mean\": %.9g", r->d.kl, r->d.kl_error, r->d.kl_99);
+    fprintf(file, ", \"same_top_mean\": %.9g, \"same_top_sd\": %.9g", r->d.same, r->d.same_error);
+    fprintf(file, ", \"nll_difference_mean\": %.9g, \"nll_difference_sd\": %.9g}", r->d.difference, r->d.difference_error);
 }
 
 static besa_result put_json(FILE *file, comparison *c)
@@ -467,8 +458,9 @@ static besa_result put_json(FILE *file, comparison *c)
     const char *between = "";
     TRY(put_head(file, c->j));
     for (int i = 0; i < c->num_rows; i++, between = ",\n") fprintf(file, "%s%s", between, c->row[i].line);
-    for (const char *line = c->kept; line; line = strchr(line, '\n') ? strchr(line, '\n') + 1 : NULL) { /* those of other runs */
+    for (const char *line = c->kept, *next; line; line = next) { /* those of other runs */
         const size_t n = strcspn(line, "\n");
+        next = line[n] ? line + n + 1 : NULL;
         if (strncmp(line, "  {\"method\": \"", 14)) continue;
         fprintf(file, "%s%.*s", between, (int)(n && line[n - 1] == ',' ? n - 1 : n), line);
         between = ",\n";
@@ -477,7 +469,7 @@ static besa_result put_json(FILE *file, comparison *c)
     between = "\n";
     for (int i = 0; i < c->num_rows && c->j->s->num_seeds > 1; i++) {
         result_row mean;
-        const int seeds = c->row[i].nsamples ? mean_row(c, i, &mean) : 0;
+        const int seeds = mean_row(c, i, &mean);
         if (!seeds) continue;
         fprintf(file, "%s", between);
         put_mean(file, c->j, &mean, seeds);
@@ -536,7 +528,7 @@ static besa_result put_markdown(FILE *file, comparison *c)
     for (int i = 0; i < c->num_rows; i++) put_markdown_row(file, c, &c->row[i], seed_of(&c->row[i]).s);
     for (int i = 0; i < c->num_rows && c->j->s->num_seeds > 1; i++) {
         result_row mean;
-        if (c->row[i].nsamples && mean_row(c, i, &mean)) put_markdown_row(file, c, &mean, "mean");
+        if (mean_row(c, i, &mean)) put_markdown_row(file, c, &mean, "mean");
     }
     return BESA_OK;
 }
@@ -551,7 +543,8 @@ static besa_result save(comparison *c)
 }
 
 /* The first columns, as wide as what is in them. */
-static void print_axes(const comparison *c, const char *name, const char *sparsity, const char *nsamples, const char *seed, const char *test)
+static void print_axes(const comparison *c, const char *name, const char *sparsity, const char *nsamples, const char *seed,
+                       const char *test)
 {
     print_text(stdout, name);
     printf("%*s %7s", c->name_width - (int)strlen(name), "", sparsity);
@@ -595,7 +588,8 @@ static void print_head(comparison *c)
     for (int i = 0; i < s->num_tests; i++)
         if ((int)strlen(s->tests[i].name) > c->test_width) c->test_width = (int)strlen(s->tests[i].name);
     printf("calibrated on ");
-    for (int i = 0; i < s->num_counts || i < 1; i++) printf("%s%lld", i ? ", " : "", (long long)(s->num_counts ? s->counts[i] : k->nsamples));
+    for (int i = 0; i < s->num_counts || i < 1; i++)
+        printf("%s%lld", i ? ", " : "", (long long)(s->num_counts ? s->counts[i] : k->nsamples));
     printf(" x %lld tokens, perplexity on ", (long long)k->seqlen);
     for (int i = 0; i < s->num_tests; i++)
         printf("%s%lld", i ? ", " : "", (long long)(c->j->first[i + 1] - c->j->first[i]));
@@ -618,9 +612,9 @@ static besa_result read_kept(comparison *c)
     const char *path = j->s->resume;
     FILE *file = path ? fopen(path, "r") : NULL, *own = tmpfile();
     if (path && !file && errno != ENOENT) {
-        snprintf(j->error.message, sizeof j->error.message, "%s: %s", path, strerror(errno));
+        const int why = errno;
         if (own) fclose(own);
-        return BESA_ERROR_READ;
+        return fail(j, BESA_ERROR_READ, "%s: %s", path, strerror(why));
     }
     besa_result result = own ? put_head(own, j) : out_of_memory(j);
     char *head = take_text(own);
@@ -634,10 +628,9 @@ static besa_result read_kept(comparison *c)
     if (!result && c->kept && (head[at] || !end)) {
         const char *there = c->kept + line + strspn(c->kept + line, " "), *here = head + line + strspn(head + line, " ");
         if (head[at])
-            snprintf(j->error.message, sizeof j->error.message, "--resume %s is of another comparison: it has %.*s and this one %.*s",
-                     path, (int)strcspn(there, "\n"), there, (int)strcspn(here, "\n"), here);
-        else snprintf(j->error.message, sizeof j->error.message, "--resume %s has no end: it was cut off, or is no file of --json", path);
-        result = BESA_ERROR_RESUME;
+            result = fail(j, BESA_ERROR_RESUME, "--resume %s is of another comparison: it has %.*s and this one %.*s", path,
+                          (int)strcspn(there, "\n"), there, (int)strcspn(here, "\n"), here);
+        else result = fail(j, BESA_ERROR_RESUME, "--resume %s has no end: it was cut off, or is no file of --json", path);
     }
     if (end) end[1] = 0;
     free(head);
@@ -708,7 +701,8 @@ static besa_result take_calibration(job *j, const cell *at)
     k->nsamples = at->nsamples ? at->nsamples : 0;
     j->ids_seed = at->seed;
     j->has_outliers = 0;
-    besa_result result = load_windows(j, j->s->tokens, 128, (uint64_t)at->seed, "nsamples", "seqlen", &k->nsamples, &k->seqlen, &j->ids);
+    besa_result result = load_windows(j, j->s->tokens, 128, (uint64_t)at->seed, "nsamples", "seqlen", &k->nsamples,
+                                      &k->seqlen, &j->ids);
     k->ids = j->ids;
     return result;
 }
@@ -754,7 +748,8 @@ static besa_result check_runs(comparison *c)
     int runs = 0;
     besa_plan_result plan[2];
     plan[1].notes[0] = 0;
-    if (s->left_out) fprintf(stderr, "besa is left out: with a pattern it has no rates to learn; --preset best: its weights\n");
+    if (s->left_out)
+        fprintf(stderr, "besa is left out: with a pattern it has no rates to learn; --preset best: its weights\n");
     for (int i = 0; i < count_cells(s); i++) {
         const cell at = cell_of(c, i);
         row r;
@@ -878,10 +873,9 @@ static besa_result add_dense(comparison *c, const char *name, measurement *m, in
         memset(&known, 0, sizeof known);
         if (line) read_figures(&known, line, 0);
         if (line && fabs(known.d.perplexity / made.d.perplexity - 1) > 1e-8) {
-            snprintf(c->j->error.message, sizeof c->j->error.message, "--resume %s is of another model or machine: perplexity of %s on %s is "
-                     "%.9g there and %.9g here", j->s->resume, name, j->s->tests[i].name, known.d.perplexity, made.d.perplexity);
             free(made.line);
-            return BESA_ERROR_RESUME;
+            return fail(c->j, BESA_ERROR_RESUME, "--resume %s is of another model or machine: perplexity of %s on %s is %.9g there and "
+                        "%.9g here", j->s->resume, name, j->s->tests[i].name, known.d.perplexity, made.d.perplexity);
         }
         if (line) line[0] = '-';
         TRY(add_row(c, &made));
@@ -939,7 +933,7 @@ static void print_means(const comparison *c)
     printf("\nmean and standard deviation of %d seeds\n", s->num_seeds);
     for (int i = 0; i < c->num_rows; i++) {
         result_row mean;
-        if (c->row[i].nsamples && mean_row(c, i, &mean)) print_row(c, &mean, "mean");
+        if (mean_row(c, i, &mean)) print_row(c, &mean, "mean");
     }
 }
 

@@ -103,8 +103,10 @@ static const option own_options[] = {
      "calibration text as token ids: .npy, .u16, .i32 or .bin; required"},
     {"tokens", TEXT, AT(tokens), PLAN, "FILE",
      "calibration text as token ids, only for --nsamples and --seqlen [none]"},
-    {"tokens", TESTS, 0, EVAL, "[NAME=]FILE", "the text to measure, as token ids: .npy, .u16, .i32 or .bin; required; repeatable"},
-    {"against", TEXT, AT(against), EVAL, "DIR", "say how far this model is from the one in DIR too: KL divergence and the like"},
+    {"tokens", TESTS, 0, EVAL, "[NAME=]FILE",
+     "the text to measure, as token ids: .npy, .u16, .i32 or .bin; required; repeatable"},
+    {"against", TEXT, AT(against), EVAL, "DIR",
+     "say how far this model is from the one in DIR too: KL divergence and the like"},
     {"nsamples", COUNT, AT(nsamples), ONE, "N",
      "how many calibration sequences [a 2-D file's rows; else 128, or all that the file has]"},
     {"nsamples", COUNTS, 0, COMPARE, "N,N,...",
@@ -126,8 +128,8 @@ static const option own_options[] = {
     {"Method", HEADING, 0, RUN, "", ""},
     {NULL, LIBRARY, 0, 0, "", ""}, /* here the library's options for every method */
     {"method", METHODS, 0, COMPARE, "A,B,...",
-     "of besa, wanda, sparsegpt, magnitude, besa:PRESET, and others with :weights [the first four; besa with --pattern only where weights learn]; "
-     "options of a row: besa:epochs=2,lr=3 or besa:best:projection=no"},
+     "of besa, wanda, sparsegpt, magnitude, besa:PRESET, and others with :weights [the first four; besa with --pattern only "
+     "where weights learn]; options of a row: besa:epochs=2,lr=3 or besa:best:projection=no"},
     {"preset", TEXT, AT(preset), RUN, "default|best|weights|published-row|published-layer",
      "what the options below start from; all but weights for besa; published: as the paper's code, for LLaMA-1-7B"},
     {"sparsity", SHARES, AT(prune.rates.target), COMPARE, "S,S,...",
@@ -390,12 +392,14 @@ static void read_row_part(const settings *s, const option *o, row *r, const char
 {
     const int is_setting = memchr(part, '=', length) != NULL;
     char *last = r->num_settings ? r->setting[r->num_settings - 1] : NULL;
-    if (is_setting && r->num_settings == MAX_SETTINGS) usage_error(s, "--%s: '%s': more than %d options", o->name, r->label, MAX_SETTINGS);
+    if (is_setting && r->num_settings == MAX_SETTINGS)
+        usage_error(s, "--%s: '%s': more than %d options", o->name, r->label, MAX_SETTINGS);
     if (is_setting) snprintf(r->setting[r->num_settings++], MAX_NAME, "%.*s", (int)length, part);
     else if (last) snprintf(last + strlen(last), MAX_NAME - strlen(last), ":%.*s", (int)length, part);
     else if (r->preset[0]) usage_error(s, "--%s: '%s': two presets", o->name, r->label);
     else snprintf(r->preset, MAX_NAME, "%.*s", (int)length, part);
-    if (!is_setting && !last && !length) usage_error(s, "--%s: '%s': a preset or an option is missing behind a colon", o->name, r->label);
+    if (!is_setting && !last && !length)
+        usage_error(s, "--%s: '%s': a preset or an option is missing behind a colon", o->name, r->label);
 }
 
 /* "besa", "besa:published-row", "wanda:weights", "besa:best:epochs=2,lr=3": METHOD[:PRESET][:KEY=VALUE[,KEY=VALUE ...]] */
@@ -419,7 +423,8 @@ static row read_row(const settings *s, const option *o, const char *word)
     return r;
 }
 
-/* How long the first word of a list is: "KEY=VALUE" behind a comma belongs to the method before it, as in "besa:epochs=2,lr=3". */
+/* How long the first word of a list is: "KEY=VALUE" behind a comma belongs to the method before it, as in
+ * "besa:epochs=2,lr=3". */
 static size_t word_length(const option *o, const char *text)
 {
     size_t n = strcspn(text, ",");
@@ -446,7 +451,9 @@ static void read_list(settings *s, const option *o, const char *text)
         more = text[n] == ',';
         text += n + 1;
     }
-    *(o->kind == METHODS ? &s->num_rows : o->kind == SHARES ? &s->num_sparsities : o->kind == COUNTS ? &s->num_counts : &s->num_seeds) = count;
+    if (o->kind == METHODS) s->num_rows = count;
+    else if (o->kind == SHARES) s->num_sparsities = count;
+    else *(o->kind == COUNTS ? &s->num_counts : &s->num_seeds) = count;
 }
 
 /* "FILE" or "NAME=FILE"; the name of a FILE alone is its own without directories and ending. */
@@ -530,6 +537,12 @@ static const option *find_option(const settings *s, const char *name)
 
 /* Is a "no-" and then b? */
 static int negates(const char *a, const char *b) { return strncmp(a, "no-", 3) == 0 && strcmp(a + 3, b) == 0; }
+
+/* Whether a word is this flag, or its opposite. */
+static int is_flag(const option *o, const char *word)
+{
+    return o->kind == FLAG && (!strcmp(o->name, word) || negates(o->name, word) || negates(word, o->name));
+}
 
 /* --flag sets; --no-flag, or --projection for --no-projection, takes back what a preset has set. */
 static int read_flag(settings *s, const char *name)
@@ -626,11 +639,8 @@ static int argument_length(const settings *s, int i, char name[MAX_NAME])
     const char *argument = s->arguments[i] + 2;
     snprintf(name, MAX_NAME, "%.*s", (int)strcspn(argument, "="), argument);
     if (strchr(argument, '=')) return 1;
-    for (int k = 0; k < s->num_options; k++) {
-        const option *o = &s->options[k];
-        if (o->kind == FLAG && o->commands & s->command->bit && (!strcmp(o->name, name) || negates(o->name, name) || negates(name, o->name)))
-            return 1;
-    }
+    for (int k = 0; k < s->num_options; k++)
+        if (s->options[k].commands & s->command->bit && is_flag(&s->options[k], name)) return 1;
     return 2;
 }
 
@@ -685,8 +695,9 @@ static const option *find_row_option(const settings *s, const row *r, const char
         const option *o = &s->options[i];
         const int is_field = o->offset >= AT(prune) && o->offset < AT(prune) + sizeof s->prune &&
                              (o->kind == FLAG || o->kind == CHOICE || o->kind == NUMBER || o->kind == ROWS);
-        if (!(o->commands & COMPARE) || !(is_field || o->kind == PATTERN || o->kind == SKIP || o->kind == FIX || o->kind == BLOCKS)) continue;
-        if (!strcmp(o->name, key) || (o->kind == FLAG && (negates(o->name, key) || negates(key, o->name)))) return o;
+        const int is_own = is_field || o->kind == PATTERN || o->kind == SKIP || o->kind == FIX || o->kind == BLOCKS;
+        if (!(o->commands & COMPARE) || !is_own) continue;
+        if (!strcmp(o->name, key) || is_flag(o, key)) return o;
         take_nearest(key, o->name, &nearest, &least);
     }
     if (nearest) usage_error(s, "--method: '%s': a row has no option %s: did you mean %s?", r->label, key, nearest);
@@ -699,8 +710,10 @@ static void read_settings(settings *s, const row *r)
     for (int i = 0; i < r->num_settings; i++) {
         const char *value = strchr(r->setting[i], '=') + 1;
         const option *o = find_row_option(s, r, r->setting[i]);
-        const int yes = !strcmp(value, "yes"), same = !strncmp(r->setting[i], o->name, strlen(o->name)) && r->setting[i][strlen(o->name)] == '=';
-        if (!*value) usage_error(s, "--method: '%s': %s needs a value: %s", r->label, o->name, o->kind == FLAG ? "yes or no" : o->value);
+        const size_t n = strlen(o->name);
+        const int yes = !strcmp(value, "yes"), same = !strncmp(r->setting[i], o->name, n) && r->setting[i][n] == '=';
+        if (!*value)
+            usage_error(s, "--method: '%s': %s needs a value: %s", r->label, o->name, o->kind == FLAG ? "yes or no" : o->value);
         if (o->kind != FLAG) read_value(s, o, value);
         else if (!yes && strcmp(value, "no")) usage_error(s, "--method: '%s': %s is yes or no", r->label, o->name);
         else *(int *)(void *)((char *)s + o->offset) = yes == same;
@@ -710,7 +723,8 @@ static void read_settings(settings *s, const row *r)
 /* What a row sets must be of use to it. */
 static void check_settings(const settings *s, const row *r)
 {
-    const int learns = r->method == BESA_METHOD_BESA || s->prune.learn != BESA_LEARN_RATES || (s->prune.bits && s->prune.clipping == BESA_CLIPPING_LEARNED);
+    const int clips = s->prune.bits && s->prune.clipping == BESA_CLIPPING_LEARNED;
+    const int learns = r->method == BESA_METHOD_BESA || s->prune.learn != BESA_LEARN_RATES || clips;
     for (int i = 0; i < r->num_settings; i++) {
         const option *o = find_row_option(s, r, r->setting[i]), *heading = o;
         while (heading->kind != HEADING) heading--;
@@ -849,7 +863,8 @@ static void check_methods(const settings *s)
     const int rows_may = a_row_sets(s, "refit", "none") || a_row_sets(s, "importance", "wanda");
     if (s->prune.damping > 0 && !sparsegpt && !(besa && uses_factor(s->prune.importance)) && !s->prune.refit && !rows_may)
         usage_error(s, "--damping is for --method sparsegpt, for --method besa with its importances, or for --refit");
-    if (s->prune.refit_steps > 0 && s->prune.refit != BESA_REFIT_CG && !a_row_sets(s, "refit", "obs")) usage_error(s, "--refit-steps is for --refit cg");
+    if (s->prune.refit_steps > 0 && s->prune.refit != BESA_REFIT_CG && !a_row_sets(s, "refit", "obs"))
+        usage_error(s, "--refit-steps is for --refit cg");
 }
 
 static void check_arguments(settings *s)

@@ -816,6 +816,7 @@ typedef struct run {
     const char *source, *output;                /* source NULL: stories260K */
     int64_t nsamples, seqlen;
     double *outliers;                           /* not NULL: their shares instead of a pruned model */
+    int against;                                /* 1: the report says how far the pruned model is from the dense one */
 } run;
 
 static run run_of(besa_method method, int64_t nsamples, const char *output)
@@ -851,6 +852,11 @@ static besa_result run_prune(run *r, besa_backend *be)
     c.ids = ids.data();
     c.test_ids = ids.data() + c.nsamples * c.seqlen;
     besa_plan_result plan;
+    besa_reference reference;
+    memset(&reference, 0, sizeof reference);
+    if (result == BESA_OK && r->against)
+        result = besa_reference_create(&reference, checkpoint, be, c.test_ids, c.test_windows, c.test_seqlen, NULL, NULL, &r->error);
+    if (r->against) c.against = &reference;
     size_t least = 0;
     while (r->tightest && result == BESA_OK && besa_plan(checkpoint, be, &c, &r->options, &plan, NULL) == BESA_OK) {
         least = plan.device_bytes;
@@ -862,6 +868,7 @@ static besa_result run_prune(run *r, besa_backend *be)
         result = besa_outliers(checkpoint, be, &c, &r->options, 3, r->outliers, &r->error);
     else if (result == BESA_OK)
         result = besa_prune(checkpoint, r->output, be, &c, &r->options, &r->report, &r->error);
+    besa_reference_free(&reference);
     besa_tokens_free(&tokens);
     besa_checkpoint_close(checkpoint);
     return result;
@@ -918,6 +925,7 @@ static void compare_pipelines(const char *name, besa_method method, int fp32, do
         if (learn != BESA_LEARN_RATES) r->options.dense_share = 0.5, r->options.batch_size = 2, r->options.epochs = 1;
         r->options.granularity = granularity;
         if (granularity != BESA_GRANULARITY_BLOCK) r->options.dense_share = 0;
+        r->against = method == BESA_METHOD_WANDA && !bits;
     }
     CHECK_OK(run_prune(&a, &cpu), a.error);
     CHECK_OK(run_prune(&b, &cuda), b.error);
@@ -938,6 +946,13 @@ static void compare_pipelines(const char *name, besa_method method, int fp32, do
     if (getenv("TEST_VERBOSE"))
         printf("    %lld of %lld weights differ\n", static_cast<long long>(differ), static_cast<long long>(total));
     check_close(b.report.perplexity, a.report.perplexity, losses, "perplexity", -1);
+    for (int64_t w = 0; w < a.report.test_windows && a.against; w++) {
+        CHECK(a.report.window[w].kl > 0.01, "a divergence of %g", a.report.window[w].kl);
+        check_close(b.report.window[w].kl, a.report.window[w].kl, losses, "divergence", -1);
+        check_close(b.report.window[w].reference_nll, a.report.window[w].reference_nll, losses, "reference", -1);
+        CHECK(fabs(b.report.window[w].same - a.report.window[w].same) < 0.04, "%g and %g the same", b.report.window[w].same,
+              a.report.window[w].same);
+    }
     besa_report_free(&a.report);
     besa_report_free(&b.report);
     cpu.destroy(&cpu);
