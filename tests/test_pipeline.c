@@ -3800,6 +3800,35 @@ static void test_against(void)
     for (int i = 0; i < 4; i++) besa_checkpoint_close(c[i]);
 }
 
+/* A reference and what is held against it, with an allocation that fails: of the library's, or the backend's. */
+static void test_against_allocations(void)
+{
+    const char *model = temp_path("alone");
+    besa_checkpoint *c = NULL;
+    besa_error error;
+    int32_t ids[2 * 8] = { 1, 2, 3, 4, 5 };
+    fixture_random_llama(model, 1, 16, 16, 2, 1, 32, BESA_F32);
+    CHECK_OK(besa_checkpoint_open(&c, model, &error), error);
+    for (int of_backend = 0; of_backend < 2; of_backend++)
+        for (int n = 1, done = 0; !done && CHECK(n < 100, "no end of allocations"); n++) {
+            besa_backend be = counted_backend(of_backend ? n : 0);
+            besa_reference reference;
+            besa_window window[2];
+            int64_t live = g_live;
+            g_allocations = 0, g_fail_at = of_backend ? 0 : n;
+            besa_result r = besa_reference_create(&reference, c, &be, ids, 2, 8, NULL, NULL, &error);
+            if (r != BESA_OK) CHECK(!reference.ids && !reference.hidden && !reference.nll, "allocation %d: something is left", n);
+            if (r == BESA_OK) r = besa_compare_models(c, &be, &reference, window, NULL, NULL, NULL, &error);
+            done = (of_backend ? g_counted.calls : (int)g_allocations) < n;
+            g_fail_at = 0;
+            CHECK(r == (done ? BESA_OK : BESA_ERROR_MEMORY), "allocation %d: %s", n, besa_result_string(r));
+            besa_reference_free(&reference);
+            CHECK(g_live == live && g_counted.live[0] + g_counted.live[1] == 0, "allocation %d: memory is not given back", n);
+            be.destroy(&be);
+        }
+    besa_checkpoint_close(c);
+}
+
 /* A run says of its own result what is measured on the output; a plan knows its memory. */
 static void test_against_run(void)
 {
@@ -4067,6 +4096,7 @@ int main(int argc, char **argv)
     TEST("damaged codes") test_damaged_codes();
     TEST("complete output without its name") test_complete();
     TEST("one model against another") test_against();
+    TEST("one model against another, and allocation failures") test_against_allocations();
     TEST("a run against its dense model") test_against_run();
     TEST("means, errors and percentiles") test_summarize();
     TEST("outliers of the blocks") test_outliers();
