@@ -582,7 +582,8 @@ static void print_head(comparison *c)
     c->printed_axes[0] = s->num_counts > 1;
     c->printed_axes[1] = s->num_seeds > 1;
     c->printed_axes[2] = s->num_tests > 1;
-    c->name_width = 9;
+    c->name_width = 9; /* as wide as their headings */
+    c->test_width = 4;
     for (int i = 0; i < s->num_rows; i++)
         if ((int)strlen(s->rows[i].label) > c->name_width) c->name_width = (int)strlen(s->rows[i].label);
     for (int i = 0; i < s->num_tests; i++)

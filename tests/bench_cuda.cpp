@@ -1076,6 +1076,7 @@ static void bench_rates(besa_backend *be, arrays &a)
     BENCH("logits, T x vocabulary", be->logits(be, a.f, a.x, a.w, BESA_BF16, std::min(T, d), vocab, d));
     BENCH("nll_update", be->nll_update(be, a.sums, a.f, a.counts, 0, vocab, std::min(T, d), 1));
     BENCH("nll_sum", be->nll_sum(be, a.scalars, a.sums, a.counts, 1, std::min(T, d)));
+    BENCH("divergence_update", be->divergence_update(be, a.sums, a.counts, a.f, a.f, 0, vocab, std::min(T, d) / 2, 1));
     (void)be->zero(be, BESA_QUEUE_COMPUTE, a.counts, static_cast<size_t>(a.inner) * 4); /* no dead columns */
     (void)be->zero(be, BESA_QUEUE_COMPUTE, a.hessian, static_cast<size_t>(d * d) * 4);
     bench_call(be, "hessian_factor, d columns, and a Gram matrix", [&] {
