@@ -3839,6 +3839,7 @@ static void test_against_run(void)
     besa_error error;
     besa_reference reference, shape;
     int32_t ids[8 * 64];
+    int64_t live = g_live;
     setup s = small_setup(temp_path("against"));
     CHECK_OK(besa_checkpoint_open(&dense, s.source, &error), error);
     s.options.method = BESA_METHOD_WANDA, s.options.progress = NULL, s.windows = 8;
@@ -3890,6 +3891,7 @@ static void test_against_run(void)
         be.destroy(&be);
     }
     besa_checkpoint_close(dense);
+    CHECK(g_live == live, "%d blocks leaked", (int)(g_live - live));
 }
 
 /* Means, standard errors and percentiles, of numbers that are counted by hand. */
