@@ -125,6 +125,7 @@
  *     >>writer             blocks into the output, one after another
  *     >>finish             the sources once more, and the rename
  *     >>report             the report and besa.json
+ *     >>mask-files         rates and masks of a pruned checkpoint, in a file of their own
  *     >>background         work that waits for files, in a thread of its own
  *     >>run                the whole model, block by block (level 1): layout, opening, closing
  *     >>transfers          a block's weights in, its pruned weights out
@@ -1219,7 +1220,8 @@ typedef struct besa_prune_options {
     besa_rate_options rates;                    /* rates.target is the sparsity of every method */
     besa_method method;
     const struct besa_checkpoint *masks;        /* level 1, BESA_METHOD_KEEP: what is 0 in this checkpoint of the same shape, of
-                                                   any dtype, pruned by whatever program, is to be 0 */
+                                                   any dtype, pruned by whatever program, is to be 0. Or masks alone, from a
+                                                   file: besa_masks_open */
     int pattern_n, pattern_m;                   /* n of every m consecutive weights pruned; 0: unstructured; BESA: not
                                                    with BESA_LEARN_RATES */
     int magnitude_per_row;                      /* magnitude: each row at the target instead of each layer */
@@ -1607,6 +1609,19 @@ BESA_API void besa_summarize(besa_divergence *divergence, const besa_window *win
 /* The logits of every position (count * seqlen, vocab_size), host floats of the caller: for tests and small models. */
 BESA_API besa_result besa_logits(const besa_checkpoint *checkpoint, besa_backend *be, const int32_t *ids,
                                  int64_t count, int64_t seqlen, float *logits, besa_error *error);
+
+/* What is 0 in a checkpoint, pruned by whatever program, as a safetensors file: of every layer NAME.weight (R, C)
+ *     NAME.alpha F32 (R)  and  NAME.n I32 (R)     with BESA_FILE_RATES: weights of the row that are 0, n, and their share n / C
+ *     NAME.mask U8 (R, ceil(C / 8))               with BESA_FILE_MASKS: bit j % 8, from the lowest, of byte j / 8 is 1 where
+ *                                                 weight j is not 0
+ * The file appears when it is complete, in place of one that is there. BESA_ERROR_MEMORY, BESA_ERROR_WRITE. */
+enum { BESA_FILE_RATES = 1, BESA_FILE_MASKS = 2 };
+BESA_API besa_result besa_masks_save(const besa_checkpoint *checkpoint, const char *file, int what, besa_error *error);
+
+/* Masks of such a file, for options.masks of a run that prunes `model`, by whose names they are found; other tensors in it are
+ * not looked at. Close with besa_checkpoint_close; of no use for anything else. BESA_ERROR_NOT_FOUND, _READ, _FORMAT, _JSON,
+ * _TENSOR, _MEMORY. */
+BESA_API besa_result besa_masks_open(besa_checkpoint **masks, const char *file, const besa_checkpoint *model, besa_error *error);
 
 /* The report as a JSON text, owned by the caller (BESA_FREE), or NULL without memory. It begins with all that is in besa.json. */
 BESA_API char *besa_report_json(const besa_report *report);
@@ -7176,6 +7191,7 @@ struct besa_checkpoint {
     int64_t num_tensors;
     const besa_tensor **sorted;                 /* by name */
     char *part_names;                           /* of layers that are rows of a tensor that a file holds; NULL: none */
+    int is_masks;                               /* a file of masks, by the names of the model whose config this is */
     besa_config config;
     char notes[2048];                           /* lines */
 };
@@ -10858,7 +10874,8 @@ static void besa__append_checkpoint(besa__text *t, const char *key, const besa_c
     const besa__kept *config = &checkpoint->config_file;
     besa__append(t, "\"%s\": {", key);
     besa__append_member(t, "name", checkpoint->name, ", ");
-    besa__append_sha256(t, "config_sha256", config->bytes, config->size, "");
+    if (checkpoint->is_masks) besa__append_sha256(t, "sha256", checkpoint->shards->base, checkpoint->shards->size, "");
+    else besa__append_sha256(t, "config_sha256", config->bytes, config->size, "");
     if (record) besa__append(t, ",\n  \"besa\": %s", record);
     besa__append(t, "},\n  ");
 }
@@ -11049,6 +11066,215 @@ BESA_API void besa_report_free(besa_report *report)
     BESA_FREE(report->kl);
     BESA_FREE(report->record);
     memset(report, 0, sizeof *report);
+}
+
+/* ============================================================================================
+ * // >>mask-files            rates and masks of a pruned checkpoint, in a file of their own
+ * ============================================================================================
+ * Owns the file that besa_masks_save describes. All of it follows from the zeros of a checkpoint, so that it can be made at any
+ * time, and is the same however the checkpoint came about. Tensors of a kind follow one another: all of 4 bytes come first. */
+
+enum { BESA__KIND_ALPHA, BESA__KIND_N, BESA__KIND_MASK, BESA__MASK_KINDS };
+
+typedef struct besa__mask_file {
+    const besa_checkpoint *checkpoint;
+    FILE *file;
+    int what;
+    int32_t *n;                                 /* of every row of all layers */
+    unsigned char *bits;                        /* (row_bytes) of one row */
+    size_t row_bytes;
+} besa__mask_file;
+
+static int besa__has_kind(const besa__mask_file *m, int kind)
+{
+    return (m->what & (kind == BESA__KIND_MASK ? BESA_FILE_MASKS : BESA_FILE_RATES)) != 0;
+}
+
+/* The file's header, filled up with blanks to a multiple of 8. */
+static void besa__mask_header(const besa__mask_file *m, besa__text *t)
+{
+    static const struct { const char *name, *dtype; } kinds[BESA__MASK_KINDS] = {{"alpha", "F32"}, {"n", "I32"}, {"mask", "U8"}};
+    uint64_t at = 0;
+    char name[128];
+    besa__append(t, "{\"__metadata__\":{\"format\":\"pt\"}");
+    for (int kind = 0; kind < BESA__MASK_KINDS; kind++)
+        for (int64_t b = 0; b < m->checkpoint->config.num_hidden_layers && besa__has_kind(m, kind); b++)
+            for (int i = 0; i < BESA_LAYERS; i++) {
+                int64_t rows, columns;
+                besa_block_layer(&m->checkpoint->config.block, i, &rows, &columns);
+                columns = kind == BESA__KIND_MASK ? besa__parts(columns, 8) : 1;
+                uint64_t bytes = (uint64_t)(rows * columns) * (kind == BESA__KIND_MASK ? 1 : 4);
+                besa__layer_tensor_name(name, sizeof name, &m->checkpoint->config, b, i, kinds[kind].name);
+                besa__append(t, ",\"%s\":{\"dtype\":\"%s\",\"shape\":[%lld", name, kinds[kind].dtype, (long long)rows);
+                if (kind == BESA__KIND_MASK) besa__append(t, ",%lld", (long long)columns);
+                besa__append(t, "],\"data_offsets\":[%llu,%llu]}", (unsigned long long)at, (unsigned long long)(at + bytes));
+                at += bytes;
+            }
+    besa__append(t, "}");
+    while (t->text && t->length % 8) besa__append(t, " ");
+}
+
+/* The weights of a row that are 0, and in bits (ceil(C / 8)) those that are not. */
+static int32_t besa__row_mask(const besa_tensor *tensor, int64_t row, unsigned char *bits)
+{
+    size_t size = besa_dtype_size(tensor->dtype);
+    int64_t columns = tensor->shape[1];
+    const unsigned char *at = (const unsigned char *)tensor->data + (size_t)(row * columns) * size;
+    int32_t zeros = 0;
+    memset(bits, 0, (size_t)besa__parts(columns, 8));
+    for (int64_t j = 0; j < columns; j++, at += size) {
+        uint32_t value = 0;                     /* of either sign, as floats are stored from the lowest byte on */
+        memcpy(&value, at, size);
+        int kept = (value << (33 - 8 * size)) != 0;
+        bits[j / 8] = (unsigned char)(bits[j / 8] | kept << (j % 8));
+        zeros += !kept;
+    }
+    return zeros;
+}
+
+/* Go over all rows: count their zeros, or write their masks. Returns whether all was written. */
+static int besa__walk_masks(const besa__mask_file *m, int write)
+{
+    int32_t *n = m->n;
+    int good = 1;
+    for (int64_t b = 0; b < m->checkpoint->config.num_hidden_layers; b++)
+        for (int i = 0; i < BESA_LAYERS; i++) {
+            const besa_tensor *tensor = besa_checkpoint_layer(m->checkpoint, b, i);
+            for (int64_t r = 0; r < tensor->shape[0]; r++) {
+                size_t bytes = (size_t)besa__parts(tensor->shape[1], 8);
+                *n++ = besa__row_mask(tensor, r, m->bits);
+                if (write) good = good && fwrite(m->bits, 1, bytes, m->file) == bytes;
+            }
+            besa__release_pages(m->checkpoint, tensor);
+        }
+    return good;
+}
+
+/* alpha or n of all rows. */
+static int besa__write_rates(const besa__mask_file *m, int kind)
+{
+    const int32_t *n = m->n;
+    int good = 1;
+    for (int64_t b = 0; b < m->checkpoint->config.num_hidden_layers; b++)
+        for (int i = 0; i < BESA_LAYERS; i++) {
+            int64_t rows, columns;
+            besa_block_layer(&m->checkpoint->config.block, i, &rows, &columns);
+            for (int64_t r = 0; r < rows; r++, n++) {
+                float alpha = (float)((double)*n / (double)columns);
+                good = good && fwrite(kind == BESA__KIND_N ? (const void *)n : (const void *)&alpha, 4, 1, m->file) == 1;
+            }
+        }
+    return good;
+}
+
+static int besa__write_mask_file(const besa__mask_file *m, const besa__text *header)
+{
+    unsigned char length[8];
+    for (int i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header->length >> (8 * i) & 255);
+    if (fwrite(length, 1, 8, m->file) != 8 || fwrite(header->text, 1, header->length, m->file) != header->length) return 0;
+    if (m->what & BESA_FILE_RATES) {
+        besa__walk_masks(m, 0);
+        if (!besa__write_rates(m, BESA__KIND_ALPHA) || !besa__write_rates(m, BESA__KIND_N)) return 0;
+    }
+    if (m->what & BESA_FILE_MASKS && !besa__walk_masks(m, 1)) return 0;
+    return fflush(m->file) == 0 && (fsync(fileno(m->file)) == 0 || errno == EINVAL || errno == ENOTSUP);
+}
+
+/* The memory that a file takes; n is NULL still. */
+static besa_result besa__mask_file_init(besa__mask_file *m, const besa_checkpoint *checkpoint, int what, besa_error *error)
+{
+    void *memory;
+    int64_t all = 0;
+    memset(m, 0, sizeof *m);
+    m->checkpoint = checkpoint;
+    m->what = what;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&checkpoint->config.block, i, &rows, &columns);
+        all += rows;
+        if (m->row_bytes < (size_t)besa__parts(columns, 8)) m->row_bytes = (size_t)besa__parts(columns, 8);
+    }
+    all = besa__product(all, checkpoint->config.num_hidden_layers);
+    BESA__TRY(besa__malloc(&memory, besa__bytes(all, sizeof *m->n), "counts of rows", error));
+    m->n = (int32_t *)memory;
+    BESA__TRY(besa__malloc(&memory, m->row_bytes, "a row's mask", error));
+    m->bits = (unsigned char *)memory;
+    return BESA_OK;
+}
+
+BESA_API besa_result besa_masks_save(const besa_checkpoint *checkpoint, const char *file, int what, besa_error *error)
+{
+    besa__mask_file m;
+    void *memory = NULL;
+    size_t size = strlen(file) + sizeof BESA__PARTIAL;
+    besa__text header = {(char *)BESA_MALLOC(4096), 0, 4096};
+    besa_result result = besa__mask_file_init(&m, checkpoint, what, error);
+    if (result == BESA_OK) besa__mask_header(&m, &header);
+    if (result == BESA_OK && !header.text) result = besa__fail(error, BESA_ERROR_MEMORY, "%s: out of memory for its header", file);
+    if (result == BESA_OK) result = besa__malloc(&memory, size, "a path", error);
+    if (result == BESA_OK) {
+        char *partial = (char *)memory;
+        besa__write_text(partial, size, "%s" BESA__PARTIAL, file);
+        m.file = fopen(partial, "wb");
+        int good = m.file && besa__write_mask_file(&m, &header), reason = errno;
+        if (m.file && fclose(m.file)) good = 0, reason = errno;
+        if (good && rename(partial, file)) good = 0, reason = errno;
+        if (!good && m.file) unlink(partial);
+        if (!good) result = besa__fail(error, BESA_ERROR_WRITE, "%s: %s", partial, strerror(reason));
+    }
+    BESA_FREE(memory);
+    BESA_FREE(header.text);
+    BESA_FREE(m.n);
+    BESA_FREE(m.bits);
+    return result;
+}
+
+/* The mask of a block's layer; NULL with a message where there is none of its shape. */
+static const besa_tensor *besa__mask_of(const besa_checkpoint *masks, int64_t block, int layer, besa_error *error)
+{
+    char name[128];
+    int64_t rows, columns;
+    besa__layer_tensor_name(name, sizeof name, &masks->config, block, layer, "mask");
+    besa_block_layer(&masks->config.block, layer, &rows, &columns);
+    const besa_tensor *t = besa_checkpoint_find(masks, name);
+    if (t && !strcmp(t->dtype_name, "U8") && t->ndim == 2 && t->shape[0] == rows && t->shape[1] == besa__parts(columns, 8)) return t;
+    besa__fail(error, BESA_ERROR_TENSOR, "%s: %s is %s, expected U8 of %lld x %lld: a bit for every weight", masks->shards->name, name,
+               t ? "of another shape or type" : "missing", (long long)rows, (long long)besa__parts(columns, 8));
+    return NULL;
+}
+
+static besa_result besa__masks_load(besa_checkpoint *masks, const char *file, besa_error *error)
+{
+    void *memory;
+    const char *name = besa__base_name(file);
+    size_t n = (size_t)(name - file);
+    BESA__TRY(besa__copy_text(&masks->directory, n ? file : ".", n ? n : 1, "a path", error));
+    BESA__TRY(besa__copy_text(&masks->name, name, strlen(name), "a name", error));
+    BESA__TRY(besa__malloc(&memory, sizeof(besa__shard), "a file", error));
+    masks->shards = (besa__shard *)memset(memory, 0, sizeof(besa__shard));
+    masks->num_shards = 1;
+    BESA__TRY(besa__copy_text(&masks->shards->name, name, strlen(name), "a name", error));
+    BESA__TRY(besa__map_shard(masks, 0, error));
+    BESA__TRY(besa__sort_tensors(masks, error));
+    for (int64_t b = 0; b < masks->config.num_hidden_layers; b++)
+        for (int i = 0; i < BESA_LAYERS; i++)
+            if (!besa__mask_of(masks, b, i, error)) return BESA_ERROR_TENSOR;
+    return BESA_OK;
+}
+
+BESA_API besa_result besa_masks_open(besa_checkpoint **masks, const char *file, const besa_checkpoint *model, besa_error *error)
+{
+    void *memory;
+    *masks = NULL;
+    if (!file || !*file) return besa__fail(error, BESA_ERROR_OPTION, "no file of masks given");
+    BESA__TRY(besa__malloc(&memory, sizeof **masks, "masks", error));
+    besa_checkpoint *opened = (besa_checkpoint *)memset(memory, 0, sizeof **masks);
+    opened->config = model->config;
+    opened->is_masks = 1;
+    besa_result result = besa__masks_load(opened, file, error);
+    if (result == BESA_OK) *masks = opened;
+    else besa_checkpoint_close(opened);
+    return result;
 }
 
 /* ============================================================================================
@@ -12702,6 +12928,22 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
                      (unsigned long long)besa__source_hash(run->checkpoint));
 }
 
+/* Masks of some weights of a layer, from number `first` on, as weights of `to_size` bytes, 0 or not. */
+static void besa__mask_weights(unsigned char *to, size_t to_size, const besa_tensor *tensor, int is_bits, int64_t columns, int64_t first,
+                               int64_t count)
+{
+    const unsigned char *data = (const unsigned char *)tensor->data;
+    size_t size = is_bits ? 1 : besa_dtype_size(tensor->dtype);
+    int64_t row_bytes = besa__parts(columns, 8), row = first / columns, column = first % columns;
+    for (int64_t k = 0; k < count; k++) {
+        uint32_t bits = 0;                      /* of either sign, as floats are stored from the lowest byte on */
+        memcpy(&bits, data + (is_bits ? (size_t)(row * row_bytes + column / 8) : (size_t)(first + k) * size), size);
+        int kept = is_bits ? (int)(bits >> (column % 8) & 1) : (bits << (33 - 8 * size)) != 0;
+        memset(to + (size_t)k * to_size, kept, to_size);
+        if (++column == columns) column = 0, row++;
+    }
+}
+
 /* The masks of a block to where its pruned weights will be, as weights of its dtype, 0 or not, by way of the staging. */
 static besa_result besa__read_masks(besa__run *run, int64_t index, besa_error *error)
 {
@@ -12710,20 +12952,14 @@ static besa_result besa__read_masks(besa__run *run, int64_t index, besa_error *e
     const besa_checkpoint *masks = run->pruner.options.masks;
     size_t to_size = besa_dtype_size(run->dtype);
     int64_t most = BESA__CHUNK_TOKENS * run->config->block.hidden_size;
-    BESA__TRY(besa__block_bind(&t, masks, index, error));
+    if (!masks->is_masks) BESA__TRY(besa__block_bind(&t, masks, index, error));
     for (int i = 0; i < BESA_LAYERS; i++) {
-        const besa_tensor *tensor = t.weight[i];
-        size_t size = besa_dtype_size(tensor->dtype);
-        int64_t all = (int64_t)(tensor->bytes / size);
-        for (int64_t first = 0, count; first < all; first += count) {
-            const unsigned char *from = (const unsigned char *)tensor->data + (size_t)first * size;
-            unsigned char *to = (unsigned char *)run->staging;
-            count = besa__min(most, all - first);
-            for (int64_t k = 0; k < count; k++) {
-                uint32_t bits = 0; /* of either sign, as floats are stored from the lowest byte on */
-                memcpy(&bits, from + (size_t)k * size, size);
-                memset(to + (size_t)k * to_size, (bits << (33 - 8 * size)) != 0, to_size);
-            }
+        int64_t rows, columns;
+        besa_block_layer(&run->config->block, i, &rows, &columns);
+        const besa_tensor *tensor = masks->is_masks ? besa__mask_of(masks, index, i, error) : t.weight[i];
+        for (int64_t first = 0, count; first < rows * columns; first += count) {
+            count = besa__min(most, rows * columns - first);
+            besa__mask_weights((unsigned char *)run->staging, to_size, tensor, masks->is_masks, columns, first, count);
             BESA__TRY_ON(be, be->upload(be, BESA_QUEUE_COMPUTE, besa__at(run->pruned[besa__room_of(run, index)][i],
                                         run->dtype, first), run->staging, (size_t)count * to_size), error);
             BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);

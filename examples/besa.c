@@ -255,6 +255,22 @@ static besa_result open_backend(job *j)
 #endif
 }
 
+/* Masks are a file of them, or a checkpoint. */
+static besa_result open_masks(job *j)
+{
+    struct stat st;
+    if (stat(j->s->masks, &st) || S_ISDIR(st.st_mode)) return besa_checkpoint_open(&j->masks, j->s->masks, &j->error);
+    return besa_masks_open(&j->masks, j->s->masks, j->checkpoint, &j->error);
+}
+
+/* The files of rates and masks that are asked for, from the zeros of a checkpoint. */
+static besa_result save_masks(const settings *s, const besa_checkpoint *checkpoint, besa_error *error)
+{
+    const int both = s->rates && s->save_masks && !strcmp(s->rates, s->save_masks);
+    if (s->rates) TRY(besa_masks_save(checkpoint, s->rates, both ? BESA_FILE_RATES | BESA_FILE_MASKS : BESA_FILE_RATES, error));
+    return s->save_masks && !both ? besa_masks_save(checkpoint, s->save_masks, BESA_FILE_MASKS, error) : BESA_OK;
+}
+
 static besa_result load_tests(job *j, int64_t windows, int64_t *seqlen, const char *seqlen_option); /* in compare.h */
 
 /* Open the checkpoint, the backend and the tokens, as far as the command has them. */
@@ -263,7 +279,7 @@ static besa_result open_job(job *j)
     const settings *s = j->s;
     besa_calibration *c = &j->calibration;
     TRY(besa_checkpoint_open(&j->checkpoint, s->path[0], &j->error));
-    if (s->masks) TRY(besa_checkpoint_open(&j->masks, s->masks, &j->error));
+    if (s->masks) TRY(open_masks(j));
     if (s->command->bit & EVAL) fprintf(stderr, "%s", besa_checkpoint_notes(j->checkpoint));
     TRY(open_backend(j));
     c->nsamples = s->num_counts ? s->counts[0] : s->nsamples;
@@ -505,6 +521,16 @@ static besa_result measure_source(job *j)
     return result;
 }
 
+/* Of what has just been written: `besa info` makes the same files of it. */
+static besa_result save_output_masks(job *j)
+{
+    besa_checkpoint *output;
+    TRY(besa_checkpoint_open(&output, j->s->path[1], &j->error));
+    besa_result result = save_masks(j->s, output, &j->error);
+    besa_checkpoint_close(output);
+    return result;
+}
+
 static besa_result run_prune(job *j)
 {
     const settings *s = j->s;
@@ -532,8 +558,9 @@ static besa_result run_prune(job *j)
     if (result && is_new) unlink(s->report);
     TRY(result);
     print_summary(s, &report, plan.notes);
+    if (s->rates || s->save_masks) result = save_output_masks(j);
     report.plan = &plan;
-    if (s->report) result = write_report(j, &report);
+    if (!result && s->report) result = write_report(j, &report);
     besa_report_free(&report);
     return result;
 }
@@ -626,6 +653,7 @@ static besa_result run_info(job *j)
     const besa_config *config = besa_checkpoint_config(j->checkpoint);
     const int json = j->s->json;
     double weights = 0, zeros = 0;
+    TRY(save_masks(j->s, j->checkpoint, &j->error));
     print_shape(config, json);
     print_info_notes(besa_checkpoint_notes(j->checkpoint), json);
     printf(json ? ",\n \"layers\": [" : "\nsparsity");

@@ -58,7 +58,7 @@ typedef struct settings {
     char **arguments; /* after the command's name, ended by NULL */
     const char *path[2];
     int num_paths;
-    const char *tokens, *test, *report, *trace, *preset, *masks;
+    const char *tokens, *test, *report, *trace, *rates, *save_masks, *preset, *masks;
     const char *against, *json_file, *markdown, *resume; /* of a comparison */
     test_file tests[MAX_TESTS];        /* what compare and eval measure on */
     int num_tests;
@@ -136,7 +136,7 @@ static const option own_options[] = {
     {"sparsity", SHARES, AT(prune.rates.target), COMPARE, "S,S,...",
      "shares of the weights that become zero [0.5, or the pattern's]"},
     {"pattern", PATTERN, 0, RUN, "N:M", "prune N of every M consecutive weights and keep M - N: 2:4, 4:8; 6:8 keeps 2. besa: --preset best, or --learn weights or both"},
-    {"masks", TEXT, AT(masks), RUN, "DIR", "keep: the checkpoint whose zeros are the masks, pruned by whatever program"},
+    {"masks", TEXT, AT(masks), RUN, "DIR|FILE", "keep: the checkpoint whose zeros are the masks, pruned by whatever program, or a file of --save-masks"},
     {"skip", SKIP, 0, RUN, "PATTERN", "keep layers dense: v_proj, layers.0, '*.mlp.*'; repeatable"},
     {"blocks", BLOCKS, 0, RUN, "A-B", "prune blocks A to B, counted from 0, and leave the others dense: for studies [all]"},
     {"block-targets", TARGETS, 0, RUN, "FILE|owl[:L[:M]]",
@@ -164,6 +164,8 @@ static const option own_options[] = {
      "bytes that the run's arrays stay within [cpu: no limit; cuda: 31/32 of what is free]"},
     {"report", TEXT, AT(report), PRUNE | EVAL, "FILE", "what was done and how it came out, as JSON: of prune every layer; losses of dense blocks are null"},
     {"trace", TEXT, AT(trace), PRUNE, "FILE", "a line of JSON for each learning step: loss, penalty, rates, learning rates. A run that goes on goes on in it"},
+    {"save-rates", TEXT, AT(rates), PRUNE | INFO, "FILE", "of every layer and row, how many weights are 0 and their share, as safetensors"},
+    {"save-masks", TEXT, AT(save_masks), PRUNE | INFO, "FILE", "of every layer which weights are not 0, a bit each, as safetensors; --masks takes it"},
     {"json", FLAG, AT(json), EVAL | INFO, "", "print JSON"},
     {"json", TEXT, AT(json_file), COMPARE, "FILE", "all figures as JSON, written after every run"},
     {"markdown", TEXT, AT(markdown), COMPARE, "FILE", "the table as Markdown"},
@@ -891,11 +893,13 @@ static void check_arguments(settings *s)
     if (s->markdown) check_report(s, "markdown", s->markdown);
     if (s->resume) check_report(s, "resume", s->resume);
     if (s->trace) check_report(s, "trace", s->trace);
+    if (s->rates) check_report(s, "save-rates", s->rates);
+    if (s->save_masks) check_report(s, "save-masks", s->save_masks);
     if (s->report && s->trace && !strcmp(s->report, s->trace)) usage_error(s, "--report and --trace are one file");
     if (s->report && s->command->bit == EVAL && s->num_tests > 1) usage_error(s, "--report of eval is about one text");
     int keeps = s->command->bit & ONE && s->prune.method == BESA_METHOD_KEEP;
     for (int i = 0; i < s->num_rows; i++) keeps |= s->rows[i].method == BESA_METHOD_KEEP;
-    if (keeps && !s->masks) usage_error(s, "--method keep wants --masks DIR, whose zeros it keeps");
+    if (keeps && !s->masks) usage_error(s, "--method keep wants --masks DIR or FILE, whose zeros it keeps");
     if (!keeps && s->masks) usage_error(s, "--masks is for --method keep");
     if (s->command->bit & ONE && keeps && s->has_sparsity)
         usage_error(s, "--sparsity is not for --method keep, whose masks have one");

@@ -637,7 +637,8 @@ def check_record(examples, stories, work):
     data = ["--tokens", stories / "calibration_tokens.npy", "--nsamples", "4", "--seqlen", "32", "--quiet"]
     test = ["--test", stories / "test_tokens.npy", "--windows", "2"]
     runs = {"best": ["--preset", "best", *test, "--test-dense", "--seed", "3"], "wanda": ["--method", "wanda", "--skip", "layers.0", "--blocks", "0-2"],
-            "bits": ["--bits", "4", "--group-size", "16"], "keep": ["--method", "keep", "--masks", work / "record-wanda"],
+            "bits": ["--bits", "4", "--group-size", "16"], "keep": ["--method", "keep", "--masks", work / "record-wanda", "--save-masks", work / "record-masks"],
+            "file": ["--method", "keep", "--masks", work / "record-masks"],
             "owl": ["--block-targets", "owl", "--method", "sparsegpt"]}
     wrong, found = {}, {}
     for name, options in runs.items():

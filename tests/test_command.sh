@@ -337,6 +337,13 @@ check 2 '--masks is for --method keep' plan "$stories" --masks "$work/slope"
 check 2 '--sparsity is not for --method keep' plan "$stories" --method keep --masks "$work/slope" --sparsity .5
 check 0 'sparsity 0.2000' prune "$stories" "$work/kept" $data --method keep --masks "$work/blocks" --quiet
 cmp -s "$work/kept/model.safetensors" "$work/blocks/model.safetensors" || bad="$bad; other weights than those whose zeros were kept"
+run info "$work/blocks" --save-masks "$work/masks" --save-rates "$work/rates"
+check 0 'sparsity 0.2000' prune "$stories" "$work/again.masks" $data --method keep --masks "$work/masks" --quiet --save-masks "$work/same" --save-rates "$work/same"
+cmp -s "$work/again.masks/model.safetensors" "$work/blocks/model.safetensors" || bad="$bad; other weights than by a file of masks"
+[ "$(wc -c <"$work/masks")" -gt 28000 ] && [ "$(wc -c <"$work/same")" -gt $(($(wc -c <"$work/masks") + 10000)) ] || bad="$bad; not both kinds in one file"
+grep -q 'save' "$work/again.masks/README.md" && bad="$bad; the card says what else was written"
+check 2 'to_model is .* in .*, by another name' prune "$work/linked" "$work/no" $data --save-masks "$work/to_model"
+check 1 'mask is missing' plan "$stories" --method keep --masks "$work/rates"
 check 0 'sparsity 0.2000' prune "$stories" "$work/learned" $data --method keep --masks "$work/blocks" --learn weights --quiet
 check 0 'nothing is pruned' prune "$stories" "$work/nothing" $data --method keep --masks "$stories" --quiet
 done_with "masks that are kept"
@@ -370,7 +377,7 @@ cmp -s "$work/a.jsonl" "$work/b.jsonl" || bad="$bad; the traces differ"
 [ "$(wc -l <"$work/a.jsonl")" -eq 960 ] || bad="$bad; $(wc -l <"$work/a.jsonl") lines of trace"
 grep -q '^{"block": 4, "step": 192, "steps": 192, "loss": [0-9.e-]*, "penalty": [0-9.e-]*, "mean_rate": 0.[0-9]*, "d": [0-9.e-]*, "lr": null, "weight_lr": [0-9.e-]*}$' \
     "$work/a.jsonl" || bad="$bad; $(tail -1 "$work/a.jsonl")"
-for file in a b; do sed 's/"seconds": [^,}]*//g; s/"seconds": {[^}]*}//; /"command"\|"threads"\|"resumed_blocks"\|"device_bytes"/d' "$work/$file.json" >"$work/$file.same"; done
+for file in a b; do sed 's/"seconds": {[^}]*}//; s/"seconds": [^,}]*//g; /"command"\|"threads"\|"resumed_blocks"\|"device_bytes"/d' "$work/$file.json" >"$work/$file.same"; done
 cmp -s "$work/a.same" "$work/b.same" || bad="$bad; reports differ: $(diff "$work/a.same" "$work/b.same" | head -3)"
 check 0 'sparsity' prune "$work/model" "$work/none" $data --method wanda --trace "$work/b.jsonl" # where nothing learns there are no steps
 [ ! -s "$work/b.jsonl" ] || bad="$bad; a trace of another run"

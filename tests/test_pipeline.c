@@ -968,7 +968,7 @@ typedef struct traced {
 static besa_result trace_step(void *user, const besa_step *step)
 {
     traced *t = (traced *)user;
-    besa_trace trace;
+    besa_trace trace = { 0, 0, 0, 0 };
     double penalty = 0, sum = 0, weights = 0;
     int first = 0, parts = 0, ends[] = { BESA_O, BESA_DOWN };
     CHECK(besa_step_trace(step, &trace, NULL) == BESA_OK && trace.loss == (double)step->loss[0], "step %d: loss %g", (int)step->step, trace.loss);
@@ -988,7 +988,8 @@ static besa_result trace_step(void *user, const besa_step *step)
         penalty += t->lambda * pow((sum / weights - t->target) / t->target, 2);
         first = i + 1, parts++;
     }
-    CHECK(fabs(trace.penalty - penalty) <= 1e-5 * penalty + 1e-9 && trace.d > 0 && fabs(trace.mean_rate - t->target) < 0.2, "step %d, %d parts: penalty %g, expected %g",
+    CHECK(fabs(trace.penalty - penalty) <= 1e-6 * sqrt(t->lambda * penalty) + 1e-12 && /* S is a float */
+          trace.d > 0 && fabs(trace.mean_rate - t->target) < 0.2, "step %d, %d parts: penalty %g, expected %g",
           (int)step->step, parts, trace.penalty, penalty);
     return BESA_OK;
 }
@@ -1036,6 +1037,118 @@ static void test_measured(void)
     besa_report_free(&report);
     besa_checkpoint_close(checkpoint);
     be.destroy(&be);
+}
+
+static void limit_files(rlim_t bytes)
+{
+    struct rlimit limit;
+    getrlimit(RLIMIT_FSIZE, &limit);
+    limit.rlim_cur = bytes < limit.rlim_max ? bytes : limit.rlim_max;
+    setrlimit(RLIMIT_FSIZE, &limit);
+}
+
+/* Rows' counts, shares and masks of a file against the weights that it was made of. */
+static void check_mask_file(const char *file, const besa_checkpoint *weights)
+{
+    besa_checkpoint *masks = NULL;
+    besa_error error;
+    CHECK_OK(besa_masks_open(&masks, file, weights, &error), error);
+    for (int64_t b = 0; masks && b < besa_checkpoint_config(weights)->num_hidden_layers; b++)
+        for (int i = 0; i < BESA_LAYERS; i++) {
+            const besa_tensor *w = besa_checkpoint_layer(weights, b, i), *t[3];
+            static const char *const kind[] = { "alpha", "n", "mask" };
+            int64_t rows = w->shape[0], columns = w->shape[1], wrong = 0;
+            size_t size = besa_dtype_size(w->dtype);
+            for (int k = 0; k < 3; k++) {
+                char name[128];
+                snprintf(name, sizeof name, "model.layers.%d.%s.%s", (int)b, g_part[i], kind[k]);
+                t[k] = besa_checkpoint_find(masks, name);
+                CHECK(t[k] && t[k]->shape[0] == rows && (k == 2 || (t[k]->ndim == 1 && (uintptr_t)t[k]->data % 4 == 0)), "%s: no %s", file, name);
+                if (!t[k]) return besa_checkpoint_close(masks);
+            }
+            for (int64_t r = 0; r < rows; r++) {
+                int32_t zeros = 0;
+                for (int64_t j = 0; j < columns; j++) {
+                    const unsigned char *at = (const unsigned char *)w->data + (size_t)(r * columns + j) * size;
+                    int zero = 1, bit = ((const unsigned char *)t[2]->data)[r * t[2]->shape[1] + j / 8] >> (j % 8) & 1;
+                    for (size_t k = 0; k < size; k++) zero = zero && !(at[k] & (k + 1 == size ? 0x7F : 0xFF));
+                    zeros += zero;
+                    wrong += bit == zero;
+                }
+                wrong += ((const int32_t *)t[1]->data)[r] != zeros;
+                wrong += ((const float *)t[0]->data)[r] != (float)((double)zeros / (double)columns);
+                if (columns % 8) wrong += ((const unsigned char *)t[2]->data)[r * t[2]->shape[1] + columns / 8] >> (columns % 8) != 0;
+            }
+            CHECK(wrong == 0, "%s: block %d, %s: %d wrong", file, (int)b, g_part[i], (int)wrong);
+        }
+    besa_checkpoint_close(masks);
+}
+
+/* Masks and rates in a file of their own: those of the weights, and masks from there prune as those of the checkpoint do, in
+ * every element type, on a device with memory of its own too; what is no such file is refused. */
+static void test_mask_files(void)
+{
+    const char *model = temp_path("model"), *pruned = temp_path("pruned"), *file = temp_path("masks.safetensors");
+    char first[256], path[700];
+    besa_checkpoint *weights = NULL, *masks = NULL;
+    besa_error error;
+    size_t n;
+    for (int i = 0; i < 3; i++) {
+        fixture_random_llama(model, 2, 36, 76, 2, 1, 64, (besa_dtype)i);
+        setup s = new_setup(pruned, BESA_METHOD_WANDA, 0.37);
+        s.source = model;
+        run_and_verify(&s);
+        CHECK_OK(besa_checkpoint_open(&weights, pruned, &error), error);
+        if (!weights) return;
+        CHECK_OK(besa_masks_save(weights, file, BESA_FILE_RATES | BESA_FILE_MASKS, &error), error);
+        CHECK(!exists(partial_of(file)), "something is left beside %s", file);
+        check_mask_file(file, weights);
+        CHECK_OK(besa_masks_open(&masks, file, weights, &error), error);
+        s = new_setup(temp_path("out"), BESA_METHOD_KEEP, 0);
+        besa_backend be;
+        CHECK_OK(besa_cpu_backend(&be, NULL, &error), error);
+        be.unified_memory = i % 2;
+        s.source = model, s.options.masks = masks, s.be = &be;
+        CHECK_RUN(&s);
+        besa_report_free(&s.report);
+        CHECK(compare_directories(pruned, s.output, "besa.json", first) == 0, "dtype %d: %s differs", i, first);
+        besa__json json;
+        if (read_json(&json, s.output, "besa.json")) {
+            CHECK(!strcmp(string_at(&json, "masks.name"), "masks.safetensors") && strlen(string_at(&json, "masks.sha256")) == 64, "besa.json: masks");
+            besa__json_free(&json);
+        }
+        be.destroy(&be);
+        besa_checkpoint_close(masks);
+        besa_checkpoint_close(weights);
+        discard(s.output), discard(pruned);
+        if (i < 2) discard(model);
+    }
+    CHECK_OK(besa_checkpoint_open(&weights, model, &error), error);
+    if (!weights) return;
+    CHECK_OK(besa_masks_save(weights, file, BESA_FILE_RATES, &error), error);
+    CHECK(besa_masks_open(&masks, file, weights, &error) == BESA_ERROR_TENSOR && strstr(error.message, "masks.safetensors: model.layers.0.self_attn.q_proj.mask is missing"), "%s", error.message);
+    CHECK(besa_masks_open(&masks, temp_path("none"), weights, &error) == BESA_ERROR_NOT_FOUND && strstr(error.message, "none"), "%s", error.message);
+    CHECK_OK(besa_masks_save(weights, file, BESA_FILE_MASKS, &error), error);
+    besa_checkpoint *other = NULL;
+    CHECK_OK(besa_checkpoint_open(&other, g_stories, &error), error);
+    CHECK(other && besa_masks_open(&masks, file, other, &error) == BESA_ERROR_TENSOR && strstr(error.message, "expected U8 of 64 x 8"), "%s", error.message);
+    besa_checkpoint_close(other);
+    unsigned char *bytes = read_bytes(file, &n);
+    write_bytes(file, bytes, n - 1);
+    CHECK(besa_masks_open(&masks, file, weights, &error) == BESA_ERROR_FORMAT && strstr(error.message, "masks.safetensors"), "%s", error.message);
+    free(bytes);
+    snprintf(path, sizeof path, "%s/none/masks", model);
+    CHECK(besa_masks_save(weights, path, BESA_FILE_MASKS, &error) == BESA_ERROR_WRITE && strstr(error.message, "none/masks"), "%s", error.message);
+    void (*handler)(int) = signal(SIGXFSZ, SIG_IGN);
+    fflush(stdout);
+    limit_files(100);
+    CHECK(besa_masks_save(weights, temp_path("full"), BESA_FILE_MASKS, &error) == BESA_ERROR_WRITE && !exists(temp_path("full")) &&
+          !exists(partial_of(temp_path("full"))), "a full disk: %s", error.message);
+    limit_files(RLIM_INFINITY);
+    signal(SIGXFSZ, handler);
+    besa_checkpoint_close(weights);
+    unlink(file);
+    discard(model);
 }
 
 /* FIPS 180-4's examples, and every length around a block's. */
@@ -1518,14 +1631,6 @@ static void test_output_place(void)
     CHECK_RUN(&s);
     CHECK(s.report.perplexity > 1 && s.report.sparsity > 0.4, "perplexity %g", s.report.perplexity);
     besa_report_free(&s.report);
-}
-
-static void limit_files(rlim_t bytes)
-{
-    struct rlimit limit;
-    getrlimit(RLIMIT_FSIZE, &limit);
-    limit.rlim_cur = bytes < limit.rlim_max ? bytes : limit.rlim_max;
-    setrlimit(RLIMIT_FSIZE, &limit);
 }
 
 static int limit_in_last_block(void *user, const besa_progress *p)
@@ -4341,6 +4446,7 @@ int main(int argc, char **argv)
     TEST("names of models") test_model_names();
     TEST("trace of learning steps") test_trace();
     TEST("report of a perplexity") test_measured();
+    TEST("files of masks and rates") test_mask_files();
     TEST("SHA-256") test_sha256();
     TEST("strings and numbers of the report") test_report_strings();
     TEST("windows of some layers") test_some_windows();
