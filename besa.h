@@ -146,6 +146,7 @@
  *     >>cpu-sparsegpt      SparseGPT on the CPU: factor of the inverse Hessian, slabs of weights
  *     >>cpu-refit          kept weights fitted anew on the CPU: steps of conjugate gradients
  *     >>cpu-backend        the CPU's table of operations
+ *     >>cuda-sizes         what the CUDA backend takes for scratch, and a table for plans without a GPU
  *
  * HOOKS, defined before the implementation is included
  *
@@ -785,6 +786,18 @@ extern besa_result besa_cuda_backend(besa_backend *be, const besa_cuda_options *
 #else
 BESA_API besa_result besa_cuda_backend(besa_backend *be, const besa_cuda_options *options, besa_error *error);
 #endif
+
+/* A CUDA device that need not be there. */
+typedef struct besa_absent_device {
+    size_t memory;                              /* bytes that are free on it: required. Of 24 GB some hundred MB are the driver's */
+    int processors;                             /* [132] multiprocessors: H100 132, A100 108, RTX 4090 128, RTX 3090 82, T4 40 */
+    int capability;                             /* [90] compute capability, times 10: H100 90, A100 80, RTX 4090 89, RTX 3090 86, T4 75 */
+    int fp32;                                   /* as in besa_cuda_options */
+} besa_absent_device;
+
+/* A table for besa_plan and the ..._size functions, which then count what besa_cuda_backend takes on such a device; where it has
+ * the memory to itself, to the byte. It needs neither CUDA nor a GPU, gives no memory, and so nothing can run on it. */
+BESA_API besa_result besa_absent_backend(besa_backend *be, const besa_absent_device *device, besa_error *error);
 
 /* ============================================================================================
  * // >>api-layer             level 3: rates of any linear layers, in a training loop of your own
@@ -17158,6 +17171,302 @@ BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *
     BESA_OPERATIONS(BESA__FILL)
 #undef BESA__FILL
     return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>cuda-sizes            what the CUDA backend takes for scratch, and a table for plans without a GPU
+ * ============================================================================================
+ * Owns how large the scratch of besa_cuda.cuh's operations is, for a device of so many multiprocessors. It is here, and not
+ * there, so that besa_plan can count it where neither CUDA nor a GPU is. For each operation with scratch a function
+ * `..._place` takes its arrays; besa__cuda_workspace runs it on an arena without memory. */
+
+typedef struct besa__cuda_device {
+    int processors;                             /* multiprocessors */
+    size_t shared_limit;                        /* most dynamic shared memory of a block, with opt-in */
+    size_t blas_bytes;                          /* of cuBLAS's scratch, at the end of the workspace */
+    int64_t panel;                              /* elements of W that are converted at a time (tests lower this and the next
+                                                   three) */
+    int64_t queries;                            /* query rows of one item of attention's products, at least where memory allows */
+    int64_t query_rows;                         /* the same of all items of a product: what fills the device */
+    size_t score_bytes;                         /* scratch of attention; one head may take more */
+} besa__cuda_device;
+
+/* From what the driver says of a device: multiprocessors, most shared memory of a block, major compute capability; and what of it
+ * the table has. */
+static void besa__cuda_device_init(besa_backend *be, besa__cuda_device *cuda, int processors, int shared, int major, int fp32)
+{
+    cuda->processors = processors;
+    cuda->shared_limit = (size_t)(shared > 49152 ? shared : 49152) - 1024; /* kernels keep up to 1 KB */
+    cuda->blas_bytes = (size_t)(major >= 9 ? 32 : 8) << 20; /* as cuBLAS recommends */
+    cuda->panel = 1 << 25;
+    cuda->queries = 512;
+    cuda->query_rows = 64 * (int64_t)processors; /* a tile of 128 for every other one */
+    cuda->score_bytes = (size_t)processors * 3 << 20;
+    be->gradient_bytes = (size_t)256 << 20;
+    be->activation_dtype = major < 8 || fp32 ? BESA_F32 : BESA_BF16;
+}
+
+enum { BESA__CUDA_SUM_PARTS = 128, BESA__CUDA_LOSS_PARTS = 1024, BESA__CUDA_STEP_PARTS = 1024, BESA__CUDA_DIGITS = 2048,
+       BESA__CUDA_RATE_FLOATS = 1 << 20 /* of each scratch array */ };
+
+static float *besa__cuda_column_sumsq_place(besa__arena *work, int64_t d)
+{
+    return besa__take_floats(work, BESA__CUDA_SUM_PARTS * d);
+}
+
+static void besa__cuda_block_loss_place(besa__arena *work, float **weight, double **part, int64_t d)
+{
+    *weight = besa__take_floats(work, d);
+    *part = (double *)besa__take(work, BESA__CUDA_LOSS_PARTS * sizeof(double));
+}
+
+static void *besa__cuda_panel_place(const besa__cuda_device *cuda, besa_dtype act, besa__arena *work, int64_t rows, int64_t columns)
+{
+    int64_t least = 8 * besa__max(rows, columns); /* besa__cuda_panel_step takes no fewer lines than eight */
+    int64_t count = besa__min(rows * columns, besa__max(cuda->panel, least));
+    return besa__take(work, (size_t)count * besa_dtype_size(act));
+}
+
+typedef struct besa__cuda_attention {
+    int64_t seqlen, head_dim, window;
+    float scale, cap;                  /* of the scores; cap 0: none */
+    int64_t stack, turns;              /* query heads in one matrix; products one after another: stack * turns share a kv head */
+    int64_t inner, outer;              /* batched; one after another */
+    int64_t q_inner, q_outer, k_inner, k_outer; /* elements from one to the next */
+    int64_t q_row, k_row;              /* from token to token */
+    int64_t queries, chunk;            /* tokens of a piece, items of `inner` at a time */
+    float *scores;                     /* (chunk, queries * stack, keys): S, then in the backward pass dP */
+    void *p, *ds;                      /* the same as act: P, dS; with float activations over the scores */
+    float *dk, *dv;                    /* (chunk, seqlen, head_dim) sums */
+} besa__cuda_attention;
+
+/* The section cuda-attention of besa_cuda.cuh says what the pieces and chunks are. Keys are padded to whole eights. */
+static int64_t besa__cuda_score_row(int64_t keys) { return besa__parts(keys, 8) * 8; }
+
+/* The arrays for `chunk` items. */
+static void besa__cuda_attention_place(besa__arena *work, besa__cuda_attention *a, besa_dtype act, int64_t chunk)
+{
+    int64_t scores = chunk * a->queries * a->stack * besa__cuda_score_row(a->seqlen);
+    size_t bytes = (size_t)scores * 2;
+    a->chunk = chunk;
+    a->scores = besa__take_floats(work, scores);
+    a->p = besa__take(work, bytes);
+    a->ds = besa__take(work, bytes);
+    a->dk = besa__take_floats(work, chunk * a->seqlen * a->head_dim);
+    a->dv = besa__take_floats(work, chunk * a->seqlen * a->head_dim);
+    if (act != BESA_F32) return;
+    a->ds = a->p; /* both halves: P lies over S, dS and dP over the other array */
+    a->p = a->scores;
+}
+
+/* Everything but memory. */
+static void besa__cuda_attention_shape(const besa__cuda_device *cuda, besa__cuda_attention *a, const besa_attention_shape *s)
+{
+    int64_t row_bytes = 8 * besa__cuda_score_row(s->seqlen), room = (int64_t)cuda->score_bytes / row_bytes;
+    int64_t share = s->num_attention_heads / s->num_key_value_heads, dh = s->head_dim;
+    int by_sequence = s->batch > s->num_key_value_heads;
+    memset(a, 0, sizeof *a);
+    a->seqlen = s->seqlen, a->head_dim = dh, a->window = s->sliding_window;
+    a->scale = s->scale != 0.0f ? s->scale : 1.0f / sqrtf((float)dh);
+    a->cap = s->softcap;
+    a->stack = s->num_key_value_heads == 1 ? share : 1;
+    a->turns = share / a->stack;
+    a->q_row = s->num_attention_heads * dh, a->k_row = s->num_key_value_heads * dh;
+    a->inner = by_sequence ? s->batch : s->num_key_value_heads;
+    a->outer = by_sequence ? s->num_key_value_heads : s->batch;
+    a->q_inner = by_sequence ? s->seqlen * a->q_row : share * dh;
+    a->q_outer = by_sequence ? share * dh : s->seqlen * a->q_row;
+    a->k_inner = by_sequence ? s->seqlen * a->k_row : dh;
+    a->k_outer = by_sequence ? dh : s->seqlen * a->k_row;
+    a->queries = besa__max(cuda->queries, besa__min(cuda->query_rows / a->inner / 128 * 128, s->seqlen / 2));
+    a->queries = besa__max(besa__min(a->queries, room / 16 * 16) / a->stack, 1); /* of a token: stack rows */
+    a->queries = besa__min(a->queries, besa__max(1, s->seqlen));
+}
+
+/* As many items as `bytes` of memory hold, at least one. */
+static int64_t besa__cuda_attention_fit(besa__cuda_attention *a, besa_dtype act, size_t bytes)
+{
+    int64_t chunk = a->inner;
+    for (;; chunk = besa__parts(chunk, 2)) {
+        besa__arena work = {NULL, 0};
+        besa__cuda_attention_place(&work, a, act, chunk);
+        if (chunk <= 1 || work.used <= bytes) return chunk;
+    }
+}
+
+static uint64_t besa__cuda_attention_bytes(const besa__cuda_device *cuda, besa_dtype act, const besa_workload *w)
+{
+    besa__arena work = {NULL, 0};
+    besa__cuda_attention a;
+    if (w->num_attention_heads < 1 || w->tokens < 1 || w->seqlen < 1) return 0;
+    besa_attention_shape s = {besa__max(1, w->tokens / w->seqlen), w->seqlen, w->num_attention_heads,
+                              w->num_key_value_heads, w->head_dim, 0, 0, 0};
+    besa__cuda_attention_shape(cuda, &a, &s);
+    besa__cuda_attention_place(&work, &a, act, besa__cuda_attention_fit(&a, act, cuda->score_bytes));
+    return work.used;
+}
+
+typedef struct besa__select {
+    unsigned long long count[BESA__CUDA_DIGITS];
+    long long place, smaller;                   /* place among the keys that share the prefix; keys below the prefix */
+    uint32_t prefix;                            /* in the end the key */
+} besa__select;
+
+static besa__select *besa__cuda_select_place(besa__arena *work)
+{
+    return (besa__select *)besa__take(work, sizeof(besa__select));
+}
+
+static besa__select *besa__cuda_mask_smallest_place(besa__arena *work, long long **ties, int64_t rows)
+{
+    *ties = (long long *)besa__take(work, (size_t)rows * sizeof(long long));
+    return besa__cuda_select_place(work);
+}
+
+enum { BESA__CUDA_SORT_THREADS = 512, BESA__CUDA_SORT_COLUMNS = 16 /* of a thread, at least */ };
+
+typedef struct besa__sort_plan {
+    int threads, shared_keys, shared_positions;
+    size_t shared;
+    int64_t blocks;
+} besa__sort_plan;
+
+static besa__sort_plan besa__cuda_sort_plan(const besa__cuda_device *cuda, int64_t rows, int64_t columns)
+{
+    besa__sort_plan plan;
+    size_t element = columns > 65536 ? 4 : 2, c = (size_t)columns;
+    plan.threads = (int)besa__min(BESA__CUDA_SORT_THREADS, besa__parts(columns, 32 * BESA__CUDA_SORT_COLUMNS) * 32);
+    size_t counts = 256 * (size_t)(plan.threads / 32) * sizeof(uint32_t), positions = 2 * c * element;
+    plan.shared_keys = counts + positions + 4 * c <= cuda->shared_limit;
+    plan.shared_positions = counts + positions <= cuda->shared_limit;
+    plan.shared = counts + (plan.shared_positions ? positions : 0) + (plan.shared_keys ? 4 * c : 0);
+    plan.blocks = plan.shared_positions ? rows : besa__min(rows, 2 * cuda->processors);
+    return plan;
+}
+
+/* Two arrays of positions for each block that is at work at a time, or NULL where shared memory has them */
+static void *besa__cuda_sort_place(const besa__cuda_device *cuda, besa__arena *work, int64_t rows, int64_t columns)
+{
+    besa__sort_plan plan = besa__cuda_sort_plan(cuda, rows, columns);
+    if (plan.shared_positions) return NULL;
+    return besa__take(work, (size_t)(2 * plan.blocks * columns) * (columns > 65536 ? 4 : 2));
+}
+
+/* candidates 0: any number */
+static void besa__cuda_rates_place(besa__arena *work, float **sums, float **part, int64_t rows, int64_t candidates)
+{
+    int64_t floats = BESA__CUDA_RATE_FLOATS;
+    if (candidates > 0) floats = besa__min(floats, rows * candidates);
+    *sums = besa__take_floats(work, floats);
+    *part = besa__take_floats(work, floats);
+}
+
+static void besa__cuda_project_place(besa__arena *work, double **logit, double **rest, int64_t rows)
+{
+    *logit = (double *)besa__take(work, (size_t)rows * sizeof(double));
+    *rest = (double *)besa__take(work, (size_t)rows * sizeof(double));
+}
+
+static double *besa__cuda_optimizer_place(besa__arena *work)
+{
+    return (double *)besa__take(work, (2 * BESA__CUDA_STEP_PARTS + 3) * sizeof(double));
+}
+
+static besa__select *besa__cuda_slab_place(besa__arena *work, float **scale, int64_t width)
+{
+    *scale = besa__take_floats(work, width);
+    return besa__cuda_select_place(work);
+}
+
+/* The most scratch that any operation takes, and behind it cuBLAS's. */
+static size_t besa__cuda_workspace(const besa__cuda_device *cuda, besa_dtype act, const besa_workload *w)
+{
+    float *a, *b;
+    double *part, *rest;
+    long long *ties;
+    uint64_t most = besa__cuda_attention_bytes(cuda, act, w);
+#define BESA__PLACED(call)                                                                         \
+    do {                                                                                           \
+        besa__arena work = {NULL, 0};                                                              \
+        call;                                                                                      \
+        if (work.used > most) most = work.used;                                                    \
+    } while (0)
+    if (w->tokens > 0) BESA__PLACED(besa__cuda_panel_place(cuda, act, &work, w->rows, w->columns));
+    BESA__PLACED(besa__cuda_column_sumsq_place(&work, w->columns));
+    BESA__PLACED(besa__cuda_block_loss_place(&work, &a, &part, w->columns));
+    BESA__PLACED(besa__cuda_mask_smallest_place(&work, &ties, w->rows));
+    BESA__PLACED(besa__cuda_sort_place(cuda, &work, w->rows, w->columns));
+    BESA__PLACED(besa__cuda_rates_place(&work, &a, &b, w->rows, w->rate_logits));
+    BESA__PLACED(besa__cuda_optimizer_place(&work));
+    BESA__PLACED(besa__cuda_slab_place(&work, &a, w->hessian_columns));
+    BESA__PLACED(besa__cuda_project_place(&work, &part, &rest, w->projected_rows));
+#undef BESA__PLACED
+    return besa__size(most + (w->tokens > 0 || w->hessian_columns > 0 ? cuda->blas_bytes : 0));
+}
+
+/* The CPU's table with what a plan asks of a GPU: memory and scratch. None of its operations can be reached, as it gives no
+ * memory. */
+typedef struct besa__absent {
+    besa__cpu cpu;                              /* first: besa__cpu_of */
+    besa__cuda_device device;
+    size_t memory;
+} besa__absent;
+
+static size_t besa__absent_workspace_size(besa_backend *be, const besa_workload *w)
+{
+    return besa__cuda_workspace(&((const besa__absent *)be->context)->device, be->activation_dtype, w);
+}
+
+static besa_result besa__absent_memory_info(besa_backend *be, size_t *free_bytes, size_t *total_bytes)
+{
+    *free_bytes = *total_bytes = ((const besa__absent *)be->context)->memory;
+    return BESA_OK;
+}
+
+static besa_result besa__absent_alloc(besa_backend *be, void **memory, size_t bytes)
+{
+    (void)bytes;
+    *memory = NULL;
+    return besa__fail(&be->error, BESA_ERROR_DEVICE, "this CUDA device is a description: it can be planned for, and nothing runs on it");
+}
+
+/* Shared memory of a block, with opt-in, by compute capability, from the CUDA programming guide. */
+static int besa__shared_of(int capability)
+{
+    static const struct { int capability, shared; } rows[] = {{70, 96}, {75, 64}, {80, 163}, {86, 99}, {87, 163}, {89, 99},
+                                                              {90, 227}, {120, 99}};
+    int kilobytes = 0;
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        if (rows[i].capability <= capability) kilobytes = rows[i].shared;
+    return kilobytes * 1024;
+}
+
+BESA_API besa_result besa_absent_backend(besa_backend *be, const besa_absent_device *device, besa_error *error)
+{
+    int processors = device->processors ? device->processors : 132, capability = device->capability ? device->capability : 90;
+    memset(be, 0, sizeof *be);
+    if (device->memory == 0) return besa__fail(error, BESA_ERROR_OPTION, "memory of the device is 0, expected its bytes");
+    if (processors < 1 || processors > 4096)
+        return besa__fail(error, BESA_ERROR_OPTION, "processors is %d, expected 1 to 4096", processors);
+    if (capability < 70 || capability > 999)
+        return besa__fail(error, BESA_ERROR_OPTION, "capability is %d, expected 70 (for 7.0) or more", capability);
+    BESA__TRY(besa_cpu_backend(be, NULL, error));
+    void *memory;
+    besa_result result = besa__malloc(&memory, sizeof(besa__absent), "a device's description", error);
+    if (result == BESA_OK) {
+        besa__absent *absent = (besa__absent *)memset(memory, 0, sizeof(besa__absent));
+        absent->cpu = *(const besa__cpu *)be->context;
+        absent->memory = device->memory;
+        besa__cuda_device_init(be, &absent->device, processors, besa__shared_of(capability), capability / 10, device->fp32);
+        BESA_FREE(be->context);
+        be->context = absent;
+        be->name = "CUDA, absent";
+        be->unified_memory = 0;
+        be->workspace_size = besa__absent_workspace_size;
+        be->memory_info = besa__absent_memory_info;
+        be->alloc = be->host_alloc = besa__absent_alloc;
+    } else be->destroy(be);
+    return result;
 }
 
 #if defined(__clang__)

@@ -160,6 +160,22 @@ check 0 '^memory ' plan "$stories" --seqlen 032 --group-rows all --seed 90000000
 check 0 '^memory ' plan "$stories" --seqlen 32 --method wanda --pattern 2:4 --fix v_proj=0 --fix q_proj=1e-3
 done_with "what is a number"
 
+# A GPU that is not here can be planned for, in a program without CUDA too; and nothing runs on it.
+check 0 '^device .* for the run' plan "$stories" --device cuda --device-memory 24G
+cp "$work/log" "$work/h100"
+check 0 '^device .* for the run' plan "$stories" --device cuda --device-memory 24G --processors 132 --capability 9.0
+cmp -s "$work/log" "$work/h100" || bad="$bad; the defaults are not an H100's"
+check 0 '^device .* for the run' plan "$stories" --device cuda --device-memory 24G --processors 128 --capability 8.9
+cmp -s "$work/log" "$work/h100" && bad="$bad; --processors changes nothing"
+check 1 'the smallest that works here is' plan "$stories" --device cuda --device-memory 1M
+check 2 '--device-memory is for --device cuda' plan "$stories" --device-memory 24G
+check 2 '--capability is of a GPU that is not here' plan "$stories" --device cuda --capability 8.9
+check 2 '^besa plan: --capability' plan "$stories" --device cuda --device-memory 24G --capability 6.1
+check 2 '^besa plan: --processors' plan "$stories" --device cuda --device-memory 24G --processors 0
+check 2 '^besa prune: --device-memory is for plan$' prune "$stories" "$work/no" $data --device cuda --device-memory 24G
+check 1 '--device-memory 24G$' plan "$stories" --device cuda
+done_with "a plan for a GPU that is not here"
+
 # ---- runs ----
 
 # What cannot work is refused before any work: nothing is printed but the message.

@@ -394,8 +394,73 @@ static void check_plan(const char *model, besa_prune_options o, size_t budget, i
     be.destroy(&be);
 }
 
+/* The plan of a description with the device's numbers is the plan of the device. */
+static void check_absent(const char *model, besa_prune_options o, int fp32, size_t budget)
+{
+    besa_backend be = cuda_backend(fp32), absent;
+    besa_absent_device device = {};
+    besa_checkpoint *checkpoint = NULL;
+    besa_error error;
+    besa_plan_result plan[2];
+    besa_calibration c = {};
+    size_t total;
+    int major = 0, minor = 0;
+    c.nsamples = 128, c.seqlen = 2048, c.test_windows = 4, c.test_seqlen = 2048;
+    o.rates.target = 0.5, o.device_memory = budget;
+    CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess &&
+          cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0) == cudaSuccess, "no attributes");
+    device.capability = 10 * major + minor, device.processors = besa__cuda_of(&be)->processors, device.fp32 = fp32;
+    CHECK_OK(be.memory_info(&be, &device.memory, &total), be.error);
+    CHECK_OK(besa_absent_backend(&absent, &device, &error), error);
+    CHECK_OK(besa_checkpoint_open(&checkpoint, model, &error), error);
+    for (int i = 0; i < 2; i++) {
+        memset(&plan[i], 0, sizeof plan[i]);
+        CHECK_OK(besa_plan(checkpoint, i ? &absent : &be, &c, &o, &plan[i], &error), error);
+    }
+    CHECK(!memcmp(&plan[0], &plan[1], sizeof plan[0]) && plan[0].device_bytes > 0, "capability %d, fp32 %d: %zu bytes, of the description %zu",
+          device.capability, fp32, plan[0].device_bytes, plan[1].device_bytes);
+    void *memory = NULL;
+    CHECK(absent.alloc(&absent, &memory, 256) == BESA_ERROR_DEVICE && !memory, "a description has memory");
+    besa_checkpoint_close(checkpoint);
+    be.destroy(&be);
+    absent.destroy(&absent);
+}
+
+static void test_absent(void)
+{
+    const char *large = temp_path("70B-absent"), *wide = temp_path("wide-absent");
+    besa_prune_options o = {}, sparsegpt = {}, best = {};
+    hollow_llama(large, 8192, 28672, 64, 8);
+    hollow_llama(wide, 512, 66048, 8, 8);
+    sparsegpt.method = BESA_METHOD_SPARSEGPT;
+    CHECK_OK(besa_preset(&best, "best", NULL), besa_error());
+#ifdef CUDA_STANDIN
+    const struct { int major, minor, kilobytes, processors; } devices[] = {{7, 5, 64, 40}, {8, 0, 163, 108}, {8, 6, 99, 82}, {9, 0, 227, 132}};
+    for (const auto &d : devices) {
+        standin_set_arch(d.major, d.minor);
+        standin_set_shared(static_cast<size_t>(d.kilobytes) << 10);
+        standin_set_processors(d.processors);
+        standin_set_memory(static_cast<size_t>(80) << 30);
+#else
+    {
+#endif
+        check_absent(large, o, 0, 0);
+        check_absent(large, o, 0, 20000000000);
+        check_absent(large, sparsegpt, 1, 0);
+        check_absent(large, best, 0, 0);
+        check_absent(wide, o, 0, 0);
+    }
+#ifdef CUDA_STANDIN
+    standin_set_arch(8, 0);
+    standin_set_shared(99 << 10);
+    standin_set_processors(4);
+    standin_set_memory(static_cast<size_t>(16) << 30);
+#endif
+}
+
 static void test_plans(void)
 {
+    TEST("plans for a GPU that is not here") test_absent();
     TEST("70B within 24 GB, 7B within 8 GB, and with less") {
         const size_t GB = 1000000000;
         const char *large = temp_path("70B"), *small = temp_path("7B");
