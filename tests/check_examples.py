@@ -509,6 +509,14 @@ def plot_inputs(examples, stories, work):
         (work / f"table{seed}.txt").write_text(table.stdout)
     rows = [{"method": "wanda", "sparsity": s, "perplexity": {"mean": 20 * s, "std": 1}} for s in (0.4, 0.6)]
     (work / "table.json").write_text(json.dumps({"rows": rows, "dense": 4}))
+    rows = [{"method": method, "sparsity": s, "nsamples": 16, "seed": seed, "test": test, "perplexity": 10 * s * f + seed,
+             "perplexity_error": 0.5, "flop": f * 1e12}
+            for f, method in ((1, "wanda"), (3, "besa")) for s in (0.4, 0.6) for seed in (0, 1) for test in ("wiki", "c4")]
+    (work / "rows.json").write_text(json.dumps({"program": "besa", "tests": [{"name": "wiki"}, {"name": "c4"}], "rows": rows}))
+    (work / "one.json").write_text(json.dumps({"rows": rows[:1]}))
+    for name, arguments in (("cpu", []), ("cuda", ["--device", "cuda", "--device-memory", "24G"])):
+        plan = subprocess.run([str(x) for x in (examples / "besa", "plan", stories, *arguments)], check=True, capture_output=True)
+        (work / f"{name}.txt").write_bytes(plan.stdout)
     random = np.random.default_rng(1)
     steps = [{"block": block, "step": step, "loss": 0.1 + random.random() / step} for block in range(3) for step in range(1, 41)]
     (work / "trace.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
@@ -525,7 +533,8 @@ def check_plot(examples, stories, work):
     spec.loader.exec_module(plot)
     tables = [work / "table0.txt", work / "table1.txt"]
     for kind, paths, lines in (("layers", ["report.json"], 1), ("rates", ["for-plot"], 50), ("learning", ["trace.jsonl"], 3),
-                               ("losses", ["report.json"], 3), ("compare", tables, 3), ("compare", ["table.json"], 1)):
+                               ("losses", ["report.json"], 3), ("compare", tables, 3), ("compare", ["table.json"], 1),
+                               ("compare", ["rows.json"], 4), ("cost", ["rows.json"], 8), ("memory", ["cpu.txt", "cuda.txt"], 4)):
         check_figure(plot, kind, [work / path for path in paths], lines)
     done = run(program, "compare", *tables, "-o", work / "a.png", work / "a.svg", work / "a.pdf")
     kinds = [(work / f"a.{ending}").read_bytes()[:5] for ending in ("png", "svg", "pdf")] if done.returncode == 0 else done.stderr
@@ -537,6 +546,13 @@ def check_plot(examples, stories, work):
             np.allclose([np.mean(means[0]), np.std(means[0], ddof=1)], means[1]), True)
     verdict("plot.py takes a mean and its deviation from JSON", plot.comparison([work / "table.json"])["wanda"],
             {0.4: (8, 1), 0.6: (12, 1)})
+    verdict("plot.py keeps tests apart, takes means over seeds, and one run's error", (plot.comparison([work / "rows.json"])["besa, c4"][0.6],
+            plot.comparison([work / "one.json"])["wanda"][0.4]), ((18.5, np.std([0, 1], ddof=1)), (4, 0.5)))
+    verdict("plot.py reads the work of rows", plot.work_of([work / "rows.json"])[0.4]["wanda, wiki"], (1e12, 4.5))
+    plans = [plot.plan_of(work / name) for name in ("cpu.txt", "cuda.txt")]
+    words = [line.split() for line in (work / "cuda.txt").read_text().splitlines()]
+    verdict("plot.py reads plans", (sorted(plans[0]), plans[1]["GPU"]),
+            (["checkpoint, mapped", "host"], float(words[1][1]) * {"kB": 1e3, "MB": 1e6}[words[1][2]]))
     printed = [line.split() for line in tables[0].read_text().splitlines() if line.startswith("besa")]
     verdict("plot.py reads what `besa compare` printed", [plot.comparison(tables[:1])["besa"][s][0] for s in (0.4, 0.6)],
             [float(printed[0][1]), float(printed[0][4])])
@@ -557,6 +573,8 @@ def check_plot(examples, stories, work):
             ("no file", ("losses", work / "none"), "none"),
             ("a report without layers", ("layers", work / "table.json"), "has no sparsities"),
             ("a report without losses", ("losses", work / "table.json"), "has no blocks"),
+            ("a table without work", ("cost", work / "table.json"), "no rows with flop"),
+            ("a plan without memory", ("memory", work / "trace.jsonl"), "no line with memory"),
             ("a table without rows", ("compare", work / "trace.jsonl"), "has no table"),
             ("a trace without steps", ("learning", work / "report.json"), "report.json"),
             ("several reports", ("losses", work / "report.json", work / "report.json"), "takes one file"),

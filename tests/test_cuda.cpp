@@ -419,6 +419,13 @@ static void check_absent(const char *model, besa_prune_options o, int fp32, size
     }
     CHECK(!memcmp(&plan[0], &plan[1], sizeof plan[0]) && plan[0].device_bytes > 0, "capability %d, fp32 %d: %zu bytes, of the description %zu",
           device.capability, fp32, plan[0].device_bytes, plan[1].device_bytes);
+    for (int64_t columns = 7000; columns < 60000; columns += 3000) { /* rows that fit into some devices' shared memory */
+        besa_layer_shape layer = {600, columns, BESA_BF16};
+        besa_rate_options rates = {};
+        rates.target = 0.5;
+        CHECK(besa_rates_size(&be, &layer, 1, &rates) == besa_rates_size(&absent, &layer, 1, &rates), "capability %d: other rates of %d "
+              "columns", device.capability, static_cast<int>(columns));
+    }
     void *memory = NULL;
     CHECK(absent.alloc(&absent, &memory, 256) == BESA_ERROR_DEVICE && !memory, "a description has memory");
     besa_checkpoint_close(checkpoint);
