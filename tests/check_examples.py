@@ -53,6 +53,7 @@ def bytes_tokenizer(path):
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet + ["<s>"])}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>"])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", len(alphabet))])
     tokenizer.save(str(path))
     return lambda ids: tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -87,6 +88,7 @@ def check_tokenize(examples, work):
               "<s>no it was n't black monday but while the <unk> N", "--test", "ptb")
     check_c4(check, tokens, work)
     check_parquet(check, work)
+    check_chat(tokens, text_of, work)
     old = work / "old"
     old.mkdir()
     for file, words in (("tokenizer.model", "save_pretrained"), ("tokenizer_config.json", "copy the tokenizer.json")):
@@ -99,6 +101,31 @@ def check_tokenize(examples, work):
     found, errors = tokens(wiki, "--published", "--seqlen", 100)
     verdict("tokenize.py --published refuses documents that are too short", (found, errors.strip()),
             (None, "no document is longer than 100 tokens"))
+
+
+def check_chat(tokens, text_of, work):
+    """Conversations of both forms by a template that begins with <s>, which the tokenizer would add as well."""
+    if missing("transformers", "jinja2"):
+        print(f"SKIP tokenize.py --chat: no {missing('transformers', 'jinja2')}")
+        return
+    chats, config = work / "chats.jsonl", work / "tokenizer_config.json"
+    chats.write_text('{"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]}\n'
+                     '{"conversations": [{"from": "human", "value": "3"}, {"from": "gpt", "value": "4"}]}\n'
+                     '{"messages": [{"role": "user", "content": "fifty"}]}\n')
+    base = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
+    template = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    config.write_text(json.dumps({**base, "chat_template": template}))
+    found, errors = tokens(chats, "--chat", "--nsamples", 2, "--seqlen", 18)
+    verdict("tokenize.py --chat packs whole conversations, each with one <s>, and begins windows with one",
+            errors if found is None else [text_of(row) for row in found], ["<s>[user]one[assista", "<s>[user]3[assistant"])
+    found, errors = tokens(chats, "--chat", "--nsamples", 5, "--seqlen", 30)
+    verdict("tokenize.py --chat fills a window with the next conversation, and says how many it fills",
+            errors if found is None else ([text_of(row) for row in found], "fills 1 windows of 30 tokens, not 5" in errors),
+            (["<s>[user]one[assistant]two<s>[user"], True))
+    config.write_text(json.dumps(base))
+    found, errors = tokens(chats, "--chat")
+    verdict("tokenize.py --chat says that there is no template", found is None and "has no chat template" in errors, True)
+    config.unlink()
 
 
 def check_c4(check, tokens, work):
