@@ -238,7 +238,8 @@
  *
  * MEMORY AND TIME
  *
- *     One device and one host allocation hold all that follows, and besa_plan says their sizes beforehand, to the byte. N weights
+ *     One device and one host allocation hold all that follows, and besa_plan says their sizes beforehand, to the byte, with
+ *     besa_absent_backend also for a GPU that is not there. What of them is resident is less at most times. N weights
  *     and R rows in a block, T tokens in all, t at a time, hidden size d, intermediate size i, activations of a = 4 bytes
  *     (CUDA: 2), weights of w = 2 bytes (bf16, f16) or 4:
  *         weights and pruned weights   2 w N (CUDA: 4 w N, of two blocks)    ranks        2 N bytes
@@ -274,6 +275,9 @@
  *     and make a backend for each. One build on one processor gives the same bytes for any number of threads, but in two
  *     cases: with BESA_CBLAS; and where device_memory decides how many sequences are computed at a time, as every thread
  *     takes memory for itself.
+ *     Where other programs use the processor too, set OMP_WAIT_POLICY=passive in the environment before yours starts, as the
+ *     command line program does for itself: else a thread that waits for work does so in a loop, and takes the time of those
+ *     that have some.
  *
  * LIMITS
  *
@@ -789,14 +793,14 @@ BESA_API besa_result besa_cuda_backend(besa_backend *be, const besa_cuda_options
 
 /* A CUDA device that need not be there. */
 typedef struct besa_absent_device {
-    size_t memory;                              /* bytes that are free on it: required. Of 24 GB some hundred MB are the driver's */
-    int processors;                             /* [132] multiprocessors: H100 132, A100 108, RTX 4090 128, RTX 3090 82, T4 40 */
-    int capability;                             /* [90] compute capability, times 10: H100 90, A100 80, RTX 4090 89, RTX 3090 86, T4 75 */
+    size_t memory;                              /* bytes that are free on it: required. Some hundred MB are the driver's */
+    int processors;                             /* [132] multiprocessors: H100 132, A100 108, RTX 4090 128, T4 40 */
+    int capability;                             /* [90] compute capability, times 10: H100 90, A100 80, RTX 4090 89, T4 75 */
     int fp32;                                   /* as in besa_cuda_options */
 } besa_absent_device;
 
-/* A table for besa_plan and the ..._size functions, which then count what besa_cuda_backend takes on such a device; where it has
- * the memory to itself, to the byte. It needs neither CUDA nor a GPU, gives no memory, and so nothing can run on it. */
+/* A table for besa_plan and the ..._size functions, which then count, to the byte, what besa_cuda_backend takes on such a device.
+ * It needs neither CUDA nor a GPU, gives no memory, and so nothing can run on it. */
 BESA_API besa_result besa_absent_backend(besa_backend *be, const besa_absent_device *device, besa_error *error);
 
 /* ============================================================================================
@@ -986,8 +990,8 @@ BESA_API besa_result besa_layer_inputs(besa_backend *be, const struct besa_prune
                                        const void *x, int64_t tokens, int64_t total, int64_t columns, besa_error *error);
 
 /* pruned(R,C) from w(R,C), both device, the shape's dtype; not the same memory. +0 is what goes; the rest is w, or with
- * sparsegpt what makes up for it. statistic as above; NULL for magnitude; sparsegpt leaves its factor there. BESA_ERROR_OPTION,
- * BESA_ERROR_MEMORY, BESA_ERROR_NOT_FINITE of weights and inputs, BESA_ERROR_NUMERIC of a Hessian without a factor. */
+ * sparsegpt what makes up for it. statistic as above; NULL for magnitude; sparsegpt leaves its factor there.
+ * BESA_ERROR_OPTION, BESA_ERROR_MEMORY, BESA_ERROR_NOT_FINITE of weights and inputs, BESA_ERROR_NUMERIC of a Hessian without a factor. */
 BESA_API besa_result besa_layer_prune(besa_backend *be, const besa_layer_shape *shape, const struct besa_prune_options *options,
                                       const void *w, float *statistic, void *pruned, besa_error *error);
 
@@ -5813,7 +5817,8 @@ static besa_result besa__layer_options(besa__layer_job *job, const besa_prune_op
 static void besa__layer_place(besa__layer_job *job, besa__arena *arena)
 {
     besa_workload work = besa__layers_workload(&job->shape, 1);
-    int64_t rows = job->shape.rows, columns = job->shape.columns, statistic = besa__layer_statistic(job->options.method, columns);
+    int64_t rows = job->shape.rows, columns = job->shape.columns;
+    int64_t statistic = besa__layer_statistic(job->options.method, columns);
     int sparsegpt = job->options.method == BESA_METHOD_SPARSEGPT;
     job->scores = besa__take_floats(arena, besa__product(rows, columns));
     job->scale = statistic && !sparsegpt ? besa__take_floats(arena, columns) : NULL;
@@ -6766,8 +6771,8 @@ static void besa__pruner_notes(besa_pruner *p, const besa_block_report *report)
     besa__note_range(p, &p->notes);
     besa__note_steps(p, &p->notes);
     if (report && report->loss_after > report->loss_masks)
-        besa__notes_add(&p->notes, "warning: learning made the block's loss larger than with the masks alone, %.3g instead of %.3g; "
-                        "a %s below %g may help", report->loss_after, report->loss_masks, weights ? "weight_lr" : "clip_lr",
+        besa__notes_add(&p->notes, "warning: learning made the block's loss larger than with the masks alone, %.3g instead of "
+                        "%.3g; a %s below %g may help", report->loss_after, report->loss_masks, weights ? "weight_lr" : "clip_lr",
                         weights ? p->options.weight_lr : p->options.clip_lr);
 }
 
@@ -17186,13 +17191,13 @@ typedef struct besa__cuda_device {
     size_t blas_bytes;                          /* of cuBLAS's scratch, at the end of the workspace */
     int64_t panel;                              /* elements of W that are converted at a time (tests lower this and the next
                                                    three) */
-    int64_t queries;                            /* query rows of one item of attention's products, at least where memory allows */
+    int64_t queries;                            /* query rows of one item of attention's products, where memory allows */
     int64_t query_rows;                         /* the same of all items of a product: what fills the device */
     size_t score_bytes;                         /* scratch of attention; one head may take more */
 } besa__cuda_device;
 
-/* From what the driver says of a device: multiprocessors, most shared memory of a block, major compute capability; and what of it
- * the table has. */
+/* From what the driver says of a device: multiprocessors, most shared memory of a block, major compute capability; and what of
+ * it the table has. */
 static void besa__cuda_device_init(besa_backend *be, besa__cuda_device *cuda, int processors, int shared, int major, int fp32)
 {
     cuda->processors = processors;
@@ -17427,7 +17432,8 @@ static besa_result besa__absent_alloc(besa_backend *be, void **memory, size_t by
 {
     (void)bytes;
     *memory = NULL;
-    return besa__fail(&be->error, BESA_ERROR_DEVICE, "this CUDA device is a description: it can be planned for, and nothing runs on it");
+    return besa__fail(&be->error, BESA_ERROR_DEVICE, "this CUDA device is a description: it can be planned for, and "
+                      "nothing runs on it");
 }
 
 /* Shared memory of a block, with opt-in, by compute capability, from the CUDA programming guide. */

@@ -687,6 +687,71 @@ def check_lm_eval(examples, stories, work):
     verdict("lm_eval.py runs tasks of local data through lm-eval", found or done.stderr[-2000:], expected)
 
 
+# ---- what README and examples/README.md say ----
+
+# Commands that run nowhere here, as they need the network, rights or programs of others; and those that other tests run.
+OUTSIDE = ("sudo apt ", "python3 -m venv ", "pip install ", "hf download ", "python3 llama.cpp/", "llama.cpp/build/")
+ELSEWHERE = {"examples/besa ": "test_command.sh", "make -C ": ".ci/run", "gcc ": "vendor.sh", "clang ": "vendor.sh", "nvcc ": "vendor.sh",
+             "python3 examples/convert.py ": "check_convert"}
+
+
+def command_lines(examples):
+    """Of the blocks marked sh, in their order; readme_lines.awk does the same for test_command.sh."""
+    files = [examples.parent / "README.md", *sorted(examples.glob("*.md"))]
+    done = subprocess.run(["awk", "-f", str(pathlib.Path(__file__).parent / "readme_lines.awk"), *map(str, files)], capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+def readme_files(examples, stories, work):
+    """What the commands read, small."""
+    (work / "examples").symlink_to(examples)
+    for name in ("MODEL", "Llama-2-7b"):
+        shutil.copytree(stories, work / name)
+        bytes_tokenizer(work / name / "tokenizer.json")
+        template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+        (work / name / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}))
+    (work / "c4/en").mkdir(parents=True)
+    with gzip.open(work / "c4/en/c4-train.00000-of-01024.json.gz", "wt") as file:
+        file.writelines(json.dumps({"text": letter * 3000}) + "\n" for letter in "abc")
+    (work / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a" * 3000}]}) + "\n")
+    less = ["--tokens", stories / "calibration_tokens.npy", "--nsamples", 4, "--seqlen", 32]
+    test = ["--test", stories / "test_tokens.npy", "--windows", 2, "--method", "wanda,besa", "--sparsity", ".4,.6"]
+    for into, arguments in (("none", ["prune", "MODEL", "PRUNED", *less, "--report", "report.json"]), ("cpu.txt", ["plan", "MODEL"]),
+                            ("gpu.txt", ["plan", "MODEL", "--device", "cuda", "--device-memory", "24G"]),
+                            ("table.txt", ["compare", "MODEL", *less, *test])):
+        done = subprocess.run([str(x) for x in (examples / "besa", *arguments)], cwd=work, capture_output=True, check=True)
+        (work / into).write_bytes(done.stdout)
+    shutil.copy(work / "table.txt", work / "compare.txt")
+    if not missing("pyarrow"):
+        import pyarrow
+        import pyarrow.parquet
+        (work / "wikitext/wikitext-2-raw-v1").mkdir(parents=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": [" = T = \n", "", " x \n"]}),
+                                    work / "wikitext/wikitext-2-raw-v1/test-00000-of-00001.parquet")
+
+
+def check_readme(examples, stories, work):
+    """Every command is one that runs here, in another test, or nowhere, as said above."""
+    lines = list(dict.fromkeys(command_lines(examples)))
+    own = [line for line in lines if line.startswith("python3 examples/") and not line.startswith(tuple(ELSEWHERE))]
+    unknown = [line for line in lines if line not in own and not line.startswith(OUTSIDE + tuple(ELSEWHERE))]
+    verdict("README and examples/*.md: every command has its test", (unknown, len(own) >= 9), ([], True))
+    needs = {"plot.py": ["matplotlib", "numpy"], "tokenize.py": ["tokenizers", "numpy"], "--chat": ["transformers", "jinja2"],
+             ".parquet": ["pyarrow"]}
+    if not (examples / "besa").exists() or missing("tokenizers", "numpy"):
+        print(f"SKIP commands of README: no {missing('tokenizers', 'numpy') or 'examples/besa'}")
+        return
+    work.mkdir()
+    readme_files(examples, stories, work)
+    for line in own:
+        lacks = missing(*{package for word, packages in needs.items() if word in line for package in packages})
+        if lacks:
+            print(f"SKIP {line}: no {lacks}")
+            continue
+        done = subprocess.run(["sh", "-c", line.replace("python3", sys.executable, 1)], cwd=work, capture_output=True, text=True)
+        verdict(line, (done.returncode, done.stderr if done.returncode else ""), (0, ""))
+
+
 def main():
     if len(sys.argv) != 3:
         sys.exit(__doc__)
@@ -696,6 +761,7 @@ def main():
         check_convert(examples, pathlib.Path(temp))
         check_vitcod(examples, pathlib.Path(temp))
         check_plot(examples, stories, pathlib.Path(temp))
+        check_readme(examples, stories, pathlib.Path(temp) / "commands")
         check_lm_eval(examples, stories, pathlib.Path(temp))
     sys.exit(bool(FAILED))
 

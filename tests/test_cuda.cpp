@@ -394,6 +394,75 @@ static void check_plan(const char *model, besa_prune_options o, size_t budget, i
     be.destroy(&be);
 }
 
+/* Level 3 on either side: a layer's baselines, and what can be read of rates. */
+struct layer_side { std::vector<float> pruned[4], beta, sums; std::vector<int32_t> ranks; };
+
+static void run_layer(besa_backend *be, layer_side *out)
+{
+    enum { R = 24, C = 160, T = 96 };
+    static const besa_method methods[] = {BESA_METHOD_WANDA, BESA_METHOD_SPARSEGPT, BESA_METHOD_MAGNITUDE, BESA_METHOD_WANDA};
+    std::vector<float> x(T * C), w(R * C), none(C * C, 0.0f);
+    besa_layer_shape shape = {R, C, BESA_F32};
+    besa_error error;
+    void *x_ = NULL, *w_ = NULL, *statistic = NULL, *pruned = NULL;
+    for (int i = 0; i < T * C; i++) x[i] = sinf(1.3f * static_cast<float>(i * i % 1009)) * static_cast<float>(1 + i % 7);
+    for (int i = 0; i < R * C; i++) w[i] = cosf(0.7f * static_cast<float>(i * i % 977));
+    for (auto [memory, count] : {std::pair<void **, int>{&x_, T * C}, {&w_, R * C}, {&statistic, C * C}, {&pruned, (R + 1) * C}})
+        CHECK_OK(be->alloc(be, memory, static_cast<size_t>(count) * 4), be->error);
+    CHECK_OK(be->upload(be, BESA_QUEUE_COMPUTE, x_, x.data(), x.size() * 4), be->error);
+    CHECK_OK(be->upload(be, BESA_QUEUE_COMPUTE, w_, w.data(), w.size() * 4), be->error);
+    for (int i = 0; i < 4; i++) {
+        besa_prune_options o = {};
+        o.method = methods[i], o.rates.target = i == 3 ? 0 : 0.4, o.pattern_n = i == 3 ? 2 : 0, o.pattern_m = i == 3 ? 4 : 0;
+        CHECK_OK(be->upload(be, BESA_QUEUE_COMPUTE, statistic, none.data(), none.size() * 4), be->error);
+        CHECK_OK(besa_layer_inputs(be, &o, static_cast<float *>(statistic), x_, T, T, C, &error), error);
+        CHECK_OK(besa_layer_prune(be, &shape, &o, w_, static_cast<float *>(statistic), pruned, &error), error);
+        out->pruned[i].resize(R * C);
+        CHECK_OK(be->download(be, BESA_QUEUE_COMPUTE, out->pruned[i].data(), pruned, R * C * 4), be->error);
+        CHECK_OK(be->synchronize(be, BESA_QUEUE_COMPUTE), be->error);
+    }
+    besa_rates *rates = NULL;
+    besa_rate_options o = {};
+    o.target = 0.4, o.candidates = 20;
+    out->ranks.resize(R * C), out->beta.resize(R * 21), out->sums.resize(R * 20);
+    CHECK_OK(besa_rates_create(&rates, be, &shape, 1, &o, &error), error);
+    CHECK_OK(besa_rates_rank(rates, 0, w_, BESA_IMPORTANCE_MAGNITUDE, NULL, static_cast<float *>(pruned), &error), error);
+    for (int step = 0; step < 2; step++) {
+        CHECK_OK(besa_rates_forward(rates, &error), error);
+        CHECK_OK(besa_rates_gradient(rates, 0, w_, static_cast<float *>(w_), &error), error);
+        if (step == 0) CHECK_OK(besa_rates_step(rates, &error), error);
+    }
+    CHECK_OK(besa_rates_ranks(rates, 0, out->ranks.data(), &error), error);
+    CHECK_OK(besa_rates_beta(rates, 0, out->beta.data(), &error), error);
+    CHECK_OK(besa_rates_sums(rates, 0, out->sums.data(), &error), error);
+    besa_rates_destroy(rates);
+    for (void *memory : {x_, w_, statistic, pruned}) be->free(be, memory);
+}
+
+static double farthest(const std::vector<float> &a, const std::vector<float> &b)
+{
+    double most = a.size() == b.size() ? 0 : 1e9;
+    for (size_t i = 0; i < a.size() && i < b.size(); i++) most = fmax(most, fabs(static_cast<double>(a[i] - b[i])));
+    return most;
+}
+
+static void test_one_layer(void)
+{
+    TEST("level 3: baselines of a layer, ranks, beta and sums, as on the CPU") {
+        besa_backend cpu, cuda = cuda_backend(1);
+        layer_side one, other;
+        CHECK_OK(besa_cpu_backend(&cpu, NULL, NULL), besa_error());
+        run_layer(&cpu, &one);
+        run_layer(&cuda, &other);
+        for (int i = 0; i < 4; i++)
+            CHECK(farthest(one.pruned[i], other.pruned[i]) < 1e-4, "method %d: weights are %g apart", i, farthest(one.pruned[i], other.pruned[i]));
+        CHECK(one.ranks == other.ranks, "other ranks");
+        CHECK(farthest(one.beta, other.beta) < 1e-6 && farthest(one.sums, other.sums) < 1e-4, "beta %g, sums %g apart",
+              farthest(one.beta, other.beta), farthest(one.sums, other.sums));
+        cuda.destroy(&cuda), cpu.destroy(&cpu);
+    }
+}
+
 /* The plan of a description with the device's numbers is the plan of the device. */
 static void check_absent(const char *model, besa_prune_options o, int fp32, size_t budget)
 {
@@ -1262,6 +1331,7 @@ int main(int argc, char **argv)
     test_queues();
     test_long_rows();
     test_layer_rates();
+    test_one_layer();
     test_plans();
     test_pipeline();
 #ifdef CUDA_STANDIN
