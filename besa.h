@@ -129,7 +129,7 @@
  *     >>background         work that waits for files, in a thread of its own
  *     >>run                the whole model, block by block (level 1): layout, opening, closing
  *     >>transfers          a block's weights in, its pruned weights out
- *     >>head               embedding, final norm, output head, perplexity
+ *     >>head               embedding, final norm, output head, perplexity, divergence
  *     >>prune              resumed runs, the whole run
  *     >>plan               what a run would take
  *     >>outliers           sparsities of the blocks from their outliers
@@ -186,6 +186,7 @@
  *     epochs, batch_size          [1, 1]
  *     granularity                 [block] attn-mlp, layer: whose outputs the loss is measured on, see besa_granularity: the
  *                                 paper's ablation. Each part has the target for itself. Not with dense_stream, dense_share
+ *     whole_target                [0] with that the target is the block's: parts may differ
  *     norm_all, dense_stream      [0, 0] loss norms over all tokens: a batch's loss shrinks to its share of them, and the penalty
  *                                 weighs more; reference from the dense model's own stream. Where something learns
  *     dense_share                 [0] the reference is a mixture: this share from the dense model's own stream
@@ -193,7 +194,7 @@
  *                                 rates and the kept weights together, and then the weights
  *     weight_epochs               [3] over the sequences with final masks
  *     rank_interval               [1] learn both: steps from one ranking of the weights, as they have become, to the next
- *     weight_lr, weight_warmup    [0.2, 0] Adam's learning rate in units of rms(W) / sqrt(C) of a layer, with bits of a sixth of
+ *     weight_lr, weight_warmup    [0.2, 0] Adam's learning rate in units of rms(W) / sqrt(C) of a layer, on grids of a sixth of
  *                                 that; share of the steps in which it rises. Then it falls to 0 over the steps, as a half cosine
  *     learn_vectors               [0] the block's norms and biases learn wherever its kept weights do
  *     no_projection               [0] leave the sparsity where learning ended
@@ -207,7 +208,8 @@
  *     clipping, clip_lr           [auto, 0.05] grids learn how far they reach: where something else learns; none: nearest levels
  *                                 of the whole range; learned: with any method, in weight_epochs if nothing else learns
  *     quantize_first              [0] choose masks by the quantised weights, as the paper has it; levels tie, and this gives
- *                                 worse masks. Not for sparsegpt
+ *                                 worse masks. With learn both weights are on their grids from the first step on, instead of
+ *                                 when masks are final. Not for sparsegpt
  *     fixed                       [none] layers that stay dense or have a rate of their own
  *     first_block, num_blocks     [0, all] prune these and leave the other blocks dense: for studies
  *     depth_slope                 [0] the last block's sparsity less the first one's, around the target
@@ -257,6 +259,7 @@
  *         importance gradient          4 N bytes
  *         granularity                  a t d, layer 2 a t i; norms of d, layer R channels per batch
  *         bits                         w N, and 16 bytes per grid, 64 where clips learn; 8 of the host
+ *         test against a model         24 bytes a token, a t d, and as much as its head takes with 16384 t of logits
  *     Where device_memory is not enough, the test's activations, Yref and X live in pinned host memory and come batch by
  *     batch while others compute. None of this grows with the number of blocks; beside it there are the tensor table, the
  *     list of finished blocks and the report, some hundred bytes per tensor and block. A weight and token cost about 10 FLOP for
@@ -524,6 +527,8 @@ struct besa_backend {
     int unified_memory;                         /* device pointers are host pointers */
     size_t gradient_bytes;                      /* the pruner makes and uses weight gradients in pieces of 128 rows or more
                                                    of about this size: a whole one may be a gigabyte. 0: whole ones */
+    besa_dtype gradient_dtype;                  /* theirs where rates alone learn from them: BESA_F32, or what rounding costs
+                                                   their sums little in */
     void *workspace;                            /* scratch of all operations: set by whoever calls them to at least
                                                    workspace_size() bytes, 256-byte aligned, device memory */
     size_t workspace_bytes;
@@ -556,9 +561,10 @@ struct besa_backend {
     /* dX(T,C) = dY(T,R) W(R,C) [+ dX] */
     besa_result (*linear_backward_input)(besa_backend *be, void *dx, const void *dy, const void *w, besa_dtype dtype,
                                          int64_t tokens, int64_t rows, int64_t columns, int accumulate);
-    /* dW(count,C) = rows first .. first+count-1 of dY(T,R)' X(T,C) [+ dW], float */
-    besa_result (*linear_backward_weight)(besa_backend *be, float *dw, const void *dy, const void *x, int64_t tokens,
-                                          int64_t rows, int64_t columns, int64_t first, int64_t count, int accumulate);
+    /* dW(count,C) = rows first .. first+count-1 of dY(T,R)' X(T,C) [+ dW]; dw_dtype: BESA_F32 or be->gradient_dtype */
+    besa_result (*linear_backward_weight)(besa_backend *be, void *dw, besa_dtype dw_dtype, const void *dy, const void *x,
+                                          int64_t tokens, int64_t rows, int64_t columns, int64_t first, int64_t count,
+                                          int accumulate);
     /* H(C,C) += scale X(T,C)' X(T,C), float; above the diagonal anything finite */
     besa_result (*gram)(besa_backend *be, float *h, const void *x, float scale, int64_t tokens, int64_t columns);
 
@@ -649,10 +655,11 @@ struct besa_backend {
     /* In every m consecutive columns the n smallest scores are pruned, ties by position; columns % m == 0 */
     besa_result (*mask_pattern)(besa_backend *be, void *what, const void *w, besa_dtype dtype, const float *s, int n,
                                 int m, int64_t rows, int64_t columns);
-    /* sums(R,D)[r, bucket[rank[r,j]]] += dW[r,j] W[r,j]; bucket(C) is the largest d with rank < k_d, 0 .. D-1 */
-    besa_result (*bucket_gradient)(besa_backend *be, float *sums, const float *dw, const void *w, besa_dtype dtype,
-                                   const void *rank, const uint16_t *bucket, int64_t rows, int64_t columns,
-                                   int64_t buckets);
+    /* sums(R,D)[r, bucket[rank[r,j]]] += dW[r,j] W[r,j]; bucket(C) is the largest d with rank < k_d, 0 .. D-1; dw_dtype as
+     * above */
+    besa_result (*bucket_gradient)(besa_backend *be, float *sums, const void *dw, besa_dtype dw_dtype, const void *w,
+                                   besa_dtype dtype, const void *rank, const uint16_t *bucket, int64_t rows,
+                                   int64_t columns, int64_t buckets);
     /* alpha(R), the same for all rows of a group, and n(R) = floor(alpha units), not below zeros(R), from theta_layer(D+1)
      * and theta_row(G,D+1); a theta whose scale is 0 may be NULL. beta is recomputed in the backward pass. */
     besa_result (*rate_forward)(besa_backend *be, float *alpha, int32_t *n, const float *theta_layer,
@@ -748,6 +755,10 @@ struct besa_backend {
     /* sum(windows), double: over the window's tokens with target >= 0 of max + log(sum) - logit of the target */
     besa_result (*nll_sum)(besa_backend *be, double *sum, const float *state, const int32_t *target, int64_t windows,
                            int64_t seqlen);
+    /* Over the same chunks, of two models' logits P and Q(T,count): state(T,4) = max of P, sum of exp(P - max), sum of
+     * exp(P - max) (P - Q), max of Q; best(T,2) = the first id of each maximum */
+    besa_result (*divergence_update)(besa_backend *be, float *state, int32_t *best, const float *p, const float *q,
+                                     int64_t first_id, int64_t count, int64_t tokens, int first);
 };
 
 /* Every operation of the table, for those who fill one in or wrap one. */
@@ -765,7 +776,7 @@ struct besa_backend {
     X(hessian_product) X(refit_begin) X(refit_step) X(refit_end)                                   \
     X(quantize_range) X(quantize_grid) X(quantize) X(quantize_gradient)                            \
     X(logits) X(nll_update) X(nll_sum)                                                             \
-    X(geglu_forward) X(geglu_backward) X(residual) X(shift) X(softcap)
+    X(geglu_forward) X(geglu_backward) X(residual) X(shift) X(softcap) X(divergence_update)
 
 typedef struct besa_cpu_options {
     int threads;                                /* 0: as many as OpenMP would use; 1 without OpenMP */
@@ -1072,15 +1083,16 @@ typedef struct besa_activations {
     float *dw;                                  /* (R,C) of the largest layer; backward only */
     int64_t dw_count;                           /* floats that dw has room for, a row of any layer at least: with less
                                                    than all, gradients come in pieces */
+    besa_dtype dw_dtype;                        /* of what dw receives: BESA_F32 after init; or be->gradient_dtype */
     float *dw_sum[BESA_LAYERS];                 /* the caller's, NULL after init: where (R,C) floats are given, the layer's
                                                    gradient is added to them instead of being handed out */
     float *dvector[BESA_VECTORS];               /* likewise: where floats are given, the gradient of that norm or bias is
                                                    added to them */
 } besa_activations;
 
-/* Receives rows first .. first+rows-1 of dL/dW of one layer, dw (rows, C): all R at once where acts->dw has room for them.
- * dw is used again on return. Anything but BESA_OK ends the backward pass with that result. */
-typedef besa_result (*besa_weight_gradient)(void *user, int layer, int64_t first, int64_t rows, const float *dw);
+/* Receives rows first .. first+rows-1 of dL/dW of one layer, dw (rows, C) of acts->dw_dtype, floats unless that was set
+ * otherwise: all R at once where acts->dw has room for them. dw is used again on return. Anything but BESA_OK ends the backward pass with that result. */
+typedef besa_result (*besa_weight_gradient)(void *user, int layer, int64_t first, int64_t rows, const void *dw);
 
 /* "q_proj" .. "down_proj". */
 BESA_API const char *besa_layer_name(int layer);
@@ -1244,6 +1256,7 @@ typedef struct besa_prune_options {
     int64_t epochs, batch_size;                 /* BESA [1, 1]; batch in sequences */
     besa_granularity granularity;               /* [block] others: not with dense_stream or dense_share, layer not with
                                                    learn_vectors. Rates of each part reach the target for themselves */
+    int whole_target;                           /* granularity: they reach it together */
     int norm_all;                               /* channel norms of the loss over all tokens, not per batch */
     int dense_stream;                           /* Yref from the dense model's own stream, not from the pruned prefix */
     double dense_share;                         /* [0] of the dense model's own stream in Yref; the rest is the dense block's
@@ -1253,7 +1266,7 @@ typedef struct besa_prune_options {
     int64_t weight_epochs;                      /* [3] over the sequences with final masks */
     int64_t rank_interval;                      /* [1] BESA_LEARN_BOTH: learning steps from one ranking of the weights, as they
                                                    have become, to the next; BESA_NONE: the dense weights' ranks stay */
-    double weight_lr;                           /* [0.2] of Adam's steps, in rms(W) / sqrt(C) of a layer, with bits a sixth: the share
+    double weight_lr;                           /* [0.2] of Adam's steps, in rms(W) / sqrt(C) of a layer, on grids a sixth: the share
                                                    of its outputs' size that a step changes where all inputs agree on it */
     double weight_warmup;                       /* [0] share of the steps in which it rises; then it goes down a half cosine */
     int learn_vectors;                          /* the block's norms and biases learn wherever its kept weights do */
@@ -1261,8 +1274,10 @@ typedef struct besa_prune_options {
     int bits;                                   /* [0: none] 2 to 8: weights that are kept lie on grids of 2^bits levels */
     int64_t group_size;                         /* [0: a row] columns that share a grid */
     besa_clipping clipping;                     /* whether grids learn how far they reach; with final masks, weight_epochs */
-    double clip_lr;                             /* [0.05] AdamW's learning rate of their logits; falls to 0 as a half cosine */
-    int quantize_first;                         /* scores are those of quantised weights, as in the paper */
+    double clip_lr;                             /* [0.05] AdamW's learning rate of their logits; falls as a half cosine that the
+                                                   steps of all passes bring to 0: clips that begin later end before that */
+    int quantize_first;                         /* scores are those of quantised weights, as in the paper; BESA_LEARN_BOTH: weights
+                                                   are on their grids from the first step on, not only with final masks */
     int64_t first_block, num_blocks;            /* level 1: prune these [0; all from there on] and leave the others dense: a
                                                    quick look at anything else */
     double depth_slope;                         /* level 1: [0] the blocks' sparsities rise by this from the first of them to the
@@ -1449,6 +1464,35 @@ BESA_API void besa_tokens_free(besa_tokens *tokens);
 BESA_API besa_result besa_tokens_sample(const besa_tokens *tokens, int64_t nsamples, int64_t seqlen, uint64_t seed,
                                         int64_t vocab_size, int32_t *ids, besa_error *error);
 
+/* What a model predicts on windows of tokens, for others to be held against: besa_reference_create fills it in. */
+typedef struct besa_reference {
+    const besa_checkpoint *checkpoint;          /* the model: its head is read again, so it must stay open */
+    int64_t windows, seqlen;                    /* with the checkpoint all that a plan needs */
+    int32_t *ids;                               /* (windows, seqlen) owned, as are the others */
+    void *hidden;                               /* host (windows * seqlen, hidden_size) what the head reads */
+    besa_dtype dtype;                           /* of hidden: that of the backend's activations */
+    double *nll, perplexity;                    /* nll (windows), as of besa_perplexity */
+} besa_reference;
+
+/* One window of a test. All but nll are about the reference, P, where there is one; the model is Q. */
+typedef struct besa_window {
+    double nll;                                 /* mean negative log-likelihood of ids 2 .. seqlen */
+    double reference_nll;                       /* P's */
+    double kl;                                  /* mean over these positions of KL(P || Q) = sum p log(p / q), in nats */
+    double same;                                /* share of them where both have the same most likely id */
+} besa_window;
+
+/* What windows say together. Standard errors are those of means over windows: sqrt(sum (x - mean)^2 / (n - 1) / n), and 0
+ * where there is one window. */
+typedef struct besa_divergence {
+    int64_t windows, positions;
+    double perplexity, perplexity_error;        /* exp of the mean nll; times the error of that mean */
+    double reference_perplexity, reference_perplexity_error;
+    double difference, difference_error;        /* mean of nll - reference_nll of the same window, and its error */
+    double kl, kl_error, kl_99, kl_most;        /* of all positions the mean, 99th percentile, largest */
+    double same, same_error;
+} besa_divergence;
+
 typedef struct besa_report {
     int64_t num_blocks;
     besa_block_report *block;                   /* (num_blocks), owned */
@@ -1460,6 +1504,9 @@ typedef struct besa_report {
     char *notes;                                /* lines: warnings, files not copied; owned, NULL if there are none */
     besa_prune_options options;                 /* of the run, to be read: defaults are filled in, BESA_NONE is 0, and fixed
                                                    (num_fixed of them) and callbacks are NULL */
+    int64_t test_windows;                       /* those of the test; 0 where not asked for */
+    besa_window *window;                        /* (test_windows) owned; nll alone without `against` */
+    float *kl;                                  /* (test_windows, test_seqlen - 1) owned, of every position; NULL without it */
 } besa_report;
 
 /* The run's memory and cost, worked out from shapes before anything is allocated. */
@@ -1474,6 +1521,7 @@ typedef struct besa_plan_result {
     int64_t micro_batch;                        /* sequences per forward pass */
     double flop;                                /* of all products, a dense stream's included, the report's losses not */
     char notes[2048];                           /* the warnings that the report will begin with, a line each */
+    size_t reference_bytes;                     /* the host's memory that besa_reference_create takes, to the byte; 0 without */
 } besa_plan_result;
 
 /* What to prune on. ids (nsamples, seqlen) from besa_tokens_sample. */
@@ -1482,6 +1530,8 @@ typedef struct besa_calibration {
     int64_t nsamples, seqlen;
     const int32_t *test_ids;                    /* (test_windows, test_seqlen) measured on the way */
     int64_t test_windows, test_seqlen;          /* 0 windows: no perplexity */
+    const besa_reference *against;              /* of the test's windows: the report says how far the pruned model is from
+                                                   it; NULL: only its perplexity */
 } besa_calibration;
 
 /* Prune the checkpoint into a new directory.
@@ -1541,6 +1591,28 @@ BESA_API besa_result besa_outlier_targets(double *targets, const double *shares,
 BESA_API besa_result besa_perplexity(const besa_checkpoint *checkpoint, besa_backend *be, const int32_t *ids,
                                      int64_t windows, int64_t seqlen, double *perplexity, double *nll,
                                      besa_progress_callback progress, void *user, besa_error *error);
+
+/* Run a model over (windows, seqlen) ids as besa_perplexity does, and keep what its head reads, for comparisons. Memory that
+ * stays: windows * seqlen * (hidden_size * activation + 4) + 8 * windows bytes of the host. Free it before the checkpoint is
+ * closed; after an error there is nothing to free. */
+BESA_API besa_result besa_reference_create(besa_reference *reference, const besa_checkpoint *checkpoint, besa_backend *be,
+                                           const int32_t *ids, int64_t windows, int64_t seqlen, besa_progress_callback progress,
+                                           void *user, besa_error *error);
+BESA_API void besa_reference_free(besa_reference *reference); /* NULL and zeros are fine */
+
+/* How far a model's predictions are from a reference's on its windows, block by block and then both heads by chunks of the
+ * vocabulary. The models may differ in all but their vocabulary; with the same backend, or one with the same activations.
+ *   window   (windows) host
+ *   kl       (windows, seqlen - 1) host, KL(P || Q) of every position; or NULL
+ * BESA_ERROR_OPTION where the vocabularies differ, or the activations; and those of besa_perplexity. */
+BESA_API besa_result besa_compare_models(const besa_checkpoint *checkpoint, besa_backend *be, const besa_reference *reference,
+                                         besa_window *window, float *kl, besa_progress_callback progress, void *user,
+                                         besa_error *error);
+
+/* These windows in figures, with kl (positions) of all of them, which is put in order. kl NULL: they have no reference, and
+ * only windows and perplexity are set. */
+BESA_API void besa_summarize(besa_divergence *divergence, const besa_window *window, int64_t windows, float *kl,
+                             int64_t positions);
 
 /* The logits of every position (count * seqlen, vocab_size), host floats of the caller: for tests and small models. */
 BESA_API besa_result besa_logits(const besa_checkpoint *checkpoint, besa_backend *be, const int32_t *ids,
@@ -1787,7 +1859,7 @@ static besa_result besa__fail(besa_error *error, besa_result code, const char *f
 }
 
 /* Append a line to a text that grows by BESA_REALLOC; without memory the line is lost. */
-static void besa__notes_add(char **notes, const char *format, ...) BESA__PRINTF(2, 3);
+BESA__UNUSED static void besa__notes_add(char **notes, const char *format, ...) BESA__PRINTF(2, 3);
 static void besa__notes_add(char **notes, const char *format, ...)
 {
     char line[512];
@@ -2288,6 +2360,8 @@ static const besa_option besa__options[] = {
      "batch-size", "N", "sequences of a learning step [1]"},
     {BESA__PRUNE(ENUM, granularity), 0, 0, BESA_GRANULARITY_COUNT - 1, BESA__BESA | BESA__WEIGHTS,
      "a value of besa_granularity", "granularity", &besa__granularity_names[1], "whose outputs the loss of learning is measured on [block]"},
+    {BESA__PRUNE(FLAG, whole_target), 0, 0, 1, BESA__BESA, "0 or 1",
+     "whole-target", "", "granularity: the sparsity is the block's, not that of every part"},
     {BESA__PRUNE(FLAG, norm_all), 0, 0, 1, BESA__BESA | BESA__WEIGHTS, "0 or 1",
      "norm-all", "", "channel norms of the loss from all sequences, not the batch"},
     {BESA__PRUNE(FLAG, dense_stream), 0, 0, 1, BESA__BESA | BESA__WEIGHTS, "0 or 1",
@@ -3013,15 +3087,16 @@ static besa_result besa__rates_forward(besa_rates *rates)
 
 /* Add to the bucket sums of `rows` rows from `first` on: w (R,C), dw (rows, C). */
 static besa_result besa__rates_gradient(besa_rates *rates, int index, const void *w, int64_t first, int64_t rows,
-                                        const float *dw)
+                                        const void *dw, besa_dtype dw_dtype)
 {
     const besa__rate_layer *layer = &rates->layer[index];
     const besa__mask_layer *mask = &rates->masks->layer[index];
     besa_backend *be = rates->masks->be;
     int64_t columns = mask->shape.columns, buckets = layer->shape.logits - 1;
     if (mask->fixed >= 0) return BESA_OK;
-    return be->bucket_gradient(be, layer->sums + first * buckets, dw, besa__at_const(w, mask->shape.dtype, first * columns),
-                               mask->shape.dtype, besa__layer_rank(mask, first), layer->bucket, rows, columns, buckets);
+    return be->bucket_gradient(be, layer->sums + first * buckets, dw, dw_dtype,
+                               besa__at_const(w, mask->shape.dtype, first * columns), mask->shape.dtype,
+                               besa__layer_rank(mask, first), layer->bucket, rows, columns, buckets);
 }
 
 /* From the bucket sums, which are emptied, to dtheta, with the penalty lambda ((S - t)/t)^2:
@@ -3404,7 +3479,7 @@ BESA_API besa_result besa_rates_gradient(besa_rates *rates, int layer, const voi
     BESA__TRY(besa__check_layer(rates, layer, 1, error));
     BESA__TRY(besa__check_arrays(w, dw, "dw", error));
     besa__workspace callers = besa__rates_enter(rates);
-    besa_result result = besa__rates_gradient(rates, layer, w, 0, rates->layer[layer].shape.rows, dw);
+    besa_result result = besa__rates_gradient(rates, layer, w, 0, rates->layer[layer].shape.rows, dw, BESA_F32);
     return besa__rates_leave(rates, callers, result, error);
 }
 
@@ -4200,14 +4275,14 @@ static besa_result besa__layer_gradient(const besa__backward *p, int layer, cons
     besa_block_layer(&p->block->shape, layer, &rows, &columns);
     float *sum = p->acts->dw_sum[layer], *bias = p->block->bias[layer] ? p->acts->dvector[layer] : NULL;
     if (bias) BESA__TRY(p->be->column_sum(p->be, bias, dy, NULL, NULL, p->tokens, rows));
-    if (sum) return p->be->linear_backward_weight(p->be, sum, dy, x, p->tokens, rows, columns, 0, rows, 1);
+    if (sum) return p->be->linear_backward_weight(p->be, sum, BESA_F32, dy, x, p->tokens, rows, columns, 0, rows, 1);
     int64_t piece = besa__min(rows, p->acts->dw_count / columns);
     BESA_ASSERT(piece > 0);
     if (piece < rows && piece > 128) piece = piece / 128 * 128; /* whole tiles of the product */
     for (int64_t first = 0, count; first < rows; first += count) {
         count = besa__min(piece, rows - first);
-        BESA__TRY(p->be->linear_backward_weight(p->be, p->acts->dw, dy, x, p->tokens, rows, columns, first, count,
-                                                    0));
+        BESA__TRY(p->be->linear_backward_weight(p->be, p->acts->dw, p->acts->dw_dtype, dy, x, p->tokens, rows, columns, first,
+                                                count, 0));
         BESA__TRY(p->gradient(p->user, layer, first, count, p->acts->dw));
     }
     return BESA_OK;
@@ -4588,7 +4663,7 @@ struct besa_pruner {
     besa_backend *be;
     besa_prune_options options;                 /* with the defaults filled in */
     besa_block_shape shape;
-    besa_dtype dtype;
+    besa_dtype dtype, written_dtype;            /* of weights here; of those that the caller makes of the result */
     int qk_norm;
     int64_t nsamples, seqlen, micro_batch, reference; /* sequences: all, at a time, with a reference output */
     int64_t rows;                               /* of all layers */
@@ -4604,6 +4679,7 @@ struct besa_pruner {
     besa__parameters parameters;                /* theta */
     besa__weights weights;                      /* where kept weights learn */
     besa__quantization quantization;            /* where there are bits */
+    int on_grids;                               /* with bits: the forward pass reads weights on their grids */
     double fixed[BESA_LAYERS];                  /* of this block: sparsity, or negative: the method decides */
     besa__stream yref;                          /* (reference, seqlen, d); not placed where there is a dense stream */
     void *y;                                    /* (micro_batch, seqlen, d) act: the masked block's output, then dL/dy,
@@ -4637,7 +4713,7 @@ struct besa_pruner {
     float *results_losses;                      /* host, as losses */
     int32_t *results_counts;                    /* host (2, rows) */
     float *results_vectors;                     /* host, one vector after the other: what learned has come to */
-    char *notes;                                /* owned, of besa_pruner_create's alone; NULL: none */
+    char notes[1024];                           /* of besa_pruner_create's alone */
     besa_block masked;                          /* this run's block, with `pruned` for its weights, and what vectors learn */
 };
 
@@ -4660,9 +4736,19 @@ static int besa__learns_vectors(const besa_pruner *p) { return besa__learns_weig
 
 static int besa__learns_clips(const besa_pruner *p) { return besa__clips_learn(&p->options); }
 
+static int besa__moves_clips(const besa_pruner *p) { return p->quantization.learns && p->on_grids; }
+
 static int besa__learns(const besa_pruner *p)
 {
     return besa__learns_rates(p) || besa__learns_weights(p) || besa__learns_clips(p);
+}
+
+/* With learn both grids come when masks are final, unless masks are to be chosen by quantised weights: SmolLM2, 64 x 512 tokens,
+ * 50 %, preset best, perplexity on WikiText-2 and C4: 46.4 / 44.4 with 4 bits and 83 / 67 with 3, with grids from the first step
+ * on 56.5 / 50.3 and 138 / 94. */
+static int besa__grids_wait(const besa_pruner *p)
+{
+    return p->options.bits && p->options.learn == BESA_LEARN_BOTH && !p->options.quantize_first;
 }
 
 /* Does something learn with final masks? The clips alone do where they have had no rates to learn with. */
@@ -4671,9 +4757,10 @@ static int besa__learns_last(const besa_pruner *p)
     return besa__learns_weights(p) || (besa__learns_clips(p) && !besa__learns_rates(p));
 }
 
-/* The part of the block that a layer learns in, whose output its loss is measured on: 0, 1, .. */
+/* The part of the block that a layer learns in, whose rates reach the target together: 0, 1, .. */
 static int besa__part(const besa_pruner *p, int layer)
 {
+    if (p->options.whole_target) return 0;
     if (p->options.granularity == BESA_GRANULARITY_LAYER) return layer;
     return p->options.granularity == BESA_GRANULARITY_ATTN_MLP && layer >= BESA_GATE;
 }
@@ -4978,6 +5065,15 @@ static void besa__pruner_place_refit(besa_pruner *p, besa__arena *arena)
     p->fit.rho = besa__take_floats(arena, 2 * all);
 }
 
+/* Rates sum each row's gradients; whatever else learns from them, weight by weight, has them as floats. With bf16 the rates'
+ * gradient in SmolLM2's first block is 1.6e-4 of itself away from that with floats, in the second and third, whose inputs the
+ * blocks before have changed, 0.6 to 1 %; one sequence's is 7 to 18 % away from another's. */
+static besa_dtype besa__gradient_dtype(const besa_pruner *p)
+{
+    int rates_alone = besa__learns_rates(p) && !besa__learns_weights(p) && !besa__learns_clips(p);
+    return rates_alone && besa__importance_row(p->options.importance)->gradient == 0 ? p->be->gradient_dtype : BESA_F32;
+}
+
 /* Floats of the largest piece of a weight gradient, as be->gradient_bytes asks for: whole rows, 128 at least. */
 static int64_t besa__gradient_piece(const besa_backend *be, const besa_block_shape *s)
 {
@@ -5020,6 +5116,7 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     work.projected_rows = rates ? p->rows : 0;
     int64_t piece = besa__learns(p) ? besa__gradient_piece(p->be, s) : 0;
     besa__activations_place(&p->acts, arena, p->be->activation_dtype, s, p->qk_norm, p->micro_batch * p->seqlen, piece);
+    p->acts.dw_dtype = besa__gradient_dtype(p);
     besa__pruner_place_masks(p, arena);
     if (besa__learns_weights(p)) besa__pruner_place_weights(p, arena);
     if (p->options.bits)
@@ -5098,12 +5195,6 @@ static besa_result besa__check_shape(const besa_block_shape *s, besa_dtype dtype
                           (long long)s->head_dim, (long long)s->num_attention_heads);
     return BESA_OK;
 }
-/* Through grids large steps fit the calibration text alone. The first 8 blocks of SmolLM2 at 50 % and 4 bits, perplexity on
- * other WikiText-2 and C4: preset best 45.7 / 44.7 with weight_lr and clip_lr 0.3, 36.5 / 42.2 with 0.05 for both; masks and
- * clips 41.9 / 48.7 with clip_lr 0.3, 39.3 / 47.0 with 0.1, 38.6 / 46.9 with 0.03, nearest levels 39.3 / 47.3. */
-static double besa__weight_lr(const besa_prune_options *o) { return o->bits ? o->weight_lr / 6 : o->weight_lr; }
-
-
 /* Everything but memory. */
 static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const besa_block_shape *shape, besa_dtype dtype,
                                      int qk_norm, const besa_prune_options *options, int64_t nsamples, int64_t seqlen,
@@ -5113,7 +5204,7 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     p->be = be;
     p->options = *options;
     p->shape = *shape;
-    p->dtype = dtype;
+    p->dtype = p->written_dtype = dtype;
     p->qk_norm = qk_norm;
     p->nsamples = nsamples;
     p->seqlen = seqlen;
@@ -5129,7 +5220,6 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     o->rates.steps = besa__mask_epochs(p) * batches;
     p->weights.be = p->quantization.be = be;
     p->quantization.learns = besa__learns_clips(p);
-    p->weights.lr = besa__weight_lr(o);
     p->weights.warmup = o->weight_warmup;
     for (int i = 0; i < BESA_VECTORS; i++) p->weights.vector[i].dtype = dtype;
     p->weights.steps = weight_epochs * batches + (o->learn == BESA_LEARN_BOTH ? o->rates.steps : 0);
@@ -5981,11 +6071,21 @@ static int64_t besa__batch_cut(const void *pruner, int64_t first)
     return besa__min(p->micro_batch, end - first);
 }
 
+/* With bits: whether the forward pass reads weights on their grids from now on, and how fast these learn: through grids large
+ * steps fit the calibration text alone (as above, half of weight_lr instead of a sixth: 59.7 / 53.5, 123 / 85). */
+static void besa__use_grids(const besa__work *work, int on)
+{
+    besa_pruner *p = work->pruner;
+    p->on_grids = work->levels && on;
+    p->weights.lr = p->on_grids ? p->options.weight_lr / 6 : p->options.weight_lr;
+    for (int i = 0; i < BESA_LAYERS; i++) p->masked.weight[i] = p->on_grids ? work->levels[i] : work->pruned[i];
+}
+
 /* With bits: the weights that the forward pass reads, from the masked ones. */
 static besa_result besa__put_on_grids(const besa__work *work)
 {
     const besa_pruner *p = work->pruner;
-    for (int i = 0; i < BESA_LAYERS && work->levels; i++)
+    for (int i = 0; i < BESA_LAYERS && p->on_grids; i++)
         BESA__TRY(besa__quantize(&p->quantization, i, work->levels[i], work->pruned[i], 0, p->quantization.layer[i].rows));
     return BESA_OK;
 }
@@ -5997,7 +6097,7 @@ typedef struct besa__piece {
     const besa__walk *walk;
 } besa__piece;
 
-static besa_result besa__piece_gradient(void *user, int layer, int64_t first, int64_t rows, const float *dw)
+static besa_result besa__piece_gradient(void *user, int layer, int64_t first, int64_t rows, const void *dw)
 {
     const besa__piece *piece = (const besa__piece *)user;
     return piece->batch->gradient(piece->batch->user, layer, first, rows, dw);
@@ -6133,37 +6233,37 @@ typedef struct besa__learning {
 
 /* Bucket sums of some rows of a layer: dL/dWhat * W, or with bits Q(W), which takes the place of what nothing reads any more
  * before weights are put on their grids again. */
-static besa_result besa__learn_rates(const besa__work *work, int layer, int64_t first, int64_t rows, const float *dw)
+static besa_result besa__learn_rates(const besa__work *work, int layer, int64_t first, int64_t rows, const void *dw)
 {
     besa_pruner *p = work->pruner;
     const void *w = besa__unmasked(work, layer);
     if (p->fixed[layer] >= 0) return BESA_OK;
-    if (work->levels) {
+    if (p->on_grids) {
         BESA__TRY(besa__quantize(&p->quantization, layer, work->levels[layer], w, first, rows));
         w = work->levels[layer];
     }
-    return besa__rates_gradient(&p->rates, layer, w, first, rows, dw);
+    return besa__rates_gradient(&p->rates, layer, w, first, rows, dw, p->acts.dw_dtype);
 }
 
 /* What the gradient of a layer's weights is for, some rows or all: its rows' bucket sums, the clips, and a step of the
  * weights themselves, which nothing in this step reads any more. Through grids it is passed as it is. */
-static besa_result besa__learn_gradient(void *user, int layer, int64_t first, int64_t rows, const float *dw)
+static besa_result besa__learn_gradient(void *user, int layer, int64_t first, int64_t rows, const void *dw)
 {
     const besa__learning *l = (const besa__learning *)user;
     besa_pruner *p = l->work->pruner;
     int64_t all, columns;
     besa_block_layer(&p->shape, layer, &all, &columns);
     if (l->rates) BESA__TRY(besa__learn_rates(l->work, layer, first, rows, dw));
-    if (p->quantization.learns) BESA__TRY(besa__clips_gradient(&p->quantization, layer, first, rows, dw));
+    if (besa__moves_clips(p)) BESA__TRY(besa__clips_gradient(&p->quantization, layer, first, rows, (const float *)dw));
     if (!l->weights || p->fixed[layer] == 0) return BESA_OK;
-    return besa__weights_move(&p->weights, layer, first * columns, rows * columns, dw, l->work->pruned[layer]);
+    return besa__weights_move(&p->weights, layer, first * columns, rows * columns, (const float *)dw, l->work->pruned[layer]);
 }
 
 /* The layers whose gradients a pass needs, as bits; those that stay dense are left as they are, but for their clips. */
 static unsigned besa__learned_layers(const besa_pruner *p, int weights)
 {
     unsigned layers = 0;
-    if (p->quantization.learns) return (1u << BESA_LAYERS) - 1;
+    if (besa__moves_clips(p)) return (1u << BESA_LAYERS) - 1;
     for (int i = 0; i < BESA_LAYERS; i++)
         if (weights ? p->fixed[i] != 0 : p->fixed[i] < 0) layers |= 1u << i;
     return layers;
@@ -6221,11 +6321,11 @@ static besa_result besa__learn_step(besa__learning *l, const besa__batch *batch,
     if (l->masks) BESA__TRY(besa__rank_and_mask(l, steps));
     BESA__TRY(p->be->zero(p->be, BESA_QUEUE_COMPUTE, batch->loss, sizeof(float)));
     BESA__TRY(besa__clear_gradients(p, batch));
-    if (p->quantization.learns) BESA__TRY(besa__clips_clear(&p->quantization));
+    if (besa__moves_clips(p)) BESA__TRY(besa__clips_clear(&p->quantization));
     BESA__TRY(besa__batch_gradient(l->work, batch));
     BESA__TRY(besa__use_gradients(p, batch));
     if (l->weights) BESA__TRY(besa__vectors_move(&p->weights));
-    if (p->quantization.learns) BESA__TRY(besa__clips_step(&p->quantization));
+    if (besa__moves_clips(p)) BESA__TRY(besa__clips_step(&p->quantization));
     if (l->rates) BESA__TRY(besa__rates_backward(&p->rates));
     return l->rates ? besa__parameters_step(&p->parameters) : BESA_OK;
 }
@@ -6263,12 +6363,12 @@ static besa_result besa__learn(besa__learning *l, besa_error *error)
 }
 
 /* Add the squares of a layer's gradient, some rows or all. */
-static besa_result besa__square_gradient(void *user, int layer, int64_t first, int64_t rows, const float *dw)
+static besa_result besa__square_gradient(void *user, int layer, int64_t first, int64_t rows, const void *dw)
 {
     const besa_pruner *p = (const besa_pruner *)user;
     int64_t all, columns;
     besa_block_layer(&p->shape, layer, &all, &columns);
-    return p->be->accumulate_squares(p->be, p->score_factor[layer] + first * columns, dw, rows * columns);
+    return p->be->accumulate_squares(p->be, p->score_factor[layer] + first * columns, (const float *)dw, rows * columns);
 }
 
 /* The squares of the gradients of single sequences, with uniform masks, or the rank pass's by the pattern. */
@@ -6332,6 +6432,7 @@ static besa_result besa__learn_pass(const besa__work *work, besa_error *error)
     besa_pruner *p = work->pruner;
     besa__learning l = {work, besa__learns_rates(p), p->options.learn == BESA_LEARN_BOTH, 1, 0, p->options.rates.steps,
                         besa__gradient_sequences(p)};
+    besa__use_grids(work, !besa__grids_wait(p));
     for (int i = 0; i < BESA_LAYERS && besa__learns_weights(p); i++)
         BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->dense->weight[i], work->dense->weight[i]), error);
     if (!besa__learned_layers(p, 0)) l.before = 0;
@@ -6347,6 +6448,7 @@ static besa_result besa__weights_pass(const besa__work *work, besa_error *error)
     besa_pruner *p = work->pruner;
     besa__learning l = {work, 0, besa__learns_weights(p), 0, p->options.rates.steps, 0, 0};
     l.steps = p->steps - l.done;
+    besa__use_grids(work, 1);
     BESA__TRY_ON(p->be, besa__report_loss(work, BESA__LOSS_MASKS), error);
     int reset = !besa__finds_masks(p) || p->options.refit != BESA_REFIT_NONE; /* else they are as masks are applied to them */
     for (int i = 0; i < BESA_LAYERS && l.weights && reset; i++)
@@ -6359,6 +6461,25 @@ static besa_result besa__weights_pass(const besa__work *work, besa_error *error)
  * ============================================================================================
  * Owns the step to the next block, and the report of this one. */
 
+/* Weights that have moved become what the file will hold of them: F16 has fewer bits than bf16 near 0. */
+static besa_result besa__round_written(const besa__work *work)
+{
+    besa_pruner *p = work->pruner;
+    besa_backend *be = p->be;
+    if (p->written_dtype == p->dtype || !besa__learns_weights(p)) return BESA_OK;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        for (int64_t at = 0, n; at < rows * columns; at += n) {
+            void *w = besa__at(work->pruned[i], p->dtype, at);
+            n = besa__min(p->acts.dw_count, rows * columns - at);
+            BESA__TRY(be->convert(be, p->acts.dw, p->written_dtype, w, p->dtype, n));
+            BESA__TRY(be->convert(be, w, p->dtype, p->acts.dw, p->written_dtype, n));
+        }
+    }
+    return BESA_OK;
+}
+
 /* Pass 5. X = F(What, X), and the loss on the way. */
 static besa_result besa__commit_pass(const besa__work *work, besa_error *error)
 {
@@ -6366,6 +6487,7 @@ static besa_result besa__commit_pass(const besa__work *work, besa_error *error)
     besa_backend *be = p->be;
     int64_t shown = besa__shown(p);
     besa__walk walk = besa__pass_walk(p, p->nsamples);
+    BESA__TRY_ON(be, besa__round_written(work), error);
     BESA__TRY_ON(be, besa__put_on_grids(work), error);
     while (besa__walk_next(&walk)) {
         void *x, *yref;
@@ -6677,10 +6799,8 @@ static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, con
     p->masked = *block;
     x->micro_batch = work.yref->micro_batch = p->micro_batch;
     if (dense) dense->micro_batch = p->micro_batch;
-    for (int i = 0; i < BESA_LAYERS; i++) {
-        p->masked.weight[i] = pruned[i];
-        p->fixed[i] = besa__fixed_rate(&p->options, name, i);
-    }
+    besa__use_grids(&work, 1);
+    for (int i = 0; i < BESA_LAYERS; i++) p->fixed[i] = besa__fixed_rate(&p->options, name, i);
     for (int i = 0; i < BESA_VECTORS && besa__learns_vectors(p); i++) {
         const float **vector = besa__block_vector(&p->masked, i);
         p->weights.vector[i].dense = *vector;
@@ -6726,16 +6846,16 @@ static besa_result besa__pruner_allocate(besa_pruner *p, besa_error *error)
     return besa__pass_error(be, besa__pruner_start(p), error);
 }
 
-/* A warning where learning alone cannot reach the target. */
-static void besa__note_range(const besa_pruner *p, char **notes)
+/* A warning where learning alone cannot reach the target; "" where it can. */
+static void besa__note_range(const besa_pruner *p, char *text, size_t size)
 {
+    text[0] = 0;
     const besa_prune_options *o = &p->options;
     if (!besa__has_rates(o) || o->rates.plain_softmax || !o->no_projection) return;
     double low = besa__reachable_rate(&p->rates, 0), high = besa__reachable_rate(&p->rates, 1);
     if (o->rates.target >= low && o->rates.target <= high) return;
-    besa__notes_add(notes,
-                    "warning: target %g is outside the rates %.3f .. %.3f that these options can reach without projection",
-                    o->rates.target, low, high);
+    snprintf(text, size, "warning: target %g is outside the rates %.3f .. %.3f that these options can reach without projection\n",
+             o->rates.target, low, high);
 }
 
 /* Learning steps before which rates hardly move: logits have to change by about 0.3. AdamW changes them by lr a step.
@@ -6748,32 +6868,34 @@ static double besa__steps_needed(const besa_rate_options *o)
     return ceil(2 + fmax(distance, 0) / log(growth));
 }
 
-/* A warning where learning ends before rates have moved. */
-static void besa__note_steps(const besa_pruner *p, char **notes)
+/* A warning where learning ends before rates have moved; else "". */
+static void besa__note_steps(const besa_pruner *p, char *text, size_t size)
 {
     const besa_prune_options *o = &p->options;
     const char *larger = o->rates.optimizer == BESA_ADAMW ? "lr" : "d_coef";
     int64_t steps = o->rates.steps;
     double needed = besa__steps_needed(&o->rates);
+    text[0] = 0;
     if (!besa__has_rates(o) || (double)steps >= needed) return;
-    besa__notes_add(notes, "warning: %lld learning step%s a block (sequences x epochs / batch size): rates hardly move before "
-                    "step %.0f, and masks are nearly those of uniform rates by importance %s; more sequences or epochs, a "
-                    "smaller batch or a larger %s help", (long long)steps, steps == 1 ? "" : "s", needed,
-                    besa__importance_row(o->importance)->name, larger);
+    snprintf(text, size, "warning: %lld learning step%s a block (sequences x epochs / batch size): rates hardly move before step "
+             "%.0f, and masks are nearly those of uniform rates by importance %s; more sequences or epochs, a smaller batch or a "
+             "larger %s help\n", (long long)steps, steps == 1 ? "" : "s", needed, besa__importance_row(o->importance)->name, larger);
 }
 
 /* The pruner's notes anew; report: of the run that has ended, NULL: none has. */
 static void besa__pruner_notes(besa_pruner *p, const besa_block_report *report)
 {
     int weights = besa__learns_weights(p);
-    BESA_FREE(p->notes);
-    p->notes = NULL;
-    besa__note_range(p, &p->notes);
-    besa__note_steps(p, &p->notes);
+    char *text = p->notes;
+    size_t size = sizeof p->notes;
+    besa__note_range(p, text, size);
+    size_t used = strlen(text);
+    besa__note_steps(p, text + used, size - used);
+    used += strlen(text + used);
     if (report && report->loss_after > report->loss_masks)
-        besa__notes_add(&p->notes, "warning: learning made the block's loss larger than with the masks alone, %.3g instead of "
-                        "%.3g; a %s below %g may help", report->loss_after, report->loss_masks, weights ? "weight_lr" : "clip_lr",
-                        weights ? p->options.weight_lr : p->options.clip_lr);
+        snprintf(text + used, size - used, "warning: learning made the block's loss larger than with the masks alone, %.3g instead "
+                 "of %.3g; a %s below %g may help\n", report->loss_after, report->loss_masks, weights ? "weight_lr" : "clip_lr",
+                 weights ? p->options.weight_lr : p->options.clip_lr);
 }
 
 BESA_API besa_result besa_pruner_create(besa_pruner **pruner, besa_backend *be, const besa_block_shape *shape,
@@ -6803,7 +6925,6 @@ BESA_API void besa_pruner_destroy(besa_pruner *pruner)
     if (pruner->memory) besa__settle(be);
     if (pruner->memory) be->free(be, pruner->memory);
     if (pruner->host_memory) be->host_free(be, pruner->host_memory);
-    BESA_FREE(pruner->notes);
     BESA_FREE(pruner);
 }
 
@@ -6853,7 +6974,7 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
     return BESA_OK;
 }
 
-BESA_API const char *besa_pruner_notes(const besa_pruner *pruner) { return pruner->notes ? pruner->notes : ""; }
+BESA_API const char *besa_pruner_notes(const besa_pruner *pruner) { return pruner->notes; }
 
 BESA_API const besa_block *besa_pruner_block(const besa_pruner *pruner) { return &pruner->masked; }
 
@@ -10917,6 +11038,8 @@ BESA_API void besa_report_free(besa_report *report)
     if (!report) return;
     BESA_FREE(report->block);
     BESA_FREE(report->notes);
+    BESA_FREE(report->window);
+    BESA_FREE(report->kl);
     memset(report, 0, sizeof *report);
 }
 
@@ -11090,6 +11213,7 @@ static void besa__background_stop(besa__background *b)
  * the last one's results go out, piece by piece through pinned host memory, a share at every tick of the pruner. */
 
 #define BESA__VOCAB_CHUNK 4096                  /* rows of the output head at a time */
+#define BESA__STATES 9                          /* of a position: nll_state, divergence, best */
 
 /* Events of the run's streams, after those of its pruner. */
 enum { BESA__EVENT_X = BESA__PRUNER_EVENTS, BESA__EVENT_DENSE = BESA__EVENT_X + BESA__STREAM_EVENTS,
@@ -11133,6 +11257,7 @@ typedef struct besa__run {
     const besa_checkpoint *checkpoint;
     const besa_config *config;
     besa__model model;
+    besa_dtype dtype;                           /* of weights on the device: the file's, or see besa__run_dtype */
     besa_backend *be, cpu;                      /* cpu: what be points to where the caller gave none */
     besa__workspace callers;                    /* the backend's workspace before the run */
     int has_pruner, has_dense, has_test;
@@ -11156,6 +11281,11 @@ typedef struct besa__run {
     float *logits, *nll_state;
     int32_t *targets;
     double *nll_sums;
+    const besa_reference *against;              /* NULL: none */
+    besa__model against_model;
+    void *against_x, *against_rows;             /* what its head reads of a chunk of tokens, and rows of its head */
+    float *against_logits, *divergence;
+    int32_t *best;
     /* host */
     void *host;
     void *staging;                              /* rows, tables and sums */
@@ -11189,7 +11319,7 @@ static void besa__run_place_blocks(besa__run *run, besa__arena *arena)
         for (int i = 0; i < BESA_LAYERS; i++) {
             int64_t rows, columns;
             besa_block_layer(s, i, &rows, &columns);
-            uint64_t bytes = besa__bytes(besa__product(rows, columns), besa_dtype_size(run->model.dtype));
+            uint64_t bytes = besa__bytes(besa__product(rows, columns), besa_dtype_size(run->dtype));
             room->weight[i] = besa__take(arena, bytes);
             if (run->has_pruner) run->pruned[r][i] = besa__take(arena, bytes);
         }
@@ -11199,6 +11329,17 @@ static void besa__run_place_blocks(besa__run *run, besa__arena *arena)
     besa__turns_place(&run->test_turns, run->config, arena);
 }
 
+/* The head of the model that the test is held against. */
+static void besa__run_place_against(besa__run *run, besa__arena *arena, int64_t chunk_tokens, int64_t tokens)
+{
+    int64_t d = besa_checkpoint_config(run->against->checkpoint)->block.hidden_size, ids = besa__vocab_chunk(run);
+    run->against_x = besa__take(arena, besa__bytes(besa__product(chunk_tokens, d), besa_dtype_size(run->be->activation_dtype)));
+    run->against_rows = besa__take(arena, besa__bytes(besa__product(ids, d), besa_dtype_size(run->against_model.head->dtype)));
+    run->against_logits = besa__take_floats(arena, besa__product(chunk_tokens, ids));
+    run->divergence = besa__take_floats(arena, besa__product(4, tokens));
+    run->best = (int32_t *)besa__take_array(arena, besa__product(2, tokens), sizeof(int32_t));
+}
+
 /* The test stream's activations and what the head needs. */
 static void besa__run_place_test(besa__run *run, besa__arena *arena, besa__arena *host)
 {
@@ -11206,12 +11347,15 @@ static void besa__run_place_test(besa__run *run, besa__arena *arena, besa__arena
     int64_t chunk_tokens = run->test.micro_batch * run->test.seqlen, tokens = run->test.count * run->test.seqlen;
     besa_workload work = besa_block_workload(s, run->test.micro_batch, run->test.seqlen);
     work.rows = besa__max(work.rows, besa__vocab_chunk(run));
+    if (run->against)
+        work.columns = besa__max(work.columns, besa_checkpoint_config(run->against->checkpoint)->block.hidden_size);
     besa__stream_place(&run->test, arena, host);
     besa__activations_place(&run->acts, arena, run->be->activation_dtype, s, run->config->qk_norm, chunk_tokens, 0);
     run->logits = besa__take_floats(arena, besa__product(chunk_tokens, besa__vocab_chunk(run)));
     run->nll_state = besa__take_floats(arena, besa__product(3, tokens));
     run->targets = (int32_t *)besa__take_array(arena, tokens, sizeof(int32_t));
     run->nll_sums = (double *)besa__take_array(arena, run->test.count, sizeof(double));
+    if (run->against) besa__run_place_against(run, arena, chunk_tokens, tokens);
     run->workspace_bytes = run->be->workspace_size(run->be, &work);
     run->workspace = besa__take(arena, run->workspace_bytes);
 }
@@ -11219,7 +11363,7 @@ static void besa__run_place_test(besa__run *run, besa__arena *arena, besa__arena
 /* Bytes of weights that are staged at a time. */
 static size_t besa__piece_bytes(const besa__run *run)
 {
-    uint64_t largest = besa__bytes(besa__largest_layer(&run->config->block), besa_dtype_size(run->model.dtype));
+    uint64_t largest = besa__bytes(besa__largest_layer(&run->config->block), besa_dtype_size(run->dtype));
     return largest < BESA__CHUNK ? ((size_t)largest + 7) / 8 * 8 : BESA__CHUNK;
 }
 
@@ -11231,7 +11375,8 @@ static void besa__run_place_host(besa__run *run, besa__arena *host)
     int64_t vectors = besa__vector_counts(s);
     int64_t tables = besa__product(besa__max(run->turns.positions, run->test_turns.positions), besa__rotary_dim(s));
     int64_t rows = BESA__CHUNK_TOKENS * s->hidden_size, test = run->test.count * run->test.seqlen; /* 2 or more a window */
-    run->staging = besa__take_floats(host, besa__max(besa__max(rows, tables), run->has_test ? test : 0));
+    int64_t states = run->against ? BESA__STATES * run->test.seqlen : 0;
+    run->staging = besa__take_floats(host, besa__max(besa__max(rows, tables), run->has_test ? besa__max(test, states) : 0));
     run->vectors = besa__take_floats(host, vectors);
     for (int i = 0; i < BESA_LAYERS && run->has_pruner && run->pruner.options.bits; i++) {
         int64_t grids = besa__layer_grids(s, i, run->pruner.options.group_size);
@@ -11297,7 +11442,9 @@ static besa_result besa__run_init(besa__run *run, const besa_checkpoint *checkpo
     if (!be) BESA__TRY(besa_cpu_backend(&run->cpu, NULL, error));
     run->callers = besa__use_workspace(run->be, NULL, 0);
     BESA__TRY(besa__check_backend(run->be, error));
-    return besa__model_bind(&run->model, checkpoint, error);
+    BESA__TRY(besa__model_bind(&run->model, checkpoint, error));
+    run->dtype = run->model.dtype;
+    return BESA_OK;
 }
 
 static besa_result besa__run_test(besa__run *run, const int32_t *ids, int64_t windows, int64_t seqlen, besa_error *error)
@@ -11320,13 +11467,50 @@ static besa_result besa__run_test(besa__run *run, const int32_t *ids, int64_t wi
     return BESA_OK;
 }
 
+/* Weights of F16 that the steps of learning would convert in every product, where products are of bf16, are converted once, on
+ * their way in; on the way out those that have not moved are the file's again. Not those on grids, which are the file's dtype. */
+static besa_dtype besa__run_dtype(const besa__run *run, const besa_prune_options *options)
+{
+    int learns = besa__has_rates(options) || options->learn != BESA_LEARN_RATES;
+    int converts = run->model.dtype == BESA_F16 && run->be->activation_dtype == BESA_BF16;
+    return converts && learns && options->bits == 0 ? BESA_BF16 : run->model.dtype;
+}
+
+/* Hold the test against a reference, if there is one. */
+static besa_result besa__run_against(besa__run *run, const besa_reference *against, besa_error *error)
+{
+    if (!against) return BESA_OK;
+    const besa__stream *s = &run->test;
+    int64_t vocab = run->config->vocab_size, other = besa_checkpoint_config(against->checkpoint)->vocab_size;
+    if (vocab != other)
+        return besa__fail(error, BESA_ERROR_OPTION, "%s has a vocabulary of %lld tokens, and %s, which it is to be held against, "
+                          "one of %lld: expected the same", run->checkpoint->directory, (long long)vocab,
+                          against->checkpoint->directory, (long long)other);
+    if (!run->has_test || against->windows != s->count || against->seqlen != s->seqlen)
+        return besa__fail(error, BESA_ERROR_OPTION, "the test is %lld windows of %lld tokens, and what it is to be held against "
+                          "%lld of %lld: expected the same", (long long)(run->has_test ? s->count : 0),
+                          (long long)(run->has_test ? s->seqlen : 0), (long long)against->windows, (long long)against->seqlen);
+    if (against->hidden && against->dtype != run->be->activation_dtype)
+        return besa__fail(error, BESA_ERROR_OPTION, "the reference was made with other activations than backend %s has",
+                          run->be->name);
+    if (against->ids && run->test_ids && memcmp(against->ids, run->test_ids, (size_t)(s->count * s->seqlen) * sizeof(int32_t)))
+        return besa__fail(error, BESA_ERROR_OPTION, "the test's tokens are not those of the reference");
+    run->against = against;
+    BESA__TRY(besa__model_bind(&run->against_model, against->checkpoint, error));
+    if (run->against_model.head) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_TENSOR, "%s: there is no %s: nothing can be held against it", against->checkpoint->directory,
+                      besa__head_name);
+}
+
 static besa_result besa__run_calibration(besa__run *run, const besa_calibration *c, const besa_prune_options *options,
                                          besa_error *error)
 {
     int64_t d = run->config->block.hidden_size;
     run->has_pruner = 1;
-    BESA__TRY(besa__pruner_init(&run->pruner, run->be, &run->config->block, run->model.dtype, run->config->qk_norm,
+    run->dtype = besa__run_dtype(run, options);
+    BESA__TRY(besa__pruner_init(&run->pruner, run->be, &run->config->block, run->dtype, run->config->qk_norm,
                                 options, c->nsamples, c->seqlen, error));
+    run->pruner.written_dtype = run->model.dtype;
     run->ids = c->ids;
     besa__stream_init(&run->calibration, run->be, BESA__EVENT_X, c->nsamples, c->seqlen, d);
     besa__stream_init(&run->dense, run->be, BESA__EVENT_DENSE, c->nsamples, c->seqlen, d);
@@ -11334,8 +11518,8 @@ static besa_result besa__run_calibration(besa__run *run, const besa_calibration 
     run->has_dense = besa__uses_own(&run->pruner.options);
     run->target = run->pruner.options.rates.target;
     run->pruner.meter.blocks = run->config->num_hidden_layers;
-    if (c->test_windows != 0) return besa__run_test(run, c->test_ids, c->test_windows, c->test_seqlen, error);
-    return BESA_OK;
+    if (c->test_windows != 0) BESA__TRY(besa__run_test(run, c->test_ids, c->test_windows, c->test_seqlen, error));
+    return besa__run_against(run, c->against, error);
 }
 
 /* The micro-batch and the level that fit the budget. */
@@ -11390,13 +11574,30 @@ static void besa__lap(double *clock, double *total)
     *clock = now;
 }
 
+/* Whether no element is infinite or NaN; the address may be odd. */
+static int besa__words_finite(const void *words, besa_dtype dtype, int64_t count)
+{
+    const unsigned char *at = (const unsigned char *)words;
+    uint32_t bad = 0, exponent = dtype == BESA_F16 ? 0x7C00u : 0x7F80u; /* loops without a branch: a vocabulary goes through here */
+    for (int64_t i = 0; i < count && dtype == BESA_F32; i++) {
+        uint32_t word;
+        memcpy(&word, at + 4 * i, 4);
+        bad |= (word & 0x7F800000u) == 0x7F800000u;
+    }
+    for (int64_t i = 0; i < count && dtype != BESA_F32; i++) {
+        uint16_t word;
+        memcpy(&word, at + 2 * i, 2);
+        bad |= (word & exponent) == exponent;
+    }
+    return !bad;
+}
+
 /* count elements of a mapped tensor from `first`, as floats; the tensor's address may be odd. */
 static besa_result besa__tensor_floats(float *out, const besa_tensor *tensor, int64_t first, int64_t count,
                                        besa_error *error)
 {
     size_t size = besa_dtype_size(tensor->dtype);
     const unsigned char *at = (const unsigned char *)tensor->data + (size_t)first * size;
-    uint32_t bad = 0; /* loops without a branch: a vocabulary goes through here */
     if (tensor->dtype == BESA_F32) memcpy(out, at, (size_t)count * size);
     for (int64_t i = 0; i < count && tensor->dtype == BESA_BF16; i++) {
         uint16_t half;
@@ -11408,12 +11609,8 @@ static besa_result besa__tensor_floats(float *out, const besa_tensor *tensor, in
         memcpy(&half, at + 2 * i, 2);
         out[i] = besa__f16_to_f32(half);
     }
-    for (int64_t i = 0; i < count; i++) {
-        uint32_t bits;
-        memcpy(&bits, &out[i], 4);
-        bad |= (bits & 0x7F800000u) == 0x7F800000u;
-    }
-    for (int64_t i = 0; i < count && bad; i++)
+    if (besa__words_finite(at, tensor->dtype, count)) return BESA_OK;
+    for (int64_t i = 0; i < count; i++)
         if (!besa__is_finite((double)out[i]))
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s: element %lld is %g: the file is damaged, download it again",
                               tensor->name, (long long)(first + i), (double)out[i]);
@@ -11509,14 +11706,49 @@ static besa_result besa__in_begin(besa__run *run, int64_t index, besa_error *err
     return BESA_OK;
 }
 
+/* F16 into bf16, `bytes` of either, in place too; `from` may be odd. Without a branch: a model goes through here while the
+ * device computes. Below 2^-14 F16 counts in 2^-24, above it has three bits more of the fraction than bf16. */
+static void besa__halves_in(void *to, const void *from, size_t bytes)
+{
+    for (size_t at = 0; at < bytes; at += 2) {
+        uint16_t half;
+        memcpy(&half, (const unsigned char *)from + at, 2);
+        uint32_t size = half & 0x7FFFu, low = besa__float_bits((float)(int32_t)size * 5.9604644775390625e-8f);
+        uint32_t normal = ((size + 3 + (size >> 3 & 1)) >> 3) + (112u << 7), tiny = (low + 0x7FFF + (low >> 16 & 1)) >> 16;
+        uint32_t bits = size < 0x400 ? tiny : size < 0x7C00 ? normal : size == 0x7C00 ? 0x7F80u : 0x7FC0u;
+        half = (uint16_t)(bits | (half & 0x8000u));
+        memcpy((unsigned char *)to + at, &half, 2);
+    }
+}
+
+/* The way back, in place: what is still the rounded `source` is the source's own, 0 is 0. */
+static void besa__halves_out(void *weights, const void *source, size_t bytes, int moved)
+{
+    for (size_t at = 0; at < bytes && !moved; at += 2) {
+        uint16_t half, own;
+        memcpy(&half, (const unsigned char *)weights + at, 2);
+        memcpy(&own, (const unsigned char *)source + at, 2);
+        half = half == 0 ? 0 : own;
+        memcpy((unsigned char *)weights + at, &half, 2);
+    }
+    for (size_t at = 0; at < bytes && moved; at += 2) {
+        uint16_t half, own;
+        memcpy(&half, (const unsigned char *)weights + at, 2);
+        memcpy(&own, (const unsigned char *)source + at, 2);
+        half = half == besa__f32_to_bf16(besa__f16_to_f32(own)) ? own : besa__f32_to_f16(besa__bf16_to_f32(half));
+        memcpy((unsigned char *)weights + at, &half, 2);
+    }
+}
+
 /* A piece of the source: into its slot, if it has one, and into the hash of what was read. */
 static besa_result besa__read_piece(void *user, const besa__job *piece, besa_error *error)
 {
     const besa__run *run = (const besa__run *)user;
     const void *bytes = (const unsigned char *)piece->tensor->data + piece->at;
     (void)error;
-    if (piece->memory) bytes = memcpy(piece->memory, bytes, piece->size);
+    if (run->dtype == run->model.dtype && piece->memory) bytes = memcpy(piece->memory, bytes, piece->size);
     if (run->writer) besa__writer_saw(run->writer, piece->tensor, piece->at, bytes, piece->size);
+    if (run->dtype != run->model.dtype) besa__halves_in(piece->memory, bytes, piece->size);
     if (piece->memory)
         besa__release_range(run->checkpoint->shards + piece->tensor->file, piece->tensor->offset + piece->at, piece->size);
     return BESA_OK;
@@ -11586,7 +11818,7 @@ static besa_result besa__in_finish(besa__run *run, int64_t index, besa_block *bl
     memset(block, 0, sizeof *block);
     block->shape = run->config->block;
     block->shape.sliding_window = run->config->window[index] ? run->config->sliding_window : 0;
-    block->dtype = run->model.dtype;
+    block->dtype = run->dtype;
     block->shape.no_rope = run->config->no_rope[index];
     besa__block_turns(block, run->config, &run->turns);
     for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = room->weight[i];
@@ -11650,7 +11882,13 @@ static besa_result besa__codes_out(const besa__run *run, const besa__job *piece,
 static besa_result besa__write_piece(void *user, const besa__job *piece, besa_error *error)
 {
     const besa__run *run = (const besa__run *)user;
-    BESA__TRY(besa__writer_write(run->writer, piece->tensor, piece->memory, piece->size, error));
+    const besa_tensor *source = piece->tensor;
+    if (run->dtype != run->model.dtype) {
+        besa__halves_out(piece->memory, (const unsigned char *)source->data + piece->at, piece->size,
+                         besa__learns_weights(&run->pruner));
+        besa__release_range(run->checkpoint->shards + source->file, source->offset + piece->at, piece->size);
+    }
+    BESA__TRY(besa__writer_write(run->writer, source, piece->memory, piece->size, error));
     return besa__has_codes(run->writer, piece->block) ? besa__codes_out(run, piece, error) : BESA_OK;
 }
 
@@ -11756,7 +11994,7 @@ static besa_result besa__run_share(void *user, double fraction, besa_error *erro
 }
 
 /* ============================================================================================
- * // >>head                  embedding, final norm, output head, perplexity
+ * // >>head                  embedding, final norm, output head, perplexity, divergence
  * ============================================================================================
  * Owns what lies before the first block and behind the last one, over whole streams of activations. */
 
@@ -11805,21 +12043,38 @@ static float besa__embedding_scale(const besa__run *run)
     return rounded ? besa__bf16_to_f32(besa__f32_to_bf16(scale)) : scale;
 }
 
-/* x(tokens, d) = rows of the embedding, gathered on the host, scaled, and converted on the device. */
+/* Rows of the embedding, (count, d), into the staging memory: as the file has them, or scaled as floats. Its dtype. */
+static besa_result besa__gather_rows(besa__run *run, const int32_t *ids, int64_t count, besa_dtype *dtype, besa_error *error)
+{
+    const besa_tensor *table = run->model.embedding;
+    int64_t d = run->config->block.hidden_size;
+    float *rows = (float *)run->staging, scale = besa__embedding_scale(run);
+    *dtype = scale == 1.0f ? table->dtype : BESA_F32;
+    size_t bytes = (size_t)d * besa_dtype_size(table->dtype);
+    for (int64_t t = 0; t < count; t++) {
+        const unsigned char *row = (const unsigned char *)table->data + (size_t)ids[t] * bytes;
+        if (scale != 1.0f || !besa__words_finite(row, table->dtype, d)) /* which names the element that is not */
+            BESA__TRY(besa__tensor_floats(rows + t * d, table, ids[t] * d, d, error));
+        else memcpy((unsigned char *)rows + (size_t)t * bytes, row, bytes);
+    }
+    for (int64_t k = 0; k < count * d && scale != 1.0f; k++) rows[k] *= scale;
+    return BESA_OK;
+}
+
+/* x(tokens, d) = rows of the embedding, gathered on the host and converted on the device. */
 static besa_result besa__embed(besa__run *run, void *x, const int32_t *ids, int64_t tokens, besa_error *error)
 {
     besa_backend *be = run->be;
     const besa_tensor *table = run->model.embedding;
     int64_t d = run->config->block.hidden_size;
-    float *rows = (float *)run->staging, scale = besa__embedding_scale(run);
     for (int64_t i = 0; i < tokens; i += BESA__CHUNK_TOKENS) {
         int64_t count = besa__min(BESA__CHUNK_TOKENS, tokens - i);
-        for (int64_t t = 0; t < count; t++)
-            BESA__TRY(besa__tensor_floats(rows + t * d, table, ids[i + t] * d, d, error));
-        for (int64_t k = 0; k < count * d && scale != 1.0f; k++) rows[k] *= scale;
+        besa_dtype dtype;
+        BESA__TRY(besa__gather_rows(run, ids + i, count, &dtype, error));
         void *to = besa__at(x, be->activation_dtype, i * d);
-        besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, run->rows, rows, (size_t)(count * d) * sizeof(float));
-        if (result == BESA_OK) result = be->convert(be, to, be->activation_dtype, run->rows, BESA_F32, count * d);
+        size_t bytes = (size_t)(count * d) * besa_dtype_size(dtype);
+        besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, run->rows, run->staging, bytes);
+        if (result == BESA_OK) result = be->convert(be, to, be->activation_dtype, run->rows, dtype, count * d);
         if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE); /* rows are used again */
         BESA__TRY_ON(be, result, error);
         besa__release_pages(run->checkpoint, table);
@@ -11864,6 +12119,30 @@ static besa_result besa__load_targets(besa__run *run)
     return run->be->synchronize(run->be, BESA_QUEUE_COMPUTE);
 }
 
+/* What a model makes of its logits(n). */
+static besa_result besa__cap_logits(besa_backend *be, float *logits, const besa_config *config, int64_t n)
+{
+    double scale = config->logits_scale, cap = config->logits_softcap;
+    if (scale == 0 && cap == 0) return BESA_OK;
+    return be->softcap(be, logits, scale != 0 ? (float)scale : 1.0f, (float)cap, n);
+}
+
+/* The reference's logits of the same, beside those that the chunk has just had. */
+static besa_result besa__against_chunk(besa__run *run, int64_t first_id, int64_t ids, const besa__walk *chunk)
+{
+    besa_backend *be = run->be;
+    const besa_config *config = besa_checkpoint_config(run->against->checkpoint);
+    int64_t seqlen = run->test.seqlen, d = config->block.hidden_size, tokens = chunk->count * seqlen, t0 = chunk->first * seqlen;
+    const void *hidden = besa__at(run->against->hidden, be->activation_dtype, t0 * d);
+    size_t bytes = (size_t)(tokens * d) * besa_dtype_size(be->activation_dtype);
+    float *logits = run->against_logits;
+    BESA__TRY(be->upload(be, BESA_QUEUE_COMPUTE, run->against_x, hidden, bytes));
+    BESA__TRY(be->logits(be, logits, run->against_x, run->against_rows, run->against_model.head->dtype, tokens, ids, d));
+    BESA__TRY(besa__cap_logits(be, logits, config, tokens * ids));
+    return be->divergence_update(be, run->divergence + 4 * t0, run->best + 2 * t0, logits, run->logits, first_id, ids, tokens,
+                                 first_id == 0);
+}
+
 /* Logits of one chunk of sequences, x, and one chunk of the vocabulary: into the running log-sum-exp, or to the host. */
 static besa_result besa__head_chunk(besa__run *run, int64_t first_id, int64_t ids, const void *x, const besa__walk *chunk,
                                     float *out)
@@ -11872,9 +12151,8 @@ static besa_result besa__head_chunk(besa__run *run, int64_t first_id, int64_t id
     int64_t seqlen = run->test.seqlen, d = run->config->block.hidden_size, vocab = run->config->vocab_size;
     int64_t tokens = chunk->count * seqlen, t0 = chunk->first * seqlen;
     BESA__TRY(be->logits(be, run->logits, x, run->rows, run->model.head->dtype, tokens, ids, d));
-    double scale = run->config->logits_scale, cap = run->config->logits_softcap;
-    if (scale != 0 || cap != 0)
-        BESA__TRY(be->softcap(be, run->logits, scale != 0 ? (float)scale : 1.0f, (float)cap, tokens * ids));
+    BESA__TRY(besa__cap_logits(be, run->logits, run->config, tokens * ids));
+    if (!out && run->against) BESA__TRY(besa__against_chunk(run, first_id, ids, chunk));
     if (!out)
         return be->nll_update(be, run->nll_state + 3 * t0, run->logits, run->targets + t0, first_id, ids, tokens,
                               first_id == 0);
@@ -11909,21 +12187,28 @@ static besa_result besa__final_norm(besa__run *run, besa_error *error)
     return BESA_OK;
 }
 
+/* Rows of a head on their way to the device. */
+static besa_result besa__head_rows(besa__run *run, void *rows, const besa_tensor *head, int64_t first_id, int64_t ids)
+{
+    size_t size = besa_dtype_size(head->dtype) * (size_t)head->shape[1];
+    const unsigned char *from = (const unsigned char *)head->data + (size_t)first_id * size;
+    return run->be->upload(run->be, BESA_QUEUE_COMPUTE, rows, from, (size_t)ids * size);
+}
+
 /* The final norm and the output head over the test stream; the head is read once, a chunk of rows at a time. */
 static besa_result besa__head_pass(besa__run *run, float *out, besa_error *error)
 {
     besa_backend *be = run->be;
     besa__stream *s = &run->test;
     const besa_tensor *head = run->model.head;
-    int64_t d = run->config->block.hidden_size, vocab = run->config->vocab_size, step = besa__vocab_chunk(run);
+    int64_t vocab = run->config->vocab_size, step = besa__vocab_chunk(run);
     besa__use_workspace(be, run->workspace, run->workspace_bytes);
     BESA__TRY(besa__final_norm(run, error));
     BESA__TRY_ON(be, besa__load_targets(run), error);
     for (int64_t id = 0; id < vocab; id += step) {
         int64_t ids = besa__min(step, vocab - id);
-        size_t size = besa_dtype_size(head->dtype) * (size_t)d;
-        const unsigned char *rows = (const unsigned char *)head->data + (size_t)id * size;
-        BESA__TRY_ON(be, be->upload(be, BESA_QUEUE_COMPUTE, run->rows, rows, (size_t)ids * size), error);
+        BESA__TRY_ON(be, besa__head_rows(run, run->rows, head, id, ids), error);
+        if (run->against) BESA__TRY_ON(be, besa__head_rows(run, run->against_rows, run->against_model.head, id, ids), error);
         besa__walk walk = besa__stream_walk(s, 0); /* again for the next ids */
         while (besa__walk_next(&walk)) {
             void *x;
@@ -11933,12 +12218,13 @@ static besa_result besa__head_pass(besa__run *run, float *out, besa_error *error
         }
         BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
         besa__release_pages(run->checkpoint, head);
+        if (run->against) besa__release_pages(run->against->checkpoint, run->against_model.head);
     }
     return BESA_OK;
 }
 
-/* exp of the mean over windows; nll (windows) may be NULL. */
-static besa_result besa__test_perplexity(besa__run *run, double *perplexity, double *nll, besa_error *error)
+/* exp of the mean over windows; nll (windows), `stride` doubles from one to the next, may be NULL. */
+static besa_result besa__test_perplexity(besa__run *run, double *perplexity, double *nll, int stride, besa_error *error)
 {
     besa_backend *be = run->be;
     const besa__stream *s = &run->test;
@@ -11954,12 +12240,59 @@ static besa_result besa__test_perplexity(besa__run *run, double *perplexity, dou
         if (!besa__is_finite(mean))
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "the log-likelihood of window %lld is %g", (long long)i, mean);
         sum += mean;
-        if (nll) nll[i] = mean;
+        if (nll) nll[i * stride] = mean;
     }
     *perplexity = exp(sum / (double)s->count);
     if (besa__is_finite(*perplexity)) return BESA_OK;
     return besa__fail(error, BESA_ERROR_NOT_FINITE, "the perplexity overflows: mean negative log-likelihood is %g",
                       sum / (double)s->count);
+}
+
+/* KL(P || Q) = sum p (P - Q) - log sum exp P + log sum exp Q of one position, from its states; rounding does not leave it
+ * below 0. */
+static double besa__divergence(const float *divergence, const float *nll_state)
+{
+    double sum = (double)divergence[1], p = (double)divergence[0] + log(sum);
+    double q = (double)nll_state[0] + log((double)nll_state[1]), kl = (double)divergence[2] / sum - p + q;
+    return kl < 0 ? 0 : kl;
+}
+
+/* What the head has left of one window, in host memory: a position after the other. */
+static besa_result besa__window_states(besa__run *run, int64_t window, float *divergence, float *nll_state, int32_t *best)
+{
+    besa_backend *be = run->be;
+    int64_t seqlen = run->test.seqlen, t0 = window * seqlen;
+    size_t bytes = (size_t)seqlen * sizeof(float);
+    BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, divergence, run->divergence + 4 * t0, 4 * bytes));
+    BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, nll_state, run->nll_state + 3 * t0, 3 * bytes));
+    BESA__TRY(be->download(be, BESA_QUEUE_COMPUTE, best, run->best + 2 * t0, 2 * bytes));
+    return be->synchronize(be, BESA_QUEUE_COMPUTE);
+}
+
+/* The test's windows, window (windows), and with a reference the divergence from it; kl (windows, seqlen - 1) or NULL. */
+static besa_result besa__test_windows(besa__run *run, double *perplexity, besa_window *window, float *kl, besa_error *error)
+{
+    const besa__stream *s = &run->test;
+    int64_t positions = s->seqlen - 1;
+    float *divergence = (float *)run->staging, *nll_state = divergence + 4 * s->seqlen;
+    int32_t *best = (int32_t *)(void *)(nll_state + 3 * s->seqlen);
+    BESA__TRY(besa__test_perplexity(run, perplexity, &window[0].nll, (int)(sizeof *window / sizeof(double)), error));
+    for (int64_t i = 0; i < s->count && run->against; i++) {
+        double sum = 0, same = 0;
+        BESA__TRY_ON(run->be, besa__window_states(run, i, divergence, nll_state, best), error);
+        for (int64_t t = 0; t < positions; t++) {
+            double x = besa__divergence(divergence + 4 * t, nll_state + 3 * t);
+            sum += x;
+            same += best[2 * t] == best[2 * t + 1];
+            if (kl) kl[i * positions + t] = (float)x;
+        }
+        if (!besa__is_finite(sum))
+            return besa__fail(error, BESA_ERROR_NOT_FINITE, "the divergence of window %lld is %g", (long long)i, sum);
+        window[i].reference_nll = run->against->nll[i];
+        window[i].kl = sum / (double)positions;
+        window[i].same = same / (double)positions;
+    }
+    return BESA_OK;
 }
 
 /* The dense model over the test stream. */
@@ -11988,10 +12321,12 @@ static besa_result besa__run_test_blocks(besa__run *run, besa_progress_callback 
 }
 
 static besa_result besa__open_test(besa__run *run, const besa_checkpoint *checkpoint, besa_backend *be,
-                                    const int32_t *ids, int64_t windows, int64_t seqlen, besa_error *error)
+                                    const int32_t *ids, int64_t windows, int64_t seqlen, const besa_reference *against,
+                                    besa_error *error)
 {
     BESA__TRY(besa__run_init(run, checkpoint, be, error));
     BESA__TRY(besa__run_test(run, ids, windows, seqlen, error));
+    BESA__TRY(besa__run_against(run, against, error));
     BESA__TRY(besa__check_ids(run, ids, windows * seqlen, "test", error));
     BESA__TRY(besa__run_fit(run, &run->test.micro_batch, 0, error));
     return besa__run_allocate(run, error);
@@ -12013,19 +12348,158 @@ BESA_API besa_result besa_perplexity(const besa_checkpoint *checkpoint, besa_bac
                                      besa_progress_callback progress, void *user, besa_error *error)
 {
     besa__run run;
-    besa_result result = besa__open_test(&run, checkpoint, be, ids, windows, seqlen, error);
+    besa_result result = besa__open_test(&run, checkpoint, be, ids, windows, seqlen, NULL, error);
     if (result == BESA_OK) result = besa__run_test_blocks(&run, progress, user, error);
-    if (result == BESA_OK) result = besa__test_perplexity(&run, perplexity, nll, error);
+    if (result == BESA_OK) result = besa__test_perplexity(&run, perplexity, nll, 1, error);
     if (result == BESA_ERROR_NOT_FINITE) besa__find_not_finite(&run, error);
     besa__run_close(&run);
     return result;
+}
+
+/* ---- one model against another ------------------------------------------------------------- */
+
+/* Host bytes of what a reference holds beside its ids and nll. */
+static uint64_t besa__hidden_bytes(const besa_config *config, const besa_backend *be, int64_t tokens)
+{
+    return besa__bytes(besa__product(tokens, config->block.hidden_size), besa_dtype_size(be->activation_dtype));
+}
+
+static besa_result besa__reference_allocate(besa_reference *r, const besa__run *run, besa_error *error)
+{
+    int64_t tokens = r->windows * r->seqlen;
+    void *ids, *hidden, *nll;
+    uint64_t bytes = besa__hidden_bytes(run->config, run->be, tokens);
+    BESA__TRY(besa__check_size(bytes, "the reference", error));
+    BESA__TRY(besa__malloc(&ids, besa__bytes(tokens, sizeof *r->ids), "the reference's tokens", error));
+    r->ids = (int32_t *)ids;
+    BESA__TRY(besa__malloc(&nll, besa__bytes(r->windows, sizeof *r->nll), "the reference's windows", error));
+    r->nll = (double *)nll;
+    BESA__TRY(besa__malloc(&hidden, bytes, "the reference", error));
+    r->hidden = hidden;
+    return BESA_OK;
+}
+
+/* The test stream, as the final norm has left it, to the host. */
+static besa_result besa__take_hidden(besa__run *run, void *hidden, besa_error *error)
+{
+    besa_backend *be = run->be;
+    besa__stream *s = &run->test;
+    besa__walk walk = besa__stream_walk(s, 0);
+    while (besa__walk_next(&walk)) {
+        void *x, *to = besa__at(hidden, be->activation_dtype, walk.first * s->seqlen * s->width);
+        size_t bytes = (size_t)(walk.count * s->seqlen * s->width) * besa_dtype_size(be->activation_dtype);
+        BESA__TRY_ON(be, besa__stream_open(s, &walk, &x), error);
+        BESA__TRY_ON(be, be->download(be, BESA_QUEUE_COMPUTE, to, x, bytes), error);
+        BESA__TRY_ON(be, besa__stream_close(s, 0), error);
+    }
+    return besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
+}
+
+BESA_API void besa_reference_free(besa_reference *reference)
+{
+    if (!reference) return;
+    BESA_FREE(reference->ids);
+    BESA_FREE(reference->hidden);
+    BESA_FREE(reference->nll);
+    memset(reference, 0, sizeof *reference);
+}
+
+BESA_API besa_result besa_reference_create(besa_reference *reference, const besa_checkpoint *checkpoint, besa_backend *be,
+                                           const int32_t *ids, int64_t windows, int64_t seqlen, besa_progress_callback progress,
+                                           void *user, besa_error *error)
+{
+    besa__run run;
+    besa_reference *r = reference;
+    memset(r, 0, sizeof *r);
+    besa_result result = besa__open_test(&run, checkpoint, be, ids, windows, seqlen, NULL, error);
+    r->checkpoint = checkpoint;
+    r->windows = windows;
+    r->seqlen = seqlen;
+    r->dtype = run.be->activation_dtype;
+    if (result == BESA_OK) result = besa__reference_allocate(r, &run, error);
+    if (result == BESA_OK) memcpy(r->ids, ids, (size_t)(windows * seqlen) * sizeof *ids);
+    if (result == BESA_OK) result = besa__run_test_blocks(&run, progress, user, error);
+    if (result == BESA_OK) result = besa__test_perplexity(&run, &r->perplexity, r->nll, 1, error);
+    if (result == BESA_OK) result = besa__take_hidden(&run, r->hidden, error);
+    if (result == BESA_ERROR_NOT_FINITE) besa__find_not_finite(&run, error);
+    besa__run_close(&run);
+    if (result != BESA_OK) besa_reference_free(r);
+    return result;
+}
+
+/* What has been computed must be there. */
+static besa_result besa__check_reference(const besa_reference *reference, besa_error *error)
+{
+    if (!reference || (reference->hidden && reference->ids && reference->nll)) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_OPTION, "the reference is empty: besa_reference_create fills it in");
+}
+
+BESA_API besa_result besa_compare_models(const besa_checkpoint *checkpoint, besa_backend *be, const besa_reference *reference,
+                                         besa_window *window, float *kl, besa_progress_callback progress, void *user,
+                                         besa_error *error)
+{
+    besa__run run;
+    double perplexity;
+    if (!reference) return besa__fail(error, BESA_ERROR_OPTION, "the reference is NULL");
+    BESA__TRY(besa__check_reference(reference, error));
+    besa_result result = besa__open_test(&run, checkpoint, be, reference->ids, reference->windows, reference->seqlen, reference, error);
+    if (result == BESA_OK) result = besa__run_test_blocks(&run, progress, user, error);
+    if (result == BESA_OK) result = besa__test_windows(&run, &perplexity, window, kl, error);
+    if (result == BESA_ERROR_NOT_FINITE) besa__find_not_finite(&run, error);
+    besa__run_close(&run);
+    return result;
+}
+
+/* The mean of number `field` of the windows, less that of number `less` where it is not negative; *deviation: its standard
+ * error. */
+static double besa__window_mean(const besa_window *window, int64_t windows, int field, int less, double *deviation)
+{
+    double mean = 0, squares = 0;
+    for (int pass = 0; pass < 2; pass++)
+        for (int64_t i = 0; i < windows; i++) {
+            const double number[] = {window[i].nll, window[i].reference_nll, window[i].kl, window[i].same};
+            double x = number[field] - (less < 0 ? 0 : number[less]);
+            if (pass == 0) mean += x;
+            else squares += (x - mean / (double)windows) * (x - mean / (double)windows);
+        }
+    *deviation = windows > 1 ? sqrt(squares / (double)(windows - 1) / (double)windows) : 0;
+    return mean / (double)windows;
+}
+
+static int besa__compare_floats(const void *a, const void *b)
+{
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+BESA_API void besa_summarize(besa_divergence *divergence, const besa_window *window, int64_t windows, float *kl,
+                             int64_t positions)
+{
+    besa_divergence *d = divergence;
+    memset(d, 0, sizeof *d);
+    d->windows = windows;
+    d->perplexity = exp(besa__window_mean(window, windows, 0, -1, &d->perplexity_error));
+    d->perplexity_error *= d->perplexity;
+    if (!kl) return;
+    d->positions = positions;
+    d->reference_perplexity = exp(besa__window_mean(window, windows, 1, -1, &d->reference_perplexity_error));
+    d->reference_perplexity_error *= d->reference_perplexity;
+    d->difference = besa__window_mean(window, windows, 0, 1, &d->difference_error);
+    d->kl = besa__window_mean(window, windows, 2, -1, &d->kl_error);
+    d->same = besa__window_mean(window, windows, 3, -1, &d->same_error);
+    if (positions < 1) return;
+    qsort(kl, (size_t)positions, sizeof *kl, besa__compare_floats);
+    double at = 0.99 * (double)(positions - 1); /* between two of them: as numpy.percentile */
+    int64_t below = (int64_t)at, above = besa__min(below + 1, positions - 1);
+    d->kl_99 = (double)kl[below] + (at - (double)below) * ((double)kl[above] - (double)kl[below]);
+    d->kl_most = (double)kl[positions - 1];
 }
 
 BESA_API besa_result besa_logits(const besa_checkpoint *checkpoint, besa_backend *be, const int32_t *ids,
                                  int64_t count, int64_t seqlen, float *logits, besa_error *error)
 {
     besa__run run;
-    besa_result result = besa__open_test(&run, checkpoint, be, ids, count, seqlen, error);
+    besa_result result = besa__open_test(&run, checkpoint, be, ids, count, seqlen, NULL, error);
     if (result == BESA_OK) result = besa__run_test_blocks(&run, NULL, NULL, error);
     if (result == BESA_OK) result = besa__head_pass(&run, logits, error);
     besa__run_close(&run);
@@ -12154,6 +12628,7 @@ static void besa__ignore_options(besa_prune_options *o)
     for (const besa_option *row = besa__options; row->name; row++)
         if (!besa__option_used(row, &given)) besa__option_set(row, (unsigned char *)o + row->offset, row->standard);
     if (o->method != BESA_METHOD_MAGNITUDE) o->magnitude_per_row = 0;
+    if (o->granularity == BESA_GRANULARITY_BLOCK) o->whole_target = 0;
     if (given.learn == BESA_LEARN_RATES) {      /* clips learn, if anything */
         o->weight_lr = besa__find_option("weight_lr")->standard;
         o->weight_warmup = besa__find_option("weight_warmup")->standard;
@@ -12225,7 +12700,7 @@ static besa_result besa__read_masks(besa__run *run, int64_t index, besa_error *e
     besa_backend *be = run->be;
     besa__block_tensors t;
     const besa_checkpoint *masks = run->pruner.options.masks;
-    size_t to_size = besa_dtype_size(run->model.dtype);
+    size_t to_size = besa_dtype_size(run->dtype);
     int64_t most = BESA__CHUNK_TOKENS * run->config->block.hidden_size;
     BESA__TRY(besa__block_bind(&t, masks, index, error));
     for (int i = 0; i < BESA_LAYERS; i++) {
@@ -12242,7 +12717,7 @@ static besa_result besa__read_masks(besa__run *run, int64_t index, besa_error *e
                 memset(to + (size_t)k * to_size, (bits << (33 - 8 * size)) != 0, to_size);
             }
             BESA__TRY_ON(be, be->upload(be, BESA_QUEUE_COMPUTE, besa__at(run->pruned[besa__room_of(run, index)][i],
-                                        run->model.dtype, first), run->staging, (size_t)count * to_size), error);
+                                        run->dtype, first), run->staging, (size_t)count * to_size), error);
             BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
         }
         besa__release_pages(masks, tensor);
@@ -12264,6 +12739,7 @@ static besa_result besa__read_pruned(besa__run *run, int64_t index, besa_error *
             size = t.weight[i]->bytes - at < piece ? t.weight[i]->bytes - at : piece;
             BESA__TRY(besa__writer_read(run->writer, t.weight[i], slot ? slot : to, at, size, error));
             if (!slot) continue;
+            if (run->dtype != run->model.dtype) besa__halves_in(slot, slot, size);
             besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, to + at, slot, size);
             if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
             BESA__TRY_ON(be, result, error);
@@ -12351,7 +12827,7 @@ static besa_result besa__take_block(besa__run *run, int64_t index, int64_t done,
     for (int i = 0; i < BESA_LAYERS && index >= done; i++) {
         int64_t rows, columns;
         besa_block_layer(&run->config->block, i, &rows, &columns);
-        size_t bytes = (size_t)(rows * columns) * besa_dtype_size(run->model.dtype);
+        size_t bytes = (size_t)(rows * columns) * besa_dtype_size(run->dtype);
         BESA__TRY_ON(be, be->copy(be, BESA_QUEUE_COMPUTE, run->pruned[besa__room_of(run, index)][i], block->weight[i], bytes),
                      error);
     }
@@ -12405,8 +12881,11 @@ static void besa__note_settings(const besa__run *run, char **notes)
     int64_t longest = run->config->max_position_embeddings;
     const char *line = besa_checkpoint_notes(run->checkpoint), *end;
     for (; (end = strchr(line, '\n')) != NULL; line = end + 1) besa__notes_add(notes, "%.*s", (int)(end - line), line);
-    besa__note_range(&run->pruner, notes);
-    besa__note_steps(&run->pruner, notes);
+    for (int i = 0; i < 2; i++) {
+        char warning[512];
+        (i ? besa__note_steps : besa__note_range)(&run->pruner, warning, sizeof warning);
+        if (warning[0]) besa__notes_add(notes, "%.*s", (int)strlen(warning) - 1, warning);
+    }
     int64_t positions = besa__max(run->turns.positions, run->test_turns.positions);
     if (positions > longest)
         besa__notes_add(notes, "warning: sequences of %lld tokens, the model's max_position_embeddings is %lld",
@@ -12491,7 +12970,7 @@ static besa_result besa__run_prune(besa__run *run, int64_t done, besa_report *re
         BESA__TRY(result);
     }
     BESA__TRY(besa__out_finish(run, report, error));
-    return run->has_test ? besa__test_perplexity(run, &report->perplexity, NULL, error) : BESA_OK;
+    return run->has_test ? besa__test_windows(run, &report->perplexity, report->window, report->kl, error) : BESA_OK;
 }
 
 /* Which blocks have codes. */
@@ -12567,6 +13046,30 @@ static besa_result besa__prune_start(besa__run *run, const besa_checkpoint *chec
     return besa__run_fit(run, &run->pruner.micro_batch, options->device_memory, error);
 }
 
+/* Zeroed memory of count elements of the report. */
+static besa_result besa__report_array(void **array, int64_t count, size_t size, besa_error *error)
+{
+    BESA__TRY(besa__malloc(array, besa__bytes(count, size), "the report", error));
+    memset(*array, 0, (size_t)count * size);
+    return BESA_OK;
+}
+
+static besa_result besa__report_allocate(besa_report *report, const besa__run *run, besa_error *error)
+{
+    void *array;
+    report->num_blocks = run->config->num_hidden_layers;
+    BESA__TRY(besa__report_array(&array, report->num_blocks, sizeof *report->block, error));
+    report->block = (besa_block_report *)array;
+    if (!run->has_test) return BESA_OK;
+    report->test_windows = run->test.count;
+    BESA__TRY(besa__report_array(&array, report->test_windows, sizeof *report->window, error));
+    report->window = (besa_window *)array;
+    if (!run->against) return BESA_OK;
+    BESA__TRY(besa__report_array(&array, report->test_windows * (run->test.seqlen - 1), sizeof *report->kl, error));
+    report->kl = (float *)array;
+    return BESA_OK;
+}
+
 BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *output, besa_backend *be,
                                 const besa_calibration *calibration, const besa_prune_options *options,
                                 besa_report *report, besa_error *error)
@@ -12581,15 +13084,10 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
         result = besa__check_ids(&run, run.ids, calibration->nsamples * calibration->seqlen, "calibration", error);
     if (result == BESA_OK && run.has_test)
         result = besa__check_ids(&run, run.test_ids, run.test.count * run.test.seqlen, "test", error);
+    if (result == BESA_OK) result = besa__check_reference(run.against, error);
     if (result == BESA_OK) result = besa__check_copied(&run, error);
     if (result == BESA_OK) result = besa__run_allocate(&run, error);
-    if (result == BESA_OK) {
-        void *blocks;
-        report->num_blocks = run.config->num_hidden_layers;
-        result = besa__malloc(&blocks, besa__bytes(report->num_blocks, sizeof(besa_block_report)), "the report", error);
-        if (result == BESA_OK) memset(blocks, 0, (size_t)report->num_blocks * sizeof(besa_block_report));
-        report->block = (besa_block_report *)blocks;
-    }
+    if (result == BESA_OK) result = besa__report_allocate(report, &run, error);
     if (result == BESA_OK) result = besa__prune_into(&run, output, calibration, report, error);
     if (result == BESA_OK) besa__report_totals(report, besa__model_target(&run), start);
     if (result == BESA_OK && options->method == BESA_METHOD_KEEP) report->target = report->sparsity;
@@ -12659,6 +13157,8 @@ static double besa__plan_flop(const besa__run *run)
     flop += tokens * (double)run->config->num_hidden_layers * (1 + run->has_dense) * forward;
     if (!run->has_test) return flop;
     double head = 2 * (double)run->config->vocab_size * (double)s->hidden_size;
+    if (run->against)
+        head += 2 * (double)run->config->vocab_size * (double)besa_checkpoint_config(run->against->checkpoint)->block.hidden_size;
     double block = 2 * weights + per_key * (double)run->test.seqlen;
     return flop + (double)(run->test.count * run->test.seqlen) * (head + block * (double)run->config->num_hidden_layers);
 }
@@ -12677,8 +13177,19 @@ static size_t besa__plan_mapped(const besa__run *run)
     uint64_t embedded = besa__bytes(BESA__CHUNK_TOKENS, row + BESA__PAGES_AROUND);
     if (embedded > table->bytes) embedded = table->bytes;
     if (run->has_test) rows = besa__bytes(besa__vocab_chunk(run), (uint64_t)head->bytes / (uint64_t)head->shape[0]);
+    head = run->against_model.head;
+    if (run->against)
+        rows = besa__add_sizes(rows, besa__bytes(besa__vocab_chunk(run), (uint64_t)head->bytes / (uint64_t)head->shape[0]));
     if (rows < embedded) rows = embedded;
     return besa__size(block > rows ? block : rows);
+}
+
+static size_t besa__reference_bytes(const besa__run *run)
+{
+    int64_t windows = run->against->windows, tokens = windows * run->against->seqlen;
+    uint64_t bytes = besa__hidden_bytes(besa_checkpoint_config(run->against->checkpoint), run->be, tokens);
+    bytes = besa__add_sizes(bytes, besa__bytes(tokens, sizeof(int32_t)));
+    return besa__size(besa__add_sizes(bytes, besa__bytes(windows, sizeof(double))));
 }
 
 BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *be, const besa_calibration *calibration,
@@ -12700,6 +13211,7 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
         if (notes) snprintf(plan->notes, sizeof plan->notes, "%s", notes);
         BESA_FREE(notes);
         plan->micro_batch = run.pruner.micro_batch;
+        if (run.against) plan->reference_bytes = besa__reference_bytes(&run);
         plan->flop = besa__plan_flop(&run);
         plan->mapped_block_bytes = besa__plan_mapped(&run);
         for (int64_t i = 0; i < checkpoint->num_shards; i++) plan->disk_bytes += checkpoint->shards[i].size;
@@ -12852,6 +13364,7 @@ BESA_API besa_result besa_outliers(const besa_checkpoint *checkpoint, besa_backe
     besa_prune_options used;
     besa_calibration data = *calibration;
     data.test_windows = 0;
+    data.against = NULL;
     BESA__TRY(besa__outlier_options(&used, options, error));
     if (threshold == 0) threshold = 5;
     if (!(threshold > 0 && besa__is_finite(threshold)))
@@ -13932,6 +14445,15 @@ BESA__INLINE float besa__cpu_sum_exp_body(const float *x, float shift, int64_t n
 }
 BESA__KERNEL_FLOAT(besa__cpu_sum_exp, (const float *x, float shift, int64_t n), (x, shift, n))
 
+/* sum exp(x - shift) (x - y) */
+BESA__INLINE float besa__cpu_sum_exp_by_body(const float *x, const float *y, float shift, int64_t n)
+{
+#define BESA__TERM(i) (besa__exp(x[i] - shift) * (x[i] - y[i]))
+    BESA__SUM_BODY(n, BESA__TERM)
+#undef BESA__TERM
+}
+BESA__KERNEL_FLOAT(besa__cpu_sum_exp_by, (const float *x, const float *y, float shift, int64_t n), (x, y, shift, n))
+
 /* y += a x */
 BESA__INLINE void besa__cpu_axpy_body(float *y, float a, const float *x, int64_t n)
 {
@@ -14185,11 +14707,12 @@ static besa_result besa__cpu_linear_backward_input(besa_backend *be, void *dx, c
 }
 
 /* dW(count,C): rows first .. of dY(T,R)' X(T,C) */
-static besa_result besa__cpu_linear_backward_weight(besa_backend *be, float *dw, const void *dy, const void *x,
-                                                    int64_t tokens, int64_t rows, int64_t columns, int64_t first,
-                                                    int64_t count, int accumulate)
+static besa_result besa__cpu_linear_backward_weight(besa_backend *be, void *dw, besa_dtype dw_dtype, const void *dy,
+                                                    const void *x, int64_t tokens, int64_t rows, int64_t columns,
+                                                    int64_t first, int64_t count, int accumulate)
 {
-    besa__gemm_args g = besa__cpu_product(dw, count, columns, tokens);
+    (void)dw_dtype;                             /* float */
+    besa__gemm_args g = besa__cpu_product((float *)dw, count, columns, tokens);
     g.accumulate = accumulate;
     besa__cpu_operand_a(&g, (const float *)dy + first, BESA_F32, 1, rows);
     besa__cpu_operand_b(&g, x, BESA_F32, columns, 1);
@@ -15127,6 +15650,52 @@ static besa_result besa__cpu_nll_sum(besa_backend *be, double *sum, const float 
     return BESA_OK;
 }
 
+/* The first id of the largest, of x(count) from first_id on. */
+static int32_t besa__cpu_first_of(const float *x, float largest, int64_t first_id, int64_t count)
+{
+    int64_t i = 0;
+    while (i + 1 < count && x[i] != largest) i++;
+    return (int32_t)(first_id + i);
+}
+
+/* state (4) and best (2) of one position with `count` more logits of both models */
+static void besa__cpu_divergence_row(float *state, int32_t *best, const float *p, const float *q, int64_t first_id,
+                                     int64_t count, int first)
+{
+    float largest = besa__cpu_row_max(p, count), other = besa__cpu_row_max(q, count);
+    double sum = 0.0, by = 0.0;
+    if (first || largest > state[0]) best[0] = besa__cpu_first_of(p, largest, first_id, count);
+    if (first || other > state[3]) best[1] = besa__cpu_first_of(q, other, first_id, count);
+    if (first || other > state[3]) state[3] = other;
+    if (first) state[0] = largest, state[1] = state[2] = 0.0f;
+    if (largest > state[0]) {
+        float factor = expf(state[0] - largest);
+        state[1] *= factor;
+        state[2] *= factor;
+        state[0] = largest;
+    }
+    for (int64_t i = 0; i < count; i += 4096) {
+        int64_t n = besa__min(4096, count - i);
+        sum += (double)besa__cpu_sum_exp(p + i, state[0], n);
+        by += (double)besa__cpu_sum_exp_by(p + i, q + i, state[0], n);
+    }
+    state[1] = (float)((double)state[1] + sum);
+    state[2] = (float)((double)state[2] + by);
+}
+
+/* state(T,4), best(T,2) with P and Q(T,count) of ids first_id .. */
+static besa_result besa__cpu_divergence_update(besa_backend *be, float *state, int32_t *best, const float *p, const float *q,
+                                               int64_t first_id, int64_t count, int64_t tokens, int first)
+{
+    int64_t grain = besa__cpu_grain(count), tasks = besa__parts(tokens, grain);
+    if (count < 1) return BESA_OK;
+    BESA__PARALLEL_FOR(besa__cpu_team(be, tasks))
+    for (int64_t task = 0; task < tasks; task++)
+        for (int64_t t = task * grain; t < besa__min(tokens, (task + 1) * grain); t++)
+            besa__cpu_divergence_row(state + 4 * t, best + 2 * t, p + t * count, q + t * count, first_id, count, first);
+    return BESA_OK;
+}
+
 /* ============================================================================================
  * // >>cpu-scores            scores, zeros and ranks on the CPU
  * ============================================================================================
@@ -15760,10 +16329,12 @@ static inline void besa__cpu_ahead(const void *p, int64_t size, int64_t bytes)
 }
 
 /* sums(R,D)[r, bucket[rank[r,j]]] += dW[r,j] W[r,j] */
-static besa_result besa__cpu_bucket_gradient(besa_backend *be, float *sums, const float *dw, const void *w,
-                                             besa_dtype dtype, const void *rank, const uint16_t *bucket, int64_t rows,
-                                             int64_t columns, int64_t buckets)
+static besa_result besa__cpu_bucket_gradient(besa_backend *be, float *sums, const void *gradient, besa_dtype dw_dtype,
+                                             const void *w, besa_dtype dtype, const void *rank, const uint16_t *bucket,
+                                             int64_t rows, int64_t columns, int64_t buckets)
 {
+    const float *dw = (const float *)gradient;
+    (void)dw_dtype;                             /* float */
     int64_t grain = besa__cpu_grain(columns), tasks = besa__parts(rows, grain);
     int64_t width = (int64_t)besa_dtype_size(dtype), rank_width = (int64_t)besa__rank_bytes(columns);
     besa__arena work = besa__cpu_work(be);
@@ -17208,7 +17779,7 @@ static void besa__cuda_device_init(besa_backend *be, besa__cuda_device *cuda, in
     cuda->query_rows = 64 * (int64_t)processors; /* a tile of 128 for every other one */
     cuda->score_bytes = (size_t)processors * 3 << 20;
     be->gradient_bytes = (size_t)256 << 20;
-    be->activation_dtype = major < 8 || fp32 ? BESA_F32 : BESA_BF16;
+    be->activation_dtype = be->gradient_dtype = major < 8 || fp32 ? BESA_F32 : BESA_BF16;
 }
 
 enum { BESA__CUDA_SUM_PARTS = 128, BESA__CUDA_LOSS_PARTS = 1024, BESA__CUDA_STEP_PARTS = 1024, BESA__CUDA_DIGITS = 2048,

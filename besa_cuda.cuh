@@ -1042,6 +1042,51 @@ static besa_result besa__cuda_nll_sum(besa_backend *be, double *sum, const float
     return BESA_OK;
 }
 
+/* state(T,4) = max of P, sum of exp(P - max), sum of exp(P - max) (P - Q), max of Q, and best(T,2), with P and Q(T,count) of
+ * ids first_id ..; a block a token. Places within the chunk go through floats, which are exact to 2^24. */
+static __global__ void besa__divergence_kernel(float *state, int32_t *best, const float *p, const float *q, int64_t first_id,
+                                               int64_t count, int64_t tokens, int first)
+{
+    BESA__ROWS(t, tokens) {
+        const float *a = p + t * count, *b = q + t * count;
+        float m = -INFINITY, n = -INFINITY, s = 0.0f, by = 0.0f, before = 0.0f, at[2] = {-INFINITY, -INFINITY};
+        for (int64_t j = threadIdx.x; j < count; j += blockDim.x) {
+            m = fmaxf(m, a[j]);
+            n = fmaxf(n, b[j]);
+        }
+        m = besa__block_max(m);
+        n = besa__block_max(n);
+        float most = first ? m : fmaxf(m, state[4 * t]);
+        for (int64_t j = threadIdx.x; j < count; j += blockDim.x) {
+            float e = expf(a[j] - most);
+            s += e;
+            by += e * (a[j] - b[j]);
+            if (a[j] == m) at[0] = fmaxf(at[0], -static_cast<float>(j));
+            if (b[j] == n) at[1] = fmaxf(at[1], -static_cast<float>(j));
+        }
+        double sum = besa__block_sum(static_cast<double>(s)), sum_by = besa__block_sum(static_cast<double>(by));
+        for (int i = 0; i < 2; i++) at[i] = fmaxf(besa__block_max(at[i]), -static_cast<float>(count - 1));
+        if (threadIdx.x != 0) continue;
+        if (!first) before = expf(state[4 * t] - most);
+        if (first || m > state[4 * t]) best[2 * t] = static_cast<int32_t>(first_id + static_cast<int64_t>(-at[0]));
+        if (first || n > state[4 * t + 3]) best[2 * t + 1] = static_cast<int32_t>(first_id + static_cast<int64_t>(-at[1]));
+        if (first || n > state[4 * t + 3]) state[4 * t + 3] = n;
+        if (!first) sum += static_cast<double>(state[4 * t + 1]) * static_cast<double>(before);
+        if (!first) sum_by += static_cast<double>(state[4 * t + 2]) * static_cast<double>(before);
+        state[4 * t] = most;
+        state[4 * t + 1] = static_cast<float>(sum);
+        state[4 * t + 2] = static_cast<float>(sum_by);
+    }
+}
+
+static besa_result besa__cuda_divergence_update(besa_backend *be, float *state, int32_t *best, const float *p, const float *q,
+                                                int64_t first_id, int64_t count, int64_t tokens, int first)
+{
+    if (count < 1) return BESA_OK;
+    BESA__RUN(besa__divergence_kernel, tokens, besa__cuda_row_threads(count), 0, state, best, p, q, first_id, count, tokens, first);
+    return BESA_OK;
+}
+
 /* ============================================================================================
  * // >>cuda-products         linear layers, Gram matrix, logits
  * ============================================================================================
@@ -1220,15 +1265,15 @@ static besa_result besa__cuda_linear_backward_input(besa_backend *be, void *dx, 
     return BESA_OK;
 }
 
-/* dW(count,C) = rows first .. of dY(T,R)' X(T,C) [+ dW], float */
-static besa_result besa__cuda_linear_backward_weight(besa_backend *be, float *dw, const void *dy, const void *x,
-                                                     int64_t tokens, int64_t rows, int64_t columns, int64_t first,
-                                                     int64_t count, int accumulate)
+/* dW(count,C) = rows first .. of dY(T,R)' X(T,C) [+ dW] */
+static besa_result besa__cuda_linear_backward_weight(besa_backend *be, void *dw, besa_dtype dw_dtype, const void *dy,
+                                                     const void *x, int64_t tokens, int64_t rows, int64_t columns,
+                                                     int64_t first, int64_t count, int accumulate)
 {
     besa__cuda_product p = besa__cuda_product_of(be, count, columns, tokens);
     besa__cuda_operand_a(&p, besa__at_const(dy, p.type, first), rows, 1);
     besa__cuda_operand_b(&p, x, columns, 0);
-    besa__cuda_result_c(&p, dw, BESA_F32, columns, accumulate);
+    besa__cuda_result_c(&p, dw, dw_dtype, columns, accumulate);
     return besa__cuda_multiply(be, &p);
 }
 
@@ -2070,8 +2115,8 @@ template <typename T> struct alignas(16) besa__words {
 };
 
 /* What a lane takes of a row at a time: all eight aligned and there, or none, where VECTOR */
-template <typename T, typename K, bool VECTOR> struct besa__bucket_load {
-    besa__words<float> g;
+template <typename G, typename T, typename K, bool VECTOR> struct besa__bucket_load {
+    besa__words<G> g;
     besa__words<T> x;
     besa__words<K> place;
     int count;
@@ -2086,7 +2131,7 @@ template <typename T, typename K, bool VECTOR> struct besa__bucket_load {
             memcpy(to.word, &e, sizeof e);
         }
     }
-    __device__ __forceinline__ void load(const float *dw, const T *w, const K *rank, int64_t left)
+    __device__ __forceinline__ void load(const G *dw, const T *w, const K *rank, int64_t left)
     {
         count = left <= 0 ? 0 : besa__count(left);
         if (count == 0) return;
@@ -2096,7 +2141,7 @@ template <typename T, typename K, bool VECTOR> struct besa__bucket_load {
     }
     __device__ __forceinline__ void add(float *to, const uint16_t *of_rank, int log_copies, uint32_t copy) const
     {
-        besa__eight<float> gs = g.eight();
+        besa__eight<G> gs = g.eight();
         besa__eight<T> xs = x.eight();
         besa__eight<K> places = place.eight();
         uint32_t at[8];
@@ -2106,15 +2151,15 @@ template <typename T, typename K, bool VECTOR> struct besa__bucket_load {
             at[k] = VECTOR || k < count ? (static_cast<uint32_t>(of_rank[places.x[k]]) << log_copies) + copy : 0;
         BESA__UNROLL
         for (int k = 0; k < 8; k++)
-            if (VECTOR || k < count) to[at[k]] += gs.x[k] * besa__get(xs.x[k]);
+            if (VECTOR || k < count) to[at[k]] += besa__get(gs.x[k]) * besa__get(xs.x[k]);
     }
 };
 
 /* sums(R,D)[r, bucket[rank[r,j]]] += dW[r,j] W[r,j]; a warp a row, element j in lane (j / 8) % 32; the next eight elements are
  * on their way while these are added. SHARED: the table and the histograms lie in shared memory. copies = 1 << log_copies */
-template <typename T, typename K, bool SHARED, bool VECTOR>
+template <typename G, typename T, typename K, bool SHARED, bool VECTOR>
 static __global__ void __launch_bounds__(512, 1)
-    besa__bucket_gradient_kernel(float *__restrict__ sums, const float *__restrict__ dw, const T *__restrict__ w,
+    besa__bucket_gradient_kernel(float *__restrict__ sums, const G *__restrict__ dw, const T *__restrict__ w,
                                  const K *__restrict__ rank, const uint16_t *__restrict__ bucket, int64_t rows, int64_t columns,
                                  int buckets, int table_bytes, int log_copies)
 {
@@ -2131,14 +2176,14 @@ static __global__ void __launch_bounds__(512, 1)
     for (int64_t r = static_cast<int64_t>(blockIdx.x) * warps + besa__warp(); r < rows; r += static_cast<int64_t>(gridDim.x) * warps) {
         int64_t at = r * columns;
         float *sum = sums + r * buckets, *to = SHARED ? histogram : sum;
-        besa__bucket_load<T, K, VECTOR> next;
+        besa__bucket_load<G, T, K, VECTOR> next = {};
         int64_t j = 8 * lane;
         next.load(dw + at + j, w + at + j, rank + at + j, columns - j);
         if (SHARED)
             for (int i = lane; i < size; i += 32) histogram[i] = 0.0f;
         __syncwarp();
         for (int64_t j0 = 0; j0 < columns; j0 += 256) {
-            besa__bucket_load<T, K, VECTOR> now = next;
+            besa__bucket_load<G, T, K, VECTOR> now = next;
             j += 256;
             next.load(dw + at + j, w + at + j, rank + at + j, columns - j);
             for (int t = 0; t < turns; t++) {
@@ -2156,9 +2201,10 @@ static __global__ void __launch_bounds__(512, 1)
     }
 }
 
-static besa_result besa__cuda_bucket_gradient(besa_backend *be, float *sums, const float *dw, const void *w,
-                                              besa_dtype dtype, const void *rank, const uint16_t *bucket, int64_t rows,
-                                              int64_t columns, int64_t buckets)
+template <typename G>
+static besa_result besa__cuda_bucket_sums(besa_backend *be, float *sums, const G *dw, const void *w, besa_dtype dtype,
+                                          const void *rank, const uint16_t *bucket, int64_t rows, int64_t columns,
+                                          int64_t buckets)
 {
     const besa__cuda *cuda = besa__cuda_of(be);
     besa__bucket_plan plan = besa__cuda_bucket_plan(cuda, columns, buckets);
@@ -2167,8 +2213,8 @@ static besa_result besa__cuda_bucket_gradient(besa_backend *be, float *sums, con
     int d = static_cast<int>(buckets);
 #define BESA__BUCKETS(SHARED, VECTOR)                                                              \
     BESA__BY_DTYPE(dtype, T, BESA__BY_WIDTH(columns > 65536, K,                                    \
-        BESA__TRY(besa__cuda_allow_shared(be, besa__bucket_gradient_kernel<T, K, SHARED, VECTOR>, plan.shared)); \
-        BESA__RUN((besa__bucket_gradient_kernel<T, K, SHARED, VECTOR>), blocks, threads, plan.shared, sums, dw, \
+        BESA__TRY(besa__cuda_allow_shared(be, besa__bucket_gradient_kernel<G, T, K, SHARED, VECTOR>, plan.shared)); \
+        BESA__RUN((besa__bucket_gradient_kernel<G, T, K, SHARED, VECTOR>), blocks, threads, plan.shared, sums, dw, \
                   static_cast<const T *>(w), static_cast<const K *>(rank), bucket, rows, columns, d, plan.table_bytes, \
                   plan.log_copies)))
     if (plan.shared > 0 && vector) BESA__BUCKETS(true, true);
@@ -2176,6 +2222,16 @@ static besa_result besa__cuda_bucket_gradient(besa_backend *be, float *sums, con
     else BESA__BUCKETS(false, false);
 #undef BESA__BUCKETS
     return BESA_OK;
+}
+
+static besa_result besa__cuda_bucket_gradient(besa_backend *be, float *sums, const void *dw, besa_dtype dw_dtype,
+                                              const void *w, besa_dtype dtype, const void *rank, const uint16_t *bucket,
+                                              int64_t rows, int64_t columns, int64_t buckets)
+{
+    if (dw_dtype == BESA_F32)
+        return besa__cuda_bucket_sums(be, sums, static_cast<const float *>(dw), w, dtype, rank, bucket, rows, columns, buckets);
+    return besa__cuda_bucket_sums(be, sums, static_cast<const __nv_bfloat16 *>(dw), w, dtype, rank, bucket, rows, columns,
+                                  buckets);
 }
 
 /* ============================================================================================

@@ -1,6 +1,6 @@
 /* besa - prune LLaMA-family checkpoints from the command line. `besa --help` explains it.
  *
- * options.h reads the command line; here are progress, the commands in turn, and main. */
+ * options.h reads the command line, compare.h has eval and compare; here are progress, the other commands, and main. */
 #ifdef BESA_WITH_CUDA /* `make cuda`: the implementation is in besa_cuda.cu, which nvcc compiles */
 #define _DEFAULT_SOURCE 1
 #else
@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include "options.h"
@@ -46,6 +47,29 @@ static text as_clock(double seconds)
     return t;
 }
 
+/* Seconds as "under 1 min", "12 min" or "2 h 05 min": what is left need not be told to the second. */
+static text in_minutes(double seconds)
+{
+    text t;
+    const long long n = seconds > 0 && seconds < 1e12 ? (long long)(seconds / 60 + 0.5) : 0;
+    if (n < 1) snprintf(t.s, sizeof t.s, "under 1 min");
+    else if (n < 60) snprintf(t.s, sizeof t.s, "%lld min", n);
+    else snprintf(t.s, sizeof t.s, "%lld h %02lld min", n / 60, n % 60);
+    return t;
+}
+
+/* A text as a JSON string. */
+static void put_string(FILE *file, const char *string)
+{
+    putc('"', file);
+    for (const unsigned char *c = (const unsigned char *)string; *c; c++) {
+        if (*c == '\n') fprintf(file, "\\n");
+        else if (*c < 0x20 || *c == 0x7F) fprintf(file, "\\u%04x", *c);
+        else fprintf(file, *c == '"' || *c == '\\' ? "\\%c" : "%c", *c);
+    }
+    putc('"', file);
+}
+
 static volatile sig_atomic_t interrupted; /* Ctrl-C was pressed, or SIGTERM came */
 
 static void on_interrupt(int number)
@@ -54,20 +78,57 @@ static void on_interrupt(int number)
     signal(number, SIG_DFL); /* pressed again, it ends the program at once */
 }
 
+/* Several runs: FLOP of all, of those that are done, of the one that goes on, and the seconds of those that are done. */
+typedef struct work_left { double all, done, now, seconds; } work_left;
+
+/* What they may take from here on, `fraction` and `seconds` into a run; 0: nothing is known yet. */
+static double seconds_left(const work_left *w, double fraction, double seconds)
+{
+    const double done = w->done + fraction * w->now;
+    return done > 0 ? (w->all - done) / done * (w->seconds + seconds) : 0;
+}
+
 typedef struct progress_view {
     const char *label;
     int quiet, terminal;
     int64_t block;
-    double drawn; /* when, in the run's seconds */
+    double drawn;          /* when, in the run's seconds */
+    const work_left *work; /* of the runs that this is one of; or NULL */
 } progress_view;
 
+/* How wide the terminal is now: it may have been resized since the last line. */
+static int terminal_columns(void)
+{
+    struct winsize size;
+    return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
+}
+
+/* A line that is no wider than the terminal, whose last column stays free: label, bar, figures. Where there is less room the
+ * bar becomes shorter, then figures go, and then the label's end. */
 static void draw_bar(progress_view *view, const besa_progress *p)
 {
     static const char full[] = "####################", empty[] = "....................";
-    int width = (int)(p->fraction * 20);
-    fprintf(stderr, "\r%s [%.*s%.*s] %3.0f %%, block %lld/%lld %s, %s left\033[K", view->label, width, full, 20 - width,
-            empty, p->fraction * 100, (long long)p->block + 1, (long long)p->blocks, besa_pass_name(p->pass),
-            as_clock(p->seconds_left).s);
+    char line[512], left[96], block[64];
+    const int columns = terminal_columns() - 1;
+    int label = (int)strlen(view->label), n = snprintf(left, sizeof left, ", %s left", in_minutes(p->seconds_left).s);
+    const text all = in_minutes(view->work ? seconds_left(view->work, p->fraction, p->seconds) : 0);
+    if (view->work && label + n + 6 + 10 + (int)strlen(all.s) > columns) n = 0;
+    if (view->work) snprintf(left + n, sizeof left - (size_t)n, ", %s in all", all.s);
+    n = snprintf(block, sizeof block, ", block %lld/%lld %s", (long long)p->block + 1, (long long)p->blocks,
+                 besa_pass_name(p->pass));
+    if (label + 6 + n + (int)strlen(left) > columns) block[0] = 0;
+    const int most = columns - 6 - (int)strlen(left);
+    if (label > most) label = most > 0 ? most : 0;
+    const int room = columns - label - 9 - (int)strlen(block) - (int)strlen(left);
+    const int width = room < 5 ? 0 : room < 20 ? room : 20;
+    const int done = (int)(p->fraction * width);
+    n = snprintf(line, sizeof line, "%.*s ", label, view->label);
+    if (width) n += snprintf(line + n, sizeof line - (size_t)n, "[%.*s%.*s] ", done, full, width - done, empty);
+    snprintf(line + n, sizeof line - (size_t)n, "%3.0f %%%s%s", p->fraction * 100, block, left);
+    if (columns < (int)strlen(line)) line[columns > 0 ? columns : 0] = 0;
+    fprintf(stderr, "\r");
+    print_text(stderr, line);
+    fprintf(stderr, "\033[K");
     view->drawn = p->seconds;
 }
 
@@ -85,7 +146,7 @@ static int show_progress(void *user, const besa_progress *p)
 
 static progress_view begin_progress(const settings *s, const char *label)
 {
-    progress_view view = {label, s->quiet, isatty(STDERR_FILENO), 0, -1};
+    progress_view view = {label, s->quiet, isatty(STDERR_FILENO), 0, -1, NULL};
     if (s->command->bit == COMPARE && !view.terminal) view.quiet = 1; /* the growing table shows it */
     return view;
 }
@@ -103,6 +164,12 @@ struct job {
     besa_backend backend;
     besa_calibration calibration;
     int32_t *ids, *test_ids;
+    int64_t ids_seed;            /* that ids were drawn by */
+    int64_t first[MAX_TESTS + 1];         /* of eval and compare: the windows of test i are first[i] .. first[i + 1] - 1 */
+    int64_t seqlen;                       /* their tokens */
+    besa_checkpoint *against;    /* NULL without --against */
+    besa_reference reference;    /* what others are held against: filled in or its sizes alone */
+    int has_outliers;
     double outliers[MAX_BLOCKS]; /* shares of the blocks that are pruned, once they are known */
     besa_error error;
 };
@@ -126,10 +193,9 @@ static besa_result check_windows(job *j, const char *path, const besa_tokens *fi
 
 /* Cut ids(count, seqlen) out of a token file. Sizes of 0 become the file's own: those of a 2-D file, and of a stream
  * windows of 2048 or what the model takes, at most `most` of them. */
-static besa_result load_windows(job *j, const char *path, int64_t most, uint64_t seed, int64_t *count, int64_t *seqlen,
-                                int32_t **ids)
+static besa_result load_windows(job *j, const char *path, int64_t most, uint64_t seed, const char *count_option,
+                                const char *seqlen_option, int64_t *count, int64_t *seqlen, int32_t **ids)
 {
-    const int is_test = path == j->s->test, is_calibration = !is_test && j->s->command->bit != EVAL;
     const besa_config *config = besa_checkpoint_config(j->checkpoint);
     const int64_t longest = config->max_position_embeddings < 2048 ? config->max_position_embeddings : 2048;
     besa_tokens file;
@@ -137,8 +203,7 @@ static besa_result load_windows(job *j, const char *path, int64_t most, uint64_t
     if (!*seqlen) *seqlen = file.rows ? file.columns : file.count < longest ? file.count + !file.count : longest;
     if (!*count) *count = file.rows ? file.rows : file.count / *seqlen < most && !seed ? file.count / *seqlen : most;
     if (!*count) *count = 1;
-    besa_result result = check_windows(j, path, &file, is_calibration ? "nsamples" : "windows", is_test ? "test-seqlen" : "seqlen",
-                                       *count, *seqlen, !seed);
+    besa_result result = check_windows(j, path, &file, count_option, seqlen_option, *count, *seqlen, !seed);
     if (!result) *ids = (int32_t *)calloc((size_t)*count, (size_t)*seqlen * sizeof **ids);
     if (!result && !*ids) {
         snprintf(j->error.message, sizeof j->error.message, "%s: out of memory for %lld x %lld tokens", path, (long long)*count,
@@ -167,6 +232,8 @@ static besa_result open_backend(job *j)
 #endif
 }
 
+static besa_result load_tests(job *j, int64_t windows, int64_t *seqlen, const char *seqlen_option); /* in compare.h */
+
 /* Open the checkpoint, the backend and the tokens, as far as the command has them. */
 static besa_result open_job(job *j)
 {
@@ -176,16 +243,24 @@ static besa_result open_job(job *j)
     if (s->masks) TRY(besa_checkpoint_open(&j->masks, s->masks, &j->error));
     if (s->command->bit & EVAL) fprintf(stderr, "%s", besa_checkpoint_notes(j->checkpoint));
     TRY(open_backend(j));
-    c->nsamples = s->nsamples;
+    c->nsamples = s->num_counts ? s->counts[0] : s->nsamples;
     c->seqlen = s->seqlen;
+    j->ids_seed = s->num_seeds ? s->seeds[0] : s->seed;
     if (s->command->bit & RUN && s->tokens)
-        TRY(load_windows(j, s->tokens, 128, (uint64_t)s->seed, &c->nsamples, &c->seqlen, &j->ids));
+        TRY(load_windows(j, s->tokens, 128, (uint64_t)j->ids_seed, "nsamples", "seqlen", &c->nsamples, &c->seqlen, &j->ids));
     if (!c->nsamples) c->nsamples = 128; /* a plan needs no tokens */
     const int64_t longest = besa_checkpoint_config(j->checkpoint)->max_position_embeddings;
     if (!c->seqlen) c->seqlen = longest < 2048 ? longest : 2048;
     c->test_windows = s->windows;
     c->test_seqlen = s->test_seqlen ? s->test_seqlen : c->seqlen;
-    if (s->test) TRY(load_windows(j, s->test, INT64_MAX, 0, &c->test_windows, &c->test_seqlen, &j->test_ids));
+    if (s->test)
+        TRY(load_windows(j, s->test, INT64_MAX, 0, "windows", "test-seqlen", &c->test_windows, &c->test_seqlen, &j->test_ids));
+    if (s->command->bit == COMPARE) {
+        TRY(load_tests(j, s->windows, &c->test_seqlen, "test-seqlen"));
+        j->seqlen = c->test_seqlen;
+        c->test_windows = j->first[s->num_tests];
+        c->against = &j->reference;
+    }
     c->ids = j->ids;
     c->test_ids = j->test_ids;
     return BESA_OK;
@@ -196,6 +271,8 @@ static void close_job(job *j)
     if (j->backend.destroy) j->backend.destroy(&j->backend);
     besa_checkpoint_close(j->checkpoint);
     besa_checkpoint_close(j->masks);
+    besa_reference_free(&j->reference);
+    besa_checkpoint_close(j->against);
     free(j->ids);
     free(j->test_ids);
 }
@@ -214,16 +291,6 @@ static besa_result prune(job *j, const char *output, progress_view *view, besa_r
     besa_result result = besa_prune(j->checkpoint, output, &j->backend, &j->calibration, &j->s->prune, report,
                                     &j->error);
     end_progress(view);
-    return result;
-}
-
-static besa_result measure(job *j, const char *label, const int32_t *ids, int64_t windows, int64_t seqlen,
-                           double *perplexity, double *nll)
-{
-    progress_view view = begin_progress(j->s, label);
-    besa_result result = besa_perplexity(j->checkpoint, &j->backend, ids, windows, seqlen, perplexity, nll,
-                                         show_progress, &view, &j->error);
-    end_progress(&view);
     return result;
 }
 
@@ -299,7 +366,12 @@ static void print_summary(const settings *s, const besa_report *r, const char *s
     printf("by %s in %s\n", besa_method_name(s->prune.method), as_clock(r->seconds).s);
     print_targets(s);
     if (r->resumed_blocks) printf("blocks taken over from the run before: %lld\n", (long long)r->resumed_blocks);
-    if (r->perplexity > 0) printf("perplexity %.4f\n", r->perplexity);
+    if (r->perplexity > 0) {
+        besa_divergence d;
+        besa_summarize(&d, r->window, r->test_windows, NULL, 0);
+        printf("perplexity %.4f", r->perplexity);
+        printf(d.perplexity_error > 0 ? " +/- %.4f\n" : "\n", d.perplexity_error);
+    }
     if (r->notes) printf("%s", r->notes + (strncmp(r->notes, said, length) ? 0 : length));
 }
 
@@ -348,107 +420,7 @@ static besa_result run_plan(job *j)
     return BESA_OK;
 }
 
-/* ---- eval ---------------------------------------------------------------------------------- */
-
-static void print_eval(int json, double perplexity, const double *nll, int64_t windows, int64_t seqlen)
-{
-    if (!json) {
-        printf("perplexity %.4f over %lld windows of %lld tokens\n", perplexity, (long long)windows, (long long)seqlen);
-        return;
-    }
-    printf("{\"perplexity\": %.9g, \"windows\": %lld, \"seqlen\": %lld, \"nll\": [", perplexity,
-           (long long)windows, (long long)seqlen);
-    for (int64_t i = 0; i < windows; i++) printf("%s%.9g", i ? ", " : "", nll[i]);
-    printf("]}\n");
-}
-
-static besa_result run_eval(job *j)
-{
-    const settings *s = j->s;
-    int64_t windows = s->windows, seqlen = s->seqlen;
-    double perplexity;
-    TRY(load_windows(j, s->tokens, INT64_MAX, 0, &windows, &seqlen, &j->ids));
-    double *nll = (double *)malloc((size_t)windows * sizeof *nll);
-    besa_result result = nll ? measure(j, "eval", j->ids, windows, seqlen, &perplexity, nll) : BESA_ERROR_MEMORY;
-    if (!result) print_eval(s->json, perplexity, nll, windows, seqlen);
-    free(nll);
-    return result;
-}
-
-/* ---- compare ------------------------------------------------------------------------------- */
-
-/* Prune and measure once, and append the figures to the row's line. */
-static besa_result compare_one(job *j, const row *r, double sparsity, char *line, size_t size)
-{
-    besa_report report;
-    char label[MAX_NAME + 32];
-    snprintf(label, sizeof label, "%s %g %%", r->label, 100 * sparsity);
-    progress_view view = begin_progress(j->s, label);
-    j->s->prune.rates.target = sparsity;
-    TRY(take_targets(j));
-    TRY(prune(j, NULL, &view, &report));
-    const size_t used = strlen(line);
-    snprintf(line + used, size - used, "  %10.3f %7.4f %6.1f", report.perplexity, report.sparsity, report.seconds);
-    besa_report_free(&report);
-    return BESA_OK;
-}
-
-/* Set the options of row i. */
-static row begin_row(settings *s, int i)
-{
-    const row r = s->rows[i];
-    read_arguments(s, row_preset(s, &r));
-    s->prune.method = r.method;
-    if (r.method != BESA_METHOD_BESA && s->prune.learn == BESA_LEARN_BOTH) s->prune.learn = BESA_LEARN_WEIGHTS;
-    return r;
-}
-
-/* Before the first run: a run that would be refused ends the command here, and what is known of each is said. */
-static besa_result check_runs(job *j)
-{
-    settings *s = j->s;
-    if (s->left_out) fprintf(stderr, "besa is left out: with a pattern it has no rates to learn; --preset best: its weights\n");
-    for (int i = 0; i < s->num_rows; i++) {
-        const row r = begin_row(s, i);
-        besa_plan_result plan[2];
-        plan[1].notes[0] = 0;
-        for (int k = 0; k < s->num_sparsities; k++) {
-            s->prune.rates.target = s->sparsity[k];
-            TRY(print_notes(j, r.label, plan[1].notes, &plan[0]));
-            plan[1] = plan[0];
-        }
-    }
-    return BESA_OK;
-}
-
-static besa_result run_compare(job *j)
-{
-    settings *s = j->s;
-    const besa_calibration *c = &j->calibration;
-    double dense;
-    TRY(check_runs(j));
-    TRY(measure(j, "dense", c->test_ids, c->test_windows, c->test_seqlen, &dense, NULL));
-    TRY(find_outliers(j));
-    printf("calibrated on %lld x %lld tokens, perplexity on %lld x %lld\n", (long long)c->nsamples,
-           (long long)c->seqlen, (long long)c->test_windows, (long long)c->test_seqlen);
-    for (int k = 0; k < s->num_sparsities; k++) {
-        s->prune.rates.target = s->sparsity[k];
-        TRY(take_targets(j));
-        print_targets(s);
-    }
-    printf("\n%-20s", "");
-    for (int k = 0; k < s->num_sparsities; k++) printf("  %8.4g %% reached    sec", 100 * s->sparsity[k]);
-    printf("\n%-20s  %10.3f\n", "dense", dense);
-    for (int i = 0; i < s->num_rows; i++) {
-        char line[MAX_LIST * 64]; /* printed when it is complete, as progress overwrites the line on a terminal */
-        const row r = begin_row(s, i);
-        snprintf(line, sizeof line, "%-20s", r.label);
-        for (int k = 0; k < s->num_sparsities; k++) TRY(compare_one(j, &r, s->sparsity[k], line, sizeof line));
-        printf("%s\n", line);
-        fflush(stdout);
-    }
-    return BESA_OK;
-}
+#include "compare.h"
 
 /* ---- info ---------------------------------------------------------------------------------- */
 
@@ -479,18 +451,6 @@ static void print_shape(const besa_config *c, int json)
         printf(json ? ", \"%s\": %lld" : "%-20s %lld\n", size[i].name, (long long)size[i].value);
 }
 
-/* A text as a JSON string. */
-static void print_string(const char *string)
-{
-    putchar('"');
-    for (; *string; string++) {
-        if (*string == '"' || *string == '\\') putchar('\\');
-        if (*string == '\n') printf("\\n");
-        else putchar(*string);
-    }
-    putchar('"');
-}
-
 static void print_info_notes(const char *notes, int json)
 {
     if (!json) {
@@ -498,7 +458,7 @@ static void print_info_notes(const char *notes, int json)
         return;
     }
     printf(",\n \"notes\": ");
-    print_string(notes);
+    put_string(stdout, notes);
 }
 
 static besa_result run_info(job *j)
@@ -544,15 +504,27 @@ static const command commands[] = {
      "  besa plan llama --nsamples 128 --seqlen 2048 --memory 8G\n"
      "  besa plan llama --device cuda --device-memory 24G\n"},
     {"compare", COMPARE, 1, 1, run_compare, "SRC", "try methods and sparsities, writing nothing to disk",
-     "Prunes SRC in memory by every method at every sparsity and prints perplexity, sparsity and seconds.\n"
-     "Options under BESA apply to its rows, and of --learn both and --preset best the others take the weights;\n"
-     "besa:best, besa:weights, besa:published-row, wanda:weights and the like are rows with a preset.\n\n"
-     "  besa compare llama --tokens c4.npy --test wikitext2.npy --sparsity .5,.6,.7 --method wanda,besa\n"},
+     "Prunes SRC in memory by every method at every sparsity and prints, a line for each run: the share of zeros that was\n"
+     "reached; perplexity and its standard error over the windows; how far the predictions are from the dense model's, as\n"
+     "the mean and the 99th percentile of KL(dense || pruned), and the share of tokens for which both have the same most\n"
+     "likely one; seconds.\n\n"
+     "  besa compare llama --tokens c4.npy --test wikitext2.npy --sparsity .5,.6,.7 --method wanda,besa\n"
+     "  besa compare llama --tokens c4.npy --test wiki=wikitext2.npy --test c4=c4-validation.npy --seeds 0,1,2 \\\n"
+     "      --method wanda,besa,besa:best --json results.json --markdown table.md\n"
+     "  besa compare llama --tokens c4.npy --test wikitext2.npy --method besa,besa:epochs=2,besa:best:epochs=2,lr=2 \\\n"
+     "      --nsamples 16,64,128 --resume results.json\n\n"
+     "A row is METHOD[:PRESET][:KEY=VALUE[,KEY=VALUE ...]], KEY an option below of the method, without its --; flags are yes\n"
+     "or no. Other options under BESA apply to besa's rows, and of --learn both and --preset best the others take the\n"
+     "weights. --resume FILE goes on with the runs that a stopped comparison has not come to, or with those of more methods,\n"
+     "sparsities, seeds or sizes; where models, texts or other options are not those of the file, it is refused.\n"},
     {"eval", EVAL, 1, 1, run_eval, "DIR", "measure perplexity",
      "Measures how well the model in directory DIR predicts a text: its perplexity. The text is cut into windows of\n"
      "T tokens that follow one another; the result is exp of the mean negative log-likelihood of tokens 2 .. T of\n"
-     "all windows, each token given those before it in its window.\n\n"
-     "  besa eval pruned --tokens wikitext2.npy --seqlen 2048\n"},
+     "all windows, each token given those before it in its window; its standard error is that over the windows.\n"
+     "With --against it says too how far the model's predictions are from another's: KL(other || DIR) in nats, how often\n"
+     "both have the same most likely token, and by how much the mean log-likelihood of a token differs.\n\n"
+     "  besa eval pruned --tokens wikitext2.npy --seqlen 2048\n"
+     "  besa eval pruned --tokens wikitext2.npy --seqlen 2048 --against llama\n"},
     {"info", INFO, 1, 1, run_info, "DIR", "show the shape and the sparsity of every layer",
      "Shows the shape of the checkpoint in DIR and the share of zeros in every layer that can be pruned.\n"},
     {NULL, 0, 0, 0, NULL, NULL, NULL, NULL},
@@ -571,7 +543,8 @@ static int run_command(settings *s)
     if (result == BESA_OK) return 0;
     if (result == BESA_ERROR_CANCELLED) {
         fprintf(stderr, "besa %s: stopped%s\n", s->command->name,
-                s->command->bit == PRUNE ? "; the same command goes on after the blocks that are done" : "");
+                s->command->bit == PRUNE ? "; the same command goes on after the blocks that are done" :
+                s->resume || s->json_file ? "; --resume with this FILE goes on after the runs that are done" : "");
         return 130;
     }
     fprintf(stderr, "besa %s: ", s->command->name);

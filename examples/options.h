@@ -11,10 +11,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 /* ---- options ------------------------------------------------------------------------------- */
 
-enum { MAX_FIXED = 256, MAX_BLOCKS = 1024, MAX_LIST = 32, MAX_NAME = 128, MAX_OPTIONS = 128 };
+enum { MAX_FIXED = 256, MAX_BLOCKS = 1024, MAX_LIST = 32, MAX_NAME = 128, MAX_OPTIONS = 128, MAX_TESTS = 8, MAX_SETTINGS = 8 };
 
 /* The commands, as bits: which of them has an option. */
 enum {
@@ -22,15 +23,23 @@ enum {
     ONE = PRUNE | PLAN, RUN = ONE | COMPARE, ALL = RUN | EVAL | INFO
 };
 
-typedef struct row { /* of a comparison: "wanda", "besa", "besa:best" */
+typedef struct row { /* of a comparison: "wanda", "besa", "besa:best", "besa:best:epochs=2,lr=3" */
     char label[MAX_NAME];
     besa_method method;
+    char preset[MAX_NAME];                     /* "": none of its own */
+    char setting[MAX_SETTINGS][MAX_NAME];      /* "epochs=2": options of its own */
+    int num_settings;
 } row;
 
+typedef struct test_file { /* "FILE", or "NAME=FILE" */
+    char name[MAX_NAME];
+    const char *path;
+} test_file;
+
 typedef enum kind {
-    HEADING, LIBRARY, FLAG, TEXT, CHOICE, PATTERN, SKIP, METHODS, BLOCKS, TARGETS, /* these are not numbers */
+    HEADING, LIBRARY, FLAG, TEXT, CHOICE, PATTERN, SKIP, METHODS, BLOCKS, TARGETS, TESTS, /* these are not numbers */
     NUMBER, ROWS, SHARES, /* numbers of besa_prune_options: the library's table has their ranges */
-    THREADS, COUNT, SEED, FIX, BYTES, DEVICE, PROCESSORS, CAPABILITY
+    THREADS, COUNT, SEED, FIX, BYTES, DEVICE, PROCESSORS, CAPABILITY, COUNTS, SEEDS /* the last two: lists */
 } kind;
 
 typedef struct option {
@@ -50,6 +59,11 @@ typedef struct settings {
     const char *path[2];
     int num_paths;
     const char *tokens, *test, *report, *preset, *masks;
+    const char *against, *json_file, *markdown, *resume; /* of a comparison */
+    test_file tests[MAX_TESTS];        /* what compare and eval measure on */
+    int num_tests;
+    int64_t counts[MAX_LIST], seeds[MAX_LIST]; /* calibration sizes and seeds of a comparison; none: nsamples, seed */
+    int num_counts, num_seeds;
     int64_t nsamples, seqlen, test_seqlen, windows; /* 0: the default */
     int64_t seed;
     int cuda; /* 1: on the GPU that gpu says; 0: on the CPU, with threads and bf16 */
@@ -80,6 +94,8 @@ static const struct { double least, most; int whole; const char *words; } ranges
     [DEVICE] = {0, 65535, 1, "a GPU's number, from 0"},
     [PROCESSORS] = {1, 4096, 1, "a whole number from 1 to 4096"},
     [CAPABILITY] = {7, 99, 0, "a compute capability, from 7.0 on"},
+    [COUNTS] = {1, 1e9, 1, "a whole number from 1 to 1000000000"},
+    [SEEDS] = {0, 9e15, 1, "a whole number from 0 to 9000000000000000"},
 };
 
 #define AT(field) offsetof(settings, field)
@@ -90,9 +106,14 @@ static const option own_options[] = {
      "calibration text as token ids: .npy, .u16, .i32 or .bin; required"},
     {"tokens", TEXT, AT(tokens), PLAN, "FILE",
      "calibration text as token ids, only for --nsamples and --seqlen [none]"},
-    {"tokens", TEXT, AT(tokens), EVAL, "FILE", "the text to measure, as token ids: .npy, .u16, .i32 or .bin; required"},
-    {"nsamples", COUNT, AT(nsamples), RUN, "N",
+    {"tokens", TESTS, 0, EVAL, "[NAME=]FILE",
+     "the text to measure, as token ids: .npy, .u16, .i32 or .bin; required; repeatable"},
+    {"against", TEXT, AT(against), EVAL, "DIR",
+     "say how far this model is from the one in DIR too: KL divergence and the like"},
+    {"nsamples", COUNT, AT(nsamples), ONE, "N",
      "how many calibration sequences [a 2-D file's rows; else 128, or all that the file has]"},
+    {"nsamples", COUNTS, 0, COMPARE, "N,N,...",
+     "how many calibration sequences, a run for each [a 2-D file's rows; else 128, or all that the file has]"},
     {"seqlen", COUNT, AT(seqlen), RUN, "T",
      "tokens in each of them [a 2-D file's columns; else 2048, or what model and file allow]"},
     {"seqlen", COUNT, AT(seqlen), EVAL, "T",
@@ -100,7 +121,9 @@ static const option own_options[] = {
     {"seed", SEED, AT(seed), RUN, "K",
      "0: sequences follow one another from the file's start; else drawn by this seed [0]"},
     {"test", TEXT, AT(test), ONE, "FILE", "text to measure the pruned model's perplexity on, as token ids [none]"},
-    {"test", TEXT, AT(test), COMPARE, "FILE", "text to measure perplexity on, as token ids; required"},
+    {"seeds", SEEDS, 0, COMPARE, "K,K,...", "a run for each of these --seed; their mean and standard deviation at the end"},
+    {"test", TESTS, 0, COMPARE, "[NAME=]FILE", "text to measure perplexity on, as token ids; required; repeatable"},
+    {"against", TEXT, AT(against), COMPARE, "DIR", "the model that results are held against [SRC]"},
     {"test-seqlen", COUNT, AT(test_seqlen), RUN, "T", "tokens in a test window [as --seqlen]"},
     {"windows", COUNT, AT(windows), RUN, "K", "how many test windows, from the start of the test file [all]"},
     {"windows", COUNT, AT(windows), EVAL, "K", "how many windows, from the file's start [all]"},
@@ -108,7 +131,8 @@ static const option own_options[] = {
     {"Method", HEADING, 0, RUN, "", ""},
     {NULL, LIBRARY, 0, 0, "", ""}, /* here the library's options for every method */
     {"method", METHODS, 0, COMPARE, "A,B,...",
-     "of besa, wanda, sparsegpt, magnitude, besa:PRESET, and others with :weights [the first four; besa with --pattern only where weights learn]"},
+     "of besa, wanda, sparsegpt, magnitude, besa:PRESET, and others with :weights [the first four; besa with --pattern only "
+     "where weights learn]; options of a row: besa:epochs=2,lr=3 or besa:best:projection=no"},
     {"preset", TEXT, AT(preset), RUN, "default|best|weights|published-row|published-layer",
      "what the options below start from; all but weights for besa; published: as the paper's code, for LLaMA-1-7B"},
     {"sparsity", SHARES, AT(prune.rates.target), COMPARE, "S,S,...",
@@ -148,6 +172,9 @@ static const option own_options[] = {
      "with --device-memory: its compute capability, A100 8.0, RTX 4090 8.9, RTX 3090 8.6 [9.0: H100]"},
     {"report", TEXT, AT(report), PRUNE, "FILE", "what happened in every layer, as JSON; losses of resumed and dense blocks are null"},
     {"json", FLAG, AT(json), EVAL | INFO, "", "print JSON"},
+    {"json", TEXT, AT(json_file), COMPARE, "FILE", "all figures as JSON, written after every run"},
+    {"markdown", TEXT, AT(markdown), COMPARE, "FILE", "the table as Markdown"},
+    {"resume", TEXT, AT(resume), COMPARE, "FILE", "take over the runs of this file of --json, and go on with it"},
     {"quiet", FLAG, AT(quiet), PRUNE | COMPARE | EVAL, "", "no progress"},
     {"help", FLAG, AT(help), ALL, "", "print this"},
 };
@@ -369,36 +396,93 @@ static void read_fixed(settings *s, const option *o, const char *text)
     s->prune.num_fixed++;
 }
 
-/* "besa", "besa:published-row" or "wanda:weights" */
+/* The next part of a row: a preset, "KEY=VALUE", or what a colon in a value has cut off it. */
+static void read_row_part(const settings *s, const option *o, row *r, const char *part, size_t length)
+{
+    const int is_setting = memchr(part, '=', length) != NULL;
+    char *last = r->num_settings ? r->setting[r->num_settings - 1] : NULL;
+    if (is_setting && r->num_settings == MAX_SETTINGS)
+        usage_error(s, "--%s: '%s': more than %d options", o->name, r->label, MAX_SETTINGS);
+    if (is_setting) snprintf(r->setting[r->num_settings++], MAX_NAME, "%.*s", (int)length, part);
+    else if (last) snprintf(last + strlen(last), MAX_NAME - strlen(last), ":%.*s", (int)length, part);
+    else if (r->preset[0]) usage_error(s, "--%s: '%s': two presets", o->name, r->label);
+    else snprintf(r->preset, MAX_NAME, "%.*s", (int)length, part);
+    if (!is_setting && !last && !length)
+        usage_error(s, "--%s: '%s': a preset or an option is missing behind a colon", o->name, r->label);
+}
+
+/* "besa", "besa:published-row", "wanda:weights", "besa:best:epochs=2,lr=3": METHOD[:PRESET][:KEY=VALUE[,KEY=VALUE ...]] */
 static row read_row(const settings *s, const option *o, const char *word)
 {
     row r;
     const char *names = besa_option_table()->value; /* its first row is the method */
-    int method = find_choice(names, word, strcspn(word, ":"));
+    size_t at = strcspn(word, ":");
+    int method = find_choice(names, word, at);
+    memset(&r, 0, sizeof r);
     if (method < 0) usage_error(s, "--%s: '%s' is not one of %s", o->name, word, names);
-    const char *preset = strchr(word, ':');
-    if (method != BESA_METHOD_BESA && preset && strcmp(preset, ":weights"))
-        usage_error(s, "--%s: '%s': only besa has presets other than weights", o->name, word);
     snprintf(r.label, sizeof r.label, "%s", word);
     r.method = (besa_method)method;
+    while (word[at]) {
+        const size_t n = strcspn(word + at + 1, ":,");
+        read_row_part(s, o, &r, word + at + 1, n);
+        at += 1 + n;
+    }
+    if (method != BESA_METHOD_BESA && r.preset[0] && strcmp(r.preset, "weights"))
+        usage_error(s, "--%s: '%s': only besa has presets other than weights", o->name, word);
     return r;
 }
 
-/* "a,b,c", each a sparsity or a method */
+/* How long the first word of a list is: "KEY=VALUE" behind a comma belongs to the method before it, as in
+ * "besa:epochs=2,lr=3". */
+static size_t word_length(const option *o, const char *text)
+{
+    size_t n = strcspn(text, ",");
+    while (o->kind == METHODS && text[n] == ',') {
+        const size_t key = strcspn(text + n + 1, ":=,");
+        if (text[n + 1 + key] != '=') break;
+        n += 1 + strcspn(text + n + 1, ",");
+    }
+    return n;
+}
+
+/* "a,b,c", each a sparsity, a method, a calibration size or a seed */
 static void read_list(settings *s, const option *o, const char *text)
 {
     int count = 0, more = 1;
     for (; more; count++) {
         char word[MAX_NAME];
-        const size_t n = strcspn(text, ",");
+        const size_t n = word_length(o, text);
         if (n >= sizeof word || count == MAX_LIST) usage_error(s, "--%s: the list is too long", o->name);
         snprintf(word, sizeof word, "%.*s", (int)n, text);
-        if (o->kind == SHARES) s->sparsity[count] = read_number(s, o, word);
-        else s->rows[count] = read_row(s, o, word);
+        if (o->kind == METHODS) s->rows[count] = read_row(s, o, word);
+        else if (o->kind == SHARES) s->sparsity[count] = read_number(s, o, word);
+        else (o->kind == COUNTS ? s->counts : s->seeds)[count] = (int64_t)read_number(s, o, word);
         more = text[n] == ',';
         text += n + 1;
     }
-    *(o->kind == SHARES ? &s->num_sparsities : &s->num_rows) = count;
+    if (o->kind == METHODS) s->num_rows = count;
+    else if (o->kind == SHARES) s->num_sparsities = count;
+    else *(o->kind == COUNTS ? &s->num_counts : &s->num_seeds) = count;
+}
+
+/* "FILE" or "NAME=FILE"; the name of a FILE alone is its own without directories and ending. */
+static void read_test(settings *s, const option *o, const char *text)
+{
+    const char *equals = strchr(text, '='), *slash;
+    if (equals && (equals == text || memchr(text, '/', (size_t)(equals - text)) || !access(text, F_OK))) equals = NULL;
+    if (s->num_tests == MAX_TESTS) usage_error(s, "--%s: more than %d files", o->name, MAX_TESTS);
+    test_file *t = &s->tests[s->num_tests];
+    t->path = equals ? equals + 1 : text;
+    slash = strrchr(t->path, '/');
+    const char *base = slash ? slash + 1 : t->path, *dot = strrchr(base, '.');
+    const char *name = equals ? text : base;
+    const size_t n = equals ? (size_t)(equals - text) : dot && dot > base ? (size_t)(dot - base) : strlen(base);
+    if (!*t->path) usage_error(s, "--%s: '%s' has no file behind its name", o->name, text);
+    snprintf(t->name, sizeof t->name, "%.*s", (int)n, name);
+    for (int i = 0; i < s->num_tests; i++)
+        if (!strcmp(s->tests[i].name, t->name))
+            usage_error(s, "--%s: two files are called %s: --%s NAME=FILE gives another name", o->name, t->name, o->name);
+    s->num_tests++;
 }
 
 /* "cpu", "cuda" or "cuda:1" */
@@ -427,7 +511,8 @@ static void read_value(settings *s, const option *o, const char *text)
     case SKIP: case FIX: read_fixed(s, o, text); break;
     case BLOCKS: read_blocks(s, o, text); break;
     case TARGETS: (!strcmp(text, "owl") || !strncmp(text, "owl:", 4) ? read_owl : read_targets)(s, o, text); break;
-    case METHODS: case SHARES: read_list(s, o, text); break;
+    case METHODS: case SHARES: case COUNTS: case SEEDS: read_list(s, o, text); break;
+    case TESTS: read_test(s, o, text); break;
     case NUMBER: write_number(o, field, read_number(s, o, text)); break;
     case ROWS: *(int64_t *)field = strcmp(text, "all") ? (int64_t)read_number(s, o, text) : BESA_ALL_ROWS; break;
     case THREADS: *(int *)field = (int)read_number(s, o, text); break;
@@ -463,6 +548,12 @@ static const option *find_option(const settings *s, const char *name)
 
 /* Is a "no-" and then b? */
 static int negates(const char *a, const char *b) { return strncmp(a, "no-", 3) == 0 && strcmp(a + 3, b) == 0; }
+
+/* Whether a word is this flag, or its opposite. */
+static int is_flag(const option *o, const char *word)
+{
+    return o->kind == FLAG && (!strcmp(o->name, word) || negates(o->name, word) || negates(word, o->name));
+}
 
 /* --flag sets; --no-flag, or --projection for --no-projection, takes back what a preset has set. */
 static int read_flag(settings *s, const char *name)
@@ -553,6 +644,17 @@ static int read_option(settings *s, int i)
     return equals ? 1 : 2;
 }
 
+/* The name of the option at arguments[i], and how many arguments it takes. */
+static int argument_length(const settings *s, int i, char name[MAX_NAME])
+{
+    const char *argument = s->arguments[i] + 2;
+    snprintf(name, MAX_NAME, "%.*s", (int)strcspn(argument, "="), argument);
+    if (strchr(argument, '=')) return 1;
+    for (int k = 0; k < s->num_options; k++)
+        if (s->options[k].commands & s->command->bit && is_flag(&s->options[k], name)) return 1;
+    return 2;
+}
+
 /* What a comparison has where its lists are not given: with a pattern, besa only where it is to do more than learn rates. */
 static void fill_lists(settings *s)
 {
@@ -574,7 +676,7 @@ static void read_arguments(settings *s, const char *preset)
     memset(&s->prune, 0, sizeof s->prune);
     s->prune.rates.target = UNSET;
     if (preset && besa_preset(&s->prune, preset, &error)) usage_error(s, "--preset: %s", error.message);
-    s->num_paths = s->num_sparsities = s->num_rows = 0;
+    s->num_paths = s->num_sparsities = s->num_rows = s->num_tests = s->num_counts = s->num_seeds = 0;
     for (int i = 0; s->arguments[i];) {
         if (s->arguments[i][0] == '-') i += read_option(s, i);
         else if (s->num_paths < s->command->max_paths) s->path[s->num_paths++] = s->arguments[i++];
@@ -586,12 +688,90 @@ static void read_arguments(settings *s, const char *preset)
         s->prune.rates.target = s->prune.pattern_m ? 0 : s->prune.block_targets ? s->block_mean : 0.5;
 }
 
-/* The preset of a row: after the colon of its label, else --preset; of best, other methods than besa have what they can. */
+/* The preset of a row: its own, else --preset; of best, other methods than besa have what they can. */
 static const char *row_preset(const settings *s, const row *r)
 {
-    const char *colon = strchr(r->label, ':');
-    if (colon || !s->preset) return colon ? colon + 1 : s->preset;
+    if (r->preset[0] || !s->preset) return r->preset[0] ? r->preset : s->preset;
     return r->method != BESA_METHOD_BESA && !strcmp(s->preset, "best") ? "weights" : s->preset;
+}
+
+/* The option of a row's "KEY=VALUE": one of the method, not of the run or its data. */
+static const option *find_row_option(const settings *s, const row *r, const char *setting)
+{
+    char key[MAX_NAME];
+    const char *nearest = NULL;
+    size_t least = MAX_NAME;
+    snprintf(key, sizeof key, "%.*s", (int)strcspn(setting, "="), setting);
+    for (int i = 0; i < s->num_options; i++) {
+        const option *o = &s->options[i];
+        const int is_field = o->offset >= AT(prune) && o->offset < AT(prune) + sizeof s->prune &&
+                             (o->kind == FLAG || o->kind == CHOICE || o->kind == NUMBER || o->kind == ROWS);
+        const int is_own = is_field || o->kind == PATTERN || o->kind == SKIP || o->kind == FIX || o->kind == BLOCKS;
+        if (!(o->commands & COMPARE) || !is_own) continue;
+        if (!strcmp(o->name, key) || is_flag(o, key)) return o;
+        take_nearest(key, o->name, &nearest, &least);
+    }
+    if (nearest) usage_error(s, "--method: '%s': a row has no option %s: did you mean %s?", r->label, key, nearest);
+    usage_error(s, "--method: '%s': a row has no option %s", r->label, key);
+}
+
+/* Lay a row's own options over those of the command line. */
+static void read_settings(settings *s, const row *r)
+{
+    for (int i = 0; i < r->num_settings; i++) {
+        const char *value = strchr(r->setting[i], '=') + 1;
+        const option *o = find_row_option(s, r, r->setting[i]);
+        const size_t n = strlen(o->name);
+        const int yes = !strcmp(value, "yes"), same = !strncmp(r->setting[i], o->name, n) && r->setting[i][n] == '=';
+        if (!*value)
+            usage_error(s, "--method: '%s': %s needs a value: %s", r->label, o->name, o->kind == FLAG ? "yes or no" : o->value);
+        if (o->kind != FLAG) read_value(s, o, value);
+        else if (!yes && strcmp(value, "no")) usage_error(s, "--method: '%s': %s is yes or no", r->label, o->name);
+        else *(int *)(void *)((char *)s + o->offset) = yes == same;
+    }
+}
+
+/* What a row sets must be of use to it. */
+static void check_settings(const settings *s, const row *r)
+{
+    const int clips = s->prune.bits && s->prune.clipping == BESA_CLIPPING_LEARNED;
+    const int learns = r->method == BESA_METHOD_BESA || s->prune.learn != BESA_LEARN_RATES || clips;
+    for (int i = 0; i < r->num_settings; i++) {
+        const option *o = find_row_option(s, r, r->setting[i]), *heading = o;
+        while (heading->kind != HEADING) heading--;
+        if (!strncmp(heading->name, "BESA", 4) && r->method != BESA_METHOD_BESA)
+            usage_error(s, "--method: '%s': %s is for besa", r->label, o->name);
+        if (!strncmp(heading->name, "Learning", 8) && !learns)
+            usage_error(s, "--method: '%s': %s is for what learns: besa, or rows with learn=weights", r->label, o->name);
+        if (!strncmp(heading->name, "Weights", 7) && (!learns || (s->prune.learn == BESA_LEARN_RATES && !s->prune.bits)))
+            usage_error(s, "--method: '%s': %s is for weights that learn: with learn=weights or learn=both", r->label, o->name);
+        if (!strncmp(heading->name, "Quantisation", 12) && !s->prune.bits)
+            usage_error(s, "--method: '%s': %s is for bits=N", r->label, o->name);
+    }
+}
+
+/* Set the options of row i. */
+static row begin_row(settings *s, int i)
+{
+    const row r = s->rows[i];
+    read_arguments(s, row_preset(s, &r));
+    s->prune.method = r.method;
+    if (r.method != BESA_METHOD_BESA && s->prune.learn == BESA_LEARN_BOTH) s->prune.learn = BESA_LEARN_WEIGHTS;
+    read_settings(s, &r);
+    check_settings(s, &r);
+    return r;
+}
+
+/* Whether a row sets this option for itself, to another value than `but`. */
+static int a_row_sets(const settings *s, const char *name, const char *but)
+{
+    for (int i = 0; i < s->num_rows; i++)
+        for (int k = 0; k < s->rows[i].num_settings; k++) {
+            const char *setting = s->rows[i].setting[k];
+            const size_t n = strlen(name);
+            if (!strncmp(setting, name, n) && setting[n] == '=' && strcmp(setting + n + 1, but)) return 1;
+        }
+    return 0;
 }
 
 /* Where a file that need not exist would be: its directory without links, and its name. NULL: no such directory. */
@@ -623,35 +803,36 @@ static int is_file(const struct stat *there, int directory, const char *name)
     return !fstatat(directory, name, &st, 0) && st.st_dev == there->st_dev && st.st_ino == there->st_ino;
 }
 
-/* The report must not lie in the checkpoints, nor take the place of the output or of a file that is read, by its name or
- * through a link. */
-static void check_report(const settings *s)
+/* A report, or another file that is written, must not lie in the checkpoints, nor take the place of the output or of a file
+ * that is read, by its name or through a link. */
+static void check_report(const settings *s, const char *name, const char *path)
 {
-    const char *files[] = {s->tokens, s->test}, *endings[] = {"", ".partial"};
-    char *report = place_of(s->report), *other;
+    const char *files[MAX_TESTS + 2] = {s->tokens, s->test}, *endings[] = {"", ".partial"};
+    char *report = place_of(path), *other;
     struct stat there;
-    const int is_there = !stat(s->report, &there);
-    if (is_there && !S_ISREG(there.st_mode) && !S_ISCHR(there.st_mode)) usage_error(s, "--report %s is no file", s->report);
+    const int is_there = !stat(path, &there);
+    for (int i = 0; i < s->num_tests; i++) files[2 + i] = s->tests[i].path;
+    if (is_there && !S_ISREG(there.st_mode) && !S_ISCHR(there.st_mode)) usage_error(s, "--%s %s is no file", name, path);
     for (int i = 0; report && i < s->num_paths; i++) {
         other = i == 0 ? realpath(s->path[0], NULL) : place_of(s->path[i]);
         size_t length = other ? strlen(other) : 0;
         for (int k = 0; other && k < 2; k++) {
             size_t n = strlen(endings[k]);
             if (!strncmp(report, other, length) && !strncmp(report + length, endings[k], n) && strchr("/", report[length + n]))
-                usage_error(s, "--report %s lies in %s%s", s->report, s->path[i], endings[k]);
+                usage_error(s, "--%s %s lies in %s%s", name, path, s->path[i], endings[k]);
         }
         free(other);
     }
-    for (int i = 0; report && i < 2; i++) {
+    for (int i = 0; report && i < MAX_TESTS + 2; i++) {
         other = files[i] ? place_of(files[i]) : NULL;
         if (other && (!strcmp(report, other) || (is_there && is_file(&there, AT_FDCWD, files[i]))))
-            usage_error(s, "--report %s is a file of tokens", s->report);
+            usage_error(s, "--%s %s is a file of tokens", name, path);
         free(other);
     }
     DIR *list = is_there ? opendir(s->path[0]) : NULL;
     for (struct dirent *e; list && (e = readdir(list)) != NULL;)
         if (is_file(&there, dirfd(list), e->d_name))
-            usage_error(s, "--report %s is %s in %s, by another name", s->report, e->d_name, s->path[0]);
+            usage_error(s, "--%s %s is %s in %s, by another name", name, path, e->d_name, s->path[0]);
     if (list) closedir(list);
     free(report);
 }
@@ -668,7 +849,7 @@ static int uses_factor(besa_importance importance)
 static void check_methods(const settings *s)
 {
     unsigned methods = s->command->bit & ONE ? 1u << s->prune.method : 0;
-    int weights = s->prune.learn != BESA_LEARN_RATES;
+    int weights = s->prune.learn != BESA_LEARN_RATES || a_row_sets(s, "learn", "rates");
     if (s->command->bit & ONE && s->prune.method != BESA_METHOD_BESA && s->prune.learn == BESA_LEARN_BOTH)
         usage_error(s, "--learn both is for --method besa, which has rates: --learn weights is for all methods");
     for (int i = 0; i < s->num_rows; i++) methods |= 1u << s->rows[i].method;
@@ -687,19 +868,23 @@ static void check_methods(const settings *s)
     if (s->learning_option && !besa && !weights && !clips)
         usage_error(s, "--%s is for what learns: --method besa or --learn weights", s->learning_option);
     if (s->weight_option && !weights && !clips) usage_error(s, "--%s is for --learn weights or both", s->weight_option);
-    if (s->bits_option && !s->prune.bits) usage_error(s, "--%s is for --bits N", s->bits_option);
+    if (s->bits_option && !s->prune.bits && !a_row_sets(s, "bits", "")) usage_error(s, "--%s is for --bits N", s->bits_option);
     if (s->prune.magnitude_per_row && !(methods & 1u << BESA_METHOD_MAGNITUDE))
         usage_error(s, "--per-row is for --method magnitude");
-    if (s->prune.damping > 0 && !sparsegpt && !(besa && uses_factor(s->prune.importance)) && !s->prune.refit)
+    const int rows_may = a_row_sets(s, "refit", "none") || a_row_sets(s, "importance", "wanda");
+    if (s->prune.damping > 0 && !sparsegpt && !(besa && uses_factor(s->prune.importance)) && !s->prune.refit && !rows_may)
         usage_error(s, "--damping is for --method sparsegpt, for --method besa with its importances, or for --refit");
-    if (s->prune.refit_steps > 0 && s->prune.refit != BESA_REFIT_CG) usage_error(s, "--refit-steps is for --refit cg");
+    if (s->prune.refit_steps > 0 && s->prune.refit != BESA_REFIT_CG && !a_row_sets(s, "refit", "obs"))
+        usage_error(s, "--refit-steps is for --refit cg");
 }
 
 static void check_arguments(settings *s)
 {
     if (s->num_paths < s->command->min_paths) usage_error(s, "it wants %s", s->command->paths);
-    if (!s->tokens && s->command->bit & (PRUNE | COMPARE | EVAL)) usage_error(s, "--tokens FILE is missing");
-    if (!s->test && s->command->bit == COMPARE) usage_error(s, "--test FILE is missing");
+    if (!s->tokens && !s->num_tests && s->command->bit & (PRUNE | COMPARE | EVAL)) usage_error(s, "--tokens FILE is missing");
+    if (!s->tokens && s->command->bit == COMPARE) usage_error(s, "--tokens FILE is missing");
+    if (!s->num_tests && s->command->bit == COMPARE) usage_error(s, "--test FILE is missing");
+    if (s->num_seeds && s->seed) usage_error(s, "--seed and --seeds are both given: expected one of them");
     if (!s->test && s->command->bit == PRUNE && (s->windows || s->test_seqlen))
         usage_error(s, "--windows and --test-seqlen are about --test FILE, which is missing");
     if (s->command->bit == PLAN && !s->test && !s->windows && s->test_seqlen)
@@ -712,7 +897,10 @@ static void check_arguments(settings *s)
         usage_error(s, "--%s is for --device cuda", s->gpu.fp32 ? "fp32" : "device-memory");
     if (!s->absent.memory && (s->absent.processors || s->absent.capability))
         usage_error(s, "--%s is of a GPU that is not here: it wants --device-memory", s->absent.processors ? "processors" : "capability");
-    if (s->report) check_report(s);
+    if (s->report) check_report(s, "report", s->report);
+    if (s->json_file) check_report(s, "json", s->json_file);
+    if (s->markdown) check_report(s, "markdown", s->markdown);
+    if (s->resume) check_report(s, "resume", s->resume);
     int keeps = s->command->bit & ONE && s->prune.method == BESA_METHOD_KEEP;
     for (int i = 0; i < s->num_rows; i++) keeps |= s->rows[i].method == BESA_METHOD_KEEP;
     if (keeps && !s->masks) usage_error(s, "--method keep wants --masks DIR, whose zeros it keeps");
@@ -723,8 +911,8 @@ static void check_arguments(settings *s)
         usage_error(s, "--block-targets owl finds a sparsity for every block, but %s has its own",
                     s->prune.depth_slope != 0 ? "--depth-slope" : s->prune.pattern_m ? "--pattern" : "--method keep");
     check_methods(s);
-    for (int i = 0; i < s->num_rows; i++) read_arguments(s, row_preset(s, &s->rows[i]));
-    if (s->preset) read_arguments(s, s->preset);
+    for (int i = 0; i < s->num_rows; i++) begin_row(s, i);
+    if (s->num_rows || s->preset) read_arguments(s, s->preset);
 }
 
 /* ---- help ---------------------------------------------------------------------------------- */

@@ -166,23 +166,27 @@ def rows_of_json(value, found):
     for row in rows:
         perplexity, deviation = number_of(row["perplexity"])
         deviation = row.get("perplexity_std", row.get("perplexity_error", deviation))
+        if row["method"] == "dense":
+            deviation = None  # it is a line without bars
         if perplexity is not None:
             found.append((label_of(row, rows), float(row.get("sparsity") or 0), float(perplexity), deviation))
     return found
 
 
 def rows_of_text(text):
-    """The same of the table that `besa compare` prints."""
-    sparsities, found = [], []
+    """The same of the table that `besa compare` prints, up to the means over seeds."""
+    found, columns = [], None
     for line in text.splitlines():
-        if " % reached" in line:
-            sparsities = [float(word) / 100 for word in re.findall(r"([0-9.]+) % reached", line)]
-        elif sparsities and line.strip():
-            name, *numbers = line.split()
-            if name == "dense":
-                found.append((name, 0.0, float(numbers[0]), None))
-            else:
-                found += [(name, s, float(x), None) for s, x in zip(sparsities, numbers[::3])]
+        if " reached  perplex." in line:
+            columns = line.index(" reached"), line.index("perplex.") + len("perplex.")
+        elif columns and not line.strip():
+            break
+        elif columns:
+            reached, end = columns
+            before, perplexity = line[:reached], line[reached:end].split()[-1]
+            sparsity = re.search(r" ([0-9.]+) %", before)
+            name = before[:sparsity.start()] if sparsity else line.split()[0]
+            found.append((name.strip(), float(sparsity.group(1)) / 100 if sparsity else 0.0, float(perplexity), None))
     return found
 
 
@@ -311,7 +315,7 @@ def plain_ticks(axes):
 
 def draw_compare(paths):
     found = comparison(paths)
-    dense = found.pop("dense", {}).get(0.0)
+    dense = {name: found.pop(name)[0.0][0] for name in list(found) if name.split(",")[0] == "dense" and 0.0 in found[name]}
     if not found:
         sys.exit(f"{', '.join(map(str, paths))}: no method but dense")
     figure, axes = plt.subplots(figsize=(6.2, 3.4))
@@ -320,8 +324,8 @@ def draw_compare(paths):
         mean, spread = np.array([points[s] for s in sparsities]).T
         axes.errorbar([100 * s for s in sparsities], mean, spread if spread.any() else None, capsize=3, label=method,
                       **style_of(i))
-    if dense:
-        axes.axhline(dense[0], color="#666666", linewidth=1, linestyle=(0, (4, 3)), label=f"dense, {dense[0]:.4g}")
+    for i, (name, perplexity) in enumerate(dense.items()):
+        axes.axhline(perplexity, color="#666666", linewidth=1, linestyle=(0, (4, 3 + 4 * i)), label=f"{name}, {perplexity:.4g}")
     values = [mean for points in found.values() for mean, _ in points.values()]
     if max(values) > 4 * min(values):
         axes.set_yscale("log")

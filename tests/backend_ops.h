@@ -351,11 +351,15 @@ static void ops_linear(ops *t, const ops_case *c)
     ref_product(dw, dy, 1, R, x, C, 1, R, C, T, 1, add);
     ops_call(t, be->linear_forward(be, y_, x_, w_, c->dtype, bias ? (float *)b_ : NULL, T, R, C, add), "linear_forward");
     ops_call(t, be->linear_backward_input(be, dx_, dy_, w_, c->dtype, T, R, C, add), "linear_backward_input");
-    ops_call(t, be->linear_backward_weight(be, dw_, dy_, x_, T, R, C, 0, R / 3, add), "linear_backward_weight");
-    ops_call(t, be->linear_backward_weight(be, dw_ + R / 3 * C, dy_, x_, T, R, C, R / 3, R - R / 3, add), "linear_backward_weight");
+    ops_call(t, be->linear_backward_weight(be, dw_, BESA_F32, dy_, x_, T, R, C, 0, R / 3, add), "linear_backward_weight");
+    ops_call(t, be->linear_backward_weight(be, dw_ + R / 3 * C, BESA_F32, dy_, x_, T, R, C, R / 3, R - R / 3, add), "linear_backward_weight");
     ops_near_act(t, "linear_forward", y_, y, T * R, limit);
     ops_near_act(t, "linear_backward_input", dx_, dx, T * C, limit);
     ops_near(t, "linear_backward_weight", ops_fetch(t, dw_, BESA_F32, R * C), dw, R * C, limit);
+    if (add || be->gradient_dtype == BESA_F32) return;
+    void *short_ = ops_device(t, (size_t)(R * C) * besa_dtype_size(be->gradient_dtype));
+    ops_call(t, be->linear_backward_weight(be, short_, be->gradient_dtype, dy_, x_, T, R, C, 0, R, 0), "linear_backward_weight");
+    ops_near(t, "linear_backward_weight, rounded", ops_fetch(t, short_, be->gradient_dtype, R * C), dw, R * C, 1e-2);
 }
 
 static void ops_gram(ops *t, const ops_case *c)
@@ -1142,15 +1146,25 @@ static void ops_bucket(ops *t, const ops_case *c)
     ops_workspace(t, &sizes);
     if (ops_is(t, "perf")) {
         OPS_TIME(t, (double)(R * C) * (6 + (double)besa_dtype_size(c->dtype)), "GB/s",
-                 ops_call(t, be->bucket_gradient(be, sums_, dw_, w_, c->dtype, rank_, bucket_, R, C, D), ""));
+                 ops_call(t, be->bucket_gradient(be, sums_, dw_, BESA_F32, w_, c->dtype, rank_, bucket_, R, C, D), ""));
         return;
     }
     for (int64_t i = 0; i < R * C; i++) {
         int64_t k = C > 65536 ? (int64_t)((uint32_t *)rank)[i] : (int64_t)((uint16_t *)rank)[i];
         sums[i / C * D + bucket[k]] += dw[i] * w[i];
     }
-    ops_call(t, be->bucket_gradient(be, sums_, dw_, w_, c->dtype, rank_, bucket_, R, C, D), "bucket_gradient");
+    ops_call(t, be->bucket_gradient(be, sums_, dw_, BESA_F32, w_, c->dtype, rank_, bucket_, R, C, D), "bucket_gradient");
     ops_near(t, "bucket_gradient", ops_fetch(t, sums_, BESA_F32, R * D), sums, R * D, 2e-6);
+    if (be->gradient_dtype == BESA_F32) return;
+    double *rounded = ops_doubles(t, R * C);
+    memcpy(rounded, dw, (size_t)(R * C) * sizeof *rounded);
+    void *short_ = ops_send(t, rounded, be->gradient_dtype, R * C); /* which rounds them */
+    for (int64_t i = 0; i < R * C; i++) {
+        int64_t k = C > 65536 ? (int64_t)((uint32_t *)rank)[i] : (int64_t)((uint16_t *)rank)[i];
+        sums[i / C * D + bucket[k]] += rounded[i] * w[i];
+    }
+    ops_call(t, be->bucket_gradient(be, sums_, short_, be->gradient_dtype, w_, c->dtype, rank_, bucket_, R, C, D), "bucket_gradient");
+    ops_near(t, "bucket_gradient, rounded", ops_fetch(t, sums_, BESA_F32, R * D), sums, R * D, 4e-6); /* twice as many */
 }
 
 typedef struct ref_rat {
@@ -2115,6 +2129,47 @@ static void ops_nll(ops *t, const ops_case *c)
     ops_near(t, "nll", got, want, windows, ops_products(t, 2e-6));
 }
 
+/* Two models' logits in chunks of the vocabulary; the first of equal largest ones counts. n[3] = 1: both models are the same. */
+static void ops_divergence(ops *t, const ops_case *c)
+{
+    int64_t T = c->n[0], V = c->n[1], cut = c->n[2], wrong = 0;
+    besa_backend *be = t->be;
+    double *p = ops_random(t, T * V, 5), *q = ops_random(t, T * V, 4), *want = ops_doubles(t, T * 4), *got, *id = ops_doubles(t, T * 2);
+    float *state_ = ops_float_out(t, T * 4);
+    int32_t *best_ = (int32_t *)ops_float_out(t, T * 2), *best = (int32_t *)ops_host(t, (size_t)T * 8);
+    for (int64_t i = 0; i < T * V; i++) {
+        p[i] = (float)(p[i] + (i / V % 3) * 30); /* the float of them is what both have */
+        q[i] = c->n[3] ? p[i] : (float)(q[i] + i / V);
+    }
+    for (int64_t i = 0; i < T && V > 4; i += 2) p[i * V + V / 2] = p[i * V + V - 1] = (float)(p[i * V] + 40), q[i * V + 1] = q[i * V + V - 2] = (float)(q[i * V] + 40);
+    for (int64_t i = 0; i < T; i++) {
+        double *w = want + 4 * i, *a = p + i * V, *b = q + i * V;
+        w[0] = -1e300, w[3] = -1e300;
+        for (int64_t j = 0; j < V; j++) {
+            if (a[j] > w[0]) w[0] = a[j], id[2 * i] = (double)j;
+            if (b[j] > w[3]) w[3] = b[j], id[2 * i + 1] = (double)j;
+        }
+        for (int64_t j = 0; j < V; j++) w[1] += exp(a[j] - w[0]), w[2] += exp(a[j] - w[0]) * (a[j] - b[j]);
+    }
+    for (int64_t at = 0, n = 0; at < V; at += n) {
+        double *part = ops_doubles(t, T * V), *other = ops_doubles(t, T * V);
+        n = V - at < cut ? V - at : cut;
+        for (int64_t i = 0; i < T * n; i++) part[i] = p[i / n * V + at + i % n], other[i] = q[i / n * V + at + i % n];
+        ops_call(t, be->divergence_update(be, state_, best_, (float *)ops_float(t, part, T * n), (float *)ops_float(t, other, T * n), at, n, T, at == 0),
+                 "divergence_update");
+    }
+    got = ops_fetch(t, state_, BESA_F32, T * 4);
+    ops_get(t, best, best_, (size_t)T * 8);
+    for (int64_t i = 0; i < T * 2; i++) wrong += best[i] != (int32_t)id[i];
+    for (int64_t i = 0; i < T; i++) wrong += got[4 * i] != want[4 * i] || got[4 * i + 3] != want[4 * i + 3];
+    if (wrong) ops_fail(t, "ids or maxima that are not those of the logits", (double)wrong, 0);
+    for (int64_t i = 0; i < T; i++) {
+        double scale = want[4 * i + 1] * 60 + 1; /* of what is summed up: exp(p - max) (p - q) */
+        if (fabs(got[4 * i + 1] - want[4 * i + 1]) > 2e-6 * want[4 * i + 1]) ops_fail(t, "sum", got[4 * i + 1], want[4 * i + 1]);
+        if (fabs(got[4 * i + 2] - want[4 * i + 2]) > 2e-6 * scale) ops_fail(t, "sum of differences", got[4 * i + 2], want[4 * i + 2]);
+    }
+}
+
 /* zero, copy, upload and download of bytes that no wider word divides, beside others that must stay */
 static void ops_memory(ops *t, const ops_case *c)
 {
@@ -2293,6 +2348,9 @@ static const ops_case ops_cases[] = {
     {"residual 40001 added", ops_residual, {40001, 2}, BESA_F32, "t"}, {"residual 333 over z", ops_residual, {333, 3}, BESA_F32, "t"},
     {"shift 1", ops_shift, {1}, BESA_F32, "t"}, {"shift 20003", ops_shift, {20003}, BESA_F32, "t"},
     {"softcap 1", ops_softcap, {1, 30}, BESA_F32, "t"}, {"softcap 70001", ops_softcap, {70001, 30}, BESA_F32, "t"}, {"softcap 5003 scale alone", ops_softcap, {5003, 0}, BESA_F32, "t"},
+    {"divergence 1 of 1", ops_divergence, {1, 1, 1}, BESA_F32, "t"}, {"divergence 5 of 33", ops_divergence, {5, 33, 40}, BESA_F32, "t"},
+    {"divergence 9 of 1000 by 333", ops_divergence, {9, 1000, 333}, BESA_F32, "t"}, {"divergence 3 of 9000 by 8999", ops_divergence, {3, 9000, 8999}, BESA_F32, "t"},
+    {"divergence 7 of 500, the same", ops_divergence, {7, 500, 97, 1}, BESA_F32, "t"},
 };
 enum { OPS_CASES = sizeof ops_cases / sizeof *ops_cases };
 

@@ -109,7 +109,7 @@ static void run_product(products *p, int kind, int way)
     if (way != OPENBLAS) {
         if (kind == 0) be->linear_forward(be, p->y, p->x, w, dtype, NULL, T, R, C, 0);
         if (kind == 1) be->linear_backward_input(be, p->dx, p->dy, w, dtype, T, R, C, 0);
-        if (kind == 2) be->linear_backward_weight(be, p->dw, p->dy, p->x, T, R, C, 0, R, 0);
+        if (kind == 2) be->linear_backward_weight(be, p->dw, BESA_F32, p->dy, p->x, T, R, C, 0, R, 0);
         return;
     }
     if (kind == 0) p->sgemm(ROW_MAJOR, PLAIN, TRANSPOSED, T, R, C, 1, p->x, C, p->w, C, 0, p->y, R);
@@ -252,8 +252,8 @@ static void bench_passes(int threads)
     PASS("rank_rows (a sort)", 6.0 * (double)n, be.rank_rows(&be, rank, s, R, C));
     PASS("mask_apply, f32", 10.0 * (double)n, be.mask_apply(&be, what, w, BESA_F32, rank, keep, R, C));
     PASS("mask_apply, bf16", 6.0 * (double)n, be.mask_apply(&be, what16, w16, BESA_BF16, rank, keep, R, C));
-    PASS("bucket_gradient, f32", 10.0 * (double)n, be.bucket_gradient(&be, sums, dw, w, BESA_F32, rank, bucket, R, C, D));
-    PASS("bucket_gradient, bf16", 8.0 * (double)n, be.bucket_gradient(&be, sums, dw, w16, BESA_BF16, rank, bucket, R, C, D));
+    PASS("bucket_gradient, f32", 10.0 * (double)n, be.bucket_gradient(&be, sums, dw, BESA_F32, w, BESA_F32, rank, bucket, R, C, D));
+    PASS("bucket_gradient, bf16", 8.0 * (double)n, be.bucket_gradient(&be, sums, dw, BESA_F32, w16, BESA_BF16, rank, bucket, R, C, D));
     PASS("count_zeros, f32", 4.0 * (double)n, be.count_zeros(&be, zeros, &bad, w, BESA_F32, R, C));
     PASS("convert, bf16 to f32", 6.0 * (double)n, be.convert(&be, what, BESA_F32, w16, BESA_BF16, n));
     PASS("column_sumsq", 4.0 * (double)n, be.column_sumsq(&be, norm, w, R, C));
@@ -300,9 +300,9 @@ TIMED(PRODUCTS, 2.0 * (double)n * (double)(r * c), linear_forward, (besa_backend
       besa_dtype t, const float *b, int64_t n, int64_t r, int64_t c, int a), (be, y, x, w, t, b, n, r, c, a))
 TIMED(PRODUCTS, 2.0 * (double)n * (double)(r * c), linear_backward_input, (besa_backend *be, void *dx, const void *dy,
       const void *w, besa_dtype t, int64_t n, int64_t r, int64_t c, int a), (be, dx, dy, w, t, n, r, c, a))
-TIMED(PRODUCTS, 2.0 * (double)n * (double)(rows * c), linear_backward_weight, (besa_backend *be, float *dw, const void *dy,
-      const void *x, int64_t n, int64_t r, int64_t c, int64_t first, int64_t rows, int a),
-      (be, dw, dy, x, n, r, c, first, rows, a))
+TIMED(PRODUCTS, 2.0 * (double)n * (double)(rows * c), linear_backward_weight, (besa_backend *be, void *dw, besa_dtype dt,
+      const void *dy, const void *x, int64_t n, int64_t r, int64_t c, int64_t first, int64_t rows, int a),
+      (be, dw, dt, dy, x, n, r, c, first, rows, a))
 TIMED(PRODUCTS, (double)n * (double)(c * c), gram, (besa_backend *be, float *h, const void *x, float s, int64_t n, int64_t c),
       (be, h, x, s, n, c))
 TIMED(ATTENTION, 2 * attention_flop(s), attention_forward, (besa_backend *be, void *o, const void *q, const void *k,
@@ -330,8 +330,8 @@ TIMED(MASKS, 0, mask_apply, (besa_backend *be, void *y, const void *w, besa_dtyp
       int64_t r, int64_t c), (be, y, w, t, rank, n, r, c))
 TIMED(MASKS, 0, mask_update, (besa_backend *be, void *y, const void *w, besa_dtype t, const void *rank, const int32_t *n,
       int32_t *before, int64_t r, int64_t c), (be, y, w, t, rank, n, before, r, c))
-TIMED(MASKS, 0, bucket_gradient, (besa_backend *be, float *sums, const float *dw, const void *w, besa_dtype t,
-      const void *rank, const uint16_t *bucket, int64_t r, int64_t c, int64_t d), (be, sums, dw, w, t, rank, bucket, r, c, d))
+TIMED(MASKS, 0, bucket_gradient, (besa_backend *be, float *sums, const void *dw, besa_dtype dt, const void *w, besa_dtype t,
+      const void *rank, const uint16_t *bucket, int64_t r, int64_t c, int64_t d), (be, sums, dw, dt, w, t, rank, bucket, r, c, d))
 TIMED(RATES, 0, rate_forward, (besa_backend *be, float *alpha, int32_t *n, const float *layer, const float *row,
       const int32_t *zeros, const besa_rate_shape *s), (be, alpha, n, layer, row, zeros, s))
 TIMED(RATES, 0, rate_backward, (besa_backend *be, float *dlayer, float *drow, const float *sums, const float *layer,
@@ -401,22 +401,25 @@ static double step_products(products *p, const besa_block_shape *shape, int way)
 static void bench_block(int threads, int T)
 {
     enum { SAMPLES = 4 };
-    besa_block_shape shape = { 576, 1536, 9, 3, 64, 0, 1e-5, { 0 } };
+    besa_block_shape shape;
     besa_prune_options o;
     besa_pruner *pruner;
     besa_block block;
     void *pruned[BESA_LAYERS];
     besa_backend inner = cpu_backend(threads, 0), be = watch(&inner);
-    int64_t d = shape.hidden_size, n = (int64_t)SAMPLES * T * d;
+    int64_t d = 576, n = (int64_t)SAMPLES * T * d;
     float *x = noise(n), *ones = take_floats(d), *cosine = take_floats(T * 32), *sine = take_floats(T * 32);
-    besa_workload load = besa_block_workload(&shape, 1, T);
+    besa_workload load;
     products p;
     double blas = 0, ours, t, all = 0, flop = 0;
     memset(&o, 0, sizeof o);
+    memset(&shape, 0, sizeof shape);
     memset(&block, 0, sizeof block);
     memset(&p, 0, sizeof p);
     o.rates.target = 0.5;
-    shape.rope.theta = 1e4;
+    shape.hidden_size = d, shape.intermediate_size = 1536, shape.head_dim = 64, shape.rms_norm_eps = 1e-5f;
+    shape.num_attention_heads = 9, shape.num_key_value_heads = 3, shape.rope.theta = 1e4;
+    load = besa_block_workload(&shape, 1, T);
     block.shape = shape, block.dtype = BESA_F32, block.norm1 = block.norm2 = ones;
     block.rope_cos = cosine, block.rope_sin = sine;
     besa_rope_table(&shape, T, cosine, sine);

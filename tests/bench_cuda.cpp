@@ -9,7 +9,7 @@
  *       matrices reach 0.83 to 0.99 of 730 TFLOP/s, those with float results 0.80 to 0.86; kernels 0.8 to 0.97 of a copy's
  *       3,010 GB/s, rates 1.7 ns a row forward and 5.3 ns back, attention's products and softmax 2,350 GB/s; a kernel that does nothing takes 2.8 to 3.6 us; a run has 2.4 s
  *       before its first block and after its last. Files are read at 2 GB/s and written at 0.5, beside the blocks (--read-gbs,
- *       --write-gbs, --hash-gbs); --dtype f16 and f32 are checkpoints of these.
+ *       --write-gbs, --hash-gbs); --dtype f16 and f32 are checkpoints of these: F16 becomes bf16 on its way in.
  *   bench_cuda --check [--only NAME]
  *       the same as tests: a small run for real, then the projection's targets. PASS and FAIL lines.
  *
@@ -173,9 +173,9 @@ static void watch_products(besa_backend *be)
         w.bytes += add * a * times(T, C);
         return w;
     });
-    WATCH(linear_backward_weight, [=](float *, const void *, const void *, int64_t T, int64_t, int64_t C, int64_t,
-                                      int64_t R, int add) {
-        return op_cost{a * times(T, R + C) + (add ? 8 : 4) * times(R, C), 2 * times(T, R) * static_cast<double>(C), 0, 0};
+    WATCH(linear_backward_weight, [=](void *, besa_dtype t, const void *, const void *, int64_t T, int64_t, int64_t C,
+                                      int64_t, int64_t R, int add) {
+        return op_cost{a * times(T, R + C) + (add ? 2 : 1) * size_of(t) * times(R, C), 2 * times(T, R) * static_cast<double>(C), 0, 0};
     });
     WATCH(gram, [=](float *, const void *, float, int64_t T, int64_t C) { /* the lower half, read and written */
         return op_cost{a * times(T, C) + 4 * times(C, C), times(T, C) * static_cast<double>(C), 0, 0};
@@ -253,6 +253,9 @@ static void watch_pieces(besa_backend *be)
     WATCH(nll_update, [](float *, const float *, const int32_t *, int64_t, int64_t count, int64_t T, int) {
         return kernels(4 * times(T, count) + 28 * static_cast<double>(T));
     });
+    WATCH(divergence_update, [](float *, int32_t *, const float *, const float *, int64_t, int64_t count, int64_t T, int) {
+        return kernels(8 * times(T, count) + 40 * static_cast<double>(T));
+    });
     WATCH(nll_sum, [](double *, const float *, const int32_t *, int64_t windows, int64_t seqlen) {
         return kernels(16 * times(windows, seqlen));
     });
@@ -283,9 +286,9 @@ static void watch_masks(besa_backend *be)
     WATCH(mask_pattern, [](void *, const void *, besa_dtype t, const float *, int, int, int64_t R, int64_t C) {
         return kernels((2 * size_of(t) + 4) * times(R, C));
     });
-    WATCH(bucket_gradient, [](float *, const float *, const void *, besa_dtype t, const void *, const uint16_t *, int64_t R,
-                              int64_t C, int64_t D) {
-        return kernels((4 + size_of(t) + rank_size(C)) * times(R, C) + 8 * times(R, D) + 2 * static_cast<double>(C));
+    WATCH(bucket_gradient, [](float *, const void *, besa_dtype dw, const void *, besa_dtype t, const void *, const uint16_t *,
+                              int64_t R, int64_t C, int64_t D) {
+        return kernels((size_of(dw) + size_of(t) + rank_size(C)) * times(R, C) + 8 * times(R, D) + 2 * static_cast<double>(C));
     });
 }
 
@@ -582,7 +585,10 @@ static void record_product(const standin_record *r)
     if (!attention) snprintf(sizes, sizeof sizes, ", %lld x %lld x %lld", r->n, r->m, r->k);
     line &to = line_of(std::string(g.op ? g.op : "no operation") + ": product" + sizes);
     to.product = 1;
-    int float_result = g.op && strcmp(g.op, "linear_backward_weight") == 0; /* slower than bf16 */
+    double mn = static_cast<double>(r->m) * static_cast<double>(r->n), mk = static_cast<double>(r->m) * static_cast<double>(r->k);
+    double nk = static_cast<double>(r->n) * static_cast<double>(r->k);
+    int weight_gradient = g.op && strcmp(g.op, "linear_backward_weight") == 0;
+    int float_result = weight_gradient && static_cast<double>(r->bytes) > 2 * (mk + nk) + 3 * mn; /* slower than bf16 */
     add_to(to, 1, static_cast<double>(r->bytes), r->flops, (attention ? g_options.score_gbs : g_options.gbs) * 1e9,
            g_options.tflops * (float_result ? 0.87 : 1) * 1e12);
 }
@@ -1009,7 +1015,7 @@ static void bench_linear(besa_backend *be, const arrays &a, const char *name, vo
     };
     BENCH(titled("linear_forward"), be->linear_forward(be, y, x, a.w, BESA_BF16, NULL, a.tokens, rows, columns, 0));
     BENCH(titled("linear_backward_input"), be->linear_backward_input(be, x, y, a.w, BESA_BF16, a.tokens, rows, columns, 0));
-    BENCH(titled("linear_backward_weight"), be->linear_backward_weight(be, a.f, y, x, a.tokens, rows, columns, 0, rows, 0));
+    BENCH(titled("linear_backward_weight"), be->linear_backward_weight(be, a.f, be->gradient_dtype, y, x, a.tokens, rows, columns, 0, rows, 0));
 }
 
 static void bench_pieces(besa_backend *be, const arrays &a, const model &m)
@@ -1051,7 +1057,7 @@ static void bench_layer(besa_backend *be, const arrays &a, int64_t rows, int64_t
     BENCH("mask_apply", be->mask_apply(be, a.what, a.w, t, a.rank, a.counts, rows, columns));
     BENCH("mask_smallest", be->mask_smallest(be, a.what, a.w, t, a.f, rows * columns / 2, rows, columns));
     BENCH("mask_pattern 2:4", be->mask_pattern(be, a.what, a.w, t, a.f, 2, 4, rows, columns));
-    BENCH("bucket_gradient", be->bucket_gradient(be, a.sums, a.f, a.w, t, a.rank, a.bucket, rows, columns, 100));
+    BENCH("bucket_gradient", be->bucket_gradient(be, a.sums, a.f, be->gradient_dtype, a.w, t, a.rank, a.bucket, rows, columns, 100));
 }
 
 static void bench_rates(besa_backend *be, arrays &a)
@@ -1070,6 +1076,7 @@ static void bench_rates(besa_backend *be, arrays &a)
     BENCH("logits, T x vocabulary", be->logits(be, a.f, a.x, a.w, BESA_BF16, std::min(T, d), vocab, d));
     BENCH("nll_update", be->nll_update(be, a.sums, a.f, a.counts, 0, vocab, std::min(T, d), 1));
     BENCH("nll_sum", be->nll_sum(be, a.scalars, a.sums, a.counts, 1, std::min(T, d)));
+    BENCH("divergence_update", be->divergence_update(be, a.sums, a.counts, a.f, a.f, 0, vocab, std::min(T, d) / 2, 1));
     (void)be->zero(be, BESA_QUEUE_COMPUTE, a.counts, static_cast<size_t>(a.inner) * 4); /* no dead columns */
     (void)be->zero(be, BESA_QUEUE_COMPUTE, a.hessian, static_cast<size_t>(d * d) * 4);
     bench_call(be, "hessian_factor, d columns, and a Gram matrix", [&] {
@@ -1283,6 +1290,7 @@ int main(int argc, char **argv)
     test.only = g_options.only;
     if (g_options.output && !(g_file = fopen(g_options.output, "w")))
         return fprintf(stderr, "cannot write %s\n", g_options.output), 1;
+    if (g_options.project && g_options.dtype == BESA_F16) g_options.dtype = BESA_BF16;
     int status = g_options.check ? check_all() : g_options.project ? project_all() : bench_all();
     if (g_file) fclose(g_file), printf("written to %s\n", g_options.output);
     return status;

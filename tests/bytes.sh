@@ -87,6 +87,8 @@ done <<'END'
 --bits 4 --method sparsegpt
 --method wanda --preset weights --pattern 2:4
 --preset best --pattern 2:4
+--preset best --bits 4
+--preset best --bits 3 --quantize-first
 --learn weights --pattern 1:4 --importance gradient --fix down_proj=0.3 --weight-epochs 1
 --granularity attn-mlp --batch-size 2
 --granularity layer --learn both --weight-epochs 1

@@ -5,16 +5,21 @@
 
 Prints SKIP for what needs packages that are not installed.
 """
+import fcntl
 import gzip
 import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
+import pty
+import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 
 try:
     import numpy as np
@@ -534,19 +539,70 @@ def plot_inputs(examples, stories, work):
                                 stories / "test_tokens.npy", "--windows", 4, "--sparsity", ".4,.6", "--method", "wanda,besa",
                                 "--quiet")], check=True, capture_output=True, text=True)
         (work / f"table{seed}.txt").write_text(table.stdout)
+    several = [examples / "besa", "compare", stories, *data, "--test", stories / "test_tokens.npy", "--windows", 4, "--method", "wanda",
+               "--seeds", "0,1", "--quiet", "--json", work / "seeds.json"]
+    (work / "seeds.txt").write_text(subprocess.run(list(map(str, several)), check=True, capture_output=True, text=True).stdout)
     rows = [{"method": "wanda", "sparsity": s, "perplexity": {"mean": 20 * s, "std": 1}} for s in (0.4, 0.6)]
     (work / "table.json").write_text(json.dumps({"rows": rows, "dense": 4}))
     rows = [{"method": method, "sparsity": s, "nsamples": 16, "seed": seed, "test": test, "perplexity": 10 * s * f + seed,
              "perplexity_error": 0.5, "flop": f * 1e12}
             for f, method in ((1, "wanda"), (3, "besa")) for s in (0.4, 0.6) for seed in (0, 1) for test in ("wiki", "c4")]
+    rows = [{"method": "dense", "sparsity": 0, "test": test, "perplexity": 3, "perplexity_error": 1} for test in ("wiki", "c4")] + rows
     (work / "rows.json").write_text(json.dumps({"program": "besa", "tests": [{"name": "wiki"}, {"name": "c4"}], "rows": rows}))
-    (work / "one.json").write_text(json.dumps({"rows": rows[:1]}))
+    (work / "one.json").write_text(json.dumps({"rows": rows[2:3]}))
     for name, arguments in (("cpu", []), ("cuda", ["--device", "cuda", "--device-memory", "24G"])):
         plan = subprocess.run([str(x) for x in (examples / "besa", "plan", stories, *arguments)], check=True, capture_output=True)
         (work / f"{name}.txt").write_bytes(plan.stdout)
     random = np.random.default_rng(1)
     steps = [{"block": block, "step": step, "loss": 0.1 + random.random() / step} for block in range(3) for step in range(1, 41)]
     (work / "trace.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+
+
+# ---- the command line program on a terminal ----
+
+def drawn_lines(command, columns, resized=None):
+    """The progress lines that a command draws on a terminal of so many columns, without what only moves the cursor; with
+    `resized` the terminal gets this width when the first is there."""
+    def resize(width):
+        fcntl.ioctl(leader, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+
+    leader, follower = pty.openpty()
+    resize(columns)
+    process = subprocess.Popen(list(map(str, command)), stderr=follower, stdout=subprocess.DEVNULL, stdin=follower)
+    os.close(follower)
+    text = b""
+    while True:
+        try:
+            part = os.read(leader, 4096)
+        except OSError:  # the end, on Linux
+            part = b""
+        if not part:
+            break
+        text += part
+        if resized and b"%" in text:
+            resize(resized)
+    os.close(leader)
+    return process.wait(), [line.decode() for line in re.findall(rb"\r([^\r\n]+)\x1b\[K", text)]
+
+
+def check_terminal(examples, stories):
+    if not (examples / "besa").exists():
+        print("SKIP progress on a terminal: no examples/besa")
+        return
+    data = ["--tokens", stories / "calibration_tokens.npy", "--nsamples", 8, "--seqlen", 64]
+    test = ["--test", stories / "test_tokens.npy", "--windows", 4]
+    command = [examples / "besa", "compare", stories, *data, *test, "--method", "besa:best:epochs=2,weight-epochs=3,wanda"]
+    for columns in (200, 80, 50, 24, 8):
+        status, lines = drawn_lines(command, columns)
+        verdict(f"progress in {columns} columns", (status, bool(lines), [line for line in lines if len(line) >= columns]), (0, True, []))
+        words = {200: ["[#", "block 1/5", "left", "in all"], 80: ["left", "in all"], 50: ["%, ", "in all"], 24: ["%, "], 8: []}[columns]
+        verdict(f"progress in {columns} columns says", [word for word in words if not any(word in line for line in lines)], [])
+    status, lines = drawn_lines(command, 120, 50)
+    narrow = next((i for i, line in enumerate(lines) if len(line) < 50), len(lines))
+    verdict("progress after the terminal became narrower", (status, narrow < len(lines), [l for l in lines[narrow:] if len(l) >= 50]),
+            (0, True, []))
+    status, lines = drawn_lines([examples / "besa", "eval", stories, *data[:2], "--seqlen", 64], 80)
+    verdict("progress says what is left in minutes", (status, any(line.endswith("under 1 min left") for line in lines)), (0, True))
 
 
 def check_plot(examples, stories, work):
@@ -561,7 +617,7 @@ def check_plot(examples, stories, work):
     tables = [work / "table0.txt", work / "table1.txt"]
     for kind, paths, lines in (("layers", ["report.json"], 1), ("rates", ["for-plot"], 50), ("learning", ["trace.jsonl"], 3),
                                ("losses", ["report.json"], 3), ("compare", tables, 3), ("compare", ["table.json"], 1),
-                               ("compare", ["rows.json"], 4), ("cost", ["rows.json"], 8), ("memory", ["cpu.txt", "cuda.txt"], 4)):
+                               ("compare", ["rows.json"], 6), ("cost", ["rows.json"], 8), ("memory", ["cpu.txt", "cuda.txt"], 4)):
         check_figure(plot, kind, [work / path for path in paths], lines)
     done = run(program, "compare", *tables, "-o", work / "a.png", work / "a.svg", work / "a.pdf")
     kinds = [(work / f"a.{ending}").read_bytes()[:5] for ending in ("png", "svg", "pdf")] if done.returncode == 0 else done.stderr
@@ -582,7 +638,10 @@ def check_plot(examples, stories, work):
             (["checkpoint, mapped", "host"], float(words[1][1]) * {"kB": 1e3, "MB": 1e6}[words[1][2]]))
     printed = [line.split() for line in tables[0].read_text().splitlines() if line.startswith("besa")]
     verdict("plot.py reads what `besa compare` printed", [plot.comparison(tables[:1])["besa"][s][0] for s in (0.4, 0.6)],
-            [float(printed[0][1]), float(printed[0][4])])
+            [float(line[4]) for line in printed])
+    found = [plot.comparison([work / name]) for name in ("seeds.json", "seeds.txt")]
+    verdict("plot.py reads seeds from JSON and from the table", [np.allclose(found[0][name][s], found[1][name][s], rtol=1e-3)
+            for name, s in (("wanda", 0.5), ("dense", 0.0))], [True, True])
     report = json.loads((work / "report.json").read_text())
     down = [block["layers"][6]["sparsity"] for block in report["blocks"]]
     rates = plot.row_rates(work / "for-plot")
@@ -762,6 +821,7 @@ def main():
         check_vitcod(examples, pathlib.Path(temp))
         check_plot(examples, stories, pathlib.Path(temp))
         check_readme(examples, stories, pathlib.Path(temp) / "commands")
+        check_terminal(examples, stories)
         check_lm_eval(examples, stories, pathlib.Path(temp))
     sys.exit(bool(FAILED))
 

@@ -118,12 +118,21 @@ def check_measures(besa, program, stories, work):
             [("dense", 0), ("wanda", .5), ("wanda", .6), ("besa:best", .5), ("besa:best", .6)])
     alone = besa.prune(stories, None, stories / "calibration_tokens.npy", method="wanda", test=text, windows=10, **DATA)
     verdict("besa.compare measures what besa.prune measures",
-            (rows[1]["perplexity"], rows[3]["perplexity"] < 0.5 * rows[1]["perplexity"]), (alone["perplexity"], True))
+            (float(f"{rows[1]['perplexity']:.9g}"), rows[3]["perplexity"] < 0.5 * rows[1]["perplexity"]), (alone["perplexity"], True))
+    whole = besa.prune(stories, work / "wanda", stories / "calibration_tokens.npy", method="wanda", **DATA)
+    apart = besa.divergence(work / "wanda", stories, text, seqlen=DATA["seqlen"], windows=10, progress=False)
+    verdict("besa.divergence of an output is what besa.compare says", {name: rows[1][name] for name in apart}, apart)
+    found = besa.eval(work / "wanda", text, seqlen=DATA["seqlen"], windows=10, progress=False)
+    verdict("besa.eval has the standard error of perplexity", (round(found.error, 9), whole["sparsity"]),
+            (round(apart["perplexity_error"], 9), rows[1]["reached"]))
+    verdict("besa.compare holds the better method nearer", rows[3]["kl"] < rows[1]["kl"] and rows[3]["same_top"] > rows[1]["same_top"], True)
     if missing("pandas"):
         return print("SKIP besa.compare as a DataFrame: no pandas")
     import pandas
     frame = pandas.DataFrame(rows).pivot(index="method", columns="sparsity", values="perplexity")
     verdict("besa.compare as a DataFrame", frame.loc["wanda", 0.5], rows[1]["perplexity"])
+    kl = pandas.DataFrame(rows).set_index(["method", "sparsity"])["kl"]
+    verdict("besa.compare's divergences as a DataFrame", (kl["besa:best", 0.6], np.isnan(kl["dense", 0.0])), (rows[4]["kl"], True))
 
 
 def check_readme(repository, stories, work):

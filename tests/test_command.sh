@@ -195,6 +195,104 @@ check 0 'target 0.75, 3:4 (3 of 4 pruned, 1 kept), by besa' prune "$stories" "$w
 check 1 'leaves no rates to learn: expected learn weights or both' plan "$stories" $data --pattern 2:4
 done_with "a comparison with a pattern"
 
+# ---- comparisons ----
+
+# the columns after the last blank-separated TEXT of a line of the last table: reached perplexity +/- KL KL-99 same seconds
+column() { awk -v label="$1" -v n="$2" '$1 == label { print $(n + 2); exit }' "$work/log"; }
+short="$data $text --quiet"
+
+# Options of a row are those of the command line, whatever is between; what a row has no use for is refused.
+run compare "$stories" $short --method besa --epochs 2 --lr 30 --sparsity .6
+alone=$(column besa 3)
+check 0 '^besa:epochs=2,lr=30 ' compare "$stories" $short --method wanda,besa:epochs=2,lr=30,besa:best:projection=no,besa:projection=yes,wanda:refit=cg --sparsity .6
+[ "$(column besa:epochs=2,lr=30 3)" = "$alone" ] && [ -n "$alone" ] || bad="$bad; epochs=2,lr=30: $(column besa:epochs=2,lr=30 3), alone $alone"
+[ "$(column besa:best:projection=no 3)" != "$(column besa:projection=yes 3)" ] || bad="$bad; a preset and flags change nothing"
+[ "$(column wanda 3)" != "$(column wanda:refit=cg 3)" ] || bad="$bad; refit=cg changes nothing"
+check 0 '^wanda:skip=v_proj,pattern=2:4  *50 %  *0.4[78]' compare "$stories" $short --method wanda:skip=v_proj,pattern=2:4,magnitude
+grep -q '^magnitude  *50 %  *0.5000 ' "$work/log" || bad="$bad; what a row sets is there in the next: $(cat "$work/log")"
+check 2 "'besa:epohcs=2': a row has no option epohcs: did you mean epochs?" compare "$stories" $short --method besa:epohcs=2
+check 2 'a row has no option device' compare "$stories" $short --method besa:device=cuda
+check 2 'a row has no option sparsity' compare "$stories" $short --method besa:sparsity=.5
+check 2 "'wanda:batch-size=2': batch-size is for what learns" compare "$stories" $short --method wanda:batch-size=2
+check 2 "'wanda:d-coef=2': d-coef is for " compare "$stories" $short --method wanda:d-coef=2
+check 2 'weight-lr is for weights that learn' compare "$stories" $short --method besa:weight-lr=1
+check 2 'group-size is for bits=N' compare "$stories" $short --method besa:group-size=8
+check 2 'projection is yes or no' compare "$stories" $short --method besa:projection=1
+check 2 'epochs needs a value' compare "$stories" $short --method besa:epochs=
+check 2 'a preset or an option is missing behind a colon' compare "$stories" $short --method besa:
+check 2 'two presets' compare "$stories" $short --method besa:best:weights
+check 2 "is not one of besa|" compare "$stories" $short --method epochs=2
+check 2 'epochs is ' compare "$stories" $short --method besa:epochs=x
+done_with "options of a row of a comparison"
+
+# Several texts, calibration sizes and seeds are what each is alone.
+check 0 '^wanda .* 0.5000 ' compare "$stories" $short --method wanda
+first=$(column wanda 3)
+check 0 '^wanda .* 0.5000 ' compare "$stories" --tokens "$all" --nsamples 4 --seqlen 32 $text --quiet --method wanda --seed 5
+other=$(column wanda 3)
+check 0 ' test_tokens ' compare "$stories" $short --test "cal=$stories/calibration_tokens.npy" --method wanda
+[ "$(awk '$1 == "wanda" && $4 == "test_tokens" { print $6 }' "$work/log")" = "$first" ] || bad="$bad; a text beside another: $(cat "$work/log")"
+grep -q '^wanda .* cal  *0.5' "$work/log" || bad="$bad; no row of the second text"
+check 0 '^mean and standard deviation of 2 seeds' compare "$stories" --tokens "$all" --seqlen 32 $text --quiet --method wanda --nsamples 2,4 --seeds 0,5 \
+    --markdown "$work/table.md" --json "$work/table.json"
+[ "$(awk '$1 == "wanda" && $4 == 4 && $5 == 5 { print $7 }' "$work/log")" = "$other" ] || bad="$bad; 4 sequences by seed 5: $(cat "$work/log")"
+awk '$1 == "wanda" && $4 == 4 && $5 != "mean" { a[n++] = $7 }
+     $1 == "wanda" && $4 == 4 && $5 == "mean" { mean = $7; sd = $8 }
+     END { d = (a[0] - a[1]) / sqrt(2); if (d < 0) d = -d
+           e = mean - (a[0] + a[1]) / 2; exit !(n == 2 && e * e < 1e-5 && (sd - d) ^ 2 < 1e-4 && sd > 0) }' "$work/log" || bad="$bad; mean or deviation: $(cat "$work/log")"
+[ "$(grep -c '^| wanda | 50 % | [24] | [05m]' "$work/table.md")" -eq 6 ] || bad="$bad; Markdown: $(cat "$work/table.md")"
+[ "$(grep -c '"perplexity_sd": [0-9]' "$work/table.json")" -eq 2 ] && [ "$(grep -c '^  {"method": "wanda".*"perplexity_error": [0-9].*"options": {"method": "wanda"' "$work/table.json")" -eq 4 ] ||
+    bad="$bad; JSON: $(cat "$work/table.json")"
+check 2 'two files are called test_tokens' compare "$stories" $short --test "$all" --test "$all"
+check 2 '--seed and --seeds' compare "$stories" $short --seed 1 --seeds 1,2
+check 1 'the most is --nsamples' compare "$stories" $data $text --nsamples 2,9999 --method wanda
+done_with "texts, calibration sizes and seeds of a comparison"
+
+# A comparison that goes on has the figures of one that did not stop; what does not belong to it is refused.
+rows() { sed -n 's/"seconds": [^,]*, //; s/,$//; /^  {"method"/p' "$1"; }
+check 0 '' compare "$stories" $short --method wanda,besa --sparsity .5,.6 --json "$work/whole.json"
+check 0 '' compare "$stories" $short --method wanda --sparsity .6,.5 --resume "$work/part.json"
+check 0 'part.json: 2 of 4 runs are there' compare "$stories" $data $text --method wanda,besa --sparsity .5,.6 --resume "$work/part.json" --threads 1
+rows "$work/whole.json" >"$work/whole.rows"; rows "$work/part.json" >"$work/part.rows"
+cmp -s "$work/whole.rows" "$work/part.rows" && [ "$(wc -l <"$work/part.rows")" -eq 5 ] || bad="$bad; other rows: $(diff "$work/whole.rows" "$work/part.rows")"
+cp "$work/part.json" "$work/kept.json"
+check 1 'another comparison: it has "options": \[\], and this one "options": \["--lr", "2"\],' compare "$stories" $short --lr 2 --resume "$work/part.json"
+check 1 'another comparison: it has {"name": "test_tokens".*"windows": 2, .* and this one .*"windows": 3, ' compare "$stories" $data --test "$all" --windows 3 --resume "$work/part.json"
+check 1 'another comparison: it has "tokens": ' compare "$stories" --tokens "$all" --nsamples 2 --seqlen 32 $text --resume "$work/part.json"
+cmp -s "$work/part.json" "$work/kept.json" || bad="$bad; a refused file has changed"
+sed 's/"method": "dense"\(.*\)"perplexity": [0-9.]*/"method": "dense"\1"perplexity": 3/' "$work/part.json" >"$work/strange.json"
+check 1 'of another model or machine: perplexity of dense on test_tokens is 3 there' compare "$stories" $short --resume "$work/strange.json"
+sed '$d' "$work/part.json" >"$work/cut.json"
+check 1 'has no end' compare "$stories" $short --resume "$work/cut.json"
+check 1 'none/x.json could not be written: ' compare "$stories" $short --json "$work/none/x.json"
+check 2 "lies in" compare "$stories" $short --json "$stories/x.json"
+cp "$all" "$work/text.npy"
+check 2 'is a file of tokens' compare "$stories" $data --test "$work/text.npy" --markdown "$work/text.npy"
+check 0 'method wanda\|^wanda ' compare "$stories" $short --method wanda --resume "$work/part.json" # the others' rows stay
+[ "$(rows "$work/part.json" | wc -l)" -eq 5 ] || bad="$bad; rows are lost"
+check 0 '^[0-9]* runs, .*FLOP in matrix products' compare "$stories" $data $text --method wanda,magnitude
+grep -q '^the other runs: ' "$work/log" || bad="$bad; no estimate of time"
+done_with "a comparison that goes on"
+
+# How far a model is from another.
+check 0 '^perplexity [0-9.]* +/- [0-9.]* over 3 windows of 64 tokens' eval "$stories" --tokens "$all" --seqlen 64 --windows 3
+check 0 '^perplexity [0-9.]* over 1 windows' eval "$stories" --tokens "$all" --seqlen 64 --windows 1
+check 0 'KL divergence  *0.00000 +/- 0.00000, 99th percentile 0.0000' eval "$stories" --tokens "$all" --seqlen 64 --windows 3 --against "$stories"
+check 0 'the same in 100.00 %' eval "$stories" --tokens "$all" --seqlen 64 --windows 1 --against "$stories"
+check 0 '' compare "$stories" $short --method wanda --json "$work/wanda.json"
+check 0 '' prune "$stories" "$work/wanda" $data --method wanda --quiet
+check 0 '' eval "$work/wanda" --tokens "$all" --seqlen 32 --windows 2 --against "$stories" --json --quiet
+figures() { tr ',' '\n' | sed -n 's/.*\("perplexity.*\|"kl.*\|"same_top.*\|"nll_difference.*\)/\1/p'; }
+[ "$(figures <"$work/log")" = "$(grep '"wanda"' "$work/wanda.json" | figures)" ] || bad="$bad; compare has other figures: $(cat "$work/log")"
+check 0 '^b: perplexity ' eval "$stories" --tokens "a=$all" --tokens "b=$all" --seqlen 64 --windows 2 --quiet
+check 0 '^wanda  *50 %' compare "$stories" $short --method wanda --against "$work/wanda"
+grep -q '^against ' "$work/log" && grep -q '^dense .* [0-9.]* *[0-9.]*$' "$work/log" && grep -q '^wanda .* 0.000 .* 100.0 ' "$work/log" ||
+    bad="$bad; against a pruned model: $(cat "$work/log")"
+check 1 '--against .* has a vocabulary of 199 tokens, and .* one of 512: ' eval "$stories" --tokens "$all" --seqlen 64 --windows 1 \
+    --against data/reference/checkpoints/llama_mha_f16
+check 1 'a vocabulary of 199' compare "$stories" $short --against data/reference/checkpoints/llama_mha_f16
+done_with "one model against another"
+
 # Presets, and what learns, are for those who can: best's rates are besa's alone.
 check 2 '--d-coef is about rates, and --pattern leaves none' plan "$stories" --preset best --pattern 2:4 --d-coef 7
 check 2 '--preset best is for --method besa' plan "$stories" --method wanda --preset best
@@ -315,7 +413,8 @@ paste -d '\n' "$work/printed" "$work/log" | awk '
     { if (split($0, got, " ") != n) exit bad = 1
       for (i = 1; i <= n; i++) {
           same = word[i] == got[i] || (word[i] ~ /^[0-9]+:[0-9]+$/ && got[i] ~ /^[0-9]+:[0-9]+$/)
-          if (!same && word[i] ~ /^[1-9][0-9.]*$/ && got[i] ~ /^[0-9.]+$/) {
+          error = i > 1 && word[i - 1] == "+/-"
+          if (!same && (word[i] ~ /^[1-9][0-9.]*$/ || error) && got[i] ~ /^[0-9.]+$/) {
               ratio = got[i] / word[i]
               same = ratio > 0.9 && ratio < 1.1
           }
@@ -328,7 +427,7 @@ verdict $? "README says what they print"
 all=$work/all
 mkdir -p "$all/examples" && cp "$besa" "$all/examples/besa" && cp -r "$stories" "$all/MODEL" && rm "$all"/MODEL/*.npy &&
     cp -r "$all/MODEL" "$all/Llama-2-7b" && cp -r "$stories" "$all/examples" || exit 1
-for tokens in c4 calibration chats; do cp "$stories/calibration_tokens.npy" "$all/$tokens.npy"; done
+for tokens in c4 c4-validation calibration chats; do cp "$stories/calibration_tokens.npy" "$all/$tokens.npy"; done
 cp "$stories/test_tokens.npy" "$all/wikitext2.npy"
 awk -f readme_lines.awk "$readme" "$(dirname "$readme")"/examples/*.md | grep '^examples/besa ' | sort -u >"$work/lines"
 awk '{ into = ""; less = $2 == "info" ? "" : " --seqlen 32"

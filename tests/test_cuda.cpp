@@ -312,7 +312,7 @@ static void test_addresses(void)
             CHECK_OK(be.linear_forward(&be, z, x, w, dtype, NULL, tokens, inner, d, 0), be.error);
             CHECK_OK(be.linear_backward_input(&be, x, z, w, dtype, tokens, inner, d, 1), be.error);
         }
-        CHECK_OK(be.linear_backward_weight(&be, static_cast<float *>(dw), z, x, tokens, inner, d, 0, inner, 0), be.error);
+        CHECK_OK(be.linear_backward_weight(&be, dw, BESA_F32, z, x, tokens, inner, d, 0, inner, 0), be.error);
         CHECK_OK(be.gram(&be, static_cast<float *>(h), z, 1.0f, tokens, inner), be.error);
         CHECK_OK(be.attention_forward(&be, x, x, z, z, &s), be.error);
         CHECK_OK(be.attention_backward(&be, x, z, z, x, x, z, z, &s), be.error);
@@ -727,6 +727,10 @@ static void test_vast_activations(void)
     twin target = vast_array<int32_t>(&h, R, 1, 0, 8000), state = vast_array<float>(&h, R, 3, 0, 0);
     VAST("nll_update", 2, be->nll_update(be, state.f(s), x.f(s), target.i(s), 0, C, rows, 1));
     vast_same<float>(&h, state, "nll_update");
+    twin parts = vast_array<float>(&h, R, 4, 0, 0), best = vast_array<int32_t>(&h, R, 2, 0, 0);
+    VAST("divergence_update", 2, be->divergence_update(be, parts.f(s), best.i(s), x.f(s), y.f(s), 0, C, rows, 1));
+    vast_same<float>(&h, parts, "divergence_update");
+    vast_same<int32_t>(&h, best, "divergence_update, ids");
     VAST("fill", 16, be->fill(be, static_cast<int32_t *>(x.of[s]), 7, rows * C));
     vast_same<int32_t>(&h, x, "fill");
     vast_end(&h);
@@ -762,7 +766,7 @@ static void test_vast_weights(void)
     vast_same<uint16_t>(&h, rank, "rank_rows");
     VAST("mask_apply", 2, be->mask_apply(be, out.of[s], w.of[s], BESA_F32, rank.of[s], n.i(s), rows, C));
     vast_same<float>(&h, out, "mask_apply");
-    VAST("bucket_gradient", 1, be->bucket_gradient(be, sums.f(s), score.f(s), w.of[s], BESA_F32, rank.of[s],
+    VAST("bucket_gradient", 1, be->bucket_gradient(be, sums.f(s), score.f(s), BESA_F32, w.of[s], BESA_F32, rank.of[s],
                                                    static_cast<uint16_t *>(bucket.of[s]), rows, C, D));
     vast_same<float>(&h, sums, "bucket_gradient");
     twin alpha = vast_array<float>(&h, R, 1, 0, 0);
@@ -953,6 +957,7 @@ typedef struct run {
     const char *source, *output;                /* source NULL: stories260K */
     int64_t nsamples, seqlen;
     double *outliers;                           /* not NULL: their shares instead of a pruned model */
+    int against;                                /* 1: the report says how far the pruned model is from the dense one */
 } run;
 
 static run run_of(besa_method method, int64_t nsamples, const char *output)
@@ -976,7 +981,7 @@ static besa_result run_prune(run *r, besa_backend *be)
     char path[512];
     memset(&c, 0, sizeof c);
     c.nsamples = r->nsamples, c.seqlen = r->seqlen;
-    c.test_windows = r->outliers ? 0 : r->tightest ? 3 : 2, c.test_seqlen = r->seqlen;
+    c.test_windows = r->outliers ? 0 : r->tightest ? 3 : g_race ? 2 : 8, c.test_seqlen = r->seqlen;
     std::vector<int32_t> ids(static_cast<size_t>((c.nsamples + c.test_windows) * c.seqlen));
     snprintf(path, sizeof path, "%s/calibration_tokens.npy", g_stories);
     for (size_t i = 0; i < ids.size(); i++) ids[i] = static_cast<int32_t>(i * i % 31);
@@ -988,6 +993,11 @@ static besa_result run_prune(run *r, besa_backend *be)
     c.ids = ids.data();
     c.test_ids = ids.data() + c.nsamples * c.seqlen;
     besa_plan_result plan;
+    besa_reference reference;
+    memset(&reference, 0, sizeof reference);
+    if (result == BESA_OK && r->against)
+        result = besa_reference_create(&reference, checkpoint, be, c.test_ids, c.test_windows, c.test_seqlen, NULL, NULL, &r->error);
+    if (r->against) c.against = &reference;
     size_t least = 0;
     while (r->tightest && result == BESA_OK && besa_plan(checkpoint, be, &c, &r->options, &plan, NULL) == BESA_OK) {
         least = plan.device_bytes;
@@ -999,6 +1009,7 @@ static besa_result run_prune(run *r, besa_backend *be)
         result = besa_outliers(checkpoint, be, &c, &r->options, 3, r->outliers, &r->error);
     else if (result == BESA_OK)
         result = besa_prune(checkpoint, r->output, be, &c, &r->options, &r->report, &r->error);
+    besa_reference_free(&reference);
     besa_tokens_free(&tokens);
     besa_checkpoint_close(checkpoint);
     return result;
@@ -1055,6 +1066,7 @@ static void compare_pipelines(const char *name, besa_method method, int fp32, do
         if (learn != BESA_LEARN_RATES) r->options.dense_share = 0.5, r->options.batch_size = 2, r->options.epochs = 1;
         r->options.granularity = granularity;
         if (granularity != BESA_GRANULARITY_BLOCK) r->options.dense_share = 0;
+        r->against = method == BESA_METHOD_WANDA && !bits;
     }
     CHECK_OK(run_prune(&a, &cpu), a.error);
     CHECK_OK(run_prune(&b, &cuda), b.error);
@@ -1075,12 +1087,83 @@ static void compare_pipelines(const char *name, besa_method method, int fp32, do
     if (getenv("TEST_VERBOSE"))
         printf("    %lld of %lld weights differ\n", static_cast<long long>(differ), static_cast<long long>(total));
     check_close(b.report.perplexity, a.report.perplexity, losses, "perplexity", -1);
+    for (int64_t w = 0; w < a.report.test_windows && a.against; w++) {
+        CHECK(a.report.window[w].kl > 0.01, "a divergence of %g", a.report.window[w].kl);
+        check_close(b.report.window[w].kl, a.report.window[w].kl, losses, "divergence", -1);
+        check_close(b.report.window[w].reference_nll, a.report.window[w].reference_nll, losses, "reference", -1);
+        CHECK(fabs(b.report.window[w].same - a.report.window[w].same) < 0.04, "%g and %g the same", b.report.window[w].same,
+              a.report.window[w].same);
+    }
     besa_report_free(&a.report);
     besa_report_free(&b.report);
     cpu.destroy(&cpu);
     cuda.destroy(&cuda);
     CHECK(standin_reports() == 0, "%s", standin_last_report());
     CHECK(standin_live_allocations() == 0 && standin_live_objects() == 0, "something is alive");
+}
+
+/* Stop when the second block is done. */
+static int stop_late(void *, const besa_progress *progress) { return progress->block == 2; }
+
+static float of_half(const void *data, size_t i)
+{
+    uint16_t bits;
+    memcpy(&bits, static_cast<const char *>(data) + 2 * i, 2);
+    return besa__f16_to_f32(bits);
+}
+
+/* Gates so small that F16 has fewer bits of them than bf16. */
+static void small_gates(const char *name, float *v, int64_t rows, int64_t columns)
+{
+    float factor = strstr(name, "gate_proj") ? 1e-4f : strstr(name, "up_proj") ? 1e4f : 1;
+    for (int64_t i = 0; i < rows * columns; i++) v[i] *= factor;
+}
+
+/* The weights of F16 checkpoints become bf16 once. Kept ones that do not learn are the source's own, whole layers too; the zeros
+ * are as many as reported; and a run that goes on from what was written ends with the same bytes. */
+static void compare_halves(const char *source, besa_learn learn)
+{
+    static const besa_fixed_rate fixed[] = {{"v_proj", 0}};
+    const char *output[2] = {temp_path("f16-%d", learn), temp_path("f16-resumed-%d", learn)};
+    int64_t differ, total, zeros = 0, weights = 0, other = 0, dense = 0;
+    double sparsity = 0;
+    for (int i = 0; i < 2; i++) {
+        besa_backend be = cuda_backend(0);
+        run r = run_of(BESA_METHOD_BESA, 2, output[i]);
+        r.source = source, r.options.learn = learn, r.options.epochs = r.options.weight_epochs = 1;
+        r.options.fixed = fixed, r.options.num_fixed = 1, r.options.weight_lr = 2;
+        r.options.progress = i ? stop_late : NULL;
+        besa_result result = run_prune(&r, &be);
+        CHECK(result == (i ? BESA_ERROR_CANCELLED : BESA_OK), "%s", r.error.message);
+        r.options.progress = NULL;
+        if (i) CHECK_OK(run_prune(&r, &be), r.error);
+        sparsity = r.report.sparsity;
+        besa_report_free(&r.report);
+        be.destroy(&be);
+    }
+    compare_weights(output[0], output[1], 0, &differ, &total);
+    CHECK(total > 0 && differ == 0, "%lld of %lld weights differ after a resume", static_cast<long long>(differ), static_cast<long long>(total));
+    besa_checkpoint *in = NULL, *out = NULL;
+    besa_error error;
+    CHECK_OK(besa_checkpoint_open(&in, source, &error), error);
+    CHECK_OK(besa_checkpoint_open(&out, output[0], &error), error);
+    for (int64_t i = 0; in && out && i < besa_checkpoint_tensor_count(in); i++) {
+        const besa_tensor *a = besa_checkpoint_tensor(in, i), *b = besa_checkpoint_find(out, a->name);
+        if (!b || !strstr(a->name, "_proj.weight")) continue;
+        for (size_t k = 0; k < a->bytes / 2; k++, weights++) {
+            float x = of_half(a->data, k), y = of_half(b->data, k);
+            zeros += y == 0;
+            if (strstr(a->name, "v_proj")) dense += x != y;
+            else other += y != 0 && x != y;
+        }
+    }
+    CHECK(weights > 0 && fabs(static_cast<double>(zeros) / static_cast<double>(weights) - sparsity) < 1e-9, "%lld of %lld weights are 0, reported %g",
+          static_cast<long long>(zeros), static_cast<long long>(weights), sparsity);
+    CHECK(dense == 0, "%lld weights of layers that stay dense are others", static_cast<long long>(dense));
+    CHECK((other > 0) == (learn != BESA_LEARN_RATES), "%lld kept weights are others", static_cast<long long>(other));
+    besa_checkpoint_close(in);
+    besa_checkpoint_close(out);
+    CHECK(standin_reports() == 0, "%s", standin_last_report());
 }
 
 static void test_pipeline(void)
@@ -1099,6 +1182,15 @@ static void test_pipeline(void)
         compare_pipelines("halves32", BESA_METHOD_BESA, 1, 1e-2, 0.02, BESA_LEARN_BOTH, 0, BESA_REFIT_NONE, 0, 0, BESA_GRANULARITY_ATTN_MLP);
     TEST("pipeline, layers, fp32")
         compare_pipelines("layers32", BESA_METHOD_BESA, 1, 1e-2, 0.02, BESA_LEARN_RATES, 0, BESA_REFIT_NONE, 0, 0, BESA_GRANULARITY_LAYER);
+    TEST("pipeline, F16 checkpoints, bf16") {
+        besa_checkpoint *stories = NULL;
+        besa_error error;
+        CHECK_OK(besa_checkpoint_open(&stories, g_stories, &error), error);
+        if (stories) fixture_variant(temp_path("f16"), stories, g_stories, BESA_F16, small_gates);
+        besa_checkpoint_close(stories);
+        compare_halves(temp_path("f16"), BESA_LEARN_RATES);
+        if (!g_race) compare_halves(temp_path("f16"), BESA_LEARN_BOTH);
+    }
     TEST("pipeline, wanda and cg, fp32") compare_pipelines("cg32", BESA_METHOD_WANDA, 1, 1e-2, 0.05, BESA_LEARN_RATES, 0, BESA_REFIT_CG);
     if (!g_sanitized) { /* the same kernels */
         TEST("pipeline, wanda and obs, fp32")

@@ -54,6 +54,18 @@ static besa_backend new_backend(int threads)
 
 /* ---- answers --------------------------------------------------------------------------------- */
 
+/* Held against itself a model is at no distance: its logits go the same way as the reference's. */
+static void check_itself(const model *m, besa_backend *be, const int32_t *ids, int64_t windows, int64_t seqlen)
+{
+    besa_reference reference;
+    besa_window window[16];
+    CHECK_OK(besa_reference_create(&reference, m->checkpoint, be, ids, windows, seqlen, NULL, NULL, &g_error), g_error);
+    CHECK_OK(besa_compare_models(m->checkpoint, be, &reference, window, NULL, NULL, NULL, &g_error), g_error);
+    for (int64_t w = 0; w < windows; w++)
+        CHECK(window[w].kl == 0 && window[w].same == 1, "window %d is %g from itself", (int)w, window[w].kl);
+    besa_reference_free(&reference);
+}
+
 static void test_answers(const char *name)
 {
     model m = open_model(name);
@@ -68,6 +80,7 @@ static void test_answers(const char *name)
         for (int64_t w = 0; w < m.windows[i]; w++)
             CHECK(fabs(nll[w] - want[w]) < 5e-6, "window %d of %d tokens: %.9g, transformers has %.9g", (int)w,
                   (int)g_length[i], nll[w], want[w]);
+        if (i == 0) check_itself(&m, &be, m.ids[i], m.windows[i], g_length[i]);
     }
     be.destroy(&be);
     besa_checkpoint_close(m.checkpoint);

@@ -170,7 +170,7 @@ static void check_sparse_layer(const char *name, int plain, int groups)
               alpha.v[i]);
     for (int i = 0; i < SPARSE_RC; i++) wrong += (rank[i] >= n[i / SPARSE_C]) != (mask.v[i] != 0);
     CHECK(wrong == 0, "%d bits of the mask are wrong", (int)wrong);
-    CHECK_BE(g_be.bucket_gradient(&g_be, sums, dw, w.f, BESA_F32, rank, bucket, SPARSE_R, SPARSE_C, SPARSE_D));
+    CHECK_BE(g_be.bucket_gradient(&g_be, sums, dw, BESA_F32, w.f, BESA_F32, rank, bucket, SPARSE_R, SPARSE_C, SPARSE_D));
     CHECK_BE(g_be.rate_backward(&g_be, layer ? got : NULL, row ? got : NULL, sums, layer, row, NULL, &s));
     CHECK_RMS("grad_theta", got, grad.v, grad.count, 1e-5);
     backend_end();

@@ -60,6 +60,7 @@ typedef struct setup {
     int64_t nsamples, seqlen, skip_tokens;
     int32_t last_id;                            /* added to the last calibration id */
     int64_t windows;                            /* of 64 test tokens; 0: no perplexity */
+    const besa_reference *against;
     int threads;
     besa_backend *be;                           /* NULL: a CPU backend of `threads` threads */
     besa_prune_options options;
@@ -105,7 +106,7 @@ static besa_result run(setup *s)
         for (int64_t i = 0; vocab && i < s->windows * 64; i++) test_ids[i] = (int32_t)(g_test.ids[i] % vocab);
         c.test_windows = s->windows, c.test_seqlen = 64;
     }
-    c.ids = ids, c.nsamples = s->nsamples, c.seqlen = s->seqlen, c.test_ids = test_ids;
+    c.ids = ids, c.nsamples = s->nsamples, c.seqlen = s->seqlen, c.test_ids = test_ids, c.against = s->against;
     if (r == BESA_OK && !be) {
         r = besa_cpu_backend(&own, &cpu, &s->error);
         be = r == BESA_OK ? &own : NULL;
@@ -318,8 +319,8 @@ static void verify(const setup *s)
             else if (f) CHECK(fabs((double)z - f->sparsity * (double)(a->shape[0] * a->shape[1])) <= (double)a->shape[0],
                               "%s: %d zeros at a fixed %g", name, (int)z, f->sparsity);
             if (!f) weights += a->shape[0] * a->shape[1], zeros += z;
-            if (l == BESA_LAYERS - 1 || o->granularity == BESA_GRANULARITY_LAYER ||
-                (o->granularity == BESA_GRANULARITY_ATTN_MLP && l == BESA_O)) {
+            if (l == BESA_LAYERS - 1 || (o->granularity == BESA_GRANULARITY_LAYER && !o->whole_target) ||
+                (o->granularity == BESA_GRANULARITY_ATTN_MLP && !o->whole_target && l == BESA_O)) {
                 if (o->method == BESA_METHOD_BESA && !o->no_projection && target > 0)
                     CHECK(zeros == (int64_t)floor(target * (double)weights + 0.5), "block %d, up to layer %d: %d zeros of %d at %g",
                           (int)n, l, (int)zeros, (int)weights, target);
@@ -457,7 +458,12 @@ static void test_granularity(void)
         s.output = temp_path("out"), s.options.granularity = (besa_granularity)i, s.options.num_fixed = 0;
         run_and_verify(&s);
         CHECK(compare_directories(temp_path("block"), s.output, NULL, first) > 0, "granularity %d changes nothing", i);
+        s.output = temp_path("whole"), s.options.whole_target = 1;
+        run_and_verify(&s);
+        CHECK(compare_directories(temp_path("out"), s.output, NULL, first) > 0, "granularity %d: every part has the target", i);
         discard(s.output);
+        discard(temp_path("out"));
+        s.output = temp_path("out"), s.options.whole_target = 0;
         s.options.fixed = fixed, s.options.num_fixed = 4; /* no layer of the MLP has rates */
         run_and_verify(&s);
         discard(s.output);
@@ -1023,7 +1029,7 @@ static const struct bounds {
     { "pattern_m", 'i', 0, 64, 0, 0, 0, "0 to 64" }, { "magnitude_per_row", 'i', 0, 1, 0, 0, 0, "0 or 1" },
     { "importance", 'i', 0, 5, 0, 0, 0, "besa_importance" }, { "damping", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
     { "epochs", 'l', 1, 1000000, 0, 0, 0, "1 to 1000000" }, { "batch_size", 'l', 1, 0, 0, 0, 0, "1 or more" },
-    { "granularity", 'i', 0, 2, 0, 0, 0, "besa_granularity" },
+    { "granularity", 'i', 0, 2, 0, 0, 0, "besa_granularity" }, { "whole_target", 'i', 0, 1, 0, 0, 0, "0 or 1" },
     { "norm_all", 'i', 0, 1, 0, 0, 0, "0 or 1" }, { "dense_stream", 'i', 0, 1, 0, 0, 0, "0 or 1" },
     { "dense_share", 'd', 0, 1, 0, 1, 0, "0 or more and below 1" }, { "learn", 'i', 0, 2, 0, 0, 0, "besa_learn" },
     { "weight_epochs", 'l', 1, 1000000, 0, 0, 0, "1 to 1000000" }, { "weight_lr", 'd', 0, 1e30, 1, 1, 0, "above 0 and below 1e30" },
@@ -1882,6 +1888,7 @@ static besa_result plan_with(const setup *s, besa_backend *be, besa_plan_result 
     memset(&c, 0, sizeof c);
     c.nsamples = s->nsamples, c.seqlen = s->seqlen;
     c.test_windows = s->windows, c.test_seqlen = s->windows ? 64 : 0, c.test_ids = s->windows ? test_ids : NULL;
+    c.against = s->against;
     CHECK_OK(besa_checkpoint_open(&checkpoint, s->source, &error), error);
     result = checkpoint ? besa_plan(checkpoint, be, &c, &s->options, plan, &error) : BESA_ERROR_READ;
     besa_checkpoint_close(checkpoint);
@@ -2802,7 +2809,7 @@ static const struct option_case {
     FIELD(rates.beta2, 0.99, LEARNED), FIELD(rates.weight_decay, 0.125, LEARNED), FIELD(rates.d0, 1e-5, LEARNED),
     FIELD(rates.d_coef, 4, LEARNED), FIELD(rates.schedule, BESA_SCHEDULE_COSINE, LEARNED),
     FIELD(rates.warmup, 0.25, LEARNED), FIELD(rates.steps, 7, 0), FIELD(importance, BESA_IMPORTANCE_MAGNITUDE, LEARNED), FIELD(epochs, 2, LEARNED),
-    FIELD(batch_size, 2, LEARNED), FIELD(granularity, BESA_GRANULARITY_LAYER, LEARNED),
+    FIELD(batch_size, 2, LEARNED), FIELD(granularity, BESA_GRANULARITY_LAYER, LEARNED), FIELD(whole_target, 1, 0),
     FIELD(norm_all, 1, LEARNED), FIELD(dense_stream, 1, LEARNED), FIELD(no_projection, 1, LEARNED),
     FIELD(dense_share, 0.25, LEARNED), FIELD(learn, BESA_LEARN_WEIGHTS, ALL), FIELD(weight_epochs, 2, 0), FIELD(weight_lr, 0.1, 0),
     FIELD(weight_warmup, 0.5, 0), FIELD(rank_interval, 2, 0), FIELD(learn_vectors, 1, 0), FIELD(refit, BESA_REFIT_CG, ALL),
@@ -3677,6 +3684,236 @@ static void test_outlier_targets(void)
     }
 }
 
+/* ---- one model against another ------------------------------------------------------------- */
+
+enum { AGAINST_VOCAB = 5000, AGAINST_WINDOWS = 5, AGAINST_SEQLEN = 12 };
+
+/* log p(vocab) of logits(vocab), in double; returns the largest's place */
+static int log_softmax(double *p, const float *logits)
+{
+    double sum = 0;
+    int best = 0;
+    for (int i = 1; i < AGAINST_VOCAB; i++) if (logits[i] > logits[best]) best = i;
+    for (int i = 0; i < AGAINST_VOCAB; i++) sum += exp((double)logits[i] - (double)logits[best]);
+    for (int i = 0; i < AGAINST_VOCAB; i++) p[i] = (double)logits[i] - (double)logits[best] - log(sum);
+    return best;
+}
+
+/* A window and its positions' divergences from both models' logits, as they are defined. */
+static void plain_window(besa_window *want, double *kl, const float *p, const float *q, const int32_t *ids)
+{
+    static double lp[AGAINST_VOCAB], lq[AGAINST_VOCAB];
+    memset(want, 0, sizeof *want);
+    for (int t = 0; t + 1 < AGAINST_SEQLEN; t++) {
+        int best = log_softmax(lp, p + (size_t)t * AGAINST_VOCAB), other = log_softmax(lq, q + (size_t)t * AGAINST_VOCAB);
+        kl[t] = 0;
+        for (int i = 0; i < AGAINST_VOCAB; i++) kl[t] += exp(lp[i]) * (lp[i] - lq[i]);
+        want->kl += kl[t] / (AGAINST_SEQLEN - 1);
+        want->same += (best == other) / (AGAINST_SEQLEN - 1.0);
+        want->reference_nll -= lp[ids[t + 1]] / (AGAINST_SEQLEN - 1);
+        want->nll -= lq[ids[t + 1]] / (AGAINST_SEQLEN - 1);
+    }
+}
+
+/* Halve what one layer does, so that models differ and mostly agree. */
+static void change_down(const char *name, float *v, int64_t rows, int64_t columns)
+{
+    if (!strcmp(name, "model.layers.1.mlp.down_proj.weight"))
+        for (int64_t i = 0; i < rows * columns; i++) v[i] *= 0.5f;
+}
+
+static void check_against(const besa_checkpoint *model, const besa_checkpoint *dense, const int32_t *ids, int unified)
+{
+    enum { T = AGAINST_WINDOWS * AGAINST_SEQLEN, POSITIONS = AGAINST_WINDOWS * (AGAINST_SEQLEN - 1) };
+    besa_window window[2][AGAINST_WINDOWS], want[AGAINST_WINDOWS];
+    float kl[2][POSITIONS], *p = (float *)malloc(sizeof(float) * T * AGAINST_VOCAB), *q = (float *)malloc(sizeof(float) * T * AGAINST_VOCAB);
+    double plain[POSITIONS], nll[AGAINST_WINDOWS], ppl, own_kl = 0, own_same = 0;
+    besa_reference reference;
+    besa_error error;
+    CHECK_OK(besa_logits(dense, NULL, ids, AGAINST_WINDOWS, AGAINST_SEQLEN, p, &error), error);
+    CHECK_OK(besa_logits(model, NULL, ids, AGAINST_WINDOWS, AGAINST_SEQLEN, q, &error), error);
+    for (int k = 0; k < 2; k++) {
+        besa_backend be = counted_backend(0);
+        be.unified_memory = k == 0 || unified;
+        CHECK_OK(besa_reference_create(&reference, dense, &be, ids, AGAINST_WINDOWS, AGAINST_SEQLEN, NULL, NULL, &error), error);
+        CHECK_OK(besa_compare_models(model, k ? &be : NULL, &reference, window[k], kl[k], NULL, NULL, &error), error);
+        CHECK_OK(besa_perplexity(dense, NULL, ids, AGAINST_WINDOWS, AGAINST_SEQLEN, &ppl, nll, NULL, NULL, &error), error);
+        CHECK(ppl == reference.perplexity && !memcmp(nll, reference.nll, sizeof nll), "the reference's perplexity is %.9g, not %.9g",
+              reference.perplexity, ppl);
+        besa_reference_free(&reference);
+        CHECK(g_counted.live[0] + g_counted.live[1] == 0, "memory is not given back");
+        be.destroy(&be);
+    }
+    CHECK(!memcmp(window[0], window[1], sizeof window[0]) && !memcmp(kl[0], kl[1], sizeof kl[0]), "other figures on another backend");
+    CHECK_OK(besa_perplexity(model, NULL, ids, AGAINST_WINDOWS, AGAINST_SEQLEN, &ppl, nll, NULL, NULL, &error), error);
+    for (int w = 0; w < AGAINST_WINDOWS; w++) {
+        const besa_window *got = &window[0][w];
+        size_t at = (size_t)w * AGAINST_SEQLEN * AGAINST_VOCAB;
+        plain_window(&want[w], plain + w * (AGAINST_SEQLEN - 1), p + at, q + at, ids + w * AGAINST_SEQLEN);
+        CHECK(fabs(got->kl - want[w].kl) < 2e-6 && fabs(got->same - want[w].same) < 1e-12 && got->nll == nll[w] &&
+              fabs(got->nll - want[w].nll) < 2e-6 && fabs(got->reference_nll - want[w].reference_nll) < 2e-6,
+              "window %d: %.9g, %.9g, %.9g, %.9g; expected %.9g, %.9g, %.9g, %.9g", w, got->kl, got->same, got->nll, got->reference_nll,
+              want[w].kl, want[w].same, want[w].nll, want[w].reference_nll);
+        own_kl += want[w].kl / AGAINST_WINDOWS, own_same += want[w].same / AGAINST_WINDOWS;
+    }
+    for (int i = 0; i < POSITIONS; i++) CHECK(fabs((double)kl[0][i] - plain[i]) < 3e-6, "position %d: %.9g, expected %.9g", i, (double)kl[0][i], plain[i]);
+    CHECK(own_kl > 0.01 && own_same > 0.02, "models that are too far apart to tell: %g, %g", own_kl, own_same);
+    free(p);
+    free(q);
+}
+
+/* KL divergence, likeliest tokens and log-likelihoods of two models, another head and width too, against plain sums in double
+ * over their logits; the same model is at no distance from itself. */
+static void test_against(void)
+{
+    const char *dense = temp_path("dense"), *other = temp_path("other"), *wide = temp_path("wide"), *words = temp_path("words");
+    besa_checkpoint *c[4] = { NULL, NULL, NULL, NULL };
+    int32_t ids[AGAINST_WINDOWS * AGAINST_SEQLEN];
+    besa_window window[AGAINST_WINDOWS];
+    float kl[AGAINST_WINDOWS * (AGAINST_SEQLEN - 1)];
+    besa_reference reference;
+    besa_error error;
+    for (size_t i = 0; i < sizeof ids / sizeof *ids; i++) ids[i] = (int32_t)(i * 7919 % AGAINST_VOCAB);
+    fixture_random_llama(dense, 2, 32, 48, 4, 2, AGAINST_VOCAB, BESA_F32);
+    fixture_random_llama(wide, 1, 48, 32, 4, 4, AGAINST_VOCAB, BESA_BF16);
+    fixture_random_llama(words, 1, 32, 32, 4, 4, 64, BESA_F32);
+    CHECK_OK(besa_checkpoint_open(&c[0], dense, &error), error);
+    fixture_variant(other, c[0], dense, BESA_F32, change_down);
+    CHECK_OK(besa_checkpoint_open(&c[1], other, &error), error);
+    CHECK_OK(besa_checkpoint_open(&c[2], wide, &error), error);
+    CHECK_OK(besa_checkpoint_open(&c[3], words, &error), error);
+    check_against(c[1], c[0], ids, 0);
+    check_against(c[0], c[1], ids, 1);
+    CHECK_OK(besa_reference_create(&reference, c[2], NULL, ids, AGAINST_WINDOWS, AGAINST_SEQLEN, NULL, NULL, &error), error);
+    CHECK_OK(besa_compare_models(c[2], NULL, &reference, window, kl, NULL, NULL, &error), error);
+    for (int w = 0; w < AGAINST_WINDOWS; w++)
+        CHECK(window[w].kl == 0 && window[w].same == 1 && window[w].nll == window[w].reference_nll, "window %d of the same model: %g, %g", w,
+              window[w].kl, window[w].same);
+    CHECK_OK(besa_compare_models(c[0], NULL, &reference, window, NULL, NULL, NULL, &error), error); /* of another width */
+    CHECK(window[0].kl > 0.1, "a divergence of %g", window[0].kl);
+    CHECK(besa_compare_models(c[3], NULL, &reference, window, kl, NULL, NULL, &error) == BESA_ERROR_OPTION &&
+          strstr(error.message, "words has a vocabulary of 64 tokens, and ") && strstr(error.message, "one of 5000"), "%s", error.message);
+    besa_reference_free(&reference);
+    besa_reference_free(NULL);
+    CHECK(besa_compare_models(c[0], NULL, &reference, window, kl, NULL, NULL, &error) == BESA_ERROR_OPTION &&
+          strstr(error.message, "besa_reference_create"), "%s", error.message);
+    for (int i = 0; i < 4; i++) besa_checkpoint_close(c[i]);
+}
+
+/* A reference and what is held against it, with an allocation that fails: of the library's, or the backend's. */
+static void test_against_allocations(void)
+{
+    const char *model = temp_path("alone");
+    besa_checkpoint *c = NULL;
+    besa_error error;
+    int32_t ids[2 * 8] = { 1, 2, 3, 4, 5 };
+    fixture_random_llama(model, 1, 16, 16, 2, 1, 32, BESA_F32);
+    CHECK_OK(besa_checkpoint_open(&c, model, &error), error);
+    for (int of_backend = 0; of_backend < 2; of_backend++)
+        for (int n = 1, done = 0; !done && CHECK(n < 100, "no end of allocations"); n++) {
+            besa_backend be = counted_backend(of_backend ? n : 0);
+            besa_reference reference;
+            besa_window window[2];
+            int64_t live = g_live;
+            g_allocations = 0, g_fail_at = of_backend ? 0 : n;
+            besa_result r = besa_reference_create(&reference, c, &be, ids, 2, 8, NULL, NULL, &error);
+            if (r != BESA_OK) CHECK(!reference.ids && !reference.hidden && !reference.nll, "allocation %d: something is left", n);
+            if (r == BESA_OK) r = besa_compare_models(c, &be, &reference, window, NULL, NULL, NULL, &error);
+            done = (of_backend ? g_counted.calls : (int)g_allocations) < n;
+            g_fail_at = 0;
+            CHECK(r == (done ? BESA_OK : BESA_ERROR_MEMORY), "allocation %d: %s", n, besa_result_string(r));
+            besa_reference_free(&reference);
+            CHECK(g_live == live && g_counted.live[0] + g_counted.live[1] == 0, "allocation %d: memory is not given back", n);
+            be.destroy(&be);
+        }
+    besa_checkpoint_close(c);
+}
+
+/* A run says of its own result what is measured on the output; a plan knows its memory. */
+static void test_against_run(void)
+{
+    besa_window window[8];
+    float kl[8 * 63];
+    besa_plan_result plan;
+    besa_checkpoint *dense = NULL, *pruned = NULL;
+    besa_error error;
+    besa_reference reference, shape;
+    int32_t ids[8 * 64];
+    int64_t live = g_live;
+    setup s = small_setup(temp_path("against"));
+    CHECK_OK(besa_checkpoint_open(&dense, s.source, &error), error);
+    s.options.method = BESA_METHOD_WANDA, s.options.progress = NULL, s.windows = 8;
+    for (int i = 0; i < 8 * 64; i++) ids[i] = (int32_t)(g_test.ids[i] % besa_checkpoint_config(dense)->vocab_size);
+    memset(&shape, 0, sizeof shape);
+    shape.checkpoint = dense, shape.windows = 8, shape.seqlen = 64;
+    for (int unified = 0; unified < 2; unified++) {
+        besa_backend be = counted_backend(0);
+        be.unified_memory = unified;
+        CHECK_OK(besa_reference_create(&reference, dense, &be, ids, 8, 64, NULL, NULL, &error), error);
+        CHECK(g_counted.live[0] + g_counted.live[1] == 0, "memory is not given back");
+        s.be = &be;
+        s.against = &shape;
+        CHECK(plan_with(&s, &be, &plan) == BESA_OK, "no plan");
+        memset(g_counted.peak, 0, sizeof g_counted.peak);
+        s.against = &reference;
+        CHECK_RUN(&s);
+        CHECK(g_counted.peak[0] == plan.device_bytes && g_counted.peak[1] == plan.host_bytes, "%zu and %zu bytes, plan %zu and %zu",
+              g_counted.peak[0], g_counted.peak[1], plan.device_bytes, plan.host_bytes);
+        CHECK(plan.reference_bytes == 8 * 64 * ((size_t)besa_checkpoint_config(dense)->block.hidden_size * 4 + 4) + 64, "a reference of %zu bytes",
+              plan.reference_bytes);
+        CHECK_OK(besa_checkpoint_open(&pruned, s.output, &error), error);
+        if (!pruned) return;
+        CHECK_OK(besa_compare_models(pruned, NULL, &reference, window, kl, NULL, NULL, &error), error);
+        CHECK(s.report.test_windows == 8 && !memcmp(window, s.report.window, sizeof window) && !memcmp(kl, s.report.kl, sizeof kl),
+              "the report has %g, the output %g", s.report.window[0].kl, window[0].kl);
+        besa_divergence d;
+        besa_summarize(&d, s.report.window, 8, s.report.kl, 8 * 63);
+        CHECK(fabs(d.perplexity / s.report.perplexity - 1) < 1e-14 && fabs(d.reference_perplexity / reference.perplexity - 1) < 1e-14 &&
+              d.kl > 0.001, "perplexities of %.17g and %.17g", d.perplexity, d.reference_perplexity);
+        besa_report_free(&s.report);
+        besa_checkpoint_close(pruned);
+        pruned = NULL;
+        shape.windows = 7;
+        s.against = &shape;
+        CHECK(plan_with(&s, &be, &plan) == BESA_ERROR_OPTION, "seven windows");
+        discard(s.output);
+        expect(&s, BESA_ERROR_OPTION, "the test is 8 windows of 64 tokens, and what it is to be held against 7 of 64");
+        shape.windows = 8;
+        discard(s.output);
+        expect(&s, BESA_ERROR_OPTION, "the reference is empty");
+        reference.ids[3]++;
+        s.against = &reference;
+        expect(&s, BESA_ERROR_OPTION, "not those of the reference");
+        reference.ids[3]--;
+        reference.dtype = BESA_BF16;
+        expect(&s, BESA_ERROR_OPTION, "other activations");
+        besa_reference_free(&reference);
+        be.destroy(&be);
+    }
+    besa_checkpoint_close(dense);
+    CHECK(g_live == live, "%d blocks leaked", (int)(g_live - live));
+}
+
+/* Means, standard errors and percentiles, of numbers that are counted by hand. */
+static void test_summarize(void)
+{
+    const besa_window window[3] = { { 1, 2, 0.5, 0.25 }, { 2, 2.5, 1, 0.5 }, { 6, 4.5, 0, 0.75 } };
+    float kl[5] = { 3, 0, 1, 4, 2 };
+    besa_divergence d;
+    besa_summarize(&d, window, 3, kl, 5);
+    CHECK(d.windows == 3 && d.positions == 5, "%d windows", (int)d.windows);
+    CHECK(fabs(d.perplexity - exp(3)) < 1e-12 && fabs(d.perplexity_error - exp(3) * sqrt(14.0 / 6)) < 1e-12, "%.17g", d.perplexity_error);
+    CHECK(fabs(d.reference_perplexity - exp(3)) < 1e-12 && fabs(d.reference_perplexity_error - exp(3) * sqrt(3.5 / 6)) < 1e-12, "%.17g",
+          d.reference_perplexity_error);
+    CHECK(fabs(d.difference) < 1e-15 && fabs(d.difference_error - sqrt(3.5 / 6)) < 1e-15, "%.17g, %.17g", d.difference, d.difference_error);
+    CHECK(fabs(d.kl - 0.5) < 1e-15 && fabs(d.kl_error - sqrt(0.5 / 6)) < 1e-15 && fabs(d.same - 0.5) < 1e-15, "%.17g", d.kl_error);
+    CHECK(fabs(d.kl_99 - 3.96) < 1e-12 && d.kl_most == 4, "%.17g", d.kl_99);
+    besa_summarize(&d, window, 1, kl, 1);
+    CHECK(d.perplexity_error == 0 && d.difference == -1 && d.difference_error == 0 && d.kl_99 == 0, "%g", d.kl_99);
+    besa_summarize(&d, window, 2, NULL, 5);
+    CHECK(d.perplexity == exp(1.5) && d.kl == 0 && d.reference_perplexity == 0 && d.positions == 0, "%g", d.kl);
+}
+
 static void expect_outliers(setup *s, double threshold, besa_result want, const char *word)
 {
     double shares[BESA_MAX_LAYERS];
@@ -3860,6 +4097,10 @@ int main(int argc, char **argv)
     TEST("damaged partial output") test_damaged_partial();
     TEST("damaged codes") test_damaged_codes();
     TEST("complete output without its name") test_complete();
+    TEST("one model against another") test_against();
+    TEST("one model against another, and allocation failures") test_against_allocations();
+    TEST("a run against its dense model") test_against_run();
+    TEST("means, errors and percentiles") test_summarize();
     TEST("outliers of the blocks") test_outliers();
     TEST("outliers: sparsities from shares") test_outlier_targets();
     TEST("outliers: what goes wrong") test_outlier_errors();

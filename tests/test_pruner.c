@@ -213,7 +213,7 @@ static besa_result record_step(void *user, const besa_step *step)
     r->steps = step->step;
     now->loss = *step->loss;
     for (int l = 0; l < BESA_LAYERS; l++)
-        now->what[l] = (float *)copy_of(r->pruned[l], (size_t)(r->m->rows[l] * r->m->columns[l]) * sizeof(float));
+        now->what[l] = (float *)copy_of(g_pruner->masked.weight[l], (size_t)(r->m->rows[l] * r->m->columns[l]) * sizeof(float));
     if (r->options.learn != BESA_LEARN_RATES) record_vectors(r, now->vector);
     for (int l = 0; l < BESA_LAYERS && r->options.bits; l++)
         now->kept[l] = (float *)copy_of(g_pruner->quantization.masked[l], (size_t)(r->m->rows[l] * r->m->columns[l]) * sizeof(float));
@@ -295,6 +295,7 @@ static double fixed_rate(const besa_prune_options *o, int layer)
 /* The part whose target a layer's rates have. */
 static int part_of(const run *r, int layer)
 {
+    if (r->options.whole_target) return 0;
     return r->options.granularity == BESA_GRANULARITY_LAYER ? layer : r->options.granularity == BESA_GRANULARITY_ATTN_MLP ? layer > 3 : 0;
 }
 
@@ -455,8 +456,9 @@ static void check_number(const char *what, double got, double want, double toler
 
 typedef struct gradients { float *dw[BESA_LAYERS], *dvector[BESA_VECTORS]; int64_t columns[BESA_LAYERS]; } gradients;
 
-static besa_result keep_gradient(void *user, int layer, int64_t first, int64_t rows, const float *dw)
+static besa_result keep_gradient(void *user, int layer, int64_t first, int64_t rows, const void *gradient)
 {
+    const float *dw = (const float *)gradient;
     gradients *g = (gradients *)user;
     int64_t C = g->columns[layer];
     memcpy(g->dw[layer] + first * C, dw, (size_t)(rows * C) * sizeof *dw);
@@ -707,6 +709,12 @@ static levels expect_levels(const run *r, const float *clip, int32_t *const rank
     return v;
 }
 
+/* The step with which weights come onto their grids; rate_steps: those before masks are final. */
+static int64_t first_on_grids(const besa_prune_options *o, int64_t rate_steps)
+{
+    return !o->bits ? MOST_STEPS + 1 : o->learn == BESA_LEARN_BOTH && !o->quantize_first ? rate_steps : 0;
+}
+
 /* Logits before step s, which is `steps` for those that remain. */
 static const float *clips_before(const run *r, int64_t s)
 {
@@ -761,12 +769,13 @@ static void clip_gradient(const run *r, int layer, const levels *v, const float 
     }
 }
 
-/* The clips' gradient in step s, and where AdamW takes them; m, v: its moments. */
-static void check_clips(const run *r, int64_t s, const levels *levels, const gradients *dw, double *m, double *v)
+/* The clips' gradient in step s, and where AdamW takes them, whose first is step `first`; m, v: its moments. */
+static void check_clips(const run *r, int64_t s, int64_t first, const levels *levels, const gradients *dw, double *m, double *v)
 {
     const recorded *step = &r->step[s];
     const float *clip = levels->clip;
-    double lr = r->options.clip_lr * 0.5 * (1 + cos(3.14159265358979 * (double)s / (double)r->steps)), apart = 0;
+    double done = (double)(s - first), apart = 0;
+    double lr = r->options.clip_lr * 0.5 * (1 + cos(3.14159265358979 * done / (double)r->steps));
     for (int l = 0; l < BESA_LAYERS; l++) {
         int64_t n = 2 * r->m->rows[l] * grids_of(r, l), at = clip - levels->clip;
         double *want = (double *)take((size_t)n * sizeof *want);
@@ -775,7 +784,7 @@ static void check_clips(const run *r, int64_t s, const levels *levels, const gra
         for (int64_t i = at; i < at + n; i++) {
             double g = (double)step->clip_grad[i], to;
             m[i] = 0.9 * m[i] + 0.1 * g, v[i] = 0.999 * v[i] + 0.001 * g * g;
-            to = (double)levels->clip[i] - lr * m[i] / (1 - pow(0.9, (double)s + 1)) / (sqrt(v[i] / (1 - pow(0.999, (double)s + 1))) + 1e-16);
+            to = (double)levels->clip[i] - lr * m[i] / (1 - pow(0.9, done + 1)) / (sqrt(v[i] / (1 - pow(0.999, done + 1))) + 1e-16);
             apart = fmax(apart, fabs(to - (double)step->clip[i]));
         }
         clip += n;
@@ -829,7 +838,7 @@ static void check_step(const run *r, int64_t s, int32_t *const rank[BESA_LAYERS]
     if (bits) on = check_levels(r, s, rank, step->n);
     for (int l = 0; l < BESA_LAYERS && bits; l++) read.what[l] = on.masked[l];
     check_number("a step's loss", (double)step->loss, batch_loss(r, &read, first, count, &g), 2e-5);
-    if (step->clip) check_clips(r, s, &on, &g, m, v);
+    if (step->clip) check_clips(r, s, 0, &on, &g, m, v);
     for (int l = 0, row = 0; l < BESA_LAYERS; row += (int)r->m->rows[l++]) {
         w[l] = bits ? on.w[l] : weight_of(r->m, l);
         for (int64_t i = 0; i < r->m->rows[l] * r->m->columns[l] && !bits; i++)
@@ -1012,7 +1021,7 @@ static void test_quantized(const model *m, const besa_prune_options *o, int64_t 
                 levels on = check_levels(&r, s, rank, n);
                 for (int l = 0; l < BESA_LAYERS; l++) read.what[l] = on.masked[l];
                 check_number("a step's loss", (double)r.step[s].loss, batch_loss(&r, &read, first, count, &g), 2e-5);
-                check_clips(&r, s, &on, &g, moments[0], moments[1]);
+                check_clips(&r, s, 0, &on, &g, moments[0], moments[1]);
             }
         if (besa) final_counts(&r, n);
         levels end = expect_levels(&r, clips_before(&r, r.steps), rank, n);
@@ -1045,10 +1054,10 @@ static moving moving_from(const float *w, int64_t n)
     return made;
 }
 
-/* The learning rate of step s (from 0) of `steps`: up in the warm-up's steps, then down a half cosine. */
-static double weight_rate(const besa_prune_options *o, int64_t s, int64_t steps)
+/* The learning rate of step s (from 0) of `steps`, on grids a sixth: up in the warm-up's steps, then down a half cosine. */
+static double weight_rate(const besa_prune_options *o, int64_t s, int64_t steps, int on_grids)
 {
-    double lr = (o->weight_lr ? o->weight_lr : 0.2) / (o->bits ? 6 : 1), rise = floor(o->weight_warmup * (double)steps);
+    double lr = (o->weight_lr ? o->weight_lr : 0.2) / (on_grids ? 6 : 1), rise = floor(o->weight_warmup * (double)steps);
     if ((double)s < rise) return lr * (double)(s + 1) / (rise + 1);
     return lr * 0.5 * (1 + cos(3.14159265358979 * ((double)s - rise) / ((double)steps - rise)));
 }
@@ -1134,8 +1143,8 @@ static void check_weight_step(const run *r, moving layer[BESA_LAYERS], moving ve
     int64_t batch = o->batch_size ? o->batch_size : 1, batches = (r->sequences + batch - 1) / batch, pass = s % batches;
     int64_t first = pass * batch, count = first + batch > r->sequences ? r->sequences - first : batch;
     int64_t started = o->learn == BESA_LEARN_BOTH ? 0 : rate_steps;
-    int moves = s >= started, wrong = 0, masks = 0;
-    double lr = weight_rate(o, s - started, r->steps - started);
+    int moves = s >= started, wrong = 0, masks = 0, on_grids = s >= first_on_grids(o, rate_steps);
+    double lr = weight_rate(o, s - started, r->steps - started, on_grids);
     gradients g;
     for (int l = 0, row = 0; l < BESA_LAYERS; row += (int)r->m->rows[l++]) {
         int64_t C = r->m->columns[l], n = r->m->rows[l] * C;
@@ -1158,10 +1167,10 @@ static void check_weight_step(const run *r, moving layer[BESA_LAYERS], moving ve
         for (int64_t k = 0; k < n && step->vector[i]; k++) before.vector[i][k] = (float)vector[i].w[k];
     }
     read = before;
-    if (o->bits) on = check_moving_levels(r, s, layer, rate_steps);
-    for (int l = 0; l < BESA_LAYERS && o->bits; l++) read.what[l] = on.masked[l], unmasked[l] = on.w[l];
+    if (on_grids) on = check_moving_levels(r, s, layer, rate_steps);
+    for (int l = 0; l < BESA_LAYERS && on_grids; l++) read.what[l] = on.masked[l], unmasked[l] = on.w[l];
     check_number("a step's loss", (double)step->loss, batch_loss(r, &read, first, count, &g), 5e-5);
-    if (step->clip) check_clips(r, s, &on, &g, m, v);
+    if (step->clip && on_grids) check_clips(r, s, first_on_grids(o, rate_steps), &on, &g, m, v);
     if (s < rate_steps && step->grad) {
         double mean[BESA_LAYERS];
         check_rates(r, step, mean);
@@ -1187,6 +1196,18 @@ static void check_weight_step(const run *r, moving layer[BESA_LAYERS], moving ve
     CHECK(wrong <= 4 && masks <= 4, "step %d: %d weights moved, %d are masked otherwise", (int)s + 1, wrong, masks);
 }
 
+/* The levels of a layer's weights w, in their place; clip: all logits. */
+static void put_on_grids(const run *r, int layer, const float *clip, float *w)
+{
+    int64_t C = r->m->columns[layer], group = grid_columns(r, layer);
+    grid g = { { 0, 0 }, { 0, 0 }, 0, 0, 0 };
+    for (int l = 0; l < layer && clip; l++) clip += 2 * r->m->rows[l] * grids_of(r, l);
+    for (int64_t i = 0; i < r->m->rows[layer] * C; i++) {
+        if (i % C % group == 0) g = grid_of(r, layer, clip, i / C, i % C);
+        w[i] = (float)level_of(&g, (double)w[i]);
+    }
+}
+
 /* The ranks that a step, or the final masks, go by: those of the weights as they now are, where it is time for that. */
 static void rank_moving(const run *r, const moving layer[BESA_LAYERS], int64_t s, int64_t rate_steps, int32_t *rank[])
 {
@@ -1198,6 +1219,7 @@ static void rank_moving(const run *r, const moving layer[BESA_LAYERS], int64_t s
         float *w = take_floats(n);
         if (fixed_rate(o, l) >= 0) continue;    /* its mask stays */
         for (int64_t i = 0; i < n; i++) w[i] = (float)layer[l].w[i];
+        if (o->quantize_first) put_on_grids(r, l, clips_before(r, s), w);
         rank[l] = ranks_with(r->m, l, r->sequences * SEQLEN, o->importance, w, NULL);
     }
 }
@@ -1212,7 +1234,10 @@ static void check_final_masks(const run *r, int32_t *const rank[])
             const float *w = masked_after(r, r->steps - 1, l) + row * C;
             int64_t n = 0;
             for (int64_t j = 0; j < C; j++) n += w[j] == 0;
-            for (int64_t j = 0; j < C; j++) wrong += is_gone(r, l, rank[l], row * C + j, n) != (w[j] == 0);
+            for (int64_t j = 0; j < C; j++) {
+                int zero = weight_of(r->m, l)[row * C + j] == 0, dense = fixed_rate(&r->options, l) == 0;
+                wrong += (dense ? zero : is_gone(r, l, rank[l], row * C + j, n)) != (w[j] == 0);
+            }
         }
     }
     CHECK(wrong <= 4, "%d weights are masked otherwise in the end", wrong);
@@ -1251,6 +1276,11 @@ static void test_weights(const model *m, const besa_prune_options *o, int64_t se
     for (int l = 0; l < BESA_LAYERS; l++) dense[l] = ranks_of(m, l, sequences * SEQLEN, o->importance);
     for (; run_pruner(&r, m, o, sequences, budget); budget = r.bytes - 1, levels++) {
         if (levels == 0 && o->importance == BESA_IMPORTANCE_GRADIENT) rank_by_gradients(&r, dense);
+        for (int l = 0; l < BESA_LAYERS && levels == 0 && o->quantize_first; l++) {
+            float *w = (float *)copy_of(weight_of(m, l), (size_t)(m->rows[l] * m->columns[l]) * sizeof(float));
+            put_on_grids(&r, l, clips_before(&r, 0), w);
+            dense[l] = ranks_with(m, l, sequences * SEQLEN, o->importance, w, NULL);
+        }
         memcpy(rank, dense, sizeof rank);
         moving layer[BESA_LAYERS], vector[BESA_VECTORS];
         besa_block b = m->block;
@@ -2003,6 +2033,8 @@ static void test_parts(const model *m)
     TEST("learning of attention and MLP, a sequence a step") test_learning(m, &o, SEQUENCES);
     o.granularity = BESA_GRANULARITY_LAYER;
     TEST("learning of layers, a sequence a step") test_learning(m, &o, SEQUENCES);
+    o.whole_target = 1;
+    TEST("learning of layers, a target for all") test_learning(m, &o, SEQUENCES);
     o = learning_options(4);
     o.rates.penalty = 0.05, o.norm_all = 1, o.granularity = BESA_GRANULARITY_LAYER, o.fixed = fixed, o.num_fixed = 3;
     o.rates.target = 0.43;
@@ -2111,6 +2143,9 @@ static void test_moving_grids(const model *m)
     o.learn = BESA_LEARN_BOTH, o.weight_epochs = 1, o.bits = 3, o.clip_lr = 0.1, o.group_size = 33, o.rank_interval = 2;
     o.fixed = fixed, o.num_fixed = 3, o.dense_share = 0.5, o.learn_vectors = 1;
     TEST("rates, weights, norms and clips, batches of 4, groups, fixed layers") test_weights(m, &o, SEQUENCES);
+    o.quantize_first = 1;
+    TEST("the same on grids from the first step on") test_weights(m, &o, SEQUENCES);
+    o.quantize_first = 0;
     o.clipping = BESA_CLIPPING_NONE, o.learn = BESA_LEARN_WEIGHTS, o.learn_vectors = 0;
     TEST("rates, then weights, on grids that stay") test_weights(m, &o, SEQUENCES);
     memset(&o, 0, sizeof o);

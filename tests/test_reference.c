@@ -89,8 +89,9 @@ static besa_activations new_activations(const besa_block *b, int64_t tokens)
 struct gradients { const char *directory; const besa_block *block; int seen; };
 
 /* Compare each layer's gradient with grad_<layer>, as the backward pass hands it out. */
-static besa_result compare_gradient(void *user, int layer, int64_t first, int64_t count, const float *dw)
+static besa_result compare_gradient(void *user, int layer, int64_t first, int64_t count, const void *gradient)
 {
+    const float *dw = (const float *)gradient;
     struct gradients *g = (struct gradients *)user;
     int64_t rows, columns;
     char name[32];
@@ -340,8 +341,8 @@ static void test_sparse_layer(const char *name, int plain, int64_t groups, int l
     CHECK(wrong == 0, "%d weights of the masked layer differ", wrong);
     OP(g_be.linear_forward(&g_be, y, x.f, what, BESA_F32, NULL, T, R, C, 0));
     CHECK_CLOSE("y", y, npy_load(dir, "y", T, R, 0).v, T * R, 2e-6);
-    OP(g_be.linear_backward_weight(&g_be, dw, dy.f, x.f, T, R, C, 0, R, 0));
-    OP(g_be.bucket_gradient(&g_be, sums, dw, w.f, BESA_F32, got_rank, bucket, R, C, D));
+    OP(g_be.linear_backward_weight(&g_be, dw, BESA_F32, dy.f, x.f, T, R, C, 0, R, 0));
+    OP(g_be.bucket_gradient(&g_be, sums, dw, BESA_F32, w.f, BESA_F32, got_rank, bucket, R, C, D));
     OP(g_be.rate_backward(&g_be, layer_theta ? dtheta : NULL, layer_theta ? NULL : dtheta, sums,
                           layer_theta ? theta.f : NULL, layer_theta ? NULL : theta.f, &penalty, &s));
     CHECK_CLOSE("grad_theta", dtheta, npy_load(dir, "grad_theta", theta.shape[0], theta.shape[1], 0).v, theta.count, 1e-5);
@@ -738,13 +739,14 @@ typedef struct pinned {
     pinned_layer layer[BESA_LAYERS];
 } pinned;
 
-static besa_result pinned_gradient(void *user, int l, int64_t first, int64_t rows, const float *dw)
+static besa_result pinned_gradient(void *user, int l, int64_t first, int64_t rows, const void *gradient)
 {
+    const float *dw = (const float *)gradient;
     pinned *p = (pinned *)user;
     pinned_layer *a = &p->layer[l];
     CHECK(first == 0 && rows == p->t->rows[l], "layer %d comes in pieces", l);
     memset(a->sums, 0, (size_t)(p->t->rows[l] * (CANDIDATES - 1)) * sizeof(float));
-    return g_be.bucket_gradient(&g_be, a->sums, dw, p->t->block.weight[l], BESA_F32, a->rank, a->bucket, p->t->rows[l],
+    return g_be.bucket_gradient(&g_be, a->sums, dw, BESA_F32, p->t->block.weight[l], BESA_F32, a->rank, a->bucket, p->t->rows[l],
                                 p->t->columns[l], CANDIDATES - 1);
 }
 
@@ -1114,8 +1116,8 @@ static void test_bf16_products(void)
     be.linear_backward_input(&be, got, x, w, BESA_F32, T, C, R, 0);     /* the same arrays as dY (T, C) and W (C, R) */
     be.linear_backward_input(&be, want, x16, w16, BESA_F32, T, C, R, 0);
     CHECK(!memcmp(got, want, T * R * sizeof(float)), "backward, input");
-    be.linear_backward_weight(&be, got, x, w, T, C, R, 0, C, 0);          /* dY (T, C), X (T, R) */
-    be.linear_backward_weight(&be, want, x16, w16, T, C, R, 0, C, 0);
+    be.linear_backward_weight(&be, got, BESA_F32, x, w, T, C, R, 0, C, 0);          /* dY (T, C), X (T, R) */
+    be.linear_backward_weight(&be, want, BESA_F32, x16, w16, T, C, R, 0, C, 0);
     CHECK(!memcmp(got, want, C * R * sizeof(float)), "backward, weight");
     be.destroy(&be);
 }
@@ -1342,7 +1344,7 @@ static struct { int what, calls, at; } g_spoil;
 
 static besa_result (*g_block_loss)(besa_backend *, float *, void *, const void *, const void *, const float *, float, int64_t,
                                    int64_t, int);
-static besa_result (*g_bucket_gradient)(besa_backend *, float *, const float *, const void *, besa_dtype, const void *,
+static besa_result (*g_bucket_gradient)(besa_backend *, float *, const void *, besa_dtype, const void *, besa_dtype, const void *,
                                         const uint16_t *, int64_t, int64_t, int64_t);
 
 static besa_result spoiled_loss(besa_backend *be, float *loss, void *dy, const void *y, const void *yref, const float *sumsq,
@@ -1353,10 +1355,11 @@ static besa_result spoiled_loss(besa_backend *be, float *loss, void *dy, const v
     return r;
 }
 
-static besa_result spoiled_gradient(besa_backend *be, float *sums, const float *dw, const void *w, besa_dtype dtype,
-                                    const void *rank, const uint16_t *bucket, int64_t rows, int64_t columns, int64_t buckets)
+static besa_result spoiled_gradient(besa_backend *be, float *sums, const void *dw, besa_dtype dw_dtype, const void *w,
+                                    besa_dtype dtype, const void *rank, const uint16_t *bucket, int64_t rows, int64_t columns,
+                                    int64_t buckets)
 {
-    besa_result r = g_bucket_gradient(be, sums, dw, w, dtype, rank, bucket, rows, columns, buckets);
+    besa_result r = g_bucket_gradient(be, sums, dw, dw_dtype, w, dtype, rank, bucket, rows, columns, buckets);
     if (g_spoil.what == BAD_GRADIENT && g_spoil.calls++ == g_spoil.at) sums[0] = NAN;
     return r;
 }

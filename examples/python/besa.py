@@ -4,7 +4,7 @@
     report = besa.prune("MODEL", "PRUNED", "calibration.npy", sparsity=0.5, nsamples=128, seqlen=2048)
     print(report["sparsity"], besa.eval("PRUNED", "wikitext2.npy", seqlen=2048).perplexity)
 
-Functions of whole checkpoints: prune, plan, eval, compare, info, masks, rates, logits. Class Rates is level 3 of besa.h:
+Functions of whole checkpoints: prune, plan, eval, divergence, compare, info, masks, rates, logits. Class Rates is level 3 of besa.h:
 learned sparsities of any linear layers, in a training loop of your own; torch_layer.py makes an autograd.Function of it.
 
 Tokens are a file as `besa` takes it (.npy, .u16, .i32, .bin), or an array of whole numbers: 1-D a stream, 2-D sequences.
@@ -27,7 +27,7 @@ from _besa import ffi, lib
 
 __version__ = f"{lib.BESA_VERSION_MAJOR}.{lib.BESA_VERSION_MINOR}"
 # eval is left out: `from besa import *` is not to hide Python's own
-__all__ = ["Error", "Evaluation", "Rates", "compare", "info", "logits", "masks", "options", "plan", "prune", "rates"]
+__all__ = ["Error", "Evaluation", "Rates", "compare", "divergence", "info", "logits", "masks", "options", "plan", "prune", "rates"]
 
 Path = Union[str, "os.PathLike[str]"]
 Tokens = Union[Path, np.ndarray, Sequence[int]]
@@ -278,12 +278,16 @@ class _Calibration:
 
 # ---- whole checkpoints ---------------------------------------------------------------------
 
-def _prune(model: _Checkpoint, output: Optional[Path], be, data: _Calibration, chosen: _Options, run: _Run) -> Dict[str, Any]:
+def _prune(model: _Checkpoint, output: Optional[Path], be, data: _Calibration, chosen: _Options, run: _Run,
+           figures: Optional[Dict[str, float]] = None) -> Dict[str, Any]:
+    """The report; `figures` gets those of the test against data.struct.against."""
     chosen.attach(run)
     report = ffi.new("besa_report *")
     run.call(lib.besa_prune, model.pointer, ffi.NULL if output is None else os.fsencode(output), be, data.struct,
              chosen.struct, report)
     text = lib.besa_report_json(report)
+    if figures is not None:
+        figures.update(_figures(report.window, report.test_windows, report.kl, data.struct.test_seqlen))
     lib.besa_report_free(report)
     if not text:
         raise MemoryError("the report")
@@ -345,6 +349,48 @@ class Evaluation(NamedTuple):
     perplexity: float
     nll: np.ndarray
 
+    @property
+    def error(self) -> float:
+        """The standard error of perplexity over the windows; NaN of one window."""
+        return self.perplexity * float(np.std(self.nll, ddof=1)) / len(self.nll) ** 0.5 if len(self.nll) > 1 else np.nan
+
+
+def _figures(window, windows: int, kl, seqlen: int) -> Dict[str, float]:
+    """besa_summarize, under the names that `besa compare --json` has. Errors of one window are NaN."""
+    d = ffi.new("besa_divergence *")
+    lib.besa_summarize(d, window, windows, kl, windows * (seqlen - 1))
+    found = {"perplexity": d.perplexity, "perplexity_error": d.perplexity_error, "kl": d.kl, "kl_error": d.kl_error, "kl_99": d.kl_99,
+             "kl_most": d.kl_most, "same_top": d.same, "same_top_error": d.same_error, "nll_difference": d.difference,
+             "nll_difference_error": d.difference_error}
+    return {name: np.nan if windows == 1 and name.endswith("_error") else value for name, value in found.items()}
+
+
+class _Reference:
+    """A besa_reference of a model on windows of tokens."""
+
+    def __init__(self, model: _Checkpoint, be, ids: np.ndarray, run: _Run):
+        self.model, self.struct = model, ffi.gc(ffi.new("besa_reference *"), lib.besa_reference_free)
+        run.call(lib.besa_reference_create, self.struct, model.pointer, be, ffi.from_buffer("int32_t *", ids), *ids.shape,
+                 lib.besa_python_progress, run.handle)
+
+    def measure(self, model: _Checkpoint, be, run: _Run) -> Dict[str, float]:
+        windows, seqlen = self.struct.windows, self.struct.seqlen
+        window, kl = ffi.new("besa_window[]", windows), ffi.new("float[]", windows * (seqlen - 1))
+        run.call(lib.besa_compare_models, model.pointer, be, self.struct, window, kl, lib.besa_python_progress, run.handle)
+        return _figures(window, windows, kl, seqlen)
+
+
+def divergence(directory: Path, against: Path, tokens: Tokens, *, seqlen: Optional[int] = None, windows: Optional[int] = None,
+               threads: int = 0, bf16: bool = False, progress: Progress = True) -> Dict[str, float]:
+    """How far the predictions of the model in a directory are from those of another, on the windows that eval has: a dict with
+    perplexity; kl, the mean of KL(other || model) over all positions in nats, kl_99 its 99th percentile and kl_most the largest;
+    same_top, the share of positions with the same most likely token; nll_difference, the mean over windows of this model's
+    negative log-likelihood less the other's; and standard errors over the windows, perplexity_error and so on. Raises as eval
+    does, and Error where vocabularies differ."""
+    model, be = _Checkpoint(directory), _backend(threads, bf16)
+    ids = model.windows(tokens, windows, seqlen)
+    return _Reference(_Checkpoint(against), be, ids, _Run("against", progress)).measure(model, be, _Run("eval", progress))
+
 
 def _perplexity(model: _Checkpoint, be, ids: np.ndarray, run: _Run) -> Evaluation:
     nll, value = np.empty(len(ids)), ffi.new("double *")
@@ -370,21 +416,26 @@ def compare(source: Path, tokens: Tokens, test: Tokens, *, sparsity: Sequence[fl
     method    names, each with a preset after a colon if you like: "wanda", "besa:best"
     options   as in prune, for every row; they come after the preset
 
-    Returns a row for the dense model and one for each run: a dict with method, sparsity (asked for), reached,
-    perplexity, seconds. pandas.DataFrame(rows) makes a table of them. Raises as prune does."""
+    Returns a row for the dense model and one for each run: a dict with method, sparsity (asked for), seed, reached, what
+    divergence returns (from the dense model), and seconds. pandas.DataFrame(rows) makes a table of them, as it does of the
+    rows in a file of `besa compare --json`. Raises as prune does."""
     model, be = _Checkpoint(source), _backend(threads, bf16)
     data = _Calibration(model, tokens, nsamples, seqlen, seed, test, windows, test_seqlen)
-    dense = _perplexity(model, be, data.test, _Run("dense", progress))
-    rows = [{"method": "dense", "sparsity": 0.0, "reached": 0.0, "perplexity": dense.perplexity, "seconds": None}]
+    reference = _Reference(model, be, data.test, _Run("dense", progress))
+    data.struct.against = reference.struct
+    dense = Evaluation(reference.struct.perplexity, np.frombuffer(ffi.buffer(reference.struct.nll, 8 * len(data.test))))
+    rows = [{"method": "dense", "sparsity": 0.0, "seed": None, "reached": 0.0, "perplexity": dense.perplexity,
+             "perplexity_error": dense.error, "seconds": None}]
     for label in method:
         name, _, preset = label.partition(":")
         for target in sparsity:
             chosen = _Options(preset or None, target, **{**options, "method": name})
             if name != "besa" and options.get("learn") == "both":
                 _set(chosen.struct, {"learn": "weights"})  # others have no rates
-            report = _prune(model, None, be, data, chosen, _Run(f"{label} {100 * target:g} %", progress))
-            rows.append({"method": label, "sparsity": target, "reached": report["sparsity"],
-                         "perplexity": report["perplexity"], "seconds": report["seconds"]})
+            figures: Dict[str, float] = {}
+            report = _prune(model, None, be, data, chosen, _Run(f"{label} {100 * target:g} %", progress), figures)
+            rows.append({"method": label, "sparsity": target, "seed": seed, "reached": report["sparsity"], **figures,
+                         "seconds": report["seconds"]})
     return rows
 
 

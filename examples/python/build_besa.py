@@ -88,9 +88,13 @@ typedef struct { besa_rate_options rates; const besa_checkpoint *masks; const do
 typedef struct { const char *name; besa_option_kind kind; size_t offset; double standard, least, most; int flags;
                  const char *range, *value, *help; ...; } besa_option;
 const besa_option *besa_option_table(void);
+typedef struct { double nll, reference_nll, kl, same; } besa_window;
+typedef struct { int64_t windows, seqlen; double *nll, perplexity; ...; } besa_reference;
+typedef struct { int64_t windows, positions; double perplexity, perplexity_error, reference_perplexity, reference_perplexity_error,
+                 difference, difference_error, kl, kl_error, kl_99, kl_most, same, same_error; } besa_divergence;
 typedef struct { const int32_t *ids; int64_t nsamples, seqlen; const int32_t *test_ids;
-                 int64_t test_windows, test_seqlen; ...; } besa_calibration;
-typedef struct { double sparsity; ...; } besa_report;
+                 int64_t test_windows, test_seqlen; const besa_reference *against; ...; } besa_calibration;
+typedef struct { double sparsity; int64_t test_windows; besa_window *window; float *kl; ...; } besa_report;
 typedef struct { size_t device_bytes, host_bytes, mapped_block_bytes; uint64_t disk_bytes; int64_t micro_batch;
                  double flop; char notes[...]; ...; } besa_plan_result;
 besa_result besa_preset(besa_prune_options *options, const char *name, besa_error *error);
@@ -102,6 +106,13 @@ besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *be, const
 besa_result besa_perplexity(const besa_checkpoint *checkpoint, besa_backend *be, const int32_t *ids, int64_t windows,
                             int64_t seqlen, double *perplexity, double *nll, besa_progress_callback progress, void *user,
                             besa_error *error);
+besa_result besa_reference_create(besa_reference *reference, const besa_checkpoint *checkpoint, besa_backend *be,
+                                  const int32_t *ids, int64_t windows, int64_t seqlen, besa_progress_callback progress,
+                                  void *user, besa_error *error);
+void besa_reference_free(besa_reference *reference);
+besa_result besa_compare_models(const besa_checkpoint *checkpoint, besa_backend *be, const besa_reference *reference,
+                                besa_window *window, float *kl, besa_progress_callback progress, void *user, besa_error *error);
+void besa_summarize(besa_divergence *divergence, const besa_window *window, int64_t windows, float *kl, int64_t positions);
 besa_result besa_logits(const besa_checkpoint *checkpoint, besa_backend *be, const int32_t *ids, int64_t count,
                         int64_t seqlen, float *logits, besa_error *error);
 char *besa_report_json(const besa_report *report);

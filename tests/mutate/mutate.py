@@ -51,7 +51,7 @@ LEVEL = {"test_forms": "-O0", "test_reference": "-O0", "test_io": "-O0", "test_p
 
 def make(*arguments):
     """make in tests/; its output, or None where it failed."""
-    run = subprocess.run(["make", "-s", "-C", TESTS, "OPENMP=-fopenmp", "WARNINGS=-w"] + list(arguments),
+    run = subprocess.run(["make", "-s", "--no-print-directory", "-C", TESTS, "OPENMP=-fopenmp", "WARNINGS=-w"] + list(arguments),
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if run.returncode:
         make.error = run.stdout                 # of the last failure

@@ -1,0 +1,963 @@
+/* Measuring models: perplexity, and how far one model is from another; the commands eval and compare.
+ * Part of besa.c, which has what all commands share: jobs, progress, numbers as text. */
+
+static besa_result fail(job *j, besa_result result, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    vsnprintf(j->error.message, sizeof j->error.message, format, args);
+    va_end(args);
+    return result;
+}
+
+static besa_result out_of_memory(job *j) { return fail(j, BESA_ERROR_MEMORY, "out of memory"); }
+
+/* ---- tests --------------------------------------------------------------------------------- */
+
+/* All test files into one array of windows, test i from window first[i] on; sizes as load_windows has them, of each file. */
+static besa_result load_tests(job *j, int64_t windows, int64_t *seqlen, const char *seqlen_option)
+{
+    const settings *s = j->s;
+    for (int i = 0; i < s->num_tests; i++) {
+        int64_t count = windows;
+        int32_t *ids = NULL;
+        besa_result result = load_windows(j, s->tests[i].path, INT64_MAX, 0, "windows", seqlen_option, &count, seqlen, &ids);
+        const size_t bytes = (size_t)*seqlen * sizeof *ids, before = (size_t)j->first[i] * bytes;
+        void *all = result ? NULL : realloc(j->test_ids, before + (size_t)count * bytes);
+        if (!result && !all) result = out_of_memory(j);
+        if (!result) {
+            j->test_ids = (int32_t *)all;
+            memcpy((char *)all + before, ids, (size_t)count * bytes);
+            j->first[i + 1] = j->first[i] + count;
+        }
+        free(ids);
+        TRY(result);
+    }
+    return BESA_OK;
+}
+
+static int64_t all_windows(const job *j) { return j->first[j->s->num_tests]; }
+
+/* What is measured of one model: windows, and divergences of their positions where there is a reference. */
+typedef struct measurement {
+    besa_window *window;
+    float *kl;
+} measurement;
+
+static void free_measurement(measurement *m)
+{
+    free(m->window);
+    free(m->kl);
+    memset(m, 0, sizeof *m);
+}
+
+/* The windows of test i in figures. */
+static besa_divergence summary_of(const job *j, const besa_window *window, float *kl, int i)
+{
+    const int64_t first = j->first[i], count = j->first[i + 1] - first, positions = j->seqlen - 1;
+    besa_divergence d;
+    besa_summarize(&d, window + first, count, kl ? kl + first * positions : NULL, count * positions);
+    return d;
+}
+
+/* Fill in the reference: what others are held against. */
+static besa_result make_reference(job *j, const besa_checkpoint *checkpoint, const char *label)
+{
+    progress_view view = begin_progress(j->s, label);
+    besa_result result = besa_reference_create(&j->reference, checkpoint, &j->backend, j->test_ids, all_windows(j), j->seqlen,
+                                               show_progress, &view, &j->error);
+    end_progress(&view);
+    return result;
+}
+
+/* Measure the model of the job, against the reference where there is one. */
+static besa_result measure(job *j, const char *label, measurement *m)
+{
+    const int64_t windows = all_windows(j), positions = windows * (j->seqlen - 1);
+    const int has_reference = j->reference.hidden != NULL;
+    double perplexity, *nll = (double *)calloc((size_t)windows, sizeof *nll);
+    m->window = (besa_window *)calloc((size_t)windows, sizeof *m->window);
+    m->kl = has_reference ? (float *)calloc((size_t)positions + 1, sizeof *m->kl) : NULL;
+    progress_view view = begin_progress(j->s, label);
+    besa_result result = !nll || !m->window || (has_reference && !m->kl) ? out_of_memory(j) : BESA_OK;
+    if (!result && has_reference)
+        result = besa_compare_models(j->checkpoint, &j->backend, &j->reference, m->window, m->kl, show_progress, &view,
+                                     &j->error);
+    else if (!result)
+        result = besa_perplexity(j->checkpoint, &j->backend, j->test_ids, windows, j->seqlen, &perplexity, nll, show_progress,
+                                 &view, &j->error);
+    for (int64_t i = 0; i < windows && !result && !has_reference; i++) m->window[i].nll = nll[i];
+    end_progress(&view);
+    free(nll);
+    return result;
+}
+
+/* ---- eval ---------------------------------------------------------------------------------- */
+
+/* Of one window there is no error. */
+static void print_error(const char *format, double error, const char *unit, int64_t windows)
+{
+    if (windows > 1) printf(format, error);
+    printf("%s", unit);
+}
+
+static void print_eval(const job *j, int i, const besa_divergence *d)
+{
+    const char *against = j->s->against;
+    if (j->s->num_tests > 1) {
+        print_text(stdout, j->s->tests[i].name);
+        printf(": ");
+    }
+    printf("perplexity %.4f", d->perplexity);
+    print_error(" +/- %.4f", d->perplexity_error, "", d->windows);
+    printf(" over %lld windows of %lld tokens\n", (long long)d->windows, (long long)j->seqlen);
+    if (!against) return;
+    printf("  against ");
+    print_text(stdout, against);
+    printf(", perplexity %.4f", d->reference_perplexity);
+    print_error(" +/- %.4f", d->reference_perplexity_error, "\n", d->windows);
+    printf("  KL divergence        %.5f", d->kl);
+    print_error(" +/- %.5f", d->kl_error, "", d->windows);
+    printf(", 99th percentile %.4f, largest %.4f\n", d->kl_99, d->kl_most);
+    printf("  most likely token    the same in %.2f %%", 100 * d->same);
+    print_error(" +/- %.2f %%", 100 * d->same_error, "\n", d->windows);
+    printf("  log-likelihood       %.5f", -d->difference);
+    print_error(" +/- %.5f", d->difference_error, " per token: the mean difference of a window\n", d->windows);
+}
+
+/* An error, or null where one window has none. */
+static void put_error(FILE *file, const char *name, double error, int64_t windows)
+{
+    if (windows > 1) fprintf(file, ", \"%s\": %.9g", name, error);
+    else fprintf(file, ", \"%s\": null", name);
+}
+
+/* The figures of a test as members; those about the reference too, if it has any. */
+static void put_figures(FILE *file, const besa_divergence *d)
+{
+    fprintf(file, "\"perplexity\": %.9g", d->perplexity);
+    put_error(file, "perplexity_error", d->perplexity_error, d->windows);
+    if (!d->positions) return;
+    fprintf(file, ", \"kl\": %.9g", d->kl);
+    put_error(file, "kl_error", d->kl_error, d->windows);
+    fprintf(file, ", \"kl_99\": %.9g, \"kl_most\": %.9g, \"same_top\": %.9g", d->kl_99, d->kl_most, d->same);
+    put_error(file, "same_top_error", d->same_error, d->windows);
+    fprintf(file, ", \"nll_difference\": %.9g", d->difference);
+    put_error(file, "nll_difference_error", d->difference_error, d->windows);
+}
+
+static void print_eval_json(const job *j, int i, const besa_divergence *d, const besa_window *window)
+{
+    const int several = j->s->num_tests > 1;
+    printf(!several ? "{" : i ? ",\n {\"name\": " : "{\"tests\": [\n {\"name\": ");
+    if (several) put_string(stdout, j->s->tests[i].name);
+    if (several) printf(", ");
+    put_figures(stdout, d);
+    if (j->s->against) {
+        printf(", \"against\": ");
+        put_string(stdout, j->s->against);
+        printf(", \"against_perplexity\": %.9g", d->reference_perplexity);
+        put_error(stdout, "against_perplexity_error", d->reference_perplexity_error, d->windows);
+    }
+    printf(", \"windows\": %lld, \"seqlen\": %lld, \"nll\": [", (long long)d->windows, (long long)j->seqlen);
+    for (int64_t k = j->first[i]; k < j->first[i + 1]; k++) printf("%s%.9g", k > j->first[i] ? ", " : "", window[k].nll);
+    printf("]}%s", !several ? "\n" : i + 1 == j->s->num_tests ? "]}\n" : "");
+}
+
+/* The model that others are held against: --against, or the job's own. */
+static besa_result open_against(job *j)
+{
+    if (j->s->against) TRY(besa_checkpoint_open(&j->against, j->s->against, &j->error));
+    j->reference.checkpoint = j->against ? j->against : j->checkpoint;
+    j->reference.windows = all_windows(j);
+    j->reference.seqlen = j->seqlen;
+    const int64_t vocab = besa_checkpoint_config(j->checkpoint)->vocab_size;
+    const int64_t other = besa_checkpoint_config(j->reference.checkpoint)->vocab_size;
+    if (vocab == other) return BESA_OK;
+    return fail(j, BESA_ERROR_OPTION, "--against %s has a vocabulary of %lld tokens, and %s one of %lld: what they predict cannot be "
+                "compared", j->s->against, (long long)other, j->s->path[0], (long long)vocab);
+}
+
+static besa_result run_eval(job *j)
+{
+    const settings *s = j->s;
+    measurement m = {NULL, NULL};
+    j->seqlen = s->seqlen;
+    TRY(load_tests(j, s->windows, &j->seqlen, "seqlen"));
+    if (s->against) {
+        TRY(open_against(j));
+        TRY(make_reference(j, j->against, "against"));
+    }
+    besa_result result = measure(j, "eval", &m);
+    for (int i = 0; i < s->num_tests && !result; i++) {
+        const besa_divergence d = summary_of(j, m.window, m.kl, i);
+        if (s->json) print_eval_json(j, i, &d, m.window);
+        else print_eval(j, i, &d);
+    }
+    free_measurement(&m);
+    return result;
+}
+
+/* ---- the runs of a comparison -------------------------------------------------------------- */
+
+/* One run on one test; of the dense model nsamples is 0. */
+typedef struct result_row {
+    char method[MAX_NAME];
+    double sparsity;
+    int64_t nsamples, seed;
+    int test, is_reference; /* 1: what others are held against */
+    double reached, seconds, flop;
+    besa_divergence d;
+    char *line; /* of the file of results, without what is between lines */
+} result_row;
+
+typedef struct comparison {
+    job *j;
+    result_row *row;
+    int num_rows, room;
+    char *kept;                /* the file of --resume, or NULL; lines that are taken over begin with 0 */
+    int printed_axes[3];       /* 1: the table has a column for calibration sizes, seeds, tests */
+    int name_width, test_width;
+    work_left work;
+} comparison;
+
+static void free_comparison(comparison *c)
+{
+    for (int i = 0; i < c->num_rows; i++) free(c->row[i].line);
+    free(c->row);
+    free(c->kept);
+}
+
+/* A row more, as what is written of it is known. */
+static besa_result add_row(comparison *c, const result_row *r)
+{
+    if (c->num_rows == c->room) {
+        const int room = 2 * c->room + 64;
+        result_row *rows = (result_row *)realloc(c->row, (size_t)room * sizeof *rows);
+        if (!rows) return out_of_memory(c->j);
+        c->row = rows;
+        c->room = room;
+    }
+    c->row[c->num_rows++] = *r;
+    return BESA_OK;
+}
+
+/* ---- the file of results ------------------------------------------------------------------- */
+
+/* What makes two files of tokens the same: a hash (FNV-1a) of their ids. */
+static besa_result hash_tokens(job *j, const char *path, uint64_t *hash)
+{
+    besa_tokens file;
+    TRY(besa_tokens_load(&file, path, &j->error));
+    *hash = 14695981039346656037u;
+    for (int64_t i = 0; i < file.count; i++) *hash = (*hash ^ (uint32_t)file.ids[i]) * 1099511628211u;
+    besa_tokens_free(&file);
+    return BESA_OK;
+}
+
+/* Whether an option is not one that all rows have and that results depend on. */
+static int is_aside(const char *name)
+{
+    static const char *const aside[] = {"tokens", "test", "method", "sparsity", "nsamples", "seed", "seeds", "seqlen",
+                                        "test-seqlen", "windows", "against", "json", "markdown", "resume", "quiet",
+                                        "no-quiet", "threads", "memory"};
+    for (size_t i = 0; i < sizeof aside / sizeof *aside; i++)
+        if (!strcmp(aside[i], name)) return 1;
+    return 0;
+}
+
+/* The other options, as they were given. */
+static void put_options(FILE *file, const settings *s)
+{
+    const char *between = "";
+    fprintf(file, " \"options\": [");
+    for (int i = 0; s->arguments[i];) {
+        char name[MAX_NAME];
+        if (s->arguments[i][0] != '-') {
+            i++;
+            continue;
+        }
+        const int more = argument_length(s, i, name), kept = !is_aside(name);
+        for (int k = 0; k < more; k++, i++) {
+            if (!kept) continue;
+            fprintf(file, "%s", between);
+            put_string(file, s->arguments[i]);
+            between = ", ";
+        }
+    }
+    fprintf(file, "],\n");
+}
+
+/* All that must be the same where runs are taken over. */
+static besa_result put_head(FILE *file, job *j)
+{
+    const settings *s = j->s;
+    uint64_t hash;
+    fprintf(file, "{\"program\": \"besa %d.%d\",\n \"model\": ", BESA_VERSION_MAJOR, BESA_VERSION_MINOR);
+    put_string(file, s->path[0]);
+    fprintf(file, ",\n \"against\": ");
+    put_string(file, s->against ? s->against : s->path[0]);
+    TRY(hash_tokens(j, s->tokens, &hash));
+    fprintf(file, ",\n \"tokens\": ");
+    put_string(file, s->tokens);
+    fprintf(file, ",\n \"tokens_hash\": \"%016llx\",\n \"seqlen\": %lld,\n \"tests\": [\n", (unsigned long long)hash,
+            (long long)j->calibration.seqlen);
+    for (int i = 0; i < s->num_tests; i++) {
+        TRY(hash_tokens(j, s->tests[i].path, &hash));
+        fprintf(file, "  {\"name\": ");
+        put_string(file, s->tests[i].name);
+        fprintf(file, ", \"file\": ");
+        put_string(file, s->tests[i].path);
+        fprintf(file, ", \"hash\": \"%016llx\", \"windows\": %lld, \"seqlen\": %lld}%s\n", (unsigned long long)hash,
+                (long long)(j->first[i + 1] - j->first[i]), (long long)j->seqlen, i + 1 < s->num_tests ? "," : "");
+    }
+    fprintf(file, " ],\n");
+    put_options(file, s);
+    fprintf(file, " \"rows\": [\n");
+    return BESA_OK;
+}
+
+/* What says which run on which test a line is of: it begins so. */
+static void put_key(FILE *file, const job *j, const result_row *r)
+{
+    fprintf(file, "  {\"method\": ");
+    put_string(file, r->method);
+    if (r->nsamples)
+        fprintf(file, ", \"sparsity\": %.9g, \"nsamples\": %lld, \"seed\": %lld", r->sparsity, (long long)r->nsamples,
+                (long long)r->seed);
+    else fprintf(file, ", \"sparsity\": 0, \"nsamples\": null, \"seed\": null");
+    fprintf(file, ", \"test\": ");
+    put_string(file, j->s->tests[r->test].name);
+}
+
+/* What is written to a file of its own, as a string. NULL: there is no memory, or no such file. */
+static char *take_text(FILE *file)
+{
+    char *all = NULL;
+    const long size = file && !fflush(file) ? ftell(file) : -1;
+    if (size >= 0) all = (char *)calloc((size_t)size + 1, 1);
+    if (all) rewind(file);
+    if (all && fread(all, 1, (size_t)size, file) != (size_t)size) {
+        free(all);
+        all = NULL;
+    }
+    if (file) fclose(file);
+    return all;
+}
+
+/* The line of a row; options: of the report, as JSON, or NULL. */
+static char *row_line(const job *j, const result_row *r, const char *options)
+{
+    FILE *file = tmpfile();
+    if (!file) return NULL;
+    put_key(file, j, r);
+    fprintf(file, ", \"reached\": %.9g, ", r->reached);
+    put_figures(file, &r->d);
+    if (r->nsamples) fprintf(file, ", \"seconds\": %.4g, \"flop\": %.9g", r->seconds, r->flop);
+    if (options) fprintf(file, ", \"options\": %s", options);
+    fprintf(file, "}");
+    return take_text(file);
+}
+
+/* The number of a member of a line; 0 where it is null or not there. */
+static double number_in(const char *line, const char *name)
+{
+    char member[64];
+    snprintf(member, sizeof member, ", \"%s\": ", name);
+    const char *at = strstr(line, member);
+    return at ? strtod(at + strlen(member), NULL) : 0; /* of "null" 0 */
+}
+
+static void read_figures(result_row *r, const char *line, int64_t windows)
+{
+    besa_divergence *d = &r->d;
+    r->reached = number_in(line, "reached");
+    r->seconds = number_in(line, "seconds");
+    r->flop = number_in(line, "flop");
+    d->windows = windows;
+    d->positions = 1;
+    d->perplexity = number_in(line, "perplexity");
+    d->perplexity_error = number_in(line, "perplexity_error");
+    d->kl = number_in(line, "kl");
+    d->kl_error = number_in(line, "kl_error");
+    d->kl_99 = number_in(line, "kl_99");
+    d->kl_most = number_in(line, "kl_most");
+    d->same = number_in(line, "same_top");
+    d->same_error = number_in(line, "same_top_error");
+    d->difference = number_in(line, "nll_difference");
+    d->difference_error = number_in(line, "nll_difference_error");
+}
+
+/* A file of results is put in the place of the last one: it is whole at any time. */
+static besa_result replace_file(job *j, const char *path, besa_result (*put)(FILE *file, comparison *c), comparison *c)
+{
+    char part[4096];
+    struct stat st;
+    const int direct = !stat(path, &st) && !S_ISREG(st.st_mode); /* /dev/stdout */
+    const int n = snprintf(part, sizeof part, "%s%s", path, direct ? "" : ".partial");
+    FILE *file = n > 0 && (size_t)n < sizeof part ? fopen(part, "w") : NULL;
+    besa_result result = file ? put(file, c) : BESA_OK;
+    const int written = file && !ferror(file);
+    if (file && fclose(file) == 0 && written && !result && (direct || !rename(part, path))) return BESA_OK;
+    const int why = errno;
+    if (file && !direct) unlink(part);
+    return result ? result : fail(j, BESA_ERROR_WRITE, "%s could not be written: %s", path, strerror(why));
+}
+
+static int same_but_seed(const result_row *a, const result_row *b)
+{
+    return a->nsamples && b->nsamples && !strcmp(a->method, b->method) && a->sparsity == b->sparsity &&
+           a->nsamples == b->nsamples && a->test == b->test;
+}
+
+/* The figures of a row that have a mean over seeds, and where their deviation goes; 0: nowhere. */
+#define FIGURE(field) offsetof(result_row, field)
+static const struct { size_t mean, deviation; } figures[] = {
+    {FIGURE(reached), 0}, {FIGURE(seconds), 0}, {FIGURE(d.perplexity), FIGURE(d.perplexity_error)},
+    {FIGURE(d.kl), FIGURE(d.kl_error)}, {FIGURE(d.kl_99), 0}, {FIGURE(d.kl_most), 0},
+    {FIGURE(d.same), FIGURE(d.same_error)}, {FIGURE(d.difference), FIGURE(d.difference_error)}};
+
+static double *figure_of(result_row *r, size_t offset) { return (double *)(void *)((char *)r + offset); }
+
+/* If row i is the first of those that differ in their seed alone: their number, and a row of their means, in which errors are
+ * deviations over the seeds, sqrt(sum (x - mean)^2 / (n - 1)); else 0. */
+static int mean_row(const comparison *c, int i, result_row *mean)
+{
+    int n = 0;
+    for (int k = 0; k < i; k++)
+        if (same_but_seed(&c->row[k], &c->row[i])) return 0;
+    *mean = c->row[i];
+    for (int k = i; k < c->num_rows; k++) n += same_but_seed(&c->row[k], &c->row[i]);
+    for (size_t f = 0; f < sizeof figures / sizeof figures[0]; f++) {
+        double sum = 0, squares = 0;
+        for (int k = i; k < c->num_rows; k++)
+            if (same_but_seed(&c->row[k], &c->row[i])) sum += *figure_of(&c->row[k], figures[f].mean);
+        for (int k = i; k < c->num_rows; k++)
+            if (same_but_seed(&c->row[k], &c->row[i])) squares += pow(*figure_of(&c->row[k], figures[f].mean) - sum / n, 2);
+        *figure_of(mean, figures[f].mean) = n ? sum / n : 0;
+        if (figures[f].deviation) *figure_of(mean, figures[f].deviation) = n > 1 ? sqrt(squares / (n - 1)) : 0;
+    }
+    return n;
+}
+
+static void put_mean(FILE *file, const job *j, const result_row *r, int seeds)
+{
+    fprintf(file, "  {\"method\": ");
+    put_string(file, r->method);
+    fprintf(file, ", \"sparsity\": %.9g, \"nsamples\": %lld, \"test\": ", r->sparsity, (long long)r->nsamples);
+    put_string(file, j->s->tests[r->test].name);
+    fprintf(file, ", \"seeds\": %d, \"reached_mean\": %.9g", seeds, r->reached);
+    fprintf(file, ", \"perplexity_mean\": %.9g, \"perplexity_sd\": %.9g", r->d.perplexity, r->d.perplexity_error);
+    fprintf(file, ", \"kl_mean\": %.9g, \"kl_sd\": %.9g, \"kl_99_mean\": %.9g", r->d.kl, r->d.kl_error, r->d.kl_99);
+    fprintf(file, ", \"same_top_mean\": %.9g, \"same_top_sd\": %.9g", r->d.same, r->d.same_error);
+    fprintf(file, ", \"nll_difference_mean\": %.9g, \"nll_difference_sd\": %.9g}", r->d.difference, r->d.difference_error);
+}
+
+static besa_result put_json(FILE *file, comparison *c)
+{
+    const char *between = "";
+    TRY(put_head(file, c->j));
+    for (int i = 0; i < c->num_rows; i++, between = ",\n") fprintf(file, "%s%s", between, c->row[i].line);
+    for (const char *line = c->kept, *next; line; line = next) { /* those of other runs */
+        const size_t n = strcspn(line, "\n");
+        next = line[n] ? line + n + 1 : NULL;
+        if (strncmp(line, "  {\"method\": \"", 14)) continue;
+        fprintf(file, "%s%.*s", between, (int)(n && line[n - 1] == ',' ? n - 1 : n), line);
+        between = ",\n";
+    }
+    fprintf(file, "\n ],\n \"means\": [");
+    between = "\n";
+    for (int i = 0; i < c->num_rows && c->j->s->num_seeds > 1; i++) {
+        result_row mean;
+        const int seeds = mean_row(c, i, &mean);
+        if (!seeds) continue;
+        fprintf(file, "%s", between);
+        put_mean(file, c->j, &mean, seeds);
+        between = ",\n";
+    }
+    fprintf(file, "]}\n");
+    return BESA_OK;
+}
+
+/* ---- the table ----------------------------------------------------------------------------- */
+
+/* The text of a cell of one line of Markdown: a bar would end it. */
+static void put_cell(FILE *file, const char *word)
+{
+    for (; *word; word++) fprintf(file, *word == '|' ? "\\|" : "%c", *word);
+}
+
+static void put_markdown_row(FILE *file, const comparison *c, const result_row *r, const char *seed)
+{
+    const besa_divergence *d = &r->d;
+    const int error = d->windows > 1 || *seed == 'm';
+    fprintf(file, "| ");
+    put_cell(file, r->method);
+    if (r->nsamples) fprintf(file, " | %.4g %% | ", 100 * r->sparsity);
+    else fprintf(file, " | | ");
+    if (c->printed_axes[0] && r->nsamples) fprintf(file, "%lld | ", (long long)r->nsamples);
+    else if (c->printed_axes[0]) fprintf(file, "| ");
+    if (c->printed_axes[1]) fprintf(file, "%s | ", seed);
+    if (c->printed_axes[2]) put_cell(file, c->j->s->tests[r->test].name), fprintf(file, " | ");
+    fprintf(file, "%.4f | %.3f", r->reached, d->perplexity);
+    if (error) fprintf(file, " ± %.3f", d->perplexity_error);
+    if (!r->is_reference) fprintf(file, " | %.4f", d->kl);
+    if (!r->is_reference && error) fprintf(file, " ± %.4f", d->kl_error);
+    if (!r->is_reference) fprintf(file, " | %.3f | %.1f %% |", d->kl_99, 100 * d->same);
+    else fprintf(file, " | | | |");
+    if (r->nsamples) fprintf(file, " %.1f |\n", r->seconds);
+    else fprintf(file, " |\n");
+}
+
+/* A row's seed in words. */
+static text seed_of(const result_row *r)
+{
+    text t = {""};
+    if (r->nsamples) snprintf(t.s, sizeof t.s, "%lld", (long long)r->seed);
+    return t;
+}
+
+static besa_result put_markdown(FILE *file, comparison *c)
+{
+    static const char *const axis[] = {" sequences |", " seed |", " text |"};
+    fprintf(file, "| method | sparsity |");
+    for (int i = 0; i < 3; i++) fprintf(file, "%s", c->printed_axes[i] ? axis[i] : "");
+    fprintf(file, " reached | perplexity | KL | KL, 99 %% | same token | seconds |\n|---|---|");
+    for (int i = 0; i < 3; i++) fprintf(file, "%s", c->printed_axes[i] ? "---|" : "");
+    fprintf(file, "---|---|---|---|---|---|\n");
+    for (int i = 0; i < c->num_rows; i++) put_markdown_row(file, c, &c->row[i], seed_of(&c->row[i]).s);
+    for (int i = 0; i < c->num_rows && c->j->s->num_seeds > 1; i++) {
+        result_row mean;
+        if (mean_row(c, i, &mean)) put_markdown_row(file, c, &mean, "mean");
+    }
+    return BESA_OK;
+}
+
+static besa_result save(comparison *c)
+{
+    const settings *s = c->j->s;
+    const char *json = s->json_file ? s->json_file : s->resume;
+    if (json) TRY(replace_file(c->j, json, put_json, c));
+    if (s->markdown) TRY(replace_file(c->j, s->markdown, put_markdown, c));
+    return BESA_OK;
+}
+
+/* The first columns, as wide as what is in them. */
+static void print_axes(const comparison *c, const char *name, const char *sparsity, const char *nsamples, const char *seed,
+                       const char *test)
+{
+    print_text(stdout, name);
+    printf("%*s %7s", c->name_width - (int)strlen(name), "", sparsity);
+    if (c->printed_axes[0]) printf(" %6s", nsamples);
+    if (c->printed_axes[1]) printf(" %6s", seed);
+    if (!c->printed_axes[2]) return;
+    printf(" ");
+    print_text(stdout, test);
+    printf("%*s", c->test_width - (int)strlen(test), "");
+}
+
+/* A line of the table: as soon as it is known. */
+static void print_row(const comparison *c, const result_row *r, const char *seed)
+{
+    const besa_divergence *d = &r->d;
+    text sparsity = {""}, nsamples = {""};
+    if (r->nsamples) snprintf(sparsity.s, sizeof sparsity.s, "%.4g %%", 100 * r->sparsity);
+    if (r->nsamples) snprintf(nsamples.s, sizeof nsamples.s, "%lld", (long long)r->nsamples);
+    print_axes(c, r->method, sparsity.s, nsamples.s, seed, c->j->s->tests[r->test].name);
+    if (r->nsamples) printf(" %7.4f", r->reached);
+    else printf(" %7s", "");
+    printf(" %9.3f", d->perplexity);
+    if (d->windows > 1 || *seed == 'm') printf(" %6.2f", d->perplexity_error);
+    else printf(" %6s", "");
+    if (!r->is_reference) printf(" %6.3f %6.2f %5.1f", d->kl, d->kl_99, 100 * d->same);
+    if (r->nsamples) printf(" %6.1f", r->seconds);
+    printf("\n");
+    fflush(stdout);
+}
+
+static void print_head(comparison *c)
+{
+    const settings *s = c->j->s;
+    const besa_calibration *k = &c->j->calibration;
+    c->printed_axes[0] = s->num_counts > 1;
+    c->printed_axes[1] = s->num_seeds > 1;
+    c->printed_axes[2] = s->num_tests > 1;
+    c->name_width = 9; /* as wide as their headings */
+    c->test_width = 4;
+    for (int i = 0; i < s->num_rows; i++)
+        if ((int)strlen(s->rows[i].label) > c->name_width) c->name_width = (int)strlen(s->rows[i].label);
+    for (int i = 0; i < s->num_tests; i++)
+        if ((int)strlen(s->tests[i].name) > c->test_width) c->test_width = (int)strlen(s->tests[i].name);
+    printf("calibrated on ");
+    for (int i = 0; i < s->num_counts || i < 1; i++)
+        printf("%s%lld", i ? ", " : "", (long long)(s->num_counts ? s->counts[i] : k->nsamples));
+    printf(" x %lld tokens, perplexity on ", (long long)k->seqlen);
+    for (int i = 0; i < s->num_tests; i++)
+        printf("%s%lld", i ? ", " : "", (long long)(c->j->first[i + 1] - c->j->first[i]));
+    printf(" x %lld\n", (long long)c->j->seqlen);
+}
+
+static void print_columns(const comparison *c)
+{
+    printf("\n");
+    print_axes(c, "method", "target", "calib.", "seed", "text");
+    printf(" %7s %9s %6s %6s %6s %5s %6s\n", "reached", "perplex.", "+/-", "KL", "KL 99%", "same%", "sec");
+}
+
+/* ---- resuming ------------------------------------------------------------------------------ */
+
+/* The file of --resume, which is to begin as this comparison's. A file that is not there yet is begun. */
+static besa_result read_kept(comparison *c)
+{
+    job *j = c->j;
+    const char *path = j->s->resume;
+    FILE *file = path ? fopen(path, "r") : NULL, *own = tmpfile();
+    if (path && !file && errno != ENOENT) {
+        const int why = errno;
+        if (own) fclose(own);
+        return fail(j, BESA_ERROR_READ, "%s: %s", path, strerror(why));
+    }
+    besa_result result = own ? put_head(own, j) : out_of_memory(j);
+    char *head = take_text(own);
+    if (file) fseek(file, 0, SEEK_END);
+    if (file) c->kept = take_text(file);
+    if (!result && (!head || (file && !c->kept))) result = out_of_memory(j);
+    size_t at = 0, line = 0;
+    for (; !result && c->kept && head[at] && head[at] == c->kept[at]; at++)
+        if (head[at] == '\n') line = at + 1;
+    char *end = c->kept ? strstr(c->kept, "\n ],\n \"means\": [") : NULL;
+    if (!result && c->kept && (head[at] || !end)) {
+        const char *there = c->kept + line + strspn(c->kept + line, " "), *here = head + line + strspn(head + line, " ");
+        if (head[at])
+            result = fail(j, BESA_ERROR_RESUME, "--resume %s is of another comparison: it has %.*s and this one %.*s", path,
+                          (int)strcspn(there, "\n"), there, (int)strcspn(here, "\n"), here);
+        else result = fail(j, BESA_ERROR_RESUME, "--resume %s has no end: it was cut off, or is no file of --json", path);
+    }
+    if (end) end[1] = 0;
+    free(head);
+    return result;
+}
+
+/* The line of the file of --resume with this row's key, or NULL. */
+static char *find_kept(const comparison *c, const result_row *r)
+{
+    FILE *file = c->kept ? tmpfile() : NULL;
+    if (!file) return NULL;
+    put_key(file, c->j, r);
+    char *key = take_text(file), *line = key ? c->kept : NULL;
+    while (line && (strncmp(line, key, strlen(key)) || line[strlen(key)] != ',')) {
+        line = strchr(line, '\n');
+        if (line) line++;
+    }
+    free(key);
+    return line;
+}
+
+/* Take over a line; it is found no more. */
+static besa_result take_kept(comparison *c, result_row *r, char *line)
+{
+    size_t n = strcspn(line, "\n");
+    if (n && line[n - 1] == ',') n--;
+    r->line = (char *)calloc(n + 1, 1);
+    if (!r->line) return out_of_memory(c->j);
+    memcpy(r->line, line, n);
+    line[0] = '-';
+    read_figures(r, r->line, c->j->first[r->test + 1] - c->j->first[r->test]);
+    return add_row(c, r);
+}
+
+/* ---- compare ------------------------------------------------------------------------------- */
+
+/* A run of the comparison. */
+typedef struct cell {
+    int row, sparsity;
+    int64_t nsamples, seed;
+} cell;
+
+static cell cell_of(const comparison *c, int i)
+{
+    const settings *s = c->j->s;
+    const int seeds = s->num_seeds ? s->num_seeds : 1;
+    cell at;
+    at.sparsity = i % s->num_sparsities;
+    at.row = i / s->num_sparsities % s->num_rows;
+    i /= s->num_sparsities * s->num_rows;
+    at.seed = s->num_seeds ? s->seeds[i % seeds] : s->seed;
+    at.nsamples = s->num_counts ? s->counts[i / seeds] : 0;
+    return at;
+}
+
+static int count_cells(const settings *s)
+{
+    return s->num_sparsities * s->num_rows * (s->num_seeds ? s->num_seeds : 1) * (s->num_counts ? s->num_counts : 1);
+}
+
+/* The calibration that the cell has, where it is not there already. */
+static besa_result take_calibration(job *j, const cell *at)
+{
+    besa_calibration *k = &j->calibration;
+    if (j->ids && j->ids_seed == at->seed && (!at->nsamples || k->nsamples == at->nsamples)) return BESA_OK;
+    free(j->ids);
+    j->ids = NULL;
+    k->nsamples = at->nsamples ? at->nsamples : 0;
+    j->ids_seed = at->seed;
+    j->has_outliers = 0;
+    besa_result result = load_windows(j, j->s->tokens, 128, (uint64_t)at->seed, "nsamples", "seqlen", &k->nsamples,
+                                      &k->seqlen, &j->ids);
+    k->ids = j->ids;
+    return result;
+}
+
+/* Set the options and the data of a cell. */
+static besa_result take_cell(comparison *c, const cell *at, row *r)
+{
+    settings *s = c->j->s;
+    *r = begin_row(s, at->row);
+    s->prune.rates.target = s->sparsity[at->sparsity];
+    return take_calibration(c->j, at);
+}
+
+/* The rows of a cell, one for each test, from the file of --resume; 1 where all are there. */
+static int has_kept(const comparison *c, const result_row *r)
+{
+    int all = 1;
+    for (int i = 0; i < c->j->s->num_tests; i++) {
+        result_row one = *r;
+        one.test = i;
+        all = all && find_kept(c, &one);
+    }
+    return all;
+}
+
+static result_row row_of(const comparison *c, const row *r, const cell *at)
+{
+    result_row made;
+    memset(&made, 0, sizeof made);
+    snprintf(made.method, sizeof made.method, "%s", r->label);
+    made.sparsity = c->j->s->sparsity[at->sparsity];
+    made.nsamples = c->j->calibration.nsamples;
+    made.seed = at->seed;
+    return made;
+}
+
+/* Before the first run: a run that would be refused ends the command here, what is known of each is said, and how much work
+ * there is. */
+static besa_result check_runs(comparison *c)
+{
+    job *j = c->j;
+    const settings *s = j->s;
+    int runs = 0;
+    besa_plan_result plan[2];
+    plan[1].notes[0] = 0;
+    if (s->left_out)
+        fprintf(stderr, "besa is left out: with a pattern it has no rates to learn; --preset best: its weights\n");
+    for (int i = 0; i < count_cells(s); i++) {
+        const cell at = cell_of(c, i);
+        row r;
+        TRY(take_cell(c, &at, &r));
+        if (at.sparsity == 0) plan[1].notes[0] = 0;
+        if (at.seed != cell_of(c, 0).seed) TRY(make_plan(j, &plan[0])); /* another seed changes nothing of what is said */
+        else TRY(print_notes(j, r.label, plan[1].notes, &plan[0]));
+        plan[1] = plan[0];
+        const result_row made = row_of(c, &r, &at);
+        if (has_kept(c, &made)) continue;
+        runs++;
+        c->work.all += plan[0].flop;
+    }
+    if (s->quiet) return BESA_OK;
+    if (c->kept) {
+        print_text(stderr, s->resume);
+        fprintf(stderr, ": %d of %d runs are there\n", count_cells(s) - runs, count_cells(s));
+    }
+    fprintf(stderr, "%d runs, %s in matrix products\n", runs, with_unit(c->work.all, "FLOP").s);
+    return BESA_OK;
+}
+
+/* With --block-targets owl: the outliers of this calibration, once for all methods and sparsities. */
+static besa_result take_outliers(job *j)
+{
+    if (!j->s->owl || j->has_outliers) return BESA_OK;
+    j->has_outliers = 1;
+    return find_outliers(j);
+}
+
+/* The options of a report as JSON, owned by the caller; NULL where there is no memory. */
+static char *options_of(const besa_report *report)
+{
+    char *json = besa_report_json(report), *at = json ? strstr(json, "\"options\": {") : NULL, *options = NULL;
+    if (at) {
+        at += strlen("\"options\": ");
+        const size_t n = strcspn(at, "}") + 1;
+        options = (char *)calloc(n + 1, 1);
+        if (options) memcpy(options, at, n);
+    }
+    free(json);
+    return options;
+}
+
+/* Rows of a report, one for each test. */
+static besa_result add_report(comparison *c, result_row *made, besa_report *report)
+{
+    char *options = options_of(report);
+    besa_result result = BESA_OK;
+    made->reached = report->sparsity;
+    made->seconds = report->seconds;
+    for (int i = 0; i < c->j->s->num_tests && !result; i++) {
+        made->test = i;
+        made->d = summary_of(c->j, report->window, report->kl, i);
+        made->line = row_line(c->j, made, options);
+        if (made->line) read_figures(made, made->line, made->d.windows); /* the digits that a run which takes it over has */
+        result = made->line ? add_row(c, made) : out_of_memory(c->j);
+        if (!result) print_row(c, made, seed_of(made).s);
+    }
+    free(options);
+    return result;
+}
+
+/* How long the rest may take, where no line on a terminal says so. */
+static void say_rest(const comparison *c, int done)
+{
+    const double left = seconds_left(&c->work, 0, 0);
+    if (done == 1 && left > 0 && !c->j->s->quiet && !isatty(STDERR_FILENO))
+        fprintf(stderr, "the other runs: %s\n", in_minutes(left).s);
+}
+
+/* Prune and measure once, or take over what is known. */
+static besa_result compare_one(comparison *c, int i, int *done)
+{
+    job *j = c->j;
+    besa_report report;
+    besa_plan_result plan;
+    const cell at = cell_of(c, i);
+    row r;
+    char label[MAX_NAME + 32];
+    TRY(take_cell(c, &at, &r));
+    result_row made = row_of(c, &r, &at);
+    if (has_kept(c, &made)) {
+        for (made.test = 0; made.test < j->s->num_tests; made.test++) {
+            result_row one = made;
+            TRY(take_kept(c, &one, find_kept(c, &one)));
+            print_row(c, &one, seed_of(&one).s);
+        }
+        return BESA_OK;
+    }
+    TRY(take_outliers(j));
+    TRY(take_targets(j));
+    TRY(make_plan(j, &plan));
+    snprintf(label, sizeof label, "%s %g %%", r.label, 100 * j->s->prune.rates.target);
+    progress_view view = begin_progress(j->s, label);
+    view.work = &c->work;
+    made.flop = c->work.now = plan.flop;
+    TRY(prune(j, NULL, &view, &report));
+    c->work.done += plan.flop;
+    c->work.seconds += report.seconds;
+    besa_result result = add_report(c, &made, &report);
+    besa_report_free(&report);
+    say_rest(c, ++*done);
+    return result ? result : save(c);
+}
+
+/* The rows of a model that is not pruned: the reference itself, or SRC beside it. */
+static besa_result add_dense(comparison *c, const char *name, measurement *m, int is_reference)
+{
+    const job *j = c->j;
+    for (int i = 0; i < j->s->num_tests; i++) {
+        result_row made, known;
+        memset(&made, 0, sizeof made);
+        snprintf(made.method, sizeof made.method, "%s", name);
+        made.test = i;
+        made.is_reference = is_reference;
+        made.d = summary_of(j, m->window, m->kl, i);
+        made.line = row_line(j, &made, NULL);
+        if (!made.line) return out_of_memory(c->j);
+        char *line = find_kept(c, &made);
+        memset(&known, 0, sizeof known);
+        if (line) read_figures(&known, line, 0);
+        if (line && fabs(known.d.perplexity / made.d.perplexity - 1) > 1e-8) {
+            free(made.line);
+            return fail(c->j, BESA_ERROR_RESUME, "--resume %s is of another model or machine: perplexity of %s on %s is %.9g there and "
+                        "%.9g here", j->s->resume, name, j->s->tests[i].name, known.d.perplexity, made.d.perplexity);
+        }
+        if (line) line[0] = '-';
+        TRY(add_row(c, &made));
+        print_row(c, &made, "");
+    }
+    return BESA_OK;
+}
+
+/* The reference as a measurement of itself. */
+static besa_result measure_reference(job *j, measurement *m)
+{
+    const int64_t windows = all_windows(j);
+    m->window = (besa_window *)calloc((size_t)windows, sizeof *m->window);
+    m->kl = (float *)calloc((size_t)(windows * (j->seqlen - 1)) + 1, sizeof *m->kl);
+    if (!m->window || !m->kl) return out_of_memory(j);
+    for (int64_t i = 0; i < windows; i++) {
+        m->window[i].nll = m->window[i].reference_nll = j->reference.nll[i];
+        m->window[i].same = 1;
+    }
+    return BESA_OK;
+}
+
+static besa_result measure_dense(comparison *c)
+{
+    job *j = c->j;
+    measurement m = {NULL, NULL};
+    TRY(make_reference(j, j->reference.checkpoint, j->against ? "against" : "dense"));
+    print_head(c);
+    if (j->s->owl) {
+        const cell at = cell_of(c, 0);
+        row r;
+        TRY(take_cell(c, &at, &r));
+        TRY(take_outliers(j));
+        for (int k = 0; k < j->s->num_sparsities; k++) {
+            j->s->prune.rates.target = j->s->sparsity[k];
+            TRY(take_targets(j));
+            print_targets(j->s);
+        }
+    }
+    print_columns(c);
+    besa_result result = measure_reference(j, &m);
+    if (!result) result = add_dense(c, j->against ? "against" : "dense", &m, 1);
+    free_measurement(&m);
+    if (!j->against || result) return result;
+    result = measure(j, "dense", &m);
+    if (!result) result = add_dense(c, "dense", &m, 0);
+    free_measurement(&m);
+    return result;
+}
+
+static void print_means(const comparison *c)
+{
+    const settings *s = c->j->s;
+    if (s->num_seeds < 2) return;
+    printf("\nmean and standard deviation of %d seeds\n", s->num_seeds);
+    for (int i = 0; i < c->num_rows; i++) {
+        result_row mean;
+        if (mean_row(c, i, &mean)) print_row(c, &mean, "mean");
+    }
+}
+
+static besa_result compare_all(comparison *c)
+{
+    int done = 0;
+    TRY(open_against(c->j));
+    TRY(read_kept(c));
+    TRY(check_runs(c));
+    TRY(save(c)); /* can it be written? The work may take hours */
+    TRY(measure_dense(c));
+    TRY(save(c));
+    for (int i = 0; i < count_cells(c->j->s); i++) TRY(compare_one(c, i, &done));
+    print_means(c);
+    return save(c);
+}
+
+static besa_result run_compare(job *j)
+{
+    comparison c;
+    memset(&c, 0, sizeof c);
+    c.j = j;
+    besa_result result = compare_all(&c);
+    free_comparison(&c);
+    return result;
+}
