@@ -113,6 +113,7 @@
  *     >>statistics         the dense pass: what layers read, and what the block is to put out
  *     >>refit              kept weights fitted anew to the layer's inputs, with masks as they are
  *     >>baselines          the rank pass: ranks for BESA, masks of the other methods
+ *     >>layer-baselines    masks of one layer by methods that learn nothing (level 3)
  *     >>learning           the learn pass: forward, loss, backward, step
  *     >>results            the commit pass, and what comes back of a block
  *     >>passes             the order of the passes; the public functions of level 2's pruner
@@ -147,13 +148,14 @@
  *     >>cpu-sparsegpt      SparseGPT on the CPU: factor of the inverse Hessian, slabs of weights
  *     >>cpu-refit          kept weights fitted anew on the CPU: steps of conjugate gradients
  *     >>cpu-backend        the CPU's table of operations
+ *     >>cuda-sizes         what the CUDA backend takes for scratch, and a table for plans without a GPU
  *
  * HOOKS, defined before the implementation is included
  *
  *     BESA_MALLOC(bytes), BESA_REALLOC(p, bytes), BESA_FREE(p)   all three or none; default: libc
  *     BESA_ASSERT(condition)      programmer's errors only; default: assert
  *     BESA_API                    linkage of the public functions; default: extern. `static inline` where one file has them
- *                                 all, without a warning but those of gcc with BESA_NO_STDIO
+ *                                 all; `static` alone has gcc and clang warn of each that is not used
  *     BESA_NO_STDIO               leave out level 1: levels 2 and 3 need no file system
  *     BESA_NO_THREADS             with BESA_CUDA: no POSIX thread of level 1's own that reads and writes weights meanwhile
  *     BESA_CBLAS                  float products through cblas_sgemm of the CBLAS that you link
@@ -242,7 +244,8 @@
  *
  * MEMORY AND TIME
  *
- *     One device and one host allocation hold all that follows, and besa_plan says their sizes beforehand, to the byte. N weights
+ *     One device and one host allocation hold all that follows, and besa_plan says their sizes beforehand, to the byte, with
+ *     besa_absent_backend also for a GPU that is not there. What of them is resident is less at most times. N weights
  *     and R rows in a block, T tokens in all, t at a time, hidden size d, intermediate size i, activations of a = 4 bytes
  *     (CUDA: 2), weights of w = 2 bytes (bf16, f16) or 4:
  *         weights and pruned weights   2 w N (CUDA: 4 w N, of two blocks)    ranks        2 N bytes
@@ -283,6 +286,9 @@
  *     tokens; weights are whole in each. The same number of processes gives the same bytes as far as the comm's sums do.
  *     Another number, as another micro-batch, adds up the same numbers in another order: the first step's sums agree to rounding,
  *     and learning may amplify that. An unfinished output is gone on from by as many processes as began it.
+ *     Where other programs use the processor too, set OMP_WAIT_POLICY=passive in the environment before yours starts, as the
+ *     command line program does for itself: else a thread that waits for work does so in a loop, and takes the time of those
+ *     that have some.
  *
  * LIMITS
  *
@@ -298,13 +304,6 @@
  *
  *     BESA arXiv 2402.16880; Wanda arXiv 2306.11695; SparseGPT arXiv 2301.00774; Prodigy arXiv 2306.06101; OWL arXiv
  *     2310.05175; ALPS arXiv 2406.07831; RIA: Zhang et al., Plug-and-Play, ICLR 2024.
- *
- * VERSIONS
- *
- *     BESA_VERSION is 100 major + minor, for #if. As long as the major number is 0 a new minor number may change anything
- *     here, and HISTORY says what; compile all files that share a besa.h again, as structs may have grown. From major number 1
- *     on a new minor number only adds: functions, fields at the end of structs, where 0 means what was before, values at the
- *     end of enums. Any version may round differently, and an unfinished output is gone on from by the version that began it.
  *
  * VERSIONS
  *
@@ -815,6 +814,18 @@ BESA_API besa_result besa_cuda_backend(besa_backend *be, const besa_cuda_options
 BESA_API void *besa_cuda_stream(const besa_backend *be, besa_queue queue);
 #endif
 
+/* A CUDA device that need not be there. */
+typedef struct besa_absent_device {
+    size_t memory;                              /* bytes that are free on it: required. Some hundred MB are the driver's */
+    int processors;                             /* [132] multiprocessors: H100 132, A100 108, RTX 4090 128, T4 40 */
+    int capability;                             /* [90] compute capability, times 10: H100 90, A100 80, RTX 4090 89, T4 75 */
+    int fp32;                                   /* as in besa_cuda_options */
+} besa_absent_device;
+
+/* A table for besa_plan and the ..._size functions, which then count, to the byte, what besa_cuda_backend takes on such a device.
+ * It needs neither CUDA nor a GPU, gives no memory, and so nothing can run on it. */
+BESA_API besa_result besa_absent_backend(besa_backend *be, const besa_absent_device *device, besa_error *error);
+
 /* ============================================================================================
  * // >>api-layer             level 3: rates of any linear layers, in a training loop of your own
  * ============================================================================================
@@ -969,9 +980,43 @@ BESA_API besa_result besa_rates_project(besa_rates *rates, besa_error *error);
 /* Copy out a layer's alpha (rows) and n (rows) as of the last forward or projection; host memory or NULL; waits. */
 BESA_API besa_result besa_rates_read(besa_rates *rates, int layer, float *alpha, int32_t *n, besa_error *error);
 
+/* Copy out what masks and gradients are made of, for a look at it; host memory of the caller; each waits.
+ *   ranks    (R,C) the position of every weight in its row, 0 goes first; as besa_rates_rank has left them
+ *   beta     (R,D+1) softmax of every row's logits with theta as it is: the weights of the candidate rates 1 - d/D.
+ *            BESA_ERROR_OPTION for a fixed layer, which has none
+ *   sums     (R,D) bucket sums since the last besa_rates_backward: [r,b] is the sum of dL/dWhat W over the weights that
+ *            candidates 0 .. b prune and b + 1 does not; dL/dbeta_d = - sum over b >= d, and the penalty's */
+BESA_API besa_result besa_rates_ranks(besa_rates *rates, int layer, int32_t *ranks, besa_error *error);
+BESA_API besa_result besa_rates_beta(besa_rates *rates, int layer, float *beta, besa_error *error);
+BESA_API besa_result besa_rates_sums(besa_rates *rates, int layer, float *sums, besa_error *error);
+
 /* Prodigy's d, and the mean alpha of the learned layers as of the last forward, weighted by their sizes; waits for the
  * device. Both may be NULL. BESA_ERROR_NOT_FINITE if a weight or a gradient was not finite. */
 BESA_API besa_result besa_rates_status(besa_rates *rates, double *d, double *mean_rate, besa_error *error);
+
+/* The methods that learn nothing, for one linear layer: wanda, magnitude, sparsegpt, unstructured or n:m.
+ *
+ *   for each batch:   besa_layer_inputs(be, &options, statistic, x, tokens, total, columns, &error)
+ *   once:             besa_layer_prune(be, &shape, &options, w, statistic, pruned, &error)
+ *
+ * Of the options (section api-block) these look at method, rates.target, pattern_n, pattern_m, magnitude_per_row and damping.
+ * The pruned weights are those of besa_pruner_run, byte for byte where the inputs are the same and in the same batches.
+ * Both functions take device memory while they run and wait for the device; be->workspace stays the caller's. */
+struct besa_prune_options;
+
+/* Add a batch of the layer's inputs to what the method wants to know of them.
+ *   statistic   device floats, 0 before the first batch: wanda (C) sum of X_j^2, sparsegpt (C,C) 2/T X'X, of which the lower
+ *               triangle counts. Magnitude has none: nothing is done
+ *   x           (tokens, columns) device, act
+ *   total       T, the tokens of all batches */
+BESA_API besa_result besa_layer_inputs(besa_backend *be, const struct besa_prune_options *options, float *statistic,
+                                       const void *x, int64_t tokens, int64_t total, int64_t columns, besa_error *error);
+
+/* pruned(R,C) from w(R,C), both device, the shape's dtype; not the same memory. +0 is what goes; the rest is w, or with
+ * sparsegpt what makes up for it. statistic as above; NULL for magnitude; sparsegpt leaves its factor there.
+ * BESA_ERROR_OPTION, BESA_ERROR_MEMORY, BESA_ERROR_NOT_FINITE of weights and inputs, BESA_ERROR_NUMERIC of a Hessian without a factor. */
+BESA_API besa_result besa_layer_prune(besa_backend *be, const besa_layer_shape *shape, const struct besa_prune_options *options,
+                                      const void *w, float *statistic, void *pruned, besa_error *error);
 
 /* ============================================================================================
  * // >>api-block             level 2: one decoder block whose weights are in the caller's memory
@@ -1394,11 +1439,17 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
  * else is the caller's. Of no meaning before the first run and after one that failed. */
 BESA_API const besa_block *besa_pruner_block(const besa_pruner *pruner);
 
+/* Warnings, a line each, "" if there are none: from besa_pruner_create on what is known of the options beforehand, after a
+ * run also what it found. The text is the pruner's, until its next run or its end. */
+BESA_API const char *besa_pruner_notes(const besa_pruner *pruner);
+
 /* ============================================================================================
  * // >>api-checkpoint        level 1: a Hugging Face directory in, a pruned one out
  * ============================================================================================ */
 
 #define BESA_MAX_LAYERS 1024
+
+#ifndef BESA_NO_STDIO
 
 /* config.json as far as the forward pass needs it. */
 typedef struct besa_config {
@@ -1673,6 +1724,8 @@ BESA_API besa_result besa_report_measured(besa_report *report, const besa_checkp
                                           const besa_calibration *calibration, double perplexity, const double *nll,
                                           besa_error *error);
 BESA_API void besa_report_free(besa_report *report);
+
+#endif /* BESA_NO_STDIO */
 
 #ifdef __cplusplus
 }
@@ -3010,7 +3063,7 @@ static float besa__solve_tilt(double target, int candidates)
 
 /* The extreme mean rate that sigmoids can reach: every candidate's logit moves by at most s/2 either way, and the
  * best choice raises all candidates on one side of a cut. high 1: the largest rate; 0: the smallest. */
-BESA__UNUSED static double besa__reachable_rate(const besa_rates *rates, int high)
+static double besa__reachable_rate(const besa_rates *rates, int high)
 {
     double scale = fmin(rates->options->layer_scale + rates->options->row_scale, 500), best = high ? 0 : 1;
     double all[2] = {0, 0}, upper[2] = {0, 0}; /* sums of exp(c p) and exp(c p) p over all candidates; over d <= cut */
@@ -3635,6 +3688,77 @@ BESA_API besa_result besa_rates_read(besa_rates *rates, int layer, float *alpha,
     if (n && result == BESA_OK) result = be->download(be, BESA_QUEUE_COMPUTE, n, mask->n, rows * sizeof(int32_t));
     if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
     for (size_t r = 0; alpha && mask->fixed >= 0 && r < rows; r++) alpha[r] = (float)mask->fixed;
+    return besa__pass_error(be, result, error);
+}
+
+BESA_API besa_result besa_rates_ranks(besa_rates *rates, int layer, int32_t *ranks, besa_error *error)
+{
+    BESA__TRY(besa__check_layer(rates, layer, 1, error));
+    if (!ranks) return besa__fail(error, BESA_ERROR_OPTION, "ranks is NULL");
+    const besa_layer_shape *shape = &rates->masks->layer[layer].shape;
+    besa_backend *be = rates->masks->be;
+    size_t count = (size_t)(shape->rows * shape->columns), width = besa__rank_bytes(shape->columns);
+    unsigned char *to = (unsigned char *)ranks, *from = to + count * (sizeof *ranks - width); /* 16 bits: the upper half */
+    besa_result result = be->download(be, BESA_QUEUE_COMPUTE, from, rates->masks->layer[layer].rank, count * width);
+    if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
+    for (size_t i = 0; result == BESA_OK && width == sizeof(uint16_t) && i < count; i++) {
+        uint16_t narrow;
+        memcpy(&narrow, from + i * width, width); /* what lies behind is not written yet */
+        ranks[i] = narrow;
+    }
+    return besa__pass_error(be, result, error);
+}
+
+/* beta(D+1) of one group, from host copies of the logits; either may be NULL. */
+static void besa__softmax_of(const besa_rate_shape *s, const float *theta_layer, const float *theta_row, float *beta)
+{
+    double most = -HUGE_VAL, sum = 0;
+    for (int pass = 0; pass < 3; pass++)
+        for (int64_t d = 0; d < s->logits; d++) {
+            double z = (double)s->tilt * (1 - (double)d / (double)(s->logits - 1));
+            for (int k = 0; k < 2; k++) {
+                const float *theta = k ? theta_row : theta_layer;
+                double x = theta ? (double)theta[d] : 0;
+                if (theta) z += (double)(k ? s->row_scale : s->layer_scale) * (s->plain ? x : 1 / (1 + exp(-x)) - 0.5);
+            }
+            if (pass == 0) most = fmax(most, z);
+            else if (pass == 1) sum += exp(z - most);
+            else beta[d] = (float)(exp(z - most) / sum);
+        }
+}
+
+BESA_API besa_result besa_rates_beta(besa_rates *rates, int layer, float *beta, besa_error *error)
+{
+    BESA__TRY(besa__check_layer(rates, layer, 0, error));
+    if (!beta) return besa__fail(error, BESA_ERROR_OPTION, "beta is NULL");
+    if (rates->masks->layer[layer].fixed >= 0)
+        return besa__fail(error, BESA_ERROR_OPTION, "layer %d is fixed at a sparsity: it has no beta", layer);
+    const besa__rate_layer *l = &rates->layer[layer];
+    const besa_rate_shape *s = &l->shape;
+    besa_backend *be = rates->masks->be;
+    int64_t vectors = (l->theta_layer >= 0) + (l->theta_row >= 0 ? besa__parts(s->rows, s->group_rows) : 0);
+    size_t bytes = (size_t)(vectors * s->logits) * sizeof(float);
+    void *memory;
+    BESA__TRY(besa__malloc(&memory, bytes, "logits", error));
+    const float *theta = (const float *)memory, *of_layer = l->theta_layer >= 0 ? theta : NULL; /* these are the first */
+    const float *of_rows = l->theta_row >= 0 ? theta + (of_layer ? s->logits : 0) : NULL;
+    const float *device = besa__parameters_at(rates->parameters->step.theta, of_layer ? l->theta_layer : l->theta_row);
+    besa_result result = bytes ? be->download(be, BESA_QUEUE_COMPUTE, memory, device, bytes) : BESA_OK;
+    if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
+    for (int64_t r = 0; result == BESA_OK && r < s->rows; r++)
+        besa__softmax_of(s, of_layer, of_rows ? of_rows + r / s->group_rows * s->logits : NULL, beta + r * s->logits);
+    BESA_FREE(memory);
+    return besa__pass_error(be, result, error);
+}
+
+BESA_API besa_result besa_rates_sums(besa_rates *rates, int layer, float *sums, besa_error *error)
+{
+    BESA__TRY(besa__check_layer(rates, layer, 0, error));
+    if (!sums) return besa__fail(error, BESA_ERROR_OPTION, "sums is NULL");
+    const besa__rate_layer *l = &rates->layer[layer];
+    besa_backend *be = rates->masks->be;
+    besa_result result = be->download(be, BESA_QUEUE_COMPUTE, sums, l->sums, besa__sums_bytes(&l->shape));
+    if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
     return besa__pass_error(be, result, error);
 }
 
@@ -4936,6 +5060,7 @@ struct besa_pruner {
     float *results_losses;                      /* host, as losses */
     int32_t *results_counts;                    /* host (2, rows) */
     float *results_vectors;                     /* host, one vector after the other: what learned has come to */
+    char notes[1024];                           /* of besa_pruner_create's alone */
     besa_block masked;                          /* this run's block, with `pruned` for its weights, and what vectors learn */
 };
 
@@ -5049,7 +5174,8 @@ static int besa__match(const char *pattern, const char *name)
     return 0;
 }
 
-static besa_result besa__pattern_defaults(besa_prune_options *o, const besa_block_shape *shape, besa_error *error)
+/* The pattern alone: its numbers, and that a target says the same. */
+static besa_result besa__pattern_target(besa_prune_options *o, besa_error *error)
 {
     int n = o->pattern_n, m = o->pattern_m;
     if (n < 1 || m < 2 || n >= m || m > 64)
@@ -5062,6 +5188,13 @@ static besa_result besa__pattern_defaults(besa_prune_options *o, const besa_bloc
         return besa__fail(error, BESA_ERROR_OPTION, "target sparsity %g contradicts the pattern %d:%d, which is %g",
                           o->rates.target, n, m, (double)n / m);
     o->rates.target = (double)n / m;
+    return BESA_OK;
+}
+
+static besa_result besa__pattern_defaults(besa_prune_options *o, const besa_block_shape *shape, besa_error *error)
+{
+    int n = o->pattern_n, m = o->pattern_m;
+    BESA__TRY(besa__pattern_target(o, error));
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t rows, columns;
         besa_block_layer(shape, i, &rows, &columns);
@@ -5931,9 +6064,22 @@ static besa_result besa__finish_statistics(besa_pruner *p)
     return BESA_OK;
 }
 
-/* SparseGPT: slabs of columns from left to right; a slab's errors are pushed to all columns right of it. With bits,
- * where clips do not learn to suit the weights afterwards, kept ones go to their levels in the same sweep, whose errors are
- * pushed too. */
+/* SparseGPT: slabs of columns from left to right; a slab's errors are pushed to all columns right of it. wf (R,C)
+ * holds the weights, error (R,128) is scratch. */
+static besa_result besa__sparsegpt_sweep(besa_backend *be, float *wf, float *error, const float *factor, const int32_t *dead,
+                                         double target, int n, int m, const besa_quantizer *levels, int64_t rows, int64_t columns)
+{
+    int64_t slab = m > 0 ? BESA__SLAB / m * m : BESA__SLAB; /* no group of m is split */
+    for (int64_t first = 0; first < columns; first += slab) {
+        int64_t width = besa__min(slab, columns - first);
+        BESA__TRY(be->sparsegpt_slab(be, wf, error, factor, dead, first, width, target, n, m, levels, rows, columns));
+        if (first + width < columns) BESA__TRY(be->sparsegpt_push(be, wf, error, factor, first, width, rows, columns));
+    }
+    return BESA_OK;
+}
+
+/* With bits, where clips do not learn to suit the weights afterwards, kept ones go to their levels in the same sweep, whose
+ * errors are pushed too. */
 static besa_result besa__sparsegpt_layer(besa_pruner *p, const void *w, void *pruned, int layer, double target, int n,
                                          int m)
 {
@@ -5941,17 +6087,11 @@ static besa_result besa__sparsegpt_layer(besa_pruner *p, const void *w, void *pr
     int input = besa__layers[layer].input;
     int64_t rows, columns;
     besa_block_layer(&p->shape, layer, &rows, &columns);
-    int64_t slab = m > 0 ? BESA__SLAB / m * m : BESA__SLAB; /* no group of m is split */
     /* levels in the sweep where nothing learns from what it leaves */
     const besa_quantizer *levels = p->options.bits && !besa__learns_last(p) ? &p->quantization.layer[layer] : NULL;
     BESA__TRY(be->convert(be, p->scores, BESA_F32, w, p->dtype, rows * columns));
-    for (int64_t first = 0; first < columns; first += slab) {
-        int64_t width = besa__min(slab, columns - first);
-        BESA__TRY(be->sparsegpt_slab(be, p->scores, p->slab_error, p->gram[input], p->dead[input], first, width, target, n,
-                                     m, levels, rows, columns));
-        if (first + width < columns)
-            BESA__TRY(be->sparsegpt_push(be, p->scores, p->slab_error, p->gram[input], first, width, rows, columns));
-    }
+    BESA__TRY(besa__sparsegpt_sweep(be, p->scores, p->slab_error, p->gram[input], p->dead[input], target, n, m, levels, rows,
+                                    columns));
     return be->convert(be, pruned, p->dtype, p->scores, BESA_F32, rows * columns);
 }
 
@@ -6097,6 +6237,208 @@ static besa_result besa__rank_pass(const besa__work *work, besa_error *error)
         BESA__TRY(besa__tick(&p->meter, 1 / (double)BESA_LAYERS, error));
     }
     return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>layer-baselines       masks of one layer by methods that learn nothing (level 3)
+ * ============================================================================================
+ * Owns the memory of one such call. */
+
+typedef struct besa__layer_job {
+    besa_backend *be;
+    besa_layer_shape shape;
+    besa_prune_options options;                 /* those that count here, with their defaults */
+    float *scores;                              /* (R,C), or SparseGPT's weights as floats */
+    float *scale;                               /* (C) the scores' factors: wanda */
+    float *slab_error;                          /* (R,128) SparseGPT, and */
+    int32_t *dead;                              /* (C) */
+    int32_t *ignored, *not_finite;              /* (R or C, the larger) zeros; (3) of weights, statistic, result */
+    besa__masks masks;                          /* where every row has the same share */
+    besa__mask_layer mask_layer;
+    void *workspace;
+    size_t workspace_bytes;
+} besa__layer_job;
+
+static int besa__layer_by_row(const besa_prune_options *o)
+{
+    return !o->pattern_m && (o->method == BESA_METHOD_WANDA || (o->method == BESA_METHOD_MAGNITUDE && o->magnitude_per_row));
+}
+
+/* Floats of the statistic that a method has of its inputs. */
+static int64_t besa__layer_statistic(besa_method method, int64_t columns)
+{
+    return method == BESA_METHOD_SPARSEGPT ? besa__product(columns, columns) : method == BESA_METHOD_WANDA ? columns : 0;
+}
+
+static besa_result besa__check_layer_method(besa_method method, besa_error *error)
+{
+    if (method == BESA_METHOD_WANDA || method == BESA_METHOD_SPARSEGPT || method == BESA_METHOD_MAGNITUDE) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_OPTION, "method is %s, which one layer alone has not: expected wanda, sparsegpt or "
+                      "magnitude, or besa_rates for rates that learn",
+                      (unsigned)method < BESA_METHOD_COUNT ? besa_method_name(method) : "unknown");
+}
+
+/* Of the options those that count, checked. */
+static besa_result besa__layer_options(besa__layer_job *job, const besa_prune_options *options, besa_error *error)
+{
+    besa_prune_options *o = &job->options;
+    const besa_option *target = besa__find_option("target"), *damping = besa__find_option("damping");
+    BESA__TRY(besa__check_layer_method(options->method, error));
+    o->method = options->method;
+    o->rates.target = options->rates.target;
+    o->pattern_n = options->pattern_n;
+    o->pattern_m = options->pattern_m;
+    o->magnitude_per_row = options->magnitude_per_row;
+    o->damping = options->damping != 0 ? options->damping : damping->standard;
+    BESA__TRY(besa__option_check(damping, options->damping, error));
+    if (o->pattern_n == 0 && o->pattern_m == 0) return besa__option_check(target, o->rates.target, error);
+    BESA__TRY(besa__pattern_target(o, error));
+    if (job->shape.columns % o->pattern_m == 0) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_OPTION, "pattern %d:%d: the layer has %lld input columns, not a multiple of %d",
+                      o->pattern_n, o->pattern_m, (long long)job->shape.columns, o->pattern_m);
+}
+
+static void besa__layer_place(besa__layer_job *job, besa__arena *arena)
+{
+    besa_workload work = besa__layers_workload(&job->shape, 1);
+    int64_t rows = job->shape.rows, columns = job->shape.columns;
+    int64_t statistic = besa__layer_statistic(job->options.method, columns);
+    int sparsegpt = job->options.method == BESA_METHOD_SPARSEGPT;
+    job->scores = besa__take_floats(arena, besa__product(rows, columns));
+    job->scale = statistic && !sparsegpt ? besa__take_floats(arena, columns) : NULL;
+    job->slab_error = sparsegpt ? besa__take_floats(arena, besa__product(rows, BESA__SLAB)) : NULL;
+    job->dead = sparsegpt ? (int32_t *)besa__take_array(arena, columns, sizeof(int32_t)) : NULL;
+    job->ignored = (int32_t *)besa__take_array(arena, besa__max(rows, columns), sizeof(int32_t));
+    job->not_finite = (int32_t *)besa__take_array(arena, 3, sizeof(int32_t));
+    if (besa__layer_by_row(&job->options)) besa__masks_place(&job->masks, job->be, &job->mask_layer, &job->shape, 1, arena);
+    work.rows = besa__max(rows, columns);       /* zeros are counted of the statistic too */
+    work.hessian_columns = sparsegpt ? columns : 0;
+    work.tokens = sparsegpt;
+    work.rate_logits = 1;
+    job->workspace_bytes = job->be->workspace_size(job->be, &work);
+    job->workspace = besa__take(arena, job->workspace_bytes);
+}
+
+/* The scores' smallest go: of every m, of each row, or of the layer. */
+static besa_result besa__layer_by_scores(besa__layer_job *job, const void *w, const float *statistic, void *pruned)
+{
+    besa_backend *be = job->be;
+    const besa_prune_options *o = &job->options;
+    besa_dtype dtype = job->shape.dtype;
+    int64_t rows = job->shape.rows, columns = job->shape.columns;
+    besa__scoring by = {besa__importance_row(besa__scored_by(o))->power, job->scale, NULL, NULL};
+    if (job->scale) BESA__TRY(besa__importance_scale(be, job->scale, statistic, BESA_IMPORTANCE_WANDA, columns));
+    if (besa__layer_by_row(o)) {
+        BESA__TRY(besa__masks_reset(&job->masks));
+        BESA__TRY(besa__masks_rank(&job->masks, 0, w, &by, job->scores, rows * columns));
+        BESA__TRY(besa__masks_uniform(&job->masks, 0, o->rates.target));
+        return besa__masks_apply(&job->masks, 0, w, pruned);
+    }
+    BESA__TRY(besa__scoring_rows(be, &by, job->scores, w, dtype, 0, rows, columns));
+    if (o->pattern_m) return be->mask_pattern(be, pruned, w, dtype, job->scores, o->pattern_n, o->pattern_m, rows, columns);
+    int64_t count = (int64_t)floor(o->rates.target * (double)(rows * columns));
+    return be->mask_smallest(be, pruned, w, dtype, job->scores, count, rows, columns);
+}
+
+static besa_result besa__layer_run(besa__layer_job *job, const void *w, float *statistic, void *pruned)
+{
+    besa_backend *be = job->be;
+    const besa_prune_options *o = &job->options;
+    besa_dtype dtype = job->shape.dtype;
+    int64_t rows = job->shape.rows, columns = job->shape.columns, count = besa__layer_statistic(o->method, columns);
+    BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, job->not_finite, 3 * sizeof(int32_t)));
+    BESA__TRY(be->count_zeros(be, job->ignored, job->not_finite, w, dtype, rows, columns));
+    if (count) BESA__TRY(be->count_zeros(be, job->ignored, job->not_finite + 1, statistic, BESA_F32, count / columns, columns));
+    if (o->method == BESA_METHOD_SPARSEGPT) {
+        BESA__TRY(be->hessian_factor(be, statistic, job->dead, (float)o->damping, columns));
+        BESA__TRY(be->convert(be, job->scores, BESA_F32, w, dtype, rows * columns));
+        BESA__TRY(besa__sparsegpt_sweep(be, job->scores, job->slab_error, statistic, job->dead, o->rates.target, o->pattern_n,
+                                        o->pattern_m, NULL, rows, columns));
+        BESA__TRY(be->convert(be, pruned, dtype, job->scores, BESA_F32, rows * columns));
+    } else BESA__TRY(besa__layer_by_scores(job, w, statistic, pruned));
+    return be->count_zeros(be, job->ignored, job->not_finite + 2, pruned, dtype, rows, columns);
+}
+
+/* Wait, and tell what was not finite: that comes before what a Hessian of it lacks. */
+static besa_result besa__layer_end(besa__layer_job *job, besa_result result, besa_error *error)
+{
+    static const char *const what[3] = {"weights of the layer", "numbers of the statistic of its inputs", "pruned weights"};
+    besa_backend *be = job->be;
+    int32_t count[3] = {0, 0, 0};
+    besa_result waited = result == BESA_OK ? be->synchronize(be, BESA_QUEUE_COMPUTE) : result;
+    if (waited == BESA_OK || waited == BESA_ERROR_NUMERIC) {
+        besa_error numeric = be->error;
+        besa_result got = be->download(be, BESA_QUEUE_COMPUTE, count, job->not_finite, sizeof count);
+        if (got == BESA_OK) got = be->synchronize(be, BESA_QUEUE_COMPUTE);
+        if (waited == BESA_OK) waited = got;
+        else be->error = numeric;
+    }
+    for (int i = 0; i < 3; i++)
+        if (count[i]) return besa__fail(error, BESA_ERROR_NOT_FINITE, "%d %s are NaN or infinite", (int)count[i], what[i]);
+    return besa__pass_error(be, waited, error);
+}
+
+BESA_API besa_result besa_layer_prune(besa_backend *be, const besa_layer_shape *shape, const besa_prune_options *options,
+                                      const void *w, float *statistic, void *pruned, besa_error *error)
+{
+    besa__layer_job job;
+    besa__arena arena = {NULL, 0};
+    void *memory = NULL;
+    memset(&job, 0, sizeof job);
+    job.be = be;
+    job.shape = *shape;
+    BESA__TRY(besa__check_backend(be, error));
+    BESA__TRY(besa__check_layers(shape, 1, error));
+    BESA__TRY(besa__layer_options(&job, options, error));
+    BESA__TRY(besa__check_arrays(w, pruned, "pruned", error));
+    if (w == pruned) return besa__fail(error, BESA_ERROR_OPTION, "pruned is w itself, expected memory of its own");
+    if (!statistic && options->method != BESA_METHOD_MAGNITUDE)
+        return besa__fail(error, BESA_ERROR_OPTION, "statistic is NULL, which method %s needs", besa_method_name(options->method));
+    besa__layer_place(&job, &arena);
+    BESA__TRY(besa__check_size(arena.used, "this layer", error));
+    be->error.code = BESA_OK;
+    BESA__TRY_ON(be, be->alloc(be, &memory, (size_t)arena.used), error);
+    arena.base = (unsigned char *)memory;
+    arena.used = 0;
+    besa__layer_place(&job, &arena);
+    besa__workspace callers = besa__use_workspace(be, job.workspace, job.workspace_bytes);
+    besa_result result = besa__layer_end(&job, besa__layer_run(&job, w, statistic, pruned), error);
+    besa__use_workspace(be, callers.memory, callers.bytes);
+    besa__settle(be);
+    be->free(be, memory);
+    return result;
+}
+
+BESA_API besa_result besa_layer_inputs(besa_backend *be, const besa_prune_options *options, float *statistic, const void *x,
+                                       int64_t tokens, int64_t total, int64_t columns, besa_error *error)
+{
+    besa_layer_shape shape = {columns, columns, BESA_F32};
+    besa_method method = options->method;
+    void *memory = NULL;
+    BESA__TRY(besa__check_backend(be, error));
+    BESA__TRY(besa__check_layers(&shape, 1, error));
+    BESA__TRY(besa__check_layer_method(method, error));
+    if (tokens < 1 || total < tokens)
+        return besa__fail(error, BESA_ERROR_OPTION, "%lld tokens of %lld, expected 1 or more, and no more than all of them",
+                          (long long)tokens, (long long)total);
+    if (method == BESA_METHOD_MAGNITUDE) return BESA_OK;
+    if (!statistic || !x) return besa__fail(error, BESA_ERROR_OPTION, "%s is NULL", x ? "statistic" : "x");
+    besa_workload work = besa__layers_workload(&shape, 1);
+    work.tokens = tokens;
+    work.rate_logits = 1;
+    work.hessian_columns = method == BESA_METHOD_SPARSEGPT ? columns : 0;
+    size_t bytes = be->workspace_size(be, &work);
+    BESA__TRY(besa__check_size(bytes, "this layer's inputs", error));
+    be->error.code = BESA_OK;
+    BESA__TRY_ON(be, be->alloc(be, &memory, bytes), error);
+    besa__workspace callers = besa__use_workspace(be, memory, bytes);
+    besa_result result = method == BESA_METHOD_WANDA ? be->column_sumsq(be, statistic, x, tokens, columns)
+                         : be->gram(be, statistic, x, (float)(2.0 / (double)total), tokens, columns);
+    if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
+    besa__use_workspace(be, callers.memory, callers.bytes);
+    besa__settle(be);
+    be->free(be, memory);
+    return besa__pass_error(be, result, error);
 }
 
 /* ============================================================================================
@@ -6950,6 +7292,58 @@ static besa_result besa__pruner_allocate(besa_pruner *p, besa_error *error)
     return besa__pass_error(be, besa__pruner_start(p), error);
 }
 
+/* A warning where learning alone cannot reach the target; "" where it can. */
+static void besa__note_range(const besa_pruner *p, char *text, size_t size)
+{
+    text[0] = 0;
+    const besa_prune_options *o = &p->options;
+    if (!besa__has_rates(o) || o->rates.plain_softmax || !o->no_projection) return;
+    double low = besa__reachable_rate(&p->rates, 0), high = besa__reachable_rate(&p->rates, 1);
+    if (o->rates.target >= low && o->rates.target <= high) return;
+    snprintf(text, size, "warning: target %g is outside the rates %.3f .. %.3f that these options can reach without projection\n",
+             o->rates.target, low, high);
+}
+
+/* Learning steps before which rates hardly move: logits have to change by about 0.3. AdamW changes them by lr a step.
+ * Prodigy's step is d lr, and d grows from d0 by a factor of about 1 + 1.2 (d_coef lr)^0.72 from the third step on, as
+ * measured for d_coef 0.05 to 500. */
+static double besa__steps_needed(const besa_rate_options *o)
+{
+    if (o->optimizer == BESA_ADAMW) return ceil(0.3 / o->lr);
+    double growth = 1 + 1.2 * pow(o->d_coef * o->lr, 0.72), distance = log(0.3 / (o->d0 * o->lr));
+    return ceil(2 + fmax(distance, 0) / log(growth));
+}
+
+/* A warning where learning ends before rates have moved; else "". */
+static void besa__note_steps(const besa_pruner *p, char *text, size_t size)
+{
+    const besa_prune_options *o = &p->options;
+    const char *larger = o->rates.optimizer == BESA_ADAMW ? "lr" : "d_coef";
+    int64_t steps = o->rates.steps;
+    double needed = besa__steps_needed(&o->rates);
+    text[0] = 0;
+    if (!besa__has_rates(o) || (double)steps >= needed) return;
+    snprintf(text, size, "warning: %lld learning step%s a block (sequences x epochs / batch size): rates hardly move before step "
+             "%.0f, and masks are nearly those of uniform rates by importance %s; more sequences or epochs, a smaller batch or a "
+             "larger %s help\n", (long long)steps, steps == 1 ? "" : "s", needed, besa__importance_row(o->importance)->name, larger);
+}
+
+/* The pruner's notes anew; report: of the run that has ended, NULL: none has. */
+static void besa__pruner_notes(besa_pruner *p, const besa_block_report *report)
+{
+    int weights = besa__learns_weights(p);
+    char *text = p->notes;
+    size_t size = sizeof p->notes;
+    besa__note_range(p, text, size);
+    size_t used = strlen(text);
+    besa__note_steps(p, text + used, size - used);
+    used += strlen(text + used);
+    if (report && report->loss_after > report->loss_masks)
+        snprintf(text + used, size - used, "warning: learning made the block's loss larger than with the masks alone, %.3g instead "
+                 "of %.3g; a %s below %g may help\n", report->loss_after, report->loss_masks, weights ? "weight_lr" : "clip_lr",
+                 weights ? p->options.weight_lr : p->options.clip_lr);
+}
+
 BESA_API besa_result besa_pruner_create(besa_pruner **pruner, besa_backend *be, const besa_block_shape *shape,
                                         besa_dtype dtype, int qk_norm, const besa_prune_options *options,
                                         int64_t nsamples, int64_t seqlen, besa_error *error)
@@ -6965,6 +7359,7 @@ BESA_API besa_result besa_pruner_create(besa_pruner **pruner, besa_backend *be, 
     besa_result result = besa__pruner_init(made, be, shape, dtype, qk_norm, options, nsamples, seqlen, error);
     if (result == BESA_OK) result = besa__pruner_allocate(made, error);
     besa__comm_fail(options->comm, result, error);
+    if (result == BESA_OK) besa__pruner_notes(made, NULL);
     if (result != BESA_OK) besa_pruner_destroy(made);
     else *pruner = made;
     return result;
@@ -7026,9 +7421,14 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
     besa__stream_init(&dense, pruner->be, 0, pruner->nsamples, pruner->seqlen, made->hidden_size);  /* no events */
     inputs.x = x;
     dense.x = dense_x;
-    return besa__pruner_run(pruner, block, name, &inputs, besa__uses_own(&pruner->options) ? &dense : NULL, pruned,
-                            report ? report : &local, error);
+    if (!report) report = &local;
+    BESA__TRY(besa__pruner_run(pruner, block, name, &inputs, besa__uses_own(&pruner->options) ? &dense : NULL, pruned, report,
+                               error));
+    besa__pruner_notes(pruner, report);
+    return BESA_OK;
 }
+
+BESA_API const char *besa_pruner_notes(const besa_pruner *pruner) { return pruner->notes; }
 
 BESA_API const besa_block *besa_pruner_block(const besa_pruner *pruner) { return &pruner->masked; }
 
@@ -13523,50 +13923,17 @@ static besa_result besa__run_block(besa__run *run, int64_t index, int64_t done, 
     return besa__test_forward(run, &block, error);
 }
 
-/* A warning where learning alone cannot reach the target. */
-static void besa__note_range(const besa__run *run, char **notes)
-{
-    const besa_prune_options *o = &run->pruner.options;
-    if (!besa__has_rates(o) || o->rates.plain_softmax || !o->no_projection) return;
-    double low = besa__reachable_rate(&run->pruner.rates, 0), high = besa__reachable_rate(&run->pruner.rates, 1);
-    if (o->rates.target >= low && o->rates.target <= high) return;
-    besa__notes_add(notes,
-                    "warning: target %g is outside the rates %.3f .. %.3f that these options can reach without projection",
-                    o->rates.target, low, high);
-}
-
-/* Learning steps before which rates hardly move: logits have to change by about 0.3. AdamW changes them by lr a step.
- * Prodigy's step is d lr, and d grows from d0 by a factor of about 1 + 1.2 (d_coef lr)^0.72 from the third step on, as
- * measured for d_coef 0.05 to 500. */
-static double besa__steps_needed(const besa_rate_options *o)
-{
-    if (o->optimizer == BESA_ADAMW) return ceil(0.3 / o->lr);
-    double growth = 1 + 1.2 * pow(o->d_coef * o->lr, 0.72), distance = log(0.3 / (o->d0 * o->lr));
-    return ceil(2 + fmax(distance, 0) / log(growth));
-}
-
-/* A warning where learning ends before rates have moved. */
-static void besa__note_steps(const besa_pruner *p, char **notes)
-{
-    const besa_prune_options *o = &p->options;
-    const char *larger = o->rates.optimizer == BESA_ADAMW ? "lr" : "d_coef";
-    int64_t steps = o->rates.steps;
-    double needed = besa__steps_needed(&o->rates);
-    if (!besa__has_rates(o) || (double)steps >= needed) return;
-    besa__notes_add(notes, "warning: %lld learning step%s a block (sequences x epochs / batch size): rates hardly move before "
-                    "step %.0f, and masks are nearly those of uniform rates by importance %s; more sequences or epochs, a "
-                    "smaller batch or a larger %s help", (long long)steps, steps == 1 ? "" : "s", needed,
-                    besa__importance_row(o->importance)->name, larger);
-}
-
 /* Warnings that a run can give before it begins. */
 static void besa__note_settings(const besa__run *run, char **notes)
 {
     int64_t longest = run->config->max_position_embeddings;
     const char *line = besa_checkpoint_notes(run->checkpoint), *end;
     for (; (end = strchr(line, '\n')) != NULL; line = end + 1) besa__notes_add(notes, "%.*s", (int)(end - line), line);
-    besa__note_range(run, notes);
-    besa__note_steps(&run->pruner, notes);
+    for (int i = 0; i < 2; i++) {
+        char warning[512];
+        (i ? besa__note_steps : besa__note_range)(&run->pruner, warning, sizeof warning);
+        if (warning[0]) besa__notes_add(notes, "%.*s", (int)strlen(warning) - 1, warning);
+    }
     int64_t positions = besa__max(run->turns.positions, run->test_turns.positions);
     if (positions > longest)
         besa__notes_add(notes, "warning: sequences of %lld tokens, the model's max_position_embeddings is %lld",
@@ -18508,6 +18875,303 @@ BESA_API besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *
     BESA_OPERATIONS(BESA__FILL)
 #undef BESA__FILL
     return BESA_OK;
+}
+
+/* ============================================================================================
+ * // >>cuda-sizes            what the CUDA backend takes for scratch, and a table for plans without a GPU
+ * ============================================================================================
+ * Owns how large the scratch of besa_cuda.cuh's operations is, for a device of so many multiprocessors. It is here, and not
+ * there, so that besa_plan can count it where neither CUDA nor a GPU is. For each operation with scratch a function
+ * `..._place` takes its arrays; besa__cuda_workspace runs it on an arena without memory. */
+
+typedef struct besa__cuda_device {
+    int processors;                             /* multiprocessors */
+    size_t shared_limit;                        /* most dynamic shared memory of a block, with opt-in */
+    size_t blas_bytes;                          /* of cuBLAS's scratch, at the end of the workspace */
+    int64_t panel;                              /* elements of W that are converted at a time (tests lower this and the next
+                                                   three) */
+    int64_t queries;                            /* query rows of one item of attention's products, where memory allows */
+    int64_t query_rows;                         /* the same of all items of a product: what fills the device */
+    size_t score_bytes;                         /* scratch of attention; one head may take more */
+} besa__cuda_device;
+
+/* From what the driver says of a device: multiprocessors, most shared memory of a block, major compute capability; and what of
+ * it the table has. */
+static void besa__cuda_device_init(besa_backend *be, besa__cuda_device *cuda, int processors, int shared, int major, int fp32)
+{
+    cuda->processors = processors;
+    cuda->shared_limit = (size_t)(shared > 49152 ? shared : 49152) - 1024; /* kernels keep up to 1 KB */
+    cuda->blas_bytes = (size_t)(major >= 9 ? 32 : 8) << 20; /* as cuBLAS recommends */
+    cuda->panel = 1 << 25;
+    cuda->queries = 512;
+    cuda->query_rows = 64 * (int64_t)processors; /* a tile of 128 for every other one */
+    cuda->score_bytes = (size_t)processors * 3 << 20;
+    be->gradient_bytes = (size_t)256 << 20;
+    be->activation_dtype = be->gradient_dtype = major < 8 || fp32 ? BESA_F32 : BESA_BF16;
+}
+
+enum { BESA__CUDA_SUM_PARTS = 128, BESA__CUDA_LOSS_PARTS = 1024, BESA__CUDA_STEP_PARTS = 1024, BESA__CUDA_DIGITS = 2048,
+       BESA__CUDA_RATE_FLOATS = 1 << 20 /* of each scratch array */ };
+
+static float *besa__cuda_column_sumsq_place(besa__arena *work, int64_t d)
+{
+    return besa__take_floats(work, BESA__CUDA_SUM_PARTS * d);
+}
+
+static void besa__cuda_block_loss_place(besa__arena *work, float **weight, double **part, int64_t d)
+{
+    *weight = besa__take_floats(work, d);
+    *part = (double *)besa__take(work, BESA__CUDA_LOSS_PARTS * sizeof(double));
+}
+
+static void *besa__cuda_panel_place(const besa__cuda_device *cuda, besa_dtype act, besa__arena *work, int64_t rows, int64_t columns)
+{
+    int64_t least = 8 * besa__max(rows, columns); /* besa__cuda_panel_step takes no fewer lines than eight */
+    int64_t count = besa__min(rows * columns, besa__max(cuda->panel, least));
+    return besa__take(work, (size_t)count * besa_dtype_size(act));
+}
+
+typedef struct besa__cuda_attention {
+    int64_t seqlen, head_dim, window;
+    float scale, cap;                  /* of the scores; cap 0: none */
+    int64_t stack, turns;              /* query heads in one matrix; products one after another: stack * turns share a kv head */
+    int64_t inner, outer;              /* batched; one after another */
+    int64_t q_inner, q_outer, k_inner, k_outer; /* elements from one to the next */
+    int64_t q_row, k_row;              /* from token to token */
+    int64_t queries, chunk;            /* tokens of a piece, items of `inner` at a time */
+    float *scores;                     /* (chunk, queries * stack, keys): S, then in the backward pass dP */
+    void *p, *ds;                      /* the same as act: P, dS; with float activations over the scores */
+    float *dk, *dv;                    /* (chunk, seqlen, head_dim) sums */
+} besa__cuda_attention;
+
+/* The section cuda-attention of besa_cuda.cuh says what the pieces and chunks are. Keys are padded to whole eights. */
+static int64_t besa__cuda_score_row(int64_t keys) { return besa__parts(keys, 8) * 8; }
+
+/* The arrays for `chunk` items. */
+static void besa__cuda_attention_place(besa__arena *work, besa__cuda_attention *a, besa_dtype act, int64_t chunk)
+{
+    int64_t scores = chunk * a->queries * a->stack * besa__cuda_score_row(a->seqlen);
+    size_t bytes = (size_t)scores * 2;
+    a->chunk = chunk;
+    a->scores = besa__take_floats(work, scores);
+    a->p = besa__take(work, bytes);
+    a->ds = besa__take(work, bytes);
+    a->dk = besa__take_floats(work, chunk * a->seqlen * a->head_dim);
+    a->dv = besa__take_floats(work, chunk * a->seqlen * a->head_dim);
+    if (act != BESA_F32) return;
+    a->ds = a->p; /* both halves: P lies over S, dS and dP over the other array */
+    a->p = a->scores;
+}
+
+/* Everything but memory. */
+static void besa__cuda_attention_shape(const besa__cuda_device *cuda, besa__cuda_attention *a, const besa_attention_shape *s)
+{
+    int64_t row_bytes = 8 * besa__cuda_score_row(s->seqlen), room = (int64_t)cuda->score_bytes / row_bytes;
+    int64_t share = s->num_attention_heads / s->num_key_value_heads, dh = s->head_dim;
+    int by_sequence = s->batch > s->num_key_value_heads;
+    memset(a, 0, sizeof *a);
+    a->seqlen = s->seqlen, a->head_dim = dh, a->window = s->sliding_window;
+    a->scale = s->scale != 0.0f ? s->scale : 1.0f / sqrtf((float)dh);
+    a->cap = s->softcap;
+    a->stack = s->num_key_value_heads == 1 ? share : 1;
+    a->turns = share / a->stack;
+    a->q_row = s->num_attention_heads * dh, a->k_row = s->num_key_value_heads * dh;
+    a->inner = by_sequence ? s->batch : s->num_key_value_heads;
+    a->outer = by_sequence ? s->num_key_value_heads : s->batch;
+    a->q_inner = by_sequence ? s->seqlen * a->q_row : share * dh;
+    a->q_outer = by_sequence ? share * dh : s->seqlen * a->q_row;
+    a->k_inner = by_sequence ? s->seqlen * a->k_row : dh;
+    a->k_outer = by_sequence ? dh : s->seqlen * a->k_row;
+    a->queries = besa__max(cuda->queries, besa__min(cuda->query_rows / a->inner / 128 * 128, s->seqlen / 2));
+    a->queries = besa__max(besa__min(a->queries, room / 16 * 16) / a->stack, 1); /* of a token: stack rows */
+    a->queries = besa__min(a->queries, besa__max(1, s->seqlen));
+}
+
+/* As many items as `bytes` of memory hold, at least one. */
+static int64_t besa__cuda_attention_fit(besa__cuda_attention *a, besa_dtype act, size_t bytes)
+{
+    int64_t chunk = a->inner;
+    for (;; chunk = besa__parts(chunk, 2)) {
+        besa__arena work = {NULL, 0};
+        besa__cuda_attention_place(&work, a, act, chunk);
+        if (chunk <= 1 || work.used <= bytes) return chunk;
+    }
+}
+
+static uint64_t besa__cuda_attention_bytes(const besa__cuda_device *cuda, besa_dtype act, const besa_workload *w)
+{
+    besa__arena work = {NULL, 0};
+    besa__cuda_attention a;
+    if (w->num_attention_heads < 1 || w->tokens < 1 || w->seqlen < 1) return 0;
+    besa_attention_shape s = {besa__max(1, w->tokens / w->seqlen), w->seqlen, w->num_attention_heads,
+                              w->num_key_value_heads, w->head_dim, 0, 0, 0};
+    besa__cuda_attention_shape(cuda, &a, &s);
+    besa__cuda_attention_place(&work, &a, act, besa__cuda_attention_fit(&a, act, cuda->score_bytes));
+    return work.used;
+}
+
+typedef struct besa__select {
+    unsigned long long count[BESA__CUDA_DIGITS];
+    long long place, smaller;                   /* place among the keys that share the prefix; keys below the prefix */
+    uint32_t prefix;                            /* in the end the key */
+} besa__select;
+
+static besa__select *besa__cuda_select_place(besa__arena *work)
+{
+    return (besa__select *)besa__take(work, sizeof(besa__select));
+}
+
+static besa__select *besa__cuda_mask_smallest_place(besa__arena *work, long long **ties, int64_t rows)
+{
+    *ties = (long long *)besa__take(work, (size_t)rows * sizeof(long long));
+    return besa__cuda_select_place(work);
+}
+
+enum { BESA__CUDA_SORT_THREADS = 512, BESA__CUDA_SORT_COLUMNS = 16 /* of a thread, at least */ };
+
+typedef struct besa__sort_plan {
+    int threads, shared_keys, shared_positions;
+    size_t shared;
+    int64_t blocks;
+} besa__sort_plan;
+
+static besa__sort_plan besa__cuda_sort_plan(const besa__cuda_device *cuda, int64_t rows, int64_t columns)
+{
+    besa__sort_plan plan;
+    size_t element = columns > 65536 ? 4 : 2, c = (size_t)columns;
+    plan.threads = (int)besa__min(BESA__CUDA_SORT_THREADS, besa__parts(columns, 32 * BESA__CUDA_SORT_COLUMNS) * 32);
+    size_t counts = 256 * (size_t)(plan.threads / 32) * sizeof(uint32_t), positions = 2 * c * element;
+    plan.shared_keys = counts + positions + 4 * c <= cuda->shared_limit;
+    plan.shared_positions = counts + positions <= cuda->shared_limit;
+    plan.shared = counts + (plan.shared_positions ? positions : 0) + (plan.shared_keys ? 4 * c : 0);
+    plan.blocks = plan.shared_positions ? rows : besa__min(rows, 2 * cuda->processors);
+    return plan;
+}
+
+/* Two arrays of positions for each block that is at work at a time, or NULL where shared memory has them */
+static void *besa__cuda_sort_place(const besa__cuda_device *cuda, besa__arena *work, int64_t rows, int64_t columns)
+{
+    besa__sort_plan plan = besa__cuda_sort_plan(cuda, rows, columns);
+    if (plan.shared_positions) return NULL;
+    return besa__take(work, (size_t)(2 * plan.blocks * columns) * (columns > 65536 ? 4 : 2));
+}
+
+/* candidates 0: any number */
+static void besa__cuda_rates_place(besa__arena *work, float **sums, float **part, int64_t rows, int64_t candidates)
+{
+    int64_t floats = BESA__CUDA_RATE_FLOATS;
+    if (candidates > 0) floats = besa__min(floats, rows * candidates);
+    *sums = besa__take_floats(work, floats);
+    *part = besa__take_floats(work, floats);
+}
+
+static void besa__cuda_project_place(besa__arena *work, double **logit, double **rest, int64_t rows)
+{
+    *logit = (double *)besa__take(work, (size_t)rows * sizeof(double));
+    *rest = (double *)besa__take(work, (size_t)rows * sizeof(double));
+}
+
+static double *besa__cuda_optimizer_place(besa__arena *work)
+{
+    return (double *)besa__take(work, (2 * BESA__CUDA_STEP_PARTS + 3) * sizeof(double));
+}
+
+static besa__select *besa__cuda_slab_place(besa__arena *work, float **scale, int64_t width)
+{
+    *scale = besa__take_floats(work, width);
+    return besa__cuda_select_place(work);
+}
+
+/* The most scratch that any operation takes, and behind it cuBLAS's. */
+static size_t besa__cuda_workspace(const besa__cuda_device *cuda, besa_dtype act, const besa_workload *w)
+{
+    float *a, *b;
+    double *part, *rest;
+    long long *ties;
+    uint64_t most = besa__cuda_attention_bytes(cuda, act, w);
+#define BESA__PLACED(call)                                                                         \
+    do {                                                                                           \
+        besa__arena work = {NULL, 0};                                                              \
+        call;                                                                                      \
+        if (work.used > most) most = work.used;                                                    \
+    } while (0)
+    if (w->tokens > 0) BESA__PLACED(besa__cuda_panel_place(cuda, act, &work, w->rows, w->columns));
+    BESA__PLACED(besa__cuda_column_sumsq_place(&work, w->columns));
+    BESA__PLACED(besa__cuda_block_loss_place(&work, &a, &part, w->columns));
+    BESA__PLACED(besa__cuda_mask_smallest_place(&work, &ties, w->rows));
+    BESA__PLACED(besa__cuda_sort_place(cuda, &work, w->rows, w->columns));
+    BESA__PLACED(besa__cuda_rates_place(&work, &a, &b, w->rows, w->rate_logits));
+    BESA__PLACED(besa__cuda_optimizer_place(&work));
+    BESA__PLACED(besa__cuda_slab_place(&work, &a, w->hessian_columns));
+    BESA__PLACED(besa__cuda_project_place(&work, &part, &rest, w->projected_rows));
+#undef BESA__PLACED
+    return besa__size(most + (w->tokens > 0 || w->hessian_columns > 0 ? cuda->blas_bytes : 0));
+}
+
+/* The CPU's table with what a plan asks of a GPU: memory and scratch. None of its operations can be reached, as it gives no
+ * memory. */
+typedef struct besa__absent {
+    besa__cpu cpu;                              /* first: besa__cpu_of */
+    besa__cuda_device device;
+    size_t memory;
+} besa__absent;
+
+static size_t besa__absent_workspace_size(besa_backend *be, const besa_workload *w)
+{
+    return besa__cuda_workspace(&((const besa__absent *)be->context)->device, be->activation_dtype, w);
+}
+
+static besa_result besa__absent_memory_info(besa_backend *be, size_t *free_bytes, size_t *total_bytes)
+{
+    *free_bytes = *total_bytes = ((const besa__absent *)be->context)->memory;
+    return BESA_OK;
+}
+
+static besa_result besa__absent_alloc(besa_backend *be, void **memory, size_t bytes)
+{
+    (void)bytes;
+    *memory = NULL;
+    return besa__fail(&be->error, BESA_ERROR_DEVICE, "this CUDA device is a description: it can be planned for, and "
+                      "nothing runs on it");
+}
+
+/* Shared memory of a block, with opt-in, by compute capability, from the CUDA programming guide. */
+static int besa__shared_of(int capability)
+{
+    static const struct { int capability, shared; } rows[] = {{70, 96}, {75, 64}, {80, 163}, {86, 99}, {87, 163}, {89, 99},
+                                                              {90, 227}, {120, 99}};
+    int kilobytes = 0;
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        if (rows[i].capability <= capability) kilobytes = rows[i].shared;
+    return kilobytes * 1024;
+}
+
+BESA_API besa_result besa_absent_backend(besa_backend *be, const besa_absent_device *device, besa_error *error)
+{
+    int processors = device->processors ? device->processors : 132, capability = device->capability ? device->capability : 90;
+    memset(be, 0, sizeof *be);
+    if (device->memory == 0) return besa__fail(error, BESA_ERROR_OPTION, "memory of the device is 0, expected its bytes");
+    if (processors < 1 || processors > 4096)
+        return besa__fail(error, BESA_ERROR_OPTION, "processors is %d, expected 1 to 4096", processors);
+    if (capability < 70 || capability > 999)
+        return besa__fail(error, BESA_ERROR_OPTION, "capability is %d, expected 70 (for 7.0) or more", capability);
+    BESA__TRY(besa_cpu_backend(be, NULL, error));
+    void *memory;
+    besa_result result = besa__malloc(&memory, sizeof(besa__absent), "a device's description", error);
+    if (result == BESA_OK) {
+        besa__absent *absent = (besa__absent *)memset(memory, 0, sizeof(besa__absent));
+        absent->cpu = *(const besa__cpu *)be->context;
+        absent->memory = device->memory;
+        besa__cuda_device_init(be, &absent->device, processors, besa__shared_of(capability), capability / 10, device->fp32);
+        BESA_FREE(be->context);
+        be->context = absent;
+        be->name = "CUDA, absent";
+        be->unified_memory = 0;
+        be->workspace_size = besa__absent_workspace_size;
+        be->memory_info = besa__absent_memory_info;
+        be->alloc = be->host_alloc = besa__absent_alloc;
+    } else be->destroy(be);
+    return result;
 }
 
 #if defined(__clang__)

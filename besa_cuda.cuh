@@ -126,14 +126,8 @@
         }                                                                                          \
     } while (0)
 
-typedef struct besa__cuda {
-    int device, processors;            /* number of multiprocessors */
-    size_t shared_limit;               /* most dynamic shared memory of a block, with opt-in */
-    size_t blas_bytes;                 /* of cuBLAS's scratch, at the end of the workspace */
-    int64_t panel;                     /* elements of W that are converted at a time (tests lower this and the next three) */
-    int64_t queries;                   /* query rows of one item of attention's products, at least where memory allows */
-    int64_t query_rows;                /* the same of all items of a product: what fills the device */
-    size_t score_bytes;                /* scratch of attention; one head may take more */
+typedef struct besa__cuda : besa__cuda_device {
+    int device;
     void *blas_workspace;              /* where cuBLAS has it now */
     cudaStream_t stream[BESA_QUEUE_COUNT];
     cudaEvent_t event[BESA_EVENT_COUNT];
@@ -184,7 +178,7 @@ template <typename... P> static int besa__cuda_aligned(const P *...p)
 }
 
 /* Scratch of an operation: taken from the start of the workspace; products have theirs at its end. For each operation
- * with scratch a function `..._place` takes its arrays; workspace_size runs it on an arena without memory. */
+ * with scratch a function `..._place` of besa.h's section cuda-sizes takes its arrays. */
 static besa__arena besa__cuda_work(const besa_backend *be)
 {
     besa__arena work;
@@ -864,13 +858,6 @@ static __global__ void besa__add_parts_kernel(float *out, const float *part, int
     }
 }
 
-enum { BESA__CUDA_SUM_PARTS = 128 };
-
-static float *besa__cuda_column_sumsq_place(besa__arena *work, int64_t d)
-{
-    return besa__take_floats(work, BESA__CUDA_SUM_PARTS * d);
-}
-
 /* out(d) += column sums of X(T,d)^2 */
 static besa_result besa__cuda_column_sumsq(besa_backend *be, float *out, const void *x, int64_t tokens, int64_t d)
 {
@@ -963,14 +950,6 @@ static __global__ void besa__add_loss_kernel(float *loss, const double *part, in
 {
     double sum = besa__parts_sum(part, parts);
     if (threadIdx.x == 0) loss[0] += static_cast<float>(factor * sum);
-}
-
-enum { BESA__CUDA_LOSS_PARTS = 1024 };
-
-static void besa__cuda_block_loss_place(besa__arena *work, float **weight, double **part, int64_t d)
-{
-    *weight = besa__take_floats(work, d);
-    *part = static_cast<double *>(besa__take(work, BESA__CUDA_LOSS_PARTS * sizeof(double)));
 }
 
 /* loss(1) += scale / d * sum (Yref - Y)^2 / norm2_c; dY = 2 scale / d (Y - Yref) / norm2_c [+ dY] */
@@ -1197,13 +1176,6 @@ static besa_result besa__cuda_multiply(besa_backend *be, const besa__cuda_produc
 
 /* ---- weights in the products' type --------------------------------------------------------- */
 
-static void *besa__cuda_panel_place(const besa_backend *be, besa__arena *work, int64_t rows, int64_t columns)
-{
-    int64_t least = 8 * besa__cuda_max(rows, columns); /* besa__cuda_panel_step takes no fewer lines than eight */
-    int64_t count = besa__cuda_min(rows * columns, besa__cuda_max(besa__cuda_of(be)->panel, least));
-    return besa__take(work, static_cast<size_t>(count) * besa_dtype_size(be->activation_dtype));
-}
-
 /* W(R,C) rows r0 .. r0+rows-1 and columns c0 .. c0+width-1 in the products' type, rows *ld elements apart: where they
  * lie, or converted into the workspace. */
 static besa_result besa__cuda_panel(besa_backend *be, const void **panel, int64_t *ld, const void *w, besa_dtype dtype,
@@ -1214,7 +1186,7 @@ static besa_result besa__cuda_panel(besa_backend *be, const void **panel, int64_
     *panel = at;
     *ld = columns;
     if (dtype == be->activation_dtype) return BESA_OK;
-    void *memory = besa__cuda_panel_place(be, &work, rows, width);
+    void *memory = besa__cuda_panel_place(besa__cuda_of(be), be->activation_dtype, &work, rows, width);
     BESA__CUDA_FITS(be, work);
     *panel = memory;
     *ld = width;
@@ -1339,87 +1311,6 @@ static besa_result besa__cuda_logits(besa_backend *be, float *out, const void *h
  * Few large products: at 32 heads of 128 and 2048 tokens an H100 takes 0.51 ms forward and 1.26 ms backward; with chunks
  * that stay in its second-level cache, where each product has two heads, it took 1.22 ms and 3.33 ms. Pieces are of 512
  * queries, and of more, up to half of the sequence, where few items would leave multiprocessors without a tile. */
-
-typedef struct besa__cuda_attention {
-    int64_t seqlen, head_dim, window;
-    float scale, cap;                  /* of the scores; cap 0: none */
-    int64_t stack, turns;              /* query heads in one matrix; products one after another: stack * turns share a kv head */
-    int64_t inner, outer;              /* batched; one after another */
-    int64_t q_inner, q_outer, k_inner, k_outer; /* elements from one to the next */
-    int64_t q_row, k_row;              /* from token to token */
-    int64_t queries, chunk;            /* tokens of a piece, items of `inner` at a time */
-    float *scores;                     /* (chunk, queries * stack, keys): S, then in the backward pass dP */
-    void *p, *ds;                      /* the same as act: P, dS; with float activations over the scores */
-    float *dk, *dv;                    /* (chunk, seqlen, head_dim) sums */
-} besa__cuda_attention;
-
-/* Keys are padded to whole eights. */
-static int64_t besa__cuda_score_row(int64_t keys) { return besa__cuda_parts(keys, 8) * 8; }
-
-/* The arrays for `chunk` items. */
-static void besa__cuda_attention_place(besa__arena *work, besa__cuda_attention *a, besa_dtype act, int64_t chunk)
-{
-    int64_t scores = chunk * a->queries * a->stack * besa__cuda_score_row(a->seqlen);
-    size_t bytes = static_cast<size_t>(scores) * 2;
-    a->chunk = chunk;
-    a->scores = besa__take_floats(work, scores);
-    a->p = besa__take(work, bytes);
-    a->ds = besa__take(work, bytes);
-    a->dk = besa__take_floats(work, chunk * a->seqlen * a->head_dim);
-    a->dv = besa__take_floats(work, chunk * a->seqlen * a->head_dim);
-    if (act != BESA_F32) return;
-    a->ds = a->p; /* both halves: P lies over S, dS and dP over the other array */
-    a->p = a->scores;
-}
-
-/* Everything but memory. */
-static void besa__cuda_attention_shape(const besa__cuda *cuda, besa__cuda_attention *a, const besa_attention_shape *s)
-{
-    int64_t row_bytes = 8 * besa__cuda_score_row(s->seqlen), room = static_cast<int64_t>(cuda->score_bytes) / row_bytes;
-    int64_t share = s->num_attention_heads / s->num_key_value_heads, dh = s->head_dim;
-    int by_sequence = s->batch > s->num_key_value_heads;
-    memset(a, 0, sizeof *a);
-    a->seqlen = s->seqlen, a->head_dim = dh, a->window = s->sliding_window;
-    a->scale = s->scale != 0.0f ? s->scale : 1.0f / sqrtf(static_cast<float>(dh));
-    a->cap = s->softcap;
-    a->stack = s->num_key_value_heads == 1 ? share : 1;
-    a->turns = share / a->stack;
-    a->q_row = s->num_attention_heads * dh, a->k_row = s->num_key_value_heads * dh;
-    a->inner = by_sequence ? s->batch : s->num_key_value_heads;
-    a->outer = by_sequence ? s->num_key_value_heads : s->batch;
-    a->q_inner = by_sequence ? s->seqlen * a->q_row : share * dh;
-    a->q_outer = by_sequence ? share * dh : s->seqlen * a->q_row;
-    a->k_inner = by_sequence ? s->seqlen * a->k_row : dh;
-    a->k_outer = by_sequence ? dh : s->seqlen * a->k_row;
-    a->queries = besa__cuda_max(cuda->queries, besa__cuda_min(cuda->query_rows / a->inner / 128 * 128, s->seqlen / 2));
-    a->queries = besa__cuda_max(besa__cuda_min(a->queries, room / 16 * 16) / a->stack, 1); /* of a token: stack rows */
-    a->queries = besa__cuda_min(a->queries, besa__cuda_max(1, s->seqlen));
-}
-
-/* As many items as `bytes` of memory hold, at least one. */
-static int64_t besa__cuda_attention_fit(besa__cuda_attention *a, besa_dtype act, size_t bytes)
-{
-    int64_t chunk = a->inner;
-    for (;; chunk = besa__cuda_parts(chunk, 2)) {
-        besa__arena work = {NULL, 0};
-        besa__cuda_attention_place(&work, a, act, chunk);
-        if (chunk <= 1 || work.used <= bytes) return chunk;
-    }
-}
-
-static size_t besa__cuda_attention_bytes(const besa_backend *be, const besa_workload *w)
-{
-    const besa__cuda *cuda = besa__cuda_of(be);
-    besa_dtype act = be->activation_dtype;
-    besa__arena work = {NULL, 0};
-    besa__cuda_attention a;
-    if (w->num_attention_heads < 1 || w->tokens < 1 || w->seqlen < 1) return 0;
-    besa_attention_shape s = {besa__cuda_max(1, w->tokens / w->seqlen), w->seqlen, w->num_attention_heads,
-                              w->num_key_value_heads, w->head_dim, 0, 0, 0};
-    besa__cuda_attention_shape(cuda, &a, &s);
-    besa__cuda_attention_place(&work, &a, act, besa__cuda_attention_fit(&a, act, cuda->score_bytes));
-    return work.used;
-}
 
 /* Shape and memory of a call. */
 static void besa__cuda_attention_begin(besa_backend *be, besa__cuda_attention *a, const besa_attention_shape *s)
@@ -1730,13 +1621,7 @@ static besa_result besa__cuda_attention_backward(besa_backend *be, void *dq, voi
  * The key that stands at a place in the order of all keys of a matrix, found 11 bits at a time from the top. Counts are
  * integers, so the order in which blocks add theirs does not matter. */
 
-enum { BESA__CUDA_DIGITS = 2048, BESA__CUDA_SELECT_BLOCKS = 1024 };
-
-typedef struct besa__select {
-    unsigned long long count[BESA__CUDA_DIGITS];
-    long long place, smaller;          /* place among the keys that share the prefix; keys below the prefix */
-    uint32_t prefix;                   /* in the end the key */
-} besa__select;
+enum { BESA__CUDA_SELECT_BLOCKS = 1024 };
 
 /* Keys of a matrix of scores (R,C) */
 typedef struct besa__score_keys {
@@ -1810,11 +1695,6 @@ static __global__ void besa__select_pick_kernel(besa__select *select, int shift,
     }
 }
 
-static besa__select *besa__cuda_select_place(besa__arena *work)
-{
-    return static_cast<besa__select *>(besa__take(work, sizeof(besa__select)));
-}
-
 /* select->prefix = the key at `place` of all keys, select->smaller = how many are smaller */
 template <typename Keys>
 static besa_result besa__cuda_select(besa_backend *be, besa__select *select, Keys keys, int64_t rows, int64_t columns,
@@ -1880,12 +1760,6 @@ static __global__ void besa__mask_smallest_kernel(W *what, const W *w, const flo
             left -= __syncthreads_count(tie);
         }
     }
-}
-
-static besa__select *besa__cuda_mask_smallest_place(besa__arena *work, long long **ties, int64_t rows)
-{
-    *ties = static_cast<long long *>(besa__take(work, static_cast<size_t>(rows) * sizeof(long long)));
-    return besa__cuda_select_place(work);
 }
 
 /* What = W without its `count` smallest scores, ties by position */
@@ -2367,36 +2241,6 @@ static besa_result besa__cuda_bucket_gradient(besa_backend *be, float *sums, con
  * looked up. Both lie in shared memory where the row fits, else the positions alone, else neither: then positions have
  * their place in the workspace and keys are made of the scores again. */
 
-enum { BESA__CUDA_SORT_THREADS = 512, BESA__CUDA_SORT_COLUMNS = 16 /* of a thread, at least */ };
-
-typedef struct besa__sort_plan {
-    int threads, shared_keys, shared_positions;
-    size_t shared;
-    int64_t blocks;
-} besa__sort_plan;
-
-static besa__sort_plan besa__cuda_sort_plan(const besa__cuda *cuda, int64_t rows, int64_t columns)
-{
-    besa__sort_plan plan;
-    size_t element = columns > 65536 ? 4 : 2, c = static_cast<size_t>(columns);
-    plan.threads = static_cast<int>(besa__cuda_min(BESA__CUDA_SORT_THREADS,
-                                                   besa__cuda_parts(columns, 32 * BESA__CUDA_SORT_COLUMNS) * 32));
-    size_t counts = 256 * static_cast<size_t>(plan.threads / 32) * sizeof(uint32_t), positions = 2 * c * element;
-    plan.shared_keys = counts + positions + 4 * c <= cuda->shared_limit;
-    plan.shared_positions = counts + positions <= cuda->shared_limit;
-    plan.shared = counts + (plan.shared_positions ? positions : 0) + (plan.shared_keys ? 4 * c : 0);
-    plan.blocks = plan.shared_positions ? rows : besa__cuda_min(rows, 2 * cuda->processors);
-    return plan;
-}
-
-/* Two arrays of positions for each block that is at work at a time, or NULL where shared memory has them */
-static void *besa__cuda_sort_place(const besa__cuda *cuda, besa__arena *work, int64_t rows, int64_t columns)
-{
-    besa__sort_plan plan = besa__cuda_sort_plan(cuda, rows, columns);
-    if (plan.shared_positions) return NULL;
-    return besa__take(work, static_cast<size_t>(2 * plan.blocks * columns) * (columns > 65536 ? 4 : 2));
-}
-
 /* What a block has at hand for its row */
 template <typename K> struct besa__sort {
     const float *s;                    /* (C) scores */
@@ -2519,7 +2363,7 @@ static besa_result besa__cuda_rank_rows(besa_backend *be, void *rank, const floa
  * ============================================================================================
  * A warp a group. Nothing is kept per candidate: logits are worked out again for each sweep over the candidates. */
 
-enum { BESA__CUDA_RATE_WARPS = 4 /* of a block */, BESA__CUDA_RATE_FLOATS = 1 << 20 /* of each scratch array */ };
+enum { BESA__CUDA_RATE_WARPS = 4 /* of a block */ };
 
 /* p_d = 1 - d / D */
 static __device__ __forceinline__ float besa__candidate(const besa_rate_shape &s, int64_t d)
@@ -2706,15 +2550,6 @@ static __global__ void besa__rate_layer_kernel(float *dtheta_layer, const float 
     }
 }
 
-/* candidates 0: any number */
-static void besa__cuda_rates_place(besa__arena *work, float **sums, float **part, int64_t rows, int64_t candidates)
-{
-    int64_t floats = BESA__CUDA_RATE_FLOATS;
-    if (candidates > 0) floats = besa__cuda_min(floats, rows * candidates);
-    *sums = besa__take_floats(work, floats);
-    *part = besa__take_floats(work, floats);
-}
-
 /* Groups of many rows: their rows are summed in runs of about 128 first, as far as the scratch goes. */
 static besa_result besa__cuda_bucket_rows(besa_backend *be, besa__bucket_rows *from, float *scratch, int64_t groups,
                                           int64_t buckets)
@@ -2869,12 +2704,6 @@ static __global__ void __launch_bounds__(BESA__CUDA_PROJECT_THREADS)
     }
 }
 
-static void besa__cuda_project_place(besa__arena *work, double **logit, double **rest, int64_t rows)
-{
-    *logit = static_cast<double *>(besa__take(work, static_cast<size_t>(rows) * sizeof(double)));
-    *rest = static_cast<double *>(besa__take(work, static_cast<size_t>(rows) * sizeof(double)));
-}
-
 static besa_result besa__cuda_project_counts(besa_backend *be, int32_t *n, int64_t *excess, const float *alpha,
                                              const int32_t *least, const int32_t *columns, int64_t count, int64_t rows)
 {
@@ -2892,7 +2721,7 @@ static besa_result besa__cuda_project_counts(besa_backend *be, int32_t *n, int64
  * Prodigy takes two launches: the state and the sums of runs of parameters into fixed slots; then every block adds up
  * all slots in the same order and moves its run. AdamW needs no sums and takes one. */
 
-enum { BESA__CUDA_STEP_PARTS = 1024, BESA__CUDA_STEP_RUN = 2048 /* parameters, at least */ };
+enum { BESA__CUDA_STEP_RUN = 2048 /* parameters, at least */ };
 
 /* Eights of this block's run of parameters */
 #define BESA__RUN_EIGHTS(i, run, n)                                                                \
@@ -2997,11 +2826,6 @@ static __global__ void besa__adamw_kernel(besa_optimizer_step o, int64_t run, fl
         besa__store(o.v + i, v, count, vector);
         besa__move(o, i, count, m, v, keep, rate, root, static_cast<float>(o.eps), vector);
     }
-}
-
-static double *besa__cuda_optimizer_place(besa__arena *work)
-{
-    return static_cast<double *>(besa__take(work, (2 * BESA__CUDA_STEP_PARTS + 3) * sizeof(double)));
 }
 
 /* Parameters of a block's run, a multiple of 8 */
@@ -3558,12 +3382,6 @@ static besa_result besa__cuda_slab_run(besa_backend *be, const besa__slab &slab,
     return BESA_OK;
 }
 
-static besa__select *besa__cuda_slab_place(besa__arena *work, float **scale, int64_t width)
-{
-    *scale = besa__take_floats(work, width);
-    return besa__cuda_select_place(work);
-}
-
 /* Columns first .. first+width-1 of Wf(R,C) */
 static besa_result besa__cuda_sparsegpt_slab(besa_backend *be, float *wf, float *err, const float *u,
                                              const int32_t *dead, int64_t first, int64_t width, double target, int n,
@@ -3778,31 +3596,9 @@ static besa_result besa__cuda_refit_end(besa_backend *be, void *what, const floa
  * // >>cuda-backend          the table, creation, the end
  * ============================================================================================ */
 
-/* The most scratch that any operation takes, and behind it cuBLAS's. */
 static size_t besa__cuda_workspace_size(besa_backend *be, const besa_workload *w)
 {
-    const besa__cuda *cuda = besa__cuda_of(be);
-    float *a, *b;
-    double *part, *rest;
-    long long *ties;
-    size_t most = besa__cuda_attention_bytes(be, w);
-#define BESA__PLACED(call)                                                                         \
-    do {                                                                                           \
-        besa__arena work = {NULL, 0};                                                              \
-        call;                                                                                      \
-        if (work.used > most) most = work.used;                                                    \
-    } while (0)
-    if (w->tokens > 0) BESA__PLACED(besa__cuda_panel_place(be, &work, w->rows, w->columns));
-    BESA__PLACED(besa__cuda_column_sumsq_place(&work, w->columns));
-    BESA__PLACED(besa__cuda_block_loss_place(&work, &a, &part, w->columns));
-    BESA__PLACED(besa__cuda_mask_smallest_place(&work, &ties, w->rows));
-    BESA__PLACED(besa__cuda_sort_place(cuda, &work, w->rows, w->columns));
-    BESA__PLACED(besa__cuda_rates_place(&work, &a, &b, w->rows, w->rate_logits));
-    BESA__PLACED(besa__cuda_optimizer_place(&work));
-    BESA__PLACED(besa__cuda_slab_place(&work, &a, w->hessian_columns));
-    BESA__PLACED(besa__cuda_project_place(&work, &part, &rest, w->projected_rows));
-#undef BESA__PLACED
-    return most + (w->tokens > 0 || w->hessian_columns > 0 ? cuda->blas_bytes : 0);
+    return besa__cuda_workspace(besa__cuda_of(be), be->activation_dtype, w);
 }
 
 static void besa__cuda_destroy(besa_backend *be)
@@ -3828,7 +3624,7 @@ static void besa__cuda_destroy(besa_backend *be)
 static besa_result besa__cuda_open_device(besa_backend *be, const besa_cuda_options *options)
 {
     besa__cuda *cuda = besa__cuda_of(be);
-    int count = 0, major, shared, wanted = options ? options->device : 0;
+    int count = 0, processors, major, shared, wanted = options ? options->device : 0;
     cudaError_t status = cudaGetDeviceCount(&count);
     cudaGetLastError();
     if (status != cudaSuccess || count == 0)
@@ -3840,20 +3636,13 @@ static besa_result besa__cuda_open_device(besa_backend *be, const besa_cuda_opti
                           count - 1);
     cuda->device = wanted;
     BESA__CUDA(cudaSetDevice(wanted));
-    BESA__CUDA(cudaDeviceGetAttribute(&cuda->processors, cudaDevAttrMultiProcessorCount, wanted));
+    BESA__CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, wanted));
     BESA__CUDA(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, wanted));
     BESA__CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, wanted));
     if (major < 7)
         return besa__fail(&be->error, BESA_ERROR_UNSUPPORTED, "CUDA device %d has compute capability %d.x, expected 7.0 or "
                           "more", wanted, major);
-    cuda->shared_limit = static_cast<size_t>(shared > 49152 ? shared : 49152) - 1024; /* kernels keep up to 1 KB */
-    cuda->blas_bytes = static_cast<size_t>(major >= 9 ? 32 : 8) << 20;               /* as cuBLAS recommends */
-    cuda->panel = 1 << 25;
-    cuda->queries = 512;
-    cuda->query_rows = 64 * cuda->processors;                                        /* a tile of 128 for every other one */
-    cuda->score_bytes = static_cast<size_t>(cuda->processors) * 3 << 20;
-    be->gradient_bytes = static_cast<size_t>(256) << 20;
-    be->activation_dtype = be->gradient_dtype = major < 8 || (options && options->fp32) ? BESA_F32 : BESA_BF16;
+    besa__cuda_device_init(be, cuda, processors, shared, major, options && options->fp32);
     return BESA_OK;
 }
 

@@ -250,14 +250,17 @@ static besa_result load_windows(job *j, const char *path, int64_t most, uint64_t
 
 static besa_result open_backend(job *j)
 {
-    const settings *s = j->s;
+    settings *s = j->s;
     const besa_cpu_options cpu = {s->threads, s->bf16};
+    s->absent.fp32 = s->gpu.fp32;
+    if (s->absent.memory) return besa_absent_backend(&j->backend, &s->absent, &j->error);
     if (!s->cuda) return besa_cpu_backend(&j->backend, &cpu, &j->error);
 #ifdef BESA_WITH_CUDA
     return besa_cuda_backend(&j->backend, &s->gpu, &j->error);
 #else
     snprintf(j->error.message, sizeof j->error.message,
-             "--device cuda: this program was built without CUDA; build it with `make -C examples cuda`");
+             "--device cuda: this program was built without CUDA; build it with `make -C examples cuda`%s",
+             s->command->bit == PLAN ? ", or plan for a GPU that is not here: --device-memory 24G" : "");
     return BESA_ERROR_DEVICE;
 #endif
 }
@@ -704,7 +707,8 @@ static const command commands[] = {
     {"plan", PLAN, 1, 2, run_plan, "SRC [DST]", "say what prune would take, of memory, disk and work",
      "Says what `besa prune` with the same options, but --report and --quiet, would take. It works from the shapes,\n"
      "and reads no weights.\n\n"
-     "  besa plan llama --nsamples 128 --seqlen 2048 --memory 8G\n"},
+     "  besa plan llama --nsamples 128 --seqlen 2048 --memory 8G\n"
+     "  besa plan llama --device cuda --device-memory 24G\n"},
     {"compare", COMPARE, 1, 1, run_compare, "SRC", "try methods and sparsities, writing nothing to disk",
      "Prunes SRC in memory by every method at every sparsity and prints, a line for each run: the share of zeros that was\n"
      "reached; perplexity and its standard error over the windows; how far the predictions are from the dense model's, as\n"

@@ -83,6 +83,7 @@ int main(int argc, char **argv)
     besa_result result = besa_cpu_backend(&be, NULL, &error);
     if (result) return fprintf(stderr, "%s\n", error.message), 1;
     result = besa_pruner_create(&pruner, &be, &block.shape, block.dtype, 0, &options, SEQUENCES, SEQLEN, &error);
+    if (!result) printf("%s", besa_pruner_notes(pruner)); /* such as too few learning steps; none here */
     if (!result) result = besa_pruner_run(pruner, &block, "model.layers.0.", x, NULL, pruned, &report, &error);
     if (!result) print_report(&report); /* x is now what the pruned block puts out: the next block's inputs */
     else fprintf(stderr, "\n%s: %s\n", besa_result_string(result), error.message);

@@ -18,7 +18,7 @@ import os
 import sys
 
 # tokenize.py beside this file has the name of a module of Python's library that others import: let them find theirs.
-sys.path = [folder for folder in sys.path if os.path.abspath(folder) != os.path.dirname(os.path.abspath(__file__))]
+sys.path = [folder for folder in sys.path if os.path.realpath(folder) != os.path.dirname(os.path.realpath(__file__))]
 
 import argparse
 import importlib.util

@@ -2,7 +2,7 @@
  *
  * Everything that is not a besa_ call is yours and may be anything; besa.h gives masks and takes dL/dWhat, the
  * gradient at the masked weights. Here the loss is the squared distance to what the dense layer gives behind the silu,
- * relative to the size of that. */
+ * relative to the size of that. First come the methods that learn nothing: one call each. */
 #define BESA_IMPLEMENTATION
 #include "besa.h"
 
@@ -56,6 +56,24 @@ static void make_layer(void)
     for (int i = 0; i < T * C; i++) squares[i % C] += x[i] * x[i];
 }
 
+/* Wanda and SparseGPT at half of the weights: what to compare with. */
+static int try_baselines(besa_backend *be, const besa_layer_shape *shape)
+{
+    static const besa_method methods[] = {BESA_METHOD_WANDA, BESA_METHOD_SPARSEGPT};
+    static float statistic[C * C];
+    besa_error error;
+    besa_prune_options options = {0};
+    options.rates.target = 0.5;
+    for (int i = 0; i < 2; i++) {
+        options.method = methods[i];
+        memset(statistic, 0, sizeof statistic); /* of C numbers with Wanda */
+        CHECK(besa_layer_inputs(be, &options, statistic, x, T, T, C, &error));
+        CHECK(besa_layer_prune(be, shape, &options, w, statistic, pruned, &error));
+        printf("%-9s loss %.5f\n", besa_method_name(methods[i]), loss_and_gradient(pruned, dw));
+    }
+    return 0;
+}
+
 int main(void)
 {
     besa_error error;
@@ -69,6 +87,7 @@ int main(void)
     options.d_coef = 1;
     make_layer();
     CHECK(besa_cpu_backend(&be, NULL, &error));
+    if (try_baselines(&be, &shape)) return 1;
     CHECK(besa_rates_create(&rates, &be, &shape, 1, &options, &error));
     CHECK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_WANDA, squares, scratch, &error));
     for (int step = 0; step <= STEPS; step++) {

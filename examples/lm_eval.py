@@ -13,7 +13,7 @@ import os
 import sys
 
 # This file has the name of the package that it needs.
-sys.path = [folder for folder in sys.path if os.path.abspath(folder) != os.path.dirname(os.path.abspath(__file__))]
+sys.path = [folder for folder in sys.path if os.path.realpath(folder) != os.path.dirname(os.path.realpath(__file__))]
 
 import argparse
 import importlib.util

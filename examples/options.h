@@ -39,7 +39,7 @@ typedef struct test_file { /* "FILE", or "NAME=FILE" */
 typedef enum kind {
     HEADING, LIBRARY, FLAG, TEXT, CHOICE, PATTERN, SKIP, METHODS, BLOCKS, TARGETS, TESTS, /* these are not numbers */
     NUMBER, ROWS, SHARES, /* numbers of besa_prune_options: the library's table has their ranges */
-    THREADS, COUNT, SEED, FIX, BYTES, DEVICE, COUNTS, SEEDS /* the last two: lists */
+    THREADS, COUNT, SEED, FIX, BYTES, DEVICE, PROCESSORS, CAPABILITY, COUNTS, SEEDS /* the last two: lists */
 } kind;
 
 typedef struct option {
@@ -68,6 +68,7 @@ typedef struct settings {
     int64_t seed;
     int cuda; /* 1: on the GPU that gpu says; 0: on the CPU, with threads and bf16 */
     besa_cuda_options gpu;
+    besa_absent_device absent; /* a plan's, where its memory is not 0 */
     int threads, bf16, json, quiet, help, has_sparsity, test_dense;
     besa_prune_options prune;
     besa_fixed_rate fixed[MAX_FIXED];
@@ -91,6 +92,8 @@ static const struct { double least, most; int whole; const char *words; } ranges
     [FIX] = {0, 1 - DBL_EPSILON / 2, 0, "a number from 0 and below 1"},
     [BYTES] = {1, 1e18, 0, "a number of bytes, as 500M or 24G"},
     [DEVICE] = {0, 65535, 1, "a GPU's number, from 0"},
+    [PROCESSORS] = {1, 4096, 1, "a whole number from 1 to 4096"},
+    [CAPABILITY] = {7, 99, 0, "a compute capability, from 7.0 on"},
     [COUNTS] = {1, 1e9, 1, "a whole number from 1 to 1000000000"},
     [SEEDS] = {0, 9e15, 1, "a whole number from 0 to 9000000000000000"},
 };
@@ -162,6 +165,12 @@ static const option own_options[] = {
     {"fp32", FLAG, AT(gpu.fp32), RUN | EVAL, "", "cuda: float throughout; without it bfloat16, where the GPU has it"},
     {"memory", BYTES, AT(prune.device_memory), RUN, "N[K|M|G|T]",
      "bytes that the run's arrays stay within [cpu: no limit; cuda: 31/32 of what is free]"},
+    {"device-memory", BYTES, AT(absent.memory), PLAN, "N[K|M|G|T]",
+     "--device cuda: a GPU that need not be here, with so many bytes free [the one that is here]"},
+    {"processors", PROCESSORS, AT(absent.processors), PLAN, "K",
+     "with --device-memory: its multiprocessors, A100 108, RTX 4090 128, RTX 3090 82 [132: H100]"},
+    {"capability", CAPABILITY, AT(absent.capability), PLAN, "X.Y",
+     "with --device-memory: its compute capability, A100 8.0, RTX 4090 8.9, RTX 3090 8.6 [9.0: H100]"},
     {"report", TEXT, AT(report), PRUNE | EVAL, "FILE", "what was done and how it came out, as JSON: of prune every layer; losses of dense blocks are null"},
     {"trace", TEXT, AT(trace), PRUNE, "FILE", "a line of JSON for each learning step: loss, penalty, rates, learning rates. A run that goes on goes on in it"},
     {"save-rates", TEXT, AT(rates), PRUNE | INFO, "FILE", "of every layer and row, how many weights are 0 and their share, as safetensors"},
@@ -514,6 +523,8 @@ static void read_value(settings *s, const option *o, const char *text)
     case COUNT: case SEED: *(int64_t *)field = (int64_t)read_number(s, o, text); break;
     case BYTES: *(size_t *)field = (size_t)read_number(s, o, text); break;
     case DEVICE: read_device(s, o, text); break;
+    case PROCESSORS: *(int *)field = (int)read_number(s, o, text); break;
+    case CAPABILITY: *(int *)field = (int)(10 * read_number(s, o, text) + 0.5); break;
     }
 }
 
@@ -887,7 +898,10 @@ static void check_arguments(settings *s)
         usage_error(s, "--seed is about --tokens FILE, which is missing");
     if (s->cuda && (s->threads || s->bf16))
         usage_error(s, "--%s is for the CPU, not for --device cuda", s->threads ? "threads" : "bf16");
-    if (!s->cuda && s->gpu.fp32) usage_error(s, "--fp32 is for --device cuda");
+    if (!s->cuda && (s->gpu.fp32 || s->absent.memory))
+        usage_error(s, "--%s is for --device cuda", s->gpu.fp32 ? "fp32" : "device-memory");
+    if (!s->absent.memory && (s->absent.processors || s->absent.capability))
+        usage_error(s, "--%s is of a GPU that is not here: it wants --device-memory", s->absent.processors ? "processors" : "capability");
     if (s->report) check_report(s, "report", s->report);
     if (s->json_file) check_report(s, "json", s->json_file);
     if (s->markdown) check_report(s, "markdown", s->markdown);

@@ -6,11 +6,14 @@
     plot.py learning TRACE.jsonl            -o learning.png    loss over the learning steps, a line for each block
     plot.py losses   REPORT.json            -o losses.png      each block's loss: uniform masks, before and after learning
     plot.py compare  TABLE [TABLE ...]      -o compare.png     perplexity over sparsity, a line for each method
+    plot.py cost     TABLE.json [...]       -o cost.png        perplexity over the work of pruning, a mark for each method
+    plot.py memory   PLAN [PLAN ...]        -o memory.png      what runs take of GPU and host, a bar for each plan
 
 REPORT.json is `besa prune --report`; for layers `besa info --json` too, or the besa.json of a pruned directory. PRUNED is a
 pruned directory, or a safetensors file with the alpha of every row, as NAME.alpha. TRACE.jsonl has a line for each learning step with block, step and loss: besa.prune's trace in Python.
-TABLE is what `besa compare` printed, or its rows as JSON; of several, with other seeds, the mean is drawn, and the standard
-deviation as a bar. -o takes several files: .png, .svg, .pdf. --title puts a line above.
+TABLE is what `besa compare` printed, or what it wrote with --json; of several seeds, in one file or in several, the mean is drawn
+and the standard deviation as a bar; of one, a run's standard error over the windows of its test. PLAN is what `besa plan`
+printed, in a file whose name will stand at the bar. -o takes several files: .png, .svg, .pdf. --title puts a line above.
 
 Colours are those of Okabe and Ito, which colour-blind readers tell apart, and lines have marks of their own.
 """
@@ -24,7 +27,7 @@ import re
 import sys
 
 # tokenize.py beside this file has the name of a module of Python's library that others import: let them find theirs.
-sys.path = [folder for folder in sys.path if os.path.abspath(folder) != os.path.dirname(os.path.abspath(__file__))]
+sys.path = [folder for folder in sys.path if os.path.realpath(folder) != os.path.dirname(os.path.realpath(__file__))]
 
 try:
     import matplotlib
@@ -140,15 +143,33 @@ def number_of(value):
     return value, None
 
 
-def rows_of_json(value, found):
-    """All dicts in a JSON value that have method, sparsity and perplexity: (method, sparsity, perplexity, deviation)."""
-    if isinstance(value, dict) and "method" in value and "perplexity" in value:
-        perplexity, deviation = number_of(value["perplexity"])
-        deviation = value.get("perplexity_std", deviation)
-        if perplexity is not None:
-            found.append((str(value["method"]), float(value.get("sparsity") or 0), float(perplexity), deviation))
+def dicts_of(value, found):
+    """All dicts in a JSON value that have method and perplexity."""
+    if isinstance(value, dict) and "method" in value and value.get("perplexity") is not None:
+        found.append(value)
     for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        rows_of_json(child, found)
+        dicts_of(child, found)
+    return found
+
+
+def label_of(row, rows):
+    """Its method, and what else it has of its own: tests and numbers of sequences, where there are several among the rows."""
+    several = {key: {other.get(key) for other in rows} - {None} for key in ("test", "nsamples")}
+    words = [str(row["method"])] + [f"{row[key]} sequences" if key == "nsamples" else str(row[key])
+                                    for key in several if len(several[key]) > 1 and row.get(key) is not None]
+    return ", ".join(words)
+
+
+def rows_of_json(value, found):
+    """These as (method, sparsity, perplexity, deviation)."""
+    rows = dicts_of(value, [])
+    for row in rows:
+        perplexity, deviation = number_of(row["perplexity"])
+        deviation = row.get("perplexity_std", row.get("perplexity_error", deviation))
+        if row["method"] == "dense":
+            deviation = None  # it is a line without bars
+        if perplexity is not None:
+            found.append((label_of(row, rows), float(row.get("sparsity") or 0), float(perplexity), deviation))
     return found
 
 
@@ -294,7 +315,7 @@ def plain_ticks(axes):
 
 def draw_compare(paths):
     found = comparison(paths)
-    dense = found.pop("dense", {}).get(0.0)
+    dense = {name: found.pop(name)[0.0][0] for name in list(found) if name.split(",")[0] == "dense" and 0.0 in found[name]}
     if not found:
         sys.exit(f"{', '.join(map(str, paths))}: no method but dense")
     figure, axes = plt.subplots(figsize=(6.2, 3.4))
@@ -303,8 +324,8 @@ def draw_compare(paths):
         mean, spread = np.array([points[s] for s in sparsities]).T
         axes.errorbar([100 * s for s in sparsities], mean, spread if spread.any() else None, capsize=3, label=method,
                       **style_of(i))
-    if dense:
-        axes.axhline(dense[0], color="#666666", linewidth=1, linestyle=(0, (4, 3)), label=f"dense, {dense[0]:.4g}")
+    for i, (name, perplexity) in enumerate(dense.items()):
+        axes.axhline(perplexity, color="#666666", linewidth=1, linestyle=(0, (4, 3 + 4 * i)), label=f"{name}, {perplexity:.4g}")
     values = [mean for points in found.values() for mean, _ in points.values()]
     if max(values) > 4 * min(values):
         axes.set_yscale("log")
@@ -316,12 +337,88 @@ def draw_compare(paths):
     return figure
 
 
-DRAW = {"layers": draw_layers, "rates": draw_rates, "learning": draw_learning, "losses": draw_losses, "compare": draw_compare}
+def work_of(paths):
+    """{sparsity: {method: (FLOP, perplexity)}} of tables in JSON, means over seeds."""
+    rows = dicts_of([read_json(path) for path in paths], [])
+    values = collections.defaultdict(list)
+    for row in rows:
+        perplexity, flop = number_of(row["perplexity"])[0], number_of(row.get("flop"))[0]
+        if perplexity is not None and flop:
+            values[float(row.get("sparsity") or 0), label_of(row, rows)].append((float(flop), float(perplexity)))
+    if not values:
+        sys.exit(f"{', '.join(map(str, paths))}: no rows with flop and perplexity: expected what `besa compare --json` writes")
+    found = collections.defaultdict(dict)
+    for (sparsity, method), points in values.items():
+        found[sparsity][method] = tuple(np.mean(points, axis=0))
+    return dict(sorted(found.items()))
+
+
+def draw_cost(paths):
+    found = work_of(paths)
+    methods = list(dict.fromkeys(method for points in found.values() for method in points))
+    figure, all_axes = plt.subplots(1, len(found), figsize=(1.6 + 2.6 * len(found), 3.2), squeeze=False)
+    for axes, (sparsity, points) in zip(all_axes[0], found.items()):
+        for method, (flop, perplexity) in points.items():
+            style = {**style_of(methods.index(method)), "markersize": 7}
+            axes.plot([1e-12 * flop], [perplexity], **style, linestyle="none", label=method)
+        values = [perplexity for _, perplexity in points.values()]
+        if max(values) > 4 * min(values):
+            axes.set_yscale("log")
+            plain_ticks(axes)
+        axes.set_xlim(left=0)
+        axes.margins(0.12)
+        axes.set_title(f"{100 * sparsity:g} %")
+        axes.set_xlabel("work of pruning, TFLOP")
+    all_axes[0, 0].set_ylabel("perplexity")
+    handles = {label: handle for axes in all_axes[0] for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper")
+    return figure
+
+
+PLANNED = (("GPU", r"^device\s+([0-9.e+]+) ([kMGTPE]?)B"), ("host, pinned", r"^host\s+([0-9.e+]+) ([kMGTPE]?)B"),
+           ("host", r"^memory\s+([0-9.e+]+) ([kMGTPE]?)B"), ("checkpoint, mapped", r"^\s+([0-9.e+]+) ([kMGTPE]?)B  of the mapped"))
+
+
+def plan_of(path):
+    """{what: bytes} of a text that `besa plan` printed."""
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        sys.exit(f"{path}: {error}")
+    matches = {what: re.search(pattern, text, re.M) for what, pattern in PLANNED}
+    found = {what: float(m.group(1)) * 1000 ** " kMGTPE".index(m.group(2) or " ") for what, m in matches.items() if m}
+    if not found:
+        sys.exit(f"{path} has no line with memory: expected what `besa plan` prints")
+    return found
+
+
+def draw_memory(paths):
+    plans = [(pathlib.Path(path).stem, plan_of(path)) for path in paths]
+    figure, axes = plt.subplots(figsize=(6.2, 1 + 0.4 * len(plans)))
+    left = np.zeros(len(plans))
+    for i, (what, _) in enumerate(PLANNED):
+        sizes = np.array([1e-9 * plan.get(what, 0) for _, plan in plans])
+        if sizes.any():
+            axes.barh(range(len(plans)), sizes, 0.6, left=left, color=COLOURS[i], label=what)
+        left += sizes
+    for y, total in enumerate(left):
+        axes.text(total, y, f" {total:.3g} GB", va="center", fontsize=8)
+    axes.set_yticks(range(len(plans)), [name for name, _ in plans])
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel("GB")
+    legend_beside(figure, axes)
+    return figure
+
+
+SEVERAL = ("compare", "cost", "memory")
+DRAW = {"layers": draw_layers, "rates": draw_rates, "learning": draw_learning, "losses": draw_losses, "compare": draw_compare,
+        "cost": draw_cost, "memory": draw_memory}
 
 
 def draw(kind, paths, title=None):
     """The figure of matplotlib; any more paths than a kind reads are refused."""
-    if len(paths) > 1 and kind != "compare":
+    if len(paths) > 1 and kind not in SEVERAL:
         sys.exit(f"{kind} takes one file, {len(paths)} were given")
     with plt.rc_context(STYLE):
         figure = DRAW[kind](paths)

@@ -5,6 +5,7 @@
     python tokenize.py wiki.txt tokens.npy --tokenizer llama/ --join '\\n\\n'
     python tokenize.py c4-train.00000-of-01024.json.gz tokens.npy --tokenizer llama/ --published
     python tokenize.py ptb.test.txt tokens.npy --tokenizer llama/ --test ptb
+    python tokenize.py chats.jsonl tokens.npy --tokenizer llama-instruct/ --chat
 
 Text is UTF-8. --join, --published and --test take it as documents: the fields "text" or "sentence" of .jsonl, .json,
 .json.gz or .parquet (which needs pyarrow), else lines.
@@ -14,12 +15,16 @@ does, and writes them as a 2-D file (nsamples, seqlen), which besa takes as it s
     wikitext2  every line of WikiText-2's raw test set, blank ones too, joined by two newlines
     ptb        every sentence of the Penn Treebank's test set, joined by a space
     c4         the first 1100 documents of C4's validation set (its first file), joined by a space, cut to 256 windows
+--chat is for instruct models: conversations, the fields "messages" (role, content) or "conversations" (from, value), through the
+tokenizer's own chat template (transformers applies it, and jinja2). What the template begins a conversation with, as <s>, is there
+once: nothing is added to it. Windows of a 2-D file (nsamples, seqlen) each begin with a conversation, and others follow until
+the window is full; of the last one the rest is left out.
 """
 import os
 import sys
 
 # This file has the name of a module of Python's library that others import: let them find theirs.
-sys.path = [folder for folder in sys.path if os.path.abspath(folder) != os.path.dirname(os.path.abspath(__file__))]
+sys.path = [folder for folder in sys.path if os.path.realpath(folder) != os.path.dirname(os.path.realpath(__file__))]
 
 import argparse
 import gzip
@@ -92,6 +97,47 @@ def draw_published(documents, encode, nsamples, seqlen, seed):
     return rows
 
 
+ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def read_conversations(path):
+    """Lists of messages {"role", "content"}."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file if line.strip()]
+    return [row["messages"] if "messages" in row else
+            [{"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in row["conversations"]]
+            for row in rows]
+
+
+def pack(conversations, nsamples, seqlen):
+    """Rows of seqlen ids that each begin with the next conversation; as many as the conversations fill."""
+    rows, row = [], []
+    for ids in conversations:
+        row += ids
+        if len(row) >= seqlen:
+            rows.append(row[:seqlen])
+            row = []
+        if len(rows) == nsamples:
+            break
+    return rows
+
+
+def apply_template(directory, conversations):
+    try:
+        import jinja2  # which transformers wants, and asks for late
+        from transformers import AutoTokenizer
+        assert jinja2
+    except ImportError as error:
+        sys.exit(f"--chat needs the packages transformers and jinja2: pip install transformers jinja2 ({error})")
+    if not directory.is_dir():
+        sys.exit(f"--chat: {directory} is no directory: the chat template lies beside tokenizer.json")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if not tokenizer.chat_template:
+        sys.exit(f"{directory} has no chat template: calibrate a base model on text, without --chat")
+    return (tokenizer.apply_chat_template(messages, tokenize=False) for messages in conversations)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=pathlib.Path, help="UTF-8 text, or JSON lines or Parquet with a field text")
@@ -101,8 +147,9 @@ def main():
     ways.add_argument("--join", metavar="TEXT", help=r"put TEXT between documents; \n is a newline")
     ways.add_argument("--published", action="store_true", help="draw windows of single documents")
     ways.add_argument("--test", choices=TEST_SETS, help="a test set as the papers join it")
-    parser.add_argument("--nsamples", type=int, default=128, help="windows of --published [128]")
-    parser.add_argument("--seqlen", type=int, default=2048, help="tokens of a window of --published and --test c4 [2048]")
+    ways.add_argument("--chat", action="store_true", help="conversations, through the tokenizer's chat template")
+    parser.add_argument("--nsamples", type=int, default=128, help="windows of --published and --chat [128]")
+    parser.add_argument("--seqlen", type=int, default=2048, help="tokens of a window of these and of --test c4 [2048]")
     parser.add_argument("--seed", type=int, default=0, help="of --published [0]")
     parser.add_argument("--no-special-tokens", action="store_true", help="leave out what the tokenizer adds, as <s>")
     args = parser.parse_args()
@@ -130,6 +177,13 @@ def main():
 
     if args.published:
         ids = draw_published(read_documents(args.text), encode, args.nsamples, args.seqlen, args.seed)
+    elif args.chat:
+        texts = apply_template(args.tokenizer, read_conversations(args.text))
+        ids = pack((tokenizer.encode(text, add_special_tokens=False).ids for text in texts), args.nsamples, args.seqlen)
+        if not ids:
+            sys.exit(f"{args.text} does not fill one window of {args.seqlen} tokens")
+        if len(ids) < args.nsamples:
+            print(f"tokenize.py: {args.text} fills {len(ids)} windows of {args.seqlen} tokens, not {args.nsamples}", file=sys.stderr)
     elif args.test:
         ids = encode_test_set(args.text, args.test, encode, args.seqlen)
     elif args.join is not None or has_fields(args.text):

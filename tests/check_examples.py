@@ -58,6 +58,7 @@ def bytes_tokenizer(path):
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet + ["<s>"])}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>"])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", len(alphabet))])
     tokenizer.save(str(path))
     return lambda ids: tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -92,6 +93,7 @@ def check_tokenize(examples, work):
               "<s>no it was n't black monday but while the <unk> N", "--test", "ptb")
     check_c4(check, tokens, work)
     check_parquet(check, work)
+    check_chat(tokens, text_of, work)
     old = work / "old"
     old.mkdir()
     for file, words in (("tokenizer.model", "save_pretrained"), ("tokenizer_config.json", "copy the tokenizer.json")):
@@ -104,6 +106,31 @@ def check_tokenize(examples, work):
     found, errors = tokens(wiki, "--published", "--seqlen", 100)
     verdict("tokenize.py --published refuses documents that are too short", (found, errors.strip()),
             (None, "no document is longer than 100 tokens"))
+
+
+def check_chat(tokens, text_of, work):
+    """Conversations of both forms by a template that begins with <s>, which the tokenizer would add as well."""
+    if missing("transformers", "jinja2"):
+        print(f"SKIP tokenize.py --chat: no {missing('transformers', 'jinja2')}")
+        return
+    chats, config = work / "chats.jsonl", work / "tokenizer_config.json"
+    chats.write_text('{"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]}\n'
+                     '{"conversations": [{"from": "human", "value": "3"}, {"from": "gpt", "value": "4"}]}\n'
+                     '{"messages": [{"role": "user", "content": "fifty"}]}\n')
+    base = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
+    template = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    config.write_text(json.dumps({**base, "chat_template": template}))
+    found, errors = tokens(chats, "--chat", "--nsamples", 2, "--seqlen", 18)
+    verdict("tokenize.py --chat packs whole conversations, each with one <s>, and begins windows with one",
+            errors if found is None else [text_of(row) for row in found], ["<s>[user]one[assista", "<s>[user]3[assistant"])
+    found, errors = tokens(chats, "--chat", "--nsamples", 5, "--seqlen", 30)
+    verdict("tokenize.py --chat fills a window with the next conversation, and says how many it fills",
+            errors if found is None else ([text_of(row) for row in found], "fills 1 windows of 30 tokens, not 5" in errors),
+            (["<s>[user]one[assistant]two<s>[user"], True))
+    config.write_text(json.dumps(base))
+    found, errors = tokens(chats, "--chat")
+    verdict("tokenize.py --chat says that there is no template", found is None and "has no chat template" in errors, True)
+    config.unlink()
 
 
 def check_c4(check, tokens, work):
@@ -517,6 +544,15 @@ def plot_inputs(examples, stories, work):
     (work / "seeds.txt").write_text(subprocess.run(list(map(str, several)), check=True, capture_output=True, text=True).stdout)
     rows = [{"method": "wanda", "sparsity": s, "perplexity": {"mean": 20 * s, "std": 1}} for s in (0.4, 0.6)]
     (work / "table.json").write_text(json.dumps({"rows": rows, "dense": 4}))
+    rows = [{"method": method, "sparsity": s, "nsamples": 16, "seed": seed, "test": test, "perplexity": 10 * s * f + seed,
+             "perplexity_error": 0.5, "flop": f * 1e12}
+            for f, method in ((1, "wanda"), (3, "besa")) for s in (0.4, 0.6) for seed in (0, 1) for test in ("wiki", "c4")]
+    rows = [{"method": "dense", "sparsity": 0, "test": test, "perplexity": 3, "perplexity_error": 1} for test in ("wiki", "c4")] + rows
+    (work / "rows.json").write_text(json.dumps({"program": "besa", "tests": [{"name": "wiki"}, {"name": "c4"}], "rows": rows}))
+    (work / "one.json").write_text(json.dumps({"rows": rows[2:3]}))
+    for name, arguments in (("cpu", []), ("cuda", ["--device", "cuda", "--device-memory", "24G"])):
+        plan = subprocess.run([str(x) for x in (examples / "besa", "plan", stories, *arguments)], check=True, capture_output=True)
+        (work / f"{name}.txt").write_bytes(plan.stdout)
     random = np.random.default_rng(1)
     steps = [{"block": block, "step": step, "loss": 0.1 + random.random() / step} for block in range(3) for step in range(1, 41)]
     (work / "trace.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
@@ -580,7 +616,8 @@ def check_plot(examples, stories, work):
     spec.loader.exec_module(plot)
     tables = [work / "table0.txt", work / "table1.txt"]
     for kind, paths, lines in (("layers", ["report.json"], 1), ("rates", ["for-plot"], 50), ("learning", ["trace.jsonl"], 3),
-                               ("losses", ["report.json"], 3), ("compare", tables, 3), ("compare", ["table.json"], 1)):
+                               ("losses", ["report.json"], 3), ("compare", tables, 3), ("compare", ["table.json"], 1),
+                               ("compare", ["rows.json"], 6), ("cost", ["rows.json"], 8), ("memory", ["cpu.txt", "cuda.txt"], 4)):
         check_figure(plot, kind, [work / path for path in paths], lines)
     done = run(program, "compare", *tables, "-o", work / "a.png", work / "a.svg", work / "a.pdf")
     kinds = [(work / f"a.{ending}").read_bytes()[:5] for ending in ("png", "svg", "pdf")] if done.returncode == 0 else done.stderr
@@ -592,6 +629,13 @@ def check_plot(examples, stories, work):
             np.allclose([np.mean(means[0]), np.std(means[0], ddof=1)], means[1]), True)
     verdict("plot.py takes a mean and its deviation from JSON", plot.comparison([work / "table.json"])["wanda"],
             {0.4: (8, 1), 0.6: (12, 1)})
+    verdict("plot.py keeps tests apart, takes means over seeds, and one run's error", (plot.comparison([work / "rows.json"])["besa, c4"][0.6],
+            plot.comparison([work / "one.json"])["wanda"][0.4]), ((18.5, np.std([0, 1], ddof=1)), (4, 0.5)))
+    verdict("plot.py reads the work of rows", plot.work_of([work / "rows.json"])[0.4]["wanda, wiki"], (1e12, 4.5))
+    plans = [plot.plan_of(work / name) for name in ("cpu.txt", "cuda.txt")]
+    words = [line.split() for line in (work / "cuda.txt").read_text().splitlines()]
+    verdict("plot.py reads plans", (sorted(plans[0]), plans[1]["GPU"]),
+            (["checkpoint, mapped", "host"], float(words[1][1]) * {"kB": 1e3, "MB": 1e6}[words[1][2]]))
     printed = [line.split() for line in tables[0].read_text().splitlines() if line.startswith("besa")]
     verdict("plot.py reads what `besa compare` printed", [plot.comparison(tables[:1])["besa"][s][0] for s in (0.4, 0.6)],
             [float(line[4]) for line in printed])
@@ -615,6 +659,8 @@ def check_plot(examples, stories, work):
             ("no file", ("losses", work / "none"), "none"),
             ("a report without layers", ("layers", work / "table.json"), "has no sparsities"),
             ("a report without losses", ("losses", work / "table.json"), "has no blocks"),
+            ("a table without work", ("cost", work / "table.json"), "no rows with flop"),
+            ("a plan without memory", ("memory", work / "trace.jsonl"), "no line with memory"),
             ("a table without rows", ("compare", work / "trace.jsonl"), "has no table"),
             ("a trace without steps", ("learning", work / "report.json"), "report.json"),
             ("several reports", ("losses", work / "report.json", work / "report.json"), "takes one file"),
@@ -739,6 +785,71 @@ def check_lm_eval(examples, stories, work):
     verdict("lm_eval.py runs tasks of local data through lm-eval", found or done.stderr[-2000:], expected)
 
 
+# ---- what README and examples/README.md say ----
+
+# Commands that run nowhere here, as they need the network, rights or programs of others; and those that other tests run.
+OUTSIDE = ("sudo apt ", "python3 -m venv ", "pip install ", "hf download ", "python3 llama.cpp/", "llama.cpp/build/")
+ELSEWHERE = {"examples/besa ": "test_command.sh", "make -C ": ".ci/run", "gcc ": "vendor.sh", "clang ": "vendor.sh", "nvcc ": "vendor.sh",
+             "python3 examples/convert.py ": "check_convert"}
+
+
+def command_lines(examples):
+    """Of the blocks marked sh, in their order; readme_lines.awk does the same for test_command.sh."""
+    files = [examples.parent / "README.md", *sorted(examples.glob("*.md"))]
+    done = subprocess.run(["awk", "-f", str(pathlib.Path(__file__).parent / "readme_lines.awk"), *map(str, files)], capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+def readme_files(examples, stories, work):
+    """What the commands read, small."""
+    (work / "examples").symlink_to(examples)
+    for name in ("MODEL", "Llama-2-7b"):
+        shutil.copytree(stories, work / name)
+        bytes_tokenizer(work / name / "tokenizer.json")
+        template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+        (work / name / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}))
+    (work / "c4/en").mkdir(parents=True)
+    with gzip.open(work / "c4/en/c4-train.00000-of-01024.json.gz", "wt") as file:
+        file.writelines(json.dumps({"text": letter * 3000}) + "\n" for letter in "abc")
+    (work / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a" * 3000}]}) + "\n")
+    less = ["--tokens", stories / "calibration_tokens.npy", "--nsamples", 4, "--seqlen", 32]
+    test = ["--test", stories / "test_tokens.npy", "--windows", 2, "--method", "wanda,besa", "--sparsity", ".4,.6"]
+    for into, arguments in (("none", ["prune", "MODEL", "PRUNED", *less, "--report", "report.json"]), ("cpu.txt", ["plan", "MODEL"]),
+                            ("gpu.txt", ["plan", "MODEL", "--device", "cuda", "--device-memory", "24G"]),
+                            ("table.txt", ["compare", "MODEL", *less, *test])):
+        done = subprocess.run([str(x) for x in (examples / "besa", *arguments)], cwd=work, capture_output=True, check=True)
+        (work / into).write_bytes(done.stdout)
+    shutil.copy(work / "table.txt", work / "compare.txt")
+    if not missing("pyarrow"):
+        import pyarrow
+        import pyarrow.parquet
+        (work / "wikitext/wikitext-2-raw-v1").mkdir(parents=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": [" = T = \n", "", " x \n"]}),
+                                    work / "wikitext/wikitext-2-raw-v1/test-00000-of-00001.parquet")
+
+
+def check_readme(examples, stories, work):
+    """Every command is one that runs here, in another test, or nowhere, as said above."""
+    lines = list(dict.fromkeys(command_lines(examples)))
+    own = [line for line in lines if line.startswith("python3 examples/") and not line.startswith(tuple(ELSEWHERE))]
+    unknown = [line for line in lines if line not in own and not line.startswith(OUTSIDE + tuple(ELSEWHERE))]
+    verdict("README and examples/*.md: every command has its test", (unknown, len(own) >= 9), ([], True))
+    needs = {"plot.py": ["matplotlib", "numpy"], "tokenize.py": ["tokenizers", "numpy"], "--chat": ["transformers", "jinja2"],
+             ".parquet": ["pyarrow"]}
+    if not (examples / "besa").exists() or missing("tokenizers", "numpy"):
+        print(f"SKIP commands of README: no {missing('tokenizers', 'numpy') or 'examples/besa'}")
+        return
+    work.mkdir()
+    readme_files(examples, stories, work)
+    for line in own:
+        lacks = missing(*{package for word, packages in needs.items() if word in line for package in packages})
+        if lacks:
+            print(f"SKIP {line}: no {lacks}")
+            continue
+        done = subprocess.run(["sh", "-c", line.replace("python3", sys.executable, 1)], cwd=work, capture_output=True, text=True)
+        verdict(line, (done.returncode, done.stderr if done.returncode else ""), (0, ""))
+
+
 def main():
     if len(sys.argv) != 3:
         sys.exit(__doc__)
@@ -748,6 +859,7 @@ def main():
         check_convert(examples, pathlib.Path(temp))
         check_vitcod(examples, pathlib.Path(temp))
         check_plot(examples, stories, pathlib.Path(temp))
+        check_readme(examples, stories, pathlib.Path(temp) / "commands")
         check_terminal(examples, stories)
         check_record(examples, stories, pathlib.Path(temp))
         check_lm_eval(examples, stories, pathlib.Path(temp))

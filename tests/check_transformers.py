@@ -65,15 +65,15 @@ def check(program, source, tokens_file, method, extra, nsamples, seqlen, windows
 
 
 def readme_python():
-    """What the README's Python block defines."""
-    text = (pathlib.Path(__file__).resolve().parent.parent / "README.md").read_text()
+    """What the block of Python on quantised weights in examples/README.md defines."""
+    text = (pathlib.Path(__file__).resolve().parent.parent / "examples" / "README.md").read_text()
     names = {}
-    exec(text.split("```python\n")[1].split("```")[0], names)
+    exec(text.split("## Quantised weights")[1].split("```python\n")[1].split("```")[0], names)
     return names
 
 
 def check_codes(program, source, tokens_file, extra, work):
-    """The README's lines rebuild the weights of a quantised output from its codes."""
+    """The lines of examples/README.md rebuild the weights of a quantised output from its codes."""
     name = f"codes of {source.name} {' '.join(extra)}"
     output = work / f"{source.name}-{'-'.join(extra)}"
     try:

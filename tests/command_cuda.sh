@@ -50,6 +50,15 @@ for wrong in "--device gpu" "--device cuda:" "--device cuda:x" "--device cuda:-1
 done
 
 pruned "stand-in" "$standin" "$work/standin"
+
+# A plan for a GPU that is not here is the plan of the one that is: stand-in's has 16 GiB, 4 multiprocessors and 99 KB
+# of shared memory for a block.
+here="17179869184 --processors 4 --capability 8.6"
+for run in "--nsamples 128 --seqlen 2048" "--method sparsegpt --seqlen 256 --windows 4" "--preset best --bits 4 --fp32" "--memory 40M"; do
+    "$standin" plan "$stories" $run --device cuda >"$work/there" 2>"$work/log" &&
+        "$built" plan "$stories" $run --device cuda --device-memory $here >"$work/absent" 2>"$work/log" && cmp -s "$work/there" "$work/absent"
+    verdict $? "the plan of an absent GPU: $run"
+done
 expect "stand-in: a GPU that does not exist" 1 'CUDA device 3 does not exist' "$standin" plan "$stories" --device cuda:3
 
 if ! command -v "$nvcc" >/dev/null; then

@@ -31,9 +31,11 @@ done
 
 # All in one file: what it does not use is no warning.
 for language in "$cc -std=c11" "$cxx -xc++ -std=c++17"; do
-    if $language $flags "-DBESA_API=static inline" -c -o "$work/static.o" strict/first.c >"$work/log" 2>&1
-    then echo "PASS $language BESA_API static inline"
-    else echo "FAIL $language BESA_API static inline"; grep -E 'error|warning' "$work/log" | head -5 | sed 's/^/    /'; failed=1; fi
+    for without in "" -DBESA_NO_STDIO; do
+        if $language $flags -O0 $without "-DBESA_API=static inline" -c -o "$work/static.o" strict/first.c >"$work/log" 2>&1
+        then echo "PASS $language $without BESA_API static inline"
+        else echo "FAIL $language $without BESA_API static inline"; grep -E 'error|warning' "$work/log" | head -5 | sed 's/^/    /'; failed=1; fi
+    done
 done
 
 # Strict C11 hides POSIX once another header came first: besa.h must cope, or say so itself.

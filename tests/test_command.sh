@@ -162,6 +162,22 @@ check 0 '^memory ' plan "$stories" --seqlen 032 --group-rows all --seed 90000000
 check 0 '^memory ' plan "$stories" --seqlen 32 --method wanda --pattern 2:4 --fix v_proj=0 --fix q_proj=1e-3
 done_with "what is a number"
 
+# A GPU that is not here can be planned for, in a program without CUDA too; and nothing runs on it.
+check 0 '^device .* for the run' plan "$stories" --device cuda --device-memory 24G
+cp "$work/log" "$work/h100"
+check 0 '^device .* for the run' plan "$stories" --device cuda --device-memory 24G --processors 132 --capability 9.0
+cmp -s "$work/log" "$work/h100" || bad="$bad; the defaults are not an H100's"
+check 0 '^device .* for the run' plan "$stories" --device cuda --device-memory 24G --processors 128 --capability 8.9
+cmp -s "$work/log" "$work/h100" && bad="$bad; --processors changes nothing"
+check 1 'the smallest that works here is' plan "$stories" --device cuda --device-memory 1M
+check 2 '--device-memory is for --device cuda' plan "$stories" --device-memory 24G
+check 2 '--capability is of a GPU that is not here' plan "$stories" --device cuda --capability 8.9
+check 2 '^besa plan: --capability' plan "$stories" --device cuda --device-memory 24G --capability 6.1
+check 2 '^besa plan: --processors' plan "$stories" --device cuda --device-memory 24G --processors 0
+check 2 '^besa prune: --device-memory is for plan$' prune "$stories" "$work/no" $data --device cuda --device-memory 24G
+check 1 '--device-memory 24G$' plan "$stories" --device cuda
+done_with "a plan for a GPU that is not here"
+
 # ---- runs ----
 
 # What cannot work is refused before any work: nothing is printed but the message.
@@ -465,4 +481,37 @@ paste -d '\n' "$work/printed" "$work/log" | awk '
       } }
     END { exit bad || NR < 4 || NR % 2 }'
 verdict $? "README says what they print"
+
+# All commands with besa that stand in files for readers run as they stand, on less: 8 x 32 tokens of the bundled model.
+all=$work/all
+mkdir -p "$all/examples" && cp "$besa" "$all/examples/besa" && cp -r "$stories" "$all/MODEL" && rm "$all"/MODEL/*.npy &&
+    cp -r "$all/MODEL" "$all/Llama-2-7b" && cp -r "$stories" "$all/examples" || exit 1
+for tokens in c4 c4-validation calibration chats; do cp "$stories/calibration_tokens.npy" "$all/$tokens.npy"; done
+cp "$stories/test_tokens.npy" "$all/wikitext2.npy"
+awk -f readme_lines.awk "$readme" "$(dirname "$readme")"/examples/*.md | grep '^examples/besa ' | sort -u >"$work/lines"
+awk '{ into = ""; less = $2 == "info" ? "" : " --seqlen 32"
+       if (match($0, / >[^ ]*$/)) { into = substr($0, RSTART); $0 = substr($0, 1, RSTART - 1) }
+       if ($2 ~ /^(prune|plan|compare)$/) less = less " --nsamples 8"
+       if ($2 == "compare") less = less " --test-seqlen 32"
+       if ($2 ~ /^(compare|eval)$/) less = less " --windows 2"
+       if (/--blocks/) less = less " --blocks 0-1"
+       if ($2 == "prune") print "rm -rf " $4
+       print $0 less into }' "$work/lines" >"$work/less"
+grep -v '^examples/besa \(eval\|info\)' "$work/less" >"$work/first"     # what is pruned comes first
+grep '^examples/besa \(eval\|info\)' "$work/less" >"$work/then"
+for part in first then; do
+    (cd "$all" && sh -e "../$part" 2>&1) >"$work/log" || bad="$bad; $(tail -1 "$work/log")"
+done
+# The options of README's table of presets are taken.
+sed -n '/^## Which preset/,/^## /s/^| [^|]* | \([^|]*\) |.*/\1/p' "$readme" | grep -o '`--[^`]*`' | tr -d '`' | sed 's/DIR/MODEL/' >"$work/presets"
+while read -r options; do
+    (cd "$all" && examples/besa plan MODEL --seqlen 32 $options) >"$work/log" 2>&1 || bad="$bad; $options: $(head -1 "$work/log")"
+done <"$work/presets"
+[ "$(wc -l <"$work/presets")" -ge 8 ] || bad="$bad; only $(wc -l <"$work/presets") presets"
+for picture in $(grep -o '](examples/[^)]*png)' "$readme" | tr -d ']()'); do
+    [ "$(wc -c <"$(dirname "$readme")/$picture")" -lt 100000 ] || bad="$bad; $picture is not there, or large"
+done
+[ "$(wc -l <"$readme")" -le 300 ] || bad="$bad; README has more than 300 lines"
+[ "$(wc -l <"$work/lines")" -ge 12 ] || bad="$bad; only $(wc -l <"$work/lines") commands"
+done_with "all commands with besa in README and examples/*.md"
 exit $failed

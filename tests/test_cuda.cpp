@@ -394,8 +394,149 @@ static void check_plan(const char *model, besa_prune_options o, size_t budget, i
     be.destroy(&be);
 }
 
+/* Level 3 on either side: a layer's baselines, and what can be read of rates. */
+struct layer_side { std::vector<float> pruned[4], beta, sums; std::vector<int32_t> ranks; };
+
+static void run_layer(besa_backend *be, layer_side *out)
+{
+    enum { R = 24, C = 160, T = 96 };
+    static const besa_method methods[] = {BESA_METHOD_WANDA, BESA_METHOD_SPARSEGPT, BESA_METHOD_MAGNITUDE, BESA_METHOD_WANDA};
+    std::vector<float> x(T * C), w(R * C), none(C * C, 0.0f);
+    besa_layer_shape shape = {R, C, BESA_F32};
+    besa_error error;
+    void *x_ = NULL, *w_ = NULL, *statistic = NULL, *pruned = NULL;
+    for (int i = 0; i < T * C; i++) x[i] = sinf(1.3f * static_cast<float>(i * i % 1009)) * static_cast<float>(1 + i % 7);
+    for (int i = 0; i < R * C; i++) w[i] = cosf(0.7f * static_cast<float>(i * i % 977));
+    for (auto [memory, count] : {std::pair<void **, int>{&x_, T * C}, {&w_, R * C}, {&statistic, C * C}, {&pruned, (R + 1) * C}})
+        CHECK_OK(be->alloc(be, memory, static_cast<size_t>(count) * 4), be->error);
+    CHECK_OK(be->upload(be, BESA_QUEUE_COMPUTE, x_, x.data(), x.size() * 4), be->error);
+    CHECK_OK(be->upload(be, BESA_QUEUE_COMPUTE, w_, w.data(), w.size() * 4), be->error);
+    for (int i = 0; i < 4; i++) {
+        besa_prune_options o = {};
+        o.method = methods[i], o.rates.target = i == 3 ? 0 : 0.4, o.pattern_n = i == 3 ? 2 : 0, o.pattern_m = i == 3 ? 4 : 0;
+        CHECK_OK(be->upload(be, BESA_QUEUE_COMPUTE, statistic, none.data(), none.size() * 4), be->error);
+        CHECK_OK(besa_layer_inputs(be, &o, static_cast<float *>(statistic), x_, T, T, C, &error), error);
+        CHECK_OK(besa_layer_prune(be, &shape, &o, w_, static_cast<float *>(statistic), pruned, &error), error);
+        out->pruned[i].resize(R * C);
+        CHECK_OK(be->download(be, BESA_QUEUE_COMPUTE, out->pruned[i].data(), pruned, R * C * 4), be->error);
+        CHECK_OK(be->synchronize(be, BESA_QUEUE_COMPUTE), be->error);
+    }
+    besa_rates *rates = NULL;
+    besa_rate_options o = {};
+    o.target = 0.4, o.candidates = 20;
+    out->ranks.resize(R * C), out->beta.resize(R * 21), out->sums.resize(R * 20);
+    CHECK_OK(besa_rates_create(&rates, be, &shape, 1, &o, &error), error);
+    CHECK_OK(besa_rates_rank(rates, 0, w_, BESA_IMPORTANCE_MAGNITUDE, NULL, static_cast<float *>(pruned), &error), error);
+    for (int step = 0; step < 2; step++) {
+        CHECK_OK(besa_rates_forward(rates, &error), error);
+        CHECK_OK(besa_rates_gradient(rates, 0, w_, static_cast<float *>(w_), &error), error);
+        if (step == 0) CHECK_OK(besa_rates_step(rates, &error), error);
+    }
+    CHECK_OK(besa_rates_ranks(rates, 0, out->ranks.data(), &error), error);
+    CHECK_OK(besa_rates_beta(rates, 0, out->beta.data(), &error), error);
+    CHECK_OK(besa_rates_sums(rates, 0, out->sums.data(), &error), error);
+    besa_rates_destroy(rates);
+    for (void *memory : {x_, w_, statistic, pruned}) be->free(be, memory);
+}
+
+static double farthest(const std::vector<float> &a, const std::vector<float> &b)
+{
+    double most = a.size() == b.size() ? 0 : 1e9;
+    for (size_t i = 0; i < a.size() && i < b.size(); i++) most = fmax(most, fabs(static_cast<double>(a[i] - b[i])));
+    return most;
+}
+
+static void test_one_layer(void)
+{
+    TEST("level 3: baselines of a layer, ranks, beta and sums, as on the CPU") {
+        besa_backend cpu, cuda = cuda_backend(1);
+        layer_side one, other;
+        CHECK_OK(besa_cpu_backend(&cpu, NULL, NULL), besa_error());
+        run_layer(&cpu, &one);
+        run_layer(&cuda, &other);
+        for (int i = 0; i < 4; i++)
+            CHECK(farthest(one.pruned[i], other.pruned[i]) < 1e-4, "method %d: weights are %g apart", i, farthest(one.pruned[i], other.pruned[i]));
+        CHECK(one.ranks == other.ranks, "other ranks");
+        CHECK(farthest(one.beta, other.beta) < 1e-6 && farthest(one.sums, other.sums) < 1e-4, "beta %g, sums %g apart",
+              farthest(one.beta, other.beta), farthest(one.sums, other.sums));
+        cuda.destroy(&cuda), cpu.destroy(&cpu);
+    }
+}
+
+/* The plan of a description with the device's numbers is the plan of the device. */
+static void check_absent(const char *model, besa_prune_options o, int fp32, size_t budget)
+{
+    besa_backend be = cuda_backend(fp32), absent;
+    besa_absent_device device = {};
+    besa_checkpoint *checkpoint = NULL;
+    besa_error error;
+    besa_plan_result plan[2];
+    besa_calibration c = {};
+    size_t total;
+    int major = 0, minor = 0;
+    c.nsamples = 128, c.seqlen = 2048, c.test_windows = 4, c.test_seqlen = 2048;
+    o.rates.target = 0.5, o.device_memory = budget;
+    CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess &&
+          cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0) == cudaSuccess, "no attributes");
+    device.capability = 10 * major + minor, device.processors = besa__cuda_of(&be)->processors, device.fp32 = fp32;
+    CHECK_OK(be.memory_info(&be, &device.memory, &total), be.error);
+    CHECK_OK(besa_absent_backend(&absent, &device, &error), error);
+    CHECK_OK(besa_checkpoint_open(&checkpoint, model, &error), error);
+    for (int i = 0; i < 2; i++) {
+        memset(&plan[i], 0, sizeof plan[i]);
+        CHECK_OK(besa_plan(checkpoint, i ? &absent : &be, &c, &o, &plan[i], &error), error);
+    }
+    CHECK(!memcmp(&plan[0], &plan[1], sizeof plan[0]) && plan[0].device_bytes > 0, "capability %d, fp32 %d: %zu bytes, of the description %zu",
+          device.capability, fp32, plan[0].device_bytes, plan[1].device_bytes);
+    for (int64_t columns = 7000; columns < 60000; columns += 3000) { /* rows that fit into some devices' shared memory */
+        besa_layer_shape layer = {600, columns, BESA_BF16};
+        besa_rate_options rates = {};
+        rates.target = 0.5;
+        CHECK(besa_rates_size(&be, &layer, 1, &rates) == besa_rates_size(&absent, &layer, 1, &rates), "capability %d: other rates of %d "
+              "columns", device.capability, static_cast<int>(columns));
+    }
+    void *memory = NULL;
+    CHECK(absent.alloc(&absent, &memory, 256) == BESA_ERROR_DEVICE && !memory, "a description has memory");
+    besa_checkpoint_close(checkpoint);
+    be.destroy(&be);
+    absent.destroy(&absent);
+}
+
+static void test_absent(void)
+{
+    const char *large = temp_path("70B-absent"), *wide = temp_path("wide-absent");
+    besa_prune_options o = {}, sparsegpt = {}, best = {};
+    hollow_llama(large, 8192, 28672, 64, 8);
+    hollow_llama(wide, 512, 66048, 8, 8);
+    sparsegpt.method = BESA_METHOD_SPARSEGPT;
+    CHECK_OK(besa_preset(&best, "best", NULL), besa_error());
+#ifdef CUDA_STANDIN
+    const struct { int major, minor, kilobytes, processors; } devices[] = {{7, 5, 64, 40}, {8, 0, 163, 108}, {8, 6, 99, 82}, {9, 0, 227, 132}};
+    for (const auto &d : devices) {
+        standin_set_arch(d.major, d.minor);
+        standin_set_shared(static_cast<size_t>(d.kilobytes) << 10);
+        standin_set_processors(d.processors);
+        standin_set_memory(static_cast<size_t>(80) << 30);
+#else
+    {
+#endif
+        check_absent(large, o, 0, 0);
+        check_absent(large, o, 0, 20000000000);
+        check_absent(large, sparsegpt, 1, 0);
+        check_absent(large, best, 0, 0);
+        check_absent(wide, o, 0, 0);
+    }
+#ifdef CUDA_STANDIN
+    standin_set_arch(8, 0);
+    standin_set_shared(99 << 10);
+    standin_set_processors(4);
+    standin_set_memory(static_cast<size_t>(16) << 30);
+#endif
+}
+
 static void test_plans(void)
 {
+    TEST("plans for a GPU that is not here") test_absent();
     TEST("70B within 24 GB, 7B within 8 GB, and with less") {
         const size_t GB = 1000000000;
         const char *large = temp_path("70B"), *small = temp_path("7B");
@@ -1282,6 +1423,7 @@ int main(int argc, char **argv)
     test_queues();
     test_long_rows();
     test_layer_rates();
+    test_one_layer();
     test_plans();
     test_pipeline();
 #ifdef CUDA_STANDIN

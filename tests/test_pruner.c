@@ -1481,6 +1481,122 @@ static void test_baseline(const model *m, const besa_prune_options *o, int64_t s
     CHECK(chunk == 1, "the smallest pieces are of %d sequences", (int)chunk);
 }
 
+/* Every layer by itself, from its inputs in the pruner's own pieces, is pruned to the same bytes. */
+static void test_layers_alone(const model *m, const besa_prune_options *o)
+{
+    enum { PIECE = 8 };
+    static run r;
+    run_pruner(&r, m, o, PIECE, 0);
+    for (int l = 0; l < BESA_LAYERS; l++) {
+        besa_layer_shape shape = { m->rows[l], m->columns[l], BESA_F32 };
+        const size_t bytes = (size_t)(shape.rows * shape.columns) * sizeof(float);
+        float *statistic = take_floats(shape.columns * shape.columns), *pruned = take_floats(shape.rows * shape.columns);
+        memset(statistic, 0, (size_t)(shape.columns * shape.columns) * sizeof *statistic);
+        void *workspace = g_be.workspace;
+        CHECK_OK(besa_layer_inputs(&g_be, o, statistic, m->input[l], PIECE * SEQLEN, PIECE * SEQLEN, shape.columns, &g_error), g_error);
+        CHECK_OK(besa_layer_prune(&g_be, &shape, o, m->block.weight[l], o->method == BESA_METHOD_MAGNITUDE ? NULL : statistic, pruned,
+                                  &g_error), g_error);
+        CHECK(!memcmp(pruned, r.pruned[l], bytes), "%s is another than the pruner's", besa_layer_name(l));
+        CHECK(g_be.workspace == workspace, "the workspace is another");
+    }
+}
+
+static void test_layer_methods(const model *m)
+{
+    besa_prune_options o;
+    memset(&o, 0, sizeof o);
+    o.rates.target = 0.37;
+    for (int k = BESA_METHOD_WANDA; k <= BESA_METHOD_MAGNITUDE; k++) {
+        o.method = (besa_method)k;
+        test_layers_alone(m, &o);
+        o.rates.target = 0, o.pattern_n = 1, o.pattern_m = 3;
+        test_layers_alone(m, &o);
+        o.rates.target = 0.6, o.pattern_n = o.pattern_m = 0;
+    }
+    o.magnitude_per_row = 1;
+    test_layers_alone(m, &o);
+    o.method = BESA_METHOD_SPARSEGPT, o.damping = 0.3;
+    test_layers_alone(m, &o);
+}
+
+/* Inputs in two pieces count as one; what cannot be is refused by name. */
+static void test_layer_arguments(const model *m)
+{
+    besa_layer_shape shape = { 3, 8, BESA_F32 };
+    besa_prune_options o;
+    float w[24], other[24], statistic[64] = { 0 }, whole[64] = { 0 };
+    const float *x = m->input[BESA_Q];
+    memset(&o, 0, sizeof o);
+    o.rates.target = 0.5, o.method = BESA_METHOD_SPARSEGPT;
+    for (int i = 0; i < 24; i++) w[i] = (float)cos(i);
+    CHECK_OK(besa_layer_inputs(&g_be, &o, whole, x, 20, 20, 8, &g_error), g_error);
+    CHECK_OK(besa_layer_inputs(&g_be, &o, statistic, x, 11, 20, 8, &g_error), g_error);
+    CHECK_OK(besa_layer_inputs(&g_be, &o, statistic, x + 11 * 8, 9, 20, 8, &g_error), g_error);
+    for (int i = 0; i < 64; i++)
+        CHECK(i % 8 > i / 8 || fabs((double)whole[i] - (double)statistic[i]) <= 1e-5 * (1 + fabs((double)whole[i])), "H[%d] is %g in pieces, %g", i,
+              (double)statistic[i], (double)whole[i]);
+#define REFUSED(call, code, words) \
+    CHECK((call) == (code) && strstr(g_error.message, words), "%s", g_error.message)
+    REFUSED(besa_layer_inputs(&g_be, &o, statistic, x, 21, 20, 8, &g_error), BESA_ERROR_OPTION, "21 tokens of 20");
+    REFUSED(besa_layer_inputs(&g_be, &o, NULL, x, 20, 20, 8, &g_error), BESA_ERROR_OPTION, "statistic is NULL");
+    REFUSED(besa_layer_prune(&g_be, &shape, &o, w, NULL, other, &g_error), BESA_ERROR_OPTION, "which method sparsegpt needs");
+    REFUSED(besa_layer_prune(&g_be, &shape, &o, w, statistic, w, &g_error), BESA_ERROR_OPTION, "memory of its own");
+    REFUSED(besa_layer_prune(&g_be, &shape, &o, w, statistic, NULL, &g_error), BESA_ERROR_OPTION, "pruned is NULL");
+    o.damping = -3;
+    REFUSED(besa_layer_prune(&g_be, &shape, &o, w, statistic, other, &g_error), BESA_ERROR_OPTION, "damping is -3");
+    o.damping = 0, o.rates.target = 1;
+    REFUSED(besa_layer_prune(&g_be, &shape, &o, w, statistic, other, &g_error), BESA_ERROR_OPTION, "target is 1");
+    o.rates.target = 0, o.pattern_n = 1, o.pattern_m = 3;
+    REFUSED(besa_layer_prune(&g_be, &shape, &o, w, statistic, other, &g_error), BESA_ERROR_OPTION, "8 input columns");
+    o.pattern_n = o.pattern_m = 0, o.rates.target = 0.5, o.method = BESA_METHOD_BESA;
+    REFUSED(besa_layer_prune(&g_be, &shape, &o, w, statistic, other, &g_error), BESA_ERROR_OPTION, "method is besa");
+    o.method = BESA_METHOD_SPARSEGPT, o.damping = 1e-6;
+    memset(statistic, 0, sizeof statistic);
+    statistic[0] = statistic[9] = 1, statistic[8] = 2; /* 1 2 2 1: not positive definite */
+    REFUSED(besa_layer_prune(&g_be, &shape, &o, w, statistic, other, &g_error), BESA_ERROR_NUMERIC, "Hessian");
+    statistic[0] = NAN;
+    REFUSED(besa_layer_prune(&g_be, &shape, &o, w, statistic, other, &g_error), BESA_ERROR_NOT_FINITE, "statistic of its inputs");
+    o.method = BESA_METHOD_MAGNITUDE, w[5] = INFINITY;
+    REFUSED(besa_layer_prune(&g_be, &shape, &o, w, NULL, other, &g_error), BESA_ERROR_NOT_FINITE, "1 weights of the layer");
+#undef REFUSED
+}
+
+/* What the options lack is told to who makes a pruner, and what a run made worse when it has ended. */
+static void test_pruner_notes(const model *m)
+{
+    besa_prune_options o;
+    besa_pruner *pruner = NULL;
+    memset(&o, 0, sizeof o);
+    o.rates.target = 0.5;
+    CHECK_OK(besa_pruner_create(&pruner, &g_be, &m->block.shape, BESA_F32, 0, &o, 5, SEQLEN, &g_error), g_error);
+    if (pruner) CHECK(strstr(besa_pruner_notes(pruner), "5 learning steps a block"), "'%s'", besa_pruner_notes(pruner));
+    besa_pruner_destroy(pruner);
+    o.no_projection = 1, o.rates.target = 0.9, o.rates.zero_start = 1;
+    CHECK_OK(besa_pruner_create(&pruner, &g_be, &m->block.shape, BESA_F32, 0, &o, 5, SEQLEN, &g_error), g_error);
+    if (pruner) CHECK(strstr(besa_pruner_notes(pruner), "target 0.9 is outside the rates"), "'%s'", besa_pruner_notes(pruner));
+    besa_pruner_destroy(pruner);
+    memset(&o, 0, sizeof o);
+    o.rates.target = 0.5, o.method = BESA_METHOD_WANDA;
+    for (int learn = 0; learn < 3; learn++) { /* nothing learns, nothing good, something good */
+        static float x[TOKENS * WIDTH];
+        void *pruned[BESA_LAYERS];
+        for (int l = 0; l < BESA_LAYERS; l++) pruned[l] = take_floats(m->rows[l] * m->columns[l]);
+        memcpy(x, m->x, sizeof x);
+        o.learn = learn ? BESA_LEARN_WEIGHTS : BESA_LEARN_RATES, o.weight_lr = learn == 1 ? 1000 : 0;
+        CHECK_OK(besa_pruner_create(&pruner, &g_be, &m->block.shape, BESA_F32, 0, &o, 5, SEQLEN, &g_error), g_error);
+        if (!pruner) return;
+        CHECK(!*besa_pruner_notes(pruner), "'%s'", besa_pruner_notes(pruner));
+        for (int i = 0; i < 2; i++) {
+            memcpy(x, m->x, sizeof x);
+            CHECK_OK(besa_pruner_run(pruner, &m->block, "block.", x, NULL, pruned, NULL, &g_error), g_error);
+            const char *note = besa_pruner_notes(pruner), *end = strchr(note, '\n');
+            CHECK(learn == 1 ? strstr(note, "learning made the block's loss larger") && strstr(note, "a weight_lr below 1000 may help\n") &&
+                  end && !end[1] : !*note, "'%s'", note);
+        }
+        besa_pruner_destroy(pruner);
+    }
+}
+
 /* SparseGPT over the whole layer in double: w (R,C) becomes what is left of it. */
 static void sparsegpt_reference(double *w, const double *u, const int32_t *dead, double target, int n, int m, int64_t R,
                                 int64_t C)
@@ -2061,6 +2177,9 @@ static void test_others(const model *m)
         model small = new_model(0.05f);
         test_sparsegpt(&small, &o);
     }
+    TEST("layers by themselves, every method") test_layer_methods(m);
+    TEST("arguments of a layer by itself") test_layer_arguments(m);
+    TEST("what a pruner has to say") test_pruner_notes(m);
 }
 
 int main(int argc, char **argv)

@@ -410,6 +410,90 @@ static void test_rates_api(void)
     }
 }
 
+/* Ranks, beta and bucket sums as they are read out, by their formulas: weights whose scores are known, logits by chance. */
+static void test_rates_readers(besa_rate_form form, int plain, int64_t group)
+{
+    enum { R = 7, C = 33, D = 5, L = D + 1 };
+    float w[R * C], dw[R * C], alpha[R], beta[R * L], sums[R * D], *scratch = take_floats((R + 1) * C), *theta;
+    int32_t ranks[R * C];
+    besa_layer_shape shape[2] = { { 3, 4, BESA_F32 }, { R, C, BESA_F32 } };
+    besa_rate_options o;
+    besa_rates *rates = NULL;
+    memset(&o, 0, sizeof o);
+    o.target = 0.4, o.form = form, o.plain_softmax = plain, o.group_rows = group, o.candidates = D, o.layer_scale = 1.5, o.row_scale = 2;
+    CHECK_OK(besa_rates_create(&rates, &g_be, shape, 2, &o, &g_error), g_error);
+    if (!rates) return;
+    for (int i = 0; i < R * C; i++) w[i] = (float)(1 + (i % C * 10 + i / C) % C), dw[i] = (float)sin(i);
+    CHECK(besa_rates_ranks(rates, 1, ranks, &g_error) == BESA_ERROR_OPTION && strstr(g_error.message, "no ranks"), "%s", g_error.message);
+    CHECK_OK(besa_rates_rank(rates, 1, w, BESA_IMPORTANCE_MAGNITUDE, NULL, scratch, &g_error), g_error);
+    int64_t parameters = besa_rates_parameters(rates, &theta, NULL);
+    for (int64_t i = 0; i < parameters; i++) theta[i] = (float)cos(3.0 * (double)i);
+    CHECK_OK(besa_rates_forward(rates, &g_error), g_error);
+    CHECK_OK(besa_rates_gradient(rates, 1, w, dw, &g_error), g_error);
+    CHECK_OK(besa_rates_ranks(rates, 1, ranks, &g_error), g_error);
+    CHECK_OK(besa_rates_beta(rates, 1, beta, &g_error), g_error);
+    CHECK_OK(besa_rates_sums(rates, 1, sums, &g_error), g_error);
+    CHECK_OK(besa_rates_read(rates, 1, alpha, NULL, &g_error), g_error);
+    const int has_layer = form != BESA_RATES_ROW, has_rows = form != BESA_RATES_LAYER;
+    const int64_t groups = group < 0 ? 1 : (R + group - 1) / group, own = (has_layer + has_rows * groups) * L;
+    const float *at = theta + parameters - own, *rows = at + (has_layer ? L : 0);
+    for (int r = 0; r < R; r++) {
+        double mean = 0, all = 0, z[L];
+        for (int d = 0; d < L; d++) {
+            const double a = has_layer ? (double)at[d] : 0, b = has_rows ? (double)rows[(group < 0 ? 0 : r / group) * L + d] : 0;
+            z[d] = (double)besa__solve_tilt(0.4, D) * (1 - (double)d / D);
+            z[d] += has_layer ? 1.5 * (plain ? a : 1 / (1 + exp(-a)) - 0.5) : 0;
+            z[d] += has_rows ? 2 * (plain ? b : 1 / (1 + exp(-b)) - 0.5) : 0;
+            all += exp(z[d]);
+        }
+        for (int d = 0; d < L; d++) {
+            CHECK(fabs((double)beta[r * L + d] - exp(z[d]) / all) < 1e-6, "row %d: beta[%d] is %g, expected %g", r, d,
+                  (double)beta[r * L + d], exp(z[d]) / all);
+            mean += (double)beta[r * L + d] * (1 - (double)d / D);
+        }
+        CHECK(fabs(mean - (double)alpha[r]) < 1e-5, "row %d: alpha is %g, the mean by beta %g", r, (double)alpha[r], mean);
+        for (int b = 0; b < D; b++) {
+            double sum = 0;
+            for (int j = 0; j < C; j++) {
+                const int rank = ranks[r * C + j];
+                if (rank < ((D - b) * C) / D && rank >= ((D - b - 1) * C) / D) sum += (double)dw[r * C + j] * (double)w[r * C + j];
+            }
+            CHECK(fabs(sum - (double)sums[r * D + b]) < 1e-3, "row %d: sum %d is %g, expected %g", r, b, (double)sums[r * D + b], sum);
+        }
+        for (int j = 0; j < C; j++) CHECK(ranks[r * C + j] == (int)w[r * C + j] - 1, "row %d: rank of %g is %d", r, (double)w[r * C + j], ranks[r * C + j]);
+    }
+    CHECK_OK(besa_rates_backward(rates, &g_error), g_error);
+    CHECK_OK(besa_rates_sums(rates, 1, sums, &g_error), g_error);
+    for (int i = 0; i < R * D; i++) CHECK(sums[i] == 0, "sum %d is %g after the backward pass", i, (double)sums[i]);
+    CHECK_OK(besa_rates_fix(rates, 1, 0.5, &g_error), g_error);
+    CHECK(besa_rates_beta(rates, 1, beta, &g_error) == BESA_ERROR_OPTION && strstr(g_error.message, "fixed"), "%s", g_error.message);
+    CHECK(besa_rates_ranks(rates, 1, NULL, &g_error) == BESA_ERROR_OPTION && besa_rates_beta(rates, 0, NULL, &g_error) == BESA_ERROR_OPTION &&
+          besa_rates_sums(rates, 2, sums, &g_error) == BESA_ERROR_OPTION, "arguments");
+    besa_rates_destroy(rates);
+}
+
+/* Rows that are wider than 16 bits count. */
+static void test_wide_ranks(void)
+{
+    enum { C = 65537 };
+    besa_layer_shape shape = { 1, C, BESA_F32 };
+    besa_rate_options o;
+    besa_rates *rates = NULL;
+    float *w = take_floats(C), *scratch = take_floats(2 * C);
+    int32_t *ranks = (int32_t *)take(C * sizeof *ranks);
+    int wrong = 0;
+    memset(&o, 0, sizeof o);
+    o.target = 0.5;
+    CHECK_OK(besa_rates_create(&rates, &g_be, &shape, 1, &o, &g_error), g_error);
+    if (!rates) return;
+    for (int i = 0; i < C; i++) w[i] = (float)(C - i);
+    CHECK_OK(besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_MAGNITUDE, NULL, scratch, &g_error), g_error);
+    CHECK_OK(besa_rates_ranks(rates, 0, ranks, &g_error), g_error);
+    for (int i = 0; i < C; i++) wrong += ranks[i] != C - 1 - i;
+    CHECK(wrong == 0, "%d ranks are wrong", wrong);
+    besa_rates_destroy(rates);
+}
+
 /* ---- scores, factors and baselines ----------------------------------------------------------- */
 
 static besa_workload hessian_workload(int64_t rows, int64_t columns, int64_t tokens)
@@ -1881,6 +1965,13 @@ int main(int argc, char **argv)
     TEST("sparse_layer_sigmoid as one row group") test_sparse_layer("sparse_layer_sigmoid", 0, 1, 0);
     TEST("sparse_layer_sigmoid as layer logits") test_sparse_layer("sparse_layer_sigmoid", 0, 1, 1);
     TEST("rates by the layer API") test_rates_api();
+    TEST("ranks, beta and bucket sums") {
+        test_rates_readers(BESA_RATES_HIERARCHICAL, 0, 1);
+        test_rates_readers(BESA_RATES_HIERARCHICAL, 1, 3);
+        test_rates_readers(BESA_RATES_ROW, 0, BESA_ALL_ROWS);
+        test_rates_readers(BESA_RATES_LAYER, 0, 2);
+    }
+    TEST("ranks of wide rows") test_wide_ranks();
     TEST("score_sparsegpt") test_sparsegpt_score("score_sparsegpt", 0);
     TEST("score_sparsegpt_git") test_sparsegpt_score("score_sparsegpt_git", 1);
     TEST("memory is freed when all queues are done with it") test_frees();

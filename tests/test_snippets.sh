@@ -117,6 +117,12 @@ $cc -std=c11 -O1 -ffp-contract=off -I"$include" "$include/examples/besa_by_hand.
     "$work/by_hand" >"$work/by_hand.txt" && cmp "$work/by_hand.txt" data/besa_by_hand.txt
 verdict $? "besa_by_hand.c prints data/besa_by_hand.txt"
 
+# Level 3's example: what was learned is better than Wanda and has the target.
+$cc -std=c11 -O0 -ffp-contract=off -I"$include" "$include/examples/layer.c" -o "$work/layer" -lm 2>"$work/layer.log" &&
+    "$work/layer" >"$work/layer.txt" && awk '/^wanda/ { wanda = $3 } /^step 100/ { good = $4 < wanda && $6 == "0.5000" }
+                                             /^sparsegpt/ { good2 = $3 < wanda } END { exit !(good && good2) }' "$work/layer.txt"
+verdict $? "layer.c learns, and has Wanda and SparseGPT beside it"
+
 # Level 2's example prunes, stops where it is asked to, and says what is wrong.
 $cc -std=c11 -O1 -ffp-contract=off -I"$include" "$include/examples/block.c" -o "$work/block" -lm 2>"$work/block.log" &&
     "$work/block" >"$work/block.txt" 2>"$work/block.log" && grep -q '^sparsity 0.6000 of the block$' "$work/block.txt" &&

@@ -254,12 +254,17 @@ def relevant_lines(m, known, texts):
     return {line for span in users for line in source.lines_of(bare, *span) if line in code} or None
 
 
+def is_cuda(m, texts):
+    """Besides besa_cuda.cuh itself, the sizes in besa.h that it works by."""
+    return m.file == "besa_cuda.cuh" or m.lines[0] > texts["besa.h"][:texts["besa.h"].index("// >>cuda-sizes ")].count("\n")
+
+
 def units_of(m, known, texts):
     """The tests that run the mutant's lines: those first that are quick and run little else."""
     lines = relevant_lines(m, known, texts)
     units = []
     for unit in known["units"]:
-        fits = m.order or (unit[0] == "test_cuda") == (m.file == "besa_cuda.cuh")
+        fits = m.order or (unit[0] == "test_cuda") == is_cuda(m, texts)
         if fits and (lines is None or lines & set(unit[3][m.file])):
             units.append(unit)
     return sorted(units, key=lambda u: (is_long(u), (u[2] + 0.3) * sum(map(len, u[3].values()))))
