@@ -13816,7 +13816,7 @@ static void besa__keep_figures(besa__run *run, int64_t index, besa_block_report 
 }
 
 /* The report of a block that an earlier run finished, or that stays dense: weights are counted again; figures are in the journal
- * of the former (known 1), as long as there is one, and NaN of the latter. */
+ * of the former (known 1), as long as there is one, which rank 0 has, and NaN of the latter. */
 static besa_result besa__report_reloaded(besa__run *run, int64_t index, int known, const besa_block *block,
                                          void *const pruned[BESA_LAYERS], besa_block_report *report, besa_error *error)
 {
@@ -13825,7 +13825,7 @@ static besa_result besa__report_reloaded(besa__run *run, int64_t index, int know
     double *figure[BESA__FIGURES];
     memset(report, 0, sizeof *report);
     besa__block_figures(report, figure);
-    known = known && !run->writer->is_ready;
+    known = known && run->writer && !run->writer->is_ready;
     for (int i = 0; i < BESA__FIGURES; i++) *figure[i] = (double)NAN;
     for (int i = 0; i < BESA__FIGURES && known; i++) memcpy(figure[i], &run->writer->finished[index].figure[i], sizeof(double));
     for (int i = 0; i < BESA_LAYERS; i++) written[i] = pruned[i];
