@@ -125,7 +125,8 @@
  *     >>codes              quantised weights as whole numbers, in a file of their own
  *     >>writer             blocks into the output, one after another
  *     >>finish             the sources once more, and the rename
- *     >>report             the report as JSON
+ *     >>report             the report and besa.json
+ *     >>mask-files         rates and masks of a pruned checkpoint, in a file of their own
  *     >>background         work that waits for files, in a thread of its own
  *     >>run                the whole model, block by block (level 1): layout, opening, closing
  *     >>transfers          a block's weights in, its pruned weights out
@@ -214,7 +215,8 @@
  *     first_block, num_blocks     [0, all] prune these and leave the other blocks dense: for studies
  *     depth_slope                 [0] the last block's sparsity less the first one's, around the target
  *     block_targets               [none] a sparsity for every block; besa_outliers and besa_outlier_targets find some
- *     progress, step, user        [none] callbacks: after each unit of work, which can stop the run; after each learning step
+ *     progress, step, card, user  [none] callbacks: after each unit of work, which can stop the run; after each learning step;
+ *                                 for the text of the output's README.md
  *     besa_preset                 [default] best: learn both, dense_share 1/2, 2 epochs and 2 weight_epochs, weight_lr 0.3.
  *                                 weights: learn weights, dense_share 1/2, for any method. published-row and
  *                                 published-layer: the paper's runs of LLaMA-1-7B, d_coef 5 and 50. For other models set the
@@ -1180,8 +1182,28 @@ typedef struct besa_step {
     besa_backend *be;
     const float *loss;                          /* (1) device: the step's reconstruction loss, without the penalty, or the
                                                    sum of the parts'; read it with be->download and be->synchronize */
+    double lr, weight_lr;                       /* of this step: of the rates; of kept weights, in the units of the option.
+                                                   0: they do not learn in it */
 } besa_step;
+
+/* A step's figures; NaN where there are no rates. */
+typedef struct besa_trace {
+    double loss;                                /* the step's own, and */
+    double penalty;                             /* what is added for rates that are not at the target: lambda ((S - t) / t)^2 */
+    double mean_rate;                           /* S, of all parts together */
+    double d;                                   /* Prodigy's, its estimate of the distance to the solution; 1 with AdamW */
+} besa_trace;
+
+/* Bring them home; waits for the device, and so makes a GPU's steps slower. BESA_ERROR_NOT_FINITE as besa_rates_status. */
+BESA_API besa_result besa_step_trace(const besa_step *step, besa_trace *trace, besa_error *error);
+
 typedef besa_result (*besa_step_callback)(void *user, const besa_step *step);
+
+/* Level 1, called once all blocks are done: returns the text of the output's README.md, which stays the caller's, or NULL.
+ * The report is complete but for the seconds; nothing in the text should depend on these, or on resumed_blocks and notes:
+ * a run that is interrupted now writes it again. */
+struct besa_report;
+typedef const char *(*besa_card_callback)(void *user, const struct besa_report *report);
 
 /* A layer, or all layers that a pattern matches, held at a sparsity of its own; 0 keeps it dense. */
 typedef struct besa_fixed_rate {
@@ -1243,7 +1265,8 @@ typedef struct besa_prune_options {
     besa_rate_options rates;                    /* rates.target is the sparsity of every method */
     besa_method method;
     const struct besa_checkpoint *masks;        /* level 1, BESA_METHOD_KEEP: what is 0 in this checkpoint of the same shape, of
-                                                   any dtype, pruned by whatever program, is to be 0 */
+                                                   any dtype, pruned by whatever program, is to be 0. Or masks alone, from a
+                                                   file: besa_masks_open */
     int pattern_n, pattern_m;                   /* n of every m consecutive weights pruned; 0: unstructured; BESA: not
                                                    with BESA_LEARN_RATES */
     int magnitude_per_row;                      /* magnitude: each row at the target instead of each layer */
@@ -1290,7 +1313,9 @@ typedef struct besa_prune_options {
     size_t device_memory;                       /* bytes of backend memory [31/32 of what is free; CPU: no limit] */
     besa_progress_callback progress;
     besa_step_callback step;
-    void *user;                                 /* of both callbacks */
+    void *user;                                 /* of all callbacks */
+    const char *preset;                         /* level 1: that besa_preset began with, for besa.json; NULL: none */
+    besa_card_callback card;                    /* level 1: [none] */
 } besa_prune_options;
 
 /* A row of the table of all options that are numbers: what it may be, and how programs offer it. A new option is a field
@@ -1334,8 +1359,8 @@ typedef struct besa_block_report {
     besa_layer_report layer[BESA_LAYERS];
     double sparsity, target;                    /* reached, and asked for; a block that stays dense has target 0 */
     /* Reconstruction losses (1/d) sum ((Yref - Y) / norm)^2, averaged over sequences: the first 8, and all in loss_all.
-     * Where nothing learns all are of the mask, and loss_all is of the first 8. NaN in a block that stays dense or that an
-     * earlier run finished. */
+     * Where nothing learns all are of the mask, and loss_all is of the first 8. NaN in a block that stays dense, and in blocks
+     * taken over from a complete output that was killed before its last rename. */
     double loss_uniform;                        /* the importance's mask with floor(target C) weights of every row */
     double loss_before, loss_after;             /* the masks before learning, and what is written */
     double loss_masks;                          /* the final masks, with the weights as they then are: pass `weights` begins */
@@ -1436,6 +1461,8 @@ BESA_API void besa_checkpoint_close(besa_checkpoint *checkpoint); /* NULL is fin
 /* What opening found that its user should know, as lines ("" if there is nothing): a head that is not the embedding, an
  * adapter that is not applied. Plans and reports begin with them. */
 BESA_API const char *besa_checkpoint_notes(const besa_checkpoint *checkpoint);
+/* What the model is called: "organisation/model" where its config.json says so (_name_or_path), else its directory's name. */
+BESA_API const char *besa_checkpoint_name(const besa_checkpoint *checkpoint);
 BESA_API const besa_config *besa_checkpoint_config(const besa_checkpoint *checkpoint);
 BESA_API int64_t besa_checkpoint_tensor_count(const besa_checkpoint *checkpoint);
 BESA_API const besa_tensor *besa_checkpoint_tensor(const besa_checkpoint *checkpoint, int64_t index); /* file order */
@@ -1452,6 +1479,7 @@ typedef struct besa_tokens {
     int64_t rows, columns;                      /* of a 2-D file; 0, 0 for a stream */
     int id_bytes;                               /* of an id in the file; 0: not from a file */
     char file[64];                              /* the end of its path, for messages */
+    char sha256[65];                            /* of its bytes, in hexadecimal digits; "": not from a file */
 } besa_tokens;
 
 BESA_API besa_result besa_tokens_load(besa_tokens *tokens, const char *path, besa_error *error);
@@ -1499,14 +1527,20 @@ typedef struct besa_report {
     int64_t weights, pruned;                    /* of all prunable layers */
     double sparsity, target;
     double seconds;
-    double perplexity;                          /* of test_ids; 0 where not asked for */
+    double perplexity, dense_perplexity;        /* of test_ids, and the calibration's; 0 where not asked for */
     int64_t resumed_blocks;                     /* taken over from an unfinished run */
     char *notes;                                /* lines: warnings, files not copied; owned, NULL if there are none */
+    char *record;                               /* what was pruned, on what, by which method: members of besa.json; owned */
     besa_prune_options options;                 /* of the run, to be read: defaults are filled in, BESA_NONE is 0, and fixed
                                                    (num_fixed of them) and callbacks are NULL */
     int64_t test_windows;                       /* those of the test; 0 where not asked for */
     besa_window *window;                        /* (test_windows) owned; nll alone without `against` */
     float *kl;                                  /* (test_windows, test_seqlen - 1) owned, of every position; NULL without it */
+    int measured;                               /* 1: by besa_report_measured: there are no options, counts and blocks */
+    /* the caller's, for besa_report_json; NULL, 0: not known */
+    const char *command;
+    int threads;
+    const struct besa_plan_result *plan;
 } besa_report;
 
 /* The run's memory and cost, worked out from shapes before anything is allocated. */
@@ -1519,7 +1553,8 @@ typedef struct besa_plan_result {
                                                    the embedding or head */
     uint64_t disk_bytes;                        /* of the output's weight files */
     int64_t micro_batch;                        /* sequences per forward pass */
-    double flop;                                /* of all products, a dense stream's included, the report's losses not */
+    double flop;                                /* of all products, a dense stream's included, the report's losses not: */
+    double pass_flop[BESA_PASS_COUNT], test_flop; /* a dense stream's, and Gram matrices, are part of pass dense; of the test */
     char notes[2048];                           /* the warnings that the report will begin with, a line each */
     size_t reference_bytes;                     /* the host's memory that besa_reference_create takes, to the byte; 0 without */
 } besa_plan_result;
@@ -1532,6 +1567,12 @@ typedef struct besa_calibration {
     int64_t test_windows, test_seqlen;          /* 0 windows: no perplexity */
     const besa_reference *against;              /* of the test's windows: the report says how far the pruned model is from
                                                    it; NULL: only its perplexity */
+    /* What besa.json says of them beside; it decides nothing. NULL, 0: not known */
+    const char *file, *sha256;                  /* where ids are from: a file, of whose path the last part counts, and the hash
+                                                   of its bytes, as in besa_tokens */
+    uint64_t seed;                              /* as in besa_tokens_sample */
+    const char *test_file, *test_sha256;        /* likewise, of test_ids */
+    double dense_perplexity;                    /* of the dense model on test_ids */
 } besa_calibration;
 
 /* Prune the checkpoint into a new directory.
@@ -1540,7 +1581,9 @@ typedef struct besa_calibration {
  *                 An interrupted run leaves output.partial and goes on from it when called again with the same
  *                 arguments; any other arguments there are BESA_ERROR_RESUME, and named. Killed at its very end, it
  *                 leaves output.partial.RUN.HASH, hashes of these arguments and of what was written, and ends from there.
- *                 Files are as readable as the source's, as far as the umask allows.
+ *                 Files are as readable as the source's, as far as the umask allows. besa.json in it says what was done, see
+ *                 section report: the same bytes for the same weights, whatever the threads and however often it was
+ *                 interrupted. The source's README.md, a card of another model, becomes README.dense.md
  *   report        may be NULL; release with besa_report_free
  * Errors: all of them; the message names the culprit, and nothing that looks valid is left: an output.partial that has
  * finished blocks stays, to be gone on from or deleted, any other is removed, but for files that are not its own.
@@ -1618,8 +1661,27 @@ BESA_API void besa_summarize(besa_divergence *divergence, const besa_window *win
 BESA_API besa_result besa_logits(const besa_checkpoint *checkpoint, besa_backend *be, const int32_t *ids,
                                  int64_t count, int64_t seqlen, float *logits, besa_error *error);
 
-/* The report as a JSON text, owned by the caller (BESA_FREE), or NULL without memory. */
+/* What is 0 in a checkpoint, pruned by whatever program, as a safetensors file: of every layer NAME.weight (R, C)
+ *     NAME.alpha F32 (R)  and  NAME.n I32 (R)     with BESA_FILE_RATES: weights of the row that are 0, n, and their share n / C
+ *     NAME.mask U8 (R, ceil(C / 8))               with BESA_FILE_MASKS: bit j % 8, from the lowest, of byte j / 8 is 1 where
+ *                                                 weight j is not 0
+ * The file appears when it is complete, in place of one that is there. BESA_ERROR_MEMORY, BESA_ERROR_WRITE. */
+enum { BESA_FILE_RATES = 1, BESA_FILE_MASKS = 2 };
+BESA_API besa_result besa_masks_save(const besa_checkpoint *checkpoint, const char *file, int what, besa_error *error);
+
+/* Masks of such a file, for options.masks of a run that prunes `model`, by whose names they are found; other tensors in it are
+ * not looked at. Close with besa_checkpoint_close; of no use for anything else. BESA_ERROR_NOT_FOUND, _READ, _FORMAT, _JSON,
+ * _TENSOR, _MEMORY. */
+BESA_API besa_result besa_masks_open(besa_checkpoint **masks, const char *file, const besa_checkpoint *model, besa_error *error);
+
+/* The report as a JSON text, owned by the caller (BESA_FREE), or NULL without memory. It begins with all that is in besa.json. */
 BESA_API char *besa_report_json(const besa_report *report);
+
+/* A report of besa_perplexity's results, in the same form: of the calibration its test_ids count and what is said of them, and
+ * nll is its (test_windows). Release with besa_report_free. BESA_ERROR_MEMORY. */
+BESA_API besa_result besa_report_measured(besa_report *report, const besa_checkpoint *checkpoint, const besa_backend *be,
+                                          const besa_calibration *calibration, double perplexity, const double *nll,
+                                          besa_error *error);
 BESA_API void besa_report_free(besa_report *report);
 
 #endif /* BESA_NO_STDIO */
@@ -1890,6 +1952,62 @@ BESA__UNUSED static uint64_t besa__hash(uint64_t h, const void *data, size_t byt
     }
     for (; bytes; bytes--, s++) h = (h ^ *s) * 0x100000001B3u;
     return h;
+}
+
+/* ---- SHA-256 (FIPS 180-4) -------------------------------------------------------------------- */
+
+static const uint32_t besa__sha256_round[64] = { /* fractions of the cube roots of the first primes */
+    0x428A2F98, 0x71374491, 0xB5C0FBCF, 0xE9B5DBA5, 0x3956C25B, 0x59F111F1, 0x923F82A4, 0xAB1C5ED5,
+    0xD807AA98, 0x12835B01, 0x243185BE, 0x550C7DC3, 0x72BE5D74, 0x80DEB1FE, 0x9BDC06A7, 0xC19BF174,
+    0xE49B69C1, 0xEFBE4786, 0x0FC19DC6, 0x240CA1CC, 0x2DE92C6F, 0x4A7484AA, 0x5CB0A9DC, 0x76F988DA,
+    0x983E5152, 0xA831C66D, 0xB00327C8, 0xBF597FC7, 0xC6E00BF3, 0xD5A79147, 0x06CA6351, 0x14292967,
+    0x27B70A85, 0x2E1B2138, 0x4D2C6DFC, 0x53380D13, 0x650A7354, 0x766A0ABB, 0x81C2C92E, 0x92722C85,
+    0xA2BFE8A1, 0xA81A664B, 0xC24B8B70, 0xC76C51A3, 0xD192E819, 0xD6990624, 0xF40E3585, 0x106AA070,
+    0x19A4C116, 0x1E376C08, 0x2748774C, 0x34B0BCB5, 0x391C0CB3, 0x4ED8AA4A, 0x5B9CCA4F, 0x682E6FF3,
+    0x748F82EE, 0x78A5636F, 0x84C87814, 0x8CC70208, 0x90BEFFFA, 0xA4506CEB, 0xBEF9A3F7, 0xC67178F2
+};
+
+static uint32_t besa__rotate(uint32_t x, int n) { return x >> n | x << (32 - n); }
+
+/* Take in 64 bytes. */
+static void besa__sha256_block(uint32_t h[8], const unsigned char *bytes)
+{
+    uint32_t w[64], s[8];
+    for (int i = 0; i < 16; i++)
+        w[i] = (uint32_t)bytes[4 * i] << 24 | (uint32_t)bytes[4 * i + 1] << 16 | (uint32_t)bytes[4 * i + 2] << 8 | bytes[4 * i + 3];
+    for (int i = 16; i < 64; i++) {
+        uint32_t a = w[i - 15], b = w[i - 2];
+        w[i] = w[i - 16] + (besa__rotate(a, 7) ^ besa__rotate(a, 18) ^ (a >> 3)) + w[i - 7] +
+               (besa__rotate(b, 17) ^ besa__rotate(b, 19) ^ (b >> 10));
+    }
+    memcpy(s, h, sizeof s);
+    for (int i = 0; i < 64; i++) {
+        uint32_t a = s[0], e = s[4], first, second;
+        first = s[7] + (besa__rotate(e, 6) ^ besa__rotate(e, 11) ^ besa__rotate(e, 25)) + ((e & s[5]) ^ (~e & s[6])) +
+                besa__sha256_round[i] + w[i];
+        second = (besa__rotate(a, 2) ^ besa__rotate(a, 13) ^ besa__rotate(a, 22)) + ((a & s[1]) ^ (a & s[2]) ^ (s[1] & s[2]));
+        memmove(s + 1, s, 7 * sizeof *s);
+        s[4] += first;
+        s[0] = first + second;
+    }
+    for (int i = 0; i < 8; i++) h[i] += s[i];
+}
+
+/* The hash of some bytes as hexadecimal digits. */
+BESA__UNUSED static void besa__sha256(char digits[65], const void *data, size_t bytes)
+{
+    uint32_t h[8] = {0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A,
+                     0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19}; /* square roots */
+    const unsigned char *at = (const unsigned char *)data;
+    unsigned char last[128];
+    size_t whole = bytes / 64 * 64, rest = bytes - whole, end = rest < 56 ? 64 : 128;
+    for (size_t i = 0; i < whole; i += 64) besa__sha256_block(h, at + i);
+    memset(last, 0, sizeof last);
+    if (rest) memcpy(last, at + whole, rest);
+    last[rest] = 0x80;
+    for (int i = 0; i < 8; i++) last[end - 1 - (size_t)i] = (unsigned char)((uint64_t)bytes * 8 >> (8 * i) & 255);
+    for (size_t i = 0; i < end; i += 64) besa__sha256_block(h, last + i);
+    for (int i = 0; i < 8; i++) besa__write_text(digits + 8 * i, 9, "%08x", (unsigned)h[i]);
 }
 
 /* ============================================================================================
@@ -2503,6 +2621,7 @@ BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, 
     for (size_t i = 0; i < sizeof besa__presets / sizeof *besa__presets; i++) {
         if (strcmp(besa__presets[i].preset, name)) continue;
         known = 1;
+        preset.preset = besa__presets[i].preset;
         if (!besa__presets[i].option) continue;
         const besa_option *o = besa__find_option(besa__presets[i].option);
         besa__option_set(o, (unsigned char *)&preset + o->offset, besa__presets[i].value);
@@ -3616,6 +3735,35 @@ BESA_API besa_result besa_rates_status(besa_rates *rates, double *d, double *mea
     if (d) *d = scalars[0];
     if (mean_rate) *mean_rate = (double)mean;
     return BESA_OK;
+}
+
+/* lambda ((S - t) / t)^2, of all parts; waits. */
+static besa_result besa__rates_penalty(const besa_rates *rates, double *penalty, besa_error *error)
+{
+    besa_backend *be = rates->masks->be;
+    float mean[BESA_LAYERS];
+    double target = rates->options->target;
+    BESA__TRY(besa__pass_error(be, be->download(be, BESA_QUEUE_COMPUTE, mean, rates->part_mean, (size_t)rates->parts * sizeof *mean), error));
+    BESA__TRY(besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error));
+    *penalty = 0;
+    for (int i = 0; i < rates->parts; i++) {
+        double off = ((double)mean[i] - target) / target;
+        *penalty += rates->options->penalty * off * off;
+    }
+    return BESA_OK;
+}
+
+BESA_API besa_result besa_step_trace(const besa_step *step, besa_trace *trace, besa_error *error)
+{
+    besa_backend *be = step->be;
+    float loss = 0;
+    trace->penalty = trace->mean_rate = trace->d = (double)NAN;
+    BESA__TRY(besa__pass_error(be, be->download(be, BESA_QUEUE_COMPUTE, &loss, step->loss, sizeof loss), error));
+    BESA__TRY(besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error));
+    trace->loss = (double)loss;
+    if (!step->rates) return BESA_OK;
+    BESA__TRY(besa_rates_status(step->rates, &trace->d, &trace->mean_rate, error));
+    return besa__rates_penalty(step->rates, &trace->penalty, error);
 }
 
 /* ============================================================================================
@@ -6331,10 +6479,12 @@ static besa_result besa__learn_step(besa__learning *l, const besa__batch *batch,
 }
 
 /* Tell the caller's callback of a step. */
-static besa_result besa__tell_step(besa_pruner *p, int64_t step, int64_t steps, const float *loss, besa_error *error)
+static besa_result besa__tell_step(const besa__learning *l, int64_t step, const float *loss, besa_error *error)
 {
+    besa_pruner *p = l->work->pruner;
     if (!p->options.step) return BESA_OK;
-    besa_step now = {p->meter.block, step, steps, besa__learns_rates(p) ? &p->rates : NULL, p->be, loss};
+    besa_step now = {p->meter.block, step, p->steps, besa__learns_rates(p) ? &p->rates : NULL, p->be, loss,
+                     l->rates ? p->parameters.step.lr : 0, l->weights ? besa__weights_step(&p->weights, 1).lr : 0};
     besa_result result = p->options.step(p->options.user, &now);
     if (result == BESA_OK) return BESA_OK;
     return besa__fail(error, result, "the step callback returned: %s", besa_result_string(result));
@@ -6357,7 +6507,7 @@ static besa_result besa__learn(besa__learning *l, besa_error *error)
         batch.loss = besa__step_loss(p, l->done + s);
         BESA__TRY_ON(p->be, besa__learn_step(l, &batch, s), error);
         BESA__TRY(besa__tick(&p->meter, 1 / (double)(l->before + l->steps), error));
-        BESA__TRY(besa__tell_step(p, l->done + s + 1, p->steps, batch.loss, error));
+        BESA__TRY(besa__tell_step(l, l->done + s + 1, batch.loss, error));
     }
     return BESA_OK;
 }
@@ -7432,7 +7582,7 @@ typedef struct besa__kept {
 } besa__kept;
 
 struct besa_checkpoint {
-    char *directory;
+    char *directory, *name;
     const char *index;                          /* name of the index file, NULL for a single file */
     besa__kept config_file, index_file;
     besa__shard *shards;
@@ -7441,6 +7591,7 @@ struct besa_checkpoint {
     int64_t num_tensors;
     const besa_tensor **sorted;                 /* by name */
     char *part_names;                           /* of layers that are rows of a tensor that a file holds; NULL: none */
+    int is_masks;                               /* a file of masks, by the names of the model whose config this is */
     besa_config config;
     char notes[2048];                           /* lines */
 };
@@ -8063,12 +8214,14 @@ BESA_API void besa_checkpoint_close(besa_checkpoint *checkpoint)
     BESA_FREE(checkpoint->sorted);
     BESA_FREE(checkpoint->part_names);
     BESA_FREE(checkpoint->directory);
+    BESA_FREE(checkpoint->name);
     BESA_FREE(checkpoint);
 }
 
 BESA_API const besa_config *besa_checkpoint_config(const besa_checkpoint *checkpoint) { return &checkpoint->config; }
 
 BESA_API const char *besa_checkpoint_notes(const besa_checkpoint *checkpoint) { return checkpoint->notes; }
+BESA_API const char *besa_checkpoint_name(const besa_checkpoint *checkpoint) { return checkpoint->name; }
 
 BESA_API int64_t besa_checkpoint_tensor_count(const besa_checkpoint *checkpoint) { return checkpoint->num_tensors; }
 
@@ -8332,6 +8485,7 @@ static besa_result besa__tokens_read(besa_tokens *tokens, const unsigned char *f
     tokens->id_bytes = (int)npy.width;
     size_t length = strlen(path), room = sizeof tokens->file - 1;
     snprintf(tokens->file, sizeof tokens->file, "%s", path + (length > room ? length - room : 0));
+    besa__sha256(tokens->sha256, file, size);
     return BESA_OK;
 }
 
@@ -9504,6 +9658,34 @@ static besa_result besa__check_cache(const char *directory, besa_error *error)
     return result;
 }
 
+/* The last part of a path. */
+static const char *besa__base_name(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
+/* The model's name, once its config has been read. */
+static besa_result besa__find_model_name(besa_checkpoint *checkpoint, besa_error *error)
+{
+    const besa__kept *config = &checkpoint->config_file;
+    besa__json json;
+    char *copy, *place;
+    memset(&json, 0, sizeof json);
+    BESA__TRY(besa__copy_text(&copy, (const char *)config->bytes, config->size, "config.json", error));
+    besa_result result = besa__json_parse(&json, copy, config->size, "config.json", error);
+    const char *name = NULL;
+    if (result == BESA_OK) name = besa__json_string(&json, besa__json_get(&json, json.values, "_name_or_path"));
+    const char *slash = name ? strchr(name, '/') : NULL;
+    int is_hubs = slash && slash > name && slash[1] && !strchr(slash + 1, '/') && !strchr(".~", *name);
+    place = is_hubs ? NULL : realpath(checkpoint->directory, NULL);
+    if (!is_hubs) name = besa__base_name(place ? place : checkpoint->directory);
+    if (result == BESA_OK) result = besa__copy_text(&checkpoint->name, name, strlen(name), "a name", error);
+    free(place);
+    besa__json_free(&json);
+    return result;
+}
+
 static besa_result besa__checkpoint_load(besa_checkpoint *checkpoint, const char *directory, besa_error *error)
 {
     besa__model model;
@@ -9515,6 +9697,7 @@ static besa_result besa__checkpoint_load(besa_checkpoint *checkpoint, const char
     if (!S_ISDIR(st.st_mode)) return besa__check_file(checkpoint->directory, error);
     BESA__TRY(besa__check_cache(checkpoint->directory, error));
     BESA__TRY(besa__config_load(&checkpoint->config, &checkpoint->config_file, checkpoint->directory, error));
+    BESA__TRY(besa__find_model_name(checkpoint, error));
     BESA__TRY(besa__open_weights(checkpoint, error));
     besa__find_prefix(checkpoint);
     if (checkpoint->config.is_part)
@@ -9554,8 +9737,9 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
  * prunable weights, and without norms and biases that learn; blocks come in one after another, and with bits the blocks'
  * codes into a file of their own (section codes). Its journal has one line
  * per step that is on disk,
- *     besa-journal 2 | run FINGERPRINT | copied | block 0 HASH | block 1 HASH ...
- * each ending in the hash of its own text, so that a torn line counts for nothing. A step's bytes are synced before
+ *     besa-journal 2 | run FINGERPRINT | copied | block 0 HASH FIGURES | block 1 HASH FIGURES ...
+ * each ending in the hash of its own text, so that a torn line counts for nothing. FIGURES are the bits of numbers that belong to
+ * the report and cannot be found again in what is written: section report says which. A step's bytes are synced before
  * its line is. OUT has no journal, so the journal must go before the last rename: for that moment the directory's name says
  * what it did. When all is done OUT.partial becomes OUT.partial.RUN.HASH, RUN being a hash of the fingerprint and HASH
  * one of all blocks' hashes; then the journal goes, and the directory becomes OUT. A run that finds OUT.partial.RUN.HASH
@@ -9574,6 +9758,9 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
 #define BESA__JOURNAL "besa-journal"
 #define BESA__CONFIG "config.json"
 #define BESA__CODES "besa_quantization.safetensors"
+#define BESA__RECORD "besa.json"
+#define BESA__CARD "README.md"
+#define BESA__DENSE_CARD "README.dense.md"
 #define BESA__PARTIAL ".partial"
 #define BESA__READY_BYTES 35                    /* of ".RUN.HASH", RUN and HASH of 16 digits each */
 #define BESA__LINE 2048                         /* bytes of the journal's longest line, the fingerprint's */
@@ -9585,15 +9772,19 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
 /* Tensors of a block: its weights, and then its norms and biases. */
 enum { BESA__BLOCK_TENSORS = BESA_LAYERS + BESA_VECTORS };
 
+enum { BESA__FIGURES = 7 };                     /* of a block: losses, Prodigy's d, mean rate */
+
 /* A block that is on disk. */
 typedef struct besa__finished {
     uint64_t hash;                              /* of its tensors that come in with it, and of its codes */
+    uint64_t figure[BESA__FIGURES];             /* their bits */
     uint64_t line;                              /* where its line begins in the journal */
 } besa__finished;
 
-/* A file that lies beside the weights and is copied: what it was when it was read. */
+/* A file that lies beside the weights and is read: what it was then. */
 typedef struct besa__side {
     char *name;
+    const char *as;                             /* what its copy in the output is called; NULL: there is none */
     struct stat stat;
     uint64_t hash;
 } besa__side;
@@ -9645,6 +9836,8 @@ typedef struct besa__writer {
     size_t written[BESA__BLOCK_TENSORS];        /* bytes */
     size_t unsynced;                            /* bytes since the last sync */
     besa__codes *codes;                         /* of quantised weights; NULL: there are none */
+    char *source_record;                        /* besa.json of a source that was pruned itself, an object; NULL: none */
+    char *record, *card;                        /* owned: the output's besa.json and README.md; NULL: none */
 } besa__writer;
 
 /* A failed system call on partial/name. */
@@ -9773,6 +9966,16 @@ static besa_result besa__other_run(const besa__writer *w, const char *line, cons
                       "directory to start again", w->partial, what);
 }
 
+/* "block N HASH FIGURES" */
+static void besa__journal_block(char *line, size_t size, const besa__finished *block, int64_t index)
+{
+    besa__write_text(line, size, "block %lld %016llx", (long long)index, (unsigned long long)block->hash);
+    for (int i = 0; i < BESA__FIGURES; i++) {
+        size_t length = strlen(line);
+        besa__write_text(line + length, size - length, " %016llx", (unsigned long long)block->figure[i]);
+    }
+}
+
 /* Take over what the journal says: whether the copy is complete, and the blocks done with their hashes. */
 static besa_result besa__journal_parse(besa__writer *w, char *text, const char *run, besa_error *error)
 {
@@ -9790,12 +9993,13 @@ static besa_result besa__journal_parse(besa__writer *w, char *text, const char *
     w->copied = line && !strcmp(line, "copied");
     if (w->copied) w->journal_end = (uint64_t)(at - text);
     while (w->copied && w->done < w->blocks && (line = besa__journal_line(&at)) != NULL) {
-        char expected[48];
-        const char *hash = strrchr(line, ' ');
+        char expected[256], *number = (char *)(uintptr_t)strrchr(line, ' ');
         besa__finished *block = &w->finished[w->done];
         block->line = w->journal_end;
-        block->hash = hash ? strtoull(hash + 1, NULL, 16) : 0;
-        snprintf(expected, sizeof expected, "block %lld %016llx", (long long)w->done, (unsigned long long)block->hash);
+        if (strlen(line) > 6) strtoull(line + 6, &number, 10);
+        block->hash = number ? strtoull(number, &number, 16) : 0;
+        for (int i = 0; i < BESA__FIGURES; i++) block->figure[i] = number ? strtoull(number, &number, 16) : 0;
+        besa__journal_block(expected, sizeof expected, block, w->done);
         if (strcmp(line, expected)) break;
         w->journal_end = (uint64_t)(at - text);
         w->done++;
@@ -10022,11 +10226,13 @@ static besa_result besa__journal_open(besa__writer *w, besa_error *error)
 /* ============================================================================================
  * // >>beside                what lies beside the weights: which files are copied
  * ============================================================================================
- * Owns which files of the source become part of the output, and which are foreign in an unfinished one. */
+ * Owns which files of the source become part of the output, and which are foreign in an unfinished one. The source's card and
+ * its besa.json, if it was pruned itself, are not true of the output: the one is kept under another name, README.dense.md, but
+ * where a dense model's lies under that name already; the other is kept within the output's own besa.json. */
 
 /* Files that would be wrong beside pruned weights: other weights, and what lists, counts or describes weights that are not
  * there. Patterns are separated by spaces. Tokenizers, generation_config.json, chat templates,
- * licences, cards and code are copied: they are as true of the output as of the source. */
+ * licences and code are copied: they are as true of the output as of the source. */
 static const struct {
     const char *patterns, *why;
 } besa__left_out[] = {
@@ -10086,7 +10292,24 @@ static besa_result besa__write_file(const besa__writer *w, const char *name, con
     return result;
 }
 
-static besa_result besa__copy_side(const besa__writer *w, besa__side *side, besa_error *error)
+/* Keep the record of a source that was pruned itself; what is no object of JSON is not kept. */
+static besa_result besa__keep_record(besa__writer *w, const unsigned char *bytes, size_t size, char **notes, besa_error *error)
+{
+    char *copy;                                 /* for the reader, which decodes it in place */
+    besa__json json;
+    while (size && (bytes[size - 1] == '\n' || bytes[size - 1] == ' ')) size--;
+    if (!size || size >= BESA__HEADER_LIMIT) return BESA_OK;
+    BESA__TRY(besa__copy_text(&copy, (const char *)bytes, size, BESA__RECORD, error));
+    besa_result result = besa__json_parse(&json, copy, size, BESA__RECORD, error);
+    int is_object = result == BESA_OK && besa__json_is(&json, json.values, BESA__JSON_OBJECT);
+    besa__json_free(&json);
+    if (result == BESA_ERROR_MEMORY) return result;
+    if (is_object) return besa__copy_text(&w->source_record, (const char *)bytes, size, BESA__RECORD, error);
+    if (notes) besa__notes_add(notes, "not kept: the source's %s (no object of JSON)", BESA__RECORD);
+    return BESA_OK;
+}
+
+static besa_result besa__copy_side(besa__writer *w, besa__side *side, char **notes, besa_error *error)
 {
     char *path;
     unsigned char *bytes = NULL;
@@ -10096,7 +10319,8 @@ static besa_result besa__copy_side(const besa__writer *w, besa__side *side, besa
     besa_result result = besa__map_file(&bytes, &size, path, error);
     if (result == BESA_OK) {
         side->hash = besa__hash(BESA__HASH_START, bytes, size);
-        result = besa__write_file(w, side->name, bytes, size, side->stat.st_mode, error);
+        if (side->as) result = besa__write_file(w, side->as, bytes, size, side->stat.st_mode, error);
+        else if (!strcmp(side->name, BESA__RECORD)) result = besa__keep_record(w, bytes, size, notes, error);
     }
     besa__unmap(bytes, size);
     BESA_FREE(path);
@@ -10113,9 +10337,28 @@ static besa_result besa__add_side(besa__writer *w, const char *name, besa_error 
     w->sides = (besa__side *)more;
     BESA__TRY(besa__copy_text(&copy, name, strlen(name), "a file's name", error));
     memset(w->sides + count, 0, sizeof *w->sides);
-    w->sides[count].name = copy;
+    w->sides[count].as = w->sides[count].name = copy;
     w->num_sides++;
     return BESA_OK;
+}
+
+/* The file of that name among those that are read; NULL: there is none. */
+static besa__side *besa__find_side(const besa__writer *w, const char *name)
+{
+    for (int64_t i = 0; i < w->num_sides; i++)
+        if (!strcmp(w->sides[i].name, name)) return &w->sides[i];
+    return NULL;
+}
+
+/* What would not be true of the output has another name there, or none. */
+static void besa__rename_sides(const besa__writer *w, char **notes)
+{
+    besa__side *card = besa__find_side(w, BESA__CARD), *record = besa__find_side(w, BESA__RECORD);
+    const int has_dense = besa__find_side(w, BESA__DENSE_CARD) != NULL;
+    if (record) record->as = NULL;
+    if (card) card->as = has_dense ? NULL : BESA__DENSE_CARD;
+    if (card && has_dense && notes)
+        besa__notes_add(notes, "not copied: %s (of a pruned source; the dense model's is %s)", BESA__CARD, BESA__DENSE_CARD);
 }
 
 /* Whether a name belongs to the checkpoint itself: what was read when it was opened. */
@@ -10151,6 +10394,7 @@ static besa_result besa__list_sides(besa__writer *w, char **notes, besa_error *e
     for (int i = 0; i < count; i++) free(list[i]);
     free(list);
     if (source >= 0) close(source);
+    besa__rename_sides(w, notes);
     return result;
 }
 
@@ -10158,14 +10402,14 @@ static besa_result besa__list_sides(besa__writer *w, char **notes, besa_error *e
 static int besa__is_foreign(const besa__writer *w, const char *name)
 {
     struct stat st;
-    int ours = !strcmp(name, BESA__JOURNAL) || (w->codes && !strcmp(name, BESA__CODES)) ||
-               besa__is_checkpoint_file(w->checkpoint, name);
-    for (int64_t i = 0; i < w->num_sides; i++) ours = ours || !strcmp(name, w->sides[i].name);
+    int ours = !strcmp(name, BESA__JOURNAL) || (w->codes && !strcmp(name, BESA__CODES)) || !strcmp(name, BESA__RECORD) ||
+               !strcmp(name, BESA__CARD) || besa__is_checkpoint_file(w->checkpoint, name);
+    for (int64_t i = 0; i < w->num_sides; i++) ours = ours || (w->sides[i].as && !strcmp(name, w->sides[i].as));
     return !ours || fstatat(w->directory, name, &st, AT_SYMLINK_NOFOLLOW) || !S_ISREG(st.st_mode);
 }
 
 /* The index as it was read, and what lies beside the weights. */
-static besa_result besa__copy_sides(const besa__writer *w, char **notes, besa_error *error)
+static besa_result besa__copy_sides(besa__writer *w, char **notes, besa_error *error)
 {
     const besa__kept *index = &w->checkpoint->index_file;
     char foreign[256];
@@ -10175,7 +10419,7 @@ static besa_result besa__copy_sides(const besa__writer *w, char **notes, besa_er
                         w->partial);
     if (w->checkpoint->index)
         BESA__TRY(besa__write_file(w, w->checkpoint->index, index->bytes, index->size, index->stat.st_mode, error));
-    for (int64_t i = 0; i < w->num_sides; i++) BESA__TRY(besa__copy_side(w, &w->sides[i], error));
+    for (int64_t i = 0; i < w->num_sides; i++) BESA__TRY(besa__copy_side(w, &w->sides[i], notes, error));
     return BESA_OK;
 }
 
@@ -10566,6 +10810,9 @@ static void besa__writer_close(besa__writer *w)
     BESA_FREE(w->output);
     BESA_FREE(w->partial);
     besa__codes_free(w->codes);
+    BESA_FREE(w->source_record);
+    BESA_FREE(w->record);
+    BESA_FREE(w->card);
     BESA_FREE(w);
 }
 
@@ -10587,7 +10834,9 @@ static void besa__writer_discard(besa__writer *w, besa_error *error)
     int gone = besa__remove_entry(w, BESA__CONFIG);
     if (c->index) gone &= besa__remove_entry(w, c->index);
     for (int64_t i = 0; i < c->num_shards; i++) gone &= besa__remove_entry(w, c->shards[i].name);
-    for (int64_t i = 0; i < w->num_sides; i++) gone &= besa__remove_entry(w, w->sides[i].name);
+    for (int64_t i = 0; i < w->num_sides; i++) gone &= !w->sides[i].as || besa__remove_entry(w, w->sides[i].as);
+    gone &= besa__remove_entry(w, BESA__RECORD);
+    gone &= besa__remove_entry(w, BESA__CARD);
     if (w->codes) gone &= besa__remove_entry(w, BESA__CODES);
     if (gone) besa__remove_entry(w, BESA__JOURNAL);
     if (!unlinkat(w->parent, w->partial_name, AT_REMOVEDIR) || !error) return;
@@ -10723,7 +10972,7 @@ static besa_result besa__writer_write(besa__writer *w, const besa_tensor *tensor
 /* The current block is complete: on return it is on disk and in the journal. */
 static besa_result besa__writer_block_done(besa__writer *w, int64_t block, besa_error *error)
 {
-    char line[64];
+    char line[256];
     if (block != w->done || block >= w->blocks)
         return besa__fail(error, BESA_ERROR_OPTION, "block %lld is not the current one", (long long)block);
     for (int i = 0; i < BESA__BLOCK_TENSORS; i++) {
@@ -10744,7 +10993,7 @@ static besa_result besa__writer_block_done(besa__writer *w, int64_t block, besa_
     if (has) BESA__TRY(besa__codes_end(w, error));
     w->finished[block].hash = besa__block_hash(w, w->hash, has ? &w->codes->hash : NULL);
     w->finished[block].line = w->journal_end;
-    snprintf(line, sizeof line, "block %lld %016llx", (long long)block, (unsigned long long)w->finished[block].hash);
+    besa__journal_block(line, sizeof line, &w->finished[block], block);
     BESA__TRY(besa__journal_add(w, line, error));
     w->done++;
     w->unsynced = 0;
@@ -10858,6 +11107,13 @@ static besa_result besa__writer_make_ready(besa__writer *w, besa_error *error)
     return besa__sync(w, w->directory, ".", error);
 }
 
+/* A text of the run's own, as readable as config.json; of NULL nothing is left that a run before may have written. */
+static besa_result besa__write_words(const besa__writer *w, const char *name, const char *text, besa_error *error)
+{
+    if (text) return besa__write_file(w, name, text, strlen(text), w->checkpoint->config_file.stat.st_mode, error);
+    return besa__remove_entry(w, name) ? BESA_OK : besa__writer_fail(w, name, errno, error);
+}
+
 static besa_result besa__writer_rename(besa__writer *w, besa_error *error)
 {
     const besa__kept *config = &w->checkpoint->config_file;
@@ -10865,6 +11121,8 @@ static besa_result besa__writer_rename(besa__writer *w, besa_error *error)
         return besa__fail(error, BESA_ERROR_OPTION, "%s: %lld of %lld blocks are done", w->partial, (long long)w->done,
                           (long long)w->blocks);
     BESA__TRY(besa__check_sources(w, error));
+    BESA__TRY(besa__write_words(w, BESA__RECORD, w->record, error));
+    BESA__TRY(besa__write_words(w, BESA__CARD, w->card, error));
     /* only with its config does the directory look like a checkpoint */
     BESA__TRY(besa__write_file(w, BESA__CONFIG, config->bytes, config->size, config->stat.st_mode, error));
     BESA__TRY(besa__writer_make_ready(w, error));
@@ -10897,8 +11155,11 @@ static void besa__writer_abandon(besa__writer *w, besa_error *error)
 }
 
 /* ============================================================================================
- * // >>report                the report as JSON
- * ============================================================================================ */
+ * // >>report                the report and besa.json
+ * ============================================================================================
+ * Owns two texts of JSON about one run. What they have in common says what decided the output and how it came out; of that
+ * besa.json has sparsities of blocks and layers, and the report everything, with what may differ from one machine, or one
+ * attempt, to the next. tests/besa.schema.json describes both. */
 
 /* Text that grows; after a failed allocation text is NULL and everything more is ignored. */
 typedef struct besa__text {
@@ -10991,11 +11252,120 @@ static const char *besa__option_word(const besa_option *o, int value, char *buff
     return buffer;
 }
 
+/* "key": "string" or null */
+static void besa__append_member(besa__text *t, const char *key, const char *string, const char *after)
+{
+    besa__append(t, "\"%s\": ", key);
+    if (string) besa__append_string(t, string);
+    else besa__append(t, "null");
+    besa__append(t, "%s", after);
+}
+
+static void besa__append_sha256(besa__text *t, const char *key, const void *bytes, size_t size, const char *after)
+{
+    char digits[65];
+    besa__sha256(digits, bytes, size);
+    besa__append_member(t, key, digits, after);
+}
+
+/* A checkpoint by its name and the hash of its config.json; with the record of how it was pruned itself, or NULL. */
+static void besa__append_checkpoint(besa__text *t, const char *key, const besa_checkpoint *checkpoint, const char *record)
+{
+    const besa__kept *config = &checkpoint->config_file;
+    besa__append(t, "\"%s\": {", key);
+    besa__append_member(t, "name", checkpoint->name, ", ");
+    if (checkpoint->is_masks) besa__append_sha256(t, "sha256", checkpoint->shards->base, checkpoint->shards->size, "");
+    else besa__append_sha256(t, "config_sha256", config->bytes, config->size, "");
+    if (record) besa__append(t, ",\n  \"besa\": %s", record);
+    besa__append(t, "},\n  ");
+}
+
+/* Token ids (count, seqlen), and the file that they are from. */
+static void besa__append_tokens(besa__text *t, const char *count_key, int64_t count, int64_t seqlen, const int32_t *ids,
+                                const char *file, const char *sha256)
+{
+    besa__append_member(t, "file", file ? besa__base_name(file) : NULL, ", ");
+    besa__append_member(t, "sha256", sha256 && *sha256 ? sha256 : NULL, ", ");
+    besa__append(t, "\"%s\": %lld, \"seqlen\": %lld, ", count_key, (long long)count, (long long)seqlen);
+    besa__append_sha256(t, "ids_sha256", ids, (size_t)(count * seqlen) * sizeof *ids, "},\n  ");
+}
+
+/* Which layers are fixed, and the sparsities of blocks that were asked for one by one. */
+static void besa__append_lists(besa__text *t, const besa_prune_options *o)
+{
+    if (o->num_fixed) besa__append(t, "\"fixed\": [");
+    for (int64_t i = 0; i < o->num_fixed; i++) {
+        besa__append(t, "{");
+        besa__append_member(t, "pattern", o->fixed[i].pattern, ", ");
+        besa__append_number(t, "sparsity", o->fixed[i].sparsity, i + 1 < o->num_fixed ? "}, " : "}],\n  ");
+    }
+    if (o->num_block_targets) besa__append(t, "\"block_targets\": [");
+    for (int64_t i = 0; i < o->num_block_targets; i++)
+        besa__append(t, "%.17g%s", o->block_targets[i], i + 1 < o->num_block_targets ? ", " : "],\n  ");
+}
+
+/* Version, machine and model. */
+static void besa__append_machine(besa__text *t, const besa_backend *be)
+{
+    static const char *const dtypes[] = {"f32", "f16", "bf16"};
+    char device[16];
+    size_t n = 0;
+    for (; n + 1 < sizeof device && ((be->name[n] | 32) >= 'a' && (be->name[n] | 32) <= 'z'); n++) device[n] = (char)(be->name[n] | 32);
+    device[n] = 0;
+    besa__append(t, "\"besa\": \"%d.%d\",\n  ", BESA_VERSION_MAJOR, BESA_VERSION_MINOR);
+    besa__append_member(t, "device", device, ",\n  ");
+    besa__append_member(t, "backend", be->name, ",\n  ");
+    besa__append_member(t, "activations", dtypes[be->activation_dtype], ",\n  ");
+}
+
+static void besa__append_test(besa__text *t, const besa_calibration *c)
+{
+    if (!c->test_windows) return;
+    besa__append(t, "\"test\": {");
+    besa__append_tokens(t, "windows", c->test_windows, c->test_seqlen, c->test_ids, c->test_file, c->test_sha256);
+}
+
+/* What decided an output, but for the options that are numbers: members, each with a comma behind it. source_record: besa.json
+ * of the source, or NULL. The caller frees it; NULL without memory. */
+static char *besa__record_begin(const besa_checkpoint *checkpoint, const besa_backend *be, const besa_calibration *c,
+                                const besa_prune_options *o, const char *source_record)
+{
+    besa__text t = {(char *)BESA_MALLOC(1024), 0, 1024};
+    besa__append_machine(&t, be);
+    besa__append_checkpoint(&t, "source", checkpoint, source_record);
+    besa__append_member(&t, "method", besa_method_name(o->method), ",\n  ");
+    besa__append_member(&t, "preset", o->preset, ",\n  ");
+    if (o->masks) besa__append_checkpoint(&t, "masks", o->masks, NULL);
+    besa__append(&t, "\"calibration\": {\"seed\": %llu, ", (unsigned long long)c->seed);
+    besa__append_tokens(&t, "nsamples", c->nsamples, c->seqlen, c->ids, c->file, c->sha256);
+    besa__append_test(&t, c);
+    besa__append_lists(&t, o);
+    return t.text;
+}
+
+BESA_API besa_result besa_report_measured(besa_report *report, const besa_checkpoint *checkpoint, const besa_backend *be,
+                                          const besa_calibration *calibration, double perplexity, const double *nll,
+                                          besa_error *error)
+{
+    besa__text t = {(char *)BESA_MALLOC(1024), 0, 1024};
+    memset(report, 0, sizeof *report);
+    report->measured = 1;
+    report->perplexity = perplexity;
+    besa__append_machine(&t, be);
+    besa__append_checkpoint(&t, "source", checkpoint, NULL);
+    besa__append_test(&t, calibration);
+    besa__append(&t, "\"nll\": [");
+    for (int64_t i = 0; i < calibration->test_windows; i++) besa__append(&t, i ? ", %.9g" : "%.9g", nll[i]);
+    besa__append(&t, "],\n  ");
+    report->record = t.text;
+    return t.text ? BESA_OK : besa__fail(error, BESA_ERROR_MEMORY, "out of memory for the report");
+}
+
 /* What the run was asked for, an option a member; those that it does not look at are left out. */
 static void besa__append_options(besa__text *t, const besa_prune_options *options)
 {
     const char *between = "";
-    besa__append(t, ",\n  \"options\": {");
+    besa__append(t, "\"options\": {");
     for (const besa_option *o = besa__options; o->name; o++) {
         double value = besa__option_get(o, (const unsigned char *)options + o->offset);
         char word[32];
@@ -11009,25 +11379,79 @@ static void besa__append_options(besa__text *t, const besa_prune_options *option
     besa__append(t, "}");
 }
 
+/* What besa.json and the report begin with; a comma follows. */
+static besa__text besa__append_common(const besa_report *report)
+{
+    besa__text t = {(char *)BESA_MALLOC(4096), 0, 4096};
+    besa__append(&t, "{\n  %s", report->record ? report->record : "");
+    if (!report->measured) {
+        besa__append_options(&t, &report->options);
+        besa__append(&t, ",\n  ");
+        besa__append_number(&t, "target", report->target, ",\n  ");
+        besa__append_number(&t, "sparsity", report->sparsity, ",\n  ");
+        besa__append(&t, "\"weights\": %lld,\n  \"pruned\": %lld,\n  ", (long long)report->weights, (long long)report->pruned);
+    }
+    if (report->perplexity > 0) besa__append_number(&t, "perplexity", report->perplexity, ",\n  ");
+    if (report->dense_perplexity > 0) besa__append_number(&t, "dense_perplexity", report->dense_perplexity, ",\n  ");
+    return t;
+}
+
+/* Seconds of every pass over all blocks, and its FLOP where they are known. */
+static void besa__append_passes(besa__text *t, const besa_report *report)
+{
+    const besa_plan_result *plan = report->plan;
+    besa__append(t, "\"passes\": {");
+    for (int i = 0; i < BESA_PASS_COUNT; i++) {
+        double seconds = 0;
+        for (int64_t b = 0; b < report->num_blocks; b++) seconds += report->block[b].seconds[i];
+        besa__append(t, "%s\"%s\": {", i ? ", " : "", besa_pass_name((besa_pass)i));
+        if (plan) besa__append_number(t, "flop", plan->pass_flop[i], ", ");
+        besa__append_number(t, "seconds", seconds, "}");
+    }
+    besa__append(t, "},\n  ");
+    if (!plan) return;
+    besa__append_number(t, "test_flop", plan->test_flop, ",\n  ");
+    besa__append_number(t, "flop", plan->flop, ",\n  ");
+    besa__append(t, "\"device_bytes\": %llu,\n  \"host_bytes\": %llu,\n  \"micro_batch\": %lld,\n  ", (unsigned long long)plan->device_bytes,
+                 (unsigned long long)plan->host_bytes, (long long)plan->micro_batch);
+}
+
 BESA_API char *besa_report_json(const besa_report *report)
 {
-    besa__text t;
-    t.length = 0;
-    t.room = 4096;
-    t.text = (char *)BESA_MALLOC(t.room);
-    besa__append(&t, "{\n  ");
-    besa__append_number(&t, "target", report->target, ",\n  ");
-    besa__append_number(&t, "sparsity", report->sparsity, ",\n  ");
-    besa__append(&t, "\"weights\": %lld,\n  \"pruned\": %lld,\n  ", (long long)report->weights, (long long)report->pruned);
+    besa__text t = besa__append_common(report);
+    besa__append_member(&t, "command", report->command, ",\n  ");
+    if (report->threads) besa__append(&t, "\"threads\": %d,\n  ", report->threads);
     besa__append_number(&t, "seconds", report->seconds, ",\n  ");
-    if (report->perplexity > 0) besa__append_number(&t, "perplexity", report->perplexity, ",\n  ");
-    besa__append(&t, "\"resumed_blocks\": %lld,\n  \"notes\": ", (long long)report->resumed_blocks);
-    besa__append_string(&t, report->notes ? report->notes : "");
-    besa__append_options(&t, &report->options);
-    besa__append(&t, ",\n  \"blocks\": [");
+    if (!report->measured) {
+        besa__append_passes(&t, report);
+        besa__append(&t, "\"resumed_blocks\": %lld,\n  ", (long long)report->resumed_blocks);
+    }
+    besa__append_member(&t, "notes", report->notes ? report->notes : "", ",\n  \"blocks\": [");
     for (int64_t i = 0; i < report->num_blocks; i++) {
         besa__append(&t, i ? ",\n" : "\n");
         besa__append_block(&t, &report->block[i], i);
+    }
+    besa__append(&t, "\n  ]\n}\n");
+    return t.text;
+}
+
+/* The text of besa.json, for BESA_FREE; NULL without memory. */
+static char *besa__record_json(const besa_report *report)
+{
+    besa__text t = besa__append_common(report);
+    besa__append(&t, "\"blocks\": [");
+    for (int64_t i = 0; i < report->num_blocks; i++) {
+        const besa_block_report *b = &report->block[i];
+        besa__append(&t, "%s\n    {\"block\": %lld, ", i ? "," : "", (long long)i);
+        besa__append_number(&t, "target", b->target, ", ");
+        besa__append_number(&t, "sparsity", b->sparsity, ", \"layers\": [");
+        for (int k = 0; k < BESA_LAYERS; k++) {
+            const besa_layer_report *layer = &b->layer[k];
+            besa__append(&t, "%s\n      {\"name\": \"%s\", \"weights\": %lld, \"pruned\": %lld, ", k ? "," : "",
+                         besa__layers[k].path, (long long)layer->weights, (long long)layer->pruned);
+            besa__append_number(&t, "sparsity", (double)layer->pruned / (double)layer->weights, "}");
+        }
+        besa__append(&t, "\n    ]}");
     }
     besa__append(&t, "\n  ]\n}\n");
     return t.text;
@@ -11040,7 +11464,217 @@ BESA_API void besa_report_free(besa_report *report)
     BESA_FREE(report->notes);
     BESA_FREE(report->window);
     BESA_FREE(report->kl);
+    BESA_FREE(report->record);
     memset(report, 0, sizeof *report);
+}
+
+/* ============================================================================================
+ * // >>mask-files            rates and masks of a pruned checkpoint, in a file of their own
+ * ============================================================================================
+ * Owns the file that besa_masks_save describes. All of it follows from the zeros of a checkpoint, so that it can be made at any
+ * time, and is the same however the checkpoint came about. Tensors of a kind follow one another: all of 4 bytes come first. */
+
+enum { BESA__KIND_ALPHA, BESA__KIND_N, BESA__KIND_MASK, BESA__MASK_KINDS };
+
+typedef struct besa__mask_file {
+    const besa_checkpoint *checkpoint;
+    FILE *file;
+    int what;
+    int32_t *n;                                 /* of every row of all layers */
+    unsigned char *bits;                        /* (row_bytes) of one row */
+    size_t row_bytes;
+} besa__mask_file;
+
+static int besa__has_kind(const besa__mask_file *m, int kind)
+{
+    return (m->what & (kind == BESA__KIND_MASK ? BESA_FILE_MASKS : BESA_FILE_RATES)) != 0;
+}
+
+/* The file's header, filled up with blanks to a multiple of 8. */
+static void besa__mask_header(const besa__mask_file *m, besa__text *t)
+{
+    static const struct { const char *name, *dtype; } kinds[BESA__MASK_KINDS] = {{"alpha", "F32"}, {"n", "I32"}, {"mask", "U8"}};
+    uint64_t at = 0;
+    char name[128];
+    besa__append(t, "{\"__metadata__\":{\"format\":\"pt\"}");
+    for (int kind = 0; kind < BESA__MASK_KINDS; kind++)
+        for (int64_t b = 0; b < m->checkpoint->config.num_hidden_layers && besa__has_kind(m, kind); b++)
+            for (int i = 0; i < BESA_LAYERS; i++) {
+                int64_t rows, columns;
+                besa_block_layer(&m->checkpoint->config.block, i, &rows, &columns);
+                columns = kind == BESA__KIND_MASK ? besa__parts(columns, 8) : 1;
+                uint64_t bytes = (uint64_t)(rows * columns) * (kind == BESA__KIND_MASK ? 1 : 4);
+                besa__layer_tensor_name(name, sizeof name, &m->checkpoint->config, b, i, kinds[kind].name);
+                besa__append(t, ",\"%s\":{\"dtype\":\"%s\",\"shape\":[%lld", name, kinds[kind].dtype, (long long)rows);
+                if (kind == BESA__KIND_MASK) besa__append(t, ",%lld", (long long)columns);
+                besa__append(t, "],\"data_offsets\":[%llu,%llu]}", (unsigned long long)at, (unsigned long long)(at + bytes));
+                at += bytes;
+            }
+    besa__append(t, "}");
+    while (t->text && t->length % 8) besa__append(t, " ");
+}
+
+/* The weights of a row that are 0, and in bits (ceil(C / 8)) those that are not. */
+static int32_t besa__row_mask(const besa_tensor *tensor, int64_t row, unsigned char *bits)
+{
+    size_t size = besa_dtype_size(tensor->dtype);
+    int64_t columns = tensor->shape[1];
+    const unsigned char *at = (const unsigned char *)tensor->data + (size_t)(row * columns) * size;
+    int32_t zeros = 0;
+    memset(bits, 0, (size_t)besa__parts(columns, 8));
+    for (int64_t j = 0; j < columns; j++, at += size) {
+        uint32_t value = 0;                     /* of either sign, as floats are stored from the lowest byte on */
+        memcpy(&value, at, size);
+        int kept = (value << (33 - 8 * size)) != 0;
+        bits[j / 8] = (unsigned char)(bits[j / 8] | kept << (j % 8));
+        zeros += !kept;
+    }
+    return zeros;
+}
+
+/* Go over all rows: count their zeros, or write their masks. Returns whether all was written. */
+static int besa__walk_masks(const besa__mask_file *m, int write)
+{
+    int32_t *n = m->n;
+    int good = 1;
+    for (int64_t b = 0; b < m->checkpoint->config.num_hidden_layers; b++)
+        for (int i = 0; i < BESA_LAYERS; i++) {
+            const besa_tensor *tensor = besa_checkpoint_layer(m->checkpoint, b, i);
+            for (int64_t r = 0; r < tensor->shape[0]; r++) {
+                size_t bytes = (size_t)besa__parts(tensor->shape[1], 8);
+                *n++ = besa__row_mask(tensor, r, m->bits);
+                if (write) good = good && fwrite(m->bits, 1, bytes, m->file) == bytes;
+            }
+            besa__release_pages(m->checkpoint, tensor);
+        }
+    return good;
+}
+
+/* alpha or n of all rows. */
+static int besa__write_rates(const besa__mask_file *m, int kind)
+{
+    const int32_t *n = m->n;
+    int good = 1;
+    for (int64_t b = 0; b < m->checkpoint->config.num_hidden_layers; b++)
+        for (int i = 0; i < BESA_LAYERS; i++) {
+            int64_t rows, columns;
+            besa_block_layer(&m->checkpoint->config.block, i, &rows, &columns);
+            for (int64_t r = 0; r < rows; r++, n++) {
+                float alpha = (float)((double)*n / (double)columns);
+                good = good && fwrite(kind == BESA__KIND_N ? (const void *)n : (const void *)&alpha, 4, 1, m->file) == 1;
+            }
+        }
+    return good;
+}
+
+static int besa__write_mask_file(const besa__mask_file *m, const besa__text *header)
+{
+    unsigned char length[8];
+    for (int i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header->length >> (8 * i) & 255);
+    if (fwrite(length, 1, 8, m->file) != 8 || fwrite(header->text, 1, header->length, m->file) != header->length) return 0;
+    if (m->what & BESA_FILE_RATES) {
+        besa__walk_masks(m, 0);
+        if (!besa__write_rates(m, BESA__KIND_ALPHA) || !besa__write_rates(m, BESA__KIND_N)) return 0;
+    }
+    if (m->what & BESA_FILE_MASKS && !besa__walk_masks(m, 1)) return 0;
+    return fflush(m->file) == 0 && (fsync(fileno(m->file)) == 0 || errno == EINVAL || errno == ENOTSUP);
+}
+
+/* The memory that a file takes; n is NULL still. */
+static besa_result besa__mask_file_init(besa__mask_file *m, const besa_checkpoint *checkpoint, int what, besa_error *error)
+{
+    void *memory;
+    int64_t all = 0;
+    memset(m, 0, sizeof *m);
+    m->checkpoint = checkpoint;
+    m->what = what;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&checkpoint->config.block, i, &rows, &columns);
+        all += rows;
+        if (m->row_bytes < (size_t)besa__parts(columns, 8)) m->row_bytes = (size_t)besa__parts(columns, 8);
+    }
+    all = besa__product(all, checkpoint->config.num_hidden_layers);
+    BESA__TRY(besa__malloc(&memory, besa__bytes(all, sizeof *m->n), "counts of rows", error));
+    m->n = (int32_t *)memory;
+    BESA__TRY(besa__malloc(&memory, m->row_bytes, "a row's mask", error));
+    m->bits = (unsigned char *)memory;
+    return BESA_OK;
+}
+
+BESA_API besa_result besa_masks_save(const besa_checkpoint *checkpoint, const char *file, int what, besa_error *error)
+{
+    besa__mask_file m;
+    void *memory = NULL;
+    size_t size = strlen(file) + sizeof BESA__PARTIAL;
+    besa__text header = {(char *)BESA_MALLOC(4096), 0, 4096};
+    besa_result result = besa__mask_file_init(&m, checkpoint, what, error);
+    if (result == BESA_OK) besa__mask_header(&m, &header);
+    if (result == BESA_OK && !header.text) result = besa__fail(error, BESA_ERROR_MEMORY, "%s: out of memory for its header", file);
+    if (result == BESA_OK) result = besa__malloc(&memory, size, "a path", error);
+    if (result == BESA_OK) {
+        char *partial = (char *)memory;
+        besa__write_text(partial, size, "%s" BESA__PARTIAL, file);
+        m.file = fopen(partial, "wb");
+        int good = m.file && besa__write_mask_file(&m, &header), reason = errno;
+        if (m.file && fclose(m.file)) good = 0, reason = errno;
+        if (good && rename(partial, file)) good = 0, reason = errno;
+        if (!good && m.file) unlink(partial);
+        if (!good) result = besa__fail(error, BESA_ERROR_WRITE, "%s: %s", partial, strerror(reason));
+    }
+    BESA_FREE(memory);
+    BESA_FREE(header.text);
+    BESA_FREE(m.n);
+    BESA_FREE(m.bits);
+    return result;
+}
+
+/* The mask of a block's layer; NULL with a message where there is none of its shape. */
+static const besa_tensor *besa__mask_of(const besa_checkpoint *masks, int64_t block, int layer, besa_error *error)
+{
+    char name[128];
+    int64_t rows, columns;
+    besa__layer_tensor_name(name, sizeof name, &masks->config, block, layer, "mask");
+    besa_block_layer(&masks->config.block, layer, &rows, &columns);
+    const besa_tensor *t = besa_checkpoint_find(masks, name);
+    if (t && !strcmp(t->dtype_name, "U8") && t->ndim == 2 && t->shape[0] == rows && t->shape[1] == besa__parts(columns, 8)) return t;
+    besa__fail(error, BESA_ERROR_TENSOR, "%s: %s is %s, expected U8 of %lld x %lld: a bit for every weight", masks->shards->name, name,
+               t ? "of another shape or type" : "missing", (long long)rows, (long long)besa__parts(columns, 8));
+    return NULL;
+}
+
+static besa_result besa__masks_load(besa_checkpoint *masks, const char *file, besa_error *error)
+{
+    void *memory;
+    const char *name = besa__base_name(file);
+    size_t n = (size_t)(name - file);
+    BESA__TRY(besa__copy_text(&masks->directory, n ? file : ".", n ? n : 1, "a path", error));
+    BESA__TRY(besa__copy_text(&masks->name, name, strlen(name), "a name", error));
+    BESA__TRY(besa__malloc(&memory, sizeof(besa__shard), "a file", error));
+    masks->shards = (besa__shard *)memset(memory, 0, sizeof(besa__shard));
+    masks->num_shards = 1;
+    BESA__TRY(besa__copy_text(&masks->shards->name, name, strlen(name), "a name", error));
+    BESA__TRY(besa__map_shard(masks, 0, error));
+    BESA__TRY(besa__sort_tensors(masks, error));
+    for (int64_t b = 0; b < masks->config.num_hidden_layers; b++)
+        for (int i = 0; i < BESA_LAYERS; i++)
+            if (!besa__mask_of(masks, b, i, error)) return BESA_ERROR_TENSOR;
+    return BESA_OK;
+}
+
+BESA_API besa_result besa_masks_open(besa_checkpoint **masks, const char *file, const besa_checkpoint *model, besa_error *error)
+{
+    void *memory;
+    *masks = NULL;
+    if (!file || !*file) return besa__fail(error, BESA_ERROR_OPTION, "no file of masks given");
+    BESA__TRY(besa__malloc(&memory, sizeof **masks, "masks", error));
+    besa_checkpoint *opened = (besa_checkpoint *)memset(memory, 0, sizeof **masks);
+    opened->config = model->config;
+    opened->is_masks = 1;
+    besa_result result = besa__masks_load(opened, file, error);
+    if (result == BESA_OK) *masks = opened;
+    else besa_checkpoint_close(opened);
+    return result;
 }
 
 /* ============================================================================================
@@ -12694,6 +13328,22 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
                      (unsigned long long)besa__source_hash(run->checkpoint));
 }
 
+/* Masks of some weights of a layer, from number `first` on, as weights of `to_size` bytes, 0 or not. */
+static void besa__mask_weights(unsigned char *to, size_t to_size, const besa_tensor *tensor, int is_bits, int64_t columns, int64_t first,
+                               int64_t count)
+{
+    const unsigned char *data = (const unsigned char *)tensor->data;
+    size_t size = is_bits ? 1 : besa_dtype_size(tensor->dtype);
+    int64_t row_bytes = besa__parts(columns, 8), row = first / columns, column = first % columns;
+    for (int64_t k = 0; k < count; k++) {
+        uint32_t bits = 0;                      /* of either sign, as floats are stored from the lowest byte on */
+        memcpy(&bits, data + (is_bits ? (size_t)(row * row_bytes + column / 8) : (size_t)(first + k) * size), size);
+        int kept = is_bits ? (int)(bits >> (column % 8) & 1) : (bits << (33 - 8 * size)) != 0;
+        memset(to + (size_t)k * to_size, kept, to_size);
+        if (++column == columns) column = 0, row++;
+    }
+}
+
 /* The masks of a block to where its pruned weights will be, as weights of its dtype, 0 or not, by way of the staging. */
 static besa_result besa__read_masks(besa__run *run, int64_t index, besa_error *error)
 {
@@ -12702,20 +13352,14 @@ static besa_result besa__read_masks(besa__run *run, int64_t index, besa_error *e
     const besa_checkpoint *masks = run->pruner.options.masks;
     size_t to_size = besa_dtype_size(run->dtype);
     int64_t most = BESA__CHUNK_TOKENS * run->config->block.hidden_size;
-    BESA__TRY(besa__block_bind(&t, masks, index, error));
+    if (!masks->is_masks) BESA__TRY(besa__block_bind(&t, masks, index, error));
     for (int i = 0; i < BESA_LAYERS; i++) {
-        const besa_tensor *tensor = t.weight[i];
-        size_t size = besa_dtype_size(tensor->dtype);
-        int64_t all = (int64_t)(tensor->bytes / size);
-        for (int64_t first = 0, count; first < all; first += count) {
-            const unsigned char *from = (const unsigned char *)tensor->data + (size_t)first * size;
-            unsigned char *to = (unsigned char *)run->staging;
-            count = besa__min(most, all - first);
-            for (int64_t k = 0; k < count; k++) {
-                uint32_t bits = 0; /* of either sign, as floats are stored from the lowest byte on */
-                memcpy(&bits, from + (size_t)k * size, size);
-                memset(to + (size_t)k * to_size, (bits << (33 - 8 * size)) != 0, to_size);
-            }
+        int64_t rows, columns;
+        besa_block_layer(&run->config->block, i, &rows, &columns);
+        const besa_tensor *tensor = masks->is_masks ? besa__mask_of(masks, index, i, error) : t.weight[i];
+        for (int64_t first = 0, count; first < rows * columns; first += count) {
+            count = besa__min(most, rows * columns - first);
+            besa__mask_weights((unsigned char *)run->staging, to_size, tensor, masks->is_masks, columns, first, count);
             BESA__TRY_ON(be, be->upload(be, BESA_QUEUE_COMPUTE, besa__at(run->pruned[besa__room_of(run, index)][i],
                                         run->dtype, first), run->staging, (size_t)count * to_size), error);
             BESA__TRY_ON(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
@@ -12771,16 +13415,35 @@ static besa_result besa__read_vectors(besa__run *run, int64_t index, besa_block 
     return besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
 }
 
-/* The report of a block that an earlier run finished: weights are counted again, the rest is not known. */
-static besa_result besa__report_reloaded(besa__run *run, const besa_block *block, void *const pruned[BESA_LAYERS],
-                                         besa_block_report *report, besa_error *error)
+/* The figures of a block, in the journal's order. */
+static void besa__block_figures(besa_block_report *report, double *figure[BESA__FIGURES])
+{
+    double *all[BESA__FIGURES] = {&report->loss_uniform, &report->loss_before, &report->loss_masks, &report->loss_after,
+                                  &report->loss_all, &report->d, &report->mean_rate};
+    memcpy(figure, all, sizeof all);
+}
+
+/* Before a block begins to go out: its figures, for the journal. */
+static void besa__keep_figures(besa__run *run, int64_t index, besa_block_report *report)
+{
+    double *figure[BESA__FIGURES];
+    besa__block_figures(report, figure);
+    for (int i = 0; i < BESA__FIGURES; i++) memcpy(&run->writer->finished[index].figure[i], figure[i], sizeof(double));
+}
+
+/* The report of a block that an earlier run finished, or that stays dense: weights are counted again; figures are in the journal
+ * of the former (known 1), as long as there is one, and NaN of the latter. */
+static besa_result besa__report_reloaded(besa__run *run, int64_t index, int known, const besa_block *block,
+                                         void *const pruned[BESA_LAYERS], besa_block_report *report, besa_error *error)
 {
     besa_pruner *p = &run->pruner;
     const void *written[BESA_LAYERS];
+    double *figure[BESA__FIGURES];
     memset(report, 0, sizeof *report);
-    report->loss_uniform = report->loss_before = report->loss_masks = (double)NAN;
-    report->loss_after = report->loss_all = (double)NAN;
-    report->d = report->mean_rate = (double)NAN;
+    besa__block_figures(report, figure);
+    known = known && !run->writer->is_ready;
+    for (int i = 0; i < BESA__FIGURES; i++) *figure[i] = (double)NAN;
+    for (int i = 0; i < BESA__FIGURES && known; i++) memcpy(figure[i], &run->writer->finished[index].figure[i], sizeof(double));
     for (int i = 0; i < BESA_LAYERS; i++) written[i] = pruned[i];
     besa_result result = besa__clear_sums(p);
     if (result == BESA_OK) result = besa__count_layers(p, block->weight, BESA__DENSE);
@@ -12801,7 +13464,7 @@ static besa_result besa__pass_block(besa__run *run, int64_t index, int finished,
     void *const *pruned = run->pruned[besa__room_of(run, index)];
     besa__walk walk = besa__pass_walk(p, p->nsamples); /* cut as the passes cut it: the same bytes */
     if (run->has_dense) BESA__TRY_ON(be, besa__stream_forward(&run->dense, walk, block, &p->acts), error);
-    BESA__TRY(besa__report_reloaded(run, block, pruned, report, error));
+    BESA__TRY(besa__report_reloaded(run, index, finished, block, pruned, report, error));
     besa__tensor_name(name, sizeof name, run->config, index, "");
     BESA__TRY(besa__check_layers_finite(p, name, BESA__DENSE, error));
     report->target = besa__block_target(run, index);
@@ -12853,6 +13516,7 @@ static besa_result besa__prune_block(besa__run *run, int64_t index, besa_block *
     } else BESA__TRY(besa__take_block(run, index, 0, block, &report->block[index], error));
     BESA__TRY(besa__out_finish(run, report, error));
     if (!run->writer) return BESA_OK;
+    besa__keep_figures(run, index, &report->block[index]);
     BESA__TRY(besa__transfer_begin(&run->out, run, index, error));
     if (target > 0 && besa__learns_vectors(&run->pruner)) BESA__TRY(besa__out_vectors(run, error));
     if (besa__has_codes(run->writer, index)) BESA__TRY(besa__grids_out(run, error));
@@ -12927,7 +13591,7 @@ static void besa__note_learned(const besa__run *run, besa_report *report)
                     weights ? run->pruner.options.weight_lr : run->pruner.options.clip_lr);
 }
 
-static void besa__report_totals(besa_report *report, double target, double start)
+static void besa__report_totals(besa_report *report, double target)
 {
     report->weights = report->pruned = 0;
     for (int64_t b = 0; b < report->num_blocks; b++)
@@ -12937,7 +13601,46 @@ static void besa__report_totals(besa_report *report, double target, double start
         }
     report->sparsity = (double)report->pruned / (double)report->weights;
     report->target = target;
-    report->seconds = besa__seconds() - start;
+}
+
+/* The run's options as the report has them, without what is the caller's. */
+static void besa__report_options(const besa__run *run, besa_report *report)
+{
+    besa_prune_options *o = &report->options;
+    *o = run->pruner.options;
+    if (o->method == BESA_METHOD_KEEP) o->rates.target = report->sparsity;
+    o->fixed = NULL;
+    o->block_targets = NULL;
+    o->masks = NULL;
+    o->preset = NULL;
+    o->progress = NULL;
+    o->step = NULL;
+    o->card = NULL;
+    o->user = NULL;
+}
+
+/* All blocks are done: the whole report but for the seconds, and the texts that go into the output. */
+static besa_result besa__report_run(besa__run *run, const besa_calibration *calibration, besa_report *report, besa_error *error)
+{
+    const besa_prune_options *o = &run->pruner.options;
+    besa__writer *w = run->writer;
+    int keeps = o->method == BESA_METHOD_KEEP;
+    besa__report_totals(report, besa__model_target(run));
+    if (keeps) report->target = report->sparsity;
+    besa__note_fixed(run, o, report);
+    besa__note_learned(run, report);
+    if (keeps && report->pruned == 0) besa__notes_add(&report->notes, "warning: nothing is pruned: the masks' checkpoint has no zeros");
+    if (o->num_fixed == 0 && !o->no_projection && !o->bits && fabs(report->sparsity - report->target) > 0.02)
+        besa__notes_add(&report->notes, "warning: sparsity %.4f is not the target %.4f: tied scores or zeros in the source",
+                        report->sparsity, report->target);
+    besa__report_options(run, report);
+    report->dense_perplexity = calibration->dense_perplexity;
+    report->record = besa__record_begin(run->checkpoint, run->be, calibration, o, w ? w->source_record : NULL);
+    if (!w || !report->record) return report->record ? BESA_OK : besa__fail(error, BESA_ERROR_MEMORY, "out of memory for the report");
+    w->record = besa__record_json(report);
+    if (!w->record) return besa__fail(error, BESA_ERROR_MEMORY, "out of memory for " BESA__RECORD);
+    const char *card = o->card ? o->card(o->user, report) : NULL;
+    return card ? besa__copy_text(&w->card, card, strlen(card), BESA__CARD, error) : BESA_OK;
 }
 
 /* Where it happened, behind a message that does not say so. */
@@ -12997,6 +13700,7 @@ static besa_result besa__prune_into(besa__run *run, const char *output, const be
     report->resumed_blocks = done;
     besa_result result = besa__run_prune(run, done, report, error);
     besa__background_stop(&run->background); /* the writer is this thread's again */
+    if (result == BESA_OK) result = besa__report_run(run, calibration, report, error);
     if (!run->writer) return result;
     if (result == BESA_OK) return besa__writer_finish(run->writer, error);
     besa__writer_abandon(run->writer, error); /* finished blocks are kept */
@@ -13089,24 +13793,7 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
     if (result == BESA_OK) result = besa__run_allocate(&run, error);
     if (result == BESA_OK) result = besa__report_allocate(report, &run, error);
     if (result == BESA_OK) result = besa__prune_into(&run, output, calibration, report, error);
-    if (result == BESA_OK) besa__report_totals(report, besa__model_target(&run), start);
-    if (result == BESA_OK && options->method == BESA_METHOD_KEEP) report->target = report->sparsity;
-    if (result == BESA_OK) besa__note_fixed(&run, options, report);
-    if (result == BESA_OK) besa__note_learned(&run, report);
-    if (result == BESA_OK && options->method == BESA_METHOD_KEEP && report->pruned == 0)
-        besa__notes_add(&report->notes, "warning: nothing is pruned: the masks' checkpoint has no zeros");
-    report->options = run.pruner.options;
-    report->options.fixed = NULL;
-    report->options.block_targets = NULL;
-    report->options.masks = NULL;
-    if (report->options.method == BESA_METHOD_KEEP) report->options.rates.target = report->sparsity;
-    report->options.progress = NULL;
-    report->options.step = NULL;
-    report->options.user = NULL;
-    if (result == BESA_OK && options->num_fixed == 0 && !options->no_projection && !options->bits &&
-        fabs(report->sparsity - report->target) > 0.02)
-        besa__notes_add(&report->notes, "warning: sparsity %.4f is not the target %.4f: tied scores or zeros in the source",
-                        report->sparsity, report->target);
+    if (result == BESA_OK) report->seconds = besa__seconds() - start;
     besa__run_close(&run);
     if (result != BESA_OK || report == &local) besa_report_free(report);
     return result;
@@ -13131,8 +13818,9 @@ static double besa__parts_flop(const besa__run *run, double weights, double qkv,
 
 /* FLOP of all products: 2 per weight and token forward, 3.7 more in the learning step (q, k and v need no input
  * gradient, but where the first norm learns), attention's causal half, Gram matrices, and a block's refits. */
-static double besa__plan_flop(const besa__run *run)
+static void besa__plan_flop(const besa__run *run, besa_plan_result *plan)
 {
+    double *pass = plan->pass_flop, blocks = (double)(besa__end_block(run) - besa__first_block(run));
     const besa_block_shape *s = &run->config->block;
     const besa_prune_options *o = &run->pruner.options;
     double tokens = (double)(run->pruner.nsamples * run->pruner.seqlen), weights = 0, gram = 0, qkv = 0;
@@ -13146,21 +13834,23 @@ static double besa__plan_flop(const besa__run *run)
     double per_key = 2 * (double)(s->num_attention_heads * s->head_dim), attention = per_key * (double)run->pruner.seqlen;
     double forward = 2 * weights + attention, backward = 4 * weights - 2 * qkv + 2.5 * attention;
     double dense = besa__uses_inputs(o) ? 1 : (double)run->pruner.reference / (double)run->pruner.nsamples;
-    double flop = dense * forward + (besa__uses_gram(o) ? gram : 0); /* of blocks that are pruned */
-    double scores = (double)besa__gradient_sequences(&run->pruner) / (double)run->pruner.nsamples;
+    double scores = (double)besa__gradient_sequences(&run->pruner) / (double)run->pruner.nsamples, all = (double)run->config->num_hidden_layers;
     double step = forward + backward + besa__parts_flop(run, weights, qkv, attention);
-    if (o->granularity == BESA_GRANULARITY_LAYER) flop += 2 * weights; /* their dense outputs, for channel norms */
-    flop += ((double)besa__mask_epochs(&run->pruner) + scores) * step;
-    if (besa__learns_last(&run->pruner)) flop += (double)o->weight_epochs * step;
-    if (besa__learns_vectors(&run->pruner)) flop += 2 * qkv * (double)(o->weight_epochs + (o->learn == BESA_LEARN_BOTH ? o->epochs : 0));
-    flop = (flop * tokens + besa__refit_flop(&run->pruner)) * (double)(besa__end_block(run) - besa__first_block(run));
-    flop += tokens * (double)run->config->num_hidden_layers * (1 + run->has_dense) * forward;
-    if (!run->has_test) return flop;
-    double head = 2 * (double)run->config->vocab_size * (double)s->hidden_size;
+    int vectors = besa__learns_vectors(&run->pruner), layers = o->granularity == BESA_GRANULARITY_LAYER;
+    pass[BESA_PASS_DENSE] = blocks * tokens * (dense * forward + (besa__uses_gram(o) ? gram : 0) + (layers ? 2 * weights : 0)) +
+                            run->has_dense * all * tokens * forward; /* layers: their dense outputs, for channel norms */
+    pass[BESA_PASS_LEARN] = blocks * tokens * (((double)besa__mask_epochs(&run->pruner) + scores) * step +
+                            (vectors && o->learn == BESA_LEARN_BOTH ? 2 * qkv * (double)o->epochs : 0));
+    pass[BESA_PASS_WEIGHTS] = blocks * tokens * (double)o->weight_epochs *
+                              ((besa__learns_last(&run->pruner) ? step : 0) + (vectors ? 2 * qkv : 0));
+    pass[besa__finds_masks(&run->pruner) ? BESA_PASS_LEARN : BESA_PASS_RANK] += blocks * besa__refit_flop(&run->pruner);
+    pass[BESA_PASS_COMMIT] = all * tokens * forward;
+    double head = 2 * (double)run->config->vocab_size * (double)s->hidden_size, block = 2 * weights + per_key * (double)run->test.seqlen;
     if (run->against)
         head += 2 * (double)run->config->vocab_size * (double)besa_checkpoint_config(run->against->checkpoint)->block.hidden_size;
-    double block = 2 * weights + per_key * (double)run->test.seqlen;
-    return flop + (double)(run->test.count * run->test.seqlen) * (head + block * (double)run->config->num_hidden_layers);
+    if (run->has_test) plan->test_flop = (double)(run->test.count * run->test.seqlen) * (head + block * all);
+    plan->flop = plan->test_flop;
+    for (int i = 0; i < BESA_PASS_COUNT; i++) plan->flop += pass[i];
 }
 
 /* Pages of the checkpoint that are resident at a time, at most: a block's weights; for embedding, a row of each token of a
@@ -13212,7 +13902,7 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
         BESA_FREE(notes);
         plan->micro_batch = run.pruner.micro_batch;
         if (run.against) plan->reference_bytes = besa__reference_bytes(&run);
-        plan->flop = besa__plan_flop(&run);
+        besa__plan_flop(&run, plan);
         plan->mapped_block_bytes = besa__plan_mapped(&run);
         for (int64_t i = 0; i < checkpoint->num_shards; i++) plan->disk_bytes += checkpoint->shards[i].size;
         besa__codes_shape codes = besa__run_codes(&run);

@@ -1,6 +1,7 @@
 /* besa - prune LLaMA-family checkpoints from the command line. `besa --help` explains it.
  *
- * options.h reads the command line, compare.h has eval and compare; here are progress, the other commands, and main. */
+ * options.h reads the command line, compare.h has eval and compare, card.h writes the model's card; here are progress, the other
+ * commands, and main. */
 #ifdef BESA_WITH_CUDA /* `make cuda`: the implementation is in besa_cuda.cu, which nvcc compiles */
 #define _DEFAULT_SOURCE 1
 #else
@@ -12,9 +13,14 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/ioctl.h>
+#include <time.h>
 #include <unistd.h>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 #include "options.h"
+#include "card.h"
 
 #define TRY(call)                                                                                  \
     do {                                                                                           \
@@ -68,6 +74,23 @@ static void put_string(FILE *file, const char *string)
         else fprintf(file, *c == '"' || *c == '\\' ? "\\%c" : "%c", *c);
     }
     putc('"', file);
+}
+
+static double seconds_now(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* As many as besa_cpu_backend takes where none are asked for. */
+static int default_threads(void)
+{
+#if defined(_OPENMP)
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
 }
 
 static volatile sig_atomic_t interrupted; /* Ctrl-C was pressed, or SIGTERM came */
@@ -170,6 +193,8 @@ struct job {
     besa_checkpoint *against;    /* NULL without --against */
     besa_reference reference;    /* what others are held against: filled in or its sizes alone */
     int has_outliers;
+    char sha256[2][65];          /* of the files that these are from */
+    char *card;                  /* the output's README.md */
     double outliers[MAX_BLOCKS]; /* shares of the blocks that are pruned, once they are known */
     besa_error error;
 };
@@ -210,6 +235,7 @@ static besa_result load_windows(job *j, const char *path, int64_t most, uint64_t
                  (long long)*seqlen);
         result = BESA_ERROR_MEMORY;
     }
+    memcpy(j->sha256[path == j->s->test], file.sha256, sizeof file.sha256);
     if (!result) result = besa_tokens_sample(&file, *count, *seqlen, seed, config->vocab_size, *ids, &j->error);
     besa_tokens_free(&file);
     return result;
@@ -232,6 +258,22 @@ static besa_result open_backend(job *j)
 #endif
 }
 
+/* Masks are a file of them, or a checkpoint. */
+static besa_result open_masks(job *j)
+{
+    struct stat st;
+    if (stat(j->s->masks, &st) || S_ISDIR(st.st_mode)) return besa_checkpoint_open(&j->masks, j->s->masks, &j->error);
+    return besa_masks_open(&j->masks, j->s->masks, j->checkpoint, &j->error);
+}
+
+/* The files of rates and masks that are asked for, from the zeros of a checkpoint. */
+static besa_result save_masks(const settings *s, const besa_checkpoint *checkpoint, besa_error *error)
+{
+    const int both = s->rates && s->save_masks && !strcmp(s->rates, s->save_masks);
+    if (s->rates) TRY(besa_masks_save(checkpoint, s->rates, both ? BESA_FILE_RATES | BESA_FILE_MASKS : BESA_FILE_RATES, error));
+    return s->save_masks && !both ? besa_masks_save(checkpoint, s->save_masks, BESA_FILE_MASKS, error) : BESA_OK;
+}
+
 static besa_result load_tests(job *j, int64_t windows, int64_t *seqlen, const char *seqlen_option); /* in compare.h */
 
 /* Open the checkpoint, the backend and the tokens, as far as the command has them. */
@@ -240,7 +282,7 @@ static besa_result open_job(job *j)
     const settings *s = j->s;
     besa_calibration *c = &j->calibration;
     TRY(besa_checkpoint_open(&j->checkpoint, s->path[0], &j->error));
-    if (s->masks) TRY(besa_checkpoint_open(&j->masks, s->masks, &j->error));
+    if (s->masks) TRY(open_masks(j));
     if (s->command->bit & EVAL) fprintf(stderr, "%s", besa_checkpoint_notes(j->checkpoint));
     TRY(open_backend(j));
     c->nsamples = s->num_counts ? s->counts[0] : s->nsamples;
@@ -263,6 +305,11 @@ static besa_result open_job(job *j)
     }
     c->ids = j->ids;
     c->test_ids = j->test_ids;
+    c->file = s->tokens;
+    c->sha256 = j->sha256[0];
+    c->seed = (uint64_t)s->seed;
+    c->test_file = s->test;
+    c->test_sha256 = j->sha256[1];
     return BESA_OK;
 }
 
@@ -275,6 +322,7 @@ static void close_job(job *j)
     besa_checkpoint_close(j->against);
     free(j->ids);
     free(j->test_ids);
+    free(j->card);
 }
 
 /* Masks are for the method that keeps them alone: a comparison may have others beside it. */
@@ -330,14 +378,21 @@ static void print_targets(const settings *s)
 
 /* ---- prune, plan --------------------------------------------------------------------------- */
 
-static besa_result write_report(const char *path, const besa_report *r, besa_error *error)
+/* With the command line and how many threads there were. */
+static besa_result write_report(job *j, besa_report *r)
 {
-    char *json = besa_report_json(r);
-    FILE *file = fopen(path, "w");
+    const settings *s = j->s;
+    char *line = whole_command(s);
+    r->command = line;
+    r->threads = s->cuda ? 0 : s->threads ? s->threads : default_threads();
+    char *json = line ? besa_report_json(r) : NULL;
+    FILE *file = fopen(s->report, "w");
     int written = json && file && fputs(json, file) >= 0;
     free(json);
+    free(line);
+    r->command = NULL;
     if (file && fclose(file) == 0 && written) return BESA_OK;
-    snprintf(error->message, sizeof error->message, "%s could not be written", path);
+    snprintf(j->error.message, sizeof j->error.message, "%s could not be written", s->report);
     return BESA_ERROR_WRITE;
 }
 
@@ -370,9 +425,113 @@ static void print_summary(const settings *s, const besa_report *r, const char *s
         besa_divergence d;
         besa_summarize(&d, r->window, r->test_windows, NULL, 0);
         printf("perplexity %.4f", r->perplexity);
-        printf(d.perplexity_error > 0 ? " +/- %.4f\n" : "\n", d.perplexity_error);
+        if (d.perplexity_error > 0) printf(" +/- %.4f", d.perplexity_error);
+        if (r->dense_perplexity > 0) printf(", of the dense model %.4f", r->dense_perplexity);
+        printf("\n");
     }
     if (r->notes) printf("%s", r->notes + (strncmp(r->notes, said, length) ? 0 : length));
+}
+
+/* What prune's callbacks get. */
+typedef struct prune_view {
+    progress_view progress;      /* first: show_progress takes it for all */
+    job *job;
+    FILE *trace;                 /* NULL: none is asked for */
+    int is_new, traced;          /* it was not there before; a step of this run is in it */
+} prune_view;
+
+/* Of a trace that a run before has begun keep the blocks before this one, which are finished, and write on from there. */
+static void begin_trace(FILE *trace, int64_t block)
+{
+    char line[512];
+    long end = 0;
+    long long of;
+    rewind(trace);
+    while (fgets(line, sizeof line, trace) && sscanf(line, "{\"block\": %lld,", &of) == 1 && of < block && strchr(line, '\n'))
+        end = ftell(trace);
+    fseek(trace, end, SEEK_SET);
+    if (ftruncate(fileno(trace), end)) { /* then what follows overwrites it: a device, say */ }
+}
+
+static void trace_number(FILE *trace, const char *key, double value, int is_known)
+{
+    if (is_known && isfinite(value)) fprintf(trace, ", \"%s\": %.9g", key, value);
+    else fprintf(trace, ", \"%s\": null", key);
+}
+
+/* A line of the trace. */
+static besa_result trace_step(void *user, const besa_step *step)
+{
+    prune_view *view = (prune_view *)user;
+    FILE *trace = view->trace;
+    besa_trace t;
+    TRY(besa_step_trace(step, &t, &view->job->error));
+    if (!view->traced) begin_trace(trace, step->block);
+    view->traced = 1;
+    fprintf(trace, "{\"block\": %lld, \"step\": %lld, \"steps\": %lld", (long long)step->block, (long long)step->step,
+            (long long)step->steps);
+    trace_number(trace, "loss", t.loss, 1);
+    trace_number(trace, "penalty", t.penalty, 1);
+    trace_number(trace, "mean_rate", t.mean_rate, 1);
+    trace_number(trace, "d", t.d, 1);
+    trace_number(trace, "lr", step->lr, step->lr > 0);
+    trace_number(trace, "weight_lr", step->weight_lr, step->weight_lr > 0);
+    fprintf(trace, "}\n");
+    return ferror(trace) || (step->step == step->steps && fflush(trace)) ? BESA_ERROR_WRITE : BESA_OK;
+}
+
+/* Open the trace, which need not exist, without changing it yet. */
+static besa_result open_trace(job *j, prune_view *view)
+{
+    const char *path = j->s->trace;
+    if (!path) return BESA_OK;
+    view->is_new = access(path, F_OK) != 0;
+    int fd = open(path, O_RDWR | O_CREAT, 0666);
+    view->trace = fd < 0 ? NULL : fdopen(fd, "r+");
+    if (view->trace) return BESA_OK;
+    snprintf(j->error.message, sizeof j->error.message, "%s: %s", path, strerror(errno));
+    if (fd >= 0) close(fd);
+    return BESA_ERROR_WRITE;
+}
+
+static besa_result close_trace(job *j, prune_view *view, besa_result result)
+{
+    if (!view->trace) return result;
+    const int failed = fclose(view->trace) != 0;
+    if (result && view->is_new && !view->traced) unlink(j->s->trace);
+    if (!failed || result) return result;
+    snprintf(j->error.message, sizeof j->error.message, "%s could not be written", j->s->trace);
+    return BESA_ERROR_WRITE;
+}
+
+/* The output's README.md. */
+static const char *card_of(void *user, const besa_report *report)
+{
+    job *j = ((prune_view *)user)->job;
+    free(j->card);
+    j->card = make_card(j->s, besa_checkpoint_name(j->checkpoint), &j->calibration, report);
+    return j->card;
+}
+
+/* The dense model's perplexity on the test, for the card. */
+static besa_result measure_source(job *j)
+{
+    besa_calibration *c = &j->calibration;
+    progress_view view = begin_progress(j->s, "dense");
+    besa_result result = besa_perplexity(j->checkpoint, &j->backend, c->test_ids, c->test_windows, c->test_seqlen, &c->dense_perplexity,
+                                         NULL, show_progress, &view, &j->error);
+    end_progress(&view);
+    return result;
+}
+
+/* Of what has just been written: `besa info` makes the same files of it. */
+static besa_result save_output_masks(job *j)
+{
+    besa_checkpoint *output;
+    TRY(besa_checkpoint_open(&output, j->s->path[1], &j->error));
+    besa_result result = save_masks(j->s, output, &j->error);
+    besa_checkpoint_close(output);
+    return result;
 }
 
 static besa_result run_prune(job *j)
@@ -390,12 +549,21 @@ static besa_result run_prune(job *j)
     if (file) fclose(file);
     besa_result result = find_outliers(j);
     if (!result) result = take_targets(j);
-    progress_view view = begin_progress(s, besa_method_name(s->prune.method));
-    if (!result) result = prune(j, s->path[1], &view, &report);
+    if (!result && s->test_dense)
+        result = measure_source(j);
+    prune_view view = {begin_progress(s, besa_method_name(s->prune.method)), j, NULL, 0, 0};
+    j->s->prune.card = card_of;
+    if (!result) result = open_trace(j, &view);
+    if (view.trace) j->s->prune.step = trace_step;
+    if (!result) result = prune(j, s->path[1], &view.progress, &report);
+    if (!result && view.trace && !view.traced && !report.resumed_blocks) begin_trace(view.trace, 0); /* nothing learns */
+    result = close_trace(j, &view, result);
     if (result && is_new) unlink(s->report);
     TRY(result);
     print_summary(s, &report, plan.notes);
-    if (s->report) result = write_report(s->report, &report, &j->error);
+    if (s->rates || s->save_masks) result = save_output_masks(j);
+    report.plan = &plan;
+    if (!result && s->report) result = write_report(j, &report);
     besa_report_free(&report);
     return result;
 }
@@ -418,6 +586,28 @@ static besa_result run_plan(job *j)
     printf("disk    %10s  for the pruned checkpoint\n", with_unit((double)p.disk_bytes, "B").s);
     printf("work    %10s  in matrix products\n%s", with_unit(p.flop, "FLOP").s, p.notes);
     return BESA_OK;
+}
+
+/* The report of what eval has measured on its one text since `begun`, in prune's form. */
+static besa_result report_eval(job *j, double perplexity, const besa_window *window, double begun)
+{
+    besa_report report;
+    besa_calibration c = {0};
+    c.test_ids = j->test_ids;
+    c.test_windows = j->first[1];
+    c.test_seqlen = j->seqlen;
+    c.test_file = j->s->tests[0].path;
+    c.test_sha256 = j->sha256[0];
+    double *nll = (double *)malloc((size_t)c.test_windows * sizeof *nll);
+    if (!nll) return BESA_ERROR_MEMORY;
+    for (int64_t i = 0; i < c.test_windows; i++) nll[i] = window[i].nll;
+    besa_result result = besa_report_measured(&report, j->checkpoint, &j->backend, &c, perplexity, nll, &j->error);
+    free(nll);
+    TRY(result);
+    report.seconds = seconds_now() - begun;
+    result = write_report(j, &report);
+    besa_report_free(&report);
+    return result;
 }
 
 #include "compare.h"
@@ -466,6 +656,7 @@ static besa_result run_info(job *j)
     const besa_config *config = besa_checkpoint_config(j->checkpoint);
     const int json = j->s->json;
     double weights = 0, zeros = 0;
+    TRY(save_masks(j->s, j->checkpoint, &j->error));
     print_shape(config, json);
     print_info_notes(besa_checkpoint_notes(j->checkpoint), json);
     printf(json ? ",\n \"layers\": [" : "\nsparsity");

@@ -182,6 +182,7 @@ static besa_result run_eval(job *j)
 {
     const settings *s = j->s;
     measurement m = {NULL, NULL};
+    const double begun = seconds_now();
     j->seqlen = s->seqlen;
     TRY(load_tests(j, s->windows, &j->seqlen, "seqlen"));
     if (s->against) {
@@ -193,6 +194,7 @@ static besa_result run_eval(job *j)
         const besa_divergence d = summary_of(j, m.window, m.kl, i);
         if (s->json) print_eval_json(j, i, &d, m.window);
         else print_eval(j, i, &d);
+        if (s->report) result = report_eval(j, d.perplexity, m.window, begun);
     }
     free_measurement(&m);
     return result;

@@ -58,7 +58,7 @@ typedef struct settings {
     char **arguments; /* after the command's name, ended by NULL */
     const char *path[2];
     int num_paths;
-    const char *tokens, *test, *report, *preset, *masks;
+    const char *tokens, *test, *report, *trace, *rates, *save_masks, *preset, *masks;
     const char *against, *json_file, *markdown, *resume; /* of a comparison */
     test_file tests[MAX_TESTS];        /* what compare and eval measure on */
     int num_tests;
@@ -69,7 +69,7 @@ typedef struct settings {
     int cuda; /* 1: on the GPU that gpu says; 0: on the CPU, with threads and bf16 */
     besa_cuda_options gpu;
     besa_absent_device absent; /* a plan's, where its memory is not 0 */
-    int threads, bf16, json, quiet, help, has_sparsity;
+    int threads, bf16, json, quiet, help, has_sparsity, test_dense;
     besa_prune_options prune;
     besa_fixed_rate fixed[MAX_FIXED];
     char pattern[MAX_FIXED][MAX_NAME]; /* of fixed[] */
@@ -124,6 +124,7 @@ static const option own_options[] = {
     {"seeds", SEEDS, 0, COMPARE, "K,K,...", "a run for each of these --seed; their mean and standard deviation at the end"},
     {"test", TESTS, 0, COMPARE, "[NAME=]FILE", "text to measure perplexity on, as token ids; required; repeatable"},
     {"against", TEXT, AT(against), COMPARE, "DIR", "the model that results are held against [SRC]"},
+    {"test-dense", FLAG, AT(test_dense), PRUNE, "", "measure the dense model's perplexity on the same text first, for the model's card"},
     {"test-seqlen", COUNT, AT(test_seqlen), RUN, "T", "tokens in a test window [as --seqlen]"},
     {"windows", COUNT, AT(windows), RUN, "K", "how many test windows, from the start of the test file [all]"},
     {"windows", COUNT, AT(windows), EVAL, "K", "how many windows, from the file's start [all]"},
@@ -138,7 +139,7 @@ static const option own_options[] = {
     {"sparsity", SHARES, AT(prune.rates.target), COMPARE, "S,S,...",
      "shares of the weights that become zero [0.5, or the pattern's]"},
     {"pattern", PATTERN, 0, RUN, "N:M", "prune N of every M consecutive weights and keep M - N: 2:4, 4:8; 6:8 keeps 2. besa: --preset best, or --learn weights or both"},
-    {"masks", TEXT, AT(masks), RUN, "DIR", "keep: the checkpoint whose zeros are the masks, pruned by whatever program"},
+    {"masks", TEXT, AT(masks), RUN, "DIR|FILE", "keep: the checkpoint whose zeros are the masks, pruned by whatever program, or a file of --save-masks"},
     {"skip", SKIP, 0, RUN, "PATTERN", "keep layers dense: v_proj, layers.0, '*.mlp.*'; repeatable"},
     {"blocks", BLOCKS, 0, RUN, "A-B", "prune blocks A to B, counted from 0, and leave the others dense: for studies [all]"},
     {"block-targets", TARGETS, 0, RUN, "FILE|owl[:L[:M]]",
@@ -170,7 +171,10 @@ static const option own_options[] = {
      "with --device-memory: its multiprocessors, A100 108, RTX 4090 128, RTX 3090 82 [132: H100]"},
     {"capability", CAPABILITY, AT(absent.capability), PLAN, "X.Y",
      "with --device-memory: its compute capability, A100 8.0, RTX 4090 8.9, RTX 3090 8.6 [9.0: H100]"},
-    {"report", TEXT, AT(report), PRUNE, "FILE", "what happened in every layer, as JSON; losses of resumed and dense blocks are null"},
+    {"report", TEXT, AT(report), PRUNE | EVAL, "FILE", "what was done and how it came out, as JSON: of prune every layer; losses of dense blocks are null"},
+    {"trace", TEXT, AT(trace), PRUNE, "FILE", "a line of JSON for each learning step: loss, penalty, rates, learning rates. A run that goes on goes on in it"},
+    {"save-rates", TEXT, AT(rates), PRUNE | INFO, "FILE", "of every layer and row, how many weights are 0 and their share, as safetensors"},
+    {"save-masks", TEXT, AT(save_masks), PRUNE | INFO, "FILE", "of every layer which weights are not 0, a bit each, as safetensors; --masks takes it"},
     {"json", FLAG, AT(json), EVAL | INFO, "", "print JSON"},
     {"json", TEXT, AT(json_file), COMPARE, "FILE", "all figures as JSON, written after every run"},
     {"markdown", TEXT, AT(markdown), COMPARE, "FILE", "the table as Markdown"},
@@ -887,6 +891,7 @@ static void check_arguments(settings *s)
     if (s->num_seeds && s->seed) usage_error(s, "--seed and --seeds are both given: expected one of them");
     if (!s->test && s->command->bit == PRUNE && (s->windows || s->test_seqlen))
         usage_error(s, "--windows and --test-seqlen are about --test FILE, which is missing");
+    if (s->test_dense && !s->test) usage_error(s, "--test-dense is about --test FILE, which is missing");
     if (s->command->bit == PLAN && !s->test && !s->windows && s->test_seqlen)
         usage_error(s, "--test-seqlen is about --test FILE or --windows K, which are missing");
     if (s->command->bit == PLAN && !s->tokens && s->seed)
@@ -901,9 +906,14 @@ static void check_arguments(settings *s)
     if (s->json_file) check_report(s, "json", s->json_file);
     if (s->markdown) check_report(s, "markdown", s->markdown);
     if (s->resume) check_report(s, "resume", s->resume);
+    if (s->trace) check_report(s, "trace", s->trace);
+    if (s->rates) check_report(s, "save-rates", s->rates);
+    if (s->save_masks) check_report(s, "save-masks", s->save_masks);
+    if (s->report && s->trace && !strcmp(s->report, s->trace)) usage_error(s, "--report and --trace are one file");
+    if (s->report && s->command->bit == EVAL && s->num_tests > 1) usage_error(s, "--report of eval is about one text");
     int keeps = s->command->bit & ONE && s->prune.method == BESA_METHOD_KEEP;
     for (int i = 0; i < s->num_rows; i++) keeps |= s->rows[i].method == BESA_METHOD_KEEP;
-    if (keeps && !s->masks) usage_error(s, "--method keep wants --masks DIR, whose zeros it keeps");
+    if (keeps && !s->masks) usage_error(s, "--method keep wants --masks DIR or FILE, whose zeros it keeps");
     if (!keeps && s->masks) usage_error(s, "--masks is for --method keep");
     if (s->command->bit & ONE && keeps && s->has_sparsity)
         usage_error(s, "--sparsity is not for --method keep, whose masks have one");

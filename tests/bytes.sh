@@ -1,6 +1,6 @@
 #!/bin/sh
 # bytes.sh BESA MODELS WORK [DEVICE] - one line per run of the command line program BESA: a hash of all that it wrote, its
-# report (times aside) included, and the run's name. Two versions of the library compute the same where the lists agree:
+# report (times and machine aside) included but for the list of options, and the run's name. Two versions of the library compute the same where the lists agree:
 #     make bytes >before; ...; make bytes | diff before -
 # Lists differ between processors and compilers: compare only what one machine made. MODELS holds stories260K and the
 # reference checkpoints; DEVICE: cuda, for a program built on the stand-in runtime.
@@ -21,8 +21,11 @@ run()
         >"$work/said" 2>&1
     then
         {
-            (cd "$work/out" && find . -type f | LC_ALL=C sort | while read -r file; do echo "$file"; cat "$file"; done)
-            sed -E '/"options": \{/d; s/"seconds": (\{[^}]*\}|[0-9.e+-]+)//g' "$work/report"
+            (cd "$work/out" && find . -type f | LC_ALL=C sort | while read -r file; do
+                echo "$file"
+                case $file in ./besa.json) sed '/"options": {/d' "$file" ;; *) cat "$file" ;; esac
+            done)
+            sed -E '/"(options|command|threads|device_bytes|host_bytes)": /d; s/"seconds": (\{[^}]*\}|[0-9.e+-]+)//g' "$work/report"
         } | sha256sum | sed "s|-\$|$device $name|"
     else
         echo "failed: $device $name: $(tail -1 "$work/said")"

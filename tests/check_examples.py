@@ -669,6 +669,45 @@ def check_plot(examples, stories, work):
         verdict(f"plot.py refuses {name}", (done.returncode, expected in done.stderr, "Traceback" in done.stderr), (1, True, False))
 
 
+# ---- what besa writes beside weights ----
+
+def check_record(examples, stories, work):
+    """besa.json and reports by their schema, which a wrong one does not pass."""
+    if missing("jsonschema") or not (examples / "besa").exists():
+        print(f"SKIP besa.json by its schema: no {missing('jsonschema') or 'examples/besa'}")
+        return
+    import jsonschema
+    schema = json.loads((pathlib.Path(__file__).parent / "besa.schema.json").read_text())
+    validator = jsonschema.Draft202012Validator(schema)
+    validator.check_schema(schema)
+    data = ["--tokens", stories / "calibration_tokens.npy", "--nsamples", "4", "--seqlen", "32", "--quiet"]
+    test = ["--test", stories / "test_tokens.npy", "--windows", "2"]
+    runs = {"best": ["--preset", "best", *test, "--test-dense", "--seed", "3"], "wanda": ["--method", "wanda", "--skip", "layers.0", "--blocks", "0-2"],
+            "bits": ["--bits", "4", "--group-size", "16"], "keep": ["--method", "keep", "--masks", work / "record-wanda", "--save-masks", work / "record-masks"],
+            "file": ["--method", "keep", "--masks", work / "record-masks"],
+            "owl": ["--block-targets", "owl", "--method", "sparsegpt"]}
+    wrong, found = {}, {}
+    for name, options in runs.items():
+        source, out, report = work / "record-best" if name == "bits" else stories, work / f"record-{name}", work / f"record-{name}.json"
+        subprocess.run([str(x) for x in (examples / "besa", "prune", source, out, *data, *options, "--report", report)], check=True,
+                       capture_output=True)
+        found[name] = [json.loads(path.read_text()) for path in (out / "besa.json", report)]
+        wrong[name] = [len(list(validator.iter_errors(text))) for text in found[name]]
+    subprocess.run([str(x) for x in (examples / "besa", "eval", work / "record-best", "--tokens", stories / "test_tokens.npy", "--windows", "2",
+                                     "--seqlen", "32", "--quiet", "--report", work / "record-eval.json")], check=True, capture_output=True)
+    measured = json.loads((work / "record-eval.json").read_text())
+    verdict("besa.json and reports are as their schema says", (wrong, validator.is_valid(measured)), ({name: [0, 0] for name in runs}, True))
+    record, report = found["best"]
+    same = [name for name in record if name != "blocks" and record[name] != report[name]]
+    verdict("a report has all of besa.json", (same, [block["sparsity"] for block in record["blocks"]]),
+            ([], [block["sparsity"] for block in report["blocks"]]))
+    verdict("a source that was pruned is in besa.json", found["bits"][0]["source"]["besa"], record)
+    verdict("eval reports what prune measured", measured["perplexity"], report["perplexity"])
+    broken = [{**record, "seconds": 1}, {**record, "preset": "x"}, {key: value for key, value in record.items() if key != "source"},
+              {**record, "blocks": record["blocks"][:1] + [{}]}, {**measured, "nll": []}, {**report, "command": 3}]
+    verdict("what is not besa.json does not pass", [validator.is_valid(text) for text in broken], [False] * len(broken))
+
+
 # ---- lm_eval.py ----
 
 TASK = """task: {name}
@@ -822,6 +861,7 @@ def main():
         check_plot(examples, stories, pathlib.Path(temp))
         check_readme(examples, stories, pathlib.Path(temp) / "commands")
         check_terminal(examples, stories)
+        check_record(examples, stories, pathlib.Path(temp))
         check_lm_eval(examples, stories, pathlib.Path(temp))
     sys.exit(bool(FAILED))
 

@@ -56,7 +56,8 @@ def check_prune(besa, program, stories, work):
     verdict("besa.prune returns the report", (report["sparsity"], report["options"]["target"], len(report["blocks"])),
             (0.5, 0.5, 5))
     verdict("besa.prune calls trace after every learning step", ([(t["block"], t["step"]) for t in trace],
-            all(t["loss"] > 0 and t["d"] > 0 and 0 < t["mean_rate"] < 1 and t["steps"] == 64 for t in trace)),
+            all(t["loss"] > 0 and t["d"] > 0 and 0 < t["mean_rate"] < 1 and t["steps"] == 64 and 0 <= t["penalty"] < 1 and
+                t["lr"] == 1 and t["weight_lr"] is None for t in trace)),
             ([(block, step) for block in range(5) for step in range(1, 65)], True))
     if program.exists():
         subprocess.run([program, "prune", stories, work / "by-program", "--tokens", tokens, "--nsamples", "64", "--seqlen", "256",
@@ -76,6 +77,11 @@ def check_prune(besa, program, stories, work):
     verdict("besa.prune takes pattern, skip, fixed and test, and writes nothing without output",
             ([round(rate, 2) for rate in rates], report["perplexity"] > 5), ([0.5, 0.5, 0, 0.5, 0.5, 0.5, 0.25], True))
     kept = besa.prune(stories, work / "kept", tokens, method="keep", masks=work / "pruned", **DATA)
+    besa.save_masks(work / "pruned", work / "masks.safetensors")
+    again = besa.prune(stories, work / "kept-again", tokens, method="keep", masks=work / "masks.safetensors", **DATA)
+    verdict("besa.prune takes a file of masks", ((work / "kept" / "model.safetensors").read_bytes() ==
+            (work / "kept-again" / "model.safetensors").read_bytes(), again["masks"]["name"], again["calibration"]["file"],
+            len(again["calibration"]["sha256"])), (True, "masks.safetensors", "calibration_tokens.npy", 64))
     verdict("besa.prune takes masks", (kept["sparsity"], besa.masks(work / "kept").keys() == besa.masks(work / "pruned").keys()),
             (0.5, True))
     report = besa.prune(stories, None, tokens, preset="published-row", method="besa", block_targets=[.3, .4, .5, .6, .7],

@@ -58,7 +58,7 @@ done
 [ $count -gt 50 ] || bad="$bad; only $count pairs"
 check 2 '^besa plan: --no-quiet is for prune, compare, eval$' plan "$stories" --no-quiet
 check 2 '^besa plan: unknown option --reports$' plan "$stories" --reports X
-check 2 '^besa plan: --report is for prune$' plan "$stories" --report "$work/report.json"
+check 2 '^besa plan: --report is for prune, eval$' plan "$stories" --report "$work/report.json"
 [ ! -e "$work/report.json" ] || bad="$bad; plan wrote a report"
 done_with "an option that a command has no use for"
 
@@ -71,6 +71,8 @@ check 2 'to_config is config.json in .*, by another name' "$@" --report "$work/t
 check 2 'to_model is .* in .*, by another name' "$@" --report "$work/to_model"
 check 2 'to_tokens is ' "$@" --report "$work/to_tokens"
 check 2 'fifo is no file' "$@" --report "$work/fifo"
+check 2 'to_model is .* in .*, by another name' "$@" --trace "$work/to_model"
+check 2 'report and --trace are one file' "$@" --trace "$work/one" --report "$work/one"
 cmp -s "$work/linked/config.json" "$stories/config.json" || bad="$bad; config.json is another"
 done_with "a report by another name"
 
@@ -351,6 +353,13 @@ check 2 '--masks is for --method keep' plan "$stories" --masks "$work/slope"
 check 2 '--sparsity is not for --method keep' plan "$stories" --method keep --masks "$work/slope" --sparsity .5
 check 0 'sparsity 0.2000' prune "$stories" "$work/kept" $data --method keep --masks "$work/blocks" --quiet
 cmp -s "$work/kept/model.safetensors" "$work/blocks/model.safetensors" || bad="$bad; other weights than those whose zeros were kept"
+run info "$work/blocks" --save-masks "$work/masks" --save-rates "$work/rates"
+check 0 'sparsity 0.2000' prune "$stories" "$work/again.masks" $data --method keep --masks "$work/masks" --quiet --save-masks "$work/same" --save-rates "$work/same"
+cmp -s "$work/again.masks/model.safetensors" "$work/blocks/model.safetensors" || bad="$bad; other weights than by a file of masks"
+[ "$(wc -c <"$work/masks")" -gt 28000 ] && [ "$(wc -c <"$work/same")" -gt $(($(wc -c <"$work/masks") + 10000)) ] || bad="$bad; not both kinds in one file"
+grep -q 'save' "$work/again.masks/README.md" && bad="$bad; the card says what else was written"
+check 2 'to_model is .* in .*, by another name' prune "$work/linked" "$work/no" $data --save-masks "$work/to_model"
+check 1 'mask is missing' plan "$stories" --method keep --masks "$work/rates"
 check 0 'sparsity 0.2000' prune "$stories" "$work/learned" $data --method keep --masks "$work/blocks" --learn weights --quiet
 check 0 'nothing is pruned' prune "$stories" "$work/nothing" $data --method keep --masks "$stories" --quiet
 done_with "masks that are kept"
@@ -361,6 +370,56 @@ check 0 'down_proj has sparsity 0.9884, not the 0.99 that it is fixed at' prune 
 check 0 'sparsity 0.5' prune "$stories" "$work/half" $data --method wanda --fix '*=0.5' --quiet
 ! grep -q 'fixed at' "$work/log" || bad="$bad; a note about 0.5"
 done_with "a fixed sparsity that rows cannot have"
+
+# ---- what an output says of itself ----
+
+# A model with a card of its own, whose licence goes on; a run that is killed and goes on in one thread leaves the same output,
+# and the same trace, as one that is not.
+cp -r "$stories" "$work/model" && rm "$work/model"/*.npy
+printf '%s\n' --- 'license: other' 'license_name: ours' 'tags: [x]' --- '# Model' 'license: no' >"$work/model/README.md"
+mkdir "$work/a" "$work/b"
+long="--tokens $stories/calibration_tokens.npy --nsamples 48 --seqlen 64 --preset best --test $stories/test_tokens.npy --windows 2 --test-dense --quiet"
+check 0 '^perplexity [0-9.]* +/- [0-9.]*, of the dense model [0-9.]*$' prune "$work/model" "$work/a/out" $long --threads 2 --trace "$work/a.jsonl" --report "$work/a.json"
+"$besa" prune "$work/model" "$work/b/out" $long --threads 2 --trace "$work/b.jsonl" >/dev/null 2>&1 &
+killed=$!
+while kill -0 $killed 2>/dev/null; do
+    grep -q '^block 1 ' "$work/b/out.partial/besa-journal" 2>/dev/null && kill -9 $killed
+    sleep 0.02
+done
+wait $killed 2>/dev/null
+check 0 '^blocks taken over from the run before: [1-4]$' prune "$work/model" "$work/b/out" $long --threads 1 --trace "$work/b.jsonl" --report "$work/b.json"
+diff -r "$work/a/out" "$work/b/out" >"$work/diff" 2>&1 || bad="$bad; $(head -1 "$work/diff")"
+cmp -s "$work/a.jsonl" "$work/b.jsonl" || bad="$bad; the traces differ"
+[ "$(wc -l <"$work/a.jsonl")" -eq 960 ] || bad="$bad; $(wc -l <"$work/a.jsonl") lines of trace"
+grep -q '^{"block": 4, "step": 192, "steps": 192, "loss": [0-9.e-]*, "penalty": [0-9.e-]*, "mean_rate": 0.[0-9]*, "d": [0-9.e-]*, "lr": null, "weight_lr": [0-9.e-]*}$' \
+    "$work/a.jsonl" || bad="$bad; $(tail -1 "$work/a.jsonl")"
+for file in a b; do sed 's/"seconds": {[^}]*}//; s/"seconds": [^,}]*//g; /"command"\|"threads"\|"resumed_blocks"\|"device_bytes"/d' "$work/$file.json" >"$work/$file.same"; done
+cmp -s "$work/a.same" "$work/b.same" || bad="$bad; reports differ: $(diff "$work/a.same" "$work/b.same" | head -3)"
+check 0 'sparsity' prune "$work/model" "$work/none" $data --method wanda --trace "$work/b.jsonl" # where nothing learns there are no steps
+[ ! -s "$work/b.jsonl" ] || bad="$bad; a trace of another run"
+check 1 'matches none' prune "$work/model" "$work/c" $data --trace "$work/c.jsonl" --fix none=0.5
+[ ! -e "$work/c.jsonl" ] || bad="$bad; a trace of nothing"
+done_with "a killed run goes on to the same output, trace and report"
+
+card=$work/a/out/README.md
+for line in 'base_model: "model"' 'base_model_relation: finetune' 'license: other' 'license_name: ours' '- pruned' \
+    '| method | besa, preset best |' '| sparsity | 0.5000: 113280 of 226560 weights are 0 |' \
+    '    besa prune model out --tokens calibration_tokens.npy --nsamples 48 --seqlen 64 --preset best --test test_tokens.npy --windows 2 --test-dense'; do
+    grep -qxF -e "$line" "$card" || bad="$bad; no line $line"
+done
+grep -q '^| perplexity | [0-9.]*, of the dense model [0-9.]*; on 2 windows of 64 tokens of test_tokens.npy |$' "$card" || bad="$bad; no perplexities"
+grep -q 'license: no' "$card" && bad="$bad; a licence from the text"
+cmp -s "$work/model/README.md" "$work/a/out/README.dense.md" || bad="$bad; the dense model's card is not kept"
+check 0 '^perplexity' eval "$work/a/out" --tokens "$stories/test_tokens.npy" --windows 2 --seqlen 64 --report "$work/eval.json" --quiet
+check 2 '--test-dense is about --test' prune "$work/model" "$work/c" $data --test-dense
+for word in '"perplexity": ' '"nll": \[' '"command": "besa eval ' '"blocks": \['; do grep -q "$word" "$work/eval.json" || bad="$bad; eval's report without $word"; done
+[ "$(grep '"perplexity"' "$work/eval.json")" = "$(grep '"perplexity"' "$work/a.json")" ] || bad="$bad; eval's perplexity is not the run's"
+check 0 'kept' prune "$work/a/out" "$work/again" $data --method magnitude --bits 4 --pattern 2:4 --quiet "--tokens=$stories/calibration_tokens.npy"
+for line in 'base_model: "out"' 'base_model_relation: quantized' 'license: other' '- "2:4"' '- 4-bit' '- magnitude'; do
+    grep -qxF -e "$line" "$work/again/README.md" || bad="$bad; a second time: no line $line"
+done
+cmp -s "$work/model/README.md" "$work/again/README.dense.md" || bad="$bad; the dense model's card is lost the second time"
+done_with "the card of an output"
 
 # ---- hostile text ----
 
@@ -429,7 +488,7 @@ mkdir -p "$all/examples" && cp "$besa" "$all/examples/besa" && cp -r "$stories" 
     cp -r "$all/MODEL" "$all/Llama-2-7b" && cp -r "$stories" "$all/examples" || exit 1
 for tokens in c4 c4-validation calibration chats; do cp "$stories/calibration_tokens.npy" "$all/$tokens.npy"; done
 cp "$stories/test_tokens.npy" "$all/wikitext2.npy"
-awk -f readme_lines.awk "$readme" "$(dirname "$readme")"/examples/*.md | grep '^examples/besa ' | sort -u >"$work/lines"
+awk -f readme_lines.awk "$readme" "$(dirname "$readme")"/examples/*.md | grep '^examples/besa ' | awk '!seen[$0]++' >"$work/lines"
 awk '{ into = ""; less = $2 == "info" ? "" : " --seqlen 32"
        if (match($0, / >[^ ]*$/)) { into = substr($0, RSTART); $0 = substr($0, 1, RSTART - 1) }
        if ($2 ~ /^(prune|plan|compare)$/) less = less " --nsamples 8"

@@ -2246,7 +2246,7 @@ static void stopped_end(stopped *s)
     besa_checkpoint_close(s->c);
 }
 
-/* The same output, and never more blocks than whole lines; a block's line is 42 bytes. */
+/* The same output, and never more blocks than whole lines; a block's line is 161 bytes. */
 static void test_writer_torn(int sharded)
 {
     const char *wanted = wanted_output(sharded);
@@ -2255,7 +2255,7 @@ static void test_writer_torn(int sharded)
     stopped s;
     if (!stopped_begin(&s, sharded, "torn")) return;
     for (size_t cut = 0; cut <= s.size; cut++) {
-        int64_t blocks = cut == s.size ? 2 : cut + 42 >= s.size ? 1 : 0;
+        int64_t blocks = cut == s.size ? 2 : cut + 161 >= s.size ? 1 : 0;
         stopped_again(&s, cut);
         snprintf(name, sizeof name, "cut at %zu of %zu", cut, s.size);
         check_resumed(name, s.c, s.out, blocks, wanted);

@@ -64,6 +64,7 @@ typedef struct setup {
     int threads;
     besa_backend *be;                           /* NULL: a CPU backend of `threads` threads */
     besa_prune_options options;
+    besa_calibration about;                     /* of its input, for besa.json */
     besa_report report;
     besa_error error;
 } setup;
@@ -92,7 +93,7 @@ static besa_result run(setup *s)
     besa_result r = besa_checkpoint_open(&checkpoint, s->source, &s->error);
     int64_t vocab = 0, n = s->nsamples * s->seqlen;
     int32_t *ids = (int32_t *)calloc((size_t)n, sizeof *ids), *test_ids = NULL;
-    memset(&c, 0, sizeof c);
+    c = s->about;
     memset(&cpu, 0, sizeof cpu);
     memset(&s->report, 0, sizeof s->report);
     cpu.threads = s->threads;
@@ -173,7 +174,83 @@ static double directory_perplexity(const char *directory, int64_t windows, int64
 static const char *const g_part[BESA_LAYERS] = { "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
                                                  "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj" };
 
-/* All bytes but the weights: other files equal, safetensors equal in size and header. */
+/* A file of JSON by the library's own reader, which takes nothing else; 0 where it is none. */
+static int read_json(besa__json *json, const char *directory, const char *name)
+{
+    char path[1024];
+    besa_error error;
+    size_t n = 0;
+    snprintf(path, sizeof path, "%s/%s", directory, name);
+    unsigned char *bytes = read_bytes(path, &n);
+    memset(json, 0, sizeof *json);
+    if (!bytes) return CHECK(0, "no %s", path), 0;
+    char *text = (char *)counted_malloc(n + 1);
+    memcpy(text, bytes, n), text[n] = 0;
+    free(bytes);
+    besa_result result = besa__json_parse(json, text, n, name, &error);
+    CHECK_OK(result, error);
+    if (result != BESA_OK) besa__json_free(json);
+    return result == BESA_OK;
+}
+
+/* What lies at keys one below the other, "a.b.c". */
+static const besa__json_value *json_at(const besa__json *json, const char *keys)
+{
+    const besa__json_value *value = json->values;
+    while (value && *keys) {
+        char key[64];
+        size_t n = strcspn(keys, ".");
+        snprintf(key, sizeof key, "%.*s", (int)n, keys);
+        value = besa__json_get(json, value, key);
+        keys += n + (keys[n] == '.');
+    }
+    return value;
+}
+
+static double number_at(const besa__json *json, const char *keys) { return besa__json_number_of(json, json_at(json, keys)).value; }
+
+static const char *string_at(const besa__json *json, const char *keys)
+{
+    const char *string = besa__json_string(json, json_at(json, keys));
+    return string ? string : "";
+}
+
+/* besa.json says what the report does, and no more of blocks than is the same in every run. */
+static void verify_record(const setup *s)
+{
+    besa__json json;
+    const besa_report *r = &s->report;
+    if (!read_json(&json, s->output, "besa.json")) return;
+    CHECK(!strcmp(string_at(&json, "method"), besa_method_name(s->options.method)) && !strcmp(string_at(&json, "besa"), "0.1"),
+          "besa.json: method %s, version %s", string_at(&json, "method"), string_at(&json, "besa"));
+    CHECK(number_at(&json, "pruned") == (double)r->pruned && number_at(&json, "weights") == (double)r->weights &&
+          fabs(number_at(&json, "sparsity") - r->sparsity) < 1e-8 && number_at(&json, "calibration.nsamples") == (double)s->nsamples &&
+          number_at(&json, "calibration.seqlen") == (double)s->seqlen, "besa.json: other figures");
+    CHECK(strlen(string_at(&json, "source.config_sha256")) == 64 && strlen(string_at(&json, "calibration.ids_sha256")) == 64 &&
+          *string_at(&json, "source.name") && *string_at(&json, "device"), "besa.json: source, tokens or device");
+    CHECK((s->windows > 0) == (json_at(&json, "perplexity") != NULL) && (!s->windows || fabs(number_at(&json, "perplexity") / r->perplexity - 1) < 1e-8),
+          "besa.json: perplexity %g", number_at(&json, "perplexity"));
+    CHECK(!json_at(&json, "seconds") && !json_at(&json, "notes") && !json_at(&json, "resumed_blocks"), "besa.json: what differs from run to run");
+    for (const besa_option *o = besa_option_table(); o->name; o++) {
+        char key[64];
+        snprintf(key, sizeof key, "options.%s", o->name);
+        CHECK(json_at(&json, key) || !besa__option_used(o, &r->options), "besa.json has no %s", key);
+    }
+    const besa__json_value *blocks = json_at(&json, "blocks"), *block = besa__json_first(&json, blocks);
+    for (int64_t b = 0; b < r->num_blocks && block; b++, block = besa__json_next(&json, blocks, block)) {
+        const besa__json_value *layers = besa__json_get(&json, block, "layers"), *layer = besa__json_first(&json, layers);
+        CHECK(besa__json_count(&json, block) == 4 && besa__json_number_of(&json, besa__json_get(&json, block, "block")).integer == b &&
+              fabs(besa__json_number_of(&json, besa__json_get(&json, block, "target")).value - r->block[b].target) < 1e-8, "besa.json: block %d", (int)b);
+        for (int i = 0; i < BESA_LAYERS && layer; i++, layer = besa__json_next(&json, layers, layer))
+            CHECK(besa__json_number_of(&json, besa__json_get(&json, layer, "pruned")).integer == r->block[b].layer[i].pruned &&
+                  !strcmp(besa__json_string(&json, besa__json_get(&json, layer, "name")), g_part[i]), "besa.json: block %d, layer %d", (int)b, i);
+        CHECK(besa__json_count(&json, layers) == BESA_LAYERS, "besa.json: block %d has %d layers", (int)b, (int)besa__json_count(&json, layers));
+    }
+    CHECK(besa__json_count(&json, blocks) == (uint32_t)r->num_blocks, "besa.json: %d blocks", (int)besa__json_count(&json, blocks));
+    besa__json_free(&json);
+}
+
+/* All bytes but the weights: other files equal, safetensors equal in size and header; the source's card has another name. */
 static void verify_files(const char *source, const char *output)
 {
     DIR *d = opendir(output);
@@ -184,7 +261,9 @@ static void verify_files(const char *source, const char *output)
         size_t length = strlen(e->d_name), na, nb;
         if (e->d_name[0] == '.') continue;
         files++;
-        snprintf(a, sizeof a, "%s/%s", source, e->d_name);
+        if (!strcmp(e->d_name, "besa.json")) continue;
+        CHECK(strcmp(e->d_name, "README.md"), "a card of another model");
+        snprintf(a, sizeof a, "%s/%s", source, strcmp(e->d_name, "README.dense.md") ? e->d_name : "README.md");
         snprintf(b, sizeof b, "%s/%s", output, e->d_name);
         if (length > 12 && !strcmp(e->d_name + length - 12, ".safetensors")) {
             unsigned char *pa = read_bytes(a, &na), *pb = read_bytes(b, &nb);
@@ -280,6 +359,7 @@ static void verify(const setup *s)
     besa_error error;
     int64_t blocks, all = 0, pruned = 0;
     verify_files(s->source, s->output);
+    verify_record(s);
     CHECK(!exists(partial_of(s->output)), "%s.partial was left", s->output);
     CHECK_OK(besa_checkpoint_open(&in, s->source, &error), error);
     CHECK_OK(besa_checkpoint_open(&out, s->output, &error), error);
@@ -457,10 +537,10 @@ static void test_granularity(void)
     for (int i = 1; i < BESA_GRANULARITY_COUNT; i++) {
         s.output = temp_path("out"), s.options.granularity = (besa_granularity)i, s.options.num_fixed = 0;
         run_and_verify(&s);
-        CHECK(compare_directories(temp_path("block"), s.output, NULL, first) > 0, "granularity %d changes nothing", i);
+        CHECK(compare_directories(temp_path("block"), s.output, "besa.json", first) > 0, "granularity %d changes nothing", i);
         s.output = temp_path("whole"), s.options.whole_target = 1;
         run_and_verify(&s);
-        CHECK(compare_directories(temp_path("out"), s.output, NULL, first) > 0, "granularity %d: every part has the target", i);
+        CHECK(compare_directories(temp_path("out"), s.output, "besa.json", first) > 0, "granularity %d: every part has the target", i);
         discard(s.output);
         discard(temp_path("out"));
         s.output = temp_path("out"), s.options.whole_target = 0;
@@ -528,7 +608,7 @@ static void test_besa_options(void)
             CHECK(o->learn ? r->loss_after < r->loss_masks : r->loss_after == r->loss_masks, "case %d block %d: losses %g, %g",
                   i, (int)b, r->loss_masks, r->loss_after);
         }
-        CHECK(compare_directories(plain, s.output, NULL, first) == 1, "case %d changes nothing", i);
+        CHECK(compare_directories(plain, s.output, "besa.json", first) == 1, "case %d changes nothing", i);
         besa_report_free(&s.report);
         discard(s.output);
     }
@@ -717,7 +797,7 @@ static void test_report_and_files(void)
     verify(&s);
     CHECK(!s.report.options.progress && !s.report.options.step && !s.report.options.user, "the report has pointers to the caller's own");
     for (int i = 0; i < 3; i++) {
-        snprintf(path, sizeof path, "%s/%s", s.output, small[i]);
+        snprintf(path, sizeof path, "%s/%s", s.output, i == 2 ? "README.dense.md" : small[i]);
         CHECK(exists(path), "%s was not copied", small[i]);
         snprintf(path, sizeof path, "%s/%s", s.output, left[i]);
         CHECK(!exists(path), "%s was copied", left[i]);
@@ -782,6 +862,315 @@ static void test_some_windows(void)
     }
     CHECK(fabs(ppl[0] - ppl[1]) > 1e-4 && fabs(ppl[1] - ppl[2]) > 1e-4 && fabs(ppl[0] - ppl[2]) > 1e-4,
           "perplexity %.6f without windows, %.6f with one, %.6f with three", ppl[0], ppl[1], ppl[2]);
+}
+
+static const char *card_text(void *user, const besa_report *report)
+{
+    static char text[200];
+    snprintf(text, sizeof text, "%s %lld of %lld in %d blocks, perplexity %.3f of %.3f\n", (const char *)user, (long long)report->pruned,
+             (long long)report->weights, (int)report->num_blocks, report->perplexity, report->dense_perplexity);
+    return text;
+}
+
+/* What besa.json says of where a run's input came from, whoever runs it where; a card; and both of a source that was pruned
+ * itself. */
+static void test_record(void)
+{
+    static const besa_fixed_rate fixed[] = { { "v_proj", 0.25 } };
+    const char *model = temp_path("model"), *once = temp_path("once"), *twice = temp_path("twice");
+    char path[700], *text;
+    besa__json json;
+    size_t n;
+    fixture_random_llama(model, 2, 32, 64, 4, 2, 64, BESA_F32);
+    snprintf(path, sizeof path, "%s/README.md", model);
+    write_bytes(path, "dense", 5);
+    setup s = new_setup(once, BESA_METHOD_WANDA, 0.5);
+    s.source = model, s.windows = 2;
+    CHECK_OK(besa_preset(&s.options, "weights", &s.error), s.error);
+    s.options.rates.target = 0.5, s.options.method = BESA_METHOD_WANDA, s.options.weight_epochs = 1;
+    s.options.fixed = fixed, s.options.num_fixed = 1;
+    s.options.card = card_text, s.options.user = (void *)(uintptr_t)"card:";
+    s.about.file = "/some/where/else/c4.npy", s.about.sha256 = "00ff", s.about.seed = 7, s.about.dense_perplexity = 12.5;
+    CHECK_RUN(&s);
+    CHECK(!s.report.options.card && !s.report.options.preset, "the report has pointers to the caller's own");
+    snprintf(path, sizeof path, "%s/README.md", once);
+    text = (char *)read_bytes(path, &n);
+    CHECK(text && n == strlen(card_text(s.options.user, &s.report)) && !memcmp(text, card_text(s.options.user, &s.report), n), "another card");
+    free(text);
+    if (!read_json(&json, once, "besa.json")) return;
+    CHECK(!strcmp(string_at(&json, "preset"), "weights") && !strcmp(string_at(&json, "source.name"), "model") &&
+          !strcmp(string_at(&json, "calibration.file"), "c4.npy") && !strcmp(string_at(&json, "calibration.sha256"), "00ff") &&
+          number_at(&json, "calibration.seed") == 7 && number_at(&json, "dense_perplexity") == 12.5 &&
+          !strcmp(string_at(&json, "device"), "cpu") && !strcmp(string_at(&json, "activations"), "f32") && !json_at(&json, "source.besa"),
+          "besa.json does not say where the input is from");
+    const besa__json_value *list = json_at(&json, "fixed");
+    CHECK(list && besa__json_count(&json, list) == 1 && besa__json_number_of(&json, besa__json_get(&json, besa__json_first(&json, list),
+          "sparsity")).value == 0.25, "besa.json: fixed layers");
+    besa__json_free(&json);
+    besa_report_free(&s.report);
+
+    for (int damaged = 0; damaged < 2; damaged++) {
+        setup t = new_setup(twice, BESA_METHOD_MAGNITUDE, 0.6);
+        t.source = once;
+        snprintf(path, sizeof path, "%s/besa.json", once);
+        if (damaged) write_bytes(path, "{\"besa\": ", 9);
+        CHECK_RUN(&t);
+        snprintf(path, sizeof path, "%s/README.md", twice);
+        CHECK(!exists(path) && strstr(t.report.notes ? t.report.notes : "", "not copied: README.md"), "the card of the source: %s", t.report.notes ? t.report.notes : "");
+        snprintf(path, sizeof path, "%s/README.dense.md", twice);
+        text = (char *)read_bytes(path, &n);
+        CHECK(text && n == 5 && !memcmp(text, "dense", 5), "the dense model's card is another");
+        free(text);
+        if (!read_json(&json, twice, "besa.json")) return;
+        CHECK(!strcmp(string_at(&json, "method"), "magnitude") && !json_at(&json, "preset.x") && !json_at(&json, "perplexity"), "the source's record");
+        CHECK(!damaged == !strcmp(string_at(&json, "source.besa.method"), "wanda"), "damaged %d: the record within is by %s", damaged,
+              string_at(&json, "source.besa.method"));
+        CHECK(!damaged == !strstr(t.report.notes ? t.report.notes : "", "not kept: the source's besa.json"), "notes: %s", t.report.notes ? t.report.notes : "");
+        besa__json_free(&json);
+        besa_report_free(&t.report);
+        discard(twice);
+    }
+    discard(once), discard(model);
+}
+
+/* A model's name: of the Hub, where config.json has such a one, else its directory's. */
+static void test_model_names(void)
+{
+    static const struct { const char *path, *name; } t[] = { { "org/model-7B", "org/model-7B" }, { "./model", "named" }, { "/a/b", "named" },
+        { "~/model", "named" }, { "a/b/c", "named" }, { "model", "named" }, { "/model", "named" }, { "model/", "named" }, { "", "named" } };
+    const char *model = temp_path("named");
+    char path[700];
+    size_t n;
+    fixture_random_llama(model, 1, 32, 64, 4, 2, 64, BESA_F32);
+    snprintf(path, sizeof path, "%s/config.json", model);
+    char *config = (char *)read_bytes(path, &n);
+    for (int i = 0; i < 9; i++) {
+        char text[4096], from[700];
+        besa_checkpoint *checkpoint = NULL;
+        besa_error error;
+        int length = snprintf(text, sizeof text, "{\"_name_or_path\": \"%s\",%.*s", t[i].path, (int)n - 1, config + 1);
+        write_bytes(path, text, (size_t)length);
+        snprintf(from, sizeof from, "%s%s", model, i % 2 ? "/" : i == 4 ? "/../named/." : "");
+        CHECK_OK(besa_checkpoint_open(&checkpoint, from, &error), error);
+        if (checkpoint) CHECK(!strcmp(besa_checkpoint_name(checkpoint), t[i].name), "\"%s\": %s", t[i].path, besa_checkpoint_name(checkpoint));
+        besa_checkpoint_close(checkpoint);
+    }
+    free(config);
+    discard(model);
+}
+
+/* What the steps of a run say of themselves. */
+typedef struct traced {
+    double target, lambda;
+    int granularity, rates, weights, steps;
+} traced;
+
+static besa_result trace_step(void *user, const besa_step *step)
+{
+    traced *t = (traced *)user;
+    besa_trace trace = { 0, 0, 0, 0 };
+    double penalty = 0, sum = 0, weights = 0;
+    int first = 0, parts = 0, ends[] = { BESA_O, BESA_DOWN };
+    CHECK(besa_step_trace(step, &trace, NULL) == BESA_OK && trace.loss == (double)step->loss[0], "step %d: loss %g", (int)step->step, trace.loss);
+    t->rates += step->lr > 0, t->weights += step->weight_lr > 0, t->steps++;
+    if (!step->rates) {
+        CHECK(isnan(trace.penalty) && isnan(trace.mean_rate) && isnan(trace.d) && step->lr == 0, "rates where there are none");
+        return BESA_OK;
+    }
+    for (int i = 0; i < BESA_LAYERS; i++) {     /* every part's mean rate, from the rows of its layers */
+        float alpha[512];
+        int64_t rows = step->rates->layer[i].shape.rows, columns = step->rates->layer[i].shape.units;
+        if (i == first) sum = weights = 0;
+        CHECK(besa_rates_read(step->rates, i, alpha, NULL, NULL) == BESA_OK, "rates");
+        for (int64_t r = 0; r < rows; r++) sum += (double)alpha[r] * (double)columns;
+        weights += (double)(rows * columns);
+        if (i != (t->granularity == BESA_GRANULARITY_LAYER ? i : t->granularity == BESA_GRANULARITY_BLOCK ? BESA_DOWN : ends[parts])) continue;
+        penalty += t->lambda * pow((sum / weights - t->target) / t->target, 2);
+        first = i + 1, parts++;
+    }
+    CHECK(fabs(trace.penalty - penalty) <= 1e-6 * sqrt(t->lambda * penalty) + 1e-12 && /* S is a float */
+          trace.d > 0 && fabs(trace.mean_rate - t->target) < 0.2, "step %d, %d parts: penalty %g, expected %g",
+          (int)step->step, parts, trace.penalty, penalty);
+    return BESA_OK;
+}
+
+static void test_trace(void)
+{
+    for (int i = 0; i < 6; i++) {
+        traced t = { 0.4, 3, i < 3 ? i : 0, 0, 0, 0 };
+        setup s = new_setup(NULL, i == 4 ? BESA_METHOD_WANDA : BESA_METHOD_BESA, t.target);
+        s.options.granularity = (besa_granularity)t.granularity, s.options.rates.penalty = t.lambda;
+        s.options.learn = i == 3 ? BESA_LEARN_BOTH : i > 3 ? BESA_LEARN_WEIGHTS : BESA_LEARN_RATES, s.options.weight_epochs = 1;
+        s.options.step = trace_step, s.options.user = &t;
+        CHECK_RUN(&s);
+        besa_report_free(&s.report);
+        CHECK(t.steps == 160 * (i == 3 || i == 5 ? 2 : 1) && t.rates == (i == 4 ? 0 : 160) && t.weights == (i == 3 ? 320 : i > 3 ? 160 : 0),
+              "run %d: %d steps, of rates %d, of weights %d", i, t.steps, t.rates, t.weights);
+    }
+}
+
+/* A report of a perplexity, in the form of the others. */
+static void test_measured(void)
+{
+    static const double nll[] = { 1, 2 };
+    besa_report report;
+    besa_checkpoint *checkpoint = NULL;
+    besa_backend be;
+    besa_error error;
+    besa_calibration c;
+    besa__json json;
+    CHECK_OK(besa_cpu_backend(&be, NULL, &error), error);
+    memset(&c, 0, sizeof c);
+    c.test_ids = g_test.ids, c.test_windows = 2, c.test_seqlen = 16, c.test_file = "x/t.npy", c.test_sha256 = g_test.sha256;
+    CHECK_OK(besa_checkpoint_open(&checkpoint, g_stories, &error), error);
+    if (!checkpoint) return;
+    CHECK_OK(besa_report_measured(&report, checkpoint, &be, &c, 4.5, nll, &error), error);
+    report.command = "besa eval", report.threads = 3;
+    char *text = besa_report_json(&report);
+    size_t n = text ? strlen(text) : 0;
+    CHECK_OK(besa__json_parse(&json, text, n, "the report", &error), error);
+    CHECK(number_at(&json, "perplexity") == 4.5 && number_at(&json, "threads") == 3 && !strcmp(string_at(&json, "command"), "besa eval") &&
+          !strcmp(string_at(&json, "test.file"), "t.npy") && !strcmp(string_at(&json, "test.sha256"), g_test.sha256) && strlen(g_test.sha256) == 64 &&
+          besa__json_count(&json, json_at(&json, "nll")) == 2 && besa__json_count(&json, json_at(&json, "blocks")) == 0 &&
+          !json_at(&json, "options") && !json_at(&json, "weights") && !json_at(&json, "passes"), "another report");
+    besa__json_free(&json);
+    besa_report_free(&report);
+    besa_checkpoint_close(checkpoint);
+    be.destroy(&be);
+}
+
+static void limit_files(rlim_t bytes)
+{
+    struct rlimit limit;
+    getrlimit(RLIMIT_FSIZE, &limit);
+    limit.rlim_cur = bytes < limit.rlim_max ? bytes : limit.rlim_max;
+    setrlimit(RLIMIT_FSIZE, &limit);
+}
+
+/* Rows' counts, shares and masks of a file against the weights that it was made of. */
+static void check_mask_file(const char *file, const besa_checkpoint *weights)
+{
+    besa_checkpoint *masks = NULL;
+    besa_error error;
+    CHECK_OK(besa_masks_open(&masks, file, weights, &error), error);
+    for (int64_t b = 0; masks && b < besa_checkpoint_config(weights)->num_hidden_layers; b++)
+        for (int i = 0; i < BESA_LAYERS; i++) {
+            const besa_tensor *w = besa_checkpoint_layer(weights, b, i), *t[3];
+            static const char *const kind[] = { "alpha", "n", "mask" };
+            int64_t rows = w->shape[0], columns = w->shape[1], wrong = 0;
+            size_t size = besa_dtype_size(w->dtype);
+            for (int k = 0; k < 3; k++) {
+                char name[128];
+                snprintf(name, sizeof name, "model.layers.%d.%s.%s", (int)b, g_part[i], kind[k]);
+                t[k] = besa_checkpoint_find(masks, name);
+                CHECK(t[k] && t[k]->shape[0] == rows && (k == 2 || (t[k]->ndim == 1 && (uintptr_t)t[k]->data % 4 == 0)), "%s: no %s", file, name);
+                if (!t[k]) return besa_checkpoint_close(masks);
+            }
+            for (int64_t r = 0; r < rows; r++) {
+                int32_t zeros = 0;
+                for (int64_t j = 0; j < columns; j++) {
+                    const unsigned char *at = (const unsigned char *)w->data + (size_t)(r * columns + j) * size;
+                    int zero = 1, bit = ((const unsigned char *)t[2]->data)[r * t[2]->shape[1] + j / 8] >> (j % 8) & 1;
+                    for (size_t k = 0; k < size; k++) zero = zero && !(at[k] & (k + 1 == size ? 0x7F : 0xFF));
+                    zeros += zero;
+                    wrong += bit == zero;
+                }
+                wrong += ((const int32_t *)t[1]->data)[r] != zeros;
+                wrong += ((const float *)t[0]->data)[r] != (float)((double)zeros / (double)columns);
+                if (columns % 8) wrong += ((const unsigned char *)t[2]->data)[r * t[2]->shape[1] + columns / 8] >> (columns % 8) != 0;
+            }
+            CHECK(wrong == 0, "%s: block %d, %s: %d wrong", file, (int)b, g_part[i], (int)wrong);
+        }
+    besa_checkpoint_close(masks);
+}
+
+/* Masks and rates in a file of their own: those of the weights, and masks from there prune as those of the checkpoint do, in
+ * every element type, on a device with memory of its own too; what is no such file is refused. */
+static void test_mask_files(void)
+{
+    const char *model = temp_path("model"), *pruned = temp_path("pruned"), *file = temp_path("masks.safetensors");
+    char first[256], path[700];
+    besa_checkpoint *weights = NULL, *masks = NULL;
+    besa_error error;
+    size_t n;
+    for (int i = 0; i < 3; i++) {
+        fixture_random_llama(model, 2, 36, 76, 2, 1, 64, (besa_dtype)i);
+        setup s = new_setup(pruned, BESA_METHOD_WANDA, 0.37);
+        s.source = model;
+        run_and_verify(&s);
+        CHECK_OK(besa_checkpoint_open(&weights, pruned, &error), error);
+        if (!weights) return;
+        CHECK_OK(besa_masks_save(weights, file, BESA_FILE_RATES | BESA_FILE_MASKS, &error), error);
+        CHECK(!exists(partial_of(file)), "something is left beside %s", file);
+        check_mask_file(file, weights);
+        CHECK_OK(besa_masks_open(&masks, file, weights, &error), error);
+        s = new_setup(temp_path("out"), BESA_METHOD_KEEP, 0);
+        besa_backend be;
+        CHECK_OK(besa_cpu_backend(&be, NULL, &error), error);
+        be.unified_memory = i % 2;
+        s.source = model, s.options.masks = masks, s.be = &be;
+        CHECK_RUN(&s);
+        besa_report_free(&s.report);
+        CHECK(compare_directories(pruned, s.output, "besa.json", first) == 0, "dtype %d: %s differs", i, first);
+        besa__json json;
+        if (read_json(&json, s.output, "besa.json")) {
+            CHECK(!strcmp(string_at(&json, "masks.name"), "masks.safetensors") && strlen(string_at(&json, "masks.sha256")) == 64, "besa.json: masks");
+            besa__json_free(&json);
+        }
+        be.destroy(&be);
+        besa_checkpoint_close(masks);
+        besa_checkpoint_close(weights);
+        discard(s.output), discard(pruned);
+        if (i < 2) discard(model);
+    }
+    CHECK_OK(besa_checkpoint_open(&weights, model, &error), error);
+    if (!weights) return;
+    CHECK_OK(besa_masks_save(weights, file, BESA_FILE_RATES, &error), error);
+    CHECK(besa_masks_open(&masks, file, weights, &error) == BESA_ERROR_TENSOR && strstr(error.message, "masks.safetensors: model.layers.0.self_attn.q_proj.mask is missing"), "%s", error.message);
+    CHECK(besa_masks_open(&masks, temp_path("none"), weights, &error) == BESA_ERROR_NOT_FOUND && strstr(error.message, "none"), "%s", error.message);
+    CHECK_OK(besa_masks_save(weights, file, BESA_FILE_MASKS, &error), error);
+    besa_checkpoint *other = NULL;
+    CHECK_OK(besa_checkpoint_open(&other, g_stories, &error), error);
+    CHECK(other && besa_masks_open(&masks, file, other, &error) == BESA_ERROR_TENSOR && strstr(error.message, "expected U8 of 64 x 8"), "%s", error.message);
+    besa_checkpoint_close(other);
+    unsigned char *bytes = read_bytes(file, &n);
+    write_bytes(file, bytes, n - 1);
+    CHECK(besa_masks_open(&masks, file, weights, &error) == BESA_ERROR_FORMAT && strstr(error.message, "masks.safetensors"), "%s", error.message);
+    free(bytes);
+    snprintf(path, sizeof path, "%s/none/masks", model);
+    CHECK(besa_masks_save(weights, path, BESA_FILE_MASKS, &error) == BESA_ERROR_WRITE && strstr(error.message, "none/masks"), "%s", error.message);
+    void (*handler)(int) = signal(SIGXFSZ, SIG_IGN);
+    fflush(stdout);
+    limit_files(100);
+    CHECK(besa_masks_save(weights, temp_path("full"), BESA_FILE_MASKS, &error) == BESA_ERROR_WRITE && !exists(temp_path("full")) &&
+          !exists(partial_of(temp_path("full"))), "a full disk: %s", error.message);
+    limit_files(RLIM_INFINITY);
+    signal(SIGXFSZ, handler);
+    besa_checkpoint_close(weights);
+    unlink(file);
+    discard(model);
+}
+
+/* FIPS 180-4's examples, and every length around a block's. */
+static void test_sha256(void)
+{
+    static const struct { const char *text, *digits; } t[] = {
+        { "", "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855" },
+        { "abc", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad" },
+        { "abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq", "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1" } };
+    unsigned char bytes[130];
+    char digits[65], all[131 * 64 + 1] = "";
+    for (int i = 0; i < 3; i++) {
+        besa__sha256(digits, t[i].text, strlen(t[i].text));
+        CHECK(!strcmp(digits, t[i].digits), "\"%s\": %s", t[i].text, digits);
+    }
+    for (size_t n = 0; n <= 130; n++) {
+        if (n) bytes[n - 1] = (unsigned char)(37 * n);
+        besa__sha256(digits, bytes, n);
+        memcpy(all + 64 * n, digits, 65);
+    }
+    besa__sha256(digits, all, 131 * 64);
+    CHECK(!strcmp(digits, "efb98b0e8c94811b341197121c5059e006b959fdd296bef427ba2e5b13207758"), "lengths 0 to 130: %s", digits);
 }
 
 /* Notes as a string of JSON. */
@@ -1244,14 +1633,6 @@ static void test_output_place(void)
     besa_report_free(&s.report);
 }
 
-static void limit_files(rlim_t bytes)
-{
-    struct rlimit limit;
-    getrlimit(RLIMIT_FSIZE, &limit);
-    limit.rlim_cur = bytes < limit.rlim_max ? bytes : limit.rlim_max;
-    setrlimit(RLIMIT_FSIZE, &limit);
-}
-
 static int limit_in_last_block(void *user, const besa_progress *p)
 {
     (void)user;
@@ -1323,7 +1704,7 @@ static void test_depth(void)
     run_and_verify(&s);
     s.output = temp_path("out"), s.options.first_block = 0, s.options.num_blocks = 5;
     run_and_verify(&s);
-    CHECK(compare_directories(temp_path("all"), s.output, NULL, first) == 0, "blocks 0 to 4 are all: %s differs", first);
+    CHECK(compare_directories(temp_path("all"), s.output, "besa.json", first) == 0, "blocks 0 to 4 are all: %s differs", first);
     discard(s.output);
     discard(temp_path("all"));
     for (int method = 0; method < 4; method++)
@@ -1422,7 +1803,7 @@ static void test_learned_weights(void)
             if (both) s.options.learn = BESA_LEARN_BOTH;
             CHECK_RUN(&s);
             besa_report_free(&s.report);
-            CHECK(compare_directories(temp_path("masks"), s.output, NULL, first) == 0, "case %d: %s differs", i, first);
+            CHECK(compare_directories(temp_path("masks"), s.output, "besa.json", first) == 0, "case %d: %s differs", i, first);
             discard(s.output);
         }
         discard(temp_path("masks"));
@@ -1463,7 +1844,7 @@ static void test_learned_patterns(void)
         run_and_verify(&wanda);
         s.output = temp_path("out"), s.options.method = BESA_METHOD_BESA, s.options.learn = BESA_LEARN_WEIGHTS;
         run_and_verify(&s);
-        CHECK(compare_directories(wanda.output, s.output, NULL, first) == 0, "%d:%d: %s is not as by wanda's masks", pattern[i][0],
+        CHECK(compare_directories(wanda.output, s.output, "besa.json", first) == 0, "%d:%d: %s is not as by wanda's masks", pattern[i][0],
               pattern[i][1], first);
         discard(s.output);
         s.options.learn = BESA_LEARN_BOTH, s.options.weight_lr = 0.05;
@@ -1482,7 +1863,7 @@ static void test_learned_patterns(void)
         discard(s.output);
         s.options.weight_lr = 1e-30;
         run_and_verify(&s);
-        CHECK(compare_directories(masks, s.output, NULL, first) == 0, "%d:%d: %s differs", pattern[i][0], pattern[i][1], first);
+        CHECK(compare_directories(masks, s.output, "besa.json", first) == 0, "%d:%d: %s differs", pattern[i][0], pattern[i][1], first);
         discard(s.output);
         s.options.learn = BESA_LEARN_WEIGHTS, s.options.importance = BESA_IMPORTANCE_GRADIENT, s.options.weight_lr = 0.3;
         run_and_verify(&s);
@@ -1526,7 +1907,7 @@ static void test_learned_vectors(void)
         s.options.weight_lr = 1e-30;
         CHECK_RUN(&s);
         besa_report_free(&s.report);
-        CHECK(compare_directories(temp_path("masks"), s.output, NULL, first) == 0, "case %d: %s differs", i, first);
+        CHECK(compare_directories(temp_path("masks"), s.output, "besa.json", first) == 0, "case %d: %s differs", i, first);
         discard(s.output);
         discard(temp_path("masks"));
     }
@@ -1566,7 +1947,7 @@ static void test_refits(void)
             k.options.pattern_n = k.options.pattern_m = 0;
             CHECK_RUN(&k);
             besa_report_free(&k.report);
-            CHECK(compare_directories(s.output, k.output, NULL, first) == 0, "case %d: %s differs where the masks are kept", i, first);
+            CHECK(compare_directories(s.output, k.output, "besa.json", first) == 0, "case %d: %s differs where the masks are kept", i, first);
             besa_checkpoint_close(masks);
             discard(k.output);
         }
@@ -1576,7 +1957,7 @@ static void test_refits(void)
         CHECK(l.report.block[0].loss_masks == l.report.block[0].loss_after, "case %d: weights begin at a loss of %g and end at %g", i,
               l.report.block[0].loss_masks, l.report.block[0].loss_after);
         besa_report_free(&l.report);
-        CHECK(compare_directories(s.output, l.output, NULL, first) == 0, "case %d: %s differs though nothing moved", i, first);
+        CHECK(compare_directories(s.output, l.output, "besa.json", first) == 0, "case %d: %s differs though nothing moved", i, first);
         discard(l.output);
         discard(s.output);
         discard(temp_path("masks"));
@@ -1750,7 +2131,7 @@ static void test_bits(void)
     CHECK_RUN(&s);
     verify_quantized(&s, NULL);
     besa_report_free(&s.report);
-    CHECK(compare_directories(temp_path("out"), s.output, NULL, first) > 0, "quantize_first changes nothing");
+    CHECK(compare_directories(temp_path("out"), s.output, "besa.json", first) > 0, "quantize_first changes nothing");
     discard(s.output);
     s.options.method = BESA_METHOD_BESA, s.options.bits = 2; /* where more than half of the levels are 0 */
     CHECK_RUN(&s);
@@ -2045,6 +2426,10 @@ static void test_plan(void)
               g_counted.live[0] + g_counted.live[1]);
         flop = expected_flop(&s);
         CHECK(fabs(plan.flop / flop - 1) < 1e-12, "case %d: plan of %.17g FLOP, expected %.17g", i, plan.flop, flop);
+        flop = plan.test_flop;
+        for (int p = 0; p < BESA_PASS_COUNT; p++) flop += plan.pass_flop[p];
+        CHECK(fabs(plan.flop / flop - 1) < 1e-12 && (s.windows > 0) == (plan.test_flop > 0) && (s.options.learn != BESA_LEARN_RATES ||
+              s.options.clipping == BESA_CLIPPING_LEARNED) == (plan.pass_flop[BESA_PASS_WEIGHTS] > 0), "case %d: %.17g FLOP in parts", i, flop);
         CHECK(plan.micro_batch >= 1 && plan.mapped_block_bytes > 0, "case %d: plan is not filled in", i);
         {
             struct stat st;
@@ -2353,7 +2738,7 @@ static void test_keep(void)
         besa_report_free(&s.report);
         check_kept(s.output, source, pruned, 1);
         if (dtype[i % 3] == dtype[i / 3] && i % 3 != 2) /* wanda's own output: its weights were the dense ones */
-            CHECK(compare_directories(pruned, s.output, NULL, first) == 0, "case %d: %s differs", i, first);
+            CHECK(compare_directories(pruned, s.output, "besa.json", first) == 0, "case %d: %s differs", i, first);
         discard(s.output);
         s.options.learn = BESA_LEARN_WEIGHTS, s.options.weight_epochs = 1, s.options.dense_share = 0.5;
         CHECK_RUN(&s);
@@ -2647,7 +3032,7 @@ static void test_cancel(void)
     double ppl;
     CHECK_RUN(&s);
     ppl = s.report.perplexity;
-    besa_report_free(&s.report);
+    besa_report uninterrupted = s.report;
     calls = g_progress.calls;
     CHECK(calls >= 5 && g_progress.last > 0.9, "%d calls, the last at %g", (int)calls, g_progress.last);
     for (int64_t stop = 1; stop <= calls; stop += 1 + calls / 300) {
@@ -2663,12 +3048,19 @@ static void test_cancel(void)
         CHECK_RUN(&s);
         resumed += s.report.resumed_blocks;
         CHECK(s.report.perplexity == ppl, "stop %d: perplexity %.17g, uninterrupted %.17g", (int)stop, s.report.perplexity, ppl);
+        for (int64_t b = 0; b < s.report.num_blocks; b++) {
+            const besa_block_report *one = &uninterrupted.block[b], *other = &s.report.block[b];
+            CHECK(!memcmp(&one->loss_uniform, &other->loss_uniform, 7 * sizeof(double)) && one->loss_after > 0 && one->d > 0 &&
+                  one->mean_rate > 0, "stop %d, block %d: losses %g %g, uninterrupted %g %g", (int)stop, (int)b, other->loss_before,
+                  other->loss_after, one->loss_before, one->loss_after);
+        }
         if (stop % 5 == 0) verify(&s);
         besa_report_free(&s.report);
         CHECK(compare_directories(whole, s.output, NULL, first) == 0, "stop %d: %s differs", (int)stop, first);
         CHECK(!exists(partial_of(s.output)), "stop %d: the partial output is still there", (int)stop);
         discard(s.output);
     }
+    besa_report_free(&uninterrupted);
     CHECK(resumed > calls / 4, "%d blocks taken over in %d runs", (int)resumed, (int)calls);
     CHECK(g_live == live, "%d blocks leaked", (int)(g_live - live));
     discard(whole);
@@ -2756,7 +3148,7 @@ static void test_cancel_kinds(void)
             s.options.dense_stream = 0;
             CHECK_RUN(&s);
             besa_report_free(&s.report);
-            CHECK(compare_directories(whole, s.output, NULL, first) == 1, "kind %d: the dense stream changes nothing", kind);
+            CHECK(compare_directories(whole, s.output, "besa.json", first) == 1, "kind %d: the dense stream changes nothing", kind);
             discard(s.output);
         }
         for (int64_t i = 0; i < 10; i++) {
@@ -2820,7 +3212,7 @@ static const struct option_case {
     /* not by a number: the test has cases of their own for these, and callbacks decide nothing */
     FIELD(method, -1, 0), FIELD(pattern_n, -1, 0), FIELD(pattern_m, -1, 0), FIELD(fixed, -1, 0), FIELD(num_fixed, -1, 0),
     FIELD(block_targets, -1, 0), FIELD(num_block_targets, -1, 0), FIELD(masks, -1, 0),
-    FIELD(progress, -1, 0), FIELD(step, -1, 0), FIELD(user, -1, 0)
+    FIELD(progress, -1, 0), FIELD(step, -1, 0), FIELD(card, -1, 0), FIELD(user, -1, 0), FIELD(preset, -1, 0)
 };
 
 static void set_option(besa_prune_options *options, const struct option_case *c)
@@ -4050,6 +4442,12 @@ int main(int argc, char **argv)
     TEST("fields of presets") test_preset_fields();
     TEST("reference checkpoints pruned") test_reference_checkpoints();
     TEST("report, small files, links") test_report_and_files();
+    TEST("besa.json and cards") test_record();
+    TEST("names of models") test_model_names();
+    TEST("trace of learning steps") test_trace();
+    TEST("report of a perplexity") test_measured();
+    TEST("files of masks and rates") test_mask_files();
+    TEST("SHA-256") test_sha256();
     TEST("strings and numbers of the report") test_report_strings();
     TEST("windows of some layers") test_some_windows();
     TEST("f16 and bf16") test_element_types();

@@ -4,8 +4,8 @@
     report = besa.prune("MODEL", "PRUNED", "calibration.npy", sparsity=0.5, nsamples=128, seqlen=2048)
     print(report["sparsity"], besa.eval("PRUNED", "wikitext2.npy", seqlen=2048).perplexity)
 
-Functions of whole checkpoints: prune, plan, eval, divergence, compare, info, masks, rates, logits. Class Rates is level 3 of besa.h:
-learned sparsities of any linear layers, in a training loop of your own; torch_layer.py makes an autograd.Function of it.
+Functions of whole checkpoints: prune, plan, eval, divergence, compare, info, masks, rates, save_masks, logits. Class Rates is level 3
+of besa.h: learned sparsities of any linear layers, in a training loop of your own; torch_layer.py makes an autograd.Function of it.
 
 Tokens are a file as `besa` takes it (.npy, .u16, .i32, .bin), or an array of whole numbers: 1-D a stream, 2-D sequences.
 Options are those of `besa prune` under the names that besa.h has for them: besa.options() lists them. Arrays may be
@@ -27,7 +27,8 @@ from _besa import ffi, lib
 
 __version__ = f"{lib.BESA_VERSION_MAJOR}.{lib.BESA_VERSION_MINOR}"
 # eval is left out: `from besa import *` is not to hide Python's own
-__all__ = ["Error", "Evaluation", "Rates", "compare", "divergence", "info", "logits", "masks", "options", "plan", "prune", "rates"]
+__all__ = ["Error", "Evaluation", "Rates", "compare", "divergence", "info", "logits", "masks", "options", "plan", "prune", "rates",
+           "save_masks"]
 
 Path = Union[str, "os.PathLike[str]"]
 Tokens = Union[Path, np.ndarray, Sequence[int]]
@@ -111,11 +112,11 @@ def besa_python_progress(user, progress):
 
 @ffi.def_extern(error=lib.BESA_ERROR_CANCELLED, onerror=_stopped)
 def besa_python_step(user, step):
-    d, mean = ffi.new("double *"), ffi.new("double *")
-    if step.rates:
-        _call(lib.besa_rates_status, step.rates, d, mean)
-    ffi.from_handle(user).trace({"block": step.block, "step": step.step, "steps": step.steps, "loss": step.loss[0],
-                                 "d": d[0] if step.rates else None, "mean_rate": mean[0] if step.rates else None})
+    read = ffi.new("besa_trace *")
+    _call(lib.besa_step_trace, step, read)
+    figures = {name: getattr(read, name) if step.rates else None for name in ("penalty", "mean_rate", "d")}
+    ffi.from_handle(user).trace({"block": step.block, "step": step.step, "steps": step.steps, "loss": read.loss, **figures,
+                                 "lr": step.lr or None, "weight_lr": step.weight_lr or None})
     return lib.BESA_OK
 
 
@@ -191,13 +192,23 @@ class _Options:
         self.patterns = [ffi.new("char[]", pattern.encode()) for pattern, _ in fixed]
         self.fixed = ffi.new("besa_fixed_rate[]", [(text, rate) for text, (_, rate) in zip(self.patterns, fixed)])
         struct.fixed, struct.num_fixed = self.fixed, len(fixed)
-        self.masks = None if masks is None else _Checkpoint(masks)
-        if self.masks:
-            struct.masks = self.masks.pointer
+        self.masks_path = masks
         if block_targets is not None:
             self.targets = ffi.new("double[]", [float(x) for x in block_targets])
             struct.block_targets, struct.num_block_targets = self.targets, len(self.targets)
         struct.device_memory = memory
+
+    def bind(self, model: "_Checkpoint") -> "_Options":
+        """Open what depends on the model: masks, a checkpoint or a file of save_masks."""
+        if self.masks_path is not None:
+            opened = ffi.new("besa_checkpoint **")
+            path = os.fsencode(self.masks_path)
+            if os.path.isfile(path):
+                _call(lib.besa_masks_open, opened, path, model.pointer)
+            else:
+                _call(lib.besa_checkpoint_open, opened, path)
+            self.masks = self.struct.masks = ffi.gc(opened[0], lib.besa_checkpoint_close)
+        return self
 
     def attach(self, run: _Run) -> None:
         self.struct.user = run.handle
@@ -226,10 +237,11 @@ class _Checkpoint:
     def windows(self, tokens: Tokens, count: Optional[int], seqlen: Optional[int], seed: int = 0,
                 most: Optional[int] = None) -> np.ndarray:
         """ids (count, seqlen) int32 as the command line program cuts them; sizes of None are the file's own."""
-        source = ffi.new("besa_tokens *")
+        source, self.read = ffi.new("besa_tokens *"), (ffi.NULL, ffi.NULL)  # the file's name and its hash
         if isinstance(tokens, (str, os.PathLike)):
             _call(lib.besa_tokens_load, source, os.fsencode(tokens))
             source = ffi.gc(source, lib.besa_tokens_free)
+            self.read = ffi.new("char[]", os.fsencode(tokens)), ffi.new("char[]", ffi.string(source.sha256))
         else:
             array = np.asarray(tokens)
             if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
@@ -268,12 +280,15 @@ class _Calibration:
             self.ids = model.windows(tokens, nsamples, seqlen, seed, 128)
             nsamples, seqlen = self.ids.shape
             struct.ids = ffi.from_buffer("int32_t *", self.ids)
+            struct.file, struct.sha256 = self.about = model.read
+            struct.seed = seed
         struct.nsamples = nsamples or 128
         struct.seqlen = seqlen or min(2048, model.config.max_position_embeddings)
         if test is not None:
             self.test = model.windows(test, windows, test_seqlen or struct.seqlen)
             struct.test_windows, struct.test_seqlen = self.test.shape
             struct.test_ids = ffi.from_buffer("int32_t *", self.test)
+            struct.test_file, struct.test_sha256 = self.test_about = model.read
 
 
 # ---- whole checkpoints ---------------------------------------------------------------------
@@ -312,10 +327,11 @@ def prune(source: Path, output: Optional[Path], tokens: Tokens, *, sparsity: Opt
     test        a text to measure the pruned model's perplexity on: report["perplexity"]
     progress    True: a bar, by tqdm where it is installed and stderr is a terminal; or a function of a dict with block,
                 blocks, pass, fraction, seconds, seconds_left. What it raises stops the run
-    trace       a function of a dict with block, step, steps, loss, d, mean_rate, called after each learning step
+    trace       a function of a dict with block, step, steps, loss, penalty, mean_rate, d, lr, weight_lr, called after each
+                learning step; None: there are no rates, or what that is about does not learn in it
     options     those of besa.options() by name (method="wanda", refit="cg", epochs=2), and
-                pattern "2:4"; fixed {pattern: sparsity}; skip [pattern], layers that stay dense; masks, a directory whose
-                zeros method="keep" takes; block_targets [sparsity of each block]; memory, most bytes of the run's arrays
+                pattern "2:4"; fixed {pattern: sparsity}; skip [pattern], layers that stay dense; masks, a directory
+                whose zeros method="keep" takes, or a file of save_masks; block_targets [sparsity of each block]; memory, most bytes of the run's arrays
     threads     0: as many as there are processors
 
     Returns the report of `besa prune --report` as a dict: sparsity, weights, pruned, seconds, notes, options, and blocks with
@@ -323,7 +339,7 @@ def prune(source: Path, output: Optional[Path], tokens: Tokens, *, sparsity: Opt
     Raises Error, ValueError or TypeError of an option or of tokens, and KeyboardInterrupt. An interrupted run leaves
     output.partial, and the same call goes on from it."""
     model = _Checkpoint(source)
-    chosen = _Options(preset, sparsity, **options)
+    chosen = _Options(preset, sparsity, **options).bind(model)
     data = _Calibration(model, tokens, nsamples, seqlen, seed, test, windows, test_seqlen)
     return _prune(model, output, _backend(threads, bf16), data, chosen, _Run("prune", progress, trace))
 
@@ -336,7 +352,7 @@ def plan(source: Path, tokens: Optional[Tokens] = None, *, sparsity: Optional[fl
     checkpoint at a time), disk (bytes of the output's weights), flop, micro_batch (sequences at a time), notes.
     Raises as prune does."""
     model = _Checkpoint(source)
-    chosen = _Options(preset, sparsity, **options)
+    chosen = _Options(preset, sparsity, **options).bind(model)
     data = _Calibration(model, tokens, nsamples, seqlen, 0, test, windows, test_seqlen)
     result = ffi.new("besa_plan_result *")
     _call(lib.besa_plan, model.pointer, _backend(threads, bf16), data.struct, chosen.struct, result)
@@ -429,7 +445,7 @@ def compare(source: Path, tokens: Tokens, test: Tokens, *, sparsity: Sequence[fl
     for label in method:
         name, _, preset = label.partition(":")
         for target in sparsity:
-            chosen = _Options(preset or None, target, **{**options, "method": name})
+            chosen = _Options(preset or None, target, **{**options, "method": name}).bind(model)
             if name != "besa" and options.get("learn") == "both":
                 _set(chosen.struct, {"learn": "weights"})  # others have no rates
             figures: Dict[str, float] = {}
@@ -459,6 +475,14 @@ def masks(directory: Path) -> Dict[str, np.ndarray]:
     """The masks of a checkpoint: for the name of each layer's weights an array of bool (rows, columns), true where a weight
     is not 0. Raises Error."""
     return {name: kept for name, _, kept in _Checkpoint(directory).layers()}
+
+
+def save_masks(directory: Path, file: Path, *, masks: bool = True, rates: bool = True) -> None:
+    """Write what is 0 in a checkpoint as a safetensors file: of each layer NAME NAME.mask, a bit for every weight that is kept
+    (np.unpackbits with axis=1, bitorder="little", count=columns), and of its rows NAME.n, how many are 0, and NAME.alpha, their
+    share. Raises Error."""
+    what = masks * lib.BESA_FILE_MASKS | rates * lib.BESA_FILE_RATES
+    _call(lib.besa_masks_save, _Checkpoint(directory).pointer, os.fsencode(file), what)
 
 
 def rates(directory: Path) -> Dict[str, np.ndarray]:

@@ -70,7 +70,7 @@ const char *besa_checkpoint_notes(const besa_checkpoint *checkpoint);
 const besa_config *besa_checkpoint_config(const besa_checkpoint *checkpoint);
 const besa_tensor *besa_checkpoint_layer(const besa_checkpoint *checkpoint, int64_t block, int layer);
 
-typedef struct { int32_t *ids; int64_t count, rows, columns; ...; } besa_tokens;
+typedef struct { int32_t *ids; int64_t count, rows, columns; char sha256[...]; ...; } besa_tokens;
 besa_result besa_tokens_load(besa_tokens *tokens, const char *path, besa_error *error);
 void besa_tokens_free(besa_tokens *tokens);
 besa_result besa_tokens_sample(const besa_tokens *tokens, int64_t nsamples, int64_t seqlen, uint64_t seed,
@@ -78,7 +78,9 @@ besa_result besa_tokens_sample(const besa_tokens *tokens, int64_t nsamples, int6
 
 typedef struct { int64_t block, blocks; int pass; double fraction, seconds, seconds_left; ...; } besa_progress;
 typedef int (*besa_progress_callback)(void *user, const besa_progress *progress);
-typedef struct { int64_t block, step, steps; besa_rates *rates; const float *loss; ...; } besa_step;
+typedef struct { int64_t block, step, steps; besa_rates *rates; double lr, weight_lr; ...; } besa_step;
+typedef struct { double loss, penalty, mean_rate, d; ...; } besa_trace;
+besa_result besa_step_trace(const besa_step *step, besa_trace *trace, besa_error *error);
 typedef besa_result (*besa_step_callback)(void *user, const besa_step *step);
 const char *besa_pass_name(int pass);
 typedef struct { const char *pattern; double sparsity; ...; } besa_fixed_rate;
@@ -93,7 +95,8 @@ typedef struct { int64_t windows, seqlen; double *nll, perplexity; ...; } besa_r
 typedef struct { int64_t windows, positions; double perplexity, perplexity_error, reference_perplexity, reference_perplexity_error,
                  difference, difference_error, kl, kl_error, kl_99, kl_most, same, same_error; } besa_divergence;
 typedef struct { const int32_t *ids; int64_t nsamples, seqlen; const int32_t *test_ids;
-                 int64_t test_windows, test_seqlen; const besa_reference *against; ...; } besa_calibration;
+                 int64_t test_windows, test_seqlen; const besa_reference *against; const char *file, *sha256; uint64_t seed;
+                 const char *test_file, *test_sha256; ...; } besa_calibration;
 typedef struct { double sparsity; int64_t test_windows; besa_window *window; float *kl; ...; } besa_report;
 typedef struct { size_t device_bytes, host_bytes, mapped_block_bytes; uint64_t disk_bytes; int64_t micro_batch;
                  double flop; char notes[...]; ...; } besa_plan_result;
@@ -115,6 +118,10 @@ besa_result besa_compare_models(const besa_checkpoint *checkpoint, besa_backend 
 void besa_summarize(besa_divergence *divergence, const besa_window *window, int64_t windows, float *kl, int64_t positions);
 besa_result besa_logits(const besa_checkpoint *checkpoint, besa_backend *be, const int32_t *ids, int64_t count,
                         int64_t seqlen, float *logits, besa_error *error);
+#define BESA_FILE_RATES ...
+#define BESA_FILE_MASKS ...
+besa_result besa_masks_save(const besa_checkpoint *checkpoint, const char *file, int what, besa_error *error);
+besa_result besa_masks_open(besa_checkpoint **masks, const char *file, const besa_checkpoint *model, besa_error *error);
 char *besa_report_json(const besa_report *report);
 void besa_report_free(besa_report *report);
 void free(void *pointer);

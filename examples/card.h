@@ -1,0 +1,155 @@
+/* The model card of an output, README.md: what the Hub reads of it, and how the model came about. Part of besa.c.
+ *
+ * The same run gives the same card, however often it was interrupted, in whatever directory and by however many threads: of
+ * paths it has the last part alone, and no option that says only how to run or what else to write. */
+
+/* Text of a line of its own: what would end it becomes a blank. */
+static void write_words(FILE *file, const char *text)
+{
+    for (; *text; text++) putc((unsigned char)*text < 0x20 || *text == 0x7F ? ' ' : *text, file);
+}
+
+/* A word of a command line, in quotes where the shell would take it for something else. */
+static void write_argument(FILE *file, const char *word)
+{
+    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-+=:,/@%";
+    const int is_plain = *word && strspn(word, plain) == strlen(word);
+    putc(' ', file);
+    if (!is_plain) putc('\'', file);
+    for (; *word; word++) {
+        if (*word == '\'') fprintf(file, "'\\''");
+        else putc((unsigned char)*word < 0x20 || *word == 0x7F ? '?' : *word, file);
+    }
+    if (!is_plain) putc('\'', file);
+}
+
+/* A text of YAML, in the quotes that it shares with JSON. */
+static void write_quoted(FILE *file, const char *text)
+{
+    putc('"', file);
+    for (; *text; text++) {
+        if (*text == '"' || *text == '\\') putc('\\', file);
+        putc((unsigned char)*text < 0x20 || *text == 0x7F ? ' ' : *text, file);
+    }
+    putc('"', file);
+}
+
+static const char *last_part(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    return slash && slash[1] ? slash + 1 : path;
+}
+
+/* The command line as far as it decides the output. */
+static void write_command(FILE *file, const settings *s)
+{
+    static const char *const silent[] = {"threads", "quiet", "report", "trace", "save-rates", "save-masks", "memory"};
+    static const char *const files[] = {"tokens", "test", "masks", "block-targets"};
+    fprintf(file, "    besa %s", s->command->name);
+    for (int i = 0; s->arguments[i]; i++) {
+        const char *argument = s->arguments[i], *equals = strchr(argument, '=');
+        char name[MAX_NAME];
+        if (argument[0] != '-') {
+            write_argument(file, last_part(argument));
+            continue;
+        }
+        snprintf(name, sizeof name, "%.*s", (int)strcspn(argument + 2, "="), argument + 2);
+        const option *o = find_option(s, name);
+        const int has_value = o && o->kind != FLAG;
+        const char *value = !has_value ? NULL : equals ? equals + 1 : s->arguments[++i];
+        int is_silent = 0, is_file = 0;
+        for (size_t k = 0; k < sizeof silent / sizeof *silent; k++) is_silent |= !strcmp(name, silent[k]);
+        for (size_t k = 0; k < sizeof files / sizeof *files; k++) is_file |= !strcmp(name, files[k]);
+        if (is_silent) continue;
+        fprintf(file, " --%s", name);
+        if (value) write_argument(file, is_file ? last_part(value) : value);
+    }
+    fprintf(file, "\n");
+}
+
+/* The command line as it was given, for free; NULL without memory. */
+static char *whole_command(const settings *s)
+{
+    char *text = NULL;
+    size_t size = 0;
+    FILE *file = open_memstream(&text, &size);
+    if (!file) return NULL;
+    fprintf(file, "besa %s", s->command->name);
+    for (int i = 0; s->arguments[i]; i++) write_argument(file, s->arguments[i]);
+    if (fclose(file) == 0) return text;
+    free(text);
+    return NULL;
+}
+
+/* The lines about the licence in the card of the model that was pruned. */
+static void write_license(FILE *file, const char *source)
+{
+    static const char *const keys[] = {"license:", "license_name:", "license_link:"};
+    char path[4096], line[1024];
+    snprintf(path, sizeof path, "%s/README.md", source);
+    FILE *card = fopen(path, "r");
+    int inside = card && fgets(line, sizeof line, card) && !strncmp(line, "---", 3);
+    while (inside && fgets(line, sizeof line, card) && strncmp(line, "---", 3))
+        for (int i = 0; i < 3; i++)
+            if (!strncmp(line, keys[i], strlen(keys[i]))) {
+                line[strcspn(line, "\r\n")] = 0;
+                write_words(file, line);
+                fprintf(file, "\n");
+            }
+    if (card) fclose(card);
+}
+
+static void write_front_matter(FILE *file, const settings *s, const char *base)
+{
+    const int bits = s->prune.bits, m = s->prune.pattern_m;
+    fprintf(file, "---\nbase_model: ");
+    write_quoted(file, base);
+    fprintf(file, "\nbase_model_relation: %s\n", bits ? "quantized" : "finetune"); /* of the Hub's words the nearest */
+    write_license(file, s->path[0]);
+    fprintf(file, "library_name: transformers\npipeline_tag: text-generation\ntags:\n- besa\n- pruned\n- sparse\n");
+    if (s->prune.method != BESA_METHOD_BESA) fprintf(file, "- %s\n", besa_method_name(s->prune.method));
+    if (m) fprintf(file, "- \"%d:%d\"\n", s->prune.pattern_n, m);
+    if (bits) fprintf(file, "- %d-bit\n", bits);
+    fprintf(file, "---\n\n");
+}
+
+static void write_table(FILE *file, const settings *s, const besa_calibration *c, const besa_report *r)
+{
+    fprintf(file, "| | |\n|---|---|\n| method | %s", besa_method_name(s->prune.method));
+    if (s->prune.preset) fprintf(file, ", preset %s", s->prune.preset);
+    fprintf(file, " |\n| sparsity | %.4f: %lld of %lld weights are 0 |\n", r->sparsity, (long long)r->pruned, (long long)r->weights);
+    if (s->prune.pattern_m)
+        fprintf(file, "| pattern | %d of every %d consecutive weights are 0 |\n", s->prune.pattern_n, s->prune.pattern_m);
+    if (s->prune.bits) fprintf(file, "| bits | %d; codes and scales are in besa_quantization.safetensors too |\n", s->prune.bits);
+    fprintf(file, "| calibration | %lld sequences of %lld tokens of ", (long long)c->nsamples, (long long)c->seqlen);
+    write_words(file, last_part(c->file));
+    fprintf(file, " |\n");
+    if (!(r->perplexity > 0)) return;
+    fprintf(file, "| perplexity | %.4f", r->perplexity);
+    if (r->dense_perplexity > 0) fprintf(file, ", of the dense model %.4f;", r->dense_perplexity);
+    fprintf(file, " on %lld windows of %lld tokens of ", (long long)c->test_windows, (long long)c->test_seqlen);
+    write_words(file, last_part(c->test_file));
+    fprintf(file, " |\n");
+}
+
+/* The card, for free; NULL without memory. */
+static char *make_card(const settings *s, const char *base, const besa_calibration *c, const besa_report *r)
+{
+    char *text = NULL;
+    size_t size = 0;
+    FILE *file = open_memstream(&text, &size);
+    if (!file) return NULL;
+    write_front_matter(file, s, base);
+    fprintf(file, "# ");
+    write_words(file, base);
+    fprintf(file, ", pruned\n\nWeights of the linear layers in the decoder's blocks were set to 0%s, by besa %d.%d; all else is as it was.\n\n",
+            s->prune.learn != BESA_LEARN_RATES || s->prune.refit || s->prune.method == BESA_METHOD_SPARSEGPT
+            ? ", and the others fitted to that" : "", BESA_VERSION_MAJOR, BESA_VERSION_MINOR);
+    write_table(file, s, c, r);
+    fprintf(file, "\nThe command was\n\n");
+    write_command(file, s);
+    fprintf(file, "\n`besa.json` has every option, hashes of what went in, and the sparsity of each layer.\n");
+    if (fclose(file) == 0) return text;
+    free(text);
+    return NULL;
+}
