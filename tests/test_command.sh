@@ -488,7 +488,7 @@ mkdir -p "$all/examples" && cp "$besa" "$all/examples/besa" && cp -r "$stories" 
     cp -r "$all/MODEL" "$all/Llama-2-7b" && cp -r "$stories" "$all/examples" || exit 1
 for tokens in c4 c4-validation calibration chats; do cp "$stories/calibration_tokens.npy" "$all/$tokens.npy"; done
 cp "$stories/test_tokens.npy" "$all/wikitext2.npy"
-awk -f readme_lines.awk "$readme" "$(dirname "$readme")"/examples/*.md | grep '^examples/besa ' | sort -u >"$work/lines"
+awk -f readme_lines.awk "$readme" "$(dirname "$readme")"/examples/*.md | grep '^examples/besa ' | awk '!seen[$0]++' >"$work/lines"
 awk '{ into = ""; less = $2 == "info" ? "" : " --seqlen 32"
        if (match($0, / >[^ ]*$/)) { into = substr($0, RSTART); $0 = substr($0, 1, RSTART - 1) }
        if ($2 ~ /^(prune|plan|compare)$/) less = less " --nsamples 8"
