@@ -108,6 +108,7 @@
  *     >>quantization       kept weights on grids of few levels
  *     >>block              one decoder block, forward and backward (level 2)
  *     >>streams            activations of all sequences, on the device or streamed from the host
+ *     >>comm               several processes: whose sequences are which, what is summed over all
  *     >>pruner             what pruning one block keeps: options, arrays, progress (level 2)
  *     >>statistics         the dense pass: what layers read, and what the block is to put out
  *     >>refit              kept weights fitted anew to the layer's inputs, with masks as they are
@@ -213,6 +214,7 @@
  *     first_block, num_blocks     [0, all] prune these and leave the other blocks dense: for studies
  *     depth_slope                 [0] the last block's sparsity less the first one's, around the target
  *     block_targets               [none] a sparsity for every block; besa_outliers and besa_outlier_targets find some
+ *     comm                        [none] several processes work on one run: each has its share of the sequences, see besa_comm
  *     progress, step, card, user  [none] callbacks: after each unit of work, which can stop the run; after each learning step;
  *                                 for the text of the output's README.md
  *     besa_preset                 [default] best: learn both, dense_share 1/2, 2 epochs and 2 weight_epochs, weight_lr 0.3.
@@ -277,6 +279,10 @@
  *     and make a backend for each. One build on one processor gives the same bytes for any number of threads, but in two
  *     cases: with BESA_CBLAS; and where device_memory decides how many sequences are computed at a time, as every thread
  *     takes memory for itself.
+ *     In several processes (option comm, section comm) each has its share of every batch's sequences, and T above is its share of
+ *     tokens; weights are whole in each. The same number of processes gives the same bytes as far as the comm's sums do.
+ *     Another number, as another micro-batch, adds up the same numbers in another order: the first step's sums agree to rounding,
+ *     and learning may amplify that. An unfinished output is gone on from by as many processes as began it.
  *
  * LIMITS
  *
@@ -368,7 +374,8 @@ extern "C" {
     X(BESA_ERROR_NUMERIC, "a Hessian is not positive definite")                                    \
     X(BESA_ERROR_CANCELLED, "the progress callback asked to stop")                                 \
     X(BESA_ERROR_DEVICE, "the device or its driver reported an error")                             \
-    X(BESA_ERROR_RESUME, "an unfinished output belongs to another run")
+    X(BESA_ERROR_RESUME, "an unfinished output belongs to another run")                            \
+    X(BESA_ERROR_COMM, "another process of the run failed, or is another run")
 
 typedef enum besa_result {
 #define BESA__ENUM(name, text) name,
@@ -414,10 +421,10 @@ BESA_API size_t besa_dtype_size(besa_dtype dtype);
 
 /* Operations run on the compute queue. Upload and download carry activations in step with it; stage carries the next
  * block's weights in and the last block's out, and never waits for the others: the host synchronises it before it
- * computes with such a block, and compute before such a block goes out. */
-typedef enum besa_queue { BESA_QUEUE_COMPUTE, BESA_QUEUE_UPLOAD, BESA_QUEUE_DOWNLOAD, BESA_QUEUE_STAGE, BESA_QUEUE_COUNT
-} besa_queue;
-#define BESA_EVENT_COUNT 32 /* events are small numbers that order queues; sections pruner and run use 0 .. 29 */
+ * computes with such a block, and compute before such a block goes out. Reduce has the sums over processes. */
+typedef enum besa_queue { BESA_QUEUE_COMPUTE, BESA_QUEUE_UPLOAD, BESA_QUEUE_DOWNLOAD, BESA_QUEUE_STAGE, BESA_QUEUE_REDUCE,
+                          BESA_QUEUE_COUNT } besa_queue;
+#define BESA_EVENT_COUNT 32 /* events are small numbers that order queues; sections pruner, run and comm use 0 .. 31 */
 
 typedef struct besa_backend besa_backend;
 
@@ -801,8 +808,11 @@ typedef struct besa_cuda_options {
  * and callable from C. options may be NULL: device 0. BESA_ERROR_DEVICE where there is no driver or no such device. */
 #if defined(BESA_IMPLEMENTATION) && !defined(BESA_CUDA)
 extern besa_result besa_cuda_backend(besa_backend *be, const besa_cuda_options *options, besa_error *error); /* elsewhere */
+extern void *besa_cuda_stream(const besa_backend *be, besa_queue queue);
 #else
 BESA_API besa_result besa_cuda_backend(besa_backend *be, const besa_cuda_options *options, besa_error *error);
+/* The cudaStream_t of a queue of this backend, for work of the caller's own in order with it, such as a besa_comm's sums. */
+BESA_API void *besa_cuda_stream(const besa_backend *be, besa_queue queue);
 #endif
 
 /* ============================================================================================
@@ -1215,6 +1225,26 @@ typedef enum besa_clipping {
     BESA_CLIPPING_COUNT
 } besa_clipping;
 
+/* One run in several processes, on one machine or many: each of `size` ranks calls the same functions with the same arguments,
+ * a backend of its own and these five, which the caller fills in (examples/mpi.c, examples/nccl.cu). Every rank holds all
+ * weights and a share of the sequences; what section comm lists is summed over ranks, and from equal sums every rank makes
+ * equal masks. Rank 0 writes. The calls of all ranks come in the same order. A call that fails fills in *error, and the
+ * rank's run ends with it. */
+typedef struct besa_comm {
+    int rank, size;                             /* 0 <= rank < size */
+    void *user;                                 /* of the functions */
+    /* data(count) = its sum over all ranks, the same bits on each; device memory, in order on queue q of be, and may return
+     * before it is done. The same bytes for the same ranks and data, if runs are to be repeatable. */
+    besa_result (*reduce)(void *user, besa_backend *be, besa_queue q, float *data, int64_t count, besa_error *error);
+    /* host memory of all ranks becomes that of rank `root`; done on return */
+    besa_result (*broadcast)(void *user, void *data, size_t bytes, int root, besa_error *error);
+    /* returns when every rank has called it */
+    besa_result (*barrier)(void *user, besa_error *error);
+    /* This rank's run ends with an error: calls of the others that wait for it, or come to, are to fail with its message
+     * (BESA_ERROR_COMM), or their processes to end. Called again by later functions that fail, by every rank. */
+    void (*fail)(void *user, const besa_error *error);
+} besa_comm;
+
 /* How to prune. A zero-filled struct with rates.target set prunes with BESA's default preset. */
 typedef struct besa_prune_options {
     besa_rate_options rates;                    /* rates.target is the sparsity of every method */
@@ -1266,6 +1296,10 @@ typedef struct besa_prune_options {
     const besa_fixed_rate *fixed;               /* the first match counts; these layers are not part of the target */
     int64_t num_fixed;
     size_t device_memory;                       /* bytes of backend memory [31/32 of what is free; CPU: no limit] */
+    const besa_comm *comm;                      /* [NULL] one process. Else every rank needs one sequence, where something
+                                                   learns one of every batch: batch_size is `size` or more, and so many are
+                                                   in the last batch too. Sums are cut by rank: another number of ranks
+                                                   rounds otherwise */
     besa_progress_callback progress;
     besa_step_callback step;
     void *user;                                 /* of all callbacks */
@@ -1328,18 +1362,23 @@ typedef struct besa_block_report {
 
 typedef struct besa_pruner besa_pruner;         /* the memory and state that pruning a block takes */
 
-/* Make what is needed to prune blocks of one shape on `nsamples` sequences of `seqlen` tokens: one allocation on the
- * device, one on the host. The backend, and options->fixed with its strings, must outlive the pruner.
+/* Make what is needed to prune blocks of one shape on `nsamples` sequences of `seqlen` tokens, those of all ranks: one allocation
+ * on the device, one on the host. The backend, comm, and options->fixed with its strings, must outlive the pruner.
  * BESA_ERROR_OPTION names the option, BESA_ERROR_MEMORY the bytes wanted. */
 BESA_API besa_result besa_pruner_create(besa_pruner **pruner, besa_backend *be, const besa_block_shape *shape,
                                         besa_dtype dtype, int qk_norm, const besa_prune_options *options,
                                         int64_t nsamples, int64_t seqlen, besa_error *error);
 BESA_API void besa_pruner_destroy(besa_pruner *pruner); /* NULL is fine */
 
+/* How many of the sequences are this rank's, and the number among all that its sequence `index` has; without a comm all, and
+ * index. */
+BESA_API int64_t besa_pruner_sequences(const besa_pruner *pruner);
+BESA_API int64_t besa_pruner_sequence(const besa_pruner *pruner, int64_t index);
+
 /* Prune one block.
  *   block    the dense weights, device; rope tables for at least seqlen positions, of dynamic and longrope for as many
  *   name     prefix of tensor names for options.fixed, such as "model.layers.3."; NULL: none
- *   x        (nsamples * seqlen, hidden_size) device, act: in, the block's inputs; out, the pruned block's outputs
+ *   x        (besa_pruner_sequences() * seqlen, hidden_size) device, act: in, the block's inputs; out, the pruned block's outputs
  *   dense_x  the same of the dense stream, in and out; NULL unless options.dense_stream or dense_share
  *   pruned   device, room for each layer's weight in the block's dtype: the result, +0 where pruned; not the weights
  *            themselves. For BESA_METHOD_KEEP it comes in as the mask: what is 0 there is to be 0
@@ -1504,6 +1543,8 @@ typedef struct besa_plan_result {
     int64_t micro_batch;                        /* sequences per forward pass */
     double flop;                                /* of all products, a dense stream's included, the report's losses not: */
     double pass_flop[BESA_PASS_COUNT], test_flop; /* a dense stream's, and Gram matrices, are part of pass dense; of the test */
+    double reduced_bytes;                       /* with a comm, in which all figures are one rank's: what it gives to sums over
+                                                   ranks, but for what norms, biases and clips that learn add */
     char notes[2048];                           /* the warnings that the report will begin with, a line each */
     size_t reference_bytes;                     /* the host's memory that besa_reference_create takes, to the byte; 0 without */
 } besa_plan_result;
@@ -4637,6 +4678,160 @@ BESA__UNUSED static besa_result besa__stream_forward(besa__stream *s, besa__walk
 }
 
 /* ============================================================================================
+ * // >>comm                  several processes: whose sequences are which, what is summed over all
+ * ============================================================================================
+ * Owns how a run's sequences are shared by ranks, and all calls of a besa_comm. Of every batch of the optimiser each rank has
+ * a share, so that a step sees the same sequences however many ranks there are; where nothing learns, of all sequences. What
+ * is not in this list every rank computes by itself, all alike, from weights and sums that are the same everywhere:
+ *
+ *     dense pass   channel norms of the references; sums of squares or Gram matrices   besa__reduce_statistics
+ *                  of the layers' inputs (also for besa_outliers)
+ *     learn pass   squares of single sequences' gradients, where scores see them       besa__rank_by_gradients
+ *                  bucket sums, each layer's beside the rest of the backward pass      besa__learn_complete
+ *                  dL/dWhat itself where weights learn: bucket sums and clips then     besa__learn_gradient
+ *                  follow from it
+ *                  the step's loss; gradients of clips, norms and biases               besa__reduce_step
+ *     all passes   losses that the report shows                                        besa__report_loss, besa__commit_pass
+ *     a block      whether all ranks have come to the same                             besa__same_results
+ *     level 1      arguments, blocks done, micro-batch, weights of finished blocks,
+ *                  log-likelihoods of test windows: broadcasts of host memory          sections run, head and prune */
+
+enum { BESA__EVENT_SUMS = BESA_EVENT_COUNT - 2, BESA__EVENT_REDUCED }; /* data is there; reductions are done */
+
+/* A run's sequences and this rank's among them. */
+typedef struct besa__shares {
+    const besa_comm *comm;                      /* NULL: one process */
+    int64_t all, unit;                          /* sequences of all ranks; of every `unit` of them each rank has a share */
+} besa__shares;
+
+static int besa__ranks(const besa_comm *comm) { return comm ? comm->size : 1; }
+
+/* A rank's share of n things that follow one another, and where it begins: the first ranks have one more. */
+static int64_t besa__share_of(const besa_comm *comm, int64_t n)
+{
+    return comm ? n / comm->size + (comm->rank < n % comm->size) : n;
+}
+
+static int64_t besa__share_first(const besa_comm *comm, int64_t n)
+{
+    return comm ? comm->rank * (n / comm->size) + besa__min(comm->rank, n % comm->size) : 0;
+}
+
+/* How many of the first n sequences are this rank's. */
+static int64_t besa__local_count(const besa__shares *s, int64_t n)
+{
+    int64_t unit = n / s->unit, size = besa__min(s->unit, s->all - unit * s->unit);
+    int64_t in_unit = n % s->unit - besa__share_first(s->comm, size);
+    return unit * besa__share_of(s->comm, s->unit) + besa__max(0, besa__min(in_unit, besa__share_of(s->comm, size)));
+}
+
+/* The number among all of this rank's sequence `index`. */
+static int64_t besa__global_sequence(const besa__shares *s, int64_t index)
+{
+    int64_t share = besa__share_of(s->comm, s->unit), unit = index / share;
+    return unit * s->unit + besa__share_first(s->comm, besa__min(s->unit, s->all - unit * s->unit)) + index % share;
+}
+
+/* How many of this rank's from `index` on follow one another among all, at least. */
+BESA__UNUSED static int64_t besa__following(const besa__shares *s, int64_t index)
+{
+    int64_t share = besa__share_of(s->comm, s->unit);
+    return share - index % share;
+}
+
+/* Sequences of the rank that has the most, which is the first. */
+static int64_t besa__largest_share(const besa__shares *s)
+{
+    int64_t ranks = besa__ranks(s->comm);
+    return s->all / s->unit * besa__parts(s->unit, ranks) + besa__parts(s->all % s->unit, ranks);
+}
+
+/* batch: of the optimiser; 0: nothing learns. */
+static besa_result besa__shares_init(besa__shares *s, const besa_comm *comm, int64_t nsamples, int64_t batch, besa_error *error)
+{
+    int64_t last = batch ? nsamples % batch : 0;
+    memset(s, 0, sizeof *s);
+    s->all = nsamples;
+    s->unit = batch ? batch : nsamples;
+    if (!comm) return BESA_OK;
+    if (comm->size < 1 || comm->rank < 0 || comm->rank >= comm->size)
+        return besa__fail(error, BESA_ERROR_OPTION, "comm has rank %d of %d, expected 0 .. size - 1", comm->rank, comm->size);
+    if (comm->size == 1) return BESA_OK;
+    if (!comm->reduce || !comm->broadcast || !comm->barrier || !comm->fail)
+        return besa__fail(error, BESA_ERROR_OPTION, "comm lacks reduce, broadcast, barrier or fail: expected all four");
+    s->comm = comm;
+    if (nsamples < comm->size)
+        return besa__fail(error, BESA_ERROR_OPTION, "%lld calibration sequences for %d processes: expected one for each, or more",
+                          (long long)nsamples, comm->size);
+    if (batch && batch < comm->size)
+        return besa__fail(error, BESA_ERROR_OPTION, "batch_size is %lld, but %d processes share the sequences of a learning step: "
+                          "expected batch_size %d (--batch-size) or more", (long long)batch, comm->size, comm->size);
+    if (last && last < comm->size)
+        return besa__fail(error, BESA_ERROR_OPTION, "batch_size is %lld, and the last batch of %lld sequences has %lld, for %d "
+                          "processes: expected one for each; a batch_size (--batch-size) that divides the number of sequences does",
+                          (long long)batch, (long long)nsamples, (long long)last, comm->size);
+    return BESA_OK;
+}
+
+/* Begin to sum data(count) over ranks, once all that compute holds now is done, and beside what it does then; compute must
+ * not touch data before besa__reduce_end. */
+static besa_result besa__reduce_begin(const besa_comm *comm, besa_backend *be, float *data, int64_t count)
+{
+    if (!comm) return BESA_OK;
+    BESA__TRY(be->record(be, BESA_QUEUE_COMPUTE, BESA__EVENT_SUMS));
+    BESA__TRY(be->wait(be, BESA_QUEUE_REDUCE, BESA__EVENT_SUMS));
+    BESA__TRY(comm->reduce(comm->user, be, BESA_QUEUE_REDUCE, data, count, &be->error));
+    return be->record(be, BESA_QUEUE_REDUCE, BESA__EVENT_REDUCED);
+}
+
+/* Compute goes on when all reductions are done. */
+static besa_result besa__reduce_end(const besa_comm *comm, besa_backend *be)
+{
+    return comm ? be->wait(be, BESA_QUEUE_COMPUTE, BESA__EVENT_REDUCED) : BESA_OK;
+}
+
+static besa_result besa__reduce(const besa_comm *comm, besa_backend *be, float *data, int64_t count)
+{
+    BESA__TRY(besa__reduce_begin(comm, be, data, count));
+    return besa__reduce_end(comm, be);
+}
+
+static besa_result besa__broadcast(const besa_comm *comm, void *data, size_t bytes, int root, besa_error *error)
+{
+    return comm ? comm->broadcast(comm->user, data, bytes, root, error) : BESA_OK;
+}
+
+/* Tell the others that this rank has failed. comm: of the options, not yet checked. */
+static void besa__comm_fail(const besa_comm *comm, besa_result result, const besa_error *error)
+{
+    besa_error unknown;
+    if (result == BESA_OK || !comm || comm->size < 2 || !comm->fail) return;
+    if (!error) besa__fail(&unknown, result, "%s", besa_result_string(result));
+    comm->fail(comm->user, error ? error : &unknown);
+}
+
+/* *value = the least of all ranks'. */
+static besa_result besa__least(const besa_comm *comm, int64_t *value, besa_error *error)
+{
+    int64_t mine = *value;
+    for (int rank = 0; comm && rank < comm->size; rank++) {
+        int64_t theirs = mine;
+        BESA__TRY(besa__broadcast(comm, &theirs, sizeof theirs, rank, error));
+        *value = besa__min(*value, theirs);
+    }
+    return BESA_OK;
+}
+
+/* Rank 0's hash of something is every rank's; expected: what to do where it is not. */
+static besa_result besa__same(const besa_comm *comm, uint64_t hash, const char *what, const char *expected, besa_error *error)
+{
+    uint64_t first = hash;
+    BESA__TRY(besa__broadcast(comm, &first, sizeof first, 0, error));
+    if (first == hash) return BESA_OK;
+    return besa__fail(error, BESA_ERROR_COMM, "rank %d has other %s than rank 0: expected %s", comm->rank, what, expected);
+}
+
+/* ============================================================================================
  * // >>pruner                what pruning one block keeps: options, arrays, progress (level 2)
  * ============================================================================================
  * Owns the memory that the passes over one block share, and how far a run is. The passes are in the sections that follow,
@@ -4655,7 +4850,9 @@ enum { BESA__EVENT_MARKS = 0, BESA__EVENT_YREF = 6, BESA__PRUNER_EVENTS = BESA__
 #define BESA__STEP_LOSSES 65536                 /* losses of learning steps that are kept; later steps share the last one */
 #define BESA__SLAB 128                          /* columns that SparseGPT treats together */
 #define BESA__REFIT_ROWS 512                    /* rows of a layer that are fitted at a time */
+#ifndef BESA__CHUNK_TOKENS
 #define BESA__CHUNK_TOKENS 2048                 /* passes without an optimiser go by about so many tokens */
+#endif
 
 /* Where a run is, for the progress callback. The unit of work is one forward pass over the calibration tokens. */
 typedef struct besa__meter {
@@ -4689,7 +4886,9 @@ struct besa_pruner {
     besa_block_shape shape;
     besa_dtype dtype, written_dtype;            /* of weights here; of those that the caller makes of the result */
     int qk_norm;
-    int64_t nsamples, seqlen, micro_batch, reference; /* sequences: all, at a time, with a reference output */
+    besa__shares shares;                        /* of the sequences among ranks */
+    int64_t nsamples, seqlen, micro_batch, reference; /* this rank's sequences: all, at a time, with a reference output */
+    int64_t batch, all_reference;               /* of a batch, this rank's; with a reference, of all ranks */
     int64_t rows;                               /* of all layers */
     besa__meter meter;
     void *memory, *host_memory;                 /* owned; NULL inside larger arenas */
@@ -5015,7 +5214,7 @@ static void besa__pruner_place_masks(besa_pruner *p, besa__arena *arena)
 /* Channel norms of Yref are kept for every batch of the optimiser, or once for all tokens. */
 static int64_t besa__norms(const besa_pruner *p)
 {
-    return p->options.norm_all ? 1 : besa__parts(p->reference, p->options.batch_size);
+    return p->options.norm_all ? 1 : besa__max(1, besa__parts(p->reference, p->batch));
 }
 
 /* What losses within the block are measured with. */
@@ -5107,7 +5306,7 @@ static void besa__pruner_place_weights(besa_pruner *p, besa__arena *arena)
 {
     besa__weights_place(&p->weights, &p->shape, p->dtype, arena);
     for (int i = 0; i < BESA_LAYERS; i++) {
-        int sums = p->options.batch_size > p->micro_batch;
+        int sums = besa__parts(p->options.batch_size, besa__ranks(p->shares.comm)) > p->micro_batch; /* on any rank */
         p->acts.dw_sum[i] = sums ? besa__take_floats(arena, p->weights.layer[i].count) : NULL;
     }
     if (besa__learns_vectors(p)) besa__vectors_place(&p->weights, &p->shape, arena);
@@ -5210,6 +5409,19 @@ static besa_result besa__check_shape(const besa_block_shape *s, besa_dtype dtype
                           (long long)s->head_dim, (long long)s->num_attention_heads);
     return BESA_OK;
 }
+/* This rank's part of the sequences, and how many of them go through a pass together. */
+static besa_result besa__pruner_share(besa_pruner *p, int64_t nsamples, besa_error *error)
+{
+    int learns = besa__learns(p);
+    BESA__TRY(besa__shares_init(&p->shares, p->options.comm, nsamples, learns ? p->options.batch_size : 0, error));
+    p->nsamples = besa__local_count(&p->shares, nsamples);
+    p->batch = learns ? besa__share_of(p->shares.comm, p->options.batch_size) : 1;
+    p->micro_batch = besa__preferred_micro_batch(besa__largest_share(&p->shares), p->seqlen);
+    p->all_reference = learns || nsamples < BESA__REPORT_SEQUENCES ? nsamples : BESA__REPORT_SEQUENCES;
+    p->reference = besa__local_count(&p->shares, p->all_reference);
+    return BESA_OK;
+}
+
 /* Everything but memory. */
 static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const besa_block_shape *shape, besa_dtype dtype,
                                      int qk_norm, const besa_prune_options *options, int64_t nsamples, int64_t seqlen,
@@ -5221,7 +5433,6 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     p->shape = *shape;
     p->dtype = p->written_dtype = dtype;
     p->qk_norm = qk_norm;
-    p->nsamples = nsamples;
     p->seqlen = seqlen;
     BESA__TRY(besa__check_backend(be, error));
     BESA__TRY(besa__check_shape(shape, dtype, error));
@@ -5231,6 +5442,7 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     int learns = besa__learns(p);
     if (!learns) o->dense_stream = 0, o->dense_share = 0, o->granularity = BESA_GRANULARITY_BLOCK, o->batch_size = 1;
     if (o->batch_size > nsamples) o->batch_size = nsamples;
+    BESA__TRY(besa__pruner_share(p, nsamples, error));
     int64_t batches = besa__parts(nsamples, o->batch_size), weight_epochs = besa__learns_last(p) ? o->weight_epochs : 0;
     o->rates.steps = besa__mask_epochs(p) * batches;
     p->weights.be = p->quantization.be = be;
@@ -5240,8 +5452,6 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     p->weights.steps = weight_epochs * batches + (o->learn == BESA_LEARN_BOTH ? o->rates.steps : 0);
     p->steps = weight_epochs * batches + o->rates.steps;
     p->step_losses = besa__min(p->steps, BESA__STEP_LOSSES);
-    p->micro_batch = besa__preferred_micro_batch(nsamples, seqlen);
-    p->reference = learns || nsamples < BESA__REPORT_SEQUENCES ? nsamples : BESA__REPORT_SEQUENCES;
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t rows, columns;
         besa_block_layer(shape, i, &rows, &columns);
@@ -5273,6 +5483,19 @@ static besa_result besa__fit_budget(int64_t *micro_batch, uint64_t (*size)(void 
             return besa__fail(error, BESA_ERROR_MEMORY, "%s %zu bytes, the smallest that works here is %llu", whose, budget,
                               (unsigned long long)least);
     }
+}
+
+/* The same, and as much as fits on every rank. */
+static besa_result besa__fit_ranks(const besa__shares *shares, int64_t *micro_batch, uint64_t (*size)(void *, int level),
+                                   int levels, void *user, size_t budget, const char *whose, besa_error *error)
+{
+    BESA__TRY(besa__fit_budget(micro_batch, size, levels, user, budget, whose, error));
+    if (!shares->comm) return BESA_OK;
+    int64_t mine = *micro_batch;
+    BESA__TRY(besa__least(shares->comm, micro_batch, error));
+    if (*micro_batch < mine) BESA__TRY(besa__fit_budget(micro_batch, size, levels, user, budget, whose, error));
+    return besa__same(shares->comm, (uint64_t)*micro_batch, "numbers of sequences that fit into memory at a time",
+                      "a device_memory that is the same everywhere", error);
 }
 
 /* The budget where the caller gave none: what the device has free, less a little for the driver. */
@@ -5326,14 +5549,17 @@ static besa_result besa__pruner_reset(besa_pruner *p)
 /* Sequence `index` of an array of (.., seqlen, d); yref has these sizes with a dense stream too. */
 static void *besa__sequence(const besa_pruner *p, void *x, int64_t index) { return besa__stream_at(&p->yref, x, index); }
 
-/* Sequences whose gradients the scores see. */
+/* Sequences whose gradients the scores see, this rank's. */
 static int64_t besa__gradient_sequences(const besa_pruner *p)
 {
-    return besa__uses_gradients(&p->options) ? besa__min(BESA__GRADIENT_SEQUENCES, p->nsamples) : 0;
+    int64_t all = besa__uses_gradients(&p->options) ? besa__min(BESA__GRADIENT_SEQUENCES, p->shares.all) : 0;
+    return besa__local_count(&p->shares, all);
 }
 
-/* Sequences that the report's losses are of. */
-static int64_t besa__shown(const besa_pruner *p) { return besa__min(BESA__REPORT_SEQUENCES, p->reference); }
+/* Sequences that the report's losses are of: of all ranks; this rank's. */
+static int64_t besa__all_shown(const besa_pruner *p) { return besa__min(BESA__REPORT_SEQUENCES, p->all_reference); }
+
+static int64_t besa__shown(const besa_pruner *p) { return besa__local_count(&p->shares, besa__all_shown(p)); }
 
 /* The passes' chunks: the report's sequences are kept apart, and those with a reference. */
 static int64_t besa__pass_cut(const void *pruner, int64_t first)
@@ -5363,18 +5589,19 @@ static besa_result besa__work_close(const besa__work *work, int x_changed, const
     return yref ? besa__stream_close(work->yref, 0) : BESA_OK;
 }
 
-/* A run of `count` sequences with the same channel norms: row `norms` of channel_sumsq, summed over `of` sequences. */
+/* A run of `count` sequences with the same channel norms: row `norms` of channel_sumsq, summed over `of` sequences, of all
+ * ranks. */
 typedef struct besa__normed {
     int64_t norms, count, of;
 } besa__normed;
 
 static besa__normed besa__normed_at(const besa_pruner *p, int64_t sequence, int64_t end)
 {
-    int64_t batch = p->options.batch_size, start = sequence / batch * batch;
+    int64_t start = sequence / p->batch * p->batch, batch = p->options.batch_size;
     besa__normed n;
-    n.norms = p->options.norm_all ? 0 : sequence / batch;
-    n.count = (p->options.norm_all ? end : besa__min(end, start + batch)) - sequence;
-    n.of = p->options.norm_all ? p->reference : besa__min(start + batch, p->reference) - start;
+    n.norms = p->options.norm_all ? 0 : sequence / p->batch;
+    n.count = (p->options.norm_all ? end : besa__min(end, start + p->batch)) - sequence;
+    n.of = p->options.norm_all ? p->all_reference : besa__min(batch, p->all_reference - n.norms * batch);
     return n;
 }
 
@@ -5399,8 +5626,8 @@ static besa_result besa__add_norms(besa_pruner *p, void *yref, int64_t first, in
  *     L = (1/d) sum over tokens t and channels c of ((Yref[t,c] - Y[t,c]) / l2(Yref[:,c]))^2
  * is added to *loss, and its derivative goes to dy (NULL: not wanted; may be y). Channel norms are those of the
  * optimiser's batch that a sequence belongs to, or of all tokens (norm_all).
- * mean_over 0: the plain sum is added, for learning. Else mean_over is how many sequences the report's loss is a mean of:
- * losses of batches are weighted by their sequences. */
+ * mean_over 0: the plain sum is added, for learning. Else mean_over is how many sequences, of all ranks, the report's loss is a
+ * mean of: losses of batches are weighted by their sequences. */
 static besa_result besa__pruner_loss(besa_pruner *p, float *loss, void *dy, void *y, void *yref, int64_t first,
                                      int64_t count, int64_t mean_over)
 {
@@ -5478,7 +5705,7 @@ static besa_result besa__part_loss(besa_pruner *p, float *loss, void *dy, void *
 static besa_result besa__add_statistics(besa_pruner *p, int64_t tokens)
 {
     besa_backend *be = p->be;
-    float scale = (float)(2.0 / (double)(p->nsamples * p->seqlen)); /* H = 2/T X'X */
+    float scale = (float)(2.0 / (double)(p->shares.all * p->seqlen)); /* H = 2/T X'X */
     for (int i = 0; i < BESA__INPUTS; i++) {
         int64_t columns = besa__input_columns(&p->shape, i);
         const void *x = besa__layer_input(p, i);
@@ -5506,6 +5733,24 @@ static besa_result besa__clear_sums(besa_pruner *p)
     }
     BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, p->not_finite, sizeof p->results->not_finite));
     return be->zero(be, BESA_QUEUE_COMPUTE, p->losses, (size_t)(BESA__LOSS_STEP + p->step_losses) * sizeof(float));
+}
+
+/* All that the dense pass has summed, over all ranks. Where nothing learns, every sequence has channel norms of its own. */
+static besa_result besa__reduce_statistics(besa_pruner *p)
+{
+    const besa_comm *comm = p->shares.comm;
+    int64_t d = p->shape.hidden_size, norms = p->options.norm_all || besa__learns(p) ? besa__norms(p) : 0;
+    for (int i = 0; i < BESA__INPUTS; i++) {
+        int64_t columns = besa__input_columns(&p->shape, i);
+        if (p->gram[i]) BESA__TRY(besa__reduce(comm, p->be, p->gram[i], columns * columns));
+        if (besa__uses_sums(&p->options)) BESA__TRY(besa__reduce(comm, p->be, p->statistic[i], columns));
+    }
+    for (int i = 0; i < BESA_LAYERS && p->part_sumsq[i]; i++) {
+        int64_t rows = d, columns;
+        if (p->options.granularity == BESA_GRANULARITY_LAYER) besa_block_layer(&p->shape, i, &rows, &columns);
+        BESA__TRY(besa__reduce(comm, p->be, p->part_sumsq[i], norms * rows));
+    }
+    return norms ? besa__reduce(comm, p->be, p->channel_sumsq, norms * d) : BESA_OK;
 }
 
 /* Count what is not finite in those sums: an infinite norm would silence its channel, an infinite statistic its column. */
@@ -5572,6 +5817,7 @@ static besa_result besa__dense_pass(const besa__work *work, besa_error *error)
         BESA__TRY_ON(p->be, besa__dense_chunk(work, &walk), error);
         BESA__TRY(besa__tick(&p->meter, (double)walk.count / (double)p->nsamples, error));
     }
+    BESA__TRY_ON(p->be, besa__reduce_statistics(p), error);
     BESA__TRY_ON(p->be, besa__count_layers(p, work->dense->weight, BESA__DENSE), error);
     return besa__pass_error(p->be, besa__count_sums(p), error);
 }
@@ -5866,14 +6112,15 @@ typedef struct besa__batch {
     float *loss;                                /* (1) device: the batch's loss is added */
     unsigned layers;                            /* bit i: layer i's gradient is wanted */
     besa_weight_gradient gradient;              /* receives them, piece by piece of the batch */
-    void *user;
+    besa_result (*complete)(void *user, int layer); /* then, once all of a layer's have come; NULL: none */
+    void *user;                                 /* of both */
 } besa__batch;
 
 /* Sequences of the next piece of an optimiser's batch, as many as memory has room for. */
 static int64_t besa__batch_cut(const void *pruner, int64_t first)
 {
     const besa_pruner *p = (const besa_pruner *)pruner;
-    int64_t batch = p->options.batch_size, end = besa__min(first / batch * batch + batch, p->nsamples);
+    int64_t end = besa__min(first / p->batch * p->batch + p->batch, p->nsamples);
     return besa__min(p->micro_batch, end - first);
 }
 
@@ -5906,7 +6153,12 @@ typedef struct besa__piece {
 static besa_result besa__piece_gradient(void *user, int layer, int64_t first, int64_t rows, const void *dw)
 {
     const besa__piece *piece = (const besa__piece *)user;
-    return piece->batch->gradient(piece->batch->user, layer, first, rows, dw);
+    const besa__batch *batch = piece->batch;
+    int64_t all, columns;
+    besa_block_layer(&piece->pruner->shape, layer, &all, &columns);
+    int last = first + rows == all && piece->walk->first + piece->walk->count == batch->end;
+    BESA__TRY(batch->gradient(batch->user, layer, first, rows, dw));
+    return last && batch->complete ? batch->complete(batch->user, layer) : BESA_OK;
 }
 
 /* Granularity attn-mlp: at h1 attention's own loss takes the place of what comes back from the MLP's. */
@@ -5997,10 +6249,10 @@ static besa_result besa__report_loss(const besa__work *work, int slot)
         void *x, *yref;
         BESA__TRY(besa__work_open(work, &walk, &x, &yref));
         BESA__TRY(besa__block_forward(p->be, work->masked, &p->acts, x, p->y, walk.count, p->seqlen, 0));
-        BESA__TRY(besa__pruner_loss(p, p->losses + slot, NULL, p->y, yref, walk.first, walk.count, walk.end));
+        BESA__TRY(besa__pruner_loss(p, p->losses + slot, NULL, p->y, yref, walk.first, walk.count, besa__all_shown(p)));
         BESA__TRY(besa__work_close(work, 0, yref));
     }
-    return BESA_OK;
+    return besa__reduce(p->shares.comm, p->be, p->losses + slot, 1);
 }
 
 /* The ranks of a layer that learns, by its weights as they have become, or the mask itself where there is a pattern. */
@@ -6034,7 +6286,7 @@ typedef struct besa__learning {
     int rates, weights;                         /* whether these do */
     int masks;                                  /* whether masks are not final: they follow the rates, or moving weights */
     int64_t done, steps;                        /* steps of earlier passes, and of this one */
-    int64_t before;                             /* sequences that gradients for scores came from, before this one's steps */
+    int64_t before;                             /* this rank's sequences that gradients for scores come from, before the steps */
 } besa__learning;
 
 /* Bucket sums of some rows of a layer: dL/dWhat * W, or with bits Q(W), which takes the place of what nothing reads any more
@@ -6052,17 +6304,44 @@ static besa_result besa__learn_rates(const besa__work *work, int layer, int64_t 
 }
 
 /* What the gradient of a layer's weights is for, some rows or all: its rows' bucket sums, the clips, and a step of the
- * weights themselves, which nothing in this step reads any more. Through grids it is passed as it is. */
+ * weights themselves, which nothing in this step reads any more. Through grids it is passed as it is. Where weights learn it
+ * is that of all ranks. */
 static besa_result besa__learn_gradient(void *user, int layer, int64_t first, int64_t rows, const void *dw)
 {
     const besa__learning *l = (const besa__learning *)user;
     besa_pruner *p = l->work->pruner;
     int64_t all, columns;
     besa_block_layer(&p->shape, layer, &all, &columns);
+    float *summed = p->acts.dw_sum[layer] ? p->acts.dw_sum[layer] : p->acts.dw; /* dw is the first of it */
+    if (l->weights) BESA__TRY(besa__reduce(p->shares.comm, p->be, summed, rows * columns));
     if (l->rates) BESA__TRY(besa__learn_rates(l->work, layer, first, rows, dw));
     if (besa__moves_clips(p)) BESA__TRY(besa__clips_gradient(&p->quantization, layer, first, rows, (const float *)dw));
     if (!l->weights || p->fixed[layer] == 0) return BESA_OK;
     return besa__weights_move(&p->weights, layer, first * columns, rows * columns, (const float *)dw, l->work->pruned[layer]);
+}
+
+/* A layer's bucket sums are there: with those of the other ranks, while the rest of the backward pass runs. Those of weights
+ * that learn come from gradients of all ranks. */
+static besa_result besa__learn_complete(void *user, int layer)
+{
+    const besa__learning *l = (const besa__learning *)user;
+    besa_pruner *p = l->work->pruner;
+    const besa__rate_layer *rates = &p->rate_layer[layer];
+    if (!l->rates || l->weights || p->fixed[layer] >= 0) return BESA_OK;
+    return besa__reduce_begin(p->shares.comm, p->be, rates->sums, rates->shape.rows * (rates->shape.logits - 1));
+}
+
+/* What else a step needs of all ranks, once its gradients are there; then all that has been begun is done. */
+static besa_result besa__reduce_step(const besa__learning *l, const besa__batch *batch)
+{
+    besa_pruner *p = l->work->pruner;
+    const besa_comm *comm = p->shares.comm;
+    const besa__parameters *clips = &p->quantization.clips;
+    BESA__TRY(besa__reduce_begin(comm, p->be, batch->loss, 1));
+    for (int i = 0; i < BESA_VECTORS; i++)
+        if (p->acts.dvector[i]) BESA__TRY(besa__reduce_begin(comm, p->be, p->acts.dvector[i], p->weights.vector[i].count));
+    if (besa__moves_clips(p) && !l->weights) BESA__TRY(besa__reduce_begin(comm, p->be, clips->grad, clips->step.n));
+    return besa__reduce_end(comm, p->be);
 }
 
 /* The layers whose gradients a pass needs, as bits; those that stay dense are left as they are, but for their clips. */
@@ -6100,8 +6379,9 @@ static besa_result besa__use_gradients(besa_pruner *p, const besa__batch *batch)
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t rows, columns;
         besa_block_layer(&p->shape, i, &rows, &columns);
-        if (p->acts.dw_sum[i] && batch->layers >> i & 1u)
-            BESA__TRY(batch->gradient(batch->user, i, 0, rows, p->acts.dw_sum[i]));
+        if (!p->acts.dw_sum[i] || !(batch->layers >> i & 1u)) continue;
+        BESA__TRY(batch->gradient(batch->user, i, 0, rows, p->acts.dw_sum[i]));
+        if (batch->complete) BESA__TRY(batch->complete(batch->user, i));
     }
     return BESA_OK;
 }
@@ -6130,6 +6410,7 @@ static besa_result besa__learn_step(besa__learning *l, const besa__batch *batch,
     if (besa__moves_clips(p)) BESA__TRY(besa__clips_clear(&p->quantization));
     BESA__TRY(besa__batch_gradient(l->work, batch));
     BESA__TRY(besa__use_gradients(p, batch));
+    BESA__TRY(besa__reduce_step(l, batch));
     if (l->weights) BESA__TRY(besa__vectors_move(&p->weights));
     if (besa__moves_clips(p)) BESA__TRY(besa__clips_step(&p->quantization));
     if (l->rates) BESA__TRY(besa__rates_backward(&p->rates));
@@ -6152,8 +6433,8 @@ static besa_result besa__tell_step(const besa__learning *l, int64_t step, const 
 static besa_result besa__learn(besa__learning *l, besa_error *error)
 {
     besa_pruner *p = l->work->pruner;
-    int64_t size = p->options.batch_size, batches = besa__parts(p->nsamples, size);
-    besa__batch batch = {0, 0, 0, NULL, besa__learned_layers(p, l->weights), besa__learn_gradient, l};
+    int64_t size = p->batch, batches = besa__parts(p->nsamples, size);
+    besa__batch batch = {0, 0, 0, NULL, besa__learned_layers(p, l->weights), besa__learn_gradient, besa__learn_complete, l};
     for (int i = 0; i < BESA_VECTORS; i++) {
         int learns = l->weights && p->weights.vector[i].dense && (i >= BESA_LAYERS || p->fixed[i] != 0);
         p->acts.dvector[i] = learns ? p->weights.vector[i].grad : NULL;
@@ -6184,7 +6465,7 @@ static besa_result besa__gradient_squares(const besa__learning *l, besa_error *e
 {
     besa_pruner *p = l->work->pruner;
     besa_backend *be = p->be;
-    besa__batch batch = {0, 0, -1, besa__step_loss(p, 0), 0, besa__square_gradient, p};
+    besa__batch batch = {0, 0, -1, besa__step_loss(p, 0), 0, besa__square_gradient, NULL, p};
     for (int i = 0; i < BESA_VECTORS; i++) p->acts.dvector[i] = NULL;
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t rows, columns;
@@ -6215,6 +6496,7 @@ static besa_result besa__rank_by_gradients(const besa__learning *l, besa_error *
         besa_block_layer(&p->shape, i, &rows, &columns);
         if (p->fixed[i] >= 0) continue;
         float *factor = p->score_factor[i], exponent = besa__importance_row(p->options.importance)->gradient;
+        BESA__TRY_ON(p->be, besa__reduce(p->shares.comm, p->be, factor, rows * columns), error);
         BESA__TRY_ON(p->be, p->be->power(p->be, factor, factor, exponent, rows * columns), error);
         BESA__TRY_ON(p->be, besa__rank_learned(l->work, i), error);
     }
@@ -6244,7 +6526,7 @@ static besa_result besa__learn_pass(const besa__work *work, besa_error *error)
     for (int i = 0; i < BESA_LAYERS && besa__learns_weights(p); i++)
         BESA__TRY_ON(p->be, besa__weights_reset(&p->weights, i, work->dense->weight[i], work->dense->weight[i]), error);
     if (!besa__learned_layers(p, 0)) l.before = 0;
-    if (l.before) BESA__TRY(besa__rank_by_gradients(&l, error));
+    else if (besa__uses_gradients(&p->options)) BESA__TRY(besa__rank_by_gradients(&l, error));
     if (besa__learned_layers(p, 0)) BESA__TRY_ON(p->be, besa__losses_before(work), error);
     BESA__TRY(besa__learn(&l, error));
     return besa__pass_error(p->be, besa__final_masks(&l), error);
@@ -6299,7 +6581,7 @@ static besa_result besa__commit_pass(const besa__work *work, besa_error *error)
     BESA__TRY_ON(be, besa__put_on_grids(work), error);
     while (besa__walk_next(&walk)) {
         void *x, *yref;
-        int64_t of = walk.first < shown ? shown : p->reference - shown;
+        int64_t of = walk.first < shown ? besa__all_shown(p) : p->all_reference - besa__all_shown(p);
         float *loss = p->losses + (walk.first < shown ? BESA__LOSS_AFTER : BESA__LOSS_REST);
         BESA__TRY_ON(be, besa__work_open(work, &walk, &x, &yref), error);
         BESA__TRY_ON(be, besa__block_forward(be, work->masked, &p->acts, x, x, walk.count, p->seqlen, 0), error);
@@ -6307,6 +6589,7 @@ static besa_result besa__commit_pass(const besa__work *work, besa_error *error)
         BESA__TRY_ON(be, besa__work_close(work, 1, yref), error);
         BESA__TRY(besa__tick(&p->meter, (double)walk.count / (double)p->nsamples, error));
     }
+    BESA__TRY_ON(be, besa__reduce(p->shares.comm, be, p->losses + BESA__LOSS_AFTER, 2), error); /* and BESA__LOSS_REST */
     /* weights that have become infinite lie on a level as all others: they are looked for before that */
     if (work->levels) BESA__TRY_ON(be, besa__count_layers(p, (const void *const *)work->pruned, BESA__WRITTEN), error);
     return besa__pass_error(be, besa__count_layers(p, work->masked->weight, BESA__WRITTEN), error);
@@ -6389,7 +6672,7 @@ static besa_result besa__check_vectors_finite(const besa_pruner *p, const char *
 static besa_result besa__check_sums(const besa_pruner *p, const char *name, besa_error *error)
 {
     const int32_t *bad = p->results->not_finite;
-    int64_t norms = besa__norms(p), batch = p->options.norm_all ? p->reference : p->options.batch_size, n = 0;
+    int64_t norms = besa__norms(p), batch = p->options.norm_all ? p->all_reference : p->options.batch_size, n = 0;
     for (int i = 0; i < BESA__INPUTS; i++)
         if (bad[BESA__COUNT_INPUTS + i] != 0)
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s: the sums of squares of its inputs are not finite in "
@@ -6399,7 +6682,7 @@ static besa_result besa__check_sums(const besa_pruner *p, const char *name, besa
     return besa__fail(error, BESA_ERROR_NOT_FINITE, "%s%s: the channel norms of the reference for sequences %lld .. "
                       "%lld are not finite in the dense pass: activations overflow", name ? name : "the block", name ? "*" : "",
                       (long long)(n * batch),
-                      (long long)besa__min(n * batch + batch, p->reference) - 1);
+                      (long long)besa__min(n * batch + batch, p->all_reference) - 1);
 }
 
 /* One loss, of sequences first .. end-1; when: "in the commit pass". */
@@ -6416,18 +6699,18 @@ static besa_result besa__check_loss(float loss, const char *name, int64_t first,
 static besa_result besa__check_learning(const besa_pruner *p, const char *name, besa_error *error)
 {
     const float *loss = p->results_losses;
-    int64_t shown = besa__shown(p), batch = p->options.batch_size;
+    int64_t shown = besa__all_shown(p), batch = p->options.batch_size, all = p->shares.all;
     BESA__TRY(besa__check_loss(loss[BESA__LOSS_UNIFORM], name, 0, shown, "before learning, with uniform masks", error));
     BESA__TRY(besa__check_loss(loss[BESA__LOSS_BEFORE], name, 0, shown, "before learning, with the first masks", error));
     for (int64_t s = 0; s < p->step_losses; s++) {
         if (besa__is_finite((double)loss[BESA__LOSS_STEP + s])) continue;
         char when[96];
-        int64_t first = s % besa__parts(p->nsamples, batch) * batch, end = besa__min(first + batch, p->nsamples);
+        int64_t first = s % besa__parts(all, batch) * batch, end = besa__min(first + batch, all);
         snprintf(when, sizeof when, "in learning step %lld%s", (long long)s + 1,
                  besa__learns_weights(p) ? " (weight_lr may be too large)" : "");
         if (s + 1 == BESA__STEP_LOSSES) {
             snprintf(when, sizeof when, "in learning step %lld or a later one", (long long)s + 1);
-            first = 0, end = p->nsamples;
+            first = 0, end = all;
         }
         return besa__check_loss(loss[BESA__LOSS_STEP + s], name, first, end, when, error);
     }
@@ -6436,9 +6719,9 @@ static besa_result besa__check_learning(const besa_pruner *p, const char *name, 
 
 static besa_result besa__check_commit(const besa_pruner *p, const char *name, besa_error *error)
 {
-    int64_t shown = besa__shown(p);
+    int64_t shown = besa__all_shown(p);
     BESA__TRY(besa__check_loss(p->results_losses[BESA__LOSS_AFTER], name, 0, shown, "in the commit pass", error));
-    return besa__check_loss(p->results_losses[BESA__LOSS_REST], name, shown, p->reference, "in the commit pass", error);
+    return besa__check_loss(p->results_losses[BESA__LOSS_REST], name, shown, p->all_reference, "in the commit pass", error);
 }
 
 /* ---- the report ---------------------------------------------------------------------------- */
@@ -6468,12 +6751,23 @@ static void besa__report_losses(const besa_pruner *p, besa_block_report *report)
     const float *loss = p->results_losses;
     int learned = 0;
     for (int i = 0; i < BESA_LAYERS; i++) learned |= besa__finds_masks(p) && p->fixed[i] < 0;
-    double shown = (double)besa__shown(p), all = (double)p->reference;
+    double shown = (double)besa__all_shown(p), all = (double)p->all_reference;
     report->loss_after = (double)loss[BESA__LOSS_AFTER];
     report->loss_masks = besa__learns_last(p) ? (double)loss[BESA__LOSS_MASKS] : report->loss_after;
     report->loss_uniform = learned ? (double)loss[BESA__LOSS_UNIFORM] : report->loss_masks;
     report->loss_before = learned ? (double)loss[BESA__LOSS_BEFORE] : report->loss_masks;
     report->loss_all = (shown * report->loss_after + (all - shown) * (double)loss[BESA__LOSS_REST]) / all;
+}
+
+/* Equal sums make equal masks only on equal machines: what came back of a block is the same on all ranks. */
+static besa_result besa__same_results(const besa_pruner *p, besa_error *error)
+{
+    const besa__results *r = p->results;
+    if (!p->shares.comm) return BESA_OK;
+    uint64_t hash = besa__hash(BESA__HASH_START, p->results_counts, 2 * (size_t)p->rows * sizeof *p->results_counts);
+    hash = besa__hash(hash, p->results_losses, (size_t)(BESA__LOSS_STEP + p->step_losses) * sizeof *p->results_losses);
+    hash = besa__hash(hash, r->scalars, sizeof r->scalars);
+    return besa__same(p->shares.comm, hash, "masks or losses", "ranks on equal processors, with the same program and libraries", error);
 }
 
 /* From what has come back to the report, or to what went wrong; the earliest cause counts. */
@@ -6593,6 +6887,7 @@ static besa_result besa__finish_block(besa_pruner *p, const char *name, besa_res
     }
     BESA__TRY(result);
     BESA__TRY(besa__report_block(p, name, report, error));
+    BESA__TRY(besa__same_results(p, error));
     return besa__pass_error(p->be, besa__pass_seconds(p, report->seconds), error);
 }
 
@@ -6617,6 +6912,7 @@ static besa_result besa__pruner_run(besa_pruner *p, const besa_block *block, con
     p->be->error.code = BESA_OK;
     besa__workspace callers = besa__use_workspace(p->be, p->workspace, p->workspace_bytes);
     besa_result result = besa__finish_block(p, name, besa__run_passes(&work, error), report, error);
+    besa__comm_fail(p->options.comm, result, error); /* before the device is waited for: others may have to let go of it */
     if (result != BESA_OK) besa__settle(p->be);
     besa__use_workspace(p->be, callers.memory, callers.bytes);
     return result;
@@ -6642,7 +6938,7 @@ static besa_result besa__pruner_allocate(besa_pruner *p, besa_error *error)
     const char *whose;
     int levels = be->unified_memory || p->options.dense_stream ? 1 : 2;
     BESA__TRY(besa__default_budget(be, &budget, &whose, error));
-    BESA__TRY(besa__fit_budget(&p->micro_batch, besa__pruner_size, levels, p, budget, whose, error));
+    BESA__TRY(besa__fit_ranks(&p->shares, &p->micro_batch, besa__pruner_size, levels, p, budget, whose, error));
     besa__pruner_place(p, &device, &host);
     BESA__TRY(besa__check_size(host.used, "the host's arrays", error));
     BESA__TRY_ON(be, be->alloc(be, &p->memory, (size_t)device.used), error);
@@ -6668,6 +6964,7 @@ BESA_API besa_result besa_pruner_create(besa_pruner **pruner, besa_backend *be, 
     besa_pruner *made = (besa_pruner *)memory;
     besa_result result = besa__pruner_init(made, be, shape, dtype, qk_norm, options, nsamples, seqlen, error);
     if (result == BESA_OK) result = besa__pruner_allocate(made, error);
+    besa__comm_fail(options->comm, result, error);
     if (result != BESA_OK) besa_pruner_destroy(made);
     else *pruner = made;
     return result;
@@ -6681,6 +6978,13 @@ BESA_API void besa_pruner_destroy(besa_pruner *pruner)
     if (pruner->memory) be->free(be, pruner->memory);
     if (pruner->host_memory) be->host_free(be, pruner->host_memory);
     BESA_FREE(pruner);
+}
+
+BESA_API int64_t besa_pruner_sequences(const besa_pruner *pruner) { return pruner->nsamples; }
+
+BESA_API int64_t besa_pruner_sequence(const besa_pruner *pruner, int64_t index)
+{
+    return besa__global_sequence(&pruner->shares, index);
 }
 
 /* Nothing that a block needs is NULL, and pruned weights have memory of their own. */
@@ -9538,15 +9842,16 @@ static const char *besa__journal_line(char **at)
     return line;
 }
 
-/* The words in which two fingerprints differ, as "lr=1 (this run: lr=2)"; both have the same names in the same order. */
-static void besa__name_differences(char *text, size_t size, const char *theirs, const char *ours)
+/* The words in which two fingerprints differ, as "lr=1 (this run: lr=2)", whose: "run"; both have the same names in the same
+ * order. */
+static void besa__name_differences(char *text, size_t size, const char *theirs, const char *ours, const char *whose)
 {
     size_t length = 0;
     while (*theirs || *ours) {
         size_t n = strcspn(theirs, " "), m = strcspn(ours, " ");
         if (n != m || memcmp(theirs, ours, n)) {
-            besa__write_text(text + length, size - length, "%s%.*s (this run: %.*s)", length ? ", " : "", (int)n, theirs,
-                             (int)m, ours);
+            besa__write_text(text + length, size - length, "%s%.*s (this %s: %.*s)", length ? ", " : "", (int)n, theirs,
+                             whose, (int)m, ours);
             length = strlen(text);
         }
         theirs += n + (theirs[n] == ' ');
@@ -9558,7 +9863,7 @@ static void besa__name_differences(char *text, size_t size, const char *theirs, 
 static besa_result besa__other_run(const besa__writer *w, const char *line, const char *run, besa_error *error)
 {
     char what[500] = "another version of the library";
-    if (!strncmp(line, "run ", 4)) besa__name_differences(what, sizeof what, line + 4, run + 4);
+    if (!strncmp(line, "run ", 4)) besa__name_differences(what, sizeof what, line + 4, run + 4, "run");
     else if (strncmp(line, BESA__JOURNAL " ", sizeof BESA__JOURNAL))
         return besa__fail(error, BESA_ERROR_RESUME, "%s: its journal is damaged; remove the directory to start again", w->partial);
     return besa__fail(error, BESA_ERROR_RESUME, "%s: an unfinished run with other options, tokens, checkpoint or "
@@ -11496,8 +11801,9 @@ typedef struct besa__run {
     besa__workspace callers;                    /* the backend's workspace before the run */
     int has_pruner, has_dense, has_test;
     besa_pruner pruner;
-    besa__stream calibration, dense, test;
-    const int32_t *ids, *test_ids;              /* of calibration and dense; of test. Host */
+    besa__stream calibration, dense, test;      /* this rank's sequences */
+    const int32_t *ids, *test_ids;              /* of calibration and dense, all ranks'; of test, this rank's. Host */
+    int64_t windows;                            /* of the test, all ranks' */
     besa__turns turns, test_turns;              /* rope of all sequences; of the test's, where it depends on their length */
     double target;                              /* of the model */
     besa__writer *writer;                       /* NULL: nothing is written */
@@ -11692,6 +11998,7 @@ static besa_result besa__run_test(besa__run *run, const int32_t *ids, int64_t wi
                           "nothing on the way", run->checkpoint->directory, besa__head_name);
     run->has_test = 1;
     run->test_ids = ids;
+    run->windows = windows;
     besa__stream_init(&run->test, run->be, BESA__EVENT_TEST, windows, seqlen, run->config->block.hidden_size);
     run->test.micro_batch = besa__min(windows, besa__max(1, BESA__CHUNK_TOKENS / seqlen));
     int by_length = besa__rope_by_length(&run->config->block.rope) ||
@@ -11736,6 +12043,18 @@ static besa_result besa__run_against(besa__run *run, const besa_reference *again
                       besa__head_name);
 }
 
+/* This rank's share of the test's windows, which may be none. What is held against a reference every rank measures whole. */
+static void besa__run_share_test(besa__run *run)
+{
+    const besa_comm *comm = run->pruner.shares.comm;
+    besa__stream *s = &run->test;
+    if (!comm || run->against) return;
+    s->count = besa__share_of(comm, run->windows);
+    s->micro_batch = besa__min(s->micro_batch, s->count);
+    run->test_ids = run->test_ids ? run->test_ids + besa__share_first(comm, run->windows) * s->seqlen : NULL;
+    run->has_test = s->count > 0;
+}
+
 static besa_result besa__run_calibration(besa__run *run, const besa_calibration *c, const besa_prune_options *options,
                                          besa_error *error)
 {
@@ -11746,17 +12065,19 @@ static besa_result besa__run_calibration(besa__run *run, const besa_calibration 
                                 options, c->nsamples, c->seqlen, error));
     run->pruner.written_dtype = run->model.dtype;
     run->ids = c->ids;
-    besa__stream_init(&run->calibration, run->be, BESA__EVENT_X, c->nsamples, c->seqlen, d);
-    besa__stream_init(&run->dense, run->be, BESA__EVENT_DENSE, c->nsamples, c->seqlen, d);
+    besa__stream_init(&run->calibration, run->be, BESA__EVENT_X, run->pruner.nsamples, c->seqlen, d);
+    besa__stream_init(&run->dense, run->be, BESA__EVENT_DENSE, run->pruner.nsamples, c->seqlen, d);
     run->turns.positions = c->seqlen;
     run->has_dense = besa__uses_own(&run->pruner.options);
     run->target = run->pruner.options.rates.target;
     run->pruner.meter.blocks = run->config->num_hidden_layers;
     if (c->test_windows != 0) BESA__TRY(besa__run_test(run, c->test_ids, c->test_windows, c->test_seqlen, error));
-    return besa__run_against(run, c->against, error);
+    BESA__TRY(besa__run_against(run, c->against, error));
+    besa__run_share_test(run);
+    return BESA_OK;
 }
 
-/* The micro-batch and the level that fit the budget. */
+/* The micro-batch and the level that fit the budget here; besa__run_agree has what fits on all ranks. */
 static besa_result besa__run_fit(besa__run *run, int64_t *micro_batch, size_t budget, besa_error *error)
 {
     const char *whose;
@@ -11765,6 +12086,17 @@ static besa_result besa__run_fit(besa__run *run, int64_t *micro_batch, size_t bu
     BESA__TRY(besa__fit_budget(micro_batch, besa__run_size, besa__levels(run->be), run, budget, whose, error));
     besa__run_place(run, &device, &host);
     return besa__check_size(host.used, "the host's arrays", error);
+}
+
+/* Before memory is taken, as all ranks do at once. */
+static besa_result besa__run_agree(besa__run *run, besa_error *error)
+{
+    besa_pruner *p = &run->pruner;
+    size_t budget = p->options.device_memory;
+    const char *whose;
+    if (!p->shares.comm) return BESA_OK;
+    BESA__TRY(besa__default_budget(run->be, &budget, &whose, error));
+    return besa__fit_ranks(&p->shares, &p->micro_batch, besa__run_size, besa__levels(run->be), run, budget, whose, error);
 }
 
 static besa_result besa__run_allocate(besa__run *run, besa_error *error)
@@ -12316,13 +12648,19 @@ static besa_result besa__embed(besa__run *run, void *x, const int32_t *ids, int6
     return BESA_OK;
 }
 
-static besa_result besa__stream_embed(besa__run *run, besa__stream *s, const int32_t *ids, besa_error *error)
+/* ids: of this rank's sequences; with shares, those of all ranks. */
+static besa_result besa__stream_embed(besa__run *run, besa__stream *s, const int32_t *ids, const besa__shares *shares,
+                                      besa_error *error)
 {
     besa__walk walk = besa__stream_walk(s, -1);
     while (besa__walk_next(&walk)) {
         void *x;
         BESA__TRY_ON(run->be, besa__stream_begin(s, &walk, &x), error);
-        BESA__TRY(besa__embed(run, x, ids + walk.first * s->seqlen, walk.count * s->seqlen, error));
+        for (int64_t i = 0, count; i < walk.count; i += count) {
+            int64_t first = walk.first + i, from = shares ? besa__global_sequence(shares, first) : first;
+            count = besa__min(walk.count - i, shares && shares->comm ? besa__following(shares, first) : walk.count);
+            BESA__TRY(besa__embed(run, besa__stream_at(s, x, i), ids + from * s->seqlen, count * s->seqlen, error));
+        }
         BESA__TRY_ON(run->be, besa__stream_close(s, 1), error);
     }
     return BESA_OK;
@@ -12457,29 +12795,67 @@ static besa_result besa__head_pass(besa__run *run, float *out, besa_error *error
     return BESA_OK;
 }
 
-/* exp of the mean over windows; nll (windows), `stride` doubles from one to the next, may be NULL. */
-static besa_result besa__test_perplexity(besa__run *run, double *perplexity, double *nll, int stride, besa_error *error)
+/* The negative log-likelihoods of this rank's windows, summed over the tokens of each, to run->staging. */
+static besa_result besa__own_windows(besa__run *run, besa_error *error)
 {
     besa_backend *be = run->be;
     const besa__stream *s = &run->test;
-    double sum = 0, *window = (double *)run->staging;
+    if (!run->has_test) return BESA_OK;
     BESA__TRY(besa__head_pass(run, NULL, error));
     besa_result result = be->nll_sum(be, run->nll_sums, run->nll_state, run->targets, s->count, s->seqlen);
     if (result == BESA_OK)
-        result = be->download(be, BESA_QUEUE_COMPUTE, window, run->nll_sums, (size_t)s->count * sizeof(double));
+        result = be->download(be, BESA_QUEUE_COMPUTE, run->staging, run->nll_sums, (size_t)s->count * sizeof(double));
     if (result == BESA_OK) result = be->synchronize(be, BESA_QUEUE_COMPUTE);
-    BESA__TRY_ON(be, result, error);
-    for (int64_t i = 0; i < s->count; i++) {
-        double mean = window[i] / (double)(s->seqlen - 1);
+    return besa__pass_error(be, result, error);
+}
+
+/* The comm where ranks have a share of the windows each. */
+static const besa_comm *besa__test_comm(const besa__run *run) { return run->against ? NULL : run->pruner.shares.comm; }
+
+/* Those of all ranks, (windows), in the order of the text; in one process window is run->staging. */
+static besa_result besa__all_windows(besa__run *run, double *window, besa_error *error)
+{
+    const besa_comm *comm = besa__test_comm(run);
+    BESA__TRY(besa__own_windows(run, error));
+    if (comm) memcpy(window + besa__share_first(comm, run->windows), run->staging, (size_t)run->test.count * sizeof *window);
+    for (int root = 0; comm && root < comm->size; root++) {
+        besa_comm theirs = *comm;
+        theirs.rank = root;
+        BESA__TRY(besa__broadcast(comm, window + besa__share_first(&theirs, run->windows),
+                                  (size_t)besa__share_of(&theirs, run->windows) * sizeof *window, root, error));
+    }
+    return BESA_OK;
+}
+
+/* exp of the mean over windows; nll (windows), `stride` doubles from one to the next, may be NULL. */
+static besa_result besa__mean_windows(const besa__run *run, const double *window, double *perplexity, double *nll, int stride,
+                                      besa_error *error)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < run->windows; i++) {
+        double mean = window[i] / (double)(run->test.seqlen - 1);
         if (!besa__is_finite(mean))
             return besa__fail(error, BESA_ERROR_NOT_FINITE, "the log-likelihood of window %lld is %g", (long long)i, mean);
         sum += mean;
         if (nll) nll[i * stride] = mean;
     }
-    *perplexity = exp(sum / (double)s->count);
+    *perplexity = exp(sum / (double)run->windows);
     if (besa__is_finite(*perplexity)) return BESA_OK;
     return besa__fail(error, BESA_ERROR_NOT_FINITE, "the perplexity overflows: mean negative log-likelihood is %g",
-                      sum / (double)s->count);
+                      sum / (double)run->windows);
+}
+
+static besa_result besa__test_perplexity(besa__run *run, double *perplexity, double *nll, int stride, besa_error *error)
+{
+    void *window = run->staging, *all = NULL;
+    if (besa__test_comm(run)) {
+        BESA__TRY(besa__malloc(&all, besa__bytes(run->windows, sizeof(double)), "the windows' log-likelihoods", error));
+        window = all;
+    }
+    besa_result result = besa__all_windows(run, (double *)window, error);
+    if (result == BESA_OK) result = besa__mean_windows(run, (const double *)window, perplexity, nll, stride, error);
+    BESA_FREE(all);
+    return result;
 }
 
 /* KL(P || Q) = sum p (P - Q) - log sum exp P + log sum exp Q of one position, from its states; rounding does not leave it
@@ -12541,7 +12917,7 @@ static besa_result besa__run_test_blocks(besa__run *run, besa_progress_callback 
     meter.cost = meter.pass_cost = 1;
     meter.start = meter.began = besa__seconds();
     BESA__TRY(besa__load_rope(run, error));
-    BESA__TRY(besa__stream_embed(run, &run->test, run->test_ids, error));
+    BESA__TRY(besa__stream_embed(run, &run->test, run->test_ids, NULL, error));
     for (int64_t i = 0; i < run->config->num_hidden_layers; i++) {
         besa_block block;
         double seconds;
@@ -12922,10 +13298,10 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
         besa__add_option(line, size, o, besa__option_get(o, (const unsigned char *)&used + o->offset));
     size_t length = strlen(line);
     besa__write_text(line + length, size - length, " fixed=%016llx backend=%s activations=%d micro-batch=%lld "
-                     "sequences=%lldx%lld tokens=%016llx checkpoint=%016llx", (unsigned long long)fixed, backend,
+                     "sequences=%lldx%lld tokens=%016llx checkpoint=%016llx processes=%d", (unsigned long long)fixed, backend,
                      (int)run->be->activation_dtype, (long long)run->pruner.micro_batch, (long long)c->nsamples,
                      (long long)c->seqlen, (unsigned long long)ids,
-                     (unsigned long long)besa__source_hash(run->checkpoint));
+                     (unsigned long long)besa__source_hash(run->checkpoint), besa__ranks(run->pruner.shares.comm));
 }
 
 /* Masks of some weights of a layer, from number `first` on, as weights of `to_size` bytes, 0 or not. */
@@ -12969,6 +13345,14 @@ static besa_result besa__read_masks(besa__run *run, int64_t index, besa_error *e
     return BESA_OK;
 }
 
+/* Bytes of a finished block's tensor out of the unfinished output, which rank 0 has, to memory of the host. */
+static besa_result besa__read_finished(besa__run *run, const besa_tensor *tensor, void *memory, size_t at, size_t size,
+                                       besa_error *error)
+{
+    if (run->writer) BESA__TRY(besa__writer_read(run->writer, tensor, memory, at, size, error));
+    return besa__broadcast(run->pruner.shares.comm, memory, size, 0, error);
+}
+
 /* Weights of a finished block, from the unfinished output to the device. */
 static besa_result besa__read_pruned(besa__run *run, int64_t index, besa_error *error)
 {
@@ -12981,7 +13365,7 @@ static besa_result besa__read_pruned(besa__run *run, int64_t index, besa_error *
         size_t piece = slot ? besa__piece_bytes(run) : t.weight[i]->bytes;
         for (size_t at = 0, size; at < t.weight[i]->bytes; at += size) {
             size = t.weight[i]->bytes - at < piece ? t.weight[i]->bytes - at : piece;
-            BESA__TRY(besa__writer_read(run->writer, t.weight[i], slot ? slot : to, at, size, error));
+            BESA__TRY(besa__read_finished(run, t.weight[i], slot ? slot : to, at, size, error));
             if (!slot) continue;
             if (run->dtype != run->model.dtype) besa__halves_in(slot, slot, size);
             besa_result result = be->upload(be, BESA_QUEUE_COMPUTE, to + at, slot, size);
@@ -13005,7 +13389,7 @@ static besa_result besa__read_vectors(besa__run *run, int64_t index, besa_block 
         besa_tensor written = *t.vector[i];
         size_t bytes = (size_t)vector[i].count * sizeof(float);
         unsigned char *end = (unsigned char *)at + (bytes - written.bytes); /* read there, the bytes lie ahead of the floats */
-        BESA__TRY(besa__writer_read(run->writer, &written, end, 0, written.bytes, error));
+        BESA__TRY(besa__read_finished(run, &written, end, 0, written.bytes, error));
         written.data = end;
         BESA__TRY(besa__tensor_floats(at, &written, 0, vector[i].count, error));
         for (int64_t k = 0; k < vector[i].count && besa__norm_offset(run, i) != 0.0f; k++) at[k] += besa__norm_offset(run, i);
@@ -13038,12 +13422,14 @@ static besa_result besa__report_reloaded(besa__run *run, int64_t index, int know
 {
     besa_pruner *p = &run->pruner;
     const void *written[BESA_LAYERS];
-    double *figure[BESA__FIGURES];
+    double *figure[BESA__FIGURES], value[BESA__FIGURES];
     memset(report, 0, sizeof *report);
     besa__block_figures(report, figure);
-    known = known && !run->writer->is_ready;
-    for (int i = 0; i < BESA__FIGURES; i++) *figure[i] = (double)NAN;
-    for (int i = 0; i < BESA__FIGURES && known; i++) memcpy(figure[i], &run->writer->finished[index].figure[i], sizeof(double));
+    int in_journal = known && run->writer && !run->writer->is_ready; /* which rank 0 has */
+    for (int i = 0; i < BESA__FIGURES; i++) value[i] = (double)NAN;
+    for (int i = 0; i < BESA__FIGURES && in_journal; i++) memcpy(&value[i], &run->writer->finished[index].figure[i], sizeof(double));
+    if (known) BESA__TRY(besa__broadcast(run->pruner.shares.comm, value, sizeof value, 0, error));
+    for (int i = 0; i < BESA__FIGURES; i++) *figure[i] = value[i];
     for (int i = 0; i < BESA_LAYERS; i++) written[i] = pruned[i];
     besa_result result = besa__clear_sums(p);
     if (result == BESA_OK) result = besa__count_layers(p, block->weight, BESA__DENSE);
@@ -13246,6 +13632,7 @@ static void besa__report_options(const besa__run *run, besa_report *report)
     o->block_targets = NULL;
     o->masks = NULL;
     o->preset = NULL;
+    o->comm = NULL;
     o->progress = NULL;
     o->step = NULL;
     o->card = NULL;
@@ -13291,9 +13678,10 @@ static void besa__add_block(const besa__run *run, besa_error *error, int64_t ind
 static besa_result besa__run_prune(besa__run *run, int64_t done, besa_report *report, besa_error *error)
 {
     BESA__TRY(besa__load_rope(run, error));
-    BESA__TRY(besa__stream_embed(run, &run->calibration, run->ids, error));
-    if (run->has_dense) BESA__TRY(besa__stream_embed(run, &run->dense, run->ids, error));
-    if (run->has_test) BESA__TRY(besa__stream_embed(run, &run->test, run->test_ids, error));
+    const besa__shares *shares = &run->pruner.shares;
+    BESA__TRY(besa__stream_embed(run, &run->calibration, run->ids, shares, error));
+    if (run->has_dense) BESA__TRY(besa__stream_embed(run, &run->dense, run->ids, shares, error));
+    if (run->has_test) BESA__TRY(besa__stream_embed(run, &run->test, run->test_ids, NULL, error));
     run->pruner.meter.first_block = done;
     run->pruner.meter.meanwhile = besa__run_share;
     run->pruner.meter.run = run;
@@ -13306,7 +13694,7 @@ static besa_result besa__run_prune(besa__run *run, int64_t done, besa_report *re
         BESA__TRY(result);
     }
     BESA__TRY(besa__out_finish(run, report, error));
-    return run->has_test ? besa__test_windows(run, &report->perplexity, report->window, report->kl, error) : BESA_OK;
+    return run->windows ? besa__test_windows(run, &report->perplexity, report->window, report->kl, error) : BESA_OK;
 }
 
 /* Which blocks have codes. */
@@ -13317,27 +13705,44 @@ static besa__codes_shape besa__run_codes(const besa__run *run)
     return codes;
 }
 
-/* Once memory is there: open the output, run, and close the output as the result asks. */
+/* All ranks run with the same arguments as rank 0; line (BESA__LINE): this one's. */
+static besa_result besa__same_arguments(const besa_comm *comm, const char *line, besa_error *error)
+{
+    char first[BESA__LINE] = "", what[500];
+    besa__write_text(first, sizeof first, "%s", line);
+    BESA__TRY(besa__broadcast(comm, first, sizeof first, 0, error));
+    if (!strcmp(first, line)) return BESA_OK;
+    besa__name_differences(what, sizeof what, first, line, "rank");
+    return besa__fail(error, BESA_ERROR_COMM, "rank %d has other arguments, tokens or files than rank 0: %s. Expected the same; "
+                      "copies of a checkpoint need the times of the original (cp -p, rsync -a)", comm->rank, what);
+}
+
+/* Once memory is there: open the output, run, and close the output as the result asks. Rank 0 has the output, and all end when
+ * it is complete. */
 static besa_result besa__prune_into(besa__run *run, const char *output, const besa_calibration *calibration,
                                     besa_report *report, besa_error *error)
 {
+    const besa_comm *comm = run->pruner.shares.comm;
     int64_t done = 0, blocks = run->config->num_hidden_layers;
-    char fingerprint[BESA__LINE - 64];
+    char fingerprint[BESA__LINE - 64], complete = 1;
     besa__note_settings(run, &report->notes);
-    if (output) {
-        besa__fingerprint(fingerprint, sizeof fingerprint, run, calibration);
+    if (output || comm) besa__fingerprint(fingerprint, sizeof fingerprint, run, calibration);
+    if (comm) BESA__TRY(besa__same_arguments(comm, fingerprint, error));
+    if (output && (!comm || comm->rank == 0)) {
         besa__codes_shape codes = besa__run_codes(run);
         BESA__TRY(besa__writer_open(&run->writer, run->checkpoint, output, fingerprint, blocks, besa__learns_vectors(&run->pruner),
                                     codes.bits ? &codes : NULL, &done, &report->notes, error));
     }
+    besa_result result = besa__broadcast(comm, &done, sizeof done, 0, error);
     report->resumed_blocks = done;
-    besa_result result = besa__run_prune(run, done, report, error);
+    if (result == BESA_OK) result = besa__run_prune(run, done, report, error);
     besa__background_stop(&run->background); /* the writer is this thread's again */
     if (result == BESA_OK) result = besa__report_run(run, calibration, report, error);
-    if (!run->writer) return result;
-    if (result == BESA_OK) return besa__writer_finish(run->writer, error);
-    besa__writer_abandon(run->writer, error); /* finished blocks are kept */
-    return result;
+    if (result == BESA_OK && comm) result = comm->barrier(comm->user, error);
+    besa__comm_fail(comm, result, error);
+    if (run->writer && result == BESA_OK) result = besa__writer_finish(run->writer, error);
+    else besa__writer_abandon(run->writer, error); /* finished blocks are kept */
+    return result == BESA_OK ? besa__broadcast(comm, &complete, 1, 0, error) : result;
 }
 
 /* A fixed rate that matches no layer is a slip of the pen. */
@@ -13397,14 +13802,24 @@ static besa_result besa__report_allocate(besa_report *report, const besa__run *r
     report->num_blocks = run->config->num_hidden_layers;
     BESA__TRY(besa__report_array(&array, report->num_blocks, sizeof *report->block, error));
     report->block = (besa_block_report *)array;
-    if (!run->has_test) return BESA_OK;
-    report->test_windows = run->test.count;
+    if (!run->windows) return BESA_OK;
+    report->test_windows = run->windows;
     BESA__TRY(besa__report_array(&array, report->test_windows, sizeof *report->window, error));
     report->window = (besa_window *)array;
     if (!run->against) return BESA_OK;
     BESA__TRY(besa__report_array(&array, report->test_windows * (run->test.seqlen - 1), sizeof *report->kl, error));
     report->kl = (float *)array;
     return BESA_OK;
+}
+
+/* What is known to be wrong before memory is taken. */
+static besa_result besa__prune_check(besa__run *run, const besa_calibration *calibration, besa_error *error)
+{
+    BESA__TRY(besa__check_ids(run, run->ids, calibration->nsamples * calibration->seqlen, "calibration", error));
+    if (run->windows) BESA__TRY(besa__check_ids(run, calibration->test_ids, run->windows * run->test.seqlen, "test", error));
+    BESA__TRY(besa__check_reference(run->against, error));
+    BESA__TRY(besa__check_copied(run, error));
+    return besa__run_agree(run, error);
 }
 
 BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *output, besa_backend *be,
@@ -13417,16 +13832,12 @@ BESA_API besa_result besa_prune(const besa_checkpoint *checkpoint, const char *o
     if (!report) report = &local;
     memset(report, 0, sizeof *report);
     besa_result result = besa__prune_start(&run, checkpoint, be, calibration, options, error);
-    if (result == BESA_OK)
-        result = besa__check_ids(&run, run.ids, calibration->nsamples * calibration->seqlen, "calibration", error);
-    if (result == BESA_OK && run.has_test)
-        result = besa__check_ids(&run, run.test_ids, run.test.count * run.test.seqlen, "test", error);
-    if (result == BESA_OK) result = besa__check_reference(run.against, error);
-    if (result == BESA_OK) result = besa__check_copied(&run, error);
+    if (result == BESA_OK) result = besa__prune_check(&run, calibration, error);
     if (result == BESA_OK) result = besa__run_allocate(&run, error);
     if (result == BESA_OK) result = besa__report_allocate(report, &run, error);
     if (result == BESA_OK) result = besa__prune_into(&run, output, calibration, report, error);
     if (result == BESA_OK) report->seconds = besa__seconds() - start;
+    besa__comm_fail(options->comm, result, error);
     besa__run_close(&run);
     if (result != BESA_OK || report == &local) besa_report_free(report);
     return result;
@@ -13486,6 +13897,31 @@ static void besa__plan_flop(const besa__run *run, besa_plan_result *plan)
     for (int i = 0; i < BESA_PASS_COUNT; i++) plan->flop += pass[i];
 }
 
+/* Bytes that section comm's list has of a run: statistics of every block that is pruned, and of every step the bucket sums, or
+ * the gradient where weights learn. */
+static double besa__plan_reduced(const besa__run *run)
+{
+    const besa_pruner *p = &run->pruner;
+    const besa_prune_options *o = &p->options;
+    double weights = 0, sums = 0, floats = 0, batches = (double)besa__parts(p->shares.all, o->batch_size);
+    for (int i = 0; i < BESA__INPUTS; i++) {
+        double columns = (double)besa__input_columns(&p->shape, i);
+        floats += (besa__uses_gram(o) ? columns * columns : 0) + (besa__uses_sums(o) ? columns : 0);
+    }
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        weights += (double)rows * (double)columns;
+        sums += (double)rows * (double)o->rates.candidates;
+        if (besa__learns(p) && o->granularity == BESA_GRANULARITY_LAYER) floats += (double)besa__norms(p) * (double)rows;
+    }
+    if (besa__learns(p)) floats += (double)besa__norms(p) * (double)p->shape.hidden_size;
+    if (besa__uses_gradients(o)) floats += weights;
+    floats += (double)besa__mask_epochs(p) * batches * (o->learn == BESA_LEARN_BOTH ? weights : besa__learns_rates(p) ? sums : 0);
+    if (besa__learns_last(p) && besa__learns_weights(p)) floats += (double)o->weight_epochs * batches * weights;
+    return p->shares.comm ? 4 * floats * (double)(besa__end_block(run) - besa__first_block(run)) : 0;
+}
+
 /* Pages of the checkpoint that are resident at a time, at most: a block's weights; for embedding, a row of each token of a
  * chunk, each with the pages around it; for the head, a chunk of rows. */
 static size_t besa__plan_mapped(const besa__run *run)
@@ -13536,6 +13972,7 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
         plan->micro_batch = run.pruner.micro_batch;
         if (run.against) plan->reference_bytes = besa__reference_bytes(&run);
         besa__plan_flop(&run, plan);
+        plan->reduced_bytes = besa__plan_reduced(&run);
         plan->mapped_block_bytes = besa__plan_mapped(&run);
         for (int64_t i = 0; i < checkpoint->num_shards; i++) plan->disk_bytes += checkpoint->shards[i].size;
         besa__codes_shape codes = besa__run_codes(&run);
@@ -13625,7 +14062,7 @@ static besa_result besa__outlier_pass(besa__run *run, const besa_block *block, b
         BESA__TRY_ON(p->be, besa__stream_close(&run->calibration, 1), error);
         BESA__TRY(besa__tick(&p->meter, (double)walk.count / (double)p->nsamples, error));
     }
-    return BESA_OK;
+    return besa__pass_error(p->be, besa__reduce_statistics(p), error);
 }
 
 /* All blocks to the last that is pruned; while one computes, the next comes in. */
@@ -13639,7 +14076,7 @@ static besa_result besa__run_outliers(besa__run *run, double threshold, double *
     meter->meanwhile = besa__run_share;
     meter->run = run;
     BESA__TRY(besa__load_rope(run, error));
-    BESA__TRY(besa__stream_embed(run, &run->calibration, run->ids, error));
+    BESA__TRY(besa__stream_embed(run, &run->calibration, run->ids, &run->pruner.shares, error));
     for (int64_t i = 0; i < end; i++) {
         besa_block block;
         char name[64];
@@ -13675,6 +14112,7 @@ static besa_result besa__outlier_options(besa_prune_options *o, const besa_prune
     o->fixed = given->fixed;
     o->num_fixed = given->num_fixed;
     o->device_memory = given->device_memory;
+    o->comm = given->comm;
     o->progress = given->progress;
     o->user = given->user;
     return BESA_OK;
@@ -13695,8 +14133,10 @@ BESA_API besa_result besa_outliers(const besa_checkpoint *checkpoint, besa_backe
                           threshold);
     besa_result result = besa__prune_start(&run, checkpoint, be, &data, &used, error);
     if (result == BESA_OK) result = besa__check_ids(&run, run.ids, data.nsamples * data.seqlen, "calibration", error);
+    if (result == BESA_OK) result = besa__run_agree(&run, error);
     if (result == BESA_OK) result = besa__run_allocate(&run, error);
     if (result == BESA_OK) result = besa__run_outliers(&run, threshold, shares, error);
+    besa__comm_fail(options->comm, result, error);
     besa__run_close(&run);
     return result;
 }

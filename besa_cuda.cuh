@@ -3899,4 +3899,6 @@ BESA_API besa_result besa_cuda_backend(besa_backend *be, const besa_cuda_options
     return result;
 }
 
+BESA_API void *besa_cuda_stream(const besa_backend *be, besa_queue queue) { return besa__cuda_of(be)->stream[queue]; }
+
 #endif /* BESA_CUDA_CUH */

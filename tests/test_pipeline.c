@@ -3212,7 +3212,7 @@ static const struct option_case {
     /* not by a number: the test has cases of their own for these, and callbacks decide nothing */
     FIELD(method, -1, 0), FIELD(pattern_n, -1, 0), FIELD(pattern_m, -1, 0), FIELD(fixed, -1, 0), FIELD(num_fixed, -1, 0),
     FIELD(block_targets, -1, 0), FIELD(num_block_targets, -1, 0), FIELD(masks, -1, 0),
-    FIELD(progress, -1, 0), FIELD(step, -1, 0), FIELD(card, -1, 0), FIELD(user, -1, 0), FIELD(preset, -1, 0)
+    FIELD(comm, -1, 0), FIELD(progress, -1, 0), FIELD(step, -1, 0), FIELD(card, -1, 0), FIELD(user, -1, 0), FIELD(preset, -1, 0)
 };
 
 static void set_option(besa_prune_options *options, const struct option_case *c)

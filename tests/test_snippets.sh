@@ -41,7 +41,7 @@ fields() { sed -n "/^typedef struct $1 {/,/^} $1;/p" "$header" | sed '1d;$d; s,/
 # Every option has a row in the table, but for pointers, callbacks, and what is about memory alone.
 missing=""
 for field in $(fields besa_rate_options) $(fields besa_prune_options); do
-    case $field in rates|fixed|masks|block_targets|device_memory|progress|step|card|user|preset) continue ;; esac
+    case $field in rates|fixed|masks|block_targets|device_memory|comm|progress|step|card|user|preset) continue ;; esac
     grep -q "BESA__\(RATE\|PRUNE\)([A-Z0-9]*, $field)" "$header" || missing="$missing $field"
 done
 [ "$(fields besa_prune_options | wc -l)" -gt 12 ] && [ -z "$missing" ]
