@@ -21,6 +21,12 @@
 
 #include "options.h"
 #include "card.h"
+#ifdef BESA_WITH_PROCESSES /* `make mpi`, `make nccl`: several processes work on one run */
+#include "processes.h"
+#else
+static const besa_comm *besa_processes_begin(int *device) { return *device = 0, NULL; }
+static int besa_processes_end(int status) { return status; }
+#endif
 
 #define TRY(call)                                                                                  \
     do {                                                                                           \
@@ -185,6 +191,7 @@ struct job {
     settings *s;
     besa_checkpoint *checkpoint, *masks; /* masks: NULL without --masks */
     besa_backend backend;
+    const besa_comm *comm; /* NULL: one process */
     besa_calibration calibration;
     int32_t *ids, *test_ids;
     int64_t ids_seed;            /* that ids were drawn by */
@@ -322,9 +329,13 @@ static void close_job(job *j)
     free(j->card);
 }
 
+/* One process, or rank 0 of several: it alone prints and writes. */
+static int is_first(const job *j) { return !j->comm || j->comm->rank == 0; }
+
 /* Masks are for the method that keeps them alone: a comparison may have others beside it. */
 static void take_masks(job *j)
 {
+    j->s->prune.comm = j->comm;
     j->s->prune.masks = j->s->prune.method == BESA_METHOD_KEEP ? j->masks : NULL;
 }
 
@@ -345,6 +356,7 @@ static besa_result find_outliers(job *j)
     settings *s = j->s;
     progress_view view = begin_progress(s, "outliers");
     if (!s->owl) return BESA_OK;
+    s->prune.comm = j->comm;
     s->prune.progress = show_progress;
     s->prune.user = &view;
     besa_result result = besa_outliers(j->checkpoint, &j->backend, &j->calibration, &s->prune, s->owl_threshold, j->outliers,
@@ -403,7 +415,7 @@ static besa_result make_plan(job *j, besa_plan_result *p)
 static besa_result print_notes(job *j, const char *label, const char *said, besa_plan_result *p)
 {
     TRY(make_plan(j, p));
-    if (p->notes[0] && strcmp(p->notes, said)) fprintf(stderr, "%s: %s", label, p->notes);
+    if (p->notes[0] && strcmp(p->notes, said) && is_first(j)) fprintf(stderr, "%s: %s", label, p->notes);
     return BESA_OK;
 }
 
@@ -581,7 +593,10 @@ static besa_result run_plan(job *j)
     }
     printf("        %10s  of the mapped checkpoint at a time\n", with_unit((double)p.mapped_block_bytes, "B").s);
     printf("disk    %10s  for the pruned checkpoint\n", with_unit((double)p.disk_bytes, "B").s);
-    printf("work    %10s  in matrix products\n%s", with_unit(p.flop, "FLOP").s, p.notes);
+    printf("work    %10s  in matrix products\n", with_unit(p.flop, "FLOP").s);
+    if (j->comm && j->comm->size > 1)
+        printf("sums    %10s  over %d processes; all this is the first one's\n", with_unit(p.reduced_bytes, "B").s, j->comm->size);
+    printf("%s", p.notes);
     return BESA_OK;
 }
 
@@ -717,27 +732,57 @@ static const command commands[] = {
     {NULL, 0, 0, 0, NULL, NULL, NULL, NULL},
 };
 
+/* Where several processes run one command: what each has for itself. */
+static void begin_processes(job *j)
+{
+    int device;
+    j->comm = besa_processes_begin(&device);
+    if (j->s->cuda) j->s->gpu.device += device;
+    if (is_first(j)) return;
+    j->s->quiet = 1;
+    j->s->report = j->s->trace = j->s->rates = j->s->save_masks = NULL;
+    if (!freopen("/dev/null", "w", stdout)) fclose(stdout);
+}
+
+/* What ends all is told once: by the rank where it happened, and by the first. */
+static int is_told(const job *j, besa_result result)
+{
+    return !is_first(j) && (result == BESA_ERROR_COMM || result == BESA_ERROR_OPTION || result == BESA_ERROR_CANCELLED);
+}
+
+static besa_result check_processes(job *j)
+{
+    if (!j->comm || j->comm->size == 1 || j->s->command->bit != COMPARE) return BESA_OK;
+    snprintf(j->error.message, sizeof j->error.message, "compare runs in one process; several can prune, one method at a time");
+    return BESA_ERROR_OPTION;
+}
+
 static int run_command(settings *s)
 {
     job j;
     memset(&j, 0, sizeof j);
     j.s = s;
+    begin_processes(&j);
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
-    besa_result result = open_job(&j);
-    if (!result) result = s->command->run(&j);
+    besa_result result = check_processes(&j);
+    if (!result && (is_first(&j) || s->command->bit & ONE)) result = open_job(&j); /* eval and info are the first one's */
+    if (!result && j.checkpoint) result = s->command->run(&j);
+    if (result && j.comm) j.comm->fail(j.comm->user, &j.error);
     close_job(&j);
-    if (result == BESA_OK) return 0;
+    if (result == BESA_OK) return besa_processes_end(0);
+    if (is_told(&j, result)) return besa_processes_end(1);
     if (result == BESA_ERROR_CANCELLED) {
         fprintf(stderr, "besa %s: stopped%s\n", s->command->name,
                 s->command->bit == PRUNE ? "; the same command goes on after the blocks that are done" :
                 s->resume || s->json_file ? "; --resume with this FILE goes on after the runs that are done" : "");
-        return 130;
+        return besa_processes_end(130);
     }
     fprintf(stderr, "besa %s: ", s->command->name);
     print_text(stderr, j.error.message[0] ? j.error.message : besa_result_string(result));
+    if (j.comm && result != BESA_ERROR_COMM) fprintf(stderr, " (rank %d)", j.comm->rank);
     fprintf(stderr, "\n");
-    return 1;
+    return besa_processes_end(1);
 }
 
 /* The command, or help; the exit status. */
