@@ -378,6 +378,21 @@ def numbers(text):
             if line.strip() and not any(c.isalpha() and c != "e" for c in line)]
 
 
+def check_distributed(besa, repository, stories, work):
+    name = "torch_distributed.py prunes in two processes as one does"
+    if missing("torch"):
+        return print(f"SKIP {name}: no torch")
+    tokens, test = stories / "calibration_tokens.npy", stories / "test_tokens.npy"
+    found = run("-m", "torch.distributed.run", "--nproc-per-node", "2", repository / "examples/python/torch_distributed.py", stories,
+                work / "distributed", "--tokens", tokens, "--test", test, "nsamples=24", "seqlen=32", "batch_size=4", "windows=5",
+                "test_seqlen=64", "threads=1")
+    report = besa.prune(stories, None, tokens, test=test, nsamples=24, seqlen=32, batch_size=4, windows=5, test_seqlen=64,
+                        progress=False)
+    value = found.stdout.split("perplexity ")[-1].strip()
+    near = found.returncode == 0 and abs(float(value) / report["perplexity"] - 1) < 3e-3
+    verdict(name, (near, "" if near else found.stdout + found.stderr[-3000:]), (True, ""))
+
+
 def check_by_hand(repository):
     if missing("numpy"):
         return print("SKIP besa_by_hand.py: no numpy")
@@ -411,6 +426,7 @@ def main():
             check_stopping(besa, stories, work)
             check_rates(besa)
             check_torch(besa, repository, stories, work)
+            check_distributed(besa, repository, stories, work)
     sys.exit(bool(FAILED))
 
 

@@ -120,6 +120,40 @@ def besa_python_step(user, step):
     return lib.BESA_OK
 
 
+# ---- several processes ---------------------------------------------------------------------
+
+def _meet(user, error, call: Callable[[Any], None]) -> int:
+    """A call of a comm; what it raises becomes the library's error."""
+    try:
+        call(ffi.from_handle(user))
+        return lib.BESA_OK
+    except BaseException as problem:
+        if error:
+            error.code = lib.BESA_ERROR_COMM
+            error.message = (str(problem) or type(problem).__name__).encode()[:1000]
+        return lib.BESA_ERROR_COMM
+
+
+@ffi.def_extern(error=lib.BESA_ERROR_COMM)
+def besa_python_reduce(user, be, q, data, count, error):
+    return _meet(user, error, lambda comm: comm.reduce(np.frombuffer(ffi.buffer(data, 4 * count), np.float32)))
+
+
+@ffi.def_extern(error=lib.BESA_ERROR_COMM)
+def besa_python_broadcast(user, data, size, root, error):
+    return _meet(user, error, lambda comm: comm.broadcast(np.frombuffer(ffi.buffer(data, size), np.uint8), root))
+
+
+@ffi.def_extern(error=lib.BESA_ERROR_COMM)
+def besa_python_barrier(user, error):
+    return _meet(user, error, lambda comm: comm.barrier())
+
+
+@ffi.def_extern()
+def besa_python_fail(user, error):
+    _meet(user, ffi.NULL, lambda comm: comm.fail(_text(error.message)))
+
+
 # ---- options -------------------------------------------------------------------------------
 
 def _rows() -> Iterator[Any]:
@@ -177,7 +211,7 @@ class _Options:
 
     def __init__(self, preset: Optional[str] = None, sparsity: Optional[float] = None, pattern=None,
                  fixed: Optional[Mapping[str, float]] = None, skip: Iterable[str] = (), masks: Optional[Path] = None,
-                 block_targets: Optional[Sequence[float]] = None, memory: int = 0, **keywords: Any):
+                 block_targets: Optional[Sequence[float]] = None, memory: int = 0, comm: Any = None, **keywords: Any):
         struct = self.struct = ffi.new("besa_prune_options *")
         if preset is not None:
             _call(lib.besa_preset, struct, preset.encode())
@@ -197,6 +231,12 @@ class _Options:
             self.targets = ffi.new("double[]", [float(x) for x in block_targets])
             struct.block_targets, struct.num_block_targets = self.targets, len(self.targets)
         struct.device_memory = memory
+        if comm is not None:
+            self.handle = ffi.new_handle(comm)
+            self.comm = ffi.new("besa_comm *", {"rank": comm.rank, "size": comm.size, "user": self.handle,
+                                                "reduce": lib.besa_python_reduce, "broadcast": lib.besa_python_broadcast,
+                                                "barrier": lib.besa_python_barrier, "fail": lib.besa_python_fail})
+            struct.comm = self.comm
 
     def bind(self, model: "_Checkpoint") -> "_Options":
         """Open what depends on the model: masks, a checkpoint or a file of save_masks."""
@@ -331,7 +371,10 @@ def prune(source: Path, output: Optional[Path], tokens: Tokens, *, sparsity: Opt
                 learning step; None: there are no rates, or what that is about does not learn in it
     options     those of besa.options() by name (method="wanda", refit="cg", epochs=2), and
                 pattern "2:4"; fixed {pattern: sparsity}; skip [pattern], layers that stay dense; masks, a directory
-                whose zeros method="keep" takes, or a file of save_masks; block_targets [sparsity of each block]; memory, most bytes of the run's arrays
+                whose zeros method="keep" takes, or a file of save_masks; block_targets [sparsity of each block]; memory, most bytes of the run's arrays;
+                comm, where several processes call this alike: an object with rank, size and the methods
+                reduce(float32 array), which becomes the sum over processes; broadcast(uint8 array, root); barrier(); and
+                fail(message), which makes the others' calls raise (torch_distributed.py has one)
     threads     0: as many as there are processors
 
     Returns the report of `besa prune --report` as a dict: sparsity, weights, pruned, seconds, notes, options, and blocks with

@@ -14,7 +14,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 BESA = HERE.parent.parent                   # where besa.h lies
 
 DECLARATIONS = """
-typedef enum { BESA_OK, BESA_ERROR_CANCELLED, BESA_RESULT_COUNT, ... } besa_result;
+typedef enum { BESA_OK, BESA_ERROR_CANCELLED, BESA_ERROR_COMM, BESA_RESULT_COUNT, ... } besa_result;
 typedef enum { BESA_F32, BESA_F16, BESA_BF16, ... } besa_dtype;
 typedef enum { BESA_OPTION_FLAG, BESA_OPTION_ENUM, BESA_OPTION_INT, BESA_OPTION_INT64, BESA_OPTION_DOUBLE, ...
 } besa_option_kind;
@@ -30,6 +30,7 @@ const char *besa_result_string(besa_result code);
 
 /* backend */
 typedef struct besa_backend besa_backend;
+typedef enum { BESA_QUEUE_COMPUTE, ... } besa_queue;
 struct besa_backend { void (*destroy)(besa_backend *be); ...; };
 typedef struct { int threads, bf16; ...; } besa_cpu_options;
 besa_result besa_cpu_backend(besa_backend *be, const besa_cpu_options *options, besa_error *error);
@@ -84,7 +85,16 @@ besa_result besa_step_trace(const besa_step *step, besa_trace *trace, besa_error
 typedef besa_result (*besa_step_callback)(void *user, const besa_step *step);
 const char *besa_pass_name(int pass);
 typedef struct { const char *pattern; double sparsity; ...; } besa_fixed_rate;
-typedef struct { besa_rate_options rates; const besa_checkpoint *masks; const double *block_targets;
+typedef struct {
+    int rank, size;
+    void *user;
+    besa_result (*reduce)(void *user, besa_backend *be, besa_queue q, float *data, int64_t count, besa_error *error);
+    besa_result (*broadcast)(void *user, void *data, size_t bytes, int root, besa_error *error);
+    besa_result (*barrier)(void *user, besa_error *error);
+    void (*fail)(void *user, const besa_error *error);
+    ...;
+} besa_comm;
+typedef struct { besa_rate_options rates; const besa_comm *comm; const besa_checkpoint *masks; const double *block_targets;
                  int64_t num_block_targets; const besa_fixed_rate *fixed; int64_t num_fixed; size_t device_memory;
                  besa_progress_callback progress; besa_step_callback step; void *user; ...; } besa_prune_options;
 typedef struct { const char *name; besa_option_kind kind; size_t offset; double standard, least, most; int flags;
@@ -128,6 +138,10 @@ void free(void *pointer);
 
 extern "Python" int besa_python_progress(void *user, const besa_progress *progress);
 extern "Python" besa_result besa_python_step(void *user, const besa_step *step);
+extern "Python" besa_result besa_python_reduce(void *user, besa_backend *be, besa_queue q, float *data, int64_t count, besa_error *error);
+extern "Python" besa_result besa_python_broadcast(void *user, void *data, size_t bytes, int root, besa_error *error);
+extern "Python" besa_result besa_python_barrier(void *user, besa_error *error);
+extern "Python" void besa_python_fail(void *user, const besa_error *error);
 """
 
 
