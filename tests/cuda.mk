@@ -34,7 +34,8 @@ CUDA_SELFTEST_LOGS := $(CUDA_BUILD)/selftest-plain.log $(CUDA_BUILD)/selftest-ad
 CUDA_STANDIN_LOGS  := $(CUDA_BUILD)/plain.log $(CUDA_BUILD)/address.log
 CUDA_RACE_LOGS     := $(CUDA_BUILD)/thread.log
 CUDA_COMPILE_LOGS  := $(CUDA_ARCHS:%=$(CUDA_BUILD)/compile-%.log) $(CUDA_BUILD)/compile-bench.log
-CUDA_PROGRAM_LOGS  := $(CUDA_BUILD)/link-gcc.log $(CUDA_BUILD)/link-clang.log $(CUDA_BUILD)/command.log $(CUDA_BUILD)/gpu.log
+CUDA_PROGRAM_LOGS  := $(CUDA_BUILD)/link-gcc.log $(CUDA_BUILD)/link-clang.log $(CUDA_BUILD)/command.log $(CUDA_BUILD)/nccl.log \
+                      $(CUDA_BUILD)/gpu.log
 CUDA_MODEL_LOGS    := $(CUDA_BUILD)/bench-model.log
 
 .PHONY: cuda cuda-selftest cuda-standin cuda-race cuda-compile cuda-programs bench-cuda bench-cuda-model
@@ -101,6 +102,18 @@ $(CUDA_BUILD)/besa-standin: $(BESA_FILES) $(CUDA_BUILD)/standin-plain.o
 	$(CC) $(C_FLAGS) -DBESA_WITH_CUDA -c -o $@.o $<
 	$(CXX) $(CUDA_FLAGS) $(cuda_plain_FLAGS) -D__CUDACC__ -c -o $@-cuda.o -x c++ $(BESA)/examples/besa_cuda.cu
 	$(CXX) -o $@ $@.o $@-cuda.o $(CUDA_BUILD)/standin-plain.o -lm
+
+# nccl.cu, with a stand-in for NCCL's calls too
+NCCL_FILES := $(addprefix $(BESA)/examples/,nccl.cu processes.h) $(STANDIN)/nccl_standin.cpp $(STANDIN)/include/nccl.h
+$(CUDA_BUILD)/besa_nccl-standin: $(CUDA_BUILD)/besa-standin $(NCCL_FILES)
+	$(CC) $(C_FLAGS) -DBESA_WITH_CUDA -DBESA_WITH_PROCESSES -c -o $@.o $(BESA)/examples/besa.c
+	$(CXX) $(CUDA_FLAGS) $(cuda_plain_FLAGS) -c -o $@-nccl.o -x c++ $(BESA)/examples/nccl.cu
+	$(CXX) $(CUDA_FLAGS) $(cuda_plain_FLAGS) -c -o $@-calls.o $(STANDIN)/nccl_standin.cpp
+	$(CXX) -o $@ $@.o $@-nccl.o $@-calls.o $(CUDA_BUILD)/besa-standin-cuda.o $(CUDA_BUILD)/standin-plain.o -lm -pthread
+
+$(CUDA_BUILD)/nccl.log: test_nccl.sh $(CUDA_BUILD)/besa_nccl-standin FORCE
+	@./run.sh $@ ./$< $(CUDA_BUILD)/besa-standin $(CUDA_BUILD)/besa_nccl-standin $(STORIES) $(CUDA_BUILD)/nccl
+
 # ---- speed ----
 
 BENCH_BUILD  = $(NVCC) $(NVCC_FLAGS) -I. -O3 -x cu bench_cuda.cpp -lcublas
