@@ -13822,12 +13822,14 @@ static besa_result besa__report_reloaded(besa__run *run, int64_t index, int know
 {
     besa_pruner *p = &run->pruner;
     const void *written[BESA_LAYERS];
-    double *figure[BESA__FIGURES];
+    double *figure[BESA__FIGURES], value[BESA__FIGURES];
     memset(report, 0, sizeof *report);
     besa__block_figures(report, figure);
-    known = known && run->writer && !run->writer->is_ready;
-    for (int i = 0; i < BESA__FIGURES; i++) *figure[i] = (double)NAN;
-    for (int i = 0; i < BESA__FIGURES && known; i++) memcpy(figure[i], &run->writer->finished[index].figure[i], sizeof(double));
+    int in_journal = known && run->writer && !run->writer->is_ready; /* which rank 0 has */
+    for (int i = 0; i < BESA__FIGURES; i++) value[i] = (double)NAN;
+    for (int i = 0; i < BESA__FIGURES && in_journal; i++) memcpy(&value[i], &run->writer->finished[index].figure[i], sizeof(double));
+    if (known) BESA__TRY(besa__broadcast(run->pruner.shares.comm, value, sizeof value, 0, error));
+    for (int i = 0; i < BESA__FIGURES; i++) *figure[i] = value[i];
     for (int i = 0; i < BESA_LAYERS; i++) written[i] = pruned[i];
     besa_result result = besa__clear_sums(p);
     if (result == BESA_OK) result = besa__count_layers(p, block->weight, BESA__DENSE);

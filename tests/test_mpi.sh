@@ -20,7 +20,7 @@ ranks()
     mpirun --allow-run-as-root --oversubscribe -n "$count" "$many" "$@" >"$work/log" 2>&1
 }
 
-perplexity() { sed -n 's/^perplexity //p' "$work/log"; }
+perplexity() { sed -n 's/^perplexity \([0-9.]*\).*/\1/p' "$work/log"; }
 
 "$one" prune "$stories" "$work/0" $data $text >"$work/log" 2>&1
 alone=$(perplexity)

@@ -7,7 +7,7 @@ export TMPDIR="$work" BESA_PORT=$((20000 + $$ % 20000)) OMP_WAIT_POLICY=passive 
 data="--tokens $stories/calibration_tokens.npy --seqlen 16 --nsamples 4 --batch-size 2 --quiet --device cuda --fp32"
 text="--test $stories/test_tokens.npy --windows 3 --test-seqlen 32"
 
-perplexity() { sed -n 's/^perplexity //p' "$1"; }
+perplexity() { sed -n 's/^perplexity \([0-9.]*\).*/\1/p' "$1"; }
 
 # two OUTPUT ARGUMENTS...: in two processes, whose output goes to $work/rank-0 and $work/rank-1; the sum of their status
 two()
