@@ -788,7 +788,7 @@ def check_lm_eval(examples, stories, work):
 # ---- what README and examples/README.md say ----
 
 # Commands that run nowhere here, as they need the network, rights or programs of others; and those that other tests run.
-OUTSIDE = ("sudo apt ", "python3 -m venv ", "pip install ", "hf download ", "python3 llama.cpp/", "llama.cpp/build/")
+OUTSIDE = ("sudo apt ", "python3 -m venv ", "pip install ", "hf download ", "mpirun ", "torchrun ", "srun ", "python3 llama.cpp/", "llama.cpp/build/")
 ELSEWHERE = {"examples/besa ": "test_command.sh", "make -C ": ".ci/run", "gcc ": "vendor.sh", "clang ": "vendor.sh", "nvcc ": "vendor.sh",
              "python3 examples/convert.py ": "check_convert"}
 
