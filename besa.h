@@ -3788,7 +3788,7 @@ static besa_result besa__rates_penalty(const besa_rates *rates, double *penalty,
     BESA__TRY(besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error));
     *penalty = 0;
     for (int i = 0; i < rates->parts; i++) {
-        double off = ((double)mean[i] - target) / target;
+        double off = besa__rates_learned(rates, i) > 0 ? ((double)mean[i] - target) / target : 0; /* else it has no mean */
         *penalty += rates->options->penalty * off * off;
     }
     return BESA_OK;
@@ -3913,6 +3913,7 @@ static besa_result besa__vectors_reset(besa__weights *weights)
         BESA__TRY(be->copy(be, BESA_QUEUE_COMPUTE, vector->w, vector->dense, bytes));
         BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, vector->m, bytes));
         BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, vector->v, bytes));
+        BESA__TRY(be->zero(be, BESA_QUEUE_COMPUTE, vector->grad, bytes)); /* of a layer that stays dense it stays 0 */
         if (i >= BESA_LAYERS) BESA__TRY(be->rms(be, vector->rms, vector->dense, vector->count));
     }
     return BESA_OK;
@@ -5078,6 +5079,9 @@ typedef struct besa__work {
 static int besa__learns_rates(const besa_pruner *p) { return besa__has_rates(&p->options); }
 
 static int besa__learns_weights(const besa_pruner *p) { return p->options.learn != BESA_LEARN_RATES; }
+
+/* Are kept weights others than they came? Not by grids, which are for themselves, and not by SparseGPT. */
+static int besa__moves_weights(const besa_pruner *p) { return besa__learns_weights(p) || p->options.refit != BESA_REFIT_NONE; }
 
 static int besa__learns_vectors(const besa_pruner *p) { return besa__learns_weights(p) && p->options.learn_vectors; }
 
@@ -6898,7 +6902,7 @@ static besa_result besa__round_written(const besa__work *work)
 {
     besa_pruner *p = work->pruner;
     besa_backend *be = p->be;
-    if (p->written_dtype == p->dtype || !besa__learns_weights(p)) return BESA_OK;
+    if (p->written_dtype == p->dtype || !besa__moves_weights(p)) return BESA_OK;
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t rows, columns;
         besa_block_layer(&p->shape, i, &rows, &columns);
@@ -7101,7 +7105,8 @@ static void besa__report_losses(const besa_pruner *p, besa_block_report *report)
     report->loss_all = (shown * report->loss_after + (all - shown) * (double)loss[BESA__LOSS_REST]) / all;
 }
 
-/* Equal sums make equal masks only on equal machines: what came back of a block is the same on all ranks. */
+/* Equal sums make equal masks only on equal machines: the zeros of every row, Prodigy's figures, and norms and biases that learn,
+ * must be the same on all ranks. Losses are, as sums over ranks; other values of kept weights are not looked for. */
 static besa_result besa__same_results(const besa_pruner *p, besa_error *error)
 {
     const besa__results *r = p->results;
@@ -7109,6 +7114,9 @@ static besa_result besa__same_results(const besa_pruner *p, besa_error *error)
     uint64_t hash = besa__hash(BESA__HASH_START, p->results_counts, 2 * (size_t)p->rows * sizeof *p->results_counts);
     hash = besa__hash(hash, p->results_losses, (size_t)(BESA__LOSS_STEP + p->step_losses) * sizeof *p->results_losses);
     hash = besa__hash(hash, r->scalars, sizeof r->scalars);
+    const float *at = p->results_vectors;
+    for (int i = 0; i < BESA_VECTORS && at; at += p->weights.vector[i++].count)
+        if (p->weights.vector[i].dense) hash = besa__hash(hash, at, (size_t)p->weights.vector[i].count * sizeof *at);
     return besa__same(p->shares.comm, hash, "masks or losses", "ranks on equal processors, with the same program and libraries", error);
 }
 
@@ -7149,10 +7157,11 @@ static double besa__cost_rank(const besa_pruner *p)
     return 0.5;
 }
 
-/* An epoch costs about three forward passes. */
+/* An epoch costs about three forward passes. The sequences are those of all ranks: all have this pass, or none. */
 static double besa__cost_learn(const besa_pruner *p)
 {
-    return 3 * ((double)besa__mask_epochs(p) + (double)besa__gradient_sequences(p) / (double)p->nsamples);
+    double scored = besa__uses_gradients(&p->options) ? (double)besa__min(BESA__GRADIENT_SEQUENCES, p->shares.all) : 0;
+    return 3 * ((double)besa__mask_epochs(p) + scored / (double)p->shares.all);
 }
 
 static double besa__cost_weights(const besa_pruner *p)
@@ -7408,14 +7417,17 @@ BESA_API besa_result besa_pruner_run(besa_pruner *pruner, const besa_block *bloc
 {
     besa_block_report local;
     besa__stream inputs, dense;
-    BESA__TRY(besa__check_block(pruner, block, name, x, dense_x, pruned, error));
+    besa_result fits = besa__check_block(pruner, block, name, x, dense_x, pruned, error);
     const besa_block_shape *s = &block->shape, *made = &pruner->shape;
-    if (s->hidden_size != made->hidden_size || s->intermediate_size != made->intermediate_size ||
-        s->num_attention_heads != made->num_attention_heads || s->num_key_value_heads != made->num_key_value_heads ||
-        s->head_dim != made->head_dim || block->dtype != pruner->dtype || (block->q_norm && !pruner->qk_norm) ||
-        (block->k_norm && !pruner->qk_norm) || s->norms != made->norms || s->qk_norm_whole != made->qk_norm_whole ||
-        besa__has_tail(s) != besa__has_tail(made))
-        return besa__fail(error, BESA_ERROR_OPTION, "the block's shape, dtype or q/k norms are not those of the pruner");
+    if (fits == BESA_OK &&
+        (s->hidden_size != made->hidden_size || s->intermediate_size != made->intermediate_size ||
+         s->num_attention_heads != made->num_attention_heads || s->num_key_value_heads != made->num_key_value_heads ||
+         s->head_dim != made->head_dim || block->dtype != pruner->dtype || (block->q_norm && !pruner->qk_norm) ||
+         (block->k_norm && !pruner->qk_norm) || s->norms != made->norms || s->qk_norm_whole != made->qk_norm_whole ||
+         besa__has_tail(s) != besa__has_tail(made)))
+        fits = besa__fail(error, BESA_ERROR_OPTION, "the block's shape, dtype or q/k norms are not those of the pruner");
+    besa__comm_fail(pruner->options.comm, fits, error);
+    BESA__TRY(fits);
     pruner->meter.start = pruner->meter.began = besa__seconds();
     besa__stream_init(&inputs, pruner->be, 0, pruner->nsamples, pruner->seqlen, made->hidden_size); /* resident: they use */
     besa__stream_init(&dense, pruner->be, 0, pruner->nsamples, pruner->seqlen, made->hidden_size);  /* no events */
@@ -9982,8 +9994,10 @@ static besa_result besa__find_model_name(besa_checkpoint *checkpoint, besa_error
     if (result == BESA_OK) name = besa__json_string(&json, besa__json_get(&json, json.values, "_name_or_path"));
     const char *slash = name ? strchr(name, '/') : NULL;
     int is_hubs = slash && slash > name && slash[1] && !strchr(slash + 1, '/') && !strchr(".~", *name);
-    place = is_hubs ? NULL : realpath(checkpoint->directory, NULL);
-    if (!is_hubs) name = besa__base_name(place ? place : checkpoint->directory);
+    place = realpath(checkpoint->directory, NULL);
+    const char *own = besa__base_name(place ? place : checkpoint->directory);
+    int is_snapshot = strlen(own) == 40 && strspn(own, "0123456789abcdef") == 40; /* of the Hub's cache */
+    if (!is_hubs || !(is_snapshot || !strcmp(slash + 1, own))) name = own; /* else it may be what this one was made from */
     if (result == BESA_OK) result = besa__copy_text(&checkpoint->name, name, strlen(name), "a name", error);
     free(place);
     besa__json_free(&json);
@@ -12413,7 +12427,7 @@ static besa_result besa__run_test(besa__run *run, const int32_t *ids, int64_t wi
 static besa_dtype besa__run_dtype(const besa__run *run, const besa_prune_options *options)
 {
     int learns = besa__has_rates(options) || options->learn != BESA_LEARN_RATES;
-    int converts = run->model.dtype == BESA_F16 && run->be->activation_dtype == BESA_BF16;
+    int converts = run->model.dtype == BESA_F16 && run->be->activation_dtype == BESA_BF16 && !run->be->unified_memory;
     return converts && learns && options->bits == 0 ? BESA_BF16 : run->model.dtype;
 }
 
@@ -12851,7 +12865,7 @@ static besa_result besa__write_piece(void *user, const besa__job *piece, besa_er
     const besa_tensor *source = piece->tensor;
     if (run->dtype != run->model.dtype) {
         besa__halves_out(piece->memory, (const unsigned char *)source->data + piece->at, piece->size,
-                         besa__learns_weights(&run->pruner));
+                         besa__moves_weights(&run->pruner));
         besa__release_range(run->checkpoint->shards + source->file, source->offset + piece->at, piece->size);
     }
     BESA__TRY(besa__writer_write(run->writer, source, piece->memory, piece->size, error));

@@ -450,6 +450,7 @@ typedef struct prune_view {
     job *job;
     FILE *trace;                 /* NULL: none is asked for */
     int is_new, traced;          /* it was not there before; a step of this run is in it */
+    besa_error error;            /* why trace_step stopped the run; the library knows the result alone */
 } prune_view;
 
 /* Of a trace that a run before has begun keep the blocks before this one, which are finished, and write on from there. */
@@ -477,7 +478,7 @@ static besa_result trace_step(void *user, const besa_step *step)
     prune_view *view = (prune_view *)user;
     FILE *trace = view->trace;
     besa_trace t;
-    TRY(besa_step_trace(step, &t, &view->job->error));
+    TRY(besa_step_trace(step, &t, &view->error));
     if (!view->traced) begin_trace(trace, step->block);
     view->traced = 1;
     fprintf(trace, "{\"block\": %lld, \"step\": %lld, \"steps\": %lld", (long long)step->block, (long long)step->step,
@@ -489,7 +490,9 @@ static besa_result trace_step(void *user, const besa_step *step)
     trace_number(trace, "lr", step->lr, step->lr > 0);
     trace_number(trace, "weight_lr", step->weight_lr, step->weight_lr > 0);
     fprintf(trace, "}\n");
-    return ferror(trace) || (step->step == step->steps && fflush(trace)) ? BESA_ERROR_WRITE : BESA_OK;
+    if (!ferror(trace) && (step->step < step->steps || !fflush(trace))) return BESA_OK;
+    snprintf(view->error.message, sizeof view->error.message, "%s: %s", view->job->s->trace, strerror(errno));
+    return BESA_ERROR_WRITE;
 }
 
 /* Open the trace, which need not exist, without changing it yet. */
@@ -563,12 +566,13 @@ static besa_result run_prune(job *j)
     if (!result) result = take_targets(j);
     if (!result && s->test_dense)
         result = measure_source(j);
-    prune_view view = {begin_progress(s, besa_method_name(s->prune.method)), j, NULL, 0, 0};
+    prune_view view = {begin_progress(s, besa_method_name(s->prune.method)), j, NULL, 0, 0, {0}};
     j->s->prune.card = card_of;
     if (!result) result = open_trace(j, &view);
     if (view.trace) j->s->prune.step = trace_step;
     if (!result) result = prune(j, s->path[1], &view.progress, &report);
     if (!result && view.trace && !view.traced && !report.resumed_blocks) begin_trace(view.trace, 0); /* nothing learns */
+    if (result && view.error.message[0]) j->error = view.error;
     result = close_trace(j, &view, result);
     if (result && is_new) unlink(s->report);
     TRY(result);

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <mpi.h>
 
@@ -162,8 +163,9 @@ int besa_processes_end(int status)
     const double end = MPI_Wtime() + 0.5;         /* for the others to read the message, and say what they have to */
     int flag = 0;
     while (g_state.size > 1 && MPI_Wtime() < end) {
-        MPI_Iprobe(MPI_ANY_SOURCE, FAILURE, g_state.failures, &flag, MPI_STATUS_IGNORE);
-        sched_yield();
+        /* what has been sent moves on; not so where another failed: a sum may still be under way in memory that is gone */
+        if (g_state.told) MPI_Iprobe(MPI_ANY_SOURCE, FAILURE, g_state.failures, &flag, MPI_STATUS_IGNORE);
+        usleep(1000);
     }
     MPI_Abort(MPI_COMM_WORLD, status);
     return status;

@@ -322,6 +322,7 @@ static void set_layer(run *r) { set_rates(r), r->options.granularity = BESA_GRAN
 static void set_attn(run *r) { set_rates(r), r->options.granularity = BESA_GRANULARITY_ATTN_MLP; }
 static void set_bits(run *r) { r->options.bits = 4, r->options.group_size = 16; }
 static void set_gradient(run *r) { r->options.importance = BESA_IMPORTANCE_GRADIENT, r->options.norm_all = 1; }
+static void set_scored(run *r) { set_weights(r), set_gradient(r), r->options.pattern_n = 2, r->options.pattern_m = 4, r->options.batch_size = r->nsamples = 70; }
 static void set_cg(run *r) { r->options.refit = BESA_REFIT_CG; }
 static void set_obs(run *r) { r->options.refit = BESA_REFIT_OBS; }
 static void set_dense(run *r) { r->options.dense_stream = 1, r->nsamples = 11; }
@@ -338,7 +339,7 @@ static const run_case g_cases[] = {
     {"pattern", BESA_METHOD_BESA, set_pattern},     {"besa, weights", BESA_METHOD_BESA, set_weights},
     {"wanda, weights", BESA_METHOD_WANDA, set_weights}, {"layer", BESA_METHOD_BESA, set_layer},
     {"attn-mlp", BESA_METHOD_BESA, set_attn},       {"bits", BESA_METHOD_BESA, set_bits},
-    {"gradient", BESA_METHOD_BESA, set_gradient},   {"cg", BESA_METHOD_WANDA, set_cg},
+    {"gradient", BESA_METHOD_BESA, set_gradient},   {"gradient, of few ranks", BESA_METHOD_BESA, set_scored}, {"cg", BESA_METHOD_WANDA, set_cg},
     {"obs", BESA_METHOD_BESA, set_obs},             {"dense stream", BESA_METHOD_BESA, set_dense},
     {"outliers", BESA_METHOD_WANDA, set_outliers},  {"pieces", BESA_METHOD_BESA, set_pieces},
     {"rates in pieces", BESA_METHOD_BESA, set_rate_pieces}, {"rates, then weights, in pieces", BESA_METHOD_BESA, set_weight_pieces},

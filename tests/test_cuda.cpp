@@ -1121,16 +1121,17 @@ static void small_gates(const char *name, float *v, int64_t rows, int64_t column
 
 /* The weights of F16 checkpoints become bf16 once. Kept ones that do not learn are the source's own, whole layers too; the zeros
  * are as many as reported; and a run that goes on from what was written ends with the same bytes. */
-static void compare_halves(const char *source, besa_learn learn)
+static void compare_halves(const char *source, besa_learn learn, besa_refit refit = BESA_REFIT_NONE)
 {
     static const besa_fixed_rate fixed[] = {{"v_proj", 0}};
-    const char *output[2] = {temp_path("f16-%d", learn), temp_path("f16-resumed-%d", learn)};
+    const char *output[2] = {temp_path("f16-%d-%d", learn, refit), temp_path("f16-resumed-%d-%d", learn, refit)};
     int64_t differ, total, zeros = 0, weights = 0, other = 0, dense = 0;
     double sparsity = 0;
     for (int i = 0; i < 2; i++) {
         besa_backend be = cuda_backend(0);
         run r = run_of(BESA_METHOD_BESA, 2, output[i]);
-        r.source = source, r.options.learn = learn, r.options.epochs = r.options.weight_epochs = 1;
+        r.source = source, r.options.learn = learn, r.options.refit = refit, r.options.damping = refit ? 0.5 : 0;
+        r.options.epochs = r.options.weight_epochs = 1;
         r.options.fixed = fixed, r.options.num_fixed = 1, r.options.weight_lr = 2;
         r.options.progress = i ? stop_late : NULL;
         besa_result result = run_prune(&r, &be);
@@ -1160,7 +1161,7 @@ static void compare_halves(const char *source, besa_learn learn)
     CHECK(weights > 0 && fabs(static_cast<double>(zeros) / static_cast<double>(weights) - sparsity) < 1e-9, "%lld of %lld weights are 0, reported %g",
           static_cast<long long>(zeros), static_cast<long long>(weights), sparsity);
     CHECK(dense == 0, "%lld weights of layers that stay dense are others", static_cast<long long>(dense));
-    CHECK((other > 0) == (learn != BESA_LEARN_RATES), "%lld kept weights are others", static_cast<long long>(other));
+    CHECK((other > 0) == (learn != BESA_LEARN_RATES || refit != BESA_REFIT_NONE), "%lld kept weights are others", static_cast<long long>(other));
     besa_checkpoint_close(in);
     besa_checkpoint_close(out);
     CHECK(standin_reports() == 0, "%s", standin_last_report());
@@ -1190,6 +1191,7 @@ static void test_pipeline(void)
         besa_checkpoint_close(stories);
         compare_halves(temp_path("f16"), BESA_LEARN_RATES);
         if (!g_race) compare_halves(temp_path("f16"), BESA_LEARN_BOTH);
+        if (!g_sanitized) compare_halves(temp_path("f16"), BESA_LEARN_RATES, BESA_REFIT_CG);
     }
     TEST("pipeline, wanda and cg, fp32") compare_pipelines("cg32", BESA_METHOD_WANDA, 1, 1e-2, 0.05, BESA_LEARN_RATES, 0, BESA_REFIT_CG);
     if (!g_sanitized) { /* the same kernels */

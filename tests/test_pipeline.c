@@ -933,11 +933,11 @@ static void test_record(void)
     discard(once), discard(model);
 }
 
-/* A model's name: of the Hub, where config.json has such a one, else its directory's. */
+/* A model's name: of the Hub, where config.json has such a one that the directory is called by, else the directory's. */
 static void test_model_names(void)
 {
-    static const struct { const char *path, *name; } t[] = { { "org/model-7B", "org/model-7B" }, { "./model", "named" }, { "/a/b", "named" },
-        { "~/model", "named" }, { "a/b/c", "named" }, { "model", "named" }, { "/model", "named" }, { "model/", "named" }, { "", "named" } };
+    static const struct { const char *path, *name; } t[] = { { "org/named", "org/named" }, { "./named", "named" }, { "/a/b", "named" },
+        { "~/model", "named" }, { "a/b/c", "named" }, { "model", "named" }, { "/model", "named" }, { "model/", "named" }, { "org/base-7B", "named" } };
     const char *model = temp_path("named");
     char path[700];
     size_t n;
@@ -962,7 +962,7 @@ static void test_model_names(void)
 /* What the steps of a run say of themselves. */
 typedef struct traced {
     double target, lambda;
-    int granularity, rates, weights, steps;
+    int granularity, rates, weights, steps, dense; /* dense: a layer that stays so, -1: none */
 } traced;
 
 static besa_result trace_step(void *user, const besa_step *step)
@@ -977,15 +977,16 @@ static besa_result trace_step(void *user, const besa_step *step)
         CHECK(isnan(trace.penalty) && isnan(trace.mean_rate) && isnan(trace.d) && step->lr == 0, "rates where there are none");
         return BESA_OK;
     }
-    for (int i = 0; i < BESA_LAYERS; i++) {     /* every part's mean rate, from the rows of its layers */
+    for (int i = 0; i < BESA_LAYERS; i++) {     /* every part's mean rate, from the rows of its layers; of none that all stay dense */
         float alpha[512];
         int64_t rows = step->rates->layer[i].shape.rows, columns = step->rates->layer[i].shape.units;
         if (i == first) sum = weights = 0;
         CHECK(besa_rates_read(step->rates, i, alpha, NULL, NULL) == BESA_OK, "rates");
-        for (int64_t r = 0; r < rows; r++) sum += (double)alpha[r] * (double)columns;
-        weights += (double)(rows * columns);
+        int learns = i != t->dense;
+        for (int64_t r = 0; r < rows && learns; r++) sum += (double)alpha[r] * (double)columns;
+        weights += learns ? (double)(rows * columns) : 0;
         if (i != (t->granularity == BESA_GRANULARITY_LAYER ? i : t->granularity == BESA_GRANULARITY_BLOCK ? BESA_DOWN : ends[parts])) continue;
-        penalty += t->lambda * pow((sum / weights - t->target) / t->target, 2);
+        if (weights > 0) penalty += t->lambda * pow((sum / weights - t->target) / t->target, 2);
         first = i + 1, parts++;
     }
     CHECK(fabs(trace.penalty - penalty) <= 1e-6 * sqrt(t->lambda * penalty) + 1e-12 && /* S is a float */
@@ -996,15 +997,17 @@ static besa_result trace_step(void *user, const besa_step *step)
 
 static void test_trace(void)
 {
-    for (int i = 0; i < 6; i++) {
-        traced t = { 0.4, 3, i < 3 ? i : 0, 0, 0, 0 };
+    static const besa_fixed_rate fixed = { "v_proj", 0 };
+    for (int i = 0; i < 7; i++) {
+        traced t = { 0.4, 3, i < 3 ? i : i == 6 ? BESA_GRANULARITY_LAYER : 0, 0, 0, 0, i == 6 ? BESA_V : -1 };
         setup s = new_setup(NULL, i == 4 ? BESA_METHOD_WANDA : BESA_METHOD_BESA, t.target);
         s.options.granularity = (besa_granularity)t.granularity, s.options.rates.penalty = t.lambda;
-        s.options.learn = i == 3 ? BESA_LEARN_BOTH : i > 3 ? BESA_LEARN_WEIGHTS : BESA_LEARN_RATES, s.options.weight_epochs = 1;
+        s.options.learn = i == 3 ? BESA_LEARN_BOTH : i == 4 || i == 5 ? BESA_LEARN_WEIGHTS : BESA_LEARN_RATES, s.options.weight_epochs = 1;
+        s.options.fixed = &fixed, s.options.num_fixed = i == 6;
         s.options.step = trace_step, s.options.user = &t;
         CHECK_RUN(&s);
         besa_report_free(&s.report);
-        CHECK(t.steps == 160 * (i == 3 || i == 5 ? 2 : 1) && t.rates == (i == 4 ? 0 : 160) && t.weights == (i == 3 ? 320 : i > 3 ? 160 : 0),
+        CHECK(t.steps == 160 * (i == 3 || i == 5 ? 2 : 1) && t.rates == (i == 4 ? 0 : 160) && t.weights == (i == 3 ? 320 : i == 4 || i == 5 ? 160 : 0),
               "run %d: %d steps, of rates %d, of weights %d", i, t.steps, t.rates, t.weights);
     }
 }

@@ -1996,6 +1996,29 @@ static void test_twice(const model *m, besa_method method, besa_learn learn, bes
               "%s: other weights the second time", besa_layer_name(l));
 }
 
+/* A block is pruned as if it were the first, whatever learned in the one before it: there a bias that stays in this one. */
+static void test_after_another(const model *m)
+{
+    static const besa_fixed_rate fixed[] = { { "layers.1.self_attn.q_proj", 0 } };
+    besa_prune_options o;
+    float *x[2];
+    memset(&o, 0, sizeof o);
+    o.rates.target = 0.4, o.learn = BESA_LEARN_WEIGHTS, o.weight_epochs = 1, o.learn_vectors = 1, o.fixed = fixed, o.num_fixed = 1;
+    for (int i = 0; i < 2; i++) {
+        besa_pruner *pruner = NULL;
+        CHECK_OK(besa_pruner_create(&pruner, &g_be, &m->block.shape, BESA_F32, 0, &o, SEQUENCES, SEQLEN, &g_error), g_error);
+        for (int block = i; pruner && block < 2; block++) {
+            void *pruned[BESA_LAYERS];
+            for (int l = 0; l < BESA_LAYERS; l++) pruned[l] = take_floats(m->rows[l] * m->columns[l]);
+            x[i] = (float *)copy_of(m->x, (size_t)(TOKENS * WIDTH) * sizeof(float));
+            CHECK_OK(besa_pruner_run(pruner, &m->block, block ? "model.layers.1." : "model.layers.0.", x[i], NULL, pruned, NULL, &g_error),
+                     g_error);
+        }
+        besa_pruner_destroy(pruner);
+    }
+    CHECK(!memcmp(x[0], x[1], (size_t)(TOKENS * WIDTH) * sizeof(float)), "other outputs after another block");
+}
+
 /* ---- the list -------------------------------------------------------------------------------- */
 
 static void test_learn(const model *m)
@@ -2214,6 +2237,7 @@ int main(int argc, char **argv)
     TEST("the same block twice, rates and weights") test_twice(&m, BESA_METHOD_BESA, BESA_LEARN_BOTH, BESA_REFIT_NONE, 0);
     TEST("the same block twice, wanda's weights") test_twice(&m, BESA_METHOD_WANDA, BESA_LEARN_WEIGHTS, BESA_REFIT_NONE, 0);
     TEST("the same block twice, norms and biases too") test_twice(&m, BESA_METHOD_BESA, BESA_LEARN_BOTH, BESA_REFIT_NONE, 1);
+    TEST("a block after another, where a bias learned that stays") test_after_another(&m);
     TEST("the same block twice, sparsegpt and cg") test_twice(&m, BESA_METHOD_SPARSEGPT, BESA_LEARN_RATES, BESA_REFIT_CG, 0);
     TEST("the same block twice, wanda, obs and weights") test_twice(&m, BESA_METHOD_WANDA, BESA_LEARN_WEIGHTS, BESA_REFIT_OBS, 0);
     TEST("the same block twice, besa, cg and weights") test_twice(&m, BESA_METHOD_BESA, BESA_LEARN_WEIGHTS, BESA_REFIT_CG, 0);
