@@ -1420,7 +1420,7 @@ BESA_API void besa_pruner_destroy(besa_pruner *pruner); /* NULL is fine */
 BESA_API int64_t besa_pruner_sequences(const besa_pruner *pruner);
 BESA_API int64_t besa_pruner_sequence(const besa_pruner *pruner, int64_t index);
 
-/* Prune one block.
+/* Prune one block. After an error, or a cancelled run, the next call begins anew: what it needs is set before every block.
  *   block    the dense weights, device; rope tables for at least seqlen positions, of dynamic and longrope for as many
  *   name     prefix of tensor names for options.fixed, such as "model.layers.3."; NULL: none
  *   x        (besa_pruner_sequences() * seqlen, hidden_size) device, act: in, the block's inputs; out, the pruned block's outputs
@@ -1706,7 +1706,7 @@ BESA_API besa_result besa_logits(const besa_checkpoint *checkpoint, besa_backend
  *     NAME.alpha F32 (R)  and  NAME.n I32 (R)     with BESA_FILE_RATES: weights of the row that are 0, n, and their share n / C
  *     NAME.mask U8 (R, ceil(C / 8))               with BESA_FILE_MASKS: bit j % 8, from the lowest, of byte j / 8 is 1 where
  *                                                 weight j is not 0
- * The file appears when it is complete, in place of one that is there. BESA_ERROR_MEMORY, BESA_ERROR_WRITE. */
+ * The file appears when it is complete, in place of one that is there; a device, or what a link leads to, is written directly. BESA_ERROR_MEMORY, BESA_ERROR_WRITE. */
 enum { BESA_FILE_RATES = 1, BESA_FILE_MASKS = 2 };
 BESA_API besa_result besa_masks_save(const besa_checkpoint *checkpoint, const char *file, int what, besa_error *error);
 
@@ -5288,7 +5288,8 @@ static besa_result besa__check_granularity(const besa_prune_options *o, besa_err
     if (o->granularity == BESA_GRANULARITY_BLOCK) return BESA_OK;
     if (o->dense_stream || o->dense_share > 0)
         return besa__fail(error, BESA_ERROR_OPTION, "granularity is not block, but %s aims at the dense model's blocks: "
-                          "expected none of it, or granularity block", o->dense_stream ? "dense_stream" : "dense_share");
+                          "expected %s, or granularity block", o->dense_stream ? "dense_stream" : "dense_share",
+                          o->dense_stream ? "no dense_stream" : "dense_share 0");
     if (o->granularity == BESA_GRANULARITY_LAYER && o->learn_vectors)
         return besa__fail(error, BESA_ERROR_OPTION, "granularity is layer, but learn_vectors is set, and norms are in no "
                           "layer: expected block or attn-mlp");
@@ -9763,7 +9764,7 @@ static int besa__fused_row(const besa_checkpoint *checkpoint, const besa_tensor 
 static besa_result besa__split_tensor(const besa_checkpoint *checkpoint, const besa_tensor *whole, int row, int64_t block,
                                       besa_tensor **out, char **names, besa_error *error)
 {
-    int64_t rows = 0, part, columns;
+    int64_t rows = 0, part, columns = 0;
     for (int i = 0; i < besa__fused[row].count; i++) {
         besa_block_layer(&checkpoint->config.block, besa__fused[row].first + i, &part, &columns);
         rows += part;
@@ -11933,12 +11934,14 @@ BESA_API besa_result besa_masks_save(const besa_checkpoint *checkpoint, const ch
     if (result == BESA_OK) result = besa__malloc(&memory, size, "a path", error);
     if (result == BESA_OK) {
         char *partial = (char *)memory;
-        besa__write_text(partial, size, "%s" BESA__PARTIAL, file);
+        struct stat there;
+        int in_place = !lstat(file, &there) && !S_ISREG(there.st_mode); /* a device, or a link: it stays what it is */
+        besa__write_text(partial, size, in_place ? "%s" : "%s" BESA__PARTIAL, file);
         m.file = fopen(partial, "wb");
         int good = m.file && besa__write_mask_file(&m, &header), reason = errno;
         if (m.file && fclose(m.file)) good = 0, reason = errno;
-        if (good && rename(partial, file)) good = 0, reason = errno;
-        if (!good && m.file) unlink(partial);
+        if (good && !in_place && rename(partial, file)) good = 0, reason = errno;
+        if (!good && m.file && !in_place) unlink(partial);
         if (!good) result = besa__fail(error, BESA_ERROR_WRITE, "%s: %s", partial, strerror(reason));
     }
     BESA_FREE(memory);

@@ -549,6 +549,18 @@ static besa_result save_output_masks(job *j)
     return result;
 }
 
+/* Whether a file that comes at the end can lie there: the work before it may take hours. */
+static besa_result check_place(job *j, const char *path)
+{
+    char directory[4096];
+    const char *slash = path ? strrchr(path, '/') : NULL;
+    if (!path) return BESA_OK;
+    snprintf(directory, sizeof directory, "%.*s", slash ? (int)(slash - path) + 1 : 1, slash ? path : ".");
+    if (!access(directory, W_OK | X_OK)) return BESA_OK;
+    snprintf(j->error.message, sizeof j->error.message, "%.400s: %.400s: %s", path, directory, strerror(errno));
+    return BESA_ERROR_WRITE;
+}
+
 static besa_result run_prune(job *j)
 {
     const settings *s = j->s;
@@ -562,6 +574,8 @@ static besa_result run_prune(job *j)
         return BESA_ERROR_WRITE;
     }
     if (file) fclose(file);
+    TRY(check_place(j, s->rates));
+    TRY(check_place(j, s->save_masks));
     besa_result result = find_outliers(j);
     if (!result) result = take_targets(j);
     if (!result && s->test_dense)
@@ -761,6 +775,13 @@ static int is_told(const job *j, besa_result result)
 
 static besa_result check_processes(job *j)
 {
+    int first = j->s->command->bit;
+    if (j->comm) TRY(j->comm->broadcast(j->comm->user, &first, sizeof first, 0, &j->error));
+    if (first != j->s->command->bit) {
+        snprintf(j->error.message, sizeof j->error.message, "rank 0 was given another command than %s: expected the same arguments in all "
+                 "processes", j->s->command->name);
+        return BESA_ERROR_OPTION;
+    }
     if (!j->comm || j->comm->size == 1 || j->s->command->bit != COMPARE) return BESA_OK;
     snprintf(j->error.message, sizeof j->error.message, "compare runs in one process; several can prune, one method at a time");
     return BESA_ERROR_OPTION;

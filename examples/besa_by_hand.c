@@ -106,7 +106,7 @@ static void step(int number)
         m[r][d] = 0.9 * m[r][d] + 0.1 * dtheta[r][d], v[r][d] = 0.999 * v[r][d] + 0.001 * dtheta[r][d] * dtheta[r][d];
         theta[r][d] -= lr * m[r][d] / (1 - pow(0.9, number)) / (sqrt(v[r][d] / (1 - pow(0.999, number))) + 1e-8);
     }
-    if (number == 1) print("theta -= lr m / (sqrt(v) + eps): Adam, at first by lr everywhere", &theta[0][0], R, D + 1);
+    if (number == 1) print("theta -= lr m' / (sqrt(v') + eps), m' = m / (1 - .9^i), v' = v / (1 - .999^i): Adam, at first by lr everywhere", &theta[0][0], R, D + 1);
 }
 
 int main(void)

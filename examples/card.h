@@ -81,17 +81,31 @@ static char *whole_command(const settings *s)
     return NULL;
 }
 
-/* The lines about the licence in the card of the model that was pruned. */
+/* A YAML value that is whole on its line and needs no other: a plain word or words, or a quoted text. */
+static int is_scalar(const char *value)
+{
+    value += strspn(value, " ");
+    const size_t length = strcspn(value, "\r\n");
+    if (!length || strchr("|>&*!%@`[{-?,#", *value)) return 0;
+    for (size_t i = 1; i < length; i++) {
+        const int quoted = *value == '"' || *value == '\'';
+        if (quoted ? (value[i] == *value) != (i == length - 1) || value[i] == '\\' : (value[i] == ':' || value[i] == '#') && i + 1 < length) return !quoted && value[i] == ':' && value[i + 1] == '/';
+    }
+    return length > 1 || (*value != '"' && *value != '\'');
+}
+
+/* The lines about the licence in the card of the model that was pruned, as far as they stand by themselves. */
 static void write_license(FILE *file, const char *source)
 {
     static const char *const keys[] = {"license:", "license_name:", "license_link:"};
     char path[4096], line[1024];
     snprintf(path, sizeof path, "%s/README.md", source);
-    FILE *card = fopen(path, "r");
+    struct stat there;
+    FILE *card = !stat(path, &there) && S_ISREG(there.st_mode) ? fopen(path, "r") : NULL;
     int inside = card && fgets(line, sizeof line, card) && !strncmp(line, "---", 3);
     while (inside && fgets(line, sizeof line, card) && strncmp(line, "---", 3))
         for (int i = 0; i < 3; i++)
-            if (!strncmp(line, keys[i], strlen(keys[i]))) {
+            if (!strncmp(line, keys[i], strlen(keys[i])) && is_scalar(line + strlen(keys[i]))) {
                 line[strcspn(line, "\r\n")] = 0;
                 write_words(file, line);
                 fprintf(file, "\n");

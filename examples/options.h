@@ -807,6 +807,21 @@ static int is_file(const struct stat *there, int directory, const char *name)
     return !fstatat(directory, name, &st, 0) && st.st_dev == there->st_dev && st.st_ino == there->st_ino;
 }
 
+/* Files that are written are different ones; rates and masks may be in one. */
+static void check_outputs(const settings *s)
+{
+    const char *path[] = {s->rates, s->save_masks, s->report, s->trace, s->json_file, s->markdown};
+    static const char *const name[] = {"save-rates", "save-masks", "report", "trace", "json", "markdown"};
+    for (int i = 0; i < 6; i++)
+        for (int k = 0; k < i && path[i]; k++) {
+            struct stat there;
+            char *one = path[k] ? place_of(path[i]) : NULL, *two = path[k] ? place_of(path[k]) : NULL;
+            const int alike = (one && two && !strcmp(one, two)) || (one && two && !stat(path[i], &there) && S_ISREG(there.st_mode) && is_file(&there, AT_FDCWD, path[k]));
+            free(one), free(two);
+            if (alike && !(i == 1 && !strcmp(path[0], path[1]))) usage_error(s, "--%s and --%s are one file", name[i], name[k]);
+        }
+}
+
 /* A report, or another file that is written, must not lie in the checkpoints, nor take the place of the output or of a file
  * that is read, by its name or through a link. */
 static void check_report(const settings *s, const char *name, const char *path)
@@ -909,7 +924,9 @@ static void check_arguments(settings *s)
     if (s->trace) check_report(s, "trace", s->trace);
     if (s->rates) check_report(s, "save-rates", s->rates);
     if (s->save_masks) check_report(s, "save-masks", s->save_masks);
-    if (s->report && s->trace && !strcmp(s->report, s->trace)) usage_error(s, "--report and --trace are one file");
+    check_outputs(s);
+    if (s->absent.memory && s->prune.device_memory > s->absent.memory)
+        usage_error(s, "--memory is more than --device-memory, what the GPU has");
     if (s->report && s->command->bit == EVAL && s->num_tests > 1) usage_error(s, "--report of eval is about one text");
     int keeps = s->command->bit & ONE && s->prune.method == BESA_METHOD_KEEP;
     for (int i = 0; i < s->num_rows; i++) keeps |= s->rows[i].method == BESA_METHOD_KEEP;

@@ -183,7 +183,10 @@ def rows_of_text(text):
             break
         elif columns:
             reached, end = columns
-            before, perplexity = line[:reached], line[reached:end].split()[-1]
+            before, figures = line[:reached], line[reached:end].split()
+            if not figures or not re.fullmatch(r"[0-9.]+", figures[-1]):
+                continue    # a line of make's, or of what else there is around the table
+            perplexity = figures[-1]
             sparsity = re.search(r" ([0-9.]+) %", before)
             name = before[:sparsity.start()] if sparsity else line.split()[0]
             found.append((name.strip(), float(sparsity.group(1)) / 100 if sparsity else 0.0, float(perplexity), None))

@@ -30,7 +30,9 @@ int main(int argc, char **argv)
     CHECK(besa_perplexity(model, NULL, test_ids, WINDOWS, SEQLEN, &dense, NULL, NULL, NULL, &error));
     besa_prune_options options = {0};
     options.rates.target = 0.5;
-    besa_calibration data = {calibration_ids, SAMPLES, SEQLEN, test_ids, WINDOWS, SEQLEN};
+    besa_calibration data = {0};
+    data.ids = calibration_ids, data.nsamples = SAMPLES, data.seqlen = SEQLEN;
+    data.test_ids = test_ids, data.test_windows = WINDOWS, data.test_seqlen = SEQLEN;
     besa_report report;
     CHECK(besa_prune(model, argv[4], NULL, &data, &options, &report, &error));
     printf("sparsity %.4f, perplexity %.3f before and %.3f after\n", report.sparsity, dense, report.perplexity);
