@@ -1525,8 +1525,8 @@ BESA_API besa_result besa_tokens_load(besa_tokens *tokens, const char *path, bes
 BESA_API void besa_tokens_free(besa_tokens *tokens);
 
 /* Cut (nsamples, seqlen) ids out of tokens, into memory of the caller. A 2-D file gives the first seqlen ids of its
- * first nsamples rows. A stream is cut from its start where seed is 0; else window i starts at
- * splitmix64(seed, i) mod (count - seqlen + 1). BESA_ERROR_TOKENS, BESA_ERROR_TOKEN names position and id, or a file
+ * first nsamples rows, and wants seed 0. A stream is cut from its start where seed is 0; else window i starts at
+ * splitmix64(seed, i) mod (count - seqlen + 1). BESA_ERROR_OPTION, BESA_ERROR_TOKENS, BESA_ERROR_TOKEN names position and id, or a file
  * whose ids are too narrow for the vocabulary. */
 BESA_API besa_result besa_tokens_sample(const besa_tokens *tokens, int64_t nsamples, int64_t seqlen, uint64_t seed,
                                         int64_t vocab_size, int32_t *ids, besa_error *error);
@@ -8852,6 +8852,9 @@ BESA_API besa_result besa_tokens_sample(const besa_tokens *tokens, int64_t nsamp
         return besa__fail(error, BESA_ERROR_TOKENS,
                           "%s%s%lld sequences of %lld tokens asked for, the file has %lld of %lld: these are the most",
                           tokens->file, tokens->file[0] ? ": " : "", (long long)nsamples, (long long)seqlen, (long long)tokens->rows, (long long)tokens->columns);
+    if (tokens->columns && seed)
+        return besa__fail(error, BESA_ERROR_OPTION, "%s%sa 2-D file is taken row by row, and seed %llu draws from a stream alone: "
+                          "expected seed 0, or a file that is a stream", tokens->file, tokens->file[0] ? ": " : "", (unsigned long long)seed);
     if (!tokens->columns && (seqlen > tokens->count || (!seed && nsamples > tokens->count / seqlen)))
         return besa__fail(error, BESA_ERROR_TOKENS, "%s%s%lld sequences of %lld tokens asked for, the file has %lld tokens: the "
                           "most is %s %lld", tokens->file, tokens->file[0] ? ": " : "", (long long)nsamples, (long long)seqlen, (long long)tokens->count,

@@ -162,7 +162,7 @@ static char *make_card(const settings *s, const char *base, const besa_calibrati
     write_table(file, s, c, r);
     fprintf(file, "\nThe command was\n\n");
     write_command(file, s);
-    fprintf(file, "\n`besa.json` has every option, hashes of what went in, and the sparsity of each layer.\n");
+    fprintf(file, "\n`besa.json` has every option, hashes of the text and of the source's config.json, and the sparsity of each layer.\n");
     if (fclose(file) == 0) return text;
     free(text);
     return NULL;

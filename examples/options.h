@@ -818,7 +818,7 @@ static void check_outputs(const settings *s)
             char *one = path[k] ? place_of(path[i]) : NULL, *two = path[k] ? place_of(path[k]) : NULL;
             const int alike = (one && two && !strcmp(one, two)) || (one && two && !stat(path[i], &there) && S_ISREG(there.st_mode) && is_file(&there, AT_FDCWD, path[k]));
             free(one), free(two);
-            if (alike && !(i == 1 && !strcmp(path[0], path[1]))) usage_error(s, "--%s and --%s are one file", name[i], name[k]);
+            if (alike && !(i == 1 && !strcmp(path[0], path[1]))) usage_error(s, "--%s and --%s are one file", name[k], name[i]);
         }
 }
 

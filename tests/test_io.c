@@ -1570,7 +1570,8 @@ static void test_sample_rows(void)
     int32_t ids[16];
     size_t n = npy(file, 1, NPY("'<u2'", "(2, 3)") "\n", token_data, 12);
     if (!CHECK(load_tokens(&tokens, "t.npy", file, n) == BESA_OK, "%s", err.message)) return;
-    CHECK_ERROR(besa_tokens_sample(&tokens, 2, 2, 99, 9, ids, &err), BESA_OK, NULL);
+    CHECK_ERROR(besa_tokens_sample(&tokens, 2, 2, 99, 9, ids, &err), BESA_ERROR_OPTION, "seed 99 draws from a stream");
+    CHECK_ERROR(besa_tokens_sample(&tokens, 2, 2, 0, 9, ids, &err), BESA_OK, NULL);
     CHECK(ids[0] == 1 && ids[1] == 2 && ids[2] == 4 && ids[3] == 5, "ids %d, %d, %d, %d", (int)ids[0], (int)ids[1],
           (int)ids[2], (int)ids[3]);
     CHECK_ERROR(besa_tokens_sample(&tokens, 3, 2, 0, 9, ids, &err), BESA_ERROR_TOKENS, "2 of 3");
