@@ -1,6 +1,6 @@
 /* The method of BESA on one linear layer y = x W' of 4 x 8 weights, by hand: every formula of the manual in besa.h as a loop,
  * and every number printed. besa.h computes the same beside it; python/besa_by_hand.py has it in NumPy.
- * r: rows of W, j: its columns, t: tokens, d: candidate rates 1 - d/D. The sparsity aimed at is 1/2. */
+ * r: rows of W, j: its columns, t: tokens, d: candidate rates 1 - d/D. The target is 1/2, where c of besa.h's z[d] = c p[d] + ... is 0. */
 #define BESA_IMPLEMENTATION
 #include "besa.h"
 
@@ -16,7 +16,7 @@ static double beta[R][D + 1], alpha[R], n[R], What[R][C], dWhat[R][C], dtheta[R]
 static void print(const char *formula, const double *a, int rows, int columns)
 {
     printf("\n%s\n", formula);
-    for (int i = 0; i < rows * columns; i++) printf("%10.3g%s", a[i] == 0 ? 0 : a[i], (i + 1) % columns ? "" : "\n");
+    for (int i = 0; i < rows * columns; i++) printf(columns == R ? "%14.8g%s" : "%10.3g%s", a[i] + 0., (i + 1) % columns ? "" : "\n");
 }
 
 static double sigmoid(double x) { return 1 / (1 + exp(-x)); }

@@ -11,7 +11,7 @@ R, C = W.shape
 
 def show(*arrays):
     for a in map(np.atleast_2d, arrays):
-        print("\n" + "\n".join("".join(f"{x + 0.0:10.3g}" for x in row) for row in a))
+        print("\n" + "\n".join("".join(f"{x + 0.0:{'14.8g' if a.shape[1] == R else '10.3g'}}" for x in row) for row in a))
 
 
 def sigmoid(x):
