@@ -12,7 +12,7 @@
 # make bench-cuda       with nvcc and a GPU: copy, product, each operation, whole blocks; $(CUDA_BUILD)/bench-cuda.txt
 #
 # BENCH="--models 7B --nsamples 8" and the like are passed on by both; bench_cuda.cpp lists the options.
-# ONLY="part of a name" as elsewhere. CUDA_ARCHS="90" compiles for fewer.
+# ONLY="part of a name" as elsewhere; ONLY_address and the like for one of the stand-in's builds. CUDA_ARCHS="90" compiles for fewer.
 
 NVCC       ?= nvcc
 CUDA_ARCHS ?= 75 80 90 100
@@ -50,7 +50,7 @@ cuda cuda-selftest cuda-standin cuda-race cuda-compile cuda-programs:
 	@./sum.sh $^
 
 $(CUDA_BUILD)/%.log: $(CUDA_BUILD)/test_cuda-% FORCE
-	@./run.sh $@ $< $(STORIES) $(if $(ONLY),'$(ONLY)')
+	@./run.sh $@ $< $(STORIES) $(if $(ONLY)$(ONLY_$*),'$(or $(ONLY),$(ONLY_$*))')
 
 $(CUDA_BUILD)/test_cuda-%: $(CUDA_FILES) $(CUDA_BUILD)/standin-%.o | $(CUDA_BUILD)
 	$(or $(cuda_$*_CXX),$(CXX)) $(CUDA_FLAGS) $(cuda_$*_FLAGS) -o $@ test_cuda.cpp $(CUDA_BUILD)/standin-$*.o
