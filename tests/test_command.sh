@@ -76,6 +76,17 @@ check 2 'report and --trace are one file' "$@" --trace "$work/one" --report "$wo
 cmp -s "$work/linked/config.json" "$stories/config.json" || bad="$bad; config.json is another"
 done_with "a report by another name"
 
+# files that come beside the output: two in one place, one in no place, one where a link leads
+check 2 'report and --trace are one file' "$@" --trace "$work/./two" --report "$work/two"
+check 2 'save-rates and --report are one file' "$@" --save-rates "$work/two" --report "$work/../$(basename "$work")/two"
+check 1 'nodir/masks: .*nodir/: No such file' "$@" --save-masks "$work/nodir/masks"
+[ -e "$3" ] && bad="$bad; an output though its masks have no place"
+ln -s leads_here "$work/a_link"
+check 0 '' info "$stories" --save-masks "$work/a_link"
+[ -L "$work/a_link" ] && [ -s "$work/leads_here" ] || bad="$bad; a link gave way to masks"
+check 2 'memory is more than --device-memory' plan "$stories" --device cuda --device-memory 1G --memory 2G
+done_with "files beside the output, and a GPU with less memory than is asked for"
+
 # without the three standard descriptors: what is printed does not get into the output
 ( exec <&- >&- 2>&-; exec "$besa" "$@" )
 "$besa" prune "$work/linked" "$work/linked_other" --tokens "$work/linked/calibration_tokens.npy" --seqlen 64 --nsamples 2 --method wanda --quiet \
@@ -376,7 +387,7 @@ done_with "a fixed sparsity that rows cannot have"
 # A model with a card of its own, whose licence goes on; a run that is killed and goes on in one thread leaves the same output,
 # and the same trace, as one that is not.
 cp -r "$stories" "$work/model" && rm "$work/model"/*.npy
-printf '%s\n' --- 'license: other' 'license_name: ours' 'tags: [x]' --- '# Model' 'license: no' >"$work/model/README.md"
+printf '%s\n' --- 'license: other' 'license_name: ours' 'license_link: >-' 'tags: [x]' --- '# Model' 'license: no' >"$work/model/README.md"
 mkdir "$work/a" "$work/b"
 long="--tokens $stories/calibration_tokens.npy --nsamples 48 --seqlen 64 --preset best --test $stories/test_tokens.npy --windows 2 --test-dense --quiet"
 check 0 '^perplexity [0-9.]* +/- [0-9.]*, of the dense model [0-9.]*$' prune "$work/model" "$work/a/out" $long --threads 2 --trace "$work/a.jsonl" --report "$work/a.json"
@@ -409,6 +420,7 @@ for line in 'base_model: "model"' 'base_model_relation: finetune' 'license: othe
 done
 grep -q '^| perplexity | [0-9.]*, of the dense model [0-9.]*; on 2 windows of 64 tokens of test_tokens.npy |$' "$card" || bad="$bad; no perplexities"
 grep -q 'license: no' "$card" && bad="$bad; a licence from the text"
+grep -q 'license_link' "$card" && bad="$bad; a line whose value is below it"
 cmp -s "$work/model/README.md" "$work/a/out/README.dense.md" || bad="$bad; the dense model's card is not kept"
 check 0 '^perplexity' eval "$work/a/out" --tokens "$stories/test_tokens.npy" --windows 2 --seqlen 64 --report "$work/eval.json" --quiet
 check 2 '--test-dense is about --test' prune "$work/model" "$work/c" $data --test-dense
