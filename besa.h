@@ -5687,12 +5687,13 @@ static besa_result besa__pruner_reset(besa_pruner *p)
 /* Sequence `index` of an array of (.., seqlen, d); yref has these sizes with a dense stream too. */
 static void *besa__sequence(const besa_pruner *p, void *x, int64_t index) { return besa__stream_at(&p->yref, x, index); }
 
-/* Sequences whose gradients the scores see, this rank's. */
-static int64_t besa__gradient_sequences(const besa_pruner *p)
+/* Sequences whose gradients the scores see: of all ranks; this rank's. */
+static int64_t besa__all_scored(const besa_pruner *p)
 {
-    int64_t all = besa__uses_gradients(&p->options) ? besa__min(BESA__GRADIENT_SEQUENCES, p->shares.all) : 0;
-    return besa__local_count(&p->shares, all);
+    return besa__uses_gradients(&p->options) ? besa__min(BESA__GRADIENT_SEQUENCES, p->shares.all) : 0;
 }
+
+static int64_t besa__gradient_sequences(const besa_pruner *p) { return besa__local_count(&p->shares, besa__all_scored(p)); }
 
 /* Sequences that the report's losses are of: of all ranks; this rank's. */
 static int64_t besa__all_shown(const besa_pruner *p) { return besa__min(BESA__REPORT_SEQUENCES, p->all_reference); }
@@ -7161,8 +7162,7 @@ static double besa__cost_rank(const besa_pruner *p)
 /* An epoch costs about three forward passes. The sequences are those of all ranks: all have this pass, or none. */
 static double besa__cost_learn(const besa_pruner *p)
 {
-    double scored = besa__uses_gradients(&p->options) ? (double)besa__min(BESA__GRADIENT_SEQUENCES, p->shares.all) : 0;
-    return 3 * ((double)besa__mask_epochs(p) + scored / (double)p->shares.all);
+    return 3 * ((double)besa__mask_epochs(p) + (double)besa__all_scored(p) / (double)p->shares.all);
 }
 
 static double besa__cost_weights(const besa_pruner *p)

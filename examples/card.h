@@ -85,13 +85,13 @@ static char *whole_command(const settings *s)
 static int is_scalar(const char *value)
 {
     value += strspn(value, " ");
-    const size_t length = strcspn(value, "\r\n");
-    if (!length || strchr("|>&*!%@`[{-?,#", *value)) return 0;
-    for (size_t i = 1; i < length; i++) {
-        const int quoted = *value == '"' || *value == '\'';
-        if (quoted ? (value[i] == *value) != (i == length - 1) || value[i] == '\\' : (value[i] == ':' || value[i] == '#') && i + 1 < length) return !quoted && value[i] == ':' && value[i + 1] == '/';
+    const size_t length = strcspn(value, "\r\n"), at = strcspn(value, ":#");
+    if (*value == '"' || *value == '\'') {
+        const size_t inside = strcspn(value + 1, *value == '"' ? "\"\\\r\n" : "'\\\r\n");
+        return inside + 2 == length && value[length - 1] == *value;
     }
-    return length > 1 || (*value != '"' && *value != '\'');
+    if (!length || strchr("|>&*!%@`[{-?,#", *value)) return 0;
+    return at + 1 >= length || !strncmp(value + at, ":/", 2); /* the address of a page */
 }
 
 /* The lines about the licence in the card of the model that was pruned, as far as they stand by themselves. */

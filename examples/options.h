@@ -814,11 +814,13 @@ static void check_outputs(const settings *s)
     static const char *const name[] = {"save-rates", "save-masks", "report", "trace", "json", "markdown"};
     for (int i = 0; i < 6; i++)
         for (int k = 0; k < i && path[i]; k++) {
+            if (!path[k] || (i == 1 && !strcmp(path[0], path[1]))) continue;
             struct stat there;
-            char *one = path[k] ? place_of(path[i]) : NULL, *two = path[k] ? place_of(path[k]) : NULL;
-            const int alike = (one && two && !strcmp(one, two)) || (one && two && !stat(path[i], &there) && S_ISREG(there.st_mode) && is_file(&there, AT_FDCWD, path[k]));
+            char *one = place_of(path[i]), *two = place_of(path[k]);
+            const int is_linked = !stat(path[i], &there) && S_ISREG(there.st_mode) && is_file(&there, AT_FDCWD, path[k]);
+            const int is_same = one && two && !strcmp(one, two);
             free(one), free(two);
-            if (alike && !(i == 1 && !strcmp(path[0], path[1]))) usage_error(s, "--%s and --%s are one file", name[k], name[i]);
+            if (is_same || is_linked) usage_error(s, "--%s and --%s are one file", name[k], name[i]);
         }
 }
 

@@ -188,16 +188,23 @@ static void test_companions(void)
     besa_checkpoint_close(alone);
 }
 
+/* A file of one of the cases, under another name. */
+static void copy_of_case(const char *name, const char *file, const char *to)
+{
+    size_t n;
+    unsigned char *bytes = read_bytes(in_case(name, file), &n);
+    write_bytes(to, bytes, n);
+    free(bytes);
+}
+
 /* Of a sharded model whose layers are rows of tensors, a missing tensor is named, and none that is there. */
 static void test_fused_index(void)
 {
     static const char missing[] = "model.layers.1.input_layernorm.weight";
     size_t n;
     mkdir(temp_path("fused"), 0777);
-    unsigned char *file = read_bytes(in_case("families/phi3", "config.json"), &n);
-    write_bytes(temp_path("fused/config.json"), file, n);
-    free(file);
-    file = read_bytes(in_case("families/phi3", "model.safetensors"), &n);
+    copy_of_case("families/phi3", "config.json", temp_path("fused/config.json"));
+    unsigned char *file = read_bytes(in_case("families/phi3", "model.safetensors"), &n);
     char *index = (char *)take(65536);
     size_t at = (size_t)snprintf(index, 65536, "{\"weight_map\":{");
     for (int64_t b = 0; b < 4; b++)
@@ -221,10 +228,8 @@ static void test_contradiction(void)
     static const char key[] = "\"tie_word_embeddings\": false";
     size_t n;
     mkdir(temp_path("part"), 0777);
-    unsigned char *file = read_bytes(in_case("families/qwen2_5_vl", "model.safetensors"), &n);
-    write_bytes(temp_path("part/model.safetensors"), file, n);
-    free(file);
-    file = read_bytes(in_case("families/qwen2_5_vl", "config.json"), &n);
+    copy_of_case("families/qwen2_5_vl", "model.safetensors", temp_path("part/model.safetensors"));
+    unsigned char *file = read_bytes(in_case("families/qwen2_5_vl", "config.json"), &n);
     for (size_t at = 0; at + strlen(key) < n; at++) {
         if (memcmp(file + at, key, strlen(key))) continue;
         memcpy(file + at + strlen(key) - 5, "true ", 5);
