@@ -7,7 +7,7 @@
  * line is besa's. Fills in a besa_comm: sums by NCCL on the backend's own stream, beside what computes; all else through
  * sockets to rank 0, two to each rank. One has what is broadcast; the other is for failures, and a thread waits at it: when a
  * message comes or the other end is gone, NCCL's kernels are aborted and the next call fails. Rank 0 listens at MASTER_ADDR
- * [127.0.0.1], port BESA_PORT [MASTER_PORT + 1, or 29555]. */
+ * [127.0.0.1], port BESA_PORT [MASTER_PORT + 1, or 29555]. NCCL 2.14 or newer, whose calls return before they are done. */
 #include <errno.h>
 #include <netdb.h>
 #include <netinet/in.h>
@@ -165,21 +165,32 @@ static besa_result barrier(void *user, besa_error *error)
     return ok ? BESA_OK : lost(error, "a barrier", "the connection to another process is gone");
 }
 
+/* A call of NCCL's returns at once; here it has come to its end, or a failure has ended it. */
+static besa_result settle(const char *call, ncclResult_t status, besa_error *error)
+{
+    while (status == ncclInProgress) {
+        usleep(10);
+        pthread_mutex_lock(&g.lock);
+        if (!g.nccl || ncclCommGetAsyncError(g.nccl, &status) != ncclSuccess) status = ncclSystemError;
+        pthread_mutex_unlock(&g.lock);
+    }
+    return status == ncclSuccess ? BESA_OK : lost(error, call, ncclGetErrorString(status));
+}
+
 /* NCCL, once the backend has chosen its device: at the first sum, which comes to all ranks alike. */
 static besa_result begin_nccl(besa_error *error)
 {
     ncclUniqueId id;
-    ncclComm_t made = NULL;
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;                        /* else it would wait for a rank that is gone, and could not be aborted */
     memset(&id, 0, sizeof id);
     if (g.rank == 0) ncclGetUniqueId(&id);
     besa_result result = broadcast(NULL, &id, sizeof id, 0, error);
     if (result != BESA_OK) return result;
-    const ncclResult_t status = ncclCommInitRank(&made, g.size, id, g.rank);
-    if (status != ncclSuccess) return lost(error, "ncclCommInitRank", ncclGetErrorString(status));
     pthread_mutex_lock(&g.lock);
-    g.nccl = made;
+    const ncclResult_t status = g.failed ? ncclSystemError : ncclCommInitRankConfig(&g.nccl, g.size, id, g.rank, &config);
     pthread_mutex_unlock(&g.lock);
-    return BESA_OK;
+    return settle("ncclCommInitRankConfig", status, error);
 }
 
 static besa_result reduce(void *user, besa_backend *be, besa_queue q, float *data, int64_t count, besa_error *error)
@@ -193,8 +204,11 @@ static besa_result reduce(void *user, besa_backend *be, besa_queue q, float *dat
         if (result != BESA_OK) return result;
     }
     const cudaStream_t stream = static_cast<cudaStream_t>(besa_cuda_stream(be, q));
-    const ncclResult_t status = ncclAllReduce(data, data, static_cast<size_t>(count), ncclFloat, ncclSum, g.nccl, stream);
-    return status == ncclSuccess ? BESA_OK : lost(error, "ncclAllReduce", ncclGetErrorString(status));
+    pthread_mutex_lock(&g.lock);
+    const ncclResult_t status =
+        g.nccl ? ncclAllReduce(data, data, static_cast<size_t>(count), ncclFloat, ncclSum, g.nccl, stream) : ncclSystemError;
+    pthread_mutex_unlock(&g.lock);
+    return settle("ncclAllReduce", status, error);
 }
 
 static void fail(void *user, const besa_error *error)

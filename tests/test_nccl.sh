@@ -34,13 +34,12 @@ two "$work/other" $data
 verdict $? "nccl: processes with other arguments are told so"
 second=""
 
-# Killed in the middle: the other ends, and says of whom.
-WORLD_SIZE=2 RANK=1 "$many" prune "$stories" "$work/killed" $data --epochs 50 >"$work/rank-1" 2>&1 &
-victim=$!
-(WORLD_SIZE=2 RANK=0 "$many" prune "$stories" "$work/killed" $data --epochs 50; echo $? >"$work/status") >"$work/log" 2>&1 &
-while [ ! -e "$work/killed.partial/besa-journal" ] && [ ! -e "$work/status" ]; do sleep 0.1; done
-kill -9 $victim
-for i in 1 2 3 4 5 6 7 8 9 10; do [ -e "$work/status" ] || sleep 1; done
-[ "$(cat "$work/status" 2>/dev/null)" = 1 ] && grep -q 'rank 1 has ended without a word' "$work/log"
-verdict $? "nccl: a process that is killed ends the other within seconds"
+# Killed in the creation of NCCL's communicator, at its first sum and in the middle: the other ends, and says of whom.
+for call in 0 1 20; do
+    NCCL_STANDIN_KILL=$call WORLD_SIZE=2 RANK=1 "$many" prune "$stories" "$work/killed" $data >"$work/rank-1" 2>&1 &
+    WORLD_SIZE=2 RANK=0 timeout 100 "$many" prune "$stories" "$work/killed" $data >"$work/log" 2>&1
+    [ $? -eq 1 ] && grep -q 'rank 1 has ended without a word' "$work/log"
+    verdict $? "nccl: a process that is killed in call $call ends the other"
+    wait $!
+done
 exit $failed
