@@ -5057,9 +5057,13 @@ struct besa_pruner {
     float *slab_error;                          /* (R, 128), SparseGPT; (512, 128), refit obs */
     int32_t *counts, *not_finite;               /* (2, rows) zeros: DENSE, WRITTEN; (BESA__COUNTS) as in results */
     int32_t *ignored;                           /* (norms) where count_zeros puts zeros when only not_finite is wanted */
+    float *written_sums;                        /* (written_columns) of |What|, layer after layer, in several processes: for
+                                                   besa__same_results */
+    int64_t written_columns;                    /* of all layers; 0: one process */
     besa__results *results;                     /* host */
     float *results_losses;                      /* host, as losses */
     int32_t *results_counts;                    /* host (2, rows) */
+    float *results_sums;                        /* host, as written_sums */
     float *results_vectors;                     /* host, one vector after the other: what learned has come to */
     char notes[1024];                           /* of besa_pruner_create's alone */
     besa_block masked;                          /* this run's block, with `pruned` for its weights, and what vectors learn */
@@ -5458,6 +5462,24 @@ static int64_t besa__vector_counts(const besa_block_shape *shape)
     return counts;
 }
 
+static int64_t besa__columns_of_layers(const besa_block_shape *shape)
+{
+    int64_t rows, columns, all = 0;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        besa_block_layer(shape, i, &rows, &columns);
+        all += columns;
+    }
+    return all;
+}
+
+/* Where results are put that ranks compare. */
+static void besa__pruner_place_sums(besa_pruner *p, besa__arena *arena, besa__arena *host)
+{
+    p->written_columns = p->shares.comm ? besa__columns_of_layers(&p->shape) : 0;
+    p->written_sums = p->written_columns ? besa__take_floats(arena, p->written_columns) : NULL;
+    p->results_sums = p->written_columns ? besa__take_floats(host, p->written_columns) : NULL;
+}
+
 /* Place every array of the pruner, on the device and on the host; arenas without memory only count. */
 static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *host)
 {
@@ -5495,6 +5517,7 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     p->results_losses = besa__take_floats(host, BESA__LOSS_STEP + p->step_losses);
     p->results_counts = (int32_t *)besa__take_array(host, besa__product(2, p->rows), sizeof(int32_t));
     p->results_vectors = besa__learns_vectors(p) ? besa__take_floats(host, besa__vector_counts(s)) : NULL;
+    besa__pruner_place_sums(p, arena, host);
 }
 
 /* Sequences that go through a pass together: about 2048 tokens. A larger batch is accumulated over several. */
@@ -6918,6 +6941,20 @@ static besa_result besa__round_written(const besa__work *work)
     return BESA_OK;
 }
 
+/* Of the weights as they are written, what ranks compare. */
+static besa_result besa__sum_written(const besa__work *work)
+{
+    besa_pruner *p = work->pruner;
+    float *at = p->written_sums;
+    for (int i = 0; i < BESA_LAYERS && at; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        BESA__TRY(p->be->absolute_sums(p->be, at, work->masked->weight[i], p->dtype, rows, columns));
+        at += columns;
+    }
+    return BESA_OK;
+}
+
 /* Pass 5. X = F(What, X), and the loss on the way. */
 static besa_result besa__commit_pass(const besa__work *work, besa_error *error)
 {
@@ -6938,6 +6975,7 @@ static besa_result besa__commit_pass(const besa__work *work, besa_error *error)
         BESA__TRY(besa__tick(&p->meter, (double)walk.count / (double)p->nsamples, error));
     }
     BESA__TRY_ON(be, besa__reduce(p->shares.comm, be, p->losses + BESA__LOSS_AFTER, 2), error); /* and BESA__LOSS_REST */
+    BESA__TRY_ON(be, besa__sum_written(work), error);
     /* weights that have become infinite lie on a level as all others: they are looked for before that */
     if (work->levels) BESA__TRY_ON(be, besa__count_layers(p, (const void *const *)work->pruned, BESA__WRITTEN), error);
     return besa__pass_error(be, besa__count_layers(p, work->masked->weight, BESA__WRITTEN), error);
@@ -6954,6 +6992,8 @@ static besa_result besa__fetch_results(besa_pruner *p)
     BESA__TRY(be->download(be, q, p->results_losses, p->losses, losses));
     BESA__TRY(be->download(be, q, r->not_finite, p->not_finite, sizeof r->not_finite));
     BESA__TRY(be->download(be, q, p->results_counts, p->counts, 2 * (size_t)p->rows * sizeof(int32_t)));
+    if (p->written_sums)
+        BESA__TRY(be->download(be, q, p->results_sums, p->written_sums, (size_t)p->written_columns * sizeof(float)));
     for (int64_t i = 0, at = 0; i < BESA_VECTORS; at += p->weights.vector[i++].count)
         if (p->weights.vector[i].dense)
             BESA__TRY(be->download(be, q, p->results_vectors + at, p->weights.vector[i].value,
@@ -7108,18 +7148,35 @@ static void besa__report_losses(const besa_pruner *p, besa_block_report *report)
 }
 
 /* Equal sums make equal masks only on equal machines: the zeros of every row, Prodigy's figures, and norms and biases that learn,
- * must be the same on all ranks. Losses are, as sums over ranks; other values of kept weights are not looked for. */
-static besa_result besa__same_results(const besa_pruner *p, besa_error *error)
+ * must be the same on all ranks, and so must the sum of |What| of every column, which sees values of kept weights drift apart.
+ * Losses are, as sums over ranks. name: of the block, or NULL. */
+static besa_result besa__same_results(const besa_pruner *p, const char *name, besa_error *error)
 {
     const besa__results *r = p->results;
-    if (!p->shares.comm) return BESA_OK;
+    const besa_comm *comm = p->shares.comm;
+    uint64_t mine[1 + BESA_LAYERS], first[1 + BESA_LAYERS]; /* of masks and losses; of each layer's sums */
+    if (!comm) return BESA_OK;
     uint64_t hash = besa__hash(BESA__HASH_START, p->results_counts, 2 * (size_t)p->rows * sizeof *p->results_counts);
     hash = besa__hash(hash, p->results_losses, (size_t)(BESA__LOSS_STEP + p->step_losses) * sizeof *p->results_losses);
     hash = besa__hash(hash, r->scalars, sizeof r->scalars);
-    const float *at = p->results_vectors;
+    const float *at = p->results_vectors, *sums = p->results_sums;
     for (int i = 0; i < BESA_VECTORS && at; at += p->weights.vector[i++].count)
         if (p->weights.vector[i].dense) hash = besa__hash(hash, at, (size_t)p->weights.vector[i].count * sizeof *at);
-    return besa__same(p->shares.comm, hash, "masks or losses", "ranks on equal processors, with the same program and libraries", error);
+    mine[0] = hash;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&p->shape, i, &rows, &columns);
+        mine[1 + i] = besa__hash(BESA__HASH_START, sums, (size_t)columns * sizeof *sums);
+        sums += columns;
+    }
+    memcpy(first, mine, sizeof first);
+    BESA__TRY(besa__broadcast(comm, first, sizeof first, 0, error));
+    for (int i = 0; i <= BESA_LAYERS; i++)
+        if (mine[i] != first[i])
+            return besa__fail(error, BESA_ERROR_COMM, "%s%s: rank %d has other %s than rank 0: expected ranks on equal processors, "
+                              "with the same program and libraries", name ? name : i ? "" : "the block", i ? besa__layers[i - 1].path
+                              : name ? "*" : "", comm->rank, i ? "values of kept weights" : "masks or losses");
+    return BESA_OK;
 }
 
 /* From what has come back to the report, or to what went wrong; the earliest cause counts. */
@@ -7239,7 +7296,7 @@ static besa_result besa__finish_block(besa_pruner *p, const char *name, besa_res
     }
     BESA__TRY(result);
     BESA__TRY(besa__report_block(p, name, report, error));
-    BESA__TRY(besa__same_results(p, error));
+    BESA__TRY(besa__same_results(p, name, error));
     return besa__pass_error(p->be, besa__pass_seconds(p, report->seconds), error);
 }
 

@@ -10,6 +10,7 @@
  *       3,010 GB/s, rates 1.7 ns a row forward and 5.3 ns back, attention's products and softmax 2,350 GB/s; a kernel that does nothing takes 2.8 to 3.6 us; a run has 2.4 s
  *       before its first block and after its last. Files are read at 2 GB/s and written at 0.5, beside the blocks (--read-gbs,
  *       --write-gbs, --hash-gbs); --dtype f16 and f32 are checkpoints of these: F16 becomes bf16 on its way in.
+ *       Then the same on 2 to 64 GPUs, whose sums and their order are the library's: section "several GPUs".
  *   bench_cuda --check [--only NAME]
  *       the same as tests: a small run for real, then the projection's targets. PASS and FAIL lines.
  *
@@ -53,10 +54,11 @@ static struct {
     int64_t nsamples, seqlen, runs;
     double tflops, gbs, score_gbs, launch_us, host_gbs, start; /* the projection's device; seconds around the blocks */
     double read_gbs, write_gbs, hash_gbs;      /* its disk, and the host's thread that reads, writes and hashes */
+    double link_gbs, net_gbs;                  /* sums over GPUs of one machine; between machines, each way */
     int processors;
     besa_dtype dtype;                          /* of the weights */
     int project, check, quick;
-} g_options = {NULL, NULL, NULL, 128, 2048, 3, 700, 2700, 2350, 3, 50, 2.5, 2, 0.5, 4, 132, BESA_BF16, 0, 0, 0};
+} g_options = {NULL, NULL, NULL, 128, 2048, 3, 700, 2700, 2350, 3, 50, 2.5, 2, 0.5, 4, 360, 25, 132, BESA_BF16, 0, 0, 0};
 
 static FILE *g_file;
 static int g_quiet; /* tests print their verdicts alone, unless TEST_VERBOSE is set */
@@ -111,6 +113,16 @@ static struct {
     std::map<void *, size_t> blocks;
     size_t live, peak;
 } g;
+
+typedef struct sums {                  /* over ranks, in one pass */
+    double calls, bytes, seconds, waited; /* waited: computing stood still for them */
+} sums;
+
+static struct {
+    int64_t ranks;
+    double compute, reduce;            /* seconds at which what the queues hold so far is done */
+    sums pass[BESA_PASS_COUNT + 1];    /* the last: not yet attributed to a pass */
+} g_comm;
 
 static void add_kernel_bytes(void);
 
@@ -448,6 +460,9 @@ static int on_progress(void *, const besa_progress *progress)
         to.launches += from.launches, to.bytes += from.bytes, to.flop += from.flop, to.seconds += from.seconds;
         from = row();
     }
+    sums &from = g_comm.pass[BESA_PASS_COUNT], &to = g_comm.pass[progress->pass];
+    to.calls += from.calls, to.bytes += from.bytes, to.seconds += from.seconds, to.waited += from.waited;
+    from = sums();
     return 0;
 }
 
@@ -574,7 +589,9 @@ static void add_to(line &to, double launches, double bytes, double flop, double 
     row &r = to.pass[BESA_PASS_COUNT];
     double seconds = std::max(bytes / bytes_per_second, flop / flop_per_second);
     r.launches += launches, r.bytes += bytes, r.flop += flop;
-    r.seconds += std::max(seconds, launches * g_options.launch_us * 1e-6);
+    seconds = std::max(seconds, launches * g_options.launch_us * 1e-6);
+    r.seconds += seconds;
+    g_comm.compute += seconds;
 }
 
 static void record_product(const standin_record *r)
@@ -651,13 +668,58 @@ static double weights_of(const model &m)
     return 2 * d * q + 2 * d * kv + 3 * d * inner;
 }
 
-/* One block of method besa, recorded */
-static besa_result record_block(const model &m, besa_error *error)
+/* ---- several GPUs ----
+ *
+ * The library makes its calls of a besa_comm as rank 0 of several, which has the largest share, and their bytes are added up
+ * here. Sums follow one another on a queue of their own: each begins when computing has come to it, and computing waits where
+ * the library waits. So what is hidden behind the backward pass is what the library's own order hides.
+ *
+ * A sum of n bytes over N GPUs takes 2 (N - 1) / N n / bandwidth, and a latency. Within a machine of 8 by NVLink (450 GB/s each
+ * way by H100's data sheet) 360 GB/s, about what nccl-tests' all_reduce_perf shows there as bus bandwidth of large sums
+ * (--link-gbs); between machines 200 Gbit/s = 25 GB/s for each machine, of which all is used (--net-gbs). Latencies are those
+ * by which NCCL chooses its algorithms (src/graph/tuning.cc, protocol Simple; the better of ring and tree). */
+
+enum { MACHINE = 8 };                  /* GPUs */
+
+static double seconds_of_sum(double bytes)
+{
+    double ranks = static_cast<double>(g_comm.ranks), machines = ceil(ranks / MACHINE), local = ranks / machines;
+    double between = 2 * (machines - 1), ring = 8.4 + (2 * (ranks - 1) - between) * 3.4 + between * 14;
+    double tree = 8.4 + 2 * ((local - 1) * 4.0 + ceil(log2(machines)) * 14);
+    double gbs = machines > 1 ? g_options.net_gbs : g_options.link_gbs;
+    return std::min(ring, tree) * 1e-6 + 2 * (ranks - 1) / ranks * bytes / (gbs * 1e9);
+}
+
+static besa_result count_sum(void *, besa_backend *, besa_queue, float *, int64_t count, besa_error *)
+{
+    sums &s = g_comm.pass[BESA_PASS_COUNT];
+    double bytes = 4 * static_cast<double>(count), seconds = seconds_of_sum(bytes);
+    s.calls++, s.bytes += bytes, s.seconds += seconds;
+    g_comm.reduce = std::max(g_comm.reduce, g_comm.compute) + seconds;
+    return BESA_OK;
+}
+
+static besa_result watched_wait(besa_backend *be, besa_queue q, int event)
+{
+    if (q == BESA_QUEUE_COMPUTE && event == BESA__EVENT_REDUCED && g_comm.reduce > g_comm.compute) {
+        g_comm.pass[BESA_PASS_COUNT].waited += g_comm.reduce - g_comm.compute;
+        g_comm.compute = g_comm.reduce;
+    }
+    return g.inner.wait(be, q, event);
+}
+
+static besa_result no_broadcast(void *, void *, size_t, int, besa_error *) { return BESA_OK; }
+static besa_result no_barrier(void *, besa_error *) { return BESA_OK; }
+static void no_failure(void *, const besa_error *) {}
+
+/* One block, recorded, on the first of so many GPUs */
+static besa_result record_block(const model &m, besa_prune_options o, int64_t ranks, besa_error *error)
 {
     besa_backend be;
     test_block b;
     besa_pruner *pruner = NULL;
-    besa_prune_options o = options_of(BESA_METHOD_BESA);
+    besa_comm comm = {0, static_cast<int>(ranks), NULL, count_sum, no_broadcast, no_barrier, no_failure};
+    if (ranks > 1) o.comm = &comm, o.batch_size = ranks;
     standin_set_arch(9, 0);
     standin_set_processors(g_options.processors);
     standin_set_shared(227 << 10);
@@ -665,6 +727,9 @@ static besa_result record_block(const model &m, besa_error *error)
     standin_set_dry(1);
     BESA__TRY(open_watched(&be, error));
     be.download = dry_download;
+    be.wait = watched_wait;
+    memset(&g_comm, 0, sizeof g_comm);
+    g_comm.ranks = ranks;
     BESA__TRY(besa__pass_error(&be, make_block(&be, &b, m), error));
     BESA__TRY(besa_pruner_create(&pruner, &be, &b.block.shape, b.block.dtype, 0, &o, g_options.nsamples, g_options.seqlen,
                                  error));
@@ -754,7 +819,7 @@ static double value_of(const projection &p, int target)
 static int project_model(const model &m, projection *p)
 {
     besa_error error;
-    besa_result result = record_block(m, &error);
+    besa_result result = record_block(m, options_of(BESA_METHOD_BESA), 1, &error);
     *p = project(m);
     say("\n%s: one block, besa with wanda importance, %lld x %lld tokens, batch 1\n", m.name,
         static_cast<long long>(g_options.nsamples), static_cast<long long>(g_options.seqlen));
@@ -775,11 +840,68 @@ static int project_model(const model &m, projection *p)
     return result == BESA_OK;
 }
 
+static double pass_seconds(besa_pass pass)
+{
+    double seconds = 0;
+    for (auto &entry : g.lines) seconds += entry.second.pass[pass].seconds;
+    return seconds;
+}
+
+typedef struct scaling {               /* a block on so many GPUs */
+    projection p;                      /* of what one computes; seconds with what it waits for */
+    double steps, step_bytes, step_ms, open_ms, other_bytes; /* sums of a learning step, those not hidden; the other passes' */
+} scaling;
+
+static int project_ranks(const model &m, const besa_prune_options &o, int64_t ranks, scaling *s)
+{
+    besa_error error;
+    besa_result result = record_block(m, o, ranks, &error);
+    const sums &learn = g_comm.pass[BESA_PASS_LEARN];
+    *s = scaling();
+    s->p = project(m);
+    s->steps = static_cast<double>(g_options.nsamples / ranks);
+    s->step_bytes = learn.bytes / s->steps;
+    s->step_ms = 1e3 * learn.seconds / s->steps, s->open_ms = 1e3 * learn.waited / s->steps;
+    for (const sums &pass : g_comm.pass) s->p.seconds += pass.waited, s->other_bytes += pass.bytes;
+    s->other_bytes -= learn.bytes;
+    if (result != BESA_OK) say("  the dry run on %lld GPUs ended with: %s\n", static_cast<long long>(ranks), error.message);
+    return result == BESA_OK;
+}
+
+static int project_scaling(const model &m)
+{
+    static const int64_t counts[] = {1, 2, 4, 8, 16, 64};
+    besa_prune_options o = options_of(BESA_METHOD_BESA), both = o;
+    scaling s;
+    double blocks = static_cast<double>(m.blocks);
+    say("\n%s on several GPUs: PROJECTION, not a measurement; up to %d in a machine (%.0f GB/s), %.0f GB/s between machines; a batch of "
+        "as many sequences as GPUs\n", m.name, MACHINE, g_options.link_gbs, g_options.net_gbs);
+    say("  %4s %6s %9s %9s %9s %9s %9s %9s %9s %9s %9s\n", "GPUs", "steps", "MB/step", "ms/step", "not hid.", "dense", "learn", "others",
+        "block s", "run s", "+ disk s");
+    for (int64_t ranks : counts) {
+        if (ranks > g_options.nsamples) continue;
+        if (!project_ranks(m, o, ranks, &s)) return 0;
+        double dense = pass_seconds(BESA_PASS_DENSE) + pass_seconds(BESA_PASS_COMMIT), learn = pass_seconds(BESA_PASS_LEARN);
+        double run = s.p.seconds * blocks + g_options.start, disk = std::max(s.p.seconds, s.p.disk) * blocks + g_options.start;
+        say("  %4lld %6.0f %9.1f %9.2f %9.2f %9.3f %9.3f %9.3f %9.3f %9.1f %9.1f\n", static_cast<long long>(ranks), s.steps,
+            s.step_bytes * 1e-6, s.step_ms, s.open_ms, dense, learn, s.p.seconds - dense - learn, s.p.seconds, run, disk);
+    }
+    say("  dense: dense and commit pass; others: ranks, masks and what is waited for; run: all blocks and the %.1f s around them; + disk: "
+        "where rank 0 reads at %.1f GB/s and writes at %.1f\n", g_options.start, g_options.read_gbs, g_options.write_gbs);
+    both.learn = BESA_LEARN_BOTH;
+    if (g_options.nsamples >= MACHINE && !project_ranks(m, both, MACHINE, &s)) return 0;
+    say("  where weights learn too, %d GPUs: %.0f MB/step, %.2f ms/step, not hidden %.2f\n", MACHINE, s.step_bytes * 1e-6, s.step_ms,
+        s.open_ms);
+    if (g_options.nsamples >= MACHINE && !project_ranks(m, options_of(BESA_METHOD_SPARSEGPT), MACHINE, &s)) return 0;
+    say("  Gram matrices of method sparsegpt: %.0f MB a block\n", s.other_bytes * 1e-6);
+    return 1;
+}
+
 static int project_all(void)
 {
     for (const model &m : g_models) {
         projection p;
-        if (chosen(m, "7B,70B") && !project_model(m, &p)) return 1;
+        if (chosen(m, "7B,70B") && (!project_model(m, &p) || !project_scaling(m))) return 1;
     }
     return 0;
 }
@@ -1234,6 +1356,16 @@ static int check_all(void)
                 test_end();
             }
         }
+        scaling eight;
+        name = begin + "8 of them";
+        int done = project_ranks(m, options_of(BESA_METHOD_BESA), 8, &eight);
+        TEST(name.c_str()) {
+            CHECK(done, "the dry run failed");
+            CHECK(eight.step_bytes > 1e6 && eight.p.seconds < p.seconds / 7, "a block takes %.3f s, on one %.3f; %.0f bytes a step",
+                  eight.p.seconds, p.seconds, eight.step_bytes);
+            CHECK(eight.open_ms < eight.step_ms / 3, "%.3f of a step's %.3f ms of sums are not hidden", eight.open_ms, eight.step_ms);
+            test_end();
+        }
     }
     return test_finish();
 }
@@ -1246,7 +1378,7 @@ static int usage(const char *program)
 {
     fprintf(stderr, "usage: %s [--model | --check] [--models 7B,13B,34B,70B] [--nsamples N] [--seqlen N] [--runs N]\n"
             "    [--tflops N] [--gbs N] [--score-gbs N] [--launch-us N] [--host-gbs N] [--start S]\n"
-            "    [--read-gbs N] [--write-gbs N] [--hash-gbs N] [--dtype bf16|f16|f32] [--output FILE] [--only NAME]\n", program);
+            "    [--read-gbs N] [--write-gbs N] [--hash-gbs N] [--link-gbs N] [--net-gbs N] [--dtype bf16|f16|f32] [--output FILE] [--only NAME]\n", program);
     return 2;
 }
 
@@ -1271,6 +1403,8 @@ static int parse(int argc, char **argv)
         else if (s == "--read-gbs") g_options.read_gbs = atof(argv[++i]);
         else if (s == "--write-gbs") g_options.write_gbs = atof(argv[++i]);
         else if (s == "--hash-gbs") g_options.hash_gbs = atof(argv[++i]);
+        else if (s == "--link-gbs") g_options.link_gbs = atof(argv[++i]);
+        else if (s == "--net-gbs") g_options.net_gbs = atof(argv[++i]);
         else if (s == "--dtype") {
             std::string name = argv[++i];
             g_options.dtype = name == "f32" ? BESA_F32 : name == "f16" ? BESA_F16 : BESA_BF16;
@@ -1281,7 +1415,8 @@ static int parse(int argc, char **argv)
     }
     return g_options.nsamples > 0 && g_options.seqlen > 0 && g_options.runs > 0 && g_options.tflops > 0 &&
            g_options.gbs > 0 && g_options.score_gbs > 0 && g_options.host_gbs > 0 &&
-           g_options.read_gbs > 0 && g_options.write_gbs > 0 && g_options.hash_gbs > 0;
+           g_options.read_gbs > 0 && g_options.write_gbs > 0 && g_options.hash_gbs > 0 &&
+           g_options.link_gbs > 0 && g_options.net_gbs > 0;
 }
 
 int main(int argc, char **argv)

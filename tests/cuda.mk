@@ -7,8 +7,10 @@
 #                       where it is found: g++ 12's sanitizer takes up to 40 times as long
 # make cuda-compile     the real compiler, for every architecture, warnings as errors; SKIP without nvcc
 # make cuda-programs    a C program that links what nvcc compiled; the command line's --device, on the stand-in and by
-#                       `make -C examples cuda`. Where there is a GPU they run on it, and so do the operations and the pipeline
-# make bench-cuda-model without a GPU: one block's launches at the shapes of 7B and 70B, and what a roofline makes of them
+#                       `make -C examples cuda`; `make nccl` and `make mpi CUDA=1`, linked alone. Where there is a GPU they run
+#                       on it, and so do the operations and the pipeline
+# make bench-cuda-model without a GPU: one block's launches at the shapes of 7B and 70B, and what a roofline makes of them,
+#                       on 1 to 64 GPUs
 # make bench-cuda       with nvcc and a GPU: copy, product, each operation, whole blocks; $(CUDA_BUILD)/bench-cuda.txt
 #
 # BENCH="--models 7B --nsamples 8" and the like are passed on by both; bench_cuda.cpp lists the options.
@@ -35,7 +37,7 @@ CUDA_STANDIN_LOGS  := $(CUDA_BUILD)/plain.log $(CUDA_BUILD)/address.log
 CUDA_RACE_LOGS     := $(CUDA_BUILD)/thread.log
 CUDA_COMPILE_LOGS  := $(CUDA_ARCHS:%=$(CUDA_BUILD)/compile-%.log) $(CUDA_BUILD)/compile-bench.log
 CUDA_PROGRAM_LOGS  := $(CUDA_BUILD)/link-gcc.log $(CUDA_BUILD)/link-clang.log $(CUDA_BUILD)/command.log $(CUDA_BUILD)/nccl.log \
-                      $(CUDA_BUILD)/gpu.log
+                      $(CUDA_BUILD)/processes.log $(CUDA_BUILD)/gpu.log
 CUDA_MODEL_LOGS    := $(CUDA_BUILD)/bench-model.log
 
 .PHONY: cuda cuda-selftest cuda-standin cuda-race cuda-compile cuda-programs bench-cuda bench-cuda-model
@@ -113,6 +115,10 @@ $(CUDA_BUILD)/besa_nccl-standin: $(CUDA_BUILD)/besa-standin $(NCCL_FILES)
 
 $(CUDA_BUILD)/nccl.log: test_nccl.sh $(CUDA_BUILD)/besa_nccl-standin FORCE
 	@./run.sh $@ ./$< $(CUDA_BUILD)/besa-standin $(CUDA_BUILD)/besa_nccl-standin $(STORIES) $(CUDA_BUILD)/nccl
+
+# what the examples' Makefile makes of them with the real ones
+$(CUDA_BUILD)/processes.log: link_processes.sh $(CUDA_BUILD)/compile-$(LINK_ARCH).log FORCE
+	@CC='$(CC)' ./run.sh $@ ./$< $(NVCC) $(CUDA_BUILD)/besa-$(LINK_ARCH).o $(BESA) $(CUDA_BUILD)/processes
 
 # ---- speed ----
 

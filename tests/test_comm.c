@@ -37,7 +37,7 @@ typedef struct room {
     void *data[MOST_RANKS];
     int64_t fault_call;                         /* the call with this number, from 1, ... */
     int fault_rank;                             /* ... fails on this rank; 0: none */
-    int corrupt;                                /* sums that rank 1 gets are others than those of the rest */
+    size_t corrupt;                             /* sums of so many floats and more that rank 1 gets are others than the rest's; 0: none */
     double reduced;                             /* bytes */
 } room;
 
@@ -53,8 +53,8 @@ static void room_exchange(room *r)
     for (int k = 0; k < r->size; k++) {
         if (r->call == REDUCE) memcpy(r->data[k], sum, r->bytes);
         if (r->call == BROADCAST && k != r->root) memcpy(r->data[k], r->data[r->root], r->bytes);
-        if (r->call == REDUCE && r->corrupt && k == 1)
-            for (size_t i = 0; i < count; i++) ((float *)r->data[k])[i] *= 1 + 0.01f * (float)(i % 7);
+        if (r->call == REDUCE && r->corrupt && count >= r->corrupt && k == 1)
+            for (size_t i = 0; i < count; i++) ((float *)r->data[k])[i] *= 1 + 0.01f * (float)((i + (size_t)r->turn) % 7);
     }
     if (r->call == REDUCE) r->reduced += (double)r->bytes;
     free(sum);
@@ -632,7 +632,13 @@ static void run_tests(void)
         run s = small_run(temp_path("differ"), 2);
         s.room.corrupt = 1;
         run_ranks(&s);
-        check_all(&s, BESA_ERROR_COMM, "rank 1 has other masks or losses than rank 0");
+        check_all(&s, BESA_ERROR_COMM, "model.layers.0.*: rank 1 has other masks or losses than rank 0");
+        run w = small_run(temp_path("drift"), 2); /* gradients of weights alone: masks are the same */
+        w.options.method = BESA_METHOD_WANDA;
+        w.options.learn = BESA_LEARN_WEIGHTS;
+        w.room.corrupt = 16 * 16;
+        run_ranks(&w);
+        check_all(&w, BESA_ERROR_COMM, "model.layers.0.self_attn.q_proj: rank 1 has other values of kept weights than rank 0");
         CHECK(!exists(r.output), "an output was left");
     }
     TEST("ranks compute as many sequences at a time as the one with the least memory") {
