@@ -132,6 +132,9 @@ $cc -std=c11 -O0 -ffp-contract=off -I"$include" "$include/examples/layer.c" -o "
     "$work/layer" >"$work/layer.txt" && awk '/^wanda/ { wanda = $3 } /^step 100/ { good = $4 < wanda && $6 == "0.5000" }
                                              /^sparsegpt/ { good2 = $3 < wanda } END { exit !(good && good2) }' "$work/layer.txt"
 verdict $? "layer.c learns, and has Wanda and SparseGPT beside it"
+sed -n 's/^row 0: column \([0-9]*\) goes first; likeliest rate \([01]\.[0-9]*\), beta \(0\.[0-9]*\); dL.dbeta of rate 1 \([-0-9.e]*\)$/\1 \2 \3 \4/p' \
+    "$work/layer.txt" | awk '{ good = $1 < 128 && $2 <= 1 && $3 > 1 / 101 && $3 < 1 && $4 != 0 } END { exit !(NR == 1 && good) }'
+verdict $? "layer.c reads ranks, beta and sums of a row"
 
 # Level 2's example prunes, stops where it is asked to, and says what is wrong.
 $cc -std=c11 -O1 -ffp-contract=off -I"$include" "$include/examples/block.c" -o "$work/block" -lm 2>"$work/block.log" &&
