@@ -85,6 +85,10 @@ ln -s leads_here "$work/a_link"
 check 0 '' info "$stories" --save-masks "$work/a_link"
 [ -L "$work/a_link" ] && [ -s "$work/leads_here" ] || bad="$bad; a link gave way to masks"
 check 2 'memory is more than --device-memory' plan "$stories" --device cuda --device-memory 1G --memory 2G
+check 1 'the device has 100000 bytes free, of which a run takes 31/32' plan "$stories" --device cuda --device-memory 100000
+least=$(sed -n 's/.* works here is \([0-9]*\) free$/\1/p' "$work/log")
+check 0 '^device ' plan "$stories" --device cuda --device-memory $least
+check 1 "works here is $least free" plan "$stories" --device cuda --device-memory $((least - 1))
 done_with "files beside the output, and a GPU with less memory than is asked for"
 
 # without the three standard descriptors: what is printed does not get into the output
