@@ -437,6 +437,16 @@ done
 cmp -s "$work/model/README.md" "$work/again/README.dense.md" || bad="$bad; the dense model's card is lost the second time"
 done_with "the card of an output"
 
+# A card that is no file, which must not hang who reads it: a FIFO, a directory.
+for kind in mkfifo mkdir; do
+    cp -r "$stories" "$work/$kind" && rm -f "$work/$kind/README.md" && $kind "$work/$kind/README.md"
+    timeout 100 "$besa" prune "$work/$kind" "$work/$kind.out" $data --method wanda >"$work/log" 2>&1
+    [ $? -eq 0 ] && grep -q '^not copied: README.md (' "$work/log" && grep -q '^base_model: "'$kind'"$' "$work/$kind.out/README.md" &&
+        ! grep -q '^license:' "$work/$kind.out/README.md" && [ ! -e "$work/$kind.out/README.dense.md" ] || bad="$bad; $kind: $(tail -1 "$work/log")"
+    timeout 100 "$besa" eval "$work/$kind" --tokens "$stories/test_tokens.npy" --windows 2 --seqlen 32 >"$work/log" 2>&1 || bad="$bad; eval with $kind"
+done
+done_with "a source whose card is no file"
+
 # ---- hostile text ----
 
 # No control character that comes from a file or an argument reaches the terminal: C0, DEL, or C1 in UTF-8.
