@@ -733,7 +733,7 @@ static const command commands[] = {
      "the mean and the 99th percentile of KL(dense || pruned), and the share of tokens for which both have the same most\n"
      "likely one; seconds.\n\n"
      "  besa compare llama --tokens c4.npy --test wikitext2.npy --sparsity .5,.6,.7 --method wanda,besa\n"
-     "  besa compare llama --tokens c4.npy --test wiki=wikitext2.npy --test c4=c4-validation.npy --seeds 0,1,2 \\\n"
+     "  besa compare llama --tokens c4.npy --test wiki=wikitext2.npy --test c4=c4-validation.npy --seeds 1,2,3 \\\n"
      "      --method wanda,besa,besa:best --json results.json --markdown table.md\n"
      "  besa compare llama --tokens c4.npy --test wikitext2.npy --method besa,besa:epochs=2,besa:best:epochs=2,lr=2 \\\n"
      "      --nsamples 16,64,128 --resume results.json\n\n"
