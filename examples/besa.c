@@ -782,6 +782,7 @@ static besa_result check_processes(job *j)
                  "processes", j->s->command->name);
         return BESA_ERROR_OPTION;
     }
+    if (j->comm) TRY(j->comm->barrier(j->comm->user, &j->error)); /* that the first, too, hears of others' commands */
     if (!j->comm || j->comm->size == 1 || j->s->command->bit != COMPARE) return BESA_OK;
     snprintf(j->error.message, sizeof j->error.message, "compare runs in one process; several can prune, one method at a time");
     return BESA_ERROR_OPTION;
