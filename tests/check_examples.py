@@ -851,8 +851,9 @@ def readme_files(examples, stories, work):
         template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
         (work / name / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}))
     (work / "c4/en").mkdir(parents=True)
-    with gzip.open(work / "c4/en/c4-train.00000-of-01024.json.gz", "wt") as file:
-        file.writelines(json.dumps({"text": letter * 3000}) + "\n" for letter in "abc")
+    for name in ("c4-train.00000-of-01024", "c4-validation.00000-of-00008"):
+        with gzip.open(work / f"c4/en/{name}.json.gz", "wt") as file:
+            file.writelines(json.dumps({"text": letter * 3000}) + "\n" for letter in "abc")
     (work / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a" * 3000}]}) + "\n")
     less = ["--tokens", stories / "calibration_tokens.npy", "--nsamples", 4, "--seqlen", 32]
     test = ["--test", stories / "test_tokens.npy", "--windows", 2, "--method", "wanda,besa", "--sparsity", ".4,.6"]
