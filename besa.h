@@ -5627,10 +5627,21 @@ static besa_result besa__pruner_init(besa_pruner *p, besa_backend *be, const bes
     return BESA_OK;
 }
 
+/* The least that a run takes is more than its budget. Where that is a share of what is free, more of that helps. */
+static besa_result besa__too_small(size_t budget, size_t free_bytes, uint64_t least, besa_error *error)
+{
+    if (free_bytes)
+        return besa__fail(error, BESA_ERROR_MEMORY, "the device has %zu bytes free, of which a run takes 31/32: the smallest that "
+                          "works here is %llu free", free_bytes, (unsigned long long)(least + (least - 1) / 31));
+    return besa__fail(error, BESA_ERROR_MEMORY, "device_memory is %zu bytes, the smallest that works here is %llu", budget,
+                      (unsigned long long)least);
+}
+
 /* Find what fits into `budget` bytes of the device (0: what can be addressed): the largest micro-batch, and for it the lowest
- * level of `levels`, each of which moves more to the host. size(user, level) makes the level so and gives its bytes. */
+ * level of `levels`, each of which moves more to the host. size(user, level) makes the level so and gives its bytes.
+ * free_bytes: what the budget is a share of, or 0. */
 static besa_result besa__fit_budget(int64_t *micro_batch, uint64_t (*size)(void *, int level), int levels, void *user,
-                                    size_t budget, const char *whose, besa_error *error)
+                                    size_t budget, size_t free_bytes, besa_error *error)
 {
     uint64_t limit = budget ? budget : SIZE_MAX - 1;
     for (uint64_t least = UINT64_MAX;; *micro_batch = (*micro_batch + 1) / 2) {
@@ -5640,33 +5651,31 @@ static besa_result besa__fit_budget(int64_t *micro_batch, uint64_t (*size)(void 
             if (bytes < least) least = bytes;
         }
         if (*micro_batch <= 1 && budget == 0) return besa__check_size(least, "the run's arrays", error);
-        if (*micro_batch <= 1)
-            return besa__fail(error, BESA_ERROR_MEMORY, "%s %zu bytes, the smallest that works here is %llu", whose, budget,
-                              (unsigned long long)least);
+        if (*micro_batch <= 1) return besa__too_small(budget, free_bytes, least, error);
     }
 }
 
 /* The same, and as much as fits on every rank. */
 static besa_result besa__fit_ranks(const besa__shares *shares, int64_t *micro_batch, uint64_t (*size)(void *, int level),
-                                   int levels, void *user, size_t budget, const char *whose, besa_error *error)
+                                   int levels, void *user, size_t budget, size_t free_bytes, besa_error *error)
 {
-    BESA__TRY(besa__fit_budget(micro_batch, size, levels, user, budget, whose, error));
+    BESA__TRY(besa__fit_budget(micro_batch, size, levels, user, budget, free_bytes, error));
     if (!shares->comm) return BESA_OK;
     int64_t mine = *micro_batch;
     BESA__TRY(besa__least(shares->comm, micro_batch, error));
-    if (*micro_batch < mine) BESA__TRY(besa__fit_budget(micro_batch, size, levels, user, budget, whose, error));
+    if (*micro_batch < mine) BESA__TRY(besa__fit_budget(micro_batch, size, levels, user, budget, free_bytes, error));
     return besa__same(shares->comm, (uint64_t)*micro_batch, "numbers of sequences that fit into memory at a time",
                       "a device_memory that is the same everywhere", error);
 }
 
-/* The budget where the caller gave none: what the device has free, less a little for the driver. */
-static besa_result besa__default_budget(besa_backend *be, size_t *budget, const char **whose, besa_error *error)
+/* The budget where the caller gave none: what the device has free, else *is_free is 0, less a little for the driver. */
+static besa_result besa__default_budget(besa_backend *be, size_t *budget, size_t *is_free, besa_error *error)
 {
     size_t free_bytes, total_bytes;
-    *whose = "device_memory is";
+    *is_free = 0;
     if (*budget != 0 || be->unified_memory) return BESA_OK;
     BESA__TRY_ON(be, be->memory_info(be, &free_bytes, &total_bytes), error);
-    *whose = "the device can give";
+    *is_free = free_bytes;
     *budget = free_bytes - free_bytes / 32;
     return BESA_OK;
 }
@@ -7343,11 +7352,10 @@ static besa_result besa__pruner_allocate(besa_pruner *p, besa_error *error)
 {
     besa_backend *be = p->be;
     besa__arena device = {NULL, 0}, host = {NULL, 0};
-    size_t budget = p->options.device_memory;
-    const char *whose;
+    size_t budget = p->options.device_memory, free_bytes;
     int levels = be->unified_memory || p->options.dense_stream ? 1 : 2;
-    BESA__TRY(besa__default_budget(be, &budget, &whose, error));
-    BESA__TRY(besa__fit_ranks(&p->shares, &p->micro_batch, besa__pruner_size, levels, p, budget, whose, error));
+    BESA__TRY(besa__default_budget(be, &budget, &free_bytes, error));
+    BESA__TRY(besa__fit_ranks(&p->shares, &p->micro_batch, besa__pruner_size, levels, p, budget, free_bytes, error));
     besa__pruner_place(p, &device, &host);
     BESA__TRY(besa__check_size(host.used, "the host's arrays", error));
     BESA__TRY_ON(be, be->alloc(be, &p->memory, (size_t)device.used), error);
@@ -12557,10 +12565,10 @@ static besa_result besa__run_calibration(besa__run *run, const besa_calibration 
 /* The micro-batch and the level that fit the budget here; besa__run_agree has what fits on all ranks. */
 static besa_result besa__run_fit(besa__run *run, int64_t *micro_batch, size_t budget, besa_error *error)
 {
-    const char *whose;
+    size_t free_bytes;
     besa__arena device = {NULL, 0}, host = {NULL, 0};
-    BESA__TRY(besa__default_budget(run->be, &budget, &whose, error));
-    BESA__TRY(besa__fit_budget(micro_batch, besa__run_size, besa__levels(run->be), run, budget, whose, error));
+    BESA__TRY(besa__default_budget(run->be, &budget, &free_bytes, error));
+    BESA__TRY(besa__fit_budget(micro_batch, besa__run_size, besa__levels(run->be), run, budget, free_bytes, error));
     besa__run_place(run, &device, &host);
     return besa__check_size(host.used, "the host's arrays", error);
 }
@@ -12569,11 +12577,10 @@ static besa_result besa__run_fit(besa__run *run, int64_t *micro_batch, size_t bu
 static besa_result besa__run_agree(besa__run *run, besa_error *error)
 {
     besa_pruner *p = &run->pruner;
-    size_t budget = p->options.device_memory;
-    const char *whose;
+    size_t budget = p->options.device_memory, free_bytes;
     if (!p->shares.comm) return BESA_OK;
-    BESA__TRY(besa__default_budget(run->be, &budget, &whose, error));
-    return besa__fit_ranks(&p->shares, &p->micro_batch, besa__run_size, besa__levels(run->be), run, budget, whose, error);
+    BESA__TRY(besa__default_budget(run->be, &budget, &free_bytes, error));
+    return besa__fit_ranks(&p->shares, &p->micro_batch, besa__run_size, besa__levels(run->be), run, budget, free_bytes, error);
 }
 
 static besa_result besa__run_allocate(besa__run *run, besa_error *error)

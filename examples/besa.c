@@ -733,7 +733,7 @@ static const command commands[] = {
      "the mean and the 99th percentile of KL(dense || pruned), and the share of tokens for which both have the same most\n"
      "likely one; seconds.\n\n"
      "  besa compare llama --tokens c4.npy --test wikitext2.npy --sparsity .5,.6,.7 --method wanda,besa\n"
-     "  besa compare llama --tokens c4.npy --test wiki=wikitext2.npy --test c4=c4-validation.npy --seeds 0,1,2 \\\n"
+     "  besa compare llama --tokens c4.npy --test wiki=wikitext2.npy --test c4=c4-validation.npy --seeds 1,2,3 \\\n"
      "      --method wanda,besa,besa:best --json results.json --markdown table.md\n"
      "  besa compare llama --tokens c4.npy --test wikitext2.npy --method besa,besa:epochs=2,besa:best:epochs=2,lr=2 \\\n"
      "      --nsamples 16,64,128 --resume results.json\n\n"
@@ -782,6 +782,7 @@ static besa_result check_processes(job *j)
                  "processes", j->s->command->name);
         return BESA_ERROR_OPTION;
     }
+    if (j->comm) TRY(j->comm->barrier(j->comm->user, &j->error)); /* that the first, too, hears of others' commands */
     if (!j->comm || j->comm->size == 1 || j->s->command->bit != COMPARE) return BESA_OK;
     snprintf(j->error.message, sizeof j->error.message, "compare runs in one process; several can prune, one method at a time");
     return BESA_ERROR_OPTION;

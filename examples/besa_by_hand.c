@@ -1,17 +1,21 @@
 /* The method of BESA on one linear layer y = x W' of 4 x 8 weights, by hand: every formula of the manual in besa.h as a loop,
  * and every number printed. besa.h computes the same beside it; python/besa_by_hand.py has it in NumPy.
- * r: rows of W, j: its columns, t: tokens, d: candidate rates 1 - d/D. The target is 1/2, where c of besa.h's z[d] = c p[d] + ... is 0. */
+ * r: rows of W, j: its columns, t: tokens, d: candidate rates 1 - d/D. besa_by_hand TARGET takes another target than 0.5, above
+ * 1/C: below, no row begins with a weight that goes, and where What is W there is no gradient. */
 #define BESA_IMPLEMENTATION
 #include "besa.h"
 
 enum { T = 6, R = 4, C = 8, D = 4, STEPS = 20 };
-static const double s_R = 4, lambda = 0.5, lr = 0.1, target = 0.5; /* options of besa_rate_options */
+static const double s_R = 4, lambda = 0.5, lr = 0.1; /* options of besa_rate_options, */
+static double target = 0.5;                          /* as this */
 static const double X[T][C] = {{1, 2, 0, -1, 3, 0, 1, 1}, {0, 1, 1, 2, -2, 1, 0, -1}, {-1, 0, 2, 1, 1, 0, -1, 2},
                                {2, -1, 1, 0, 0, 1, 1, 0}, {1, 1, -1, -2, 2, 0, 0, 1}, {0, 2, 1, 1, -1, 1, 2, 0}};
 static const double W[R][C] = {{.9, -.1, .2, -1.1, .1, .3, -.2, .1}, {.5, -.6, .4, .6, -.5, .4, -.6, .5},
                                {-.2, .8, .1, .1, -.7, .2, .3, -.1}, {.3, -.3, 1.2, .2, .4, -.9, .1, .5}};
 static double XX[C][C], rank[R][C], p[D + 1], k[D + 1], bucket[C], theta[R][D + 1], m[R][D + 1], v[R][D + 1];
-static double beta[R][D + 1], alpha[R], n[R], What[R][C], dWhat[R][C], dtheta[R][D + 1];
+static double c, beta[R][D + 1], alpha[R], n[R], What[R][C], E, dWhat[R][C], dtheta[R][D + 1];
+static double count, exact[R]; /* of the projection */
+static int32_t found[R];       /* n as besa.h has it */
 
 static void print(const char *formula, const double *a, int rows, int columns)
 {
@@ -35,6 +39,20 @@ static void score_and_rank(void)
     print("rank[r][j]: its position in the row, by score", &rank[0][0], R, C);
 }
 
+static double solve(double (*excess)(double)) /* the largest x with excess(x) <= 0, by halving; excess rises */
+{
+    double low = -60, high = 60;
+    for (int i = 0; i < 80; i++) *(excess((low + high) / 2) <= 0 ? &low : &high) = (low + high) / 2;
+    return fabs(low) < 1e-12 ? 0 : low;
+}
+
+static double rate_above_target(double tilt)
+{
+    double sum = 0, mean = 0;
+    for (int d = 0; d <= D; d++) sum += exp(tilt * p[d]), mean += exp(tilt * p[d]) * p[d];
+    return mean / sum - target;
+}
+
 static void candidates(void)
 {
     for (int d = 0; d <= D; d++) {
@@ -45,19 +63,21 @@ static void candidates(void)
     print("candidates p[d] = 1 - d/D", p, 1, D + 1);
     print("k[d] = (D - d) C / D: how many weights of a row candidate d prunes", k, 1, D + 1);
     print("bucket of ranks 0, 1, ...: the last d with rank < k[d], which prunes it", bucket, 1, C);
+    c = (float)solve(rate_above_target);
+    print("c, for rates that begin at the target: sum_d exp(c p[d]) p[d] / sum_d exp(c p[d]) = t", &c, 1, 1);
 }
 
 static void rates_and_masks(int say)
 {
     for (int r = 0; r < R; r++) {
         double sum = alpha[r] = 0;
-        for (int d = 0; d <= D; d++) sum += beta[r][d] = exp(s_R * (sigmoid(theta[r][d]) - 0.5));
+        for (int d = 0; d <= D; d++) sum += beta[r][d] = exp(c * p[d] + s_R * (sigmoid(theta[r][d]) - 0.5));
         for (int d = 0; d <= D; d++) beta[r][d] /= sum, alpha[r] += beta[r][d] * p[d];
-        n[r] = floor((float)alpha[r] * C);
+        n[r] = fabs(alpha[r] * C - round(alpha[r] * C)) < 1e-4 ? found[r] : floor(alpha[r] * C); /* whole but for rounding: besa.h decides */
         for (int j = 0; j < C; j++) What[r][j] = rank[r][j] < n[r] ? 0 : W[r][j];
     }
     if (!say) return; /* only at the first steps */
-    print("beta[r][d] = exp(z[d]) / sum_d exp(z[d]), z[d] = s_R (sigmoid(theta[r][d]) - 1/2)", &beta[0][0], R, D + 1);
+    print("beta[r][d] = exp(z[d]) / sum_d exp(z[d]), z[d] = c p[d] + s_R (sigmoid(theta[r][d]) - 1/2)", &beta[0][0], R, D + 1);
     print("alpha[r] = sum_d beta[r][d] p[d]: the row's rate", alpha, 1, R);
     print("n[r] = floor(alpha[r] C): weights of the row that go", n, 1, R);
     print("What[r][j] = W[r][j] where rank >= n[r], else 0", &What[0][0], R, C);
@@ -66,7 +86,8 @@ static void rates_and_masks(int say)
 /* Your network's part. Here L = 1/E sum ((X (What - W)')^2) with E = sum ((X W')^2), and dL/dWhat = 2/E (What - W) X'X. */
 static double loss_and_gradient(void)
 {
-    double L = 0, E = 0;
+    double L = 0;
+    E = 0;
     for (int i = 0; i < R * C; i++) {
         const int r = i / C;
         double whole = 0, difference = 0;
@@ -93,7 +114,8 @@ static void gradient(int say)
         }
     }
     if (!say) return;
-    print("dL/dWhat[r][j], from your backward pass", &dWhat[0][0], R, C);
+    print("E = sum_tr (X W')[t][r]^2, the size of the layer's outputs; L = 1/E sum_tr (X (What - W)')[t][r]^2", &E, 1, 1);
+    print("dL/dWhat = 2/E (What - W) X'X: your network's backward pass", &dWhat[0][0], R, C);
     print("sums[r][b] = sum of dL/dWhat W over the weights in bucket b", &sums[0][0], R, D + 1);
     print("dL/dbeta[r][d] = - sum_{b >= d} sums[r][b] + 2 lambda (S - t)/t^2 p[d]/R, S = mean alpha", &dbeta[0][0], R, D + 1);
     print("dL/dtheta = beta (dL/dbeta - sum_d beta dL/dbeta) s_R sigmoid'(theta)", &dtheta[0][0], R, D + 1);
@@ -109,15 +131,39 @@ static void step(int number)
     if (number == 1) print("theta -= lr m' / (sqrt(v') + eps), m' = m / (1 - .9^i), v' = v / (1 - .999^i): Adam, at first by lr everywhere", &theta[0][0], R, D + 1);
 }
 
-int main(void)
+static double above_count(double shift)
 {
+    double sum = -count;
+    for (int r = 0; r < R; r++) sum += n[r] = floor(exact[r] = C * sigmoid(log(alpha[r] / (1 - alpha[r])) + shift));
+    return sum;
+}
+
+static void project(void)
+{
+    count = floor(target * R * C + 0.5);
+    double shift = solve(above_count), missing = -above_count(shift);
+    print("count = floor(t R C + 1/2): how many weights are to go", &count, 1, 1);
+    print("shift: the largest where sum_r floor(exact[r]) <= count", &shift, 1, 1);
+    print("exact[r] = C sigmoid(logit(alpha[r]) + shift), one of them just below a whole number", exact, 1, R);
+    for (int best; missing > 0; missing--, n[best]++) {
+        best = 0;
+        for (int r = 1; r < R; r++) best = exact[r] - n[r] > exact[best] - n[best] ? r : best;
+    }
+    print("n[r] = floor(exact[r]), and one more where the fraction is largest until the sum is count", n, 1, R);
+    for (int i = 0; i < R * C; i++) What[i / C][i % C] = rank[i / C][i % C] < n[i / C] ? 0 : W[i / C][i % C];
+    print("the pruned weights", &What[0][0], R, C);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc > 1) target = atof(argv[1]);
+    if (argc > 2 || !(target > 1. / C && target < 1)) return fprintf(stderr, "usage: besa_by_hand [TARGET], above 1/8 and below 1\n"), 2;
     besa_backend be;
     besa_rates *rates;
     besa_layer_shape shape = {R, C, BESA_F32};
     besa_rate_options options = {.target = target, .form = BESA_RATES_ROW, .row_scale = s_R, .candidates = D,
                                  .penalty = lambda, .optimizer = BESA_ADAMW, .lr = lr};
     float w[R * C], f[R * C], statistic[C], scratch[(R + 1) * C], *grad;
-    int32_t count[R];
     double worst = 0, L = 0; /* worst: the largest difference between ours and the library's */
     score_and_rank();
     candidates();
@@ -126,10 +172,10 @@ int main(void)
     besa_rates_parameters(rates, NULL, &grad);
     int failed = besa_rates_rank(rates, 0, w, BESA_IMPORTANCE_WANDA, statistic, scratch, NULL) != BESA_OK;
     for (int i = 1; i <= STEPS && !failed; i++) {
+        failed |= besa_rates_forward(rates, NULL) || besa_rates_mask(rates, 0, w, f, NULL) || besa_rates_read(rates, 0, NULL, found, NULL);
         rates_and_masks(i <= 2);
         L = loss_and_gradient();
         gradient(i == 1);
-        failed |= besa_rates_forward(rates, NULL) || besa_rates_mask(rates, 0, w, f, NULL);
         for (int j = 0; j < R * C; j++) worst = fmax(worst, fabs(f[j] - What[j / C][j % C]));
         for (int j = 0; j < R * C; j++) f[j] = (float)dWhat[j / C][j % C];
         failed |= besa_rates_gradient(rates, 0, w, f, NULL) || besa_rates_backward(rates, NULL);
@@ -138,11 +184,10 @@ int main(void)
         step(i);
         printf("%sstep %2d: L = %.4f, pruned %g of %d\n", i < 3 ? "\n" : "", i, L, n[0] + n[1] + n[2] + n[3], R * C);
     }
-    failed |= besa_rates_forward(rates, NULL) || besa_rates_project(rates, NULL);
-    failed |= besa_rates_read(rates, 0, NULL, count, NULL) != BESA_OK;
-    for (int i = 0; i < R * C; i++) What[i / C][i % C] = rank[i / C][i % C] < (n[i / C] = count[i / C]) ? 0 : W[i / C][i % C];
-    print("projection: logit(alpha[r]) + shift, the same for all rows, so that the sum of n is floor(t R C + 1/2)", n, 1, R);
-    print("the pruned weights", &What[0][0], R, C);
+    rates_and_masks(0); /* alpha after the last step */
+    project();
+    failed |= besa_rates_project(rates, NULL) || besa_rates_read(rates, 0, NULL, found, NULL);
+    for (int r = 0; r < R; r++) failed |= n[r] != found[r];
     printf("\nL = %.4f; besa.h computes the same: %s\n", loss_and_gradient(), failed || worst > 1e-6 ? "no" : "yes");
     besa_rates_destroy(rates), be.destroy(&be);
     return failed || worst > 1e-6;

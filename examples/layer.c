@@ -6,7 +6,7 @@
 #define BESA_IMPLEMENTATION
 #include "besa.h"
 
-enum { T = 256, C = 128, R = 96, STEPS = 100 }; /* tokens, input columns, output rows */
+enum { T = 256, C = 128, R = 96, STEPS = 100, D = 100 }; /* tokens, input columns, output rows; D: rates 1, 0.99 .. 0 */
 static float x[T * C], w[R * C], pruned[R * C], target[T * R], dw[R * C], scratch[(R + 1) * C], squares[C];
 static double energy; /* sum of target^2 */
 
@@ -74,6 +74,27 @@ static int try_baselines(besa_backend *be, const besa_layer_shape *shape)
     return 0;
 }
 
+/* A look inside, where a run does not do what it should: which weights of a row go first, how far its rates have learned
+ * (beta begins about even), and which way the loss pulls them. Between besa_rates_gradient and besa_rates_step: that empties
+ * the sums. */
+static int show_row(besa_rates *rates, int row)
+{
+    static int32_t rank[R * C];
+    static float beta[R * (D + 1)], sums[R * D];
+    besa_error error;
+    int first = 0, likely = 0;
+    double all = 0;
+    CHECK(besa_rates_ranks(rates, 0, rank, &error));
+    CHECK(besa_rates_beta(rates, 0, beta, &error));
+    CHECK(besa_rates_sums(rates, 0, sums, &error));
+    while (rank[row * C + first] > 0) first++;
+    for (int d = 1; d <= D; d++) likely = beta[row * (D + 1) + d] > beta[row * (D + 1) + likely] ? d : likely;
+    for (int b = 0; b < D; b++) all += sums[row * D + b]; /* all buckets: candidate 0, which prunes the whole row */
+    printf("row %d: column %d goes first; likeliest rate %.2f, beta %.4f; dL/dbeta of rate 1 %.3g\n", row, first,
+           1 - (double)likely / D, beta[row * (D + 1) + likely], -all);
+    return 0;
+}
+
 int main(void)
 {
     besa_error error;
@@ -85,6 +106,7 @@ int main(void)
     options.form = BESA_RATES_ROW;
     options.row_scale = 2; /* one layer with an exact gradient may go further than a whole model's rows */
     options.d_coef = 1;
+    options.candidates = D;
     make_layer();
     CHECK(besa_cpu_backend(&be, NULL, &error));
     if (try_baselines(&be, &shape)) return 1;
@@ -108,6 +130,7 @@ int main(void)
         }
         if (step == STEPS) break;
         CHECK(besa_rates_gradient(rates, 0, w, dw, &error));
+        if (step == STEPS - 1 && show_row(rates, 0)) return 1;
         CHECK(besa_rates_step(rates, &error));
     }
     besa_rates_destroy(rates);

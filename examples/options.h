@@ -121,7 +121,7 @@ static const option own_options[] = {
     {"seed", SEED, AT(seed), RUN, "K",
      "0: sequences follow one another from the file's start; else drawn by this seed [0]"},
     {"test", TEXT, AT(test), ONE, "FILE", "text to measure the pruned model's perplexity on, as token ids [none]"},
-    {"seeds", SEEDS, 0, COMPARE, "K,K,...", "a run for each of these --seed; their mean and standard deviation at the end"},
+    {"seeds", SEEDS, 0, COMPARE, "K,K,...", "a run for each of these --seed, of which 0 is no draw; their mean and standard deviation at the end"},
     {"test", TESTS, 0, COMPARE, "[NAME=]FILE", "text to measure perplexity on, as token ids; required; repeatable"},
     {"against", TEXT, AT(against), COMPARE, "DIR", "the model that results are held against [SRC]"},
     {"test-dense", FLAG, AT(test_dense), PRUNE, "", "measure the dense model's perplexity on the same text first, for the model's card"},

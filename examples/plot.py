@@ -7,13 +7,16 @@
     plot.py losses   REPORT.json            -o losses.png      each block's loss: uniform masks, before and after learning
     plot.py compare  TABLE [TABLE ...]      -o compare.png     perplexity over sparsity, a line for each method
     plot.py cost     TABLE.json [...]       -o cost.png        perplexity over the work of pruning, a mark for each method
+    plot.py study    TABLE.json [...]       -o study.png       perplexity over the values of one option
     plot.py memory   PLAN [PLAN ...]        -o memory.png      what runs take of GPU and host, a bar for each plan
 
 REPORT.json is `besa prune --report`; for layers `besa info --json` too, or the besa.json of a pruned directory. PRUNED is a
-pruned directory, or a safetensors file with the alpha of every row, as NAME.alpha. TRACE.jsonl has a line for each learning step with block, step and loss: besa.prune's trace in Python.
-TABLE is what `besa compare` printed, or what it wrote with --json; of several seeds, in one file or in several, the mean is drawn
-and the standard deviation as a bar; of one, a run's standard error over the windows of its test. PLAN is what `besa plan`
-printed, in a file whose name will stand at the bar. -o takes several files: .png, .svg, .pdf. --title puts a line above.
+pruned directory, or a safetensors file with the alpha of every row, as NAME.alpha. TRACE.jsonl is what `besa prune --trace` wrote:
+a line for each learning step with block, step and loss. TABLE is what `besa compare` printed, or what it wrote with --json; of
+several seeds, in one file or in several, the mean is drawn and the standard deviation as a bar; of one, a run's standard error over
+the windows of its test. A study has rows METHOD:KEY=VALUE: --option says which KEY, where there are several, or nsamples; a row
+without it stands at the value that it ran with, and a method that has no such option is a line. PLAN is what `besa plan` printed, in
+a file whose name will stand at the bar. -o takes several files: .png, .svg, .pdf. --title puts a line above.
 
 Colours are those of Okabe and Ito, which colour-blind readers tell apart, and lines have marks of their own.
 """
@@ -152,24 +155,45 @@ def dicts_of(value, found):
     return found
 
 
-def label_of(row, rows):
-    """Its method, and what else it has of its own: tests and numbers of sequences, where there are several among the rows."""
-    several = {key: {other.get(key) for other in rows} - {None} for key in ("test", "nsamples")}
-    words = [str(row["method"])] + [f"{row[key]} sequences" if key == "nsamples" else str(row[key])
-                                    for key in several if len(several[key]) > 1 and row.get(key) is not None]
-    return ", ".join(words)
+WORDS = {"test": "{}", "nsamples": "{} sequences", "sparsity": "{:.0%}"}
+
+
+def label_of(row, rows, keys=("test", "nsamples"), name=None):
+    """Its method, or name, and what else it has of its own: of these keys those that have several values among the rows."""
+    several = {key: {other.get(key) for other in rows if other["method"] != "dense" or key == "test"} - {None} for key in keys}
+    words = [WORDS[key].format(row[key]) for key in keys if len(several[key]) > 1 and row.get(key)]
+    return ", ".join([name or str(row["method"]), *words])
+
+
+SEEDS, WINDOWS = "standard deviation over seeds", "standard error over windows"
+
+
+def figures_of(row):
+    """A row's perplexity, how far it is from certain, and by which of the two measures above; None where it does not say."""
+    perplexity, deviation = number_of(row["perplexity"])
+    deviation, error = row.get("perplexity_std", deviation), row.get("perplexity_error")
+    if row["method"] == "dense":
+        return perplexity, None, None   # it is a line without bars
+    return (perplexity, error, WINDOWS) if deviation is None else (perplexity, deviation, SEEDS)
+
+
+def mean_of(several, bars):
+    """The mean of figures and the bar at it; into bars goes what that is."""
+    perplexities = [perplexity for perplexity, _, _ in several]
+    _, deviation, kind = several[-1]
+    if len(several) > 1:
+        deviation, kind = float(np.std(perplexities, ddof=1)), SEEDS
+    if deviation:
+        bars.add(kind)
+    return float(np.mean(perplexities)), deviation or 0
 
 
 def rows_of_json(value, found):
-    """These as (method, sparsity, perplexity, deviation)."""
+    """These as (method, sparsity, figures)."""
     rows = dicts_of(value, [])
     for row in rows:
-        perplexity, deviation = number_of(row["perplexity"])
-        deviation = row.get("perplexity_std", row.get("perplexity_error", deviation))
-        if row["method"] == "dense":
-            deviation = None  # it is a line without bars
-        if perplexity is not None:
-            found.append((label_of(row, rows), float(row.get("sparsity") or 0), float(perplexity), deviation))
+        if figures_of(row)[0] is not None:
+            found.append((label_of(row, rows), float(row.get("sparsity") or 0), figures_of(row)))
     return found
 
 
@@ -189,13 +213,13 @@ def rows_of_text(text):
             perplexity = figures[-1]
             sparsity = re.search(r" ([0-9.]+) %", before)
             name = before[:sparsity.start()] if sparsity else line.split()[0]
-            found.append((name.strip(), float(sparsity.group(1)) / 100 if sparsity else 0.0, float(perplexity), None))
+            found.append((name.strip(), float(sparsity.group(1)) / 100 if sparsity else 0.0, (float(perplexity), None, None)))
     return found
 
 
-def comparison(paths):
-    """{method: {sparsity: (mean, deviation)}} of the tables in these files."""
-    values, own = collections.defaultdict(list), {}
+def comparison(paths, bars):
+    """{method: {sparsity: (mean, bar)}} of the tables in these files; into bars goes what the bars are."""
+    values = collections.defaultdict(list)
     for path in paths:
         try:
             text = pathlib.Path(path).read_text(encoding="utf-8")
@@ -207,14 +231,60 @@ def comparison(paths):
             rows = rows_of_text(text)
         if not rows:
             sys.exit(f"{path} has no table of `besa compare`")
-        for method, sparsity, perplexity, deviation in rows:
-            values[method, round(sparsity, 6)].append(perplexity)
-            own[method, round(sparsity, 6)] = deviation
+        for method, sparsity, figures in rows:
+            values[method, round(sparsity, 6)].append(figures)
     found = collections.defaultdict(dict)
     for (method, sparsity), several in values.items():
-        spread = float(np.std(several, ddof=1)) if len(several) > 1 else own[method, sparsity] or 0
-        found[method][sparsity] = (float(np.mean(several)), spread)
+        found[method][sparsity] = mean_of(several, bars)
     return found
+
+
+def settings_of(method):
+    """A row's name without its options, and these: "besa:best:epochs=2,lr=3" is "besa:best", {"epochs": "2", "lr": "3"}."""
+    words = str(method).split(":")
+    first = next((i for i, word in enumerate(words) if "=" in word), len(words))
+    pairs = [pair.partition("=") for pair in ":".join(words[first:]).split(",") if pair]
+    return ":".join(words[:first]), {key: value for key, _, value in pairs}
+
+
+def option_of(rows, asked):
+    """The option that a study is of: what was asked for, or the only one of which rows have several values."""
+    names = list(dict.fromkeys(key for row in rows for key in settings_of(row["method"])[1])) + ["nsamples"]
+    names = [name for name in names if len({setting_of(row, name)[0] for row in rows} - {None}) > 1]
+    if asked and asked not in names:
+        sys.exit(f"--option {asked} has no two values in the rows: expected one of {', '.join(names) or 'METHOD:KEY=VALUE'}")
+    if not names:
+        sys.exit("no option has two values in the rows: expected METHOD:KEY=VALUE, as `besa compare --method besa,besa:epochs=2 --json` "
+                 "writes them, or several --nsamples")
+    if not asked and len(names) > 1:
+        sys.exit(f"rows differ in {', '.join(names)}: say by --option which one the picture is of")
+    return asked or names[0]
+
+
+def setting_of(row, option):
+    """The option's value in a row, as a text, and the row's name without it; None where its method has no such option."""
+    name, settings = settings_of(row["method"])
+    ran_with = row.get("nsamples") if option == "nsamples" else (row.get("options") or {}).get(option.replace("-", "_"))
+    if isinstance(ran_with, bool):
+        ran_with = "yes" if ran_with else "no"
+    value = settings.pop(option, ran_with)
+    rest = ",".join(f"{key}={setting}" for key, setting in settings.items())
+    return None if value is None else f"{value:g}" if isinstance(value, float) else str(value), name + (rest and ":" + rest)
+
+
+def study_of(paths, asked, bars):
+    """The option, and {line: {value: (mean, bar)}}; of a method without the option the value is None."""
+    rows = [row for row in dicts_of([read_json(path) for path in paths], []) if figures_of(row)[0] is not None]
+    option = option_of([row for row in rows if row["method"] != "dense"], asked)
+    keys = [key for key in ("sparsity", "test", "nsamples") if key != option]
+    values = collections.defaultdict(list)
+    for row in rows:
+        value, name = setting_of(row, option) if row["method"] != "dense" else (None, "dense")
+        values[label_of(row, rows, keys, name), value].append(figures_of(row))
+    found = collections.defaultdict(dict)
+    for (name, value), several in values.items():
+        found[name][value] = mean_of(several, bars)
+    return option, found
 
 
 # ---- pictures ----
@@ -276,8 +346,9 @@ def draw_learning(paths):
         smooth = np.convolve(losses, np.ones(width) / width, "valid")
         style = style_of(i) if len(trace) <= len(COLOURS) else {"color": colours[i], "linewidth": 1}
         axes.plot(steps[width - 1:], smooth, **{**style, "marker": None}, label=f"block {block}")
+    width = max(1, max(len(losses) for _, losses in trace.values()) // 16)
     axes.set_xlabel("learning step")
-    axes.set_ylabel("reconstruction loss of the block")
+    axes.set_ylabel("loss of the block" + (f", mean of {width} steps" if width > 1 else ""))
     losses = [loss for _, several in trace.values() for loss in several if loss > 0]
     if losses and max(losses) > 8 * min(losses):
         axes.set_yscale("log")
@@ -316,8 +387,18 @@ def plain_ticks(axes):
     axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
+def perplexity_axis(axes, found, bars):
+    """Its label, and logarithmic where values are far apart. found: {line: {x: (mean, bar)}}"""
+    values = [mean for points in found.values() for mean, _ in points.values()]
+    axes.set_ylabel("perplexity" + (f"; bars: {' or '.join(sorted(bars))}" if bars else ""))
+    if max(values) > 4 * min(values):
+        axes.set_yscale("log")
+        plain_ticks(axes)
+
+
 def draw_compare(paths):
-    found = comparison(paths)
+    bars = set()
+    found = comparison(paths, bars)
     dense = {name: found.pop(name)[0.0][0] for name in list(found) if name.split(",")[0] == "dense" and 0.0 in found[name]}
     if not found:
         sys.exit(f"{', '.join(map(str, paths))}: no method but dense")
@@ -329,13 +410,47 @@ def draw_compare(paths):
                       **style_of(i))
     for i, (name, perplexity) in enumerate(dense.items()):
         axes.axhline(perplexity, color="#666666", linewidth=1, linestyle=(0, (4, 3 + 4 * i)), label=f"{name}, {perplexity:.4g}")
-    values = [mean for points in found.values() for mean, _ in points.values()]
-    if max(values) > 4 * min(values):
-        axes.set_yscale("log")
-        plain_ticks(axes)
+    perplexity_axis(axes, found, bars)
     axes.set_xlabel("sparsity, %")
-    axes.set_ylabel("perplexity")
     axes.set_xticks(sorted({100 * s for points in found.values() for s in points}))
+    legend_beside(figure, axes)
+    return figure
+
+
+def number_or_none(text):
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def draw_study(paths, asked=None):
+    bars = set()
+    option, found = study_of(paths, asked, bars)
+    names = list(dict.fromkeys(value for points in found.values() for value in points if value is not None))
+    numbers = [number_or_none(name) for name in names]
+    words = None in numbers         # which stand side by side, with no line between them
+    if words:
+        numbers = list(range(len(names)))
+    at = dict(zip(names, numbers))
+    figure, axes = plt.subplots(figsize=(6.2, 3.4))
+    lines = 0
+    for name, points in found.items():
+        if None in points:
+            style = {"color": "#666666" if name.startswith("dense") else COLOURS[lines % len(COLOURS)], "linestyle": (0, (4, 3))}
+            axes.axhline(points[None][0], linewidth=1, label=f"{name}, {points[None][0]:.4g}", **style)
+        else:
+            there = sorted(points, key=at.get)
+            mean, spread = np.array([points[value] for value in there]).T
+            axes.errorbar([at[value] for value in there], mean, spread if spread.any() else None, capsize=3, label=name,
+                          **style_of(lines), **({"linestyle": "none"} if words else {}))
+        lines += not name.startswith("dense")
+    perplexity_axis(axes, found, bars)
+    if not words and min(numbers) > 0 and max(numbers) >= 8 * min(numbers):
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.set_xticks(numbers, names)
+    axes.set_xlabel({"nsamples": "calibration sequences"}.get(option, option))
     legend_beside(figure, axes)
     return figure
 
@@ -368,8 +483,8 @@ def draw_cost(paths):
         if max(values) > 4 * min(values):
             axes.set_yscale("log")
             plain_ticks(axes)
-        axes.set_xlim(left=0)
         axes.margins(0.12)
+        axes.set_xlim(left=0)   # the right margin stays: no mark is cut
         axes.set_title(f"{100 * sparsity:g} %")
         axes.set_xlabel("work of pruning, TFLOP")
     all_axes[0, 0].set_ylabel("perplexity")
@@ -414,17 +529,19 @@ def draw_memory(paths):
     return figure
 
 
-SEVERAL = ("compare", "cost", "memory")
+SEVERAL = ("compare", "cost", "study", "memory")
 DRAW = {"layers": draw_layers, "rates": draw_rates, "learning": draw_learning, "losses": draw_losses, "compare": draw_compare,
-        "cost": draw_cost, "memory": draw_memory}
+        "cost": draw_cost, "study": draw_study, "memory": draw_memory}
 
 
-def draw(kind, paths, title=None):
+def draw(kind, paths, title=None, option=None):
     """The figure of matplotlib; any more paths than a kind reads are refused."""
     if len(paths) > 1 and kind not in SEVERAL:
         sys.exit(f"{kind} takes one file, {len(paths)} were given")
+    if option and kind != "study":
+        sys.exit(f"--option is for study, not for {kind}")
     with plt.rc_context(STYLE):
-        figure = DRAW[kind](paths)
+        figure = DRAW[kind](paths, option) if kind == "study" else DRAW[kind](paths)
         if title:
             figure.suptitle(title)
     return figure
@@ -442,10 +559,11 @@ def main():
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument("-o", "--output", nargs="+", required=True, metavar="PICTURE")
     parser.add_argument("--title")
+    parser.add_argument("--option", metavar="KEY", help="of a study: lr, epochs, nsamples, ..")
     arguments = parser.parse_args()
     for path in arguments.output:
         try:
-            save(draw(arguments.kind, arguments.files, arguments.title), path)
+            save(draw(arguments.kind, arguments.files, arguments.title, arguments.option), path)
         except (OSError, ValueError) as error:
             sys.exit(f"{path}: {error}")
 

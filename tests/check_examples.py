@@ -518,15 +518,40 @@ def colours_of(figure):
     return {to_hex(colour).upper() for colour in lines + bars}
 
 
-def check_figure(plot, kind, paths, lines):
+def check_figure(plot, kind, paths, lines, option=None):
     """How it is to look, and how many lines and bars it has at least."""
-    figure = plot.draw(kind, paths, "A title")
+    figure = plot.draw(kind, paths, "A title", option)
     import matplotlib.text
     small = [text.get_text() for text in figure.findobj(matplotlib.text.Text) if text.get_text() and text.get_fontsize() < 8]
     strange = colours_of(figure) - {*plot.COLOURS, "#666666"}
     drawn = sum(len(axes.lines) + len(axes.patches) + len(axes.images) for axes in figure.axes)
     verdict(f"plot.py {kind}: text of 8 pt or more, colours of Okabe and Ito, no legend over data",
             (small, strange, overlaps(figure), drawn >= lines), ([], set(), [], True))
+
+
+def check_study(plot, work):
+    """Perplexity over one option: values of rows, of what the others ran with, and of methods without it."""
+    rows = json.loads((work / "study.json").read_text())["rows"]
+    row = {(row["method"], row["nsamples"]): (row["perplexity"], row["perplexity_error"]) for row in rows}
+    bars = set()
+    option, found = plot.study_of([work / "study.json"], "d-coef", bars)
+    verdict("plot.py study: a line has the value that a row ran with beside those that rows name", (option, bars, found["besa, 8 sequences"],
+            found["wanda, 4 sequences"], list(found["dense"])), ("d-coef", {plot.WINDOWS}, {"5": row["besa", 8], "10": row["besa:d-coef=10", 8]},
+            {None: row["wanda", 4]}, [None]))
+    verdict("plot.py study: calibration sizes", plot.study_of([work / "study.json"], "nsamples", bars)[1]["besa:best:weight-epochs=1"],
+            {str(n): row["besa:best:weight-epochs=1", n] for n in (4, 8)})
+    verdict("plot.py study: words, and a row's other options", plot.study_of([work / "words.json"], "importance", bars)[1]["besa:best:lr=2, 40%"],
+            {"wanda": (4, 0.5), "gradient": (4, 0.5)})
+    several = {**json.loads((work / "words.json").read_text())}
+    several["rows"] = several["rows"] + [{**several["rows"][0], "perplexity": 5}]
+    (work / "several.json").write_text(json.dumps(several))
+    bars = set()
+    found = plot.study_of([work / "several.json"], "importance", bars)[1]["besa:best:lr=2, 40%"]["wanda"]
+    verdict("plot.py study: two seeds", (found, bars), ((4.5, float(np.std([4, 5], ddof=1))), {plot.SEEDS, plot.WINDOWS}))
+    labels = [axes.get_ylabel() for name in ("one.json", "rows.json") for axes in plot.draw("compare", [work / name]).axes]
+    verdict("plot.py says what bars are", labels, [f"perplexity; bars: {plot.WINDOWS}", f"perplexity; bars: {plot.SEEDS}"])
+    verdict("plot.py says over how many steps a mean is", plot.draw("learning", [work / "trace.jsonl"]).axes[0].get_ylabel(),
+            "loss of the block, mean of 2 steps")
 
 
 def plot_inputs(examples, stories, work):
@@ -550,6 +575,12 @@ def plot_inputs(examples, stories, work):
     rows = [{"method": "dense", "sparsity": 0, "test": test, "perplexity": 3, "perplexity_error": 1} for test in ("wiki", "c4")] + rows
     (work / "rows.json").write_text(json.dumps({"program": "besa", "tests": [{"name": "wiki"}, {"name": "c4"}], "rows": rows}))
     (work / "one.json").write_text(json.dumps({"rows": rows[2:3]}))
+    study = [examples / "besa", "compare", stories, *data, "--test", stories / "test_tokens.npy", "--windows", 4, "--seqlen", "32",
+             "--method", "wanda,besa,besa:d-coef=10,besa:best:weight-epochs=1", "--nsamples", "4,8", "--quiet", "--json", work / "study.json"]
+    subprocess.run(list(map(str, study)), check=True, capture_output=True)
+    rows = [{"method": f"besa:best:importance={word},lr=2", "sparsity": s, "test": "wiki", "perplexity": 10 * s, "perplexity_error": 0.5}
+            for s in (0.4, 0.6) for word in ("wanda", "gradient")]
+    (work / "words.json").write_text(json.dumps({"rows": rows}))
     for name, arguments in (("cpu", []), ("cuda", ["--device", "cuda", "--device-memory", "24G"])):
         plan = subprocess.run([str(x) for x in (examples / "besa", "plan", stories, *arguments)], check=True, capture_output=True)
         (work / f"{name}.txt").write_bytes(plan.stdout)
@@ -615,31 +646,38 @@ def check_plot(examples, stories, work):
     plot = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plot)
     tables = [work / "table0.txt", work / "table1.txt"]
-    for kind, paths, lines in (("layers", ["report.json"], 1), ("rates", ["for-plot"], 50), ("learning", ["trace.jsonl"], 3),
+    for kind, paths, lines, *option in (("layers", ["report.json"], 1), ("rates", ["for-plot"], 50), ("learning", ["trace.jsonl"], 3),
                                ("losses", ["report.json"], 3), ("compare", tables, 3), ("compare", ["table.json"], 1),
-                               ("compare", ["rows.json"], 6), ("cost", ["rows.json"], 8), ("memory", ["cpu.txt", "cuda.txt"], 4)):
-        check_figure(plot, kind, [work / path for path in paths], lines)
+                               ("compare", ["rows.json"], 6), ("cost", ["rows.json"], 8), ("memory", ["cpu.txt", "cuda.txt"], 4),
+                               ("study", ["study.json"], 4, "d-coef"), ("study", ["words.json"], 2)):
+        check_figure(plot, kind, [work / path for path in paths], lines, *option)
     done = run(program, "compare", *tables, "-o", work / "a.png", work / "a.svg", work / "a.pdf")
     kinds = [(work / f"a.{ending}").read_bytes()[:5] for ending in ("png", "svg", "pdf")] if done.returncode == 0 else done.stderr
     verdict("plot.py writes PNG, SVG and PDF", kinds, [b"\x89PNG\r", b"<?xml", b"%PDF-"])
     run(program, "compare", *tables, "-o", work / "b.svg")
     verdict("plot.py writes the same picture twice", (work / "a.svg").read_bytes() == (work / "b.svg").read_bytes(), True)
-    means = [[plot.comparison([path])["wanda"][0.6][0] for path in tables], plot.comparison(tables)["wanda"][0.6]]
+    means = [[plot.comparison([path], set())["wanda"][0.6][0] for path in tables], plot.comparison(tables, set())["wanda"][0.6]]
     verdict("plot.py takes mean and deviation of several tables",
             np.allclose([np.mean(means[0]), np.std(means[0], ddof=1)], means[1]), True)
-    verdict("plot.py takes a mean and its deviation from JSON", plot.comparison([work / "table.json"])["wanda"],
+    verdict("plot.py takes a mean and its deviation from JSON", plot.comparison([work / "table.json"], set())["wanda"],
             {0.4: (8, 1), 0.6: (12, 1)})
-    verdict("plot.py keeps tests apart, takes means over seeds, and one run's error", (plot.comparison([work / "rows.json"])["besa, c4"][0.6],
-            plot.comparison([work / "one.json"])["wanda"][0.4]), ((18.5, np.std([0, 1], ddof=1)), (4, 0.5)))
+    verdict("plot.py keeps tests apart, takes means over seeds, and one run's error", (plot.comparison([work / "rows.json"], set())["besa, c4"][0.6],
+            plot.comparison([work / "one.json"], set())["wanda"][0.4]), ((18.5, np.std([0, 1], ddof=1)), (4, 0.5)))
+    check_study(plot, work)
     verdict("plot.py reads the work of rows", plot.work_of([work / "rows.json"])[0.4]["wanda, wiki"], (1e12, 4.5))
     plans = [plot.plan_of(work / name) for name in ("cpu.txt", "cuda.txt")]
     words = [line.split() for line in (work / "cuda.txt").read_text().splitlines()]
     verdict("plot.py reads plans", (sorted(plans[0]), plans[1]["GPU"]),
             (["checkpoint, mapped", "host"], float(words[1][1]) * {"kB": 1e3, "MB": 1e6}[words[1][2]]))
     printed = [line.split() for line in tables[0].read_text().splitlines() if line.startswith("besa")]
-    verdict("plot.py reads what `besa compare` printed", [plot.comparison(tables[:1])["besa"][s][0] for s in (0.4, 0.6)],
+    (work / "made.txt").write_text("make: Entering directory '/x'\n./besa compare 9 reached\n" + tables[0].read_text() +
+                                   "make: Leaving directory '/x'\nmake: *** [Makefile:90: demo] Error 1\n")
+    (work / "between.txt").write_text(tables[0].read_text().replace("\nwanda", "\nmake[1]: Entering directory '/home/somebody/besa-0.1/examples 2'\nwanda", 1))
+    verdict("plot.py takes no line of make's for a run", [plot.comparison([work / name], set()) for name in ("made.txt", "between.txt")],
+            [plot.comparison(tables[:1], set())] * 2)
+    verdict("plot.py reads what `besa compare` printed", [plot.comparison(tables[:1], set())["besa"][s][0] for s in (0.4, 0.6)],
             [float(line[4]) for line in printed])
-    found = [plot.comparison([work / name]) for name in ("seeds.json", "seeds.txt")]
+    found = [plot.comparison([work / name], set()) for name in ("seeds.json", "seeds.txt")]
     verdict("plot.py reads seeds from JSON and from the table", [np.allclose(found[0][name][s], found[1][name][s], rtol=1e-3)
             for name, s in (("wanda", 0.5), ("dense", 0.0))], [True, True])
     report = json.loads((work / "report.json").read_text())
@@ -663,6 +701,10 @@ def check_plot(examples, stories, work):
             ("a plan without memory", ("memory", work / "trace.jsonl"), "no line with memory"),
             ("a table without rows", ("compare", work / "trace.jsonl"), "has no table"),
             ("a trace without steps", ("learning", work / "report.json"), "report.json"),
+            ("a study of two options", ("study", work / "study.json"), "rows differ in d-coef, nsamples: say by --option which"),
+            ("a study of an option that no row has", ("study", work / "words.json", "--option", "lr"), "--option lr has no two values"),
+            ("a study of none", ("study", work / "rows.json"), "no option has two values"),
+            ("an option of another picture", ("cost", work / "rows.json", "--option", "lr"), "--option is for study"),
             ("several reports", ("losses", work / "report.json", work / "report.json"), "takes one file"),
             ("a kind of file that there is not", None, "")):
         done = run(program, *(arguments or ("losses", work / "report.json")), "-o", work / ("c.png" if arguments else "c.xyz"))
@@ -809,12 +851,14 @@ def readme_files(examples, stories, work):
         template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
         (work / name / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}))
     (work / "c4/en").mkdir(parents=True)
-    with gzip.open(work / "c4/en/c4-train.00000-of-01024.json.gz", "wt") as file:
-        file.writelines(json.dumps({"text": letter * 3000}) + "\n" for letter in "abc")
+    for name in ("c4-train.00000-of-01024", "c4-validation.00000-of-00008"):
+        with gzip.open(work / f"c4/en/{name}.json.gz", "wt") as file:
+            file.writelines(json.dumps({"text": letter * 3000}) + "\n" for letter in "abc")
     (work / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a" * 3000}]}) + "\n")
     less = ["--tokens", stories / "calibration_tokens.npy", "--nsamples", 4, "--seqlen", 32]
     test = ["--test", stories / "test_tokens.npy", "--windows", 2, "--method", "wanda,besa", "--sparsity", ".4,.6"]
-    for into, arguments in (("none", ["prune", "MODEL", "PRUNED", *less, "--report", "report.json"]), ("cpu.txt", ["plan", "MODEL"]),
+    for into, arguments in (("none", ["prune", "MODEL", "PRUNED", *less, "--report", "report.json", "--trace", "steps.jsonl"]), ("cpu.txt", ["plan", "MODEL"]),
+                            ("none", ["compare", "MODEL", *less, *test[:4], "--method", "besa,besa:d-coef=2", "--json", "study.json"]),
                             ("gpu.txt", ["plan", "MODEL", "--device", "cuda", "--device-memory", "24G"]),
                             ("table.txt", ["compare", "MODEL", *less, *test])):
         done = subprocess.run([str(x) for x in (examples / "besa", *arguments)], cwd=work, capture_output=True, check=True)

@@ -85,6 +85,10 @@ ln -s leads_here "$work/a_link"
 check 0 '' info "$stories" --save-masks "$work/a_link"
 [ -L "$work/a_link" ] && [ -s "$work/leads_here" ] || bad="$bad; a link gave way to masks"
 check 2 'memory is more than --device-memory' plan "$stories" --device cuda --device-memory 1G --memory 2G
+check 1 'the device has 100000 bytes free, of which a run takes 31/32' plan "$stories" --device cuda --device-memory 100000
+least=$(sed -n 's/.* works here is \([0-9]*\) free$/\1/p' "$work/log")
+check 0 '^device ' plan "$stories" --device cuda --device-memory $least
+check 1 "works here is $least free" plan "$stories" --device cuda --device-memory $((least - 1))
 done_with "files beside the output, and a GPU with less memory than is asked for"
 
 # without the three standard descriptors: what is printed does not get into the output
@@ -433,6 +437,16 @@ done
 cmp -s "$work/model/README.md" "$work/again/README.dense.md" || bad="$bad; the dense model's card is lost the second time"
 done_with "the card of an output"
 
+# A card that is no file, which must not hang who reads it: a FIFO, a directory.
+for kind in mkfifo mkdir; do
+    cp -r "$stories" "$work/$kind" && rm -f "$work/$kind/README.md" && $kind "$work/$kind/README.md"
+    timeout 100 "$besa" prune "$work/$kind" "$work/$kind.out" $data --method wanda >"$work/log" 2>&1
+    [ $? -eq 0 ] && grep -q '^not copied: README.md (' "$work/log" && grep -q '^base_model: "'$kind'"$' "$work/$kind.out/README.md" &&
+        ! grep -q '^license:' "$work/$kind.out/README.md" && [ ! -e "$work/$kind.out/README.dense.md" ] || bad="$bad; $kind: $(tail -1 "$work/log")"
+    timeout 100 "$besa" eval "$work/$kind" --tokens "$stories/test_tokens.npy" --windows 2 --seqlen 32 >"$work/log" 2>&1 || bad="$bad; eval with $kind"
+done
+done_with "a source whose card is no file"
+
 # ---- hostile text ----
 
 # No control character that comes from a file or an argument reaches the terminal: C0, DEL, or C1 in UTF-8.
@@ -498,7 +512,7 @@ verdict $? "README says what they print"
 all=$work/all
 mkdir -p "$all/examples" && cp "$besa" "$all/examples/besa" && cp -r "$stories" "$all/MODEL" && rm "$all"/MODEL/*.npy &&
     cp -r "$all/MODEL" "$all/Llama-2-7b" && cp -r "$stories" "$all/examples" || exit 1
-for tokens in c4 c4-validation calibration chats; do cp "$stories/calibration_tokens.npy" "$all/$tokens.npy"; done
+for tokens in c4 c4-stream c4-validation calibration chats; do cp "$stories/calibration_tokens.npy" "$all/$tokens.npy"; done
 cp "$stories/test_tokens.npy" "$all/wikitext2.npy"
 awk -f readme_lines.awk "$readme" "$(dirname "$readme")"/examples/*.md | grep '^examples/besa ' | awk '!seen[$0]++' >"$work/lines"
 awk '{ into = ""; less = $2 == "info" ? "" : " --seqlen 32"

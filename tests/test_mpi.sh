@@ -57,4 +57,26 @@ mpirun --allow-run-as-root --oversubscribe -n 1 "$many" prune "$stories" "$work/
 [ $? -ne 0 ] && grep -q 'rank 1 has other arguments, tokens or files than rank 0: .*epochs=1 (this rank: epochs=2)' "$work/log" &&
     [ ! -e "$work/other" ] && [ ! -e "$work/other.partial" ]
 verdict $? "mpi: processes with other arguments are told so"
+
+# Other commands: eval and info are the first one's, plan is of all, compare of one alone.
+ranks 3 eval "$work/2" --tokens "$stories/test_tokens.npy" --windows 5 --seqlen 64 --quiet
+status=$?
+cp "$work/log" "$work/many"
+"$one" eval "$work/2" --tokens "$stories/test_tokens.npy" --windows 5 --seqlen 64 --quiet >"$work/log" 2>&1
+[ $status -eq 0 ] && [ "$(grep -c ^perplexity "$work/many")" -eq 1 ] && grep -qxF "$(cat "$work/log")" "$work/many"
+verdict $? "mpi: eval says once what besa says"
+"$one" info "$work/2" >"$work/info" 2>&1 && ranks 3 info "$work/2" && grep -xFf "$work/info" "$work/log" | cmp - "$work/info" >>"$work/log" 2>&1
+verdict $? "mpi: info says once what besa says"
+ranks 3 plan "$stories" --nsamples 24 --seqlen 32 --batch-size 4 && [ "$(grep -c '^work ' "$work/log")" -eq 1 ] &&
+    grep -q '^sums .* over 3 processes' "$work/log"
+verdict $? "mpi: plan says once what the first takes, and the sums"
+compare="--tokens $stories/calibration_tokens.npy --seqlen 32 --nsamples 4 --test $stories/test_tokens.npy --windows 2 --method wanda"
+! ranks 3 compare "$stories" $compare && [ "$(grep -c '^besa compare: compare runs in one process' "$work/log")" -eq 1 ] &&
+    ! grep -q '^wanda' "$work/log"
+verdict $? "mpi: compare is refused in several processes, once"
+ranks 1 compare "$stories" $compare && grep -q '^wanda ' "$work/log"
+verdict $? "mpi: compare runs in one"
+mpirun --allow-run-as-root --oversubscribe -n 1 "$many" info "$stories" : -n 1 "$many" prune "$stories" "$work/other" $data >"$work/log" 2>&1
+[ $? -ne 0 ] && grep -q 'rank 0 was given another command than prune' "$work/log" && [ ! -e "$work/other" ]
+verdict $? "mpi: processes with other commands are told so"
 exit $failed

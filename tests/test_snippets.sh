@@ -116,12 +116,25 @@ only_if 1 0 -ffinite-math-only
 $cc -std=c11 -O1 -ffp-contract=off -I"$include" "$include/examples/besa_by_hand.c" -o "$work/by_hand" -lm 2>"$work/by_hand.log" &&
     "$work/by_hand" >"$work/by_hand.txt" && cmp "$work/by_hand.txt" data/besa_by_hand.txt
 verdict $? "besa_by_hand.c prints data/besa_by_hand.txt"
+wrong=""
+for target in 0.126 0.2 0.25 0.3 0.375 0.4 0.5 0.5625 0.6 0.7 0.75 0.875 0.9 0.99 0.9999; do
+    "$work/by_hand" $target >"$work/by_hand.txt" && grep -q 'besa.h computes the same: yes$' "$work/by_hand.txt" || wrong="$wrong $target"
+done
+for target in 0 1 0.125 x -0.5 nan "0.5 0.5"; do
+    "$work/by_hand" $target >"$work/by_hand.txt" 2>&1
+    [ $? -eq 2 ] && grep -q '^usage: ' "$work/by_hand.txt" || wrong="$wrong $target"
+done
+[ -z "$wrong" ]
+verdict $? "besa_by_hand.c takes other targets as besa.h does${wrong:+, but$wrong}"
 
 # Level 3's example: what was learned is better than Wanda and has the target.
 $cc -std=c11 -O0 -ffp-contract=off -I"$include" "$include/examples/layer.c" -o "$work/layer" -lm 2>"$work/layer.log" &&
     "$work/layer" >"$work/layer.txt" && awk '/^wanda/ { wanda = $3 } /^step 100/ { good = $4 < wanda && $6 == "0.5000" }
                                              /^sparsegpt/ { good2 = $3 < wanda } END { exit !(good && good2) }' "$work/layer.txt"
 verdict $? "layer.c learns, and has Wanda and SparseGPT beside it"
+sed -n 's/^row 0: column \([0-9]*\) goes first; likeliest rate \([01]\.[0-9]*\), beta \(0\.[0-9]*\); dL.dbeta of rate 1 \([-0-9.e]*\)$/\1 \2 \3 \4/p' \
+    "$work/layer.txt" | awk '{ good = $1 < 128 && $2 <= 1 && $3 > 1 / 101 && $3 < 1 && $4 != 0 } END { exit !(NR == 1 && good) }'
+verdict $? "layer.c reads ranks, beta and sums of a row"
 
 # Level 2's example prunes, stops where it is asked to, and says what is wrong.
 $cc -std=c11 -O1 -ffp-contract=off -I"$include" "$include/examples/block.c" -o "$work/block" -lm 2>"$work/block.log" &&

@@ -1,7 +1,11 @@
-"""The method of BESA on one linear layer by hand, as ../besa_by_hand.c has it, in NumPy: it prints the same numbers."""
+"""The method of BESA on one linear layer by hand, as ../besa_by_hand.c has it, in NumPy: it prints the same numbers.
+besa_by_hand.py TARGET takes another than 0.5; where rates times columns are whole, rounding may take another weight."""
+import sys
+
 import numpy as np
 
-D, s_R, lam, lr, target, steps = 4, 4, 0.5, 0.1, 0.5, 20
+D, s_R, lam, lr, steps = 4, 4, 0.5, 0.1, 20
+target = float(sys.argv[1]) if len(sys.argv) > 1 else 0.5
 X = np.array([[1, 2, 0, -1, 3, 0, 1, 1], [0, 1, 1, 2, -2, 1, 0, -1], [-1, 0, 2, 1, 1, 0, -1, 2],
               [2, -1, 1, 0, 0, 1, 1, 0], [1, 1, -1, -2, 2, 0, 0, 1], [0, 2, 1, 1, -1, 1, 2, 0]], float)
 W = np.array([[.9, -.1, .2, -1.1, .1, .3, -.2, .1], [.5, -.6, .4, .6, -.5, .4, -.6, .5],
@@ -18,8 +22,17 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
+def solve(excess):                          # the largest x with excess(x) <= 0
+    low, high = -60.0, 60.0
+    for _ in range(80):
+        low, high = ((low + high) / 2, high) if excess((low + high) / 2) <= 0 else (low, (low + high) / 2)
+    return low if abs(low) > 1e-12 else 0.0
+
+
+E = ((X @ W.T) ** 2).sum()
+
+
 def loss_and_gradient(What):
-    E = ((X @ W.T) ** 2).sum()
     return ((X @ (What - W).T) ** 2).sum() / E, 2 / E * (What - W) @ X.T @ X
 
 
@@ -28,10 +41,11 @@ rank = np.argsort(np.argsort(score, 1, kind="stable"), 1)
 p = 1 - np.arange(D + 1) / D
 k = (D - np.arange(D + 1)) * C // D
 bucket = np.array([np.flatnonzero(i < k)[-1] for i in range(C)])
-show(X, W, score, rank, p, k, bucket)
+c = np.float32(solve(lambda c: (np.exp(c * p) * p).sum() / np.exp(c * p).sum() - target))
+show(X, W, score, rank, p, k, bucket, c)
 theta, m, v = np.zeros((3, R, D + 1))
 for i in range(1, steps + 1):
-    beta = np.exp(s_R * (sigmoid(theta) - 0.5))
+    beta = np.exp(c * p + s_R * (sigmoid(theta) - 0.5))
     beta /= beta.sum(1, keepdims=True)
     alpha = beta @ p
     n = np.floor(alpha.astype(np.float32) * C)
@@ -46,17 +60,16 @@ for i in range(1, steps + 1):
     if i <= 2:
         show(beta, alpha, n, What)
     if i == 1:
-        show(dWhat, sums, dbeta, dtheta, theta)
+        show(E, dWhat, sums, dbeta, dtheta, theta)
     print(f"step {i:2}: L = {loss:.4f}, pruned {n.sum():g} of {R * C}")
 
-beta = np.exp(s_R * (sigmoid(theta) - 0.5))
-alpha, count, low, high = (beta / beta.sum(1, keepdims=True)) @ p, int(target * R * C + 0.5), -60, 60
-for _ in range(100):                        # the largest shift that does not prune too many
-    exact = C * sigmoid(np.log(alpha / (1 - alpha)) + (low + high) / 2)
-    low, high = ((low + high) / 2, high) if np.floor(exact).sum() <= count else (low, (low + high) / 2)
-exact = C * sigmoid(np.log(alpha / (1 - alpha)) + low)
-n = np.floor(exact)
-n[np.argsort(n - exact, kind="stable")[: int(count - n.sum())]] += 1  # what is missing: to the largest fractional parts
+beta = np.exp(c * p + s_R * (sigmoid(theta) - 0.5))
+alpha, count = (beta / beta.sum(1, keepdims=True)) @ p, np.floor(target * R * C + 0.5)
+exact = lambda shift: C * sigmoid(np.log(alpha / (1 - alpha)) + shift)
+shift = solve(lambda shift: np.floor(exact(shift)).sum() - count)
+n = np.floor(exact(shift))
+show(count, shift, exact(shift))
+n[np.argsort(n - exact(shift), kind="stable")[: int(count - n.sum())]] += 1
 What = np.where(rank >= n[:, None], W, 0)
 show(n, What)
 print(f"\nL = {loss_and_gradient(What)[0]:.4f}")
