@@ -257,6 +257,10 @@ awk '$1 == "wanda" && $4 == 4 && $5 != "mean" { a[n++] = $7 }
 [ "$(grep -c '"perplexity_sd": [0-9]' "$work/table.json")" -eq 2 ] && [ "$(grep -c '^  {"method": "wanda".*"perplexity_error": [0-9].*"options": {"method": "wanda"' "$work/table.json")" -eq 4 ] ||
     bad="$bad; JSON: $(cat "$work/table.json")"
 check 2 'two files are called test_tokens' compare "$stories" $short --test "$all" --test "$all"
+check 2 '^besa compare: --sparsity: 0.50 is there twice: expected different values$' compare "$stories" $short --sparsity .5,.6,0.50
+check 2 '^besa compare: --seeds: 0 is there twice' compare "$stories" $short --seeds 0,0
+check 2 '^besa compare: --nsamples: 2 is there twice' compare "$stories" $short --nsamples 4,2,2
+check 2 '^besa compare: --method: besa:lr=2 is there twice' compare "$stories" $short --method besa:lr=2,wanda,besa:lr=2
 check 2 '--seed and --seeds' compare "$stories" $short --seed 1 --seeds 1,2
 check 1 'the most is --nsamples' compare "$stories" $data $text --nsamples 2,9999 --method wanda
 done_with "texts, calibration sizes and seeds of a comparison"
