@@ -254,6 +254,8 @@ awk '$1 == "wanda" && $4 == 4 && $5 != "mean" { a[n++] = $7 }
      END { d = (a[0] - a[1]) / sqrt(2); if (d < 0) d = -d
            e = mean - (a[0] + a[1]) / 2; exit !(n == 2 && e * e < 1e-5 && (sd - d) ^ 2 < 1e-4 && sd > 0) }' "$work/log" || bad="$bad; mean or deviation: $(cat "$work/log")"
 [ "$(grep -c '^| wanda | 50 % | [24] | [05m]' "$work/table.md")" -eq 6 ] || bad="$bad; Markdown: $(cat "$work/table.md")"
+legend=': standard error over the windows; of a mean: standard deviation of 2 seeds$'
+grep -q "^+/-$legend" "$work/log" && [ "$(grep -c "^±$legend" "$work/table.md")" -eq 1 ] || bad="$bad; it does not say what ± is"
 [ "$(grep -c '"perplexity_sd": [0-9]' "$work/table.json")" -eq 2 ] && [ "$(grep -c '^  {"method": "wanda".*"perplexity_error": [0-9].*"options": {"method": "wanda"' "$work/table.json")" -eq 4 ] ||
     bad="$bad; JSON: $(cat "$work/table.json")"
 check 2 'two files are called test_tokens' compare "$stories" $short --test "$all" --test "$all"
@@ -289,6 +291,9 @@ check 0 'method wanda\|^wanda ' compare "$stories" $short --method wanda --resum
 [ "$(rows "$work/part.json" | wc -l)" -eq 5 ] || bad="$bad; rows are lost"
 check 0 '^[0-9]* runs, .*FLOP in matrix products' compare "$stories" $data $text --method wanda,magnitude
 grep -q '^the other runs: ' "$work/log" || bad="$bad; no estimate of time"
+grep -q '^+/-: standard error over the windows$' "$work/log" || bad="$bad; it does not say what +/- is"
+check 0 '^wanda ' compare "$stories" $data --test "$all" --windows 1 --method wanda --quiet
+! grep -q '+/-:' "$work/log" || bad="$bad; it says what +/- is where there is none"
 done_with "a comparison that goes on"
 
 # How far a model is from another.
