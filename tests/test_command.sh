@@ -421,6 +421,12 @@ check 1 'matches none' prune "$work/model" "$work/c" $data --trace "$work/c.json
 [ ! -e "$work/c.jsonl" ] || bad="$bad; a trace of nothing"
 done_with "a killed run goes on to the same output, trace and report"
 
+# A record of the source that is too large for one of JSON: it is said that it is not kept.
+cp -r "$work/model" "$work/large" && truncate -s 100000001 "$work/large/besa.json"
+check 0 "^not kept: the source's besa.json (100000001 bytes, 100000000 or more)\$" prune "$work/large" "$work/large_out" $data --method wanda --quiet
+rm -r "$work/large"
+done_with "a source whose besa.json is large"
+
 card=$work/a/out/README.md
 for line in 'base_model: "model"' 'base_model_relation: finetune' 'license: other' 'license_name: ours' '- pruned' \
     '| method | besa, preset best |' '| sparsity | 0.5000: 113280 of 226560 weights are 0 |' \
