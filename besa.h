@@ -1180,6 +1180,7 @@ typedef struct besa_progress {
     besa_pass pass;
     double fraction;                            /* of the whole run, or of besa_pruner_run's one block, 0 .. 1 */
     double seconds, seconds_left;
+    int64_t resumed_blocks;                     /* level 1: taken over from an unfinished run, which goes on at this block */
 } besa_progress;
 
 /* Called often; return non-zero to stop the run with BESA_ERROR_CANCELLED. */
@@ -5137,6 +5138,7 @@ static besa_result besa__tick(besa__meter *meter, double share, besa_error *erro
     now.block = meter->block;
     now.blocks = meter->blocks;
     now.pass = meter->pass;
+    now.resumed_blocks = meter->first_block;
     now.fraction = ((double)meter->first_block + ran) / (double)meter->blocks;
     now.seconds = besa__seconds() - meter->start;
     double left = (double)(meter->blocks - meter->first_block) - ran;

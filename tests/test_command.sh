@@ -407,7 +407,12 @@ while kill -0 $killed 2>/dev/null; do
     sleep 0.02
 done
 wait $killed 2>/dev/null
+cp -r "$work/b/out.partial" "$work/b/told.partial"
+check 0 '^resuming at block [2-5] of 5$' prune "$work/model" "$work/b/told" $long --no-quiet
+at=$(sed -n 's/^resuming at block \([2-5]\) of 5$/\1/p' "$work/log")
+grep -q "^blocks taken over from the run before: $((at - 1))\$" "$work/log" || bad="$bad; at block $at: $(tail -3 "$work/log")"
 check 0 '^blocks taken over from the run before: [1-4]$' prune "$work/model" "$work/b/out" $long --threads 1 --trace "$work/b.jsonl" --report "$work/b.json"
+! grep -q '^resuming' "$work/log" || bad="$bad; it is not quiet"
 diff -r "$work/a/out" "$work/b/out" >"$work/diff" 2>&1 || bad="$bad; $(head -1 "$work/diff")"
 cmp -s "$work/a.jsonl" "$work/b.jsonl" || bad="$bad; the traces differ"
 [ "$(wc -l <"$work/a.jsonl")" -eq 960 ] || bad="$bad; $(wc -l <"$work/a.jsonl") lines of trace"
