@@ -1180,6 +1180,7 @@ typedef struct besa_progress {
     besa_pass pass;
     double fraction;                            /* of the whole run, or of besa_pruner_run's one block, 0 .. 1 */
     double seconds, seconds_left;
+    int64_t resumed_blocks;                     /* level 1: taken over from an unfinished run, which goes on at this block */
 } besa_progress;
 
 /* Called often; return non-zero to stop the run with BESA_ERROR_CANCELLED. */
@@ -5141,6 +5142,7 @@ static besa_result besa__tick(besa__meter *meter, double share, besa_error *erro
     now.block = meter->block;
     now.blocks = meter->blocks;
     now.pass = meter->pass;
+    now.resumed_blocks = meter->first_block;
     now.fraction = ((double)meter->first_block + ran) / (double)meter->blocks;
     now.seconds = besa__seconds() - meter->start;
     double left = (double)(meter->blocks - meter->first_block) - ran;
@@ -10680,13 +10682,17 @@ static besa_result besa__write_file(const besa__writer *w, const char *name, con
     return result;
 }
 
-/* Keep the record of a source that was pruned itself; what is no object of JSON is not kept. */
+/* Keep the record of a source that was pruned itself; what is no object of JSON, or too large for one, is not kept. */
 static besa_result besa__keep_record(besa__writer *w, const unsigned char *bytes, size_t size, char **notes, besa_error *error)
 {
     char *copy;                                 /* for the reader, which decodes it in place */
     besa__json json;
     while (size && (bytes[size - 1] == '\n' || bytes[size - 1] == ' ')) size--;
-    if (!size || size >= BESA__HEADER_LIMIT) return BESA_OK;
+    if (!size) return BESA_OK;
+    if (size >= BESA__HEADER_LIMIT) {
+        if (notes) besa__notes_add(notes, "not kept: the source's %s (%zu bytes, %u or more)", BESA__RECORD, size, BESA__HEADER_LIMIT);
+        return BESA_OK;
+    }
     BESA__TRY(besa__copy_text(&copy, (const char *)bytes, size, BESA__RECORD, error));
     besa_result result = besa__json_parse(&json, copy, size, BESA__RECORD, error);
     int is_object = result == BESA_OK && besa__json_is(&json, json.values, BESA__JSON_OBJECT);

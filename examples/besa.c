@@ -123,6 +123,7 @@ typedef struct progress_view {
     int64_t block;
     double drawn;          /* when, in the run's seconds */
     const work_left *work; /* of the runs that this is one of; or NULL */
+    int resumed;           /* 1: it is said where a run goes on */
 } progress_view;
 
 /* How wide the terminal is now: it may have been resized since the last line. */
@@ -161,10 +162,26 @@ static void draw_bar(progress_view *view, const besa_progress *p)
     view->drawn = p->seconds;
 }
 
+static void end_progress(const progress_view *view)
+{
+    if (view->drawn >= 0) fprintf(stderr, "\r\033[K");
+}
+
+/* Blocks are counted from 1, as in the bar. */
+static void say_resumed(progress_view *view, const besa_progress *p)
+{
+    if (view->resumed || !p->resumed_blocks) return;
+    view->resumed = 1;
+    end_progress(view);
+    if (p->resumed_blocks == p->blocks) fprintf(stderr, "resuming: all %lld blocks are done\n", (long long)p->blocks);
+    else fprintf(stderr, "resuming at block %lld of %lld\n", (long long)p->resumed_blocks + 1, (long long)p->blocks);
+}
+
 static int show_progress(void *user, const besa_progress *p)
 {
     progress_view *view = (progress_view *)user;
     if (view->quiet) return interrupted;
+    say_resumed(view, p);
     if (view->terminal && (view->drawn < 0 || p->seconds - view->drawn > 0.1)) draw_bar(view, p);
     if (!view->terminal && p->block > view->block)
         fprintf(stderr, "%s: %lld of %lld blocks in %s, %s left\n", view->label, (long long)p->block,
@@ -175,14 +192,9 @@ static int show_progress(void *user, const besa_progress *p)
 
 static progress_view begin_progress(const settings *s, const char *label)
 {
-    progress_view view = {label, s->quiet, isatty(STDERR_FILENO), 0, -1, NULL};
+    progress_view view = {label, s->quiet, isatty(STDERR_FILENO), 0, -1, NULL, 0};
     if (s->command->bit == COMPARE && !view.terminal) view.quiet = 1; /* the growing table shows it */
     return view;
-}
-
-static void end_progress(const progress_view *view)
-{
-    if (view->drawn >= 0) fprintf(stderr, "\r\033[K");
 }
 
 /* ---- what the commands share --------------------------------------------------------------- */
@@ -717,7 +729,8 @@ static besa_result run_info(job *j)
 static const command commands[] = {
     {"prune", PRUNE, 2, 2, run_prune, "SRC DST", "prune the checkpoint in one directory into another",
      "Prunes the checkpoint in directory SRC into the new directory DST, which appears when it is complete.\n"
-     "A run that was stopped goes on where it was when the same command is given again.\n\n"
+     "A run that was stopped goes on where it was when the same command is given again, and says at which block. Its\n"
+     "--trace FILE keeps the lines of the blocks that are done; those of the block that is done again are written anew.\n\n"
      "  besa prune llama pruned --tokens c4.npy --sparsity 0.5\n"
      "  besa prune llama pruned --tokens c4.npy --method sparsegpt --pattern 2:4 --report pruned.json\n"
      "  besa prune llama pruned --tokens c4.npy --skip layers.0 --fix v_proj=0.3 --test wikitext2.npy\n"

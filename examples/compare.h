@@ -519,6 +519,19 @@ static text seed_of(const result_row *r)
     return t;
 }
 
+/* What the table's +/- is, as a line; nothing where it has none. */
+static void put_legend(FILE *file, const comparison *c, const char *sign)
+{
+    const job *j = c->j;
+    int has_errors = 0;
+    for (int i = 0; i < j->s->num_tests; i++) has_errors |= j->first[i + 1] - j->first[i] > 1;
+    if (!has_errors && j->s->num_seeds < 2) return;
+    fprintf(file, "%s:", sign);
+    if (has_errors) fprintf(file, " standard error over the windows%s", j->s->num_seeds > 1 ? "; of a mean:" : "");
+    if (j->s->num_seeds > 1) fprintf(file, " standard deviation of %d seeds", j->s->num_seeds);
+    fprintf(file, "\n");
+}
+
 static besa_result put_markdown(FILE *file, comparison *c)
 {
     static const char *const axis[] = {" sequences |", " seed |", " text |"};
@@ -532,6 +545,7 @@ static besa_result put_markdown(FILE *file, comparison *c)
         result_row mean;
         if (mean_row(c, i, &mean)) put_markdown_row(file, c, &mean, "mean");
     }
+    put_legend(file, c, "\n±");
     return BESA_OK;
 }
 
@@ -597,6 +611,7 @@ static void print_head(comparison *c)
     for (int i = 0; i < s->num_tests; i++)
         printf("%s%lld", i ? ", " : "", (long long)(c->j->first[i + 1] - c->j->first[i]));
     printf(" x %lld\n", (long long)c->j->seqlen);
+    put_legend(stdout, c, "+/-");
 }
 
 static void print_columns(const comparison *c)

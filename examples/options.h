@@ -449,6 +449,18 @@ static size_t word_length(const option *o, const char *text)
     return n;
 }
 
+/* Whether value i of a list is there before: its runs would be the same, and count twice in means. */
+static int is_repeated(const settings *s, const option *o, int i)
+{
+    const int64_t *whole = o->kind == COUNTS ? s->counts : s->seeds;
+    for (int k = 0; k < i; k++) {
+        if (o->kind == METHODS && !strcmp(s->rows[k].label, s->rows[i].label)) return 1;
+        if (o->kind == SHARES && s->sparsity[k] == s->sparsity[i]) return 1;
+        if (o->kind != METHODS && o->kind != SHARES && whole[k] == whole[i]) return 1;
+    }
+    return 0;
+}
+
 /* "a,b,c", each a sparsity, a method, a calibration size or a seed */
 static void read_list(settings *s, const option *o, const char *text)
 {
@@ -461,6 +473,7 @@ static void read_list(settings *s, const option *o, const char *text)
         if (o->kind == METHODS) s->rows[count] = read_row(s, o, word);
         else if (o->kind == SHARES) s->sparsity[count] = read_number(s, o, word);
         else (o->kind == COUNTS ? s->counts : s->seeds)[count] = (int64_t)read_number(s, o, word);
+        if (is_repeated(s, o, count)) usage_error(s, "--%s: %s is there twice: expected different values", o->name, word);
         more = text[n] == ',';
         text += n + 1;
     }

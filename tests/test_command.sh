@@ -258,9 +258,15 @@ awk '$1 == "wanda" && $4 == 4 && $5 != "mean" { a[n++] = $7 }
      END { d = (a[0] - a[1]) / sqrt(2); if (d < 0) d = -d
            e = mean - (a[0] + a[1]) / 2; exit !(n == 2 && e * e < 1e-5 && (sd - d) ^ 2 < 1e-4 && sd > 0) }' "$work/log" || bad="$bad; mean or deviation: $(cat "$work/log")"
 [ "$(grep -c '^| wanda | 50 % | [24] | [05m]' "$work/table.md")" -eq 6 ] || bad="$bad; Markdown: $(cat "$work/table.md")"
+legend=': standard error over the windows; of a mean: standard deviation of 2 seeds$'
+grep -q "^+/-$legend" "$work/log" && [ "$(grep -c "^±$legend" "$work/table.md")" -eq 1 ] || bad="$bad; it does not say what ± is"
 [ "$(grep -c '"perplexity_sd": [0-9]' "$work/table.json")" -eq 2 ] && [ "$(grep -c '^  {"method": "wanda".*"perplexity_error": [0-9].*"options": {"method": "wanda"' "$work/table.json")" -eq 4 ] ||
     bad="$bad; JSON: $(cat "$work/table.json")"
 check 2 'two files are called test_tokens' compare "$stories" $short --test "$all" --test "$all"
+check 2 '^besa compare: --sparsity: 0.50 is there twice: expected different values$' compare "$stories" $short --sparsity .5,.6,0.50
+check 2 '^besa compare: --seeds: 0 is there twice' compare "$stories" $short --seeds 0,0
+check 2 '^besa compare: --nsamples: 2 is there twice' compare "$stories" $short --nsamples 4,2,2
+check 2 '^besa compare: --method: besa:lr=2 is there twice' compare "$stories" $short --method besa:lr=2,wanda,besa:lr=2
 check 2 '--seed and --seeds' compare "$stories" $short --seed 1 --seeds 1,2
 check 1 'the most is --nsamples' compare "$stories" $data $text --nsamples 2,9999 --method wanda
 done_with "texts, calibration sizes and seeds of a comparison"
@@ -289,6 +295,9 @@ check 0 'method wanda\|^wanda ' compare "$stories" $short --method wanda --resum
 [ "$(rows "$work/part.json" | wc -l)" -eq 5 ] || bad="$bad; rows are lost"
 check 0 '^[0-9]* runs, .*FLOP in matrix products' compare "$stories" $data $text --method wanda,magnitude
 grep -q '^the other runs: ' "$work/log" || bad="$bad; no estimate of time"
+grep -q '^+/-: standard error over the windows$' "$work/log" || bad="$bad; it does not say what +/- is"
+check 0 '^wanda ' compare "$stories" $data --test "$all" --windows 1 --method wanda --quiet
+! grep -q '+/-:' "$work/log" || bad="$bad; it says what +/- is where there is none"
 done_with "a comparison that goes on"
 
 # How far a model is from another.
@@ -402,7 +411,12 @@ while kill -0 $killed 2>/dev/null; do
     sleep 0.02
 done
 wait $killed 2>/dev/null
+cp -r "$work/b/out.partial" "$work/b/told.partial"
+check 0 '^resuming at block [2-5] of 5$' prune "$work/model" "$work/b/told" $long --no-quiet
+at=$(sed -n 's/^resuming at block \([2-5]\) of 5$/\1/p' "$work/log")
+grep -q "^blocks taken over from the run before: $((at - 1))\$" "$work/log" || bad="$bad; at block $at: $(tail -3 "$work/log")"
 check 0 '^blocks taken over from the run before: [1-4]$' prune "$work/model" "$work/b/out" $long --threads 1 --trace "$work/b.jsonl" --report "$work/b.json"
+! grep -q '^resuming' "$work/log" || bad="$bad; it is not quiet"
 diff -r "$work/a/out" "$work/b/out" >"$work/diff" 2>&1 || bad="$bad; $(head -1 "$work/diff")"
 cmp -s "$work/a.jsonl" "$work/b.jsonl" || bad="$bad; the traces differ"
 [ "$(wc -l <"$work/a.jsonl")" -eq 960 ] || bad="$bad; $(wc -l <"$work/a.jsonl") lines of trace"
@@ -415,6 +429,12 @@ check 0 'sparsity' prune "$work/model" "$work/none" $data --method wanda --trace
 check 1 'matches none' prune "$work/model" "$work/c" $data --trace "$work/c.jsonl" --fix none=0.5
 [ ! -e "$work/c.jsonl" ] || bad="$bad; a trace of nothing"
 done_with "a killed run goes on to the same output, trace and report"
+
+# A record of the source that is too large for one of JSON: it is said that it is not kept.
+cp -r "$work/model" "$work/large" && truncate -s 100000001 "$work/large/besa.json"
+check 0 "^not kept: the source's besa.json (100000001 bytes, 100000000 or more)\$" prune "$work/large" "$work/large_out" $data --method wanda --quiet
+rm -r "$work/large"
+done_with "a source whose besa.json is large"
 
 card=$work/a/out/README.md
 for line in 'base_model: "model"' 'base_model_relation: finetune' 'license: other' 'license_name: ours' '- pruned' \
