@@ -1393,9 +1393,10 @@ typedef struct besa_layer_report {
 typedef struct besa_block_report {
     besa_layer_report layer[BESA_LAYERS];
     double sparsity, target;                    /* reached, and asked for; a block that stays dense has target 0 */
-    /* Reconstruction losses (1/d) sum ((Yref - Y) / norm)^2, averaged over sequences: the first 8, and all in loss_all.
-     * Where nothing learns all are of the mask, and loss_all is of the first 8. NaN in a block that stays dense, and in blocks
-     * taken over from a complete output that was killed before its last rename. */
+    /* Reconstruction losses (1/d) sum ((Yref - Y) / norm)^2, averaged over sequences: the first eighth of them (2 to 8; where
+     * something learns with final masks, 8), and all in loss_all. Where nothing learns all are of the mask, and loss_all is of
+     * those, too. NaN in a block that stays dense, and in blocks taken over from a complete output that was killed before its
+     * last rename. */
     double loss_uniform;                        /* the importance's mask with floor(target C) weights of every row */
     double loss_before, loss_after;             /* the masks before learning, and what is written */
     double loss_masks;                          /* the final masks, with the weights as they then are: pass `weights` begins */
@@ -4970,7 +4971,7 @@ enum { BESA__LOSS_UNIFORM, BESA__LOSS_BEFORE, BESA__LOSS_MASKS, BESA__LOSS_AFTER
 /* Events of the backend: marks of the passes' ends (section passes), then those of the streams, first this section's. */
 enum { BESA__EVENT_MARKS = 0, BESA__EVENT_YREF = 6, BESA__PRUNER_EVENTS = BESA__EVENT_YREF + BESA__STREAM_EVENTS };
 
-#define BESA__REPORT_SEQUENCES 8                /* the report's losses come from the first sequences */
+#define BESA__REPORT_SEQUENCES 8                /* the report's losses come from the first sequences: so many at most */
 #define BESA__GRADIENT_SEQUENCES 32             /* an importance with gradients takes them from the first sequences: more of
                                                    them did no better */
 #define BESA__STEP_LOSSES 65536                 /* losses of learning steps that are kept; later steps share the last one */
@@ -5572,6 +5573,14 @@ static besa_result besa__check_shape(const besa_block_shape *s, besa_dtype dtype
                           (long long)s->head_dim, (long long)s->num_attention_heads);
     return BESA_OK;
 }
+/* Sequences that the report's losses are of, of all ranks: an eighth, at least two, so that they cost little of a run. Where
+ * something learns with final masks, at a price beside which they are nothing, as many as there may be. */
+static int64_t besa__all_most(const besa_pruner *p) { return besa__min(p->shares.all, BESA__REPORT_SEQUENCES); }
+
+static int64_t besa__all_few(const besa_pruner *p) { return besa__min(besa__all_most(p), besa__max(p->shares.all / 8, 2)); }
+
+static int64_t besa__all_shown(const besa_pruner *p) { return besa__learns_last(p) ? besa__all_most(p) : besa__all_few(p); }
+
 /* This rank's part of the sequences, and how many of them go through a pass together. */
 static besa_result besa__pruner_share(besa_pruner *p, int64_t nsamples, besa_error *error)
 {
@@ -5580,7 +5589,7 @@ static besa_result besa__pruner_share(besa_pruner *p, int64_t nsamples, besa_err
     p->nsamples = besa__local_count(&p->shares, nsamples);
     p->batch = learns ? besa__share_of(p->shares.comm, p->options.batch_size) : 1;
     p->micro_batch = besa__preferred_micro_batch(besa__largest_share(&p->shares), p->seqlen);
-    p->all_reference = learns || nsamples < BESA__REPORT_SEQUENCES ? nsamples : BESA__REPORT_SEQUENCES;
+    p->all_reference = learns ? nsamples : besa__all_shown(p);
     p->reference = besa__local_count(&p->shares, p->all_reference);
     return BESA_OK;
 }
@@ -5729,16 +5738,16 @@ static int64_t besa__all_scored(const besa_pruner *p)
 
 static int64_t besa__gradient_sequences(const besa_pruner *p) { return besa__local_count(&p->shares, besa__all_scored(p)); }
 
-/* Sequences that the report's losses are of: of all ranks; this rank's. */
-static int64_t besa__all_shown(const besa_pruner *p) { return besa__min(BESA__REPORT_SEQUENCES, p->all_reference); }
-
 static int64_t besa__shown(const besa_pruner *p) { return besa__local_count(&p->shares, besa__all_shown(p)); }
 
-/* The passes' chunks: the report's sequences are kept apart, and those with a reference. */
+/* The passes' chunks: those with a reference are kept apart, and the report's sequences, be they few or many: the same chunks
+ * for all methods, thus the same sums. */
 static int64_t besa__pass_cut(const void *pruner, int64_t first)
 {
     const besa_pruner *p = (const besa_pruner *)pruner;
-    int64_t shown = besa__shown(p), end = first < shown ? shown : first < p->reference ? p->reference : p->nsamples;
+    int64_t few = besa__local_count(&p->shares, besa__all_few(p)), most = besa__local_count(&p->shares, besa__all_most(p));
+    int64_t end = first < few ? few : first < most ? most : p->nsamples;
+    if (first < p->reference) end = besa__min(end, p->reference);
     return besa__min(p->micro_batch, end - first);
 }
 

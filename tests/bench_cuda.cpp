@@ -675,9 +675,10 @@ static double weights_of(const model &m)
  * the library waits. So what is hidden behind the backward pass is what the library's own order hides.
  *
  * A sum of n bytes over N GPUs takes 2 (N - 1) / N n / bandwidth, and a latency. Within a machine of 8 by NVLink (450 GB/s each
- * way by H100's data sheet) 360 GB/s, about what nccl-tests' all_reduce_perf shows there as bus bandwidth of large sums
- * (--link-gbs); between machines 200 Gbit/s = 25 GB/s for each machine, of which all is used (--net-gbs). Latencies are those
- * by which NCCL chooses its algorithms (src/graph/tuning.cc, protocol Simple; the better of ring and tree). */
+ * way by H100's data sheet) 360 GB/s: 370 is what NCCL reaches there with a ring, by its authors' word
+ * (github.com/NVIDIA/nccl-tests/issues/212; --link-gbs); between machines 200 Gbit/s = 25 GB/s for each machine, of which all is
+ * used (--net-gbs). Latencies are those by which NCCL chooses its algorithms (src/graph/tuning.cc, protocol Simple; the better
+ * of ring and tree). */
 
 enum { MACHINE = 8 };                  /* GPUs */
 

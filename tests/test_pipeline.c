@@ -2348,7 +2348,8 @@ static double expected_flop(const setup *s)
     if (o->granularity == BESA_GRANULARITY_LAYER)  /* forward but for down, outputs by both weights, their gradients */
         learn = 2 * (linear - d * inner) + 2 * 2 * keys + 2 * 2 * linear + 2 * linear;
     int last = o->learn != BESA_LEARN_RATES || (o->clipping == BESA_CLIPPING_LEARNED && o->method != BESA_METHOD_BESA);
-    if (o->method == BESA_METHOD_MAGNITUDE && !o->refit) passes = 1 + (s->nsamples < 8 ? 1 : 8 / (double)s->nsamples); /* dense: as reported */
+    if (o->method == BESA_METHOD_MAGNITUDE && !o->refit) passes = 1 + (s->nsamples < 2 ? 1 : s->nsamples < 16 ? 2 / (double)s->nsamples : s->nsamples > 64 ? 8 / (double)s->nsamples : 0.125);
+    /* dense: as reported */
     if (last) passes = 2;
     flop = (passes - 1) * (2 * linear + 4 * keys); /* of a block that is pruned; of all the pass to the next one, of both streams */
     if (o->granularity == BESA_GRANULARITY_LAYER && o->method == BESA_METHOD_BESA) flop += 2 * linear;

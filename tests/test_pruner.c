@@ -901,11 +901,19 @@ static void check_pruned(const run *r, const int32_t *n)
     CHECK(wrong == 0, "%d weights changed", wrong);
 }
 
+/* Sequences that the report's losses are of: an eighth, two to eight, or eight where something learns with final masks. */
+static int64_t shown_of(int64_t sequences, const besa_prune_options *o)
+{
+    int clips = o->bits && o->clipping == BESA_CLIPPING_LEARNED && o->method != BESA_METHOD_BESA;
+    int64_t n = o->learn != BESA_LEARN_RATES || clips || sequences > 64 ? 8 : sequences < 16 ? 2 : sequences / 8;
+    return n < sequences ? n : sequences;
+}
+
 /* The report's losses, the rate, and what the block leaves in x and dense_x. */
 static void check_report(const run *r, int32_t *const rank[BESA_LAYERS], double mean)
 {
     int64_t N = r->sequences, count = N * SEQLEN * WIDTH;
-    int64_t shown = N < 8 ? N : 8, reference = learns(&r->options) ? N : shown;
+    int64_t shown = shown_of(N, &r->options), reference = learns(&r->options) ? N : shown;
     float *y = take_floats(TOKENS * WIDTH);
     besa_activations acts = r->m->acts;
     besa_block b = r->m->block;
@@ -1286,7 +1294,7 @@ static void test_weights(const model *m, const besa_prune_options *o, int64_t se
         besa_block b = m->block;
         float *y = take_floats(TOKENS * WIDTH);
         besa_activations acts = m->acts;
-        int64_t shown = sequences < 8 ? sequences : 8, clips = 0;
+        int64_t shown = shown_of(sequences, o), clips = 0;
         struct levels on;
         for (int l = 0; l < BESA_LAYERS; l++) clips += 2 * m->rows[l] * grids_of(&r, l);
         double *moments[2] = { (double *)take((size_t)clips * sizeof(double)), (double *)take((size_t)clips * sizeof(double)) };
@@ -1484,7 +1492,7 @@ static void test_baseline(const model *m, const besa_prune_options *o, int64_t s
 /* Every layer by itself, from its inputs in the pruner's own pieces, is pruned to the same bytes. */
 static void test_layers_alone(const model *m, const besa_prune_options *o)
 {
-    enum { PIECE = 8 };
+    enum { PIECE = 2 };
     static run r;
     run_pruner(&r, m, o, PIECE, 0);
     for (int l = 0; l < BESA_LAYERS; l++) {
