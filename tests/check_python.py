@@ -198,11 +198,14 @@ def check_stopping(besa, stories, work):
     found = raised(besa.prune, stories, work / "stopped", tokens, **arguments)
     verdict("Ctrl-C stops besa.prune", (found, (work / "stopped").exists(), (work / "stopped.partial").exists()),
             ("KeyboardInterrupt: ", False, True))
-    report = besa.prune(stories, work / "stopped", tokens, **arguments)
+    again = []
+    report = besa.prune(stories, work / "stopped", tokens, **{**DATA, "progress": again.append})
     verdict("the same call goes on and writes the same bytes", (report["resumed_blocks"] > 0,
             (work / "stopped/model.safetensors").read_bytes() == (work / "pruned/model.safetensors").read_bytes()), (True, True))
     verdict("progress tells of block, pass and time", (sorted(seen[0]), seen[0]["blocks"]),
-            (["block", "blocks", "fraction", "pass", "seconds", "seconds_left"], 5))
+            (["block", "blocks", "fraction", "pass", "resumed_blocks", "seconds", "seconds_left"], 5))
+    verdict("progress tells of the blocks that were taken over", (seen[0]["resumed_blocks"], {p["resumed_blocks"] for p in again}),
+            (0, {report["resumed_blocks"]}))
 
     def fail(_):
         raise LookupError("mine")

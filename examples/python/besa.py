@@ -81,7 +81,7 @@ class _Run:
         pass_name = _text(lib.besa_pass_name(getattr(p, "pass")))
         if self.report:
             self.report({"block": p.block, "blocks": p.blocks, "pass": pass_name, "fraction": p.fraction,
-                         "seconds": p.seconds, "seconds_left": p.seconds_left})
+                         "seconds": p.seconds, "seconds_left": p.seconds_left, "resumed_blocks": p.resumed_blocks})
         if self.bar is not None:
             self.bar.set_postfix_str(f"block {p.block + 1}/{p.blocks} {pass_name}", refresh=False)
             self.bar.update(round(100 * p.fraction, 2) - self.bar.n)
@@ -366,7 +366,8 @@ def prune(source: Path, output: Optional[Path], tokens: Tokens, *, sparsity: Opt
     seed        0: sequences follow one another from the start; else they are drawn
     test        a text to measure the pruned model's perplexity on: report["perplexity"]
     progress    True: a bar, by tqdm where it is installed and stderr is a terminal; or a function of a dict with block,
-                blocks, pass, fraction, seconds, seconds_left. What it raises stops the run
+                blocks, pass, fraction, seconds, seconds_left, resumed_blocks (taken over from an unfinished run, which goes
+                on at this block). What it raises stops the run
     trace       a function of a dict with block, step, steps, loss, penalty, mean_rate, d, lr, weight_lr, called after each
                 learning step; None: there are no rates, or what that is about does not learn in it
     options     those of besa.options() by name (method="wanda", refit="cg", epochs=2), and

@@ -77,7 +77,8 @@ void besa_tokens_free(besa_tokens *tokens);
 besa_result besa_tokens_sample(const besa_tokens *tokens, int64_t nsamples, int64_t seqlen, uint64_t seed,
                                int64_t vocab_size, int32_t *ids, besa_error *error);
 
-typedef struct { int64_t block, blocks; int pass; double fraction, seconds, seconds_left; ...; } besa_progress;
+typedef struct { int64_t block, blocks; int pass; double fraction, seconds, seconds_left;
+                 int64_t resumed_blocks; ...; } besa_progress;
 typedef int (*besa_progress_callback)(void *user, const besa_progress *progress);
 typedef struct { int64_t block, step, steps; besa_rates *rates; double lr, weight_lr; ...; } besa_step;
 typedef struct { double loss, penalty, mean_rate, d; ...; } besa_trace;
