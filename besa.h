@@ -1596,6 +1596,7 @@ typedef struct besa_plan_result {
     int64_t micro_batch;                        /* sequences per forward pass */
     double flop;                                /* of all products, a dense stream's included, the report's losses not: */
     double pass_flop[BESA_PASS_COUNT], test_flop; /* a dense stream's, and Gram matrices, are part of pass dense; of the test */
+    double block_flop[BESA_PASS_COUNT];         /* of one block that is pruned, in each pass */
     double reduced_bytes;                       /* with a comm, in which all figures are one rank's: what it gives to sums over
                                                    ranks, but for what norms, biases and clips that learn add */
     char notes[2048];                           /* the warnings that the report will begin with, a line each */
@@ -1717,7 +1718,9 @@ BESA_API besa_result besa_masks_save(const besa_checkpoint *checkpoint, const ch
  * _TENSOR, _MEMORY. */
 BESA_API besa_result besa_masks_open(besa_checkpoint **masks, const char *file, const besa_checkpoint *model, besa_error *error);
 
-/* The report as a JSON text, owned by the caller (BESA_FREE), or NULL without memory. It begins with all that is in besa.json. */
+/* The report as a JSON text, owned by the caller (BESA_FREE), or NULL without memory. It begins with all that is in besa.json.
+ * Seconds and FLOP of the passes are of the blocks that the run itself has pruned, without resumed_blocks; flop is the plan's, of
+ * all blocks. */
 BESA_API char *besa_report_json(const besa_report *report);
 
 /* A report of besa_perplexity's results, in the same form: of the calibration its test_ids count and what is said of them, and
@@ -11799,16 +11802,26 @@ static besa__text besa__append_common(const besa_report *report)
     return t;
 }
 
-/* Seconds of every pass over all blocks, and its FLOP where they are known. */
+/* Blocks that the run has pruned: those of its options, but for the resumed ones. */
+static int64_t besa__report_pruned(const besa_report *report)
+{
+    const besa_prune_options *o = &report->options;
+    int64_t first = besa__max(o->first_block, report->resumed_blocks);
+    int64_t end = o->num_blocks ? o->first_block + o->num_blocks : report->num_blocks;
+    return besa__max(end - first, 0);
+}
+
+/* Seconds of every pass over the blocks that the run has pruned, and its FLOP for them where they are known. */
 static void besa__append_passes(besa__text *t, const besa_report *report)
 {
     const besa_plan_result *plan = report->plan;
+    double pruned = (double)besa__report_pruned(report);
     besa__append(t, "\"passes\": {");
     for (int i = 0; i < BESA_PASS_COUNT; i++) {
         double seconds = 0;
         for (int64_t b = 0; b < report->num_blocks; b++) seconds += report->block[b].seconds[i];
         besa__append(t, "%s\"%s\": {", i ? ", " : "", besa_pass_name((besa_pass)i));
-        if (plan) besa__append_number(t, "flop", plan->pass_flop[i], ", ");
+        if (plan) besa__append_number(t, "flop", plan->block_flop[i] * pruned, ", ");
         besa__append_number(t, "seconds", seconds, "}");
     }
     besa__append(t, "},\n  ");
@@ -14326,11 +14339,11 @@ static double besa__parts_flop(const besa__run *run, double weights, double qkv,
     return 0;
 }
 
-/* FLOP of all products: 2 per weight and token forward, 3.7 more in the learning step (q, k and v need no input
- * gradient, but where the first norm learns), attention's causal half, Gram matrices, and a block's refits. */
-static void besa__plan_flop(const besa__run *run, besa_plan_result *plan)
+/* FLOP of all products of a model of `all` blocks of which `blocks` are pruned: 2 per weight and token forward, 3.7 more in the
+ * learning step (q, k and v need no input gradient, but where the first norm learns), attention's causal half, Gram matrices, and
+ * a block's refits. */
+static void besa__plan_flop(const besa__run *run, double blocks, double all, double pass[BESA_PASS_COUNT])
 {
-    double *pass = plan->pass_flop, blocks = (double)(besa__end_block(run) - besa__first_block(run));
     const besa_block_shape *s = &run->config->block;
     const besa_prune_options *o = &run->pruner.options;
     double tokens = (double)(run->pruner.nsamples * run->pruner.seqlen), weights = 0, gram = 0, qkv = 0;
@@ -14344,7 +14357,7 @@ static void besa__plan_flop(const besa__run *run, besa_plan_result *plan)
     double per_key = 2 * (double)(s->num_attention_heads * s->head_dim), attention = per_key * (double)run->pruner.seqlen;
     double forward = 2 * weights + attention, backward = 4 * weights - 2 * qkv + 2.5 * attention;
     double dense = besa__uses_inputs(o) ? 1 : (double)run->pruner.reference / (double)run->pruner.nsamples;
-    double scores = (double)besa__gradient_sequences(&run->pruner) / (double)run->pruner.nsamples, all = (double)run->config->num_hidden_layers;
+    double scores = (double)besa__gradient_sequences(&run->pruner) / (double)run->pruner.nsamples;
     double step = forward + backward + besa__parts_flop(run, weights, qkv, attention);
     int vectors = besa__learns_vectors(&run->pruner), layers = o->granularity == BESA_GRANULARITY_LAYER;
     pass[BESA_PASS_DENSE] = blocks * tokens * (dense * forward + (besa__uses_gram(o) ? gram : 0) + (layers ? 2 * weights : 0)) +
@@ -14355,12 +14368,22 @@ static void besa__plan_flop(const besa__run *run, besa_plan_result *plan)
                               ((besa__learns_last(&run->pruner) ? step : 0) + (vectors ? 2 * qkv : 0));
     pass[besa__finds_masks(&run->pruner) ? BESA_PASS_LEARN : BESA_PASS_RANK] += blocks * besa__refit_flop(&run->pruner);
     pass[BESA_PASS_COMMIT] = all * tokens * forward;
-    double head = 2 * (double)run->config->vocab_size * (double)s->hidden_size, block = 2 * weights + per_key * (double)run->test.seqlen;
-    if (run->against)
-        head += 2 * (double)run->config->vocab_size * (double)besa_checkpoint_config(run->against->checkpoint)->block.hidden_size;
-    if (run->has_test) plan->test_flop = (double)(run->test.count * run->test.seqlen) * (head + block * all);
-    plan->flop = plan->test_flop;
-    for (int i = 0; i < BESA_PASS_COUNT; i++) plan->flop += pass[i];
+}
+
+/* FLOP of the test: the forward pass of all blocks, and the head, with a reference that of its model, too. */
+static double besa__test_flop(const besa__run *run)
+{
+    const besa_block_shape *s = &run->config->block;
+    double block = 2 * (double)(s->num_attention_heads * s->head_dim) * (double)run->test.seqlen, hidden = (double)s->hidden_size;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(s, i, &rows, &columns);
+        block += 2 * (double)rows * (double)columns;
+    }
+    if (run->against) hidden += (double)besa_checkpoint_config(run->against->checkpoint)->block.hidden_size;
+    if (!run->has_test) return 0;
+    return (double)(run->test.count * run->test.seqlen) *
+           (2 * (double)run->config->vocab_size * hidden + block * (double)run->config->num_hidden_layers);
 }
 
 /* Bytes that section comm's list has of a run: statistics of every block that is pruned, and of every step the bucket sums, or
@@ -14437,7 +14460,11 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
         BESA_FREE(notes);
         plan->micro_batch = run.pruner.micro_batch;
         if (run.against) plan->reference_bytes = besa__reference_bytes(&run);
-        besa__plan_flop(&run, plan);
+        besa__plan_flop(&run, (double)(besa__end_block(&run) - besa__first_block(&run)), (double)run.config->num_hidden_layers,
+                        plan->pass_flop);
+        besa__plan_flop(&run, 1, 1, plan->block_flop);
+        plan->flop = plan->test_flop = besa__test_flop(&run);
+        for (int i = 0; i < BESA_PASS_COUNT; i++) plan->flop += plan->pass_flop[i];
         plan->reduced_bytes = besa__plan_reduced(&run);
         plan->mapped_block_bytes = besa__plan_mapped(&run);
         for (int64_t i = 0; i < checkpoint->num_shards; i++) plan->disk_bytes += checkpoint->shards[i].size;

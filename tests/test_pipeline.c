@@ -3821,6 +3821,43 @@ static void test_complete(void)
     discard(temp_path("whole"));
 }
 
+/* FLOP of a report's passes are of the blocks that its seconds are of: those that this run has pruned. */
+static void test_resumed_flop(void)
+{
+    for (int i = 0; i < 2; i++)
+        for (int resumed = 0; resumed < 2; resumed++) {
+            setup s = kind_setup(temp_path("out"), i ? 8 : 6); /* 8: blocks 1 and 2 of five */
+            const double blocks = i ? 2 : 5, here = !resumed ? blocks : i ? 0 : 2;
+            g_progress.calls = 0, g_progress.last = 0, g_progress.stop_at = -2;
+            if (resumed) CHECK(run(&s) == BESA_ERROR_CANCELLED, "%s", s.error.message);
+            besa_report_free(&s.report);
+            g_progress.calls = 0, g_progress.last = 0, g_progress.stop_at = -1;
+            CHECK_RUN(&s);
+            CHECK(s.report.resumed_blocks == 3 * resumed, "%d blocks taken over", (int)s.report.resumed_blocks);
+            besa_result r;
+            besa_plan_result plan = plan_of(&s, &r);
+            besa__json json;
+            s.report.plan = &plan;
+            char *text = besa_report_json(&s.report);
+            CHECK_OK(besa__json_parse(&json, text, text ? strlen(text) : 0, "the report", &s.error), s.error);
+            CHECK(number_at(&json, "flop") == plan.flop, "all: %g, plan %g", number_at(&json, "flop"), plan.flop);
+            for (int p = BESA_PASS_DENSE; p < BESA_PASS_WRITE; p++) {
+                char key[64];
+                const double all = p == BESA_PASS_DENSE || p == BESA_PASS_COMMIT ? plan.block_flop[p] * blocks : plan.pass_flop[p];
+                snprintf(key, sizeof key, "passes.%s.flop", besa_pass_name((besa_pass)p));
+                const double flop = number_at(&json, key), part = all * here / blocks;
+                CHECK(fabs(flop - part) <= 1e-8 * part && all <= plan.pass_flop[p] * (1 + 1e-12), "%s: %g, expected %g of %g", key, flop,
+                      part, all);
+            }
+            CHECK((number_at(&json, "passes.learn.seconds") > 0) == (here > 0), "seconds of other blocks than the FLOP");
+            if (!i) CHECK(plan.block_flop[BESA_PASS_DENSE] * 5 == plan.pass_flop[BESA_PASS_DENSE] &&
+                          plan.block_flop[BESA_PASS_COMMIT] * 5 == plan.pass_flop[BESA_PASS_COMMIT], "five blocks are not the model");
+            besa__json_free(&json);
+            besa_report_free(&s.report);
+            discard(s.output);
+        }
+}
+
 /* ---- outliers ---------------------------------------------------------------------------------- */
 
 /* Y(T,R) = X(T,C) W(R,C)', and with `score` the scores |W| l2(X_j), one after another, at *score, which moves on. */
@@ -4500,6 +4537,7 @@ int main(int argc, char **argv)
     TEST("damaged partial output") test_damaged_partial();
     TEST("damaged codes") test_damaged_codes();
     TEST("complete output without its name") test_complete();
+    TEST("FLOP of a resumed run") test_resumed_flop();
     TEST("one model against another") test_against();
     TEST("one model against another, and allocation failures") test_against_allocations();
     TEST("a run against its dense model") test_against_run();
