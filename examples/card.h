@@ -43,7 +43,7 @@ static const char *last_part(const char *path)
 /* The command line as far as it decides the output. */
 static void write_command(FILE *file, const settings *s)
 {
-    static const char *const silent[] = {"threads", "quiet", "report", "trace", "save-rates", "save-masks", "memory"};
+    static const char *const silent[] = {"threads", "quiet", "no-quiet", "report", "trace", "save-rates", "save-masks", "memory"};
     static const char *const files[] = {"tokens", "test", "masks", "block-targets"};
     fprintf(file, "    besa %s", s->command->name);
     for (int i = 0; s->arguments[i]; i++) {
