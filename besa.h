@@ -1504,6 +1504,8 @@ BESA_API void besa_checkpoint_close(besa_checkpoint *checkpoint); /* NULL is fin
 BESA_API const char *besa_checkpoint_notes(const besa_checkpoint *checkpoint);
 /* What the model is called: "organisation/model" where its config.json says so (_name_or_path), else its directory's name. */
 BESA_API const char *besa_checkpoint_name(const besa_checkpoint *checkpoint);
+/* The SHA-256 of its config.json, or of the file of besa_masks_open, in 64 digits: with the name what besa.json knows it by. */
+BESA_API void besa_checkpoint_sha256(const besa_checkpoint *checkpoint, char digits[65]);
 BESA_API const besa_config *besa_checkpoint_config(const besa_checkpoint *checkpoint);
 BESA_API int64_t besa_checkpoint_tensor_count(const besa_checkpoint *checkpoint);
 BESA_API const besa_tensor *besa_checkpoint_tensor(const besa_checkpoint *checkpoint, int64_t index); /* file order */
@@ -11674,14 +11676,21 @@ static void besa__append_sha256(besa__text *t, const char *key, const void *byte
     besa__append_member(t, key, digits, after);
 }
 
+BESA_API void besa_checkpoint_sha256(const besa_checkpoint *checkpoint, char digits[65])
+{
+    const besa__kept *config = &checkpoint->config_file;
+    if (checkpoint->is_masks) besa__sha256(digits, checkpoint->shards->base, checkpoint->shards->size);
+    else besa__sha256(digits, config->bytes, config->size);
+}
+
 /* A checkpoint by its name and the hash of its config.json; with the record of how it was pruned itself, or NULL. */
 static void besa__append_checkpoint(besa__text *t, const char *key, const besa_checkpoint *checkpoint, const char *record)
 {
-    const besa__kept *config = &checkpoint->config_file;
+    char digits[65];
     besa__append(t, "\"%s\": {", key);
     besa__append_member(t, "name", checkpoint->name, ", ");
-    if (checkpoint->is_masks) besa__append_sha256(t, "sha256", checkpoint->shards->base, checkpoint->shards->size, "");
-    else besa__append_sha256(t, "config_sha256", config->bytes, config->size, "");
+    besa_checkpoint_sha256(checkpoint, digits);
+    besa__append_member(t, checkpoint->is_masks ? "sha256" : "config_sha256", digits, "");
     if (record) besa__append(t, ",\n  \"besa\": %s", record);
     besa__append(t, "},\n  ");
 }

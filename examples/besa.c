@@ -753,7 +753,8 @@ static const command commands[] = {
      "A row is METHOD[:PRESET][:KEY=VALUE[,KEY=VALUE ...]], KEY an option below of the method, without its --; flags are yes\n"
      "or no. Other options under BESA apply to besa's rows, and of --learn both and --preset best the others take the\n"
      "weights. --resume FILE goes on with the runs that a stopped comparison has not come to, or with those of more methods,\n"
-     "sparsities, seeds or sizes; where models, texts or other options are not those of the file, it is refused.\n"},
+     "sparsities, seeds or sizes; where models, texts or other options are not those of the file, it is refused: models are\n"
+     "known by name and config.json, texts by their tokens, options and rows by their values, in any order.\n"},
     {"eval", EVAL, 1, 1, run_eval, "DIR", "measure perplexity",
      "Measures how well the model in directory DIR predicts a text: its perplexity. The text is cut into windows of\n"
      "T tokens that follow one another; the result is exp of the mean negative log-likelihood of tokens 2 .. T of\n"

@@ -268,62 +268,165 @@ static int is_aside(const char *name)
     return 0;
 }
 
-/* The other options, as they were given. */
-static void put_options(FILE *file, const settings *s)
+/* A word with a number at its end, behind the last "=" or alone, in the one form of that number: 0.50 and 5e-1 are 0.5. */
+static void put_plain(char *to, size_t size, const char *word)
 {
-    const char *between = "";
-    fprintf(file, " \"options\": [");
+    const char *equals = strrchr(word, '='), *number = equals ? equals + 1 : word;
+    const size_t n = number_length(number, 0);
+    char plain[40];
+    snprintf(to, size, "%s", word);
+    if (!n || number[n]) return;
+    snprintf(plain, sizeof plain, "%.15g", strtod(number, NULL));
+    if (strtod(plain, NULL) != strtod(number, NULL)) snprintf(plain, sizeof plain, "%.17g", strtod(number, NULL));
+    snprintf(to, size, "%.*s%s", (int)(number - word), word, plain);
+}
+
+/* The option at arguments[i] by its name, a flag also where --no-NAME takes it back, and its value, "yes" or "no" of a flag.
+ * Returns how many arguments it takes. */
+static int read_given(const settings *s, int i, char name[MAX_NAME], const char **value)
+{
+    const int more = argument_length(s, i, name);
+    const char *equals = strchr(s->arguments[i], '=');
+    *value = equals ? equals + 1 : more > 1 ? s->arguments[i + 1] : "yes";
+    for (int k = 0; k < s->num_options && !equals && more == 1; k++) {
+        const option *o = &s->options[k];
+        if (!(o->commands & s->command->bit) || !is_flag(o, name)) continue;
+        *value = strcmp(o->name, name) ? "no" : "yes";
+        snprintf(name, MAX_NAME, "%s", o->name);
+        break;
+    }
+    return more;
+}
+
+/* The first option in the alphabet behind `last` that rows have in common; 0: there is none. */
+static int next_given(const settings *s, const char *last, char next[MAX_NAME])
+{
+    char name[MAX_NAME];
+    const char *value;
+    next[0] = 0;
     for (int i = 0; s->arguments[i];) {
-        char name[MAX_NAME];
         if (s->arguments[i][0] != '-') {
             i++;
             continue;
         }
-        const int more = argument_length(s, i, name), kept = !is_aside(name);
-        for (int k = 0; k < more; k++, i++) {
-            if (!kept) continue;
-            fprintf(file, "%s", between);
-            put_string(file, s->arguments[i]);
-            between = ", ";
-        }
+        i += read_given(s, i, name, &value);
+        if (!is_aside(name) && strcmp(name, last) > 0 && (!next[0] || strcmp(name, next) < 0)) snprintf(next, MAX_NAME, "%s", name);
     }
-    fprintf(file, "],\n");
+    return next[0] != 0;
 }
 
-/* All that must be the same where runs are taken over. */
+/* An option as the file of results has it; of files what they hold, not where they lie. */
+static void put_option(FILE *file, const job *j, const char *name, const char *value, const char *before)
+{
+    const settings *s = j->s;
+    char line[MAX_BLOCKS * 18], digits[65];
+    size_t n = (size_t)snprintf(line, sizeof line, "%s=", name);
+    if (!strcmp(name, "block-targets") && s->targets_path)
+        for (int64_t i = 0; i < s->num_targets && n < sizeof line; i++)
+            n += (size_t)snprintf(line + n, sizeof line - n, "%s%.9g", i ? " " : "", s->block_targets[i]);
+    else if (!strcmp(name, "masks") && j->masks) {
+        besa_checkpoint_sha256(j->masks, digits);
+        snprintf(line + n, sizeof line - n, "%s %s", besa_checkpoint_name(j->masks), digits);
+    } else put_plain(line + n, sizeof line - n, value);
+    fprintf(file, "%s\n  ", before);
+    put_string(file, line);
+}
+
+/* The other options by name and value, in the order of their names, a line for each. Of one that is given twice the last counts,
+ * but for those that are repeatable. */
+static void put_options(FILE *file, const job *j)
+{
+    const settings *s = j->s;
+    char last[MAX_NAME] = "", next[MAX_NAME], name[MAX_NAME];
+    const char *before = "", *value, *found = NULL;
+    fprintf(file, " \"options\": [");
+    for (; next_given(s, last, next); memcpy(last, next, sizeof last)) {
+        const int repeats = !strcmp(next, "fix") || !strcmp(next, "skip");
+        for (int i = 0; s->arguments[i];) {
+            const int is_option = s->arguments[i][0] == '-';
+            i += is_option ? read_given(s, i, name, &value) : 1;
+            if (!is_option || strcmp(name, next)) continue;
+            found = value;
+            if (repeats) put_option(file, j, next, found, before), before = ",";
+        }
+        if (!repeats) put_option(file, j, next, found, before);
+        before = ",";
+    }
+    fprintf(file, "\n ],\n");
+}
+
+/* A model as besa.json knows it: by its name and its config.json. */
+static void put_model(FILE *file, const char *key, const besa_checkpoint *checkpoint)
+{
+    char digits[65];
+    besa_checkpoint_sha256(checkpoint, digits);
+    fprintf(file, " \"%s\": {\"name\": ", key);
+    put_string(file, besa_checkpoint_name(checkpoint));
+    fprintf(file, ", \"config_sha256\": \"%s\"},\n", digits);
+}
+
+/* All that must be the same where runs are taken over, but for the names of files of tokens. */
 static besa_result put_head(FILE *file, job *j)
 {
     const settings *s = j->s;
     uint64_t hash;
-    fprintf(file, "{\"program\": \"besa %d.%d\",\n \"model\": ", BESA_VERSION_MAJOR, BESA_VERSION_MINOR);
-    put_string(file, s->path[0]);
-    fprintf(file, ",\n \"against\": ");
-    put_string(file, s->against ? s->against : s->path[0]);
+    fprintf(file, "{\"program\": \"besa %d.%d\",\n", BESA_VERSION_MAJOR, BESA_VERSION_MINOR);
+    put_model(file, "model", j->checkpoint);
+    put_model(file, "against", j->reference.checkpoint);
     TRY(hash_tokens(j, s->tokens, &hash));
-    fprintf(file, ",\n \"tokens\": ");
-    put_string(file, s->tokens);
-    fprintf(file, ",\n \"tokens_hash\": \"%016llx\",\n \"seqlen\": %lld,\n \"tests\": [\n", (unsigned long long)hash,
+    fprintf(file, " \"tokens\": {\"file\": ");
+    put_string(file, last_part(s->tokens));
+    fprintf(file, ", \"hash\": \"%016llx\"},\n \"seqlen\": %lld,\n \"tests\": [\n", (unsigned long long)hash,
             (long long)j->calibration.seqlen);
     for (int i = 0; i < s->num_tests; i++) {
         TRY(hash_tokens(j, s->tests[i].path, &hash));
         fprintf(file, "  {\"name\": ");
         put_string(file, s->tests[i].name);
         fprintf(file, ", \"file\": ");
-        put_string(file, s->tests[i].path);
+        put_string(file, last_part(s->tests[i].path));
         fprintf(file, ", \"hash\": \"%016llx\", \"windows\": %lld, \"seqlen\": %lld}%s\n", (unsigned long long)hash,
                 (long long)(j->first[i + 1] - j->first[i]), (long long)j->seqlen, i + 1 < s->num_tests ? "," : "");
     }
     fprintf(file, " ],\n");
-    put_options(file, s);
+    put_options(file, j);
     fprintf(file, " \"rows\": [\n");
     return BESA_OK;
 }
 
-/* What says which run on which test a line is of: it begins so. */
-static void put_key(FILE *file, const job *j, const result_row *r)
+/* A row's name by value: options in the order of their names, numbers in one form. */
+static void plain_label(char *to, size_t size, const char *label)
 {
+    char part[MAX_SETTINGS + 2][MAX_NAME] = {""};
+    int count = 0, fixed = 0; /* parts, and those that come first: method and preset */
+    for (const char *at = label, *end; at; at = *end ? end + 1 : NULL) {
+        end = at + strcspn(at, ":,");
+        const int is_setting = memchr(at, '=', (size_t)(end - at)) != NULL;
+        char *last = count ? part[count - 1] : NULL;
+        if (!is_setting && last && strchr(last, '=')) /* "2:4" */
+            snprintf(last + strlen(last), MAX_NAME - strlen(last), ":%.*s", (int)(end - at), at);
+        else if (count < MAX_SETTINGS + 2) snprintf(part[count++], MAX_NAME, "%.*s", (int)(end - at), at);
+        fixed += !is_setting && fixed + 1 == count;
+    }
+    size_t n = 0;
+    for (int i = 0; i < count && n < size; i++) {
+        char plain[MAX_NAME], taken[MAX_NAME];
+        int least = i;
+        for (int k = i + 1; k < count && i >= fixed; k++)
+            if (strncmp(part[k], part[least], strcspn(part[k], "=") + 1) < 0) least = k;
+        snprintf(taken, sizeof taken, "%s", part[least]);
+        memmove(part[i + 1], part[i], (size_t)(least - i) * sizeof part[0]);
+        put_plain(plain, sizeof plain, taken);
+        n += (size_t)snprintf(to + n, size - n, "%s%s", !i ? "" : i <= fixed ? ":" : ",", plain);
+    }
+}
+
+/* What says which run on which test a line is of: it begins so, with the row's name as it is given or by value. */
+static void put_key(FILE *file, const job *j, const result_row *r, int by_value)
+{
+    char plain[2 * MAX_NAME];
+    plain_label(plain, sizeof plain, r->method);
     fprintf(file, "  {\"method\": ");
-    put_string(file, r->method);
+    put_string(file, by_value ? plain : r->method);
     if (r->nsamples)
         fprintf(file, ", \"sparsity\": %.9g, \"nsamples\": %lld, \"seed\": %lld", r->sparsity, (long long)r->nsamples,
                 (long long)r->seed);
@@ -352,7 +455,7 @@ static char *row_line(const job *j, const result_row *r, const char *options)
 {
     FILE *file = tmpfile();
     if (!file) return NULL;
-    put_key(file, j, r);
+    put_key(file, j, r, 0);
     fprintf(file, ", \"reached\": %.9g, ", r->reached);
     put_figures(file, &r->d);
     if (r->nsamples) fprintf(file, ", \"seconds\": %.4g, \"flop\": %.9g", r->seconds, r->flop);
@@ -623,6 +726,45 @@ static void print_columns(const comparison *c)
 
 /* ---- resuming ------------------------------------------------------------------------------ */
 
+/* Past what two files of one comparison may have otherwise: the name of a file of tokens, and the comma behind a line. */
+static const char *past_free(const char *at)
+{
+    static const char member[] = "\"file\": \"";
+    if (!strncmp(at, member, sizeof member - 1)) {
+        at += sizeof member - 1;
+        while (*at && *at != '"') at += at[0] == '\\' && at[1] ? 2 : 1;
+    }
+    return at[0] == ',' && at[1] == '\n' ? at + 1 : at;
+}
+
+/* A line of a head, for a message: without its comma, and none where a list has ended. */
+static const char *line_of(const char *head, const char *at, int *length)
+{
+    while (at > head && at[-1] != '\n') at--;
+    at += strspn(at, " ");
+    *length = (int)strcspn(at, "\n");
+    if (*length && at[*length - 1] == ',') --*length;
+    if (*at != ']') return at;
+    *length = 4;
+    return "none";
+}
+
+/* Whether what was kept begins as this comparison's file does. */
+static besa_result check_kept(comparison *c, const char *head, const char *end)
+{
+    const char *path = c->j->s->resume, *here = head, *there = c->kept;
+    int length[2];
+    for (; *here; here++, there++) {
+        here = past_free(here), there = past_free(there);
+        if (*here == *there) continue;
+        here = line_of(head, here, &length[0]), there = line_of(c->kept, there, &length[1]);
+        return fail(c->j, BESA_ERROR_RESUME, "--resume %s is of another comparison: it has %.*s and this one %.*s", path, length[1],
+                    there, length[0], here);
+    }
+    if (end) return BESA_OK;
+    return fail(c->j, BESA_ERROR_RESUME, "--resume %s has no end: it was cut off, or is no file of --json", path);
+}
+
 /* The file of --resume, which is to begin as this comparison's. A file that is not there yet is begun. */
 static besa_result read_kept(comparison *c)
 {
@@ -639,20 +781,28 @@ static besa_result read_kept(comparison *c)
     if (file) fseek(file, 0, SEEK_END);
     if (file) c->kept = take_text(file);
     if (!result && (!head || (file && !c->kept))) result = out_of_memory(j);
-    size_t at = 0, line = 0;
-    for (; !result && c->kept && head[at] && head[at] == c->kept[at]; at++)
-        if (head[at] == '\n') line = at + 1;
     char *end = c->kept ? strstr(c->kept, "\n ],\n \"means\": [") : NULL;
-    if (!result && c->kept && (head[at] || !end)) {
-        const char *there = c->kept + line + strspn(c->kept + line, " "), *here = head + line + strspn(head + line, " ");
-        if (head[at])
-            result = fail(j, BESA_ERROR_RESUME, "--resume %s is of another comparison: it has %.*s and this one %.*s", path,
-                          (int)strcspn(there, "\n"), there, (int)strcspn(here, "\n"), here);
-        else result = fail(j, BESA_ERROR_RESUME, "--resume %s has no end: it was cut off, or is no file of --json", path);
-    }
+    if (!result && c->kept) result = check_kept(c, head, end);
     if (end) end[1] = 0;
     free(head);
     return result;
+}
+
+static const char figures_begin[] = ", \"reached\": "; /* behind a line's key */
+
+/* Whether a line has this key, in which the row's name is by value. */
+static int has_key(const char *line, const char *key)
+{
+    static const char begin[] = "  {\"method\": \"";
+    char name[MAX_NAME], plain[2 * MAX_NAME];
+    if (strncmp(line, begin, sizeof begin - 1)) return 0;
+    line += sizeof begin - 1, key += sizeof begin - 1;
+    const size_t n = strcspn(line, "\"\n");
+    snprintf(name, sizeof name, "%.*s", (int)n, line);
+    plain_label(plain, sizeof plain, name);
+    const size_t m = strlen(plain), rest = m <= strlen(key) ? strlen(key + m) : 0;
+    return rest && !strncmp(key, plain, m) && !strncmp(line + n, key + m, rest) &&
+           !strncmp(line + n + rest, figures_begin, sizeof figures_begin - 1);
 }
 
 /* The line of the file of --resume with this row's key, or NULL. */
@@ -660,9 +810,9 @@ static char *find_kept(const comparison *c, const result_row *r)
 {
     FILE *file = c->kept ? tmpfile() : NULL;
     if (!file) return NULL;
-    put_key(file, c->j, r);
+    put_key(file, c->j, r, 1);
     char *key = take_text(file), *line = key ? c->kept : NULL;
-    while (line && (strncmp(line, key, strlen(key)) || line[strlen(key)] != ',')) {
+    while (line && !has_key(line, key)) {
         line = strchr(line, '\n');
         if (line) line++;
     }
@@ -670,14 +820,18 @@ static char *find_kept(const comparison *c, const result_row *r)
     return line;
 }
 
-/* Take over a line; it is found no more. */
+/* Take over a line, under the name that the row has now; it is found no more. */
 static besa_result take_kept(comparison *c, result_row *r, char *line)
 {
-    size_t n = strcspn(line, "\n");
-    if (n && line[n - 1] == ',') n--;
-    r->line = (char *)calloc(n + 1, 1);
+    FILE *file = tmpfile();
+    if (!file) return out_of_memory(c->j);
+    const char *rest = strstr(line, figures_begin);
+    size_t n = strcspn(rest, "\n");
+    if (n && rest[n - 1] == ',') n--;
+    put_key(file, c->j, r, 0);
+    fprintf(file, "%.*s", (int)n, rest);
+    r->line = take_text(file);
     if (!r->line) return out_of_memory(c->j);
-    memcpy(r->line, line, n);
     line[0] = '-';
     read_figures(r, r->line, c->j->first[r->test + 1] - c->j->first[r->test]);
     return add_row(c, r);

@@ -279,7 +279,7 @@ check 0 'part.json: 2 of 4 runs are there' compare "$stories" $data $text --meth
 rows "$work/whole.json" >"$work/whole.rows"; rows "$work/part.json" >"$work/part.rows"
 cmp -s "$work/whole.rows" "$work/part.rows" && [ "$(wc -l <"$work/part.rows")" -eq 5 ] || bad="$bad; other rows: $(diff "$work/whole.rows" "$work/part.rows")"
 cp "$work/part.json" "$work/kept.json"
-check 1 'another comparison: it has "options": \[\], and this one "options": \["--lr", "2"\],' compare "$stories" $short --lr 2 --resume "$work/part.json"
+check 1 'another comparison: it has none and this one "lr=2"$' compare "$stories" $short --lr 2 --resume "$work/part.json"
 check 1 'another comparison: it has {"name": "test_tokens".*"windows": 2, .* and this one .*"windows": 3, ' compare "$stories" $data --test "$all" --windows 3 --resume "$work/part.json"
 check 1 'another comparison: it has "tokens": ' compare "$stories" --tokens "$all" --nsamples 2 --seqlen 32 $text --resume "$work/part.json"
 cmp -s "$work/part.json" "$work/kept.json" || bad="$bad; a refused file has changed"
@@ -299,6 +299,38 @@ grep -q '^+/-: standard error over the windows$' "$work/log" || bad="$bad; it do
 check 0 '^wanda ' compare "$stories" $data --test "$all" --windows 1 --method wanda --quiet
 ! grep -q '+/-:' "$work/log" || bad="$bad; it says what +/- is where there is none"
 done_with "a comparison that goes on"
+
+# Where a comparison goes on, its model is known by its name and its config.json, texts by their tokens, options by their values.
+mkdir "$work/other" "$work/moved" && cp -r "$stories" "$work/moved" && cp -r "$stories" "$work/other" || exit 1
+moved=$work/moved/$(basename "$stories") other=$work/other/$(basename "$stories")
+mv "$moved/calibration_tokens.npy" "$moved/c4.npy"
+sed -i 's/"rope_theta": *[0-9.]*/"rope_theta": 20000.0/' "$other/config.json"
+printf '.4 .5\n.6 0.5 5e-1\n' >"$work/by_value" && printf '0.40 .5 .6 .5 .5' >"$work/same_value" && printf '.5 .4 .6 .5 .5' >"$work/another_value"
+set -- --block-targets "$work/by_value" --skip v_proj --fix o_proj=0.50 --lr 2.0 --no-projection --batch-size=2
+check 0 '' compare "$stories" $short --method besa:lr=30,epochs=2,wanda "$@" --resume "$work/value.json"
+set -- --batch-size 2 --projection --lr=5 --no-projection --fix o_proj=.5 --lr 2e0 --skip=v_proj --block-targets "$work/same_value"
+check 0 'value.json: 2 of 2 runs are there' compare "$moved" --tokens "$moved/c4.npy" --nsamples 2 --seqlen 32 --test "$moved/test_tokens.npy" --windows 2 \
+    --method besa:epochs=2,lr=3e1,wanda "$@" --resume "$work/value.json"
+[ "$(grep -c '^  {"method": "besa:epochs=2,lr=3e1", .*"reached": ' "$work/value.json")" -eq 1 ] && ! grep -q 'lr=30,epochs' "$work/value.json" ||
+    bad="$bad; the row has no name of this run's: $(cat "$work/value.json")"
+check 0 'value.json: 1 of 2 runs are there' compare "$stories" $data $text --method besa:epochs=2,lr=31,wanda "$@" --resume "$work/value.json"
+cp "$work/value.json" "$work/kept.json"
+check 1 'it has "lr=2" and this one "lr=3"$' compare "$stories" $short --method besa,wanda "$@" --lr 3 --resume "$work/value.json"
+check 1 'it has "no-projection=yes" and this one "no-projection=no"$' compare "$stories" $short --method besa,wanda "$@" --projection --resume "$work/value.json"
+check 1 'it has "lr=2" and this one "fix=q_proj=0.25"$' compare "$stories" $short --method besa,wanda "$@" --fix q_proj=.25 --resume "$work/value.json"
+check 1 'it has "block-targets=0.4 0.5 .* and this one "block-targets=0.5 0.4 ' compare "$stories" $short --method besa,wanda "$@" \
+    --block-targets "$work/another_value" --resume "$work/value.json"
+check 1 'it has "model": {"name": "'$(basename "$stories")'", "config_sha256": .* and this one "model": {"name": "'$(basename "$stories")'", ' \
+    compare "$other" $short --method besa,wanda "$@" --resume "$work/value.json"
+check 1 'it has "model": .* and this one "model": {"name": "linked", ' compare "$work/linked" $short --method besa,wanda "$@" --resume "$work/value.json"
+check 1 'it has "against": .* and this one "against": {"name": "linked", ' compare "$stories" $short --method besa,wanda "$@" --against "$work/linked" \
+    --resume "$work/value.json"
+cmp -s "$work/value.json" "$work/kept.json" || bad="$bad; a refused file has changed"
+check 0 '' info "$stories" --save-masks "$work/keep_a" && cp "$work/keep_a" "$work/moved/keep_a"
+check 0 '' compare "$stories" $short --method wanda,keep --masks "$work/keep_a" --resume "$work/keep.json"
+check 0 'keep.json: 2 of 2 runs are there' compare "$stories" $data $text --method wanda,keep --masks "$work/moved/keep_a" --resume "$work/keep.json"
+check 1 'it has "masks=keep_a [0-9a-f]*" and this one "masks='$(basename "$stories")' ' compare "$stories" $short --method wanda,keep --masks "$stories" --resume "$work/keep.json"
+done_with "what a comparison that goes on is known by"
 
 # How far a model is from another.
 check 0 '^perplexity [0-9.]* +/- [0-9.]* over 3 windows of 64 tokens' eval "$stories" --tokens "$all" --seqlen 64 --windows 3
