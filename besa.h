@@ -216,6 +216,8 @@
  *     first_block, num_blocks     [0, all] prune these and leave the other blocks dense: for studies
  *     depth_slope                 [0] the last block's sparsity less the first one's, around the target
  *     block_targets               [none] a sparsity for every block; besa_outliers and besa_outlier_targets find some
+ *     keep_rates                  [0] besa: the rates of all rows as they were learned, before the projection, lie in the output as
+ *                                 besa-rates, where besa_masks_save finds them
  *     comm                        [none] several processes work on one run: each has its share of the sequences, see besa_comm
  *     progress, step, card, user  [none] callbacks: after each unit of work, which can stop the run; after each learning step;
  *                                 for the text of the output's README.md
@@ -1341,6 +1343,7 @@ typedef struct besa_prune_options {
     int64_t num_block_targets;
     const besa_fixed_rate *fixed;               /* the first match counts; these layers are not part of the target */
     int64_t num_fixed;
+    int keep_rates;                             /* level 1, BESA: learned rates lie in the output, for besa_masks_save: see there */
     size_t device_memory;                       /* bytes of backend memory [31/32 of what is free; CPU: no limit] */
     const besa_comm *comm;                      /* [NULL] one process. Else every rank needs one sequence, where something
                                                    learns one of every batch: batch_size is `size` or more, and so many are
@@ -1645,8 +1648,8 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
 /* Start from a preset, before other options are set: "default"; "best": rates and kept weights learn together, and then
  * the weights; "weights": masks as by default, and then the kept weights learn, for any method; "published-row",
  * "published-layer": the paper's code, zero start and no exact projection, with the d_coef that it has for LLaMA-1-7B
- * (OPTIONS lists the others). Kept are rates.target, fixed rates, masks, which blocks and their sparsities, budget and callbacks.
- * BESA_ERROR_OPTION. */
+ * (OPTIONS lists the others). Kept are rates.target, fixed rates, masks, which blocks and their sparsities, keep_rates, budget and
+ * callbacks. BESA_ERROR_OPTION. */
 BESA_API besa_result besa_preset(besa_prune_options *options, const char *name, besa_error *error);
 
 /* The outliers of every block that options prune, for besa_outlier_targets: the dense model runs over the calibration
@@ -1711,7 +1714,11 @@ BESA_API besa_result besa_logits(const besa_checkpoint *checkpoint, besa_backend
  *     NAME.alpha F32 (R)  and  NAME.n I32 (R)     with BESA_FILE_RATES: weights of the row that are 0, n, and their share n / C
  *     NAME.mask U8 (R, ceil(C / 8))               with BESA_FILE_MASKS: bit j % 8, from the lowest, of byte j / 8 is 1 where
  *                                                 weight j is not 0
- * The file appears when it is complete, in place of one that is there; a device, or what a link leads to, is written directly. BESA_ERROR_MEMORY, BESA_ERROR_WRITE. */
+ * In the output of a run with keep_rates alpha is the rate that was learned for the row, before counts were made exact, where one
+ * was: such a run leaves them in a file besa-rates beside the weights, float32 (rows of all layers of all blocks), NaN where none
+ * was. Delete it when the rates are saved: it is of no other use, and wrong once weights change.
+ * The file appears when it is complete, in place of one that is there; a device, or what a link leads to, is written directly.
+ * BESA_ERROR_MEMORY, _WRITE, and of besa-rates _FORMAT, _READ. */
 enum { BESA_FILE_RATES = 1, BESA_FILE_MASKS = 2 };
 BESA_API besa_result besa_masks_save(const besa_checkpoint *checkpoint, const char *file, int what, besa_error *error);
 
@@ -10137,9 +10144,9 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
  * // >>journal               files of the unfinished output, and its journal
  * ============================================================================================
  * Owns OUT.partial, which becomes OUT by a rename once all is on disk. It starts as a copy of the source without the
- * prunable weights, and without norms and biases that learn; blocks come in one after another, and with bits the blocks'
- * codes into a file of their own (section codes). Its journal has one line
- * per step that is on disk,
+ * prunable weights, and without norms and biases that learn; blocks come in one after another, and with bits the blocks' codes
+ * into a file of their own (section codes), with keep_rates their learned rates into besa-rates. Its journal has one line per step
+ * that is on disk,
  *     besa-journal 2 | run FINGERPRINT | copied | block 0 HASH FIGURES | block 1 HASH FIGURES ...
  * each ending in the hash of its own text, so that a torn line counts for nothing. FIGURES are the bits of numbers that belong to
  * the report and cannot be found again in what is written: section report says which. A step's bytes are synced before
@@ -10161,6 +10168,7 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
 #define BESA__JOURNAL "besa-journal"
 #define BESA__CONFIG "config.json"
 #define BESA__CODES "besa_quantization.safetensors"
+#define BESA__RATES "besa-rates"
 #define BESA__RECORD "besa.json"
 #define BESA__CARD "README.md"
 #define BESA__DENSE_CARD "README.dense.md"
@@ -10179,7 +10187,7 @@ enum { BESA__FIGURES = 7 };                     /* of a block: losses, Prodigy's
 
 /* A block that is on disk. */
 typedef struct besa__finished {
-    uint64_t hash;                              /* of its tensors that come in with it, and of its codes */
+    uint64_t hash;                              /* of its tensors that come in with it, of its codes and learned rates */
     uint64_t figure[BESA__FIGURES];             /* their bits */
     uint64_t line;                              /* where its line begins in the journal */
 } besa__finished;
@@ -10239,6 +10247,9 @@ typedef struct besa__writer {
     size_t written[BESA__BLOCK_TENSORS];        /* bytes */
     size_t unsynced;                            /* bytes since the last sync */
     besa__codes *codes;                         /* of quantised weights; NULL: there are none */
+    int64_t rate_rows;                          /* of a block, whose learned rates are kept; 0: they are not */
+    int rates;                                  /* descriptor of their file */
+    uint64_t rates_hash;                        /* of the current block's */
     char *source_record;                        /* besa.json of a source that was pruned itself, an object; NULL: none */
     char *record, *card;                        /* owned: the output's besa.json and README.md; NULL: none */
 } besa__writer;
@@ -10675,6 +10686,7 @@ static const char *besa__why_left_out(const besa_checkpoint *checkpoint, const c
     if (!S_ISREG(st->st_mode)) return "not a regular file";
     if (checkpoint->index && !strcmp(name, checkpoint->index)) return NULL;
     if (!strcmp(name, BESA__JOURNAL)) return "of an unfinished run";
+    if (!strcmp(name, BESA__RATES)) return "of the run that pruned the source";
     for (size_t i = 0; i < sizeof besa__left_out / sizeof *besa__left_out; i++)
         for (const char *p = besa__left_out[i].patterns; *p; p += *p == ' ') {
             size_t length = strcspn(p, " ");
@@ -10811,7 +10823,8 @@ static int besa__is_foreign(const besa__writer *w, const char *name)
 {
     struct stat st;
     int ours = !strcmp(name, BESA__JOURNAL) || (w->codes && !strcmp(name, BESA__CODES)) || !strcmp(name, BESA__RECORD) ||
-               !strcmp(name, BESA__CARD) || besa__is_checkpoint_file(w->checkpoint, name);
+               (w->rate_rows && !strcmp(name, BESA__RATES)) || !strcmp(name, BESA__CARD) ||
+               besa__is_checkpoint_file(w->checkpoint, name);
     for (int64_t i = 0; i < w->num_sides; i++) ours = ours || (w->sides[i].as && !strcmp(name, w->sides[i].as));
     return !ours || fstatat(w->directory, name, &st, AT_SYMLINK_NOFOLLOW) || !S_ISREG(st.st_mode);
 }
@@ -11042,6 +11055,34 @@ static besa_result besa__ready_damaged(const besa__writer *w, besa_error *error)
                       "written; remove the directory to start again", w->partial);
 }
 
+/* Bytes of a block's learned rates. */
+static uint64_t besa__learned_bytes(const besa__writer *w) { return (uint64_t)w->rate_rows * sizeof(float); }
+
+/* Open the learned rates that an earlier run has left; *whole becomes 0 where they are not there in full. */
+static besa_result besa__learned_open(besa__writer *w, int *whole, besa_error *error)
+{
+    struct stat st;
+    BESA__TRY(besa__open_entry(w, &w->rates, BESA__RATES, error));
+    if (w->rates >= 0 && fstat(w->rates, &st)) return besa__writer_fail(w, BESA__RATES, errno, error);
+    if (w->rates < 0 || (uint64_t)st.st_size != (uint64_t)w->blocks * besa__learned_bytes(w)) *whole = 0;
+    return BESA_OK;
+}
+
+static besa_result besa__learned_create(besa__writer *w, besa_error *error)
+{
+    if (w->rates >= 0) close(w->rates);
+    return besa__create_entry(w, &w->rates, BESA__RATES, w->checkpoint->shards[0].stat.st_mode, error);
+}
+
+/* The current block's learned rates, alpha (rate_rows): on return they are on disk. */
+static besa_result besa__learned_put(besa__writer *w, const float *alpha, besa_error *error)
+{
+    uint64_t bytes = besa__learned_bytes(w);
+    w->rates_hash = besa__hash(BESA__HASH_START, alpha, (size_t)bytes);
+    BESA__TRY(besa__write_at(w, w->rates, BESA__RATES, alpha, (size_t)bytes, (uint64_t)w->done * bytes, error));
+    return besa__sync(w, w->rates, BESA__RATES, error);
+}
+
 /* Open the output's shards. A copy that is said to be complete, but whose files are not there in full, is none. */
 static besa_result besa__writer_open_files(besa__writer *w, besa_error *error)
 {
@@ -11053,6 +11094,7 @@ static besa_result besa__writer_open_files(besa__writer *w, besa_error *error)
         if (w->files[i] < 0 || (uint64_t)st.st_size != shard->size) w->copied = 0;
     }
     if (w->codes && w->copied) BESA__TRY(besa__codes_open(w, &w->copied, error));
+    if (w->rate_rows && w->copied) BESA__TRY(besa__learned_open(w, &w->copied, error));
     if (w->is_ready) return w->copied ? BESA_OK : besa__ready_damaged(w, error);
     w->worthless = !w->copied;
     for (int64_t i = 0; i < w->checkpoint->num_shards && !w->copied; i++) {
@@ -11060,6 +11102,7 @@ static besa_result besa__writer_open_files(besa__writer *w, besa_error *error)
         if (w->files[i] >= 0) close(w->files[i]);
         BESA__TRY(besa__create_entry(w, &w->files[i], shard->name, shard->stat.st_mode, error));
     }
+    if (w->rate_rows && !w->copied) BESA__TRY(besa__learned_create(w, error));
     return w->codes && !w->copied ? besa__codes_create(w, error) : BESA_OK;
 }
 
@@ -11128,6 +11171,8 @@ static besa_result besa__writer_copy(besa__writer *w, besa_error *error)
     for (int64_t i = 0; i < c->num_shards; i++)
         BESA__TRY(besa__allocate(w, w->files[i], c->shards[i].name, c->shards[i].size, error));
     if (w->codes) BESA__TRY(besa__allocate(w, w->codes->fd, BESA__CODES, besa__codes_size(w->codes), error));
+    if (w->rate_rows)
+        BESA__TRY(besa__allocate(w, w->rates, BESA__RATES, (uint64_t)w->blocks * besa__learned_bytes(w), error));
     BESA__TRY(besa__copy_unpruned(w, error));
     BESA__TRY(besa__sync(w, w->directory, ".", error));
     BESA__TRY(besa__journal_add(w, "copied", error));
@@ -11166,6 +11211,10 @@ static besa_result besa__hash_block(besa__writer *w, int64_t block, void *buffer
         BESA__TRY(besa__hash_range(w->codes->fd, besa__codes_offset(w->codes, block), w->codes->block_bytes, buffer, &codes, w->partial,
                                    error));
     *hash = besa__block_hash(w, one, has ? &codes : NULL);
+    if (!w->rate_rows) return BESA_OK;
+    uint64_t rates, bytes = besa__learned_bytes(w);
+    BESA__TRY(besa__hash_range(w->rates, (uint64_t)block * bytes, bytes, buffer, &rates, w->partial, error));
+    *hash = besa__hash(*hash, &rates, sizeof rates);
     return BESA_OK;
 }
 
@@ -11207,6 +11256,7 @@ static void besa__writer_close(besa__writer *w)
     for (int64_t i = 0; w->files && i < w->checkpoint->num_shards; i++)
         if (w->files[i] >= 0) close(w->files[i]);
     if (w->journal >= 0) close(w->journal);
+    if (w->rates >= 0) close(w->rates);
     if (w->directory >= 0) close(w->directory); /* the locks go with them */
     if (w->parent >= 0) close(w->parent);
     for (int64_t i = 0; i < w->num_sides; i++) BESA_FREE(w->sides[i].name);
@@ -11246,6 +11296,7 @@ static void besa__writer_discard(besa__writer *w, besa_error *error)
     gone &= besa__remove_entry(w, BESA__RECORD);
     gone &= besa__remove_entry(w, BESA__CARD);
     if (w->codes) gone &= besa__remove_entry(w, BESA__CODES);
+    if (w->rate_rows) gone &= besa__remove_entry(w, BESA__RATES);
     if (gone) besa__remove_entry(w, BESA__JOURNAL);
     if (!unlinkat(w->parent, w->partial_name, AT_REMOVEDIR) || !error) return;
     besa__find_name(w, w->directory, besa__is_foreign, foreign, NULL);
@@ -11325,12 +11376,13 @@ static besa_result besa__writer_start(besa__writer *w, const char *output, const
 }
 
 /* Begin an output, or go on with an unfinished one of the same fingerprint (one line). vectors 1: norms and biases come in
- * with their blocks, as weights do. codes: of which blocks there are any; NULL: none. done_blocks are on disk already. Lines are
- * appended to *notes (NULL to start with, for BESA_FREE); notes may be NULL.
+ * with their blocks, as weights do. codes: of which blocks there are any; NULL: none. rate_rows: of a block, whose learned rates are
+ * kept; 0: they are not. done_blocks are on disk already. Lines are appended to *notes (NULL to start with, for BESA_FREE); notes
+ * may be NULL.
  * Errors: EXISTS, NOT_FOUND, RESUME, READ, WRITE, MEMORY. A failed begin leaves nothing new behind. */
 static besa_result besa__writer_open(besa__writer **writer, const besa_checkpoint *checkpoint, const char *output,
                                      const char *fingerprint, int64_t blocks, int vectors, const besa__codes_shape *codes,
-                                     int64_t *done_blocks, char **notes, besa_error *error)
+                                     int64_t rate_rows, int64_t *done_blocks, char **notes, besa_error *error)
 {
     void *memory;
     *writer = NULL;
@@ -11341,7 +11393,8 @@ static besa_result besa__writer_open(besa__writer **writer, const besa_checkpoin
     w->checkpoint = checkpoint;
     w->blocks = blocks;
     w->vectors = vectors;
-    w->parent = w->directory = w->journal = -1;
+    w->rate_rows = rate_rows;
+    w->parent = w->directory = w->journal = w->rates = -1;
     besa_result result = codes ? besa__codes_new(&w->codes, checkpoint, codes, error) : BESA_OK;
     if (result == BESA_OK) result = besa__writer_start(w, output, fingerprint, notes, error);
     if (result == BESA_OK) {
@@ -11400,6 +11453,7 @@ static besa_result besa__writer_block_done(besa__writer *w, int64_t block, besa_
     int has = besa__has_codes(w, block);
     if (has) BESA__TRY(besa__codes_end(w, error));
     w->finished[block].hash = besa__block_hash(w, w->hash, has ? &w->codes->hash : NULL);
+    if (w->rate_rows) w->finished[block].hash = besa__hash(w->finished[block].hash, &w->rates_hash, sizeof w->rates_hash);
     w->finished[block].line = w->journal_end;
     besa__journal_block(line, sizeof line, &w->finished[block], block);
     BESA__TRY(besa__journal_add(w, line, error));
@@ -11896,8 +11950,9 @@ BESA_API void besa_report_free(besa_report *report)
 /* ============================================================================================
  * // >>mask-files            rates and masks of a pruned checkpoint, in a file of their own
  * ============================================================================================
- * Owns the file that besa_masks_save describes. All of it follows from the zeros of a checkpoint, so that it can be made at any
- * time, and is the same however the checkpoint came about. Tensors of a kind follow one another: all of 4 bytes come first. */
+ * Owns the file that besa_masks_save describes. All of it but learned rates follows from the zeros of a checkpoint, so that it
+ * can be made at any time, and is the same however the checkpoint came about. Tensors of a kind follow one another: all of 4 bytes
+ * come first. */
 
 enum { BESA__KIND_ALPHA, BESA__KIND_N, BESA__KIND_MASK, BESA__MASK_KINDS };
 
@@ -11906,6 +11961,8 @@ typedef struct besa__mask_file {
     FILE *file;
     int what;
     int32_t *n;                                 /* of every row of all layers */
+    int64_t rows;                               /* so many */
+    const float *learned;                       /* (rows) a run's rates, NaN where none was learned; NULL: there are none */
     unsigned char *bits;                        /* (row_bytes) of one row */
     size_t row_bytes;
 } besa__mask_file;
@@ -11985,7 +12042,8 @@ static int besa__write_rates(const besa__mask_file *m, int kind)
             int64_t rows, columns;
             besa_block_layer(&m->checkpoint->config.block, i, &rows, &columns);
             for (int64_t r = 0; r < rows; r++, n++) {
-                float alpha = (float)((double)*n / (double)columns);
+                float alpha = (float)((double)*n / (double)columns), learned = m->learned ? m->learned[n - m->n] : NAN;
+                if (besa__is_finite((double)learned)) alpha = learned;
                 good = good && fwrite(kind == BESA__KIND_N ? (const void *)n : (const void *)&alpha, 4, 1, m->file) == 1;
             }
         }
@@ -12019,7 +12077,7 @@ static besa_result besa__mask_file_init(besa__mask_file *m, const besa_checkpoin
         all += rows;
         if (m->row_bytes < (size_t)besa__parts(columns, 8)) m->row_bytes = (size_t)besa__parts(columns, 8);
     }
-    all = besa__product(all, checkpoint->config.num_hidden_layers);
+    m->rows = all = besa__product(all, checkpoint->config.num_hidden_layers);
     BESA__TRY(besa__malloc(&memory, besa__bytes(all, sizeof *m->n), "counts of rows", error));
     m->n = (int32_t *)memory;
     BESA__TRY(besa__malloc(&memory, m->row_bytes, "a row's mask", error));
@@ -12027,13 +12085,31 @@ static besa_result besa__mask_file_init(besa__mask_file *m, const besa_checkpoin
     return BESA_OK;
 }
 
+/* The learned rates beside a checkpoint's weights, if there are any, mapped. */
+static besa_result besa__map_learned(besa__mask_file *m, unsigned char **map, size_t *size, besa_error *error)
+{
+    char *path;
+    if (!(m->what & BESA_FILE_RATES)) return BESA_OK;
+    BESA__TRY(besa__join(&path, m->checkpoint->directory, BESA__RATES, error));
+    int is_there = !access(path, F_OK);
+    besa_result result = is_there ? besa__map_file(map, size, path, error) : BESA_OK;
+    if (result == BESA_OK && is_there && *size != (size_t)m->rows * sizeof(float))
+        result = besa__fail(error, BESA_ERROR_FORMAT, "%s: %zu bytes, expected %zu, a number for each row of this checkpoint's layers: "
+                            "remove it, if it is of another run", path, *size, (size_t)m->rows * sizeof(float));
+    if (result == BESA_OK) m->learned = (const float *)(const void *)*map;
+    BESA_FREE(path);
+    return result;
+}
+
 BESA_API besa_result besa_masks_save(const besa_checkpoint *checkpoint, const char *file, int what, besa_error *error)
 {
     besa__mask_file m;
     void *memory = NULL;
-    size_t size = strlen(file) + sizeof BESA__PARTIAL;
+    unsigned char *learned = NULL;
+    size_t size = strlen(file) + sizeof BESA__PARTIAL, learned_bytes = 0;
     besa__text header = {(char *)BESA_MALLOC(4096), 0, 4096};
     besa_result result = besa__mask_file_init(&m, checkpoint, what, error);
+    if (result == BESA_OK) result = besa__map_learned(&m, &learned, &learned_bytes, error);
     if (result == BESA_OK) besa__mask_header(&m, &header);
     if (result == BESA_OK && !header.text) result = besa__fail(error, BESA_ERROR_MEMORY, "%s: out of memory for its header", file);
     if (result == BESA_OK) result = besa__malloc(&memory, size, "a path", error);
@@ -12049,6 +12125,7 @@ BESA_API besa_result besa_masks_save(const besa_checkpoint *checkpoint, const ch
         if (!good && m.file && !in_place) unlink(partial);
         if (!good) result = besa__fail(error, BESA_ERROR_WRITE, "%s: %s", partial, strerror(reason));
     }
+    besa__unmap(learned, learned_bytes);
     BESA_FREE(memory);
     BESA_FREE(header.text);
     BESA_FREE(m.n);
@@ -12942,6 +13019,31 @@ static besa_result besa__grids_out(besa__run *run, besa_error *error)
     return BESA_OK;
 }
 
+/* The rates that the block which begins to go out has learned, from the device into their file; NaN in a layer that is fixed, and
+ * in all where nothing was learned. */
+static besa_result besa__learned_out(besa__run *run, int learned, besa_error *error)
+{
+    const besa_pruner *p = &run->pruner;
+    void *memory;
+    BESA__TRY(besa__malloc(&memory, besa__bytes(p->rows, sizeof(float)), "learned rates", error));
+    float *alpha = (float *)memory, *at = alpha;
+    besa_result result = BESA_OK;
+    if (learned) {
+        result = run->be->download(run->be, BESA_QUEUE_COMPUTE, alpha, p->rates.alpha, (size_t)p->rows * sizeof *alpha);
+        if (result == BESA_OK) result = run->be->synchronize(run->be, BESA_QUEUE_COMPUTE);
+        result = besa__pass_error(run->be, result, error);
+    }
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(&run->config->block, i, &rows, &columns);
+        for (int64_t r = 0; r < rows && (!learned || p->fixed[i] >= 0); r++) at[r] = besa__bits_float(0x7FC00000u);
+        at += rows;
+    }
+    if (result == BESA_OK) result = besa__learned_put(run->writer, alpha, error);
+    BESA_FREE(memory);
+    return result;
+}
+
 /* The codes of a piece of weights. */
 static besa_result besa__codes_out(const besa__run *run, const besa__job *piece, besa_error *error)
 {
@@ -13797,6 +13899,9 @@ static void besa__add_option(char *line, size_t size, const besa_option *o, doub
                      word);
 }
 
+/* Do the learned rates go into the output? */
+static int besa__keeps_rates(const besa__run *run) { return run->pruner.options.keep_rates && besa__learns_rates(&run->pruner); }
+
 /* All that decides the output's bytes, as one line for the journal: name=value, with a blank between. An option that the
  * method does not look at has its default. */
 static void besa__fingerprint(char *line, size_t size, const besa__run *run, const besa_calibration *c)
@@ -13818,8 +13923,9 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
     for (const besa_option *o = besa__options; o->name; o++)
         besa__add_option(line, size, o, besa__option_get(o, (const unsigned char *)&used + o->offset));
     size_t length = strlen(line);
-    besa__write_text(line + length, size - length, " fixed=%016llx backend=%s activations=%d micro-batch=%lld "
-                     "sequences=%lldx%lld tokens=%016llx checkpoint=%016llx processes=%d", (unsigned long long)fixed, backend,
+    besa__write_text(line + length, size - length, " keep-rates=%d fixed=%016llx backend=%s activations=%d micro-batch=%lld "
+                     "sequences=%lldx%lld tokens=%016llx checkpoint=%016llx processes=%d", besa__keeps_rates(run),
+                     (unsigned long long)fixed, backend,
                      (int)run->be->activation_dtype, (long long)run->pruner.micro_batch, (long long)c->nsamples,
                      (long long)c->seqlen, (unsigned long long)ids,
                      (unsigned long long)besa__source_hash(run->checkpoint), besa__ranks(run->pruner.shares.comm));
@@ -14027,6 +14133,7 @@ static besa_result besa__prune_block(besa__run *run, int64_t index, besa_block *
     BESA__TRY(besa__transfer_begin(&run->out, run, index, error));
     if (target > 0 && besa__learns_vectors(&run->pruner)) BESA__TRY(besa__out_vectors(run, error));
     if (besa__has_codes(run->writer, index)) BESA__TRY(besa__grids_out(run, error));
+    if (run->writer->rate_rows) BESA__TRY(besa__learned_out(run, target > 0, error));
     return run->be->unified_memory ? besa__out_finish(run, report, error) : BESA_OK;
 }
 
@@ -14219,7 +14326,8 @@ static besa_result besa__prune_into(besa__run *run, const char *output, const be
     if (output && (!comm || comm->rank == 0)) {
         besa__codes_shape codes = besa__run_codes(run);
         BESA__TRY(besa__writer_open(&run->writer, run->checkpoint, output, fingerprint, blocks, besa__learns_vectors(&run->pruner),
-                                    codes.bits ? &codes : NULL, &done, &report->notes, error));
+                                    codes.bits ? &codes : NULL, besa__keeps_rates(run) ? run->pruner.rows : 0, &done, &report->notes,
+                                    error));
     }
     besa_result result = besa__broadcast(comm, &done, sizeof done, 0, error);
     report->resumed_blocks = done;

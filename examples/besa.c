@@ -551,14 +551,19 @@ static besa_result measure_source(job *j)
     return result;
 }
 
-/* Of what has just been written: `besa info` makes the same files of it. */
+/* Of what has just been written: `besa info` makes the same files of it. The learned rates that the run left there are in the
+ * file then, and go. */
 static besa_result save_output_masks(job *j)
 {
     besa_checkpoint *output;
+    char learned[4096];
     TRY(besa_checkpoint_open(&output, j->s->path[1], &j->error));
     besa_result result = save_masks(j->s, output, &j->error);
     besa_checkpoint_close(output);
-    return result;
+    snprintf(learned, sizeof learned, "%s/besa-rates", j->s->path[1]);
+    if (result || !j->s->rates || !unlink(learned) || errno == ENOENT) return result;
+    snprintf(j->error.message, sizeof j->error.message, "%.400s: %s", learned, strerror(errno));
+    return BESA_ERROR_WRITE;
 }
 
 /* Whether a file that comes at the end can lie there: the work before it may take hours. */
@@ -773,6 +778,7 @@ static void begin_processes(job *j)
 {
     int device;
     j->comm = besa_processes_begin(&device);
+    j->s->prune.keep_rates = j->s->command->bit == PRUNE && j->s->rates; /* of all: the first writes them */
     if (j->s->cuda) j->s->gpu.device += device;
     if (is_first(j)) return;
     j->s->quiet = 1;

@@ -52,18 +52,27 @@ def says(name, found, *expected):
 
 def check_prune(besa, program, stories, work):
     tokens, trace = stories / "calibration_tokens.npy", []
-    report = besa.prune(stories, work / "pruned", tokens, trace=trace.append, **DATA)
+    report = besa.prune(stories, work / "pruned", tokens, trace=trace.append, rates=work / "rates", **DATA)
     verdict("besa.prune returns the report", (report["sparsity"], report["options"]["target"], len(report["blocks"])),
             (0.5, 0.5, 5))
     verdict("besa.prune calls trace after every learning step", ([(t["block"], t["step"]) for t in trace],
             all(t["loss"] > 0 and t["d"] > 0 and 0 < t["mean_rate"] < 1 and t["steps"] == 64 and 0 <= t["penalty"] < 1 and
                 t["lr"] == 1 and t["weight_lr"] is None for t in trace)),
             ([(block, step) for block in range(5) for step in range(1, 65)], True))
+    raw = (work / "rates").read_bytes()
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    alpha = {name: np.frombuffer(raw[begin:][slice(*tensor["data_offsets"])], np.float32)
+             for name, tensor in json.loads(raw[8:begin]).items() if name.startswith("model.layers.0.") and name.endswith(".alpha")}
+    weights = {layer["name"]: layer["weights"] for layer in report["blocks"][0]["layers"]}
+    mean = sum(rates.mean() * weights[".".join(name.split(".")[3:5])] for name, rates in alpha.items()) / sum(weights.values())
+    verdict("besa.prune writes the learned rates", (len(alpha), abs(mean - report["blocks"][0]["mean_rate"]) < 1e-6,
+            (work / "pruned/besa-rates").exists()), (7, True, False))
     if program.exists():
         subprocess.run([program, "prune", stories, work / "by-program", "--tokens", tokens, "--nsamples", "64", "--seqlen", "256",
-                        "--quiet"], check=True, capture_output=True)
+                        "--quiet", "--save-rates", work / "by-program.rates"], check=True, capture_output=True)
         verdict("besa.prune writes the command line program's bytes",
-                (work / "pruned/model.safetensors").read_bytes() == (work / "by-program/model.safetensors").read_bytes(), True)
+                [(work / a).read_bytes() == (work / b).read_bytes() for a, b in (("rates", "by-program.rates"),
+                 ("pruned/model.safetensors", "by-program/model.safetensors"))], [True, True])
     else:
         print("SKIP besa.prune writes the command line program's bytes: examples/besa is not built")
     array = np.load(tokens)[: 64 * 256].reshape(64, 256)
@@ -194,14 +203,15 @@ def check_stopping(besa, stories, work):
             seen.append(progress)
             signal.raise_signal(signal.SIGINT)
 
-    arguments = {**DATA, "progress": interrupt}
+    arguments = {**DATA, "progress": interrupt, "rates": work / "stopped-rates"}
     found = raised(besa.prune, stories, work / "stopped", tokens, **arguments)
     verdict("Ctrl-C stops besa.prune", (found, (work / "stopped").exists(), (work / "stopped.partial").exists()),
             ("KeyboardInterrupt: ", False, True))
     again = []
-    report = besa.prune(stories, work / "stopped", tokens, **{**DATA, "progress": again.append})
+    report = besa.prune(stories, work / "stopped", tokens, **{**arguments, "progress": again.append})
     verdict("the same call goes on and writes the same bytes", (report["resumed_blocks"] > 0,
-            (work / "stopped/model.safetensors").read_bytes() == (work / "pruned/model.safetensors").read_bytes()), (True, True))
+            (work / "stopped/model.safetensors").read_bytes() == (work / "pruned/model.safetensors").read_bytes(),
+            (work / "stopped-rates").read_bytes() == (work / "rates").read_bytes()), (True, True, True))
     verdict("progress tells of block, pass and time", (sorted(seen[0]), seen[0]["blocks"]),
             (["block", "blocks", "fraction", "pass", "resumed_blocks", "seconds", "seconds_left"], 5))
     verdict("progress tells of the blocks that were taken over", (seen[0]["resumed_blocks"], {p["resumed_blocks"] for p in again}),

@@ -435,8 +435,8 @@ cp -r "$stories" "$work/model" && rm "$work/model"/*.npy
 printf '%s\n' --- 'license: other' 'license_name: ours' 'license_link: >-' 'tags: [x]' --- '# Model' 'license: no' >"$work/model/README.md"
 mkdir "$work/a" "$work/b"
 long="--tokens $stories/calibration_tokens.npy --nsamples 48 --seqlen 64 --preset best --test $stories/test_tokens.npy --windows 2 --test-dense --quiet"
-check 0 '^perplexity [0-9.]* +/- [0-9.]*, of the dense model [0-9.]*$' prune "$work/model" "$work/a/out" $long --threads 2 --trace "$work/a.jsonl" --report "$work/a.json"
-"$besa" prune "$work/model" "$work/b/out" $long --threads 2 --trace "$work/b.jsonl" >/dev/null 2>&1 &
+check 0 '^perplexity [0-9.]* +/- [0-9.]*, of the dense model [0-9.]*$' prune "$work/model" "$work/a/out" $long --threads 2 --trace "$work/a.jsonl" --report "$work/a.json" --save-rates "$work/a.rates"
+"$besa" prune "$work/model" "$work/b/out" $long --threads 2 --trace "$work/b.jsonl" --save-rates "$work/b.rates" >/dev/null 2>&1 &
 killed=$!
 while kill -0 $killed 2>/dev/null; do
     grep -q '^block 1 ' "$work/b/out.partial/besa-journal" 2>/dev/null && kill -9 $killed
@@ -444,13 +444,19 @@ while kill -0 $killed 2>/dev/null; do
 done
 wait $killed 2>/dev/null
 cp -r "$work/b/out.partial" "$work/b/told.partial"
-check 0 '^resuming at block [2-5] of 5$' prune "$work/model" "$work/b/told" $long --no-quiet
+check 1 'other options.*: keep-rates=1 (this run: keep-rates=0)' prune "$work/model" "$work/b/told" $long --no-quiet
+check 0 '^resuming at block [2-5] of 5$' prune "$work/model" "$work/b/told" $long --no-quiet --save-rates "$work/told.rates"
 at=$(sed -n 's/^resuming at block \([2-5]\) of 5$/\1/p' "$work/log")
 grep -q "^blocks taken over from the run before: $((at - 1))\$" "$work/log" || bad="$bad; at block $at: $(tail -3 "$work/log")"
-check 0 '^blocks taken over from the run before: [1-4]$' prune "$work/model" "$work/b/out" $long --threads 1 --trace "$work/b.jsonl" --report "$work/b.json"
+check 0 '^blocks taken over from the run before: [1-4]$' prune "$work/model" "$work/b/out" $long --threads 1 --trace "$work/b.jsonl" --report "$work/b.json" \
+    --save-rates "$work/b.rates"
 ! grep -q '^resuming' "$work/log" || bad="$bad; it is not quiet"
 diff -r "$work/a/out" "$work/b/out" >"$work/diff" 2>&1 || bad="$bad; $(head -1 "$work/diff")"
 cmp -s "$work/a.jsonl" "$work/b.jsonl" || bad="$bad; the traces differ"
+cmp -s "$work/a.rates" "$work/b.rates" && cmp -s "$work/a.rates" "$work/told.rates" || bad="$bad; the learned rates differ"
+check 0 '' info "$work/a/out" --save-rates "$work/shares"
+[ "$(wc -c <"$work/shares")" -eq "$(wc -c <"$work/a.rates")" ] && ! cmp -s "$work/shares" "$work/a.rates" || bad="$bad; what was learned is not in the file of rates"
+[ ! -e "$work/a/out/besa-rates" ] || bad="$bad; learned rates are left in the output"
 [ "$(wc -l <"$work/a.jsonl")" -eq 960 ] || bad="$bad; $(wc -l <"$work/a.jsonl") lines of trace"
 grep -q '^{"block": 4, "step": 192, "steps": 192, "loss": [0-9.e-]*, "penalty": [0-9.e-]*, "mean_rate": 0.[0-9]*, "d": [0-9.e-]*, "lr": null, "weight_lr": [0-9.e-]*}$' \
     "$work/a.jsonl" || bad="$bad; $(tail -1 "$work/a.jsonl")"

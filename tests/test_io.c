@@ -1745,7 +1745,7 @@ static besa_result write_block(besa__writer *w, const besa_checkpoint *c, int64_
 static besa_result open_writer(besa__writer **w, const besa_checkpoint *c, const char *out, int64_t *done)
 {
     err.code = BESA_OK;
-    return besa__writer_open(w, c, out, "fp 1", 3, 0, NULL, done, NULL, &err);
+    return besa__writer_open(w, c, out, "fp 1", 3, 0, NULL, 0, done, NULL, &err);
 }
 
 /* Open (expecting `done` blocks), write up to block `stop`, and finish if that is all of them. */
@@ -1754,7 +1754,7 @@ static besa_result run_as(const char *fingerprint, const besa_checkpoint *c, con
     besa__writer *w;
     char *notes = NULL;
     err.code = BESA_OK;
-    besa_result result = besa__writer_open(&w, c, out, fingerprint, 3, 0, NULL, done, &notes, &err);
+    besa_result result = besa__writer_open(&w, c, out, fingerprint, 3, 0, NULL, 0, done, &notes, &err);
     BESA_FREE(notes);
     for (int64_t b = *done; b < stop && result == BESA_OK; b++) result = write_block(w, c, b);
     if (result == BESA_OK && stop == 3) return besa__writer_finish(w, &err);
@@ -1921,7 +1921,7 @@ static void test_writer_notes(int sharded)
     char *notes = NULL;
     int64_t done;
     if (!c) return;
-    CHECK_ERROR(besa__writer_open(&w, c, temp_path("notes%d", sharded), "fp 1", 3, 0, NULL, &done, &notes, &err), BESA_OK, NULL);
+    CHECK_ERROR(besa__writer_open(&w, c, temp_path("notes%d", sharded), "fp 1", 3, 0, NULL, 0, &done, &notes, &err), BESA_OK, NULL);
     for (size_t i = 0; i < sizeof left_out / sizeof *left_out; i++)
         CHECK(notes && strstr(notes, left_out[i]), "no note of %s: %s", left_out[i], notes ? notes : "no notes");
     besa__writer_abandon(w, NULL);
@@ -2433,7 +2433,7 @@ static void test_ready_messages(int sharded)
     CHECK_ERROR(run_writer(c, out, 3, &done), BESA_ERROR_EXISTS, fifo);
     unlink(fifo);
     write_bytes(in(directory, "notes.txt"), "mine", 4);
-    CHECK_ERROR(besa__writer_open(&w, c, out, "fp 1", 3, 0, NULL, &done, &notes, &err), BESA_OK, NULL);
+    CHECK_ERROR(besa__writer_open(&w, c, out, "fp 1", 3, 0, NULL, 0, &done, &notes, &err), BESA_OK, NULL);
     CHECK(notes && strstr(notes, "notes.txt lay in") && strstr(notes, directory), "notes: %s", notes ? notes : "none");
     BESA_FREE(notes);
     besa__writer_abandon(w, NULL);
@@ -2996,7 +2996,7 @@ static void test_places_noted(void)
     if (!c) return;
     begin_output(c, out);
     write_bytes(partial(out, "/notes.txt"), "mine", 4);
-    CHECK_ERROR(besa__writer_open(&w, c, out, "fp 1", 3, 0, NULL, &done, &notes, &err), BESA_OK, NULL);
+    CHECK_ERROR(besa__writer_open(&w, c, out, "fp 1", 3, 0, NULL, 0, &done, &notes, &err), BESA_OK, NULL);
     CHECK(notes && strstr(notes, "notes.txt"), "notes: %s", notes ? notes : "none");
     BESA_FREE(notes);
     besa__writer_abandon(w, NULL);

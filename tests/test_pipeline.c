@@ -3098,6 +3098,8 @@ static setup kind_setup(const char *output, int kind)
     if (kind == 10) s.options.learn = BESA_LEARN_WEIGHTS, s.options.refit = BESA_REFIT_OBS;
     if (kind == 13) s.options.bits = 4, s.options.dense_share = 0.5;
     if (kind == 14) s.options.method = BESA_METHOD_SPARSEGPT, s.options.bits = 3, s.options.group_size = 16, s.options.first_block = 1;
+    if (kind == 8 || kind == 18) s.options.keep_rates = 1;
+    if (kind == 18) s.options.bits = 3, s.options.learn = BESA_LEARN_BOTH;
     if (kind == 16) s.options.granularity = BESA_GRANULARITY_LAYER;
     if (kind == 17) s.options.granularity = BESA_GRANULARITY_ATTN_MLP, s.options.learn = BESA_LEARN_BOTH, s.options.learn_vectors = 1;
     if (kind == 15) s.options.learn = BESA_LEARN_BOTH, s.options.pattern_n = 4, s.options.pattern_m = 8, s.options.dense_share = 0.5;
@@ -3136,7 +3138,7 @@ static void damage_norm(const setup *s)
 /* The dense model's own stream goes on where it was too: every kind of run, stopped twice in every block. */
 static void test_cancel_kinds(void)
 {
-    for (int kind = 0; kind < 18; kind++) {
+    for (int kind = 0; kind < 19; kind++) {
         const char *whole = temp_path("whole");
         int64_t calls, blocks = 0;
         char first[256];
@@ -3212,7 +3214,7 @@ static const struct option_case {
     FIELD(weight_warmup, 0.5, 0), FIELD(rank_interval, 2, 0), FIELD(learn_vectors, 1, 0), FIELD(refit, BESA_REFIT_CG, ALL),
     FIELD(refit_steps, 5, 0), FIELD(first_block, 1, ALL), FIELD(num_blocks, 2, ALL), FIELD(depth_slope, 0.25, ALL),
     FIELD(bits, 4, ALL), FIELD(group_size, 8, 0), FIELD(clipping, BESA_CLIPPING_LEARNED, 0), FIELD(clip_lr, 0.1, 0),
-    FIELD(quantize_first, 1, 0),
+    FIELD(quantize_first, 1, 0), FIELD(keep_rates, 1, LEARNED),
     FIELD(magnitude_per_row, 1, 1u << BESA_METHOD_MAGNITUDE), FIELD(damping, 0.02, 1u << BESA_METHOD_SPARSEGPT), FIELD(device_memory, 1e9, 0),
     /* not by a number: the test has cases of their own for these, and callbacks decide nothing */
     FIELD(method, -1, 0), FIELD(pattern_n, -1, 0), FIELD(pattern_m, -1, 0), FIELD(fixed, -1, 0), FIELD(num_fixed, -1, 0),
@@ -3736,27 +3738,27 @@ static int make_output(void *user, const besa_progress *p)
     return 0;
 }
 
-/* Codes that are not those of the weights beside them, or not there in full, are not passed on. */
-static void test_damaged_codes(void)
+/* Codes, or learned rates, that are not those of the weights beside them, or not there in full, are not passed on. */
+static void check_damaged(const char *name, int bits)
 {
     setup s = small_setup(temp_path("whole"));
     char first[256], path[700];
-    s.options.bits = 4;
+    s.options.bits = bits, s.options.keep_rates = !bits;
     CHECK_RUN(&s);
     besa_report_free(&s.report);
     for (int i = 0; i < 6; i++) {
-        static const int64_t taken[] = { 0, 0, 1, 3, 0, 0 }; /* blocks */
+        const int64_t taken[] = { 0, 0, 1, bits ? 3 : 0, 0, 0 }; /* blocks; learned rates have no header */
         unsigned char *p;
-        size_t n, header = 8, block;
+        size_t n, header = bits ? 8 : 0, block;
         s = small_setup(temp_path("out"));
-        s.options.bits = 4;
+        s.options.bits = bits, s.options.keep_rates = !bits;
         g_progress.stop_at = -2;
         CHECK(run(&s) == BESA_ERROR_CANCELLED, "%s", s.error.message);
         besa_report_free(&s.report);
-        snprintf(path, sizeof path, "%s/besa_quantization.safetensors", partial_of(s.output));
+        snprintf(path, sizeof path, "%s/%s", partial_of(s.output), name);
         p = read_bytes(path, &n);
         if (CHECK(p && n > 1000, "%s is not there", path)) {
-            for (int k = 0; k < 8; k++) header += (size_t)p[k] << (8 * k);
+            for (int k = 0; k < 8 && bits; k++) header += (size_t)p[k] << (8 * k);
             block = (n - header) / 5;
             if (i < 2) p[header + (i ? block - 1 : 0)] ^= 1; /* the first block's first and last byte, the second's, the header */
             if (i == 2) p[header + block] ^= 1;
@@ -3775,6 +3777,12 @@ static void test_damaged_codes(void)
     discard(temp_path("whole"));
 }
 
+static void test_damaged_codes(void)
+{
+    check_damaged("besa_quantization.safetensors", 4);
+    check_damaged("besa-rates", 0);
+}
+
 /* All is done, but the output's name was taken: the next run reads the complete output back and ends from there, even if
  * files of it are gone; one whose weights have changed is refused. */
 static void test_complete(void)
@@ -3782,10 +3790,12 @@ static void test_complete(void)
     setup s = small_setup(temp_path("whole"));
     char first[256], ready[600], shard[700];
     size_t n;
+    s.options.keep_rates = 1;
     CHECK_RUN(&s);
     besa_report_free(&s.report);
     for (int damage = 0; damage < 2; damage++) {
         s = small_setup(temp_path("out"));
+        s.options.keep_rates = 1;
         s.options.progress = make_output;
         s.options.user = (void *)(uintptr_t)s.output;
         expect(&s, BESA_ERROR_EXISTS, "the complete output is ");
@@ -3795,9 +3805,11 @@ static void test_complete(void)
         snprintf(shard, sizeof shard, "%s/config.json", ready);
         unlink(shard);
         s = small_setup(s.output);
-        s.options.epochs = 3;
+        expect(&s, BESA_ERROR_RESUME, ready);   /* without keep_rates */
+        s.options.keep_rates = 1, s.options.epochs = 3;
         expect(&s, BESA_ERROR_RESUME, ready);
         s = small_setup(s.output);
+        s.options.keep_rates = 1;
         if (damage) {
             snprintf(shard, sizeof shard, "%s/model.safetensors", ready);
             unsigned char *bytes = read_bytes(shard, &n);
@@ -3819,6 +3831,87 @@ static void test_complete(void)
         discard(s.output);
     }
     discard(temp_path("whole"));
+}
+
+/* Learned rates of all rows (count): the file that a run with keep_rates leaves, for free. */
+static float *learned_rates(const setup *s, int64_t count)
+{
+    char path[700];
+    size_t n = 0;
+    snprintf(path, sizeof path, "%s/besa-rates", s->output);
+    float *alpha = (float *)(void *)read_bytes(path, &n);
+    if (CHECK(alpha && n == (size_t)count * sizeof *alpha, "%s: %zu bytes, expected %zu", path, n, (size_t)count * sizeof *alpha)) return alpha;
+    free(alpha);
+    return NULL;
+}
+
+/* A run leaves its learned rates where it is asked to: of the first block the same with a projection and without one, and there
+ * counts follow from them; their mean is the report's; a file of rates has them, or shares where none was learned. */
+static void test_keep_rates(void)
+{
+    static const besa_fixed_rate fixed = { "layers.1.self_attn.v_proj", 0.25 };
+    const char *file = temp_path("rates.safetensors");
+    float *alpha[2] = { NULL, NULL };
+    int64_t rows = 0, total = 0;
+    for (int i = 0; i < 2; i++) {
+        setup s = kind_setup(temp_path("out"), 0);
+        besa_checkpoint *weights = NULL, *rates = NULL;
+        g_progress.calls = 0, g_progress.stop_at = -1, g_progress.last = 0;
+        s.options.keep_rates = 1, s.options.no_projection = i, s.options.fixed = &fixed, s.options.num_fixed = 1;
+        s.options.first_block = 0, s.options.num_blocks = 4;
+        CHECK_RUN(&s);
+        CHECK_OK(besa_checkpoint_open(&weights, s.output, &s.error), s.error);
+        if (!weights) return;
+        for (int k = 0; k < BESA_LAYERS; k++) rows += i ? 0 : besa_checkpoint_layer(weights, 0, k)->shape[0];
+        total = 5 * rows;
+        alpha[i] = learned_rates(&s, total);
+        CHECK_OK(besa_masks_save(weights, file, BESA_FILE_RATES | BESA_FILE_MASKS, &s.error), s.error);
+        CHECK_OK(besa_masks_open(&rates, file, weights, &s.error), s.error);
+        const float *at = alpha[i];
+        for (int64_t b = 0; b < 5 && at && rates; b++) {
+            double sum = 0, learned = 0;
+            for (int k = 0; k < BESA_LAYERS; k++) {
+                char name[128];
+                const int64_t R = besa_checkpoint_layer(weights, b, k)->shape[0], C = besa_checkpoint_layer(weights, b, k)->shape[1];
+                const int none = b == 4 || (b == 1 && k == BESA_V);
+                int64_t wrong = 0, off = 0;
+                snprintf(name, sizeof name, "model.layers.%d.%s.alpha", (int)b, g_part[k]);
+                const besa_tensor *a = besa_checkpoint_find(rates, name);
+                snprintf(name, sizeof name, "model.layers.%d.%s.n", (int)b, g_part[k]);
+                const besa_tensor *n = besa_checkpoint_find(rates, name);
+                for (int64_t r = 0; r < R && a && n; r++, at++) {
+                    const float saved = ((const float *)a->data)[r], share = (float)((double)((const int32_t *)n->data)[r] / (double)C);
+                    wrong += none ? !isnan(*at) || saved != share : !(*at > 0 && *at < 1) || saved != *at;
+                    off += fabs((double)share - (double)saved) > 1.0001 / (double)C;
+                    if (!none) sum += (double)*at * (double)C, learned += (double)C;
+                }
+                CHECK(wrong == 0 && (!i || !off), "run %d, block %d, %s: %d wrong, %d counts from other rates", i, (int)b, g_part[k], (int)wrong,
+                      (int)off);
+            }
+            CHECK(b == 4 || fabs(sum / learned - s.report.block[b].mean_rate) < 1e-6, "run %d, block %d: mean rate %g, reported %g", i, (int)b,
+                  sum / learned, s.report.block[b].mean_rate);
+        }
+        besa_checkpoint_close(rates);
+        char path[700];
+        snprintf(path, sizeof path, "%s/besa-rates", s.output);
+        CHECK(truncate(path, 100) == 0, "truncate");
+        CHECK(besa_masks_save(weights, file, BESA_FILE_RATES, &s.error) == BESA_ERROR_FORMAT && strstr(s.error.message, "besa-rates: 100 bytes, expected "),
+              "%s", s.error.message);
+        CHECK_OK(besa_masks_save(weights, file, BESA_FILE_MASKS, &s.error), s.error);
+        besa_checkpoint_close(weights);
+        setup again = kind_setup(temp_path("again"), 4); /* wanda: without rates there is no such file, and none is copied */
+        again.source = s.output, again.options.keep_rates = 1;
+        CHECK_RUN(&again);
+        snprintf(path, sizeof path, "%s/besa-rates", again.output);
+        CHECK(!exists(path) && again.report.notes && strstr(again.report.notes, "not copied: besa-rates ("), "rates that nothing has learned");
+        besa_report_free(&again.report);
+        besa_report_free(&s.report);
+        discard(again.output), discard(s.output);
+    }
+    CHECK(alpha[0] && alpha[1] && !memcmp(alpha[0], alpha[1], (size_t)rows * sizeof *alpha[0]), "the projection changes what was learned before it");
+    free(alpha[0]);
+    free(alpha[1]);
+    unlink(file);
 }
 
 /* FLOP of a report's passes are of the blocks that its seconds are of: those that this run has pruned. */
@@ -4537,6 +4630,7 @@ int main(int argc, char **argv)
     TEST("damaged partial output") test_damaged_partial();
     TEST("damaged codes") test_damaged_codes();
     TEST("complete output without its name") test_complete();
+    TEST("learned rates that are kept") test_keep_rates();
     TEST("FLOP of a resumed run") test_resumed_flop();
     TEST("one model against another") test_against();
     TEST("one model against another, and allocation failures") test_against_allocations();

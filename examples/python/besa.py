@@ -356,7 +356,8 @@ def prune(source: Path, output: Optional[Path], tokens: Tokens, *, sparsity: Opt
           preset: Optional[str] = None, nsamples: Optional[int] = None, seqlen: Optional[int] = None, seed: int = 0,
           test: Optional[Tokens] = None, windows: Optional[int] = None, test_seqlen: Optional[int] = None,
           threads: int = 0, bf16: bool = False, progress: Progress = True,
-          trace: Optional[Callable[[Dict[str, Any]], None]] = None, **options: Any) -> Dict[str, Any]:
+          trace: Optional[Callable[[Dict[str, Any]], None]] = None, rates: Optional[Path] = None,
+          **options: Any) -> Dict[str, Any]:
     """Prune the checkpoint in directory source into the new directory output, and return the report.
 
     output      must not exist; None: nothing is written
@@ -370,6 +371,8 @@ def prune(source: Path, output: Optional[Path], tokens: Tokens, *, sparsity: Opt
                 on at this block). What it raises stops the run
     trace       a function of a dict with block, step, steps, loss, penalty, mean_rate, d, lr, weight_lr, called after each
                 learning step; None: there are no rates, or what that is about does not learn in it
+    rates       a file to write as `besa prune --save-rates` does: of each row of every layer NAME NAME.n, how many weights are 0,
+                and NAME.alpha, the rate that was learned, or where none was their share
     options     those of besa.options() by name (method="wanda", refit="cg", epochs=2), and
                 pattern "2:4"; fixed {pattern: sparsity}; skip [pattern], layers that stay dense; masks, a directory whose
                 zeros method="keep" takes, or a file of save_masks; block_targets [sparsity of each block]; memory, most bytes
@@ -386,7 +389,16 @@ def prune(source: Path, output: Optional[Path], tokens: Tokens, *, sparsity: Opt
     model = _Checkpoint(source)
     chosen = _Options(preset, sparsity, **options).bind(model)
     data = _Calibration(model, tokens, nsamples, seqlen, seed, test, windows, test_seqlen)
-    return _prune(model, output, _backend(threads, bf16), data, chosen, _Run("prune", progress, trace))
+    if rates is not None and output is None:
+        raise ValueError("rates are of an output, and output is None")
+    chosen.struct.keep_rates = rates is not None
+    report = _prune(model, output, _backend(threads, bf16), data, chosen, _Run("prune", progress, trace))
+    comm, learned = chosen.struct.comm, os.path.join(output or "", "besa-rates")
+    if rates is not None and (comm == ffi.NULL or comm.rank == 0):
+        save_masks(output, rates, masks=False)
+        if os.path.exists(learned):
+            os.remove(learned)
+    return report
 
 
 def plan(source: Path, tokens: Optional[Tokens] = None, *, sparsity: Optional[float] = None, preset: Optional[str] = None,
@@ -525,7 +537,7 @@ def masks(directory: Path) -> Dict[str, np.ndarray]:
 def save_masks(directory: Path, file: Path, *, masks: bool = True, rates: bool = True) -> None:
     """Write what is 0 in a checkpoint as a safetensors file: of each layer NAME NAME.mask, a bit for every weight that is kept
     (np.unpackbits with axis=1, bitorder="little", count=columns), and of its rows NAME.n, how many are 0, and NAME.alpha, their
-    share. Raises Error."""
+    share, or the rate that was learned where prune with rates was stopped before it had written them. Raises Error."""
     what = masks * lib.BESA_FILE_MASKS | rates * lib.BESA_FILE_RATES
     _call(lib.besa_masks_save, _Checkpoint(directory).pointer, os.fsencode(file), what)
 

@@ -96,7 +96,7 @@ typedef struct {
     ...;
 } besa_comm;
 typedef struct { besa_rate_options rates; const besa_comm *comm; const besa_checkpoint *masks; const double *block_targets;
-                 int64_t num_block_targets; const besa_fixed_rate *fixed; int64_t num_fixed; size_t device_memory;
+                 int64_t num_block_targets; const besa_fixed_rate *fixed; int64_t num_fixed; int keep_rates; size_t device_memory;
                  besa_progress_callback progress; besa_step_callback step; void *user; ...; } besa_prune_options;
 typedef struct { const char *name; besa_option_kind kind; size_t offset; double standard, least, most; int flags;
                  const char *range, *value, *help; ...; } besa_option;
