@@ -3098,7 +3098,7 @@ static setup kind_setup(const char *output, int kind)
     if (kind == 10) s.options.learn = BESA_LEARN_WEIGHTS, s.options.refit = BESA_REFIT_OBS;
     if (kind == 13) s.options.bits = 4, s.options.dense_share = 0.5;
     if (kind == 14) s.options.method = BESA_METHOD_SPARSEGPT, s.options.bits = 3, s.options.group_size = 16, s.options.first_block = 1;
-    if (kind == 8 || kind == 18) s.options.keep_rates = 1;
+    if (kind == 8 || kind > 16) s.options.keep_rates = 1;
     if (kind == 18) s.options.bits = 3, s.options.learn = BESA_LEARN_BOTH;
     if (kind == 16) s.options.granularity = BESA_GRANULARITY_LAYER;
     if (kind == 17) s.options.granularity = BESA_GRANULARITY_ATTN_MLP, s.options.learn = BESA_LEARN_BOTH, s.options.learn_vectors = 1;
