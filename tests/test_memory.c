@@ -154,6 +154,10 @@ int main(int argc, char **argv)
 #ifdef SANITIZED
     test_skip("memory", "a sanitizer's own memory would be measured");
 #else
+    if (access("/proc/self/exe", X_OK)) {
+        test_skip("memory", "no /proc, by which this program starts itself");
+        return test_finish();
+    }
     TEST("memory of besa, 4 and 32 blocks") test_depth(BESA_METHOD_BESA);
     TEST("memory of sparsegpt, 4 and 32 blocks") test_depth(BESA_METHOD_SPARSEGPT);
     TEST("memory of a large embedding, and of a head that is its copy") test_large_embedding();
