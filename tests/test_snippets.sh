@@ -38,10 +38,10 @@ verdict $? "the version is $version in all places"
 fields() { sed -n "/^typedef struct $1 {/,/^} $1;/p" "$header" | sed '1d;$d; s,/\*.*,,; s/.*\*\///' |
            sed -n 's/^ *\(const \|struct \)*[a-z_0-9]* \**\(.*\);.*/\2/p' | tr -d '* ' | tr ',' '\n'; }
 
-# Every option has a row in the table, but for pointers, callbacks, and what is about memory alone.
+# Every option has a row in the table, but for pointers, callbacks, and what is about memory or another file alone.
 missing=""
 for field in $(fields besa_rate_options) $(fields besa_prune_options); do
-    case $field in rates|fixed|masks|block_targets|device_memory|comm|progress|step|card|user|preset) continue ;; esac
+    case $field in rates|fixed|masks|block_targets|keep_rates|device_memory|comm|progress|step|card|user|preset) continue ;; esac
     grep -q "BESA__\(RATE\|PRUNE\)([A-Z0-9]*, $field)" "$header" || missing="$missing $field"
 done
 [ "$(fields besa_prune_options | wc -l)" -gt 12 ] && [ -z "$missing" ]
