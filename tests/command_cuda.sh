@@ -1,7 +1,8 @@
 #!/bin/sh
-# command_cuda.sh BESA WORK STANDIN NVCC - the command line's --device in three builds: without CUDA, STANDIN, which is
-# the program on the stand-in runtime, and `make cuda` where there is an NVCC, with or without a GPU.
-besa=$1 work=$2 standin=$3 nvcc=$4
+# command_cuda.sh BESA WORK STANDIN NVCC [ARCHITECTURE] - the command line's --device in three builds: without CUDA, STANDIN,
+# which is the program on the stand-in runtime, and `make cuda` where there is an NVCC, with or without a GPU; with ARCHITECTURE
+# for that one alone, instead of all that the Makefile lists.
+besa=$1 work=$2 standin=$3 nvcc=$4 architecture=$5
 rm -rf "$work" && mkdir -p "$work/examples" || exit 1
 cp "$besa/besa.h" "$besa/besa_cuda.cuh" "$work" || exit 1
 cp "$besa"/examples/*.[ch] "$besa"/examples/*.cu "$besa/examples/Makefile" "$work/examples" || exit 1
@@ -65,7 +66,14 @@ if ! command -v "$nvcc" >/dev/null; then
     echo "SKIP make -C examples cuda: no $nvcc"
     exit $failed
 fi
-env -u MAKEFLAGS make -C "$work/examples" cuda NVCC="$nvcc" CFLAGS=-O1 >"$work/log" 2>&1 && ! grep -i 'warning' "$work/log"
+env -u MAKEFLAGS make -n -C "$work/examples" cuda NVCC="$nvcc" >"$work/log" 2>&1
+missing=""
+for a in 75 80 90 100; do
+    ! "$nvcc" --list-gpu-arch | grep -qx "compute_$a" || grep -q -- "-gencode arch=compute_$a,code=sm_$a " "$work/log" || missing="$missing $a"
+done
+[ -z "$missing" ]
+verdict $? "make cuda: every architecture from 75 on that this nvcc has${missing:+, but$missing}"
+env -u MAKEFLAGS make -C "$work/examples" cuda NVCC="$nvcc" ${architecture:+CUDA_ARCHS=$architecture} CFLAGS=-O1 >"$work/log" 2>&1 && ! grep -i 'warning' "$work/log"
 verdict $? "make -C examples cuda, without a warning"
 expect "make cuda: prune on the CPU" 0 'sparsity 0.500000' "$built" prune "$stories" "$work/cpu" $data
 if "$built" plan "$stories" --device cuda >"$work/log" 2>&1; then pruned "GPU" "$built" "$work/gpu"

@@ -25,8 +25,9 @@ CUDA_FLAGS := -std=c++17 -g -Wall -Wextra -Wshadow -Werror -I$(STANDIN)/include 
 CUDA_FILES := test_cuda.cpp backend_ops.h test.h fixture.h $(BESA)/besa.h $(BESA)/besa_cuda.cuh
 NVCC_FLAGS := -std=c++17 -I$(BESA) -Xcompiler -Wall,-Wextra,-Wshadow -Werror all-warnings
 
-cuda_plain_FLAGS   := -O2
-cuda_address_FLAGS := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+cuda_plain_FLAGS   := -O1
+cuda_address_FLAGS := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+                      $(if $(filter operations,$(ONLY_address)),-DTEST_OPERATIONS)
 cuda_thread_FLAGS  := -O1 -fsanitize=thread
 
 cuda_thread_CXX     = $(if $(findstring clang,$(CXX)),,$(shell echo 'int main(){return 0;}' | \
@@ -87,7 +88,8 @@ $(CUDA_BUILD)/link-%.log: link_cuda.c test.h $(CUDA_BUILD)/compile-$(LINK_ARCH).
 	    ./run.sh $@ $(CUDA_BUILD)/link-$* $(STORIES) $(CUDA_BUILD)/linked-$*; fi
 
 $(CUDA_BUILD)/command.log: command_cuda.sh $(CUDA_BUILD)/besa-standin FORCE
-	@CC='$(CC)' ./run.sh $@ ./$< $(BESA) $(CUDA_BUILD)/command $(CUDA_BUILD)/besa-standin $(NVCC)
+	@CC='$(CC)' ./run.sh $@ ./$< $(BESA) $(CUDA_BUILD)/command $(CUDA_BUILD)/besa-standin $(NVCC) \
+	    $(if $(filter command,$(firstword $(origin CUDA_ARCHS))),$(lastword $(CUDA_ARCHS)))
 
 # what the stand-in tests, as far as a GPU can: operations, queues, plans, the pipeline
 HAS_GPU = nvidia-smi -L >/dev/null 2>&1 || test -e /dev/nvidia0 || test -e /dev/dxg
@@ -132,7 +134,7 @@ $(CUDA_BUILD)/bench-model.log: $(CUDA_BUILD)/bench_cuda-model FORCE
 	@./run.sh $@ $< --check $(if $(ONLY),--only '$(ONLY)')
 
 $(CUDA_BUILD)/bench_cuda-model: $(BENCH_FILES) $(CUDA_BUILD)/standin-plain.o | $(CUDA_BUILD)
-	$(CXX) $(CUDA_FLAGS) -O1 -o $@ bench_cuda.cpp $(CUDA_BUILD)/standin-plain.o
+	$(CXX) $(CUDA_FLAGS) -O0 '-DBESA_API=static inline' -o $@ bench_cuda.cpp $(CUDA_BUILD)/standin-plain.o
 
 bench-cuda:
 	@if ! command -v $(NVCC) >/dev/null; then echo "SKIP bench-cuda: no $(NVCC)"; \
@@ -145,7 +147,7 @@ $(CUDA_BUILD)/bench_cuda: $(BENCH_FILES) | $(CUDA_BUILD)
 
 $(CUDA_BUILD)/compile-bench.log: $(BENCH_FILES) | $(CUDA_BUILD)
 	@if ! command -v $(NVCC) >/dev/null; then echo "SKIP compile bench_cuda: no $(NVCC)" >$@; \
-	elif $(BENCH_BUILD) -arch=sm_90 -o $(CUDA_BUILD)/bench_cuda-sm_90 >$@ 2>&1; \
+	elif $(subst -O3,-O0,$(BENCH_BUILD)) -arch=sm_90 -o $(CUDA_BUILD)/bench_cuda-sm_90 >$@ 2>&1; \
 	then echo "PASS compile bench_cuda" >>$@; else echo "FAIL compile bench_cuda" >>$@; fi
 	@cat $@
 

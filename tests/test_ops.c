@@ -7,6 +7,7 @@
  * A case is a test of its own; a test that runs all of them again prints those that fail. */
 static int simd_max = 2;                /* what besa__cpu_simd may say: the paths of lesser processors are tested too */
 #define BESA_SIMD_MAX simd_max
+#define BESA_API static inline          /* what is not called is not compiled */
 #define BESA_IMPLEMENTATION
 #include "besa.h"
 #include "backend_ops.h"

@@ -60,6 +60,7 @@ __attribute__((unused)) static double local_strtod(const char *text, char **end)
 #define vsnprintf local_vsnprintf
 #define snprintf local_snprintf
 #define strtod local_strtod
+#define BESA_API static inline /* what is not called is not compiled */
 #define BESA_IMPLEMENTATION
 #include "besa.h"
 #undef vsnprintf
