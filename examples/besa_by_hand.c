@@ -1,21 +1,18 @@
 /* The method of BESA on one linear layer y = x W' of 4 x 8 weights, by hand: every formula of the manual in besa.h as a loop,
  * and every number printed. besa.h computes the same beside it; python/besa_by_hand.py has it in NumPy.
- * r: rows of W, j: its columns, t: tokens, d: candidate rates 1 - d/D. besa_by_hand TARGET takes another target than 0.5, above
- * 1/C: below, no row begins with a weight that goes, and where What is W there is no gradient. */
+ * r: rows of W, j: its columns, t: tokens, d: candidate rates 1 - d/D. besa_by_hand TARGET takes another target than 0.5, above 1/C. */
 #define BESA_IMPLEMENTATION
 #include "besa.h"
 
 enum { T = 6, R = 4, C = 8, D = 4, STEPS = 20 };
-static const double s_R = 4, lambda = 0.5, lr = 0.1; /* options of besa_rate_options, */
-static double target = 0.5;                          /* as this */
+static double s_R = 4, lambda = 0.5, lr = 0.1, target = 0.5; /* options of besa_rate_options */
 static const double X[T][C] = {{1, 2, 0, -1, 3, 0, 1, 1}, {0, 1, 1, 2, -2, 1, 0, -1}, {-1, 0, 2, 1, 1, 0, -1, 2},
                                {2, -1, 1, 0, 0, 1, 1, 0}, {1, 1, -1, -2, 2, 0, 0, 1}, {0, 2, 1, 1, -1, 1, 2, 0}};
 static const double W[R][C] = {{.9, -.1, .2, -1.1, .1, .3, -.2, .1}, {.5, -.6, .4, .6, -.5, .4, -.6, .5},
                                {-.2, .8, .1, .1, -.7, .2, .3, -.1}, {.3, -.3, 1.2, .2, .4, -.9, .1, .5}};
 static double XX[C][C], rank[R][C], p[D + 1], k[D + 1], bucket[C], theta[R][D + 1], m[R][D + 1], v[R][D + 1];
 static double c, beta[R][D + 1], alpha[R], n[R], What[R][C], E, dWhat[R][C], dtheta[R][D + 1];
-static double count, exact[R]; /* of the projection */
-static int32_t found[R];       /* n as besa.h has it */
+static int32_t found[R]; /* n as besa.h has it */
 
 static void print(const char *formula, const double *a, int rows, int columns)
 {
@@ -24,6 +21,7 @@ static void print(const char *formula, const double *a, int rows, int columns)
 }
 
 static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+
 static void score_and_rank(void)
 {
     double score[R][C];
@@ -39,31 +37,23 @@ static void score_and_rank(void)
     print("rank[r][j]: its position in the row, by score", &rank[0][0], R, C);
 }
 
-static double solve(double (*excess)(double)) /* the largest x with excess(x) <= 0, by halving; excess rises */
-{
-    double low = -60, high = 60;
-    for (int i = 0; i < 80; i++) *(excess((low + high) / 2) <= 0 ? &low : &high) = (low + high) / 2;
-    return fabs(low) < 1e-12 ? 0 : low;
-}
-
-static double rate_above_target(double tilt)
-{
-    double sum = 0, mean = 0;
-    for (int d = 0; d <= D; d++) sum += exp(tilt * p[d]), mean += exp(tilt * p[d]) * p[d];
-    return mean / sum - target;
-}
-
 static void candidates(void)
 {
+    double low = -60, high = 60;
     for (int d = 0; d <= D; d++) {
-        p[d] = 1 - (double)d / D;
-        k[d] = (D - d) * C / D;
+        p[d] = 1 - (double)d / D, k[d] = (D - d) * C / D;
         for (int i = 0; i < k[d]; i++) bucket[i] = d;
     }
     print("candidates p[d] = 1 - d/D", p, 1, D + 1);
     print("k[d] = (D - d) C / D: how many weights of a row candidate d prunes", k, 1, D + 1);
+    for (int i = 0; i < 80; i++) { /* by halving: the mean rises with c */
+        double sum = 0, mean = 0;
+        c = (low + high) / 2;
+        for (int d = 0; d <= D; d++) sum += exp(c * p[d]), mean += exp(c * p[d]) * p[d];
+        *(mean / sum <= target ? &low : &high) = c;
+    }
+    c = fabs(c) < 1e-12 ? 0 : (float)c;
     print("bucket of ranks 0, 1, ...: the last d with rank < k[d], which prunes it", bucket, 1, C);
-    c = (float)solve(rate_above_target);
     print("c, for rates that begin at the target: sum_d exp(c p[d]) p[d] / sum_d exp(c p[d]) = t", &c, 1, 1);
 }
 
@@ -86,8 +76,7 @@ static void rates_and_masks(int say)
 /* Your network's part. Here L = 1/E sum ((X (What - W)')^2) with E = sum ((X W')^2), and dL/dWhat = 2/E (What - W) X'X. */
 static double loss_and_gradient(void)
 {
-    double L = 0;
-    E = 0;
+    double L = E = 0;
     for (int i = 0; i < R * C; i++) {
         const int r = i / C;
         double whole = 0, difference = 0;
@@ -98,7 +87,7 @@ static double loss_and_gradient(void)
     return L / E;
 }
 
-static void gradient(int say)
+static void gradient_and_step(int number)
 {
     double sums[R][D + 1] = {{0}}, dbeta[R][D + 1], S = (alpha[0] + alpha[1] + alpha[2] + alpha[3]) / R;
     const double penalty = 2 * lambda * (S - target) / (target * target); /* of lambda ((S - t) / t)^2, by S */
@@ -109,49 +98,18 @@ static void gradient(int say)
             dbeta[r][d] = penalty * p[d] / R - (below += sums[r][d]);
         for (int d = 0; d <= D; d++) mean += beta[r][d] * dbeta[r][d];
         for (int d = 0; d <= D; d++) {
-            const double s = sigmoid(theta[r][d]);
-            dtheta[r][d] = beta[r][d] * (dbeta[r][d] - mean) * s_R * s * (1 - s);
+            const double s = sigmoid(theta[r][d]), g = dtheta[r][d] = beta[r][d] * (dbeta[r][d] - mean) * s_R * s * (1 - s);
+            m[r][d] = 0.9 * m[r][d] + 0.1 * g, v[r][d] = 0.999 * v[r][d] + 0.001 * g * g;
+            theta[r][d] -= lr * m[r][d] / (1 - pow(0.9, number)) / (sqrt(v[r][d] / (1 - pow(0.999, number))) + 1e-8);
         }
     }
-    if (!say) return;
+    if (number > 1) return;
     print("E = sum_tr (X W')[t][r]^2, the size of the layer's outputs; L = 1/E sum_tr (X (What - W)')[t][r]^2", &E, 1, 1);
     print("dL/dWhat = 2/E (What - W) X'X: your network's backward pass", &dWhat[0][0], R, C);
     print("sums[r][b] = sum of dL/dWhat W over the weights in bucket b", &sums[0][0], R, D + 1);
     print("dL/dbeta[r][d] = - sum_{b >= d} sums[r][b] + 2 lambda (S - t)/t^2 p[d]/R, S = mean alpha", &dbeta[0][0], R, D + 1);
     print("dL/dtheta = beta (dL/dbeta - sum_d beta dL/dbeta) s_R sigmoid'(theta)", &dtheta[0][0], R, D + 1);
-}
-
-static void step(int number)
-{
-    for (int i = 0; i < R * (D + 1); i++) {
-        const int r = i / (D + 1), d = i % (D + 1);
-        m[r][d] = 0.9 * m[r][d] + 0.1 * dtheta[r][d], v[r][d] = 0.999 * v[r][d] + 0.001 * dtheta[r][d] * dtheta[r][d];
-        theta[r][d] -= lr * m[r][d] / (1 - pow(0.9, number)) / (sqrt(v[r][d] / (1 - pow(0.999, number))) + 1e-8);
-    }
-    if (number == 1) print("theta -= lr m' / (sqrt(v') + eps), m' = m / (1 - .9^i), v' = v / (1 - .999^i): Adam, at first by lr everywhere", &theta[0][0], R, D + 1);
-}
-
-static double above_count(double shift)
-{
-    double sum = -count;
-    for (int r = 0; r < R; r++) sum += n[r] = floor(exact[r] = C * sigmoid(log(alpha[r] / (1 - alpha[r])) + shift));
-    return sum;
-}
-
-static void project(void)
-{
-    count = floor(target * R * C + 0.5);
-    double shift = solve(above_count), missing = -above_count(shift);
-    print("count = floor(t R C + 1/2): how many weights are to go", &count, 1, 1);
-    print("shift: the largest where sum_r floor(exact[r]) <= count", &shift, 1, 1);
-    print("exact[r] = C sigmoid(logit(alpha[r]) + shift), one of them just below a whole number", exact, 1, R);
-    for (int best; missing > 0; missing--, n[best]++) {
-        best = 0;
-        for (int r = 1; r < R; r++) best = exact[r] - n[r] > exact[best] - n[best] ? r : best;
-    }
-    print("n[r] = floor(exact[r]), and one more where the fraction is largest until the sum is count", n, 1, R);
-    for (int i = 0; i < R * C; i++) What[i / C][i % C] = rank[i / C][i % C] < n[i / C] ? 0 : W[i / C][i % C];
-    print("the pruned weights", &What[0][0], R, C);
+    print("theta -= lr m' / (sqrt(v') + eps), m' = m / (1 - .9^i), v' = v / (1 - .999^i): Adam, at first by lr everywhere", &theta[0][0], R, D + 1);
 }
 
 int main(int argc, char **argv)
@@ -174,20 +132,17 @@ int main(int argc, char **argv)
     for (int i = 1; i <= STEPS && !failed; i++) {
         failed |= besa_rates_forward(rates, NULL) || besa_rates_mask(rates, 0, w, f, NULL) || besa_rates_read(rates, 0, NULL, found, NULL);
         rates_and_masks(i <= 2);
-        L = loss_and_gradient();
-        gradient(i == 1);
-        for (int j = 0; j < R * C; j++) worst = fmax(worst, fabs(f[j] - What[j / C][j % C]));
-        for (int j = 0; j < R * C; j++) f[j] = (float)dWhat[j / C][j % C];
+        L = loss_and_gradient(), gradient_and_step(i);
+        for (int j = 0; j < R * C; f[j] = (float)dWhat[j / C][j % C], j++) worst = fmax(worst, fabs(f[j] - What[j / C][j % C]));
         failed |= besa_rates_gradient(rates, 0, w, f, NULL) || besa_rates_backward(rates, NULL);
         for (int j = 0; j < R * (D + 1); j++) worst = fmax(worst, fabs(grad[j] - dtheta[j / (D + 1)][j % (D + 1)]));
         failed |= besa_rates_optimize(rates, NULL) != BESA_OK;
-        step(i);
         printf("%sstep %2d: L = %.4f, pruned %g of %d\n", i < 3 ? "\n" : "", i, L, n[0] + n[1] + n[2] + n[3], R * C);
     }
-    rates_and_masks(0); /* alpha after the last step */
-    project();
-    failed |= besa_rates_project(rates, NULL) || besa_rates_read(rates, 0, NULL, found, NULL);
-    for (int r = 0; r < R; r++) failed |= n[r] != found[r];
+    failed |= besa_rates_forward(rates, NULL) || besa_rates_project(rates, NULL) || besa_rates_read(rates, 0, NULL, found, NULL);
+    for (int i = 0; i < R * C; i++) What[i / C][i % C] = rank[i / C][i % C] < (n[i / C] = found[i / C]) ? 0 : W[i / C][i % C];
+    print("projection: logit(alpha[r]) + shift, the same for all rows, so that the sum of n is floor(t R C + 1/2)", n, 1, R);
+    print("the pruned weights", &What[0][0], R, C);
     printf("\nL = %.4f; besa.h computes the same: %s\n", loss_and_gradient(), failed || worst > 1e-6 ? "no" : "yes");
     besa_rates_destroy(rates), be.destroy(&be);
     return failed || worst > 1e-6;

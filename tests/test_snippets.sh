@@ -116,6 +116,8 @@ only_if 1 0 -ffinite-math-only
 $cc -std=c11 -O1 -ffp-contract=off -I"$include" "$include/examples/besa_by_hand.c" -o "$work/by_hand" -lm 2>"$work/by_hand.log" &&
     "$work/by_hand" >"$work/by_hand.txt" && cmp "$work/by_hand.txt" data/besa_by_hand.txt
 verdict $? "besa_by_hand.c prints data/besa_by_hand.txt"
+[ "$(wc -l <"$include/examples/besa_by_hand.c")" -lt 150 ] && [ "$(wc -l <"$include/examples/python/besa_by_hand.py")" -le 60 ]
+verdict $? "the method by hand: under 150 lines of C, at most 60 of NumPy"
 wrong=""
 for target in 0.126 0.2 0.25 0.3 0.375 0.4 0.5 0.5625 0.6 0.7 0.75 0.875 0.9 0.99 0.9999; do
     "$work/by_hand" $target >"$work/by_hand.txt" && grep -q 'besa.h computes the same: yes$' "$work/by_hand.txt" || wrong="$wrong $target"
