@@ -66,7 +66,7 @@ if ! command -v "$nvcc" >/dev/null; then
     echo "SKIP make -C examples cuda: no $nvcc"
     exit $failed
 fi
-env -u MAKEFLAGS make -n -C "$work/examples" cuda NVCC="$nvcc" >"$work/log" 2>&1
+env -u MAKEFLAGS -u CUDA_ARCHS make -n -C "$work/examples" cuda NVCC="$nvcc" >"$work/log" 2>&1
 missing=""
 for a in 75 80 90 100; do
     ! "$nvcc" --list-gpu-arch | grep -qx "compute_$a" || grep -q -- "-gencode arch=compute_$a,code=sm_$a " "$work/log" || missing="$missing $a"
