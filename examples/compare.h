@@ -413,7 +413,7 @@ static void plain_label(char *to, size_t size, const char *label)
         int least = i;
         for (int k = i + 1; k < count && i >= fixed; k++)
             if (strncmp(part[k], part[least], strcspn(part[k], "=") + 1) < 0) least = k;
-        snprintf(taken, sizeof taken, "%s", part[least]);
+        memcpy(taken, part[least], sizeof taken);
         memmove(part[i + 1], part[i], (size_t)(least - i) * sizeof part[0]);
         put_plain(plain, sizeof plain, taken);
         n += (size_t)snprintf(to + n, size - n, "%s%s", !i ? "" : i <= fixed ? ":" : ",", plain);
