@@ -5585,12 +5585,13 @@ static besa_result besa__check_shape(const besa_block_shape *s, besa_dtype dtype
                           (long long)s->head_dim, (long long)s->num_attention_heads);
     return BESA_OK;
 }
-/* Sequences that the report's losses are of, of all ranks: an eighth, at least two, so that they cost little of a run. Where
- * something learns with final masks, at a price beside which they are nothing, as many as there may be. */
+
+/* Sequences that the report's losses are of, of all ranks, be they many or few: an eighth, at least two. */
 static int64_t besa__all_most(const besa_pruner *p) { return besa__min(p->shares.all, BESA__REPORT_SEQUENCES); }
 
 static int64_t besa__all_few(const besa_pruner *p) { return besa__min(besa__all_most(p), besa__max(p->shares.all / 8, 2)); }
 
+/* Few cost little of a run. Many where something learns with final masks, at a price beside which they are nothing. */
 static int64_t besa__all_shown(const besa_pruner *p) { return besa__learns_last(p) ? besa__all_most(p) : besa__all_few(p); }
 
 /* This rank's part of the sequences, and how many of them go through a pass together. */
@@ -5752,15 +5753,13 @@ static int64_t besa__gradient_sequences(const besa_pruner *p) { return besa__loc
 
 static int64_t besa__shown(const besa_pruner *p) { return besa__local_count(&p->shares, besa__all_shown(p)); }
 
-/* The passes' chunks: those with a reference are kept apart, and the report's sequences, be they few or many: the same chunks
- * for all methods, thus the same sums. */
+/* The passes' chunks: the report's sequences are kept apart, be they few or many: the same chunks for all methods, thus the same
+ * sums. Those with a reference are all, or those of the report. */
 static int64_t besa__pass_cut(const void *pruner, int64_t first)
 {
     const besa_pruner *p = (const besa_pruner *)pruner;
     int64_t few = besa__local_count(&p->shares, besa__all_few(p)), most = besa__local_count(&p->shares, besa__all_most(p));
-    int64_t end = first < few ? few : first < most ? most : p->nsamples;
-    if (first < p->reference) end = besa__min(end, p->reference);
-    return besa__min(p->micro_batch, end - first);
+    return besa__min(p->micro_batch, (first < few ? few : first < most ? most : p->nsamples) - first);
 }
 
 /* Over the first `count` sequences as the passes cut them. */
@@ -10963,22 +10962,6 @@ static uint64_t besa__codes_offset(const besa__codes *codes, int64_t block)
     return codes->data + (uint64_t)(block - codes->shape.first) * codes->block_bytes;
 }
 
-/* Open what an earlier run has left; *whole becomes 0 where it is not there in full. */
-static besa_result besa__codes_open(besa__writer *w, int *whole, besa_error *error)
-{
-    struct stat st;
-    BESA__TRY(besa__open_entry(w, &w->codes->fd, BESA__CODES, error));
-    if (w->codes->fd >= 0 && fstat(w->codes->fd, &st)) return besa__writer_fail(w, BESA__CODES, errno, error);
-    if (w->codes->fd < 0 || (uint64_t)st.st_size != besa__codes_size(w->codes)) *whole = 0;
-    return BESA_OK;
-}
-
-static besa_result besa__codes_create(besa__writer *w, besa_error *error)
-{
-    if (w->codes->fd >= 0) close(w->codes->fd);
-    return besa__create_entry(w, &w->codes->fd, BESA__CODES, w->checkpoint->shards[0].stat.st_mode, error);
-}
-
 static besa_result besa__codes_begin(besa__writer *w, besa_error *error)
 {
     const besa__codes *codes = w->codes;
@@ -11058,22 +11041,6 @@ static besa_result besa__ready_damaged(const besa__writer *w, besa_error *error)
 /* Bytes of a block's learned rates. */
 static uint64_t besa__learned_bytes(const besa__writer *w) { return (uint64_t)w->rate_rows * sizeof(float); }
 
-/* Open the learned rates that an earlier run has left; *whole becomes 0 where they are not there in full. */
-static besa_result besa__learned_open(besa__writer *w, int *whole, besa_error *error)
-{
-    struct stat st;
-    BESA__TRY(besa__open_entry(w, &w->rates, BESA__RATES, error));
-    if (w->rates >= 0 && fstat(w->rates, &st)) return besa__writer_fail(w, BESA__RATES, errno, error);
-    if (w->rates < 0 || (uint64_t)st.st_size != (uint64_t)w->blocks * besa__learned_bytes(w)) *whole = 0;
-    return BESA_OK;
-}
-
-static besa_result besa__learned_create(besa__writer *w, besa_error *error)
-{
-    if (w->rates >= 0) close(w->rates);
-    return besa__create_entry(w, &w->rates, BESA__RATES, w->checkpoint->shards[0].stat.st_mode, error);
-}
-
 /* The current block's learned rates, alpha (rate_rows): on return they are on disk. */
 static besa_result besa__learned_put(besa__writer *w, const float *alpha, besa_error *error)
 {
@@ -11083,27 +11050,40 @@ static besa_result besa__learned_put(besa__writer *w, const float *alpha, besa_e
     return besa__sync(w, w->rates, BESA__RATES, error);
 }
 
+/* A file of the output beside the journal, of a size that is known: opened as an earlier run has left it; where it is not there in
+ * full w->copied becomes 0, and all are made anew. */
+static besa_result besa__open_whole(besa__writer *w, int *fd, const char *name, uint64_t size, besa_error *error)
+{
+    struct stat st;
+    if (!w->copied) return BESA_OK;
+    BESA__TRY(besa__open_entry(w, fd, name, error));
+    if (*fd >= 0 && fstat(*fd, &st)) return besa__writer_fail(w, name, errno, error);
+    if (*fd < 0 || (uint64_t)st.st_size != size) w->copied = 0;
+    return BESA_OK;
+}
+
+static besa_result besa__make_anew(besa__writer *w, int *fd, const char *name, mode_t mode, besa_error *error)
+{
+    if (*fd >= 0) close(*fd);
+    return besa__create_entry(w, fd, name, mode, error);
+}
+
 /* Open the output's shards. A copy that is said to be complete, but whose files are not there in full, is none. */
 static besa_result besa__writer_open_files(besa__writer *w, besa_error *error)
 {
-    for (int64_t i = 0; i < w->checkpoint->num_shards && w->copied; i++) {
-        struct stat st;
-        const besa__shard *shard = w->checkpoint->shards + i;
-        BESA__TRY(besa__open_entry(w, &w->files[i], shard->name, error));
-        if (w->files[i] >= 0 && fstat(w->files[i], &st)) return besa__writer_fail(w, shard->name, errno, error);
-        if (w->files[i] < 0 || (uint64_t)st.st_size != shard->size) w->copied = 0;
-    }
-    if (w->codes && w->copied) BESA__TRY(besa__codes_open(w, &w->copied, error));
-    if (w->rate_rows && w->copied) BESA__TRY(besa__learned_open(w, &w->copied, error));
+    const besa_checkpoint *c = w->checkpoint;
+    for (int64_t i = 0; i < c->num_shards; i++)
+        BESA__TRY(besa__open_whole(w, &w->files[i], c->shards[i].name, c->shards[i].size, error));
+    if (w->codes) BESA__TRY(besa__open_whole(w, &w->codes->fd, BESA__CODES, besa__codes_size(w->codes), error));
+    if (w->rate_rows)
+        BESA__TRY(besa__open_whole(w, &w->rates, BESA__RATES, (uint64_t)w->blocks * besa__learned_bytes(w), error));
     if (w->is_ready) return w->copied ? BESA_OK : besa__ready_damaged(w, error);
     w->worthless = !w->copied;
-    for (int64_t i = 0; i < w->checkpoint->num_shards && !w->copied; i++) {
-        const besa__shard *shard = w->checkpoint->shards + i;
-        if (w->files[i] >= 0) close(w->files[i]);
-        BESA__TRY(besa__create_entry(w, &w->files[i], shard->name, shard->stat.st_mode, error));
-    }
-    if (w->rate_rows && !w->copied) BESA__TRY(besa__learned_create(w, error));
-    return w->codes && !w->copied ? besa__codes_create(w, error) : BESA_OK;
+    if (w->copied) return BESA_OK;
+    for (int64_t i = 0; i < c->num_shards; i++)
+        BESA__TRY(besa__make_anew(w, &w->files[i], c->shards[i].name, c->shards[i].stat.st_mode, error));
+    if (w->rate_rows) BESA__TRY(besa__make_anew(w, &w->rates, BESA__RATES, c->shards[0].stat.st_mode, error));
+    return w->codes ? besa__make_anew(w, &w->codes->fd, BESA__CODES, c->shards[0].stat.st_mode, error) : BESA_OK;
 }
 
 static besa_result besa__source_changed(const besa__writer *w, const char *name, besa_error *error)
@@ -11187,13 +11167,15 @@ static besa_result besa__writer_read(besa__writer *w, const besa_tensor *tensor,
     return besa__read_at(w->files[tensor->file], memory, size, tensor->offset + at, w->partial, error);
 }
 
-/* The hash of the current block is that of the hashes of its tensors that come in with it, and of its codes' (NULL: none). */
-static uint64_t besa__block_hash(const besa__writer *w, const uint64_t hash[BESA__BLOCK_TENSORS], const uint64_t *codes)
+/* The hash of the current block is that of the hashes of its tensors that come in with it, of its codes' (NULL: none), and of its
+ * learned rates', where they are kept. */
+static uint64_t besa__block_hash(const besa__writer *w, const uint64_t hash[BESA__BLOCK_TENSORS], const uint64_t *codes, uint64_t rates)
 {
     uint64_t all = BESA__HASH_START;
     for (int i = 0; i < BESA__BLOCK_TENSORS; i++)
         if (besa__coming(w, i)) all = besa__hash(all, &hash[i], sizeof *hash);
-    return codes ? besa__hash(all, codes, sizeof *codes) : all;
+    if (codes) all = besa__hash(all, codes, sizeof *codes);
+    return w->rate_rows ? besa__hash(all, &rates, sizeof rates) : all;
 }
 
 /* The hash of a block as it is on disk; buffer: BESA__CHUNK bytes. */
@@ -11205,16 +11187,13 @@ static besa_result besa__hash_block(besa__writer *w, int64_t block, void *buffer
         const besa_tensor *t = besa__coming(w, i);
         if (t) BESA__TRY(besa__hash_range(w->files[t->file], t->offset, t->bytes, buffer, &one[i], w->partial, error));
     }
-    uint64_t codes = 0;
+    uint64_t codes = 0, rates = 0, bytes = besa__learned_bytes(w);
     int has = besa__has_codes(w, block);
     if (has)
         BESA__TRY(besa__hash_range(w->codes->fd, besa__codes_offset(w->codes, block), w->codes->block_bytes, buffer, &codes, w->partial,
                                    error));
-    *hash = besa__block_hash(w, one, has ? &codes : NULL);
-    if (!w->rate_rows) return BESA_OK;
-    uint64_t rates, bytes = besa__learned_bytes(w);
-    BESA__TRY(besa__hash_range(w->rates, (uint64_t)block * bytes, bytes, buffer, &rates, w->partial, error));
-    *hash = besa__hash(*hash, &rates, sizeof rates);
+    if (w->rate_rows) BESA__TRY(besa__hash_range(w->rates, (uint64_t)block * bytes, bytes, buffer, &rates, w->partial, error));
+    *hash = besa__block_hash(w, one, has ? &codes : NULL, rates);
     return BESA_OK;
 }
 
@@ -11452,8 +11431,7 @@ static besa_result besa__writer_block_done(besa__writer *w, int64_t block, besa_
     }
     int has = besa__has_codes(w, block);
     if (has) BESA__TRY(besa__codes_end(w, error));
-    w->finished[block].hash = besa__block_hash(w, w->hash, has ? &w->codes->hash : NULL);
-    if (w->rate_rows) w->finished[block].hash = besa__hash(w->finished[block].hash, &w->rates_hash, sizeof w->rates_hash);
+    w->finished[block].hash = besa__block_hash(w, w->hash, has ? &w->codes->hash : NULL, w->rates_hash);
     w->finished[block].line = w->journal_end;
     besa__journal_block(line, sizeof line, &w->finished[block], block);
     BESA__TRY(besa__journal_add(w, line, error));
@@ -14456,6 +14434,18 @@ static double besa__parts_flop(const besa__run *run, double weights, double qkv,
     return 0;
 }
 
+/* Weights of a block's layers, of one group or of all (-1). */
+static double besa__count_weights(const besa_block_shape *s, int group)
+{
+    double weights = 0;
+    for (int i = 0; i < BESA_LAYERS; i++) {
+        int64_t rows, columns;
+        besa_block_layer(s, i, &rows, &columns);
+        if (group < 0 || (int)besa__layers[i].group == group) weights += (double)rows * (double)columns;
+    }
+    return weights;
+}
+
 /* FLOP of all products of a model of `all` blocks of which `blocks` are pruned: 2 per weight and token forward, 3.7 more in the
  * learning step (q, k and v need no input gradient, but where the first norm learns), attention's causal half, Gram matrices, and
  * a block's refits. */
@@ -14463,13 +14453,8 @@ static void besa__plan_flop(const besa__run *run, double blocks, double all, dou
 {
     const besa_block_shape *s = &run->config->block;
     const besa_prune_options *o = &run->pruner.options;
-    double tokens = (double)(run->pruner.nsamples * run->pruner.seqlen), weights = 0, gram = 0, qkv = 0;
-    for (int i = 0; i < BESA_LAYERS; i++) {
-        int64_t rows, columns;
-        besa_block_layer(s, i, &rows, &columns);
-        weights += (double)rows * (double)columns;
-        if (besa__layers[i].group == BESA__GROUP_QKV) qkv += (double)rows * (double)columns;
-    }
+    double tokens = (double)(run->pruner.nsamples * run->pruner.seqlen), gram = 0;
+    double weights = besa__count_weights(s, -1), qkv = besa__count_weights(s, BESA__GROUP_QKV);
     for (int i = 0; i < BESA__INPUTS; i++) gram += (double)besa__input_columns(s, i) * (double)besa__input_columns(s, i);
     double per_key = 2 * (double)(s->num_attention_heads * s->head_dim), attention = per_key * (double)run->pruner.seqlen;
     double forward = 2 * weights + attention, backward = 4 * weights - 2 * qkv + 2.5 * attention;
@@ -14491,12 +14476,8 @@ static void besa__plan_flop(const besa__run *run, double blocks, double all, dou
 static double besa__test_flop(const besa__run *run)
 {
     const besa_block_shape *s = &run->config->block;
-    double block = 2 * (double)(s->num_attention_heads * s->head_dim) * (double)run->test.seqlen, hidden = (double)s->hidden_size;
-    for (int i = 0; i < BESA_LAYERS; i++) {
-        int64_t rows, columns;
-        besa_block_layer(s, i, &rows, &columns);
-        block += 2 * (double)rows * (double)columns;
-    }
+    double block = 2 * (double)(s->num_attention_heads * s->head_dim) * (double)run->test.seqlen + 2 * besa__count_weights(s, -1);
+    double hidden = (double)s->hidden_size;
     if (run->against) hidden += (double)besa_checkpoint_config(run->against->checkpoint)->block.hidden_size;
     if (!run->has_test) return 0;
     return (double)(run->test.count * run->test.seqlen) *

@@ -168,11 +168,11 @@ static besa_result barrier(void *user, besa_error *error)
 /* A call of NCCL's returns at once; here it has come to its end, or a failure has ended it. */
 static besa_result settle(const char *call, ncclResult_t status, besa_error *error)
 {
-    for (int looked = 0; status == ncclInProgress; looked++) {
-        if (looked > 0) usleep(10);             /* which takes 60 us: the first look is at once */
+    while (status == ncclInProgress) {
         pthread_mutex_lock(&g.lock);
         if (!g.nccl || ncclCommGetAsyncError(g.nccl, &status) != ncclSuccess) status = ncclSystemError;
         pthread_mutex_unlock(&g.lock);
+        if (status == ncclInProgress) usleep(10);
     }
     return status == ncclSuccess ? BESA_OK : lost(error, call, ncclGetErrorString(status));
 }
