@@ -164,12 +164,13 @@ def _rows() -> Iterator[Any]:
 
 
 def options() -> Dict[str, Dict[str, Any]]:
-    """All options that prune, plan, compare and Rates take by keyword: for each its default, range, words and help. They
-    come from the library's own table. Beside them there are sparsity (of rates.target), pattern, fixed, skip, masks,
+    """All options that prune, plan, compare and Rates take by keyword: for each its default, range, values (words, or None) and
+    help. They come from the library's own table. Beside them there are sparsity (of rates.target), pattern, fixed, skip, masks,
     block_targets and memory: see prune."""
     return {_text(row.name): {"default": row.standard, "range": _text(row.range),
                               "values": _text(row.value).split("|") if row.kind == lib.BESA_OPTION_ENUM else None,
-                              "help": _text(row.help) if row.help else ""} for row in _rows()}
+                              "help": _text(row.help) if row.help else ""}
+            for row in _rows() if _text(row.name) not in ("num_fixed", "num_block_targets")}  # prune counts them
 
 
 def _option_value(row, name: str, value: Any) -> Union[int, float]:
@@ -218,7 +219,9 @@ class _Options:
         if pattern is not None:
             keywords.update(_pattern(pattern))
         elif masks is None and "target" not in keywords:
-            keywords["target"] = 0.5 if sparsity is None else sparsity
+            if sparsity is None:
+                sparsity = 0.5 if block_targets is None else float(np.mean(block_targets))
+            keywords["target"] = sparsity
         if pattern is not None and sparsity is not None:
             keywords["target"] = sparsity
         _set(struct, keywords)
@@ -375,15 +378,15 @@ def prune(source: Path, output: Optional[Path], tokens: Tokens, *, sparsity: Opt
                 and NAME.alpha, the rate that was learned, or where none was their share
     options     those of besa.options() by name (method="wanda", refit="cg", epochs=2), and
                 pattern "2:4"; fixed {pattern: sparsity}; skip [pattern], layers that stay dense; masks, a directory whose
-                zeros method="keep" takes, or a file of save_masks; block_targets [sparsity of each block]; memory, most bytes
-                of the run's arrays;
+                zeros method="keep" takes, or a file of save_masks; block_targets [sparsity of each block], whose
+                mean is the sparsity; memory, most bytes of the run's arrays;
                 comm, where several processes call this alike: an object with rank, size and the methods
                 reduce(float32 array), which becomes the sum over processes; broadcast(uint8 array, root); barrier(); and
                 fail(message), which makes the others' calls raise (torch_distributed.py has one)
     threads     0: as many as there are processors
 
     Returns the report of `besa prune --report` as a dict: sparsity, weights, pruned, seconds, notes, options, and blocks with
-    their losses and layers.
+    their losses and layers; but without the command line, threads, and FLOP and memory, which plan has.
     Raises Error, ValueError or TypeError of an option or of tokens, and KeyboardInterrupt. An interrupted run leaves
     output.partial, and the same call goes on from it."""
     model = _Checkpoint(source)
@@ -622,8 +625,9 @@ class Rates:
         return _pointer(array, name, self.shapes[self._layer(layer)], self.dtype, writable)
 
     def rank(self, layer: int, w: Any, importance: str = "wanda", statistic: Any = None) -> None:
-        """Score the weights w and keep each one's rank in its row. statistic float32 (columns): for "wanda" sums of squares
-        of the layer's inputs, for "sparsegpt" U_jj, U'U = inv(H + damping); None for "magnitude"."""
+        """Score the weights w and keep each one's rank in its row. statistic float32 (columns): for "wanda" and "relative" sums
+        of squares of the layer's inputs, for "sparsegpt" U_jj, U'U = inv(H + damping); None for "magnitude". "gradient" is
+        refused: its gradients are a whole block's."""
         words = options()["importance"]["values"]
         if importance not in words:
             raise ValueError(f"importance is {importance!r}, expected one of {', '.join(words)}")
@@ -631,7 +635,7 @@ class Rates:
             raise ValueError(f"importance {importance} wants a statistic")
         rows, columns = self.shapes[self._layer(layer)]
         at = ffi.NULL if statistic is None else _pointer(statistic, "statistic", (columns,), "float32")
-        scratch = np.empty((rows + 1, columns), np.float32)
+        scratch = np.empty((rows + 2, columns), np.float32)
         _call(lib.besa_rates_rank, self._rates, layer, self._weights(layer, w, "w"), words.index(importance), at,
               ffi.from_buffer("float *", scratch))
 
