@@ -156,9 +156,11 @@ static char *make_card(const settings *s, const char *base, const besa_calibrati
     write_front_matter(file, s, base);
     fprintf(file, "# ");
     write_words(file, base);
-    fprintf(file, ", pruned\n\nWeights of the linear layers in the decoder's blocks were set to 0%s, by besa %d.%d; all else is as it was.\n\n",
-            s->prune.learn != BESA_LEARN_RATES || s->prune.refit || s->prune.method == BESA_METHOD_SPARSEGPT
-            ? ", and the others fitted to that" : "", BESA_VERSION_MAJOR, BESA_VERSION_MINOR);
+    const besa_prune_options *o = &r->options;
+    int fitted = o->learn != BESA_LEARN_RATES || o->refit || o->method == BESA_METHOD_SPARSEGPT;
+    fprintf(file, ", pruned\n\nWeights of the linear layers in the decoder's blocks were set to 0%s%s%s, by besa %d.%d; all else is as "
+            "it was.\n\n", fitted ? ", and the others fitted to that" : "", o->bits ? ", and rounded to grids" : "",
+            o->learn != BESA_LEARN_RATES && o->learn_vectors ? "; norms and biases were fitted too" : "", BESA_VERSION_MAJOR, BESA_VERSION_MINOR);
     write_table(file, s, c, r);
     fprintf(file, "\nThe command was\n\n");
     write_command(file, s);

@@ -507,8 +507,11 @@ check 0 '^perplexity' eval "$work/a/out" --tokens "$stories/test_tokens.npy" --w
 check 2 '--test-dense is about --test' prune "$work/model" "$work/c" $data --test-dense
 for word in '"perplexity": ' '"nll": \[' '"command": "besa eval ' '"blocks": \['; do grep -q "$word" "$work/eval.json" || bad="$bad; eval's report without $word"; done
 [ "$(grep '"perplexity"' "$work/eval.json")" = "$(grep '"perplexity"' "$work/a.json")" ] || bad="$bad; eval's perplexity is not the run's"
-check 0 'kept' prune "$work/a/out" "$work/again" $data --method magnitude --bits 4 --pattern 2:4 --quiet "--tokens=$stories/calibration_tokens.npy"
-for line in 'base_model: "out"' 'base_model_relation: quantized' 'license: other' '- "2:4"' '- 4-bit' '- magnitude'; do
+check 0 'kept' prune "$work/a/out" "$work/again" $data --method magnitude --bits 4 --pattern 2:4 --learn weights --weight-epochs 1 \
+    --learn-vectors --quiet "--tokens=$stories/calibration_tokens.npy"
+version=$("$besa" --version | sed 's/ (.*//')
+for line in 'base_model: "out"' 'base_model_relation: quantized' 'license: other' '- "2:4"' '- 4-bit' '- magnitude' \
+    "Weights of the linear layers in the decoder's blocks were set to 0, and the others fitted to that, and rounded to grids; norms and biases were fitted too, by $version; all else is as it was."; do
     grep -qxF -e "$line" "$work/again/README.md" || bad="$bad; a second time: no line $line"
 done
 cmp -s "$work/model/README.md" "$work/again/README.dense.md" || bad="$bad; the dense model's card is lost the second time"
