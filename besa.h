@@ -1274,7 +1274,7 @@ typedef enum besa_clipping {
 } besa_clipping;
 
 /* One run in several processes, on one machine or many: each of `size` ranks calls the same functions with the same arguments,
- * a backend of its own and these five, which the caller fills in (examples/mpi.c, examples/nccl.cu). Every rank holds all
+ * a backend of its own and these four, which the caller fills in (examples/mpi.c, examples/nccl.cu). Every rank holds all
  * weights and a share of the sequences; what section comm lists is summed over ranks, and from equal sums every rank makes
  * equal masks. Rank 0 writes. The calls of all ranks come in the same order. A call that fails fills in *error, and the
  * rank's run ends with it. */
@@ -2548,7 +2548,7 @@ static const besa_option besa__options[] = {
     {BESA__PRUNE(INT64, rank_interval), 1, 0, BESA__NO_LIMIT, BESA_OPTION_NONE | BESA__WEIGHTS, "0 or more",
      "rank-interval", "N", "learn both: steps until the moving weights are ranked anew, 0: never [1]"},
     {BESA__PRUNE(DOUBLE, weight_lr), 0.2, 0, 1e30, BESA__OPEN | BESA__WEIGHTS, "above 0 and below 1e30",
-     "weight-lr", "X", "learning rate of weights, in units of a layer's rms / sqrt(columns), with bits of a sixth [0.2]"},
+     "weight-lr", "X", "learning rate of weights, in units of a layer's rms / sqrt(columns), with bits a sixth of that [0.2]"},
     {BESA__PRUNE(DOUBLE, weight_warmup), 0, 0, 1, BESA__FROM_0 | BESA__WEIGHTS, "0 or more and below 1",
      "weight-warmup", "X", "share of the steps in which that rises [0]"},
     {BESA__PRUNE(FLAG, learn_vectors), 0, 0, 1, BESA__WEIGHTS, "0 or 1",

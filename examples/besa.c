@@ -741,8 +741,8 @@ static const command commands[] = {
      "  besa prune llama pruned --tokens c4.npy --skip layers.0 --fix v_proj=0.3 --test wikitext2.npy\n"
      "  besa prune llama pruned --tokens c4.npy --device cuda\n"},
     {"plan", PLAN, 1, 2, run_plan, "SRC [DST]", "say what prune would take, of memory, disk and work",
-     "Says what `besa prune` with the same options, but --report and --quiet, would take. It works from the shapes,\n"
-     "and reads no weights.\n\n"
+     "Says what `besa prune` with the same options, but --test-dense, --quiet and those of files that it writes, would\n"
+     "take. It works from the shapes, and reads no weights.\n\n"
      "  besa plan llama --nsamples 128 --seqlen 2048 --memory 8G\n"
      "  besa plan llama --device cuda --device-memory 24G\n"},
     {"compare", COMPARE, 1, 1, run_compare, "SRC", "try methods and sparsities, writing nothing to disk",
@@ -755,8 +755,8 @@ static const command commands[] = {
      "      --method wanda,besa,besa:best --json results.json --markdown table.md\n"
      "  besa compare llama --tokens c4.npy --test wikitext2.npy --method besa,besa:epochs=2,besa:best:epochs=2,lr=2 \\\n"
      "      --nsamples 16,64,128 --resume results.json\n\n"
-     "A row is METHOD[:PRESET][:KEY=VALUE[,KEY=VALUE ...]], KEY an option below of the method, without its --; flags are yes\n"
-     "or no. Other options under BESA apply to besa's rows, and of --learn both and --preset best the others take the\n"
+     "A row is METHOD[:PRESET][:KEY=VALUE[,KEY=VALUE ...]], KEY an option below of the method, without its --, but masks and\n"
+     "block-targets; flags are yes or no. Other options under BESA apply to besa's rows, and of --learn both and --preset best the others take the\n"
      "weights. --resume FILE goes on with the runs that a stopped comparison has not come to, or with those of more methods,\n"
      "sparsities, seeds or sizes; where models, texts or other options are not those of the file, it is refused: models are\n"
      "known by name and config.json, texts by their tokens, options and rows by their values, in any order.\n"},

@@ -101,7 +101,7 @@ $(CUDA_BUILD)/gpu.log: $(CUDA_FILES) gpu.h FORCE | $(CUDA_BUILD)
 	else ./run.sh $@ $(CUDA_BUILD)/test_cuda-gpu $(STORIES) $(if $(ONLY),'$(ONLY)'); fi
 
 # the command line on the stand-in: a C program that links besa_cuda.cu, as `make -C examples cuda` does
-BESA_FILES := $(addprefix $(BESA)/examples/,besa.c options.h card.h besa_cuda.cu) $(BESA)/besa.h $(BESA)/besa_cuda.cuh
+BESA_FILES := $(addprefix $(BESA)/examples/,besa.c options.h card.h compare.h besa_cuda.cu) $(BESA)/besa.h $(BESA)/besa_cuda.cuh
 $(CUDA_BUILD)/besa-standin: $(BESA_FILES) $(CUDA_BUILD)/standin-plain.o
 	$(CC) $(C_FLAGS) -DBESA_WITH_CUDA -c -o $@.o $<
 	$(CXX) $(CUDA_FLAGS) $(cuda_plain_FLAGS) -D__CUDACC__ -c -o $@-cuda.o -x c++ $(BESA)/examples/besa_cuda.cu

@@ -1,5 +1,5 @@
 """The method of BESA on one linear layer, as ../besa_by_hand.c has it, in NumPy; besa_by_hand.py TARGET takes another than 0.5.
-It prints the same numbers, but that where rates times columns are whole, rounding may take another weight."""
+It prints the same numbers, but where a rate times the columns is a whole number: there rounding may take another weight."""
 import sys
 
 import numpy as np
