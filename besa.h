@@ -216,7 +216,7 @@
  *     first_block, num_blocks     [0, all] prune these and leave the other blocks dense: for studies
  *     depth_slope                 [0] the last block's sparsity less the first one's, around the target
  *     block_targets               [none] a sparsity for every block; besa_outliers and besa_outlier_targets find some
- *     keep_rates                  [0] besa: the rates of all rows as they were learned, before the projection, lie in the output as
+ *     keep_rates                  [0] besa: the rates of rows as they were learned, before the projection, lie in the output as
  *                                 besa-rates, where besa_masks_save finds them
  *     comm                        [none] several processes work on one run: each has its share of the sequences, see besa_comm
  *     progress, step, card, user  [none] callbacks: after each unit of work, which can stop the run; after each learning step;
@@ -265,6 +265,7 @@
  *         importance gradient          4 N bytes
  *         granularity                  a t d, layer 2 a t i; norms of d, layer R channels per batch
  *         bits                         w N, and 16 bytes per grid, 64 where clips learn; 8 of the host
+ *         keep_rates                   4 R of the host
  *         test against a model         24 bytes a token, a t d, and as much as its head takes with 16384 t of logits
  *     Where device_memory is not enough, the test's activations, Yref and X live in pinned host memory and come batch by
  *     batch while others compute. None of this grows with the number of blocks; beside it there are the tensor table, the
@@ -1715,10 +1716,11 @@ BESA_API besa_result besa_logits(const besa_checkpoint *checkpoint, besa_backend
  *     NAME.mask U8 (R, ceil(C / 8))               with BESA_FILE_MASKS: bit j % 8, from the lowest, of byte j / 8 is 1 where
  *                                                 weight j is not 0
  * In the output of a run with keep_rates alpha is the rate that was learned for the row, before counts were made exact, where one
- * was: such a run leaves them in a file besa-rates beside the weights, float32 (rows of all layers of all blocks), NaN where none
- * was. Delete it when the rates are saved: it is of no other use, and wrong once weights change.
+ * was: such a run leaves them in a file, BESA_RATES_FILE, beside the weights, float32 (rows of all layers of all blocks), NaN where
+ * none was. Delete it when the rates are saved: it is of no other use, and wrong once weights change.
  * The file appears when it is complete, in place of one that is there; a device, or what a link leads to, is written directly.
- * BESA_ERROR_MEMORY, _WRITE, and of besa-rates _FORMAT, _READ. */
+ * BESA_ERROR_MEMORY, _WRITE, and of the learned rates' _FORMAT, _READ. */
+#define BESA_RATES_FILE "besa-rates"
 enum { BESA_FILE_RATES = 1, BESA_FILE_MASKS = 2 };
 BESA_API besa_result besa_masks_save(const besa_checkpoint *checkpoint, const char *file, int what, besa_error *error);
 
@@ -1728,8 +1730,8 @@ BESA_API besa_result besa_masks_save(const besa_checkpoint *checkpoint, const ch
 BESA_API besa_result besa_masks_open(besa_checkpoint **masks, const char *file, const besa_checkpoint *model, besa_error *error);
 
 /* The report as a JSON text, owned by the caller (BESA_FREE), or NULL without memory. It begins with all that is in besa.json.
- * Seconds and FLOP of the passes are of the blocks that the run itself has pruned, without resumed_blocks; flop is the plan's, of
- * all blocks. */
+ * Seconds and FLOP of the passes are of the blocks that the run itself has pruned, without resumed_blocks, but seconds of read and
+ * write, which are of all blocks that it has read or written; flop is the plan's, of all blocks. */
 BESA_API char *besa_report_json(const besa_report *report);
 
 /* A report of besa_perplexity's results, in the same form: of the calibration its test_ids count and what is said of them, and
@@ -5079,6 +5081,7 @@ struct besa_pruner {
     int32_t *results_counts;                    /* host (2, rows) */
     float *results_sums;                        /* host, as written_sums */
     float *results_vectors;                     /* host, one vector after the other: what learned has come to */
+    float *results_alpha;                       /* host (rows): with keep_rates what rates have come to; NULL: they are not kept */
     char notes[1024];                           /* of besa_pruner_create's alone */
     besa_block masked;                          /* this run's block, with `pruned` for its weights, and what vectors learn */
 };
@@ -5532,6 +5535,7 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     p->results_losses = besa__take_floats(host, BESA__LOSS_STEP + p->step_losses);
     p->results_counts = (int32_t *)besa__take_array(host, besa__product(2, p->rows), sizeof(int32_t));
     p->results_vectors = besa__learns_vectors(p) ? besa__take_floats(host, besa__vector_counts(s)) : NULL;
+    p->results_alpha = p->options.keep_rates && rates ? besa__take_floats(host, p->rows) : NULL;
     besa__pruner_place_sums(p, arena, host);
 }
 
@@ -5692,7 +5696,8 @@ static besa_result besa__fit_ranks(const besa__shares *shares, int64_t *micro_ba
                       "a device_memory that is the same everywhere", error);
 }
 
-/* The budget where the caller gave none: what the device has free, else *is_free is 0, less a little for the driver. */
+/* The budget where the caller gave none: what the device has free, less a little for the driver. *is_free: what it has, or 0 where
+ * the budget is no share of it. */
 static besa_result besa__default_budget(besa_backend *be, size_t *budget, size_t *is_free, besa_error *error)
 {
     size_t free_bytes, total_bytes;
@@ -5753,8 +5758,8 @@ static int64_t besa__gradient_sequences(const besa_pruner *p) { return besa__loc
 
 static int64_t besa__shown(const besa_pruner *p) { return besa__local_count(&p->shares, besa__all_shown(p)); }
 
-/* The passes' chunks: the report's sequences are kept apart, be they few or many: the same chunks for all methods, thus the same
- * sums. Those with a reference are all, or those of the report. */
+/* The passes' chunks: the report's sequences are kept apart, be they few or many: in one process the same chunks for all methods, thus
+ * the same sums. Those with a reference are all, or those of the report. */
 static int64_t besa__pass_cut(const void *pruner, int64_t first)
 {
     const besa_pruner *p = (const besa_pruner *)pruner;
@@ -7029,6 +7034,8 @@ static besa_result besa__fetch_results(besa_pruner *p)
         if (p->weights.vector[i].dense)
             BESA__TRY(be->download(be, q, p->results_vectors + at, p->weights.vector[i].value,
                                    (size_t)p->weights.vector[i].count * sizeof(float)));
+    if (p->results_alpha)
+        BESA__TRY(be->download(be, q, p->results_alpha, p->rates.alpha, (size_t)p->rows * sizeof(float)));
     if (besa__learns_rates(p)) {
         BESA__TRY(be->download(be, q, r->scalars, p->parameters.step.scalars, sizeof r->scalars));
         BESA__TRY(be->download(be, q, &r->mean, p->rates.mean, sizeof r->mean));
@@ -10142,10 +10149,10 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
 /* ============================================================================================
  * // >>journal               files of the unfinished output, and its journal
  * ============================================================================================
- * Owns OUT.partial, which becomes OUT by a rename once all is on disk. It starts as a copy of the source without the
- * prunable weights, and without norms and biases that learn; blocks come in one after another, and with bits the blocks' codes
- * into a file of their own (section codes), with keep_rates their learned rates into besa-rates. Its journal has one line per step
- * that is on disk,
+ * Owns OUT.partial, which becomes OUT by a rename once all is on disk. It starts as a copy of the source without matrices, and
+ * without norms and biases that learn; blocks come in one after another, and with bits the blocks' codes into a file of their own
+ * (section codes), with keep_rates their learned rates into besa-rates. Embedding and head come in beside the first block, in every
+ * run anew. Its journal has one line per step that is on disk,
  *     besa-journal 2 | run FINGERPRINT | copied | block 0 HASH FIGURES | block 1 HASH FIGURES ...
  * each ending in the hash of its own text, so that a torn line counts for nothing. FIGURES are the bits of numbers that belong to
  * the report and cannot be found again in what is written: section report says which. A step's bytes are synced before
@@ -10167,7 +10174,6 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
 #define BESA__JOURNAL "besa-journal"
 #define BESA__CONFIG "config.json"
 #define BESA__CODES "besa_quantization.safetensors"
-#define BESA__RATES "besa-rates"
 #define BESA__RECORD "besa.json"
 #define BESA__CARD "README.md"
 #define BESA__DENSE_CARD "README.dense.md"
@@ -10237,7 +10243,8 @@ typedef struct besa__writer {
     int created, locked;                        /* we made the directory; nobody else writes into it */
     int is_ready;                               /* the directory is OUT.partial.RUN.HASH */
     int worthless;                              /* nothing in it is worth keeping: a failure deletes it */
-    int copied;                                 /* all but what comes in with its block is on disk */
+    int copied;                                 /* all but matrices and what comes in with its block is on disk */
+    int has_matrices;                           /* they are there too, from this run */
     int64_t blocks, done;
     besa__finished *finished;                   /* (blocks) the first `done` of them */
     uint64_t journal_begun, journal_end;        /* its size with the line "run"; now */
@@ -10685,7 +10692,7 @@ static const char *besa__why_left_out(const besa_checkpoint *checkpoint, const c
     if (!S_ISREG(st->st_mode)) return "not a regular file";
     if (checkpoint->index && !strcmp(name, checkpoint->index)) return NULL;
     if (!strcmp(name, BESA__JOURNAL)) return "of an unfinished run";
-    if (!strcmp(name, BESA__RATES)) return "of the run that pruned the source";
+    if (!strcmp(name, BESA_RATES_FILE)) return "of the run that pruned the source";
     for (size_t i = 0; i < sizeof besa__left_out / sizeof *besa__left_out; i++)
         for (const char *p = besa__left_out[i].patterns; *p; p += *p == ' ') {
             size_t length = strcspn(p, " ");
@@ -10822,7 +10829,7 @@ static int besa__is_foreign(const besa__writer *w, const char *name)
 {
     struct stat st;
     int ours = !strcmp(name, BESA__JOURNAL) || (w->codes && !strcmp(name, BESA__CODES)) || !strcmp(name, BESA__RECORD) ||
-               (w->rate_rows && !strcmp(name, BESA__RATES)) || !strcmp(name, BESA__CARD) ||
+               (w->rate_rows && !strcmp(name, BESA_RATES_FILE)) || !strcmp(name, BESA__CARD) ||
                besa__is_checkpoint_file(w->checkpoint, name);
     for (int64_t i = 0; i < w->num_sides; i++) ours = ours || (w->sides[i].as && !strcmp(name, w->sides[i].as));
     return !ours || fstatat(w->directory, name, &st, AT_SYMLINK_NOFOLLOW) || !S_ISREG(st.st_mode);
@@ -11038,27 +11045,37 @@ static besa_result besa__ready_damaged(const besa__writer *w, besa_error *error)
                       "written; remove the directory to start again", w->partial);
 }
 
+static besa_result besa__ready_lacks(const besa__writer *w, const char *name, besa_error *error)
+{
+    if (!strcmp(name, BESA_RATES_FILE))
+        return besa__fail(error, BESA_ERROR_EXISTS, "%s: complete, as its name says, but without the learned rates, %s; the model is "
+                          "whole: rename the directory to %s, or remove it to start again", w->partial, name, w->name);
+    return besa__fail(error, BESA_ERROR_EXISTS, "%s: complete, as its name says, but %s is not there in full; remove the directory "
+                      "to start again", w->partial, name);
+}
+
 /* Bytes of a block's learned rates. */
 static uint64_t besa__learned_bytes(const besa__writer *w) { return (uint64_t)w->rate_rows * sizeof(float); }
 
-/* The current block's learned rates, alpha (rate_rows): on return they are on disk. */
+/* The current block's learned rates, alpha (rate_rows). */
 static besa_result besa__learned_put(besa__writer *w, const float *alpha, besa_error *error)
 {
     uint64_t bytes = besa__learned_bytes(w);
     w->rates_hash = besa__hash(BESA__HASH_START, alpha, (size_t)bytes);
-    BESA__TRY(besa__write_at(w, w->rates, BESA__RATES, alpha, (size_t)bytes, (uint64_t)w->done * bytes, error));
-    return besa__sync(w, w->rates, BESA__RATES, error);
+    return besa__write_at(w, w->rates, BESA_RATES_FILE, alpha, (size_t)bytes, (uint64_t)w->done * bytes, error);
 }
 
 /* A file of the output beside the journal, of a size that is known: opened as an earlier run has left it; where it is not there in
- * full w->copied becomes 0, and all are made anew. */
+ * full w->copied becomes 0, and all are made anew; of a complete output that is an error. */
 static besa_result besa__open_whole(besa__writer *w, int *fd, const char *name, uint64_t size, besa_error *error)
 {
     struct stat st;
     if (!w->copied) return BESA_OK;
     BESA__TRY(besa__open_entry(w, fd, name, error));
     if (*fd >= 0 && fstat(*fd, &st)) return besa__writer_fail(w, name, errno, error);
-    if (*fd < 0 || (uint64_t)st.st_size != size) w->copied = 0;
+    if (*fd >= 0 && (uint64_t)st.st_size == size) return BESA_OK;
+    if (w->is_ready) return besa__ready_lacks(w, name, error);
+    w->copied = 0;
     return BESA_OK;
 }
 
@@ -11068,7 +11085,7 @@ static besa_result besa__make_anew(besa__writer *w, int *fd, const char *name, m
     return besa__create_entry(w, fd, name, mode, error);
 }
 
-/* Open the output's shards. A copy that is said to be complete, but whose files are not there in full, is none. */
+/* Open the output's large files. A copy that is said to be complete, but whose files are not there in full, is none. */
 static besa_result besa__writer_open_files(besa__writer *w, besa_error *error)
 {
     const besa_checkpoint *c = w->checkpoint;
@@ -11076,13 +11093,12 @@ static besa_result besa__writer_open_files(besa__writer *w, besa_error *error)
         BESA__TRY(besa__open_whole(w, &w->files[i], c->shards[i].name, c->shards[i].size, error));
     if (w->codes) BESA__TRY(besa__open_whole(w, &w->codes->fd, BESA__CODES, besa__codes_size(w->codes), error));
     if (w->rate_rows)
-        BESA__TRY(besa__open_whole(w, &w->rates, BESA__RATES, (uint64_t)w->blocks * besa__learned_bytes(w), error));
-    if (w->is_ready) return w->copied ? BESA_OK : besa__ready_damaged(w, error);
+        BESA__TRY(besa__open_whole(w, &w->rates, BESA_RATES_FILE, (uint64_t)w->blocks * besa__learned_bytes(w), error));
     w->worthless = !w->copied;
     if (w->copied) return BESA_OK;
     for (int64_t i = 0; i < c->num_shards; i++)
         BESA__TRY(besa__make_anew(w, &w->files[i], c->shards[i].name, c->shards[i].stat.st_mode, error));
-    if (w->rate_rows) BESA__TRY(besa__make_anew(w, &w->rates, BESA__RATES, c->shards[0].stat.st_mode, error));
+    if (w->rate_rows) BESA__TRY(besa__make_anew(w, &w->rates, BESA_RATES_FILE, c->shards[0].stat.st_mode, error));
     return w->codes ? besa__make_anew(w, &w->codes->fd, BESA__CODES, c->shards[0].stat.st_mode, error) : BESA_OK;
 }
 
@@ -11100,7 +11116,55 @@ static const besa_tensor *besa__coming(const besa__writer *w, int index)
     return w->vectors ? w->current.vector[index - BESA_LAYERS] : NULL;
 }
 
-/* Headers, and every tensor that does not come in with a block. */
+/* The run has read these bytes of a source tensor, one piece after another from its start (at 0); all pieces but the last are
+ * multiples of 8. */
+static void besa__writer_saw(besa__writer *w, const besa_tensor *tensor, size_t at, const void *bytes, size_t size)
+{
+    besa__source *source = w->sources + (tensor - w->checkpoint->tensors);
+    source->hash = besa__hash(at ? source->hash : BESA__HASH_START, bytes, size);
+    source->bytes = at + size;
+}
+
+/* A tensor that does not come in with a block. */
+static void besa__see_tensor(besa__writer *w, const besa_tensor *tensor)
+{
+    size_t at = 0;
+    do {
+        size_t part = tensor->bytes - at < BESA__CHUNK ? tensor->bytes - at : BESA__CHUNK;
+        besa__writer_saw(w, tensor, at, (const unsigned char *)tensor->data + at, part);
+        besa__release_range(w->checkpoint->shards + tensor->file, tensor->offset + at, part);
+        at += part;
+    } while (at < tensor->bytes);
+}
+
+/* The same one into the output, if it is still what was seen. */
+static besa_result besa__copy_tensor(besa__writer *w, const besa_tensor *tensor, besa_error *error)
+{
+    uint64_t hash;
+    BESA__TRY(besa__copy_range(w, tensor->file, tensor->offset, tensor->bytes, &hash, error));
+    if (hash == w->sources[tensor - w->checkpoint->tensors].hash) return BESA_OK;
+    return besa__source_changed(w, w->checkpoint->shards[tensor->file].name, error);
+}
+
+/* Tensors that do not come in with a block: the matrices, which are large, or all else; on return they are on disk. */
+static besa_result besa__copy_tensors(besa__writer *w, int matrices, besa_error *error)
+{
+    const besa_checkpoint *c = w->checkpoint;
+    for (int64_t i = 0; i < c->num_tensors; i++)
+        if (!w->prunable[i] && (c->tensors[i].ndim > 1) == matrices) BESA__TRY(besa__copy_tensor(w, &c->tensors[i], error));
+    for (int64_t i = 0; i < c->num_shards; i++) BESA__TRY(besa__sync(w, w->files[i], c->shards[i].name, error));
+    return BESA_OK;
+}
+
+/* Matrices that do not come in with a block: at any time between the start and the end, where they are copied if they are not yet. */
+static besa_result besa__writer_matrices(besa__writer *w, besa_error *error)
+{
+    if (!w->has_matrices) BESA__TRY(besa__copy_tensors(w, 1, error));
+    w->has_matrices = 1;
+    return BESA_OK;
+}
+
+/* Headers, and every tensor that does not come in with a block, but for matrices, which are only seen. */
 static besa_result besa__copy_unpruned(besa__writer *w, besa_error *error)
 {
     const besa_checkpoint *c = w->checkpoint;
@@ -11109,23 +11173,10 @@ static besa_result besa__copy_unpruned(besa__writer *w, besa_error *error)
         BESA__TRY(besa__copy_range(w, i, 0, c->shards[i].data, &hash, error));
         if (hash != c->shards[i].hash) return besa__source_changed(w, c->shards[i].name, error);
     }
-    for (int64_t i = 0; i < c->num_tensors; i++) {
-        const besa_tensor *t = &c->tensors[i];
-        if (w->prunable[i]) continue;
-        BESA__TRY(besa__copy_range(w, t->file, t->offset, t->bytes, &w->sources[i].hash, error));
-        w->sources[i].bytes = t->bytes;
-    }
-    for (int64_t i = 0; i < c->num_shards; i++) BESA__TRY(besa__sync(w, w->files[i], c->shards[i].name, error));
+    for (int64_t i = 0; i < c->num_tensors; i++)
+        if (!w->prunable[i]) besa__see_tensor(w, &c->tensors[i]);
+    BESA__TRY(besa__copy_tensors(w, 0, error));
     return w->codes ? besa__codes_begin(w, error) : BESA_OK;
-}
-
-/* The run has read these bytes of a source tensor, one piece after another from its start (at 0); all pieces but the last are
- * multiples of 8. */
-static void besa__writer_saw(besa__writer *w, const besa_tensor *tensor, size_t at, const void *bytes, size_t size)
-{
-    besa__source *source = w->sources + (tensor - w->checkpoint->tensors);
-    source->hash = besa__hash(at ? source->hash : BESA__HASH_START, bytes, size);
-    source->bytes = at + size;
 }
 
 /* Whether a small tensor that is about to be used is still as it was copied; one that comes in with its block is not copied,
@@ -11141,7 +11192,7 @@ static besa_result besa__check_copy(besa__writer *w, const besa_tensor *tensor, 
     return besa__source_changed(w, w->checkpoint->shards[tensor->file].name, error);
 }
 
-/* Everything but what comes in with its block, and the room for that. */
+/* Everything but matrices and what comes in with its block, and the room for those. */
 static besa_result besa__writer_copy(besa__writer *w, besa_error *error)
 {
     const besa_checkpoint *c = w->checkpoint;
@@ -11152,7 +11203,7 @@ static besa_result besa__writer_copy(besa__writer *w, besa_error *error)
         BESA__TRY(besa__allocate(w, w->files[i], c->shards[i].name, c->shards[i].size, error));
     if (w->codes) BESA__TRY(besa__allocate(w, w->codes->fd, BESA__CODES, besa__codes_size(w->codes), error));
     if (w->rate_rows)
-        BESA__TRY(besa__allocate(w, w->rates, BESA__RATES, (uint64_t)w->blocks * besa__learned_bytes(w), error));
+        BESA__TRY(besa__allocate(w, w->rates, BESA_RATES_FILE, (uint64_t)w->blocks * besa__learned_bytes(w), error));
     BESA__TRY(besa__copy_unpruned(w, error));
     BESA__TRY(besa__sync(w, w->directory, ".", error));
     BESA__TRY(besa__journal_add(w, "copied", error));
@@ -11275,7 +11326,7 @@ static void besa__writer_discard(besa__writer *w, besa_error *error)
     gone &= besa__remove_entry(w, BESA__RECORD);
     gone &= besa__remove_entry(w, BESA__CARD);
     if (w->codes) gone &= besa__remove_entry(w, BESA__CODES);
-    if (w->rate_rows) gone &= besa__remove_entry(w, BESA__RATES);
+    if (w->rate_rows) gone &= besa__remove_entry(w, BESA_RATES_FILE);
     if (gone) besa__remove_entry(w, BESA__JOURNAL);
     if (!unlinkat(w->parent, w->partial_name, AT_REMOVEDIR) || !error) return;
     besa__find_name(w, w->directory, besa__is_foreign, foreign, NULL);
@@ -11431,6 +11482,7 @@ static besa_result besa__writer_block_done(besa__writer *w, int64_t block, besa_
     }
     int has = besa__has_codes(w, block);
     if (has) BESA__TRY(besa__codes_end(w, error));
+    if (w->rate_rows) BESA__TRY(besa__sync(w, w->rates, BESA_RATES_FILE, error));
     w->finished[block].hash = besa__block_hash(w, w->hash, has ? &w->codes->hash : NULL, w->rates_hash);
     w->finished[block].line = w->journal_end;
     besa__journal_block(line, sizeof line, &w->finished[block], block);
@@ -11560,6 +11612,7 @@ static besa_result besa__writer_rename(besa__writer *w, besa_error *error)
     if (w->done != w->blocks)
         return besa__fail(error, BESA_ERROR_OPTION, "%s: %lld of %lld blocks are done", w->partial, (long long)w->done,
                           (long long)w->blocks);
+    BESA__TRY(besa__writer_matrices(w, error));
     BESA__TRY(besa__check_sources(w, error));
     BESA__TRY(besa__write_words(w, BESA__RECORD, w->record, error));
     BESA__TRY(besa__write_words(w, BESA__CARD, w->card, error));
@@ -11843,13 +11896,18 @@ static besa__text besa__append_common(const besa_report *report)
     return t;
 }
 
+/* Of a model's blocks first_block .. end - 1 are pruned. */
+static int64_t besa__end_of_blocks(const besa_prune_options *o, int64_t blocks)
+{
+    return o->num_blocks ? o->first_block + o->num_blocks : blocks;
+}
+
 /* Blocks that the run has pruned: those of its options, but for the resumed ones. */
 static int64_t besa__report_pruned(const besa_report *report)
 {
     const besa_prune_options *o = &report->options;
     int64_t first = besa__max(o->first_block, report->resumed_blocks);
-    int64_t end = o->num_blocks ? o->first_block + o->num_blocks : report->num_blocks;
-    return besa__max(end - first, 0);
+    return besa__max(besa__end_of_blocks(o, report->num_blocks) - first, 0);
 }
 
 /* Seconds of every pass over the blocks that the run has pruned, and its FLOP for them where they are known. */
@@ -12068,7 +12126,7 @@ static besa_result besa__map_learned(besa__mask_file *m, unsigned char **map, si
 {
     char *path;
     if (!(m->what & BESA_FILE_RATES)) return BESA_OK;
-    BESA__TRY(besa__join(&path, m->checkpoint->directory, BESA__RATES, error));
+    BESA__TRY(besa__join(&path, m->checkpoint->directory, BESA_RATES_FILE, error));
     int is_there = !access(path, F_OK);
     besa_result result = is_there ? besa__map_file(map, size, path, error) : BESA_OK;
     if (result == BESA_OK && is_there && *size != (size_t)m->rows * sizeof(float))
@@ -12077,6 +12135,22 @@ static besa_result besa__map_learned(besa__mask_file *m, unsigned char **map, si
     if (result == BESA_OK) m->learned = (const float *)(const void *)*map;
     BESA_FREE(path);
     return result;
+}
+
+/* What is new in the directory of a path, which is cut, is on disk, as far as it can be opened and synced. Not 0: errno. */
+static int besa__sync_parent(char *path)
+{
+    char *slash = strrchr(path, '/');
+    if (slash) slash[slash == path] = 0;
+    int fd = open(slash ? path : ".", O_RDONLY | O_CLOEXEC), failed;
+    if (fd < 0) return 0;
+    do failed = fsync(fd);
+    while (failed && errno == EINTR);
+    failed = failed && errno != EINVAL && errno != ENOTSUP;
+    int reason = errno;
+    close(fd);
+    errno = reason;
+    return failed;
 }
 
 BESA_API besa_result besa_masks_save(const besa_checkpoint *checkpoint, const char *file, int what, besa_error *error)
@@ -12101,6 +12175,7 @@ BESA_API besa_result besa_masks_save(const besa_checkpoint *checkpoint, const ch
         if (m.file && fclose(m.file)) good = 0, reason = errno;
         if (good && !in_place && rename(partial, file)) good = 0, reason = errno;
         if (!good && m.file && !in_place) unlink(partial);
+        if (good && !in_place && besa__sync_parent(partial)) good = 0, reason = errno;
         if (!good) result = besa__fail(error, BESA_ERROR_WRITE, "%s: %s", partial, strerror(reason));
     }
     besa__unmap(learned, learned_bytes);
@@ -12181,7 +12256,7 @@ typedef struct besa__job {
     size_t at, size;
     int layer;
     int64_t block;
-    double *seconds;                            /* what it took is added here */
+    double *seconds;                            /* what it took is added here, if anywhere */
 } besa__job;
 
 typedef struct besa__background {
@@ -12202,7 +12277,7 @@ static besa_result besa__background_work(besa__background *b, int64_t number, be
     const besa__job *job = &b->job[number % BESA__JOBS];
     double start = besa__seconds();
     besa_result result = job->work(job->user, job, error);
-    *job->seconds += besa__seconds() - start;
+    if (job->seconds) *job->seconds += besa__seconds() - start;
     return result;
 }
 
@@ -12997,29 +13072,19 @@ static besa_result besa__grids_out(besa__run *run, besa_error *error)
     return BESA_OK;
 }
 
-/* The rates that the block which begins to go out has learned, from the device into their file; NaN in a layer that is fixed, and
- * in all where nothing was learned. */
+/* The rates that the block which begins to go out has learned, which came home with its results, into their file; NaN in a layer that
+ * is fixed, and in all where nothing was learned. */
 static besa_result besa__learned_out(besa__run *run, int learned, besa_error *error)
 {
     const besa_pruner *p = &run->pruner;
-    void *memory;
-    BESA__TRY(besa__malloc(&memory, besa__bytes(p->rows, sizeof(float)), "learned rates", error));
-    float *alpha = (float *)memory, *at = alpha;
-    besa_result result = BESA_OK;
-    if (learned) {
-        result = run->be->download(run->be, BESA_QUEUE_COMPUTE, alpha, p->rates.alpha, (size_t)p->rows * sizeof *alpha);
-        if (result == BESA_OK) result = run->be->synchronize(run->be, BESA_QUEUE_COMPUTE);
-        result = besa__pass_error(run->be, result, error);
-    }
+    float *at = p->results_alpha;
     for (int i = 0; i < BESA_LAYERS; i++) {
         int64_t rows, columns;
         besa_block_layer(&run->config->block, i, &rows, &columns);
         for (int64_t r = 0; r < rows && (!learned || p->fixed[i] >= 0); r++) at[r] = besa__bits_float(0x7FC00000u);
         at += rows;
     }
-    if (result == BESA_OK) result = besa__learned_put(run->writer, alpha, error);
-    BESA_FREE(memory);
-    return result;
+    return besa__learned_put(run->writer, p->results_alpha, error);
 }
 
 /* The codes of a piece of weights. */
@@ -13057,6 +13122,12 @@ static besa_result besa__write_piece(void *user, const besa__job *piece, besa_er
     }
     BESA__TRY(besa__writer_write(run->writer, source, piece->memory, piece->size, error));
     return besa__has_codes(run->writer, piece->block) ? besa__codes_out(run, piece, error) : BESA_OK;
+}
+
+static besa_result besa__write_matrices(void *user, const besa__job *job, besa_error *error)
+{
+    (void)job;
+    return besa__writer_matrices(((const besa__run *)user)->writer, error);
 }
 
 static besa_result besa__write_end(void *user, const besa__job *job, besa_error *error)
@@ -13736,8 +13807,7 @@ static int64_t besa__first_block(const besa__run *run) { return run->pruner.opti
 
 static int64_t besa__end_block(const besa__run *run)
 {
-    const besa_prune_options *o = &run->pruner.options;
-    return o->num_blocks ? o->first_block + o->num_blocks : run->config->num_hidden_layers;
+    return besa__end_of_blocks(&run->pruner.options, run->config->num_hidden_layers);
 }
 
 /* The sparsity that a block is to have; 0: it stays dense. */
@@ -13901,7 +13971,7 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
     for (const besa_option *o = besa__options; o->name; o++)
         besa__add_option(line, size, o, besa__option_get(o, (const unsigned char *)&used + o->offset));
     size_t length = strlen(line);
-    besa__write_text(line + length, size - length, " keep-rates=%d fixed=%016llx backend=%s activations=%d micro-batch=%lld "
+    besa__write_text(line + length, size - length, " save-rates=%d fixed=%016llx backend=%s activations=%d micro-batch=%lld "
                      "sequences=%lldx%lld tokens=%016llx checkpoint=%016llx processes=%d", besa__keeps_rates(run),
                      (unsigned long long)fixed, backend,
                      (int)run->be->activation_dtype, (long long)run->pruner.micro_batch, (long long)c->nsamples,
@@ -14124,6 +14194,13 @@ static besa_result besa__run_block(besa__run *run, int64_t index, int64_t done, 
     BESA__TRY(besa__in_finish(run, index, &block, &read, error));
     if (!run->be->unified_memory && index + 1 < run->config->num_hidden_layers)
         BESA__TRY(besa__in_begin(run, index + 1, error));
+    if (run->writer && index == done) {
+        besa__job matrices;
+        memset(&matrices, 0, sizeof matrices);
+        matrices.work = besa__write_matrices;
+        matrices.user = run;
+        BESA__TRY(besa__background_give(&run->background, &matrices, error));
+    }
     if (index == done) run->pruner.meter.began = clock;
     if (index < done) BESA__TRY(besa__take_block(run, index, done, &block, &report->block[index], error));
     else BESA__TRY(besa__prune_block(run, index, &block, report, error));

@@ -560,7 +560,7 @@ static besa_result save_output_masks(job *j)
     TRY(besa_checkpoint_open(&output, j->s->path[1], &j->error));
     besa_result result = save_masks(j->s, output, &j->error);
     besa_checkpoint_close(output);
-    snprintf(learned, sizeof learned, "%s/besa-rates", j->s->path[1]);
+    snprintf(learned, sizeof learned, "%s/" BESA_RATES_FILE, j->s->path[1]);
     if (result || !j->s->rates || !unlink(learned) || errno == ENOENT) return result;
     snprintf(j->error.message, sizeof j->error.message, "%.400s: %s", learned, strerror(errno));
     return BESA_ERROR_WRITE;

@@ -444,7 +444,7 @@ while kill -0 $killed 2>/dev/null; do
 done
 wait $killed 2>/dev/null
 cp -r "$work/b/out.partial" "$work/b/told.partial"
-check 1 'other options.*: keep-rates=1 (this run: keep-rates=0)' prune "$work/model" "$work/b/told" $long --no-quiet
+check 1 'other options.*: save-rates=1 (this run: save-rates=0)' prune "$work/model" "$work/b/told" $long --no-quiet
 check 0 '^resuming at block [2-5] of 5$' prune "$work/model" "$work/b/told" $long --no-quiet --save-rates "$work/told.rates"
 at=$(sed -n 's/^resuming at block \([2-5]\) of 5$/\1/p' "$work/log")
 grep -q "^blocks taken over from the run before: $((at - 1))\$" "$work/log" || bad="$bad; at block $at: $(tail -3 "$work/log")"

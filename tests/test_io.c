@@ -2818,6 +2818,28 @@ static void test_sync_order(int sharded)
     besa_checkpoint_close(c);
 }
 
+/* Learned rates too are on disk before the line of their block. */
+static void test_sync_rates(void)
+{
+    const char *out = temp_path("ordered-rates");
+    const float alpha[2] = {0.25f, 0.5f};
+    besa_checkpoint *c = open_model(source_model(1));
+    besa__writer *w = NULL;
+    int64_t done;
+    memset(&ledger, 0, sizeof ledger);
+    ledger.watching = 1;
+    if (c) CHECK_ERROR(besa__writer_open(&w, c, out, "fp 1", 3, 0, NULL, 2, &done, NULL, &err), BESA_OK, NULL);
+    for (int64_t b = 0; w && b < 3; b++) {
+        CHECK_ERROR(besa__learned_put(w, alpha, &err), BESA_OK, NULL);
+        CHECK_ERROR(write_block(w, c, b), BESA_OK, NULL);
+    }
+    ledger.watching = 0;
+    CHECK(ledger.lines >= 3 && !ledger.violations, "%d lines, %s", ledger.lines, ledger.first);
+    if (w) besa__writer_close(w);
+    remove_output(out);
+    besa_checkpoint_close(c);
+}
+
 /* A file system that does not sync such a file at all is no error; one that could not is. */
 static void test_no_sync(void)
 {
@@ -3353,7 +3375,7 @@ static void accidents(void)
     TEST("killed a call later each time") run(test_kill);
     TEST("killed at each system call") run(test_kill_points);
     if (access("/proc/self/fd", R_OK)) test_skip("synced before it is said", "no /proc, which has the files' names");
-    else TEST("synced before it is said") run_both(test_sync_order);
+    else TEST("synced before it is said") run_both(test_sync_order), test_sync_rates();
     TEST("a file system that does not sync, or cannot") run(test_no_sync);
     TEST("file systems without fallocate") run(test_no_allocation);
     TEST("places: no regular file") run(test_places_kinds);

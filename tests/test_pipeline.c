@@ -3551,6 +3551,7 @@ static void test_resume_allocations(void)
     setup s = small_setup(temp_path("out"));
     int done = 0;
     int64_t n = 1, live = g_live;
+    s.options.keep_rates = 1;
     g_progress.stop_at = -2;
     CHECK(run(&s) == BESA_ERROR_CANCELLED, "%s", s.error.message);
     besa_report_free(&s.report);
@@ -3793,7 +3794,7 @@ static void test_complete(void)
     s.options.keep_rates = 1;
     CHECK_RUN(&s);
     besa_report_free(&s.report);
-    for (int damage = 0; damage < 2; damage++) {
+    for (int damage = 0; damage < 3; damage++) {
         s = small_setup(temp_path("out"));
         s.options.keep_rates = 1;
         s.options.progress = make_output;
@@ -3810,7 +3811,12 @@ static void test_complete(void)
         expect(&s, BESA_ERROR_RESUME, ready);
         s = small_setup(s.output);
         s.options.keep_rates = 1;
-        if (damage) {
+        if (damage == 2) {
+            snprintf(shard, sizeof shard, "%s/besa-rates", ready);
+            unlink(shard);
+            expect(&s, BESA_ERROR_EXISTS, "without the learned rates, besa-rates; the model is whole: rename the directory to out, ");
+            remove_tree(ready);
+        } else if (damage) {
             snprintf(shard, sizeof shard, "%s/model.safetensors", ready);
             unsigned char *bytes = read_bytes(shard, &n);
             besa_checkpoint *source = NULL;
