@@ -70,14 +70,17 @@ static text in_minutes(double seconds)
     return t;
 }
 
-/* A text as a JSON string. */
+/* A text as a JSON string; \ufffd stands for a byte that is of no character, as a file's name may have. */
 static void put_string(FILE *file, const char *string)
 {
     putc('"', file);
     for (const unsigned char *c = (const unsigned char *)string; *c; c++) {
-        if (*c == '\n') fprintf(file, "\\n");
+        const int length = utf8_length(c);
+        if (length != 1) fprintf(file, length ? "%.*s" : "%.*s\\ufffd", length, (const char *)c);
+        else if (*c == '\n') fprintf(file, "\\n");
         else if (*c < 0x20 || *c == 0x7F) fprintf(file, "\\u%04x", *c);
         else fprintf(file, *c == '"' || *c == '\\' ? "\\%c" : "%c", *c);
+        c += length > 1 ? length - 1 : 0;
     }
     putc('"', file);
 }

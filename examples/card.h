@@ -70,15 +70,12 @@ static void write_command(FILE *file, const settings *s)
 /* The command line as it was given, for free; NULL without memory. */
 static char *whole_command(const settings *s)
 {
-    char *text = NULL;
-    size_t size = 0;
-    FILE *file = open_memstream(&text, &size);
+    text_file line;
+    FILE *file = begin_text(&line);
     if (!file) return NULL;
     fprintf(file, "besa %s", s->command->name);
     for (int i = 0; s->arguments[i]; i++) write_argument(file, s->arguments[i]);
-    if (fclose(file) == 0) return text;
-    free(text);
-    return NULL;
+    return end_text(&line);
 }
 
 /* A YAML value that is whole on its line and needs no other: a plain word or words, or a quoted text. */
@@ -149,9 +146,8 @@ static void write_table(FILE *file, const settings *s, const besa_calibration *c
 /* The card, for free; NULL without memory. */
 static char *make_card(const settings *s, const char *base, const besa_calibration *c, const besa_report *r)
 {
-    char *text = NULL;
-    size_t size = 0;
-    FILE *file = open_memstream(&text, &size);
+    text_file card;
+    FILE *file = begin_text(&card);
     if (!file) return NULL;
     write_front_matter(file, s, base);
     fprintf(file, "# ");
@@ -165,7 +161,5 @@ static char *make_card(const settings *s, const char *base, const besa_calibrati
     fprintf(file, "\nThe command was\n\n");
     write_command(file, s);
     fprintf(file, "\n`besa.json` has every option, hashes of the text and of the source's config.json, and the sparsity of each layer.\n");
-    if (fclose(file) == 0) return text;
-    free(text);
-    return NULL;
+    return end_text(&card);
 }

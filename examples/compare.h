@@ -125,7 +125,7 @@ static void print_eval(const job *j, int i, const besa_divergence *d)
     print_error(" +/- %.5f", d->difference_error, " per token: the mean difference of a window\n", d->windows);
 }
 
-/* An error, or null where one window has none. */
+/* An error, or null where one window, or seed, has none. */
 static void put_error(FILE *file, const char *name, double error, int64_t windows)
 {
     if (windows > 1) fprintf(file, ", \"%s\": %.9g", name, error);
@@ -404,8 +404,10 @@ static void plain_label(char *to, size_t size, const char *label)
         char *last = count ? part[count - 1] : NULL;
         if (!is_setting && last && strchr(last, '=')) /* "2:4" */
             snprintf(last + strlen(last), MAX_NAME - strlen(last), ":%.*s", (int)(end - at), at);
-        else if (count < MAX_SETTINGS + 2) snprintf(part[count++], MAX_NAME, "%.*s", (int)(end - at), at);
-        fixed += !is_setting && fixed + 1 == count;
+        else if (count < MAX_SETTINGS + 2) {
+            snprintf(part[count++], MAX_NAME, "%.*s", (int)(end - at), at);
+            if (!is_setting) fixed = count;
+        }
     }
     size_t n = 0;
     for (int i = 0; i < count && n < size; i++) {
@@ -435,25 +437,11 @@ static void put_key(FILE *file, const job *j, const result_row *r, int by_value)
     put_string(file, j->s->tests[r->test].name);
 }
 
-/* What is written to a file of its own, as a string. NULL: there is no memory, or no such file. */
-static char *take_text(FILE *file)
-{
-    char *all = NULL;
-    const long size = file && !fflush(file) ? ftell(file) : -1;
-    if (size >= 0) all = (char *)calloc((size_t)size + 1, 1);
-    if (all) rewind(file);
-    if (all && fread(all, 1, (size_t)size, file) != (size_t)size) {
-        free(all);
-        all = NULL;
-    }
-    if (file) fclose(file);
-    return all;
-}
-
 /* The line of a row; options: of the report, as JSON, or NULL. */
 static char *row_line(const job *j, const result_row *r, const char *options)
 {
-    FILE *file = tmpfile();
+    text_file line;
+    FILE *file = begin_text(&line);
     if (!file) return NULL;
     put_key(file, j, r, 0);
     fprintf(file, ", \"reached\": %.9g, ", r->reached);
@@ -461,7 +449,7 @@ static char *row_line(const job *j, const result_row *r, const char *options)
     if (r->nsamples) fprintf(file, ", \"seconds\": %.4g, \"flop\": %.9g", r->seconds, r->flop);
     if (options) fprintf(file, ", \"options\": %s", options);
     fprintf(file, "}");
-    return take_text(file);
+    return end_text(&line);
 }
 
 /* The number of a member of a line; 0 where it is null or not there. */
@@ -525,7 +513,7 @@ static const struct { size_t mean, deviation; } figures[] = {
 static double *figure_of(result_row *r, size_t offset) { return (double *)(void *)((char *)r + offset); }
 
 /* If row i is the first of those that differ in their seed alone: their number, and a row of their means, in which errors are
- * deviations over the seeds, sqrt(sum (x - mean)^2 / (n - 1)); else 0. */
+ * deviations over the seeds, sqrt(sum (x - mean)^2 / (n - 1)), and there are as many windows as seeds; else 0. */
 static int mean_row(const comparison *c, int i, result_row *mean)
 {
     int n = 0;
@@ -542,6 +530,7 @@ static int mean_row(const comparison *c, int i, result_row *mean)
         *figure_of(mean, figures[f].mean) = n ? sum / n : 0;
         if (figures[f].deviation) *figure_of(mean, figures[f].deviation) = n > 1 ? sqrt(squares / (n - 1)) : 0;
     }
+    mean->d.windows = n;
     return n;
 }
 
@@ -552,10 +541,15 @@ static void put_mean(FILE *file, const job *j, const result_row *r, int seeds)
     fprintf(file, ", \"sparsity\": %.9g, \"nsamples\": %lld, \"test\": ", r->sparsity, (long long)r->nsamples);
     put_string(file, j->s->tests[r->test].name);
     fprintf(file, ", \"seeds\": %d, \"reached_mean\": %.9g", seeds, r->reached);
-    fprintf(file, ", \"perplexity_mean\": %.9g, \"perplexity_sd\": %.9g", r->d.perplexity, r->d.perplexity_error);
-    fprintf(file, ", \"kl_mean\": %.9g, \"kl_sd\": %.9g, \"kl_99_mean\": %.9g", r->d.kl, r->d.kl_error, r->d.kl_99);
-    fprintf(file, ", \"same_top_mean\": %.9g, \"same_top_sd\": %.9g", r->d.same, r->d.same_error);
-    fprintf(file, ", \"nll_difference_mean\": %.9g, \"nll_difference_sd\": %.9g}", r->d.difference, r->d.difference_error);
+    fprintf(file, ", \"perplexity_mean\": %.9g", r->d.perplexity);
+    put_error(file, "perplexity_sd", r->d.perplexity_error, seeds);
+    fprintf(file, ", \"kl_mean\": %.9g", r->d.kl);
+    put_error(file, "kl_sd", r->d.kl_error, seeds);
+    fprintf(file, ", \"kl_99_mean\": %.9g, \"same_top_mean\": %.9g", r->d.kl_99, r->d.same);
+    put_error(file, "same_top_sd", r->d.same_error, seeds);
+    fprintf(file, ", \"nll_difference_mean\": %.9g", r->d.difference);
+    put_error(file, "nll_difference_sd", r->d.difference_error, seeds);
+    fprintf(file, "}");
 }
 
 static besa_result put_json(FILE *file, comparison *c)
@@ -595,7 +589,7 @@ static void put_cell(FILE *file, const char *word)
 static void put_markdown_row(FILE *file, const comparison *c, const result_row *r, const char *seed)
 {
     const besa_divergence *d = &r->d;
-    const int error = d->windows > 1 || *seed == 'm';
+    const int error = d->windows > 1;
     fprintf(file, "| ");
     put_cell(file, r->method);
     if (r->nsamples) fprintf(file, " | %.4g %% | ", 100 * r->sparsity);
@@ -686,7 +680,7 @@ static void print_row(const comparison *c, const result_row *r, const char *seed
     if (r->nsamples) printf(" %7.4f", r->reached);
     else printf(" %7s", "");
     printf(" %9.3f", d->perplexity);
-    if (d->windows > 1 || *seed == 'm') printf(" %6.2f", d->perplexity_error);
+    if (d->windows > 1) printf(" %6.2f", d->perplexity_error);
     else printf(" %6s", "");
     if (!r->is_reference) printf(" %6.3f %6.2f %5.1f", d->kl, d->kl_99, 100 * d->same);
     if (r->nsamples) printf(" %6.1f", r->seconds);
@@ -754,8 +748,12 @@ static besa_result check_kept(comparison *c, const char *head, const char *end)
 {
     const char *path = c->j->s->resume, *here = head, *there = c->kept;
     int length[2];
+    if (strncmp(there, "{\"program\": \"besa ", 18))
+        return fail(c->j, BESA_ERROR_RESUME, "--resume %s is %s, expected a file of this command's --json: remove it, and it is begun anew",
+                    path, *there ? "of something else" : "empty");
     for (; *here; here++, there++) {
         here = past_free(here), there = past_free(there);
+        if (!*there) break;
         if (*here == *there) continue;
         here = line_of(head, here, &length[0]), there = line_of(c->kept, there, &length[1]);
         return fail(c->j, BESA_ERROR_RESUME, "--resume %s is of another comparison: it has %.*s and this one %.*s", path, length[1],
@@ -765,23 +763,35 @@ static besa_result check_kept(comparison *c, const char *head, const char *end)
     return fail(c->j, BESA_ERROR_RESUME, "--resume %s has no end: it was cut off, or is no file of --json", path);
 }
 
+/* All of a file, for free. */
+static besa_result read_text(job *j, const char *path, FILE *file, char **whole)
+{
+    char piece[4096];
+    size_t n;
+    text_file all;
+    if (!begin_text(&all)) return out_of_memory(j);
+    errno = 0;
+    while ((n = fread(piece, 1, sizeof piece, file)) > 0) fwrite(piece, 1, n, all.file);
+    const int why = errno;
+    *whole = end_text(&all);
+    if (ferror(file)) return fail(j, BESA_ERROR_READ, "%s: %s", path, strerror(why));
+    return *whole ? BESA_OK : out_of_memory(j);
+}
+
 /* The file of --resume, which is to begin as this comparison's. A file that is not there yet is begun. */
 static besa_result read_kept(comparison *c)
 {
     job *j = c->j;
     const char *path = j->s->resume;
-    FILE *file = path ? fopen(path, "r") : NULL, *own = tmpfile();
-    if (path && !file && errno != ENOENT) {
-        const int why = errno;
-        if (own) fclose(own);
-        return fail(j, BESA_ERROR_READ, "%s: %s", path, strerror(why));
-    }
-    besa_result result = own ? put_head(own, j) : out_of_memory(j);
-    char *head = take_text(own);
-    if (file) fseek(file, 0, SEEK_END);
-    if (file) c->kept = take_text(file);
-    if (!result && (!head || (file && !c->kept))) result = out_of_memory(j);
-    char *end = c->kept ? strstr(c->kept, "\n ],\n \"means\": [") : NULL;
+    text_file own;
+    FILE *file = path ? fopen(path, "r") : NULL;
+    if (path && !file && errno != ENOENT) return fail(j, BESA_ERROR_READ, "%s: %s", path, strerror(errno));
+    besa_result result = file ? read_text(j, path, file, &c->kept) : BESA_OK;
+    if (file) fclose(file);
+    TRY(result);
+    result = begin_text(&own) ? put_head(own.file, j) : out_of_memory(j);
+    char *head = end_text(&own), *end = c->kept ? strstr(c->kept, "\n ],\n \"means\": [") : NULL;
+    if (!result && !head) result = out_of_memory(j);
     if (!result && c->kept) result = check_kept(c, head, end);
     if (end) end[1] = 0;
     free(head);
@@ -808,10 +818,11 @@ static int has_key(const char *line, const char *key)
 /* The line of the file of --resume with this row's key, or NULL. */
 static char *find_kept(const comparison *c, const result_row *r)
 {
-    FILE *file = c->kept ? tmpfile() : NULL;
+    text_file made;
+    FILE *file = c->kept ? begin_text(&made) : NULL;
     if (!file) return NULL;
     put_key(file, c->j, r, 1);
-    char *key = take_text(file), *line = key ? c->kept : NULL;
+    char *key = end_text(&made), *line = key ? c->kept : NULL;
     while (line && !has_key(line, key)) {
         line = strchr(line, '\n');
         if (line) line++;
@@ -823,14 +834,15 @@ static char *find_kept(const comparison *c, const result_row *r)
 /* Take over a line, under the name that the row has now; it is found no more. */
 static besa_result take_kept(comparison *c, result_row *r, char *line)
 {
-    FILE *file = tmpfile();
+    text_file taken;
+    FILE *file = line ? begin_text(&taken) : NULL;
     if (!file) return out_of_memory(c->j);
     const char *rest = strstr(line, figures_begin);
     size_t n = strcspn(rest, "\n");
     if (n && rest[n - 1] == ',') n--;
     put_key(file, c->j, r, 0);
     fprintf(file, "%.*s", (int)n, rest);
-    r->line = take_text(file);
+    r->line = end_text(&taken);
     if (!r->line) return out_of_memory(c->j);
     line[0] = '-';
     read_figures(r, r->line, c->j->first[r->test + 1] - c->j->first[r->test]);

@@ -236,6 +236,38 @@ static void print_text(FILE *file, const char *text)
     }
 }
 
+/* Bytes of the UTF-8 character at s, 0 where there is none. */
+static int utf8_length(const unsigned char *s)
+{
+    const int n = s[0] < 0x80 ? 1 : s[0] < 0xC2 ? 0 : s[0] < 0xE0 ? 2 : s[0] < 0xF0 ? 3 : s[0] < 0xF5 ? 4 : 0;
+    for (int i = 1; i < n; i++)
+        if ((s[i] & 0xC0) != 0x80) return 0; /* the text's end too */
+    const int overlong = (s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xF0 && s[1] < 0x90);
+    const int no_character = (s[0] == 0xED && s[1] > 0x9F) || (s[0] == 0xF4 && s[1] > 0x8F); /* surrogates, above U+10FFFF */
+    return overlong || no_character ? 0 : n;
+}
+
+/* A text that is written piece by piece; file is NULL where there is no memory. */
+typedef struct text_file {
+    FILE *file;
+    char *text;
+    size_t size;
+} text_file;
+
+static FILE *begin_text(text_file *t)
+{
+    memset(t, 0, sizeof *t);
+    return t->file = open_memstream(&t->text, &t->size);
+}
+
+/* The text, for free; NULL without memory. */
+static char *end_text(text_file *t)
+{
+    if (t->file && fclose(t->file) == 0) return t->text;
+    free(t->text);
+    return NULL;
+}
+
 /* ---- reading the command line -------------------------------------------------------------- */
 
 _Noreturn static void usage_error(const settings *s, const char *format, ...)

@@ -332,6 +332,38 @@ check 0 'keep.json: 2 of 2 runs are there' compare "$stories" $data $text --meth
 check 1 'it has "masks=keep_a [0-9a-f]*" and this one "masks='$(basename "$stories")' ' compare "$stories" $short --method wanda,keep --masks "$stories" --resume "$work/keep.json"
 done_with "what a comparison that goes on is known by"
 
+# What a file of results is called and holds: text that is no UTF-8, a row's options in any order, one seed of several, nothing.
+bytes=$(printf 'a\377\303\251')
+check 0 '' compare "$stories" $data --test "$bytes=$all" --windows 2 --quiet --method wanda:pattern=2:4,skip=v_proj --resume "$work/bytes.json"
+LC_ALL=C grep -q "\"test\": \"a\\\\ufffd$(printf '\303\251')\"" "$work/bytes.json" || bad="$bad; JSON that is no UTF-8: $(cat -v "$work/bytes.json")"
+check 0 'bytes.json: 1 of 1 runs are there' compare "$stories" $data --test "$bytes=$all" --windows 2 --method wanda:skip=v_proj,pattern=2:4 --resume "$work/bytes.json"
+: >"$work/empty.json"; echo '{"text": 1}' >"$work/other.json"; head -4 "$work/bytes.json" >"$work/cut.json"
+check 1 'empty.json is empty, expected a file of this command' compare "$stories" $short --method wanda --resume "$work/empty.json"
+check 1 'other.json is of something else, expected a file of this command' compare "$stories" $short --method wanda --resume "$work/other.json"
+check 1 'cut.json has no end' compare "$stories" $short --method wanda --resume "$work/cut.json"
+[ ! -s "$work/empty.json" ] && [ "$(wc -l <"$work/other.json")" -eq 1 ] || bad="$bad; a refused file has changed"
+long="--tokens $stories/calibration_tokens.npy --nsamples 48 --seqlen 64 --quiet"
+# stopped_at PATTERN FILE ARGUMENTS...: besa, killed when a line of FILE has the pattern
+stopped_at()
+{
+    pattern=$1 file=$2
+    shift 2
+    "$besa" "$@" >/dev/null 2>&1 &
+    killed=$!
+    while kill -0 $killed 2>/dev/null; do
+        grep -q "$pattern" "$file" 2>/dev/null && kill -9 $killed
+        sleep 0.02
+    done
+    wait $killed 2>/dev/null
+}
+stopped_at 'sd": ' "$work/seed.json" compare "$stories" $long $text --method wanda,besa:epochs=20 --seeds 1,2 --json "$work/seed.json" --markdown "$work/seed.md"
+grep -q '"method": "wanda".* "seeds": 1, .*"perplexity_sd": null, .*"kl_sd": null, .*"same_top_sd": null, .*"nll_difference_sd": null}' "$work/seed.json" ||
+    bad="$bad; the deviation of one seed: $(tail -2 "$work/seed.json")"
+! grep -q '^| wanda .* mean .*±' "$work/seed.md" || bad="$bad; the deviation of one seed: $(cat "$work/seed.md")"
+(ulimit -f 0; "$besa" compare "$stories" $short --method wanda 2>&1) | cat >"$work/log"
+grep -q '^wanda .* 0.5000 ' "$work/log" || bad="$bad; a comparison without files where none can be written: $(cat "$work/log")"
+done_with "what is in a file of results"
+
 # How far a model is from another.
 check 0 '^perplexity [0-9.]* +/- [0-9.]* over 3 windows of 64 tokens' eval "$stories" --tokens "$all" --seqlen 64 --windows 3
 check 0 '^perplexity [0-9.]* over 1 windows' eval "$stories" --tokens "$all" --seqlen 64 --windows 1
