@@ -216,6 +216,7 @@ struct job {
     besa_reference reference;    /* what others are held against: filled in or its sizes alone */
     int has_outliers;
     char sha256[2][65];          /* of the files that these are from */
+    char text_sha256[65];        /* of a comparison's calibration text when it began */
     char *card;                  /* the output's README.md */
     double outliers[MAX_BLOCKS]; /* shares of the blocks that are pruned, once they are known */
     besa_error error;
@@ -280,11 +281,16 @@ static besa_result open_backend(job *j)
 #endif
 }
 
-/* Masks are a file of them, or a checkpoint. */
-static besa_result open_masks(job *j)
+/* Whether masks are a file of them; else they are a checkpoint. */
+static int is_masks_file(const settings *s)
 {
     struct stat st;
-    if (stat(j->s->masks, &st) || S_ISDIR(st.st_mode)) return besa_checkpoint_open(&j->masks, j->s->masks, &j->error);
+    return !stat(s->masks, &st) && !S_ISDIR(st.st_mode);
+}
+
+static besa_result open_masks(job *j)
+{
+    if (!is_masks_file(j->s)) return besa_checkpoint_open(&j->masks, j->s->masks, &j->error);
     return besa_masks_open(&j->masks, j->s->masks, j->checkpoint, &j->error);
 }
 
@@ -312,6 +318,7 @@ static besa_result open_job(job *j)
     j->ids_seed = s->num_seeds ? s->seeds[0] : s->seed;
     if (s->command->bit & RUN && s->tokens)
         TRY(load_windows(j, s->tokens, 128, (uint64_t)j->ids_seed, "nsamples", "seqlen", &c->nsamples, &c->seqlen, &j->ids));
+    memcpy(j->text_sha256, j->sha256[0], sizeof j->text_sha256);
     if (!c->nsamples) c->nsamples = 128; /* a plan needs no tokens */
     const int64_t longest = besa_checkpoint_config(j->checkpoint)->max_position_embeddings;
     if (!c->seqlen) c->seqlen = longest < 2048 ? longest : 2048;
@@ -663,22 +670,24 @@ static besa_result report_eval(job *j, double perplexity, const besa_window *win
     return result;
 }
 
+/* Whether the weight of so many bytes is 0, of either sign; it may lie at any address. */
+static int is_zero(const unsigned char *weight, size_t size)
+{
+    uint32_t bits = 0;
+    memcpy(&bits, weight, size);
+    return (bits & (size == 4 ? 0x7FFFFFFFu : 0x7FFFu)) == 0;
+}
+
 #include "compare.h"
 
 /* ---- info ---------------------------------------------------------------------------------- */
 
-/* The number of zeros, of either sign, in a tensor; its data may lie at any address. */
 static int64_t count_zeros(const besa_tensor *t)
 {
     const size_t size = besa_dtype_size(t->dtype);
-    const uint32_t magnitude = size == 4 ? 0x7FFFFFFFu : 0x7FFFu;
     const unsigned char *data = (const unsigned char *)t->data;
     int64_t zeros = 0;
-    for (size_t i = 0; i < t->bytes; i += size) {
-        uint32_t bits = 0;
-        memcpy(&bits, data + i, size);
-        zeros += (bits & magnitude) == 0;
-    }
+    for (size_t i = 0; i < t->bytes; i += size) zeros += is_zero(data + i, size);
     return zeros;
 }
 
@@ -762,7 +771,8 @@ static const command commands[] = {
      "block-targets; flags are yes or no. Other options under BESA apply to besa's rows, and of --learn both and --preset best the others take the\n"
      "weights. --resume FILE goes on with the runs that a stopped comparison has not come to, or with those of more methods,\n"
      "sparsities, seeds or sizes; where models, texts or other options are not those of the file, it is refused: models are\n"
-     "known by name and config.json, texts by their tokens, options and rows by their values, in any order.\n"},
+     "known by name and config.json, masks by their zeros, texts by their tokens, options and rows by their values, in any\n"
+     "order but that of --skip and --fix.\n"},
     {"eval", EVAL, 1, 1, run_eval, "DIR", "measure perplexity",
      "Measures how well the model in directory DIR predicts a text: its perplexity. The text is cut into windows of\n"
      "T tokens that follow one another; the result is exp of the mean negative log-likelihood of tokens 2 .. T of\n"

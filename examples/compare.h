@@ -217,7 +217,8 @@ typedef struct comparison {
     job *j;
     result_row *row;
     int num_rows, room;
-    char *kept;                /* the file of --resume, or NULL; lines that are taken over begin with 0 */
+    char *head;                /* of the file of results, as it was when the comparison began */
+    char *kept;                /* the file of --resume, or NULL; lines that are taken over begin with - */
     int printed_axes[3];       /* 1: the table has a column for calibration sizes, seeds, tests */
     int name_width, test_width;
     work_left work;
@@ -227,6 +228,7 @@ static void free_comparison(comparison *c)
 {
     for (int i = 0; i < c->num_rows; i++) free(c->row[i].line);
     free(c->row);
+    free(c->head);
     free(c->kept);
 }
 
@@ -246,15 +248,38 @@ static besa_result add_row(comparison *c, const result_row *r)
 
 /* ---- the file of results ------------------------------------------------------------------- */
 
-/* What makes two files of tokens the same: a hash (FNV-1a) of their ids. */
+/* FNV-1a */
+static const uint64_t empty_hash = 14695981039346656037u;
+static uint64_t hash_with(uint64_t hash, uint64_t x) { return (hash ^ x) * 1099511628211u; }
+
+/* What makes two files of tokens the same: a hash of their ids, and of the columns of a 2-D file, whose rows are sequences. */
 static besa_result hash_tokens(job *j, const char *path, uint64_t *hash)
 {
     besa_tokens file;
     TRY(besa_tokens_load(&file, path, &j->error));
-    *hash = 14695981039346656037u;
-    for (int64_t i = 0; i < file.count; i++) *hash = (*hash ^ (uint32_t)file.ids[i]) * 1099511628211u;
+    *hash = file.rows ? hash_with(empty_hash, (uint64_t)file.columns) : empty_hash;
+    for (int64_t i = 0; i < file.count; i++) *hash = hash_with(*hash, (uint32_t)file.ids[i]);
     besa_tokens_free(&file);
     return BESA_OK;
+}
+
+/* What makes two checkpoints the same masks: a hash of where their layers are 0, 8 weights at a time. */
+static uint64_t hash_zeros(const besa_checkpoint *masks)
+{
+    uint64_t hash = empty_hash, bits = 1; /* behind its first 1 are those that are not in the hash yet */
+    for (int64_t b = 0; b < besa_checkpoint_config(masks)->num_hidden_layers; b++)
+        for (int i = 0; i < BESA_LAYERS; i++) {
+            const besa_tensor *t = besa_checkpoint_layer(masks, b, i);
+            const unsigned char *data = (const unsigned char *)t->data;
+            const size_t size = besa_dtype_size(t->dtype);
+            for (size_t k = 0; k < t->bytes; k += size) {
+                bits = bits << 1 | (uint64_t)is_zero(data + k, size);
+                if (bits < 0x100) continue;
+                hash = hash_with(hash, bits);
+                bits = 1;
+            }
+        }
+    return hash_with(hash, bits);
 }
 
 /* Whether an option is not one that all rows have and that results depend on. */
@@ -298,6 +323,9 @@ static int read_given(const settings *s, int i, char name[MAX_NAME], const char 
     return more;
 }
 
+/* A skip is a fix at 0: of both the first that matches a layer counts. */
+static void call_fix(char name[MAX_NAME]) { if (!strcmp(name, "skip")) snprintf(name, MAX_NAME, "fix"); }
+
 /* The first option in the alphabet behind `last` that rows have in common; 0: there is none. */
 static int next_given(const settings *s, const char *last, char next[MAX_NAME])
 {
@@ -310,6 +338,7 @@ static int next_given(const settings *s, const char *last, char next[MAX_NAME])
             continue;
         }
         i += read_given(s, i, name, &value);
+        call_fix(name);
         if (!is_aside(name) && strcmp(name, last) > 0 && (!next[0] || strcmp(name, next) < 0)) snprintf(next, MAX_NAME, "%s", name);
     }
     return next[0] != 0;
@@ -325,29 +354,33 @@ static void put_option(FILE *file, const job *j, const char *name, const char *v
         for (int64_t i = 0; i < s->num_targets && n < sizeof line; i++)
             n += (size_t)snprintf(line + n, sizeof line - n, "%s%.9g", i ? " " : "", s->block_targets[i]);
     else if (!strcmp(name, "masks") && j->masks) {
-        besa_checkpoint_sha256(j->masks, digits);
+        if (is_masks_file(s)) besa_checkpoint_sha256(j->masks, digits);
+        else snprintf(digits, sizeof digits, "%016llx", (unsigned long long)hash_zeros(j->masks));
         snprintf(line + n, sizeof line - n, "%s %s", besa_checkpoint_name(j->masks), digits);
-    } else put_plain(line + n, sizeof line - n, value);
+    } else if (!strcmp(name, "skip")) snprintf(line, sizeof line, "fix=%s=0", value);
+    else put_plain(line + n, sizeof line - n, value);
     fprintf(file, "%s\n  ", before);
     put_string(file, line);
 }
 
-/* The other options by name and value, in the order of their names, a line for each. Of one that is given twice the last counts,
- * but for those that are repeatable. */
+/* The other options by name and value, in the order of their names, a line for each; of --fix and --skip one for each time, in
+ * the order that they are given in. Of another that is given twice the last counts. */
 static void put_options(FILE *file, const job *j)
 {
     const settings *s = j->s;
-    char last[MAX_NAME] = "", next[MAX_NAME], name[MAX_NAME];
+    char last[MAX_NAME] = "", next[MAX_NAME], name[MAX_NAME] = "", own[MAX_NAME];
     const char *before = "", *value, *found = NULL;
     fprintf(file, " \"options\": [");
     for (; next_given(s, last, next); memcpy(last, next, sizeof last)) {
-        const int repeats = !strcmp(next, "fix") || !strcmp(next, "skip");
+        const int repeats = !strcmp(next, "fix");
         for (int i = 0; s->arguments[i];) {
             const int is_option = s->arguments[i][0] == '-';
             i += is_option ? read_given(s, i, name, &value) : 1;
+            snprintf(own, sizeof own, "%s", name);
+            call_fix(name);
             if (!is_option || strcmp(name, next)) continue;
             found = value;
-            if (repeats) put_option(file, j, next, found, before), before = ",";
+            if (repeats) put_option(file, j, own, found, before), before = ",";
         }
         if (!repeats) put_option(file, j, next, found, before);
         before = ",";
@@ -393,7 +426,7 @@ static besa_result put_head(FILE *file, job *j)
     return BESA_OK;
 }
 
-/* A row's name by value: options in the order of their names, numbers in one form. */
+/* A row's name by value: options in the order of their names, numbers in one form, a skip as a fix at 0. */
 static void plain_label(char *to, size_t size, const char *label)
 {
     char part[MAX_SETTINGS + 2][MAX_NAME] = {""};
@@ -405,7 +438,8 @@ static void plain_label(char *to, size_t size, const char *label)
         if (!is_setting && last && strchr(last, '=')) /* "2:4" */
             snprintf(last + strlen(last), MAX_NAME - strlen(last), ":%.*s", (int)(end - at), at);
         else if (count < MAX_SETTINGS + 2) {
-            snprintf(part[count++], MAX_NAME, "%.*s", (int)(end - at), at);
+            const int is_skip = is_setting && !strncmp(at, "skip=", 5);
+            snprintf(part[count++], MAX_NAME, is_skip ? "fix=%.*s=0" : "%.*s", (int)(end - at) - 5 * is_skip, at + 5 * is_skip);
             if (!is_setting) fixed = count;
         }
     }
@@ -555,7 +589,7 @@ static void put_mean(FILE *file, const job *j, const result_row *r, int seeds)
 static besa_result put_json(FILE *file, comparison *c)
 {
     const char *between = "";
-    TRY(put_head(file, c->j));
+    fputs(c->head, file);
     for (int i = 0; i < c->num_rows; i++, between = ",\n") fprintf(file, "%s%s", between, c->row[i].line);
     for (const char *line = c->kept, *next; line; line = next) { /* those of other runs */
         const size_t n = strcspn(line, "\n");
@@ -744,9 +778,9 @@ static const char *line_of(const char *head, const char *at, int *length)
 }
 
 /* Whether what was kept begins as this comparison's file does. */
-static besa_result check_kept(comparison *c, const char *head, const char *end)
+static besa_result check_kept(comparison *c, const char *end)
 {
-    const char *path = c->j->s->resume, *here = head, *there = c->kept;
+    const char *path = c->j->s->resume, *here = c->head, *there = c->kept;
     int length[2];
     if (strncmp(there, "{\"program\": \"besa ", 18))
         return fail(c->j, BESA_ERROR_RESUME, "--resume %s is %s, expected a file of this command's --json: remove it, and it is begun anew",
@@ -755,7 +789,7 @@ static besa_result check_kept(comparison *c, const char *head, const char *end)
         here = past_free(here), there = past_free(there);
         if (!*there) break;
         if (*here == *there) continue;
-        here = line_of(head, here, &length[0]), there = line_of(c->kept, there, &length[1]);
+        here = line_of(c->head, here, &length[0]), there = line_of(c->kept, there, &length[1]);
         return fail(c->j, BESA_ERROR_RESUME, "--resume %s is of another comparison: it has %.*s and this one %.*s", path, length[1],
                     there, length[0], here);
     }
@@ -778,7 +812,7 @@ static besa_result read_text(job *j, const char *path, FILE *file, char **whole)
     return *whole ? BESA_OK : out_of_memory(j);
 }
 
-/* The file of --resume, which is to begin as this comparison's. A file that is not there yet is begun. */
+/* The head of the file of results, and the file of --resume, which is to begin so. One that is not there yet is begun. */
 static besa_result read_kept(comparison *c)
 {
     job *j = c->j;
@@ -789,12 +823,13 @@ static besa_result read_kept(comparison *c)
     besa_result result = file ? read_text(j, path, file, &c->kept) : BESA_OK;
     if (file) fclose(file);
     TRY(result);
+    if (!path && !j->s->json_file) return BESA_OK;
     result = begin_text(&own) ? put_head(own.file, j) : out_of_memory(j);
-    char *head = end_text(&own), *end = c->kept ? strstr(c->kept, "\n ],\n \"means\": [") : NULL;
-    if (!result && !head) result = out_of_memory(j);
-    if (!result && c->kept) result = check_kept(c, head, end);
+    c->head = end_text(&own);
+    char *end = c->kept ? strstr(c->kept, "\n ],\n \"means\": [") : NULL;
+    if (!result && !c->head) result = out_of_memory(j);
+    if (!result && c->kept) result = check_kept(c, end);
     if (end) end[1] = 0;
-    free(head);
     return result;
 }
 
@@ -888,7 +923,8 @@ static besa_result take_calibration(job *j, const cell *at)
     besa_result result = load_windows(j, j->s->tokens, 128, (uint64_t)at->seed, "nsamples", "seqlen", &k->nsamples,
                                       &k->seqlen, &j->ids);
     k->ids = j->ids;
-    return result;
+    if (result || !strcmp(j->sha256[0], j->text_sha256)) return result;
+    return fail(j, BESA_ERROR_TOKENS, "%s has changed since this comparison began: expected the same text in all runs", j->s->tokens);
 }
 
 /* Set the options and the data of a cell. */

@@ -308,7 +308,7 @@ sed -i 's/"rope_theta": *[0-9.]*/"rope_theta": 20000.0/' "$other/config.json"
 printf '.4 .5\n.6 0.5 5e-1\n' >"$work/by_value" && printf '0.40 .5 .6 .5 .5' >"$work/same_value" && printf '.5 .4 .6 .5 .5' >"$work/another_value"
 set -- --block-targets "$work/by_value" --skip v_proj --fix o_proj=0.50 --lr 2.0 --no-projection --batch-size=2
 check 0 '' compare "$stories" $short --method besa:lr=30,epochs=2,wanda "$@" --resume "$work/value.json"
-set -- --batch-size 2 --projection --lr=5 --no-projection --fix o_proj=.5 --lr 2e0 --skip=v_proj --block-targets "$work/same_value"
+set -- --batch-size 2 --projection --lr=5 --skip=v_proj --no-projection --fix o_proj=.5 --lr 2e0 --block-targets "$work/same_value"
 check 0 'value.json: 2 of 2 runs are there' compare "$moved" --tokens "$moved/c4.npy" --nsamples 2 --seqlen 32 --test "$moved/test_tokens.npy" --windows 2 \
     --method besa:epochs=2,lr=3e1,wanda "$@" --resume "$work/value.json"
 [ "$(grep -c '^  {"method": "besa:epochs=2,lr=3e1", .*"reached": ' "$work/value.json")" -eq 1 ] && ! grep -q 'lr=30,epochs' "$work/value.json" ||
@@ -363,6 +363,55 @@ grep -q '"method": "wanda".* "seeds": 1, .*"perplexity_sd": null, .*"kl_sd": nul
 (ulimit -f 0; "$besa" compare "$stories" $short --method wanda 2>&1) | cat >"$work/log"
 grep -q '^wanda .* 0.5000 ' "$work/log" || bad="$bad; a comparison without files where none can be written: $(cat "$work/log")"
 done_with "what is in a file of results"
+
+# And what it is refused by: other zeros of masks that have one name, another order of --fix and --skip, other sequences of one text.
+mkdir -p "$work/m1" "$work/m2" "$work/m3"
+check 0 '' prune "$stories" "$work/m1/masks" $data --method wanda --quiet
+check 0 '' prune "$stories" "$work/m2/masks" $data --method magnitude --quiet
+check 0 '' compare "$stories" $short --method keep --masks "$work/m1/masks" --resume "$work/zeros.json"
+check 1 'it has "masks=masks [0-9a-f]*" and this one "masks=masks [0-9a-f]*"$' compare "$stories" $short --method keep --masks "$work/m2/masks" --resume "$work/zeros.json"
+cp -r "$work/m1/masks" "$work/m3/masks"
+check 0 'zeros.json: 1 of 1 runs are there' compare "$stories" $data $text --method keep --masks "$work/m3/masks" --resume "$work/zeros.json"
+set -- --method wanda --resume "$work/order.json"
+check 0 '' compare "$stories" $short "$@" --fix layers.0=0.3 --skip v_proj
+check 0 'order.json: 1 of 1 runs are there' compare "$stories" $data $text "$@" --fix layers.0=.3 --fix v_proj=0
+check 1 'it has "fix=layers.0=0.3" and this one "fix=v_proj=0"' compare "$stories" $short "$@" --skip v_proj --fix layers.0=0.3
+check 0 '' compare "$stories" $short --method wanda:fix=layers.0=.3,skip=v_proj --resume "$work/rows.json"
+check 0 'rows.json: 0 of 1 runs are there' compare "$stories" $data $text --method wanda:skip=v_proj,fix=layers.0=.3 --resume "$work/rows.json"
+check 0 'rows.json: 1 of 1 runs are there' compare "$stories" $data $text --method wanda:fix=layers.0=0.3,fix=v_proj=0 --resume "$work/rows.json"
+npy() { printf '\223NUMPY\001\000v\000%-117s\n' "{'descr': '<u2', 'fortran_order': False, 'shape': ($1), }"; tail -c +129 "$all" | head -c 512; }
+npy '4, 64' >"$work/tokens.npy"; npy '8, 32' >"$work/m3/tokens.npy"; npy '256,' >"$work/m2/tokens.npy"
+set -- --nsamples 2 --seqlen 32 --method wanda $text --resume "$work/shape.json"
+check 0 '' compare "$stories" --tokens "$work/tokens.npy" "$@"
+for tokens in m3 m2; do check 1 'it has "tokens": .* and this one "tokens": ' compare "$stories" --tokens "$work/$tokens/tokens.npy" "$@"; done
+check 0 '' compare "$stories" --tokens "$work/tokens.npy" --quiet "$@"
+done_with "what a comparison that goes on is refused by"
+
+# A text that is moved meanwhile, and one that changes before it is read for another seed: what is done is kept, as of the first.
+# meanwhile COMMAND ARGUMENTS...: besa, and the command once the row of wanda is in $work/while.json
+meanwhile()
+{
+    then=$1
+    shift
+    "$besa" "$@" >"$work/log" 2>&1 &
+    running=$!
+    while kill -0 $running 2>/dev/null; do
+        grep -q '"wanda"' "$work/while.json" 2>/dev/null && eval "$then" && then=false
+        sleep 0.02
+    done
+    wait $running
+    got=$?
+}
+set -- "$stories" $text --nsamples 48 --seqlen 64 --quiet --tokens "$work/text_now.npy" --resume "$work/while.json"
+cp "$stories/calibration_tokens.npy" "$work/text_now.npy"
+meanwhile 'mv "$work/text_now.npy" "$work/text_old.npy"' compare "$@" --method wanda,besa:epochs=4
+[ $got -eq 0 ] && grep -q '"method": "besa:epochs=4"' "$work/while.json" || bad="$bad; a moved text: $(tail -1 "$work/log")"
+cp "$work/text_old.npy" "$work/text_now.npy" && rm "$work/while.json"
+meanwhile 'cp "$all" "$work/text_now.npy"' compare "$@" --method wanda,besa:epochs=4 --seeds 1,2
+[ $got -eq 1 ] && grep -q 'text_now.npy has changed since this comparison began' "$work/log" || bad="$bad; a text that changes: $(tail -1 "$work/log")"
+cp "$work/text_old.npy" "$work/text_now.npy"
+check 0 '^wanda ' compare "$@" --method wanda --seeds 1
+done_with "a text that changes during a comparison"
 
 # How far a model is from another.
 check 0 '^perplexity [0-9.]* +/- [0-9.]* over 3 windows of 64 tokens' eval "$stories" --tokens "$all" --seqlen 64 --windows 3
