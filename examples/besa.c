@@ -768,8 +768,9 @@ static const command commands[] = {
      "  besa compare llama --tokens c4.npy --test wikitext2.npy --method besa,besa:epochs=2,besa:best:epochs=2,lr=2 \\\n"
      "      --nsamples 16,64,128 --resume results.json\n\n"
      "A row is METHOD[:PRESET][:KEY=VALUE[,KEY=VALUE ...]], KEY an option below of the method, without its --, but masks and\n"
-     "block-targets; flags are yes or no. Other options under BESA apply to besa's rows, and of --learn both and --preset best the others take the\n"
-     "weights. --resume FILE goes on with the runs that a stopped comparison has not come to, or with those of more methods,\n"
+     "block-targets, and with owl's targets none of pattern, skip, blocks, fix and depth-slope; flags are yes or no. Other\n"
+     "options under BESA apply to besa's rows, and of --learn both and --preset best the others take the weights.\n"
+     "--resume FILE goes on with the runs that a stopped comparison has not come to, or with those of more methods,\n"
      "sparsities, seeds or sizes; where models, texts or other options are not those of the file, it is refused: models are\n"
      "known by name and config.json, masks by their zeros, texts by their tokens, options and rows by their values, in any\n"
      "order but that of --skip and --fix.\n"},

@@ -783,6 +783,12 @@ static void read_settings(settings *s, const row *r)
     }
 }
 
+/* Whether an option says which layers there are to prune, or how much of a block. */
+static int chooses_layers(const option *o)
+{
+    return o->kind == PATTERN || o->kind == SKIP || o->kind == FIX || o->kind == BLOCKS || !strcmp(o->name, "depth-slope");
+}
+
 /* What a row sets must be of use to it. */
 static void check_settings(const settings *s, const row *r)
 {
@@ -791,6 +797,9 @@ static void check_settings(const settings *s, const row *r)
     for (int i = 0; i < r->num_settings; i++) {
         const option *o = find_row_option(s, r, r->setting[i]), *heading = o;
         while (heading->kind != HEADING) heading--;
+        if (s->owl && chooses_layers(o))
+            usage_error(s, "--method: '%s': --block-targets owl finds sparsities for all rows at once: expected no blocks, skip, fix, pattern "
+                        "and depth-slope in a row", r->label);
         if (!strncmp(heading->name, "BESA", 4) && r->method != BESA_METHOD_BESA)
             usage_error(s, "--method: '%s': %s is for besa", r->label, o->name);
         if (!strncmp(heading->name, "Learning", 8) && !learns)

@@ -484,6 +484,20 @@ check 2 'method keep has its own' plan "$stories" --block-targets owl --method k
 check 1 'a lambda below 0.9 helps' prune "$stories" "$work/refused" $data --block-targets owl:.9
 done_with "blocks and their sparsities"
 
+# One row's outliers are all rows': none chooses other layers, which is said before any work; a run that goes on has the same.
+for setting in blocks=1-2 skip=v_proj fix=v_proj=.3 pattern=2:4 depth-slope=.1; do
+    check 2 "'wanda:$setting': --block-targets owl finds sparsities for all rows at once: expected no blocks, skip, " compare "$stories" $short \
+        --method wanda,wanda:$setting --block-targets owl
+    check 0 "^wanda:$setting " compare "$stories" $short --method wanda,wanda:$setting
+done
+set -- --block-targets owl --skip v_proj --blocks 1-3
+check 0 '' compare "$stories" $short --method magnitude,wanda "$@" --json "$work/owl.json"
+check 0 '' compare "$stories" $short --method magnitude "$@" --resume "$work/owl.part.json"
+check 0 'owl.part.json: 1 of 2 runs are there' compare "$stories" $data $text --method magnitude,wanda "$@" --resume "$work/owl.part.json"
+rows "$work/owl.json" >"$work/owl.rows"; rows "$work/owl.part.json" >"$work/owl.part.rows"
+cmp -s "$work/owl.rows" "$work/owl.part.rows" && [ "$(wc -l <"$work/owl.rows")" -eq 3 ] || bad="$bad; other rows: $(cat "$work/owl.rows" "$work/owl.part.rows")"
+done_with "outliers of a comparison"
+
 # Masks of another checkpoint.
 check 2 'wants --masks' plan "$stories" --method keep
 check 2 '--masks is for --method keep' plan "$stories" --masks "$work/slope"
