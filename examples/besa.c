@@ -12,6 +12,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <time.h>
 #include <unistd.h>
@@ -127,6 +128,7 @@ typedef struct progress_view {
     double drawn;          /* when, in the run's seconds */
     const work_left *work; /* of the runs that this is one of; or NULL */
     int resumed;           /* 1: it is said where a run goes on */
+    int64_t taken_over;    /* blocks of a run before */
 } progress_view;
 
 /* How wide the terminal is now: it may have been resized since the last line. */
@@ -183,6 +185,7 @@ static void say_resumed(progress_view *view, const besa_progress *p)
 static int show_progress(void *user, const besa_progress *p)
 {
     progress_view *view = (progress_view *)user;
+    view->taken_over = p->resumed_blocks;
     if (view->quiet) return interrupted;
     say_resumed(view, p);
     if (view->terminal && (view->drawn < 0 || p->seconds - view->drawn > 0.1)) draw_bar(view, p);
@@ -195,7 +198,7 @@ static int show_progress(void *user, const besa_progress *p)
 
 static progress_view begin_progress(const settings *s, const char *label)
 {
-    progress_view view = {label, s->quiet, isatty(STDERR_FILENO), 0, -1, NULL, 0};
+    progress_view view = {label, s->quiet, isatty(STDERR_FILENO), 0, -1, NULL, 0, 0};
     if (s->command->bit == COMPARE && !view.terminal) view.quiet = 1; /* the growing table shows it */
     return view;
 }
@@ -221,6 +224,45 @@ struct job {
     double outliers[MAX_BLOCKS]; /* shares of the blocks that are pruned, once they are known */
     besa_error error;
 };
+
+static besa_result fail(job *j, besa_result result, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    vsnprintf(j->error.message, sizeof j->error.message, format, args);
+    va_end(args);
+    return result;
+}
+
+static besa_result out_of_memory(job *j) { return fail(j, BESA_ERROR_MEMORY, "out of memory"); }
+
+/* Put a file in the place of the last one once it is complete: that is whole at any time. A device is written directly, as is a
+ * file beside which nothing can be made, and a link stays one. *lock: a descriptor that holds the file's lock, and then that of the
+ * new one; or lock is NULL. */
+static besa_result replace_file(job *j, const char *path, besa_result (*put)(FILE *file, void *what), void *what, int *lock)
+{
+    char part[4096];
+    struct stat st;
+    char *place = realpath(path, NULL); /* NULL where nothing is yet */
+    int direct = place ? !stat(place, &st) && !S_ISREG(st.st_mode) : !lstat(path, &st) /* a link to nothing */, held = -1;
+    const int n = snprintf(part, sizeof part, "%s%s", place ? place : path, direct ? "" : ".partial");
+    FILE *file = n > 0 && (size_t)n < sizeof part ? fopen(part, "w") : NULL;
+    if (!file && place && !direct) direct = 1, file = fopen(place, "w");
+    if (file && place && !direct) fchmod(fileno(file), st.st_mode & 0777);
+    besa_result result = file ? put(file, what) : BESA_OK;
+    int good = file && !fflush(file) && !ferror(file), why = errno;
+    if (good && lock && !direct) held = dup(fileno(file)); /* what holds a lock is the open file, by whatever descriptor */
+    if (held >= 0) flock(held, LOCK_EX | LOCK_NB);
+    if (file && fclose(file) && good) good = 0, why = errno;
+    if (good && !result && !direct && rename(part, place ? place : path)) good = 0, why = errno;
+    if (file && !direct && (!good || result)) unlink(part);
+    free(place);
+    if (held >= 0 && good && !result) {
+        close(*lock);
+        *lock = held;
+    } else if (held >= 0) close(held);
+    return result || good ? result : fail(j, BESA_ERROR_WRITE, "%s could not be written: %s", path, strerror(why));
+}
 
 /* Refuse more windows than a file has, or longer ones, by the names of the two options. */
 static besa_result check_windows(job *j, const char *path, const besa_tokens *file, const char *count_option,
@@ -412,6 +454,12 @@ static void print_targets(const settings *s)
 
 /* ---- prune, plan --------------------------------------------------------------------------- */
 
+static besa_result put_text(FILE *file, void *words)
+{
+    fputs((const char *)words, file);
+    return BESA_OK;
+}
+
 /* With the command line and how many threads there were. */
 static besa_result write_report(job *j, besa_report *r)
 {
@@ -420,14 +468,11 @@ static besa_result write_report(job *j, besa_report *r)
     r->command = line;
     r->threads = s->cuda ? 0 : s->threads ? s->threads : default_threads();
     char *json = line ? besa_report_json(r) : NULL;
-    FILE *file = fopen(s->report, "w");
-    int written = json && file && fputs(json, file) >= 0;
+    besa_result result = json ? replace_file(j, s->report, put_text, json, NULL) : out_of_memory(j);
     free(json);
     free(line);
     r->command = NULL;
-    if (file && fclose(file) == 0 && written) return BESA_OK;
-    snprintf(j->error.message, sizeof j->error.message, "%s could not be written", s->report);
-    return BESA_ERROR_WRITE;
+    return result;
 }
 
 static besa_result make_plan(job *j, besa_plan_result *p)
@@ -475,7 +520,8 @@ typedef struct prune_view {
     besa_error error;            /* why trace_step stopped the run; the library knows the result alone */
 } prune_view;
 
-/* Of a trace that a run before has begun keep the blocks before this one, which are finished, and write on from there. */
+/* Of a trace that this run has begun before it was stopped keep the blocks before this one, which are finished, and write on from
+ * there. */
 static void begin_trace(FILE *trace, int64_t block)
 {
     char line[512];
@@ -501,7 +547,7 @@ static besa_result trace_step(void *user, const besa_step *step)
     FILE *trace = view->trace;
     besa_trace t;
     TRY(besa_step_trace(step, &t, &view->error));
-    if (!view->traced) begin_trace(trace, step->block);
+    if (!view->traced) begin_trace(trace, view->progress.taken_over);
     view->traced = 1;
     fprintf(trace, "{\"block\": %lld, \"step\": %lld, \"steps\": %lld", (long long)step->block, (long long)step->step,
             (long long)step->steps);
@@ -618,11 +664,11 @@ static besa_result run_prune(job *j)
     if (result && is_new) unlink(s->report);
     TRY(result);
     print_summary(s, &report, plan.notes);
-    if (s->rates || s->save_masks) result = save_output_masks(j);
     report.plan = &plan;
-    if (!result && s->report) result = write_report(j, &report);
+    if (s->report) result = write_report(j, &report);
+    besa_result saved = s->rates || s->save_masks ? save_output_masks(j) : BESA_OK;
     besa_report_free(&report);
-    return result;
+    return result ? result : saved;
 }
 
 static besa_result run_plan(job *j)

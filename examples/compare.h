@@ -1,17 +1,6 @@
 /* Measuring models: perplexity, and how far one model is from another; the commands eval and compare.
  * Part of besa.c, which has what all commands share: jobs, progress, numbers as text. */
 
-static besa_result fail(job *j, besa_result result, const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    vsnprintf(j->error.message, sizeof j->error.message, format, args);
-    va_end(args);
-    return result;
-}
-
-static besa_result out_of_memory(job *j) { return fail(j, BESA_ERROR_MEMORY, "out of memory"); }
-
 /* ---- tests --------------------------------------------------------------------------------- */
 
 /* All test files into one array of windows, test i from window first[i] on; sizes as load_windows has them, of each file. */
@@ -217,7 +206,11 @@ typedef struct comparison {
     job *j;
     result_row *row;
     int num_rows, room;
-    char *head;                /* of the file of results, as it was when the comparison began */
+    const char *results;       /* the file of results; or NULL */
+    int lock;                  /* a descriptor that holds its lock, or -1 */
+    char *made;                /* its place, where it is here for the lock alone; or NULL */
+    int begins;                /* 1: the file of --resume is not there yet */
+    char *head;                /* what it begins with, as it was when the comparison began */
     char *kept;                /* the file of --resume, or NULL; lines that are taken over begin with - */
     int printed_axes[3];       /* 1: the table has a column for calibration sizes, seeds, tests */
     int name_width, test_width;
@@ -227,7 +220,10 @@ typedef struct comparison {
 static void free_comparison(comparison *c)
 {
     for (int i = 0; i < c->num_rows; i++) free(c->row[i].line);
+    if (c->made) unlink(c->made);
+    if (c->lock >= 0) close(c->lock);
     free(c->row);
+    free(c->made);
     free(c->head);
     free(c->kept);
 }
@@ -515,22 +511,6 @@ static void read_figures(result_row *r, const char *line, int64_t windows)
     d->difference_error = number_in(line, "nll_difference_error");
 }
 
-/* A file of results is put in the place of the last one: it is whole at any time. */
-static besa_result replace_file(job *j, const char *path, besa_result (*put)(FILE *file, comparison *c), comparison *c)
-{
-    char part[4096];
-    struct stat st;
-    const int direct = !stat(path, &st) && !S_ISREG(st.st_mode); /* /dev/stdout */
-    const int n = snprintf(part, sizeof part, "%s%s", path, direct ? "" : ".partial");
-    FILE *file = n > 0 && (size_t)n < sizeof part ? fopen(part, "w") : NULL;
-    besa_result result = file ? put(file, c) : BESA_OK;
-    const int written = file && !ferror(file);
-    if (file && fclose(file) == 0 && written && !result && (direct || !rename(part, path))) return BESA_OK;
-    const int why = errno;
-    if (file && !direct) unlink(part);
-    return result ? result : fail(j, BESA_ERROR_WRITE, "%s could not be written: %s", path, strerror(why));
-}
-
 static int same_but_seed(const result_row *a, const result_row *b)
 {
     return a->nsamples && b->nsamples && !strcmp(a->method, b->method) && a->sparsity == b->sparsity &&
@@ -586,8 +566,9 @@ static void put_mean(FILE *file, const job *j, const result_row *r, int seeds)
     fprintf(file, "}");
 }
 
-static besa_result put_json(FILE *file, comparison *c)
+static besa_result put_json(FILE *file, void *what)
 {
+    const comparison *c = (const comparison *)what;
     const char *between = "";
     fputs(c->head, file);
     for (int i = 0; i < c->num_rows; i++, between = ",\n") fprintf(file, "%s%s", between, c->row[i].line);
@@ -663,8 +644,9 @@ static void put_legend(FILE *file, const comparison *c, const char *sign)
     fprintf(file, "\n");
 }
 
-static besa_result put_markdown(FILE *file, comparison *c)
+static besa_result put_markdown(FILE *file, void *what)
 {
+    const comparison *c = (const comparison *)what;
     static const char *const axis[] = {" sequences |", " seed |", " text |"};
     fprintf(file, "| method | sparsity |");
     for (int i = 0; i < 3; i++) fprintf(file, "%s", c->printed_axes[i] ? axis[i] : "");
@@ -683,9 +665,28 @@ static besa_result put_markdown(FILE *file, comparison *c)
 static besa_result save(comparison *c)
 {
     const settings *s = c->j->s;
-    const char *json = s->json_file ? s->json_file : s->resume;
-    if (json) TRY(replace_file(c->j, json, put_json, c));
-    if (s->markdown) TRY(replace_file(c->j, s->markdown, put_markdown, c));
+    if (c->results) TRY(replace_file(c->j, c->results, put_json, c, &c->lock));
+    free(c->made);
+    c->made = NULL;
+    return s->markdown ? replace_file(c->j, s->markdown, put_markdown, c, NULL) : BESA_OK;
+}
+
+/* Lock the file of results for the whole command, made empty where it is not there: of two comparisons that write it each would
+ * put its own rows in the place of the other's. A device has no lock, nor have file systems without them. */
+static besa_result lock_results(comparison *c)
+{
+    job *j = c->j;
+    struct stat here, there;
+    const char *path = c->results;
+    const int is_new = path && stat(path, &there);
+    c->begins = j->s->resume && access(j->s->resume, F_OK) && errno == ENOENT;
+    if (!path || (!is_new && !S_ISREG(there.st_mode))) return BESA_OK;
+    c->lock = open(path, O_RDONLY | O_CREAT | O_CLOEXEC, 0666);
+    if (c->lock < 0) return fail(j, BESA_ERROR_WRITE, "%s could not be written: %s", path, strerror(errno));
+    if ((flock(c->lock, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) || fstat(c->lock, &here) || stat(path, &there) ||
+        here.st_ino != there.st_ino || here.st_dev != there.st_dev) /* the last: it has just been replaced */
+        return fail(j, BESA_ERROR_RESUME, "%s: another comparison is writing it: expected one at a time", path);
+    if (is_new) c->made = realpath(path, NULL);
     return BESA_OK;
 }
 
@@ -818,12 +819,12 @@ static besa_result read_kept(comparison *c)
     job *j = c->j;
     const char *path = j->s->resume;
     text_file own;
-    FILE *file = path ? fopen(path, "r") : NULL;
-    if (path && !file && errno != ENOENT) return fail(j, BESA_ERROR_READ, "%s: %s", path, strerror(errno));
+    FILE *file = path && !c->begins ? fopen(path, "r") : NULL;
+    if (path && !c->begins && !file) return fail(j, BESA_ERROR_READ, "%s: %s", path, strerror(errno));
     besa_result result = file ? read_text(j, path, file, &c->kept) : BESA_OK;
     if (file) fclose(file);
     TRY(result);
-    if (!path && !j->s->json_file) return BESA_OK;
+    if (!c->results) return BESA_OK;
     result = begin_text(&own) ? put_head(own.file, j) : out_of_memory(j);
     c->head = end_text(&own);
     char *end = c->kept ? strstr(c->kept, "\n ],\n \"means\": [") : NULL;
@@ -1161,6 +1162,7 @@ static besa_result compare_all(comparison *c)
 {
     int done = 0;
     TRY(open_against(c->j));
+    TRY(lock_results(c));
     TRY(read_kept(c));
     TRY(check_runs(c));
     TRY(save(c)); /* can it be written? The work may take hours */
@@ -1176,6 +1178,8 @@ static besa_result run_compare(job *j)
     comparison c;
     memset(&c, 0, sizeof c);
     c.j = j;
+    c.results = j->s->json_file ? j->s->json_file : j->s->resume;
+    c.lock = -1;
     besa_result result = compare_all(&c);
     free_comparison(&c);
     return result;

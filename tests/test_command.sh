@@ -404,14 +404,56 @@ meanwhile()
 }
 set -- "$stories" $text --nsamples 48 --seqlen 64 --quiet --tokens "$work/text_now.npy" --resume "$work/while.json"
 cp "$stories/calibration_tokens.npy" "$work/text_now.npy"
-meanwhile 'mv "$work/text_now.npy" "$work/text_old.npy"' compare "$@" --method wanda,besa:epochs=4
-[ $got -eq 0 ] && grep -q '"method": "besa:epochs=4"' "$work/while.json" || bad="$bad; a moved text: $(tail -1 "$work/log")"
+meanwhile 'mv "$work/text_now.npy" "$work/text_old.npy"' compare "$@" --method wanda,besa:epochs=2
+[ $got -eq 0 ] && grep -q '"method": "besa:epochs=2"' "$work/while.json" || bad="$bad; a moved text: $(tail -1 "$work/log")"
 cp "$work/text_old.npy" "$work/text_now.npy" && rm "$work/while.json"
-meanwhile 'cp "$all" "$work/text_now.npy"' compare "$@" --method wanda,besa:epochs=4 --seeds 1,2
+meanwhile 'cp "$all" "$work/text_now.npy"' compare "$@" --method wanda,besa:epochs=2 --seeds 1,2
 [ $got -eq 1 ] && grep -q 'text_now.npy has changed since this comparison began' "$work/log" || bad="$bad; a text that changes: $(tail -1 "$work/log")"
 cp "$work/text_old.npy" "$work/text_now.npy"
 check 0 '^wanda ' compare "$@" --method wanda --seeds 1
 done_with "a text that changes during a comparison"
+
+# Two comparisons that write one file, by either of its names: the second is refused, and may come when the first has ended. A link
+# stays a link; a comparison that is refused leaves no file.
+ln -s linked.json "$work/link.json"
+rm -f "$work/while.json"
+meanwhile 'kill -STOP $running; "$besa" "$@" --method magnitude >"$work/second" 2>&1; echo "status $?" >>"$work/second"; ln -s while.json "$work/by_link.json"
+           "$besa" compare '"$stories $short"' --method magnitude --json "$work/by_link.json" >"$work/third" 2>&1; echo "status $?" >>"$work/third"; kill -CONT $running' \
+    compare "$stories" $text --nsamples 48 --seqlen 64 --quiet --tokens "$work/text_now.npy" --resume "$work/while.json" --method wanda,besa:epochs=2
+for file in second third; do
+    grep -q '\.json: another comparison is writing it: expected one at a time$' "$work/$file" && grep -q '^status 1$' "$work/$file" || bad="$bad; $file: $(head -1 "$work/$file")"
+done
+[ $got -eq 0 ] || bad="$bad; the first: $(tail -1 "$work/log")"
+check 0 '^magnitude' compare "$stories" $text --nsamples 48 --seqlen 64 --quiet --tokens "$work/text_now.npy" --resume "$work/while.json" --method magnitude
+[ "$(rows "$work/while.json" | wc -l)" -eq 4 ] || bad="$bad; rows are lost: $(cat "$work/while.json")"
+for i in 1 2; do
+    check 0 '' compare "$stories" $short --method wanda --resume "$work/link.json" --json "$work/link.json"
+    [ -L "$work/link.json" ] && [ ! -L "$work/linked.json" ] && [ "$(rows "$work/linked.json" | wc -l)" -eq 2 ] || bad="$bad; a link gave way to results"
+done
+check 1 'matches none' compare "$stories" $short --method wanda --fix none=.5 --resume "$work/no.json"
+[ ! -e "$work/no.json" ] || bad="$bad; results of nothing"
+check 0 '^wanda ' compare "$stories" $short --method wanda --json /dev/null
+done_with "comparisons at one time"
+
+# A new run leaves nothing in its trace of the one before; a report is written though the masks beside it cannot be, is whole or not
+# there, and a link to one stays.
+set -- --tokens "$stories/calibration_tokens.npy" --nsamples 8 --seqlen 32 --quiet
+check 0 '' prune "$stories" "$work/trace_a" "$@" --blocks 0-1 --trace "$work/one.jsonl"
+check 0 '' prune "$stories" "$work/trace_b" "$@" --blocks 1-3 --trace "$work/one.jsonl"
+check 0 '' prune "$stories" "$work/trace_c" "$@" --blocks 1-3 --trace "$work/three.jsonl"
+[ -s "$work/three.jsonl" ] && cmp -s "$work/one.jsonl" "$work/three.jsonl" || bad="$bad; a trace of two runs: $(head -1 "$work/one.jsonl")"
+ln -s linked_report.json "$work/report_link"
+check 0 '' prune "$stories" "$work/report_a" "$@" --method wanda --report "$work/report_link"
+check 0 '' prune "$stories" "$work/report_b" "$@" --method wanda --report "$work/report_link"
+[ -L "$work/report_link" ] && [ "$(tail -c 2 "$work/linked_report.json")" = "}" ] && [ ! -L "$work/linked_report.json" ] || bad="$bad; a link gave way to a report"
+(ulimit -f 1; "$besa" eval "$stories" --tokens "$all" --seqlen 32 --windows 99 --report "$work/report_link" 2>&1) | cat >"$work/log"
+grep -q 'report_link could not be written: File too large' "$work/log" && grep -q '"sparsity"' "$work/linked_report.json" && [ ! -e "$work/linked_report.json.partial" ] ||
+    bad="$bad; a report that cannot be written: $(cat "$work/log")"
+if [ -w /dev/full ]; then
+    check 1 'dev/full: ' prune "$stories" "$work/report_c" "$@" --method wanda --report "$work/full.json" --save-masks /dev/full
+    [ "$(tail -c 2 "$work/full.json")" = "}" ] || bad="$bad; the report is lost with the masks"
+fi
+done_with "a trace and a report in the place of others"
 
 # How far a model is from another.
 check 0 '^perplexity [0-9.]* +/- [0-9.]* over 3 windows of 64 tokens' eval "$stories" --tokens "$all" --seqlen 64 --windows 3
