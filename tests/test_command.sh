@@ -300,6 +300,23 @@ check 0 '^wanda ' compare "$stories" $data --test "$all" --windows 1 --method wa
 ! grep -q '+/-:' "$work/log" || bad="$bad; it says what +/- is where there is none"
 done_with "a comparison that goes on"
 
+# A file that is written does not take the place of what a comparison goes on with, of the model it is against, or of masks and targets that are read: it is refused.
+cp -r "$stories" "$work/read" && printf '.5 .5 .5 .5 .5' >"$work/read.targets" && ln -s read/config.json "$work/read.link"
+set -- compare "$stories" $data $text --method wanda --quiet
+check 0 '' info "$stories" --save-masks "$work/read.masks"
+check 0 '' "$@" --resume "$work/read.json"
+check 2 'resume and --markdown are one file' "$@" --resume "$work/read.json" --markdown "$work/./read.json"
+check 0 '' "$@" --resume "$work/read.json" --json "$work/read.json"
+check 2 'config.json lies in ' "$@" --against "$work/read" --json "$work/read/config.json"
+check 2 'read.link is config.json in .*, by another name' "$@" --against "$work/read" --json "$work/read.link"
+check 2 'config.json lies in ' "$@" --method keep --masks "$work/read" --markdown "$work/read/config.json"
+check 2 'config.json lies in ' eval "$stories" --tokens "$stories/test_tokens.npy" --against "$work/read" --report "$work/read/config.json"
+check 2 'read.masks is the file of --masks' "$@" --method keep --masks "$work/read.masks" --json "$work/read.masks"
+check 2 'read.targets is the file of --block-targets' "$@" --block-targets "$work/read.targets" --json "$work/read.targets"
+check 2 'read.targets is the file of --block-targets' prune "$stories" "$work/no" $data --block-targets "$work/read.targets" --trace "$work/read.targets"
+cmp -s "$work/read/config.json" "$stories/config.json" || bad="$bad; config.json is another"
+done_with "files that are read, and files of results"
+
 # Where a comparison goes on, its model is known by its name and its config.json, texts by their tokens, options by their values.
 mkdir "$work/other" "$work/moved" && cp -r "$stories" "$work/moved" && cp -r "$stories" "$work/other" || exit 1
 moved=$work/moved/$(basename "$stories") other=$work/other/$(basename "$stories")
