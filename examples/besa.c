@@ -591,6 +591,7 @@ static besa_result close_trace(job *j, prune_view *view, besa_result result)
 static const char *card_of(void *user, const besa_report *report)
 {
     job *j = ((prune_view *)user)->job;
+    end_progress((progress_view *)user); /* the card may have something to say */
     free(j->card);
     j->card = make_card(j->s, besa_checkpoint_name(j->checkpoint), &j->calibration, report);
     return j->card;

@@ -300,7 +300,7 @@ check 0 '^wanda ' compare "$stories" $data --test "$all" --windows 1 --method wa
 ! grep -q '+/-:' "$work/log" || bad="$bad; it says what +/- is where there is none"
 done_with "a comparison that goes on"
 
-# A file that is written does not take the place of what a comparison goes on with, of the model it is against, or of masks and targets that are read: it is refused.
+# A file that is written takes no place of one that is read: what a comparison goes on with, the model it is against, masks, targets.
 cp -r "$stories" "$work/read" && printf '.5 .5 .5 .5 .5' >"$work/read.targets" && ln -s read/config.json "$work/read.link"
 set -- compare "$stories" $data $text --method wanda --quiet
 check 0 '' info "$stories" --save-masks "$work/read.masks"
@@ -670,6 +670,32 @@ for line in 'base_model: "out"' 'base_model_relation: quantized' 'license: other
 done
 cmp -s "$work/model/README.md" "$work/again/README.dense.md" || bad="$bad; the dense model's card is lost the second time"
 done_with "the card of an output"
+
+# The licence in the forms that YAML has for a word, or a list of them; of another form it is said that it is not kept.
+cp -r "$stories" "$work/licensed" && rm -f "$work/licensed"/*.npy
+bom=$(printf '\357\273\277')
+while IFS='|' read -r front expected; do
+    printf %b "$front" >"$work/licensed/README.md"
+    rm -rf "$work/licensed_out"
+    check 0 '' prune "$work/licensed" "$work/licensed_out" $data --method wanda --quiet
+    got=$(sed -n '/^license/,/^library_name/p' "$work/licensed_out/README.md" | sed '$d')
+    [ "$got" = "$(printf %b "$expected")" ] && ! grep -q '^not kept' "$work/log" || bad="$bad; of '$front': $got $(grep '^not kept' "$work/log")"
+done <<END
+---\nlicense: mit  # see LICENSE\n---\n|license: mit
+---\nlicense: "mit" # x\nlicense_name: 'a b'\t# c\n---\n|license: "mit"\nlicense_name: 'a b'
+---\nlicense:\n- mit\n- "apache-2.0" # too\nlicense_link: https://x.org/#a # b\n---\n|license:\n- mit\n- "apache-2.0"\nlicense_link: https://x.org/#a
+---\nlicense: # two\n  - mit\n  - C#\ntags: [a]\n---\n|license:\n- mit\n- C#
+$bom---\r\nlicense: mit\r\nlicense_name: ours \r\n  # a comment\r\n---\r\n|license: mit\nlicense_name: ours
+---\nlicenses: x\nx: 1\n---\nlicense: no\n|
+END
+for value in '>-\n  mit' '[mit]' '&a mit' '"m\\"it"' 'mit\n  or so' 'a: b' '' '\n- mit\n- [x]' '\n- mit\n  or so' "'it''s'" '"mit'; do
+    printf %b "---\nlicense: $value\nlicense_name: ours\n---\n" >"$work/licensed/README.md"
+    rm -rf "$work/licensed_out"
+    check 0 "^not kept: license of the source's README.md (" prune "$work/licensed" "$work/licensed_out" $data --method wanda --quiet
+    ! grep -q '^license:\|mit' "$work/licensed_out/README.md" && grep -q '^license_name: ours$' "$work/licensed_out/README.md" ||
+        bad="$bad; $value: $(head -8 "$work/licensed_out/README.md")"
+done
+done_with "the licence in an output's card"
 
 # A card that is no file, which must not hang who reads it: a FIFO, a directory.
 for kind in mkfifo mkdir; do
