@@ -12,6 +12,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <time.h>
 #include <unistd.h>
@@ -70,14 +71,17 @@ static text in_minutes(double seconds)
     return t;
 }
 
-/* A text as a JSON string. */
+/* A text as a JSON string; \ufffd stands for a byte that is of no character, as a file's name may have. */
 static void put_string(FILE *file, const char *string)
 {
     putc('"', file);
     for (const unsigned char *c = (const unsigned char *)string; *c; c++) {
-        if (*c == '\n') fprintf(file, "\\n");
+        const int length = utf8_length(c);
+        if (length != 1) fprintf(file, length ? "%.*s" : "%.*s\\ufffd", length, (const char *)c);
+        else if (*c == '\n') fprintf(file, "\\n");
         else if (*c < 0x20 || *c == 0x7F) fprintf(file, "\\u%04x", *c);
         else fprintf(file, *c == '"' || *c == '\\' ? "\\%c" : "%c", *c);
+        c += length > 1 ? length - 1 : 0;
     }
     putc('"', file);
 }
@@ -124,6 +128,7 @@ typedef struct progress_view {
     double drawn;          /* when, in the run's seconds */
     const work_left *work; /* of the runs that this is one of; or NULL */
     int resumed;           /* 1: it is said where a run goes on */
+    int64_t taken_over;    /* blocks of a run before */
 } progress_view;
 
 /* How wide the terminal is now: it may have been resized since the last line. */
@@ -180,6 +185,7 @@ static void say_resumed(progress_view *view, const besa_progress *p)
 static int show_progress(void *user, const besa_progress *p)
 {
     progress_view *view = (progress_view *)user;
+    view->taken_over = p->resumed_blocks;
     if (view->quiet) return interrupted;
     say_resumed(view, p);
     if (view->terminal && (view->drawn < 0 || p->seconds - view->drawn > 0.1)) draw_bar(view, p);
@@ -192,7 +198,7 @@ static int show_progress(void *user, const besa_progress *p)
 
 static progress_view begin_progress(const settings *s, const char *label)
 {
-    progress_view view = {label, s->quiet, isatty(STDERR_FILENO), 0, -1, NULL, 0};
+    progress_view view = {label, s->quiet, isatty(STDERR_FILENO), 0, -1, NULL, 0, 0};
     if (s->command->bit == COMPARE && !view.terminal) view.quiet = 1; /* the growing table shows it */
     return view;
 }
@@ -213,10 +219,50 @@ struct job {
     besa_reference reference;    /* what others are held against: filled in or its sizes alone */
     int has_outliers;
     char sha256[2][65];          /* of the files that these are from */
+    char text_sha256[65];        /* of a comparison's calibration text when it began */
     char *card;                  /* the output's README.md */
     double outliers[MAX_BLOCKS]; /* shares of the blocks that are pruned, once they are known */
     besa_error error;
 };
+
+static besa_result fail(job *j, besa_result result, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    vsnprintf(j->error.message, sizeof j->error.message, format, args);
+    va_end(args);
+    return result;
+}
+
+static besa_result out_of_memory(job *j) { return fail(j, BESA_ERROR_MEMORY, "out of memory"); }
+
+/* Put a file in the place of the last one once it is complete: that is whole at any time. A device is written directly, as is a
+ * file beside which nothing can be made, and a link stays one. *lock: a descriptor that holds the file's lock, and then that of the
+ * new one; or lock is NULL. */
+static besa_result replace_file(job *j, const char *path, besa_result (*put)(FILE *file, void *what), void *what, int *lock)
+{
+    char part[4096];
+    struct stat st;
+    char *place = realpath(path, NULL); /* NULL where nothing is yet */
+    int direct = place ? !stat(place, &st) && !S_ISREG(st.st_mode) : !lstat(path, &st) /* a link to nothing */, held = -1;
+    const int n = snprintf(part, sizeof part, "%s%s", place ? place : path, direct ? "" : ".partial");
+    FILE *file = n > 0 && (size_t)n < sizeof part ? fopen(part, "w") : NULL;
+    if (!file && place && !direct) direct = 1, file = fopen(place, "w");
+    if (file && place && !direct) fchmod(fileno(file), st.st_mode & 0777);
+    besa_result result = file ? put(file, what) : BESA_OK;
+    int good = file && !fflush(file) && !ferror(file), why = errno;
+    if (good && lock && !direct) held = dup(fileno(file)); /* what holds a lock is the open file, by whatever descriptor */
+    if (held >= 0) flock(held, LOCK_EX | LOCK_NB);
+    if (file && fclose(file) && good) good = 0, why = errno;
+    if (good && !result && !direct && rename(part, place ? place : path)) good = 0, why = errno;
+    if (file && !direct && (!good || result)) unlink(part);
+    free(place);
+    if (held >= 0 && good && !result) {
+        close(*lock);
+        *lock = held;
+    } else if (held >= 0) close(held);
+    return result || good ? result : fail(j, BESA_ERROR_WRITE, "%s could not be written: %s", path, strerror(why));
+}
 
 /* Refuse more windows than a file has, or longer ones, by the names of the two options. */
 static besa_result check_windows(job *j, const char *path, const besa_tokens *file, const char *count_option,
@@ -277,11 +323,16 @@ static besa_result open_backend(job *j)
 #endif
 }
 
-/* Masks are a file of them, or a checkpoint. */
-static besa_result open_masks(job *j)
+/* Whether masks are a file of them; else they are a checkpoint. */
+static int is_masks_file(const settings *s)
 {
     struct stat st;
-    if (stat(j->s->masks, &st) || S_ISDIR(st.st_mode)) return besa_checkpoint_open(&j->masks, j->s->masks, &j->error);
+    return !stat(s->masks, &st) && !S_ISDIR(st.st_mode);
+}
+
+static besa_result open_masks(job *j)
+{
+    if (!is_masks_file(j->s)) return besa_checkpoint_open(&j->masks, j->s->masks, &j->error);
     return besa_masks_open(&j->masks, j->s->masks, j->checkpoint, &j->error);
 }
 
@@ -309,6 +360,7 @@ static besa_result open_job(job *j)
     j->ids_seed = s->num_seeds ? s->seeds[0] : s->seed;
     if (s->command->bit & RUN && s->tokens)
         TRY(load_windows(j, s->tokens, 128, (uint64_t)j->ids_seed, "nsamples", "seqlen", &c->nsamples, &c->seqlen, &j->ids));
+    memcpy(j->text_sha256, j->sha256[0], sizeof j->text_sha256);
     if (!c->nsamples) c->nsamples = 128; /* a plan needs no tokens */
     const int64_t longest = besa_checkpoint_config(j->checkpoint)->max_position_embeddings;
     if (!c->seqlen) c->seqlen = longest < 2048 ? longest : 2048;
@@ -402,6 +454,12 @@ static void print_targets(const settings *s)
 
 /* ---- prune, plan --------------------------------------------------------------------------- */
 
+static besa_result put_text(FILE *file, void *words)
+{
+    fputs((const char *)words, file);
+    return BESA_OK;
+}
+
 /* With the command line and how many threads there were. */
 static besa_result write_report(job *j, besa_report *r)
 {
@@ -410,14 +468,11 @@ static besa_result write_report(job *j, besa_report *r)
     r->command = line;
     r->threads = s->cuda ? 0 : s->threads ? s->threads : default_threads();
     char *json = line ? besa_report_json(r) : NULL;
-    FILE *file = fopen(s->report, "w");
-    int written = json && file && fputs(json, file) >= 0;
+    besa_result result = json ? replace_file(j, s->report, put_text, json, NULL) : out_of_memory(j);
     free(json);
     free(line);
     r->command = NULL;
-    if (file && fclose(file) == 0 && written) return BESA_OK;
-    snprintf(j->error.message, sizeof j->error.message, "%s could not be written", s->report);
-    return BESA_ERROR_WRITE;
+    return result;
 }
 
 static besa_result make_plan(job *j, besa_plan_result *p)
@@ -465,7 +520,8 @@ typedef struct prune_view {
     besa_error error;            /* why trace_step stopped the run; the library knows the result alone */
 } prune_view;
 
-/* Of a trace that a run before has begun keep the blocks before this one, which are finished, and write on from there. */
+/* Of a trace that this run has begun before it was stopped keep the blocks before this one, which are finished, and write on from
+ * there. */
 static void begin_trace(FILE *trace, int64_t block)
 {
     char line[512];
@@ -491,7 +547,7 @@ static besa_result trace_step(void *user, const besa_step *step)
     FILE *trace = view->trace;
     besa_trace t;
     TRY(besa_step_trace(step, &t, &view->error));
-    if (!view->traced) begin_trace(trace, step->block);
+    if (!view->traced) begin_trace(trace, view->progress.taken_over);
     view->traced = 1;
     fprintf(trace, "{\"block\": %lld, \"step\": %lld, \"steps\": %lld", (long long)step->block, (long long)step->step,
             (long long)step->steps);
@@ -535,6 +591,7 @@ static besa_result close_trace(job *j, prune_view *view, besa_result result)
 static const char *card_of(void *user, const besa_report *report)
 {
     job *j = ((prune_view *)user)->job;
+    end_progress((progress_view *)user); /* the card may have something to say */
     free(j->card);
     j->card = make_card(j->s, besa_checkpoint_name(j->checkpoint), &j->calibration, report);
     return j->card;
@@ -608,11 +665,11 @@ static besa_result run_prune(job *j)
     if (result && is_new) unlink(s->report);
     TRY(result);
     print_summary(s, &report, plan.notes);
-    if (s->rates || s->save_masks) result = save_output_masks(j);
     report.plan = &plan;
-    if (!result && s->report) result = write_report(j, &report);
+    if (s->report) result = write_report(j, &report);
+    besa_result saved = s->rates || s->save_masks ? save_output_masks(j) : BESA_OK;
     besa_report_free(&report);
-    return result;
+    return result ? result : saved;
 }
 
 static besa_result run_plan(job *j)
@@ -660,22 +717,24 @@ static besa_result report_eval(job *j, double perplexity, const besa_window *win
     return result;
 }
 
+/* Whether the weight of so many bytes is 0, of either sign; it may lie at any address. */
+static int is_zero(const unsigned char *weight, size_t size)
+{
+    uint32_t bits = 0;
+    memcpy(&bits, weight, size);
+    return (bits & (size == 4 ? 0x7FFFFFFFu : 0x7FFFu)) == 0;
+}
+
 #include "compare.h"
 
 /* ---- info ---------------------------------------------------------------------------------- */
 
-/* The number of zeros, of either sign, in a tensor; its data may lie at any address. */
 static int64_t count_zeros(const besa_tensor *t)
 {
     const size_t size = besa_dtype_size(t->dtype);
-    const uint32_t magnitude = size == 4 ? 0x7FFFFFFFu : 0x7FFFu;
     const unsigned char *data = (const unsigned char *)t->data;
     int64_t zeros = 0;
-    for (size_t i = 0; i < t->bytes; i += size) {
-        uint32_t bits = 0;
-        memcpy(&bits, data + i, size);
-        zeros += (bits & magnitude) == 0;
-    }
+    for (size_t i = 0; i < t->bytes; i += size) zeros += is_zero(data + i, size);
     return zeros;
 }
 
@@ -756,10 +815,12 @@ static const command commands[] = {
      "  besa compare llama --tokens c4.npy --test wikitext2.npy --method besa,besa:epochs=2,besa:best:epochs=2,lr=2 \\\n"
      "      --nsamples 16,64,128 --resume results.json\n\n"
      "A row is METHOD[:PRESET][:KEY=VALUE[,KEY=VALUE ...]], KEY an option below of the method, without its --, but masks and\n"
-     "block-targets; flags are yes or no. Other options under BESA apply to besa's rows, and of --learn both and --preset best the others take the\n"
-     "weights. --resume FILE goes on with the runs that a stopped comparison has not come to, or with those of more methods,\n"
+     "block-targets, and with owl's targets none of pattern, skip, blocks, fix and depth-slope; flags are yes or no. Other\n"
+     "options under BESA apply to besa's rows, and of --learn both and --preset best the others take the weights.\n"
+     "--resume FILE goes on with the runs that a stopped comparison has not come to, or with those of more methods,\n"
      "sparsities, seeds or sizes; where models, texts or other options are not those of the file, it is refused: models are\n"
-     "known by name and config.json, texts by their tokens, options and rows by their values, in any order.\n"},
+     "known by name and config.json, masks by their zeros, texts by their tokens, options and rows by their values, in any\n"
+     "order but that of --skip and --fix.\n"},
     {"eval", EVAL, 1, 1, run_eval, "DIR", "measure perplexity",
      "Measures how well the model in directory DIR predicts a text: its perplexity. The text is cut into windows of\n"
      "T tokens that follow one another; the result is exp of the mean negative log-likelihood of tokens 2 .. T of\n"

@@ -4,10 +4,12 @@
  * paths it has the last part alone, and no option that says only how to run or what else to write. */
 
 /* Text of a line of its own: what would end it becomes a blank. */
-static void write_words(FILE *file, const char *text)
+static void write_part(FILE *file, const char *text, size_t n)
 {
-    for (; *text; text++) putc((unsigned char)*text < 0x20 || *text == 0x7F ? ' ' : *text, file);
+    for (size_t i = 0; i < n; i++) putc((unsigned char)text[i] < 0x20 || text[i] == 0x7F ? ' ' : text[i], file);
 }
+
+static void write_words(FILE *file, const char *text) { write_part(file, text, strlen(text)); }
 
 /* A word of a command line, in quotes where the shell would take it for something else. */
 static void write_argument(FILE *file, const char *word)
@@ -70,47 +72,110 @@ static void write_command(FILE *file, const settings *s)
 /* The command line as it was given, for free; NULL without memory. */
 static char *whole_command(const settings *s)
 {
-    char *text = NULL;
-    size_t size = 0;
-    FILE *file = open_memstream(&text, &size);
+    text_file line;
+    FILE *file = begin_text(&line);
     if (!file) return NULL;
     fprintf(file, "besa %s", s->command->name);
     for (int i = 0; s->arguments[i]; i++) write_argument(file, s->arguments[i]);
-    if (fclose(file) == 0) return text;
-    free(text);
-    return NULL;
+    return end_text(&line);
 }
 
-/* A YAML value that is whole on its line and needs no other: a plain word or words, or a quoted text. */
-static int is_scalar(const char *value)
+/* Whether a line ends here, but for blanks and a comment. */
+static int ends(const char *at)
 {
-    value += strspn(value, " ");
-    const size_t length = strcspn(value, "\r\n"), at = strcspn(value, ":#");
-    if (*value == '"' || *value == '\'') {
-        const size_t inside = strcspn(value + 1, *value == '"' ? "\"\\\r\n" : "'\\\r\n");
-        return inside + 2 == length && value[length - 1] == *value;
-    }
-    if (!length || strchr("|>&*!%@`[{-?,#", *value)) return 0;
-    return at + 1 >= length || !strncmp(value + at, ":/", 2); /* the address of a page */
+    const size_t blanks = strspn(at, " \t");
+    return strchr("\r\n", at[blanks]) || (blanks && at[blanks] == '#');
 }
 
-/* The lines about the licence in the card of the model that was pruned, as far as they stand by themselves. */
+/* Whether a line belongs to the value before it. */
+static int goes_on(const char *line) { return (*line == ' ' || *line == '\t') && !ends(line); }
+
+static const char *next_line(const char *line)
+{
+    line += strcspn(line, "\n");
+    return *line ? line + 1 : line;
+}
+
+/* How many characters of a line, from here on, are a YAML value: a plain word or words, or a quoted text, with no more than a
+ * comment behind it. 0: there is none, or one of another kind. */
+static size_t scalar_length(const char *value)
+{
+    size_t n = strcspn(value, "\r\n");
+    if (*value == '"' || *value == '\'') {
+        n = 1 + strcspn(value + 1, *value == '"' ? "\"\\\r\n" : "'\\\r\n");
+        return value[n] == *value && ends(value + n + 1) ? n + 1 : 0;
+    }
+    if (!n || strchr("|>&*!%@`[{-?,#", *value)) return 0;
+    for (size_t i = 1; i < n; i++)
+        if (ends(value + i)) n = i;
+    const size_t at = strcspn(value, ":#");
+    return at + 1 >= n || !strncmp(value + at, ":/", 2) ? n : 0; /* the address of a page */
+}
+
+/* The value of a list's item in this line, or NULL. */
+static const char *item_of(const char *line)
+{
+    line += strspn(line, " ");
+    return line[0] == '-' && line[1] == ' ' ? line + 1 + strspn(line + 1, " ") : NULL;
+}
+
+/* A member of the card's front matter from behind its colon: of a value on its line, or a list of such below it. 0: it has another,
+ * of which nothing is written. */
+static int write_member(FILE *file, const char *key, const char *rest)
+{
+    const char *value = rest + strspn(rest, " \t"), *below = next_line(rest);
+    const size_t n = scalar_length(value);
+    if (n && !goes_on(below)) {
+        fprintf(file, "%s: ", key);
+        write_part(file, value, n);
+        fprintf(file, "\n");
+        return 1;
+    }
+    if (n || !ends(rest) || !item_of(below)) return 0;
+    for (int writes = 0; writes < 2; writes++) {
+        if (writes) fprintf(file, "%s:\n", key);
+        const char *line = below;
+        for (const char *item; (item = item_of(line)) != NULL; line = next_line(line)) {
+            if (!scalar_length(item)) return 0;
+            if (writes) fprintf(file, "- ");
+            if (writes) write_part(file, item, scalar_length(item));
+            if (writes) fprintf(file, "\n");
+        }
+        if (goes_on(line)) return 0;
+    }
+    return 1;
+}
+
+/* The start of a file as text, for free; NULL where it is no file, or there is no memory. */
+static char *read_front(const char *path)
+{
+    const size_t most = 1 << 20;
+    struct stat there;
+    FILE *file = !stat(path, &there) && S_ISREG(there.st_mode) ? fopen(path, "r") : NULL;
+    char *front = file ? (char *)calloc(most + 1, 1) : NULL;
+    if (front) front[fread(front, 1, most, file)] = 0;
+    if (file) fclose(file);
+    return front;
+}
+
+/* What the card of the model that was pruned says of its licence, as far as it stands by itself; what does not is said. */
 static void write_license(FILE *file, const char *source)
 {
-    static const char *const keys[] = {"license:", "license_name:", "license_link:"};
-    char path[4096], line[1024];
+    static const char *const keys[] = {"license", "license_name", "license_link"};
+    char path[4096];
     snprintf(path, sizeof path, "%s/README.md", source);
-    struct stat there;
-    FILE *card = !stat(path, &there) && S_ISREG(there.st_mode) ? fopen(path, "r") : NULL;
-    int inside = card && fgets(line, sizeof line, card) && !strncmp(line, "---", 3);
-    while (inside && fgets(line, sizeof line, card) && strncmp(line, "---", 3))
-        for (int i = 0; i < 3; i++)
-            if (!strncmp(line, keys[i], strlen(keys[i])) && is_scalar(line + strlen(keys[i]))) {
-                line[strcspn(line, "\r\n")] = 0;
-                write_words(file, line);
-                fprintf(file, "\n");
-            }
-    if (card) fclose(card);
+    char *front = read_front(path);
+    const char *line = front && !strncmp(front, "\xEF\xBB\xBF", 3) ? front + 3 : front; /* a byte order mark */
+    int inside = line && !strncmp(line, "---", 3);
+    while (inside && *(line = next_line(line)) && strncmp(line, "---", 3))
+        for (int i = 0; i < 3; i++) {
+            const size_t n = strlen(keys[i]);
+            if (strncmp(line, keys[i], n) || line[n] != ':' || !strchr(" \t\r\n", line[n + 1])) continue;
+            if (!write_member(file, keys[i], line + n + 1))
+                fprintf(stderr, "not kept: %s of the source's README.md (its value is not a word on its line, nor a list of words below it)\n",
+                        keys[i]);
+        }
+    free(front);
 }
 
 static void write_front_matter(FILE *file, const settings *s, const char *base)
@@ -149,9 +214,8 @@ static void write_table(FILE *file, const settings *s, const besa_calibration *c
 /* The card, for free; NULL without memory. */
 static char *make_card(const settings *s, const char *base, const besa_calibration *c, const besa_report *r)
 {
-    char *text = NULL;
-    size_t size = 0;
-    FILE *file = open_memstream(&text, &size);
+    text_file card;
+    FILE *file = begin_text(&card);
     if (!file) return NULL;
     write_front_matter(file, s, base);
     fprintf(file, "# ");
@@ -165,7 +229,5 @@ static char *make_card(const settings *s, const char *base, const besa_calibrati
     fprintf(file, "\nThe command was\n\n");
     write_command(file, s);
     fprintf(file, "\n`besa.json` has every option, hashes of the text and of the source's config.json, and the sparsity of each layer.\n");
-    if (fclose(file) == 0) return text;
-    free(text);
-    return NULL;
+    return end_text(&card);
 }

@@ -1,17 +1,6 @@
 /* Measuring models: perplexity, and how far one model is from another; the commands eval and compare.
  * Part of besa.c, which has what all commands share: jobs, progress, numbers as text. */
 
-static besa_result fail(job *j, besa_result result, const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    vsnprintf(j->error.message, sizeof j->error.message, format, args);
-    va_end(args);
-    return result;
-}
-
-static besa_result out_of_memory(job *j) { return fail(j, BESA_ERROR_MEMORY, "out of memory"); }
-
 /* ---- tests --------------------------------------------------------------------------------- */
 
 /* All test files into one array of windows, test i from window first[i] on; sizes as load_windows has them, of each file. */
@@ -125,7 +114,7 @@ static void print_eval(const job *j, int i, const besa_divergence *d)
     print_error(" +/- %.5f", d->difference_error, " per token: the mean difference of a window\n", d->windows);
 }
 
-/* An error, or null where one window has none. */
+/* An error, or null where one window, or seed, has none. */
 static void put_error(FILE *file, const char *name, double error, int64_t windows)
 {
     if (windows > 1) fprintf(file, ", \"%s\": %.9g", name, error);
@@ -217,7 +206,12 @@ typedef struct comparison {
     job *j;
     result_row *row;
     int num_rows, room;
-    char *kept;                /* the file of --resume, or NULL; lines that are taken over begin with 0 */
+    const char *results;       /* the file of results; or NULL */
+    int lock;                  /* a descriptor that holds its lock, or -1 */
+    char *made;                /* its place, where it is here for the lock alone; or NULL */
+    int begins;                /* 1: the file of --resume is not there yet */
+    char *head;                /* what it begins with, as it was when the comparison began */
+    char *kept;                /* the file of --resume, or NULL; lines that are taken over begin with - */
     int printed_axes[3];       /* 1: the table has a column for calibration sizes, seeds, tests */
     int name_width, test_width;
     work_left work;
@@ -226,7 +220,11 @@ typedef struct comparison {
 static void free_comparison(comparison *c)
 {
     for (int i = 0; i < c->num_rows; i++) free(c->row[i].line);
+    if (c->made) unlink(c->made);
+    if (c->lock >= 0) close(c->lock);
     free(c->row);
+    free(c->made);
+    free(c->head);
     free(c->kept);
 }
 
@@ -246,15 +244,38 @@ static besa_result add_row(comparison *c, const result_row *r)
 
 /* ---- the file of results ------------------------------------------------------------------- */
 
-/* What makes two files of tokens the same: a hash (FNV-1a) of their ids. */
+/* FNV-1a */
+static const uint64_t empty_hash = 14695981039346656037u;
+static uint64_t hash_with(uint64_t hash, uint64_t x) { return (hash ^ x) * 1099511628211u; }
+
+/* What makes two files of tokens the same: a hash of their ids, and of the columns of a 2-D file, whose rows are sequences. */
 static besa_result hash_tokens(job *j, const char *path, uint64_t *hash)
 {
     besa_tokens file;
     TRY(besa_tokens_load(&file, path, &j->error));
-    *hash = 14695981039346656037u;
-    for (int64_t i = 0; i < file.count; i++) *hash = (*hash ^ (uint32_t)file.ids[i]) * 1099511628211u;
+    *hash = file.rows ? hash_with(empty_hash, (uint64_t)file.columns) : empty_hash;
+    for (int64_t i = 0; i < file.count; i++) *hash = hash_with(*hash, (uint32_t)file.ids[i]);
     besa_tokens_free(&file);
     return BESA_OK;
+}
+
+/* What makes two checkpoints the same masks: a hash of where their layers are 0, 8 weights at a time. */
+static uint64_t hash_zeros(const besa_checkpoint *masks)
+{
+    uint64_t hash = empty_hash, bits = 1; /* behind its first 1 are those that are not in the hash yet */
+    for (int64_t b = 0; b < besa_checkpoint_config(masks)->num_hidden_layers; b++)
+        for (int i = 0; i < BESA_LAYERS; i++) {
+            const besa_tensor *t = besa_checkpoint_layer(masks, b, i);
+            const unsigned char *data = (const unsigned char *)t->data;
+            const size_t size = besa_dtype_size(t->dtype);
+            for (size_t k = 0; k < t->bytes; k += size) {
+                bits = bits << 1 | (uint64_t)is_zero(data + k, size);
+                if (bits < 0x100) continue;
+                hash = hash_with(hash, bits);
+                bits = 1;
+            }
+        }
+    return hash_with(hash, bits);
 }
 
 /* Whether an option is not one that all rows have and that results depend on. */
@@ -298,6 +319,9 @@ static int read_given(const settings *s, int i, char name[MAX_NAME], const char 
     return more;
 }
 
+/* A skip is a fix at 0: of both the first that matches a layer counts. */
+static void call_fix(char name[MAX_NAME]) { if (!strcmp(name, "skip")) snprintf(name, MAX_NAME, "fix"); }
+
 /* The first option in the alphabet behind `last` that rows have in common; 0: there is none. */
 static int next_given(const settings *s, const char *last, char next[MAX_NAME])
 {
@@ -310,6 +334,7 @@ static int next_given(const settings *s, const char *last, char next[MAX_NAME])
             continue;
         }
         i += read_given(s, i, name, &value);
+        call_fix(name);
         if (!is_aside(name) && strcmp(name, last) > 0 && (!next[0] || strcmp(name, next) < 0)) snprintf(next, MAX_NAME, "%s", name);
     }
     return next[0] != 0;
@@ -325,29 +350,33 @@ static void put_option(FILE *file, const job *j, const char *name, const char *v
         for (int64_t i = 0; i < s->num_targets && n < sizeof line; i++)
             n += (size_t)snprintf(line + n, sizeof line - n, "%s%.9g", i ? " " : "", s->block_targets[i]);
     else if (!strcmp(name, "masks") && j->masks) {
-        besa_checkpoint_sha256(j->masks, digits);
+        if (is_masks_file(s)) besa_checkpoint_sha256(j->masks, digits);
+        else snprintf(digits, sizeof digits, "%016llx", (unsigned long long)hash_zeros(j->masks));
         snprintf(line + n, sizeof line - n, "%s %s", besa_checkpoint_name(j->masks), digits);
-    } else put_plain(line + n, sizeof line - n, value);
+    } else if (!strcmp(name, "skip")) snprintf(line, sizeof line, "fix=%s=0", value);
+    else put_plain(line + n, sizeof line - n, value);
     fprintf(file, "%s\n  ", before);
     put_string(file, line);
 }
 
-/* The other options by name and value, in the order of their names, a line for each. Of one that is given twice the last counts,
- * but for those that are repeatable. */
+/* The other options by name and value, in the order of their names, a line for each; of --fix and --skip one for each time, in
+ * the order that they are given in. Of another that is given twice the last counts. */
 static void put_options(FILE *file, const job *j)
 {
     const settings *s = j->s;
-    char last[MAX_NAME] = "", next[MAX_NAME], name[MAX_NAME];
+    char last[MAX_NAME] = "", next[MAX_NAME], name[MAX_NAME] = "", own[MAX_NAME];
     const char *before = "", *value, *found = NULL;
     fprintf(file, " \"options\": [");
     for (; next_given(s, last, next); memcpy(last, next, sizeof last)) {
-        const int repeats = !strcmp(next, "fix") || !strcmp(next, "skip");
+        const int repeats = !strcmp(next, "fix");
         for (int i = 0; s->arguments[i];) {
             const int is_option = s->arguments[i][0] == '-';
             i += is_option ? read_given(s, i, name, &value) : 1;
+            snprintf(own, sizeof own, "%s", name);
+            call_fix(name);
             if (!is_option || strcmp(name, next)) continue;
             found = value;
-            if (repeats) put_option(file, j, next, found, before), before = ",";
+            if (repeats) put_option(file, j, own, found, before), before = ",";
         }
         if (!repeats) put_option(file, j, next, found, before);
         before = ",";
@@ -393,7 +422,7 @@ static besa_result put_head(FILE *file, job *j)
     return BESA_OK;
 }
 
-/* A row's name by value: options in the order of their names, numbers in one form. */
+/* A row's name by value: options in the order of their names, numbers in one form, a skip as a fix at 0. */
 static void plain_label(char *to, size_t size, const char *label)
 {
     char part[MAX_SETTINGS + 2][MAX_NAME] = {""};
@@ -404,8 +433,11 @@ static void plain_label(char *to, size_t size, const char *label)
         char *last = count ? part[count - 1] : NULL;
         if (!is_setting && last && strchr(last, '=')) /* "2:4" */
             snprintf(last + strlen(last), MAX_NAME - strlen(last), ":%.*s", (int)(end - at), at);
-        else if (count < MAX_SETTINGS + 2) snprintf(part[count++], MAX_NAME, "%.*s", (int)(end - at), at);
-        fixed += !is_setting && fixed + 1 == count;
+        else if (count < MAX_SETTINGS + 2) {
+            const int is_skip = is_setting && !strncmp(at, "skip=", 5);
+            snprintf(part[count++], MAX_NAME, is_skip ? "fix=%.*s=0" : "%.*s", (int)(end - at) - 5 * is_skip, at + 5 * is_skip);
+            if (!is_setting) fixed = count;
+        }
     }
     size_t n = 0;
     for (int i = 0; i < count && n < size; i++) {
@@ -435,25 +467,11 @@ static void put_key(FILE *file, const job *j, const result_row *r, int by_value)
     put_string(file, j->s->tests[r->test].name);
 }
 
-/* What is written to a file of its own, as a string. NULL: there is no memory, or no such file. */
-static char *take_text(FILE *file)
-{
-    char *all = NULL;
-    const long size = file && !fflush(file) ? ftell(file) : -1;
-    if (size >= 0) all = (char *)calloc((size_t)size + 1, 1);
-    if (all) rewind(file);
-    if (all && fread(all, 1, (size_t)size, file) != (size_t)size) {
-        free(all);
-        all = NULL;
-    }
-    if (file) fclose(file);
-    return all;
-}
-
 /* The line of a row; options: of the report, as JSON, or NULL. */
 static char *row_line(const job *j, const result_row *r, const char *options)
 {
-    FILE *file = tmpfile();
+    text_file line;
+    FILE *file = begin_text(&line);
     if (!file) return NULL;
     put_key(file, j, r, 0);
     fprintf(file, ", \"reached\": %.9g, ", r->reached);
@@ -461,7 +479,7 @@ static char *row_line(const job *j, const result_row *r, const char *options)
     if (r->nsamples) fprintf(file, ", \"seconds\": %.4g, \"flop\": %.9g", r->seconds, r->flop);
     if (options) fprintf(file, ", \"options\": %s", options);
     fprintf(file, "}");
-    return take_text(file);
+    return end_text(&line);
 }
 
 /* The number of a member of a line; 0 where it is null or not there. */
@@ -493,22 +511,6 @@ static void read_figures(result_row *r, const char *line, int64_t windows)
     d->difference_error = number_in(line, "nll_difference_error");
 }
 
-/* A file of results is put in the place of the last one: it is whole at any time. */
-static besa_result replace_file(job *j, const char *path, besa_result (*put)(FILE *file, comparison *c), comparison *c)
-{
-    char part[4096];
-    struct stat st;
-    const int direct = !stat(path, &st) && !S_ISREG(st.st_mode); /* /dev/stdout */
-    const int n = snprintf(part, sizeof part, "%s%s", path, direct ? "" : ".partial");
-    FILE *file = n > 0 && (size_t)n < sizeof part ? fopen(part, "w") : NULL;
-    besa_result result = file ? put(file, c) : BESA_OK;
-    const int written = file && !ferror(file);
-    if (file && fclose(file) == 0 && written && !result && (direct || !rename(part, path))) return BESA_OK;
-    const int why = errno;
-    if (file && !direct) unlink(part);
-    return result ? result : fail(j, BESA_ERROR_WRITE, "%s could not be written: %s", path, strerror(why));
-}
-
 static int same_but_seed(const result_row *a, const result_row *b)
 {
     return a->nsamples && b->nsamples && !strcmp(a->method, b->method) && a->sparsity == b->sparsity &&
@@ -525,7 +527,7 @@ static const struct { size_t mean, deviation; } figures[] = {
 static double *figure_of(result_row *r, size_t offset) { return (double *)(void *)((char *)r + offset); }
 
 /* If row i is the first of those that differ in their seed alone: their number, and a row of their means, in which errors are
- * deviations over the seeds, sqrt(sum (x - mean)^2 / (n - 1)); else 0. */
+ * deviations over the seeds, sqrt(sum (x - mean)^2 / (n - 1)), and there are as many windows as seeds; else 0. */
 static int mean_row(const comparison *c, int i, result_row *mean)
 {
     int n = 0;
@@ -542,6 +544,7 @@ static int mean_row(const comparison *c, int i, result_row *mean)
         *figure_of(mean, figures[f].mean) = n ? sum / n : 0;
         if (figures[f].deviation) *figure_of(mean, figures[f].deviation) = n > 1 ? sqrt(squares / (n - 1)) : 0;
     }
+    mean->d.windows = n;
     return n;
 }
 
@@ -552,16 +555,22 @@ static void put_mean(FILE *file, const job *j, const result_row *r, int seeds)
     fprintf(file, ", \"sparsity\": %.9g, \"nsamples\": %lld, \"test\": ", r->sparsity, (long long)r->nsamples);
     put_string(file, j->s->tests[r->test].name);
     fprintf(file, ", \"seeds\": %d, \"reached_mean\": %.9g", seeds, r->reached);
-    fprintf(file, ", \"perplexity_mean\": %.9g, \"perplexity_sd\": %.9g", r->d.perplexity, r->d.perplexity_error);
-    fprintf(file, ", \"kl_mean\": %.9g, \"kl_sd\": %.9g, \"kl_99_mean\": %.9g", r->d.kl, r->d.kl_error, r->d.kl_99);
-    fprintf(file, ", \"same_top_mean\": %.9g, \"same_top_sd\": %.9g", r->d.same, r->d.same_error);
-    fprintf(file, ", \"nll_difference_mean\": %.9g, \"nll_difference_sd\": %.9g}", r->d.difference, r->d.difference_error);
+    fprintf(file, ", \"perplexity_mean\": %.9g", r->d.perplexity);
+    put_error(file, "perplexity_sd", r->d.perplexity_error, seeds);
+    fprintf(file, ", \"kl_mean\": %.9g", r->d.kl);
+    put_error(file, "kl_sd", r->d.kl_error, seeds);
+    fprintf(file, ", \"kl_99_mean\": %.9g, \"same_top_mean\": %.9g", r->d.kl_99, r->d.same);
+    put_error(file, "same_top_sd", r->d.same_error, seeds);
+    fprintf(file, ", \"nll_difference_mean\": %.9g", r->d.difference);
+    put_error(file, "nll_difference_sd", r->d.difference_error, seeds);
+    fprintf(file, "}");
 }
 
-static besa_result put_json(FILE *file, comparison *c)
+static besa_result put_json(FILE *file, void *what)
 {
+    const comparison *c = (const comparison *)what;
     const char *between = "";
-    TRY(put_head(file, c->j));
+    fputs(c->head, file);
     for (int i = 0; i < c->num_rows; i++, between = ",\n") fprintf(file, "%s%s", between, c->row[i].line);
     for (const char *line = c->kept, *next; line; line = next) { /* those of other runs */
         const size_t n = strcspn(line, "\n");
@@ -595,7 +604,7 @@ static void put_cell(FILE *file, const char *word)
 static void put_markdown_row(FILE *file, const comparison *c, const result_row *r, const char *seed)
 {
     const besa_divergence *d = &r->d;
-    const int error = d->windows > 1 || *seed == 'm';
+    const int error = d->windows > 1;
     fprintf(file, "| ");
     put_cell(file, r->method);
     if (r->nsamples) fprintf(file, " | %.4g %% | ", 100 * r->sparsity);
@@ -635,8 +644,9 @@ static void put_legend(FILE *file, const comparison *c, const char *sign)
     fprintf(file, "\n");
 }
 
-static besa_result put_markdown(FILE *file, comparison *c)
+static besa_result put_markdown(FILE *file, void *what)
 {
+    const comparison *c = (const comparison *)what;
     static const char *const axis[] = {" sequences |", " seed |", " text |"};
     fprintf(file, "| method | sparsity |");
     for (int i = 0; i < 3; i++) fprintf(file, "%s", c->printed_axes[i] ? axis[i] : "");
@@ -655,9 +665,28 @@ static besa_result put_markdown(FILE *file, comparison *c)
 static besa_result save(comparison *c)
 {
     const settings *s = c->j->s;
-    const char *json = s->json_file ? s->json_file : s->resume;
-    if (json) TRY(replace_file(c->j, json, put_json, c));
-    if (s->markdown) TRY(replace_file(c->j, s->markdown, put_markdown, c));
+    if (c->results) TRY(replace_file(c->j, c->results, put_json, c, &c->lock));
+    free(c->made);
+    c->made = NULL;
+    return s->markdown ? replace_file(c->j, s->markdown, put_markdown, c, NULL) : BESA_OK;
+}
+
+/* Lock the file of results for the whole command, made empty where it is not there: of two comparisons that write it each would
+ * put its own rows in the place of the other's. A device has no lock, nor have file systems without them. */
+static besa_result lock_results(comparison *c)
+{
+    job *j = c->j;
+    struct stat here, there;
+    const char *path = c->results;
+    const int is_new = path && stat(path, &there);
+    c->begins = j->s->resume && access(j->s->resume, F_OK) && errno == ENOENT;
+    if (!path || (!is_new && !S_ISREG(there.st_mode))) return BESA_OK;
+    c->lock = open(path, O_RDONLY | O_CREAT | O_CLOEXEC, 0666);
+    if (c->lock < 0) return fail(j, BESA_ERROR_WRITE, "%s could not be written: %s", path, strerror(errno));
+    if ((flock(c->lock, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) || fstat(c->lock, &here) || stat(path, &there) ||
+        here.st_ino != there.st_ino || here.st_dev != there.st_dev) /* the last: it has just been replaced */
+        return fail(j, BESA_ERROR_RESUME, "%s: another comparison is writing it: expected one at a time", path);
+    if (is_new) c->made = realpath(path, NULL);
     return BESA_OK;
 }
 
@@ -686,7 +715,7 @@ static void print_row(const comparison *c, const result_row *r, const char *seed
     if (r->nsamples) printf(" %7.4f", r->reached);
     else printf(" %7s", "");
     printf(" %9.3f", d->perplexity);
-    if (d->windows > 1 || *seed == 'm') printf(" %6.2f", d->perplexity_error);
+    if (d->windows > 1) printf(" %6.2f", d->perplexity_error);
     else printf(" %6s", "");
     if (!r->is_reference) printf(" %6.3f %6.2f %5.1f", d->kl, d->kl_99, 100 * d->same);
     if (r->nsamples) printf(" %6.1f", r->seconds);
@@ -750,14 +779,18 @@ static const char *line_of(const char *head, const char *at, int *length)
 }
 
 /* Whether what was kept begins as this comparison's file does. */
-static besa_result check_kept(comparison *c, const char *head, const char *end)
+static besa_result check_kept(comparison *c, const char *end)
 {
-    const char *path = c->j->s->resume, *here = head, *there = c->kept;
+    const char *path = c->j->s->resume, *here = c->head, *there = c->kept;
     int length[2];
+    if (strncmp(there, "{\"program\": \"besa ", 18))
+        return fail(c->j, BESA_ERROR_RESUME, "--resume %s is %s, expected a file of this command's --json: remove it, and it is begun anew",
+                    path, *there ? "of something else" : "empty");
     for (; *here; here++, there++) {
         here = past_free(here), there = past_free(there);
+        if (!*there) break;
         if (*here == *there) continue;
-        here = line_of(head, here, &length[0]), there = line_of(c->kept, there, &length[1]);
+        here = line_of(c->head, here, &length[0]), there = line_of(c->kept, there, &length[1]);
         return fail(c->j, BESA_ERROR_RESUME, "--resume %s is of another comparison: it has %.*s and this one %.*s", path, length[1],
                     there, length[0], here);
     }
@@ -765,26 +798,39 @@ static besa_result check_kept(comparison *c, const char *head, const char *end)
     return fail(c->j, BESA_ERROR_RESUME, "--resume %s has no end: it was cut off, or is no file of --json", path);
 }
 
-/* The file of --resume, which is to begin as this comparison's. A file that is not there yet is begun. */
+/* All of a file, for free. */
+static besa_result read_text(job *j, const char *path, FILE *file, char **whole)
+{
+    char piece[4096];
+    size_t n;
+    text_file all;
+    if (!begin_text(&all)) return out_of_memory(j);
+    errno = 0;
+    while ((n = fread(piece, 1, sizeof piece, file)) > 0) fwrite(piece, 1, n, all.file);
+    const int why = errno;
+    *whole = end_text(&all);
+    if (ferror(file)) return fail(j, BESA_ERROR_READ, "%s: %s", path, strerror(why));
+    return *whole ? BESA_OK : out_of_memory(j);
+}
+
+/* The head of the file of results, and the file of --resume, which is to begin so. One that is not there yet is begun. */
 static besa_result read_kept(comparison *c)
 {
     job *j = c->j;
     const char *path = j->s->resume;
-    FILE *file = path ? fopen(path, "r") : NULL, *own = tmpfile();
-    if (path && !file && errno != ENOENT) {
-        const int why = errno;
-        if (own) fclose(own);
-        return fail(j, BESA_ERROR_READ, "%s: %s", path, strerror(why));
-    }
-    besa_result result = own ? put_head(own, j) : out_of_memory(j);
-    char *head = take_text(own);
-    if (file) fseek(file, 0, SEEK_END);
-    if (file) c->kept = take_text(file);
-    if (!result && (!head || (file && !c->kept))) result = out_of_memory(j);
+    text_file own;
+    FILE *file = path && !c->begins ? fopen(path, "r") : NULL;
+    if (path && !c->begins && !file) return fail(j, BESA_ERROR_READ, "%s: %s", path, strerror(errno));
+    besa_result result = file ? read_text(j, path, file, &c->kept) : BESA_OK;
+    if (file) fclose(file);
+    TRY(result);
+    if (!c->results) return BESA_OK;
+    result = begin_text(&own) ? put_head(own.file, j) : out_of_memory(j);
+    c->head = end_text(&own);
     char *end = c->kept ? strstr(c->kept, "\n ],\n \"means\": [") : NULL;
-    if (!result && c->kept) result = check_kept(c, head, end);
+    if (!result && !c->head) result = out_of_memory(j);
+    if (!result && c->kept) result = check_kept(c, end);
     if (end) end[1] = 0;
-    free(head);
     return result;
 }
 
@@ -808,10 +854,11 @@ static int has_key(const char *line, const char *key)
 /* The line of the file of --resume with this row's key, or NULL. */
 static char *find_kept(const comparison *c, const result_row *r)
 {
-    FILE *file = c->kept ? tmpfile() : NULL;
+    text_file made;
+    FILE *file = c->kept ? begin_text(&made) : NULL;
     if (!file) return NULL;
     put_key(file, c->j, r, 1);
-    char *key = take_text(file), *line = key ? c->kept : NULL;
+    char *key = end_text(&made), *line = key ? c->kept : NULL;
     while (line && !has_key(line, key)) {
         line = strchr(line, '\n');
         if (line) line++;
@@ -823,14 +870,15 @@ static char *find_kept(const comparison *c, const result_row *r)
 /* Take over a line, under the name that the row has now; it is found no more. */
 static besa_result take_kept(comparison *c, result_row *r, char *line)
 {
-    FILE *file = tmpfile();
+    text_file taken;
+    FILE *file = line ? begin_text(&taken) : NULL;
     if (!file) return out_of_memory(c->j);
     const char *rest = strstr(line, figures_begin);
     size_t n = strcspn(rest, "\n");
     if (n && rest[n - 1] == ',') n--;
     put_key(file, c->j, r, 0);
     fprintf(file, "%.*s", (int)n, rest);
-    r->line = take_text(file);
+    r->line = end_text(&taken);
     if (!r->line) return out_of_memory(c->j);
     line[0] = '-';
     read_figures(r, r->line, c->j->first[r->test + 1] - c->j->first[r->test]);
@@ -876,7 +924,8 @@ static besa_result take_calibration(job *j, const cell *at)
     besa_result result = load_windows(j, j->s->tokens, 128, (uint64_t)at->seed, "nsamples", "seqlen", &k->nsamples,
                                       &k->seqlen, &j->ids);
     k->ids = j->ids;
-    return result;
+    if (result || !strcmp(j->sha256[0], j->text_sha256)) return result;
+    return fail(j, BESA_ERROR_TOKENS, "%s has changed since this comparison began: expected the same text in all runs", j->s->tokens);
 }
 
 /* Set the options and the data of a cell. */
@@ -1113,6 +1162,7 @@ static besa_result compare_all(comparison *c)
 {
     int done = 0;
     TRY(open_against(c->j));
+    TRY(lock_results(c));
     TRY(read_kept(c));
     TRY(check_runs(c));
     TRY(save(c)); /* can it be written? The work may take hours */
@@ -1128,6 +1178,8 @@ static besa_result run_compare(job *j)
     comparison c;
     memset(&c, 0, sizeof c);
     c.j = j;
+    c.results = j->s->json_file ? j->s->json_file : j->s->resume;
+    c.lock = -1;
     besa_result result = compare_all(&c);
     free_comparison(&c);
     return result;

@@ -236,6 +236,38 @@ static void print_text(FILE *file, const char *text)
     }
 }
 
+/* Bytes of the UTF-8 character at s, 0 where there is none. */
+static int utf8_length(const unsigned char *s)
+{
+    const int n = s[0] < 0x80 ? 1 : s[0] < 0xC2 ? 0 : s[0] < 0xE0 ? 2 : s[0] < 0xF0 ? 3 : s[0] < 0xF5 ? 4 : 0;
+    for (int i = 1; i < n; i++)
+        if ((s[i] & 0xC0) != 0x80) return 0; /* the text's end too */
+    const int overlong = (s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xF0 && s[1] < 0x90);
+    const int no_character = (s[0] == 0xED && s[1] > 0x9F) || (s[0] == 0xF4 && s[1] > 0x8F); /* surrogates, above U+10FFFF */
+    return overlong || no_character ? 0 : n;
+}
+
+/* A text that is written piece by piece; file is NULL where there is no memory. */
+typedef struct text_file {
+    FILE *file;
+    char *text;
+    size_t size;
+} text_file;
+
+static FILE *begin_text(text_file *t)
+{
+    memset(t, 0, sizeof *t);
+    return t->file = open_memstream(&t->text, &t->size);
+}
+
+/* The text, for free; NULL without memory. */
+static char *end_text(text_file *t)
+{
+    if (t->file && fclose(t->file) == 0) return t->text;
+    free(t->text);
+    return NULL;
+}
+
 /* ---- reading the command line -------------------------------------------------------------- */
 
 _Noreturn static void usage_error(const settings *s, const char *format, ...)
@@ -751,6 +783,12 @@ static void read_settings(settings *s, const row *r)
     }
 }
 
+/* Whether an option says which layers there are to prune, or how much of a block. */
+static int chooses_layers(const option *o)
+{
+    return o->kind == PATTERN || o->kind == SKIP || o->kind == FIX || o->kind == BLOCKS || !strcmp(o->name, "depth-slope");
+}
+
 /* What a row sets must be of use to it. */
 static void check_settings(const settings *s, const row *r)
 {
@@ -759,6 +797,9 @@ static void check_settings(const settings *s, const row *r)
     for (int i = 0; i < r->num_settings; i++) {
         const option *o = find_row_option(s, r, r->setting[i]), *heading = o;
         while (heading->kind != HEADING) heading--;
+        if (s->owl && chooses_layers(o))
+            usage_error(s, "--method: '%s': --block-targets owl finds sparsities for all rows at once: expected no blocks, skip, fix, pattern "
+                        "and depth-slope in a row", r->label);
         if (!strncmp(heading->name, "BESA", 4) && r->method != BESA_METHOD_BESA)
             usage_error(s, "--method: '%s': %s is for besa", r->label, o->name);
         if (!strncmp(heading->name, "Learning", 8) && !learns)
@@ -823,14 +864,14 @@ static int is_file(const struct stat *there, int directory, const char *name)
     return !fstatat(directory, name, &st, 0) && st.st_dev == there->st_dev && st.st_ino == there->st_ino;
 }
 
-/* Files that are written are different ones; rates and masks may be in one. */
+/* Files that are written are different ones; rates and masks may be in one, and a comparison may go on with its own. */
 static void check_outputs(const settings *s)
 {
-    const char *path[] = {s->rates, s->save_masks, s->report, s->trace, s->json_file, s->markdown};
-    static const char *const name[] = {"save-rates", "save-masks", "report", "trace", "json", "markdown"};
-    for (int i = 0; i < 6; i++)
+    const char *path[] = {s->rates, s->save_masks, s->report, s->trace, s->json_file, s->resume, s->markdown};
+    static const char *const name[] = {"save-rates", "save-masks", "report", "trace", "json", "resume", "markdown"};
+    for (int i = 0; i < 7; i++)
         for (int k = 0; k < i && path[i]; k++) {
-            if (!path[k] || (i == 1 && !strcmp(path[0], path[1]))) continue;
+            if (!path[k] || (i == 1 && !strcmp(path[0], path[1])) || (path[i] == s->resume && path[k] == s->json_file)) continue;
             struct stat there;
             char *one = place_of(path[i]), *two = place_of(path[k]);
             const int is_linked = !stat(path[i], &there) && S_ISREG(there.st_mode) && is_file(&there, AT_FDCWD, path[k]);
@@ -844,33 +885,35 @@ static void check_outputs(const settings *s)
  * that is read, by its name or through a link. */
 static void check_report(const settings *s, const char *name, const char *path)
 {
-    const char *files[MAX_TESTS + 2] = {s->tokens, s->test}, *endings[] = {"", ".partial"};
+    const char *directories[] = {s->path[0], s->against, s->masks, s->num_paths > 1 ? s->path[1] : NULL}; /* the last need not exist */
+    const char *files[MAX_TESTS + 4] = {s->targets_path, s->masks, s->tokens, s->test}, *endings[] = {"", ".partial"};
     char *report = place_of(path), *other;
     struct stat there;
     const int is_there = !stat(path, &there);
-    for (int i = 0; i < s->num_tests; i++) files[2 + i] = s->tests[i].path;
+    for (int i = 0; i < s->num_tests; i++) files[4 + i] = s->tests[i].path;
     if (is_there && !S_ISREG(there.st_mode) && !S_ISCHR(there.st_mode)) usage_error(s, "--%s %s is no file", name, path);
-    for (int i = 0; report && i < s->num_paths; i++) {
-        other = i == 0 ? realpath(s->path[0], NULL) : place_of(s->path[i]);
+    for (int i = 0; report && i < MAX_TESTS + 4; i++) {
+        other = files[i] ? place_of(files[i]) : NULL;
+        if (other && (!strcmp(report, other) || (is_there && is_file(&there, AT_FDCWD, files[i]))))
+            usage_error(s, "--%s %s is %s", name, path,
+                        i == 0 ? "the file of --block-targets" : i == 1 ? "the file of --masks" : "a file of tokens");
+        free(other);
+    }
+    for (int i = 0; report && i < 4; i++) {
+        other = !directories[i] ? NULL : i < 3 ? realpath(directories[i], NULL) : place_of(directories[i]);
         size_t length = other ? strlen(other) : 0;
         for (int k = 0; other && k < 2; k++) {
             size_t n = strlen(endings[k]);
             if (!strncmp(report, other, length) && !strncmp(report + length, endings[k], n) && strchr("/", report[length + n]))
-                usage_error(s, "--%s %s lies in %s%s", name, path, s->path[i], endings[k]);
+                usage_error(s, "--%s %s lies in %s%s", name, path, directories[i], endings[k]);
         }
         free(other);
+        DIR *list = is_there && i < 3 && directories[i] ? opendir(directories[i]) : NULL;
+        for (struct dirent *e; list && (e = readdir(list)) != NULL;)
+            if (is_file(&there, dirfd(list), e->d_name))
+                usage_error(s, "--%s %s is %s in %s, by another name", name, path, e->d_name, directories[i]);
+        if (list) closedir(list);
     }
-    for (int i = 0; report && i < MAX_TESTS + 2; i++) {
-        other = files[i] ? place_of(files[i]) : NULL;
-        if (other && (!strcmp(report, other) || (is_there && is_file(&there, AT_FDCWD, files[i]))))
-            usage_error(s, "--%s %s is a file of tokens", name, path);
-        free(other);
-    }
-    DIR *list = is_there ? opendir(s->path[0]) : NULL;
-    for (struct dirent *e; list && (e = readdir(list)) != NULL;)
-        if (is_file(&there, dirfd(list), e->d_name))
-            usage_error(s, "--%s %s is %s in %s, by another name", name, path, e->d_name, s->path[0]);
-    if (list) closedir(list);
     free(report);
 }
 

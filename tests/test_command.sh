@@ -300,6 +300,23 @@ check 0 '^wanda ' compare "$stories" $data --test "$all" --windows 1 --method wa
 ! grep -q '+/-:' "$work/log" || bad="$bad; it says what +/- is where there is none"
 done_with "a comparison that goes on"
 
+# A file that is written takes no place of one that is read: what a comparison goes on with, the model it is against, masks, targets.
+cp -r "$stories" "$work/read" && printf '.5 .5 .5 .5 .5' >"$work/read.targets" && ln -s read/config.json "$work/read.link"
+set -- compare "$stories" $data $text --method wanda --quiet
+check 0 '' info "$stories" --save-masks "$work/read.masks"
+check 0 '' "$@" --resume "$work/read.json"
+check 2 'resume and --markdown are one file' "$@" --resume "$work/read.json" --markdown "$work/./read.json"
+check 0 '' "$@" --resume "$work/read.json" --json "$work/read.json"
+check 2 'config.json lies in ' "$@" --against "$work/read" --json "$work/read/config.json"
+check 2 'read.link is config.json in .*, by another name' "$@" --against "$work/read" --json "$work/read.link"
+check 2 'config.json lies in ' "$@" --method keep --masks "$work/read" --markdown "$work/read/config.json"
+check 2 'config.json lies in ' eval "$stories" --tokens "$stories/test_tokens.npy" --against "$work/read" --report "$work/read/config.json"
+check 2 'read.masks is the file of --masks' "$@" --method keep --masks "$work/read.masks" --json "$work/read.masks"
+check 2 'read.targets is the file of --block-targets' "$@" --block-targets "$work/read.targets" --json "$work/read.targets"
+check 2 'read.targets is the file of --block-targets' prune "$stories" "$work/no" $data --block-targets "$work/read.targets" --trace "$work/read.targets"
+cmp -s "$work/read/config.json" "$stories/config.json" || bad="$bad; config.json is another"
+done_with "files that are read, and files of results"
+
 # Where a comparison goes on, its model is known by its name and its config.json, texts by their tokens, options by their values.
 mkdir "$work/other" "$work/moved" && cp -r "$stories" "$work/moved" && cp -r "$stories" "$work/other" || exit 1
 moved=$work/moved/$(basename "$stories") other=$work/other/$(basename "$stories")
@@ -308,7 +325,7 @@ sed -i 's/"rope_theta": *[0-9.]*/"rope_theta": 20000.0/' "$other/config.json"
 printf '.4 .5\n.6 0.5 5e-1\n' >"$work/by_value" && printf '0.40 .5 .6 .5 .5' >"$work/same_value" && printf '.5 .4 .6 .5 .5' >"$work/another_value"
 set -- --block-targets "$work/by_value" --skip v_proj --fix o_proj=0.50 --lr 2.0 --no-projection --batch-size=2
 check 0 '' compare "$stories" $short --method besa:lr=30,epochs=2,wanda "$@" --resume "$work/value.json"
-set -- --batch-size 2 --projection --lr=5 --no-projection --fix o_proj=.5 --lr 2e0 --skip=v_proj --block-targets "$work/same_value"
+set -- --batch-size 2 --projection --lr=5 --skip=v_proj --no-projection --fix o_proj=.5 --lr 2e0 --block-targets "$work/same_value"
 check 0 'value.json: 2 of 2 runs are there' compare "$moved" --tokens "$moved/c4.npy" --nsamples 2 --seqlen 32 --test "$moved/test_tokens.npy" --windows 2 \
     --method besa:epochs=2,lr=3e1,wanda "$@" --resume "$work/value.json"
 [ "$(grep -c '^  {"method": "besa:epochs=2,lr=3e1", .*"reached": ' "$work/value.json")" -eq 1 ] && ! grep -q 'lr=30,epochs' "$work/value.json" ||
@@ -331,6 +348,129 @@ check 0 '' compare "$stories" $short --method wanda,keep --masks "$work/keep_a" 
 check 0 'keep.json: 2 of 2 runs are there' compare "$stories" $data $text --method wanda,keep --masks "$work/moved/keep_a" --resume "$work/keep.json"
 check 1 'it has "masks=keep_a [0-9a-f]*" and this one "masks='$(basename "$stories")' ' compare "$stories" $short --method wanda,keep --masks "$stories" --resume "$work/keep.json"
 done_with "what a comparison that goes on is known by"
+
+# What a file of results is called and holds: text that is no UTF-8, a row's options in any order, one seed of several, nothing.
+bytes=$(printf 'a\377\303\251')
+check 0 '' compare "$stories" $data --test "$bytes=$all" --windows 2 --quiet --method wanda:pattern=2:4,skip=v_proj --resume "$work/bytes.json"
+LC_ALL=C grep -q "\"test\": \"a\\\\ufffd$(printf '\303\251')\"" "$work/bytes.json" || bad="$bad; JSON that is no UTF-8: $(cat -v "$work/bytes.json")"
+check 0 'bytes.json: 1 of 1 runs are there' compare "$stories" $data --test "$bytes=$all" --windows 2 --method wanda:skip=v_proj,pattern=2:4 --resume "$work/bytes.json"
+: >"$work/empty.json"; echo '{"text": 1}' >"$work/other.json"; head -4 "$work/bytes.json" >"$work/cut.json"
+check 1 'empty.json is empty, expected a file of this command' compare "$stories" $short --method wanda --resume "$work/empty.json"
+check 1 'other.json is of something else, expected a file of this command' compare "$stories" $short --method wanda --resume "$work/other.json"
+check 1 'cut.json has no end' compare "$stories" $short --method wanda --resume "$work/cut.json"
+[ ! -s "$work/empty.json" ] && [ "$(wc -l <"$work/other.json")" -eq 1 ] || bad="$bad; a refused file has changed"
+long="--tokens $stories/calibration_tokens.npy --nsamples 48 --seqlen 64 --quiet"
+# stopped_at PATTERN FILE ARGUMENTS...: besa, killed when a line of FILE has the pattern
+stopped_at()
+{
+    pattern=$1 file=$2
+    shift 2
+    "$besa" "$@" >/dev/null 2>&1 &
+    killed=$!
+    while kill -0 $killed 2>/dev/null; do
+        grep -q "$pattern" "$file" 2>/dev/null && kill -9 $killed
+        sleep 0.02
+    done
+    wait $killed 2>/dev/null
+}
+stopped_at 'sd": ' "$work/seed.json" compare "$stories" $long $text --method wanda,besa:epochs=20 --seeds 1,2 --json "$work/seed.json" --markdown "$work/seed.md"
+grep -q '"method": "wanda".* "seeds": 1, .*"perplexity_sd": null, .*"kl_sd": null, .*"same_top_sd": null, .*"nll_difference_sd": null}' "$work/seed.json" ||
+    bad="$bad; the deviation of one seed: $(tail -2 "$work/seed.json")"
+! grep -q '^| wanda .* mean .*±' "$work/seed.md" || bad="$bad; the deviation of one seed: $(cat "$work/seed.md")"
+(ulimit -f 0; "$besa" compare "$stories" $short --method wanda 2>&1) | cat >"$work/log"
+grep -q '^wanda .* 0.5000 ' "$work/log" || bad="$bad; a comparison without files where none can be written: $(cat "$work/log")"
+done_with "what is in a file of results"
+
+# And what it is refused by: other zeros of masks that have one name, another order of --fix and --skip, other sequences of one text.
+mkdir -p "$work/m1" "$work/m2" "$work/m3"
+check 0 '' prune "$stories" "$work/m1/masks" $data --method wanda --quiet
+check 0 '' prune "$stories" "$work/m2/masks" $data --method magnitude --quiet
+check 0 '' compare "$stories" $short --method keep --masks "$work/m1/masks" --resume "$work/zeros.json"
+check 1 'it has "masks=masks [0-9a-f]*" and this one "masks=masks [0-9a-f]*"$' compare "$stories" $short --method keep --masks "$work/m2/masks" --resume "$work/zeros.json"
+cp -r "$work/m1/masks" "$work/m3/masks"
+check 0 'zeros.json: 1 of 1 runs are there' compare "$stories" $data $text --method keep --masks "$work/m3/masks" --resume "$work/zeros.json"
+set -- --method wanda --resume "$work/order.json"
+check 0 '' compare "$stories" $short "$@" --fix layers.0=0.3 --skip v_proj
+check 0 'order.json: 1 of 1 runs are there' compare "$stories" $data $text "$@" --fix layers.0=.3 --fix v_proj=0
+check 1 'it has "fix=layers.0=0.3" and this one "fix=v_proj=0"' compare "$stories" $short "$@" --skip v_proj --fix layers.0=0.3
+check 0 '' compare "$stories" $short --method wanda:fix=layers.0=.3,skip=v_proj --resume "$work/rows.json"
+check 0 'rows.json: 0 of 1 runs are there' compare "$stories" $data $text --method wanda:skip=v_proj,fix=layers.0=.3 --resume "$work/rows.json"
+check 0 'rows.json: 1 of 1 runs are there' compare "$stories" $data $text --method wanda:fix=layers.0=0.3,fix=v_proj=0 --resume "$work/rows.json"
+npy() { printf '\223NUMPY\001\000v\000%-117s\n' "{'descr': '<u2', 'fortran_order': False, 'shape': ($1), }"; tail -c +129 "$all" | head -c 512; }
+npy '4, 64' >"$work/tokens.npy"; npy '8, 32' >"$work/m3/tokens.npy"; npy '256,' >"$work/m2/tokens.npy"
+set -- --nsamples 2 --seqlen 32 --method wanda $text --resume "$work/shape.json"
+check 0 '' compare "$stories" --tokens "$work/tokens.npy" "$@"
+for tokens in m3 m2; do check 1 'it has "tokens": .* and this one "tokens": ' compare "$stories" --tokens "$work/$tokens/tokens.npy" "$@"; done
+check 0 '' compare "$stories" --tokens "$work/tokens.npy" --quiet "$@"
+done_with "what a comparison that goes on is refused by"
+
+# A text that is moved meanwhile, and one that changes before it is read for another seed: what is done is kept, as of the first.
+# meanwhile COMMAND ARGUMENTS...: besa, and the command once the row of wanda is in $work/while.json
+meanwhile()
+{
+    then=$1
+    shift
+    "$besa" "$@" >"$work/log" 2>&1 &
+    running=$!
+    while kill -0 $running 2>/dev/null; do
+        grep -q '"wanda"' "$work/while.json" 2>/dev/null && eval "$then" && then=false
+        sleep 0.02
+    done
+    wait $running
+    got=$?
+}
+set -- "$stories" $text --nsamples 48 --seqlen 64 --quiet --tokens "$work/text_now.npy" --resume "$work/while.json"
+cp "$stories/calibration_tokens.npy" "$work/text_now.npy"
+meanwhile 'mv "$work/text_now.npy" "$work/text_old.npy"' compare "$@" --method wanda,besa:epochs=2
+[ $got -eq 0 ] && grep -q '"method": "besa:epochs=2"' "$work/while.json" || bad="$bad; a moved text: $(tail -1 "$work/log")"
+cp "$work/text_old.npy" "$work/text_now.npy" && rm "$work/while.json"
+meanwhile 'cp "$all" "$work/text_now.npy"' compare "$@" --method wanda,besa:epochs=2 --seeds 1,2
+[ $got -eq 1 ] && grep -q 'text_now.npy has changed since this comparison began' "$work/log" || bad="$bad; a text that changes: $(tail -1 "$work/log")"
+cp "$work/text_old.npy" "$work/text_now.npy"
+check 0 '^wanda ' compare "$@" --method wanda --seeds 1
+done_with "a text that changes during a comparison"
+
+# Two comparisons that write one file, by either of its names: the second is refused, and may come when the first has ended. A link
+# stays a link; a comparison that is refused leaves no file.
+ln -s linked.json "$work/link.json"
+rm -f "$work/while.json"
+meanwhile 'kill -STOP $running; "$besa" "$@" --method magnitude >"$work/second" 2>&1; echo "status $?" >>"$work/second"; ln -s while.json "$work/by_link.json"
+           "$besa" compare '"$stories $short"' --method magnitude --json "$work/by_link.json" >"$work/third" 2>&1; echo "status $?" >>"$work/third"; kill -CONT $running' \
+    compare "$stories" $text --nsamples 48 --seqlen 64 --quiet --tokens "$work/text_now.npy" --resume "$work/while.json" --method wanda,besa:epochs=2
+for file in second third; do
+    grep -q '\.json: another comparison is writing it: expected one at a time$' "$work/$file" && grep -q '^status 1$' "$work/$file" || bad="$bad; $file: $(head -1 "$work/$file")"
+done
+[ $got -eq 0 ] || bad="$bad; the first: $(tail -1 "$work/log")"
+check 0 '^magnitude' compare "$stories" $text --nsamples 48 --seqlen 64 --quiet --tokens "$work/text_now.npy" --resume "$work/while.json" --method magnitude
+[ "$(rows "$work/while.json" | wc -l)" -eq 4 ] || bad="$bad; rows are lost: $(cat "$work/while.json")"
+for i in 1 2; do
+    check 0 '' compare "$stories" $short --method wanda --resume "$work/link.json" --json "$work/link.json"
+    [ -L "$work/link.json" ] && [ ! -L "$work/linked.json" ] && [ "$(rows "$work/linked.json" | wc -l)" -eq 2 ] || bad="$bad; a link gave way to results"
+done
+check 1 'matches none' compare "$stories" $short --method wanda --fix none=.5 --resume "$work/no.json"
+[ ! -e "$work/no.json" ] || bad="$bad; results of nothing"
+check 0 '^wanda ' compare "$stories" $short --method wanda --json /dev/null
+done_with "comparisons at one time"
+
+# A new run leaves nothing in its trace of the one before; a report is written though the masks beside it cannot be, is whole or not
+# there, and a link to one stays.
+set -- --tokens "$stories/calibration_tokens.npy" --nsamples 8 --seqlen 32 --quiet
+check 0 '' prune "$stories" "$work/trace_a" "$@" --blocks 0-1 --trace "$work/one.jsonl"
+check 0 '' prune "$stories" "$work/trace_b" "$@" --blocks 1-3 --trace "$work/one.jsonl"
+check 0 '' prune "$stories" "$work/trace_c" "$@" --blocks 1-3 --trace "$work/three.jsonl"
+[ -s "$work/three.jsonl" ] && cmp -s "$work/one.jsonl" "$work/three.jsonl" || bad="$bad; a trace of two runs: $(head -1 "$work/one.jsonl")"
+ln -s linked_report.json "$work/report_link"
+check 0 '' prune "$stories" "$work/report_a" "$@" --method wanda --report "$work/report_link"
+check 0 '' prune "$stories" "$work/report_b" "$@" --method wanda --report "$work/report_link"
+[ -L "$work/report_link" ] && [ "$(tail -c 2 "$work/linked_report.json")" = "}" ] && [ ! -L "$work/linked_report.json" ] || bad="$bad; a link gave way to a report"
+(ulimit -f 1; "$besa" eval "$stories" --tokens "$all" --seqlen 32 --windows 99 --report "$work/report_link" 2>&1) | cat >"$work/log"
+grep -q 'report_link could not be written: File too large' "$work/log" && grep -q '"sparsity"' "$work/linked_report.json" && [ ! -e "$work/linked_report.json.partial" ] ||
+    bad="$bad; a report that cannot be written: $(cat "$work/log")"
+if [ -w /dev/full ]; then
+    check 1 'dev/full: ' prune "$stories" "$work/report_c" "$@" --method wanda --report "$work/full.json" --save-masks /dev/full
+    [ "$(tail -c 2 "$work/full.json")" = "}" ] || bad="$bad; the report is lost with the masks"
+fi
+done_with "a trace and a report in the place of others"
 
 # How far a model is from another.
 check 0 '^perplexity [0-9.]* +/- [0-9.]* over 3 windows of 64 tokens' eval "$stories" --tokens "$all" --seqlen 64 --windows 3
@@ -402,6 +542,20 @@ check 2 'pattern has its own' plan "$stories" --block-targets owl --pattern 2:4 
 check 2 'method keep has its own' plan "$stories" --block-targets owl --method keep --masks "$work/slope"
 check 1 'a lambda below 0.9 helps' prune "$stories" "$work/refused" $data --block-targets owl:.9
 done_with "blocks and their sparsities"
+
+# One row's outliers are all rows': none chooses other layers, which is said before any work; a run that goes on has the same.
+for setting in blocks=1-2 skip=v_proj fix=v_proj=.3 pattern=2:4 depth-slope=.1; do
+    check 2 "'wanda:$setting': --block-targets owl finds sparsities for all rows at once: expected no blocks, skip, " compare "$stories" $short \
+        --method wanda,wanda:$setting --block-targets owl
+    check 0 "^wanda:$setting " compare "$stories" $short --method wanda,wanda:$setting
+done
+set -- --block-targets owl --skip v_proj --blocks 1-3
+check 0 '' compare "$stories" $short --method magnitude,wanda "$@" --json "$work/owl.json"
+check 0 '' compare "$stories" $short --method magnitude "$@" --resume "$work/owl.part.json"
+check 0 'owl.part.json: 1 of 2 runs are there' compare "$stories" $data $text --method magnitude,wanda "$@" --resume "$work/owl.part.json"
+rows "$work/owl.json" >"$work/owl.rows"; rows "$work/owl.part.json" >"$work/owl.part.rows"
+cmp -s "$work/owl.rows" "$work/owl.part.rows" && [ "$(wc -l <"$work/owl.rows")" -eq 3 ] || bad="$bad; other rows: $(cat "$work/owl.rows" "$work/owl.part.rows")"
+done_with "outliers of a comparison"
 
 # Masks of another checkpoint.
 check 2 'wants --masks' plan "$stories" --method keep
@@ -517,6 +671,32 @@ done
 cmp -s "$work/model/README.md" "$work/again/README.dense.md" || bad="$bad; the dense model's card is lost the second time"
 done_with "the card of an output"
 
+# The licence in the forms that YAML has for a word, or a list of them; of another form it is said that it is not kept.
+cp -r "$stories" "$work/licensed" && rm -f "$work/licensed"/*.npy
+bom=$(printf '\357\273\277')
+while IFS='|' read -r front expected; do
+    printf %b "$front" >"$work/licensed/README.md"
+    rm -rf "$work/licensed_out"
+    check 0 '' prune "$work/licensed" "$work/licensed_out" $data --method wanda --quiet
+    got=$(sed -n '/^license/,/^library_name/p' "$work/licensed_out/README.md" | sed '$d')
+    [ "$got" = "$(printf %b "$expected")" ] && ! grep -q '^not kept' "$work/log" || bad="$bad; of '$front': $got $(grep '^not kept' "$work/log")"
+done <<END
+---\nlicense: mit  # see LICENSE\n---\n|license: mit
+---\nlicense: "mit" # x\nlicense_name: 'a b'\t# c\n---\n|license: "mit"\nlicense_name: 'a b'
+---\nlicense:\n- mit\n- "apache-2.0" # too\nlicense_link: https://x.org/#a # b\n---\n|license:\n- mit\n- "apache-2.0"\nlicense_link: https://x.org/#a
+---\nlicense: # two\n  - mit\n  - C#\ntags: [a]\n---\n|license:\n- mit\n- C#
+$bom---\r\nlicense: mit\r\nlicense_name: ours \r\n  # a comment\r\n---\r\n|license: mit\nlicense_name: ours
+---\nlicenses: x\nx: 1\n---\nlicense: no\n|
+END
+for value in '>-\n  mit' '[mit]' '&a mit' '"m\\"it"' 'mit\n  or so' 'a: b' '' '\n- mit\n- [x]' '\n- mit\n  or so' "'it''s'" '"mit'; do
+    printf %b "---\nlicense: $value\nlicense_name: ours\n---\n" >"$work/licensed/README.md"
+    rm -rf "$work/licensed_out"
+    check 0 "^not kept: license of the source's README.md (" prune "$work/licensed" "$work/licensed_out" $data --method wanda --quiet
+    ! grep -q '^license:\|mit' "$work/licensed_out/README.md" && grep -q '^license_name: ours$' "$work/licensed_out/README.md" ||
+        bad="$bad; $value: $(head -8 "$work/licensed_out/README.md")"
+done
+done_with "the licence in an output's card"
+
 # A card that is no file, which must not hang who reads it: a FIFO, a directory.
 for kind in mkfifo mkdir; do
     cp -r "$stories" "$work/$kind" && rm -f "$work/$kind/README.md" && $kind "$work/$kind/README.md"
@@ -592,7 +772,7 @@ verdict $? "README says what they print"
 all=$work/all
 mkdir -p "$all/examples" && cp "$besa" "$all/examples/besa" && cp -r "$stories" "$all/MODEL" && rm "$all"/MODEL/*.npy &&
     cp -r "$all/MODEL" "$all/Llama-2-7b" && cp -r "$stories" "$all/examples" || exit 1
-for tokens in c4 c4-stream c4-validation calibration chats; do cp "$stories/calibration_tokens.npy" "$all/$tokens.npy"; done
+for tokens in c4 c4-stream c4-tail c4-validation calibration chats; do cp "$stories/calibration_tokens.npy" "$all/$tokens.npy"; done
 cp "$stories/test_tokens.npy" "$all/wikitext2.npy"
 awk -f readme_lines.awk "$readme" "$(dirname "$readme")"/examples/*.md | grep '^examples/besa ' | awk '!seen[$0]++' >"$work/lines"
 awk '{ into = ""; less = $2 == "info" ? "" : " --seqlen 32"
