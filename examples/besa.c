@@ -242,15 +242,18 @@ static besa_result out_of_memory(job *j) { return fail(j, BESA_ERROR_MEMORY, "ou
 static besa_result replace_file(job *j, const char *path, besa_result (*put)(FILE *file, void *what), void *what, int *lock)
 {
     char part[4096];
-    struct stat st;
+    struct stat st, out;
     char *place = realpath(path, NULL); /* NULL where nothing is yet */
     int direct = place ? !stat(place, &st) && !S_ISREG(st.st_mode) : !lstat(path, &st) /* a link to nothing */, held = -1;
+    const int is_output = place && !fstat(1, &out) && out.st_dev == st.st_dev && out.st_ino == st.st_ino; /* /dev/stdout >FILE */
+    direct |= is_output;
+    fflush(stdout);
     const int n = snprintf(part, sizeof part, "%s%s", place ? place : path, direct ? "" : ".partial");
-    FILE *file = n > 0 && (size_t)n < sizeof part ? fopen(part, "w") : NULL;
+    FILE *file = is_output ? fdopen(dup(1), "w") : n > 0 && (size_t)n < sizeof part ? fopen(part, "w") : NULL;
     if (!file && place && !direct) direct = 1, file = fopen(place, "w");
     if (file && place && !direct) fchmod(fileno(file), st.st_mode & 0777);
     besa_result result = file ? put(file, what) : BESA_OK;
-    int good = file && !fflush(file) && !ferror(file), why = errno;
+    int good = file && !fflush(file) && !ferror(file) && (direct || !fsync(fileno(file))), why = errno;
     if (good && lock && !direct) held = dup(fileno(file)); /* what holds a lock is the open file, by whatever descriptor */
     if (held >= 0) flock(held, LOCK_EX | LOCK_NB);
     if (file && fclose(file) && good) good = 0, why = errno;

@@ -450,6 +450,10 @@ done
 check 1 'matches none' compare "$stories" $short --method wanda --fix none=.5 --resume "$work/no.json"
 [ ! -e "$work/no.json" ] || bad="$bad; results of nothing"
 check 0 '^wanda ' compare "$stories" $short --method wanda --json /dev/null
+if [ -e /dev/stdout ]; then # which is a file here
+    check 0 '^wanda ' compare "$stories" $short --method wanda --json /dev/stdout
+    grep -q '"rows"' "$work/log" && grep -q '^method ' "$work/log" || bad="$bad; /dev/stdout: $(head -c 200 "$work/log")"
+fi
 done_with "comparisons at one time"
 
 # A new run leaves nothing in its trace of the one before; a report is written though the masks beside it cannot be, is whole or not
