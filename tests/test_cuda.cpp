@@ -92,30 +92,26 @@ static void check_same(const std::vector<uint64_t> &a, const std::vector<uint64_
 
 static void test_operations(void)
 {
-    static const char *const names[2][3] = {
-        {"operations, bf16", "operations, bf16, threads in reverse", ""},
-        {"operations, fp32", "operations, fp32, threads in reverse", "operations, fp32, threads shuffled"}};
-    for (int fp32 = 1; fp32 >= 0; fp32--) { /* the same kernels: one order less */
-        std::vector<uint64_t> forward;
-        TEST(names[fp32][0]) forward = run_operations(fp32, NULL);
-        if (forward.empty() || g_sanitized) continue;
-        TEST(names[fp32][1]) {
-            standin_set_order(STANDIN_REVERSE, 0);
-            check_same(forward, run_operations(fp32, NULL), "in reverse");
-        }
-        if (fp32) TEST(names[fp32][2]) {
-            standin_set_order(STANDIN_SHUFFLE, 7);
-            check_same(forward, run_operations(fp32, NULL), "shuffled");
-        }
-        standin_set_order(STANDIN_FORWARD, 0);
+    std::vector<uint64_t> forward;
+    TEST("operations, bf16") run_operations(0, NULL);       /* the same kernels: one order */
+    TEST("operations, fp32") forward = run_operations(1, NULL);
+    if (forward.empty() || g_sanitized) return;
+    TEST("operations, fp32, threads in reverse") {
+        standin_set_order(STANDIN_REVERSE, 0);
+        check_same(forward, run_operations(1, NULL), "in reverse");
     }
+    TEST("operations, fp32, threads shuffled") {
+        standin_set_order(STANDIN_SHUFFLE, 7);
+        check_same(forward, run_operations(1, NULL), "shuffled");
+    }
+    standin_set_order(STANDIN_FORWARD, 0);
 }
 
 /* Weights are converted a few lines at a time, attention goes by few queries and one head. */
 static void test_pieces(void)
 {
     TEST("operations in small pieces")
-        for (int fp32 = !g_race; fp32 >= 0; fp32--) {
+        for (int fp32 = !g_sanitized; fp32 >= 0; fp32--) {
             run_operations(fp32, "attention", 1);
             run_operations(fp32, "linear", 1);
             run_operations(fp32, "nll", 1);
@@ -127,7 +123,7 @@ static void test_shared_memory(void)
 {
     static const size_t sizes[] = {48 << 10, 64 << 10, 99 << 10, 227 << 10};
     TEST("operations with 48 to 227 KB of shared memory") {
-        for (int i = 0; i < 4; i += g_race ? 3 : 1) {
+        for (int i = 0; i < 4; i += g_sanitized ? 3 : 1) {
             standin_set_shared(sizes[i]);
             run_operations(1, "rank");
             run_operations(1, "bucket");
@@ -974,7 +970,7 @@ static run run_of(besa_method method, int64_t nsamples, const char *output)
     memset(&r, 0, sizeof r);
     r.options.method = method;
     r.options.rates.target = 0.5;
-    r.options.epochs = g_sanitized ? 1 : 3;
+    r.options.epochs = g_sanitized ? 1 : 2;
     r.options.rates.d0 = 3e-3;                  /* few steps: large ones */
     r.nsamples = g_race ? 2 : nsamples, r.seqlen = g_race ? 16 : 64;
     r.output = output;
@@ -1380,7 +1376,7 @@ static int fail_run(const faults *f, size_t n, int on, int again)
 }
 
 /* The n-th call of the run fails: a result with a message, nothing left, no output. Each n of the first half, which has all of
- * the first block's calls, and of the end; every 5th of those between, where the second block makes the same calls. Every 16th
+ * the first block's calls, and of the end; every 9th of those between, where the second block makes the same calls. Every 16th
  * time the run is repeated without a fault, and ends as if there had been none; every 8th all calls from the n-th on fail.
  * Under AddressSanitizer every 15th n. */
 static void test_faults(void)
@@ -1404,7 +1400,7 @@ static void test_faults(void)
             be.destroy(&be);
             besa_report_free(&r.report);
             while (fail_run(&f, n, n % 8 == 0, n % 16 == 0))
-                n += g_sanitized ? 15 : n > calls / 2 && n + 50 < calls ? 5 : 1, remove_tree(partial);
+                n += g_sanitized ? 15 : n > calls / 2 && n + 50 < calls ? 9 : 1, remove_tree(partial);
             if (getenv("TEST_VERBOSE")) printf("    %zu calls\n", calls);
             CHECK(n > 200, "a run of %zu calls", n);
             remove_tree(f.right);
