@@ -104,7 +104,7 @@ $(CUDA_BUILD)/gpu.log: $(CUDA_FILES) gpu.h FORCE | $(CUDA_BUILD)
 BESA_FILES := $(addprefix $(BESA)/examples/,besa.c options.h card.h compare.h besa_cuda.cu) $(BESA)/besa.h $(BESA)/besa_cuda.cuh
 $(CUDA_BUILD)/besa-standin: $(BESA_FILES) $(CUDA_BUILD)/standin-plain.o
 	$(CC) $(C_FLAGS) -DBESA_WITH_CUDA -c -o $@.o $<
-	$(CXX) $(CUDA_FLAGS) $(cuda_plain_FLAGS) -D__CUDACC__ -c -o $@-cuda.o -x c++ $(BESA)/examples/besa_cuda.cu
+	$(CXX) $(CUDA_FLAGS) -O1 -D__CUDACC__ -c -o $@-cuda.o -x c++ $(BESA)/examples/besa_cuda.cu
 	$(CXX) -o $@ $@.o $@-cuda.o $(CUDA_BUILD)/standin-plain.o -lm
 
 # nccl.cu, with a stand-in for NCCL's calls too

@@ -970,7 +970,7 @@ static run run_of(besa_method method, int64_t nsamples, const char *output)
     memset(&r, 0, sizeof r);
     r.options.method = method;
     r.options.rates.target = 0.5;
-    r.options.epochs = g_sanitized ? 1 : 2;
+    r.options.epochs = g_sanitized ? 1 : 3;
     r.options.rates.d0 = 3e-3;                  /* few steps: large ones */
     r.nsamples = g_race ? 2 : nsamples, r.seqlen = g_race ? 16 : 64;
     r.output = output;
