@@ -290,12 +290,41 @@ def comparison(paths, bars):
     return found
 
 
+# Options whose fields in a row's "options" have other names than theirs with a "_" for each "-", and those that are yes or no.
+FIELDS = {"sparsity": "target", "per-row": "magnitude_per_row", "rates": "form", "lambda": "penalty"}
+FLAGS = ("per-row", "plain-softmax", "zero-start", "whole-target", "norm-all", "dense-stream", "learn-vectors", "no-projection",
+         "quantize-first")
+OPPOSITE = {"yes": "no", "no": "yes"}
+
+
+def opposite_of(key):
+    return key[3:] if key.startswith("no-") else f"no-{key}"
+
+
 def settings_of(method):
     """A row's name without its options, and these: "besa:best:epochs=2,lr=3" is "besa:best", {"epochs": "2", "lr": "3"}."""
     words = str(method).split(":")
     first = next((i for i, word in enumerate(words) if "=" in word), len(words))
     pairs = [pair.partition("=") for pair in ":".join(words[first:]).split(",") if pair]
     return ":".join(words[:first]), {key: value for key, _, value in pairs}
+
+
+def recorded(row, option):
+    """What a row says that it ran with, or None."""
+    record = row.get("options") or {}
+    if option == "nsamples":
+        return row.get("nsamples")
+    if option == "pattern" and "pattern_m" in record:
+        return "{pattern_n}:{pattern_m}".format(**record) if record["pattern_m"] else "none"
+    if option == "blocks" and "num_blocks" in record:
+        first, count = record["first_block"], record["num_blocks"]
+        return f"{first}-{first + count - 1}" if count else "all"
+    if opposite_of(option) in FLAGS:
+        return OPPOSITE.get(recorded(row, opposite_of(option)))
+    value = record.get(FIELDS.get(option, option.replace("-", "_")))
+    if option in FLAGS and value is not None:
+        return "yes" if value else "no"
+    return "all" if option == "group-rows" and value == -1 else value
 
 
 def option_of(rows, asked):
@@ -315,12 +344,11 @@ def option_of(rows, asked):
 def setting_of(row, option):
     """The option's value in a row, as a text, and the row's name without it; None where its method has no such option."""
     name, settings = settings_of(row["method"])
-    ran_with = row.get("nsamples") if option == "nsamples" else (row.get("options") or {}).get(option.replace("-", "_"))
-    if isinstance(ran_with, bool):
-        ran_with = "yes" if ran_with else "no"
-    value = settings.pop(option, ran_with)
+    own, opposite = settings.pop(option, None), OPPOSITE.get(settings.pop(opposite_of(option), None))
+    value = next((value for value in (recorded(row, option), own, opposite) if value is not None), None)
     rest = ",".join(f"{key}={setting}" for key, setting in settings.items())
-    return None if value is None else f"{value:g}" if isinstance(value, float) else str(value), name + (rest and ":" + rest)
+    number = number_or_none(value)
+    return value if value is None else str(value) if number is None else f"{number:.15g}", name + (rest and ":" + rest)
 
 
 def study_of(paths, asked, bars):
@@ -471,7 +499,7 @@ def draw_compare(paths):
 def number_or_none(text):
     try:
         return float(text)
-    except ValueError:
+    except (TypeError, ValueError):
         return None
 
 
@@ -490,8 +518,8 @@ def draw_study(paths, asked=None):
         if None in points:
             style = {"color": "#666666" if name.startswith("dense") else COLOURS[lines % len(COLOURS)], "linestyle": (0, (4, 3))}
             axes.axhline(points[None][0], linewidth=1, label=f"{name}, {points[None][0]:.4g}", **style)
-        else:
-            there = sorted(points, key=at.get)
+        there = sorted(points.keys() - {None}, key=at.get)
+        if there:
             mean, spread = np.array([points[value] for value in there]).T
             axes.errorbar([at[value] for value in there], mean, spread if spread.any() else None, capsize=3, label=name,
                           **style_of(lines), **({"linestyle": "none"} if words else {}))

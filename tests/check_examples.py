@@ -529,6 +529,38 @@ def check_figure(plot, kind, paths, lines, option=None):
             (small, strange, overlaps(figure), drawn >= lines), ([], set(), [], True))
 
 
+def check_settings(plot, examples, stories, work):
+    """Whatever option a study is of, a row that does not name it stands at what it ran with."""
+    text = (examples.parent / "besa.h").read_text()
+    table = text[text.index("besa_option besa__options[]"):].split("};")[0].split("{BESA__")[1:]
+    parts = [(re.match(r"\w+\((\w+), (\w+)\)", entry), re.search(r'"[^"]*",\s*"([^"]+)",', entry)) for entry in table]
+    options = {flag[1]: (field[2], field[1]) for field, flag in parts if flag}
+    verdict("plot.py study: fields of options are those of besa.h", (len(options) > 40, {flag: plot.FIELDS.get(flag, flag.replace("-", "_"))
+            for flag in options}, sorted(plot.FLAGS)), (True, {flag: field for flag, (field, _) in options.items()},
+            sorted(flag for flag, (_, kind) in options.items() if kind == "FLAG")))
+    rows = {"lambda": ("besa", "2.50", ["1", "2.5"]), "rates": ("besa", "layer", ["hierarchical", "layer"]), "zero-start": ("besa", "yes", ["no", "yes"]),
+            "projection": ("besa", "no", ["yes", "no"]), "no-dense-stream": ("besa:best:dense-share=0", "no", ["yes", "no"]),
+            "group-rows": ("besa", "all", ["1", "all"]), "per-row": ("magnitude", "yes", ["no", "yes"]),
+            "pattern": ("wanda", "2:4", ["none", "2:4"]), "blocks": ("wanda", "1-3", ["all", "1-3"]), "bits": ("wanda", "4", ["0", "4"])}
+    for option, (name, setting, values) in rows.items():
+        subprocess.run([str(x) for x in (examples / "besa", "compare", stories, "--tokens", stories / "calibration_tokens.npy", "--nsamples", 4,
+                        "--seqlen", 32, "--test", stories / "test_tokens.npy", "--windows", 2, "--method",
+                        f"{name},{name}{',' if '=' in name else ':'}{option}={setting}", "--quiet", "--json", work / "setting.json")], check=True,
+                       capture_output=True)
+        perplexities = [row["perplexity"] for row in json.loads((work / "setting.json").read_text())["rows"]][1:]
+        found = [stopped(plot.study_of, [work / "setting.json"], asked, set()) for asked in (option, None)]
+        points = found[0][1].get(name, {}) if isinstance(found[0], tuple) else found[0]
+        verdict(f"plot.py study: the row without {option} has its point", ({value: point[0] for value, point in points.items()} if
+                isinstance(points, dict) else points, found[0] == found[1]), (dict(zip(values, perplexities)), True))
+    rows = [{"method": f"besa{setting}", "sparsity": 0.5, "perplexity": perplexity}
+            for setting, perplexity in (("", 9), (":skip=v_proj", 10), (":skip=q_proj", 11))]
+    (work / "setting.json").write_text(json.dumps({"rows": rows}))
+    axes = plot.draw("study", [work / "setting.json"]).axes[0]
+    verdict("plot.py study: a row that does not say what it ran with is a line beside the others' points",
+            (sorted(axes.get_legend_handles_labels()[1]), [text.get_text() for text in axes.get_xticklabels()]),
+            (["besa", "besa, 9"], ["v_proj", "q_proj"]))
+
+
 def check_study(plot, work):
     """Perplexity over one option: values of rows, of what the others ran with, and of methods without it."""
     rows = json.loads((work / "study.json").read_text())["rows"]
@@ -726,6 +758,7 @@ def check_plot(examples, stories, work):
     verdict("plot.py keeps tests apart, takes means over seeds, and one run's error", (plot.comparison([work / "rows.json"], set())["besa, c4"][0.6],
             plot.comparison([work / "one.json"], set())["wanda"][0.4]), ((18.5, np.std([0, 1], ddof=1)), (4, 0.5)))
     check_study(plot, work)
+    check_settings(plot, examples, stories, work)
     check_several(plot, examples, stories, work)
     verdict("plot.py reads the work of rows", plot.work_of([work / "rows.json"])[0.4]["wanda, wiki"], (1e12, 4.5))
     plans = [plot.plan_of(work / name) for name in ("cpu.txt", "cuda.txt")]
