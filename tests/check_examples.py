@@ -342,12 +342,18 @@ def check_smollm2(examples, work):
     verdict("convert.py on SmolLM2's GGUF", (len(found), same, has_tokenizer), (272, True, True))
 
 
-def check_convert(examples, work):
+def check_convert(examples, stories, work):
     program = examples / "convert.py"
     work = work / "converted"
     work.mkdir()
     done = run(program, work / "none", work / "new")
     verdict("convert.py says what a name of the Hub needs", "hf download" in done.stderr, True)
+    partial = work / "pruning.partial"
+    partial.mkdir()
+    (partial / "besa-state").write_text("hours of work")
+    done = run(program, stories, work / "pruning")
+    verdict("convert.py leaves an unfinished output of another program alone, and says so", (done.returncode, list(partial.iterdir()),
+            all(word in done.stderr for word in (str(partial), "besa prune", "delete it"))), (1, [partial / "besa-state"], True))
     if missing("torch", "transformers", "safetensors", "numpy"):
         print(f"SKIP convert.py: no {missing('torch', 'transformers', 'safetensors', 'numpy')}")
         return
@@ -366,6 +372,13 @@ def check_convert(examples, work):
         stored, dense = make(source, config, weights)
         (source / "config.json").write_text(json.dumps(stored))
         check_converted(examples, source, work / f"{make.__name__}-new", name, dense)
+    verdict("convert.py leaves nothing beside what it makes", list(work.glob("make_*.partial")), [])
+    tokenizer = work / "make_bin" / "tokenizer.json"
+    tokenizer.mkdir()               # which cannot be copied as a file
+    done = run(program, work / "make_bin", work / "failed")
+    verdict("convert.py takes back what it could not finish", (done.returncode, "convert.py: IsADirectoryError" in done.stderr,
+            list(work.glob("failed*"))), (1, True, []))
+    tokenizer.rmdir()
     done = run(program, work / "make_bin", work)
     verdict("convert.py replaces nothing", "is there already" in done.stderr, True)
     gptq = work / "gptq"
@@ -996,7 +1009,7 @@ def main():
     examples, stories = (pathlib.Path(path).resolve() for path in sys.argv[1:])
     with tempfile.TemporaryDirectory() as temp:
         check_tokenize(examples, pathlib.Path(temp))
-        check_convert(examples, pathlib.Path(temp))
+        check_convert(examples, stories, pathlib.Path(temp))
         check_vitcod(examples, pathlib.Path(temp))
         check_plot(examples, stories, pathlib.Path(temp))
         check_readme(examples, stories, pathlib.Path(temp) / "commands")
