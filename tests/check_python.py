@@ -180,6 +180,15 @@ def check_errors(besa, stories, work):
     verdict("an error has the library's code", error.code != 0, True)
     says("an option out of range", prune(sparsity=1.5), "Error: ", "target is 1.5", "above 0 and below 1")
     says("an option that does not exist", prune(sparsty=.5), "TypeError: ", "sparsty")
+    for name, call in (("prune", prune), ("plan", lambda **keywords: raised(besa.plan, stories, tokens, **keywords)),
+                       ("Rates", lambda **keywords: raised(besa.Rates, [(6, 16)], **keywords)),
+                       ("compare", lambda **keywords: raised(besa.compare, stories, tokens, tokens, **{**DATA, "windows": 1, **keywords}))):
+        says(f"besa.{name}: target is sparsity", call(target=.5), "TypeError: target is no keyword here: give sparsity")
+    for name, call in (("prune", besa.prune), ("plan", besa.plan)):
+        paths = (stories, None, tokens) if name == "prune" else (stories, tokens)
+        says(f"besa.{name}: masks have their own sparsity", raised(call, *paths, method="keep", masks=work / "pruned", sparsity=0.7),
+             "ValueError: sparsity is 0.7, but masks have one of their own")
+    says("masks without method keep", prune(masks=work / "pruned", method="wanda"), "Error: masks are given, but method wanda makes its own")
     says("a word that an option does not have", prune(method="wand"), "ValueError: method is 'wand'", "besa, wanda")
     says("a fraction for a whole number", prune(epochs=1.5), "ValueError: epochs is 1.5", "whole number")
     says("too many sequences", prune(nsamples=10 ** 6), "ValueError: tokens: 1000000 sequences")
@@ -192,8 +201,8 @@ def check_errors(besa, stories, work):
             **{**DATA, "nsamples": 2})["options"]["penalty"], 0)
     table = besa.options()
     verdict("besa.options has what `besa prune` has",
-            (table["method"]["values"][:2], table["epochs"]["default"], table["target"]["range"]),
-            (["besa", "wanda"], 1.0, "above 0 and below 1"))
+            (table["method"]["values"][:2], table["epochs"]["default"], table["warmup"]["range"], "target" in table),
+            (["besa", "wanda"], 1.0, "0 or more and below 1", False))
 
 
 def check_stopping(besa, stories, work):

@@ -163,6 +163,10 @@ def _rows() -> Iterator[Any]:
         row += 1
 
 
+# What stands in the library's table, but comes by a parameter of another name.
+BY_PARAMETER = {"target": "sparsity", "num_fixed": "fixed", "num_block_targets": "block_targets"}
+
+
 def options() -> Dict[str, Dict[str, Any]]:
     """All options that prune, plan, compare and Rates take by keyword: for each its default, range, values (words, or None) and
     help. They come from the library's own table. Beside them there are sparsity (of rates.target), pattern, fixed, skip, masks,
@@ -170,7 +174,7 @@ def options() -> Dict[str, Dict[str, Any]]:
     return {_text(row.name): {"default": row.standard, "range": _text(row.range),
                               "values": _text(row.value).split("|") if row.kind == lib.BESA_OPTION_ENUM else None,
                               "help": _text(row.help) if row.help else ""}
-            for row in _rows() if _text(row.name) not in ("num_fixed", "num_block_targets")}  # prune counts them
+            for row in _rows() if _text(row.name) not in BY_PARAMETER}
 
 
 def _option_value(row, name: str, value: Any) -> Union[int, float]:
@@ -214,15 +218,17 @@ class _Options:
                  fixed: Optional[Mapping[str, float]] = None, skip: Iterable[str] = (), masks: Optional[Path] = None,
                  block_targets: Optional[Sequence[float]] = None, memory: int = 0, comm: Any = None, **keywords: Any):
         struct = self.struct = ffi.new("besa_prune_options *")
+        for name in BY_PARAMETER.keys() & keywords.keys():
+            raise TypeError(f"{name} is no keyword here: give {BY_PARAMETER[name]}")
+        if masks is not None and sparsity is not None:
+            raise ValueError(f"sparsity is {sparsity:g}, but masks have one of their own: expected one of sparsity and masks")
         if preset is not None:
             _call(lib.besa_preset, struct, preset.encode())
         if pattern is not None:
             keywords.update(_pattern(pattern))
-        elif masks is None and "target" not in keywords:
-            if sparsity is None:
-                sparsity = 0.5 if block_targets is None else float(np.mean(block_targets))
-            keywords["target"] = sparsity
-        if pattern is not None and sparsity is not None:
+        elif sparsity is None:
+            sparsity = 0.5 if block_targets is None else float(np.mean(block_targets))
+        if sparsity is not None:
             keywords["target"] = sparsity
         _set(struct, keywords)
         fixed = [*dict.fromkeys(skip, 0.0).items(), *(fixed or {}).items()]
