@@ -89,6 +89,8 @@ def check_prune(besa, program, stories, work):
             ([round(rate, 2) for rate in rates], report["perplexity"] > 5), ([0.5, 0.5, 0, 0.5, 0.5, 0.5, 0.25], True))
     again = besa.prune(stories, None, tokens, method="wanda", skip="v_proj", **DATA)
     verdict("besa.prune takes one pattern of skip as it is", [layer["sparsity"] for layer in again["blocks"][1]["layers"]][2], 0)
+    verdict("besa.prune writes no card, and keeps the source's", [(work / "pruned" / name).exists() for name in ("README.md", "README.dense.md")],
+            [False, True])
     kept = besa.prune(stories, work / "kept", tokens, method="keep", masks=work / "pruned", **DATA)
     besa.save_masks(work / "pruned", work / "masks.safetensors")
     again = besa.prune(stories, work / "kept-again", tokens, method="keep", masks=work / "masks.safetensors", **DATA)

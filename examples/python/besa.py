@@ -393,7 +393,8 @@ def prune(source: Path, output: Optional[Path], tokens: Tokens, *, sparsity: Opt
     threads     0: as many as there are processors
 
     Returns the report of `besa prune --report` as a dict: sparsity, weights, pruned, seconds, notes, options, and blocks with
-    their losses and layers; but without the command line, threads, and FLOP and memory, which plan has.
+    their losses and layers; but without the command line, threads, and FLOP and memory, which plan has. The output has no
+    README.md, the model card that `besa prune` writes: the source's is its README.dense.md, and besa.json says how it was made.
     Raises Error, ValueError or TypeError of an option or of tokens, and KeyboardInterrupt. An interrupted run leaves
     output.partial, and the same call goes on from it."""
     model = _Checkpoint(source)
