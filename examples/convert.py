@@ -108,16 +108,23 @@ def main():
         sys.exit(f"{args.source} does not exist: download a model of the Hub, hf download {args.source} --local-dir DIR")
     if args.new.exists():
         sys.exit(f"{args.new} is there already: name a directory that is not")
+    partial = args.new.with_name(args.new.name + ".partial")
+    if partial.exists():
+        sys.exit(f"{partial} is there already, what a `besa prune` or a convert.py that was stopped has left: the same `besa prune` goes "
+                 "on with it; else delete it, or name another directory")
     need("for any model", "torch", "transformers")
     if args.source.is_file():
         need("for GGUF files", "gguf", "accelerate")
     model = load(args.source, args.dtype)
     check(model)
-    partial = args.new.with_name(args.new.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, max_shard_size=SHARD)
-    copy_beside(args.source, partial)
-    partial.rename(args.new)
+    partial.mkdir()
+    try:
+        model.save_pretrained(partial, max_shard_size=SHARD)
+        copy_beside(args.source, partial)
+        partial.rename(args.new)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     count, size = sum(p.numel() for p in model.parameters()), sum(p.stat().st_size for p in args.new.glob("*.safetensors"))
     kind = json.loads((args.new / "config.json").read_text())["model_type"]
     dtype = str(model.dtype).removeprefix("torch.")

@@ -14,9 +14,11 @@ REPORT.json is `besa prune --report`; for layers `besa info --json` too, or the 
 pruned directory, or a safetensors file with the alpha of every row, as NAME.alpha. TRACE.jsonl is what `besa prune --trace` wrote:
 a line for each learning step with block, step and loss. TABLE is what `besa compare` printed, or what it wrote with --json; of
 several seeds, in one file or in several, the mean is drawn and the standard deviation as a bar; of one, a run's standard error over
-the windows of its test. A study has rows METHOD:KEY=VALUE: --option says which KEY, where there are several, or nsamples; a row
-without it stands at the value that it ran with, and a method that has no such option is a line. PLAN is what `besa plan` printed, in
-a file whose name will stand at the bar. -o takes several files: .png, .svg, .pdf. --title puts a line above.
+the windows of its test. What differs in model, text, calibration or options is a line of its own; what the files do not tell apart,
+as two runs of one seed, or runs beside other dense models, is refused. A study has rows METHOD:KEY=VALUE: --option says which KEY,
+where there are several, or nsamples; a row without it stands at the value that it ran with, and a method that has no such option is
+a line. PLAN is what `besa plan` printed, in a file whose name will stand at the bar. -o takes several files: .png, .svg, .pdf.
+--title puts a line above.
 
 Colours are those of Okabe and Ito, which colour-blind readers tell apart, and lines have marks of their own.
 """
@@ -155,13 +157,20 @@ def dicts_of(value, found):
     return found
 
 
-WORDS = {"test": "{}", "nsamples": "{} sequences", "sparsity": "{:.0%}"}
+# What rows differ in beside method and sparsity; of the model that is not pruned only the first two count.
+KEYS = ("model", "test", "tokens", "nsamples", "seqlen", "given")
+UNPRUNED = ("dense", "against")
+WORDS = {"nsamples": "{} sequences".format, "seqlen": "of {} tokens".format, "sparsity": lambda share: f"{100 * share:.4g}%"}
 
 
-def label_of(row, rows, keys=("test", "nsamples"), name=None):
+def keys_of(row, keys):
+    return [key for key in keys if row["method"] not in UNPRUNED or key in KEYS[:2]]
+
+
+def label_of(row, rows, keys=KEYS, name=None):
     """Its method, or name, and what else it has of its own: of these keys those that have several values among the rows."""
-    several = {key: {other.get(key) for other in rows if other["method"] != "dense" or key == "test"} - {None} for key in keys}
-    words = [WORDS[key].format(row[key]) for key in keys if len(several[key]) > 1 and row.get(key)]
+    several = {key: {other.get(key) for other in rows if key in keys_of(other, keys)} - {None} for key in keys_of(row, keys)}
+    words = [WORDS.get(key, str)(row[key]) for key, values in several.items() if len(values) > 1 and row.get(key)]
     return ", ".join([name or str(row["method"]), *words])
 
 
@@ -188,21 +197,41 @@ def mean_of(several, bars):
     return float(np.mean(perplexities)), deviation or 0
 
 
-def rows_of_json(value, found):
-    """These as (method, sparsity, figures)."""
-    rows = dicts_of(value, [])
-    for row in rows:
-        if figures_of(row)[0] is not None:
-            found.append((label_of(row, rows), float(row.get("sparsity") or 0), figures_of(row)))
-    return found
+def named(known, path, what, entry, *keys):
+    """The name of a model or text in a file; ends the program where another file has another thing by it, which these keys tell.
+    known: {(what, name): (what the keys say, path)}"""
+    if not isinstance(entry, dict):
+        return entry if isinstance(entry, str) else None
+    name = entry.get("name", entry.get("file"))
+    meaning = ", ".join(f"{key} {entry[key]}" for key in keys if key in entry)
+    other, first = known.setdefault((what, name), (meaning, path)) if meaning else (meaning, path)
+    if other != meaning:
+        sys.exit(f"{what} {name} has {other} in {first}, and {meaning} in {path}: draw them apart, or under other names")
+    return name
 
 
-def rows_of_text(text):
-    """The same of the table that `besa compare` prints, up to the means over seeds."""
+def rows_of_json(value, path, known):
+    """The rows of a JSON value, and in each what the file says of its model, texts and options."""
+    head = value if isinstance(value, dict) else {}
+    model = named(known, path, "model", head.get("model"), "config_sha256")
+    common = {"file": path, "tokens": named(known, path, "calibration text", head.get("tokens"), "hash"), "seqlen": head.get("seqlen"),
+              "given": ", ".join(head["options"]) if isinstance(head.get("options"), list) else None}
+    for test in head.get("tests") or ():
+        named(known, path, "test", test, "windows", "seqlen", "hash")
+    return [{**common, "model": None if row["method"] == "against" else model, **row} for row in dicts_of(value, [])
+            if figures_of(row)[0] is not None]
+
+
+def rows_of_text(text, path):
+    """The same of the table that `besa compare` prints, up to the means over seeds. A table without seeds is of one of its own."""
     found, columns = [], None
+    sizes = re.search(r"^calibrated on ([0-9, ]+) x ([0-9]+) tokens", text, re.M)
+    common = {"file": path, "seed": f"that of {path}", "seqlen": int(sizes.group(2)) if sizes else None}
+    common["nsamples"] = int(sizes.group(1)) if sizes and sizes.group(1).isdigit() else None
     for line in text.splitlines():
         if " reached  perplex." in line:
             columns = line.index(" reached"), line.index("perplex.") + len("perplex.")
+            numbers = [key for word, key in ((" calib.", "nsamples"), (" seed", "seed")) if word in line[:columns[0]]]
         elif columns and not line.strip():
             break
         elif columns:
@@ -210,33 +239,66 @@ def rows_of_text(text):
             before, figures = line[:reached], line[reached:end].split()
             if not figures or not re.fullmatch(r"[0-9.]+", figures[-1]):
                 continue    # a line of make's, or of what else there is around the table
-            perplexity = figures[-1]
             sparsity = re.search(r" ([0-9.]+) %", before)
-            name = before[:sparsity.start()] if sparsity else line.split()[0]
-            found.append((name.strip(), float(sparsity.group(1)) / 100 if sparsity else 0.0, (float(perplexity), None, None)))
+            name = before[:sparsity.start()].strip() if sparsity else before.split()[0]
+            own = numbers if sparsity else []
+            words = before[sparsity.end() if sparsity else len(name):].strip().split(None, len(own))
+            row = {**common, "method": name, **dict(zip(own, map(int, words))), "test": " ".join(words[len(own):]) or None}
+            found.append({**row, "sparsity": float(sparsity.group(1)) / 100 if sparsity else 0.0, "perplexity": float(figures[-1])})
     return found
+
+
+def rows_of(paths, printed=False):
+    """The rows of the tables in all these files: in JSON, with `printed` also as `besa compare` prints them."""
+    rows, known = [], {}
+    for path in paths:
+        try:
+            text = pathlib.Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            sys.exit(f"{path}: {error}")
+        try:
+            found = rows_of_json(json.loads(text), path, known)
+        except ValueError as error:
+            found = rows_of_text(text, path) if printed else sys.exit(f"{path}: {error}")
+        if printed and not found:
+            sys.exit(f"{path} has no table of `besa compare`")
+        rows += found
+    return rows
+
+
+def gather(values, line, at, row, figures):
+    """Put a row's figures, perplexity first, to those of other seeds: values is {(line, at): {seed: (figures, file)}}. A run that is
+    in two files counts once."""
+    seed = None if row["method"] in UNPRUNED else row.get("seed")
+    first, file = values[line, at].setdefault(seed, (figures, row["file"]))
+    near = 1e-3 if row["method"] in UNPRUNED else 1e-6      # another machine's dense model is no other model
+    if not math.isclose(first[0], figures[0], rel_tol=near):
+        files = " and ".join(dict.fromkeys(map(str, (file, row["file"]))))
+        where = "" if row["method"] in UNPRUNED else f" at {at}, seed {seed}"
+        sys.exit(f"{files}: {line}{where} has two perplexities, {first[0]:.6g} and {figures[0]:.6g}: they differ in more than their seed, "
+                 "draw them apart")
 
 
 def comparison(paths, bars):
     """{method: {sparsity: (mean, bar)}} of the tables in these files; into bars goes what the bars are."""
-    values = collections.defaultdict(list)
-    for path in paths:
-        try:
-            text = pathlib.Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            sys.exit(f"{path}: {error}")
-        try:
-            rows = rows_of_json(json.loads(text), [])
-        except ValueError:
-            rows = rows_of_text(text)
-        if not rows:
-            sys.exit(f"{path} has no table of `besa compare`")
-        for method, sparsity, figures in rows:
-            values[method, round(sparsity, 6)].append(figures)
+    values, rows = collections.defaultdict(dict), rows_of(paths, printed=True)
+    for row in rows:
+        gather(values, label_of(row, rows), round(float(row.get("sparsity") or 0), 6), row, figures_of(row))
     found = collections.defaultdict(dict)
     for (method, sparsity), several in values.items():
-        found[method][sparsity] = mean_of(several, bars)
+        found[method][sparsity] = mean_of([figures for figures, _ in several.values()], bars)
     return found
+
+
+# Options whose fields in a row's "options" have other names than theirs with a "_" for each "-", and those that are yes or no.
+FIELDS = {"sparsity": "target", "per-row": "magnitude_per_row", "rates": "form", "lambda": "penalty"}
+FLAGS = ("per-row", "plain-softmax", "zero-start", "whole-target", "norm-all", "dense-stream", "learn-vectors", "no-projection",
+         "quantize-first")
+OPPOSITE = {"yes": "no", "no": "yes"}
+
+
+def opposite_of(key):
+    return key[3:] if key.startswith("no-") else f"no-{key}"
 
 
 def settings_of(method):
@@ -245,6 +307,24 @@ def settings_of(method):
     first = next((i for i, word in enumerate(words) if "=" in word), len(words))
     pairs = [pair.partition("=") for pair in ":".join(words[first:]).split(",") if pair]
     return ":".join(words[:first]), {key: value for key, _, value in pairs}
+
+
+def recorded(row, option):
+    """What a row says that it ran with, or None."""
+    record = row.get("options") or {}
+    if option == "nsamples":
+        return row.get("nsamples")
+    if option == "pattern" and "pattern_m" in record:
+        return "{pattern_n}:{pattern_m}".format(**record) if record["pattern_m"] else "none"
+    if option == "blocks" and "num_blocks" in record:
+        first, count = record["first_block"], record["num_blocks"]
+        return f"{first}-{first + count - 1}" if count else "all"
+    if opposite_of(option) in FLAGS:
+        return OPPOSITE.get(recorded(row, opposite_of(option)))
+    value = record.get(FIELDS.get(option, option.replace("-", "_")))
+    if option in FLAGS and value is not None:
+        return "yes" if value else "no"
+    return "all" if option == "group-rows" and value == -1 else value
 
 
 def option_of(rows, asked):
@@ -264,26 +344,25 @@ def option_of(rows, asked):
 def setting_of(row, option):
     """The option's value in a row, as a text, and the row's name without it; None where its method has no such option."""
     name, settings = settings_of(row["method"])
-    ran_with = row.get("nsamples") if option == "nsamples" else (row.get("options") or {}).get(option.replace("-", "_"))
-    if isinstance(ran_with, bool):
-        ran_with = "yes" if ran_with else "no"
-    value = settings.pop(option, ran_with)
+    own, opposite = settings.pop(option, None), OPPOSITE.get(settings.pop(opposite_of(option), None))
+    value = next((value for value in (recorded(row, option), own, opposite) if value is not None), None)
     rest = ",".join(f"{key}={setting}" for key, setting in settings.items())
-    return None if value is None else f"{value:g}" if isinstance(value, float) else str(value), name + (rest and ":" + rest)
+    number = number_or_none(value)
+    return value if value is None else str(value) if number is None else f"{number:.15g}", name + (rest and ":" + rest)
 
 
 def study_of(paths, asked, bars):
     """The option, and {line: {value: (mean, bar)}}; of a method without the option the value is None."""
-    rows = [row for row in dicts_of([read_json(path) for path in paths], []) if figures_of(row)[0] is not None]
+    rows = rows_of(paths)
     option = option_of([row for row in rows if row["method"] != "dense"], asked)
-    keys = [key for key in ("sparsity", "test", "nsamples") if key != option]
-    values = collections.defaultdict(list)
+    keys = [key for key in ("sparsity", *KEYS) if key != option]
+    values = collections.defaultdict(dict)
     for row in rows:
         value, name = setting_of(row, option) if row["method"] != "dense" else (None, "dense")
-        values[label_of(row, rows, keys, name), value].append(figures_of(row))
+        gather(values, label_of(row, rows, keys, name), value, row, figures_of(row))
     found = collections.defaultdict(dict)
     for (name, value), several in values.items():
-        found[name][value] = mean_of(several, bars)
+        found[name][value] = mean_of([figures for figures, _ in several.values()], bars)
     return option, found
 
 
@@ -420,7 +499,7 @@ def draw_compare(paths):
 def number_or_none(text):
     try:
         return float(text)
-    except ValueError:
+    except (TypeError, ValueError):
         return None
 
 
@@ -439,8 +518,8 @@ def draw_study(paths, asked=None):
         if None in points:
             style = {"color": "#666666" if name.startswith("dense") else COLOURS[lines % len(COLOURS)], "linestyle": (0, (4, 3))}
             axes.axhline(points[None][0], linewidth=1, label=f"{name}, {points[None][0]:.4g}", **style)
-        else:
-            there = sorted(points, key=at.get)
+        there = sorted(points.keys() - {None}, key=at.get)
+        if there:
             mean, spread = np.array([points[value] for value in there]).T
             axes.errorbar([at[value] for value in there], mean, spread if spread.any() else None, capsize=3, label=name,
                           **style_of(lines), **({"linestyle": "none"} if words else {}))
@@ -457,17 +536,17 @@ def draw_study(paths, asked=None):
 
 def work_of(paths):
     """{sparsity: {method: (FLOP, perplexity)}} of tables in JSON, means over seeds."""
-    rows = dicts_of([read_json(path) for path in paths], [])
-    values = collections.defaultdict(list)
+    values, rows = collections.defaultdict(dict), rows_of(paths)
     for row in rows:
         perplexity, flop = number_of(row["perplexity"])[0], number_of(row.get("flop"))[0]
-        if perplexity is not None and flop:
-            values[float(row.get("sparsity") or 0), label_of(row, rows)].append((float(flop), float(perplexity)))
+        if flop:
+            gather(values, label_of(row, rows), float(row.get("sparsity") or 0), row, (float(perplexity), float(flop)))
     if not values:
         sys.exit(f"{', '.join(map(str, paths))}: no rows with flop and perplexity: expected what `besa compare --json` writes")
     found = collections.defaultdict(dict)
-    for (sparsity, method), points in values.items():
-        found[sparsity][method] = tuple(np.mean(points, axis=0))
+    for (method, sparsity), several in values.items():
+        perplexity, flop = np.mean([figures for figures, _ in several.values()], axis=0)
+        found[sparsity][method] = (flop, perplexity)
     return dict(sorted(found.items()))
 
 

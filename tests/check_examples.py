@@ -342,12 +342,18 @@ def check_smollm2(examples, work):
     verdict("convert.py on SmolLM2's GGUF", (len(found), same, has_tokenizer), (272, True, True))
 
 
-def check_convert(examples, work):
+def check_convert(examples, stories, work):
     program = examples / "convert.py"
     work = work / "converted"
     work.mkdir()
     done = run(program, work / "none", work / "new")
     verdict("convert.py says what a name of the Hub needs", "hf download" in done.stderr, True)
+    partial = work / "pruning.partial"
+    partial.mkdir()
+    (partial / "besa-state").write_text("hours of work")
+    done = run(program, stories, work / "pruning")
+    verdict("convert.py leaves an unfinished output of another program alone, and says so", (done.returncode, list(partial.iterdir()),
+            all(word in done.stderr for word in (str(partial), "besa prune", "delete it"))), (1, [partial / "besa-state"], True))
     if missing("torch", "transformers", "safetensors", "numpy"):
         print(f"SKIP convert.py: no {missing('torch', 'transformers', 'safetensors', 'numpy')}")
         return
@@ -366,6 +372,13 @@ def check_convert(examples, work):
         stored, dense = make(source, config, weights)
         (source / "config.json").write_text(json.dumps(stored))
         check_converted(examples, source, work / f"{make.__name__}-new", name, dense)
+    verdict("convert.py leaves nothing beside what it makes", list(work.glob("make_*.partial")), [])
+    tokenizer = work / "make_bin" / "tokenizer.json"
+    tokenizer.mkdir()               # which cannot be copied as a file
+    done = run(program, work / "make_bin", work / "failed")
+    verdict("convert.py takes back what it could not finish", (done.returncode, "convert.py: IsADirectoryError" in done.stderr,
+            list(work.glob("failed*"))), (1, True, []))
+    tokenizer.rmdir()
     done = run(program, work / "make_bin", work)
     verdict("convert.py replaces nothing", "is there already" in done.stderr, True)
     gptq = work / "gptq"
@@ -529,6 +542,38 @@ def check_figure(plot, kind, paths, lines, option=None):
             (small, strange, overlaps(figure), drawn >= lines), ([], set(), [], True))
 
 
+def check_settings(plot, examples, stories, work):
+    """Whatever option a study is of, a row that does not name it stands at what it ran with."""
+    text = (examples.parent / "besa.h").read_text()
+    table = text[text.index("besa_option besa__options[]"):].split("};")[0].split("{BESA__")[1:]
+    parts = [(re.match(r"\w+\((\w+), (\w+)\)", entry), re.search(r'"[^"]*",\s*"([^"]+)",', entry)) for entry in table]
+    options = {flag[1]: (field[2], field[1]) for field, flag in parts if flag}
+    verdict("plot.py study: fields of options are those of besa.h", (len(options) > 40, {flag: plot.FIELDS.get(flag, flag.replace("-", "_"))
+            for flag in options}, sorted(plot.FLAGS)), (True, {flag: field for flag, (field, _) in options.items()},
+            sorted(flag for flag, (_, kind) in options.items() if kind == "FLAG")))
+    rows = {"lambda": ("besa", "2.50", ["1", "2.5"]), "rates": ("besa", "layer", ["hierarchical", "layer"]), "zero-start": ("besa", "yes", ["no", "yes"]),
+            "projection": ("besa", "no", ["yes", "no"]), "no-dense-stream": ("besa:best:dense-share=0", "no", ["yes", "no"]),
+            "group-rows": ("besa", "all", ["1", "all"]), "per-row": ("magnitude", "yes", ["no", "yes"]),
+            "pattern": ("wanda", "2:4", ["none", "2:4"]), "blocks": ("wanda", "1-3", ["all", "1-3"]), "bits": ("wanda", "4", ["0", "4"])}
+    for option, (name, setting, values) in rows.items():
+        subprocess.run([str(x) for x in (examples / "besa", "compare", stories, "--tokens", stories / "calibration_tokens.npy", "--nsamples", 4,
+                        "--seqlen", 32, "--test", stories / "test_tokens.npy", "--windows", 2, "--method",
+                        f"{name},{name}{',' if '=' in name else ':'}{option}={setting}", "--quiet", "--json", work / "setting.json")], check=True,
+                       capture_output=True)
+        perplexities = [row["perplexity"] for row in json.loads((work / "setting.json").read_text())["rows"]][1:]
+        found = [stopped(plot.study_of, [work / "setting.json"], asked, set()) for asked in (option, None)]
+        points = found[0][1].get(name, {}) if isinstance(found[0], tuple) else found[0]
+        verdict(f"plot.py study: the row without {option} has its point", ({value: point[0] for value, point in points.items()} if
+                isinstance(points, dict) else points, found[0] == found[1]), (dict(zip(values, perplexities)), True))
+    rows = [{"method": f"besa{setting}", "sparsity": 0.5, "perplexity": perplexity}
+            for setting, perplexity in (("", 9), (":skip=v_proj", 10), (":skip=q_proj", 11))]
+    (work / "setting.json").write_text(json.dumps({"rows": rows}))
+    axes = plot.draw("study", [work / "setting.json"]).axes[0]
+    verdict("plot.py study: a row that does not say what it ran with is a line beside the others' points",
+            (sorted(axes.get_legend_handles_labels()[1]), [text.get_text() for text in axes.get_xticklabels()]),
+            (["besa", "besa, 9"], ["v_proj", "q_proj"]))
+
+
 def check_study(plot, work):
     """Perplexity over one option: values of rows, of what the others ran with, and of methods without it."""
     rows = json.loads((work / "study.json").read_text())["rows"]
@@ -543,7 +588,7 @@ def check_study(plot, work):
     verdict("plot.py study: words, and a row's other options", plot.study_of([work / "words.json"], "importance", bars)[1]["besa:best:lr=2, 40%"],
             {"wanda": (4, 0.5), "gradient": (4, 0.5)})
     several = {**json.loads((work / "words.json").read_text())}
-    several["rows"] = several["rows"] + [{**several["rows"][0], "perplexity": 5}]
+    several["rows"] = [{**row, "seed": 0} for row in several["rows"]] + [{**several["rows"][0], "seed": 1, "perplexity": 5}]
     (work / "several.json").write_text(json.dumps(several))
     bars = set()
     found = plot.study_of([work / "several.json"], "importance", bars)[1]["besa:best:lr=2, 40%"]["wanda"]
@@ -552,6 +597,68 @@ def check_study(plot, work):
     verdict("plot.py says what bars are", labels, [f"perplexity; bars: {plot.WINDOWS}", f"perplexity; bars: {plot.SEEDS}"])
     verdict("plot.py says over how many steps a mean is", plot.draw("learning", [work / "trace.jsonl"]).axes[0].get_ylabel(),
             "loss of the block, mean of 2 steps")
+
+
+def stopped(function, *arguments):
+    """What a call ends the program with."""
+    try:
+        return function(*arguments)
+    except SystemExit as end:
+        return str(end)
+
+
+def check_several(plot, examples, stories, work):
+    """Several tables: what is not of another seed alone is a line of its own, or refused."""
+    def table(file, seed, perplexity, **other):
+        model = {"name": other.get("model", "A"), "config_sha256": other.get("sha", "1")}
+        row = {"method": "wanda", "sparsity": 0.5, "nsamples": other.get("nsamples", 8), "seed": seed, "test": other.get("test", "wiki"),
+               "perplexity": perplexity, "flop": 1e12}
+        dense = {**row, "method": "dense", "sparsity": 0, "nsamples": None, "seed": None, "perplexity": other.get("dense", 4)}
+        (work / file).write_text(json.dumps({
+            "model": model, "against": model, "tokens": {"file": other.get("tokens", "c4.npy"), "hash": "5"}, "seqlen": other.get("seqlen", 64),
+            "tests": [{"name": row["test"], "hash": "6", "windows": other.get("windows", 4), "seqlen": 32}],
+            "options": other.get("options", []), "rows": [dense, row]}))
+        return work / file
+
+    first, bars = table("first.json", 1, 20), set()
+    found = plot.comparison([first, table("second.json", 2, 22)], bars)
+    verdict("plot.py compare: seeds of two files are a mean", (found["wanda"][0.5], bars), ((21, float(np.std([20, 22], ddof=1))), {plot.SEEDS}))
+    for other, names in (({"model": "B", "dense": 5}, ("wanda, A", "wanda, B")), ({"test": "c4", "dense": 5}, ("wanda, wiki", "wanda, c4")),
+                         ({"nsamples": 16}, ("wanda, 8 sequences", "wanda, 16 sequences")), ({"tokens": "wiki.npy"}, ("wanda, c4.npy", "wanda, wiki.npy")),
+                         ({"seqlen": 32}, ("wanda, of 64 tokens", "wanda, of 32 tokens")), ({"options": ["refit=cg"]}, ("wanda", "wanda, refit=cg"))):
+        second = table("second.json", 2, 30, **other)
+        found, work_of = plot.comparison([first, second], set()), plot.work_of([first, second])[0.5]
+        verdict(f"plot.py: files of another {list(other)[0]} are lines of their own",
+                ([name for name in found if not name.startswith("dense")], [found[name][0.5] for name in names if name in found], list(work_of)),
+                (list(names), [(20, 0), (30, 0)], list(names)))
+    found = plot.comparison([first, first, table("again.json", 1, 20)], bars := set())
+    verdict("plot.py compare: a run that is in several files counts once", (found["wanda"][0.5], bars), ((20, 0), set()))
+    for name, second, words in (("of one seed with other figures", table("same.json", 1, 21), "at 0.5, seed 1 has two perplexities, 20 and 21"),
+                                ("of models that have one name", table("second.json", 2, 21, sha="2"), "model A has config_sha256 1 in"),
+                                ("of tests that have one name", table("third.json", 2, 21, windows=8), "test wiki has windows 4"),
+                                ("whose dense models differ", table("fourth.json", 2, 21, dense=5), "dense has two perplexities, 4 and 5")):
+        for kind in (plot.comparison, lambda paths, _: plot.work_of(paths)):
+            if second.name == "fourth.json" and kind is not plot.comparison:
+                continue    # whose picture is without it
+            found = stopped(kind, [first, second], set())
+            verdict(f"plot.py refuses tables {name}, naming the files", [word in str(found) for word in (words, str(first), str(second))], [True] * 3)
+    command = [str(x) for x in (examples / "besa", "compare", stories, "--tokens", stories / "calibration_tokens.npy", "--seqlen", 32, "--method",
+                                "wanda", "--windows", 4, "--quiet")]
+    for name, options in (("many", ["--nsamples", "8,16", "--seeds", "1,2", "--test", f"a={stories}/test_tokens.npy", "--test",
+                                    f"b c={stories}/calibration_tokens.npy"]),
+                          ("eight", ["--nsamples", "8", "--test", stories / "test_tokens.npy"]),
+                          ("sixteen", ["--nsamples", "16", "--test", stories / "test_tokens.npy"]),
+                          ("other", ["--nsamples", "8", "--test", stories / "calibration_tokens.npy"])):
+        done = subprocess.run([*command, *map(str, options), "--json", work / f"{name}.json"], check=True, capture_output=True, text=True)
+        (work / f"{name}.txt").write_text(done.stdout)
+    found = [plot.comparison([work / f"many.{kind}"], set()) for kind in ("txt", "json")]
+    verdict("plot.py reads texts, calibration sizes and seeds from a printed table",
+            (list(found[0]), [np.allclose(found[0][name][0.5], found[1][name][0.5], rtol=1e-3) for name in found[1] if name.startswith("wanda")]),
+            (list(found[1]), [True] * 4))
+    found = plot.comparison([work / "eight.txt", work / "sixteen.txt"], set())
+    verdict("plot.py keeps calibration sizes of printed tables apart", list(found), ["dense", "wanda, 8 sequences", "wanda, 16 sequences"])
+    found = stopped(plot.comparison, [work / "eight.txt", work / "other.txt"], set())
+    verdict("plot.py refuses printed tables of other texts", "eight.txt and" in str(found) and "dense has two perplexities" in str(found), True)
 
 
 def plot_inputs(examples, stories, work):
@@ -664,6 +771,8 @@ def check_plot(examples, stories, work):
     verdict("plot.py keeps tests apart, takes means over seeds, and one run's error", (plot.comparison([work / "rows.json"], set())["besa, c4"][0.6],
             plot.comparison([work / "one.json"], set())["wanda"][0.4]), ((18.5, np.std([0, 1], ddof=1)), (4, 0.5)))
     check_study(plot, work)
+    check_settings(plot, examples, stories, work)
+    check_several(plot, examples, stories, work)
     verdict("plot.py reads the work of rows", plot.work_of([work / "rows.json"])[0.4]["wanda, wiki"], (1e12, 4.5))
     plans = [plot.plan_of(work / name) for name in ("cpu.txt", "cuda.txt")]
     words = [line.split() for line in (work / "cuda.txt").read_text().splitlines()]
@@ -900,7 +1009,7 @@ def main():
     examples, stories = (pathlib.Path(path).resolve() for path in sys.argv[1:])
     with tempfile.TemporaryDirectory() as temp:
         check_tokenize(examples, pathlib.Path(temp))
-        check_convert(examples, pathlib.Path(temp))
+        check_convert(examples, stories, pathlib.Path(temp))
         check_vitcod(examples, pathlib.Path(temp))
         check_plot(examples, stories, pathlib.Path(temp))
         check_readme(examples, stories, pathlib.Path(temp) / "commands")

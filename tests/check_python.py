@@ -87,6 +87,10 @@ def check_prune(besa, program, stories, work):
     rates = [layer["sparsity"] for layer in report["blocks"][0]["layers"]]
     verdict("besa.prune takes pattern, skip, fixed and test, and writes nothing without output",
             ([round(rate, 2) for rate in rates], report["perplexity"] > 5), ([0.5, 0.5, 0, 0.5, 0.5, 0.5, 0.25], True))
+    again = besa.prune(stories, None, tokens, method="wanda", skip="v_proj", **DATA)
+    verdict("besa.prune takes one pattern of skip as it is", [layer["sparsity"] for layer in again["blocks"][1]["layers"]][2], 0)
+    verdict("besa.prune writes no card, and keeps the source's", [(work / "pruned" / name).exists() for name in ("README.md", "README.dense.md")],
+            [False, True])
     kept = besa.prune(stories, work / "kept", tokens, method="keep", masks=work / "pruned", **DATA)
     besa.save_masks(work / "pruned", work / "masks.safetensors")
     again = besa.prune(stories, work / "kept-again", tokens, method="keep", masks=work / "masks.safetensors", **DATA)
@@ -165,6 +169,31 @@ def check_readme(repository, stories, work):
     verdict("examples/README.md: its lines of Python run", (words[:1], len(words), done.stderr), (["0.5"], 2, ""))
 
 
+def check_compare(besa, stories, work):
+    """What besa.compare refuses, before it computes anything; and what it takes."""
+    tokens, begun = stories / "calibration_tokens.npy", []
+
+    def compare(**keywords):
+        return raised(besa.compare, stories, tokens, tokens, **{**DATA, "nsamples": 2, "windows": 1, "progress": begun.append, **keywords})
+
+    for name, keywords, words in (("an option of the last row alone", {"method": ["wanda", "keep"]}, "Error: masks is NULL"),
+                                  ("a preset that there is not", {"method": ["wanda", "besa:beast"]}, "beast"),
+                                  ("a method that there is not", {"method": ["wanda", "bes"]}, "ValueError: method is 'bes'"),
+                                  ("a sparsity that is none", {"sparsity": [.5, 1.5], "method": ["wanda"]}, "Error: target is 1.5"),
+                                  ("an option that there is not", {"epoch": 2}, "TypeError: there is no option 'epoch'"),
+                                  ("a preset beside the methods", {"preset": "best"}, "presets stand in the names of methods"),
+                                  ("masks without method keep", {"method": ["wanda"], "masks": work / "pruned"}, "ValueError: masks are given, but method is wanda")):
+        begun.clear()
+        says(f"besa.compare refuses {name}", compare(**keywords), words)
+        verdict(f"besa.compare refuses {name} before it computes", begun, [])
+    data = {**DATA, "nsamples": 2, "windows": 1}
+    rows = besa.compare(stories, tokens, tokens, method=["keep", "wanda"], masks=work / "pruned", sparsity=[.6], **data)
+    verdict("besa.compare gives masks to method keep alone", [(row["method"], round(row["reached"], 1)) for row in rows[1:]],
+            [("keep", .5), ("wanda", .6)])
+    rows = besa.compare(stories, tokens, tokens, method="wanda", sparsity=.5, skip="v_proj", **data)
+    verdict("besa.compare takes one method, sparsity and pattern as they are", [(row["method"], row["sparsity"]) for row in rows[1:]], [("wanda", .5)])
+
+
 def check_errors(besa, stories, work):
     tokens = stories / "calibration_tokens.npy"
 
@@ -180,6 +209,16 @@ def check_errors(besa, stories, work):
     verdict("an error has the library's code", error.code != 0, True)
     says("an option out of range", prune(sparsity=1.5), "Error: ", "target is 1.5", "above 0 and below 1")
     says("an option that does not exist", prune(sparsty=.5), "TypeError: ", "sparsty")
+    for name, call in (("prune", prune), ("plan", lambda **keywords: raised(besa.plan, stories, tokens, **keywords)),
+                       ("Rates", lambda **keywords: raised(besa.Rates, [(6, 16)], **keywords)),
+                       ("compare", lambda **keywords: raised(besa.compare, stories, tokens, tokens, **{**DATA, "windows": 1, **keywords}))):
+        says(f"besa.{name}: target is sparsity", call(target=.5), "TypeError: target is no keyword here: give sparsity")
+    for name, call in (("prune", besa.prune), ("plan", besa.plan)):
+        paths = (stories, None, tokens) if name == "prune" else (stories, tokens)
+        says(f"besa.{name}: masks have their own sparsity", raised(call, *paths, method="keep", masks=work / "pruned", sparsity=0.7),
+             "ValueError: sparsity is 0.7, but masks have one of their own")
+    says("masks without method keep", prune(masks=work / "pruned", method="wanda"), "Error: masks are given, but method wanda makes its own")
+    check_compare(besa, stories, work)
     says("a word that an option does not have", prune(method="wand"), "ValueError: method is 'wand'", "besa, wanda")
     says("a fraction for a whole number", prune(epochs=1.5), "ValueError: epochs is 1.5", "whole number")
     says("too many sequences", prune(nsamples=10 ** 6), "ValueError: tokens: 1000000 sequences")
@@ -192,8 +231,8 @@ def check_errors(besa, stories, work):
             **{**DATA, "nsamples": 2})["options"]["penalty"], 0)
     table = besa.options()
     verdict("besa.options has what `besa prune` has",
-            (table["method"]["values"][:2], table["epochs"]["default"], table["target"]["range"]),
-            (["besa", "wanda"], 1.0, "above 0 and below 1"))
+            (table["method"]["values"][:2], table["epochs"]["default"], table["warmup"]["range"], "target" in table),
+            (["besa", "wanda"], 1.0, "0 or more and below 1", False))
 
 
 def check_stopping(besa, stories, work):
@@ -410,9 +449,9 @@ def check_distributed(besa, repository, stories, work):
     tokens, test = stories / "calibration_tokens.npy", stories / "test_tokens.npy"
     found = run("-m", "torch.distributed.run", "--nproc-per-node", "2", repository / "examples/python/torch_distributed.py", stories,
                 work / "distributed", "--tokens", tokens, "--test", test, "nsamples=24", "seqlen=32", "batch_size=4", "windows=5",
-                "test_seqlen=64", "threads=1")
+                "test_seqlen=64", "threads=1", "skip=layers.0")
     report = besa.prune(stories, None, tokens, test=test, nsamples=24, seqlen=32, batch_size=4, windows=5, test_seqlen=64,
-                        progress=False)
+                        skip=["layers.0"], progress=False)
     value = found.stdout.split("perplexity ")[-1].strip()
     near = found.returncode == 0 and abs(float(value) / report["perplexity"] - 1) < 3e-3
     verdict(name, (near, "" if near else found.stdout + found.stderr[-3000:]), (True, ""))

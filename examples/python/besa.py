@@ -163,6 +163,10 @@ def _rows() -> Iterator[Any]:
         row += 1
 
 
+# What stands in the library's table, but comes by a parameter of another name.
+BY_PARAMETER = {"target": "sparsity", "num_fixed": "fixed", "num_block_targets": "block_targets"}
+
+
 def options() -> Dict[str, Dict[str, Any]]:
     """All options that prune, plan, compare and Rates take by keyword: for each its default, range, values (words, or None) and
     help. They come from the library's own table. Beside them there are sparsity (of rates.target), pattern, fixed, skip, masks,
@@ -170,7 +174,7 @@ def options() -> Dict[str, Dict[str, Any]]:
     return {_text(row.name): {"default": row.standard, "range": _text(row.range),
                               "values": _text(row.value).split("|") if row.kind == lib.BESA_OPTION_ENUM else None,
                               "help": _text(row.help) if row.help else ""}
-            for row in _rows() if _text(row.name) not in ("num_fixed", "num_block_targets")}  # prune counts them
+            for row in _rows() if _text(row.name) not in BY_PARAMETER}
 
 
 def _option_value(row, name: str, value: Any) -> Union[int, float]:
@@ -211,20 +215,23 @@ class _Options:
     """A besa_prune_options and what it points to."""
 
     def __init__(self, preset: Optional[str] = None, sparsity: Optional[float] = None, pattern=None,
-                 fixed: Optional[Mapping[str, float]] = None, skip: Iterable[str] = (), masks: Optional[Path] = None,
+                 fixed: Optional[Mapping[str, float]] = None, skip: Union[str, Iterable[str]] = (), masks: Optional[Path] = None,
                  block_targets: Optional[Sequence[float]] = None, memory: int = 0, comm: Any = None, **keywords: Any):
         struct = self.struct = ffi.new("besa_prune_options *")
+        for name in BY_PARAMETER.keys() & keywords.keys():
+            raise TypeError(f"{name} is no keyword here: give {BY_PARAMETER[name]}")
+        if masks is not None and sparsity is not None:
+            raise ValueError(f"sparsity is {sparsity:g}, but masks have one of their own: expected one of sparsity and masks")
         if preset is not None:
             _call(lib.besa_preset, struct, preset.encode())
         if pattern is not None:
             keywords.update(_pattern(pattern))
-        elif masks is None and "target" not in keywords:
-            if sparsity is None:
-                sparsity = 0.5 if block_targets is None else float(np.mean(block_targets))
-            keywords["target"] = sparsity
-        if pattern is not None and sparsity is not None:
+        elif sparsity is None:
+            sparsity = 0.5 if block_targets is None else float(np.mean(block_targets))
+        if sparsity is not None:
             keywords["target"] = sparsity
         _set(struct, keywords)
+        skip = [skip] if isinstance(skip, str) else skip
         fixed = [*dict.fromkeys(skip, 0.0).items(), *(fixed or {}).items()]
         self.patterns = [ffi.new("char[]", pattern.encode()) for pattern, _ in fixed]
         self.fixed = ffi.new("besa_fixed_rate[]", [(text, rate) for text, (_, rate) in zip(self.patterns, fixed)])
@@ -377,16 +384,17 @@ def prune(source: Path, output: Optional[Path], tokens: Tokens, *, sparsity: Opt
     rates       a file to write as `besa prune --save-rates` does: of each row of every layer NAME NAME.n, how many weights are 0,
                 and NAME.alpha, the rate that was learned, or where none was their share
     options     those of besa.options() by name (method="wanda", refit="cg", epochs=2), and
-                pattern "2:4"; fixed {pattern: sparsity}; skip [pattern], layers that stay dense; masks, a directory whose
-                zeros method="keep" takes, or a file of save_masks; block_targets [sparsity of each block], whose
-                mean is the sparsity; memory, most bytes of the run's arrays;
+                pattern "2:4"; fixed {pattern: sparsity}; skip, a pattern or several, layers that stay dense; masks, a
+                directory whose zeros method="keep" takes, or a file of save_masks, without a sparsity beside it;
+                block_targets [sparsity of each block], whose mean is the sparsity; memory, most bytes of the run's arrays;
                 comm, where several processes call this alike: an object with rank, size and the methods
                 reduce(float32 array), which becomes the sum over processes; broadcast(uint8 array, root); barrier(); and
                 fail(message), which makes the others' calls raise (torch_distributed.py has one)
     threads     0: as many as there are processors
 
     Returns the report of `besa prune --report` as a dict: sparsity, weights, pruned, seconds, notes, options, and blocks with
-    their losses and layers; but without the command line, threads, and FLOP and memory, which plan has.
+    their losses and layers; but without the command line, threads, and FLOP and memory, which plan has. The output has no
+    README.md, the model card that `besa prune` writes: the source's is its README.dense.md, and besa.json says how it was made.
     Raises Error, ValueError or TypeError of an option or of tokens, and KeyboardInterrupt. An interrupted run leaves
     output.partial, and the same call goes on from it."""
     model = _Checkpoint(source)
@@ -483,35 +491,52 @@ def eval(directory: Path, tokens: Tokens, *, seqlen: Optional[int] = None, windo
     return _perplexity(model, _backend(threads, bf16), model.windows(tokens, windows, seqlen), _Run("eval", progress))
 
 
-def compare(source: Path, tokens: Tokens, test: Tokens, *, sparsity: Sequence[float] = (0.5,),
-            method: Sequence[str] = ("magnitude", "wanda", "sparsegpt", "besa"), nsamples: Optional[int] = None,
+def _compared(model: _Checkpoint, label: str, sparsity: Optional[float], options: Mapping[str, Any]) -> _Options:
+    """The options of a row of compare. Masks, which have a sparsity of their own, are those of method keep alone."""
+    name, _, preset = label.partition(":")
+    options = {**options, "method": name}
+    if name == "keep":
+        sparsity = None
+    else:
+        options.pop("masks", None)
+    chosen = _Options(preset or None, sparsity, **options).bind(model)
+    if name != "besa" and options.get("learn") == "both":
+        _set(chosen.struct, {"learn": "weights"})  # others have no rates
+    return chosen
+
+
+def compare(source: Path, tokens: Tokens, test: Tokens, *, sparsity: Union[float, Sequence[float]] = (0.5,),
+            method: Union[str, Sequence[str]] = ("magnitude", "wanda", "sparsegpt", "besa"), nsamples: Optional[int] = None,
             seqlen: Optional[int] = None, seed: int = 0, windows: Optional[int] = None, test_seqlen: Optional[int] = None,
             threads: int = 0, bf16: bool = False, progress: Progress = True, **options: Any) -> List[Dict[str, Any]]:
     """Prune in memory by every method at every sparsity, and measure each: what `besa compare` prints.
 
     method    names, each with a preset after a colon if you like: "wanda", "besa:best"
-    options   as in prune, for every row; they come after the preset
+    options   as in prune, for every row; they come after the preset. masks are for method "keep", which has their sparsity
 
     Returns a row for the dense model and one for each run: a dict with method, sparsity (asked for), seed, reached, what
     divergence returns (from the dense model), and seconds. pandas.DataFrame(rows) makes a table of them, as it does of the
-    rows in a file of `besa compare --json`. Raises as prune does."""
+    rows in a file of `besa compare --json`. Raises as prune does, of all runs before the first begins."""
+    labels = [method] if isinstance(method, str) else list(method)
+    if "preset" in options:
+        raise TypeError("preset is no keyword here: presets stand in the names of methods, as in method=['wanda', 'besa:best']")
+    if options.get("masks") is not None and "keep" not in (label.partition(":")[0] for label in labels):
+        raise ValueError(f"masks are given, but method is {', '.join(labels)}: expected keep among them")
     model, be = _Checkpoint(source), _backend(threads, bf16)
     data = _Calibration(model, tokens, nsamples, seqlen, seed, test, windows, test_seqlen)
+    runs = [(label, float(target), _compared(model, label, target, options)) for label in labels for target in np.atleast_1d(sparsity)]
+    for _, _, chosen in runs:   # what would be refused is so before the first hour
+        _call(lib.besa_plan, model.pointer, be, data.struct, chosen.struct, ffi.new("besa_plan_result *"))
     reference = _Reference(model, be, data.test, _Run("dense", progress))
     data.struct.against = reference.struct
     dense = Evaluation(reference.struct.perplexity, np.frombuffer(ffi.buffer(reference.struct.nll, 8 * len(data.test))))
     rows = [{"method": "dense", "sparsity": 0.0, "seed": None, "reached": 0.0, "perplexity": dense.perplexity,
              "perplexity_error": dense.error, "seconds": None}]
-    for label in method:
-        name, _, preset = label.partition(":")
-        for target in sparsity:
-            chosen = _Options(preset or None, target, **{**options, "method": name}).bind(model)
-            if name != "besa" and options.get("learn") == "both":
-                _set(chosen.struct, {"learn": "weights"})  # others have no rates
-            figures: Dict[str, float] = {}
-            report = _prune(model, None, be, data, chosen, _Run(f"{label} {100 * target:g} %", progress), figures)
-            rows.append({"method": label, "sparsity": target, "seed": seed, "reached": report["sparsity"], **figures,
-                         "seconds": report["seconds"]})
+    for label, target, chosen in runs:
+        figures: Dict[str, float] = {}
+        report = _prune(model, None, be, data, chosen, _Run(f"{label} {100 * target:g} %", progress), figures)
+        rows.append({"method": label, "sparsity": target, "seed": seed, "reached": report["sparsity"], **figures,
+                     "seconds": report["seconds"]})
     return rows
 
 
