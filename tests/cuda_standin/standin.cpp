@@ -705,6 +705,21 @@ static void guard_device(bool accessible) {
             mprotect(entry.second.base, entry.second.mapped - 4096, accessible ? PROT_READ | PROT_WRITE : PROT_NONE);
 }
 
+/* Where the system has large pages, a large array lies on them: it is opened and closed with every wait, page by page. */
+static void *map_pages(size_t bytes, int access, bool on_large) {
+    const size_t large = static_cast<size_t>(2) << 20, extra = on_large && bytes >= large ? large : 0;
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    char *all = static_cast<char *>(mmap(nullptr, bytes + extra, access, flags, -1, 0));
+    if (all == MAP_FAILED || !extra) return all;
+    char *base = reinterpret_cast<char *>(round_up(reinterpret_cast<uintptr_t>(all), large));
+    if (base > all) munmap(all, static_cast<size_t>(base - all));
+    if (all + extra > base) munmap(base + bytes, static_cast<size_t>(all + extra - base));
+#ifdef MADV_HUGEPAGE
+    madvise(base, bytes, MADV_HUGEPAGE);
+#endif
+    return base;
+}
+
 static cudaError_t allocate(void **out, size_t bytes, Space space) {
     Runtime &R = rt();
     *out = nullptr;
@@ -719,7 +734,7 @@ static cudaError_t allocate(void **out, size_t bytes, Space space) {
     if (addresses_alone() || guarded) {
         a.mapped = round_up(bytes, 4096) + 4096;
         int access = R.dry && space == Space::Device ? PROT_NONE : PROT_READ | PROT_WRITE;
-        a.base = mmap(nullptr, a.mapped, access, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        a.base = map_pages(a.mapped, access, !addresses_alone()); /* all of it is written below */
         if (a.base == MAP_FAILED) return cudaErrorMemoryAllocation;
         data = static_cast<char *>(a.base);
         if (guarded) data += a.mapped - 4096 - round_up(bytes, 256);
