@@ -5106,6 +5106,8 @@ static int besa__moves_weights(const besa_pruner *p) { return besa__learns_weigh
 
 static int besa__learns_vectors(const besa_pruner *p) { return besa__learns_weights(p) && p->options.learn_vectors; }
 
+static int besa__keeps_rates(const besa_pruner *p) { return p->options.keep_rates && besa__learns_rates(p); }
+
 static int besa__learns_clips(const besa_pruner *p) { return besa__clips_learn(&p->options); }
 
 static int besa__moves_clips(const besa_pruner *p) { return p->quantization.learns && p->on_grids; }
@@ -5535,7 +5537,7 @@ static void besa__pruner_place(besa_pruner *p, besa__arena *arena, besa__arena *
     p->results_losses = besa__take_floats(host, BESA__LOSS_STEP + p->step_losses);
     p->results_counts = (int32_t *)besa__take_array(host, besa__product(2, p->rows), sizeof(int32_t));
     p->results_vectors = besa__learns_vectors(p) ? besa__take_floats(host, besa__vector_counts(s)) : NULL;
-    p->results_alpha = p->options.keep_rates && rates ? besa__take_floats(host, p->rows) : NULL;
+    p->results_alpha = besa__keeps_rates(p) ? besa__take_floats(host, p->rows) : NULL;
     besa__pruner_place_sums(p, arena, host);
 }
 
@@ -10151,7 +10153,7 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
  * ============================================================================================
  * Owns OUT.partial, which becomes OUT by a rename once all is on disk. It starts as a copy of the source without matrices, and
  * without norms and biases that learn; blocks come in one after another, and with bits the blocks' codes into a file of their own
- * (section codes), with keep_rates their learned rates into besa-rates. Embedding and head come in beside the first block, in every
+ * (section codes), with keep_rates their learned rates into besa-rates. Embedding and head come in with the first block, in every
  * run anew. Its journal has one line per step that is on disk,
  *     besa-journal 2 | run FINGERPRINT | copied | block 0 HASH FIGURES | block 1 HASH FIGURES ...
  * each ending in the hash of its own text, so that a torn line counts for nothing. FIGURES are the bits of numbers that belong to
@@ -10279,13 +10281,18 @@ static besa_result besa__write_at(const besa__writer *w, int fd, const char *nam
     return BESA_OK;
 }
 
-static besa_result besa__sync(const besa__writer *w, int fd, const char *name, besa_error *error)
+/* 0, or -1 with errno. */
+static int besa__sync_file(int fd)
 {
     int failed;
     do failed = fsync(fd);
     while (failed && errno == EINTR);
-    if (!failed || errno == EINVAL || errno == ENOTSUP) return BESA_OK; /* some file systems do not sync directories */
-    return besa__writer_fail(w, name, errno, error);
+    return failed && errno != EINVAL && errno != ENOTSUP ? -1 : 0; /* some file systems do not sync directories */
+}
+
+static besa_result besa__sync(const besa__writer *w, int fd, const char *name, besa_error *error)
+{
+    return besa__sync_file(fd) ? besa__writer_fail(w, name, errno, error) : BESA_OK;
 }
 
 /* Give a new file its full size, on disk where the file system can promise that. */
@@ -11156,7 +11163,7 @@ static besa_result besa__copy_tensors(besa__writer *w, int matrices, besa_error 
     return BESA_OK;
 }
 
-/* Matrices that do not come in with a block: at any time between the start and the end, where they are copied if they are not yet. */
+/* Matrices that do not come in with a block: with the first that this run writes, which a device need not wait for, or at the end. */
 static besa_result besa__writer_matrices(besa__writer *w, besa_error *error)
 {
     if (!w->has_matrices) BESA__TRY(besa__copy_tensors(w, 1, error));
@@ -11466,6 +11473,7 @@ static besa_result besa__writer_block_done(besa__writer *w, int64_t block, besa_
     char line[256];
     if (block != w->done || block >= w->blocks)
         return besa__fail(error, BESA_ERROR_OPTION, "block %lld is not the current one", (long long)block);
+    BESA__TRY(besa__writer_matrices(w, error));
     for (int i = 0; i < BESA__BLOCK_TENSORS; i++) {
         const besa_tensor *t = besa__coming(w, i);
         if (!t || w->written[i] == t->bytes) continue;
@@ -12096,7 +12104,7 @@ static int besa__write_mask_file(const besa__mask_file *m, const besa__text *hea
         if (!besa__write_rates(m, BESA__KIND_ALPHA) || !besa__write_rates(m, BESA__KIND_N)) return 0;
     }
     if (m->what & BESA_FILE_MASKS && !besa__walk_masks(m, 1)) return 0;
-    return fflush(m->file) == 0 && (fsync(fileno(m->file)) == 0 || errno == EINVAL || errno == ENOTSUP);
+    return fflush(m->file) == 0 && besa__sync_file(fileno(m->file)) == 0;
 }
 
 /* The memory that a file takes; n is NULL still. */
@@ -12137,17 +12145,14 @@ static besa_result besa__map_learned(besa__mask_file *m, unsigned char **map, si
     return result;
 }
 
-/* What is new in the directory of a path, which is cut, is on disk, as far as it can be opened and synced. Not 0: errno. */
+/* What is new in the directory of a path, which is cut, is on disk, as far as that can be opened. 0, or -1 with errno. */
 static int besa__sync_parent(char *path)
 {
     char *slash = strrchr(path, '/');
     if (slash) slash[slash == path] = 0;
-    int fd = open(slash ? path : ".", O_RDONLY | O_CLOEXEC), failed;
+    int fd = open(slash ? path : ".", O_RDONLY | O_CLOEXEC);
     if (fd < 0) return 0;
-    do failed = fsync(fd);
-    while (failed && errno == EINTR);
-    failed = failed && errno != EINVAL && errno != ENOTSUP;
-    int reason = errno;
+    int failed = besa__sync_file(fd), reason = errno;
     close(fd);
     errno = reason;
     return failed;
@@ -12256,7 +12261,7 @@ typedef struct besa__job {
     size_t at, size;
     int layer;
     int64_t block;
-    double *seconds;                            /* what it took is added here, if anywhere */
+    double *seconds;                            /* what it took is added here */
 } besa__job;
 
 typedef struct besa__background {
@@ -12277,7 +12282,7 @@ static besa_result besa__background_work(besa__background *b, int64_t number, be
     const besa__job *job = &b->job[number % BESA__JOBS];
     double start = besa__seconds();
     besa_result result = job->work(job->user, job, error);
-    if (job->seconds) *job->seconds += besa__seconds() - start;
+    *job->seconds += besa__seconds() - start;
     return result;
 }
 
@@ -13124,12 +13129,6 @@ static besa_result besa__write_piece(void *user, const besa__job *piece, besa_er
     return besa__has_codes(run->writer, piece->block) ? besa__codes_out(run, piece, error) : BESA_OK;
 }
 
-static besa_result besa__write_matrices(void *user, const besa__job *job, besa_error *error)
-{
-    (void)job;
-    return besa__writer_matrices(((const besa__run *)user)->writer, error);
-}
-
 static besa_result besa__write_end(void *user, const besa__job *job, besa_error *error)
 {
     return besa__writer_block_done(((const besa__run *)user)->writer, job->block, error);
@@ -13948,8 +13947,6 @@ static void besa__add_option(char *line, size_t size, const besa_option *o, doub
 }
 
 /* Do the learned rates go into the output? */
-static int besa__keeps_rates(const besa__run *run) { return run->pruner.options.keep_rates && besa__learns_rates(&run->pruner); }
-
 /* All that decides the output's bytes, as one line for the journal: name=value, with a blank between. An option that the
  * method does not look at has its default. */
 static void besa__fingerprint(char *line, size_t size, const besa__run *run, const besa_calibration *c)
@@ -13972,7 +13969,7 @@ static void besa__fingerprint(char *line, size_t size, const besa__run *run, con
         besa__add_option(line, size, o, besa__option_get(o, (const unsigned char *)&used + o->offset));
     size_t length = strlen(line);
     besa__write_text(line + length, size - length, " save-rates=%d fixed=%016llx backend=%s activations=%d micro-batch=%lld "
-                     "sequences=%lldx%lld tokens=%016llx checkpoint=%016llx processes=%d", besa__keeps_rates(run),
+                     "sequences=%lldx%lld tokens=%016llx checkpoint=%016llx processes=%d", besa__keeps_rates(&run->pruner),
                      (unsigned long long)fixed, backend,
                      (int)run->be->activation_dtype, (long long)run->pruner.micro_batch, (long long)c->nsamples,
                      (long long)c->seqlen, (unsigned long long)ids,
@@ -14194,13 +14191,6 @@ static besa_result besa__run_block(besa__run *run, int64_t index, int64_t done, 
     BESA__TRY(besa__in_finish(run, index, &block, &read, error));
     if (!run->be->unified_memory && index + 1 < run->config->num_hidden_layers)
         BESA__TRY(besa__in_begin(run, index + 1, error));
-    if (run->writer && index == done) {
-        besa__job matrices;
-        memset(&matrices, 0, sizeof matrices);
-        matrices.work = besa__write_matrices;
-        matrices.user = run;
-        BESA__TRY(besa__background_give(&run->background, &matrices, error));
-    }
     if (index == done) run->pruner.meter.began = clock;
     if (index < done) BESA__TRY(besa__take_block(run, index, done, &block, &report->block[index], error));
     else BESA__TRY(besa__prune_block(run, index, &block, report, error));
@@ -14381,7 +14371,7 @@ static besa_result besa__prune_into(besa__run *run, const char *output, const be
     if (output && (!comm || comm->rank == 0)) {
         besa__codes_shape codes = besa__run_codes(run);
         BESA__TRY(besa__writer_open(&run->writer, run->checkpoint, output, fingerprint, blocks, besa__learns_vectors(&run->pruner),
-                                    codes.bits ? &codes : NULL, besa__keeps_rates(run) ? run->pruner.rows : 0, &done, &report->notes,
+                                    codes.bits ? &codes : NULL, besa__keeps_rates(&run->pruner) ? run->pruner.rows : 0, &done, &report->notes,
                                     error));
     }
     besa_result result = besa__broadcast(comm, &done, sizeof done, 0, error);

@@ -219,7 +219,7 @@ struct job {
     besa_reference reference;    /* what others are held against: filled in or its sizes alone */
     int has_outliers;
     char sha256[2][65];          /* of the files that these are from */
-    char text_sha256[65];        /* of a comparison's calibration text when it began */
+    char text_sha256[65];        /* of a comparison's calibration text when it began: its tests come to sha256 too */
     char *card;                  /* the output's README.md */
     double outliers[MAX_BLOCKS]; /* shares of the blocks that are pruned, once they are known */
     besa_error error;
@@ -245,7 +245,7 @@ static besa_result replace_file(job *j, const char *path, besa_result (*put)(FIL
     struct stat st, out;
     char *place = realpath(path, NULL); /* NULL where nothing is yet */
     int direct = place ? !stat(place, &st) && !S_ISREG(st.st_mode) : !lstat(path, &st) /* a link to nothing */, held = -1;
-    const int is_output = place && !fstat(1, &out) && out.st_dev == st.st_dev && out.st_ino == st.st_ino; /* /dev/stdout >FILE */
+    const int is_output = place && !fstat(1, &out) && is_file(&out, AT_FDCWD, place); /* /dev/stdout >FILE */
     direct |= is_output;
     fflush(stdout);
     const int n = snprintf(part, sizeof part, "%s%s", place ? place : path, direct ? "" : ".partial");
@@ -622,8 +622,7 @@ static besa_result save_output_masks(job *j)
     besa_checkpoint_close(output);
     snprintf(learned, sizeof learned, "%s/" BESA_RATES_FILE, j->s->path[1]);
     if (result || !j->s->rates || !unlink(learned) || errno == ENOENT) return result;
-    snprintf(j->error.message, sizeof j->error.message, "%.400s: %s", learned, strerror(errno));
-    return BESA_ERROR_WRITE;
+    return fail(j, BESA_ERROR_WRITE, "%.400s: %s", learned, strerror(errno));
 }
 
 /* Whether a file that comes at the end can lie there: the work before it may take hours. */

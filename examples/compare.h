@@ -676,15 +676,15 @@ static besa_result save(comparison *c)
 static besa_result lock_results(comparison *c)
 {
     job *j = c->j;
-    struct stat here, there;
+    struct stat here;
     const char *path = c->results;
-    const int is_new = path && stat(path, &there);
+    const int is_new = path && stat(path, &here);
     c->begins = j->s->resume && access(j->s->resume, F_OK) && errno == ENOENT;
-    if (!path || (!is_new && !S_ISREG(there.st_mode))) return BESA_OK;
+    if (!path || (!is_new && !S_ISREG(here.st_mode))) return BESA_OK;
     c->lock = open(path, O_RDONLY | O_CREAT | O_CLOEXEC, 0666);
     if (c->lock < 0) return fail(j, BESA_ERROR_WRITE, "%s could not be written: %s", path, strerror(errno));
-    if ((flock(c->lock, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) || fstat(c->lock, &here) || stat(path, &there) ||
-        here.st_ino != there.st_ino || here.st_dev != there.st_dev) /* the last: it has just been replaced */
+    if ((flock(c->lock, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) || fstat(c->lock, &here) ||
+        !is_file(&here, AT_FDCWD, path)) /* the last: it has just been replaced */
         return fail(j, BESA_ERROR_RESUME, "%s: another comparison is writing it: expected one at a time", path);
     if (is_new) c->made = realpath(path, NULL);
     return BESA_OK;

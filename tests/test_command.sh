@@ -360,20 +360,21 @@ check 1 'other.json is of something else, expected a file of this command' compa
 check 1 'cut.json has no end' compare "$stories" $short --method wanda --resume "$work/cut.json"
 [ ! -s "$work/empty.json" ] && [ "$(wc -l <"$work/other.json")" -eq 1 ] || bad="$bad; a refused file has changed"
 long="--tokens $stories/calibration_tokens.npy --nsamples 48 --seqlen 64 --quiet"
-# stopped_at PATTERN FILE ARGUMENTS...: besa, killed when a line of FILE has the pattern
-stopped_at()
+# once PATTERN FILE COMMAND ARGUMENTS...: besa, and the command when a line of FILE has the pattern
+once()
 {
-    pattern=$1 file=$2
-    shift 2
-    "$besa" "$@" >/dev/null 2>&1 &
-    killed=$!
-    while kill -0 $killed 2>/dev/null; do
-        grep -q "$pattern" "$file" 2>/dev/null && kill -9 $killed
+    pattern=$1 file=$2 then=$3
+    shift 3
+    "$besa" "$@" >"$work/log" 2>&1 &
+    running=$!
+    while kill -0 $running 2>/dev/null; do
+        grep -q "$pattern" "$file" 2>/dev/null && eval "$then" && then=false
         sleep 0.02
     done
-    wait $killed 2>/dev/null
+    wait $running 2>/dev/null
+    got=$?
 }
-stopped_at 'sd": ' "$work/seed.json" compare "$stories" $long $text --method wanda,besa:epochs=20 --seeds 1,2 --json "$work/seed.json" --markdown "$work/seed.md"
+once 'sd": ' "$work/seed.json" 'kill -9 $running' compare "$stories" $long $text --method wanda,besa:epochs=20 --seeds 1,2 --json "$work/seed.json" --markdown "$work/seed.md"
 grep -q '"method": "wanda".* "seeds": 1, .*"perplexity_sd": null, .*"kl_sd": null, .*"same_top_sd": null, .*"nll_difference_sd": null}' "$work/seed.json" ||
     bad="$bad; the deviation of one seed: $(tail -2 "$work/seed.json")"
 ! grep -q '^| wanda .* mean .*±' "$work/seed.md" || bad="$bad; the deviation of one seed: $(cat "$work/seed.md")"
@@ -406,19 +407,7 @@ done_with "what a comparison that goes on is refused by"
 
 # A text that is moved meanwhile, and one that changes before it is read for another seed: what is done is kept, as of the first.
 # meanwhile COMMAND ARGUMENTS...: besa, and the command once the row of wanda is in $work/while.json
-meanwhile()
-{
-    then=$1
-    shift
-    "$besa" "$@" >"$work/log" 2>&1 &
-    running=$!
-    while kill -0 $running 2>/dev/null; do
-        grep -q '"wanda"' "$work/while.json" 2>/dev/null && eval "$then" && then=false
-        sleep 0.02
-    done
-    wait $running
-    got=$?
-}
+meanwhile() { once '"wanda"' "$work/while.json" "$@"; }
 set -- "$stories" $text --nsamples 48 --seqlen 64 --quiet --tokens "$work/text_now.npy" --resume "$work/while.json"
 cp "$stories/calibration_tokens.npy" "$work/text_now.npy"
 meanwhile 'mv "$work/text_now.npy" "$work/text_old.npy"' compare "$@" --method wanda,besa:epochs=2
@@ -594,13 +583,8 @@ printf '%s\n' --- 'license: other' 'license_name: ours' 'license_link: >-' 'tags
 mkdir "$work/a" "$work/b"
 long="--tokens $stories/calibration_tokens.npy --nsamples 48 --seqlen 64 --preset best --test $stories/test_tokens.npy --windows 2 --test-dense --quiet"
 check 0 '^perplexity [0-9.]* +/- [0-9.]*, of the dense model [0-9.]*$' prune "$work/model" "$work/a/out" $long --threads 2 --trace "$work/a.jsonl" --report "$work/a.json" --save-rates "$work/a.rates"
-"$besa" prune "$work/model" "$work/b/out" $long --threads 2 --trace "$work/b.jsonl" --save-rates "$work/b.rates" >/dev/null 2>&1 &
-killed=$!
-while kill -0 $killed 2>/dev/null; do
-    grep -q '^block 1 ' "$work/b/out.partial/besa-journal" 2>/dev/null && kill -9 $killed
-    sleep 0.02
-done
-wait $killed 2>/dev/null
+once '^block 1 ' "$work/b/out.partial/besa-journal" 'kill -9 $running' prune "$work/model" "$work/b/out" $long --threads 2 \
+    --trace "$work/b.jsonl" --save-rates "$work/b.rates"
 cp -r "$work/b/out.partial" "$work/b/told.partial"
 check 1 'other options.*: save-rates=1 (this run: save-rates=0)' prune "$work/model" "$work/b/told" $long --no-quiet
 check 0 '^resuming at block [2-5] of 5$' prune "$work/model" "$work/b/told" $long --no-quiet --save-rates "$work/told.rates"
