@@ -10183,8 +10183,9 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
 #define BESA__READY_BYTES 35                    /* of ".RUN.HASH", RUN and HASH of 16 digits each */
 #define BESA__LINE 2048                         /* bytes of the journal's longest line, the fingerprint's */
 #ifndef BESA__CHUNK                             /* a test's is smaller than its tensors */
-#define BESA__CHUNK ((size_t)8 << 20)           /* bytes copied or hashed at a time; a multiple of 8 */
+#define BESA__CHUNK ((size_t)8 << 20)           /* bytes of a file read or staged at a time; a multiple of 8 */
 #endif
+#define BESA__MAPPED_CHUNK (BESA__CHUNK / 8)    /* bytes of a mapped file copied at a time: its pages lie beside a run's arrays */
 #define BESA__SYNC ((size_t)64 << 20)           /* bytes of a block that are written between syncs */
 
 /* Tensors of a block: its weights, and then its norms and biases. */
@@ -10317,7 +10318,7 @@ static besa_result besa__copy_range(const besa__writer *w, int64_t file, uint64_
     const besa__shard *shard = w->checkpoint->shards + file;
     *hash = BESA__HASH_START;
     for (uint64_t at = offset, end = offset + bytes; at < end;) {
-        size_t part = end - at < BESA__CHUNK ? (size_t)(end - at) : BESA__CHUNK;
+        size_t part = end - at < BESA__MAPPED_CHUNK ? (size_t)(end - at) : BESA__MAPPED_CHUNK;
         *hash = besa__hash(*hash, shard->base + at, part);
         BESA__TRY(besa__write_at(w, w->files[file], shard->name, shard->base + at, part, at, error));
         besa__release_range(shard, at, part);
@@ -11137,7 +11138,7 @@ static void besa__see_tensor(besa__writer *w, const besa_tensor *tensor)
 {
     size_t at = 0;
     do {
-        size_t part = tensor->bytes - at < BESA__CHUNK ? tensor->bytes - at : BESA__CHUNK;
+        size_t part = tensor->bytes - at < BESA__MAPPED_CHUNK ? tensor->bytes - at : BESA__MAPPED_CHUNK;
         besa__writer_saw(w, tensor, at, (const unsigned char *)tensor->data + at, part);
         besa__release_range(w->checkpoint->shards + tensor->file, tensor->offset + at, part);
         at += part;
