@@ -15005,13 +15005,21 @@ static void besa__gemm_tile_neon(int64_t units, const float *a, const float *b, 
 #define BESA__GEMM_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
 #define BESA__GEMM_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 
-/* 6 x 16: twelve of the sixteen registers hold C. The rows are written out by macros so that they
-   stay in registers at every level of optimisation. */
+/* 6 x 16: twelve of the sixteen registers hold C. Four steps of k a turn: where another thread shares the core, what is
+   scarce is instructions, and a turn of one step has a fifth more of them. In assembly, as compilers that unroll this loop
+   spill registers in it. */
 #define BESA__GEMM_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5)
 #define BESA__GEMM_ZERO(i) __m256 l##i = _mm256_setzero_ps(), h##i = _mm256_setzero_ps();
-#define BESA__GEMM_STEP(i)                                                                           \
-    ai = _mm256_broadcast_ss(a + i);                                                                 \
-    l##i = _mm256_fmadd_ps(ai, bl, l##i); h##i = _mm256_fmadd_ps(ai, bh, h##i);
+#define BESA__GEMM_FMA(i, p)                                                                         \
+    "vbroadcastss 24*" #p "+4*" #i "(%[a]), %[ai]\n\t"                                                \
+    "vfmadd231ps %[bl], %[ai], %[l" #i "]\n\tvfmadd231ps %[bh], %[ai], %[h" #i "]\n\t"
+#define BESA__GEMM_STEP(p)                                                                           \
+    "vmovaps 64*" #p "(%[b]), %[bl]\n\tvmovaps 64*" #p "+32(%[b]), %[bh]\n\t"                        \
+    BESA__GEMM_FMA(0, p) BESA__GEMM_FMA(1, p) BESA__GEMM_FMA(2, p) BESA__GEMM_FMA(3, p) BESA__GEMM_FMA(4, p) BESA__GEMM_FMA(5, p)
+#define BESA__GEMM_HELD(i) [l##i] "+x"(l##i), [h##i] "+x"(h##i),
+#define BESA__GEMM_RUN(steps)                                                                        \
+    __asm__(steps : BESA__GEMM_ROWS(BESA__GEMM_HELD) [ai] "=&x"(ai), [bl] "=&x"(bl), [bh] "=&x"(bh)  \
+            : [a] "r"(a), [b] "r"(b) : "memory")
 #define BESA__GEMM_SAVE(i)                                                                           \
     bl = bias_l; bh = bias_h;                                                                        \
     if (add) { bl = _mm256_add_ps(bl, _mm256_loadu_ps(c)); bh = _mm256_add_ps(bh, _mm256_loadu_ps(c + 8)); } \
@@ -15024,11 +15032,9 @@ BESA__GEMM_AVX2 static void besa__gemm_tile_avx2(int64_t units, const float *a, 
 {
     __m256 ai, bl, bh, bias_l, bias_h;
     BESA__GEMM_ROWS(BESA__GEMM_ZERO)
-    for (int64_t p = 0; p < units; p++, a += 6, b += 16) {
-        bl = _mm256_load_ps(b);
-        bh = _mm256_load_ps(b + 8);
-        BESA__GEMM_ROWS(BESA__GEMM_STEP)
-    }
+    for (; units >= 4; units -= 4, a += 24, b += 64)
+        BESA__GEMM_RUN(BESA__GEMM_STEP(0) BESA__GEMM_STEP(1) BESA__GEMM_STEP(2) BESA__GEMM_STEP(3));
+    for (; units > 0; units--, a += 6, b += 16) BESA__GEMM_RUN(BESA__GEMM_STEP(0));
     ai = _mm256_set1_ps(alpha);
     bias_l = bias ? _mm256_loadu_ps(bias) : _mm256_setzero_ps();
     bias_h = bias ? _mm256_loadu_ps(bias + 8) : _mm256_setzero_ps();
@@ -15036,7 +15042,10 @@ BESA__GEMM_AVX2 static void besa__gemm_tile_avx2(int64_t units, const float *a, 
 }
 #undef BESA__GEMM_ROWS
 #undef BESA__GEMM_ZERO
+#undef BESA__GEMM_FMA
 #undef BESA__GEMM_STEP
+#undef BESA__GEMM_HELD
+#undef BESA__GEMM_RUN
 #undef BESA__GEMM_SAVE
 
 /* besa__f16_to_f32 of 8 lanes */
