@@ -15006,8 +15006,8 @@ static void besa__gemm_tile_neon(int64_t units, const float *a, const float *b, 
 #define BESA__GEMM_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 
 /* 6 x 16: twelve of the sixteen registers hold C. Four steps of k a turn: where another thread shares the core, what is
-   scarce is instructions, and a turn of one step has a fifth more of them. In assembly, as compilers that unroll this loop
-   spill registers in it. */
+   scarce is instructions, and a turn of one step has a sixth more of them. In assembly, as gcc moves sums of this loop
+   to memory and back when it is written in C. */
 #define BESA__GEMM_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5)
 #define BESA__GEMM_ZERO(i) __m256 l##i = _mm256_setzero_ps(), h##i = _mm256_setzero_ps();
 #define BESA__GEMM_FMA(i, p)                                                                         \
