@@ -5106,6 +5106,7 @@ static int besa__moves_weights(const besa_pruner *p) { return besa__learns_weigh
 
 static int besa__learns_vectors(const besa_pruner *p) { return besa__learns_weights(p) && p->options.learn_vectors; }
 
+/* Do the learned rates go into the output? */
 static int besa__keeps_rates(const besa_pruner *p) { return p->options.keep_rates && besa__learns_rates(p); }
 
 static int besa__learns_clips(const besa_pruner *p) { return besa__clips_learn(&p->options); }
@@ -10183,7 +10184,7 @@ BESA_API besa_result besa_checkpoint_open(besa_checkpoint **checkpoint, const ch
 #define BESA__READY_BYTES 35                    /* of ".RUN.HASH", RUN and HASH of 16 digits each */
 #define BESA__LINE 2048                         /* bytes of the journal's longest line, the fingerprint's */
 #ifndef BESA__CHUNK                             /* a test's is smaller than its tensors */
-#define BESA__CHUNK ((size_t)8 << 20)           /* bytes of a file read or staged at a time; a multiple of 8 */
+#define BESA__CHUNK ((size_t)8 << 20)           /* bytes of a file read, written or staged at a time; a multiple of 8 */
 #endif
 #define BESA__MAPPED_CHUNK (BESA__CHUNK / 8)    /* bytes of a mapped file copied at a time: its pages lie beside a run's arrays */
 #define BESA__SYNC ((size_t)64 << 20)           /* bytes of a block that are written between syncs */
@@ -13947,7 +13948,6 @@ static void besa__add_option(char *line, size_t size, const besa_option *o, doub
                      word);
 }
 
-/* Do the learned rates go into the output? */
 /* All that decides the output's bytes, as one line for the journal: name=value, with a blank between. An option that the
  * method does not look at has its default. */
 static void besa__fingerprint(char *line, size_t size, const besa__run *run, const besa_calibration *c)
@@ -14372,8 +14372,8 @@ static besa_result besa__prune_into(besa__run *run, const char *output, const be
     if (output && (!comm || comm->rank == 0)) {
         besa__codes_shape codes = besa__run_codes(run);
         BESA__TRY(besa__writer_open(&run->writer, run->checkpoint, output, fingerprint, blocks, besa__learns_vectors(&run->pruner),
-                                    codes.bits ? &codes : NULL, besa__keeps_rates(&run->pruner) ? run->pruner.rows : 0, &done, &report->notes,
-                                    error));
+                                    codes.bits ? &codes : NULL, besa__keeps_rates(&run->pruner) ? run->pruner.rows : 0, &done,
+                                    &report->notes, error));
     }
     besa_result result = besa__broadcast(comm, &done, sizeof done, 0, error);
     report->resumed_blocks = done;
