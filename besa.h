@@ -14850,7 +14850,12 @@ typedef struct besa__gemm_args {       /* C (m,n) = alpha A (m,k) B (k,n) [+ C] 
 enum {
     BESA__GEMM_MC = 192, BESA__GEMM_KC = 512,                          /* multiples of every MR; the longest panel */
     BESA__GEMM_A = BESA__GEMM_MC * BESA__GEMM_KC, BESA__GEMM_B = 1024 * BESA__GEMM_KC,    /* floats of packed memory */
-    BESA__GEMM_TILE_MAX = 12 * 32                                      /* the largest MR x NR */
+    BESA__GEMM_TILE_MAX = 12 * 32,                                     /* the largest MR x NR */
+    BESA__GEMM_SPARSE = 120,           /* rows of a strip whose zeros are left out, */
+    BESA__GEMM_SPARSE_KC = 320,        /* the longest panel there, */
+    BESA__GEMM_RUN = 96,               /* the steps of k that are taken at a time, */
+    BESA__GEMM_RUNS = 4,               /* how many of these a panel has at most, */
+    BESA__GEMM_TOKENS = 64             /* and the tokens that a weight meets: 24 KB of activations in a run */
 };
 
 /* One operand as packing sees it: `outer` runs over the rows of A or the columns of B. */
@@ -14869,11 +14874,25 @@ typedef void besa__gemm_pack_fn(float *dst, int64_t width, const besa__gemm_oper
 typedef void besa__gemm_tile_fn(int64_t units, const float *a, const float *b, float *c, int64_t c_row,
                                 float alpha, int add, const float *bias);
 
+/* w, at = the elements of row (RUN) that are not 0, and where in a panel of tokens the activations lie that they
+   multiply; returns how many, an even number. */
+typedef int32_t besa__gemm_compress_fn(float *w, uint16_t *at, const float *row);
+
+/* sums (TOKENS) = sum of w x(at, TOKENS) over `count` weights [+ sums if add] */
+typedef void besa__gemm_row_fn(float *sums, const float *w, const uint16_t *at, int64_t count, const float *x, int add);
+
+/* C (tokens, rows) = the transpose of sums (rows, TOKENS) [+ C if add] [+ bias (rows) if not NULL] */
+typedef void besa__gemm_turned_fn(float *c, int64_t c_row, const float *sums, int64_t tokens, int64_t rows, int add,
+                                  const float *bias);
+
 typedef struct besa__gemm_kernel {
     int64_t mr, nr, unit;              /* unit: elements of k in four bytes, 1 or 2 */
     besa__gemm_pack_fn *pack;
     besa__gemm_tile_fn *tile;
     int64_t kc;                        /* units of k that a panel has at most */
+    besa__gemm_compress_fn *compress;  /* NULL: zeros are multiplied as well */
+    besa__gemm_row_fn *row;
+    besa__gemm_turned_fn *turned;
 } besa__gemm_kernel;
 
 #if defined(__GNUC__)
@@ -15059,19 +15078,19 @@ BESA__GEMM_AVX2 static inline __m256i besa__gemm_half_avx2(__m256i v)
     return _mm256_or_si256(v, _mm256_or_si256(_mm256_castps_si256(scaled), special));
 }
 
+/* The first `count` of 8 floats, zeros beyond. */
+BESA__INLINE BESA__GEMM_AVX2 __m256 besa__gemm_part_avx2(const float *s, int64_t count)
+{
+    __m256i few = _mm256_set1_epi32((int)besa__max(count, 0)), lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return count >= 8 ? _mm256_loadu_ps(s) : _mm256_maskload_ps(s, _mm256_cmpgt_epi32(few, lanes));
+}
+
 /* The fp32 of 8 elements that follow each other, of which `count` are read; zeros beyond. */
 BESA__GEMM_AVX2 static inline __m256 besa__gemm_load_avx2(const besa__gemm_operand *x, int64_t at, int64_t count)
 {
-    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     __m256i v, up, number, nan;
-    if (x->dtype == BESA_F32) {
-        const float *s = (const float *)x->data + at;
-        if (count >= 8) v = _mm256_castps_si256(_mm256_loadu_ps(s));
-        else {
-            up = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)besa__max(count, 0)), lanes);
-            v = _mm256_castps_si256(_mm256_maskload_ps(s, up));
-        }
-    } else {
+    if (x->dtype == BESA_F32) v = _mm256_castps_si256(besa__gemm_part_avx2((const float *)x->data + at, count));
+    else {
         const uint16_t *s = (const uint16_t *)x->data + at;
         uint16_t few[8] = {0, 0, 0, 0, 0, 0, 0, 0};
         if (count < 8) {
@@ -15152,6 +15171,7 @@ BESA__GEMM_AVX2 static void besa__gemm_pack_rows_avx2(float *dst, int64_t width,
         if (form == 1 && width == 6) besa__gemm_rows_avx2(dst, 6, x, at, count, rows, 6 * k, 1);
         else if (form == 1 && width == 16) besa__gemm_rows_avx2(dst, 16, x, at, count, rows, 16 * k, 1);
         else if (form == 2 && width == 16) besa__gemm_rows_avx2(dst, 16, x, at, count, rows, 16 * k, 2);
+        else if (form == 1 && width % 8 == 0) besa__gemm_rows_avx2(dst, width, x, at, count, rows, width * k, 1);
         else besa__gemm_rows_avx2(dst, width, x, at, count, rows, width * k, 0);
     }
 }
@@ -15165,17 +15185,10 @@ BESA__INLINE void besa__gemm_ahead(const besa__gemm_operand *x, int64_t at, int6
             __builtin_prefetch((const void *)((uintptr_t)x->data + (uintptr_t)((at + p) * size)));
 }
 
-/* dst (columns, width) = lines of 8, `real` of them, transposed; `lines` go to the panel */
-BESA__INLINE BESA__GEMM_AVX2 void besa__gemm_transpose_avx2(float *dst, int64_t width, const besa__gemm_operand *x,
-                                                            int64_t at, int64_t real, int64_t lines, int64_t columns,
-                                                            int form)
+/* r (8, 8) transposed */
+BESA__INLINE BESA__GEMM_AVX2 void besa__gemm_turn_avx2(__m256 *r)
 {
-    __m256 r[8], s[8], t[8];
-    for (int i = 0; i < 8; i++) {
-        int64_t from = at + i * x->outer_step;
-        if (i >= real) r[i] = _mm256_setzero_ps();
-        else r[i] = besa__gemm_load_form_avx2(x, from, columns, form);
-    }
+    __m256 s[8], t[8];
     for (int i = 0; i < 8; i += 2) {
         s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
         s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
@@ -15187,11 +15200,25 @@ BESA__INLINE BESA__GEMM_AVX2 void besa__gemm_transpose_avx2(float *dst, int64_t 
         t[i + 3] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0xee);
     }
     for (int i = 0; i < 4; i++) {
-        s[i] = _mm256_permute2f128_ps(t[i], t[4 + i], 0x20);
-        s[4 + i] = _mm256_permute2f128_ps(t[i], t[4 + i], 0x31);
+        r[i] = _mm256_permute2f128_ps(t[i], t[4 + i], 0x20);
+        r[4 + i] = _mm256_permute2f128_ps(t[i], t[4 + i], 0x31);
     }
+}
+
+/* dst (columns, width) = lines of 8, `real` of them, transposed; `lines` go to the panel */
+BESA__INLINE BESA__GEMM_AVX2 void besa__gemm_transpose_avx2(float *dst, int64_t width, const besa__gemm_operand *x,
+                                                            int64_t at, int64_t real, int64_t lines, int64_t columns,
+                                                            int form)
+{
+    __m256 r[8];
+    for (int i = 0; i < 8; i++) {
+        int64_t from = at + i * x->outer_step;
+        if (i >= real) r[i] = _mm256_setzero_ps();
+        else r[i] = besa__gemm_load_form_avx2(x, from, columns, form);
+    }
+    besa__gemm_turn_avx2(r);
     for (int i = 0; i < 8 && i < columns; i++)
-        besa__gemm_store_avx2(dst + i * width, s[i], form && i < 7 && width > 4 && width < 8 ? 8 : lines);
+        besa__gemm_store_avx2(dst + i * width, r[i], form && i < 7 && width > 4 && width < 8 ? 8 : lines);
 }
 
 /* k follows each other in memory: 8 lines at a time are transposed. */
@@ -15211,6 +15238,7 @@ BESA__GEMM_AVX2 static void besa__gemm_pack_columns_avx2(float *dst, int64_t wid
                 if (full == 1 && width == 16) besa__gemm_transpose_avx2(to, 16, x, from, 8, 8, 8, 1);
                 else if (full == 2 && width == 16) besa__gemm_transpose_avx2(to, 16, x, from, 8, 8, 8, 2);
                 else if (full == 1 && width == 6) besa__gemm_transpose_avx2(to, 6, x, from, 6, 6, 8, 1);
+                else if (full == 1 && width == 64) besa__gemm_transpose_avx2(to, 64, x, from, 8, 8, 8, 1);
                 else besa__gemm_transpose_avx2(to, width, x, from, real, lines, k - p, 0);
             }
         }
@@ -15222,6 +15250,73 @@ BESA__GEMM_AVX2 static void besa__gemm_pack_avx2(float *dst, int64_t width, cons
     if (x->outer_step == 1) besa__gemm_pack_rows_avx2(dst, width, x, at, count, k);
     else if (x->k_step == 1) besa__gemm_pack_columns_avx2(dst, width, x, at, count, k);
     else besa__gemm_pack_c(dst, width, x, at, count, k);
+}
+
+/* ---- AVX2: weights that are 0 are left out ---- */
+
+BESA__GEMM_AVX2 static int32_t besa__gemm_compress_avx2(float *w, uint16_t *at, const float *row)
+{
+    static const uint32_t lanes[16] = {                   /* of four, those whose bit is set */
+        0, 0, 1, 0x0100, 2, 0x0200, 0x0201, 0x020100,
+        3, 0x0300, 0x0301, 0x030100, 0x0302, 0x030200, 0x030201, 0x03020100};
+    int32_t count = 0;
+    for (int p = 0; p < BESA__GEMM_RUN; p += 4) {
+        __m128 v = _mm_loadu_ps(row + p);
+        int left = _mm_movemask_ps(_mm_cmpneq_ps(v, _mm_setzero_ps()));
+        __m128i from = _mm_cvtepu8_epi32(_mm_cvtsi32_si128((int)lanes[left]));
+        __m128i place = _mm_mullo_epi32(_mm_add_epi32(from, _mm_set1_epi32(p)), _mm_set1_epi32(BESA__GEMM_TOKENS));
+        _mm_storeu_ps(w + count, _mm_permutevar_ps(v, from));
+        _mm_storel_epi64((__m128i *)(void *)(at + count), _mm_packus_epi32(place, place));
+        count += (int32_t)(0x4332322132212110u >> 4 * left & 7);      /* how many bits are set */
+    }
+    if (count % 2) w[count] = 0.0f, at[count++] = 0;
+    return count;
+}
+
+/* Eight registers hold the sums of one row; activations come straight from the first-level cache. That has two loads a
+   step at most: hence two weights at a time, and their two places. */
+#define BESA__GEMM_EIGHT(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define BESA__GEMM_TAKE(i) __m256 s##i = add ? _mm256_loadu_ps(sums + 8 * i) : _mm256_setzero_ps();
+#define BESA__GEMM_STEP(i) s##i = _mm256_fmadd_ps(wi, _mm256_loadu_ps(from + 8 * i), s##i);
+#define BESA__GEMM_SAVE(i) _mm256_storeu_ps(sums + 8 * i, s##i);
+
+BESA__GEMM_AVX2 static void besa__gemm_row_avx2(float *sums, const float *w, const uint16_t *at, int64_t count,
+                                                const float *x, int add)
+{
+    const float *from;
+    __m256 wi, two;
+    uint32_t places;
+    BESA__GEMM_EIGHT(BESA__GEMM_TAKE)
+    for (; count > 0; count -= 2, w += 2, at += 2) {
+        memcpy(&places, at, sizeof places);
+        two = _mm256_castpd_ps(_mm256_broadcast_sd((const double *)(const void *)w));
+        from = x + (places & 0xffff), wi = _mm256_moveldup_ps(two);
+        BESA__GEMM_EIGHT(BESA__GEMM_STEP)
+        from = x + (places >> 16), wi = _mm256_movehdup_ps(two);
+        BESA__GEMM_EIGHT(BESA__GEMM_STEP)
+    }
+    BESA__GEMM_EIGHT(BESA__GEMM_SAVE)
+}
+#undef BESA__GEMM_EIGHT
+#undef BESA__GEMM_TAKE
+#undef BESA__GEMM_STEP
+#undef BESA__GEMM_SAVE
+
+BESA__GEMM_AVX2 static void besa__gemm_turned_avx2(float *c, int64_t c_row, const float *sums, int64_t tokens,
+                                                   int64_t rows, int add, const float *bias)
+{
+    for (int64_t t = 0; t < tokens; t += 8)
+        for (int64_t i = 0; i < rows; i += 8) {
+            __m256 r[8], bias_8 = bias ? besa__gemm_part_avx2(bias + i, rows - i) : _mm256_setzero_ps();
+            int64_t count = besa__min(8, tokens - t);
+            for (int q = 0; q < 8; q++) r[q] = _mm256_loadu_ps(sums + (i + q) * BESA__GEMM_TOKENS + t);
+            besa__gemm_turn_avx2(r);
+            for (int64_t q = 0; q < count; q++) {
+                float *to = c + (t + q) * c_row + i;
+                __m256 base = add ? _mm256_add_ps(bias_8, besa__gemm_part_avx2(to, rows - i)) : bias_8;
+                besa__gemm_store_avx2(to, _mm256_add_ps(base, r[q]), rows - i);
+            }
+        }
 }
 
 /* 12 x 32: twenty-four of the thirty-two registers hold C. One unit of k is a float, or, in the second
@@ -15437,7 +15532,7 @@ BESA__GEMM_AVX512 static void besa__gemm_pack_avx512_bf16(float *dst, int64_t wi
 
 static besa__gemm_kernel besa__gemm_choose(int bf16)
 {
-    besa__gemm_kernel kernel = {4, 8, 1, besa__gemm_pack_c, besa__gemm_tile_c, BESA__GEMM_KC};
+    besa__gemm_kernel kernel = {4, 8, 1, besa__gemm_pack_c, besa__gemm_tile_c, BESA__GEMM_KC, NULL, NULL, NULL};
     int simd = besa__cpu_simd();
     (void)bf16, (void)simd;
 #if defined(BESA__SIMD_NEON)
@@ -15449,8 +15544,10 @@ static besa__gemm_kernel besa__gemm_choose(int bf16)
         kernel.pack = paired ? besa__gemm_pack_avx512_bf16 : besa__gemm_pack_avx512;
         kernel.tile = paired ? besa__gemm_tile_avx512_bf16 : besa__gemm_tile_avx512;
     } else if (simd == 1) {
-        kernel.mr = 6, kernel.nr = 16, kernel.kc = 320;
+        kernel.mr = 6, kernel.nr = 16, kernel.kc = BESA__GEMM_SPARSE_KC;
         kernel.pack = besa__gemm_pack_avx2, kernel.tile = besa__gemm_tile_avx2;
+        kernel.compress = besa__gemm_compress_avx2, kernel.row = besa__gemm_row_avx2;
+        kernel.turned = besa__gemm_turned_avx2;
     }
 #endif
     return kernel;
@@ -15476,6 +15573,12 @@ static besa__gemm_kernel besa__gemm_choose(int bf16)
  * groups of columns where rows are few. The sum behind one element of C is cut by k alone, and every tile takes its steps
  * in the same order: the bytes do not depend on the number of threads. Ragged edges are packed with zeros.
  *
+ * Weights that are 0, as pruned ones are, are left out on AVX2 where they are many enough (besa__gemm_pays): the
+ * product is then C' = W X', with X packed by 64 tokens. A thread sorts out the weights of a strip of rows that are not
+ * 0, and runs them along the panels of X: one weight is multiplied with 64 activations at a time. The sums are cut and
+ * ordered as in tiles, where a step with a weight of 0 changes nothing: the bytes are the same. (Where x is infinite or
+ * not a number, 0 x is not 0: tiles spread that to all outputs, here it stays with the weights that are left.)
+ *
  * Calls: the number formats and nothing else. Owns no memory: the caller gives the scratch. */
 
 /* A product and how it is cut: block t has columns t / k_blocks * nc .. and steps t % k_blocks * kc .. of k. */
@@ -15484,9 +15587,11 @@ typedef struct besa__gemm_job {
     besa__gemm_kernel kernel;
     besa__gemm_operand a, b;
     int64_t nc, kc, k_blocks, blocks;
+    int64_t mc;                        /* rows that a strip has at most */
     int64_t strips, groups;            /* tasks of a block: strips of rows times groups of columns */
     int64_t pack;                      /* columns that one task packs */
     int64_t buffers;                   /* of B: 2, or 1 for one thread */
+    int sparse;                        /* 1: zeros of A are left out; A and B have changed places, C is transposed */
     float *a_packed, *b_packed;        /* a strip per thread, (m / MR)(units, MR); blocks, (n / NR)(units, NR) */
 } besa__gemm_job;
 
@@ -15543,6 +15648,58 @@ static void besa__gemm_column(const besa__gemm_job *s, const besa__gemm_block *b
     }
 }
 
+/* The weights of a strip that are not 0: by runs of k, by rows, by k. They fill the place of A's panels. */
+typedef struct besa__gemm_left {
+    float sums[BESA__GEMM_SPARSE * BESA__GEMM_TOKENS];    /* (rows, TOKENS) of C' */
+    int32_t counts[BESA__GEMM_SPARSE * BESA__GEMM_RUNS];  /* of each row of a run, made even */
+    float w[BESA__GEMM_SPARSE * (BESA__GEMM_SPARSE_KC + BESA__GEMM_RUNS) + 4];
+    uint16_t at[BESA__GEMM_SPARSE * (BESA__GEMM_SPARSE_KC + BESA__GEMM_RUNS) + 4];
+} besa__gemm_left;
+
+/* Rows i0 .. i0 + rows - 1 of A, through the place of the sums. */
+static void besa__gemm_compress(const besa__gemm_job *s, const besa__gemm_block *block, besa__gemm_left *left,
+                                int64_t i0, int64_t rows)
+{
+    besa__gemm_operand along = s->a;
+    int32_t *count = left->counts;
+    int64_t sum = 0;
+    along.outer_step = s->a.k_step, along.k_step = s->a.outer_step;
+    for (int64_t p = 0; p < block->k; p += BESA__GEMM_RUN)
+        for (int64_t r = 0; r < rows; r += 16) {
+            int64_t k = besa__min(BESA__GEMM_RUN, block->k - p), lines = besa__min(16, rows - r);
+            int64_t at = (i0 + r) * s->a.outer_step + (block->p0 + p) * s->a.k_step;
+            s->kernel.pack(left->sums, BESA__GEMM_RUN, &along, at, k, lines);
+            for (int64_t i = 0; i < lines; i++, sum += *count++)
+                *count = s->kernel.compress(left->w + sum, left->at + sum, left->sums + i * BESA__GEMM_RUN);
+        }
+}
+
+/* W (rows i0 .. i1 - 1 of A) times the panels of tokens j0 .. j1 - 1, the weights that are 0 left out. A few steps of k
+   at a time: their activations of a panel stay in the first-level cache while all rows take what they need of them. */
+static void besa__gemm_sparse_strip(const besa__gemm_job *s, const besa__gemm_block *block, besa__gemm_left *left,
+                                    int64_t i0, int64_t i1, int64_t j0, int64_t j1)
+{
+    const besa__gemm_args *g = s->g;
+    const float *bias = g->bias && block->p0 == 0 ? g->bias + i0 : NULL;
+    int64_t rows = i1 - i0;
+    besa__gemm_compress(s, block, left, i0, rows);
+    for (int64_t j = j0; j < j1; j += BESA__GEMM_TOKENS) {
+        const float *x = block->b_packed + j * block->k;
+        const int32_t *count = left->counts;
+        float *c = g->c + (block->j0 + j) * g->c_row + i0;
+        int64_t tokens = besa__min(BESA__GEMM_TOKENS, block->n - j), from = 0;
+        for (int64_t p = 0; p < block->k; p += BESA__GEMM_RUN, x += BESA__GEMM_RUN * BESA__GEMM_TOKENS)
+            for (int64_t r = 0; r < rows; r++, from += *count++) {
+                s->kernel.row(left->sums + r * BESA__GEMM_TOKENS, left->w + from, left->at + from, *count, x, p > 0);
+#ifdef __GNUC__
+                for (int64_t q = 0; r < tokens && p + BESA__GEMM_RUN >= block->k && q < rows; q += 16)
+                    __builtin_prefetch(c + r * g->c_row + q, 1);      /* C comes from afar */
+#endif
+            }
+        s->kernel.turned(c, g->c_row, left->sums, tokens, rows, g->accumulate || block->p0 > 0, bias);
+    }
+}
+
 /* Task `index` of block t: a strip of rows, packed by the thread that needs it, times a group of panels of B. */
 static void besa__gemm_strip(const besa__gemm_job *s, int64_t t, int64_t index, float *a)
 {
@@ -15553,6 +15710,10 @@ static void besa__gemm_strip(const besa__gemm_job *s, int64_t t, int64_t index, 
     int64_t j0 = group * b_panels / s->groups * nr, j1 = (group + 1) * b_panels / s->groups * nr;
     if (s->g->lower) j1 = besa__min(j1, i1 - block.j0);
     if (i0 >= i1 || j0 >= j1) return;
+    if (s->sparse) {
+        besa__gemm_sparse_strip(s, &block, (besa__gemm_left *)(void *)a, i0, i1, j0, j1);
+        return;
+    }
     s->kernel.pack(a, mr, &s->a, i0 * s->a.outer_step + block.p0 * s->a.k_step, i1 - i0, block.k);
     for (int64_t j = j0; j < j1; j += nr)
         besa__gemm_column(s, &block, a, block.b_packed + j * block.units, i0, i1, block.j0 + j);
@@ -15589,11 +15750,11 @@ static int64_t besa__gemm_equal(int64_t total, int64_t most, int64_t grain)
     return besa__parts(length > 0 ? length : 1, grain) * grain;
 }
 
-/* How a block is shared: strips of at most MC rows, two tasks or more for each thread. Strips are not made shorter than
+/* How a block is shared: strips of at most mc rows, two tasks or more for each thread. Strips are not made shorter than
    four panels, which would read B too often: then the columns are cut into groups as well. */
 static void besa__gemm_cut(besa__gemm_job *s, int threads)
 {
-    int64_t panels = besa__parts(s->g->m, s->kernel.mr), least = besa__parts(panels, BESA__GEMM_MC / s->kernel.mr);
+    int64_t panels = besa__parts(s->g->m, s->kernel.mr), least = besa__parts(panels, s->mc / s->kernel.mr);
     int64_t most = besa__max(besa__parts(panels, 4), least), tasks = threads * (s->g->lower ? 4 : 2);
     s->strips = least, s->groups = 1, s->pack = s->nc;
     if (threads == 1) return;
@@ -15602,14 +15763,39 @@ static void besa__gemm_cut(besa__gemm_job *s, int threads)
     s->pack = besa__gemm_equal(s->nc, besa__max(s->nc / threads, s->kernel.nr), s->kernel.nr);
 }
 
+/* Whether it pays to leave out the zeros of B, by a look at 2048 of its elements: a weight that is left costs a little
+   less than two in a tile, tokens come in whole panels, and to sort out one weight takes as long as 16 of them. */
+static int besa__gemm_pays(const besa__gemm_operand *x, int64_t tokens, int64_t outer, int64_t k)
+{
+    float part[64];
+    int along_k = x->k_step == 1;
+    int64_t lines = along_k ? outer : k, length = along_k ? k : outer, step = along_k ? x->outer_step : x->k_step;
+    int64_t count = besa__min(64, length), left = 0, panels = besa__parts(tokens, BESA__GEMM_TOKENS);
+    if (lines < 1 || count < 1 || (!along_k && x->outer_step != 1)) return 0;
+    for (int64_t i = 0; i < 32; i++) {
+        besa__gemm_read(part, x, i * lines / 32 * step + i * (length - count) / 31, 1, count);
+        for (int64_t q = 0; q < count; q++) left += part[q] != 0.0f;
+    }
+    return 20 * (left * panels * BESA__GEMM_TOKENS + 32 * count * 16) <= 11 * 32 * count * tokens;
+}
+
 static void besa__gemm_run(const besa__gemm_args *g, int threads, int bf16, void *scratch)
 {
     besa__gemm_job s;
+    besa__gemm_args turned = *g;
     s.g = g;
+    s.mc = BESA__GEMM_MC;
     s.kernel = besa__gemm_choose(bf16);
     s.a.data = g->a, s.a.dtype = g->a_dtype, s.a.outer_step = g->a_row, s.a.k_step = g->a_col, s.a.round = bf16;
     s.b.data = g->b, s.b.dtype = g->b_dtype, s.b.outer_step = g->b_col, s.b.k_step = g->b_row, s.b.round = bf16;
     s.kc = besa__gemm_equal(g->k, s.kernel.kc * s.kernel.unit, 8 * s.kernel.unit);
+    s.sparse = s.kernel.compress && g->alpha == 1.0f && !g->lower && besa__gemm_pays(&s.b, g->m, g->n, g->k);
+    if (s.sparse) {
+        besa__gemm_operand w = s.b;
+        s.b = s.a, s.a = w;
+        turned.m = g->n, turned.n = g->m, s.g = g = &turned;
+        s.mc = BESA__GEMM_SPARSE, s.kernel.mr = 8, s.kernel.nr = BESA__GEMM_TOKENS;
+    }
     s.nc = besa__gemm_equal(g->n, BESA__GEMM_B / s.kernel.kc / s.kernel.nr * s.kernel.nr, s.kernel.nr);
     s.k_blocks = besa__max(besa__parts(g->k, s.kc), 1);      /* k = 0: C is still assigned */
     s.blocks = besa__parts(g->n, s.nc) * s.k_blocks;

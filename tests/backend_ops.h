@@ -333,6 +333,7 @@ static void ops_linear(ops *t, const ops_case *c)
     besa_workload sizes = ops_sizes(R, C, T);
     double limit = ops_products(t, 3e-6);
     double *x = ops_random(t, T * C, 1), *w = ops_random(t, R * C, 1), *b = ops_random(t, R, 1);
+    for (int64_t i = 0; c->n[5] && i < R * C; i++) if (ops_uniform(t) < 0.4) w[i] = 0;
     double *y = ops_random(t, T * R, 1), *dx = ops_random(t, T * C, 1), *dw = ops_random(t, R * C, 1);
     void *dx_ = ops_act(t, dx, T * C), *x_ = ops_act(t, x, T * C), *w_ = ops_send(t, w, c->dtype, R * C);
     void *b_ = ops_float(t, b, R), *y_ = ops_act(t, y, T * R), *dy_ = ops_act(t, y, T * R);
@@ -2246,6 +2247,7 @@ static const ops_case ops_cases[] = {
     OPS_TYPES("nll 3x31 V 127", ops_nll, "t", 3, 31, 127, 33), OPS_TYPES("nll 1x2 V 1", ops_nll, "t", 1, 2, 1, 8), OPS_TYPES("nll 2x40 V 6400", ops_nll, "t", 2, 40, 6400, 2),
 
     /* every operation on rows of 1, 31, 33, 127 and 1000, one row, one token, as far as the cases above lack them */
+    OPS_TYPES("linear 300x130x400, zeros", ops_linear, "t", 300, 130, 400, 1, 1, 1),
     OPS_TYPES("linear 1x1x31", ops_linear, "t", 1, 1, 31, 0, 1), OPS_TYPES("linear 33x1x33", ops_linear, "t", 33, 1, 33, 1, 0), OPS_TYPES("linear 1x1000x127", ops_linear, "t", 1, 1000, 127, 1, 1),
     {"gram 1x31", ops_gram, {1, 31}, BESA_F32, "t"}, {"gram 5x127", ops_gram, {5, 127}, BESA_F32, "t"}, {"gram 2x1000", ops_gram, {2, 1000}, BESA_F32, "t"},
     {"convert 31", ops_convert, {31}, BESA_F32, "t"}, {"convert 33", ops_convert, {33}, BESA_F32, "t"}, {"convert 127", ops_convert, {127}, BESA_F32, "t"},

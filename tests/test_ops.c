@@ -500,6 +500,59 @@ static void check_product(int64_t m, int64_t n, int64_t k, int lower)
     }
 }
 
+/* y (m,n) = x w' [+ y] [+ bias] by slices of `rows` rows of x; w (n,k), or (k,n) if turned. */
+static void multiply(const besa__gemm_args *whole, int64_t rows, int threads, int bf16)
+{
+    void *scratch = take(besa__gemm_scratch(threads) + 64);
+    for (int64_t i = 0; i < whole->m; i += rows) {
+        besa__gemm_args g = *whole;
+        g.m = besa__min(rows, g.m - i), g.a = (const float *)g.a + i * g.a_row, g.c += i * g.c_row;
+        besa__gemm(&g, threads, bf16, (void *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63));
+    }
+}
+
+/* Zeros that are left out change no byte: the oracle is the product of a few rows at a time, where they never are. */
+static void check_zeros(int64_t m, int64_t n, int64_t k, double share, besa_dtype dtype, int turned, int add, int bf16)
+{
+    static const int teams[] = {1, 2, 8};
+    float *x = take_floats(m * k), *bias = take_floats(n), *start = take_floats(m * n);
+    float *want = take_floats(m * n), *got = take_floats(m * n);
+    uint16_t *w = (uint16_t *)take((size_t)(n * k) * sizeof(float));
+    besa__gemm_args g = {m, n, k, x, k, 1, BESA_F32, w, turned ? n : 1, turned ? 1 : k, dtype, want, n, 1, add,
+                         add ? bias : NULL, 0};
+    besa__gemm_operand b = {w, dtype, g.b_col, g.b_row, 0};
+    uint32_t u = 3;
+    for (int64_t i = 0; i < m * k; i++) x[i] = (float)((u = u * 1664525u + 1013904223u) >> 8) / 8388608.0f - 1;
+    for (int64_t i = 0; i < m * n; i++) start[i] = (float)(i % 17);
+    for (int64_t j = 0; j < n; j++) bias[j] = (float)(j % 5);
+    for (int64_t i = 0; i < n * k; i++) {
+        float f = (float)((u = u * 1664525u + 1013904223u) >> 8) / 8388608.0f - 1;
+        if ((u = u * 1664525u + 1013904223u) / 4294967296.0 < share) f = i % 3 ? 0.0f : -0.0f;
+        if (dtype == BESA_F32) memcpy(w + 2 * i, &f, sizeof f);
+        else w[i] = dtype == BESA_BF16 ? besa__f32_to_bf16(f) : besa__f32_to_f16(f);
+    }
+    CHECK(besa__gemm_pays(&b, m, n, k) && !besa__gemm_pays(&b, 8, n, k), "it pays for %d rows, for 8 not", (int)m);
+    memcpy(want, start, (size_t)(m * n) * sizeof *want);
+    multiply(&g, 8, 1, bf16);
+    for (int team = 0; team < 3; team++) {
+        memcpy(g.c = got, start, (size_t)(m * n) * sizeof *got);
+        multiply(&g, m, teams[team], bf16);
+        CHECK(!memcmp(want, got, (size_t)(m * n) * sizeof *got), "%d x %d x %d by %d threads: other bytes", (int)m, (int)n,
+              (int)k, teams[team]);
+    }
+}
+
+static void check_all_zeros(int bf16)
+{
+    check_zeros(512, 250, 330, 0.5, BESA_F32, 0, 0, bf16);       /* two blocks of k, and an odd rest */
+    check_zeros(512, 250, 330, 0.5, BESA_F32, 1, 1, bf16);
+    check_zeros(195, 121, 1000, 0.7, BESA_BF16, 0, 1, bf16);
+    check_zeros(195, 121, 97, 0.7, BESA_BF16, 1, 0, bf16);
+    check_zeros(2000, 9, 95, 0.9, BESA_F16, 0, 1, bf16);         /* two blocks of tokens; fewer rows than threads take */
+    check_zeros(259, 37, 3, 0.6, BESA_F16, 1, 1, bf16);
+    check_zeros(130, 300, 64, 1.1, BESA_F32, 0, 1, bf16);        /* nothing is left */
+}
+
 static void check_products(void)
 {
     check_product(70, 2100, 700, 0);            /* several blocks of columns and of k */
@@ -553,6 +606,8 @@ int main(int argc, char **argv)
             TEST(name) check_packs(bf16);
             snprintf(name = (char *)take(64), 64, "products of several blocks at level %d", simd_max);
             if (!bf16) TEST(name) check_products();
+            snprintf(name = (char *)take(64), 64, "zeros left out at level %d%s", simd_max, bf16 ? ", rounded to bf16" : "");
+            TEST(name) check_all_zeros(bf16);
         }
     simd_max = 2;
     TEST("exp within 2 units in the last place") test_exp();
