@@ -15655,6 +15655,7 @@ typedef struct besa__gemm_left {
     float w[BESA__GEMM_SPARSE * (BESA__GEMM_SPARSE_KC + BESA__GEMM_RUNS) + 4];
     uint16_t at[BESA__GEMM_SPARSE * (BESA__GEMM_SPARSE_KC + BESA__GEMM_RUNS) + 4];
 } besa__gemm_left;
+typedef char besa__gemm_left_fits[sizeof(besa__gemm_left) <= BESA__GEMM_A * sizeof(float) ? 1 : -1];
 
 /* Rows i0 .. i0 + rows - 1 of A, through the place of the sums. */
 static void besa__gemm_compress(const besa__gemm_job *s, const besa__gemm_block *block, besa__gemm_left *left,
@@ -15764,7 +15765,7 @@ static void besa__gemm_cut(besa__gemm_job *s, int threads)
 }
 
 /* Whether it pays to leave out the zeros of B, by a look at 2048 of its elements: a weight that is left costs a little
-   less than two in a tile, tokens come in whole panels, and to sort out one weight takes as long as 16 of them. */
+   less than two in a tile, tokens come in whole panels, and to sort out one weight takes as long as 16 tokens. */
 static int besa__gemm_pays(const besa__gemm_operand *x, int64_t tokens, int64_t outer, int64_t k)
 {
     float part[64];

@@ -452,19 +452,21 @@ static void check_packs(int bf16)
     static const int lengths[] = {1, 3, 8, 9, 31, 64, 67, 130};
     static const besa_dtype dtypes[] = {BESA_F32, BESA_BF16, BESA_F16};
     besa__gemm_kernel kernel = besa__gemm_choose(bf16);
+    const int64_t width[4] = {kernel.mr, kernel.nr, BESA__GEMM_TOKENS, BESA__GEMM_RUN};
+    int widths = kernel.compress ? 4 : 2;
     for (int d = 0; d < 3; d++)
         for (int form = 0; form < 3; form++)
             for (int l = 0; l < 8; l++)
-                for (int c = 0; c < 12; c++) {
-                    int64_t width = c % 2 ? kernel.mr : kernel.nr, k = lengths[l], count = c / 2 < 3 ? c / 2 + width - 1 : 0;
+                for (int c = 0; c < 6 * widths; c++) {
+                    int64_t w = width[c % widths], k = lengths[l], edge = c / widths, count = edge < 3 ? edge + w - 1 : 0;
                     besa__gemm_operand x = {NULL, dtypes[d], 1, 1, bf16};
-                    if (c / 2 == 3) count = 1;
-                    if (c / 2 == 4) count = 3 * width;
-                    if (c / 2 == 5) count = 3 * width - 5 > 0 ? 3 * width - 5 : 2;
+                    if (edge == 3) count = 1;
+                    if (edge == 4) count = 3 * w;
+                    if (edge == 5) count = 3 * w - 5 > 0 ? 3 * w - 5 : 2;
                     if (form == 0) x.k_step = count + 3; /* rows */
                     if (form == 1) x.outer_step = k + 5; /* columns */
                     if (form == 2) x.outer_step = 2 * k + 3, x.k_step = 2;
-                    if (count > 0) check_pack(&kernel, x, width, count, k);
+                    if (count > 0) check_pack(&kernel, x, w, count, k);
                 }
 }
 
