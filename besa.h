@@ -14851,11 +14851,11 @@ enum {
     BESA__GEMM_MC = 192, BESA__GEMM_KC = 512,                          /* multiples of every MR; the longest panel */
     BESA__GEMM_A = BESA__GEMM_MC * BESA__GEMM_KC, BESA__GEMM_B = 1024 * BESA__GEMM_KC,    /* floats of packed memory */
     BESA__GEMM_TILE_MAX = 12 * 32,                                     /* the largest MR x NR */
+    BESA__GEMM_KC_AVX2 = 320,          /* the longest panel of AVX2 */
     BESA__GEMM_SPARSE = 120,           /* rows of a strip whose zeros are left out, */
-    BESA__GEMM_SPARSE_KC = 320,        /* the longest panel there, */
-    BESA__GEMM_RUN = 96,               /* the steps of k that are taken at a time, */
-    BESA__GEMM_RUNS = 4,               /* how many of these a panel has at most, */
-    BESA__GEMM_TOKENS = 64             /* and the tokens that a weight meets: 24 KB of activations in a run */
+    BESA__GEMM_SPAN = 96,              /* the steps of k that are taken at a time, */
+    BESA__GEMM_SPANS = 4,              /* how many of these a panel has at most, */
+    BESA__GEMM_TOKENS = 64             /* and the tokens that a weight meets: 24 KB of activations in a span */
 };
 
 /* One operand as packing sees it: `outer` runs over the rows of A or the columns of B. */
@@ -14874,7 +14874,7 @@ typedef void besa__gemm_pack_fn(float *dst, int64_t width, const besa__gemm_oper
 typedef void besa__gemm_tile_fn(int64_t units, const float *a, const float *b, float *c, int64_t c_row,
                                 float alpha, int add, const float *bias);
 
-/* w, at = the elements of row (RUN) that are not 0, and where in a panel of tokens the activations lie that they
+/* w, at = the elements of row (SPAN) that are not 0, and where in a panel of tokens the activations lie that they
    multiply; returns how many, an even number. */
 typedef int32_t besa__gemm_compress_fn(float *w, uint16_t *at, const float *row);
 
@@ -15064,7 +15064,7 @@ BESA__GEMM_AVX2 static void besa__gemm_tile_avx2(int64_t units, const float *a, 
 #undef BESA__GEMM_FMA
 #undef BESA__GEMM_STEP
 #undef BESA__GEMM_HELD
-#undef BESA__GEMM_RUN
+#undef BESA__GEMM_SPAN
 #undef BESA__GEMM_SAVE
 
 /* besa__f16_to_f32 of 8 lanes */
@@ -15260,7 +15260,7 @@ BESA__GEMM_AVX2 static int32_t besa__gemm_compress_avx2(float *w, uint16_t *at, 
         0, 0, 1, 0x0100, 2, 0x0200, 0x0201, 0x020100,
         3, 0x0300, 0x0301, 0x030100, 0x0302, 0x030200, 0x030201, 0x03020100};
     int32_t count = 0;
-    for (int p = 0; p < BESA__GEMM_RUN; p += 4) {
+    for (int p = 0; p < BESA__GEMM_SPAN; p += 4) {
         __m128 v = _mm_loadu_ps(row + p);
         int left = _mm_movemask_ps(_mm_cmpneq_ps(v, _mm_setzero_ps()));
         __m128i from = _mm_cvtepu8_epi32(_mm_cvtsi32_si128((int)lanes[left]));
@@ -15269,7 +15269,7 @@ BESA__GEMM_AVX2 static int32_t besa__gemm_compress_avx2(float *w, uint16_t *at, 
         _mm_storel_epi64((__m128i *)(void *)(at + count), _mm_packus_epi32(place, place));
         count += (int32_t)(0x4332322132212110u >> 4 * left & 7);      /* how many bits are set */
     }
-    if (count % 2) w[count] = 0.0f, at[count++] = 0;
+    if (count % 2) w[count] = 0.0f, at[count] = at[count - 1], count++;
     return count;
 }
 
@@ -15284,15 +15284,17 @@ BESA__GEMM_AVX2 static void besa__gemm_row_avx2(float *sums, const float *w, con
                                                 const float *x, int add)
 {
     const float *from;
-    __m256 wi, two;
+    __m256 wi, both;
+    double two;
     uint32_t places;
     BESA__GEMM_EIGHT(BESA__GEMM_TAKE)
     for (; count > 0; count -= 2, w += 2, at += 2) {
         memcpy(&places, at, sizeof places);
-        two = _mm256_castpd_ps(_mm256_broadcast_sd((const double *)(const void *)w));
-        from = x + (places & 0xffff), wi = _mm256_moveldup_ps(two);
+        memcpy(&two, w, sizeof two);
+        both = _mm256_castpd_ps(_mm256_set1_pd(two));
+        from = x + (places & 0xffff), wi = _mm256_moveldup_ps(both);
         BESA__GEMM_EIGHT(BESA__GEMM_STEP)
-        from = x + (places >> 16), wi = _mm256_movehdup_ps(two);
+        from = x + (places >> 16), wi = _mm256_movehdup_ps(both);
         BESA__GEMM_EIGHT(BESA__GEMM_STEP)
     }
     BESA__GEMM_EIGHT(BESA__GEMM_SAVE)
@@ -15544,7 +15546,7 @@ static besa__gemm_kernel besa__gemm_choose(int bf16)
         kernel.pack = paired ? besa__gemm_pack_avx512_bf16 : besa__gemm_pack_avx512;
         kernel.tile = paired ? besa__gemm_tile_avx512_bf16 : besa__gemm_tile_avx512;
     } else if (simd == 1) {
-        kernel.mr = 6, kernel.nr = 16, kernel.kc = BESA__GEMM_SPARSE_KC;
+        kernel.mr = 6, kernel.nr = 16, kernel.kc = BESA__GEMM_KC_AVX2;
         kernel.pack = besa__gemm_pack_avx2, kernel.tile = besa__gemm_tile_avx2;
         kernel.compress = besa__gemm_compress_avx2, kernel.row = besa__gemm_row_avx2;
         kernel.turned = besa__gemm_turned_avx2;
@@ -15576,8 +15578,9 @@ static besa__gemm_kernel besa__gemm_choose(int bf16)
  * Weights that are 0, as pruned ones are, are left out on AVX2 where they are many enough (besa__gemm_pays): the
  * product is then C' = W X', with X packed by 64 tokens. A thread sorts out the weights of a strip of rows that are not
  * 0, and runs them along the panels of X: one weight is multiplied with 64 activations at a time. The sums are cut and
- * ordered as in tiles, where a step with a weight of 0 changes nothing: the bytes are the same. (Where x is infinite or
- * not a number, 0 x is not 0: tiles spread that to all outputs, here it stays with the weights that are left.)
+ * ordered as in tiles, where a step with a weight of 0 changes nothing: the bytes are the same. (Two steps do: where x
+ * is infinite or not a number 0 x is not 0, which tiles spread to all outputs and which stays here with the weights
+ * that are left; and a sum that has become -0 by underflow may lose its sign.)
  *
  * Calls: the number formats and nothing else. Owns no memory: the caller gives the scratch. */
 
@@ -15648,14 +15651,15 @@ static void besa__gemm_column(const besa__gemm_job *s, const besa__gemm_block *b
     }
 }
 
-/* The weights of a strip that are not 0: by runs of k, by rows, by k. They fill the place of A's panels. */
+/* The weights of a strip that are not 0: by spans of k, by rows, by k. They fill the place of A's panels. */
 typedef struct besa__gemm_left {
     float sums[BESA__GEMM_SPARSE * BESA__GEMM_TOKENS];    /* (rows, TOKENS) of C' */
-    int32_t counts[BESA__GEMM_SPARSE * BESA__GEMM_RUNS];  /* of each row of a run, made even */
-    float w[BESA__GEMM_SPARSE * (BESA__GEMM_SPARSE_KC + BESA__GEMM_RUNS) + 4];
-    uint16_t at[BESA__GEMM_SPARSE * (BESA__GEMM_SPARSE_KC + BESA__GEMM_RUNS) + 4];
+    int32_t counts[BESA__GEMM_SPARSE * BESA__GEMM_SPANS];  /* of each row of a span, made even */
+    float w[BESA__GEMM_SPARSE * (BESA__GEMM_KC_AVX2 + BESA__GEMM_SPANS) + 4];
+    uint16_t at[BESA__GEMM_SPARSE * (BESA__GEMM_KC_AVX2 + BESA__GEMM_SPANS) + 4];
 } besa__gemm_left;
-typedef char besa__gemm_left_fits[sizeof(besa__gemm_left) <= BESA__GEMM_A * sizeof(float) ? 1 : -1];
+typedef char besa__gemm_left_fits[sizeof(besa__gemm_left) <= BESA__GEMM_A * sizeof(float) &&
+                                  BESA__GEMM_SPANS * BESA__GEMM_SPAN >= BESA__GEMM_KC_AVX2 ? 1 : -1];
 
 /* Rows i0 .. i0 + rows - 1 of A, through the place of the sums. */
 static void besa__gemm_compress(const besa__gemm_job *s, const besa__gemm_block *block, besa__gemm_left *left,
@@ -15665,13 +15669,13 @@ static void besa__gemm_compress(const besa__gemm_job *s, const besa__gemm_block 
     int32_t *count = left->counts;
     int64_t sum = 0;
     along.outer_step = s->a.k_step, along.k_step = s->a.outer_step;
-    for (int64_t p = 0; p < block->k; p += BESA__GEMM_RUN)
+    for (int64_t p = 0; p < block->k; p += BESA__GEMM_SPAN)
         for (int64_t r = 0; r < rows; r += 16) {
-            int64_t k = besa__min(BESA__GEMM_RUN, block->k - p), lines = besa__min(16, rows - r);
+            int64_t k = besa__min(BESA__GEMM_SPAN, block->k - p), lines = besa__min(16, rows - r);
             int64_t at = (i0 + r) * s->a.outer_step + (block->p0 + p) * s->a.k_step;
-            s->kernel.pack(left->sums, BESA__GEMM_RUN, &along, at, k, lines);
+            s->kernel.pack(left->sums, BESA__GEMM_SPAN, &along, at, k, lines);
             for (int64_t i = 0; i < lines; i++, sum += *count++)
-                *count = s->kernel.compress(left->w + sum, left->at + sum, left->sums + i * BESA__GEMM_RUN);
+                *count = s->kernel.compress(left->w + sum, left->at + sum, left->sums + i * BESA__GEMM_SPAN);
         }
 }
 
@@ -15689,11 +15693,11 @@ static void besa__gemm_sparse_strip(const besa__gemm_job *s, const besa__gemm_bl
         const int32_t *count = left->counts;
         float *c = g->c + (block->j0 + j) * g->c_row + i0;
         int64_t tokens = besa__min(BESA__GEMM_TOKENS, block->n - j), from = 0;
-        for (int64_t p = 0; p < block->k; p += BESA__GEMM_RUN, x += BESA__GEMM_RUN * BESA__GEMM_TOKENS)
+        for (int64_t p = 0; p < block->k; p += BESA__GEMM_SPAN, x += BESA__GEMM_SPAN * BESA__GEMM_TOKENS)
             for (int64_t r = 0; r < rows; r++, from += *count++) {
                 s->kernel.row(left->sums + r * BESA__GEMM_TOKENS, left->w + from, left->at + from, *count, x, p > 0);
 #ifdef __GNUC__
-                for (int64_t q = 0; r < tokens && p + BESA__GEMM_RUN >= block->k && q < rows; q += 16)
+                for (int64_t q = 0; r < tokens && p + BESA__GEMM_SPAN >= block->k && q < rows; q += 16)
                     __builtin_prefetch(c + r * g->c_row + q, 1);      /* C comes from afar */
 #endif
             }
@@ -15764,17 +15768,17 @@ static void besa__gemm_cut(besa__gemm_job *s, int threads)
     s->pack = besa__gemm_equal(s->nc, besa__max(s->nc / threads, s->kernel.nr), s->kernel.nr);
 }
 
-/* Whether it pays to leave out the zeros of B, by a look at 2048 of its elements: a weight that is left costs a little
-   less than two in a tile, tokens come in whole panels, and to sort out one weight takes as long as 16 tokens. */
+/* Whether it pays to leave out the zeros of B, by a look at up to 2048 of its elements: a weight that is left costs a
+   little less than two in a tile, tokens come in whole panels, and to sort out a weight takes as long as 16 tokens. */
 static int besa__gemm_pays(const besa__gemm_operand *x, int64_t tokens, int64_t outer, int64_t k)
 {
     float part[64];
     int along_k = x->k_step == 1;
     int64_t lines = along_k ? outer : k, length = along_k ? k : outer, step = along_k ? x->outer_step : x->k_step;
     int64_t count = besa__min(64, length), left = 0, panels = besa__parts(tokens, BESA__GEMM_TOKENS);
-    if (lines < 1 || count < 1 || (!along_k && x->outer_step != 1)) return 0;
+    if (11 * tokens < 20 * 16 || lines < 1 || count < 1 || (!along_k && x->outer_step != 1)) return 0;
     for (int64_t i = 0; i < 32; i++) {
-        besa__gemm_read(part, x, i * lines / 32 * step + i * (length - count) / 31, 1, count);
+        besa__gemm_read(part, x, i * lines / 32 * step + i * 13 % 32 * (length - count) / 31, 1, count);
         for (int64_t q = 0; q < count; q++) left += part[q] != 0.0f;
     }
     return 20 * (left * panels * BESA__GEMM_TOKENS + 32 * count * 16) <= 11 * 32 * count * tokens;

@@ -24,9 +24,10 @@ for omp in "" $openmp; do
     [ "$omp" = "$openmp" ] && level=$optimised || level=-O0
     try "$cc -std=c11 $omp" "$cc" -std=c11 $omp $level
     try "$cxx -std=c++17 $omp" "$cxx" -xc++ -std=c++17 $omp $level
+    try "$cc -std=c11 $omp -DBESA_NO_STDIO" "$cc" -std=c11 $omp -DBESA_NO_STDIO
 done
 try "$cc -std=gnu11 $openmp" "$cc" -std=gnu11 $openmp
-for std in c99 c11 gnu11; do try "$cc -std=$std $openmp -DBESA_NO_STDIO" "$cc" -std=$std $openmp -DBESA_NO_STDIO; done
+for std in c99 gnu11; do try "$cc -std=$std $openmp -DBESA_NO_STDIO" "$cc" -std=$std $openmp -DBESA_NO_STDIO; done
 try "$cxx -std=c++17 $openmp -DBESA_NO_STDIO" "$cxx" -xc++ -std=c++17 $openmp -DBESA_NO_STDIO
 try "$cc -std=gnu11 $openmp after other headers" "$cc" -std=gnu11 $openmp $before
 try "$cxx -std=gnu++17 $openmp after other headers" "$cxx" -xc++ -std=gnu++17 $openmp $before

@@ -452,7 +452,7 @@ static void check_packs(int bf16)
     static const int lengths[] = {1, 3, 8, 9, 31, 64, 67, 130};
     static const besa_dtype dtypes[] = {BESA_F32, BESA_BF16, BESA_F16};
     besa__gemm_kernel kernel = besa__gemm_choose(bf16);
-    const int64_t width[4] = {kernel.mr, kernel.nr, BESA__GEMM_TOKENS, BESA__GEMM_RUN};
+    const int64_t width[4] = {kernel.mr, kernel.nr, BESA__GEMM_TOKENS, BESA__GEMM_SPAN};
     int widths = kernel.compress ? 4 : 2;
     for (int d = 0; d < 3; d++)
         for (int form = 0; form < 3; form++)
@@ -517,15 +517,16 @@ static void multiply(const besa__gemm_args *whole, int64_t rows, int threads, in
 static void check_zeros(int64_t m, int64_t n, int64_t k, double share, besa_dtype dtype, int turned, int add, int bf16)
 {
     static const int teams[] = {1, 2, 8};
-    float *x = take_floats(m * k), *bias = take_floats(n), *start = take_floats(m * n);
-    float *want = take_floats(m * n), *got = take_floats(m * n);
+    int64_t step = n + 3;                       /* what lies between the rows of y stays */
+    float *x = take_floats(m * k), *bias = take_floats(n), *start = take_floats(m * step);
+    float *want = take_floats(m * step), *got = take_floats(m * step);
     uint16_t *w = (uint16_t *)take((size_t)(n * k) * sizeof(float));
-    besa__gemm_args g = {m, n, k, x, k, 1, BESA_F32, w, turned ? n : 1, turned ? 1 : k, dtype, want, n, 1, add,
+    besa__gemm_args g = {m, n, k, x, k, 1, BESA_F32, w, turned ? n : 1, turned ? 1 : k, dtype, want, step, 1, add,
                          add ? bias : NULL, 0};
     besa__gemm_operand b = {w, dtype, g.b_col, g.b_row, 0};
     uint32_t u = 3;
     for (int64_t i = 0; i < m * k; i++) x[i] = (float)((u = u * 1664525u + 1013904223u) >> 8) / 8388608.0f - 1;
-    for (int64_t i = 0; i < m * n; i++) start[i] = (float)(i % 17);
+    for (int64_t i = 0; i < m * step; i++) start[i] = (float)(i % 17);
     for (int64_t j = 0; j < n; j++) bias[j] = (float)(j % 5);
     for (int64_t i = 0; i < n * k; i++) {
         float f = (float)((u = u * 1664525u + 1013904223u) >> 8) / 8388608.0f - 1;
@@ -534,18 +535,37 @@ static void check_zeros(int64_t m, int64_t n, int64_t k, double share, besa_dtyp
         else w[i] = dtype == BESA_BF16 ? besa__f32_to_bf16(f) : besa__f32_to_f16(f);
     }
     CHECK(besa__gemm_pays(&b, m, n, k) && !besa__gemm_pays(&b, 8, n, k), "it pays for %d rows, for 8 not", (int)m);
-    memcpy(want, start, (size_t)(m * n) * sizeof *want);
+    memcpy(want, start, (size_t)(m * step) * sizeof *want);
     multiply(&g, 8, 1, bf16);
     for (int team = 0; team < 3; team++) {
-        memcpy(g.c = got, start, (size_t)(m * n) * sizeof *got);
+        memcpy(g.c = got, start, (size_t)(m * step) * sizeof *got);
         multiply(&g, m, teams[team], bf16);
-        CHECK(!memcmp(want, got, (size_t)(m * n) * sizeof *got), "%d x %d x %d by %d threads: other bytes", (int)m, (int)n,
+        CHECK(!memcmp(want, got, (size_t)(m * step) * sizeof *got), "%d x %d x %d by %d threads: other bytes", (int)m, (int)n,
               (int)k, teams[team]);
     }
 }
 
+/* Where they are left out, what is not finite reaches the outputs of weights that are not 0 alone; and a triangle is no matrix
+   of few weights. */
+static void check_not_finite(void)
+{
+    enum { M = 128, N = 1024, K = 1024 };
+    float *x = take_floats(M * K), *w = take_floats(N * K), *y = take_floats(M * N);
+    besa__gemm_args g = {M, N, K, x, K, 1, BESA_F32, w, 1, K, BESA_F32, y, N, 1, 0, NULL, 0};
+    besa__gemm_operand b = {w, BESA_F32, K, 1, 0};
+    for (int i = 0; i < M * K; i++) x[i] = i % K ? 1.0f : INFINITY;
+    for (int i = 0; i < N * K; i++) w[i] = i % K > 1 && i % K < 3 + i / K % 9 ? 1.0f : 0.0f;
+    CHECK(besa__gemm_pays(&b, M, N, K), "it does not pay");
+    multiply(&g, M, 1, 0);
+    for (int i = 0; i < M * N; i++)
+        if (!CHECK(y[i] == (float)(1 + i % N % 9), "row %d is %g", i % N, (double)y[i])) break;
+    for (int i = 0; i < N * K; i++) w[i] = i % K <= i / K ? 1.0f : 0.0f;
+    CHECK(!besa__gemm_pays(&b, M, N, K), "it pays for a triangle");
+}
+
 static void check_all_zeros(int bf16)
 {
+    if (besa__gemm_choose(bf16).compress) check_not_finite();
     check_zeros(512, 250, 330, 0.5, BESA_F32, 0, 0, bf16);       /* two blocks of k, and an odd rest */
     check_zeros(512, 250, 330, 0.5, BESA_F32, 1, 1, bf16);
     check_zeros(195, 121, 1000, 0.7, BESA_BF16, 0, 1, bf16);
