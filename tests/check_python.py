@@ -245,6 +245,7 @@ def check_stopping(besa, stories, work):
             signal.raise_signal(signal.SIGINT)
 
     arguments = {**DATA, "progress": interrupt, "rates": work / "stopped-rates"}
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # it is ignored where tests were started in the background
     found = raised(besa.prune, stories, work / "stopped", tokens, **arguments)
     verdict("Ctrl-C stops besa.prune", (found, (work / "stopped").exists(), (work / "stopped.partial").exists()),
             ("KeyboardInterrupt: ", False, True))
