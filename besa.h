@@ -15064,7 +15064,7 @@ BESA__GEMM_AVX2 static void besa__gemm_tile_avx2(int64_t units, const float *a, 
 #undef BESA__GEMM_FMA
 #undef BESA__GEMM_STEP
 #undef BESA__GEMM_HELD
-#undef BESA__GEMM_SPAN
+#undef BESA__GEMM_RUN
 #undef BESA__GEMM_SAVE
 
 /* besa__f16_to_f32 of 8 lanes */
@@ -15238,7 +15238,7 @@ BESA__GEMM_AVX2 static void besa__gemm_pack_columns_avx2(float *dst, int64_t wid
                 if (full == 1 && width == 16) besa__gemm_transpose_avx2(to, 16, x, from, 8, 8, 8, 1);
                 else if (full == 2 && width == 16) besa__gemm_transpose_avx2(to, 16, x, from, 8, 8, 8, 2);
                 else if (full == 1 && width == 6) besa__gemm_transpose_avx2(to, 6, x, from, 6, 6, 8, 1);
-                else if (full == 1 && width == 64) besa__gemm_transpose_avx2(to, 64, x, from, 8, 8, 8, 1);
+                else if (full == 1 && width % 8 == 0) besa__gemm_transpose_avx2(to, width, x, from, 8, 8, 8, 1);
                 else besa__gemm_transpose_avx2(to, width, x, from, real, lines, k - p, 0);
             }
         }
@@ -15601,6 +15601,8 @@ typedef struct besa__gemm_job {
 /* One block. */
 typedef struct besa__gemm_block {
     int64_t j0, p0, n, k, units;
+    int add;                           /* to C */
+    const float *bias;                 /* all of it, in the first block of k, or NULL */
     float *b_packed;
 } besa__gemm_block;
 
@@ -15611,6 +15613,8 @@ static besa__gemm_block besa__gemm_block_at(const besa__gemm_job *s, int64_t t)
     block.n = besa__min(s->nc, s->g->n - block.j0);
     block.k = besa__min(s->kc, s->g->k - block.p0);
     block.units = besa__parts(block.k, s->kernel.unit);
+    block.add = s->g->accumulate || block.p0 > 0;
+    block.bias = block.p0 == 0 ? s->g->bias : NULL;
     block.b_packed = s->b_packed + t % s->buffers * BESA__GEMM_B;
     return block;
 }
@@ -15636,8 +15640,7 @@ static void besa__gemm_column(const besa__gemm_job *s, const besa__gemm_block *b
 {
     const besa__gemm_args *g = s->g;
     int64_t mr = s->kernel.mr, nr = s->kernel.nr, columns = besa__min(nr, g->n - j);
-    const float *bias = g->bias && block->p0 == 0 ? g->bias + j : NULL;
-    int add = g->accumulate || block->p0 > 0;
+    const float *bias = block->bias ? block->bias + j : NULL;
     for (int64_t i = i0; i < i1; i += mr, a += mr * block->units) {
         float *c = g->c + i * g->c_row + j;
         int64_t rows = besa__min(mr, g->m - i);
@@ -15646,20 +15649,21 @@ static void besa__gemm_column(const besa__gemm_job *s, const besa__gemm_block *b
         for (int64_t r = 0; r < rows; r++)                /* C comes from afar: it arrives while the sums are formed */
             for (int64_t q = 0; q < columns; q += 16) __builtin_prefetch(c + r * g->c_row + q, 1);
 #endif
-        if (rows == mr && columns == nr) s->kernel.tile(block->units, a, b, c, g->c_row, g->alpha, add, bias);
-        else besa__gemm_edge(s, block->units, a, b, c, rows, columns, add, bias);
+        if (rows == mr && columns == nr) s->kernel.tile(block->units, a, b, c, g->c_row, g->alpha, block->add, bias);
+        else besa__gemm_edge(s, block->units, a, b, c, rows, columns, block->add, bias);
     }
 }
 
 /* The weights of a strip that are not 0: by spans of k, by rows, by k. They fill the place of A's panels. */
 typedef struct besa__gemm_left {
     float sums[BESA__GEMM_SPARSE * BESA__GEMM_TOKENS];    /* (rows, TOKENS) of C' */
-    int32_t counts[BESA__GEMM_SPARSE * BESA__GEMM_SPANS];  /* of each row of a span, made even */
-    float w[BESA__GEMM_SPARSE * (BESA__GEMM_KC_AVX2 + BESA__GEMM_SPANS) + 4];
-    uint16_t at[BESA__GEMM_SPARSE * (BESA__GEMM_KC_AVX2 + BESA__GEMM_SPANS) + 4];
+    int32_t counts[BESA__GEMM_SPARSE * BESA__GEMM_SPANS]; /* of each row of a span, made even */
+    float w[BESA__GEMM_SPARSE * BESA__GEMM_KC_AVX2 + 4];  /* four are stored at a time */
+    uint16_t at[BESA__GEMM_SPARSE * BESA__GEMM_KC_AVX2 + 4];
 } besa__gemm_left;
 typedef char besa__gemm_left_fits[sizeof(besa__gemm_left) <= BESA__GEMM_A * sizeof(float) &&
-                                  BESA__GEMM_SPANS * BESA__GEMM_SPAN >= BESA__GEMM_KC_AVX2 ? 1 : -1];
+                                  BESA__GEMM_SPANS * BESA__GEMM_SPAN >= BESA__GEMM_KC_AVX2 && BESA__GEMM_SPAN % 8 == 0 &&
+                                  BESA__GEMM_SPAN * BESA__GEMM_TOKENS <= 65536 ? 1 : -1];
 
 /* Rows i0 .. i0 + rows - 1 of A, through the place of the sums. */
 static void besa__gemm_compress(const besa__gemm_job *s, const besa__gemm_block *block, besa__gemm_left *left,
@@ -15685,7 +15689,7 @@ static void besa__gemm_sparse_strip(const besa__gemm_job *s, const besa__gemm_bl
                                     int64_t i0, int64_t i1, int64_t j0, int64_t j1)
 {
     const besa__gemm_args *g = s->g;
-    const float *bias = g->bias && block->p0 == 0 ? g->bias + i0 : NULL;
+    const float *bias = block->bias ? block->bias + i0 : NULL;
     int64_t rows = i1 - i0;
     besa__gemm_compress(s, block, left, i0, rows);
     for (int64_t j = j0; j < j1; j += BESA__GEMM_TOKENS) {
@@ -15701,7 +15705,7 @@ static void besa__gemm_sparse_strip(const besa__gemm_job *s, const besa__gemm_bl
                     __builtin_prefetch(c + r * g->c_row + q, 1);      /* C comes from afar */
 #endif
             }
-        s->kernel.turned(c, g->c_row, left->sums, tokens, rows, g->accumulate || block->p0 > 0, bias);
+        s->kernel.turned(c, g->c_row, left->sums, tokens, rows, block->add, bias);
     }
 }
 
@@ -15768,13 +15772,16 @@ static void besa__gemm_cut(besa__gemm_job *s, int threads)
     s->pack = besa__gemm_equal(s->nc, besa__max(s->nc / threads, s->kernel.nr), s->kernel.nr);
 }
 
+/* The lines of an operand: along k where k is contiguous, else along the outer index. */
+static int64_t besa__gemm_line_step(const besa__gemm_operand *x) { return x->k_step == 1 ? x->outer_step : x->k_step; }
+
 /* Whether it pays to leave out the zeros of B, by a look at up to 2048 of its elements: a weight that is left costs a
    little less than two in a tile, tokens come in whole panels, and to sort out a weight takes as long as 16 tokens. */
 static int besa__gemm_pays(const besa__gemm_operand *x, int64_t tokens, int64_t outer, int64_t k)
 {
     float part[64];
     int along_k = x->k_step == 1;
-    int64_t lines = along_k ? outer : k, length = along_k ? k : outer, step = along_k ? x->outer_step : x->k_step;
+    int64_t lines = along_k ? outer : k, length = along_k ? k : outer, step = besa__gemm_line_step(x);
     int64_t count = besa__min(64, length), left = 0, panels = besa__parts(tokens, BESA__GEMM_TOKENS);
     if (11 * tokens < 20 * 16 || lines < 1 || count < 1 || (!along_k && x->outer_step != 1)) return 0;
     for (int64_t i = 0; i < 32; i++) {
@@ -15833,9 +15840,6 @@ static size_t besa__gemm_scratch(int threads)
 #include <cblas.h>
 
 enum { BESA__GEMM_BLAS_N = 1024, BESA__GEMM_BLAS_K = 256 };      /* two converted blocks fill the scratch of one for B */
-
-/* The lines of an operand: along k where k is contiguous, else along the outer index. */
-static int64_t besa__gemm_line_step(const besa__gemm_operand *x) { return x->k_step == 1 ? x->outer_step : x->k_step; }
 
 static int besa__gemm_blas_can(const besa__gemm_operand *x, int64_t outer, int64_t k)
 {

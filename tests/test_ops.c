@@ -472,6 +472,17 @@ static void check_packs(int bf16)
 
 /* ---- products of several blocks ------------------------------------------------------------ */
 
+/* The product by slices of `rows` rows of A. */
+static void multiply(const besa__gemm_args *whole, int64_t rows, int threads, int bf16)
+{
+    void *scratch = take(besa__gemm_scratch(threads) + 64);
+    for (int64_t i = 0; i < whole->m; i += rows) {
+        besa__gemm_args g = *whole;
+        g.m = besa__min(rows, g.m - i), g.a = (const float *)g.a + i * g.a_row, g.c += i * g.c_row;
+        besa__gemm(&g, threads, bf16, (void *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63));
+    }
+}
+
 /* C = 0.5 A B + C + bias by 1, 2 and 8 threads, the same bytes: some elements against fp64. lower: above the diagonal C is
    free to hold anything */
 static void check_product(int64_t m, int64_t n, int64_t k, int lower)
@@ -486,9 +497,8 @@ static void check_product(int64_t m, int64_t n, int64_t k, int lower)
     for (int64_t j = 0; j < n; j++) bias[j] = (float)(j % 5);
     for (int team = 0; team < 3; team++) {
         besa__gemm_args g = {m, n, k, a, k, 1, BESA_F32, b, 1, k, BESA_F32, c, n, 0.5f, 1, bias, lower};
-        void *scratch = take(besa__gemm_scratch(teams[team]) + 64);
         memcpy(c, start, (size_t)(m * n) * sizeof *c);
-        besa__gemm(&g, teams[team], 0, (void *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63));
+        multiply(&g, m, teams[team], 0);
         if (team == 0) memcpy(first, c, (size_t)(m * n) * sizeof *c);
         CHECK(!memcmp(first, c, (size_t)(m * n) * sizeof *c), "%d threads give other bytes than one", teams[team]);
     }
@@ -502,18 +512,8 @@ static void check_product(int64_t m, int64_t n, int64_t k, int lower)
     }
 }
 
-/* y (m,n) = x w' [+ y] [+ bias] by slices of `rows` rows of x; w (n,k), or (k,n) if turned. */
-static void multiply(const besa__gemm_args *whole, int64_t rows, int threads, int bf16)
-{
-    void *scratch = take(besa__gemm_scratch(threads) + 64);
-    for (int64_t i = 0; i < whole->m; i += rows) {
-        besa__gemm_args g = *whole;
-        g.m = besa__min(rows, g.m - i), g.a = (const float *)g.a + i * g.a_row, g.c += i * g.c_row;
-        besa__gemm(&g, threads, bf16, (void *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63));
-    }
-}
-
-/* Zeros that are left out change no byte: the oracle is the product of a few rows at a time, where they never are. */
+/* Zeros of w, (n,k) or if turned (k,n), that are left out change no byte: the oracle is the product of a few rows at a
+   time, where they never are. */
 static void check_zeros(int64_t m, int64_t n, int64_t k, double share, besa_dtype dtype, int turned, int add, int bf16)
 {
     static const int teams[] = {1, 2, 8};
