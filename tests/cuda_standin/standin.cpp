@@ -298,7 +298,7 @@ struct Launch {
 static const size_t stack_bytes = sanitized && !race_build ? 512 << 10 : 160 << 10;
 static Thread threads[1024];
 static unsigned thread_order[1024], missing_lane[32], group_next[32];
-static unsigned thread_count, alive, cursor, at_barrier, phase;
+static unsigned thread_count, alive, cursor, turn, at_barrier, phase; /* cursor: threads that have begun; turn: in thread_order */
 static struct { unsigned yes, arrived; } outcome[2];
 static bool aborting;
 static Launch *active;
@@ -387,11 +387,25 @@ static void free_lanes(cudaStream_t stream) {
     context_free(stream->context);
     if (stream->fiber) free_fiber(stream->fiber);
 }
-UNSEEN static void suspend() {                 /* the current thread, until its rendezvous is complete */
-    Thread *self = current;
-    self->fiber = running;
-    self->state = Waiting;
-    leave();
+/* The current thread, until its rendezvous is complete. Who is next is as the scheduler would have it; without sanitizers,
+   which must be told of each change of stacks, it is switched to from here. */
+UNSEEN static void suspend() {
+    Fiber *self = running;
+    current->fiber = self;
+    current->state = Waiting;
+    if (sanitized || aborting) leave();
+    else if (cursor < thread_count) {
+        running = next_fiber();
+        standin_switch(&self->sp, running->sp);
+    } else {
+        while (turn < thread_count && threads[thread_order[turn]].state != Ready) ++turn;
+        if (turn == thread_count) leave();
+        else {
+            current = &threads[thread_order[turn]];
+            running = current->fiber;
+            standin_switch(&self->sp, running->sp);
+        }
+    }
     if (aborting) throw Abort();
 }
 
@@ -473,12 +487,13 @@ UNSEEN static void run_block() {
             }
     alive = thread_count;
     cursor = at_barrier = phase = outcome[0].yes = 0;
+    turn = thread_count;
     while (cursor < thread_count && !aborting) enter(next_fiber());
     while (alive && !aborting) {
         bool moved = false;
         if (at_barrier == alive) complete_barrier();
-        for (unsigned i = 0; i < thread_count && !aborting; ++i) {
-            Thread &t = threads[thread_order[i]];
+        for (turn = 0; turn < thread_count && !aborting; ++turn) {
+            Thread &t = threads[thread_order[turn]];
             if (t.state != Ready) continue;
             moved = true;
             current = &t;
@@ -571,7 +586,7 @@ UNSEEN static void run_launch(Launch &l) {
 UNSEEN static void exchange_results(Thread *warp, unsigned members, standin::Op op, unsigned how) {
     uint64_t ballot = 0, total = 0;
     bool first = true;
-    for (unsigned l = 0; l < 32; ++l) {
+    for (unsigned l = 0; l < 32 && op != standin::Shuffle; ++l) {
         if (!(members >> l & 1)) continue;
         uint64_t v = warp[l].value;
         ballot |= uint64_t(v != 0) << l;
