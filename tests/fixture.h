@@ -280,4 +280,39 @@ static void fixture_variant(const char *directory, const besa_checkpoint *source
     fixture_end(&f);
 }
 
+/* The first blocks of a checkpoint of floats, with the token files beside it: a model whose runs are shorter. */
+__attribute__((unused)) static const char *fixture_first_blocks(const char *directory, const char *source_directory, int blocks)
+{
+    static const char *const tokens[] = { "calibration_tokens.npy", "test_tokens.npy" };
+    besa_checkpoint *source = NULL;
+    besa_error error;
+    char path[600], *config, *number;
+    size_t n;
+    fixture f;
+    snprintf(path, sizeof path, "%s/config.json", source_directory);
+    config = (char *)read_bytes(path, &n);
+    number = config ? strstr(config, "\"num_hidden_layers\": ") : NULL;
+    if (!number || besa_checkpoint_open(&source, source_directory, &error) != BESA_OK) exit(1);
+    number[strlen("\"num_hidden_layers\": ")] = (char)('0' + blocks);
+    fixture_begin(&f, directory, config);
+    free(config);
+    for (int64_t i = 0; i < besa_checkpoint_tensor_count(source); i++) {
+        const besa_tensor *t = besa_checkpoint_tensor(source, i);
+        int block = -1;
+        sscanf(t->name, "model.layers.%d.", &block);
+        if (block < blocks)
+            fixture_tensor(&f, t->name, BESA_F32, (const float *)t->data, t->shape[0], t->ndim > 1 ? t->shape[1] : 0);
+    }
+    fixture_end(&f);
+    besa_checkpoint_close(source);
+    for (int i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%s/%s", source_directory, tokens[i]);
+        unsigned char *bytes = read_bytes(path, &n);
+        snprintf(path, sizeof path, "%s/%s", directory, tokens[i]);
+        if (bytes) write_bytes(path, bytes, n);
+        free(bytes);
+    }
+    return directory;
+}
+
 #endif
