@@ -1397,7 +1397,7 @@ typedef struct besa_layer_report {
 typedef struct besa_block_report {
     besa_layer_report layer[BESA_LAYERS];
     double sparsity, target;                    /* reached, and asked for; a block that stays dense has target 0 */
-    /* Reconstruction losses (1/d) sum ((Yref - Y) / norm)^2, averaged over sequences: the first eighth of them (2 to 8; where
+    /* Reconstruction losses (1/d) sum ((Yref - Y) / norm)^2, averaged over sequences: the first eighth of them (1 to 8; where
      * something learns with final masks, 8), and all in loss_all. Where nothing learns all are of the mask, and loss_all is of
      * those, too. NaN in a block that stays dense, and in blocks taken over from a complete output that was killed before its
      * last rename. */
@@ -5593,10 +5593,10 @@ static besa_result besa__check_shape(const besa_block_shape *s, besa_dtype dtype
     return BESA_OK;
 }
 
-/* Sequences that the report's losses are of, of all ranks, be they many or few: an eighth, at least two. */
+/* Sequences that the report's losses are of, of all ranks, be they many or few: an eighth. */
 static int64_t besa__all_most(const besa_pruner *p) { return besa__min(p->shares.all, BESA__REPORT_SEQUENCES); }
 
-static int64_t besa__all_few(const besa_pruner *p) { return besa__min(besa__all_most(p), besa__max(p->shares.all / 8, 2)); }
+static int64_t besa__all_few(const besa_pruner *p) { return besa__min(besa__all_most(p), besa__max(p->shares.all / 8, 1)); }
 
 /* Few cost little of a run. Many where something learns with final masks, at a price beside which they are nothing. */
 static int64_t besa__all_shown(const besa_pruner *p) { return besa__learns_last(p) ? besa__all_most(p) : besa__all_few(p); }
