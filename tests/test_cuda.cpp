@@ -1090,9 +1090,11 @@ static void compare_pipelines(const char *name, besa_method method, int fp32, do
         check_close(b.report.block[i].loss_uniform, a.report.block[i].loss_uniform, losses, "loss_uniform", i);
         check_close(b.report.block[i].sparsity, a.report.block[i].sparsity, 1e-3, "sparsity", i);
     }
-    if (method == BESA_METHOD_BESA && learn == BESA_LEARN_RATES && a.report.num_blocks > 0 && !g_sanitized)
-        CHECK(fabs(a.report.block[0].loss_after / a.report.block[0].loss_uniform - 1) > 0.01, "nothing was learned: %g, uniform %g",
-              a.report.block[0].loss_after, a.report.block[0].loss_uniform);
+    if (method == BESA_METHOD_BESA && learn == BESA_LEARN_RATES && a.report.num_blocks > 0 && !g_sanitized) {
+        double range = 0; /* of a layer's rates, which begin equal */
+        for (const besa_layer_report &l : a.report.block[0].layer) range = std::max(range, l.rate_max - l.rate_min);
+        CHECK(range > 0.02, "nothing was learned: rates are within %g", range);
+    }
     if (getenv("TEST_VERBOSE"))
         printf("    %lld of %lld weights differ\n", static_cast<long long>(differ), static_cast<long long>(total));
     check_close(b.report.perplexity, a.report.perplexity, losses, "perplexity", -1);
@@ -1224,7 +1226,7 @@ static void test_pipeline(void)
         TEST(fp32) compare_pipelines(family, BESA_METHOD_BESA, 1, 2e-2, 0.03, BESA_LEARN_BOTH, 0, BESA_REFIT_NONE, 0, 0, BESA_GRANULARITY_BLOCK,
                                          source);
         if (!g_sanitized)
-            TEST(bf16) compare_pipelines(bf16, BESA_METHOD_WANDA, 0, 0.1, 0.15, BESA_LEARN_RATES, 0, BESA_REFIT_NONE, 0, 0, BESA_GRANULARITY_BLOCK,
+            TEST(bf16) compare_pipelines(bf16, BESA_METHOD_WANDA, 0, 0.1, 0.2, BESA_LEARN_RATES, 0, BESA_REFIT_NONE, 0, 0, BESA_GRANULARITY_BLOCK,
                                          source);
     }
 #ifdef CUDA_STANDIN
