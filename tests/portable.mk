@@ -6,7 +6,7 @@
 # make portable-refused         -ffast-math, -Ofast, -ffinite-math-only and x87 do not compile
 # make portable-unsafe          -funsafe-math-optimizations, which sets no macro: right, or no backend
 # make portable-32-bit          -m32 -msse2 -mfpmath=sse: operations, references, files, the pipeline
-# make portable-musl            the same with musl, without the pipeline
+# make portable-musl            references and files with musl
 # make portable-c99, -tcc       strict C99; tcc
 # make portable-mingw           levels 2 and 3 for Windows, as C99 and C++17; run where there is wine
 # make portable-no-simd         BESA_NO_SIMD

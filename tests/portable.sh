@@ -82,7 +82,7 @@ done
 
 programs="test_portable test_ops test_forms test_reference test_io ${PIPELINE-test_pipeline}" # PIPELINE=: without it
 suite "32-bit" "" gcc -std=gnu11 -m32 -msse2 -mfpmath=sse -D_FILE_OFFSET_BITS=64
-programs="test_portable test_ops test_forms test_reference test_io"
+programs="test_portable test_forms test_reference test_io"
 suite "musl" "" musl-gcc -std=gnu11 -static
 programs="test_portable"
 suite "tcc" "" tcc
