@@ -249,10 +249,9 @@ static void fixture_random_llama(const char *directory, int blocks, int hidden, 
 /* Changes one tensor on its way into a variant of a checkpoint; NULL: none. */
 typedef void (*fixture_change)(const char *name, float *v, int64_t rows, int64_t columns);
 
-/* Copy a checkpoint of floats as another element type, tensors changed. */
-__attribute__((unused))
-static void fixture_variant(const char *directory, const besa_checkpoint *source, const char *source_directory,
-                            besa_dtype dtype, fixture_change change)
+/* Copy a checkpoint of floats as another element type, tensors changed, or (blocks above 0) only its first blocks. */
+static void fixture_copy(const char *directory, const besa_checkpoint *source, const char *source_directory, besa_dtype dtype,
+                         fixture_change change, int blocks)
 {
     static const char *const dtype_name[] = { "float32", "float16", "bfloat16" };
     char path[600], *config, *p;
@@ -267,10 +266,14 @@ static void fixture_variant(const char *directory, const besa_checkpoint *source
         memmove(p + strlen(dtype_name[dtype]), p + 7, strlen(p + 7) + 1);
         memcpy(p, dtype_name[dtype], strlen(dtype_name[dtype]));
     }
+    p = blocks ? strstr(config, "\"num_hidden_layers\": ") : NULL;
+    if (p) p[strlen("\"num_hidden_layers\": ")] = (char)('0' + blocks);
     fixture_begin(&f, directory, config);
     free(config);
     for (int64_t i = 0; i < besa_checkpoint_tensor_count(source); i++) {
         const besa_tensor *t = besa_checkpoint_tensor(source, i);
+        int block = -1;
+        if (blocks && sscanf(t->name, "model.layers.%d.", &block) == 1 && block >= blocks) continue;
         float *v = (float *)malloc(t->bytes);
         memcpy(v, t->data, t->bytes);
         if (change) change(t->name, v, t->shape[0], t->ndim > 1 ? t->shape[1] : 1);
@@ -280,38 +283,24 @@ static void fixture_variant(const char *directory, const besa_checkpoint *source
     fixture_end(&f);
 }
 
-/* The first blocks of a checkpoint of floats, with the token files beside it: a model whose runs are shorter. */
+__attribute__((unused))
+static void fixture_variant(const char *directory, const besa_checkpoint *source, const char *source_directory,
+                            besa_dtype dtype, fixture_change change)
+{
+    fixture_copy(directory, source, source_directory, dtype, change, 0);
+}
+
+/* The first blocks of a checkpoint of floats: a model whose runs are shorter. Returns the directory. */
 __attribute__((unused)) static const char *fixture_first_blocks(const char *directory, const char *source_directory, int blocks)
 {
-    static const char *const tokens[] = { "calibration_tokens.npy", "test_tokens.npy" };
     besa_checkpoint *source = NULL;
     besa_error error;
-    char path[600], *config, *number;
-    size_t n;
-    fixture f;
-    snprintf(path, sizeof path, "%s/config.json", source_directory);
-    config = (char *)read_bytes(path, &n);
-    number = config ? strstr(config, "\"num_hidden_layers\": ") : NULL;
-    if (!number || besa_checkpoint_open(&source, source_directory, &error) != BESA_OK) exit(1);
-    number[strlen("\"num_hidden_layers\": ")] = (char)('0' + blocks);
-    fixture_begin(&f, directory, config);
-    free(config);
-    for (int64_t i = 0; i < besa_checkpoint_tensor_count(source); i++) {
-        const besa_tensor *t = besa_checkpoint_tensor(source, i);
-        int block = -1;
-        sscanf(t->name, "model.layers.%d.", &block);
-        if (block < blocks)
-            fixture_tensor(&f, t->name, BESA_F32, (const float *)t->data, t->shape[0], t->ndim > 1 ? t->shape[1] : 0);
+    if (besa_checkpoint_open(&source, source_directory, &error) != BESA_OK) {
+        printf("FAIL %s\n", error.message);
+        exit(1);
     }
-    fixture_end(&f);
+    fixture_copy(directory, source, source_directory, BESA_F32, NULL, blocks);
     besa_checkpoint_close(source);
-    for (int i = 0; i < 2; i++) {
-        snprintf(path, sizeof path, "%s/%s", source_directory, tokens[i]);
-        unsigned char *bytes = read_bytes(path, &n);
-        snprintf(path, sizeof path, "%s/%s", directory, tokens[i]);
-        if (bytes) write_bytes(path, bytes, n);
-        free(bytes);
-    }
     return directory;
 }
 

@@ -52,6 +52,7 @@ static void counted_free(void *p)
 #include "fixture.h"
 
 static const char *g_stories, *g_reference;
+static char g_tokens[600];                      /* the calibration text's file */
 static besa_tokens g_calibration, g_test;       /* of stories260K */
 
 /* One call of besa_prune and all that it needs. */
@@ -3638,15 +3639,14 @@ static setup child_setup(const char *source, const char *output)
 /* Whether a process that kills itself at this call of its progress callback ran to its end instead; 0: never. */
 static int child_ends(const char *source, const char *output, int64_t call)
 {
-    char tokens[600], number[32];
+    char number[32];
     int status = 0;
     pid_t pid;
-    snprintf(tokens, sizeof tokens, "%s/calibration_tokens.npy", g_stories);
     snprintf(number, sizeof number, "%lld", (long long)call);
     fflush(stdout);
     pid = fork();
     if (pid == 0) {
-        execl("/proc/self/exe", "test_pipeline", "--child", source, output, tokens, number, (char *)NULL);
+        execl("/proc/self/exe", "test_pipeline", "--child", source, output, g_tokens, number, (char *)NULL);
         _exit(127);
     }
     CHECK(waitpid(pid, &status, 0) == pid && (WIFEXITED(status) ? WEXITSTATUS(status) == 0 : WTERMSIG(status) == SIGKILL),
@@ -4570,8 +4570,8 @@ int main(int argc, char **argv)
     g_reference = argv[2];
     test.only = argc > 3 ? argv[3] : NULL;
     temp_create();
-    snprintf(path, sizeof path, "%s/calibration_tokens.npy", g_stories);
-    if (besa_tokens_load(&g_calibration, path, &error) != BESA_OK) return printf("FAIL %s\n", error.message), 1;
+    snprintf(g_tokens, sizeof g_tokens, "%s/calibration_tokens.npy", g_stories);
+    if (besa_tokens_load(&g_calibration, g_tokens, &error) != BESA_OK) return printf("FAIL %s\n", error.message), 1;
     snprintf(path, sizeof path, "%s/test_tokens.npy", g_stories);
     if (besa_tokens_load(&g_test, path, &error) != BESA_OK) return printf("FAIL %s\n", error.message), 1;
     TEST("dense perplexity") test_dense_perplexity();
