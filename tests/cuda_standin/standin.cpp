@@ -387,25 +387,24 @@ static void free_lanes(cudaStream_t stream) {
     context_free(stream->context);
     if (stream->fiber) free_fiber(stream->fiber);
 }
+UNSEEN static Fiber *ready_fiber() {           /* of the first thread from `turn` on that can go on, now the current one */
+    while (turn < thread_count && threads[thread_order[turn]].state != Ready) ++turn;
+    if (turn == thread_count) return nullptr;
+    current = &threads[thread_order[turn]];
+    context_switch(current->context);
+    return current->fiber;
+}
 /* The current thread, until its rendezvous is complete. Who is next is as the scheduler would have it; without sanitizers,
    which must be told of each change of stacks, it is switched to from here. */
 UNSEEN static void suspend() {
-    Fiber *self = running;
+    Fiber *self = running, *next = nullptr;
     current->fiber = self;
     current->state = Waiting;
-    if (sanitized || aborting) leave();
-    else if (cursor < thread_count) {
-        running = next_fiber();
-        standin_switch(&self->sp, running->sp);
-    } else {
-        while (turn < thread_count && threads[thread_order[turn]].state != Ready) ++turn;
-        if (turn == thread_count) leave();
-        else {
-            current = &threads[thread_order[turn]];
-            running = current->fiber;
-            standin_switch(&self->sp, running->sp);
-        }
-    }
+    if (!sanitized && !aborting) next = cursor < thread_count ? next_fiber() : ready_fiber();
+    if (next) {
+        running = next;
+        standin_switch(&self->sp, next->sp);
+    } else leave();
     if (aborting) throw Abort();
 }
 
@@ -492,13 +491,10 @@ UNSEEN static void run_block() {
     while (alive && !aborting) {
         bool moved = false;
         if (at_barrier == alive) complete_barrier();
-        for (turn = 0; turn < thread_count && !aborting; ++turn) {
-            Thread &t = threads[thread_order[turn]];
-            if (t.state != Ready) continue;
+        turn = 0;
+        while (Fiber *ready = aborting ? nullptr : ready_fiber()) {
             moved = true;
-            current = &t;
-            context_switch(t.context);
-            enter(t.fiber);
+            enter(ready);
         }
         if (!moved && !aborting) explain_stall();
     }
