@@ -1061,7 +1061,8 @@ static void compare_pipelines(const char *name, besa_method method, int fp32, do
     besa_backend cpu, cuda = cuda_backend(fp32);
     besa_error error;
     CHECK_OK(besa_cpu_backend(&cpu, NULL, &error), error);
-    run a = run_of(method, 4, temp_path("%s-cpu", name)), b = run_of(method, 4, temp_path("%s-cuda", name));
+    int64_t nsamples = source && !fp32 ? 16 : 4; /* random models in bf16: losses are of two sequences then, not of one */
+    run a = run_of(method, nsamples, temp_path("%s-cpu", name)), b = run_of(method, nsamples, temp_path("%s-cuda", name));
     for (run *r : {&a, &b}) {
         r->source = source;
         r->options.learn = learn;
@@ -1226,7 +1227,7 @@ static void test_pipeline(void)
         TEST(fp32) compare_pipelines(family, BESA_METHOD_BESA, 1, 2e-2, 0.03, BESA_LEARN_BOTH, 0, BESA_REFIT_NONE, 0, 0, BESA_GRANULARITY_BLOCK,
                                          source);
         if (!g_sanitized)
-            TEST(bf16) compare_pipelines(bf16, BESA_METHOD_WANDA, 0, 0.1, 0.2, BESA_LEARN_RATES, 0, BESA_REFIT_NONE, 0, 0, BESA_GRANULARITY_BLOCK,
+            TEST(bf16) compare_pipelines(bf16, BESA_METHOD_WANDA, 0, 0.1, 0.15, BESA_LEARN_RATES, 0, BESA_REFIT_NONE, 0, 0, BESA_GRANULARITY_BLOCK,
                                          source);
     }
 #ifdef CUDA_STANDIN
