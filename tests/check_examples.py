@@ -10,10 +10,12 @@ import gzip
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import pathlib
 import pty
 import re
+import runpy
 import shutil
 import struct
 import subprocess
@@ -44,9 +46,31 @@ def missing(*packages):
     return ", ".join(package for package in packages if importlib.util.find_spec(package) is None)
 
 
-def run(*command, **environment):
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                          env={**os.environ, **environment})
+# Each run of a program is a fork of a process that has what takes seconds to import.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["transformers.models.llama.modeling_llama", "accelerate", "matplotlib.pyplot"])
+
+
+def in_fork(arguments, output):
+    """What `python3 ARGUMENTS` does, its two streams into files."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = arguments
+    sys.path.insert(0, os.path.dirname(arguments[0]))
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def run(program, *arguments, alone=False, **environment):
+    """alone: in a new interpreter, whose options come before the program."""
+    command = [str(program), *map(str, arguments)]
+    if alone or environment:
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True, env={**os.environ, **environment})
+    with tempfile.TemporaryDirectory() as output:
+        output = pathlib.Path(output)
+        process = PROCESSES.Process(target=in_fork, args=(command, output))
+        process.start()
+        process.join()
+        return subprocess.CompletedProcess(command, process.exitcode, *((output / name).read_text() for name in ("stdout", "stderr")))
 
 
 # ---- tokenize.py ----
@@ -906,7 +930,7 @@ def accuracies(directory, questions):
 
 def check_lm_eval(examples, stories, work):
     program = examples / "lm_eval.py"
-    done = run("-S", program, stories)
+    done = run("-S", program, stories, alone=True)
     verdict("lm_eval.py names the packages that are missing", (done.returncode, done.stderr), (1,
             'lm_eval.py needs the packages that are missing here: lm_eval, torch, transformers, accelerate: '
             'pip install "lm-eval[hf]"\n'))

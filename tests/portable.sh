@@ -27,12 +27,12 @@ run()
 }
 
 # build NAME PROGRAM COMPILER FLAGS...: 0 where $work/PROGRAM was made; without a level among the flags operations are optimised
-# as users have them, and what runs for a moment is compiled soon
+# as users have them, what runs for a moment is compiled soon, and what computes little sooner
 build()
 {
     name=$1 program=$2 compiler=$3 level=-O1
     shift 3
-    [ "$program" != test_ops ] || level=-O2
+    case $program in test_ops) level=-O2 ;; test_forms|test_io) level=-O0 ;; esac
     rm -f "$work/$program"
     $compiler $level "$@" -I"$besa" -I. -o "$work/$program" "$program.c" $libraries -lm >"$work/log" 2>&1 && return 0
     grep -E 'error|warning|undefined' "$work/log" | head -5 | sed 's/^/    /'

@@ -272,6 +272,7 @@ static void io_free(void *p)
 #define BESA_MALLOC io_malloc
 #define BESA_REALLOC io_realloc
 #define BESA_FREE io_free
+#define BESA_API static inline          /* what is not called is not compiled */
 #define BESA_IMPLEMENTATION
 #include "besa.h"
 #include "fixture.h"

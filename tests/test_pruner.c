@@ -479,7 +479,7 @@ static const float *input_of(const besa_activations *acts, int layer)
 }
 
 /* Sums of squares of what the dense layer puts out, over sequences first .. first + count - 1 */
-static double *layer_norms(const run *r, int layer, int64_t first, int64_t count)
+TEST_UNWATCHED static double *layer_norms(const run *r, int layer, int64_t first, int64_t count)
 {
     int64_t R = r->m->rows[layer], C = r->m->columns[layer];
     double *norm2 = (double *)take((size_t)R * sizeof *norm2);
@@ -496,7 +496,7 @@ static double *layer_norms(const run *r, int layer, int64_t first, int64_t count
 }
 
 /* Granularity layer: each layer by itself, on its inputs in the masked block b; in double. */
-static double layer_losses(const run *r, const besa_block *b, int64_t first, int64_t count, gradients *g)
+TEST_UNWATCHED static double layer_losses(const run *r, const besa_block *b, int64_t first, int64_t count, gradients *g)
 {
     double loss = 0;
     int64_t of = r->options.norm_all ? r->sequences : count;
@@ -667,15 +667,13 @@ typedef struct levels {
 /* Weights of one layer that are not as they are to be, a hundred-thousandth of a level allowed. */
 static int off_levels(const run *r, int layer, const float *clip, const float *want, const float *got)
 {
-    int64_t C = r->m->columns[layer];
+    int64_t C = r->m->columns[layer], group = grid_columns(r, layer);
+    grid g = grid_of(r, layer, clip, 0, 0);
     int wrong = 0;
-    for (int64_t q = 0; q < r->m->rows[layer]; q++)
-        for (int64_t j = 0; j < C; j++) {
-            grid g = { { 0, 0 }, { 0, 0 }, 0, 0, 0 };
-            if (got[q * C + j] == want[q * C + j]) continue;
-            g = grid_of(r, layer, clip, q, j);
-            wrong += !(fabs((double)got[q * C + j] - (double)want[q * C + j]) <= 1e-5 * fabs(g.h * g.most));
-        }
+    for (int64_t i = 0; i < r->m->rows[layer] * C; i++) {
+        if (i % C % group == 0) g = grid_of(r, layer, clip, i / C, i % C);
+        wrong += got[i] != want[i] && !(fabs((double)got[i] - (double)want[i]) <= 1e-5 * fabs(g.h * g.most));
+    }
     return wrong;
 }
 
