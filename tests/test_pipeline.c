@@ -4583,6 +4583,7 @@ int main(int argc, char **argv)
     TEST("masks that are kept") test_keep();
     TEST("outliers: runs by their sparsities") test_outlier_runs();
     if (TEST_SANITIZED) g_stories = fixture_first_blocks(temp_path("three"), g_stories, 3); /* enough for what follows */
+    TEST("fixed layers that rows cannot have") test_fixed_notes();
     TEST("source zeros") test_source_zeros();
     TEST("plan") test_plan();
     if (access("/proc/self/exe", X_OK)) test_skip("kill and resume", "no /proc, by which this program starts itself");
@@ -4593,7 +4594,6 @@ int main(int argc, char **argv)
     TEST("BESA's options") test_besa_options();
     TEST("parts of the block") test_granularity();
     TEST("fixed layers") test_fixed_layers();
-    TEST("fixed layers that rows cannot have") test_fixed_notes();
     TEST("patterns of fixed layers") test_fixed_patterns();
     TEST("presets") test_presets();
     TEST("fields of presets") test_preset_fields();
