@@ -14112,8 +14112,8 @@ static besa_result besa__report_reloaded(besa__run *run, int64_t index, int know
     return besa__pass_error(run->be, result, error);
 }
 
-/* A block whose pruned weights are known: the streams go through it; *block comes in dense and leaves pruned. finished 1: an
- * earlier run has written it. */
+/* A block whose pruned weights are known: the streams go through it, where a later block is pruned; *block comes in dense and
+ * leaves pruned. finished 1: an earlier run has written it. */
 static besa_result besa__pass_block(besa__run *run, int64_t index, int finished, besa_block *block, besa_block_report *report,
                                     besa_error *error)
 {
@@ -14122,7 +14122,8 @@ static besa_result besa__pass_block(besa__run *run, int64_t index, int finished,
     char name[64];
     void *const *pruned = run->pruned[besa__room_of(run, index)];
     besa__walk walk = besa__pass_walk(p, p->nsamples); /* cut as the passes cut it: the same bytes */
-    if (run->has_dense) BESA__TRY_ON(be, besa__stream_forward(&run->dense, walk, block, &p->acts), error);
+    int goes_on = index + 1 < besa__end_block(run);
+    if (run->has_dense && goes_on) BESA__TRY_ON(be, besa__stream_forward(&run->dense, walk, block, &p->acts), error);
     BESA__TRY(besa__report_reloaded(run, index, finished, block, pruned, report, error));
     besa__tensor_name(name, sizeof name, run->config, index, "");
     BESA__TRY(besa__check_layers_finite(p, name, BESA__DENSE, error));
@@ -14130,7 +14131,7 @@ static besa_result besa__pass_block(besa__run *run, int64_t index, int finished,
     if (p->options.masks && report->target > 0) report->target = report->sparsity;
     for (int i = 0; i < BESA_LAYERS; i++) block->weight[i] = pruned[i];
     if (finished && besa__learns_vectors(p)) BESA__TRY(besa__read_vectors(run, index, block, error));
-    BESA__TRY_ON(be, besa__stream_forward(&run->calibration, walk, block, &p->acts), error);
+    if (goes_on) BESA__TRY_ON(be, besa__stream_forward(&run->calibration, walk, block, &p->acts), error);
     return besa__pass_error(be, be->synchronize(be, BESA_QUEUE_COMPUTE), error);
 }
 
@@ -14514,10 +14515,10 @@ static double besa__count_weights(const besa_block_shape *s, int group)
     return weights;
 }
 
-/* FLOP of all products of a model of `all` blocks of which `blocks` are pruned: 2 per weight and token forward, 3.7 more in the
- * learning step (q, k and v need no input gradient, but where the first norm learns), attention's causal half, Gram matrices, and
- * a block's refits. */
-static void besa__plan_flop(const besa__run *run, double blocks, double all, double pass[BESA_PASS_COUNT])
+/* FLOP of all products where `blocks` blocks are pruned and the streams go through `passed`, those before them too: 2 per weight
+ * and token forward, 3.7 more in the learning step (q, k and v need no input gradient, but where the first norm learns),
+ * attention's causal half, Gram matrices, and a block's refits. */
+static void besa__plan_flop(const besa__run *run, double blocks, double passed, double pass[BESA_PASS_COUNT])
 {
     const besa_block_shape *s = &run->config->block;
     const besa_prune_options *o = &run->pruner.options;
@@ -14531,13 +14532,13 @@ static void besa__plan_flop(const besa__run *run, double blocks, double all, dou
     double step = forward + backward + besa__parts_flop(run, weights, qkv, attention);
     int vectors = besa__learns_vectors(&run->pruner), layers = o->granularity == BESA_GRANULARITY_LAYER;
     pass[BESA_PASS_DENSE] = blocks * tokens * (dense * forward + (besa__uses_gram(o) ? gram : 0) + (layers ? 2 * weights : 0)) +
-                            run->has_dense * all * tokens * forward; /* layers: their dense outputs, for channel norms */
+                            run->has_dense * passed * tokens * forward; /* layers: their dense outputs, for channel norms */
     pass[BESA_PASS_LEARN] = blocks * tokens * (((double)besa__mask_epochs(&run->pruner) + scores) * step +
                             (vectors && o->learn == BESA_LEARN_BOTH ? 2 * qkv * (double)o->epochs : 0));
     pass[BESA_PASS_WEIGHTS] = blocks * tokens * (double)o->weight_epochs *
                               ((besa__learns_last(&run->pruner) ? step : 0) + (vectors ? 2 * qkv : 0));
     pass[besa__finds_masks(&run->pruner) ? BESA_PASS_LEARN : BESA_PASS_RANK] += blocks * besa__refit_flop(&run->pruner);
-    pass[BESA_PASS_COMMIT] = all * tokens * forward;
+    pass[BESA_PASS_COMMIT] = passed * tokens * forward;
 }
 
 /* FLOP of the test: the forward pass of all blocks, and the head, with a reference that of its model, too. */
@@ -14626,8 +14627,7 @@ BESA_API besa_result besa_plan(const besa_checkpoint *checkpoint, besa_backend *
         BESA_FREE(notes);
         plan->micro_batch = run.pruner.micro_batch;
         if (run.against) plan->reference_bytes = besa__reference_bytes(&run);
-        besa__plan_flop(&run, (double)(besa__end_block(&run) - besa__first_block(&run)), (double)run.config->num_hidden_layers,
-                        plan->pass_flop);
+        besa__plan_flop(&run, (double)(besa__end_block(&run) - besa__first_block(&run)), (double)besa__end_block(&run), plan->pass_flop);
         besa__plan_flop(&run, 1, 1, plan->block_flop);
         plan->flop = plan->test_flop = besa__test_flop(&run);
         for (int i = 0; i < BESA_PASS_COUNT; i++) plan->flop += plan->pass_flop[i];

@@ -2267,6 +2267,35 @@ static besa_backend counted_backend(int fail_at)
     return be;
 }
 
+static int64_t g_forward_calls;
+static besa_result (*g_attention_forward)(besa_backend *, void *, const void *, const void *, const void *,
+                                          const besa_attention_shape *);
+
+static besa_result counted_attention(besa_backend *be, void *o, const void *q, const void *k, const void *v,
+                                     const besa_attention_shape *s)
+{
+    g_forward_calls++;
+    return g_attention_forward(be, o, q, k, v, s);
+}
+
+/* Nothing is computed of the blocks behind the last one that is pruned, where there is no test. */
+static void test_blocks_behind(void)
+{
+    int64_t calls[3];
+    for (int64_t n = 1; n <= 2; n++) {
+        setup s = new_setup(temp_path("out"), BESA_METHOD_WANDA, 0.5);
+        besa_backend be = counted_backend(0);
+        g_attention_forward = be.attention_forward, be.attention_forward = counted_attention;
+        g_forward_calls = 0;
+        s.be = &be, s.options.num_blocks = n;
+        run_and_verify(&s);
+        calls[n] = g_forward_calls;
+        discard(s.output);
+        be.destroy(&be);
+    }
+    CHECK(calls[1] > 0 && calls[2] == 2 * calls[1], "%d forward passes of one block, %d of two", (int)calls[1], (int)calls[2]);
+}
+
 static besa_result plan_with(const setup *s, besa_backend *be, besa_plan_result *plan)
 {
     besa_checkpoint *checkpoint = NULL;
@@ -2370,7 +2399,8 @@ static double expected_flop(const setup *s)
     flop += refit * (o->refit == BESA_REFIT_CG ? 2.0 * (double)(1 + (o->refit_steps ? o->refit_steps : 10)) : o->refit ? 1 : 0) / tokens;
     test = (2 * linear + 4 * 0.5 * 64 * q) * (double)c->num_hidden_layers + 2 * d * (double)c->vocab_size;
     flop *= (double)(o->num_blocks ? o->num_blocks : c->num_hidden_layers);
-    flop += (1 + (o->dense_stream || o->dense_share > 0)) * (2 * linear + 4 * keys) * (double)c->num_hidden_layers;
+    flop += (1 + (o->dense_stream || o->dense_share > 0)) * (2 * linear + 4 * keys) * /* blocks behind the last pruned one: none */
+            (double)(o->num_blocks ? o->first_block + o->num_blocks : c->num_hidden_layers);
     flop = flop * tokens + (double)(s->windows * 64) * test;
     besa_checkpoint_close(checkpoint);
     return flop;
@@ -4580,6 +4610,7 @@ int main(int argc, char **argv)
     TEST("trace of learning steps") test_trace();
     TEST("weights that are not finite") test_not_finite();
     TEST("sparsity over depth") test_depth();
+    TEST("blocks behind the last pruned one") test_blocks_behind();
     TEST("masks that are kept") test_keep();
     TEST("outliers: runs by their sparsities") test_outlier_runs();
     if (TEST_SANITIZED) g_stories = fixture_first_blocks(temp_path("three"), g_stories, 3); /* enough for what follows */
