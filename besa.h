@@ -1731,7 +1731,7 @@ BESA_API besa_result besa_masks_open(besa_checkpoint **masks, const char *file, 
 
 /* The report as a JSON text, owned by the caller (BESA_FREE), or NULL without memory. It begins with all that is in besa.json.
  * Seconds and FLOP of the passes are of the blocks that the run itself has pruned, without resumed_blocks, but seconds of read and
- * write, which are of all blocks that it has read or written; flop is the plan's, of all blocks. */
+ * write, which are of all blocks that it has read or written; flop is the plan's, of the whole run. */
 BESA_API char *besa_report_json(const besa_report *report);
 
 /* A report of besa_perplexity's results, in the same form: of the calibration its test_ids count and what is said of them, and
