@@ -26,9 +26,7 @@ CUDA_FILES := test_cuda.cpp backend_ops.h test.h fixture.h $(BESA)/besa.h $(BESA
 NVCC_FLAGS := -std=c++17 -I$(BESA) -Xcompiler -Wall,-Wextra,-Wshadow -Werror all-warnings
 
 cuda_plain_FLAGS   := -O2
-cuda_address_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=null,object-size \
-                      -fno-sanitize-recover=undefined \
-                      $(if $(filter operations,$(ONLY_address)),-DTEST_OPERATIONS)
+cuda_address_FLAGS := $(SANITIZED) $(if $(filter operations,$(ONLY_address)),-DTEST_OPERATIONS)
 cuda_thread_FLAGS  := -O1 -fsanitize=thread
 
 cuda_thread_CXX     = $(if $(findstring clang,$(CXX)),,$(shell echo 'int main(){return 0;}' | \

@@ -74,7 +74,7 @@ awk -v work="$work" '/^```c$/ { n++; f = sprintf("%s/readme%d", work, n); next }
 found=0
 for block in "$work"/readme?*; do
     [ -f "$block" ] || continue
-    case $block in *.c|*.o|*.log) continue ;; esac
+    case $block in *.c|*.log) continue ;; esac
     found=1
     compile "$block"
     verdict $? "README, C block $(basename "$block" | tr -dc 0-9)"
